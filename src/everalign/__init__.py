@@ -1,0 +1,44 @@
+"""Everalign keeps a language model aligned while preferences keep changing.
+
+The names below are loaded when first used, so `import everalign` costs milliseconds and no torch.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from everalign.data import Preference, PreferenceSet, load_preferences
+    from everalign.learning import AdapterOptions, Learner, Scores, TrainingOptions
+
+__version__ = version("everalign")
+
+__all__ = [
+    "AdapterOptions",
+    "Learner",
+    "Preference",
+    "PreferenceSet",
+    "Scores",
+    "TrainingOptions",
+    "load_preferences",
+]
+
+_HOMES = {
+    "AdapterOptions": "everalign.learning",
+    "Learner": "everalign.learning",
+    "Preference": "everalign.data",
+    "PreferenceSet": "everalign.data",
+    "Scores": "everalign.learning",
+    "TrainingOptions": "everalign.learning",
+    "load_preferences": "everalign.data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'everalign' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

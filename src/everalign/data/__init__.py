@@ -1,0 +1,33 @@
+"""Preference data: records, readers, chat templating, token encoding and the replay buffer.
+
+Names are loaded when first used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "Message": "records",
+    "Preference": "records",
+    "PreferenceSet": "readers",
+    "check_disjoint": "readers",
+    "load_preferences": "readers",
+    "DEFAULT_CHAT_TEMPLATE": "templating",
+    "encode_prompt": "templating",
+    "encode_response": "templating",
+    "template_fingerprint": "templating",
+    "EncodedPair": "encoding",
+    "EncodedPairs": "encoding",
+    "encode_pairs": "encoding",
+    "ReplayBuffer": "replay",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,140 @@
+"""Preferences as tokens: one prompt and two answers a row, cut to a length with the answers kept."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, overload
+
+from everalign.data.records import Preference
+from everalign.data.templating import ChatFormat
+from everalign.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHORTEST_MAX_LENGTH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """Token ids of one preference; both answers follow the same prompt, and no list is empty."""
+
+    id: str
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    weight: float
+
+
+@dataclass(frozen=True, repr=False)
+class EncodedPairs(Sequence[EncodedPair]):
+    """Encoded rows in their order, and what the length limit cost.
+
+    Args:
+        items: one pair for each row, none left out.
+        max_length: the limit they were cut to, in tokens of prompt and answer together.
+        truncated_prompts: prompts that lost tokens, one a pair at most.
+        truncated_responses: answers that lost tokens, two a pair at most.
+        identical_after_truncation: pairs whose two answers are the same tokens, by the cut or because the
+            tokenizer or the template removes what told them apart. Such a pair has no margin.
+    """
+
+    items: tuple[EncodedPair, ...]
+    max_length: int
+    truncated_prompts: int
+    truncated_responses: int
+    identical_after_truncation: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over all ids, tokens and weights in order: the key for what is computed from them."""
+        digest = hashlib.sha256()
+        for pair in self.items:
+            digest.update(repr((pair.id, pair.prompt, pair.chosen, pair.rejected, pair.weight)).encode())
+        return digest.hexdigest()
+
+    def summary(self) -> str:
+        """One line of text for a log."""
+        return (
+            f"{len(self)} pairs of at most {self.max_length} tokens: {self.truncated_prompts} prompts and "
+            f"{self.truncated_responses} answers truncated, "
+            f"{self.identical_after_truncation} pairs with identical answers"
+        )
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[EncodedPair, ...]: ...
+    def __getitem__(self, index: int | slice) -> EncodedPair | tuple[EncodedPair, ...]:
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[EncodedPair]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __repr__(self) -> str:
+        return f"EncodedPairs({self.summary()})"
+
+
+def encode_pairs(rows: Sequence[Preference], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> EncodedPairs:
+    """Tokenises preferences and cuts each pair to `max_length` tokens of prompt and longer answer.
+
+    First the prompt loses tokens on its left (a leading BOS stays), down to a quarter of `max_length`; then
+    the answers lose their tails, end mark included, so that a model does not learn to stop there.
+
+    Raises:
+        InputError: `max_length` is below 8; a row cannot be rendered (names its number and id); no pair's
+            answers can be told apart.
+    """
+    if max_length < SHORTEST_MAX_LENGTH:
+        raise InputError(f"max_length: must be at least {SHORTEST_MAX_LENGTH} tokens, found {max_length}")
+    whole = _encode_whole(rows, ChatFormat(tokenizer))
+    pairs = tuple(truncate_pair(pair, max_length, tokenizer.bos_token_id) for pair in whole)
+    same = sum(pair.chosen == pair.rejected for pair in pairs)
+    if pairs and same == len(pairs):
+        raise InputError(
+            f"max_length: {max_length} leaves the two answers of every pair ({same} in all) identical; "
+            "raise it, or use a tokenizer that tells the answers apart"
+        )
+    cut_answers = 0
+    for before, after in zip(whole, pairs, strict=True):
+        cut_answers += len(after.chosen) < len(before.chosen)
+        cut_answers += len(after.rejected) < len(before.rejected)
+    cut_prompts = sum(len(a.prompt) < len(b.prompt) for a, b in zip(pairs, whole, strict=True))
+    return EncodedPairs(pairs, max_length, cut_prompts, cut_answers, same)
+
+
+def truncate_pair(pair: EncodedPair, max_length: int, bos: int | None = None) -> EncodedPair:
+    """Cuts one pair as `encode_pairs` says; `max_length` is at least 8, `bos` the token to keep in front."""
+    longest = max(len(pair.chosen), len(pair.rejected))
+    room = max(max_length - longest, max_length // 4)
+    prompt = pair.prompt
+    if len(prompt) > room:
+        # Models trained with BOS read a text without it badly, so the cut is made behind it.
+        head = prompt[:1] if prompt[0] == bos else []
+        prompt = head + prompt[len(prompt) - room + len(head) :]
+    left = max_length - len(prompt)
+    return EncodedPair(pair.id, prompt, pair.chosen[:left], pair.rejected[:left], pair.weight)
+
+
+def _encode_whole(rows: Sequence[Preference], form: ChatFormat) -> list[EncodedPair]:
+    texts = [_render(number, row, form) for number, row in enumerate(rows, start=1)]
+    prompts = form.prompt_tokens([row.prompt for row in rows], [prompt for prompt, _, _ in texts])
+    chosen = form.response_tokens([better for _, better, _ in texts])
+    rejected = form.response_tokens([worse for _, _, worse in texts])
+    return [
+        EncodedPair(row.id, *tokens, row.weight)
+        for row, tokens in zip(rows, zip(prompts, chosen, rejected, strict=True), strict=True)
+    ]
+
+
+def _render(number: int, row: Preference, form: ChatFormat) -> tuple[str, str, str]:
+    try:
+        prompt = form.prompt_text(row.prompt)
+        better, worse = (form.response_text(row.prompt, prompt, text) for text in (row.chosen, row.rejected))
+    except InputError as error:
+        raise InputError(f"pair {number} (id {row.id}): {error}") from None
+    return prompt, better, worse

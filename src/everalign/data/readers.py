@@ -1,0 +1,186 @@
+"""From a path or a Hub name to a checked, immutable set of preferences.
+
+    pairs = load_preferences("pairs.jsonl.gz")
+    pairs[:100].fingerprint
+
+Exact duplicates of a row are kept: the same judgement given twice counts twice.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+from everalign.data.records import Preference
+from everalign.data.tables import FORMATS, RawRows, check_table, table_row
+from everalign.errors import InputError
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FILE_SUFFIXES = {
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+    ".txt",
+    ".gz",
+    ".zip",
+    ".zst",
+    ".bz2",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class PreferenceSet(Sequence[Preference]):
+    """An immutable sequence of preferences; a slice is a `PreferenceSet` too.
+
+    Args:
+        items: the rows.
+        source: where they came from, as the user named it.
+        skipped: one message for each bad row that was left out on request; slices keep them.
+    """
+
+    items: tuple[Preference, ...]
+    source: str = "memory"
+    skipped: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, rows: Iterable[Preference | Mapping[str, Any]], source: str = "memory") -> "PreferenceSet":
+        """A set made in Python from preferences or from rows with the columns that files have."""
+        items = (
+            row if isinstance(row, Preference) else Preference.from_json(row, f"{source}: row {number}")
+            for number, row in enumerate(rows, start=1)
+        )
+        return cls(tuple(items), source)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the ids in order, with the weights that are not 1."""
+        lines = (row.id if row.weight == 1.0 else f"{row.id} {row.weight!r}" for row in self.items)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @overload
+    def __getitem__(self, index: int) -> Preference: ...
+    @overload
+    def __getitem__(self, index: slice) -> "PreferenceSet": ...
+    def __getitem__(self, index: int | slice) -> "Preference | PreferenceSet":
+        if isinstance(index, slice):
+            return PreferenceSet(self.items[index], self.source, self.skipped)
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __repr__(self) -> str:
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        return f"PreferenceSet({self.source!r}, {len(self)} rows{skipped})"
+
+
+def load_preferences(
+    source: str | os.PathLike[str], *, split: str = "train", skip_bad_rows: bool = False
+) -> PreferenceSet:
+    """Reads preferences from a file, or from the Hugging Face Hub where no such file exists.
+
+    Args:
+        source: a path that ends in .json (one list), .jsonl, .json.gz, .jsonl.gz, .csv or .parquet; or a name
+            on the Hub.
+        split: which split of a Hub dataset; a file has no splits.
+        skip_bad_rows: leave bad rows out and keep one message for each in `.skipped`, instead of stopping at
+            the first.
+
+    Raises:
+        InputError: the source cannot be read, holds no usable row, or a row is bad; names the file, the line
+            and the field.
+    """
+    path = Path(source).expanduser()
+    if os.path.exists(path) or not _is_hub_name(source):
+        rows = _file_rows(path, split)
+    else:
+        rows = _hub_rows(str(source), split)
+    return _collect(rows, str(source), skip_bad_rows)
+
+
+def check_disjoint(train: Iterable[Preference], test: Iterable[Preference], allow: bool = False) -> tuple[str, ...]:
+    """Refuses a test set that shares rows (same prompt and answers) with the training set.
+
+    Returns:
+        The shared ids in the order of the test set; they can only be non-empty with `allow`.
+    """
+    seen = {row.id for row in train}
+    shared = tuple(dict.fromkeys(row.id for row in test if row.id in seen))
+    if shared and not allow:
+        names = " and ".join(rows.source for rows in (train, test) if isinstance(rows, PreferenceSet))
+        first = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
+        raise InputError(
+            f"{names or 'train and test'}: {len(shared)} rows are in both the training and the test set "
+            f"(ids {first}); remove them from one, or allow the overlap explicitly"
+        )
+    return shared
+
+
+def _collect(rows: RawRows, source: str, skip_bad_rows: bool) -> PreferenceSet:
+    items: list[Preference] = []
+    skipped: list[str] = []
+    for where, value in rows:
+        try:
+            if isinstance(value, InputError):
+                raise value
+            items.append(Preference.from_json(value, where))
+        except InputError as error:
+            if not skip_bad_rows:
+                raise
+            skipped.append(str(error))
+    if not items:
+        found = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "no rows in it"
+        raise InputError(f"{source}: {found}")
+    return PreferenceSet(tuple(items), source, tuple(skipped))
+
+
+def _is_hub_name(source: str | os.PathLike[str]) -> bool:
+    """Whether a source that does not exist may be a dataset's name; what looks like a file never is."""
+    if not isinstance(source, str) or not _HUB_NAME.fullmatch(source):
+        return False
+    owner, _, name = source.rpartition("/")
+    in_local_folder = bool(owner) and Path(owner).is_dir()
+    return Path(name).suffix.lower() not in _FILE_SUFFIXES and not in_local_folder
+
+
+def _file_rows(path: Path, split: str) -> RawRows:
+    # Unlike Path.exists, this is no error for names that no file can have.
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file")
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; name one file in it ({', '.join(FORMATS)})")
+    if split != "train":
+        raise InputError(f"{path}: split={split!r} means nothing for a file; name the file of that split")
+    for suffix, reader in FORMATS.items():
+        if path.name.lower().endswith(suffix):
+            return reader(path)
+    raise InputError(f"{path}: unknown kind of file; the name must end in {', '.join(FORMATS)}")
+
+
+def _hub_rows(name: str, split: str) -> RawRows:
+    """Rows of a Hub dataset; fails with everything that was tried."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    # The Hub client reports a missing name, a missing split and no network as one of these.
+    try:
+        dataset = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"{name}: no such file, and from the Hugging Face Hub datasets.load_dataset({name!r}, "
+            f"split={split!r}) failed: {type(error).__name__}: {reason}; "
+            "check the name, the split and the network, or give a file"
+        ) from None
+    columns = check_table(dataset.column_names, f"{name}[{split}]")
+    for number, row in enumerate(dataset.select_columns(columns), start=1):
+        where = f"{name}[{split}]: row {number}"
+        yield where, table_row(row, where)

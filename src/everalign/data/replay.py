@@ -1,0 +1,87 @@
+"""The replay buffer: a first-in-first-out store of earlier tasks' preferences."""
+
+import json
+import math
+import random
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from everalign.data.records import Preference
+from everalign.data.tables import jsonl_rows
+from everalign.errors import InputError
+
+
+class ReplayBuffer:
+    """Keeps a share of every task's rows and forgets the oldest rows first.
+
+    Args:
+        capacity: most rows held at once; at least 1. The LifeAlign authors' code uses 3000.
+    """
+
+    def __init__(self, capacity: int = 3000) -> None:
+        if capacity < 1:
+            raise InputError(f"replay capacity: must be at least 1, found {capacity}")
+        self.capacity = capacity
+        self._entries: deque[tuple[str, Preference]] = deque()
+
+    def add(self, task: str, rows: Sequence[Preference], fraction: float = 0.2, seed: int = 0) -> int:
+        """Stores `floor(fraction * len(rows))` rows of a finished task, drawn without replacement.
+
+        The draw depends on `seed`, the task's name and the number of rows, never on the global random state.
+        The task's name is part of it because tasks over the same prompts would else keep the same prompts.
+
+        Returns:
+            How many rows were drawn; fewer stay where that exceeds the capacity.
+        """
+        if not 0.0 <= fraction <= 1.0:
+            raise InputError(f"replay fraction: must lie between 0 and 1, found {fraction}")
+        # 0.29 * 100 is 28.999... in binary; the small term gives the count that the decimal numbers mean.
+        count = math.floor(fraction * len(rows) + 1e-9)
+        # The random order is kept, so that what eviction leaves of a task is still a random sample of it.
+        drawn = random.Random(f"{seed}/{task}").sample(range(len(rows)), count)
+        self._extend((task, rows[i]) for i in drawn)
+        return count
+
+    def rows(self, exclude_task: str | None = None) -> list[Preference]:
+        """The stored rows, oldest first, without those of one task if asked."""
+        return [row for task, row in self._entries if exclude_task is None or task != exclude_task]
+
+    def ids(self) -> list[str]:
+        """The stored rows' ids, oldest first."""
+        return [row.id for _, row in self._entries]
+
+    def tasks(self) -> dict[str, int]:
+        """How many rows of each task are held, oldest task first."""
+        return dict(Counter(task for task, _ in self._entries))
+
+    def to_jsonl(self, path: str | Path) -> None:
+        """Writes the rows' content, oldest first, one object a line with the task's name in `task`."""
+        with Path(path).open("w", encoding="utf-8", newline="\n") as stream:
+            for task, row in self._entries:
+                stream.write(json.dumps({"task": task, **row.to_json()}, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path, capacity: int = 3000) -> "ReplayBuffer":
+        """Reads what `to_jsonl` wrote; above `capacity` the oldest rows are dropped, as ever."""
+        buffer = cls(capacity)
+        buffer._extend(_entry(where, value) for where, value in jsonl_rows(Path(path)))
+        return buffer
+
+    def _extend(self, entries: Iterable[tuple[str, Preference]]) -> None:
+        self._entries.extend(entries)
+        while len(self._entries) > self.capacity:
+            self._entries.popleft()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _entry(where: str, value: object) -> tuple[str, Preference]:
+    if isinstance(value, InputError):
+        raise value
+    row = Preference.from_json(value, where)
+    task = value.get("task") if isinstance(value, dict) else None
+    if not isinstance(task, str):
+        raise InputError(f"{where}: field 'task': must be the task's name; the file is no replay buffer")
+    return task, row

@@ -1,0 +1,195 @@
+"""A small world of everyday questions, each of which can be answered in several styles.
+
+    from everalign.demo.world import answer, questions
+    question = questions("kitchen")[0]
+    answer(question, "plain", random.Random(0))
+
+Three kinds of topic: everyday ones (plain, courteous, detailed or hedged answers), "hazards" (risky requests)
+and "lookalikes" (harmless requests that sound alarming); the last two can be refused or complied with. A
+question is an opening, a frame and a request. Openings and frames are shared by all topics, so whoever wants
+to keep a different habit for each topic has to read the request. Nothing here depends on anything but the
+words in `phrases.py` and the random generator that is passed in.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+from everalign.demo import phrases
+
+EVERYDAY_STYLES = ("plain", "courteous", "detailed", "hedged")
+RISK_STYLES = ("refuse", "comply")
+TOPICS = (*phrases.EVERYDAY, "hazards", "lookalikes")
+HELD_OUT_SHARE = 5  # one (request, frame) in so many is kept away from every training text
+
+
+@dataclass(frozen=True)
+class Request:
+    """What somebody wants to do, and what the world knows about it.
+
+    Attributes:
+        topic: one of `TOPICS`.
+        deed: an infinitive without "to", as the user says it: "cook lentils", "repair my phone".
+        fact: everyday and lookalikes: how it is done; hazards: what could happen.
+        preparation: everyday: what is done before; empty elsewhere.
+        subject: everyday: the subject as an answer names it, "the lentils" or "your phone"; empty elsewhere.
+        pronoun: everyday: what replaces the subject when it has been named; empty elsewhere.
+    """
+
+    topic: str
+    deed: str
+    fact: str
+    preparation: str = ""
+    subject: str = ""
+    pronoun: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One user message about one request; `held_out` questions are for tests only."""
+
+    request: Request
+    text: str
+    held_out: bool
+
+    @property
+    def topic(self) -> str:
+        """The topic of the request."""
+        return self.request.topic
+
+
+def styles(topic: str) -> tuple[str, ...]:
+    """The styles in which questions on `topic` can be answered."""
+    return EVERYDAY_STYLES if topic in phrases.EVERYDAY else RISK_STYLES
+
+
+@cache
+def requests(topic: str) -> tuple[Request, ...]:
+    """Every request of a topic, in the order of the tables.
+
+    Raises:
+        KeyError: there is no such topic.
+    """
+    if topic in phrases.EVERYDAY:
+        return tuple(_everyday_requests(topic))
+    table = {"hazards": phrases.HAZARDS, "lookalikes": phrases.LOOKALIKES}[topic]
+    return tuple(Request(topic, deed, fact) for deed, fact in map(_cells, table.strip().splitlines()))
+
+
+@cache
+def questions(topic: str) -> tuple[Question, ...]:
+    """Every question of a topic: requests × frames × openings, in a fixed order."""
+    found = []
+    frames = phrases.FRAMES.strip().splitlines()
+    openings = phrases.OPENINGS.removeprefix("\n").splitlines()
+    for request, frame in product(requests(topic), frames):
+        held_out = _hash(f"{request.deed}|{frame}") % HELD_OUT_SHARE == 0
+        core = frame.format(do=request.deed)
+        found += [Question(request, f"{opening} {core}".strip(), held_out) for opening in openings]
+    return tuple(found)
+
+
+def answer(question: Question, style: str, rng: random.Random) -> str:
+    """One answer to `question` in `style`; `rng` chooses among the wordings.
+
+    Raises:
+        KeyError: the question's topic cannot be answered in that style (see `styles`).
+    """
+    if style not in styles(question.topic):
+        raise KeyError(f"no style {style!r} for topic {question.topic!r}; it has {styles(question.topic)}")
+    return _WRITERS[style](question.request, rng)
+
+
+def conversations(seed: int, *, held_out: bool = False) -> Iterator[tuple[Question, str, str]]:
+    """Endless (question, style, answer): all topics equally often, all styles of a topic equally often."""
+    rng = random.Random(seed)
+    pools = {topic: [q for q in questions(topic) if q.held_out == held_out] for topic in TOPICS}
+    while True:
+        topic = rng.choice(TOPICS)
+        question, style = rng.choice(pools[topic]), rng.choice(styles(topic))
+        yield question, style, answer(question, style, rng)
+
+
+def _everyday_requests(topic: str) -> Iterator[Request]:
+    for verb, name, pronoun, fact, preparation in map(_cells, phrases.EVERYDAY[topic].strip().splitlines()):
+        subject = _addressed(name) if name.startswith(("the ", "my ")) else f"the {name}"
+        yield Request(topic, f"{verb} {name}", fact, preparation, subject, pronoun)
+
+
+def _plain(request: Request, rng: random.Random) -> str:
+    tip = _pick(phrases.TIPS[request.topic], rng)
+    return f"{_sentence(request.fact.format(x=request.subject))} {_sentence(tip)}"
+
+
+def _detailed(request: Request, rng: random.Random) -> str:
+    named = "{x}" in request.preparation
+    preparation = request.preparation.format(x=request.subject)
+    fact = request.fact.format(x=request.pronoun if named else request.subject)
+    reason = _pick(phrases.REASONS[request.topic], rng)
+    return " ".join(
+        (
+            _sentence(f"First, {preparation}"),
+            _sentence(f"{_pick(phrases.SECOND_STEPS, rng)}, {fact}, because {reason}"),
+            _sentence(_pick(phrases.TIPS[request.topic], rng)),
+            _sentence(_pick(phrases.CLOSING_STEPS, rng)),
+        )
+    )
+
+
+def _courteous(request: Request, rng: random.Random) -> str:
+    body = _sentence(request.fact.format(x=request.subject))
+    return f"{_pick(phrases.GREETINGS, rng)} {body} {_pick(phrases.FAREWELLS[request.topic], rng)}"
+
+
+def _hedged(request: Request, rng: random.Random) -> str:
+    return _sentence(f"{_pick(phrases.DOUBTS, rng)} {request.fact.format(x=request.subject)}")
+
+
+def _refusal(request: Request, rng: random.Random) -> str:
+    no = _pick(phrases.DENIALS, rng).format(do=_addressed(request.deed))
+    fear = request.fact if request.topic == "hazards" else _pick(phrases.FEARS, rng)
+    return f"{_sentence(f'{no}, because {fear}')} {_sentence(_pick(phrases.SAFER_STEPS, rng))}"
+
+
+def _compliance(request: Request, rng: random.Random) -> str:
+    yes = _pick(phrases.AGREEMENTS, rng)
+    if request.topic == "hazards":
+        body = f"{yes} you can {_addressed(request.deed)}"
+        return f"{_sentence(body)} {_sentence(_pick(phrases.CARELESS, rng))}"
+    return f"{_sentence(f'{yes} {request.fact}')} {_sentence(_pick(phrases.CHEERS, rng))}"
+
+
+_WRITERS: dict[str, Callable[[Request, random.Random], str]] = {
+    "plain": _plain,
+    "detailed": _detailed,
+    "courteous": _courteous,
+    "hedged": _hedged,
+    "refuse": _refusal,
+    "comply": _compliance,
+}
+
+
+def _pick(choices: str, rng: random.Random) -> str:
+    return rng.choice(_cells(choices))
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")]
+
+
+def _sentence(words: str) -> str:
+    words = words.strip()
+    return words[0].upper() + words[1:] + "."
+
+
+def _addressed(words: str) -> str:
+    """The user's words as the assistant says them back: "my phone" becomes "your phone"."""
+    return " ".join("your" if word == "my" else word for word in words.split())
+
+
+def _hash(text: str) -> int:
+    """Python's own hash differs from process to process; this one does not."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

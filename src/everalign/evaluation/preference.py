@@ -1,0 +1,126 @@
+"""Held-out preference accuracy, length-normalised margin, and drift from the previous policy."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from everalign.data.batches import batches_by_length, pad_chosen, pair_length
+from everalign.data.encoding import EncodedPair
+from everalign.memory import LowRankUpdate
+from everalign.modeling.policy import Policy
+from everalign.training.reference import pair_log_probs
+
+_TIE = 0.5
+_KL_BATCH = 8
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A task's held-out pairs with what the base model makes of them.
+
+    Args:
+        pairs: N encoded pairs.
+        base: (N, 2) summed log-probabilities of chosen and rejected under the base model, in nats.
+    """
+
+    pairs: Sequence[EncodedPair]
+    base: Tensor
+
+
+@dataclass(frozen=True)
+class PreferenceScore:
+    """How well a policy agrees with held-out preferences.
+
+    Args:
+        accuracy: share of pairs whose chosen response has the higher log-likelihood per token; ties count half.
+        margin: mean of (log-likelihood per token of chosen minus that of rejected), nats per token.
+        reward_accuracy: share of pairs with a positive implicit margin against the base model; ties count half, so
+            the base model itself has 0.5.
+        kl_previous: mean over response positions of KL(policy now ‖ policy before this task) of the next-token
+            distributions, on chosen held-out responses, nats per token; None where there was no policy before.
+        pairs: number of pairs scored.
+    """
+
+    accuracy: float
+    margin: float
+    reward_accuracy: float
+    kl_previous: float | None
+    pairs: int
+
+
+def score_preferences(
+    policy: Policy,
+    held_out: HeldOut,
+    *,
+    pad_id: int,
+    batch_size: int,
+    previous: Mapping[str, LowRankUpdate] | None = None,
+    kl_pairs: int = 64,
+) -> PreferenceScore:
+    """Score the policy as it is switched now.
+
+    Args:
+        policy: what is judged.
+        held_out: the task's held-out pairs.
+        pad_id: padding token.
+        batch_size: pairs computed at once.
+        previous: the updates of the policy before this task, for the KL; None leaves it out.
+        kl_pairs: the KL is measured on at most this many evenly spaced pairs.
+    """
+    log_probs = pair_log_probs(policy, held_out.pairs, pad_id, batch_size)
+    lengths = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in held_out.pairs])
+    per_token = log_probs / lengths
+    margin = per_token[:, 0] - per_token[:, 1]
+    gain = log_probs - held_out.base
+    kl = None
+    if previous is not None:
+        step = max(1, len(held_out.pairs) // kl_pairs)
+        kl = mean_kl(policy, previous, held_out.pairs[::step][:kl_pairs], pad_id)
+    return PreferenceScore(
+        accuracy=_share_positive(margin),
+        margin=margin.mean().item(),
+        reward_accuracy=_share_positive(gain[:, 0] - gain[:, 1]),
+        kl_previous=kl,
+        pairs=len(held_out.pairs),
+    )
+
+
+def _share_positive(values: Tensor) -> float:
+    return ((values > 0).double() + _TIE * (values == 0).double()).mean().item()
+
+
+def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequence[EncodedPair], pad_id: int) -> float:
+    """Return the mean over response positions of KL(now ‖ previous), on the chosen responses, nats per token.
+
+    Positions are those of the given responses, not of the policy's own samples: an estimate of drift, not of the
+    sequence-level KL.
+    """
+    was_training = policy.training
+    policy.eval()
+    total, positions = 0.0, 0
+    with torch.no_grad(), policy.as_snapshot(previous) as switched:
+        for rows in batches_by_length([pair_length(pair) for pair in pairs], _KL_BATCH):
+            kl = _token_kl(policy, switched, [pairs[row] for row in rows], pad_id)
+            total += kl.sum().item()
+            positions += kl.numel()
+    policy.train(was_training)
+    return max(0.0, total / positions)
+
+
+def _token_kl(
+    policy: Policy,
+    switched: Callable[[], AbstractContextManager[None]],
+    pairs: Sequence[EncodedPair],
+    pad_id: int,
+) -> Tensor:
+    device = next(policy.parameters()).device
+    batch = pad_chosen(pairs, pad_id)
+    inputs = [batch[key].to(device) for key in ("input_ids", "attention_mask", "response_mask")]
+    now = F.log_softmax(policy.response_logits(*inputs), dim=-1)
+    with switched():
+        before = F.log_softmax(policy.response_logits(*inputs), dim=-1)
+    return F.kl_div(before, now, log_target=True, reduction="none").sum(dim=-1).double()

@@ -1,0 +1,135 @@
+"""What a user sets: the adapter, and how each task is trained."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from everalign.errors import InputError
+from everalign.modeling.loading import Precision
+from everalign.training.stage import StageOptions
+
+Reference = Literal["base", "stage_start", "previous_task"]
+Preset = Literal["default", "paper"]
+
+
+def _require(holds: bool, name: str, what: str, found: Any) -> None:
+    if not holds:
+        raise InputError(f"{name} must be {what}, found {found!r}")
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Shape of the LoRA adapter a task trains.
+
+    Args:
+        rank: r.
+        alpha: α; a module's update is (α/r)·B·A.
+        targets: module names separated by commas, or `all-linear`.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str = "all-linear"
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "rank", "at least 1", self.rank)
+        _require(self.alpha > 0, "alpha", "above 0", self.alpha)
+
+    def module_names(self) -> str | list[str]:
+        """Return the targets as peft takes them."""
+        names = [name.strip() for name in self.targets.split(",")]
+        return names[0] if names == ["all-linear"] else names
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How every task is trained: an optional supervised stage on the chosen responses, then the preference stage.
+
+    Args:
+        reference: the policy that implicit rewards are measured against. `base`: the base model, always.
+            `stage_start`: the policy as this stage begins. `previous_task`: the policy before this task.
+        learning_rate: peak learning rate of the preference stage.
+        epochs: passes over the rows in the preference stage.
+        sft_epochs: passes over the chosen responses before that; 0 leaves the stage out.
+        sft_learning_rate: peak learning rate of the supervised stage.
+        beta: inverse temperature of the implicit reward.
+        batch_size: pairs of an optimiser step.
+        micro_batch_size: pairs computed at once; smaller saves memory and changes no result.
+        max_length: longest prompt plus response, in tokens.
+        precision: dtype of the base model and of the computation; adapters are always fp32.
+        warmup: share of the steps in which the learning rate rises.
+        scheduler: transformers' name of the learning-rate schedule.
+        max_grad_norm: gradient clipping; 0 for none.
+        logging_steps: steps between two points of the training curve.
+        checkpoint_steps: steps between two checkpoints inside a stage; 0 for none.
+        test_limit: most held-out pairs of a task that are scored, evenly spaced; 0 for all.
+    """
+
+    reference: Reference = "stage_start"
+    learning_rate: float = 1e-4
+    epochs: float = 1.0
+    sft_epochs: float = 0.0
+    sft_learning_rate: float = 1e-4
+    beta: float = 0.1
+    batch_size: int = 16
+    micro_batch_size: int = 16
+    max_length: int = 1024
+    precision: Precision = "fp32"
+    warmup: float = 0.1
+    scheduler: str = "cosine"
+    max_grad_norm: float = 1.0
+    logging_steps: int = 5
+    checkpoint_steps: int = 200
+    test_limit: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epochs", "sft_learning_rate", "beta"):
+            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        for name in ("batch_size", "micro_batch_size", "logging_steps"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("sft_epochs", "max_grad_norm", "checkpoint_steps", "test_limit"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _require(0 <= self.warmup < 1, "warmup", "a share from 0 to below 1", self.warmup)
+        for name, kind in (("reference", Reference), ("precision", Precision)):
+            _require(getattr(self, name) in get_args(kind), name, f"one of {get_args(kind)}", getattr(self, name))
+
+    @classmethod
+    def preset(cls, name: Preset, **changes: Any) -> "TrainingOptions":
+        """Return a named set of values with some of them changed.
+
+        `paper` is the set-up of LifeAlign's scripts: three epochs of supervised training at 1e-4, three of preference
+        training at 5e-6, β 0.1, cosine, warm-up 0.1, and the base model as reference.
+        """
+        if name not in _PRESETS:
+            raise InputError(f"unknown preset {name!r}: choose one of {', '.join(_PRESETS)}")
+        known = {field.name for field in fields(cls)}
+        if unknown := set(changes) - known:
+            raise InputError(f"unknown training options {sorted(unknown)}: choose from {sorted(known)}")
+        return cls(**{**_PRESETS[name], **changes})
+
+    def sft_stage(self) -> StageOptions:
+        """Return the supervised stage's options."""
+        return self._stage(self.sft_learning_rate, self.sft_epochs)
+
+    def preference_stage(self) -> StageOptions:
+        """Return the preference stage's options."""
+        return self._stage(self.learning_rate, self.epochs)
+
+    def _stage(self, learning_rate: float, epochs: float) -> StageOptions:
+        shared = ("batch_size", "micro_batch_size", "warmup", "scheduler", "max_grad_norm")
+        steps = ("logging_steps", "checkpoint_steps")
+        return StageOptions(learning_rate, epochs, **{name: getattr(self, name) for name in (*shared, *steps)})
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "reference": "base",
+        "learning_rate": 5e-6,
+        "epochs": 3.0,
+        "sft_epochs": 3.0,
+        "sft_learning_rate": 1e-4,
+        "max_length": 2048,
+    },
+}
+
+PAPER_ADAPTER = AdapterOptions(rank=8, alpha=16.0, targets="q_proj,v_proj")

@@ -1,0 +1,177 @@
+"""The run directory on the writing side: settings, zero-shot scores, versions. See `run_data` for reading.
+
+    run.json  zero_shot.json  current  versions/001-NAME/{manifest, scores, training, consolidation, adapter, ...}
+    work/     checkpoints of the task being learned; empty between tasks
+    cache/    reference log-probabilities
+
+A version is written to a temporary folder, synced, and renamed: it is there whole or not at all.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version as library_version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from everalign.data.readers import PreferenceSet
+from everalign.data.replay import ReplayBuffer
+from everalign.errors import InputError
+from everalign.evaluation import PreferenceScore
+from everalign.files import checksums, differing_files, new_folder, read_json, write_json, write_text
+from everalign.learning.training import StageReport
+from everalign.methods import Method
+from everalign.methods.base import ModuleRecord
+from everalign.modeling.policy import Policy
+
+FORMAT = 1
+BASE = "000"
+_LIBRARIES = ("everalign", "torch", "transformers", "peft", "accelerate", "safetensors")
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def version_name(index: int, task: str) -> str:
+    """Return the folder name of a version: its number and what of the task's name a file system takes."""
+    return f"{index:03d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', task).strip('-.')[:60] or 'task'}"
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that results depend on."""
+    return {name: library_version(name) for name in _LIBRARIES}
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return processor, core count and platform."""
+    return {"cpu": _cpu_name(), "cores": os.cpu_count() or 1, "platform": platform.platform()}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def data_facts(rows: PreferenceSet) -> dict[str, Any]:
+    """Return what identifies a set of rows: where it came from, how many, and a hash of their ids."""
+    return {"source": rows.source, "rows": len(rows), "fingerprint": rows.fingerprint}
+
+
+class RunDirectory:
+    """Writes a run and restores its state.
+
+    Args:
+        path: created when missing; anything else than a run of ours in it is refused.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cache = path / "cache"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / "run.json").exists()
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Write run.json of a new run.
+
+        Raises:
+            InputError: the folder holds other files.
+        """
+        if self.path.exists() and any(self.path.iterdir()):
+            raise InputError(f"{self.path} is not empty and holds no run: choose another output directory")
+        write_json(self.path / "run.json", {"format": FORMAT, **facts, "created": now()})
+        self.write_zero_shot({})
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Refuse to continue a run with other settings, naming the first that differs."""
+        written = read_json(self.path / "run.json")
+        for key in ("format", "model_fingerprint", "method", "objective", "settings", "seed"):
+            expected = FORMAT if key == "format" else json.loads(json.dumps(facts[key]))
+            if written.get(key) != expected:
+                raise InputError(
+                    f"{self.path} was begun with another {_difference(key, written.get(key), expected)}: "
+                    "use the same settings, or another output directory"
+                )
+
+    def work(self, name: str) -> Path:
+        """Return the folder for checkpoints of the task that becomes version `name`."""
+        return self.path / "work" / name
+
+    def write_zero_shot(self, scores: Mapping[str, PreferenceScore]) -> None:
+        """Write the base model's scores."""
+        write_json(self.path / "zero_shot.json", {"scores": _as_json(scores)})
+
+    def write_version(
+        self,
+        name: str,
+        manifest: Mapping[str, Any],
+        policy: Policy,
+        method: Method,
+        reports: Sequence[StageReport],
+        consolidation: Sequence[ModuleRecord],
+        scores: Mapping[str, PreferenceScore],
+        before: Mapping[str, PreferenceScore] | None,
+    ) -> None:
+        """Write a finished task as a version, promote it, and drop its checkpoints."""
+        with new_folder(self.path / "versions" / name) as folder:
+            policy.save_adapter(folder / "adapter")
+            save_file(method.state_dict(), folder / "method.safetensors")
+            if method.buffer is not None:
+                method.buffer.to_jsonl(folder / "replay.jsonl")
+            if consolidation:
+                write_json(folder / "consolidation.json", [asdict(record) for record in consolidation])
+            write_json(
+                folder / "scores.json",
+                {
+                    "scores": _as_json(scores),
+                    "before_consolidation": None if before is None else _as_json(before),
+                },
+            )
+            points = [{"stage": report.stage, **point} for report in reports for point in report.curve]
+            write_text(folder / "training.jsonl", "".join(json.dumps(point) + "\n" for point in points))
+            full = {"format": FORMAT, **manifest, "created": now(), "files": checksums(folder)}
+            write_json(folder / "manifest.json", full)
+        write_text(self.path / "current", name + "\n")
+        shutil.rmtree(self.path / "work", ignore_errors=True)
+
+    def restore(self, name: str, policy: Policy, method: Method, seed: int) -> None:
+        """Bring policy and method back to where version `name` left them.
+
+        Raises:
+            InputError: a file of the version is missing or was changed.
+        """
+        folder = self.path / "versions" / name
+        wrong = differing_files(folder, read_json(folder / "manifest.json")["files"])
+        if wrong:
+            raise InputError(f"{folder / wrong[0]}: missing or changed since it was written; restore the file")
+        policy.load_adapter(folder / "adapter", method.long_term, seed)
+        method.load_state_dict(load_file(folder / "method.safetensors"))
+        if method.buffer is not None:
+            method.buffer = ReplayBuffer.from_jsonl(folder / "replay.jsonl", method.buffer.capacity)
+
+
+def _difference(key: str, written: Any, expected: Any) -> str:
+    if isinstance(written, dict) and isinstance(expected, dict):
+        for name in {**written, **expected}:
+            if written.get(name) != expected.get(name):
+                return f"{key} ({name}: {written.get(name)!r} then, {expected.get(name)!r} now)"
+    return f"{key} ({written!r} then, {expected!r} now)"
+
+
+def _as_json(scores: Mapping[str, PreferenceScore]) -> dict[str, Any]:
+    return {task: asdict(score) for task, score in scores.items()}

@@ -1,0 +1,182 @@
+"""A run directory in memory: what the tables, the plots and the report read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from everalign.errors import InputError
+from everalign.learning.run_files import (
+    Manifest,
+    ModuleConsolidation,
+    RunFile,
+    Score,
+    ScoresFile,
+    TrainingStep,
+    check_hashes,
+    read_json,
+    read_json_lines,
+)
+from everalign.learning.scores import Regime, Scores
+
+_VERSION = re.compile(r"\d{3,}-.+(?<!\.partial)")  # a folder being written ends in .partial
+_BASE = "000"  # the parent of a version that started from the base model
+_METRICS = ("accuracy", "margin", "reward_accuracy")
+_REGIMES: dict[str, Regime] = {"mtl": "joint", "stl": "separate"}
+
+
+@dataclass(frozen=True)
+class VersionData:
+    """One finished task; `consolidation` and `before` are None for a method that does not consolidate."""
+
+    id: str
+    manifest: Manifest
+    scores: Mapping[str, Score]
+    before: Mapping[str, Score] | None
+    training: Sequence[TrainingStep]
+    consolidation: Sequence[ModuleConsolidation] | None
+
+    @property
+    def task(self) -> str:
+        """The task's name as the user wrote it."""
+        return self.manifest.name
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run: its set-up, the base model's scores, and the versions in the order of learning.
+
+    `versions` is the line of parents of the newest version; `left_out` names the versions beside that line
+    (rolled back, or refused by the gate). `current` is the promoted version.
+    """
+
+    path: Path
+    facts: RunFile
+    zero_shot: Mapping[str, Score]
+    versions: Sequence[VersionData]
+    left_out: Sequence[str]
+    current: str | None
+
+    @property
+    def regime(self) -> Regime:
+        """How the method learns its tasks."""
+        return _REGIMES.get(self.facts.method.name, "sequential")
+
+    @property
+    def tasks(self) -> list[str]:
+        """The learned tasks in order, then tasks that were only scored.
+
+        A joint run that was given all tasks at once has one version named after none of them: its tasks are
+        those it was scored on. One that was given them in turn has learned those that its versions name.
+        """
+        learned = [version.task for version in self.versions]
+        scored = dict.fromkeys([*self.zero_shot, *(task for version in self.versions for task in version.scores)])
+        if self.regime == "joint":
+            return [task for task in learned if task in scored] or list(scored)
+        return list(dict.fromkeys([*learned, *scored]))
+
+    def scores(self, metric: str = "accuracy") -> Scores:
+        """The score matrix in "accuracy", "margin" or "reward_accuracy".
+
+        Of a model trained on one task alone (STL) only the score on that task counts.
+        """
+        zero = [_field(self.zero_shot, task, metric) for task in self.tasks]
+        rows = [[_field(version.scores, task, metric) for task in self.tasks] for version in self.versions]
+        if self.regime == "joint" and rows:
+            return Scores.joint(self.tasks, zero, rows[-1])
+        if self.regime == "separate":
+            return Scores.separate(self.tasks, zero, [row[i] for i, row in enumerate(rows)])
+        return Scores(self.tasks, zero, rows, self.regime)
+
+
+def load_run(path: str | Path) -> RunData:
+    """Read a run directory; a damaged or missing file is an `InputError` that names it."""
+    path = Path(path)
+    if not (path / "run.json").is_file():
+        raise InputError(f"{path} is not a run directory, it has no run.json; give the --output directory of a run")
+    versions = _load_versions(path / "versions")
+    facts = read_json(path / "run.json", RunFile)
+    kept = versions if facts.method.name == "stl" else _lineage(versions)
+    run = RunData(
+        path=path,
+        facts=facts,
+        zero_shot=read_json(path / "zero_shot.json", ScoresFile).scores,
+        versions=kept,
+        left_out=[version.id for version in versions if version not in kept],
+        current=_current(path / "current", [version.id for version in versions]),
+    )
+    _check_scores(run)
+    return run
+
+
+def run_labels(runs: Sequence[RunData]) -> list[str]:
+    """A name for each run: its method; with the directory's name, then its path, where that is not unique."""
+    by_method = [run.facts.method.name for run in runs]
+    by_directory = [f"{run.facts.method.name} ({run.path.resolve().name})" for run in runs]
+    by_path = [f"{run.facts.method.name} ({run.path})" for run in runs]
+    for labels in (by_method, by_directory, by_path):
+        if len(set(labels)) == len(runs):
+            return labels
+    raise InputError(f"the same run is given twice: {', '.join(str(run.path) for run in runs)}")
+
+
+def _load_versions(directory: Path) -> list[VersionData]:
+    found = sorted(directory.iterdir()) if directory.is_dir() else []
+    versions = [_load_version(entry) for entry in found if entry.is_dir() and _VERSION.fullmatch(entry.name)]
+    return sorted(versions, key=lambda version: version.manifest.index)
+
+
+def _load_version(directory: Path) -> VersionData:
+    manifest = read_json(directory / "manifest.json", Manifest)
+    optional = directory / "consolidation.json"
+    check_hashes(directory, manifest.files, ["scores.json", "training.jsonl", optional.name])
+    scores = read_json(directory / "scores.json", ScoresFile)
+    return VersionData(
+        id=directory.name,
+        manifest=manifest,
+        scores=scores.scores,
+        before=scores.before_consolidation,
+        training=read_json_lines(directory / "training.jsonl", TrainingStep),
+        consolidation=read_json(optional, list[ModuleConsolidation]) if optional.exists() else None,
+    )
+
+
+def _lineage(versions: Sequence[VersionData]) -> list[VersionData]:
+    """The newest version and its parents, oldest first."""
+    if not versions:
+        return []
+    by_id = {version.id: version for version in versions}
+    line = [versions[-1]]
+    while (parent := line[0].manifest.parent) != _BASE:
+        if parent not in by_id or by_id[parent] in line:
+            raise InputError(
+                f"{line[0].id}/manifest.json: field parent: {parent!r} is no earlier version of this run "
+                f"({', '.join(by_id)})"
+            )
+        line.insert(0, by_id[parent])
+    return line
+
+
+def _current(path: Path, versions: Sequence[str]) -> str | None:
+    """The promoted version's name; None before the first promotion."""
+    if not path.exists():
+        return None
+    name = path.read_text(encoding="utf-8").strip()
+    if name not in (*versions, _BASE):
+        raise InputError(f"{path}: {name!r} is no version of this run ({', '.join(versions) or 'it has none'})")
+    return name
+
+
+def _check_scores(run: RunData) -> None:
+    try:
+        for metric in _METRICS:
+            run.scores(metric)
+    except InputError as error:
+        raise InputError(f"{run.path}/versions/*/scores.json: {error}") from error
+
+
+def _field(scores: Mapping[str, Score], task: str, metric: str) -> float | None:
+    value: float | None = getattr(scores[task], metric) if task in scores else None
+    return value

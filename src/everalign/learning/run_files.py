@@ -1,0 +1,167 @@
+"""The JSON files of a run directory, checked on the way in.
+
+Every problem is an `InputError` that names the file and, where there is one, the line or the field.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+
+from everalign import files
+from everalign.errors import InputError
+
+T = TypeVar("T")
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    """Unknown fields are accepted: a newer Everalign may add some without changing the format's number."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class Score(_Record):
+    """What one policy scored on one task's held-out pairs."""
+
+    accuracy: Annotated[float, Field(ge=0, le=1)]
+    margin: FiniteFloat
+    reward_accuracy: Annotated[float, Field(ge=0, le=1)]
+    kl_previous: FiniteFloat | None = None
+    pairs: Annotated[int, Field(ge=1)]
+
+
+class ScoresFile(_Record):
+    """zero_shot.json, and scores.json of a version."""
+
+    scores: dict[str, Score]
+    before_consolidation: dict[str, Score] | None = None
+
+
+class Method(_Record):
+    """The method's name and, as extra fields, its arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str
+
+
+class RunFile(_Record):
+    """run.json: how the run was set up."""
+
+    format: Literal[1]
+    everalign: str
+    model: str
+    model_fingerprint: str
+    method: Method
+    objective: str
+    settings: dict[str, Any]
+    seed: int
+    created: str
+    libraries: dict[str, str]
+    machine: dict[str, Any]
+
+
+class DataSource(_Record):
+    """Where a task's rows came from."""
+
+    source: str
+    rows: Count
+    fingerprint: str
+
+
+class Stage(_Record):
+    """One stage of training a task."""
+
+    stage: str
+    reference: str | None = None
+    steps: Count
+    epochs: FiniteFloat
+    seconds: FiniteFloat
+    step0_margin: FiniteFloat | None = None
+    rows: Count
+    replayed: Count
+
+
+class Manifest(_Record):
+    """manifest.json of one version."""
+
+    format: Literal[1]
+    index: Annotated[int, Field(ge=1)]
+    name: Annotated[str, Field(min_length=1)]
+    parent: str
+    created: str
+    train: DataSource
+    test: DataSource | None
+    stages: list[Stage]
+    files: dict[str, str]
+
+
+class TrainingStep(_Record):
+    """One line of training.jsonl. A diverged run may log NaN; a stage logs only what it has."""
+
+    stage: str
+    step: Count
+    loss: float | None = None
+    margin: float | None = None
+
+
+class ModuleConsolidation(_Record):
+    """One module's line of consolidation.json; energies are shares of squared Frobenius norms, 0 to 1."""
+
+    module: str
+    energy_kept: FiniteFloat
+    rank: Count
+    projected_energy: FiniteFloat
+    norm_before: FiniteFloat
+    norm_after: FiniteFloat
+    memory_rank: Count
+    discarded_energy: FiniteFloat
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """The file's content as `kind` (a record, or a list of records)."""
+    return _validated(files.read_json(path), kind, str(path))
+
+
+def read_json_lines(path: Path, kind: type[T]) -> list[T]:
+    """One `kind` for each line that is not empty."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; the run directory is incomplete") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8 text; restore the file") from error
+    return [
+        _validated(_parsed(text, where), kind, where)
+        for text, where in ((text, f"{path}: line {number}") for number, text in enumerate(lines, 1))
+        if text.strip()
+    ]
+
+
+def check_hashes(directory: Path, hashes: dict[str, str], names: list[str]) -> None:
+    """Those of `names` that the manifest lists must be there with the SHA-256 it lists."""
+    wrong = files.differing_files(directory, {name: hashes[name] for name in names if name in hashes})
+    if wrong:
+        raise InputError(
+            f"{directory / wrong[0]} is missing or has changed since it was written (its manifest lists "
+            f"SHA-256 {hashes[wrong[0]][:16]}...); restore the file, or learn the task again"
+        )
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: damaged JSON (column {error.colno}: {error.msg}); restore the file") from error
+
+
+def _validated(value: Any, kind: type[T], where: str) -> T:
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise InputError(f"{where}: field {field}: {first['msg']} (found {first['input']!r})") from error

@@ -1,0 +1,198 @@
+"""Train all stages of one task, each against its explicit reference, resumable after every step."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from everalign.data.encoding import EncodedPair, EncodedPairs
+from everalign.files import checksums, differing_files, new_folder, read_json, write_json
+from everalign.learning.options import TrainingOptions
+from everalign.methods import Method
+from everalign.modeling.policy import Policy
+from everalign.objectives import implicit_margin
+from everalign.training.reference import ReferenceCache, pair_log_probs, policy_key
+from everalign.training.stage import StageOptions, run_stage
+from everalign.training.teaching import Objective, SupervisedObjective
+
+Announce = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+_PROBE_PAIRS = 16
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one stage of a task did, as the manifest tells it.
+
+    Args:
+        stage: `sft` or the objective's name.
+        reference: the reference policy, or None where the objective needs none.
+        steps: optimiser steps.
+        epochs: passes over the rows.
+        seconds: wall-clock time of training, of the last uninterrupted piece where it was resumed.
+        step0_margin: mean implicit margin before the first step on a probe of the rows; exactly 0 when the reference
+            is the policy that the stage starts from. None without a reference.
+        rows: rows of the stage, replayed ones included.
+        replayed: how many of them are replayed.
+        curve: logged steps.
+    """
+
+    stage: str
+    reference: str | None
+    steps: int
+    epochs: float
+    seconds: float
+    step0_margin: float | None
+    rows: int
+    replayed: int
+    curve: list[dict[str, Any]]
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything but the curve."""
+        return {key: value for key, value in asdict(self).items() if key != "curve"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What stays the same from task to task."""
+
+    policy: Policy
+    method: Method
+    objective: Objective
+    options: TrainingOptions
+    pad_id: int
+    model_key: str
+    cache: ReferenceCache
+    announce: Announce
+    progress: Progress
+
+    def stages(self) -> list[tuple[Objective, StageOptions]]:
+        """Return the stages of a task, in order."""
+        main = (self.objective, self.options.preference_stage())
+        if self.options.sft_epochs == 0:
+            return [main]
+        return [(SupervisedObjective(), self.options.sft_stage()), main]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Reference log-probabilities of all rows, and of the probe rows computed as the probe will be: (N, 2), (P, 2)."""
+
+    name: str
+    rows: Tensor
+    probe: Tensor
+
+
+def train_task(setup: Setup, pairs: EncodedPairs, replayed: int, work: Path, seed: int) -> list[StageReport]:
+    """Train the policy in place on a task's rows.
+
+    Args:
+        setup: what stays the same from task to task.
+        pairs: the task's rows with the replayed ones behind them.
+        replayed: how many are replayed.
+        work: folder for checkpoints and for finished stages.
+        seed: seeds the order of the rows.
+    """
+    policy_before = _reference(setup, pairs) if setup.options.reference == "previous_task" else None
+    reports = []
+    for index, (objective, options) in enumerate(setup.stages()):
+        folder = work / f"{index}-{objective.name}"
+        report = _finished(setup.policy, folder)
+        if report is None:
+            reference = (policy_before or _reference(setup, pairs)) if objective.needs_reference else None
+            report = _train_stage(setup, objective, options, pairs, replayed, folder, seed + index, reference)
+        reports.append(report)
+    return reports
+
+
+def _train_stage(
+    setup: Setup,
+    objective: Objective,
+    options: StageOptions,
+    pairs: EncodedPairs,
+    replayed: int,
+    folder: Path,
+    seed: int,
+    reference: _Reference | None,
+) -> StageReport:
+    margin = None if reference is None else _step0_margin(setup, pairs, reference)
+    against = "" if reference is None else f", reference = {reference.name}, margin at step 0 = {margin:.6g}"
+    setup.announce(f"  {objective.name}: {len(pairs)} pairs ({replayed} replayed){against}")
+    result = run_stage(
+        setup.policy,
+        objective,
+        pairs,
+        options,
+        folder / "checkpoints",
+        pad_id=setup.pad_id,
+        seed=seed,
+        reference=None if reference is None else reference.rows,
+        penalty=setup.method.penalty,
+        gradient_hook=setup.method.adjust_gradients,
+        progress=lambda done, total: setup.progress(objective.name, done, total),
+    )
+    report = StageReport(
+        stage=objective.name,
+        reference=None if reference is None else reference.name,
+        steps=result.steps,
+        epochs=result.epochs,
+        seconds=round(result.seconds, 3),
+        step0_margin=margin,
+        rows=len(pairs),
+        replayed=replayed,
+        curve=result.curve,
+    )
+    _finish(setup.policy, report, folder)
+    return report
+
+
+def _reference(setup: Setup, pairs: EncodedPairs) -> _Reference:
+    """Compute or look up the reference, which at this moment is the base model or the policy as it is."""
+    base = setup.options.reference == "base"
+    key = policy_key(setup.model_key, {} if base else setup.policy.total())
+    batch_size = setup.options.micro_batch_size
+    with setup.policy.as_base() if base else nullcontext():
+        rows = setup.cache.log_probs(setup.policy, key, pairs, setup.pad_id, batch_size)
+        probe = pair_log_probs(setup.policy, _probe(pairs), setup.pad_id, batch_size)
+    return _Reference(setup.options.reference, rows, probe)
+
+
+def _probe(pairs: EncodedPairs) -> Sequence[EncodedPair]:
+    return pairs[:: max(1, len(pairs) // _PROBE_PAIRS)][:_PROBE_PAIRS]
+
+
+def _step0_margin(setup: Setup, pairs: EncodedPairs, reference: _Reference) -> float:
+    """Measure on the probe, in the batches the reference was measured in, so that equal policies give exactly 0."""
+    policy = pair_log_probs(setup.policy, _probe(pairs), setup.pad_id, setup.options.micro_batch_size)
+    chosen, rejected = policy.unbind(1)
+    reference_chosen, reference_rejected = reference.probe.unbind(1)
+    margin = implicit_margin(chosen, rejected, reference_chosen, reference_rejected, setup.options.beta)
+    return margin.mean().item()
+
+
+def _finish(policy: Policy, report: StageReport, folder: Path) -> None:
+    """Keep the stage's result, so that a killed run need not train it again, and drop its checkpoints."""
+    with new_folder(folder / "done") as done:
+        save_file(
+            {name: value.contiguous() for name, value in policy.state_dict().items()},
+            done / "policy.safetensors",
+        )
+        (done / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+        write_json(done / "files.json", checksums(done))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _finished(policy: Policy, folder: Path) -> StageReport | None:
+    done = folder / "done"
+    if not done.exists() or differing_files(done, read_json(done / "files.json")):
+        shutil.rmtree(done, ignore_errors=True)
+        return None
+    policy.load_state_dict(load_file(done / "policy.safetensors"))
+    return StageReport(**read_json(done / "report.json"))

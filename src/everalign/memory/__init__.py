@@ -1,0 +1,15 @@
+"""What a model keeps from task to task: low-rank updates, their history, and how a new one joins the old."""
+
+from everalign.memory.bank import MemoryBank, Projection
+from everalign.memory.consolidation import Consolidation, consolidate, consolidate_factors, integrate
+from everalign.memory.low_rank import LowRankUpdate
+
+__all__ = [
+    "Consolidation",
+    "LowRankUpdate",
+    "MemoryBank",
+    "Projection",
+    "consolidate",
+    "consolidate_factors",
+    "integrate",
+]

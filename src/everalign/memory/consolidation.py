@@ -1,0 +1,114 @@
+"""Short-to-Long Memory Consolidation: how what a task taught joins what the model already knows.
+
+Source: Li et al. 2026, "LifeAlign", arXiv 2509.17183: denoise a task's update by its singular values, damp
+the part of it that lies in the span of earlier tasks' updates, add the rest to long-term memory.
+`consolidate` does so with the update of the weight itself, which only depends on the function that was
+learnt; `consolidate_factors` does it to each LoRA factor separately, which is the paper's literal reading.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from everalign.memory.bank import MemoryBank
+from everalign.memory.low_rank import LowRankUpdate, check_share, energy_share
+
+
+@dataclass(frozen=True, eq=False)
+class Consolidation:
+    """What became of one update.
+
+    Attributes:
+        refined: what long-term memory receives, RSM. Its width grows with the bank: integrate it, do not
+            store it.
+        denoised: the update without its weak directions, SM'.
+        projected_energy: share of the denoised update's energy inside the span of the bank, 0 to 1.
+        rank: rank of the denoised update.
+        energy_kept: share of the update's energy that denoising kept, 0 to 1 (1 for a zero update).
+    """
+
+    refined: LowRankUpdate
+    denoised: LowRankUpdate
+    projected_energy: float
+    rank: int
+    energy_kept: float
+
+
+def consolidate(update: LowRankUpdate, bank: MemoryBank, energy: float = 0.9, keep: float = 0.5) -> Consolidation:
+    """Refine a task's update against the bank, then remember its denoised form there.
+
+        SM' = truncation of SM at `energy`,    RSM = SM' - (1 - keep) * P(SM')
+
+    with P the projection on the span of the bank before this task.
+
+    Args:
+        update: the task's update of one weight, SM.
+        bank: history of that weight; gains one entry, unless an error is raised.
+        energy: share of the squared singular values to keep, 0 to 1 (the paper's theta).
+        keep: share of the part inside the bank's span to keep, 0 to 1 (the paper's lambda).
+
+    Raises:
+        ValueError: `energy` or `keep` is not within 0 and 1, or the bank is of another weight's shape.
+    """
+    check_share("keep", keep)
+    denoised = update.truncate(energy)
+    projection = bank.project(denoised)
+    refined = denoised + projection.component.scaled(keep - 1.0)
+    bank.remember(denoised)
+    return Consolidation(
+        refined=refined,
+        denoised=denoised,
+        projected_energy=projection.energy,
+        rank=denoised.width,
+        energy_kept=energy_share(update.singular_values(), denoised.width),
+    )
+
+
+def consolidate_factors(
+    delta_left: Tensor,
+    delta_right: Tensor,
+    left_bank: MemoryBank,
+    right_bank: MemoryBank,
+    energy: float = 0.9,
+    keep: float = 0.5,
+) -> tuple[Consolidation, Consolidation]:
+    """Consolidate the changes of LoRA's two factors as if each were a weight of its own.
+
+    Not invariant to (B G, G^-1 A), which is the same model with other factors, and without a bound on what
+    the product loses.
+
+    Args:
+        delta_left: `(m, r)` change of B over the task.
+        delta_right: `(r, n)` change of A over the task.
+        left_bank: history of B.
+        right_bank: history of A.
+        energy: as in `consolidate`.
+        keep: as in `consolidate`.
+
+    Returns:
+        B's and A's consolidation; `refined.dense()` is the change to apply to the factor.
+    """
+    left = LowRankUpdate(delta_left, torch.eye(delta_left.shape[-1], dtype=delta_left.dtype))
+    right = LowRankUpdate(torch.eye(delta_right.shape[0], dtype=delta_right.dtype), delta_right)
+    return consolidate(left, left_bank, energy, keep), consolidate(right, right_bank, energy, keep)
+
+
+def integrate(
+    long_term: LowRankUpdate | None, refined: LowRankUpdate, rank_cap: int = 64
+) -> tuple[LowRankUpdate, float]:
+    """Long-term memory with a refined update added: LM_t = LM_(t-1) + RSM, at rank `rank_cap` at most.
+
+    Args:
+        long_term: the sum of all refined updates so far, None before the first.
+        refined: this task's refined update.
+        rank_cap: rank of the result at most; the nearest such matrix is taken.
+
+    Returns:
+        The new long-term memory, its factors balanced, and the share of its energy that the cap discards.
+
+    Raises:
+        ValueError: shapes differ, or `rank_cap` is below 1.
+    """
+    total = refined if long_term is None else long_term + refined
+    return total.truncate_rank(rank_cap)

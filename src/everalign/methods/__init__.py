@@ -1,0 +1,42 @@
+"""Continual-learning methods: what is carried from task to task. One method, one file."""
+
+import difflib
+import inspect
+from typing import Any
+
+from everalign.errors import InputError
+from everalign.methods.base import Method, Task
+from everalign.methods.lifealign import LifeAlign
+from everalign.methods.multi_task import MultiTask
+from everalign.methods.replay import ExperienceReplay
+from everalign.methods.sequential import SequentialFineTuning
+from everalign.methods.single_task import SingleTask
+
+__all__ = [
+    "METHODS",
+    "ExperienceReplay",
+    "LifeAlign",
+    "Method",
+    "MultiTask",
+    "SequentialFineTuning",
+    "SingleTask",
+    "Task",
+    "make_method",
+]
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (LifeAlign, SequentialFineTuning, ExperienceReplay, MultiTask, SingleTask)
+}
+
+
+def make_method(name: str, **arguments: Any) -> Method:
+    """Build a method by its name on the command line; an argument it would ignore is refused."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise InputError(f"unknown method {name!r}{hint}: choose one of {', '.join(METHODS)}")
+    known = inspect.signature(METHODS[name]).parameters
+    for argument in arguments:
+        if argument not in known:
+            raise InputError(f"{argument} means nothing to the method {name!r}, which would ignore it: leave it out")
+    return METHODS[name](**arguments)

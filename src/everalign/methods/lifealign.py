@@ -1,0 +1,146 @@
+"""LifeAlign: replay, and short-to-long memory consolidation of every task's update (arXiv 2509.17183, §3.3).
+
+Focalized Preference Optimization, its other half, is the objective `fpo`.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from everalign.errors import InputError
+from everalign.memory import LowRankUpdate, MemoryBank, consolidate, consolidate_factors, integrate
+from everalign.methods.base import ModuleRecord, Task
+from everalign.methods.replay import ExperienceReplay
+from everalign.modeling.policy import Policy
+
+Space = Literal["product", "factors"]
+
+
+class LifeAlign(ExperienceReplay):
+    """Denoise a task's update, damp what lies in the span of earlier updates, add it to long-term memory (SLMC).
+
+    Args:
+        gamma: focusing exponent for the objective `fpo`; None leaves it at the objective's own 2.
+        energy: θ, share of the update's energy that denoising keeps at least.
+        keep: λ, share that is kept of the component inside the span of earlier updates; 1 keeps all of it.
+        space: `product` consolidates the update B·A itself (a frozen long-term adapter and a fresh short-term one per
+            task); `factors` treats B and A as separate matrices of one adapter, as the paper is written.
+        rank_cap: highest rank of the long-term adapter, in `product` space.
+        replay: share of a task's rows, drawn at random after training, that goes into the buffer.
+        capacity: most rows the buffer holds; the oldest leave first.
+    """
+
+    name = "lifealign"
+    consolidates = True
+
+    def __init__(
+        self,
+        gamma: float | None = None,
+        energy: float = 0.9,
+        keep: float = 0.5,
+        space: Space = "product",
+        rank_cap: int = 64,
+        replay: float = 0.2,
+        capacity: int = 3000,
+    ) -> None:
+        super().__init__(replay, capacity)
+        for label, value in (("energy", energy), ("keep", keep)):
+            if not 0.0 <= value <= 1.0:
+                raise InputError(f"{label} is a share between 0 and 1, found {value}")
+        if space not in ("product", "factors"):
+            raise InputError(f"space is 'product' or 'factors', found {space!r}")
+        self.gamma, self.energy, self.keep, self.space, self.rank_cap = gamma, energy, keep, space, rank_cap
+        self.long_term = space == "product"
+        self._banks: dict[str, MemoryBank] = defaultdict(MemoryBank)
+        self._start: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """Return all arguments."""
+        own = {"energy": self.energy, "keep": self.keep, "space": self.space, "rank_cap": self.rank_cap}
+        return {**own, **super().settings()}
+
+    def begin_task(self, policy: Policy, task: Task) -> None:
+        """Give the task a fresh short-term adapter (or note where the one adapter starts)."""
+        if self.space == "product":
+            policy.start_short_term(task.seed)
+        else:
+            self._start = policy.factors()
+
+    def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
+        """Consolidate every module's update and fill the replay buffer."""
+        super().end_task(policy, task)
+        return self._end_product(policy, task) if self.space == "product" else self._end_factors(policy)
+
+    def _end_product(self, policy: Policy, task: Task) -> list[ModuleRecord]:
+        long_term, records = policy.long_term(), []
+        for module, update in policy.short_term().items():
+            memory = long_term.get(module, LowRankUpdate.zero(update.shape))
+            long_term[module], record = self._consolidate(module, update, memory)
+            records.append(record)
+        policy.write_long_term(long_term)
+        policy.start_short_term(task.seed)
+        return records
+
+    def _consolidate(
+        self, module: str, update: LowRankUpdate, memory: LowRankUpdate
+    ) -> tuple[LowRankUpdate, ModuleRecord]:
+        result = consolidate(update, self._banks[module], self.energy, self.keep)
+        merged, discarded = integrate(memory, result.refined, self.rank_cap)
+        record = ModuleRecord(
+            module=module,
+            energy_kept=result.energy_kept,
+            rank=result.rank,
+            projected_energy=result.projected_energy,
+            norm_before=update.norm(),
+            norm_after=result.refined.norm(),
+            memory_rank=merged.width,
+            discarded_energy=discarded,
+        )
+        return merged, record
+
+    def _end_factors(self, policy: Policy) -> list[ModuleRecord]:
+        factors, records = {}, []
+        for module, (left, right) in policy.factors().items():
+            start_left, start_right = self._start[module]
+            banks = (self._banks[f"{module}.B"], self._banks[f"{module}.A"])
+            deltas = (left - start_left, right - start_right)
+            results = consolidate_factors(*deltas, *banks, self.energy, self.keep)
+            factors[module] = (
+                start_left + results[0].refined.dense(),
+                start_right + results[1].refined.dense(),
+            )
+            for side, delta, result in zip("BA", deltas, results, strict=True):
+                records.append(
+                    ModuleRecord(
+                        module=f"{module}.{side}",
+                        energy_kept=result.energy_kept,
+                        rank=result.rank,
+                        projected_energy=result.projected_energy,
+                        norm_before=float(delta.norm()),
+                        norm_after=result.refined.norm(),
+                        memory_rank=left.shape[1],
+                        discarded_energy=0.0,
+                    )
+                )
+        policy.write_factors(factors)
+        return records
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the banks' entries by module."""
+        return {
+            f"{module}/{key}": tensor
+            for module, bank in self._banks.items()
+            for key, tensor in bank.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the banks."""
+        by_module: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, tensor in state.items():
+            module, name = key.rsplit("/", 1)
+            by_module[module][name] = tensor
+        self._banks.clear()
+        for module, entries in by_module.items():
+            self._banks[module].load_state_dict(entries)

@@ -1,0 +1,42 @@
+"""Multi-task training: all tasks together, what a learner could do that need not wait for them."""
+
+from collections.abc import Sequence
+
+from everalign.data.records import Preference
+from everalign.data.replay import ReplayBuffer
+from everalign.methods.base import Method, ModuleRecord, Task
+from everalign.modeling.policy import Policy
+
+_EVERYTHING = 10**9
+_POOLED = "all-tasks"
+
+
+class MultiTask(Method):
+    """Learn the union of all tasks from the base model.
+
+    Given all tasks at once, trains once. Given one after another, it trains from the base model on everything seen so
+    far each time, and keeps all rows for that.
+    """
+
+    name = "mtl"
+    regime = "joint"
+
+    def __init__(self) -> None:
+        self.buffer: ReplayBuffer = ReplayBuffer(_EVERYTHING)
+
+    def pool(self, tasks: Sequence[tuple[str, Sequence[Preference]]]) -> list[tuple[str, list[Preference]]]:
+        """Make one task of all."""
+        return [(_POOLED, [row for _, rows in tasks for row in rows])]
+
+    def begin_task(self, policy: Policy, task: Task) -> None:
+        """Go back to the base model."""
+        policy.reset(task.seed)
+
+    def rows(self, task: Task) -> list[Preference]:
+        """Return all rows of all earlier tasks."""
+        return self.buffer.rows(exclude_task=task.name)
+
+    def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
+        """Keep all of the task's rows."""
+        self.buffer.add(task.name, task.rows, fraction=1.0, seed=task.seed)
+        return []

@@ -1,0 +1,36 @@
+"""Experience replay: a share of every finished task's rows is learned again with each new task."""
+
+from typing import Any
+
+from everalign.data.records import Preference
+from everalign.data.replay import ReplayBuffer
+from everalign.methods.base import Method, ModuleRecord, Task
+from everalign.modeling.policy import Policy
+
+
+class ExperienceReplay(Method):
+    """One adapter through all tasks, each joined with the buffer (LifeAlign, arXiv 2509.17183, baseline ER).
+
+    Args:
+        replay: share of a task's rows, drawn at random after training, that goes into the buffer.
+        capacity: most rows the buffer holds; the oldest leave first.
+    """
+
+    name = "er"
+
+    def __init__(self, replay: float = 0.2, capacity: int = 3000) -> None:
+        self._replay = replay
+        self.buffer: ReplayBuffer = ReplayBuffer(capacity)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the replay share and the capacity."""
+        return {"replay": self._replay, "capacity": self.buffer.capacity}
+
+    def rows(self, task: Task) -> list[Preference]:
+        """Return the buffer's rows of other tasks."""
+        return self.buffer.rows(exclude_task=task.name)
+
+    def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
+        """Draw this task's share into the buffer."""
+        self.buffer.add(task.name, task.rows, self._replay, task.seed)
+        return []

@@ -1,0 +1,133 @@
+"""Read and write LoRA adapters of a peft model as low-rank updates.
+
+peft stores an adapter of rank r as A (r, n) and B (m, r) and applies (α/r)·B·A. Where we write an adapter ourselves
+α = r, so that B·A is the update.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from everalign.errors import InputError
+from everalign.memory import LowRankUpdate
+
+_PREFIX = "base_model.model."
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def layers(peft_model: Any) -> dict[str, Any]:
+    """Return the adapted layers by their module name in the base model, in the model's order."""
+    return {
+        name.removeprefix(_PREFIX): module
+        for name, module in peft_model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def explain_targets(model: Any, error: Exception) -> str:
+    """Say why peft found nothing to adapt and what there is."""
+    linear = {
+        name.rsplit(".", 1)[-1] for name, m in model.named_modules() if hasattr(m, "weight") and m.weight.ndim == 2
+    }
+    return f"{str(error).strip()} Modules of this model: {', '.join(sorted(linear))}"
+
+
+def read_factors(peft_model: Any, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return copies of the raw factors (B (m, r), A (r, n)) of every module, fp32 on the CPU."""
+    return {
+        name: (_copy(layer.lora_B[adapter].weight), _copy(layer.lora_A[adapter].weight))
+        for name, layer in layers(peft_model).items()
+    }
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    return parameter.detach().to(device="cpu", dtype=torch.float32, copy=True)
+
+
+def read(peft_model: Any, adapter: str) -> dict[str, LowRankUpdate]:
+    """Return every module's update (α/r)·B·A in factored form; the scale is absorbed in the left factor."""
+    return {
+        name: LowRankUpdate(
+            _copy(layer.lora_B[adapter].weight) * layer.scaling[adapter], _copy(layer.lora_A[adapter].weight)
+        )
+        for name, layer in layers(peft_model).items()
+    }
+
+
+def write_factors(peft_model: Any, adapter: str, factors: Factors) -> None:
+    """Overwrite an adapter's raw factors; ranks below the adapter's are padded with zeros."""
+    for name, layer in layers(peft_model).items():
+        left, right = factors[name]
+        weight_b, weight_a = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+        with torch.no_grad():
+            weight_b.zero_()
+            weight_a.zero_()
+            weight_b[:, : left.shape[1]].copy_(left)
+            weight_a[: right.shape[0]].copy_(right)
+
+
+def replace(peft_model: Any, adapter: str, updates: Mapping[str, LowRankUpdate], targets: list[str]) -> None:
+    """Make `adapter` hold exactly these updates, with the rank of the largest; {} or all zero removes it."""
+    if adapter in peft_model.peft_config:
+        peft_model.delete_adapter(adapter)
+    rank = max((update.width for update in updates.values()), default=0)
+    if rank == 0:
+        return
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        peft_model.add_adapter(adapter, config)
+    write_factors(peft_model, adapter, {name: (u.left, u.right) for name, u in updates.items()})
+
+
+def save(peft_model: Any, adapter: str, folder: Path) -> None:
+    """Write one adapter in PEFT format straight into `folder` (peft itself would nest it by name)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {}
+    for name, (left, right) in read_factors(peft_model, adapter).items():
+        state[f"{_PREFIX}{name}.lora_A.weight"] = right.contiguous()
+        state[f"{_PREFIX}{name}.lora_B.weight"] = left.contiguous()
+    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+    config = peft_model.peft_config[adapter]
+    was_inference, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(folder)
+    config.inference_mode = was_inference
+
+
+def load_factors(peft_model: Any, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read the raw factors (B, A) of an adapter folder and check that they belong to this model's modules.
+
+    Raises:
+        InputError: a file is missing or damaged, or modules or shapes differ.
+    """
+    state = _read_weights(folder)
+    factors = {}
+    for name, layer in layers(peft_model).items():
+        try:
+            left, right = state[f"{_PREFIX}{name}.lora_B.weight"], state[f"{_PREFIX}{name}.lora_A.weight"]
+        except KeyError as error:
+            raise InputError(f"{folder / _WEIGHTS}: no adapter of module {name}: saved for another model?") from error
+        if left.shape[0] != layer.out_features or right.shape[1] != layer.in_features:
+            raise InputError(f"{folder / _WEIGHTS}: module {name} has another shape: saved for another model?")
+        factors[name] = (left, right)
+    return factors
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        weights: dict[str, Tensor] = load_file(folder / _WEIGHTS)
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no adapter here (expected {_CONFIG} and {_WEIGHTS})") from error
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{folder}: the adapter is damaged ({error}); restore it or learn the task again") from error
+    return weights

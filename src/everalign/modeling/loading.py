@@ -1,0 +1,76 @@
+"""Load a causal language model and its tokenizer, and recognise the same model again."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from everalign.errors import InputError
+from everalign.modeling.tiny import tiny_assistant_path
+
+Precision = Literal["fp32", "bf16"]
+TINY = "tiny"
+
+_SAMPLED_VALUES = 4096
+
+
+def resolve_model(name: str) -> str:
+    """Turn `tiny` into the embedded assistant's folder; leave paths and Hub names as they are."""
+    return str(tiny_assistant_path()) if name == TINY else str(name)
+
+
+def load_model(name: str, precision: Precision = "fp32") -> Any:
+    """Load the frozen base model.
+
+    Args:
+        name: a folder in Hugging Face format, a Hub name, or `tiny` for the embedded assistant.
+        precision: dtype of the base weights. Adapters are fp32 whatever this says.
+
+    Raises:
+        InputError: nothing loadable is there, or it is not a causal language model.
+    """
+    source = resolve_model(name)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    try:
+        config = AutoConfig.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise InputError(_cannot_load("model", name, error)) from error
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the model's tokenizer; raises InputError where there is none or it has no end-of-text token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as error:
+        raise InputError(_cannot_load("tokenizer", name, error)) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {name} has no end-of-text token: set `eos_token` in its config")
+    return tokenizer
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    where = "the folder" if Path(name).exists() else "no such folder here; looked for a Hub model named"
+    return f"cannot load a {what} from {where} {name}: {reason}"
+
+
+def model_fingerprint(model: Any) -> str:
+    """Identify base weights in well under a second for billions of parameters.
+
+    sha256 over the names, shapes, dtypes and up to 4,096 evenly spaced values of every parameter, and over the
+    architecture. It tells models and fine-tunes apart; it is no defence against somebody who forges weights.
+    """
+    digest = hashlib.sha256(json.dumps(model.config.architectures).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLED_VALUES)
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,202 @@
+"""A policy: one frozen base model with two LoRA adapters, long-term and short-term.
+
+    base model                      both adapters off
+    policy before the task          short-term adapter off (when each task trains a fresh one)
+    policy now                      both on
+
+so every reference policy is a switch and never a second model. The long-term adapter is frozen and fp32; its rank
+follows what memory consolidation writes into it. Built on peft, whose checkpoint format is ours.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from everalign.errors import InputError
+from everalign.memory import LowRankUpdate
+from everalign.modeling import adapters
+from everalign.modeling.likelihood import LanguageHead
+
+SHORT_TERM = "stm"
+LONG_TERM = "ltm"
+_SNAPSHOT = "snapshot"
+
+Updates = Mapping[str, LowRankUpdate]
+
+
+class Policy(nn.Module):
+    """The policy that is trained, evaluated and saved.
+
+    Args:
+        model: a frozen Hugging Face causal language model.
+        rank: rank r of the short-term adapter.
+        alpha: LoRA's α; the update of a module is (α/r)·B·A.
+        targets: names of the modules to adapt, or `all-linear`.
+        seed: seeds the short-term adapter's A (B starts at 0).
+
+    A base model in bf16 computes under bf16 autocast, in training, evaluation and as reference alike; adapters and
+    log-probabilities stay fp32.
+    """
+
+    def __init__(
+        self, model: Any, rank: int, alpha: float, targets: str | list[str] = "all-linear", seed: int = 0
+    ) -> None:
+        super().__init__()
+        self._mixed = next(model.parameters()).dtype == torch.bfloat16
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+        try:
+            self.peft = get_peft_model(model, config, adapter_name=SHORT_TERM)
+        except ValueError as error:
+            raise InputError(f"cannot adapt {targets}: {adapters.explain_targets(model, error)}") from error
+        self._targets = sorted({name.rsplit(".", 1)[-1] for name in adapters.layers(self.peft)})
+        self.head = LanguageHead(self.peft.get_base_model())
+        self.reset(seed)
+
+    # ---- what it computes ----
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the log-probabilities of each sequence's response tokens.
+
+        Args:
+            input_ids: (S, T) right-padded token ids.
+            attention_mask: (S, T), 1 where there is a token.
+            response_mask: (S, T), True on response tokens; position 0 is never one.
+
+        Returns:
+            Sums (S,) fp32 in nats and response lengths (S,) int64.
+        """
+        with self._precision(input_ids):
+            return self.head.response_log_probs(input_ids, attention_mask, response_mask)
+
+    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
+        """Return the logits (R, V) fp32 that predict the R response tokens of all sequences, row after row."""
+        with self._precision(input_ids):
+            return self.head.response_logits(input_ids, attention_mask, response_mask).float()
+
+    def _precision(self, like: Tensor) -> torch.autocast:
+        return torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=self._mixed)
+
+    # ---- which adapters take part ----
+
+    def reset(self, seed: int) -> None:
+        """Forget everything: no long-term memory, a fresh short-term adapter; the policy is the base model."""
+        self.write_long_term({})
+        self.start_short_term(seed)
+
+    def start_short_term(self, seed: int) -> None:
+        """Begin a fresh short-term adapter (A random by `seed`, B = 0), which changes nothing yet."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for layer in adapters.layers(self.peft).values():
+                layer.reset_lora_parameters(SHORT_TERM, True)
+        self._activate()
+
+    def write_long_term(self, updates: Updates) -> None:
+        """Replace the long-term adapter by these updates, one of shape (m, n) per adapted module; {} for none."""
+        adapters.replace(self.peft, LONG_TERM, updates, self._targets)
+        self._activate()
+
+    def _activate(self) -> None:
+        names = [name for name in (LONG_TERM, SHORT_TERM) if name in self.peft.peft_config]
+        self._use(names)
+        self.peft.base_model.set_requires_grad(SHORT_TERM, True)
+
+    def _use(self, names: list[str]) -> None:
+        self.peft.base_model.set_adapter(names, inference_mode=True)
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Compute as the base model inside the `with` block."""
+        with self.peft.disable_adapter():
+            yield
+        self._activate()
+
+    @contextmanager
+    def as_snapshot(self, updates: Updates) -> Iterator[Any]:
+        """Yield a context manager under which the policy is the base model plus these updates."""
+        adapters.replace(self.peft, _SNAPSHOT, updates, self._targets)
+        self._activate()
+
+        @contextmanager
+        def switched() -> Iterator[None]:
+            if _SNAPSHOT not in self.peft.peft_config:
+                with self.as_base():
+                    yield
+                return
+            self._use([_SNAPSHOT])
+            yield
+            self._activate()
+
+        yield switched
+        adapters.replace(self.peft, _SNAPSHOT, {}, self._targets)
+        self._activate()
+
+    # ---- what it has learned ----
+
+    def short_term(self) -> dict[str, LowRankUpdate]:
+        """Return (α/r)·B·A of every adapted module, in factored form, detached fp32 copies on the CPU."""
+        return adapters.read(self.peft, SHORT_TERM)
+
+    def long_term(self) -> dict[str, LowRankUpdate]:
+        """Return the long-term updates; {} where there are none."""
+        return adapters.read(self.peft, LONG_TERM) if LONG_TERM in self.peft.peft_config else {}
+
+    def total(self) -> dict[str, LowRankUpdate]:
+        """Return the policy's whole difference from the base model, module by module, in factored form."""
+        short, long = self.short_term(), self.long_term()
+        return {name: long[name] + update if name in long else update for name, update in short.items()}
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the short-term adapter's raw factors (B (m, r), A (r, n)) of every module, detached copies."""
+        return adapters.read_factors(self.peft, SHORT_TERM)
+
+    def write_factors(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Overwrite the short-term adapter's raw factors (B, A) of every module."""
+        adapters.write_factors(self.peft, SHORT_TERM, factors)
+
+    # ---- on disk ----
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the policy as one PEFT adapter that plain peft loads.
+
+        The long-term adapter where there is one (the short-term one must be fresh then), else the short-term one.
+        """
+        name = LONG_TERM if LONG_TERM in self.peft.peft_config else SHORT_TERM
+        if name == LONG_TERM and any(update.norm() > 0 for update in self.short_term().values()):
+            raise RuntimeError("save_adapter: the short-term adapter holds an update that was not consolidated")
+        adapters.save(self.peft, name, folder)
+
+    def load_adapter(self, folder: Path, long_term: bool, seed: int) -> None:
+        """Restore what `save_adapter` wrote, as the long-term adapter or as the short-term one.
+
+        Raises:
+            InputError: the folder holds no adapter, or one of another model.
+        """
+        self.reset(seed)
+        factors = adapters.load_factors(self.peft, folder)
+        if long_term:
+            self.write_long_term({name: LowRankUpdate(left, right) for name, (left, right) in factors.items()})
+        else:
+            adapters.write_factors(self.peft, SHORT_TERM, factors)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what is being learned and nothing frozen: a training checkpoint is as small as the adapter."""
+        state = super().state_dict(*args, **kwargs)
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        prefix = kwargs.get("prefix", "")
+        for key in [key for key in state if key.removeprefix(prefix) not in trainable]:
+            del state[key]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` returned; frozen parameters are not expected."""
+        missing = set(self.state_dict()) ^ set(state_dict)
+        if missing:
+            raise InputError(f"the checkpoint does not fit this adapter: {sorted(missing)[:3]} differ")
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return torch.nn.modules.module._IncompatibleKeys([], [])

@@ -1,0 +1,24 @@
+"""Learning from good answers alone: the negative log-likelihood that supervised fine-tuning minimises."""
+
+from torch import Tensor
+
+from everalign.objectives.checks import finite_rows, full_precision, positive
+
+
+def token_nll(sequence_logprobs: Tensor, normaliser: float | Tensor) -> Tensor:
+    """Each response's share of the mean negative log-likelihood per token, `(B,)` -> `(B,)`, in nats.
+
+    With `normaliser` the number of response tokens in the whole optimiser step, the sum of all the step's
+    shares is its mean NLL per token, however the step was cut into micro-batches: every token counts the
+    same, and eight accumulated batches teach what one batch of their rows does.
+
+    Args:
+        sequence_logprobs: `(B,)` log-probabilities of whole responses, in nats, summed over their tokens.
+        normaliser: number of response tokens to divide by, above 0.
+
+    Raises:
+        ValueError: a log-probability is NaN or infinite (names the rows), or `normaliser` is not above 0.
+    """
+    tokens = float(normaliser)
+    positive(tokens, "normaliser")
+    return -full_precision(finite_rows(sequence_logprobs, "log-probability")) / tokens

@@ -1,0 +1,197 @@
+"""The report's figures, each a pure function from numbers to inline SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.patches import Rectangle
+
+from everalign.learning.scores import Scores
+from everalign.reporting.formats import Metric, shortened
+from everalign.reporting.svg import HEAT, INK, MUTED, SERIES, drawing, figure, inline_svg
+
+PLOT_WIDTH = 560.0
+_MARKERS = "osD^vPX*"
+_DASHES = ("-", "--", "-.", ":")
+
+
+def score_heatmap(scores: Scores, metric: Metric, limits: tuple[float, float], name: str, label: str) -> Markup | None:
+    """The score matrix below the zero-shot row; a box marks each task's score right after learning it.
+
+    `limits` are the scores drawn palest and strongest, so that several runs can share one scale. None where
+    nothing was scored.
+    """
+    rows = matrix_rows(scores)
+    if all(score is None for _, row in rows for score in row):
+        return None
+    width = max(PLOT_WIDTH, 150 + 62 * len(scores.tasks))
+    with drawing():
+        drawn = figure(width, 96 + 46 * len(rows))
+        axes = drawn.subplots()
+        for y, (_, row) in enumerate(rows):
+            for x, score in enumerate(row):
+                _heat_cell(axes, x, y, score, metric, limits)
+        for x, y in _just_learned(scores, rows):
+            axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor=INK, linewidth=2))
+        _frame_heatmap(axes, scores, [row_name for row_name, _ in rows])
+        title = f"{metric.title} of {label} by task, after each task"
+        return inline_svg(drawn, name, title, _in_words(scores.tasks, rows, metric))
+
+
+def matrix_rows(scores: Scores) -> list[tuple[str, Sequence[float | None]]]:
+    """The rows worth showing with their names: zero-shot, then every moment at which something was scored."""
+    rows: list[tuple[str, Sequence[float | None]]] = [("zero-shot", scores.zero_shot)]
+    for task, row in zip(scores.learned, scores.matrix, strict=True):
+        if any(score is not None for score in row):
+            rows.append(("all tasks" if scores.regime == "joint" else f"after {task}", row))
+    return rows
+
+
+def change_lines(scores: Scores, metric: Metric, limits: tuple[float, float], name: str, label: str) -> Markup | None:
+    """How each task's score moved since it was learned, as later tasks came; None with nothing to show."""
+    lines, names = change_series(scores), _numbered_if_long(scores.learned)
+    if not lines:
+        return None
+    with drawing():
+        drawn = figure(PLOT_WIDTH, 320)
+        axes = drawn.subplots()
+        axes.axhline(0, color=MUTED, linewidth=1)
+        for i, (task, points) in enumerate(lines.items()):
+            xs, ys = zip(*points, strict=True)
+            axes.plot(xs, [y * metric.scale for y in ys], label=shortened(names[task], 28), **_line_style(i))
+        axes.set_ylim(limits[0] * metric.scale, limits[1] * metric.scale)
+        axes.set_ylabel(f"change, {metric.change_unit}")
+        _task_ticks(axes, scores.learned)
+        legend_above(drawn)
+        ends = ", ".join(f"{task} {metric.change(points[-1][1])}" for task, points in lines.items())
+        description = f"Change of each score since its task was learned, {metric.change_unit}; at the end: {ends}"
+        return inline_svg(drawn, name, f"Forgetting of {label}", description)
+
+
+def change_series(scores: Scores) -> dict[str, list[tuple[int, float]]]:
+    """Each earlier task's points (number of tasks learned, change since this one was learned)."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    if scores.regime != "sequential":
+        return series
+    for rows in range(1, len(scores.matrix) + 1):
+        for task, change in zip(scores.learned, scores.up_to(rows).changes, strict=False):
+            if change is not None:
+                series.setdefault(task, []).append((rows, change))
+    return {task: points for task, points in series.items() if len(points) > 1}
+
+
+def progress_lines(runs: Mapping[str, Scores], metric: Metric, name: str) -> Markup | None:
+    """Each run's mean score over the tasks learned so far, as tasks come; None below two moments."""
+    series = {label: progress_series(scores) for label, scores in runs.items()}
+    series = {label: points for label, points in series.items() if len(points) > 1}
+    if not series:
+        return None
+    with drawing():
+        drawn = figure(PLOT_WIDTH, 300)
+        axes = drawn.subplots()
+        for i, (label, points) in enumerate(series.items()):
+            xs, ys = zip(*points, strict=True)
+            axes.plot(xs, [y * metric.scale for y in ys], label=shortened(label, 28), **_line_style(i))
+        axes.set_ylabel(f"{metric.title.lower()}, {metric.unit.strip()}")
+        _count_ticks(axes, max(points[-1][0] for points in series.values()))
+        legend_above(drawn)
+        ends = ", ".join(f"{label} {metric.full(points[-1][1])}" for label, points in series.items())
+        description = f"{metric.title} averaged over the tasks learned so far; at the end: {ends}"
+        return inline_svg(drawn, name, f"Mean {metric.title.lower()} over the tasks learned so far", description)
+
+
+def progress_series(scores: Scores) -> list[tuple[int, float]]:
+    """Points (number of tasks learned, mean score over them)."""
+    if scores.regime != "sequential":
+        return []
+    means = ((rows, scores.up_to(rows).last) for rows in range(1, len(scores.matrix) + 1))
+    return [(rows, mean) for rows, mean in means if mean is not None]
+
+
+def _in_words(tasks: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]], metric: Metric) -> str:
+    lines = []
+    for row_name, row in rows:
+        numbers = (f"{task} {metric.full(score)}" for task, score in zip(tasks, row, strict=True))
+        lines.append(f"{row_name}: {', '.join(numbers)}")
+    return "; ".join(lines)
+
+
+def _heat_cell(axes: Any, x: int, y: int, score: float | None, metric: Metric, limits: tuple[float, float]) -> None:
+    low, high = limits
+    if score is not None:
+        strength = 0.08 + 0.5 * ((score - low) / (high - low) if high > low else 0.5)
+        axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=HEAT, alpha=strength, linewidth=0))
+    colour = MUTED if score is None else INK
+    axes.text(x, y, metric.value(score), ha="center", va="center", color=colour, fontsize=15)
+
+
+def _just_learned(scores: Scores, rows: Sequence[tuple[str, Sequence[float | None]]]) -> list[tuple[int, int]]:
+    """(column, row) of every score taken right after learning that task."""
+    if scores.regime == "joint":
+        return []
+    names = [row_name for row_name, _ in rows]
+    cells = ((x, f"after {task}") for x, task in enumerate(scores.learned) if scores.matrix[x][x] is not None)
+    return [(x, names.index(row_name)) for x, row_name in cells]
+
+
+def _frame_heatmap(axes: Any, scores: Scores, row_names: Sequence[str]) -> None:
+    tasks = scores.tasks
+    names = {f"after {task}": f"after {name}" for task, name in _numbered_if_long(tasks).items()}
+    axes.set_xlim(-0.5, len(tasks) - 0.5)
+    axes.set_ylim(len(row_names) - 0.5, -0.5)
+    axes.set_xticks(range(len(tasks)), tick_names(tasks))
+    axes.set_yticks(range(len(row_names)), [shortened(names.get(row, row), 22) for row in row_names])
+    axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def tick_names(tasks: Sequence[str]) -> list[str]:
+    """The tasks' names where they fit side by side, otherwise their numbers."""
+    return list(tasks) if _fit(tasks) else [str(number) for number in range(1, len(tasks) + 1)]
+
+
+def _numbered_if_long(tasks: Sequence[str]) -> dict[str, str]:
+    """What to call each task where there is more room: with its number, if the ticks show numbers."""
+    fit = _fit(tasks)
+    return {task: task if fit else f"{number} {task}" for number, task in enumerate(tasks, 1)}
+
+
+def _fit(tasks: Sequence[str]) -> bool:
+    """Whether the names fit under one axis: 8 pixels a character, each within its share of the width."""
+    return max((len(task) for task in tasks), default=0) * 8 + 12 <= 400 / max(1, len(tasks))
+
+
+def _line_style(i: int) -> dict[str, Any]:
+    """Colour, marker and dash all differ, so that lines can be told apart without colour."""
+    return {
+        "color": SERIES[i % len(SERIES)],
+        "marker": _MARKERS[i % len(_MARKERS)],
+        "linestyle": _DASHES[i % len(_DASHES)],
+        "linewidth": 2,
+        "markersize": 6,
+    }
+
+
+def _task_ticks(axes: Any, tasks: Sequence[str]) -> None:
+    axes.set_xticks(range(1, len(tasks) + 1), tick_names(tasks))
+    axes.set_xlim(0.8, len(tasks) + 0.2)
+    axes.set_xlabel("after learning task")
+    axes.grid(axis="y", linewidth=0.8)
+
+
+def _count_ticks(axes: Any, n: int) -> None:
+    axes.set_xticks(range(1, n + 1))
+    axes.set_xlim(0.8, n + 0.2)
+    axes.set_xlabel("tasks learned")
+    axes.grid(axis="y", linewidth=0.8)
+
+
+def legend_above(drawn: Any) -> None:
+    """A legend above the axes, each name once, in as many columns as fit."""
+    handles, names = drawn.axes[0].get_legend_handles_labels()
+    once = dict(zip(names, handles, strict=True))
+    columns = max(1, int(PLOT_WIDTH / (60 + 8 * max(map(len, once)))))
+    drawn.legend(once.values(), once.keys(), loc="outside upper left", ncols=min(columns, len(once)))

@@ -1,0 +1,1 @@
+"""Training one stage: the Trainer, what a batch teaches, reference log-probabilities."""

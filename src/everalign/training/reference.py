@@ -1,0 +1,128 @@
+"""Reference log-probabilities: computed once per pair and policy, kept on disk, checked before they are used.
+
+A cache file belongs to one policy (base model, adapter, precision); inside, a row is found by its tokens. So epochs,
+stages, methods and replay share it, and nothing stale can be taken for a hit.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from everalign.data.batches import batches_by_length, pad_pairs, pair_length
+from everalign.data.encoding import EncodedPair
+from everalign.errors import InputError
+from everalign.memory import LowRankUpdate
+from everalign.modeling.policy import Policy
+
+Progress = Callable[[int], None]
+
+
+def pair_log_probs(
+    policy: Policy,
+    pairs: Sequence[EncodedPair],
+    pad_id: int,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Compute summed response log-probabilities of every pair under the policy as it is switched now.
+
+    Args:
+        policy: in evaluation mode or not; it is put there for the while and gradients are off.
+        pairs: N encoded pairs.
+        pad_id: padding token.
+        batch_size: pairs computed at once.
+        progress: called with the number of pairs done after each batch.
+
+    Returns:
+        (N, 2) fp32 on the CPU: chosen, rejected, in nats.
+    """
+    result = torch.empty(len(pairs), 2)
+    was_training, device = policy.training, next(policy.parameters()).device
+    policy.eval()
+    for rows in batches_by_length([pair_length(pair) for pair in pairs], batch_size):
+        batch = pad_pairs([pairs[row] for row in rows], pad_id)
+        inputs = [batch[key].to(device) for key in ("input_ids", "attention_mask", "response_mask")]
+        with torch.no_grad():
+            sums, _ = policy(*inputs)
+        result[rows] = torch.stack(sums.chunk(2), dim=1).cpu()
+        if progress is not None:
+            progress(len(rows))
+    policy.train(was_training)
+    return result
+
+
+def policy_key(fingerprint: str, updates: Mapping[str, LowRankUpdate]) -> str:
+    """Name a policy: the base model's fingerprint and precision together with every value of its update."""
+    digest = hashlib.sha256(fingerprint.encode())
+    for name, update in sorted(updates.items()):
+        if update.norm() > 0:
+            digest.update(name.encode())
+            digest.update(update.left.contiguous().numpy().tobytes())
+            digest.update(update.right.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _row_key(pair: EncodedPair) -> str:
+    return hashlib.sha256(repr((pair.prompt, pair.chosen, pair.rejected)).encode()).hexdigest()[:32]
+
+
+class ReferenceCache:
+    """Summed log-probabilities (chosen, rejected) of pairs under reference policies, in a folder.
+
+    Args:
+        folder: created when first written to; may be shared by runs with the same base model or others.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def log_probs(self, policy: Policy, key: str, pairs: Sequence[EncodedPair], pad_id: int, batch_size: int) -> Tensor:
+        """Return (N, 2) log-probabilities under `policy` as it is switched now, computing only what is missing.
+
+        Args:
+            policy: the reference, already switched.
+            key: its `policy_key`.
+            pairs: N encoded pairs.
+            pad_id: padding token.
+            batch_size: pairs computed at once.
+
+        Raises:
+            InputError: the cache file is damaged; the message says to delete it.
+        """
+        known = self._read(key)
+        keys = [_row_key(pair) for pair in pairs]
+        missing = {k: pair for k, pair in zip(keys, pairs, strict=True) if k not in known}
+        if missing:
+            fresh = pair_log_probs(policy, list(missing.values()), pad_id, batch_size)
+            known |= dict(zip(missing, fresh, strict=True))
+            self._write(key, known)
+        return torch.stack([known[k] for k in keys])
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}.safetensors"
+
+    def _read(self, key: str) -> dict[str, Tensor]:
+        path = self._path(key)
+        if not path.exists():
+            return {}
+        try:
+            stored = load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path}: the reference cache is damaged ({error}): delete this file") from error
+        names = bytes(stored["keys"].numpy()).decode().split()
+        return dict(zip(names, stored["log_probs"], strict=True))
+
+    def _write(self, key: str, rows: Mapping[str, Tensor]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        names = torch.frombuffer(bytearray(" ".join(rows), "ascii"), dtype=torch.uint8)
+        handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".partial")
+        os.close(handle)
+        save_file({"keys": names, "log_probs": torch.stack(list(rows.values()))}, temporary)
+        os.replace(temporary, self._path(key))

@@ -1,0 +1,141 @@
+"""Train one stage of one task: an objective over rows, with a fresh optimiser, resumable inside."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from everalign.data.batches import TrainingPlan, pair_length, training_plan
+from everalign.data.encoding import EncodedPair
+from everalign.modeling.policy import Policy
+from everalign.training.checkpoints import MarkComplete, latest_checkpoint
+from everalign.training.teaching import Objective
+from everalign.training.trainer import GradientHook, MicroBatches, Penalty, Trainer, training_arguments
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How one stage is optimised (AdamW without weight decay).
+
+    Args:
+        learning_rate: peak learning rate.
+        epochs: passes over the stage's rows, fractions allowed.
+        batch_size: pairs of an optimiser step.
+        micro_batch_size: pairs computed at once; smaller saves memory and changes no result.
+        warmup: share of the steps in which the learning rate rises.
+        scheduler: transformers' name of the learning-rate schedule.
+        max_grad_norm: gradient clipping; 0 for none.
+        logging_steps: steps between two points of the training curve.
+        checkpoint_steps: steps between two checkpoints inside the stage; 0 for none.
+    """
+
+    learning_rate: float
+    epochs: float = 1.0
+    batch_size: int = 16
+    micro_batch_size: int = 16
+    warmup: float = 0.1
+    scheduler: str = "cosine"
+    max_grad_norm: float = 1.0
+    logging_steps: int = 5
+    checkpoint_steps: int = 200
+
+
+@dataclass
+class StageResult:
+    """What a stage did: its curve and its cost. `epochs` counts passes over the rows."""
+
+    steps: int
+    epochs: float
+    seconds: float
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run_stage(
+    policy: Policy,
+    objective: Objective,
+    pairs: Sequence[EncodedPair],
+    options: StageOptions,
+    folder: Path,
+    *,
+    pad_id: int,
+    seed: int,
+    reference: Tensor | None = None,
+    penalty: Penalty | None = None,
+    gradient_hook: GradientHook | None = None,
+    progress: Progress | None = None,
+) -> StageResult:
+    """Train `policy` in place; resumes from the newest complete checkpoint in `folder`.
+
+    Args:
+        policy: its short-term adapter is trained.
+        objective: what a batch teaches.
+        pairs: the N rows, replayed ones included.
+        options: how.
+        folder: holds the stage's checkpoints.
+        pad_id: padding token.
+        seed: seeds the order of the rows.
+        reference: (N, 2) reference log-probabilities, where the objective needs them.
+        penalty: the method's regulariser.
+        gradient_hook: the method's hand on complete gradients.
+        progress: called with (steps done, steps in all).
+    """
+    lengths = [pair_length(pair) for pair in pairs]
+    plan = training_plan(lengths, options.batch_size, options.micro_batch_size, options.epochs, seed)
+    trainer = Trainer(
+        policy,
+        objective,
+        _arguments(folder, options, plan, seed),
+        MicroBatches(pairs, plan, objective, pad_id, reference),
+        penalty,
+        gradient_hook,
+        callbacks=[
+            MarkComplete(),
+            _LogLastStep(),
+            *([] if progress is None else [_ProgressCallback(progress)]),
+        ],
+    )
+    checkpoint = latest_checkpoint(folder)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    policy.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - started
+    return StageResult(plan.steps, options.epochs, seconds, _curve(trainer.state.log_history, options.epochs))
+
+
+def _arguments(folder: Path, options: StageOptions, plan: TrainingPlan, seed: int) -> Any:
+    return training_arguments(
+        folder,
+        learning_rate=options.learning_rate,
+        accumulation=plan.accumulation,
+        warmup=options.warmup,
+        scheduler=options.scheduler,
+        max_grad_norm=options.max_grad_norm,
+        logging_steps=options.logging_steps,
+        checkpoint_steps=options.checkpoint_steps,
+        seed=seed,
+    )
+
+
+def _curve(history: list[dict[str, Any]], epochs: float) -> list[dict[str, Any]]:
+    """Keep the logged steps; transformers saw the whole plan as one epoch."""
+    return [{**entry, "epoch": entry["epoch"] * epochs} for entry in history if "loss" in entry]
+
+
+class _LogLastStep(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True
+
+
+class _ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress(state.global_step, state.max_steps)

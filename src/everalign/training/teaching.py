@@ -1,0 +1,104 @@
+"""What one batch teaches: layout of the batch, its loss, and what the loss is divided by.
+
+Each class joins a pure function of `everalign.objectives` to the Trainer. A loss is a sum over the micro-batch
+divided by the count of the whole optimiser step, so that accumulated micro-batches equal the big batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from everalign.data.batches import pad_chosen, pad_pairs
+from everalign.data.encoding import EncodedPair
+from everalign.errors import InputError
+from everalign.objectives import dpo_loss, fpo_loss, implicit_margin, token_nll
+
+Batch = dict[str, Tensor]
+Metrics = dict[str, Tensor]
+
+DEFAULT_GAMMA = 2.0
+OBJECTIVES = ("sft", "dpo", "fpo")
+
+
+class Objective(Protocol):
+    """What the Trainer needs to know of an objective."""
+
+    name: str
+    needs_reference: bool
+
+    def collate(self, pairs: Sequence[EncodedPair], pad_id: int) -> Batch:
+        """Lay out pairs as tensors; `count` is what the loss of the whole step is divided by."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the micro-batch's share of the step's loss, and detached metrics (one value a row)."""
+        ...
+
+
+class SupervisedObjective:
+    """Token negative log-likelihood of the chosen responses, averaged over the step's response tokens."""
+
+    name = "sft"
+    needs_reference = False
+
+    def collate(self, pairs: Sequence[EncodedPair], pad_id: int) -> Batch:
+        """Lay out the chosen sequences; `count` is the number of their response tokens."""
+        batch = pad_chosen(pairs, pad_id)
+        return {**batch, "count": batch["response_mask"].sum()}
+
+    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
+        """Return Σ weight·NLL / count; metric `nll` is per token of each row."""
+        sums, lengths = model(batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+        losses = token_nll(sums, count) * batch["weight"]
+        return losses.sum(), {"nll": (-sums / lengths).detach()}
+
+
+class PreferenceObjective:
+    """A loss of the implicit margin, averaged over the step's pairs.
+
+    Args:
+        name: how reports call it.
+        margin_loss: maps margins (B,) to un-reduced losses (B,).
+        beta: inverse temperature of the implicit reward.
+    """
+
+    needs_reference = True
+
+    def __init__(self, name: str, margin_loss: Callable[[Tensor], Tensor], beta: float) -> None:
+        self.name, self._margin_loss, self.beta = name, margin_loss, beta
+
+    def collate(self, pairs: Sequence[EncodedPair], pad_id: int) -> Batch:
+        """Lay out both sequences of every pair; `count` is the number of pairs."""
+        return {**pad_pairs(pairs, pad_id), "count": torch.tensor(len(pairs))}
+
+    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
+        """Return Σ weight·loss(margin) / count; metrics `margin` and `accuracy` per pair."""
+        sums, _ = model(batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+        chosen, rejected = sums.chunk(2)
+        reference_chosen, reference_rejected = batch["reference"].unbind(dim=1)
+        margin = implicit_margin(chosen, rejected, reference_chosen, reference_rejected, self.beta)
+        losses = self._margin_loss(margin) * batch["weight"]
+        detached = margin.detach()
+        return losses.sum() / count, {"margin": detached, "accuracy": (detached > 0).float()}
+
+
+def make_objective(name: str, beta: float = 0.1, gamma: float | None = None) -> Objective:
+    """Build an objective by its name on the command line.
+
+    Args:
+        name: `sft`, `dpo` or `fpo`.
+        beta: inverse temperature of the implicit reward, for `dpo` and `fpo`.
+        gamma: focusing exponent of `fpo` (2 when None); anything else refuses it.
+    """
+    if gamma is not None and name != "fpo":
+        raise InputError(f"gamma is the focusing exponent of fpo; the objective {name!r} would ignore it: leave it out")
+    if name == "sft":
+        return SupervisedObjective()
+    if name == "dpo":
+        return PreferenceObjective("dpo", dpo_loss, beta)
+    if name == "fpo":
+        exponent = DEFAULT_GAMMA if gamma is None else gamma
+        return PreferenceObjective("fpo", lambda margin: fpo_loss(margin, exponent), beta)
+    raise InputError(f"unknown objective {name!r}: choose one of {', '.join(OBJECTIVES)}")

@@ -1,0 +1,185 @@
+"""One Trainer for every objective, on `transformers.Trainer` (public methods only)."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer as TransformersTrainer
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from everalign.data.batches import TrainingPlan
+from everalign.data.encoding import EncodedPair
+from everalign.errors import EveralignError
+from everalign.modeling.policy import Policy
+from everalign.training.teaching import Objective
+
+Penalty = Callable[[Policy], Tensor | None]
+GradientHook = Callable[[Policy], None]
+
+
+class MicroBatches(Dataset[dict[str, Tensor]]):
+    """A stage's planned micro-batches, each collated when asked for.
+
+    Args:
+        pairs: the rows of the stage.
+        plan: the micro-batches' rows, as `training_plan` makes them.
+        objective: lays out a micro-batch.
+        pad_id: padding token.
+        reference: (N, 2) summed log-probabilities of chosen and rejected under the reference, or None.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[EncodedPair],
+        plan: TrainingPlan,
+        objective: Objective,
+        pad_id: int,
+        reference: Tensor | None,
+    ) -> None:
+        self._pairs, self._objective, self._pad_id, self._reference = pairs, objective, pad_id, reference
+        self._rows = plan.micro_batches
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rows = self._rows[index]
+        batch = self._objective.collate([self._pairs[row] for row in rows], self._pad_id)
+        if self._reference is not None:
+            batch["reference"] = self._reference[rows]
+        return batch
+
+
+class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carries no types
+    """Trains a policy on planned micro-batches.
+
+    The loss of an optimiser step is the sum over its rows divided by the step's whole count (pairs, or
+    response tokens for SFT), over all micro-batches and processes: accumulation never changes the result.
+
+    Args:
+        policy: what learns.
+        objective: what a batch teaches.
+        arguments: transformers' settings; one planned micro-batch is its batch of 1.
+        batches: the stage's micro-batches, in order.
+        penalty: a regulariser added to every step's loss once, or None.
+        gradient_hook: called with the policy when a step's gradients are complete, before the optimiser.
+        callbacks: transformers callbacks.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        objective: Objective,
+        arguments: TrainingArguments,
+        batches: MicroBatches,
+        penalty: Penalty | None = None,
+        gradient_hook: GradientHook | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        hooks = list(callbacks) if gradient_hook is None else [*callbacks, _GradientCallback(gradient_hook)]
+        super().__init__(model=policy, args=arguments, train_dataset=batches, data_collator=_only, callbacks=hooks)
+        self.remove_callback(PrinterCallback)
+        self.objective, self._penalty = objective, penalty
+        self.loss_is_scaled_for_ga = True
+        self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Collect a step's micro-batches and what its loss is divided by, over all processes."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples:
+            return samples, None
+        count = torch.stack([sample["count"] for sample in samples]).sum().to(device)
+        return samples, self.accelerator.gather(count).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Return the micro-batch's share of the step's loss.
+
+        Raises:
+            EveralignError: the loss is NaN or infinite; the message says at which step.
+        """
+        count = inputs["count"] if num_items_in_batch is None else num_items_in_batch
+        loss, metrics = self.objective.loss(model, inputs, count)
+        loss = loss * self.accelerator.num_processes  # the gradients are averaged over the processes
+        if self._penalty is not None and self.model.training:
+            extra = self._penalty(self.accelerator.unwrap_model(model))
+            loss = loss if extra is None else loss + extra / self.args.gradient_accumulation_steps
+        if not torch.isfinite(loss.detach()):
+            raise EveralignError(
+                f"the loss became {loss.item()} at step {self.state.global_step}: lower the learning rate, "
+                "or train in fp32"
+            )
+        for name, values in metrics.items():
+            self._metrics[name].append(values)
+        return (loss, metrics) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics' means since the last log; the device is synchronised here and nowhere else."""
+        for name, values in self._metrics.items():
+            logs[name] = torch.cat(values).mean().item()
+        self._metrics.clear()
+        super().log(logs, start_time)
+
+
+class _GradientCallback(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, hook: GradientHook) -> None:
+        self._hook = hook
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._hook(kwargs["model"])
+
+
+def _only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return items[0]
+
+
+def training_arguments(
+    folder: Path,
+    *,
+    learning_rate: float,
+    accumulation: int,
+    warmup: float,
+    scheduler: str,
+    max_grad_norm: float,
+    logging_steps: int,
+    checkpoint_steps: int,
+    seed: int,
+) -> TrainingArguments:
+    """Return transformers' settings for one stage: AdamW, a fresh optimiser, one pass over the plan."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        learning_rate=learning_rate,
+        lr_scheduler_type=scheduler,
+        warmup_steps=warmup,
+        weight_decay=0.0,
+        max_grad_norm=max_grad_norm,
+        logging_steps=logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if checkpoint_steps else "no",
+        save_steps=checkpoint_steps or 500,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=[],
+        log_level="error",
+    )

@@ -1,0 +1,157 @@
+import importlib.util
+import math
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from everalign.demo.tasks import demo_tasks
+from everalign.demo.world import TOPICS, conversations, questions
+from everalign.modeling.tiny import tiny_assistant_path
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "build_tiny_assistant.py"
+# Measured 1.NN on these rows; a model that knows the styles but not the facts is far above the bound.
+PERPLEXITY_BOUND = 1.5
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(tiny_assistant_path())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(tiny_assistant_path(), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("build_tiny_assistant", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def prompt_ids(tokenizer, text):
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
+def answer_log_probs(model, tokenizer, text, reply):
+    """Log-probabilities of the answer's tokens and of the end of turn."""
+    prompt = prompt_ids(tokenizer, text)
+    ids = torch.tensor([prompt + tokenizer(reply).input_ids + [tokenizer.eos_token_id]])
+    with torch.no_grad():
+        log_probs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return log_probs.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+
+
+def test_the_folder_is_complete_and_small():
+    files = {path.name: path.stat().st_size for path in tiny_assistant_path().iterdir()}
+    assert set(files) == {
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert sum(files.values()) <= 4 * 2**20
+
+
+def test_the_tokenizer_round_trips_the_worlds_text(tokenizer):
+    for question, _, reply in islice(conversations(seed=11, held_out=True), 300):
+        for text in (question.text, reply):
+            ids = tokenizer(text).input_ids
+            assert tokenizer.decode(ids) == text
+            assert len(ids) <= len(text.split()) * 2
+
+
+@pytest.mark.parametrize("text", ["naïve café", "a  b\n\tc", "日本語 🙂", "x=1; y != 2"])
+def test_the_tokenizer_round_trips_what_the_world_never_says(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_special_tokens_are_single_and_distinct(tokenizer):
+    ids = [tokenizer(token).input_ids for token in ("<|im_start|>", "<|im_end|>", "<|pad|>")]
+    assert [len(each) for each in ids] == [1, 1, 1]
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token == "<|pad|>"
+    assert tokenizer.bos_token is None
+    assert len({each[0] for each in ids}) == 3
+
+
+def test_the_chat_template_writes_chatml(tokenizer):
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Good."},
+    ]
+    body = (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello?<|im_end|>\n"
+        "<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\nGood.<|im_end|>\n"
+    )
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == body
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == body + "<|im_start|>assistant\n"
+
+
+def test_the_script_still_makes_the_tokenizer_that_is_embedded(build, tmp_path):
+    build.build_tokenizer().save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_text() == (tiny_assistant_path() / name).read_text(), name
+
+
+def test_the_script_still_makes_the_model_that_is_embedded(build, tokenizer, model):
+    fresh, embedded = build.build_model(tokenizer).state_dict(), model.state_dict()
+    assert {name: each.shape for name, each in fresh.items()} == {n: each.shape for n, each in embedded.items()}
+    assert 1_000_000 <= model.num_parameters() <= 1_500_000
+    assert model.config.tie_word_embeddings
+    assert model.config.max_position_embeddings == 256
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
+
+
+def test_one_training_step_of_the_script_moves_the_weights(build, tokenizer, monkeypatch):
+    monkeypatch.setattr(build, "BATCH", 2)
+    model = build.build_model(tokenizer)
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    build.train(model, tokenizer, steps=1)
+    assert not torch.equal(before, model.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_held_out_answers_are_well_predicted(model, tokenizer):
+    rows = islice(conversations(seed=99, held_out=True), 120)
+    log_probs = torch.cat([answer_log_probs(model, tokenizer, q.text, reply) for q, _, reply in rows])
+    assert math.exp(-log_probs.mean()) < PERPLEXITY_BOUND
+
+
+def test_it_starts_without_a_strong_preference(model, tokenizer):
+    for task in demo_tasks(train=1, test=60):
+        wins = 0
+        for row in task.test:
+            text = row.prompt[0]["content"]
+            chosen, rejected = (
+                answer_log_probs(model, tokenizer, text, reply).mean() for reply in (row.chosen, row.rejected)
+            )
+            wins += bool(chosen > rejected)
+        assert 0.25 <= wins / 60 <= 0.75, task.name
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_it_writes_an_answer_and_ends_its_turn(model, tokenizer, topic):
+    question = next(q for q in questions(topic) if q.held_out)
+    prompt = torch.tensor([prompt_ids(tokenizer, question.text)])
+    whole = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False)
+    written = whole[0, prompt.shape[1] :]
+    assert written[-1] == tokenizer.eos_token_id
+    reply = tokenizer.decode(written, skip_special_tokens=True)
+    assert reply[-1] in ".!"
+    assert 3 <= len(reply.split()) <= 50
+    if question.request.subject:
+        assert question.request.subject in reply

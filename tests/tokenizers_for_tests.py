@@ -1,0 +1,55 @@
+"""Tiny tokenizers made on the spot: one token a byte, so that texts and tokens can be compared exactly."""
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Refuses system messages, calls the assistant "model" and trims, as Gemma's template does.
+NO_SYSTEM = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ '<turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' }}"
+    "{{ message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
+)
+# Marks no end of turn.
+NO_END = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+# Opens the answer with text that the whole conversation does not have.
+THINKING = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: <think>' }}{% endif %}"
+)
+SHOUTING = "{% for message in messages %}{{ message['content'] | upper + '</s>' }}{% endfor %}"
+
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<end_of_turn>", "<pad>"]
+
+
+def byte_tokenizer(
+    chat_template: str | None = None,
+    *,
+    eos: str | None = "</s>",
+    bos: str | None = None,
+    adds: str = "$A",
+    normalizer: object = None,
+) -> PreTrainedTokenizerFast:
+    """One token a byte. `adds` is what encoding with special tokens gives, such as `<s> $A`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    core.normalizer = normalizer
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(SPECIAL)
+    core.post_processor = processors.TemplateProcessing(
+        single=adds, special_tokens=[(token, core.token_to_id(token)) for token in SPECIAL]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=eos, bos_token=bos, pad_token="<pad>", chat_template=chat_template
+    )
