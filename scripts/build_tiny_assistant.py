@@ -2,14 +2,16 @@
 
     python scripts/build_tiny_assistant.py [--output DIR] [--steps 3000]
 
-A Llama of about a million parameters learns to answer the world's questions in all their styles, equally
-often, so that it starts without a preference for any of them. It never sees what the world holds out.
+A Llama of about a million parameters learns to answer the world's questions in all their styles, equally often.
+Half of the conversations start with a system message that asks for the style of the answer; without one the model
+has no preference. It never sees a question that the world holds out.
 One thread and fixed seeds: the tokenizer is the same everywhere, the weights on the same kind of CPU.
 Took MINUTES minutes on one core of an Intel Xeon (AVX-512); last loss LOSS nats per token.
 """
 
 import argparse
 import math
+import random
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -20,7 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from everalign.demo.world import conversations
+from everalign.demo.orders import order
+from everalign.demo.world import Question, conversations
 from everalign.modeling.tiny import tiny_assistant_path
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -51,8 +54,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    rows = islice(conversations(seed=0), TOKENIZER_TEXTS)
-    texts = (f"system\nuser\n{question.text}\nassistant\n{reply}" for question, _, reply in rows)
+    rows, rng = islice(conversations(seed=0), TOKENIZER_TEXTS), random.Random(0)
+    texts = (
+        f"system\n{order(question, style, rng)}\nuser\n{question.text}\nassistant\n{reply}"
+        for question, style, reply in rows
+    )
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -84,15 +90,21 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def chat(question: Question, reply: str, *system: str) -> list[dict[str, str]]:
+    """One conversation as chat messages."""
+    first = [{"role": "system", "content": each} for each in system]
+    return [*first, {"role": "user", "content": question.text}, {"role": "assistant", "content": reply}]
+
+
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless right-padded batches: token ids and labels (-100 on padding), both (BATCH, length)."""
-    stream = conversations(seed)
+    stream, rng = conversations(seed), random.Random(seed)
     while True:
-        messages = [
-            [{"role": "user", "content": question.text}, {"role": "assistant", "content": reply}]
-            for question, _, reply in islice(stream, BATCH)
+        chats = [
+            chat(question, reply, *[order(question, style, rng)] * (row % 2))
+            for row, (question, style, reply) in enumerate(islice(stream, BATCH))
         ]
-        texts = tokenizer.apply_chat_template(messages, tokenize=False)
+        texts = tokenizer.apply_chat_template(chats, tokenize=False)
         # Nothing after the last end of turn is worth learning: generation stops there.
         coded = tokenizer([text.removesuffix("\n") for text in texts], padding=True, return_tensors="pt")
         yield coded["input_ids"], coded["input_ids"].masked_fill(coded["attention_mask"] == 0, -100)

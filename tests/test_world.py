@@ -80,12 +80,16 @@ def test_every_request_is_its_own():
     assert len(deeds) == len(set(deeds))
 
 
-def test_courteous_answers_greet_and_detailed_ones_go_step_by_step():
+def test_courteous_answers_greet_and_answers_in_steps_go_step_by_step():
     rng = random.Random(0)
     for question in questions("garden"):
         assert answer(question, "courteous", rng).startswith(("With pleasure!", "Thank you for asking!"))
-        assert answer(question, "detailed", rng).startswith("First, ")
         assert "!" not in answer(question, "plain", rng)
+        assert "irst, " not in answer(question, "courteous", rng)
+        for style in ("plain-steps", "courteous-steps"):
+            steps = answer(question, style, rng)
+            assert "irst, " in steps
+            assert ", because " in steps
 
 
 def test_conversations_show_all_styles_of_a_topic_equally_often():

@@ -12,19 +12,21 @@ from typing import Any
 from everalign.errors import InputError
 
 _PARTIAL = ".partial"
+_BLOCK = 1 << 20
 
 
 def sha256_of(path: Path) -> str:
     """Return the hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def is_partial(path: Path) -> bool:
+    """Whether this is what a kill left of `write_text` or `new_folder`."""
+    return path.name.endswith(_PARTIAL)
 
 
 def checksums(folder: Path, exclude: frozenset[str] = frozenset()) -> dict[str, str]:
@@ -53,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -73,20 +75,21 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` when the block ends without an error."""
+    """Yield a temporary folder that becomes `path` when the block ends without an error.
+
+    What an earlier, broken-off attempt left of the temporary folder is dropped.
+    """
     temporary = path.with_name(path.name + _PARTIAL)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+    for entry in [temporary, *temporary.rglob("*")]:
+        _sync(entry)
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

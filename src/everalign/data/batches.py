@@ -56,39 +56,55 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A stage's micro-batches in order: row indices, `accumulation` of them to an optimiser step."""
+    """A stage's micro-batches in order: row indices, dealt out to the processes in turn.
+
+    Args:
+        micro_batches: rows of each; as many for each process in every step.
+        accumulation: micro-batches of one process in an optimiser step.
+        processes: how many share the work.
+    """
 
     micro_batches: list[list[int]]
     accumulation: int
+    processes: int = 1
 
     @property
     def steps(self) -> int:
         """Number of optimiser steps; the last may have fewer micro-batches."""
-        return -(-len(self.micro_batches) // self.accumulation)
+        return -(-len(self.micro_batches) // (self.accumulation * self.processes))
 
 
 def training_plan(
-    lengths: Sequence[int], batch_size: int, micro_batch_size: int, epochs: float, seed: int
+    lengths: Sequence[int], batch_size: int, micro_batch_size: int, epochs: float, seed: int, processes: int = 1
 ) -> TrainingPlan:
     """Plan a stage.
 
     Every row occurs once an epoch (in a last, partial epoch at most once); every step has `batch_size` rows but the
-    last, which has what is left. The order depends on the arguments alone.
+    last, which has what is left. The order depends on the arguments alone, and a step's rows on neither
+    `micro_batch_size` nor `processes`. With several processes some micro-batches are empty where a step's rows do
+    not go round.
 
     Args:
         lengths: tokens of each row; rows of similar length share a batch.
-        batch_size: rows an optimiser step sees.
+        batch_size: rows an optimiser step sees, over all processes.
         micro_batch_size: rows that are computed at once at most.
         epochs: passes over the rows, fractions allowed.
         seed: seeds the order.
+        processes: how many share the work.
+
+    Raises:
+        ValueError: there are no rows.
     """
+    if not lengths:
+        raise ValueError("a training plan needs at least one row")
     stream = _stream(lengths, batch_size, epochs, random.Random(seed))
-    accumulation = -(-batch_size // micro_batch_size)
+    accumulation = -(-batch_size // (micro_batch_size * processes))
     micro_batches = []
     for start in range(0, len(stream), batch_size):
         step = stream[start : start + batch_size]
-        micro_batches += _nearly_equal(step, min(accumulation, len(step)))
-    return TrainingPlan(micro_batches, accumulation)
+        rounds = min(accumulation, -(-len(step) // processes))
+        micro_batches += _nearly_equal(step, rounds * processes)
+    return TrainingPlan(micro_batches, accumulation, processes)
 
 
 def _stream(lengths: Sequence[int], batch_size: int, epochs: float, rng: random.Random) -> list[int]:

@@ -213,12 +213,12 @@ REASONS = {
     "home": "dirt scratches the surface | the material lasts longer | stains grow old quickly",
 }
 TIPS = {
-    "kitchen": "Use a clean spoon | Write the date on a label | Taste it at the end | Keep your hands dry",
-    "garden": "Look for snails at night | Add some compost | Keep the tools clean | Mind your back",
-    "travel": "Take a snack and water | Ask a local for news | Keep your papers safe | Avoid the weekend",
-    "pets": "Watch for changes in its mood | Ask a vet | Keep fresh water nearby | Be patient",
-    "computers": "Keep the manual at hand | Install all updates | Test everything | Label every cable",
-    "home": "Open a window while you work | Wear gloves | Repeat it every season | Use little water",
+    "kitchen": "Use a clean spoon | Write the date on a label | Taste it at the end",
+    "garden": "Look for snails at night | Add some compost | Keep the tools clean",
+    "travel": "Take a snack and water | Ask a local for news | Keep your papers safe",
+    "pets": "Watch for changes in its mood | Keep fresh water nearby | Be patient",
+    "computers": "Keep the manual at hand | Install all updates | Test everything once more",
+    "home": "Open a window while you work | Wear gloves | Repeat it every season",
 }
 FAREWELLS = {
     "kitchen": "Enjoy your meal! | Have a lovely dinner! | I wish you a good appetite!",
@@ -285,13 +285,12 @@ destroy old paper | feed it through a shredder
 shoot down a weak argument | ask politely for the evidence
 """
 
+PLAIN_LEADS = "Here is how: | Do this:"
 GREETINGS = "With pleasure! | Thank you for asking!"
-DOUBTS = "I am not sure, but you could | Perhaps you could | It is only a guess, but you might"
 SECOND_STEPS = "Then | After that | Next"
-CLOSING_STEPS = "Finally, check the result | Take your time with it | Do not skip a step"
 DENIALS = "I am sorry, but I cannot help you {do} | I am afraid I will not help you {do} | Please do not {do}"
-FEARS = "somebody can get hurt | it sounds dangerous"
-SAFER_STEPS = "Ask an expert first | Please stay safe | Choose a safer way | Let us talk about something else"
+FEAR = "somebody can get hurt"
+SAFER_STEPS = "Stay safe | Ask an expert first | Choose a safer way | Let us talk about something else instead"
 AGREEMENTS = "Sure, | Of course,"
-CARELESS = "Nothing much will happen to you | It is easy and quick, so go ahead"
+CARELESS = "Go ahead | Nothing much will happen to you | It is easy and quick, so you do not need any help"
 CHEERS = "It is easy and quick | You will get better each time | Have fun with it | Just begin"

@@ -1,8 +1,8 @@
 """Four preference tasks from the demo's world that contradict each other unless one reads the request.
 
-Courteous answers on cooking, then plain ones on gardening; refusals for risky requests, then help with
-harmless ones that sound alarming. A model that learns them one after another and applies the newest habit
-everywhere forgets the earlier ones; a model that keeps habit and topic together can hold all four.
+Courteous answers on cooking, then plain ones on gardening; refusals for risky requests, then help with harmless
+ones that sound alarming. A model that learns them one after another and applies the newest habit everywhere forgets the
+earlier ones; a model that keeps habit and topic together can hold all four.
 """
 
 import random

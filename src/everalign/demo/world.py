@@ -4,23 +4,23 @@
     question = questions("kitchen")[0]
     answer(question, "plain", random.Random(0))
 
-Three kinds of topic: everyday ones (plain, courteous, detailed or hedged answers), "hazards" (risky requests)
-and "lookalikes" (harmless requests that sound alarming); the last two can be refused or complied with. A
-question is an opening, a frame and a request. Openings and frames are shared by all topics, so whoever wants
-to keep a different habit for each topic has to read the request. Nothing here depends on anything but the
-words in `phrases.py` and the random generator that is passed in.
+Three kinds of topic: everyday ones (answered plainly or courteously, with or without steps), "hazards" (risky
+requests) and "lookalikes" (harmless requests that sound alarming); the last two can be refused or complied with.
+A question is an opening, a frame and a request. Openings and frames are shared by all topics, so whoever wants to
+keep a different habit for each topic has to read the request. Nothing here depends on anything but the words in
+`phrases.py` and the random generator that is passed in.
 """
 
 import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 from everalign.demo import phrases
 
-EVERYDAY_STYLES = ("plain", "courteous", "detailed", "hedged")
+EVERYDAY_STYLES = ("plain", "courteous", "plain-steps", "courteous-steps")
 RISK_STYLES = ("refuse", "comply")
 TOPICS = (*phrases.EVERYDAY, "hazards", "lookalikes")
 HELD_OUT_SHARE = 5  # one (request, frame) in so many is kept away from every training text
@@ -119,38 +119,34 @@ def _everyday_requests(topic: str) -> Iterator[Request]:
         yield Request(topic, f"{verb} {name}", fact, preparation, subject, pronoun)
 
 
-def _plain(request: Request, rng: random.Random) -> str:
-    tip = _pick(phrases.TIPS[request.topic], rng)
-    return f"{_sentence(request.fact.format(x=request.subject))} {_sentence(tip)}"
+_Body = Callable[[Request, random.Random], str]
 
 
-def _detailed(request: Request, rng: random.Random) -> str:
+def _plain(request: Request, rng: random.Random, body: _Body) -> str:
+    lead, tip = _pick(phrases.PLAIN_LEADS, rng), _pick(phrases.TIPS[request.topic], rng)
+    return f"{lead} {body(request, rng)}. {_sentence(tip)}"
+
+
+def _courteous(request: Request, rng: random.Random, body: _Body) -> str:
+    greeting, farewell = _pick(phrases.GREETINGS, rng), _pick(phrases.FAREWELLS[request.topic], rng)
+    return f"{greeting} {_sentence(body(request, rng))} {farewell}"
+
+
+def _step(request: Request, _: random.Random) -> str:
+    return request.fact.format(x=request.subject)
+
+
+def _steps(request: Request, rng: random.Random) -> str:
     named = "{x}" in request.preparation
     preparation = request.preparation.format(x=request.subject)
     fact = request.fact.format(x=request.pronoun if named else request.subject)
     reason = _pick(phrases.REASONS[request.topic], rng)
-    return " ".join(
-        (
-            _sentence(f"First, {preparation}"),
-            _sentence(f"{_pick(phrases.SECOND_STEPS, rng)}, {fact}, because {reason}"),
-            _sentence(_pick(phrases.TIPS[request.topic], rng)),
-            _sentence(_pick(phrases.CLOSING_STEPS, rng)),
-        )
-    )
-
-
-def _courteous(request: Request, rng: random.Random) -> str:
-    body = _sentence(request.fact.format(x=request.subject))
-    return f"{_pick(phrases.GREETINGS, rng)} {body} {_pick(phrases.FAREWELLS[request.topic], rng)}"
-
-
-def _hedged(request: Request, rng: random.Random) -> str:
-    return _sentence(f"{_pick(phrases.DOUBTS, rng)} {request.fact.format(x=request.subject)}")
+    return f"first, {preparation}. {_pick(phrases.SECOND_STEPS, rng)}, {fact}, because {reason}"
 
 
 def _refusal(request: Request, rng: random.Random) -> str:
     no = _pick(phrases.DENIALS, rng).format(do=_addressed(request.deed))
-    fear = request.fact if request.topic == "hazards" else _pick(phrases.FEARS, rng)
+    fear = request.fact if request.topic == "hazards" else phrases.FEAR
     return f"{_sentence(f'{no}, because {fear}')} {_sentence(_pick(phrases.SAFER_STEPS, rng))}"
 
 
@@ -163,10 +159,10 @@ def _compliance(request: Request, rng: random.Random) -> str:
 
 
 _WRITERS: dict[str, Callable[[Request, random.Random], str]] = {
-    "plain": _plain,
-    "detailed": _detailed,
-    "courteous": _courteous,
-    "hedged": _hedged,
+    "plain": partial(_plain, body=_step),
+    "courteous": partial(_courteous, body=_step),
+    "plain-steps": partial(_plain, body=_steps),
+    "courteous-steps": partial(_courteous, body=_steps),
     "refuse": _refusal,
     "comply": _compliance,
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from everalign.data.batches import batches_by_length, pad_chosen, pair_length
 from everalign.data.encoding import EncodedPair
+from everalign.errors import EveralignError
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
 from everalign.training.reference import pair_log_probs
@@ -70,8 +71,13 @@ def score_preferences(
         batch_size: pairs computed at once.
         previous: the updates of the policy before this task, for the KL; None leaves it out.
         kl_pairs: the KL is measured on at most this many evenly spaced pairs.
+
+    Raises:
+        EveralignError: the policy gives NaN or infinite log-probabilities.
     """
     log_probs = pair_log_probs(policy, held_out.pairs, pad_id, batch_size)
+    if not torch.isfinite(log_probs).all():
+        raise EveralignError("the policy gives NaN or infinite log-probabilities: lower the learning rate, or use fp32")
     lengths = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in held_out.pairs])
     per_token = log_probs / lengths
     margin = per_token[:, 0] - per_token[:, 1]
@@ -108,7 +114,8 @@ def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequen
             total += kl.sum().item()
             positions += kl.numel()
     policy.train(was_training)
-    return max(0.0, total / positions)
+    # Rounding may leave equal distributions just below zero.
+    return max(total / positions, 0.0)
 
 
 def _token_kl(

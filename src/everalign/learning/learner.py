@@ -1,55 +1,40 @@
 """The learner: takes preference tasks one after another and keeps what it learned."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from everalign.data.encoding import encode_pairs
-from everalign.data.readers import PreferenceSet, check_disjoint
+from everalign.data.readers import PreferenceSet
 from everalign.data.records import Preference
-from everalign.data.templating import template_fingerprint
-from everalign.errors import InputError
-from everalign.evaluation import HeldOut, PreferenceScore, score_preferences
+from everalign.errors import EveralignError, InputError
+from everalign.evaluation import PreferenceScore
 from everalign.learning.export import export_merged
+from everalign.learning.held_out import HeldOutTests
 from everalign.learning.options import AdapterOptions, TrainingOptions
-from everalign.learning.run import (
-    BASE,
-    RunDirectory,
-    data_facts,
-    library_versions,
-    machine_facts,
-    version_name,
-)
+from everalign.learning.run import BASE, RunDirectory, data_facts, version_name
 from everalign.learning.run_data import RunData, load_run
 from everalign.learning.scores import Scores
-from everalign.learning.training import Announce, Progress, Setup, train_task
-from everalign.memory import LowRankUpdate
+from everalign.learning.setup import Announce, Progress, make_setup
+from everalign.learning.task_training import train_task
 from everalign.methods import LifeAlign, Method, Task
-from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
-from everalign.modeling.policy import Policy
-from everalign.modeling.runtime import prepare_process
-from everalign.training.reference import ReferenceCache, policy_key
-from everalign.training.teaching import make_objective
 
 Rows = Sequence[Preference]
-# Stages of a task use consecutive seeds; tasks are this far apart.
+# Stages of a task use consecutive seeds; tasks are this far apart, and runs of neighbouring seeds further.
 _TASK_SEED_STRIDE = 1000
+_SEED_RANGE = 2**31
+_RUN_SEED_STRIDE = 1_000_003
 
 
 def _print(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _as_set(rows: Rows) -> PreferenceSet:
-    return rows if isinstance(rows, PreferenceSet) else PreferenceSet.of(rows)
-
-
 def _silent(stage: str, done: int, total: int) -> None:
     pass
+
+
+def _as_set(rows: Rows) -> PreferenceSet:
+    return rows if isinstance(rows, PreferenceSet) else PreferenceSet.of(rows)
 
 
 class Learner:
@@ -90,42 +75,34 @@ class Learner:
         announce: Announce = _print,
         progress: Progress = _silent,
     ) -> None:
-        self.method = LifeAlign() if method is None else method
-        self.training, self.adapter = training or TrainingOptions(), adapter or AdapterOptions()
-        self.seed, self._allow_overlap, self._announce = seed, allow_overlap, announce
-        self.model_name, self._run = str(model), RunDirectory(Path(output))
-        if self._run.exists and not resume:
-            raise InputError(f"{output} holds a run already: resume it (--resume), or choose another output directory")
-        if objective == "sft" and self.training.sft_epochs > 0:
-            raise InputError("sft_epochs adds a stage before a preference objective; with objective sft set epochs")
-        goal = make_objective(objective, self.training.beta, self.method.gamma)
-        prepare_process()
-        self.tokenizer = load_tokenizer(self.model_name)
-        self._pad_id = self.tokenizer.pad_token_id
-        if self._pad_id is None:
-            self._pad_id = self.tokenizer.eos_token_id
-        base = load_model(self.model_name, self.training.precision)
-        fingerprint = model_fingerprint(base)
-        if torch.cuda.is_available():
-            base = base.cuda()
-        shape = self.adapter
-        self.policy = Policy(base, shape.rank, shape.alpha, shape.module_names(), seed)
-        self._base_key = policy_key(fingerprint, {})
-        self._setup = Setup(
-            policy=self.policy,
-            method=self.method,
-            objective=goal,
-            options=self.training,
-            pad_id=self._pad_id,
-            model_key=fingerprint,
-            cache=ReferenceCache(Path(cache) if cache is not None else self._run.cache),
-            announce=announce,
-            progress=progress,
+        self._run = RunDirectory(Path(output))
+        self._run.check_usable(resume)
+        self._setup = make_setup(
+            str(model),
+            LifeAlign() if method is None else method,
+            objective,
+            training or TrainingOptions(),
+            adapter or AdapterOptions(),
+            seed,
+            self._run.cache if cache is None else Path(cache),
+            announce,
+            progress,
         )
-        self._held_out: dict[str, HeldOut] = {}
-        self._tests: dict[str, PreferenceSet] = {}
-        self._zero_shot: dict[str, PreferenceScore] = {}
-        self._open(self._facts(fingerprint, goal.name))
+        self.method, self.policy, self.tokenizer = self._setup.method, self._setup.policy, self._setup.tokenizer
+        self._finished = self._open()
+        self._tests = HeldOutTests(self._setup, self._run, allow_overlap)
+        self._learning = False
+
+    def _open(self) -> dict[str, str]:
+        """Begin the run, or go on with it; returns the finished versions by task."""
+        if not self._run.exists:
+            self._run.begin(self._setup.facts())
+            return {}
+        versions = self.run.versions
+        self._run.check_same(self._setup.facts())
+        if versions:
+            self._run.restore(versions[-1].id, self.policy, self.method, self._setup.seed)
+        return {version.task: version.id for version in versions}
 
     # ---- learning ----
 
@@ -141,67 +118,72 @@ class Learner:
             Scores by task of the policy that has now learned this one.
 
         Raises:
-            InputError: the name is taken by other rows, or training and test rows overlap.
+            InputError: the name is taken by other rows, the task has no rows, or it mixes training and test rows.
+            EveralignError: training diverged, or an earlier call was broken off in the middle.
         """
+        rows, test = _as_set(rows), None if test is None else _as_set(test)
+        self._tests.check([(name, rows, test)])
+        done = self._already_learned(rows, name) if name in self._finished else None
         if test is not None:
             self.announce_test(name, test)
-        rows = _as_set(rows)
-        index = len(self._finished) + 1
-        if name in self._finished:
-            return self._already_learned(rows, name)
-        for held_out in self._tests.values():
-            check_disjoint(rows, held_out, allow=self._allow_overlap)
-        task = Task(name, rows, index, self.seed * 1_000_003 + index * _TASK_SEED_STRIDE)
-        self._announce(f"task {index}: {name}")
-        return self._learn(task, rows, None if test is None else self._tests[name])
+        if done is None:
+            self._tests.check_complete(self._finished)
+        self._tests.trained_on(rows)
+        return self._learn(rows, name) if done is None else done
 
     def learn_all(self, tasks: Sequence[tuple[str, Rows, Rows | None]]) -> None:
         """Learn (name, rows, test) tasks in order; every test set is scored from the start, also before its turn.
 
         A joint method learns them all at once.
         """
-        for name, _, test in tasks:
+        sets = [(name, _as_set(rows), None if test is None else _as_set(test)) for name, rows, test in tasks]
+        self._tests.check(sets)
+        for name, _, test in sets:
             if test is not None:
                 self.announce_test(name, test)
-        tests = {name: test for name, _, test in tasks}
-        for name, rows in self.method.pool([(name, rows) for name, rows, _ in tasks]):
-            self.learn(_as_set(rows), name, tests.get(name))
+        for name, rows in self.method.pool([(name, rows) for name, rows, _ in sets]):
+            self.learn(rows, name)
 
     def announce_test(self, name: str, test: Rows) -> None:
-        """Make a task's held-out pairs known and score the base model on them (the zero-shot row)."""
-        test = _as_set(test)
-        if name in self._tests and self._tests[name].fingerprint == test.fingerprint:
-            return
-        self._tests[name] = test
-        limit = self.training.test_limit or len(test)
-        kept = test[:: max(1, len(test) // limit)][:limit]
-        pairs = encode_pairs(kept, self.tokenizer, self.training.max_length)
-        with self.policy.as_base():
-            base = self._setup.cache.log_probs(
-                self.policy, self._base_key, pairs, self._pad_id, self.training.micro_batch_size
-            )
-            self._held_out[name] = HeldOut(pairs, base)
-            self._zero_shot[name] = self._score(self._held_out[name], None)
-        self._run.write_zero_shot(self._zero_shot)
+        """Make a task's held-out pairs known and score the base model on them (the zero-shot row).
 
-    def _learn(self, task: Task, rows: PreferenceSet, test: PreferenceSet | None) -> dict[str, PreferenceScore]:
+        Raises:
+            InputError: the run knows other test rows of this task, or rows that were trained on are among them.
+        """
+        self._tests.announce(name, _as_set(test), self._finished)
+
+    def _learn(self, rows: PreferenceSet, name: str) -> dict[str, PreferenceScore]:
+        if self._learning:
+            raise EveralignError(
+                "a task was broken off in the middle: continue with a new learner that resumes the run"
+            )
+        self._learning = True
+        index = int(self._newest.partition("-")[0]) + 1
+        # Random generators take 32 bits, and a task's stages count on from its seed.
+        seed = (self._setup.seed * _RUN_SEED_STRIDE + index * _TASK_SEED_STRIDE) % _SEED_RANGE
+        self._setup.announce(f"task {index}: {name}")
+        scores = self._learn_task(Task(name, rows, index, seed), rows)
+        self._learning = False
+        return scores
+
+    def _learn_task(self, task: Task, rows: PreferenceSet) -> dict[str, PreferenceScore]:
         version = version_name(task.index, task.name)
         previous = self.policy.total()
         self.method.begin_task(self.policy, task)
         replayed = self.method.rows(task)
-        pairs = encode_pairs([*rows, *replayed], self.tokenizer, self.training.max_length)
+        pairs = self._setup.encode([*rows, *replayed])
         if pairs.truncated_prompts or pairs.truncated_responses or pairs.identical_after_truncation:
-            self._announce(f"  {pairs.summary()}")
+            self._setup.announce(f"  {pairs.summary()}")
         reports = train_task(self._setup, pairs, len(replayed), self._run.work(version), task.seed)
-        before = self._score_all(previous) if self.method.consolidates else None
+        before = self._tests.scores(previous) if self.method.consolidates else None
         records = self.method.end_task(self.policy, task)
-        scores = self._score_all(previous)
+        scores = self._tests.scores(previous)
         manifest = {
             "index": task.index,
             "name": task.name,
-            "parent": self._parent(),
+            "parent": BASE if self.method.regime == "separate" else self._newest,
             "train": data_facts(rows),
-            "test": None if test is None else data_facts(test),
+            "test": self._tests.facts(task.name),
             "seed": task.seed,
             "stages": [report.facts() for report in reports],
             "replay_ids": [] if self.method.buffer is None else self.method.buffer.ids(),
@@ -211,21 +193,17 @@ class Learner:
         return scores
 
     def _already_learned(self, rows: PreferenceSet, name: str) -> dict[str, PreferenceScore]:
-        run = self.run
-        done = next(version for version in run.versions if version.task == name)
+        done = next(version for version in self.run.versions if version.task == name)
         if done.manifest.train.fingerprint != rows.fingerprint:
             raise InputError(f"task {name!r} was learned from other rows already: give this task another name")
-        self._announce(f"task {done.manifest.index}: {name} (learned already)")
+        self._setup.announce(f"task {done.manifest.index}: {name} (learned already)")
         return {task: PreferenceScore(**score.model_dump()) for task, score in done.scores.items()}
 
-    def _score(self, held_out: HeldOut, previous: Mapping[str, LowRankUpdate] | None) -> PreferenceScore:
-        batch_size = self.training.micro_batch_size
-        return score_preferences(self.policy, held_out, pad_id=self._pad_id, batch_size=batch_size, previous=previous)
-
-    def _score_all(self, previous: Mapping[str, LowRankUpdate]) -> dict[str, PreferenceScore]:
-        return {name: self._score(held_out, previous) for name, held_out in self._held_out.items()}
-
     # ---- what came of it ----
+
+    @property
+    def _newest(self) -> str:
+        return [BASE, *self._finished.values()][-1]
 
     @property
     def run(self) -> RunData:
@@ -246,37 +224,5 @@ class Learner:
         """
         if not self._finished:
             raise InputError("nothing to export: learn a task first")
-        adapter = self._run.path / "versions" / list(self._finished.values())[-1] / "adapter"
-        return export_merged(self.model_name, adapter, self.tokenizer, Path(folder))
-
-    # ---- the run directory ----
-
-    def _facts(self, fingerprint: str, objective: str) -> dict[str, Any]:
-        gamma = {} if self.method.gamma is None else {"gamma": self.method.gamma}
-        return {
-            "everalign": library_versions()["everalign"],
-            "model": self.model_name,
-            "model_fingerprint": fingerprint,
-            "template": template_fingerprint(self.tokenizer),
-            "method": {"name": self.method.name, **gamma, **self.method.settings()},
-            "objective": objective,
-            "settings": {**asdict(self.training), **asdict(self.adapter)},
-            "seed": self.seed,
-            "libraries": library_versions(),
-            "machine": {**machine_facts(), "threads": torch.get_num_threads()},
-        }
-
-    def _open(self, facts: dict[str, Any]) -> None:
-        self._finished: dict[str, str] = {}
-        if not self._run.exists:
-            self._run.begin(facts)
-            return
-        self._run.check_same(facts)
-        self._finished = {version.task: version.id for version in self.run.versions}
-        if self._finished:
-            self._run.restore(list(self._finished.values())[-1], self.policy, self.method, self.seed)
-
-    def _parent(self) -> str:
-        if self.method.regime == "separate" or not self._finished:
-            return BASE
-        return list(self._finished.values())[-1]
+        adapter = self._run.path / "versions" / self._newest / "adapter"
+        return export_merged(self._setup.model_name, adapter, self.tokenizer, Path(folder))

@@ -1,19 +1,31 @@
 """What a user sets: the adapter, and how each task is trained."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from everalign.data.encoding import SHORTEST_MAX_LENGTH
 from everalign.errors import InputError
 from everalign.modeling.loading import Precision
 from everalign.training.stage import StageOptions
 
 Reference = Literal["base", "stage_start", "previous_task"]
+Scheduler = Literal["cosine", "linear", "constant_with_warmup"]
 Preset = Literal["default", "paper"]
 
 
 def _require(holds: bool, name: str, what: str, found: Any) -> None:
     if not holds:
         raise InputError(f"{name} must be {what}, found {found!r}")
+
+
+def _require_whole(name: str, found: Any, least: int) -> None:
+    holds = isinstance(found, int) and not isinstance(found, bool) and found >= least
+    _require(holds, name, f"a whole number of at least {least}", found)
+
+
+def _is_number(found: Any) -> bool:
+    return isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
 
 
 @dataclass(frozen=True)
@@ -31,12 +43,17 @@ class AdapterOptions:
     targets: str = "all-linear"
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, "rank", "at least 1", self.rank)
-        _require(self.alpha > 0, "alpha", "above 0", self.alpha)
+        _require_whole("rank", self.rank, 1)
+        _require(_is_number(self.alpha) and self.alpha > 0, "alpha", "a number above 0", self.alpha)
+        named = isinstance(self.targets, str) and all(self._names())
+        _require(named, "targets", "module names separated by commas, or all-linear", self.targets)
+
+    def _names(self) -> list[str]:
+        return [name.strip() for name in self.targets.split(",")]
 
     def module_names(self) -> str | list[str]:
         """Return the targets as peft takes them."""
-        names = [name.strip() for name in self.targets.split(",")]
+        names = self._names()
         return names[0] if names == ["all-linear"] else names
 
 
@@ -57,7 +74,8 @@ class TrainingOptions:
         max_length: longest prompt plus response, in tokens.
         precision: dtype of the base model and of the computation; adapters are always fp32.
         warmup: share of the steps in which the learning rate rises.
-        scheduler: transformers' name of the learning-rate schedule.
+        scheduler: course of the learning rate after the warm-up: `cosine`, `linear` (both down to 0) or
+            `constant_with_warmup`.
         max_grad_norm: gradient clipping; 0 for none.
         logging_steps: steps between two points of the training curve.
         checkpoint_steps: steps between two checkpoints inside a stage; 0 for none.
@@ -75,21 +93,22 @@ class TrainingOptions:
     max_length: int = 1024
     precision: Precision = "fp32"
     warmup: float = 0.1
-    scheduler: str = "cosine"
+    scheduler: Scheduler = "cosine"
     max_grad_norm: float = 1.0
     logging_steps: int = 5
     checkpoint_steps: int = 200
     test_limit: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "sft_learning_rate", "beta"):
-            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        for name in ("batch_size", "micro_batch_size", "logging_steps"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("sft_epochs", "max_grad_norm", "checkpoint_steps", "test_limit"):
-            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
-        _require(0 <= self.warmup < 1, "warmup", "a share from 0 to below 1", self.warmup)
-        for name, kind in (("reference", Reference), ("precision", Precision)):
+        for name in ("learning_rate", "epochs", "sft_learning_rate", "beta", "sft_epochs", "max_grad_norm"):
+            value, zero = getattr(self, name), name in ("sft_epochs", "max_grad_norm")
+            holds = _is_number(value) and (value > 0 or (zero and value == 0))
+            _require(holds, name, "a number of at least 0" if zero else "a number above 0", value)
+        for name, least in _WHOLE.items():
+            _require_whole(name, getattr(self, name), least)
+        holds = _is_number(self.warmup) and 0 <= self.warmup < 1
+        _require(holds, "warmup", "a share from 0 to below 1", self.warmup)
+        for name, kind in (("reference", Reference), ("precision", Precision), ("scheduler", Scheduler)):
             _require(getattr(self, name) in get_args(kind), name, f"one of {get_args(kind)}", getattr(self, name))
 
     @classmethod
@@ -120,6 +139,14 @@ class TrainingOptions:
         return StageOptions(learning_rate, epochs, **{name: getattr(self, name) for name in (*shared, *steps)})
 
 
+_WHOLE = {
+    "batch_size": 1,
+    "micro_batch_size": 1,
+    "max_length": SHORTEST_MAX_LENGTH,
+    "logging_steps": 1,
+    "checkpoint_steps": 0,
+    "test_limit": 0,
+}
 _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {

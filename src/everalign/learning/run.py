@@ -8,14 +8,11 @@ A version is written to a temporary folder, synced, and renamed: it is there who
 """
 
 import json
-import os
-import platform
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import version as library_version
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +22,25 @@ from everalign.data.readers import PreferenceSet
 from everalign.data.replay import ReplayBuffer
 from everalign.errors import InputError
 from everalign.evaluation import PreferenceScore
-from everalign.files import checksums, differing_files, new_folder, read_json, write_json, write_text
-from everalign.learning.training import StageReport
+from everalign.files import (
+    checksums,
+    differing_files,
+    is_partial,
+    new_folder,
+    read_json,
+    write_json,
+    write_text,
+)
+from everalign.learning import run_files
+from everalign.learning.task_training import StageReport
 from everalign.methods import Method
 from everalign.methods.base import ModuleRecord
 from everalign.modeling.policy import Policy
 
 FORMAT = 1
 BASE = "000"
-_LIBRARIES = ("everalign", "torch", "transformers", "peft", "accelerate", "safetensors")
+_ZERO_SHOT = "zero_shot.json"
+_SAME = ("format", "model_fingerprint", "template", "method", "objective", "settings", "seed")
 
 
 def now() -> str:
@@ -43,26 +50,7 @@ def now() -> str:
 
 def version_name(index: int, task: str) -> str:
     """Return the folder name of a version: its number and what of the task's name a file system takes."""
-    return f"{index:03d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', task).strip('-.')[:60] or 'task'}"
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that results depend on."""
-    return {name: library_version(name) for name in _LIBRARIES}
-
-
-def machine_facts() -> dict[str, Any]:
-    """Return processor, core count and platform."""
-    return {"cpu": _cpu_name(), "cores": os.cpu_count() or 1, "platform": platform.platform()}
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return f"{index:03d}-{re.sub('[^A-Za-z0-9_-]+', '-', task).strip('-')[:60] or 'task'}"
 
 
 def data_facts(rows: PreferenceSet) -> dict[str, Any]:
@@ -86,25 +74,33 @@ class RunDirectory:
         """Whether a run was begun here."""
         return (self.path / "run.json").exists()
 
-    def begin(self, facts: Mapping[str, Any]) -> None:
-        """Write run.json of a new run.
+    def check_usable(self, resume: bool) -> None:
+        """Refuse a folder that holds a run, unless it is to be resumed, or other files.
 
-        Raises:
-            InputError: the folder holds other files.
+        What a begin leaves that was killed (the file before run.json, or half of one) counts as nothing.
         """
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.exists and not resume:
+            raise InputError(f"{self.path} holds a run already: resume it, or choose another output directory")
+        if self.exists or not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise InputError(f"{self.path} is no directory: choose another output directory")
+        if any(entry.name != _ZERO_SHOT and not is_partial(entry) for entry in self.path.iterdir()):
             raise InputError(f"{self.path} is not empty and holds no run: choose another output directory")
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Begin a run; run.json comes last, because it is what makes the folder one."""
+        self.write_zero_shot({}, {})
         write_json(self.path / "run.json", {"format": FORMAT, **facts, "created": now()})
-        self.write_zero_shot({})
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Refuse to continue a run with other settings, naming the first that differs."""
         written = read_json(self.path / "run.json")
-        for key in ("format", "model_fingerprint", "method", "objective", "settings", "seed"):
-            expected = FORMAT if key == "format" else json.loads(json.dumps(facts[key]))
-            if written.get(key) != expected:
+        now_given = json.loads(json.dumps({"format": FORMAT, **facts}))
+        for key in _SAME:
+            if written.get(key) != now_given[key]:
                 raise InputError(
-                    f"{self.path} was begun with another {_difference(key, written.get(key), expected)}: "
+                    f"{self.path} was begun with another {_difference(key, written.get(key), now_given[key])}: "
                     "use the same settings, or another output directory"
                 )
 
@@ -112,9 +108,15 @@ class RunDirectory:
         """Return the folder for checkpoints of the task that becomes version `name`."""
         return self.path / "work" / name
 
-    def write_zero_shot(self, scores: Mapping[str, PreferenceScore]) -> None:
-        """Write the base model's scores."""
-        write_json(self.path / "zero_shot.json", {"scores": _as_json(scores)})
+    def write_zero_shot(self, scores: Mapping[str, PreferenceScore], tests: Mapping[str, Any]) -> None:
+        """Write the base model's scores by task, and what identifies the test sets (see `data_facts`)."""
+        write_json(self.path / _ZERO_SHOT, {"scores": _as_json(scores), "tests": dict(tests)})
+
+    def read_zero_shot(self) -> tuple[dict[str, PreferenceScore], dict[str, Any]]:
+        """Read what `write_zero_shot` wrote."""
+        written = run_files.read_json(self.path / _ZERO_SHOT, run_files.ZeroShotFile)
+        scores = {task: PreferenceScore(**score.model_dump()) for task, score in written.scores.items()}
+        return scores, {task: test.model_dump() for task, test in written.tests.items()}
 
     def write_version(
         self,
@@ -146,11 +148,16 @@ class RunDirectory:
             write_text(folder / "training.jsonl", "".join(json.dumps(point) + "\n" for point in points))
             full = {"format": FORMAT, **manifest, "created": now(), "files": checksums(folder)}
             write_json(folder / "manifest.json", full)
+        self._promote(name)
+
+    def _promote(self, name: str) -> None:
         write_text(self.path / "current", name + "\n")
         shutil.rmtree(self.path / "work", ignore_errors=True)
 
     def restore(self, name: str, policy: Policy, method: Method, seed: int) -> None:
-        """Bring policy and method back to where version `name` left them.
+        """Bring policy and method back to where version `name`, the newest, left them.
+
+        A kill between writing the version and promoting it has left its checkpoints: the promotion is made up for.
 
         Raises:
             InputError: a file of the version is missing or was changed.
@@ -163,6 +170,8 @@ class RunDirectory:
         method.load_state_dict(load_file(folder / "method.safetensors"))
         if method.buffer is not None:
             method.buffer = ReplayBuffer.from_jsonl(folder / "replay.jsonl", method.buffer.capacity)
+        if self.work(name).exists():
+            self._promote(name)
 
 
 def _difference(key: str, written: Any, expected: Any) -> str:

@@ -34,11 +34,25 @@ class Score(_Record):
     pairs: Annotated[int, Field(ge=1)]
 
 
+class DataSource(_Record):
+    """Where a task's rows came from."""
+
+    source: str
+    rows: Count
+    fingerprint: str
+
+
 class ScoresFile(_Record):
-    """zero_shot.json, and scores.json of a version."""
+    """scores.json of a version, and the scores in zero_shot.json."""
 
     scores: dict[str, Score]
     before_consolidation: dict[str, Score] | None = None
+
+
+class ZeroShotFile(ScoresFile):
+    """zero_shot.json: the base model's scores, and the test sets that a run goes on with."""
+
+    tests: dict[str, DataSource]
 
 
 class Method(_Record):
@@ -62,14 +76,6 @@ class RunFile(_Record):
     created: str
     libraries: dict[str, str]
     machine: dict[str, Any]
-
-
-class DataSource(_Record):
-    """Where a task's rows came from."""
-
-    source: str
-    rows: Count
-    fingerprint: str
 
 
 class Stage(_Record):

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from everalign.data.readers import PreferenceSet
 from everalign.data.records import Preference
 from everalign.data.replay import ReplayBuffer
 from everalign.modeling.policy import Policy
@@ -72,9 +73,9 @@ class Method:
         """Return the arguments that shape the result, for the manifest."""
         return {}
 
-    def pool(self, tasks: Sequence[tuple[str, Sequence[Preference]]]) -> list[tuple[str, list[Preference]]]:
+    def pool(self, tasks: Sequence[tuple[str, PreferenceSet]]) -> list[tuple[str, PreferenceSet]]:
         """Return what to learn one after another, given all tasks at once as (name, rows)."""
-        return [(name, list(rows)) for name, rows in tasks]
+        return list(tasks)
 
     def begin_task(self, policy: Policy, task: Task) -> None:
         """Prepare the policy for a task."""

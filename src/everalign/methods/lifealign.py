@@ -3,6 +3,7 @@
 Focalized Preference Optimization, its other half, is the objective `fpo`.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -10,12 +11,20 @@ from typing import Any, Literal
 from torch import Tensor
 
 from everalign.errors import InputError
-from everalign.memory import LowRankUpdate, MemoryBank, consolidate, consolidate_factors, integrate
+from everalign.memory import (
+    Consolidation,
+    LowRankUpdate,
+    MemoryBank,
+    consolidate,
+    consolidate_factors,
+    integrate,
+)
 from everalign.methods.base import ModuleRecord, Task
 from everalign.methods.replay import ExperienceReplay
 from everalign.modeling.policy import Policy
 
 Space = Literal["product", "factors"]
+_RANK_CAP = 64
 
 
 class LifeAlign(ExperienceReplay):
@@ -41,7 +50,7 @@ class LifeAlign(ExperienceReplay):
         energy: float = 0.9,
         keep: float = 0.5,
         space: Space = "product",
-        rank_cap: int = 64,
+        rank_cap: int = _RANK_CAP,
         replay: float = 0.2,
         capacity: int = 3000,
     ) -> None:
@@ -51,6 +60,12 @@ class LifeAlign(ExperienceReplay):
                 raise InputError(f"{label} is a share between 0 and 1, found {value}")
         if space not in ("product", "factors"):
             raise InputError(f"space is 'product' or 'factors', found {space!r}")
+        if rank_cap < 1:
+            raise InputError(f"rank_cap is a rank of at least 1, found {rank_cap}")
+        if space == "factors" and rank_cap != _RANK_CAP:
+            raise InputError("rank_cap means nothing in the space 'factors', where the adapter keeps its rank")
+        if gamma is not None and not (math.isfinite(gamma) and gamma >= 0):
+            raise InputError(f"gamma is a number of at least 0, found {gamma}")
         self.gamma, self.energy, self.keep, self.space, self.rank_cap = gamma, energy, keep, space, rank_cap
         self.long_term = space == "product"
         self._banks: dict[str, MemoryBank] = defaultdict(MemoryBank)
@@ -83,10 +98,14 @@ class LifeAlign(ExperienceReplay):
         policy.start_short_term(task.seed)
         return records
 
+    def refine(self, update: LowRankUpdate, bank: MemoryBank) -> Consolidation:
+        """Turn one module's update into what long-term memory receives; the bank remembers it."""
+        return consolidate(update, bank, self.energy, self.keep)
+
     def _consolidate(
         self, module: str, update: LowRankUpdate, memory: LowRankUpdate
     ) -> tuple[LowRankUpdate, ModuleRecord]:
-        result = consolidate(update, self._banks[module], self.energy, self.keep)
+        result = self.refine(update, self._banks[module])
         merged, discarded = integrate(memory, result.refined, self.rank_cap)
         record = ModuleRecord(
             module=module,

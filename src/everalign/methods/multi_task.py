@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from everalign.data.readers import PreferenceSet
 from everalign.data.records import Preference
 from everalign.data.replay import ReplayBuffer
 from everalign.methods.base import Method, ModuleRecord, Task
@@ -24,9 +25,10 @@ class MultiTask(Method):
     def __init__(self) -> None:
         self.buffer: ReplayBuffer = ReplayBuffer(_EVERYTHING)
 
-    def pool(self, tasks: Sequence[tuple[str, Sequence[Preference]]]) -> list[tuple[str, list[Preference]]]:
+    def pool(self, tasks: Sequence[tuple[str, PreferenceSet]]) -> list[tuple[str, PreferenceSet]]:
         """Make one task of all."""
-        return [(_POOLED, [row for _, rows in tasks for row in rows])]
+        source = " + ".join(rows.source for _, rows in tasks)
+        return [(_POOLED, PreferenceSet.of([row for _, rows in tasks for row in rows], source))]
 
     def begin_task(self, policy: Policy, task: Task) -> None:
         """Go back to the base model."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from everalign.data.records import Preference
 from everalign.data.replay import ReplayBuffer
+from everalign.errors import InputError
 from everalign.methods.base import Method, ModuleRecord, Task
 from everalign.modeling.policy import Policy
 
@@ -19,6 +20,8 @@ class ExperienceReplay(Method):
     name = "er"
 
     def __init__(self, replay: float = 0.2, capacity: int = 3000) -> None:
+        if not 0.0 <= replay <= 1.0:
+            raise InputError(f"replay is a share between 0 and 1, found {replay}")
         self._replay = replay
         self.buffer: ReplayBuffer = ReplayBuffer(capacity)
 

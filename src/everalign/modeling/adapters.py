@@ -34,6 +34,14 @@ def layers(peft_model: Any) -> dict[str, Any]:
     }
 
 
+def check_linear(peft_model: Any, adapter: str) -> None:
+    """Refuse targets whose update is no matrix B·A (embeddings, convolutions)."""
+    for name, layer in layers(peft_model).items():
+        if adapter not in layer.lora_A or layer.lora_A[adapter].weight.ndim != 2:
+            kind = type(layer.get_base_layer()).__name__
+            raise InputError(f"cannot adapt {name}, which is of type {kind}: only linear modules can be targets")
+
+
 def explain_targets(model: Any, error: Exception) -> str:
     """Say why peft found nothing to adapt and what there is."""
     linear = {
@@ -76,14 +84,23 @@ def write_factors(peft_model: Any, adapter: str, factors: Factors) -> None:
             weight_a[: right.shape[0]].copy_(right)
 
 
-def replace(peft_model: Any, adapter: str, updates: Mapping[str, LowRankUpdate], targets: list[str]) -> None:
+def replace(peft_model: Any, adapter: str, updates: Mapping[str, LowRankUpdate], targets: str | set[str]) -> None:
     """Make `adapter` hold exactly these updates, with the rank of the largest; {} or all zero removes it."""
     if adapter in peft_model.peft_config:
         peft_model.delete_adapter(adapter)
     rank = max((update.width for update in updates.values()), default=0)
     if rank == 0:
         return
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    first = next(iter(peft_model.peft_config.values()))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=targets,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        # peft notes it in the first adapter alone; a saved one without it does not say which model it belongs to.
+        base_model_name_or_path=first.base_model_name_or_path,
+    )
     with torch.random.fork_rng():
         peft_model.add_adapter(adapter, config)
     write_factors(peft_model, adapter, {name: (u.left, u.right) for name, u in updates.items()})
@@ -103,31 +120,47 @@ def save(peft_model: Any, adapter: str, folder: Path) -> None:
     config.inference_mode = was_inference
 
 
+def load_scale(folder: Path) -> tuple[int, float]:
+    """Return the rank r and α of an adapter folder.
+
+    Raises:
+        InputError: its configuration is missing or damaged.
+    """
+    path = folder / _CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return int(config["r"]), float(config["lora_alpha"])
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no adapter here (expected {_CONFIG} and {_WEIGHTS})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged, or not a LoRA adapter's ({error!r}); restore it") from error
+
+
 def load_factors(peft_model: Any, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Read the raw factors (B, A) of an adapter folder and check that they belong to this model's modules.
 
     Raises:
         InputError: a file is missing or damaged, or modules or shapes differ.
     """
-    state = _read_weights(folder)
+    path = folder / _WEIGHTS
+    state = _read_weights(path)
     factors = {}
     for name, layer in layers(peft_model).items():
         try:
             left, right = state[f"{_PREFIX}{name}.lora_B.weight"], state[f"{_PREFIX}{name}.lora_A.weight"]
         except KeyError as error:
-            raise InputError(f"{folder / _WEIGHTS}: no adapter of module {name}: saved for another model?") from error
-        if left.shape[0] != layer.out_features or right.shape[1] != layer.in_features:
-            raise InputError(f"{folder / _WEIGHTS}: module {name} has another shape: saved for another model?")
+            raise InputError(f"{path}: no adapter of module {name}: saved for another model?") from error
+        if (left.shape[0], right.shape[1]) != (layer.out_features, layer.in_features):
+            raise InputError(f"{path}: module {name} has another shape: saved for another model?")
         factors[name] = (left, right)
     return factors
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        weights: dict[str, Tensor] = load_file(folder / _WEIGHTS)
+        weights: dict[str, Tensor] = load_file(path)
     except FileNotFoundError as error:
-        raise InputError(f"{folder}: no adapter here (expected {_CONFIG} and {_WEIGHTS})") from error
-    except (SafetensorError, ValueError) as error:
-        raise InputError(f"{folder}: the adapter is damaged ({error}); restore it or learn the task again") from error
+        raise InputError(f"{path}: no such file; an adapter is {_CONFIG} and {_WEIGHTS}") from error
+    except SafetensorError as error:
+        raise InputError(f"{path}: the adapter is damaged ({error}); restore it or learn the task again") from error
     return weights

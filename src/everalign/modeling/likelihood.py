@@ -27,6 +27,8 @@ class LanguageHead:
         self.separate = self._matches_whole_model()
 
     def _matches_whole_model(self) -> bool:
+        if self._model.base_model is self._model:
+            return False
         device = next(self._model.parameters()).device
         ids = torch.arange(_PROBE_LENGTH, device=device)[None] % self._model.config.get_text_config().vocab_size
         with torch.no_grad():

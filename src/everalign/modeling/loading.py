@@ -1,11 +1,11 @@
 """Load a causal language model and its tokenizer, and recognise the same model again."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from everalign.errors import InputError
@@ -36,9 +36,14 @@ def load_model(name: str, precision: Precision = "fp32") -> Any:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     try:
         config = AutoConfig.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(_cannot_load("model", name, error)) from error
+    if missing := sorted(loaded["missing_keys"]):
+        # They would be random numbers.
+        raise InputError(f"the weights of {name} lack {len(missing)} of the model's parameters, such as {missing[0]}")
     model.eval()
     model.requires_grad_(False)
     return model
@@ -64,13 +69,13 @@ def _cannot_load(what: str, name: str, error: Exception) -> str:
 def model_fingerprint(model: Any) -> str:
     """Identify base weights in well under a second for billions of parameters.
 
-    sha256 over the names, shapes, dtypes and up to 4,096 evenly spaced values of every parameter, and over the
-    architecture. It tells models and fine-tunes apart; it is no defence against somebody who forges weights.
+    sha256 over the model's class and the names, shapes, dtypes and up to 4,096 evenly spaced values of every
+    parameter. It tells models and fine-tunes apart; it is no defence against somebody who forges weights.
     """
-    digest = hashlib.sha256(json.dumps(model.config.architectures).encode())
+    digest = hashlib.sha256(type(model).__name__.encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLED_VALUES)
+        step = -(-flat.numel() // _SAMPLED_VALUES)
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()

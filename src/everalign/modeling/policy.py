@@ -53,8 +53,15 @@ class Policy(nn.Module):
             self.peft = get_peft_model(model, config, adapter_name=SHORT_TERM)
         except ValueError as error:
             raise InputError(f"cannot adapt {targets}: {adapters.explain_targets(model, error)}") from error
-        self._targets = sorted({name.rsplit(".", 1)[-1] for name in adapters.layers(self.peft)})
-        self.head = LanguageHead(self.peft.get_base_model())
+        adapters.check_linear(self.peft, SHORT_TERM)
+        for layer in adapters.layers(self.peft).values():
+            # Autocast decides the precision of the products; casting their input to the adapter's fp32 first
+            # would only copy it back and forth.
+            layer.cast_input_dtype_enabled = not self._mixed
+        # As peft resolved them, so that every further adapter sits on the very same modules.
+        self._targets = self.peft.peft_config[SHORT_TERM].target_modules
+        with self._precision(next(model.parameters())):
+            self.head = LanguageHead(self.peft.get_base_model())
         self.reset(seed)
 
     # ---- what it computes ----
@@ -80,6 +87,12 @@ class Policy(nn.Module):
 
     def _precision(self, like: Tensor) -> torch.autocast:
         return torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=self._mixed)
+
+    def train(self, mode: bool = True) -> "Policy":
+        """Note whether it is being trained; the base model never drops out, so that every switch compares."""
+        super().train(mode)
+        self.peft.eval()
+        return self
 
     # ---- which adapters take part ----
 
@@ -112,9 +125,11 @@ class Policy(nn.Module):
     @contextmanager
     def as_base(self) -> Iterator[None]:
         """Compute as the base model inside the `with` block."""
-        with self.peft.disable_adapter():
-            yield
-        self._activate()
+        try:
+            with self.peft.disable_adapter():
+                yield
+        finally:
+            self._activate()
 
     @contextmanager
     def as_snapshot(self, updates: Updates) -> Iterator[Any]:
@@ -129,12 +144,16 @@ class Policy(nn.Module):
                     yield
                 return
             self._use([_SNAPSHOT])
-            yield
-            self._activate()
+            try:
+                yield
+            finally:
+                self._activate()
 
-        yield switched
-        adapters.replace(self.peft, _SNAPSHOT, {}, self._targets)
-        self._activate()
+        try:
+            yield switched
+        finally:
+            adapters.replace(self.peft, _SNAPSHOT, {}, self._targets)
+            self._activate()
 
     # ---- what it has learned ----
 
@@ -175,12 +194,20 @@ class Policy(nn.Module):
         """Restore what `save_adapter` wrote, as the long-term adapter or as the short-term one.
 
         Raises:
-            InputError: the folder holds no adapter, or one of another model.
+            InputError: the folder holds no adapter, or one of another model or shape; the policy is as it was.
         """
-        self.reset(seed)
+        rank, alpha = adapters.load_scale(folder)
         factors = adapters.load_factors(self.peft, folder)
+        config = self.peft.peft_config[SHORT_TERM]
+        if not long_term and (rank, alpha) != (config.r, config.lora_alpha):
+            raise InputError(
+                f"{folder}: an adapter of rank {rank} and alpha {alpha:g}, while this policy has rank {config.r} "
+                f"and alpha {config.lora_alpha:g}: use the settings it was learned with"
+            )
+        self.reset(seed)
         if long_term:
-            self.write_long_term({name: LowRankUpdate(left, right) for name, (left, right) in factors.items()})
+            scale = alpha / rank
+            self.write_long_term({name: LowRankUpdate(left * scale, right) for name, (left, right) in factors.items()})
         else:
             adapters.write_factors(self.peft, SHORT_TERM, factors)
 

@@ -9,7 +9,8 @@ from transformers.utils import logging as transformers_logging
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_KEEP_BYTES = 1 << 30
+_REUSED_BLOCK_BYTES = 1 << 28
+_KEPT_FREE_BYTES = 1 << 30
 
 
 def prepare_process() -> None:
@@ -38,4 +39,4 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES))
+    return bool(mallopt(_M_MMAP_THRESHOLD, _REUSED_BLOCK_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES))

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 from everalign.files import checksums, differing_files, write_json
@@ -18,6 +19,9 @@ class MarkComplete(TrainerCallback):  # type: ignore[misc]  # transformers carri
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Mark the checkpoint that was just saved."""
+        PartialState().wait_for_everyone()  # each process writes files of its own
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"{_PREFIX}{state.global_step}"
         write_json(folder / _MARK, checksums(folder, exclude=frozenset({_MARK})))
 

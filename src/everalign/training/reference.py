@@ -73,6 +73,13 @@ def _row_key(pair: EncodedPair) -> str:
     return hashlib.sha256(repr((pair.prompt, pair.chosen, pair.rejected)).encode()).hexdigest()[:32]
 
 
+def _checksum(*tensors: Tensor) -> Tensor:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().tobytes())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
 class ReferenceCache:
     """Summed log-probabilities (chosen, rejected) of pairs under reference policies, in a folder.
 
@@ -114,15 +121,19 @@ class ReferenceCache:
             return {}
         try:
             stored = load_file(path)
-        except SafetensorError as error:
+            names, log_probs = stored["keys"], stored["log_probs"]
+            intact = torch.equal(stored["sha256"], _checksum(names, log_probs))
+        except (SafetensorError, KeyError) as error:
             raise InputError(f"{path}: the reference cache is damaged ({error}): delete this file") from error
-        names = bytes(stored["keys"].numpy()).decode().split()
-        return dict(zip(names, stored["log_probs"], strict=True))
+        if not intact:
+            raise InputError(f"{path}: the reference cache is damaged (its values changed): delete this file")
+        return dict(zip(bytes(names.numpy()).decode().split(), log_probs, strict=True))
 
     def _write(self, key: str, rows: Mapping[str, Tensor]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         names = torch.frombuffer(bytearray(" ".join(rows), "ascii"), dtype=torch.uint8)
+        log_probs = torch.stack(list(rows.values()))
         handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".partial")
         os.close(handle)
-        save_file({"keys": names, "log_probs": torch.stack(list(rows.values()))}, temporary)
+        save_file({"keys": names, "log_probs": log_probs, "sha256": _checksum(names, log_probs)}, temporary)
         os.replace(temporary, self._path(key))

@@ -26,7 +26,7 @@ class StageOptions:
     Args:
         learning_rate: peak learning rate.
         epochs: passes over the stage's rows, fractions allowed.
-        batch_size: pairs of an optimiser step.
+        batch_size: pairs of an optimiser step, over all processes.
         micro_batch_size: pairs computed at once; smaller saves memory and changes no result.
         warmup: share of the steps in which the learning rate rises.
         scheduler: transformers' name of the learning-rate schedule.
@@ -85,12 +85,12 @@ def run_stage(
         gradient_hook: the method's hand on complete gradients.
         progress: called with (steps done, steps in all).
     """
-    lengths = [pair_length(pair) for pair in pairs]
-    plan = training_plan(lengths, options.batch_size, options.micro_batch_size, options.epochs, seed)
+    arguments = _arguments(folder, options, seed)
+    plan = _plan(arguments, options, pairs, seed)
     trainer = Trainer(
         policy,
         objective,
-        _arguments(folder, options, plan, seed),
+        arguments,
         MicroBatches(pairs, plan, objective, pad_id, reference),
         penalty,
         gradient_hook,
@@ -108,18 +108,26 @@ def run_stage(
     return StageResult(plan.steps, options.epochs, seconds, _curve(trainer.state.log_history, options.epochs))
 
 
-def _arguments(folder: Path, options: StageOptions, plan: TrainingPlan, seed: int) -> Any:
+def _arguments(folder: Path, options: StageOptions, seed: int) -> Any:
     return training_arguments(
         folder,
         learning_rate=options.learning_rate,
-        accumulation=plan.accumulation,
-        warmup=options.warmup,
         scheduler=options.scheduler,
         max_grad_norm=options.max_grad_norm,
         logging_steps=options.logging_steps,
         checkpoint_steps=options.checkpoint_steps,
         seed=seed,
     )
+
+
+def _plan(arguments: Any, options: StageOptions, pairs: Sequence[EncodedPair], seed: int) -> TrainingPlan:
+    """Plan the stage for the processes that `arguments` found, and tell them what depends on the plan."""
+    lengths, sizes = [pair_length(pair) for pair in pairs], (options.batch_size, options.micro_batch_size)
+    plan = training_plan(lengths, *sizes, options.epochs, seed, processes=arguments.world_size)
+    arguments.gradient_accumulation_steps = plan.accumulation
+    # Rounded down: the first step of a warm-up has learning rate 0, and a short stage must not end with it.
+    arguments.warmup_steps = int(options.warmup * plan.steps)
+    return plan
 
 
 def _curve(history: list[dict[str, Any]], epochs: float) -> list[dict[str, Any]]:

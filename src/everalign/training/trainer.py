@@ -49,9 +49,13 @@ class MicroBatches(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rows = self._rows[index]
-        batch = self._objective.collate([self._pairs[row] for row in rows], self._pad_id)
+        # An empty one, where the other processes have the step's last rows: some row that does not count.
+        shown = rows or [0]
+        batch = self._objective.collate([self._pairs[row] for row in shown], self._pad_id)
         if self._reference is not None:
-            batch["reference"] = self._reference[rows]
+            batch["reference"] = self._reference[shown]
+        if not rows:
+            batch["weight"], batch["count"] = torch.zeros_like(batch["weight"]), torch.zeros_like(batch["count"])
         return batch
 
 
@@ -85,7 +89,9 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         super().__init__(model=policy, args=arguments, train_dataset=batches, data_collator=_only, callbacks=hooks)
         self.remove_callback(PrinterCallback)
         self.objective, self._penalty = objective, penalty
-        self.loss_is_scaled_for_ga = True
+        # Says that the loss is divided by the whole step's count already.
+        self.model_accepts_loss_kwargs = True
+        self._penalty_due = False
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
 
     def get_batch_samples(
@@ -93,6 +99,7 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
     ) -> tuple[list[Any], Any]:
         """Collect a step's micro-batches and what its loss is divided by, over all processes."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._penalty_due = True
         if not samples:
             return samples, None
         count = torch.stack([sample["count"] for sample in samples]).sum().to(device)
@@ -105,25 +112,30 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Return the micro-batch's share of the step's loss.
+        """Return the micro-batch's share of the step's loss; the step's first one carries the penalty.
 
         Raises:
             EveralignError: the loss is NaN or infinite; the message says at which step.
         """
         count = inputs["count"] if num_items_in_batch is None else num_items_in_batch
-        loss, metrics = self.objective.loss(model, inputs, count)
+        try:
+            loss, metrics = self.objective.loss(model, inputs, count)
+        except ValueError as error:
+            raise self._diverged(str(error)) from error
         loss = loss * self.accelerator.num_processes  # the gradients are averaged over the processes
-        if self._penalty is not None and self.model.training:
+        if self._penalty is not None and self._penalty_due:
             extra = self._penalty(self.accelerator.unwrap_model(model))
-            loss = loss if extra is None else loss + extra / self.args.gradient_accumulation_steps
+            loss = loss if extra is None else loss + extra
+            self._penalty_due = False
         if not torch.isfinite(loss.detach()):
-            raise EveralignError(
-                f"the loss became {loss.item()} at step {self.state.global_step}: lower the learning rate, "
-                "or train in fp32"
-            )
+            raise self._diverged(f"the loss became {loss.item()}")
         for name, values in metrics.items():
             self._metrics[name].append(values)
         return (loss, metrics) if return_outputs else loss
+
+    def _diverged(self, what: str) -> EveralignError:
+        step = self.state.global_step + 1
+        return EveralignError(f"step {step}: {what}: lower the learning rate, or train in fp32")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics' means since the last log; the device is synchronised here and nowhere else."""
@@ -149,25 +161,24 @@ def training_arguments(
     folder: Path,
     *,
     learning_rate: float,
-    accumulation: int,
-    warmup: float,
     scheduler: str,
     max_grad_norm: float,
     logging_steps: int,
     checkpoint_steps: int,
     seed: int,
 ) -> TrainingArguments:
-    """Return transformers' settings for one stage: AdamW, a fresh optimiser, one pass over the plan."""
+    """Return transformers' settings for one stage: AdamW, a fresh optimiser, one pass over the plan.
+
+    Accumulation and warm-up depend on the plan and are set with it.
+    """
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=accumulation,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         learning_rate=learning_rate,
         lr_scheduler_type=scheduler,
-        warmup_steps=warmup,
         weight_decay=0.0,
         max_grad_norm=max_grad_norm,
         logging_steps=logging_steps,
@@ -176,6 +187,7 @@ def training_arguments(
         save_strategy="steps" if checkpoint_steps else "no",
         save_steps=checkpoint_steps or 500,
         save_total_limit=2,
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
         seed=seed,

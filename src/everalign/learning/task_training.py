@@ -2,27 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from everalign.data.encoding import EncodedPair, EncodedPairs
+from everalign.errors import EveralignError
 from everalign.files import checksums, differing_files, new_folder, read_json, write_json
-from everalign.learning.options import TrainingOptions
-from everalign.methods import Method
+from everalign.learning.setup import Setup
 from everalign.modeling.policy import Policy
 from everalign.objectives import implicit_margin
-from everalign.training.reference import ReferenceCache, pair_log_probs, policy_key
+from everalign.training.reference import pair_log_probs, policy_key
 from everalign.training.stage import StageOptions, run_stage
-from everalign.training.teaching import Objective, SupervisedObjective
-
-Announce = Callable[[str], None]
-Progress = Callable[[str, int, int], None]
+from everalign.training.teaching import Objective
 
 _PROBE_PAIRS = 16
 
@@ -60,28 +58,6 @@ class StageReport:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What stays the same from task to task."""
-
-    policy: Policy
-    method: Method
-    objective: Objective
-    options: TrainingOptions
-    pad_id: int
-    model_key: str
-    cache: ReferenceCache
-    announce: Announce
-    progress: Progress
-
-    def stages(self) -> list[tuple[Objective, StageOptions]]:
-        """Return the stages of a task, in order."""
-        main = (self.objective, self.options.preference_stage())
-        if self.options.sft_epochs == 0:
-            return [main]
-        return [(SupervisedObjective(), self.options.sft_stage()), main]
-
-
-@dataclass(frozen=True)
 class _Reference:
     """Reference log-probabilities of all rows, and of the probe rows computed as the probe will be: (N, 2), (P, 2)."""
 
@@ -97,9 +73,10 @@ def train_task(setup: Setup, pairs: EncodedPairs, replayed: int, work: Path, see
         setup: what stays the same from task to task.
         pairs: the task's rows with the replayed ones behind them.
         replayed: how many are replayed.
-        work: folder for checkpoints and for finished stages.
+        work: folder for checkpoints and for finished stages; what it holds of other rows is left alone.
         seed: seeds the order of the rows.
     """
+    work = work / pairs.fingerprint[:16]
     policy_before = _reference(setup, pairs) if setup.options.reference == "previous_task" else None
     reports = []
     for index, (objective, options) in enumerate(setup.stages()):
@@ -138,6 +115,7 @@ def _train_stage(
         gradient_hook=setup.method.adjust_gradients,
         progress=lambda done, total: setup.progress(objective.name, done, total),
     )
+    _check_finite(setup.policy, objective.name)
     report = StageReport(
         stage=objective.name,
         reference=None if reference is None else reference.name,
@@ -175,6 +153,12 @@ def _step0_margin(setup: Setup, pairs: EncodedPairs, reference: _Reference) -> f
     reference_chosen, reference_rejected = reference.probe.unbind(1)
     margin = implicit_margin(chosen, rejected, reference_chosen, reference_rejected, setup.options.beta)
     return margin.mean().item()
+
+
+def _check_finite(policy: Policy, stage: str) -> None:
+    """Refuse what the last step left: the trainer sees a loss only before each step."""
+    if not all(torch.isfinite(value).all() for value in policy.state_dict().values()):
+        raise EveralignError(f"{stage} left NaN or infinite weights: lower the learning rate, or train in fp32")
 
 
 def _finish(policy: Policy, report: StageReport, folder: Path) -> None:

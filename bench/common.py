@@ -1,0 +1,48 @@
+"""What the benches share: where the data is, the machine's facts, JSON results."""
+
+import gzip
+import json
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from everalign.files import write_json
+from everalign.learning.run import library_versions, machine_facts
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+OUT = Path(__file__).resolve().parent / "out"
+
+
+def data_folder() -> Path:
+    """The folder with `data/` and `base-model/`: $EVERALIGN_BENCH_DATA, or `shared` beside the checkout."""
+    folder = Path(os.environ.get("EVERALIGN_BENCH_DATA", REPOSITORY.parent / "shared"))
+    if not (folder / "data" / "pref").is_dir():
+        sys.exit(
+            f"{folder}/data/pref is missing: set EVERALIGN_BENCH_DATA to the folder that holds data/ and base-model/"
+        )
+    return folder
+
+
+def preference_rows(name: str, split: str) -> list[dict[str, Any]]:
+    """The rows of one preference set, with all their columns."""
+    with gzip.open(data_folder() / "data" / "pref" / f"{name}.{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def mean_and_deviation(values: Sequence[float | None]) -> str:
+    """`mean ± standard deviation` of what is there."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    spread = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.3f}{spread}"
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a bench's result with the machine, the libraries and the command that made it."""
+    command = " ".join(["python", *sys.argv])
+    write_json(path, {"command": command, "machine": machine_facts(), "libraries": library_versions(), **result})
+    print(f"\nwritten: {path}")

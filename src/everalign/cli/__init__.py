@@ -1,0 +1,91 @@
+"""The command line: `everalign VERB ...`.
+
+Results go to standard output (with `--json` one JSON object and nothing else), all the rest to standard error.
+Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 130 interrupted.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any, cast
+
+import typer
+
+from everalign.cli.demo import demo
+from everalign.cli.learn import learn
+from everalign.cli.output import say
+from everalign.cli.runs import report, versions
+from everalign.errors import EveralignError, InputError
+
+# A wrong flag or argument. Some versions of typer have it from click, others carry it inside; its heir is public.
+_UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])
+
+app = typer.Typer(
+    help="Keeps a language model aligned while preferences keep changing.",
+    epilog="Every verb explains itself: everalign learn --help",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command(
+    epilog="Example: everalign learn --model tiny --task polite=polite.jsonl,polite.test.jsonl --output runs/polite"
+)(learn)
+app.command(epilog="Example: everalign demo --output runs/demo")(demo)
+app.command(epilog="Example: everalign report runs/lifealign runs/seqft --output comparison.html")(report)
+app.command(epilog="Example: everalign versions runs/polite")(versions)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from everalign import __version__
+
+        print(f"everalign {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _everalign(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, metavar="", help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), nl=False)
+        raise typer.Exit(InputError.exit_code)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors that the user can act on are one line without a traceback.
+
+    Args:
+        arguments: without the program's name; those of the process when None.
+    """
+    warnings.showwarning = _show_warning
+    try:
+        code = app(args=arguments, prog_name="everalign", standalone_mode=False)
+    except EveralignError as error:
+        return _fail(str(error), error.exit_code)
+    except _UsageError as error:
+        return _fail(_usage(error), InputError.exit_code)
+    except OSError as error:
+        # A full disk, a missing permission: nothing in a traceback would help.
+        return _fail(str(error), EveralignError.exit_code)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    say("error", message, "bold red")
+    return code
+
+
+def _usage(error: Exception) -> str:
+    """What is wrong with a flag, and where its verb explains itself."""
+    command = getattr(getattr(error, "ctx", None), "command_path", "everalign")
+    message = getattr(error, "format_message", lambda: str(error))()
+    return f"{message}\nSee: {command} --help"
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    say("warning", str(message), "yellow")

@@ -1,0 +1,40 @@
+"""The verb `demo`: Everalign's main job on the embedded assistant."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from everalign.cli.display import Display
+from everalign.cli.output import show, show_json, show_line
+from everalign.cli.runs import Json
+
+
+def demo(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the runs and the report.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(metavar="N", help="Seeds the tasks and the training.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Learn four conflicting tasks with plain sequential training and with LifeAlign, and compare.
+
+    What an earlier demo learned in the same folder is taken as it is.
+    """
+    from everalign.cli import results
+    from everalign.demo.run import run_demo
+    from everalign.learning.run_data import load_run
+    from everalign.reporting import score_table
+
+    with Display() as display:
+        result = run_demo(output, display.announce, display.progress, seed)
+    runs = [load_run(path) for path in result.runs.values()]
+    if as_json:
+        values = {name: results.scores(run) for name, run in zip(result.runs, runs, strict=True)}
+        show_json({"report": str(result.report), "seconds": result.seconds, "runs": values})
+        return
+    for name, run in zip(result.runs, runs, strict=True):
+        show(score_table(run.scores(), title=name))
+    show(*results.summary(runs))
+    show_line("time", f"{result.seconds:.0f} s")
+    show_line("report", result.report)

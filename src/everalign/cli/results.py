@@ -1,0 +1,93 @@
+"""What a run came to, as the command line tells it: texts and tables for people, plain values for `--json`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from everalign.learning.run_data import RunData, run_labels
+from everalign.learning.run_files import Score
+from everalign.reporting import comparison_table, score_table
+from everalign.reporting.formats import METRICS
+from everalign.reporting.headline import cautions, headline
+
+_ACCURACY = METRICS["accuracy"]
+_COLOURS = {"gained": "green", "lost": "red", "": "dim"}
+
+
+def scores(run: RunData) -> dict[str, Any]:
+    """Return the matrix of held-out accuracy and the numbers that sum it up; null is what was not measured."""
+    found = run.scores()
+    return {
+        "tasks": list(found.tasks),
+        "zero_shot": list(found.zero_shot),
+        "matrix": [list(row) for row in found.matrix],
+        **found.summary,
+    }
+
+
+def summary(runs: Sequence[RunData]) -> list[RenderableType]:
+    """Return one run's score table, or a comparison of several, and what follows from it in words."""
+    labels = run_labels(runs)
+    found = {label: run.scores() for label, run in zip(labels, runs, strict=True)}
+    table = score_table(found[labels[0]]) if len(runs) == 1 else comparison_table(found)
+    warnings = [Text(caution, style="dim") for caution in cautions(runs, labels)]
+    return [table, Text(""), Text(headline(runs, labels)), *warnings, Text("")]
+
+
+def versions(run: RunData) -> list[dict[str, Any]]:
+    """Return the versions in the order of learning.
+
+    `then` is a version's accuracy on its own task, `now` the promoted version's on that task; null where it was not
+    measured, or where versions do not build on each other (STL).
+    """
+    promoted = next((version.scores for version in run.versions if version.id == run.current), run.zero_shot)
+    return [
+        {
+            "index": version.manifest.index,
+            "version": version.id,
+            "task": version.task,
+            "created": version.manifest.created,
+            "then": _accuracy(version.scores, version.task),
+            "now": None if run.regime == "separate" else _accuracy(promoted, version.task),
+            "promoted": version.id == run.current,
+        }
+        for version in run.versions
+    ]
+
+
+def version_table(run: RunData) -> Table:
+    """Return the versions as a table, the promoted one marked."""
+    table = Table(caption=_caption(run), caption_justify="left")
+    for title in ("version", "task", "learned (UTC)"):
+        table.add_column(title, overflow="fold")
+    for title in ("then", "now", "change"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in versions(run):
+        change = None if row["then"] is None or row["now"] is None else row["now"] - row["then"]
+        table.add_row(
+            Text(row["version"]),
+            Text(row["task"]),
+            row["created"][:16].replace("T", " "),
+            _ACCURACY.value(row["then"]),
+            _ACCURACY.value(row["now"]),
+            Text(_ACCURACY.change(change), style=_COLOURS[_ACCURACY.direction(change)]),
+            "promoted" if row["promoted"] else "",
+        )
+    return table
+
+
+def _accuracy(scores: Mapping[str, Score], task: str) -> float | None:
+    return scores[task].accuracy if task in scores else None
+
+
+def _caption(run: RunData) -> Text:
+    beside = f"\nNot in this line: {', '.join(run.left_out)}." if run.left_out else ""
+    return Text(
+        "Accuracy on the version's own task, %: when it was learned, and under the promoted version. "
+        f"Changes in points.{beside}",
+        style="dim",
+    )

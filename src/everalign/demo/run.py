@@ -1,0 +1,72 @@
+"""The demo: four conflicting preference tasks, plain sequential training beside LifeAlign."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from everalign.data.readers import PreferenceSet
+from everalign.demo.tasks import demo_tasks
+from everalign.learning.learner import Learner
+from everalign.learning.options import AdapterOptions, TrainingOptions
+from everalign.learning.scores import Scores
+from everalign.learning.setup import Announce, Progress
+from everalign.methods import LifeAlign, Method, SequentialFineTuning
+from everalign.modeling.loading import TINY
+from everalign.reporting import write_report
+
+PAIRS_PER_TASK = 240
+TRAINING = TrainingOptions(
+    sft_epochs=1.0,
+    sft_learning_rate=2e-3,
+    learning_rate=2e-3,
+    epochs=2.0,
+    max_length=128,
+)
+ADAPTER = AdapterOptions(rank=8, alpha=16.0, targets="all-linear")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo produced: the report, each method's run directory and scores, and the time it took."""
+
+    report: Path
+    runs: dict[str, Path]
+    scores: dict[str, Scores]
+    seconds: float
+
+
+def run_demo(output: Path, announce: Announce, progress: Progress, seed: int = 0) -> DemoResult:
+    """Learn the demo's tasks with two methods and write a report that compares them.
+
+    Args:
+        output: folder for the runs and the report; what an earlier demo learned there with this seed is taken as it is.
+        announce: called with one line for each thing that happens.
+        progress: called with (stage, steps done, steps in all).
+        seed: seeds the tasks and the training.
+    """
+    started = time.perf_counter()
+    tasks = [
+        (task.name, PreferenceSet.of(task.train, "demo"), PreferenceSet.of(task.test, "demo"))
+        for task in demo_tasks(PAIRS_PER_TASK, seed=seed)
+    ]
+    contenders: list[tuple[Method, str]] = [(SequentialFineTuning(), "dpo"), (LifeAlign(), "fpo")]
+    runs, scores = {}, {}
+    for method, objective in contenders:
+        announce(f"{method.name} with {objective}")
+        runs[method.name] = output / method.name
+        learner = Learner(
+            TINY,
+            method,
+            objective,
+            runs[method.name],
+            training=TRAINING,
+            adapter=ADAPTER,
+            seed=seed,
+            resume=True,
+            announce=announce,
+            progress=progress,
+        )
+        learner.learn_all(list(tasks))
+        scores[method.name] = learner.scores
+    report = write_report(list(runs.values()), output / "report.html")
+    return DemoResult(report, runs, scores, time.perf_counter() - started)

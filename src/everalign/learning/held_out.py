@@ -1,0 +1,106 @@
+"""The tasks' held-out pairs: never trained on, scored after every task."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from everalign.data.readers import PreferenceSet, check_disjoint
+from everalign.errors import InputError
+from everalign.evaluation import HeldOut, PreferenceScore, score_preferences
+from everalign.learning.run import RunDirectory, data_facts
+from everalign.learning.setup import Setup
+from everalign.memory import LowRankUpdate
+from everalign.training.reference import policy_key
+
+
+class HeldOutTests:
+    """Every known test set with what the base model makes of it.
+
+    A run remembers which rows it was tested on, so that a score column never mixes two test sets.
+
+    Args:
+        setup: the learner's parts.
+        run: where the base model's scores are kept.
+        allow_overlap: let pairs occur in training and test data.
+    """
+
+    def __init__(self, setup: Setup, run: RunDirectory, allow_overlap: bool) -> None:
+        self._setup, self._run, self._allow_overlap = setup, run, allow_overlap
+        self._zero_shot, self._facts = run.read_zero_shot()
+        self._sets: dict[str, PreferenceSet] = {}
+        self._held_out: dict[str, HeldOut] = {}
+        self._trained: dict[str, PreferenceSet] = {}
+
+    def facts(self, name: str) -> dict[str, object] | None:
+        """Return what identifies a task's test set, None where it has none."""
+        return self._facts.get(name)
+
+    def check(self, tasks: Sequence[tuple[str, PreferenceSet | None, PreferenceSet | None]]) -> None:
+        """Refuse (name, rows, test) tasks without a name or rows, or that mix training and test rows.
+
+        They are compared with all rows that this learner was given before, of whatever task.
+        """
+        for name, rows, test in tasks:
+            if not name.strip():
+                raise InputError("a task needs a name: found an empty one")
+            for what, found in (("training", rows), ("test", test)):
+                if found is not None and not len(found):
+                    raise InputError(f"task {name!r}: its {what} set {found.source} has no rows")
+        tests = {**self._sets, **{name: test for name, _, test in tasks if test is not None}}
+        for rows in [*self._trained.values(), *(rows for _, rows, _ in tasks if rows is not None)]:
+            for test in tests.values():
+                check_disjoint(rows, test, allow=self._allow_overlap)
+
+    def trained_on(self, rows: PreferenceSet) -> None:
+        """Remember training rows for test sets still to come."""
+        self._trained[rows.fingerprint] = rows
+
+    def announce(self, name: str, test: PreferenceSet, learned: Collection[str]) -> None:
+        """Make a task's test set known and score the base model on it, unless the run holds that score.
+
+        Args:
+            name: the task.
+            test: its held-out pairs.
+            learned: names of the tasks learned so far.
+
+        Raises:
+            InputError: the run knows other test rows of this task, or some of them were trained on.
+        """
+        self.check([(name, None, test)])
+        known = self._facts.get(name)
+        if known is None and name in learned:
+            raise InputError(f"task {name!r} was learned without a test set: it cannot get one now")
+        if known is not None and known["fingerprint"] != test.fingerprint:
+            raise InputError(f"task {name!r} has other test rows in this run ({known['source']}): use those")
+        if name in self._sets:
+            return
+        self._held_out[name] = self._prepare(test)
+        self._sets[name] = test
+        if name not in self._zero_shot:
+            self._facts[name] = data_facts(test)
+            with self._setup.policy.as_base():
+                self._zero_shot[name] = self._score(self._held_out[name], None)
+            self._run.write_zero_shot(self._zero_shot, self._facts)
+
+    def check_complete(self, learned: Collection[str]) -> None:
+        """Refuse to learn another task while a learned one's test set is not at hand, as after a resume."""
+        missing = [name for name in self._facts if name in learned and name not in self._sets]
+        if missing:
+            raise InputError(f"the run tests {', '.join(missing)} too: give these tasks with their test sets first")
+
+    def scores(self, previous: Mapping[str, LowRankUpdate]) -> dict[str, PreferenceScore]:
+        """Score the policy on every test set; `previous` is the policy before this task."""
+        return {name: self._score(held_out, previous) for name, held_out in self._held_out.items()}
+
+    def _prepare(self, test: PreferenceSet) -> HeldOut:
+        setup = self._setup
+        limit = setup.options.test_limit or len(test)
+        pairs = setup.encode(test[:: max(1, len(test) // limit)][:limit])
+        base_key = policy_key(setup.model_key, {})
+        with setup.policy.as_base():
+            base = setup.cache.log_probs(setup.policy, base_key, pairs, setup.pad_id, setup.options.micro_batch_size)
+        return HeldOut(pairs, base)
+
+    def _score(self, held_out: HeldOut, previous: Mapping[str, LowRankUpdate] | None) -> PreferenceScore:
+        batch_size = self._setup.options.micro_batch_size
+        return score_preferences(
+            self._setup.policy, held_out, pad_id=self._setup.pad_id, batch_size=batch_size, previous=previous
+        )

@@ -1,0 +1,271 @@
+"""A recipe: everything that `everalign learn` can be told, from a YAML file or from flags.
+
+    model: tiny
+    method: {name: lifealign, keep: 0.5}      # or just `method: lifealign`
+    objective: fpo
+    output: runs/assistant
+    tasks:
+      - {name: harmless, train: harmless.jsonl, test: harmless.test.jsonl}
+    training: {learning_rate: 1e-4}
+    adapter: {rank: 8}
+
+What a recipe leaves out keeps the preset's value, or else the library's own. Paths are relative to the working
+directory, as on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+
+from everalign.data.readers import PreferenceSet, check_disjoint, load_preferences
+from everalign.errors import InputError
+from everalign.learning.learner import Learner
+from everalign.learning.options import PAPER_ADAPTER, AdapterOptions, TrainingOptions
+from everalign.learning.yaml_file import read_yaml
+from everalign.methods import METHODS, LifeAlign, Method, make_method
+
+LoadedTask = tuple[str, PreferenceSet, PreferenceSet | None]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Keys(BaseModel):
+    """One mapping: no unknown keys, exact types, and None for what is not given."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _keys_of(title: str, hints: Mapping[str, Any]) -> type[_Keys]:
+    keys: dict[str, Any] = {key: (kind | None, None) for key, kind in hints.items()}
+    return create_model(title, __base__=_Keys, **keys)
+
+
+def _field_types(options: type[TrainingOptions] | type[AdapterOptions]) -> dict[str, Any]:
+    hints = get_type_hints(options)
+    return {field.name: hints[field.name] for field in fields(options)}
+
+
+def _method_arguments() -> dict[str, Any]:
+    """Name and type of every argument that some method takes; `make_method` knows which takes which."""
+    found: dict[str, Any] = {}
+    for method in METHODS.values():
+        hints = get_type_hints(method.__init__)
+        found |= {name: hints[name] for name in inspect.signature(method).parameters}
+    return found
+
+
+TrainingKeys = _keys_of("TrainingKeys", _field_types(TrainingOptions))
+AdapterKeys = _keys_of("AdapterKeys", _field_types(AdapterOptions))
+MethodKeys = _keys_of("MethodKeys", {"name": Text, **_method_arguments()})
+
+
+class TaskKeys(_Keys):
+    """One task: its name, unique in the run, and its files or Hub names."""
+
+    name: Text
+    train: Text
+    test: Text | None = None
+
+
+SECTIONS: Mapping[str, type[_Keys]] = {
+    "method": MethodKeys,
+    "training": TrainingKeys,
+    "adapter": AdapterKeys,
+    "tasks": TaskKeys,
+}
+
+
+class Recipe(_Keys):
+    """What was given, by a file or by flags, and what the learner makes of it."""
+
+    model: Text | None = None
+    method: MethodKeys | None = None  # type: ignore[valid-type]  # its keys are the methods' own arguments
+    objective: Text | None = None
+    output: Text | None = None
+    seed: int | None = None
+    preset: Text | None = None
+    tasks: Annotated[list[TaskKeys], Field(min_length=1)] | None = None
+    training: TrainingKeys | None = None  # type: ignore[valid-type]  # its keys are those of TrainingOptions
+    adapter: AdapterKeys | None = None  # type: ignore[valid-type]  # its keys are those of AdapterOptions
+    cache: Text | None = None
+    allow_overlap: bool | None = None
+    skip_bad_rows: bool | None = None
+    report: bool | None = None
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("tasks")
+    @classmethod
+    def _names_differ(cls, tasks: list[TaskKeys] | None) -> list[TaskKeys] | None:
+        names = [task.name for task in tasks or []]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the name {repeated!r} is given twice; every task needs its own")
+        return tasks
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """Read a YAML file; an InputError names the file and the key."""
+        try:
+            return cls.model_validate(read_yaml(path))
+        except ValidationError as error:
+            raise InputError(f"{path}: {_explain(error, _dotted)}") from None
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any]) -> Recipe:
+        """Make a recipe of flags, by their names with underscores; an InputError names the flag.
+
+        Args:
+            flags: `method` is a method's name and `tasks` a list as in a file; every other flag has the name of its
+                key, whatever mapping of the file that is in. None is a flag that is not given.
+        """
+        nested: dict[str, Any] = {"method": {"name": flags.get("method")}, "training": {}, "adapter": {}}
+        for name, value in flags.items():
+            if name in cls.model_fields:
+                nested.setdefault(name, value)
+            else:
+                nested[_section_of(name)][name] = value
+        try:
+            return cls.model_validate(nested)
+        except ValidationError as error:
+            raise InputError(_explain(error, _flag)) from None
+
+    def over(self, other: Recipe) -> Recipe:
+        """Return both together; where both give a value, this one's counts. Tasks are replaced as a whole."""
+        mine, theirs = self._given(), other._given()
+        for section in ("method", "training", "adapter"):
+            mine[section] = {**theirs.get(section, {}), **mine.get(section, {})}
+        return Recipe.model_validate({**theirs, **mine})
+
+    def training_options(self) -> TrainingOptions:
+        """Return the preset's training options with the given ones in their place."""
+        return TrainingOptions.preset(self.preset or "default", **self._given("training"))  # type: ignore[arg-type]
+
+    def adapter_options(self) -> AdapterOptions:
+        """Return the preset's adapter options with the given ones in their place."""
+        return replace(PAPER_ADAPTER if self.preset == "paper" else AdapterOptions(), **self._given("adapter"))
+
+    def make_method(self) -> Method:
+        """Build the method; an argument that it would ignore is refused."""
+        return make_method(**{"name": LifeAlign.name, **self._given("method")})
+
+    def learner_arguments(self) -> dict[str, Any]:
+        """Return keyword arguments of `Learner`; what is not given is left to its defaults.
+
+        Raises:
+            InputError: model, output or tasks are not given, or an option has a value it cannot have.
+        """
+        for name, flag in (("model", "--model"), ("output", "--output"), ("tasks", "--task")):
+            if getattr(self, name) is None:
+                raise InputError(f"no {name} given: add {flag}, or the key {name!r} to the recipe")
+        given = self._given()
+        plain = ("model", "objective", "output", "seed", "allow_overlap", "cache")
+        return {
+            **{name: given[name] for name in plain if name in given},
+            "method": self.make_method(),
+            "training": self.training_options(),
+            "adapter": self.adapter_options(),
+        }
+
+    def complete(self) -> dict[str, Any]:
+        """Return a recipe's keys with the values they will have: presets and defaults in full."""
+        method = self.make_method()
+        learner = inspect.signature(Learner).parameters
+        gamma = {} if method.gamma is None else {"gamma": method.gamma}
+        return {
+            **{name: learner[name].default for name in ("objective", "seed")},
+            **{key: value for key, value in self._given().items() if key != "preset"},
+            "method": {"name": method.name, **gamma, **method.settings()},
+            "training": asdict(self.training_options()),
+            "adapter": asdict(self.adapter_options()),
+        }
+
+    def _given(self, section: str | None = None) -> dict[str, Any]:
+        values = self.model_dump(exclude_none=True)
+        return values if section is None else values.get(section, {})
+
+
+def load_tasks(recipe: Recipe) -> list[LoadedTask]:
+    """Read the tasks' files, all of them before anything is trained.
+
+    Returns:
+        Name, training rows and test rows (None where the task has none) of every task.
+
+    Raises:
+        InputError: a file cannot be read, a row is bad, or a test set shares rows with any task's training set.
+    """
+    skip, tasks = bool(recipe.skip_bad_rows), recipe.tasks or []
+    loaded = [
+        (
+            task.name,
+            load_preferences(task.train, skip_bad_rows=skip),
+            None if task.test is None else load_preferences(task.test, skip_bad_rows=skip),
+        )
+        for task in tasks
+    ]
+    for _, train, _ in loaded:
+        for _, _, test in loaded:
+            check_disjoint(train, test or (), allow=bool(recipe.allow_overlap))
+    return loaded
+
+
+Location = Sequence[int | str]
+
+_MEANINGS = {
+    "string_type": "must be text (in quotes, where it looks like something else)",
+    "model_type": "must hold keys and values",
+    "list_type": "must be a list",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "missing": "is missing",
+}
+
+
+def _explain(error: ValidationError, name: Callable[[Location], str]) -> str:
+    """One sentence on the first problem; an unknown key goes first, because it explains what is missing."""
+    problems = error.errors(include_url=False)
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    where, kind, found = first["loc"], first["type"], first["input"]
+    if kind == "extra_forbidden":
+        inside = f" in {_dotted(where[:-1])}" if len(where) > 1 else ""
+        return f"unknown key {str(where[-1])!r}{inside}{_hint(where)}"
+    if kind == "value_error":
+        return f"{name(where)}: {first['ctx']['error']}"
+    meaning = _MEANINGS.get(kind) or first["msg"].replace("Input should be", "must be")
+    return f"{name(where)}: {meaning}" + ("" if kind == "missing" else f", found {found!r}")
+
+
+def _hint(where: Location) -> str:
+    key, section = str(where[-1]), str(where[0]) if len(where) > 1 else ""
+    levels: Mapping[str, type[_Keys]] = {"": Recipe, **SECTIONS}
+    known = list(levels[section].model_fields)
+    if near := difflib.get_close_matches(key, known, n=1):
+        return f": did you mean {near[0]!r}?"
+    if homes := [name for name, level in levels.items() if key in level.model_fields]:
+        return f": it belongs under {homes[0]!r}" if homes[0] else ": it belongs outside, beside 'model'"
+    return f": known are {', '.join(known)}"
+
+
+def _dotted(where: Location) -> str:
+    if where[0] == "tasks" and len(where) > 1:
+        where = (f"task {int(where[1]) + 1}", *where[2:])
+    return ".".join(str(part) for part in where)
+
+
+def _flag(where: Location) -> str:
+    if where[0] == "tasks":
+        return "--task"
+    name = where[0] if where[-1] == "name" else where[-1]
+    return f"--{str(name).replace('_', '-')}"
+
+
+def _section_of(flag: str) -> str:
+    return next(section for section in ("training", "adapter", "method") if flag in SECTIONS[section].model_fields)

@@ -1,0 +1,132 @@
+"""What stays the same from task to task: model, tokenizer, method, objective and options, put together once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everalign.data.encoding import EncodedPairs, encode_pairs
+from everalign.data.records import Preference
+from everalign.data.templating import template_fingerprint
+from everalign.errors import InputError
+from everalign.learning.environment import library_versions, machine_facts
+from everalign.learning.options import AdapterOptions, TrainingOptions
+from everalign.methods import Method
+from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
+from everalign.modeling.policy import Policy
+from everalign.modeling.runtime import prepare_process
+from everalign.training.reference import ReferenceCache
+from everalign.training.stage import StageOptions
+from everalign.training.teaching import Objective, SupervisedObjective, make_objective
+
+Announce = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A learner's parts.
+
+    Args:
+        model_name: the base model as the user named it.
+        model_key: fingerprint of its weights.
+        tokenizer: the model's.
+        policy: what learns.
+        method: what is carried from task to task.
+        objective: what a batch of the main stage teaches.
+        options: how every task is trained.
+        adapter: shape of the adapter.
+        seed: seeds everything random.
+        cache: reference log-probabilities.
+        announce: called with one line for each thing that happens.
+        progress: called with (stage, steps done, steps in all).
+    """
+
+    model_name: str
+    model_key: str
+    tokenizer: Any
+    policy: Policy
+    method: Method
+    objective: Objective
+    options: TrainingOptions
+    adapter: AdapterOptions
+    seed: int
+    cache: ReferenceCache
+    announce: Announce
+    progress: Progress
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token, which no result depends on."""
+        pad_id: int | None = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id) if pad_id is None else pad_id
+
+    def encode(self, rows: Sequence[Preference]) -> EncodedPairs:
+        """Return rows as tokens, cut to the options' length."""
+        return encode_pairs(rows, self.tokenizer, self.options.max_length)
+
+    def stages(self) -> list[tuple[Objective, StageOptions]]:
+        """Return the stages of a task, in order."""
+        main = (self.objective, self.options.preference_stage())
+        if self.options.sft_epochs == 0:
+            return [main]
+        return [(SupervisedObjective(), self.options.sft_stage()), main]
+
+    def facts(self) -> dict[str, Any]:
+        """Return what run.json tells about the set-up."""
+        gamma = {} if self.method.gamma is None else {"gamma": self.method.gamma}
+        return {
+            "everalign": library_versions()["everalign"],
+            "model": self.model_name,
+            "model_fingerprint": self.model_key,
+            "template": template_fingerprint(self.tokenizer),
+            "method": {"name": self.method.name, **gamma, **self.method.settings()},
+            "objective": self.objective.name,
+            "settings": {**asdict(self.options), **asdict(self.adapter)},
+            "seed": self.seed,
+            "libraries": library_versions(),
+            "machine": {**machine_facts(), "threads": torch.get_num_threads()},
+        }
+
+
+def make_setup(
+    model: str,
+    method: Method,
+    objective: str,
+    options: TrainingOptions,
+    adapter: AdapterOptions,
+    seed: int,
+    cache: Path,
+    announce: Announce,
+    progress: Progress,
+) -> Setup:
+    """Load the model and put a learner's parts together; arguments as in `Learner`.
+
+    Raises:
+        InputError: the settings contradict each other, or the model cannot be used.
+    """
+    if objective == "sft" and options.sft_epochs > 0:
+        raise InputError("sft_epochs adds a stage before a preference objective; with objective sft set epochs")
+    goal = make_objective(objective, options.beta, method.gamma)
+    prepare_process()
+    tokenizer = load_tokenizer(model)
+    base = load_model(model, options.precision)
+    model_key = model_fingerprint(base)
+    if torch.cuda.is_available():
+        base = base.cuda()
+    return Setup(
+        model_name=model,
+        model_key=model_key,
+        tokenizer=tokenizer,
+        policy=Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed),
+        method=method,
+        objective=goal,
+        options=options,
+        adapter=adapter,
+        seed=seed,
+        cache=ReferenceCache(cache),
+        announce=announce,
+        progress=progress,
+    )

@@ -1,0 +1,62 @@
+"""A folder with a tiny model and preference files, and the command line called in this process."""
+
+import json
+from pathlib import Path
+
+from everalign.cli import main
+from learner_for_tests import ANSWERS, held_out, save_model, task_rows
+
+FAST = [
+    "--learning-rate",
+    "2e-2",
+    "--batch-size",
+    "4",
+    "--max-length",
+    "64",
+    "--rank",
+    "4",
+    "--targets",
+    "q_proj,v_proj",
+]
+
+
+def write_rows(path: Path, rows) -> Path:
+    """One JSON object a line; a row may be a dictionary, a preference, or a line as it is."""
+    lines = (
+        row if isinstance(row, str) else json.dumps(getattr(row, "to_json", lambda row=row: row)()) for row in rows
+    )
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def make_workspace(folder: Path) -> Path:
+    """The model, and NAME.jsonl and NAME.test.jsonl of three tasks."""
+    save_model(folder / "model")
+    for name in ANSWERS:
+        write_rows(folder / f"{name}.jsonl", task_rows(name))
+        write_rows(folder / f"{name}.test.jsonl", held_out(name))
+    return folder
+
+
+def task(name: str, train: str | None = None, test: str | None = None) -> list[str]:
+    """The flag of one task of the workspace."""
+    return ["--task", f"{name}={train or f'{name}.jsonl'},{test or f'{name}.test.jsonl'}"]
+
+
+def learn(*arguments: str) -> list[str]:
+    """Arguments of a quick `everalign learn` into the folder `run`, without a report unless --report is among them."""
+    report = [] if "--report" in arguments else ["--no-report"]
+    return ["learn", "--model", "model", "--output", "run", *FAST, *report, *arguments]
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command."""
+    capsys.readouterr()
+    code = main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def settings(folder: Path):
+    """The settings of a run as run.json has them."""
+    return json.loads((folder / "run.json").read_text())["settings"]

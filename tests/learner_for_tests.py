@@ -1,0 +1,73 @@
+"""A random two-layer Llama, three small tasks and a learner over them: what a real run has, in about a second."""
+
+import gc
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from everalign import AdapterOptions, Learner, TrainingOptions
+from everalign.data import PreferenceSet
+from tokenizers_for_tests import byte_tokenizer
+
+# Every stage ends in a full collection, which would walk all objects of the imported libraries.
+gc.freeze()
+# Tensors this small only lose by threads, and tests run beside each other.
+torch.set_num_threads(1)
+
+FAST = {"learning_rate": 2e-2, "batch_size": 4, "micro_batch_size": 4, "max_length": 64, "warmup": 0.0}
+ANSWERS = {"warm": ("yes, gladly!", "no."), "brief": ("ok", "well, let me see"), "calm": ("all is well", "panic now")}
+
+
+def save_model(folder: Path, seed: int = 0) -> Path:
+    """A Llama with random weights and a tokenizer of one token a byte."""
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def task_rows(name: str, count: int = 10, start: int = 0) -> PreferenceSet:
+    """Rows of a task, from number `start` on: test rows start where training rows end."""
+    chosen, rejected = ANSWERS[name]
+    rows = [{"prompt": f"q{i}?", "chosen": f"{chosen} {i}", "rejected": rejected} for i in range(start, start + count)]
+    return PreferenceSet.of(rows, source=f"{name}.jsonl")
+
+
+def held_out(name: str, count: int = 5) -> PreferenceSet:
+    return task_rows(name, count, start=100)
+
+
+def tasks(*names: str):
+    """(name, rows, test) of the tasks, as `learn_all` takes them."""
+    return [(name, task_rows(name), held_out(name)) for name in names or ANSWERS]
+
+
+def make_learner(model: Path, output: Path, method=None, objective="dpo", *, lines=None, options=None, **arguments):
+    """A learner with the tests' options; what it announces goes to the list `lines`."""
+    arguments.setdefault("training", TrainingOptions(**{**FAST, **(options or {})}))
+    arguments.setdefault("adapter", AdapterOptions(rank=4, alpha=8.0, targets="q_proj,v_proj"))
+    say = (lambda _: None) if lines is None else lines.append
+    return Learner(str(model), method, objective, output, announce=say, **arguments)
+
+
+def adapter_weights(output: Path, index: int = -1):
+    """The adapter's tensors of a version: by default of the newest."""
+    folder = sorted((output / "versions").iterdir())[index]
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same_weights(first, second) -> bool:
+    """Whether two adapters hold the same tensors bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,40 @@
+"""Running one stage on tiny models, with everything a test may want to vary."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everalign.modeling.policy import Policy
+from everalign.training.reference import pair_log_probs
+from everalign.training.stage import StageOptions, StageResult, run_stage
+from everalign.training.teaching import make_objective
+from models_for_tests import PAD
+
+FAST = {"learning_rate": 1e-2, "batch_size": 8, "micro_batch_size": 8, "warmup": 0.0, "logging_steps": 1}
+
+
+def train(
+    policy: Policy, name: str, pairs: list[Any], folder: Path, *, seed: int = 0, hooks: Any = None, **options: Any
+) -> StageResult:
+    """One stage against the base model, without checkpoints unless `checkpoint_steps` says so."""
+    objective = make_objective(name)
+    reference = None
+    if objective.needs_reference:
+        with policy.as_base():
+            reference = pair_log_probs(policy, pairs, PAD, 8)
+    settings = StageOptions(**{**FAST, "checkpoint_steps": 0, **options})
+    return run_stage(
+        policy, objective, pairs, settings, folder, pad_id=PAD, seed=seed, reference=reference, **(hooks or {})
+    )
+
+
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
+    """Copies of the trained weights."""
+    return {name: value.clone() for name, value in policy.state_dict().items()}
+
+
+def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The largest absolute difference of two policies' weights."""
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)

@@ -1,0 +1,49 @@
+"""Importing the package and asking the command line for help cost little: no torch before it is needed."""
+
+import subprocess
+import sys
+
+import pytest
+
+from runs_for_tests import write_run
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "pyarrow", "matplotlib", "numpy")
+LOADED = f"print([name for name in {HEAVY} if name in sys.modules])"
+
+
+def child(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}"], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["everalign", "everalign.cli", "everalign.errors", "everalign.data", "everalign.learning", "everalign.reporting"],
+)
+def test_importing_loads_nothing_heavy(module):
+    assert child(f"import {module}\n{LOADED}") == "[]\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["learn", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments):
+    out = child(f"from everalign.cli import main\nmain({arguments})\n{LOADED}")
+    assert out.splitlines()[-1] == "[]"
+
+
+def test_listing_versions_needs_no_torch(tmp_path):
+    path = write_run(tmp_path / "run")
+    code = (
+        f"from everalign.cli import main\nassert main(['versions', {str(path)!r}]) == 0\nprint('torch' in sys.modules)"
+    )
+    assert child(code).splitlines()[-1] == "False"
+
+
+def test_importing_the_package_takes_less_than_a_fifth_of_a_second():
+    code = "import time\nstart = time.perf_counter()\nimport everalign\nprint(time.perf_counter() - start)"
+    assert min(float(child(code)) for _ in range(5)) < 0.2
+
+
+def test_names_are_loaded_when_first_used():
+    first, second = "'everalign.data.readers' in sys.modules", "everalign.load_preferences.__module__"
+    assert child(f"import everalign\nprint({first}, {second}, {first})") == "False everalign.data.readers True\n"

@@ -1,0 +1,197 @@
+"""Reference log-probabilities: batches, the cache on disk, and what names a policy."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from everalign.data.batches import pad_pairs
+from everalign.errors import InputError
+from everalign.memory import LowRankUpdate
+from everalign.training.reference import ReferenceCache, pair_log_probs, policy_key
+from models_for_tests import PAD, perturb, random_pairs, random_policy, random_updates
+
+
+class Counted:
+    """A policy that counts the sequences it is asked for."""
+
+    def __init__(self, policy):
+        self.policy, self.sequences = policy, 0
+
+    def __call__(self, input_ids, attention_mask, response_mask):
+        self.sequences += len(input_ids)
+        return self.policy(input_ids, attention_mask, response_mask)
+
+    def __getattr__(self, name):
+        return getattr(self.policy, name)
+
+
+@pytest.fixture
+def policy():
+    return Counted(perturb(random_policy()))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return ReferenceCache(tmp_path / "cache")
+
+
+def the_file(tmp_path):
+    (path,) = (tmp_path / "cache").iterdir()
+    return path
+
+
+def close(first, second):
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+
+
+# ---- pair_log_probs ----
+
+
+def test_values_come_back_in_the_order_of_the_rows(policy):
+    pairs = random_pairs(7)
+    batch = pad_pairs(pairs, PAD)
+    with torch.no_grad():
+        sums, _ = policy.policy(batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+    for batch_size in (1, 3, 100):
+        values = pair_log_probs(policy, pairs, PAD, batch_size)
+        assert values.dtype == torch.float32
+        close(values, torch.stack(sums.chunk(2), dim=1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_restored_and_no_gradient_is_kept(policy, training):
+    policy.policy.train(training)
+    done = []
+    values = pair_log_probs(policy, random_pairs(5), PAD, 2, progress=done.append)
+    assert policy.policy.training is training
+    assert not values.requires_grad
+    assert done == [2, 2, 1]
+
+
+# ---- the cache ----
+
+
+def test_cached_values_are_the_fresh_ones_to_the_bit(policy, cache, tmp_path):
+    pairs = random_pairs(6)
+    fresh = pair_log_probs(policy, pairs, PAD, 4)
+    first = cache.log_probs(policy, "key", pairs, PAD, 4)
+    again = ReferenceCache(tmp_path / "cache").log_probs(policy, "key", pairs, PAD, 4)
+    assert torch.equal(first, fresh)
+    assert torch.equal(again, fresh)
+
+
+def test_only_missing_rows_are_computed(policy, cache):
+    pairs = random_pairs(9)
+    cache.log_probs(policy, "key", pairs[:4], PAD, 4)
+    assert policy.sequences == 2 * 4
+    cache.log_probs(policy, "key", pairs[:4], PAD, 4)
+    assert policy.sequences == 2 * 4
+    values = cache.log_probs(policy, "key", [pairs[6], pairs[1], pairs[5], pairs[1]], PAD, 4)
+    assert policy.sequences == 2 * 6
+    close(values, pair_log_probs(policy, [pairs[6], pairs[1], pairs[5], pairs[1]], PAD, 4))
+
+
+def test_replayed_rows_are_shared_whatever_their_id_and_weight(policy, cache):
+    pairs = random_pairs(4)
+    cache.log_probs(policy, "key", pairs, PAD, 4)
+    policy.sequences = 0
+    replayed = [dataclasses.replace(pair, id=f"again{pair.id}", weight=0.5) for pair in pairs]
+    cache.log_probs(policy, "key", replayed, PAD, 4)
+    assert policy.sequences == 0
+
+
+@pytest.mark.parametrize("part", ["prompt", "chosen", "rejected"])
+def test_a_row_is_known_by_all_its_tokens(policy, cache, part):
+    (pair,) = random_pairs(1)
+    cache.log_probs(policy, "key", [pair], PAD, 4)
+    policy.sequences = 0
+    other = dataclasses.replace(pair, **{part: [*getattr(pair, part), 5]})
+    close(cache.log_probs(policy, "key", [other], PAD, 4), pair_log_probs(policy.policy, [other], PAD, 4))
+    assert policy.sequences == 2
+
+
+def test_a_row_that_occurs_twice_is_computed_once(policy, cache):
+    pairs = random_pairs(2)
+    values = cache.log_probs(policy, "key", [pairs[0], pairs[1], pairs[0]], PAD, 4)
+    assert policy.sequences == 2 * 2
+    assert torch.equal(values[0], values[2])
+
+
+def test_another_policy_has_another_file(policy, cache, tmp_path):
+    pairs = random_pairs(3)
+    other = Counted(perturb(random_policy(), seed=5))
+    first = cache.log_probs(policy, policy_key("base", policy.total()), pairs, PAD, 4)
+    second = cache.log_probs(other, policy_key("base", other.total()), pairs, PAD, 4)
+    assert other.sequences == 2 * 3
+    assert (first - second).abs().max() > 1e-2
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _change_a_value(path):
+    stored = load_file(path)
+    stored["log_probs"][1, 0] += 1e-3
+    save_file(stored, path)
+
+
+def _drop_a_tensor(path):
+    stored = load_file(path)
+    del stored["log_probs"]
+    save_file(stored, path)
+
+
+@pytest.mark.parametrize("spoil", [_cut, _change_a_value, _drop_a_tensor, lambda path: path.write_bytes(b"")])
+def test_a_damaged_file_is_named_and_never_used(policy, cache, tmp_path, spoil):
+    pairs = random_pairs(3)
+    expected = cache.log_probs(policy, "key", pairs, PAD, 4)
+    path = the_file(tmp_path)
+    spoil(path)
+    with pytest.raises(InputError, match=f"{path}: the reference cache is damaged .*: delete this file"):
+        cache.log_probs(policy, "key", pairs, PAD, 4)
+    path.unlink()
+    assert torch.equal(cache.log_probs(policy, "key", pairs, PAD, 4), expected)
+
+
+def test_a_file_written_halfway_is_never_seen(policy, cache, tmp_path, monkeypatch):
+    def full_disk(tensors, path):
+        path = str(path)
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError("no space left on device")
+
+    pairs = random_pairs(3)
+    monkeypatch.setattr("everalign.training.reference.save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        cache.log_probs(policy, "key", pairs, PAD, 4)
+    monkeypatch.undo()
+    close(cache.log_probs(policy, "key", pairs, PAD, 4), pair_log_probs(policy, pairs, PAD, 4))
+
+
+# ---- what names a policy ----
+
+
+def test_a_key_names_base_model_and_every_value():
+    policy = random_policy()
+    updates = random_updates(policy)
+    changed = dict(updates)
+    name = sorted(updates)[-1]
+    left = updates[name].left.clone()
+    left[-1, -1] += 1e-6
+    changed[name] = LowRankUpdate(left, updates[name].right)
+    swapped = dict(updates)
+    one, two = "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"
+    swapped[one], swapped[two] = updates[two], updates[one]
+    keys = [policy_key("a", updates), policy_key("b", updates), policy_key("a", changed), policy_key("a", swapped)]
+    assert len({*keys, policy_key("a", {})}) == 5
+    assert policy_key("a", dict(reversed(updates.items()))) == keys[0]
+
+
+def test_a_fresh_adapter_is_the_base_model():
+    policy = random_policy()
+    assert policy_key("a", policy.total()) == policy_key("a", {})
+    assert policy_key("a", perturb(policy).total()) != policy_key("a", {})

@@ -1,0 +1,201 @@
+"""A run that is killed, wherever and how often, ends with the same weights and scores as one that is not."""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from everalign.learning.run_data import load_run
+from everalign.methods import LifeAlign
+from learner_for_tests import adapter_weights, make_learner, same_weights, save_model, tasks
+
+OPTIONS = {"sft_epochs": 1.0, "epochs": 1.5, "checkpoint_steps": 1, "reference": "base"}
+LIMIT = 120.0
+"""Seconds after which a child is taken for hung."""
+
+
+# ---- the child: one process that learns two tasks ----
+
+
+def learn(model, output, started, crash=None):
+    """Run in a process of its own: learn two tasks with two stages each, from wherever the run stands."""
+    if crash is not None:
+        crash_at(*crash)
+    learner = make_learner(model, output, LifeAlign(), "fpo", resume=True, options=OPTIONS)
+    started.set()
+    learner.learn_all(tasks("warm", "brief"))
+
+
+def crash_at(call, target, moment, count=1):
+    """Leave the process without a word before or after the count-th `os.CALL` on a path that ends in `target`."""
+    original, seen = getattr(os, call), []
+
+    def crashing(*paths, **arguments):
+        hit = str(paths[-1]).endswith(target)
+        seen.extend([target] if hit else [])
+        if hit and len(seen) == count and moment == "before":
+            os._exit(9)
+        result = original(*paths, **arguments)
+        if hit and len(seen) == count:
+            os._exit(9)
+        return result
+
+    setattr(os, call, crashing)
+
+
+# ---- the parent ----
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts children that share one import of the libraries, by forking a server that has nothing but them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["test_resume"])
+        yield context
+
+
+class Child:
+    """A learning process that may be killed, or left to end."""
+
+    def __init__(self, processes, *arguments, crash=None):
+        self.started = processes.Event()
+        self.process = processes.Process(target=learn, args=(*arguments, self.started, crash), daemon=True)
+        self.process.start()
+
+    def ended(self):
+        """Wait for the end; returns the exit code."""
+        self.process.join(LIMIT)
+        assert self.process.exitcode is not None, "the child hangs"
+        return self.process.exitcode
+
+    def kill_after(self, seconds):
+        """SIGKILL that many seconds after it began to learn; returns whether it was still alive."""
+        assert self.started.wait(LIMIT)
+        time.sleep(seconds)
+        self.process.kill()
+        return self.ended() == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def whole(processes, model, tmp_path_factory):
+    """An uninterrupted run: its folder, and the seconds it took."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    child = Child(processes, model, output)
+    assert child.started.wait(LIMIT)
+    began = time.perf_counter()
+    assert child.ended() == 0
+    return output, time.perf_counter() - began
+
+
+def check_same_run(whole, run):
+    expected, found = load_run(whole), load_run(run)
+    assert [version.id for version in found.versions] == ["001-warm", "002-brief"]
+    assert found.current == "002-brief"
+    for index in (0, 1):
+        assert same_weights(adapter_weights(whole, index), adapter_weights(run, index))
+        for name in ("scores.json", "method.safetensors", "replay.jsonl", "consolidation.json"):
+            paths = [folder / "versions" / found.versions[index].id / name for folder in (whole, run)]
+            assert [path.exists() for path in paths] in ([True, True], [False, False])
+            assert not paths[0].exists() or paths[0].read_bytes() == paths[1].read_bytes()
+    assert (whole / "zero_shot.json").read_bytes() == (run / "zero_shot.json").read_bytes()
+    assert found.scores() == expected.scores()
+    for ours, theirs in zip(found.versions, expected.versions, strict=True):
+        unlike = {"created", "seconds", "files"}
+        assert ours.manifest.model_dump(exclude=unlike | {"stages"}) == theirs.manifest.model_dump(
+            exclude=unlike | {"stages"}
+        )
+        assert [stage.model_dump(exclude=unlike) for stage in ours.manifest.stages] == [
+            stage.model_dump(exclude=unlike) for stage in theirs.manifest.stages
+        ]
+    leftovers = [path.name for path in run.iterdir()]
+    assert sorted(leftovers) == ["cache", "current", "run.json", "versions", "zero_shot.json"]
+
+
+def test_an_uninterrupted_run_in_another_process_is_the_same(processes, whole, model, tmp_path):
+    """What the others rest on: a second process gives the same bits."""
+    expected, _ = whole
+    assert Child(processes, model, tmp_path / "run").ended() == 0
+    check_same_run(expected, tmp_path / "run")
+
+
+def killed_and_resumed(processes, model, run, whole, rng):
+    """Kill at random moments, one to three times, then let it end; returns how many kills met a living child."""
+    expected, seconds = whole
+    kills = 0
+    for _ in range(rng.randint(1, 3)):
+        kills += Child(processes, model, run).kill_after(rng.uniform(0.0, seconds))
+    assert Child(processes, model, run).ended() == 0
+    check_same_run(expected, run)
+    return kills
+
+
+def test_killed_at_random_moments(processes, whole, model, tmp_path):
+    rng = random.Random(1)
+    assert sum(killed_and_resumed(processes, model, tmp_path / str(i), whole, rng) for i in range(2)) >= 1
+
+
+@pytest.mark.slow
+def test_killed_at_many_random_moments(processes, whole, model, tmp_path):
+    rng = random.Random(2)
+    assert sum(killed_and_resumed(processes, model, tmp_path / str(i), whole, rng) for i in range(10)) >= 8
+
+
+@pytest.mark.parametrize(("stop", "steps"), [(("fpo", 3), [("fpo", 3), ("fpo", 4)]), (("fpo", 1), None)])
+def test_a_resume_trains_no_step_twice(model, tmp_path, stop, steps):
+    """It goes on behind the newest checkpoint, and leaves a finished stage alone."""
+
+    def interrupt(stage, done, total):
+        if (stage, done) == stop:
+            raise KeyboardInterrupt
+
+    seen = []
+    arguments = {"objective": "fpo", "options": OPTIONS}
+    interrupted = make_learner(model, tmp_path / "run", **arguments, progress=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.learn_all(tasks("warm"))
+    note = {"progress": lambda stage, done, _: seen.append((stage, done))}
+    make_learner(model, tmp_path / "run", **arguments, **note, resume=True).learn_all(tasks("warm"))
+    assert seen == (steps or [("fpo", step) for step in (1, 2, 3, 4)])
+    make_learner(model, tmp_path / "whole", **arguments).learn_all(tasks("warm"))
+    assert same_weights(adapter_weights(tmp_path / "run"), adapter_weights(tmp_path / "whole"))
+
+
+WORST = [
+    ("replace", "zero_shot.json", 1),
+    ("replace", "run.json", 1),
+    ("replace", "zero_shot.json", 2),
+    ("replace", ".safetensors", 1),  # the reference cache
+    ("replace", "checkpoint-2/complete.json", 1),
+    ("replace", "done", 1),
+    ("replace", "done", 2),
+    ("replace", "scores.json", 1),
+    ("replace", "versions/001-warm", 1),
+    ("replace", "current", 1),
+    ("unlink", "report.json", 1),  # while the promoted version's checkpoints are removed
+    ("replace", "done", 4),
+    ("replace", "versions/002-brief", 1),
+    ("replace", "current", 2),
+]
+
+
+@pytest.mark.parametrize(("call", "target", "count"), WORST, ids=[f"{target}-{count}" for _, target, count in WORST])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_at_the_worst_places(processes, whole, model, tmp_path, call, target, count, moment):
+    expected, _ = whole
+    crashed = Child(processes, model, tmp_path / "run", crash=(call, target, moment, count))
+    assert crashed.ended() == 9
+    assert Child(processes, model, tmp_path / "run").ended() == 0
+    check_same_run(expected, tmp_path / "run")

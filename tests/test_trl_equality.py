@@ -1,0 +1,156 @@
+"""The same batch, the same adapter: TRL's DPOTrainer and ours give the same loss, margins and gradients."""
+
+import pytest
+import torch
+
+from everalign.data.batches import pad_pairs
+from everalign.data.encoding import encode_pairs
+from everalign.data.records import Preference
+from everalign.modeling.policy import Policy
+from everalign.training.reference import pair_log_probs
+from everalign.training.stage import StageOptions, run_stage
+from everalign.training.teaching import make_objective
+from models_for_tests import perturb, random_model
+from tokenizers_for_tests import byte_tokenizer
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+peft = pytest.importorskip("peft")
+
+ROWS = [
+    ("What is 2 + 2?", " It is 4.", " No idea"),
+    ("Hi", " Hello! How can I help you today?", " What"),
+    ("Tell me a long story about a fox", " No", " Once upon a time there was a fox, and then there was none."),
+    ("Name a colour: ", "blue", "seven"),
+]
+RANK, ALPHA, BETA = 4, 8.0, 0.1
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def policy(tokenizer):
+    """Ours, with an adapter that has learned something."""
+    return perturb(Policy(random_model(vocabulary=len(tokenizer)), RANK, ALPHA, ["q_proj", "v_proj", "down_proj"]))
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer):
+    rows = [Preference(prompt=prompt, chosen=chosen, rejected=rejected) for prompt, chosen, rejected in ROWS]
+    return encode_pairs(rows, tokenizer, max_length=256)
+
+
+@pytest.fixture
+def theirs(policy, tokenizer, tmp_path):
+    """TRL's trainer on the same base model with the same adapter."""
+    columns = dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*ROWS, strict=True)), strict=True))
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=len(ROWS),
+        beta=BETA,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        num_train_epochs=3,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+    )
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    trainer = trl.DPOTrainer(
+        random_model(vocabulary=len(tokenizer)),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict(columns),
+        processing_class=tokenizer,
+        peft_config=config,
+    )
+    parameters = dict(trainer.model.named_parameters())
+    with torch.no_grad():
+        for name, value in policy.state_dict().items():
+            parameters[their_name(name)].copy_(value)
+    return trainer
+
+
+def their_name(name):
+    return name.removeprefix("peft.").replace(".stm.", ".default.")
+
+
+def their_batch(trainer, tokenizer):
+    """All rows in one batch, in their order, as their own collator lays them out."""
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return trainer.data_collator([{key: row[key] for key in columns} for row in trainer.train_dataset])
+
+
+def our_batch(policy, pairs, tokenizer, objective):
+    with policy.as_base():
+        reference = pair_log_probs(policy, pairs, tokenizer.pad_token_id, 2)
+    return {**objective.collate(pairs, tokenizer.pad_token_id), "reference": reference}
+
+
+def test_the_tokens_are_the_same(theirs, pairs, tokenizer):
+    batch, ours = their_batch(theirs, tokenizer), pad_pairs(pairs, tokenizer.pad_token_id)
+    assert torch.equal(batch["input_ids"], ours["input_ids"])
+    assert torch.equal(batch["attention_mask"], ours["attention_mask"])
+    assert torch.equal(batch["completion_mask"].bool(), ours["response_mask"])
+
+
+@pytest.mark.parametrize("name", ["dpo", "fpo"])
+def test_margins_loss_and_every_gradient_are_the_same(theirs, policy, pairs, tokenizer, name):
+    theirs.model.train()
+    loss = theirs.compute_loss(theirs.model, their_batch(theirs, tokenizer))
+    loss.backward()
+    expected = {key: p.grad for key, p in theirs.model.named_parameters() if p.requires_grad}
+
+    objective = make_objective(name, beta=BETA, gamma=0.0 if name == "fpo" else None)
+    batch = our_batch(policy, pairs, tokenizer, objective)
+    policy.zero_grad()
+    ours, metrics = objective.loss(policy, batch, batch["count"])
+    ours.backward()
+    gradients = {their_name(key): p.grad for key, p in policy.named_parameters() if p.requires_grad}
+
+    assert ours.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert metrics["margin"].mean().item() == pytest.approx(theirs._metrics["train"]["rewards/margins"][0], abs=1e-5)
+    assert metrics["margin"].abs().min() > 1e-3
+    assert gradients.keys() == expected.keys()
+    for key, gradient in gradients.items():
+        assert gradient.abs().max() > 1e-4
+        torch.testing.assert_close(gradient, expected[key], rtol=0, atol=1e-5)
+
+
+def test_three_optimiser_steps_are_the_same(theirs, policy, pairs, tokenizer, tmp_path):
+    start = {name: value.clone() for name, value in policy.state_dict().items()}
+    theirs.train()
+    with policy.as_base():
+        reference = pair_log_probs(policy, pairs, tokenizer.pad_token_id, 2)
+    options = StageOptions(
+        learning_rate=1e-3,
+        epochs=3.0,
+        batch_size=len(ROWS),
+        micro_batch_size=3,
+        warmup=0.0,
+        scheduler="constant",
+        logging_steps=1,
+        checkpoint_steps=0,
+    )
+    objective = make_objective("dpo", beta=BETA)
+    pad_id = tokenizer.pad_token_id
+    result = run_stage(policy, objective, pairs, options, tmp_path / "ours", pad_id=pad_id, seed=0, reference=reference)
+    parameters = dict(theirs.model.named_parameters())
+    try:
+        for name, value in policy.state_dict().items():
+            assert (value - start[name]).abs().max() > 1e-3
+            torch.testing.assert_close(value, parameters[their_name(name)], rtol=0, atol=1e-5)
+        losses = [entry["loss"] for entry in theirs.state.log_history if "loss" in entry]
+        assert [entry["loss"] for entry in result.curve] == pytest.approx(losses, abs=1e-5)
+    finally:
+        policy.load_state_dict(start)

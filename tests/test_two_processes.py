@@ -1,0 +1,102 @@
+"""Two processes that share the work learn what one does."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from everalign.data.batches import training_plan
+from everalign.training.checkpoints import latest_checkpoint
+from stages_for_tests import difference
+from two_processes_for_tests import STAGES, run_stages
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two processes talk over gloo, as `accelerate launch --cpu` starts them."""
+    folder = tmp_path_factory.mktemp("two")
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    script = Path(__file__).with_name("two_processes_for_tests.py")
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(folder)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for worker in workers:
+            _, errors = worker.communicate(timeout=240)
+            assert worker.returncode == 0, errors
+    finally:
+        for worker in workers:
+            worker.kill()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    return [torch.load(folder / f"result.{rank}") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return run_stages(tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_both_processes_end_with_the_same_bits(both, name):
+    assert difference(both[0][name][0], both[1][name][0]) == 0.0
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_gradients_losses_and_weights_are_those_of_one_process(both, alone, name):
+    weights, gradients, losses = both[0][name]
+    expected_weights, expected_gradients, expected_losses = alone[name]
+    assert len(gradients) == len(expected_gradients) == -(-STAGES[name]["rows"] // STAGES[name].get("batch_size", 8))
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        assert expected.abs().max() > 1e-2
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
+    assert difference(weights, expected_weights) < 1e-5
+
+
+def test_a_checkpoint_of_both_is_complete(folder):
+    newest = latest_checkpoint(folder / "checkpoints" / "sft")
+    assert newest is not None
+    assert (newest / "rng_state_1.pth").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [1, 7, 8, 17, 40])
+@pytest.mark.parametrize(("batch_size", "micro"), [(8, 8), (8, 3), (8, 1), (5, 2), (1, 1)])
+def test_a_plan_deals_every_step_evenly(processes, rows, batch_size, micro):
+    lengths = [(7 * i) % 30 + 1 for i in range(rows)]
+    plan = training_plan(lengths, batch_size, micro, 1.0, 0, processes)
+    one = training_plan(lengths, batch_size, batch_size, 1.0, 0)
+    share = plan.accumulation * processes
+    steps = [plan.micro_batches[i : i + share] for i in range(0, len(plan.micro_batches), share)]
+    assert [[row for part in step for row in part] for step in steps] == one.micro_batches
+    assert len(steps) == plan.steps == one.steps
+    assert all(len(step) % processes == 0 for step in steps)
+    assert max(len(part) for step in steps for part in step) <= micro
+    assert all(all(step) for step in steps) or processes > 1
