@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import OUT, mean_and_deviation, write_result
 from rich.console import Console
 from rich.table import Table
 
+from common import OUT, mean_and_deviation, write_result
 from everalign.demo.run import run_demo
 
 LARGEST_BWT_OF_SEQFT = -0.05

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import OUT, data_folder, mean_and_deviation, preference_rows, write_result
 from rich.console import Console
 from rich.table import Table
 
+from common import OUT, data_folder, mean_and_deviation, preference_rows, write_result
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
 from everalign.memory import Consolidation, LowRankUpdate, MemoryBank
 from everalign.methods import (

@@ -114,6 +114,16 @@ def test_memory_of_different_ranks_is_padded(policy):
         assert update.width == 6
 
 
+def test_factors_of_a_lower_rank_leave_nothing_of_the_old_ones(both):
+    low = {name: (left[:, :1], right[:1]) for name, (left, right) in both.factors().items()}
+    both.write_factors(low)
+    for name, (left, right) in both.factors().items():
+        assert left.shape[1] == right.shape[0] == 4
+        assert torch.equal(left[:, :1], low[name][0])
+        assert torch.equal(right[:1], low[name][1])
+        assert left[:, 1:].abs().max() == right[1:].abs().max() == 0
+
+
 def test_reset_forgets_everything(both):
     both.reset(seed=0)
     assert both.long_term() == {}

@@ -191,6 +191,11 @@ def test_a_key_names_base_model_and_every_value():
     assert policy_key("a", dict(reversed(updates.items()))) == keys[0]
 
 
+def test_a_key_names_the_modules():
+    update = LowRankUpdate(torch.ones(4, 1), torch.ones(1, 4))
+    assert policy_key("a", {"k_proj": update}) != policy_key("a", {"v_proj": update})
+
+
 def test_a_fresh_adapter_is_the_base_model():
     policy = random_policy()
     assert policy_key("a", policy.total()) == policy_key("a", {})

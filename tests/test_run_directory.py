@@ -213,15 +213,26 @@ def test_other_test_rows_after_a_resume_are_refused(model, run):
         again.learn(task_rows("warm"), "warm", held_out("warm", 4))
 
 
-def test_a_resumed_run_needs_the_test_sets_of_what_it_has_learned(model, run):
-    """Else a learned task would have no score after the next one, and the run could not be read any more."""
+def test_a_resumed_run_scores_a_new_task_on_all_earlier_ones(model, run):
+    """Else a learned task would have no score after the next one; nobody has to give its test set again."""
     again = resume(model, run)
-    again.announce_test("warm", held_out("warm"))
-    with pytest.raises(InputError, match="the run tests brief too: give these tasks with their test sets first"):
-        again.learn(task_rows("calm"), "calm", held_out("calm"))
-    again.announce_test("brief", held_out("brief"))
     again.learn(task_rows("calm"), "calm", held_out("calm"))
     assert again.scores.learned == ["warm", "brief", "calm"]
+    assert None not in again.scores.matrix[-1]
+
+
+def test_kept_test_rows_that_were_changed_are_refused(model, run):
+    kept = sorted((run / "tests").iterdir())[0]
+    kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(InputError, match=f"{kept.name}: changed since it was written"):
+        resume(model, run).learn(task_rows("calm"), "calm")
+
+
+def test_kept_test_rows_that_are_missing_are_refused(model, run):
+    kept = sorted((run / "tests").iterdir())[0]
+    kept.unlink()
+    with pytest.raises(InputError, match=f"{kept.name}"):
+        resume(model, run).learn(task_rows("calm"), "calm")
 
 
 # ---- what a kill leaves ----

@@ -14,7 +14,8 @@ from everalign.training.reference import policy_key
 class HeldOutTests:
     """Every known test set with what the base model makes of it.
 
-    A run remembers which rows it was tested on, so that a score column never mixes two test sets.
+    A run keeps the rows it is tested on: a score column never mixes two test sets, and a later task is scored on all
+    of them without anybody giving them again.
 
     Args:
         setup: the learner's parts.
@@ -76,15 +77,17 @@ class HeldOutTests:
         self._sets[name] = test
         if name not in self._zero_shot:
             self._facts[name] = data_facts(test)
+            self._run.write_test(test)
             with self._setup.policy.as_base():
                 self._zero_shot[name] = self._score(self._held_out[name], None)
             self._run.write_zero_shot(self._zero_shot, self._facts)
 
-    def check_complete(self, learned: Collection[str]) -> None:
-        """Refuse to learn another task while a learned one's test set is not at hand, as after a resume."""
-        missing = [name for name in self._facts if name in learned and name not in self._sets]
-        if missing:
-            raise InputError(f"the run tests {', '.join(missing)} too: give these tasks with their test sets first")
+    def restore(self) -> None:
+        """Take from the run directory the test sets that were not given again, as after a resume."""
+        for name, facts in self._facts.items():
+            if name not in self._sets:
+                self._sets[name] = self._run.read_test(facts)
+                self._held_out[name] = self._prepare(self._sets[name])
 
     def scores(self, previous: Mapping[str, LowRankUpdate]) -> dict[str, PreferenceScore]:
         """Score the policy on every test set; `previous` is the policy before this task."""

@@ -40,6 +40,8 @@ def _as_set(rows: Rows) -> PreferenceSet:
 class Learner:
     """Learns preference tasks one after another into a run directory.
 
+    Sets the process up for training (`everalign.modeling.runtime.prepare_process`).
+
     Args:
         model: a folder in Hugging Face format, a Hub name, or `tiny` for the embedded assistant.
         method: what is carried from task to task; LifeAlign when None.
@@ -127,7 +129,7 @@ class Learner:
         if test is not None:
             self.announce_test(name, test)
         if done is None:
-            self._tests.check_complete(self._finished)
+            self._tests.restore()
         self._tests.trained_on(rows)
         return self._learn(rows, name) if done is None else done
 

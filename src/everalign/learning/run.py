@@ -3,6 +3,7 @@
     run.json  zero_shot.json  current  versions/001-NAME/{manifest, scores, training, consolidation, adapter, ...}
     work/     checkpoints of the task being learned; empty between tasks
     cache/    reference log-probabilities
+    tests/    the held-out rows that every version is scored on
 
 A version is written to a temporary folder, synced, and renamed: it is there whole or not at all.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from everalign.data.readers import PreferenceSet
+from everalign.data.readers import PreferenceSet, load_preferences
 from everalign.data.replay import ReplayBuffer
 from everalign.errors import InputError
 from everalign.evaluation import PreferenceScore
@@ -117,6 +118,26 @@ class RunDirectory:
         written = run_files.read_json(self.path / _ZERO_SHOT, run_files.ZeroShotFile)
         scores = {task: PreferenceScore(**score.model_dump()) for task, score in written.scores.items()}
         return scores, {task: test.model_dump() for task, test in written.tests.items()}
+
+    def write_test(self, rows: PreferenceSet) -> None:
+        """Keep a test set's rows."""
+        lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows]
+        write_text(self._test_path(rows.fingerprint), "".join(lines))
+
+    def read_test(self, facts: Mapping[str, Any]) -> PreferenceSet:
+        """Read the test set that `data_facts` identifies.
+
+        Raises:
+            InputError: its file is missing or was changed.
+        """
+        path = self._test_path(facts["fingerprint"])
+        rows = load_preferences(path)
+        if rows.fingerprint != facts["fingerprint"]:
+            raise InputError(f"{path}: changed since it was written; restore the file")
+        return PreferenceSet(rows.items, facts["source"])
+
+    def _test_path(self, fingerprint: str) -> Path:
+        return self.path / "tests" / f"{fingerprint[:16]}.jsonl"
 
     def write_version(
         self,

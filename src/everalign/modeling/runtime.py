@@ -17,7 +17,8 @@ def prepare_process() -> None:
     """Set the process up for training; safe to call more than once.
 
     Subnormal numbers are flushed to zero: the gradient of a softmax over a vocabulary is full of them, and a processor
-    takes them a hundred times slower (measured: the fp32 backward pass of a small model, four times as long).
+    takes them a hundred times slower (measured: the fp32 backward pass of a small model, four times as long). Worker
+    threads inherit this from the thread that starts them: call it before torch computes anything.
     """
     torch.set_flush_denormal(True)
     keep_freed_memory()
