@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from everalign.files import write_json
-from everalign.learning.run import library_versions, machine_facts
+from everalign.learning.environment import library_versions, machine_facts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUT = Path(__file__).resolve().parent / "out"

@@ -86,6 +86,7 @@ def test_a_malformed_task(text, work, capsys):
         (["--space", "x"], "--space: must be 'product' or 'factors', found 'x'"),
         (["--precision", "fp16"], "--precision: must be 'fp32' or 'bf16', found 'fp16'"),
         (["--gamma", "2", "--objective", "dpo"], "gamma is the focusing exponent of fpo"),
+        (["--beta", "0.2", "--objective", "sft"], "the objective sft has no margin and would ignore beta"),
         (["--gamma", "2", "--method", "seqft"], "gamma means nothing to the method 'seqft'"),
         (["--keep", "0.5", "--method", "er"], "keep means nothing to the method 'er'"),
         (["--keep", "1.5"], "keep is a share between 0 and 1, found 1.5"),

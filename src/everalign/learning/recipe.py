@@ -31,6 +31,9 @@ from everalign.learning.options import PAPER_ADAPTER, AdapterOptions, TrainingOp
 from everalign.learning.yaml_file import read_yaml
 from everalign.methods import METHODS, LifeAlign, Method, make_method
 
+# What only a loss of the margin looks at.
+_OF_A_MARGIN = ("reference", "beta")
+
 LoadedTask = tuple[str, PreferenceSet, PreferenceSet | None]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -167,6 +170,10 @@ class Recipe(_Keys):
             if getattr(self, name) is None:
                 raise InputError(f"no {name} given: add {flag}, or the key {name!r} to the recipe")
         given = self._given()
+        if self.objective == "sft" and (
+            ignored := [name for name in _OF_A_MARGIN if name in given.get("training", {})]
+        ):
+            raise InputError(f"the objective sft has no margin and would ignore {ignored[0]}: leave it out")
         plain = ("model", "objective", "output", "seed", "allow_overlap", "cache")
         return {
             **{name: given[name] for name in plain if name in given},
@@ -180,11 +187,14 @@ class Recipe(_Keys):
         method = self.make_method()
         learner = inspect.signature(Learner).parameters
         gamma = {} if method.gamma is None else {"gamma": method.gamma}
+        training = asdict(self.training_options())
+        if self.objective == "sft":
+            training = {name: value for name, value in training.items() if name not in _OF_A_MARGIN}
         return {
             **{name: learner[name].default for name in ("objective", "seed")},
             **{key: value for key, value in self._given().items() if key != "preset"},
             "method": {"name": method.name, **gamma, **method.settings()},
-            "training": asdict(self.training_options()),
+            "training": training,
             "adapter": asdict(self.adapter_options()),
         }
 

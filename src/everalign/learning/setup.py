@@ -19,7 +19,7 @@ from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process
 from everalign.training.reference import ReferenceCache
 from everalign.training.stage import StageOptions
-from everalign.training.teaching import Objective, SupervisedObjective, make_objective
+from everalign.training.teaching import DEFAULT_GAMMA, Objective, SupervisedObjective, make_objective
 
 Announce = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -76,7 +76,8 @@ class Setup:
 
     def facts(self) -> dict[str, Any]:
         """Return what run.json tells about the set-up."""
-        gamma = {} if self.method.gamma is None else {"gamma": self.method.gamma}
+        exponent = DEFAULT_GAMMA if self.method.gamma is None else self.method.gamma
+        gamma = {"gamma": exponent} if self.objective.name == "fpo" else {}
         return {
             "everalign": library_versions()["everalign"],
             "model": self.model_name,

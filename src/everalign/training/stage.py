@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from everalign.data.batches import TrainingPlan, pair_length, training_plan
 from everalign.data.encoding import EncodedPair
+from everalign.errors import EveralignError
 from everalign.modeling.policy import Policy
 from everalign.training.checkpoints import MarkComplete, latest_checkpoint
 from everalign.training.teaching import Objective
@@ -122,6 +123,11 @@ def _arguments(folder: Path, options: StageOptions, seed: int) -> Any:
 
 def _plan(arguments: Any, options: StageOptions, pairs: Sequence[EncodedPair], seed: int) -> TrainingPlan:
     """Plan the stage for the processes that `arguments` found, and tell them what depends on the plan."""
+    if arguments.n_gpu > 1:
+        # transformers would split a batch between the GPUs, and with it a pair.
+        raise EveralignError(
+            f"{arguments.n_gpu} GPUs in one process: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
+        )
     lengths, sizes = [pair_length(pair) for pair in pairs], (options.batch_size, options.micro_batch_size)
     plan = training_plan(lengths, *sizes, options.epochs, seed, processes=arguments.world_size)
     arguments.gradient_accumulation_steps = plan.accumulation
