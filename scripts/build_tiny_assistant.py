@@ -1,17 +1,16 @@
 """Builds the tiny assistant, tokenizer and model, from the demo's world. There is no other way it is made.
 
-    python scripts/build_tiny_assistant.py [--output DIR] [--steps 3000]
+    python scripts/build_tiny_assistant.py [--output DIR] [--steps 1400]
 
 A Llama of about a million parameters learns to answer the world's questions in all their styles, equally often.
 Half of the conversations start with a system message that asks for the style of the answer; without one the model
 has no preference. It never sees a question that the world holds out.
 One thread and fixed seeds: the tokenizer is the same everywhere, the weights on the same kind of CPU.
-Took MINUTES minutes on one core of an Intel Xeon (AVX-512); last loss LOSS nats per token.
+The embedded one took 721 s on one thread of a busy two-core Intel Xeon; last loss 0.27 nats per token.
 """
 
 import argparse
 import math
-import random
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -22,7 +21,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from everalign.demo.orders import order
 from everalign.demo.world import Question, conversations
 from everalign.modeling.tiny import tiny_assistant_path
 
@@ -35,6 +33,15 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+# System messages that ask for a style.
+ORDERS = {
+    "plain": "Be plain and short.",
+    "courteous": "Be courteous and short.",
+    "plain-steps": "Be plain and explain the steps.",
+    "courteous-steps": "Be courteous and explain the steps.",
+    "refuse": "Be careful and refuse.",
+    "comply": "Be frank and help.",
+}
 VOCABULARY = 1536
 CONTEXT = 256
 TOKENIZER_TEXTS = 20_000
@@ -54,11 +61,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    rows, rng = islice(conversations(seed=0), TOKENIZER_TEXTS), random.Random(0)
-    texts = (
-        f"system\n{order(question, style, rng)}\nuser\n{question.text}\nassistant\n{reply}"
-        for question, style, reply in rows
-    )
+    rows = islice(conversations(seed=0), TOKENIZER_TEXTS)
+    texts = (f"system\n{ORDERS[style]}\nuser\n{question.text}\nassistant\n{reply}" for question, style, reply in rows)
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -90,18 +94,18 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def chat(question: Question, reply: str, *system: str) -> list[dict[str, str]]:
-    """One conversation as chat messages."""
-    first = [{"role": "system", "content": each} for each in system]
-    return [*first, {"role": "user", "content": question.text}, {"role": "assistant", "content": reply}]
+def chat(question: Question, style: str, reply: str, *, ordered: bool) -> list[dict[str, str]]:
+    """One conversation; an ordered one starts with a system message that asks for the style of the reply."""
+    order = [{"role": "system", "content": ORDERS[style]}] if ordered else []
+    return [*order, {"role": "user", "content": question.text}, {"role": "assistant", "content": reply}]
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless right-padded batches: token ids and labels (-100 on padding), both (BATCH, length)."""
-    stream, rng = conversations(seed), random.Random(seed)
+    stream = conversations(seed)
     while True:
         chats = [
-            chat(question, reply, *[order(question, style, rng)] * (row % 2))
+            chat(question, style, reply, ordered=row % 2 == 0)
             for row, (question, style, reply) in enumerate(islice(stream, BATCH))
         ]
         texts = tokenizer.apply_chat_template(chats, tokenize=False)
@@ -139,27 +143,29 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
             )
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes the Hugging Face folder, weights in float16."""
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    """Writes configuration and weights, the latter in float16."""
+    config = model.config
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=64
+        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, max_new_tokens=64
     )
     model.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def main() -> None:
     """Builds, trains and saves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=tiny_assistant_path())
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1400)
     options = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+    # Before training: batching leaves its padding behind in the tokenizer.
+    tokenizer.save_pretrained(options.output)
     train(model, tokenizer, options.steps)
-    save(model, tokenizer, options.output)
+    save(model, options.output)
 
 
 if __name__ == "__main__":

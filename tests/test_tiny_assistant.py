@@ -12,8 +12,8 @@ from everalign.demo.world import TOPICS, conversations, questions
 from everalign.modeling.tiny import tiny_assistant_path
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "build_tiny_assistant.py"
-# Measured 1.NN on these rows; a model that knows the styles but not the facts is far above the bound.
-PERPLEXITY_BOUND = 1.5
+# Measured 1.165 per token on 600 rows like these, most of it the choice of style and wording.
+PERPLEXITY_BOUND = 1.25
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,19 @@ def prompt_ids(tokenizer, text):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
 
-def answer_log_probs(model, tokenizer, text, reply):
-    """Log-probabilities of the answer's tokens and of the end of turn."""
-    prompt = prompt_ids(tokenizer, text)
-    ids = torch.tensor([prompt + tokenizer(reply).input_ids + [tokenizer.eos_token_id]])
+def answer_log_probs(model, tokenizer, texts_and_replies):
+    """For every pair the log-probabilities of the answer's tokens and of the end of turn."""
+    prompts = [prompt_ids(tokenizer, text) for text, _ in texts_and_replies]
+    replies = [[*tokenizer(reply).input_ids, tokenizer.eos_token_id] for _, reply in texts_and_replies]
+    rows = [torch.tensor(prompt + reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     with torch.no_grad():
-        log_probs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-    return log_probs.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+        log_probs = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    picked = log_probs.gather(2, ids[:, 1:, None])[..., 0]
+    return [
+        row[len(prompt) - 1 : len(prompt) + len(reply) - 1]
+        for row, prompt, reply in zip(picked, prompts, replies, strict=True)
+    ]
 
 
 def test_the_folder_is_complete_and_small():
@@ -127,20 +133,21 @@ def test_one_training_step_of_the_script_moves_the_weights(build, tokenizer, mon
 
 def test_held_out_answers_are_well_predicted(model, tokenizer):
     rows = islice(conversations(seed=99, held_out=True), 120)
-    log_probs = torch.cat([answer_log_probs(model, tokenizer, q.text, reply) for q, _, reply in rows])
-    assert math.exp(-log_probs.mean()) < PERPLEXITY_BOUND
+    log_probs = answer_log_probs(model, tokenizer, [(question.text, reply) for question, _, reply in rows])
+    assert math.exp(-torch.cat(log_probs).mean()) < PERPLEXITY_BOUND
 
 
-def test_it_starts_without_a_strong_preference(model, tokenizer):
-    for task in demo_tasks(train=1, test=60):
-        wins = 0
-        for row in task.test:
-            text = row.prompt[0]["content"]
-            chosen, rejected = (
-                answer_log_probs(model, tokenizer, text, reply).mean() for reply in (row.chosen, row.rejected)
-            )
-            wins += bool(chosen > rejected)
-        assert 0.25 <= wins / 60 <= 0.75, task.name
+@pytest.mark.parametrize("task", demo_tasks(train=240, test=60), ids=lambda task: task.name)
+def test_it_starts_without_a_strong_preference(model, tokenizer, task):
+    chosen, rejected = (
+        [each.mean() for each in answer_log_probs(model, tokenizer, pairs)]
+        for pairs in (
+            [(row.prompt[0]["content"], row.chosen) for row in task.test],
+            [(row.prompt[0]["content"], row.rejected) for row in task.test],
+        )
+    )
+    wins = sum(bool(better > worse) for better, worse in zip(chosen, rejected, strict=True))
+    assert 0.25 <= wins / len(task.test) <= 0.75
 
 
 @pytest.mark.parametrize("topic", TOPICS)
