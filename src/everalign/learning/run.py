@@ -41,7 +41,7 @@ from everalign.modeling.policy import Policy
 FORMAT = 1
 BASE = "000"
 _ZERO_SHOT = "zero_shot.json"
-_SAME = ("format", "model_fingerprint", "template", "method", "objective", "settings", "seed")
+_SAME = ("format", "model_fingerprint", "template", "objective", "method", "settings", "seed")
 
 
 def now() -> str:
