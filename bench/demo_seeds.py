@@ -7,7 +7,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -55,10 +54,8 @@ def goals(results: list[dict[str, Any]]) -> dict[str, bool]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", default=str(OUT / "demo"))
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     results = [run_seed(seed, Path(arguments.output)) for seed in arguments.seeds]
     print_table(results)
     kept = goals(results)

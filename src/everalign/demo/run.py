@@ -1,8 +1,12 @@
 """The demo: four conflicting preference tasks, plain sequential training beside LifeAlign."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from everalign.data.readers import PreferenceSet
 from everalign.demo.tasks import demo_tasks
@@ -35,6 +39,17 @@ class DemoResult:
     seconds: float
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The assistant is so small that two threads wait for one another longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def run_demo(output: Path, announce: Announce, progress: Progress, seed: int = 0) -> DemoResult:
     """Learn the demo's tasks with two methods and write a report that compares them.
 
@@ -54,19 +69,20 @@ def run_demo(output: Path, announce: Announce, progress: Progress, seed: int = 0
     for method, objective in contenders:
         announce(f"{method.name} with {objective}")
         runs[method.name] = output / method.name
-        learner = Learner(
-            TINY,
-            method,
-            objective,
-            runs[method.name],
-            training=TRAINING,
-            adapter=ADAPTER,
-            seed=seed,
-            resume=True,
-            announce=announce,
-            progress=progress,
-        )
-        learner.learn_all(list(tasks))
+        with _one_thread():
+            learner = Learner(
+                TINY,
+                method,
+                objective,
+                runs[method.name],
+                training=TRAINING,
+                adapter=ADAPTER,
+                seed=seed,
+                resume=True,
+                announce=announce,
+                progress=progress,
+            )
+            learner.learn_all(list(tasks))
         scores[method.name] = learner.scores
     report = write_report(list(runs.values()), output / "report.html")
     return DemoResult(report, runs, scores, time.perf_counter() - started)
