@@ -41,7 +41,7 @@ class DemoResult:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The assistant is so small that two threads wait for one another longer than they compute."""
+    """Compute on one thread: the assistant is so small that more of them mostly wait for one another."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
