@@ -105,7 +105,6 @@ def run(name: str, contender: Contender, tasks: Tasks, arguments: argparse.Names
         learning_rate=arguments.learning_rate * contender.learning_rate_factor,
         epochs=arguments.epochs,
         batch_size=16,
-        micro_batch_size=16,
         max_length=arguments.max_length,
         precision=arguments.precision,
         beta=arguments.beta,

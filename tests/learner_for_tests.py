@@ -16,7 +16,7 @@ gc.freeze()
 # Tensors this small only lose by threads, and tests run beside each other.
 torch.set_num_threads(1)
 
-FAST = {"learning_rate": 2e-2, "batch_size": 4, "micro_batch_size": 4, "max_length": 64, "warmup": 0.0}
+FAST = {"learning_rate": 2e-2, "batch_size": 4, "tokens_per_batch": 240, "max_length": 64, "warmup": 0.0}
 ANSWERS = {"warm": ("yes, gladly!", "no."), "brief": ("ok", "well, let me see"), "calm": ("all is well", "panic now")}
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from transformers import (
+    BloomConfig,
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -25,8 +27,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from everalign.data.batches import pad_pairs
 from everalign.data.encoding import EncodedPair
+from everalign.data.layout import lay_out_pairs
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
 from tokenizers_for_tests import byte_tokenizer
@@ -66,7 +68,7 @@ GPT2_SHAPE: dict[str, Any] = {
 }
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2")
-# Their logits are scaled between head and output.
+# Their logits are scaled after the output matrix.
 SCALED = ("cohere", "granite")
 
 
@@ -83,6 +85,8 @@ def _configuration(family: str, vocabulary: int) -> PreTrainedConfig:
         "gpt2": lambda: GPT2Config(vocab_size=vocabulary, **GPT2_SHAPE),
         "cohere": lambda: CohereConfig(**shape, logit_scale=0.5),
         "granite": lambda: GraniteConfig(**shape, logits_scaling=2.0),
+        "bloom": lambda: BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4),
+        "mamba": lambda: MambaConfig(vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, state_size=4),
     }
     return makers[family]()
 
@@ -155,7 +159,7 @@ def random_pairs(count: int, seed: int = 0, longest: int = 12, vocabulary: int =
 
 def logits_of(policy: Policy, pairs: list[EncodedPair]) -> torch.Tensor:
     """The whole model's logits (2B, T, V) of the pairs, as it is switched now."""
-    batch = pad_pairs(pairs, PAD)
+    batch = lay_out_pairs(pairs, shared=False)
     with torch.no_grad():
         output = policy.peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return output.logits

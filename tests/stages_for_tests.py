@@ -9,9 +9,8 @@ from everalign.modeling.policy import Policy
 from everalign.training.reference import pair_log_probs
 from everalign.training.stage import StageOptions, StageResult, run_stage
 from everalign.training.teaching import make_objective
-from models_for_tests import PAD
 
-FAST = {"learning_rate": 1e-2, "batch_size": 8, "micro_batch_size": 8, "warmup": 0.0, "logging_steps": 1}
+FAST = {"learning_rate": 1e-2, "batch_size": 8, "tokens_per_batch": 480, "warmup": 0.0, "logging_steps": 1}
 
 
 def train(
@@ -22,11 +21,9 @@ def train(
     reference = None
     if objective.needs_reference:
         with policy.as_base():
-            reference = pair_log_probs(policy, pairs, PAD, 8)
+            reference = pair_log_probs(policy, pairs, 320)
     settings = StageOptions(**{**FAST, "checkpoint_steps": 0, **options})
-    return run_stage(
-        policy, objective, pairs, settings, folder, pad_id=PAD, seed=seed, reference=reference, **(hooks or {})
-    )
+    return run_stage(policy, objective, pairs, settings, folder, seed=seed, reference=reference, **(hooks or {}))
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Held-out scores on cases that can be checked by hand, and against two separate models."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from everalign.errors import EveralignError
 from everalign.evaluation import HeldOut, score_preferences
 from everalign.evaluation.preference import mean_kl
 from everalign.training.reference import pair_log_probs
-from models_for_tests import PAD, perturb, random_model, random_pairs, random_policy, random_updates
+from models_for_tests import perturb, random_model, random_pairs, random_policy, random_updates
 
 
 class Table(torch.nn.Module):
@@ -19,10 +20,13 @@ class Table(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.head = SimpleNamespace(shared=True)
 
-    def forward(self, input_ids, attention_mask, response_mask):
-        return (input_ids * response_mask).sum(1) / -10, response_mask.sum(1)
+    def forward(self, batch):
+        return torch.zeros(len(batch["lengths"])).index_add(0, batch["sequences"], batch["targets"] / -10)
+
+    def on_device(self, batch):
+        return batch
 
 
 def pair(chosen, rejected):
@@ -31,7 +35,7 @@ def pair(chosen, rejected):
 
 def score(policy, pairs, base=None, **arguments):
     base = torch.zeros(len(pairs), 2) if base is None else base
-    return score_preferences(policy, HeldOut(pairs, base), pad_id=PAD, batch_size=2, **arguments)
+    return score_preferences(policy, HeldOut(pairs, base), tokens_per_batch=80, **arguments)
 
 
 def test_accuracy_and_margin_are_per_token_and_ties_count_half():
@@ -59,7 +63,7 @@ def test_the_base_model_itself_has_reward_accuracy_one_half():
     policy = random_policy()
     pairs = random_pairs(9)
     with policy.as_base():
-        base = pair_log_probs(policy, pairs, PAD, 2)
+        base = pair_log_probs(policy, pairs, 80)
     result = score(policy, pairs, base, previous={})
     assert result.reward_accuracy == 0.5
     assert result.kl_previous == 0.0
@@ -143,7 +147,7 @@ def test_kl_equals_that_of_two_separate_models(previous):
         "something else": random_updates(policy, seed=8, rank=5),
     }[previous]
     expected = direct_kl(merged(policy.total()), merged(updates), pairs)
-    assert mean_kl(policy, updates, pairs, PAD) == pytest.approx(expected, rel=1e-4)
+    assert mean_kl(policy, updates, pairs) == pytest.approx(expected, rel=1e-4)
     assert expected > 0.05
     # The other way round it is another number.
     assert abs(direct_kl(merged(updates), merged(policy.total()), pairs) - expected) > 1e-3
@@ -151,35 +155,35 @@ def test_kl_equals_that_of_two_separate_models(previous):
 
 def test_kl_from_itself_is_nearly_zero_and_never_negative():
     policy = policy_in_task_two()
-    assert 0.0 <= mean_kl(policy, policy.total(), random_pairs(11), PAD) < 1e-8
+    assert 0.0 <= mean_kl(policy, policy.total(), random_pairs(11)) < 1e-8
 
 
 def test_kl_counts_positions_not_responses():
     policy, pairs = policy_in_task_two(), random_pairs(2)
     pairs = [pair(pairs[0].chosen[:1], [4]), pair(pairs[1].chosen * 9, [4])]
-    parts = [mean_kl(policy, {}, [each], PAD) * len(each.chosen) for each in pairs]
+    parts = [mean_kl(policy, {}, [each]) * len(each.chosen) for each in pairs]
     total = sum(len(each.chosen) for each in pairs)
-    assert mean_kl(policy, {}, pairs, PAD) == pytest.approx(sum(parts) / total, rel=1e-5)
+    assert mean_kl(policy, {}, pairs) == pytest.approx(sum(parts) / total, rel=1e-5)
 
 
 def test_kl_is_measured_on_evenly_spaced_pairs():
     policy, pairs = policy_in_task_two(), random_pairs(10)
     assert score(policy, pairs, previous={}, kl_pairs=3).kl_previous == pytest.approx(
-        mean_kl(policy, {}, [pairs[0], pairs[3], pairs[6]], PAD), rel=1e-5
+        mean_kl(policy, {}, [pairs[0], pairs[3], pairs[6]]), rel=1e-5
     )
     everything = score(policy, pairs, previous={}, kl_pairs=64).kl_previous
-    assert everything == pytest.approx(mean_kl(policy, {}, pairs, PAD), rel=1e-5)
+    assert everything == pytest.approx(mean_kl(policy, {}, pairs), rel=1e-5)
 
 
 def test_a_nan_is_not_taken_for_no_drift():
     policy = policy_in_task_two()
     with torch.no_grad():
         next(p for p in policy.parameters() if p.requires_grad).fill_(float("nan"))
-    assert math.isnan(mean_kl(policy, {}, random_pairs(3), PAD))
+    assert math.isnan(mean_kl(policy, {}, random_pairs(3)))
 
 
 def test_kl_positions_predict_the_chosen_response():
     """Changing what follows the last response token's prediction changes nothing."""
     policy, (each,) = policy_in_task_two(), random_pairs(1)
     last = EncodedPair("x", each.prompt, [*each.chosen[:-1], 7], each.rejected, 1.0)
-    assert mean_kl(policy, {}, [last], PAD) == pytest.approx(mean_kl(policy, {}, [each], PAD), rel=1e-5)
+    assert mean_kl(policy, {}, [last]) == pytest.approx(mean_kl(policy, {}, [each]), rel=1e-5)

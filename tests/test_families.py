@@ -7,11 +7,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
-from everalign.data.batches import pad_pairs
+from everalign.data.encoding import EncodedPair
+from everalign.data.layout import lay_out_chosen, lay_out_pairs
 from everalign.modeling.policy import Policy
 from models_for_tests import (
     FAMILIES,
-    PAD,
     SCALED,
     logits_of,
     perturb,
@@ -21,9 +21,11 @@ from models_for_tests import (
     saved_model,
 )
 
-PAIRS = random_pairs(3, seed=5)
-BATCH = pad_pairs(PAIRS, PAD)
-INPUTS = (BATCH["input_ids"], BATCH["attention_mask"], BATCH["response_mask"])
+PAIRS = [*random_pairs(5, seed=5), EncodedPair("alike", [3, 4, 5], [6, 7, 8, 9, 10], [6, 7, 8, 11], 1.0)]
+BATCH = lay_out_pairs(PAIRS, shared=False)
+INPUTS = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
+# Their windows are masks of their own.
+UNSHARED = ("mistral", "gemma2", "gemma3")
 
 
 def whole_log_probs(policy):
@@ -48,14 +50,20 @@ def policy(family):
     return perturb(random_policy(family)).eval()
 
 
-def test_the_head_is_apart_but_where_logits_are_scaled(policy, family):
-    assert policy.head.separate == (family in FAMILIES)
+def test_the_head_is_apart_in_all_of_them(policy):
+    assert policy.head.separate
+
+
+def test_prompts_are_shared_but_where_layers_have_windows(policy, family):
+    assert policy.head.shared == (family not in UNSHARED)
+    reason = policy.head.unshared_because
+    assert ("window" in reason or "sliding_attention" in reason) if family in UNSHARED else reason is None
 
 
 def test_response_only_head_equals_the_whole_model(policy):
     with torch.no_grad():
-        sums, lengths = policy(*INPUTS)
-    assert lengths.tolist() == [len(p.chosen) for p in PAIRS] + [len(p.rejected) for p in PAIRS]
+        sums = policy(BATCH)
+    assert BATCH["lengths"].tolist() == [len(p.chosen) for p in PAIRS] + [len(p.rejected) for p in PAIRS]
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums.double(), whole_log_probs(policy), rtol=0, atol=1e-5)
 
@@ -64,41 +72,62 @@ def test_the_whole_model_path_gives_the_same(policy, monkeypatch):
     expected = whole_log_probs(policy)
     monkeypatch.setattr(policy.head, "separate", False)
     with torch.no_grad():
-        sums, _ = policy(*INPUTS)
-        logits = policy.response_logits(*INPUTS)
+        sums = policy(BATCH)
+        logits = policy.response_logits(BATCH)
     torch.testing.assert_close(sums.double(), expected, rtol=0, atol=1e-5)
-    predicts = BATCH["response_mask"][:, 1:]
-    torch.testing.assert_close(logits, logits_of(policy, PAIRS)[:, :-1][predicts], rtol=0, atol=1e-5)
+    whole = logits_of(policy, PAIRS).flatten(0, 1)[BATCH["predictors"]]
+    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES, scope="module")
+def gradients(policy, batch):
+    """A loss in which every sequence counts differently, and its gradients."""
+    policy.zero_grad()
+    sums = policy(batch)
+    loss = (sums * torch.arange(1.0, len(sums) + 1)).mean() / len(sums)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def assert_same_gradients(first, second):
+    assert first[0] == pytest.approx(second[0], rel=1e-6)
+    assert first[1].keys() == second[1].keys()
+    for name, gradient in first[1].items():
+        size = gradient.abs().max()
+        assert size > 1e-3
+        torch.testing.assert_close(gradient / size, second[1][name] / size, rtol=0, atol=1e-5)
+
+
 def test_gradients_are_those_of_the_whole_model(policy, monkeypatch):
-
-    def gradients():
-        policy.zero_grad()
-        sums, _ = policy(*INPUTS)
-        (sums * torch.arange(1.0, 7.0)).mean().backward()
-        return {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
-
-    apart = gradients()
+    apart = gradients(policy, BATCH)
     monkeypatch.setattr(policy.head, "separate", False)
-    whole = gradients()
-    assert apart.keys() == whole.keys()
-    for name, grad in apart.items():
-        assert grad.abs().max() > 1e-3
-        torch.testing.assert_close(grad, whole[name], rtol=1e-4, atol=1e-5)
+    assert_same_gradients(apart, gradients(policy, BATCH))
+
+
+def test_shared_and_packed_rows_give_the_loss_and_gradients_of_separate_sequences(policy):
+    if not policy.head.shared:
+        pytest.skip("its layers have windows: prompts are computed for each answer")
+    batch = lay_out_pairs(PAIRS, shared=True)
+    assert len(batch["input_ids"]) < len(PAIRS)
+    assert_same_gradients(gradients(policy, batch), gradients(policy, BATCH))
+
+
+def test_packed_chosen_sequences_give_those_of_separate_ones(policy):
+    if not policy.head.shared:
+        pytest.skip("its layers have windows: rows are not packed")
+    packed, single = (lay_out_chosen(PAIRS, shared) for shared in (True, False))
+    assert len(packed["input_ids"]) < len(single["input_ids"])
+    assert_same_gradients(gradients(policy, packed), gradients(policy, single))
 
 
 def test_right_padding_changes_nothing(policy):
-    alone = []
-    with torch.no_grad():
-        for pair in PAIRS:
-            batch = pad_pairs([pair], PAD)
-            alone.append(policy(batch["input_ids"], batch["attention_mask"], batch["response_mask"])[0])
-        together, _ = policy(*INPUTS)
-        padded, _ = policy(F.pad(INPUTS[0], (0, 9), value=7), F.pad(INPUTS[1], (0, 9)), F.pad(INPUTS[2], (0, 9)))
-    torch.testing.assert_close(torch.stack(alone, dim=1).flatten(), together, rtol=0, atol=1e-5)
-    torch.testing.assert_close(padded, together, rtol=0, atol=1e-5)
+    for shared in {False, policy.head.shared}:
+        alone = []
+        longer = lay_out_pairs([*PAIRS, *random_pairs(1, seed=1, longest=60)], shared)
+        with torch.no_grad():
+            for pair in PAIRS:
+                alone.append(policy(lay_out_pairs([pair], shared)))
+            together = policy(longer).unflatten(0, (2, -1))[:, : len(PAIRS)]
+        torch.testing.assert_close(torch.stack(alone, dim=1), together, rtol=0, atol=1e-5)
 
 
 def test_every_matrix_of_the_decoder_is_adapted_and_the_head_is_not(policy, family):
@@ -113,7 +142,7 @@ def test_every_matrix_of_the_decoder_is_adapted_and_the_head_is_not(policy, fami
 def test_adapters_off_is_the_bare_model(policy, family):
     bare = random_model(family)
     with policy.as_base(), torch.no_grad():
-        expected = bare(input_ids=INPUTS[0], attention_mask=INPUTS[1], use_cache=False).logits
+        expected = bare(**INPUTS, use_cache=False).logits
         assert torch.equal(logits_of(policy, PAIRS), expected)
     assert not torch.equal(logits_of(policy, PAIRS), expected)
 
@@ -121,8 +150,7 @@ def test_adapters_off_is_the_bare_model(policy, family):
 def test_training_mode_changes_nothing(policy):
     """No dropout, though GPT-2's configuration asks for it: references are computed in evaluation mode."""
     with torch.no_grad():
-        trained, _ = policy.train()(*INPUTS)
-        evaluated, _ = policy.eval()(*INPUTS)
+        trained, evaluated = policy.train()(BATCH), policy.eval()(BATCH)
     assert torch.equal(trained, evaluated)
 
 
@@ -132,13 +160,13 @@ def test_a_model_without_a_decoder_of_its_own_runs_whole():
     policy = perturb(Policy(model, 4, 8.0))
     assert not policy.head.separate
     with torch.no_grad():
-        sums, _ = policy(*INPUTS)
+        sums = policy(BATCH)
     torch.testing.assert_close(sums.double(), whole_log_probs(policy), rtol=0, atol=1e-5)
 
 
 def test_a_saved_family_is_learned_and_served_by_plain_peft(family, tmp_path):
     folder = saved_model(family)
-    options = TrainingOptions(learning_rate=1e-2, batch_size=4, micro_batch_size=2, max_length=32)
+    options = TrainingOptions(learning_rate=1e-2, batch_size=4, tokens_per_batch=120, max_length=32)
     learner = Learner(
         str(folder), objective="dpo", output=tmp_path, training=options, adapter=AdapterOptions(2), announce=str
     )
@@ -149,8 +177,8 @@ def test_a_saved_family_is_learned_and_served_by_plain_peft(family, tmp_path):
     (adapter,) = (tmp_path / "versions").glob("002-*/adapter")
     served = PeftModel.from_pretrained(bare, adapter).eval()
     with torch.no_grad():
-        logits = served(input_ids=INPUTS[0], attention_mask=INPUTS[1]).logits
+        logits = served(**INPUTS).logits
         with served.disable_adapter():
-            before = served(input_ids=INPUTS[0], attention_mask=INPUTS[1]).logits
+            before = served(**INPUTS).logits
     torch.testing.assert_close(logits_of(learner.policy, PAIRS), logits, rtol=0, atol=1e-5)
     assert (logits - before).abs().max() > 1e-2

@@ -165,9 +165,9 @@ def test_the_step_0_margin_against_the_base_model_is_the_policys_gain(model, out
     learner = make_learner(model, output, SequentialFineTuning(), options={"reference": "base", "beta": 0.5})
     learner.learn(task_rows("warm"), "warm")
     pairs = learner._setup.encode(task_rows("brief"))
-    now = pair_log_probs(learner.policy, pairs, learner._setup.pad_id, 3)
+    now = pair_log_probs(learner.policy, pairs, 120)
     with learner.policy.as_base():
-        base = pair_log_probs(learner.policy, pairs, learner._setup.pad_id, 3)
+        base = pair_log_probs(learner.policy, pairs, 120)
     gain = (now - base)[:, 0] - (now - base)[:, 1]
     learner.learn(task_rows("brief"), "brief")
     margin = learner.run.versions[1].manifest.stages[0].step0_margin

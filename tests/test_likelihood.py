@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from everalign.data.batches import pad_chosen, pad_pairs
 from everalign.data.encoding import EncodedPair
+from everalign.data.layout import lay_out_chosen, lay_out_pairs
 from everalign.modeling.likelihood import LanguageHead
-from models_for_tests import PAD, VOCABULARY, perturb, random_model, random_pairs, random_policy
+from models_for_tests import VOCABULARY, perturb, random_model, random_pairs, random_policy
 
 
 @pytest.fixture(scope="module")
@@ -28,54 +28,40 @@ def log_prob(policy, prompt, response):
     return total
 
 
-def test_sums_are_those_of_decoding_token_by_token(policy):
-    pairs = random_pairs(4, seed=3)
-    batch = pad_pairs(pairs, PAD)
+@pytest.mark.parametrize("shared", [True, False])
+def test_sums_are_those_of_decoding_token_by_token(policy, shared):
+    pairs = [*random_pairs(4, seed=3), EncodedPair("alike", [9], [5, 6, 7], [5, 6], 1.0)]
     with torch.no_grad():
-        sums, lengths = policy(batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+        sums = policy(lay_out_pairs(pairs, shared))
     expected = [log_prob(policy, p.prompt, p.chosen) for p in pairs]
     expected += [log_prob(policy, p.prompt, p.rejected) for p in pairs]
     assert sums.tolist() == pytest.approx(expected, abs=1e-5)
-    assert lengths.tolist() == batch["response_mask"].sum(1).tolist()
 
 
 def test_a_model_that_knows_nothing_gives_every_token_one_in_v():
     model = random_model()
     torch.nn.init.zeros_(model.lm_head.weight)
-    head = LanguageHead(model)
-    batch = pad_chosen([EncodedPair("a", [3, 4], [5, 6, 7], [8], 1.0), EncodedPair("b", [3], [9], [8], 1.0)], PAD)
-    sums, lengths = head.response_log_probs(batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+    pairs = [EncodedPair("a", [3, 4], [5, 6, 7], [8], 1.0), EncodedPair("b", [3], [9], [8], 1.0)]
+    sums = LanguageHead(model).response_log_probs(lay_out_chosen(pairs, shared=True))
     assert sums.tolist() == pytest.approx([-3 * math.log(VOCABULARY), -math.log(VOCABULARY)], rel=1e-6)
-    assert lengths.tolist() == [3, 1]
 
 
-def test_a_sequence_without_a_response_has_sum_zero(policy):
-    batch = pad_chosen(random_pairs(2, seed=3), PAD)
-    mask = batch["response_mask"].clone()
-    mask[0] = False
-    sums, lengths = policy(batch["input_ids"], batch["attention_mask"], mask)
-    assert sums[0].item() == 0.0
-    assert lengths[0].item() == 0
-    assert sums[1].item() < 0
-
-
-def test_logits_are_of_the_response_alone(policy):
+@pytest.mark.parametrize("shared", [True, False])
+def test_logits_are_of_the_response_alone(policy, shared):
     pairs = random_pairs(3, seed=3)
-    batch = pad_pairs(pairs, PAD)
-    logits = policy.response_logits(batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+    logits = policy.response_logits(lay_out_pairs(pairs, shared))
     count = sum(len(p.chosen) + len(p.rejected) for p in pairs)
     assert logits.shape == (count, VOCABULARY)
     assert logits.dtype == torch.float32
 
 
-def test_the_head_runs_on_response_positions_alone(policy, monkeypatch):
-    pairs = random_pairs(3, seed=3)
-    batch = pad_pairs(pairs, PAD)
+def test_the_head_runs_on_response_positions_alone(policy):
+    batch = lay_out_pairs(random_pairs(3, seed=3), shared=True)
     rows = []
     hook = policy.peft.get_base_model().lm_head.register_forward_hook(lambda m, inputs, o: rows.append(inputs[0].shape))
-    policy(batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+    policy(batch)
     hook.remove()
-    assert rows == [(int(batch["response_mask"].sum()), 32)]
+    assert rows == [(len(batch["targets"]), 32)]
 
 
 def test_long_sums_lose_nothing_to_bf16():
@@ -83,16 +69,53 @@ def test_long_sums_lose_nothing_to_bf16():
     policy = random_policy()
     policy.peft.get_base_model().bfloat16()
     response = random_pairs(1, seed=1, longest=200)[0].chosen * 200
-    batch = pad_chosen([EncodedPair("a", [3], response[:200], [4], 1.0)], PAD)
-    inputs = (batch["input_ids"], batch["attention_mask"], batch["response_mask"])
-    sums, _ = policy(*inputs)
-    tokens = F.log_softmax(policy.response_logits(*inputs).double(), -1)[range(200), response[:200]]
+    batch = lay_out_chosen([EncodedPair("a", [3], response[:200], [4], 1.0)], shared=True)
+    sums = policy(batch)
+    tokens = F.log_softmax(policy.response_logits(batch).double(), -1)[range(200), response[:200]]
     assert sums.dtype == torch.float32
     assert sums.item() == pytest.approx(tokens.sum().item(), abs=1e-3)
 
 
 def test_gradients_flow_to_every_adapter_matrix(policy):
     policy.zero_grad()
-    batch = pad_pairs(random_pairs(3, seed=3), PAD)
-    policy(batch["input_ids"], batch["attention_mask"], batch["response_mask"])[0].sum().backward()
+    policy(lay_out_pairs(random_pairs(3, seed=3), shared=True)).sum().backward()
     assert all(p.grad.abs().max() > 0 for p in policy.parameters() if p.requires_grad)
+
+
+class Recurrent(torch.nn.Module):
+    """Mixes every token into all later ones, whatever the mask says."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return self.inner(hidden_states.cumsum(dim=1), *args, **kwargs)
+
+
+@pytest.mark.parametrize(("family", "reason"), [("bloom", "takes no block"), ("mamba", "linear_attention")])
+def test_a_model_for_which_shared_rows_would_be_wrong_computes_them_apart(family, reason):
+    model = random_model(family)
+    head = LanguageHead(model)
+    assert not head.shared
+    assert reason in head.unshared_because
+    pairs = random_pairs(4, seed=3)
+    with torch.no_grad():
+        sums = head.response_log_probs(lay_out_pairs(pairs, head.shared))
+        alone = [head.response_log_probs(lay_out_pairs([pair], False)) for pair in pairs]
+    torch.testing.assert_close(sums.unflatten(0, (2, -1)), torch.stack(alone, dim=1), rtol=0, atol=1e-4)
+
+
+def test_layers_that_mix_tokens_past_the_mask_are_found():
+    model = random_model()
+    model.model.layers[0].mlp = Recurrent(model.model.layers[0].mlp)
+    assert "do not follow" in LanguageHead(model).unshared_because
+
+
+def test_eager_attention_shares_too():
+    model = random_model()
+    expected = LanguageHead(model).response_log_probs(lay_out_pairs(random_pairs(4), False))
+    model.set_attn_implementation("eager")
+    head = LanguageHead(model)
+    assert head.shared
+    torch.testing.assert_close(head.response_log_probs(lay_out_pairs(random_pairs(4), True)), expected)

@@ -337,14 +337,14 @@ def test_the_penalty_joins_the_loss(learned):
 
 def test_the_penalty_counts_once_a_step_whatever_the_micro_batch(learned):
     whole = learned(Pulled(1.0), "dpo", "warm")
-    split = learned(Pulled(1.0), "dpo", "warm", options={"micro_batch_size": 2})
+    split = learned(Pulled(1.0), "dpo", "warm", options={"tokens_per_batch": 120})
     assert largest_difference(adapter_weights(whole), adapter_weights(split)) < 1e-5
 
 
 def test_gradients_are_adjusted_once_a_step_when_they_are_complete(learned):
     method, split = Frozen(), Frozen()
     weights = adapter_weights(learned(method, "dpo", "warm"))
-    learned(split, "dpo", "warm", options={"micro_batch_size": 2})
+    learned(split, "dpo", "warm", options={"tokens_per_batch": 120})
     assert len(method.norms) == len(split.norms) == 3
     assert method.norms == pytest.approx(split.norms, rel=1e-4)
     assert min(method.norms) > 0

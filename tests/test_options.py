@@ -18,7 +18,7 @@ BAD_TRAINING = {
     "sft_learning_rate": (0.0, -1e-4, *NOT_NUMBERS),
     "beta": (0.0, -0.1, *NOT_NUMBERS),
     "batch_size": (0, -1, 1.5, 16.0, *NOT_NUMBERS),
-    "micro_batch_size": (0, -1, 1.5, *NOT_NUMBERS),
+    "tokens_per_batch": (0, -1, 1.5, *NOT_NUMBERS),
     "max_length": (0, 7, 64.0, *NOT_NUMBERS),
     "precision": ("fp16", "float32", None),
     "warmup": (-0.1, 1, 1.5, 100, *NOT_NUMBERS),
@@ -80,12 +80,12 @@ def test_the_paper_preset_has_the_scripts_values():
 
 
 def test_the_paper_preset_makes_two_stages():
-    paper = TrainingOptions.preset("paper", batch_size=8, micro_batch_size=2, checkpoint_steps=7, max_grad_norm=0.5)
+    paper = TrainingOptions.preset("paper", batch_size=8, tokens_per_batch=120, checkpoint_steps=7, max_grad_norm=0.5)
     sft, preference = paper.sft_stage(), paper.preference_stage()
     assert (sft.learning_rate, sft.epochs) == (1e-4, 3.0)
     assert (preference.learning_rate, preference.epochs) == (5e-6, 3.0)
     for stage in (sft, preference):
-        assert (stage.batch_size, stage.micro_batch_size, stage.warmup) == (8, 2, 0.1)
+        assert (stage.batch_size, stage.tokens_per_batch, stage.warmup) == (8, 120, 0.1)
         assert (stage.scheduler, stage.max_grad_norm) == ("cosine", 0.5)
         assert (stage.logging_steps, stage.checkpoint_steps) == (5, 7)
 

@@ -37,7 +37,7 @@ def uninterrupted(tmp_path_factory):
     return weights(policy), result
 
 
-RESUMED = {"checkpoint_steps": 2, "micro_batch_size": 3, "epochs": 1.5, "warmup": 0.2}
+RESUMED = {"checkpoint_steps": 2, "tokens_per_batch": 180, "epochs": 1.5, "warmup": 0.2}
 
 
 def resume(folder):

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from everalign.data.batches import TrainingPlan, pad_pairs
+from everalign.data.batches import TrainingPlan
+from everalign.data.layout import lay_out_pairs
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.policy import Policy
 from everalign.training.teaching import make_objective
-from everalign.training.trainer import MicroBatches, Trainer, training_arguments
-from models_for_tests import PAD, perturb, random_model, random_pairs, random_policy, random_updates
+from everalign.training.trainer import Steps, Trainer, training_arguments
+from models_for_tests import perturb, random_model, random_pairs, random_policy, random_updates
 from stages_for_tests import difference, train, weights
 
 OBJECTIVES = ("sft", "dpo", "fpo")
@@ -23,12 +24,11 @@ def weighted_pairs(count=20):
 
 def direct_gradients(policy, name, pairs, penalty=None):
     """Gradients of the whole batch's loss, written out from the formulas in one go."""
-    batch = pad_pairs(pairs, PAD)
-    inputs = (batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+    batch = lay_out_pairs(pairs, shared=False)
     with torch.no_grad(), policy.as_base():
-        base, _ = policy(*inputs)
+        base = policy(batch)
     policy.zero_grad()
-    sums, lengths = policy(*inputs)
+    sums, lengths = policy(batch), batch["lengths"]
     chosen, rejected = sums.chunk(2)
     weight = torch.tensor([pair.weight for pair in pairs])
     if name == "sft":
@@ -65,7 +65,7 @@ def test_the_first_gradient_is_that_of_the_formula(name, tmp_path):
     policy = perturb(random_policy())
     loss, expected = direct_gradients(policy, name, pairs)
     recorder = Recorder()
-    options = {"micro_batch_size": 2, "max_grad_norm": 0.0}
+    options = {"tokens_per_batch": 120, "max_grad_norm": 0.0}
     result = train(policy, name, pairs, tmp_path, hooks={"gradient_hook": recorder}, **options)
     assert len(recorder.gradients) == result.steps == 1
     for key, gradient in recorder.gradients[0].items():
@@ -77,10 +77,10 @@ def test_the_first_gradient_is_that_of_the_formula(name, tmp_path):
 def test_accumulated_micro_batches_equal_the_big_batch(name, tmp_path):
     """Two steps of 8 rows of very different lengths and weights, and a last one of 4."""
     results, curves = [], []
-    for micro in (8, 2, 1):
+    for tokens in (10_000, 150, 1):
         policy = perturb(random_policy())
         start = weights(policy)
-        result = train(policy, name, weighted_pairs(20), tmp_path / str(micro), micro_batch_size=micro)
+        result = train(policy, name, weighted_pairs(20), tmp_path / str(tokens), tokens_per_batch=tokens)
         assert result.steps == 3
         results.append(weights(policy))
         curves.append([(entry["loss"], entry["grad_norm"]) for entry in result.curve])
@@ -99,7 +99,7 @@ def test_a_weight_multiplies_its_row(name, tmp_path):
     gradients = []
     for each in (silent, rows[::2]):
         recorder = Recorder()
-        options = {"max_grad_norm": 0.0, "micro_batch_size": 4}
+        options = {"max_grad_norm": 0.0, "tokens_per_batch": 240}
         train(perturb(random_policy()), name, each, tmp_path, hooks={"gradient_hook": recorder}, **options)
         gradients.append(recorder.gradients[0])
     for key, gradient in gradients[0].items():
@@ -110,9 +110,8 @@ def test_every_row_is_seen_once_an_epoch(tmp_path):
     seen = []
     objective = make_objective("sft")
     collate = objective.collate
-    objective.collate = lambda pairs, pad: seen.extend(p.id for p in pairs) or collate(pairs, pad)
-    plan = TrainingPlan([[2, 0], [1]], 1)
-    batches = MicroBatches(random_pairs(3), plan, objective, PAD, None)
+    objective.collate = lambda pairs, shared: seen.extend(p.id for p in pairs) or collate(pairs, shared)
+    steps = Steps(random_pairs(3), TrainingPlan([[[2], [0]], [[1]]]), objective, True, None)
     arguments = training_arguments(
         tmp_path,
         learning_rate=0.1,
@@ -122,21 +121,27 @@ def test_every_row_is_seen_once_an_epoch(tmp_path):
         checkpoint_steps=0,
         seed=0,
     )
-    Trainer(random_policy(), objective, arguments, batches).train()
+    Trainer(random_policy(), objective, arguments, steps).train()
     assert seen == ["0002", "0000", "0001"]
 
 
 def test_references_belong_to_their_rows():
     reference = torch.arange(10.0).reshape(5, 2)
-    batches = MicroBatches(random_pairs(5), TrainingPlan([[4, 1], [0]], 1), make_objective("dpo"), PAD, reference)
-    assert [batches[i]["reference"].tolist() for i in range(len(batches))] == [[[8.0, 9.0], [2.0, 3.0]], [[0.0, 1.0]]]
+    steps = Steps(random_pairs(5), TrainingPlan([[[4, 1], [0]]]), make_objective("dpo"), True, reference)
+    assert [batch["reference"].tolist() for batch in steps[0]] == [[[8.0, 9.0], [2.0, 3.0]], [[0.0, 1.0]]]
+
+
+def test_a_process_without_rows_in_a_step_computes_one_that_does_not_count():
+    steps = Steps(random_pairs(2), TrainingPlan([[[1]], []], processes=2), make_objective("dpo"), True, None)
+    ((batch,),) = [steps[1]]
+    assert (batch["count"].item(), batch["weight"].tolist()) == (0, [0.0])
 
 
 # ---- penalty and gradient hook ----
 
 
-@pytest.mark.parametrize("micro", [8, 3, 1])
-def test_a_penalty_is_added_once_a_step(micro, tmp_path):
+@pytest.mark.parametrize("tokens", [10_000, 150, 1])
+def test_a_penalty_is_added_once_a_step(tokens, tmp_path):
     """Also in the last step, which has fewer micro-batches."""
     calls = []
 
@@ -149,7 +154,7 @@ def test_a_penalty_is_added_once_a_step(micro, tmp_path):
     expected_loss, expected = direct_gradients(policy, "dpo", pairs, penalty)
     calls.clear()
     hooks = {"penalty": penalty, "gradient_hook": recorder}
-    result = train(policy, "dpo", pairs, tmp_path, hooks=hooks, micro_batch_size=micro, max_grad_norm=0.0)
+    result = train(policy, "dpo", pairs, tmp_path, hooks=hooks, tokens_per_batch=tokens, max_grad_norm=0.0)
     assert calls == [policy]
     for key, gradient in recorder.gradients[0].items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-5)
@@ -165,7 +170,7 @@ def test_a_penalty_in_a_short_last_step_counts_in_full(tmp_path):
     recorders = [Recorder(), Recorder()]
     for recorder, extra in zip(recorders, (None, penalty), strict=True):
         hooks = {"penalty": extra, "gradient_hook": recorder}
-        options = {"micro_batch_size": 1, "max_grad_norm": 0.0, "learning_rate": 1e-12}
+        options = {"tokens_per_batch": 60, "max_grad_norm": 0.0, "learning_rate": 1e-12}
         train(perturb(random_policy()), "dpo", weighted_pairs(9), tmp_path, hooks=hooks, **options)
     for without, having in zip(*(recorder.gradients for recorder in recorders), strict=True):
         for key in without:
@@ -195,7 +200,7 @@ def test_the_gradient_hook_decides_what_the_optimiser_sees(tmp_path):
                 parameter.grad.zero_()
 
     hooks = {"gradient_hook": freeze_all_but_one}
-    train(policy, "dpo", random_pairs(20), tmp_path, hooks=hooks, micro_batch_size=2)
+    train(policy, "dpo", random_pairs(20), tmp_path, hooks=hooks, tokens_per_batch=120)
     assert calls == [policy] * 3
     changed = [name for name, value in weights(policy).items() if not torch.equal(value, start[name])]
     assert len(changed) == 1
@@ -300,7 +305,7 @@ def test_objectives_are_made_by_name():
 
 def test_gamma_of_the_objective_reaches_the_loss():
     reference = torch.zeros(3, 2)
-    batch = {**make_objective("fpo").collate(random_pairs(3), PAD), "reference": reference}
+    batch = {**make_objective("fpo").collate(random_pairs(3), shared=True), "reference": reference}
     policy = perturb(random_policy())
     losses = {
         gamma: make_objective("fpo", gamma=gamma).loss(policy, batch, batch["count"])[0].item()

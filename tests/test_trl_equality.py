@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from everalign.data.batches import pad_pairs
 from everalign.data.encoding import encode_pairs
+from everalign.data.layout import lay_out_pairs
 from everalign.data.records import Preference
 from everalign.modeling.policy import Policy
 from everalign.training.reference import pair_log_probs
@@ -91,17 +91,20 @@ def their_batch(trainer, tokenizer):
     return trainer.data_collator([{key: row[key] for key in columns} for row in trainer.train_dataset])
 
 
-def our_batch(policy, pairs, tokenizer, objective):
+def our_batch(policy, pairs, objective):
     with policy.as_base():
-        reference = pair_log_probs(policy, pairs, tokenizer.pad_token_id, 2)
-    return {**objective.collate(pairs, tokenizer.pad_token_id), "reference": reference}
+        reference = pair_log_probs(policy, pairs, 200)
+    return {**objective.collate(pairs, shared=True), "reference": reference}
 
 
 def test_the_tokens_are_the_same(theirs, pairs, tokenizer):
-    batch, ours = their_batch(theirs, tokenizer), pad_pairs(pairs, tokenizer.pad_token_id)
-    assert torch.equal(batch["input_ids"], ours["input_ids"])
-    assert torch.equal(batch["attention_mask"], ours["attention_mask"])
-    assert torch.equal(batch["completion_mask"].bool(), ours["response_mask"])
+    batch, ours = their_batch(theirs, tokenizer), lay_out_pairs(pairs, shared=False)
+    mask = batch["attention_mask"]
+    assert torch.equal(batch["input_ids"] * mask, ours["input_ids"])
+    assert torch.equal(mask, ours["attention_mask"])
+    rows, columns = batch["completion_mask"].nonzero(as_tuple=True)
+    assert torch.equal(rows * mask.shape[1] + columns - 1, ours["predictors"])
+    assert torch.equal(rows, ours["sequences"])
 
 
 @pytest.mark.parametrize("name", ["dpo", "fpo"])
@@ -112,7 +115,7 @@ def test_margins_loss_and_every_gradient_are_the_same(theirs, policy, pairs, tok
     expected = {key: p.grad for key, p in theirs.model.named_parameters() if p.requires_grad}
 
     objective = make_objective(name, beta=BETA, gamma=0.0 if name == "fpo" else None)
-    batch = our_batch(policy, pairs, tokenizer, objective)
+    batch = our_batch(policy, pairs, objective)
     policy.zero_grad()
     ours, metrics = objective.loss(policy, batch, batch["count"])
     ours.backward()
@@ -131,20 +134,19 @@ def test_three_optimiser_steps_are_the_same(theirs, policy, pairs, tokenizer, tm
     start = {name: value.clone() for name, value in policy.state_dict().items()}
     theirs.train()
     with policy.as_base():
-        reference = pair_log_probs(policy, pairs, tokenizer.pad_token_id, 2)
+        reference = pair_log_probs(policy, pairs, 200)
     options = StageOptions(
         learning_rate=1e-3,
         epochs=3.0,
         batch_size=len(ROWS),
-        micro_batch_size=3,
+        tokens_per_batch=180,
         warmup=0.0,
         scheduler="constant",
         logging_steps=1,
         checkpoint_steps=0,
     )
     objective = make_objective("dpo", beta=BETA)
-    pad_id = tokenizer.pad_token_id
-    result = run_stage(policy, objective, pairs, options, tmp_path / "ours", pad_id=pad_id, seed=0, reference=reference)
+    result = run_stage(policy, objective, pairs, options, tmp_path / "ours", seed=0, reference=reference)
     parameters = dict(theirs.model.named_parameters())
     try:
         for name, value in policy.state_dict().items():

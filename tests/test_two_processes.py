@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from everalign.data.batches import training_plan
 from everalign.training.checkpoints import latest_checkpoint
 from stages_for_tests import difference
 from two_processes_for_tests import STAGES, run_stages
@@ -84,19 +83,3 @@ def test_a_checkpoint_of_both_is_complete(folder):
     newest = latest_checkpoint(folder / "checkpoints" / "sft")
     assert newest is not None
     assert (newest / "rng_state_1.pth").exists()
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3, 8])
-@pytest.mark.parametrize("rows", [1, 7, 8, 17, 40])
-@pytest.mark.parametrize(("batch_size", "micro"), [(8, 8), (8, 3), (8, 1), (5, 2), (1, 1)])
-def test_a_plan_deals_every_step_evenly(processes, rows, batch_size, micro):
-    lengths = [(7 * i) % 30 + 1 for i in range(rows)]
-    plan = training_plan(lengths, batch_size, micro, 1.0, 0, processes)
-    one = training_plan(lengths, batch_size, batch_size, 1.0, 0)
-    share = plan.accumulation * processes
-    steps = [plan.micro_batches[i : i + share] for i in range(0, len(plan.micro_batches), share)]
-    assert [[row for part in step for row in part] for step in steps] == one.micro_batches
-    assert len(steps) == plan.steps == one.steps
-    assert all(len(step) % processes == 0 for step in steps)
-    assert max(len(part) for step in steps for part in step) <= micro
-    assert all(all(step) for step in steps) or processes > 1

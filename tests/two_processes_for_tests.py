@@ -11,9 +11,9 @@ from stages_for_tests import train, weights
 
 # Whole steps; a last step of one row, fewer than processes; rows that do not go round; a penalty in every step.
 STAGES = {
-    "dpo": {"rows": 16, "micro_batch_size": 2},
-    "sft": {"rows": 17, "micro_batch_size": 3},
-    "fpo": {"rows": 9, "micro_batch_size": 1, "batch_size": 3, "penalty": True},
+    "dpo": {"rows": 16, "tokens_per_batch": 120},
+    "sft": {"rows": 17, "tokens_per_batch": 180},
+    "fpo": {"rows": 9, "tokens_per_batch": 60, "batch_size": 3, "penalty": True},
 }
 
 

@@ -69,7 +69,7 @@ def learn(
     alpha: Annotated[float | None, _flag("LoRA's α: an update is (α/rank)·B·A.", _TRAINING)] = None,
     targets: Annotated[str | None, _flag("Modules to adapt, with commas, or all-linear.", _TRAINING)] = None,
     batch_size: Annotated[int | None, _flag("Pairs of an optimiser step.", _STEPS)] = None,
-    micro_batch_size: Annotated[int | None, _flag("Pairs computed at once; less memory, same result.", _STEPS)] = None,
+    tokens_per_batch: Annotated[int | None, _flag("Tokens computed at once; fewer save memory.", _STEPS)] = None,
     precision: Annotated[str | None, _flag("fp32 or bf16, for the base model.", _STEPS)] = None,
     warmup: Annotated[float | None, _flag("Share of the steps in which the rate rises.", _STEPS)] = None,
     scheduler: Annotated[str | None, _flag("cosine, linear or constant_with_warmup.", _STEPS)] = None,

@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from everalign.data.batches import batches_by_length, pad_chosen, pair_length
+from everalign.data.batches import batches_by_length
 from everalign.data.encoding import EncodedPair
+from everalign.data.layout import lay_out_chosen
 from everalign.errors import EveralignError
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
 from everalign.training.reference import pair_log_probs
 
 _TIE = 0.5
-_KL_BATCH = 8
+_KL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ def score_preferences(
     policy: Policy,
     held_out: HeldOut,
     *,
-    pad_id: int,
-    batch_size: int,
+    tokens_per_batch: int,
     previous: Mapping[str, LowRankUpdate] | None = None,
     kl_pairs: int = 64,
 ) -> PreferenceScore:
@@ -67,15 +67,14 @@ def score_preferences(
     Args:
         policy: what is judged.
         held_out: the task's held-out pairs.
-        pad_id: padding token.
-        batch_size: pairs computed at once.
+        tokens_per_batch: tokens computed at once, padding included.
         previous: the updates of the policy before this task, for the KL; None leaves it out.
         kl_pairs: the KL is measured on at most this many evenly spaced pairs.
 
     Raises:
         EveralignError: the policy gives NaN or infinite log-probabilities.
     """
-    log_probs = pair_log_probs(policy, held_out.pairs, pad_id, batch_size)
+    log_probs = pair_log_probs(policy, held_out.pairs, tokens_per_batch)
     if not torch.isfinite(log_probs).all():
         raise EveralignError("the policy gives NaN or infinite log-probabilities: lower the learning rate, or use fp32")
     lengths = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in held_out.pairs])
@@ -85,7 +84,7 @@ def score_preferences(
     kl = None
     if previous is not None:
         step = max(1, len(held_out.pairs) // kl_pairs)
-        kl = mean_kl(policy, previous, held_out.pairs[::step][:kl_pairs], pad_id)
+        kl = mean_kl(policy, previous, held_out.pairs[::step][:kl_pairs])
     return PreferenceScore(
         accuracy=_share_positive(margin),
         margin=margin.mean().item(),
@@ -99,7 +98,7 @@ def _share_positive(values: Tensor) -> float:
     return ((values > 0).double() + _TIE * (values == 0).double()).mean().item()
 
 
-def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequence[EncodedPair], pad_id: int) -> float:
+def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequence[EncodedPair]) -> float:
     """Return the mean over response positions of KL(now ‖ previous), on the chosen responses, nats per token.
 
     Positions are those of the given responses, not of the policy's own samples: an estimate of drift, not of the
@@ -109,8 +108,9 @@ def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequen
     policy.eval()
     total, positions = 0.0, 0
     with torch.no_grad(), policy.as_snapshot(previous) as switched:
-        for rows in batches_by_length([pair_length(pair) for pair in pairs], _KL_BATCH):
-            kl = _token_kl(policy, switched, [pairs[row] for row in rows], pad_id)
+        lengths = [len(pair.prompt) + len(pair.chosen) for pair in pairs]
+        for rows in batches_by_length(lengths, _KL_TOKENS):
+            kl = _token_kl(policy, switched, [pairs[row] for row in rows])
             total += kl.sum().item()
             positions += kl.numel()
     policy.train(was_training)
@@ -119,15 +119,10 @@ def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequen
 
 
 def _token_kl(
-    policy: Policy,
-    switched: Callable[[], AbstractContextManager[None]],
-    pairs: Sequence[EncodedPair],
-    pad_id: int,
+    policy: Policy, switched: Callable[[], AbstractContextManager[None]], pairs: Sequence[EncodedPair]
 ) -> Tensor:
-    device = next(policy.parameters()).device
-    batch = pad_chosen(pairs, pad_id)
-    inputs = [batch[key].to(device) for key in ("input_ids", "attention_mask", "response_mask")]
-    now = F.log_softmax(policy.response_logits(*inputs), dim=-1)
+    batch = policy.on_device(lay_out_chosen(pairs, policy.head.shared))
+    now = F.log_softmax(policy.response_logits(batch), dim=-1)
     with switched():
-        before = F.log_softmax(policy.response_logits(*inputs), dim=-1)
+        before = F.log_softmax(policy.response_logits(batch), dim=-1)
     return F.kl_div(before, now, log_target=True, reduction="none").sum(dim=-1).double()

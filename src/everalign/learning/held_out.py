@@ -99,11 +99,9 @@ class HeldOutTests:
         pairs = setup.encode(test[:: max(1, len(test) // limit)][:limit])
         base_key = policy_key(setup.model_key, {})
         with setup.policy.as_base():
-            base = setup.cache.log_probs(setup.policy, base_key, pairs, setup.pad_id, setup.options.micro_batch_size)
+            base = setup.cache.log_probs(setup.policy, base_key, pairs, setup.options.tokens_per_batch)
         return HeldOut(pairs, base)
 
     def _score(self, held_out: HeldOut, previous: Mapping[str, LowRankUpdate] | None) -> PreferenceScore:
-        batch_size = self._setup.options.micro_batch_size
-        return score_preferences(
-            self._setup.policy, held_out, pad_id=self._setup.pad_id, batch_size=batch_size, previous=previous
-        )
+        tokens = self._setup.options.tokens_per_batch
+        return score_preferences(self._setup.policy, held_out, tokens_per_batch=tokens, previous=previous)

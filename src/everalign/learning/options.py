@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from everalign.data.encoding import SHORTEST_MAX_LENGTH
 from everalign.errors import InputError
 from everalign.modeling.loading import Precision
-from everalign.training.stage import StageOptions
+from everalign.training.stage import TOKENS_PER_BATCH, StageOptions
 
 Reference = Literal["base", "stage_start", "previous_task"]
 Scheduler = Literal["cosine", "linear", "constant_with_warmup"]
@@ -70,7 +70,7 @@ class TrainingOptions:
         sft_learning_rate: peak learning rate of the supervised stage.
         beta: inverse temperature of the implicit reward.
         batch_size: pairs of an optimiser step.
-        micro_batch_size: pairs computed at once; smaller saves memory and changes no result.
+        tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
         max_length: longest prompt plus response, in tokens.
         precision: dtype of the base model and of the computation; adapters are always fp32.
         warmup: share of the steps in which the learning rate rises.
@@ -89,7 +89,7 @@ class TrainingOptions:
     sft_learning_rate: float = 1e-4
     beta: float = 0.1
     batch_size: int = 16
-    micro_batch_size: int = 16
+    tokens_per_batch: int = TOKENS_PER_BATCH
     max_length: int = 1024
     precision: Precision = "fp32"
     warmup: float = 0.1
@@ -134,14 +134,14 @@ class TrainingOptions:
         return self._stage(self.learning_rate, self.epochs)
 
     def _stage(self, learning_rate: float, epochs: float) -> StageOptions:
-        shared = ("batch_size", "micro_batch_size", "warmup", "scheduler", "max_grad_norm")
+        shared = ("batch_size", "tokens_per_batch", "warmup", "scheduler", "max_grad_norm")
         steps = ("logging_steps", "checkpoint_steps")
         return StageOptions(learning_rate, epochs, **{name: getattr(self, name) for name in (*shared, *steps)})
 
 
 _WHOLE = {
     "batch_size": 1,
-    "micro_batch_size": 1,
+    "tokens_per_batch": 1,
     "max_length": SHORTEST_MAX_LENGTH,
     "logging_steps": 1,
     "checkpoint_steps": 0,

@@ -57,12 +57,6 @@ class Setup:
     announce: Announce
     progress: Progress
 
-    @property
-    def pad_id(self) -> int:
-        """The padding token, which no result depends on."""
-        pad_id: int | None = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id) if pad_id is None else pad_id
-
     def encode(self, rows: Sequence[Preference]) -> EncodedPairs:
         """Return rows as tokens, cut to the options' length."""
         return encode_pairs(rows, self.tokenizer, self.options.max_length)
@@ -117,11 +111,13 @@ def make_setup(
     model_key = model_fingerprint(base)
     if torch.cuda.is_available():
         base = base.cuda()
+    policy = Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed)
+    announce(_path(policy))
     return Setup(
         model_name=model,
         model_key=model_key,
         tokenizer=tokenizer,
-        policy=Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed),
+        policy=policy,
         method=method,
         objective=goal,
         options=options,
@@ -131,3 +127,9 @@ def make_setup(
         announce=announce,
         progress=progress,
     )
+
+
+def _path(policy: Policy) -> str:
+    if policy.head.shared:
+        return "prompts are computed once for both answers"
+    return f"prompts are computed once for each answer: {policy.head.unshared_because}"

@@ -108,7 +108,6 @@ def _train_stage(
         pairs,
         options,
         folder / "checkpoints",
-        pad_id=setup.pad_id,
         seed=seed,
         reference=None if reference is None else reference.rows,
         penalty=setup.method.penalty,
@@ -135,10 +134,10 @@ def _reference(setup: Setup, pairs: EncodedPairs) -> _Reference:
     """Compute or look up the reference, which at this moment is the base model or the policy as it is."""
     base = setup.options.reference == "base"
     key = policy_key(setup.model_key, {} if base else setup.policy.total())
-    batch_size = setup.options.micro_batch_size
+    tokens = setup.options.tokens_per_batch
     with setup.policy.as_base() if base else nullcontext():
-        rows = setup.cache.log_probs(setup.policy, key, pairs, setup.pad_id, batch_size)
-        probe = pair_log_probs(setup.policy, _probe(pairs), setup.pad_id, batch_size)
+        rows = setup.cache.log_probs(setup.policy, key, pairs, tokens)
+        probe = pair_log_probs(setup.policy, _probe(pairs), tokens)
     return _Reference(setup.options.reference, rows, probe)
 
 
@@ -148,7 +147,7 @@ def _probe(pairs: EncodedPairs) -> Sequence[EncodedPair]:
 
 def _step0_margin(setup: Setup, pairs: EncodedPairs, reference: _Reference) -> float:
     """Measure on the probe, in the batches the reference was measured in, so that equal policies give exactly 0."""
-    policy = pair_log_probs(setup.policy, _probe(pairs), setup.pad_id, setup.options.micro_batch_size)
+    policy = pair_log_probs(setup.policy, _probe(pairs), setup.options.tokens_per_batch)
     chosen, rejected = policy.unbind(1)
     reference_chosen, reference_rejected = reference.probe.unbind(1)
     margin = implicit_margin(chosen, rejected, reference_chosen, reference_rejected, setup.options.beta)

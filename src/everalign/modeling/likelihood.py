@@ -1,13 +1,17 @@
-"""Log-probabilities of response tokens, with the language-model head on those positions only."""
+"""Log-probabilities of response tokens: every prompt computed once, the head on response positions only."""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_PROBE_LENGTH = 4
-_PROBE_TOLERANCE = 1e-3
+from everalign.data.encoding import EncodedPair
+from everalign.data.layout import Batch, lay_out_pairs
+from everalign.modeling.token_log_probs import HeadShape, token_log_probs
+
+# How far two ways of computing the same logits may differ, relative to the largest: rounding differs by less,
+# a wrong way by more.
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 class LanguageHead:
@@ -16,55 +20,104 @@ class LanguageHead:
     Args:
         model: a Hugging Face causal language model (adapters injected or not).
 
-    Whether decoder and head can be called apart (final soft-capping included) is measured on a probe; models with
-    any other step in between run whole. `separate` says which.
+    What differs between architectures is measured on a probe:
+
+    `separate`: decoder and head can be called apart, logit scale and final soft-capping included; else the model runs
+    whole.
+    `unshared_because`: why a prompt has to be computed for each answer anew; None where a block attention mask with
+    restarted positions reproduces separate sequences (`shared`).
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        text = model.config.get_text_config()
-        self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
-        self.separate = self._matches_whole_model()
-
-    def _matches_whole_model(self) -> bool:
-        if self._model.base_model is self._model:
-            return False
-        device = next(self._model.parameters()).device
-        ids = torch.arange(_PROBE_LENGTH, device=device)[None] % self._model.config.get_text_config().vocab_size
+        config = model.config.get_text_config()
+        self._shape = HeadShape.of(config)
+        self._additive = getattr(config, "_attn_implementation", "sdpa") == "eager"
+        self.separate = False
         with torch.no_grad():
-            whole = self._model(input_ids=ids, use_cache=False).logits.float()
-            apart = self._logits(self._hidden(ids, torch.ones_like(ids))).float()
-        return whole.shape == apart.shape and bool((whole - apart).abs().max() <= _PROBE_TOLERANCE)
+            whole = self.response_logits(self._probe(shared=False))
+            self.separate = model.base_model is not model
+            self.separate = self.separate and _close(whole, self.response_logits(self._probe(shared=False)))
+            self.unshared_because = _other_layers(config) or self._differs(whole)
 
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        decoder = self._model.base_model
-        output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+    @property
+    def shared(self) -> bool:
+        """Whether a prompt and its answers can be one row."""
+        return self.unshared_because is None
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._model.get_output_embeddings()(hidden)
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits
+    def _probe(self, shared: bool) -> Batch:
+        """Lay out two pairs of a few tokens, answers different in length and content, so that rows are packed too."""
+        vocabulary = self._model.config.get_text_config().vocab_size
+        tokens = [[(7 * i + 3 * k) % vocabulary for i in range(2 + k)] for k in range(4)]
+        long = EncodedPair("probe", tokens[3] * 3, [1, *tokens[1]], [1, *tokens[2]], 1.0)
+        short = [EncodedPair("probe", tokens[k], tokens[k + 1], tokens[k + 2], 1.0) for k in range(2)]
+        device = next(self._model.parameters()).device
+        return {name: value.to(device) for name, value in lay_out_pairs([long, *short], shared).items()}
 
-    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
-        """Return the logits (R, V) that predict the R response tokens, row after row."""
-        predicts = response_mask[:, 1:]
+    def _differs(self, whole: Tensor) -> str | None:
+        """Say what goes wrong with shared rows, None if nothing does."""
+        alone, together = self._probe(shared=False), self._probe(shared=True)
+        try:
+            found = self.response_logits(together)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            return f"the model takes no block attention mask ({type(error).__name__})"
+        # Both in the order of the sequences; the sort keeps each sequence's tokens in theirs.
+        orders = [batch["sequences"].argsort(stable=True) for batch in (alone, together)]
+        same = _close(whole[orders[0]], found[orders[1]])
+        return None if same else "the model's layers do not follow a block attention mask with restarted positions"
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+        if "attention_mask" in batch:
+            return {**inputs, "attention_mask": batch["attention_mask"]}
+        mask = _block_mask(batch["segments"], batch["prefixes"])
+        if self._additive:
+            dtype = next(self._model.parameters()).dtype
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        return {**inputs, "attention_mask": mask, "position_ids": batch["position_ids"]}
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        states: Tensor = self._model.base_model(**self._inputs(batch)).last_hidden_state
+        return states.flatten(0, 1)[batch["predictors"]]
+
+    def response_logits(self, batch: Batch) -> Tensor:
+        """Return the logits (K, V) that predict the batch's K response tokens."""
         if self.separate:
-            return self._logits(self._hidden(input_ids, attention_mask)[:, :-1][predicts])
-        output = self._model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        logits: Tensor = output.logits
-        return logits[:, :-1][predicts]
+            return self._shape.apply(self._model.get_output_embeddings()(self._hidden(batch)))
+        logits: Tensor = self._model(**self._inputs(batch)).logits
+        return logits.flatten(0, 1)[batch["predictors"]]
 
-    def response_log_probs(
-        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Sum the response tokens' log-probabilities of every sequence: sums (S,) fp32 and lengths (S,)."""
-        logits = self.response_logits(input_ids, attention_mask, response_mask)
-        targets = input_ids[:, 1:][response_mask[:, 1:]]
-        token_log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
-        lengths = response_mask[:, 1:].sum(dim=1)
-        rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        sums = torch.zeros(len(lengths), device=lengths.device).index_add(0, rows, token_log_probs)
-        return sums, lengths
+    def response_log_probs(self, batch: Batch) -> Tensor:
+        """Sum the response tokens' log-probabilities of each of the batch's S sequences: (S,) fp32, in nats."""
+        targets = batch["targets"]
+        if self.separate:
+            head = self._model.get_output_embeddings()
+            log_probs = token_log_probs(self._hidden(batch), head, targets, self._shape)
+        else:
+            log_probs = torch.log_softmax(self.response_logits(batch).float(), dim=-1).gather(1, targets[:, None])[:, 0]
+        sums = torch.zeros(len(batch["lengths"]), device=log_probs.device)
+        return sums.index_add(0, batch["sequences"], log_probs)
+
+
+def _block_mask(segments: Tensor, prefixes: Tensor) -> Tensor:
+    """Allowed (R, 1, T, T): causal, within a segment or from it to its prefix; padding sees itself alone."""
+    key = segments[:, None, :]
+    allowed = (key == segments[:, :, None]) | (key == prefixes[:, :, None])
+    return allowed.tril()[:, None]
+
+
+def _other_layers(config: Any) -> str | None:
+    """Say which layers do not attend to the whole past: the model makes a mask of its own for each kind of layer."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        others = sorted({kind for kind in kinds if kind != "full_attention"})
+        return f"the model has {', '.join(others)} layers" if others else None
+    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return f"the model attends within a window of {config.sliding_window} tokens" if windowed else None
+
+
+def _close(expected: Tensor, found: Tensor) -> bool:
+    if expected.shape != found.shape:
+        return False
+    error = (expected.float() - found.float()).abs().max()
+    return bool(error <= _TOLERANCES[expected.dtype] * expected.float().abs().max().clamp(min=1.0))

@@ -17,9 +17,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from everalign.data.layout import Batch
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
 from everalign.modeling import adapters
+from everalign.modeling.fused_lora import fuse
 from everalign.modeling.likelihood import LanguageHead
 
 SHORT_TERM = "stm"
@@ -58,6 +60,7 @@ class Policy(nn.Module):
             # Autocast decides the precision of the products; casting their input to the adapter's fp32 first
             # would only copy it back and forth.
             layer.cast_input_dtype_enabled = not self._mixed
+            fuse(layer)
         # As peft resolved them, so that every further adapter sits on the very same modules.
         self._targets = self.peft.peft_config[SHORT_TERM].target_modules
         with self._precision(next(model.parameters())):
@@ -66,24 +69,27 @@ class Policy(nn.Module):
 
     # ---- what it computes ----
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> Tensor:
         """Sum the log-probabilities of each sequence's response tokens.
 
         Args:
-            input_ids: (S, T) right-padded token ids.
-            attention_mask: (S, T), 1 where there is a token.
-            response_mask: (S, T), True on response tokens; position 0 is never one.
+            batch: what `everalign.data.layout` made of encoded rows: S sequences with K response tokens in all.
 
         Returns:
-            Sums (S,) fp32 in nats and response lengths (S,) int64.
+            (S,) fp32, in nats.
         """
-        with self._precision(input_ids):
-            return self.head.response_log_probs(input_ids, attention_mask, response_mask)
+        with self._precision(batch["input_ids"]):
+            return self.head.response_log_probs(batch)
 
-    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
-        """Return the logits (R, V) fp32 that predict the R response tokens of all sequences, row after row."""
-        with self._precision(input_ids):
-            return self.head.response_logits(input_ids, attention_mask, response_mask).float()
+    def response_logits(self, batch: Batch) -> Tensor:
+        """Return the logits (K, V) fp32 that predict the batch's K response tokens, in the order of its `targets`."""
+        with self._precision(batch["input_ids"]):
+            return self.head.response_logits(batch).float()
+
+    def on_device(self, batch: Batch) -> Batch:
+        """Return the batch on the policy's device."""
+        device = next(self.parameters()).device
+        return {name: value.to(device) for name, value in batch.items()}
 
     def _precision(self, like: Tensor) -> torch.autocast:
         return torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=self._mixed)

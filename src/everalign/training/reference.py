@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from everalign.data.batches import batches_by_length, pad_pairs, pair_length
+from everalign.data.batches import batches_by_length
 from everalign.data.encoding import EncodedPair
+from everalign.data.layout import lay_out_pairs, pair_tokens
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
@@ -27,8 +28,7 @@ Progress = Callable[[int], None]
 def pair_log_probs(
     policy: Policy,
     pairs: Sequence[EncodedPair],
-    pad_id: int,
-    batch_size: int,
+    tokens_per_batch: int,
     progress: Progress | None = None,
 ) -> Tensor:
     """Compute summed response log-probabilities of every pair under the policy as it is switched now.
@@ -36,21 +36,19 @@ def pair_log_probs(
     Args:
         policy: in evaluation mode or not; it is put there for the while and gradients are off.
         pairs: N encoded pairs.
-        pad_id: padding token.
-        batch_size: pairs computed at once.
+        tokens_per_batch: tokens computed at once, padding included.
         progress: called with the number of pairs done after each batch.
 
     Returns:
         (N, 2) fp32 on the CPU: chosen, rejected, in nats.
     """
     result = torch.empty(len(pairs), 2)
-    was_training, device = policy.training, next(policy.parameters()).device
+    was_training, shared = policy.training, policy.head.shared
     policy.eval()
-    for rows in batches_by_length([pair_length(pair) for pair in pairs], batch_size):
-        batch = pad_pairs([pairs[row] for row in rows], pad_id)
-        inputs = [batch[key].to(device) for key in ("input_ids", "attention_mask", "response_mask")]
+    for rows in batches_by_length([pair_tokens(pair, shared) for pair in pairs], tokens_per_batch):
+        batch = policy.on_device(lay_out_pairs([pairs[row] for row in rows], shared))
         with torch.no_grad():
-            sums, _ = policy(*inputs)
+            sums = policy(batch)
         result[rows] = torch.stack(sums.chunk(2), dim=1).cpu()
         if progress is not None:
             progress(len(rows))
@@ -90,15 +88,14 @@ class ReferenceCache:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def log_probs(self, policy: Policy, key: str, pairs: Sequence[EncodedPair], pad_id: int, batch_size: int) -> Tensor:
+    def log_probs(self, policy: Policy, key: str, pairs: Sequence[EncodedPair], tokens_per_batch: int) -> Tensor:
         """Return (N, 2) log-probabilities under `policy` as it is switched now, computing only what is missing.
 
         Args:
             policy: the reference, already switched.
             key: its `policy_key`.
             pairs: N encoded pairs.
-            pad_id: padding token.
-            batch_size: pairs computed at once.
+            tokens_per_batch: tokens computed at once, padding included.
 
         Raises:
             InputError: the cache file is damaged; the message says to delete it.
@@ -107,7 +104,7 @@ class ReferenceCache:
         keys = [_row_key(pair) for pair in pairs]
         missing = {k: pair for k, pair in zip(keys, pairs, strict=True) if k not in known}
         if missing:
-            fresh = pair_log_probs(policy, list(missing.values()), pad_id, batch_size)
+            fresh = pair_log_probs(policy, list(missing.values()), tokens_per_batch)
             known |= dict(zip(missing, fresh, strict=True))
             self._write(key, known)
         return torch.stack([known[k] for k in keys])

@@ -9,15 +9,18 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from everalign.data.batches import TrainingPlan, pair_length, training_plan
+from everalign.data.batches import TrainingPlan, training_plan
 from everalign.data.encoding import EncodedPair
+from everalign.data.layout import pair_tokens
 from everalign.errors import EveralignError
 from everalign.modeling.policy import Policy
 from everalign.training.checkpoints import MarkComplete, latest_checkpoint
 from everalign.training.teaching import Objective
-from everalign.training.trainer import GradientHook, MicroBatches, Penalty, Trainer, training_arguments
+from everalign.training.trainer import GradientHook, Penalty, Steps, Trainer, training_arguments
 
 Progress = Callable[[int, int], None]
+
+TOKENS_PER_BATCH = 8192
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class StageOptions:
         learning_rate: peak learning rate.
         epochs: passes over the stage's rows, fractions allowed.
         batch_size: pairs of an optimiser step, over all processes.
-        micro_batch_size: pairs computed at once; smaller saves memory and changes no result.
+        tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
         warmup: share of the steps in which the learning rate rises.
         scheduler: transformers' name of the learning-rate schedule.
         max_grad_norm: gradient clipping; 0 for none.
@@ -39,7 +42,7 @@ class StageOptions:
     learning_rate: float
     epochs: float = 1.0
     batch_size: int = 16
-    micro_batch_size: int = 16
+    tokens_per_batch: int = TOKENS_PER_BATCH
     warmup: float = 0.1
     scheduler: str = "cosine"
     max_grad_norm: float = 1.0
@@ -64,7 +67,6 @@ def run_stage(
     options: StageOptions,
     folder: Path,
     *,
-    pad_id: int,
     seed: int,
     reference: Tensor | None = None,
     penalty: Penalty | None = None,
@@ -79,7 +81,6 @@ def run_stage(
         pairs: the N rows, replayed ones included.
         options: how.
         folder: holds the stage's checkpoints.
-        pad_id: padding token.
         seed: seeds the order of the rows.
         reference: (N, 2) reference log-probabilities, where the objective needs them.
         penalty: the method's regulariser.
@@ -87,12 +88,12 @@ def run_stage(
         progress: called with (steps done, steps in all).
     """
     arguments = _arguments(folder, options, seed)
-    plan = _plan(arguments, options, pairs, seed)
+    plan = _plan(arguments, options, [pair_tokens(pair, policy.head.shared) for pair in pairs], seed)
     trainer = Trainer(
         policy,
         objective,
         arguments,
-        MicroBatches(pairs, plan, objective, pad_id, reference),
+        Steps(pairs, plan, objective, policy.head.shared, reference),
         penalty,
         gradient_hook,
         callbacks=[
@@ -121,16 +122,15 @@ def _arguments(folder: Path, options: StageOptions, seed: int) -> Any:
     )
 
 
-def _plan(arguments: Any, options: StageOptions, pairs: Sequence[EncodedPair], seed: int) -> TrainingPlan:
+def _plan(arguments: Any, options: StageOptions, lengths: Sequence[int], seed: int) -> TrainingPlan:
     """Plan the stage for the processes that `arguments` found, and tell them what depends on the plan."""
     if arguments.n_gpu > 1:
         # transformers would split a batch between the GPUs, and with it a pair.
         raise EveralignError(
             f"{arguments.n_gpu} GPUs in one process: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
         )
-    lengths, sizes = [pair_length(pair) for pair in pairs], (options.batch_size, options.micro_batch_size)
+    sizes = (options.batch_size, options.tokens_per_batch)
     plan = training_plan(lengths, *sizes, options.epochs, seed, processes=arguments.world_size)
-    arguments.gradient_accumulation_steps = plan.accumulation
     # Rounded down: the first step of a warm-up has learning rate 0, and a short stage must not end with it.
     arguments.warmup_steps = int(options.warmup * plan.steps)
     return plan

@@ -10,12 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from everalign.data.batches import pad_chosen, pad_pairs
 from everalign.data.encoding import EncodedPair
+from everalign.data.layout import Batch, lay_out_chosen, lay_out_pairs
 from everalign.errors import InputError
 from everalign.objectives import dpo_loss, fpo_loss, implicit_margin, token_nll
 
-Batch = dict[str, Tensor]
 Metrics = dict[str, Tensor]
 
 DEFAULT_GAMMA = 2.0
@@ -28,7 +27,7 @@ class Objective(Protocol):
     name: str
     needs_reference: bool
 
-    def collate(self, pairs: Sequence[EncodedPair], pad_id: int) -> Batch:
+    def collate(self, pairs: Sequence[EncodedPair], shared: bool) -> Batch:
         """Lay out pairs as tensors; `count` is what the loss of the whole step is divided by."""
         ...
 
@@ -43,16 +42,16 @@ class SupervisedObjective:
     name = "sft"
     needs_reference = False
 
-    def collate(self, pairs: Sequence[EncodedPair], pad_id: int) -> Batch:
+    def collate(self, pairs: Sequence[EncodedPair], shared: bool) -> Batch:
         """Lay out the chosen sequences; `count` is the number of their response tokens."""
-        batch = pad_chosen(pairs, pad_id)
-        return {**batch, "count": batch["response_mask"].sum()}
+        batch = lay_out_chosen(pairs, shared)
+        return {**batch, "count": batch["lengths"].sum()}
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
         """Return Σ weight·NLL / count; metric `nll` is per token of each row."""
-        sums, lengths = model(batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+        sums = model(batch)
         losses = token_nll(sums, count) * batch["weight"]
-        return losses.sum(), {"nll": (-sums / lengths).detach()}
+        return losses.sum(), {"nll": (-sums / batch["lengths"]).detach()}
 
 
 class PreferenceObjective:
@@ -69,14 +68,13 @@ class PreferenceObjective:
     def __init__(self, name: str, margin_loss: Callable[[Tensor], Tensor], beta: float) -> None:
         self.name, self._margin_loss, self.beta = name, margin_loss, beta
 
-    def collate(self, pairs: Sequence[EncodedPair], pad_id: int) -> Batch:
+    def collate(self, pairs: Sequence[EncodedPair], shared: bool) -> Batch:
         """Lay out both sequences of every pair; `count` is the number of pairs."""
-        return {**pad_pairs(pairs, pad_id), "count": torch.tensor(len(pairs))}
+        return {**lay_out_pairs(pairs, shared), "count": torch.tensor(len(pairs))}
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
         """Return Σ weight·loss(margin) / count; metrics `margin` and `accuracy` per pair."""
-        sums, _ = model(batch["input_ids"], batch["attention_mask"], batch["response_mask"])
-        chosen, rejected = sums.chunk(2)
+        chosen, rejected = model(batch).chunk(2)
         reference_chosen, reference_rejected = batch["reference"].unbind(dim=1)
         margin = implicit_margin(chosen, rejected, reference_chosen, reference_rejected, self.beta)
         losses = self._margin_loss(margin) * batch["weight"]

@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from everalign.data.batches import TrainingPlan
 from everalign.data.encoding import EncodedPair
+from everalign.data.layout import Batch
 from everalign.errors import EveralignError
 from everalign.modeling.policy import Policy
 from everalign.training.teaching import Objective
@@ -22,14 +23,14 @@ Penalty = Callable[[Policy], Tensor | None]
 GradientHook = Callable[[Policy], None]
 
 
-class MicroBatches(Dataset[dict[str, Tensor]]):
-    """A stage's planned micro-batches, each collated when asked for.
+class Steps(Dataset[list[Batch]]):
+    """A stage's optimiser steps: an item is one process's share of a step, micro-batches collated when asked for.
 
     Args:
         pairs: the rows of the stage.
-        plan: the micro-batches' rows, as `training_plan` makes them.
+        plan: the steps' rows, as `training_plan` makes them.
         objective: lays out a micro-batch.
-        pad_id: padding token.
+        shared: compute a prompt once for all its answers.
         reference: (N, 2) summed log-probabilities of chosen and rejected under the reference, or None.
     """
 
@@ -38,20 +39,22 @@ class MicroBatches(Dataset[dict[str, Tensor]]):
         pairs: Sequence[EncodedPair],
         plan: TrainingPlan,
         objective: Objective,
-        pad_id: int,
+        shared: bool,
         reference: Tensor | None,
     ) -> None:
-        self._pairs, self._objective, self._pad_id, self._reference = pairs, objective, pad_id, reference
-        self._rows = plan.micro_batches
+        self._pairs, self._objective, self._shared, self._reference = pairs, objective, shared, reference
+        self._shares = plan.shares
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._shares)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        rows = self._rows[index]
-        # An empty one, where the other processes have the step's last rows: some row that does not count.
+    def __getitem__(self, index: int) -> list[Batch]:
+        # An empty share, where the other processes have the step's last rows: some row that does not count.
+        return [self._batch(rows) for rows in self._shares[index] or [[]]]
+
+    def _batch(self, rows: list[int]) -> Batch:
         shown = rows or [0]
-        batch = self._objective.collate([self._pairs[row] for row in shown], self._pad_id)
+        batch = self._objective.collate([self._pairs[row] for row in shown], self._shared)
         if self._reference is not None:
             batch["reference"] = self._reference[shown]
         if not rows:
@@ -68,8 +71,8 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
     Args:
         policy: what learns.
         objective: what a batch teaches.
-        arguments: transformers' settings; one planned micro-batch is its batch of 1.
-        batches: the stage's micro-batches, in order.
+        arguments: transformers' settings; a process's share of a step is its batch of 1.
+        steps: the stage's optimiser steps, in order.
         penalty: a regulariser added to every step's loss once, or None.
         gradient_hook: called with the policy when a step's gradients are complete, before the optimiser.
         callbacks: transformers callbacks.
@@ -80,13 +83,13 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         policy: Policy,
         objective: Objective,
         arguments: TrainingArguments,
-        batches: MicroBatches,
+        steps: Steps,
         penalty: Penalty | None = None,
         gradient_hook: GradientHook | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         hooks = list(callbacks) if gradient_hook is None else [*callbacks, _GradientCallback(gradient_hook)]
-        super().__init__(model=policy, args=arguments, train_dataset=batches, data_collator=_only, callbacks=hooks)
+        super().__init__(model=policy, args=arguments, train_dataset=steps, data_collator=_only, callbacks=hooks)
         self.remove_callback(PrinterCallback)
         self.objective, self._penalty = objective, penalty
         # Says that the loss is divided by the whole step's count already.
@@ -102,8 +105,17 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         self._penalty_due = True
         if not samples:
             return samples, None
-        count = torch.stack([sample["count"] for sample in samples]).sum().to(device)
+        count = torch.stack([batch["count"] for share in samples for batch in share]).sum().to(device)
         return samples, self.accelerator.gather(count).sum()
+
+    def training_step(self, model: nn.Module, inputs: list[Batch], num_items_in_batch: Any = None) -> Tensor:
+        """Compute a step's micro-batches one after the other; the processes exchange gradients with the last."""
+        loss = torch.zeros((), device=self.args.device)
+        for batch in inputs[:-1]:
+            with self.accelerator.no_sync(model):
+                loss += super().training_step(model, batch, num_items_in_batch)
+        loss += super().training_step(model, inputs[-1], num_items_in_batch)
+        return loss
 
     def compute_loss(
         self,
@@ -153,7 +165,7 @@ class _GradientCallback(TrainerCallback):  # type: ignore[misc]
         self._hook(kwargs["model"])
 
 
-def _only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _only(items: list[list[Batch]]) -> list[Batch]:
     return items[0]
 
 
@@ -169,7 +181,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """Return transformers' settings for one stage: AdamW, a fresh optimiser, one pass over the plan.
 
-    Accumulation and warm-up depend on the plan and are set with it.
+    The warm-up depends on the plan and is set with it.
     """
     return TrainingArguments(
         output_dir=str(folder),

@@ -1,0 +1,166 @@
+"""Lay encoded pairs out as rows of tokens: a prompt once with all its answers, several such groups to a row.
+
+Every token is computed once. Position ids restart with each answer, and a block attention mask keeps apart what must
+not see each other, so that each answer is computed as if it stood alone behind its prompt.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from everalign.data.encoding import EncodedPair
+
+Batch = dict[str, Tensor]
+
+_PREFIX = 1  # segment number of a group's prompt; its answers follow
+
+
+def lay_out_pairs(pairs: Sequence[EncodedPair], shared: bool) -> Batch:
+    """Lay out B pairs; sequences 0 to B-1 are the chosen ones, B to 2B-1 the rejected ones.
+
+    Args:
+        pairs: B encoded pairs.
+        shared: compute a prompt once for both answers, and put several groups into one row where they fit; else
+            each (prompt, answer) is a row of its own.
+
+    Returns:
+        `weight` (B,) fp32 and, with R rows of T positions, S sequences and K response tokens in all:
+        `input_ids` (R, T) int64, right-padded with token 0, on which no result depends; `predictors` (K,), the
+        position in R·T whose hidden state predicts a response token; `targets` (K,), that token; `sequences` (K,),
+        whose token it is; `lengths` (S,), response tokens of each sequence.
+        Rows of one sequence each have `attention_mask` (R, T), 1 where there is a token. Others have `position_ids`,
+        `segments` and `prefixes` (R, T): a token sees what comes before it in its own segment and in the segment
+        that `prefixes` names; segment 0 is padding.
+    """
+    count = len(pairs)
+    if shared:
+        groups = [_group(p.prompt, [(i, p.chosen), (count + i, p.rejected)]) for i, p in enumerate(pairs)]
+    else:
+        chosen = [_group(p.prompt, [(i, p.chosen)]) for i, p in enumerate(pairs)]
+        groups = chosen + [_group(p.prompt, [(count + i, p.rejected)]) for i, p in enumerate(pairs)]
+    return {**_lay_out(groups, shared), "weight": _weights(pairs)}
+
+
+def lay_out_chosen(pairs: Sequence[EncodedPair], shared: bool) -> Batch:
+    """Lay out only the chosen sequences of B pairs, as `lay_out_pairs` does."""
+    groups = [_group(p.prompt, [(i, p.chosen)]) for i, p in enumerate(pairs)]
+    return {**_lay_out(groups, shared), "weight": _weights(pairs)}
+
+
+def _weights(pairs: Sequence[EncodedPair]) -> Tensor:
+    return torch.tensor([pair.weight for pair in pairs], dtype=torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A prompt and the answers to it; positions and segments count from the group's own begin."""
+
+    tokens: list[int]
+    positions: list[int]
+    segments: list[int]
+    predictors: list[int]
+    targets: list[int]
+    sequences: list[int]
+
+
+def _group(prompt: list[int], answers: Sequence[tuple[int, list[int]]]) -> _Group:
+    """Put answers, each with the number of its sequence, behind their prompt and what they begin with alike."""
+    common = _common_prefix([tokens for _, tokens in answers]) if len(answers) > 1 else 0
+    prefix = prompt + answers[0][1][:common]
+    group = _Group(list(prefix), list(range(len(prefix))), [_PREFIX] * len(prefix), [], [], [])
+    for segment, (sequence, answer) in enumerate(answers, start=_PREFIX + 1):
+        start, own = len(group.tokens), answer[common:]
+        group.tokens.extend(own)
+        group.positions.extend(range(len(prefix), len(prefix) + len(own)))
+        group.segments.extend([segment] * len(own))
+        group.predictors.extend(range(len(prompt) - 1, len(prefix)))
+        group.predictors.extend(range(start, start + len(own) - 1))
+        group.targets.extend(answer)
+        group.sequences.extend([sequence] * len(answer))
+    return group
+
+
+def _common_prefix(answers: Sequence[list[int]]) -> int:
+    """Return how much all answers begin with alike, short of the last token of the shortest."""
+    longest = min(len(tokens) for tokens in answers) - 1
+    return next((i for i in range(longest) if len({tokens[i] for tokens in answers}) > 1), longest)
+
+
+def _pack(groups: Sequence[_Group]) -> list[list[_Group]]:
+    """Distribute groups over rows of the longest one's length: longest first, each into the first row with room."""
+    width = max(len(group.tokens) for group in groups)
+    rows: list[list[_Group]] = []
+    room: list[int] = []
+    for group in sorted(groups, key=lambda group: -len(group.tokens)):
+        row = next((i for i, left in enumerate(room) if left >= len(group.tokens)), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[row].append(group)
+        room[row] -= len(group.tokens)
+    return rows
+
+
+def _lay_out(groups: Sequence[_Group], shared: bool) -> Batch:
+    rows = _pack(groups) if shared else [[group] for group in groups]
+    width = max(sum(len(group.tokens) for group in row) for row in rows)
+    starts = [i * width + start for i, row in enumerate(rows) for start in _starts(row)]
+    ordered = list(chain.from_iterable(rows))
+    sequences = torch.tensor(_joined(group.sequences for group in ordered))
+    shifted = ([start + p for p in group.predictors] for start, group in zip(starts, ordered, strict=True))
+    batch = {
+        "input_ids": _padded([_joined(group.tokens for group in row) for row in rows], width),
+        "predictors": torch.tensor(_joined(shifted)),
+        "targets": torch.tensor(_joined(group.targets for group in ordered)),
+        "sequences": sequences,
+        "lengths": torch.bincount(sequences),
+    }
+    plain = all(len(row) == 1 and row[0].segments[-1] <= _PREFIX + 1 for row in rows)
+    return {**batch, **(_plain_mask(rows, width) if plain else _blocks(rows, width))}
+
+
+def _starts(row: Sequence[_Group]) -> list[int]:
+    starts = [0]
+    for group in row[:-1]:
+        starts.append(starts[-1] + len(group.tokens))
+    return starts
+
+
+def _plain_mask(rows: Sequence[Sequence[_Group]], width: int) -> Batch:
+    return {"attention_mask": _padded([[1] * len(row[0].tokens) for row in rows], width)}
+
+
+def _blocks(rows: Sequence[Sequence[_Group]], width: int) -> Batch:
+    segments: list[list[int]] = []
+    prefixes: list[list[int]] = []
+    for row in rows:
+        before = 0
+        segments.append([])
+        prefixes.append([])
+        for group in row:
+            segments[-1].extend(before + segment for segment in group.segments)
+            prefixes[-1].extend([before + _PREFIX] * len(group.tokens))
+            before += group.segments[-1]
+    return {
+        "position_ids": _padded([_joined(group.positions for group in row) for row in rows], width),
+        "segments": _padded(segments, width),
+        "prefixes": _padded(prefixes, width),
+    }
+
+
+def _joined(lists: Iterable[Sequence[int]]) -> list[int]:
+    return list(chain.from_iterable(lists))
+
+
+def _padded(rows: Sequence[list[int]], width: int) -> Tensor:
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+
+
+def pair_tokens(pair: EncodedPair, shared: bool) -> int:
+    """Return the tokens that a pair takes in a batch: its prompt once where it is shared, else twice."""
+    if shared:
+        return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+    return 2 * (len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))

@@ -1,0 +1,77 @@
+"""Adapted linear layers in one step of the autograd graph: the update is added where the product is written.
+
+peft computes base(x) + B(A(x))·s as five operations with four results of the output's size, and as many again in the
+backward pass. Here y = x·Wᵀ + Σ s·(x·Aᵀ)·Bᵀ and dx = g·W + Σ s·(g·B)·A accumulate in place, W being frozen.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+
+def fuse(layer: LoraLayer) -> None:
+    """Give an adapted `nn.Linear` the fused forward pass; any other kind of layer keeps peft's."""
+    if type(layer.get_base_layer()) is nn.Linear:
+        layer.forward = MethodType(_forward, layer)
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    result: Tensor
+    base = layer.base_layer
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or not names:
+        result = base(x)
+        return result
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else base.weight.dtype
+    factors = [f[name].weight for name in names for f in (layer.lora_A, layer.lora_B)]
+    scales = tuple(layer.scaling[name] for name in names)
+    result = _Fused.apply(x, base.weight, base.bias, dtype, scales, *factors)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        scales: tuple[float, ...],
+        *factors: Tensor,
+    ) -> Tensor:
+        """Compute y (..., m) from x (..., n), W (m, n) and the adapters' A (r, n), B (m, r), one after the other."""
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        cast = [factor.to(dtype) for factor in factors]
+        y = nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        inner = []
+        for scale, a, b in zip(scales, cast[::2], cast[1::2], strict=True):
+            inner.append(rows @ a.T)
+            y.addmm_(inner[-1], b.T, alpha=scale)
+        learns = any(ctx.needs_input_grad[5:])
+        ctx.save_for_backward(weight, *cast, *((rows, *inner) if learns else ()))
+        ctx.scales, ctx.shape, ctx.dtypes = scales, x.shape, (x.dtype, [factor.dtype for factor in factors])
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and of the factors that learn."""
+        weight, *saved = ctx.saved_tensors
+        count = 2 * len(ctx.scales)
+        cast, (rows, *inner) = saved[:count], saved[count:] or [None]
+        g = gradient.reshape(-1, gradient.shape[-1]).to(cast[0].dtype)
+        dx = g @ weight.to(g.dtype) if ctx.needs_input_grad[0] else None
+        factors: list[Tensor | None] = []
+        for i, (scale, a, b) in enumerate(zip(ctx.scales, cast[::2], cast[1::2], strict=True)):
+            narrow = (g @ b).mul_(scale)
+            if dx is not None:
+                dx.addmm_(narrow, a)
+            wanted = ctx.needs_input_grad[5 + 2 * i : 7 + 2 * i]
+            types = ctx.dtypes[1][2 * i : 2 * i + 2]
+            factors.append((narrow.T @ rows).to(types[0]) if wanted[0] else None)
+            factors.append((g.T @ inner[i]).mul_(scale).to(types[1]) if wanted[1] else None)
+        dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtypes[0])
+        return (dx, None, None, None, None, *factors)

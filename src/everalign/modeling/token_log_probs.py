@@ -1,0 +1,109 @@
+"""Log-probabilities of given tokens from hidden states, in chunks: no more than one chunk's logits ever exist.
+
+With a frozen head, the gradient with respect to the hidden states is the upstream gradient times a vector that the
+forward pass can compute at once, (onehot - softmax)·W: so it is taken there, and the backward pass is one product
+element by element instead of a second run of the head. A head that learns is recomputed in the backward pass.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# Logits computed at once, over all rows of a chunk: large enough for fast products, small enough for the cache.
+_CHUNK_LOGITS = 4_194_304
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """What a model does to its logits after the output matrix.
+
+    Args:
+        scale: factor of all logits (Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`).
+        softcap: c of the final soft-capping c·tanh(logit / c) (Gemma 2); None for none.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "HeadShape":
+        """Read a model's configuration."""
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Return the logits as the model would give them."""
+        scaled = logits if self.scale == 1.0 else logits * self.scale
+        return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
+
+    def backward(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """Carry a gradient back through `apply`, whose result was `logits`."""
+        if self.softcap is not None:
+            gradient = gradient * (1 - (logits / self.softcap).square())
+        return gradient if self.scale == 1.0 else gradient * self.scale
+
+
+def token_log_probs(
+    hidden: Tensor, head: nn.Module, targets: Tensor, shape: HeadShape, chunk_logits: int = _CHUNK_LOGITS
+) -> Tensor:
+    """Return log softmax(shape(head(hidden)))[targets].
+
+    Args:
+        hidden: (K, d) hidden states; autocast decides the precision of the products.
+        head: the output embeddings, `nn.Linear` or a module of the same meaning (adapted, for instance).
+        targets: (K,) token ids.
+        shape: what follows the output matrix.
+        chunk_logits: logits held at once; a chunk has at least one row.
+
+    Returns:
+        (K,) fp32, in nats. Differentiable with respect to `hidden` and to what learns in `head`.
+    """
+    rows = max(1, chunk_logits // _width(head))
+    if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
+        result: Tensor = _FrozenHead.apply(hidden, head, targets, shape, rows)  # type: ignore[no-untyped-call]
+        return result
+    parts = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+    return torch.cat([checkpoint(_log_probs, part, head, wanted, shape, use_reentrant=False) for part, wanted in parts])
+
+
+def _width(head: nn.Module) -> int:
+    weight = getattr(head, "weight", None)
+    return 1 if weight is None else len(weight)
+
+
+def _log_probs(hidden: Tensor, head: nn.Module, targets: Tensor, shape: HeadShape) -> Tensor:
+    logits = shape.apply(head(hidden))
+    return logits.log_softmax(dim=-1, dtype=torch.float32).gather(1, targets[:, None])[:, 0]
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, shape: HeadShape, rows: int) -> Tensor:
+        """Compute log-probabilities (K,) chunk by chunk, and their gradients (K, d) where they are wanted."""
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wanted else None
+        result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = shape.apply(head(hidden[part]))
+            chosen = targets[part, None]
+            log_probs = logits.log_softmax(dim=-1, dtype=torch.float32)
+            result[part] = log_probs.gather(1, chosen)[:, 0]
+            if gradient is not None:
+                slope = log_probs.exp_().neg_()
+                slope.scatter_add_(1, chosen, torch.ones_like(slope[:, :1]))
+                slope = shape.backward(slope, logits)
+                gradient[part] = slope.to(logits.dtype) @ head.weight.to(logits.dtype)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Scale the stored gradients."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None].to(gradient.dtype), None, None, None, None

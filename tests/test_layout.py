@@ -1,0 +1,110 @@
+"""Rows of tokens: what is laid out where, which token sees which, and what is predicted from where."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from everalign.data.encoding import EncodedPair
+from everalign.data.layout import lay_out_chosen, lay_out_pairs, pair_tokens
+
+SHORT = EncodedPair("a", [5], [6], [7, 8], 1.0)
+LONG = EncodedPair("b", [11, 12, 13], [14, 15], [16], 0.5)
+ALIKE = EncodedPair("c", [9], [1, 2, 3, 4], [1, 2, 5], 1.0)
+
+
+def test_separate_sequences_are_chosen_first_and_padded_on_the_right():
+    batch = lay_out_pairs([SHORT, LONG], shared=False)
+    assert batch["input_ids"].tolist() == [[5, 6, 0, 0, 0], [11, 12, 13, 14, 15], [5, 7, 8, 0, 0], [11, 12, 13, 16, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0, 0], [1] * 5, [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
+    assert batch["predictors"].tolist() == [0, 7, 8, 10, 11, 17]
+    assert batch["targets"].tolist() == [6, 14, 15, 7, 8, 16]
+    assert batch["sequences"].tolist() == [0, 1, 1, 2, 2, 3]
+    assert batch["lengths"].tolist() == [1, 2, 2, 1]
+    assert batch["weight"].tolist() == [1.0, 0.5]
+    assert batch["input_ids"].dtype == torch.int64
+
+
+def test_a_prompt_is_shared_and_positions_restart():
+    batch = lay_out_pairs([LONG], shared=True)
+    assert batch["input_ids"].tolist() == [[11, 12, 13, 14, 15, 16]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3]]
+    assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 3]]
+    assert batch["prefixes"].tolist() == [[1] * 6]
+    assert batch["predictors"].tolist() == [2, 3, 2]
+    assert batch["targets"].tolist() == [14, 15, 16]
+    assert batch["sequences"].tolist() == [0, 0, 1]
+
+
+def test_what_answers_begin_with_alike_is_computed_once_and_counted_for_both():
+    batch = lay_out_pairs([ALIKE], shared=True)
+    assert batch["input_ids"].tolist() == [[9, 1, 2, 3, 4, 5]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3]]
+    assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 3]]
+    assert batch["predictors"].tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert batch["targets"].tolist() == [1, 2, 3, 4, 1, 2, 5]
+    assert batch["lengths"].tolist() == [4, 3]
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [([1, 2], [1, 2]), ([1], [1, 2]), ([1, 2, 3], [1]), ([4], [4])])
+def test_every_answer_keeps_a_token_of_its_own(chosen, rejected):
+    batch = lay_out_pairs([EncodedPair("d", [9], chosen, rejected, 1.0)], shared=True)
+    assert {2, 3} <= set(batch["segments"].flatten().tolist())
+    assert batch["targets"].tolist() == chosen + rejected
+
+
+def test_short_groups_fill_the_row_of_the_longest():
+    pairs = [EncodedPair("long", [1] * 4, [2] * 3, [3] * 3, 1.0)] + [SHORT] * 4
+    batch = lay_out_pairs(pairs, shared=True)
+    assert batch["input_ids"].shape == (3, 10)
+    assert batch["input_ids"][1].tolist() == [5, 6, 7, 8, 5, 6, 7, 8, 0, 0]
+    assert batch["segments"][1].tolist() == [1, 2, 3, 3, 4, 5, 6, 6, 0, 0]
+    assert batch["prefixes"][1].tolist() == [1, 1, 1, 1, 4, 4, 4, 4, 0, 0]
+    assert batch["position_ids"][1].tolist() == [0, 1, 1, 2, 0, 1, 1, 2, 0, 0]
+
+
+def test_rows_of_one_sequence_need_no_blocks():
+    batch = lay_out_chosen([SHORT, SHORT], shared=True)
+    assert batch["input_ids"].tolist() == [[5, 6], [5, 6]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 1]]
+    assert "segments" not in batch
+    assert batch["weight"].tolist() == [1.0, 1.0]
+
+
+def test_chosen_sequences_are_packed_where_they_fit():
+    pairs = [EncodedPair("long", [1] * 2, [2] * 2, [3], 1.0), SHORT, SHORT]
+    packed = lay_out_chosen(pairs, shared=True)
+    assert packed["input_ids"].tolist() == [[1, 1, 2, 2], [5, 6, 5, 6]]
+    assert packed["segments"].tolist() == [[1, 1, 2, 2], [1, 2, 3, 4]]
+    assert len(lay_out_chosen(pairs, shared=False)["input_ids"]) == 3
+
+
+def test_a_pair_costs_its_prompt_once_or_twice():
+    assert [pair_tokens(LONG, True), pair_tokens(LONG, False)] == [6, 10]
+
+
+tokens = st.lists(st.integers(1, 3), min_size=1, max_size=9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.builds(EncodedPair, st.just("x"), tokens, tokens, tokens, st.just(1.0)), min_size=1, max_size=6))
+def test_every_token_sees_its_own_past_and_nothing_else(pairs):
+    """Walking back from each predictor through what the mask allows gives the prompt and answer so far."""
+    batch = lay_out_pairs(pairs, shared=True)
+    ids, positions = batch["input_ids"].flatten(), batch["position_ids"].flatten()
+    width = batch["input_ids"].shape[1]
+    sequences = [p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs]
+    starts = [len(p.prompt) for p in pairs] * 2
+    seen = [0] * len(sequences)
+    for flat, target, sequence in zip(
+        batch["predictors"].tolist(), batch["targets"].tolist(), batch["sequences"].tolist(), strict=True
+    ):
+        row, column = divmod(flat, width)
+        segments, prefixes = batch["segments"][row], batch["prefixes"][row]
+        past = [row * width + k for k in range(column + 1) if segments[k] in (segments[column], prefixes[column])]
+        end = starts[sequence] + seen[sequence]
+        assert ids[past].tolist() == sequences[sequence][:end]
+        assert positions[past].tolist() == list(range(end))
+        assert target == sequences[sequence][end]
+        seen[sequence] += 1
+    assert seen == batch["lengths"].tolist() == [len(s) - b for s, b in zip(sequences, starts, strict=True)]
