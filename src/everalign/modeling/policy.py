@@ -21,6 +21,8 @@ from everalign.data.layout import Batch
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
 from everalign.modeling import adapters
+from everalign.modeling.cpu_attention import use_cpu_attention
+from everalign.modeling.fused_layers import fuse_layers
 from everalign.modeling.fused_lora import fuse
 from everalign.modeling.likelihood import LanguageHead
 
@@ -63,6 +65,8 @@ class Policy(nn.Module):
             fuse(layer)
         # As peft resolved them, so that every further adapter sits on the very same modules.
         self._targets = self.peft.peft_config[SHORT_TERM].target_modules
+        fuse_layers(model)
+        use_cpu_attention(model)
         with self._precision(next(model.parameters())):
             self.head = LanguageHead(self.peft.get_base_model())
         self.reset(seed)

@@ -1,0 +1,208 @@
+"""One contender of `preference_speed.py`: NAME SETTINGS; runs an epoch for each line on standard input."""
+
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STARTED = time.perf_counter()
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402  # after the environment
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config  # noqa: E402
+
+from common import data_folder, preference_rows  # noqa: E402
+
+RANK, ALPHA, BETA, LEARNING_RATE = 8, 16.0, 0.1, 1e-3
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EPOCHS = 1000  # more than anybody asks for
+
+Settings = dict[str, Any]
+
+
+def memory(key: str) -> int:
+    """Resident size of this process (`VmRSS`) or its highest so far (`VmHWM`), in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {key} in /proc/self/status")
+
+
+def load_model(settings: Settings) -> Any:
+    """The real small model, or random weights of Qwen2.5-0.5B's shape with two layers."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["precision"]]
+    if not settings["vocabulary"]:
+        return AutoModelForCausalLM.from_pretrained(data_folder() / "base-model", dtype=dtype)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=settings["vocabulary"],
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=2,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        use_sliding_window=False,
+    )
+    return AutoModelForCausalLM.from_config(config).to(dtype)
+
+
+def load_pairs(settings: Settings, tokenizer: Any) -> list[Any]:
+    """The same token ids for every contender."""
+    from everalign.data import encode_pairs
+    from everalign.data.encoding import EncodedPair
+    from everalign.data.records import Preference
+
+    if settings["shape"]:
+        prompt, response = map(int, settings["shape"].split("x"))
+        rng, top = random.Random(0), min(settings["vocabulary"] or 8192, 8192)
+        sizes = (prompt, response, response)
+        return [
+            EncodedPair(str(i), *([rng.randrange(10, top) for _ in range(size)] for size in sizes), 1.0)
+            for i in range(settings["pairs"])
+        ]
+    rows = [*preference_rows("hh_harmless", "train"), *preference_rows("hh_helpful", "train")]
+    random.Random(0).shuffle(rows)
+    chosen = [Preference(row["prompt"], row["chosen"], row["rejected"]) for row in rows[: settings["pairs"]]]
+    return list(encode_pairs(chosen, tokenizer, settings["max_length"]))
+
+
+class Turns:
+    """Waits for the parent before each epoch and reports after it."""
+
+    def __init__(self, reference: Callable[[], float]) -> None:
+        self._reference, self._base, self._began = reference, memory("VmRSS"), 0.0
+
+    def wait(self) -> None:
+        """Block until the parent wants the next epoch."""
+        if not sys.stdin.readline():
+            os._exit(0)
+        self._began = time.perf_counter()
+
+    def done(self) -> None:
+        """Report the epoch that ended."""
+        seconds = time.perf_counter() - self._began
+        reference = self._reference()
+        answer = {"seconds": seconds, "reference": reference, "memory": memory("VmHWM") - self._base}
+        print(json.dumps(answer), flush=True)
+
+
+def ready(what: str) -> None:
+    """Tell the parent that the next thing is the first step."""
+    print(json.dumps({"seconds": time.perf_counter() - STARTED, "what": what}), flush=True)
+
+
+def run_everalign(settings: Settings, model: Any, pairs: list[Any]) -> None:
+    """Epochs of our Trainer; the reference is computed once, and again after each epoch only to be timed."""
+    from everalign.modeling.policy import Policy
+    from everalign.training.reference import pair_log_probs
+    from everalign.training.stage import StageOptions, run_stage
+    from everalign.training.teaching import make_objective
+
+    tokens = settings["tokens_per_batch"]
+    model.requires_grad_(False)
+    policy = Policy(model.eval(), RANK, ALPHA, LINEAR)
+
+    def reference() -> float:
+        began = time.perf_counter()
+        with policy.as_base():
+            pair_log_probs(policy, pairs, tokens)
+        return time.perf_counter() - began
+
+    turns = Turns(reference)
+    with policy.as_base():
+        rows = pair_log_probs(policy, pairs, tokens)
+    options = StageOptions(
+        LEARNING_RATE, EPOCHS, settings["batch_size"], tokens, scheduler="constant", warmup=0.0, checkpoint_steps=0
+    )
+    steps = -(-len(pairs) // settings["batch_size"])
+
+    def progress(done: int, total: int) -> None:
+        if done % steps == 0:
+            turns.done()
+            turns.wait()
+
+    prompts = "shared" if policy.head.shared else "separate"
+    ready(f"{len(pairs)} pairs, {prompts} prompts, {torch.get_num_threads()} threads")
+    turns.wait()
+    with tempfile.TemporaryDirectory() as folder:
+        objective = make_objective("dpo", BETA)
+        run_stage(policy, objective, pairs, options, Path(folder), seed=0, reference=rows, progress=progress)
+
+
+def run_trl(settings: Settings, model: Any, pairs: list[Any], tokenizer: Any, precomputed: bool) -> None:
+    """Epochs of TRL's DPOTrainer without gradient checkpointing, its fastest setting."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    turns = Turns(lambda: 0.0)
+    steps = -(-len(pairs) // settings["batch_size"])
+
+    class Pause(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % steps == 0:
+                turns.done()
+                turns.wait()
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = DPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=settings["batch_size"],
+            num_train_epochs=EPOCHS,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            beta=BETA,
+            max_length=None,
+            bf16=settings["precision"] == "bf16",
+            use_cpu=True,
+            gradient_checkpointing=False,
+            precompute_ref_log_probs=precomputed,
+            precompute_ref_batch_size=settings["batch_size"],
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=10,
+        )
+        columns = {
+            "prompt_ids": [pair.prompt for pair in pairs],
+            "chosen_ids": [pair.chosen for pair in pairs],
+            "rejected_ids": [pair.rejected for pair in pairs],
+        }
+        trainer = DPOTrainer(
+            model,
+            args=arguments,
+            train_dataset=Dataset.from_dict(columns),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEAR, task_type="CAUSAL_LM"),
+            callbacks=[Pause()],
+        )
+        ready(f"{len(pairs)} pairs")
+        turns.wait()
+        trainer.train()
+
+
+def main() -> None:
+    name, settings = sys.argv[1], json.loads(sys.argv[2])
+    torch.set_num_threads(settings["threads"])
+    if name in ("everalign", "trl-process"):
+        from everalign.modeling.runtime import prepare_process
+
+        prepare_process()
+    tokenizer = AutoTokenizer.from_pretrained(data_folder() / "base-model")
+    pairs, model = load_pairs(settings, tokenizer), load_model(settings)
+    if name == "everalign":
+        run_everalign(settings, model, pairs)
+    else:
+        run_trl(settings, model, pairs, tokenizer, precomputed="precomputed" in name)
+
+
+if __name__ == "__main__":
+    main()

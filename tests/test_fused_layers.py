@@ -1,0 +1,111 @@
+"""Fused norms, gated layers and attention against the models' own."""
+
+import pytest
+import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from everalign.data.layout import lay_out_pairs
+from everalign.modeling.cpu_attention import CPU_ATTENTION, use_cpu_attention
+from everalign.modeling.fused_layers import fuse_layers
+from models_for_tests import FAMILIES, random_model, random_pairs
+
+DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+
+
+def gradients(module, x, learns):
+    module.requires_grad_(learns)
+    x = x.clone().requires_grad_()
+    y = module(x)
+    (y.float() * torch.linspace(-1, 2, y.numel()).view(y.shape)).sum().backward()
+    return y.detach(), x.grad, [p.grad for p in module.parameters() if learns]
+
+
+def assert_fused_agrees(make, width, dtype, tolerance, learns):
+    torch.manual_seed(0)
+    own = make().to(dtype)
+    fused = make().to(dtype)
+    for parameter in own.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    fused.load_state_dict(own.state_dict())
+    fuse_layers(fused)
+    assert "forward" in vars(fused)
+    x = torch.randn(3, 700, width).to(dtype)
+    x[0, 0] = 0.0
+    (y, dx, dw), (our_y, our_dx, our_dw) = (gradients(module, x, learns) for module in (own, fused))
+    for theirs, ours in zip([y, dx, *dw], [our_y, our_dx, *our_dw], strict=True):
+        assert ours.dtype == theirs.dtype
+        size = theirs.float().abs().max()
+        torch.testing.assert_close(ours.float() / size, theirs.float() / size, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("learns", [False, True])
+def test_norms(dtype, tolerance, learns):
+    assert_fused_agrees(lambda: LlamaRMSNorm(64, eps=1e-5), 64, dtype, tolerance, learns)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_gated_layers(dtype, tolerance):
+    config = random_model("llama").config
+    assert_fused_agrees(lambda: LlamaMLP(config), config.hidden_size, dtype, tolerance, False)
+
+
+def test_a_norm_of_another_formula_stays_as_it_is():
+    norm = Gemma2RMSNorm(16)
+    torch.nn.init.normal_(norm.weight)
+    fuse_layers(norm)
+    assert "forward" not in vars(norm)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_compute_what_they_did(family):
+    batch = lay_out_pairs(random_pairs(4), shared=False)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    model = random_model(family)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        fuse_layers(model)
+        torch.testing.assert_close(model(**inputs).logits, before, rtol=0, atol=1e-4)
+
+
+# ---- attention in bf16 ----
+
+
+def loss_and_gradients(model, batch):
+    model.zero_grad()
+    model.requires_grad_(True)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    logits = model(**inputs).logits.float()
+    loss = logits.log_softmax(-1)[..., 5].mean()
+    loss.backward()
+    return loss.item(), {name: p.grad.float() for name, p in model.named_parameters() if "self_attn" in name}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_cpu_attention_has_the_librarys_gradients(family, blocks):
+    batch = lay_out_pairs(random_pairs(6, longest=40), shared=False)
+    if blocks:
+        length = batch["input_ids"].shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool).tril() & (torch.rand(12, 1, length, length) < 0.7)
+        batch["attention_mask"] = mask | torch.eye(length, dtype=torch.bool)
+    model = random_model(family).bfloat16()
+    loss, expected = loss_and_gradients(model, batch)
+    use_cpu_attention(model)
+    assert model.config._attn_implementation == CPU_ATTENTION
+    found_loss, found = loss_and_gradients(model, batch)
+    assert found_loss == pytest.approx(loss, rel=1e-2)
+    for name, gradient in found.items():
+        difference = (gradient - expected[name]).norm() / expected[name].norm()
+        assert difference < 5e-2, name
+
+
+def test_fp32_and_eager_models_keep_their_attention():
+    model = random_model("llama")
+    use_cpu_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+    model = random_model("llama").bfloat16()
+    model.set_attn_implementation("eager")
+    use_cpu_attention(model)
+    assert model.config._attn_implementation == "eager"
