@@ -56,7 +56,7 @@ def test_plain_peft_loads_what_was_saved(tmp_path, where):
         loaded = plain_peft(tmp_path)
     with torch.no_grad():
         ours = policy.peft(input_ids=IDS, attention_mask=ATTENTION).logits
-        torch.testing.assert_close(loaded(input_ids=IDS, attention_mask=ATTENTION).logits, ours, rtol=0, atol=1e-6)
+        torch.testing.assert_close(loaded(input_ids=IDS, attention_mask=ATTENTION).logits, ours, rtol=0, atol=1e-5)
         with loaded.disable_adapter():
             assert (loaded(input_ids=IDS, attention_mask=ATTENTION).logits - ours).abs().max() > 0.1
     config = json.loads((tmp_path / "adapter_config.json").read_text())

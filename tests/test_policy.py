@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from everalign.data.layout import lay_out_pairs
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
@@ -193,15 +194,12 @@ def test_everything_is_restored_when_a_block_fails(both):
 
 
 def test_only_the_short_term_adapter_gets_gradients(both):
-    both(*_inputs())[0].sum().backward()
+    both(BATCH).sum().backward()
     with_gradient = {name for name, parameter in both.named_parameters() if parameter.grad is not None}
     assert with_gradient == {name for name, _ in both.named_parameters() if ".stm." in name}
 
 
-def _inputs():
-    ids = torch.arange(3, 13).reshape(2, 5)
-    mask = torch.tensor([[False, False, True, True, True]] * 2)
-    return ids, torch.ones_like(ids), mask
+BATCH = lay_out_pairs(random_pairs(2), shared=True)
 
 
 def test_the_state_is_what_is_being_learned(both):
@@ -255,11 +253,17 @@ def test_only_linear_modules_are_adapted():
 
 def test_the_head_can_be_a_target():
     policy = perturb(random_policy(targets=["q_proj", "lm_head"]))
-    ids, attention, mask = _inputs()
+    batch = lay_out_pairs(PAIRS, shared=False)
+    whole = logits_of(policy, PAIRS).flatten(0, 1)[batch["predictors"]]
     with torch.no_grad():
-        whole = policy.peft(input_ids=ids, attention_mask=attention).logits
-        logits = policy.response_logits(ids, attention, mask)
-    torch.testing.assert_close(logits, whole[:, :-1][mask[:, 1:]], rtol=0, atol=1e-5)
+        torch.testing.assert_close(policy.response_logits(batch), whole, rtol=0, atol=1e-5)
+    log_probs = whole.log_softmax(-1)[range(len(whole)), batch["targets"]]
+    expected = torch.zeros(2 * len(PAIRS)).index_add(0, batch["sequences"], log_probs)
+    sums = policy(batch)
+    torch.testing.assert_close(sums, expected, rtol=0, atol=1e-5)
+    sums.sum().backward()
+    head = policy.peft.get_base_model().lm_head
+    assert head.lora_B["stm"].weight.grad.abs().max() > 1e-3
 
 
 # ---- bf16 ----
@@ -275,8 +279,7 @@ def test_in_bf16_the_adapters_stay_fp32_and_results_are_near():
     exact.write_long_term(random_updates(exact))
     dtypes = {"lora" in name: parameter.dtype for name, parameter in policy.named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    sums, _ = policy(*_inputs())
-    expected, _ = exact(*_inputs())
+    sums, expected = policy(BATCH), exact(BATCH)
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums, expected, rtol=0, atol=0.3)
     assert not torch.equal(sums, expected)
@@ -286,17 +289,17 @@ def test_in_bf16_the_switches_hold_bit_for_bit():
     policy = bf16_policy()
     fresh = Policy(random_model().bfloat16(), 4, 8.0)
     with torch.no_grad():
-        expected = fresh(*_inputs())[0]
+        expected = fresh(BATCH)
         with policy.as_base():
-            assert torch.equal(policy(*_inputs())[0], expected)
+            assert torch.equal(policy(BATCH), expected)
         policy.start_short_term(1)
-        assert torch.equal(policy(*_inputs())[0], expected)
+        assert torch.equal(policy(BATCH), expected)
 
 
 def test_in_bf16_gradients_are_fp32_and_near():
     policy, exact = bf16_policy(), perturb(random_policy())
     for each in (policy, exact):
-        each(*_inputs())[0].mean().backward()
+        each(BATCH).mean().backward()
     gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     expected = {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
     assert gradients.keys() == expected.keys()
