@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from filelock import FileLock
 
 from everalign import AdapterOptions, Learner, TrainingOptions, load_preferences
 from everalign.errors import EveralignError, InputError
@@ -384,3 +385,10 @@ def test_the_method_is_a_stranger_to_the_command_line_and_works(model, output):
     learner = make_learner(model, output, Mine())
     learner.learn_all(tasks("warm", "brief"))
     assert learner.scores.regime == "sequential"
+
+
+def test_two_processes_do_not_write_into_one_run(model, output):
+    learner = make_learner(model, output)
+    with FileLock(output / ".lock"), pytest.raises(InputError, match="another process is learning into this run"):
+        learner.learn(task_rows("warm"), "warm")
+    learner.learn(task_rows("warm"), "warm")

@@ -51,7 +51,7 @@ def test_tiny_is_the_embedded_assistant():
 def test_a_missing_folder_is_named(tmp_path):
     missing = str(tmp_path / "nowhere")
     for load in (load_model, load_tokenizer):
-        with pytest.raises(InputError, match=f"no such folder here; looked for a Hub model named {missing}"):
+        with pytest.raises(InputError, match=f"there is no model folder {missing}"):
             load(missing)
 
 

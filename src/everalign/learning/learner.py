@@ -123,7 +123,10 @@ class Learner:
             InputError: the name is taken by other rows, the task has no rows, or it mixes training and test rows.
             EveralignError: training diverged, or an earlier call was broken off in the middle.
         """
-        rows, test = _as_set(rows), None if test is None else _as_set(test)
+        with self._run.alone():
+            return self._learn_alone(_as_set(rows), name, None if test is None else _as_set(test))
+
+    def _learn_alone(self, rows: PreferenceSet, name: str, test: PreferenceSet | None) -> dict[str, PreferenceScore]:
         self._tests.check([(name, rows, test)])
         done = self._already_learned(rows, name) if name in self._finished else None
         if test is not None:
@@ -139,12 +142,13 @@ class Learner:
         A joint method learns them all at once.
         """
         sets = [(name, _as_set(rows), None if test is None else _as_set(test)) for name, rows, test in tasks]
-        self._tests.check(sets)
-        for name, _, test in sets:
-            if test is not None:
-                self.announce_test(name, test)
-        for name, rows in self.method.pool([(name, rows) for name, rows, _ in sets]):
-            self.learn(rows, name)
+        with self._run.alone():
+            self._tests.check(sets)
+            for name, _, test in sets:
+                if test is not None:
+                    self.announce_test(name, test)
+            for name, rows in self.method.pool([(name, rows) for name, rows, _ in sets]):
+                self.learn(rows, name)
 
     def announce_test(self, name: str, test: Rows) -> None:
         """Make a task's held-out pairs known and score the base model on them (the zero-shot row).
@@ -152,7 +156,8 @@ class Learner:
         Raises:
             InputError: the run knows other test rows of this task, or rows that were trained on are among them.
         """
-        self._tests.announce(name, _as_set(test), self._finished)
+        with self._run.alone():
+            self._tests.announce(name, _as_set(test), self._finished)
 
     def _learn(self, rows: PreferenceSet, name: str) -> dict[str, PreferenceScore]:
         if self._learning:

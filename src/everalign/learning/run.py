@@ -11,12 +11,14 @@ A version is written to a temporary folder, synced, and renamed: it is there who
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from everalign.data.readers import PreferenceSet, load_preferences
@@ -69,6 +71,20 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cache = path / "cache"
+        self._lock = FileLock(path / ".lock", timeout=0)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from writing into this run for the while; may be nested.
+
+        Raises:
+            InputError: another one is at it.
+        """
+        try:
+            with self._lock:
+                yield
+        except Timeout:
+            raise InputError(f"{self.path}: another process is learning into this run: wait for it") from None
 
     @property
     def exists(self) -> bool:

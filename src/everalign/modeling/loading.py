@@ -18,8 +18,17 @@ _SAMPLED_VALUES = 4096
 
 
 def resolve_model(name: str) -> str:
-    """Turn `tiny` into the embedded assistant's folder; leave paths and Hub names as they are."""
-    return str(tiny_assistant_path()) if name == TINY else str(name)
+    """Turn `tiny` into the embedded assistant's folder; leave paths and Hub names as they are.
+
+    Raises:
+        InputError: the name can only be a path, and nothing is there (the Hub would be asked for minutes).
+    """
+    if name == TINY:
+        return str(tiny_assistant_path())
+    only_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if only_path and not Path(name).exists():
+        raise InputError(f"there is no model folder {name}")
+    return str(name)
 
 
 def load_model(name: str, precision: Precision = "fp32") -> Any:
@@ -62,8 +71,9 @@ def load_tokenizer(name: str) -> Any:
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0]
-    where = "the folder" if Path(name).exists() else "no such folder here; looked for a Hub model named"
-    return f"cannot load a {what} from {where} {name}: {reason}"
+    if Path(name).exists():
+        return f"cannot load a {what} from the folder {name}: {reason}"
+    return f"there is no folder {name}, and no {what} of that name could be had from the Hub: {reason}"
 
 
 def model_fingerprint(model: Any) -> str:
