@@ -22,7 +22,7 @@ from rich.table import Table
 
 from common import OUT, data_folder, mean_and_deviation, preference_rows, write_result
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
-from everalign.memory import Consolidation, LowRankUpdate, MemoryBank
+from everalign.memory import Consolidation, LowRankUpdate, MemoryBank, consolidate, integrate
 from everalign.methods import (
     ExperienceReplay,
     LifeAlign,
@@ -42,12 +42,19 @@ Tasks = list[tuple[str, PreferenceSet, PreferenceSet]]
 class NormMatchedShrink(LifeAlign):
     """Control: scale the whole update to the norm that consolidation would leave, instead of projecting it."""
 
-    def refine(self, update: LowRankUpdate, bank: MemoryBank) -> Consolidation:
-        """Return the update scaled; the bank remembers what LifeAlign's would."""
-        result = super().refine(update, bank)
+    def new_bank(self) -> MemoryBank:
+        """Return the exact bank; the long-term memory lies outside the bases of a bounded one here."""
+        return MemoryBank()
+
+    def refine(
+        self, memory: LowRankUpdate | None, update: LowRankUpdate, bank: MemoryBank
+    ) -> tuple[Consolidation, LowRankUpdate, float]:
+        """Add the update scaled; the bank remembers what LifeAlign's would."""
+        result = consolidate(update, bank, self.energy, self.keep)
         norm = update.norm()
         factor = result.refined.norm() / norm if norm > 0 else 0.0
-        return replace(result, refined=update.scaled(factor))
+        result = replace(result, refined=update.scaled(factor))
+        return result, *integrate(memory, result.refined, self.rank_cap)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ def module(i, index=1):
         "norm_after": 2.0,
         "memory_rank": 4 * index,
         "discarded_energy": 0.001 * i,
+        "bank_lost_energy": 0.0,
     }
 
 

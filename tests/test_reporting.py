@@ -301,7 +301,7 @@ def test_report_shows_the_numbers_of_the_run(tmp_path):
     assert ["zero-shot", "52.0", "55.0", "48.0"] in page.rows
     assert ["after harmless", "0.310", "0.060", "−0.030"] in page.rows
     assert ["harmless", "81.0", "81.0", "78.0", "−3.0", "+3.0"] in page.rows
-    assert ["helpful", "3.5", "92.5%", "10.00%", "6.00", "4.00", "8.0", "0.15%"] in page.rows
+    assert ["helpful", "3.5", "92.5%", "10.00%", "6.00", "4.00", "8.0", "0.15%", "0.00%"] in page.rows
     assert [
         "model.layers.1.self_attn.v_proj",
         "5",
@@ -311,6 +311,7 @@ def test_report_shows_the_numbers_of_the_run(tmp_path):
         "2.00",
         "12",
         "0.30%",
+        "0.00%",
     ] in page.rows
     assert ["truthful", "harmless", "76.0", "78.0", "+2.0"] in page.rows
     assert [

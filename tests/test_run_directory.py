@@ -61,7 +61,7 @@ def test_an_empty_folder_and_a_resume_of_nothing_begin_a_run(model, tmp_path):
 
 
 def test_a_model_that_cannot_be_used_leaves_no_folder(tmp_path):
-    with pytest.raises(InputError, match="cannot load a tokenizer from"):
+    with pytest.raises(InputError, match="there is no model folder"):
         make_learner(tmp_path / "nowhere", tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 

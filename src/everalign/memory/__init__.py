@@ -1,15 +1,24 @@
 """What a model keeps from task to task: low-rank updates, their history, and how a new one joins the old."""
 
 from everalign.memory.bank import MemoryBank, Projection
-from everalign.memory.consolidation import Consolidation, consolidate, consolidate_factors, integrate
+from everalign.memory.consolidation import (
+    Consolidation,
+    consolidate,
+    consolidate_factors,
+    consolidate_into,
+    integrate,
+)
 from everalign.memory.low_rank import LowRankUpdate
+from everalign.memory.shared_basis import SharedBasisBank
 
 __all__ = [
     "Consolidation",
     "LowRankUpdate",
     "MemoryBank",
     "Projection",
+    "SharedBasisBank",
     "consolidate",
     "consolidate_factors",
+    "consolidate_into",
     "integrate",
 ]

@@ -49,6 +49,11 @@ class MemoryBank:
         return len(self._entries)
 
     @property
+    def lost_energy(self) -> float:
+        """Share of the entries' energy that the bank does not hold: none."""
+        return 0.0
+
+    @property
     def entries(self) -> tuple[LowRankUpdate, ...]:
         """What the bank holds, oldest first."""
         return tuple(self._entries)
@@ -80,7 +85,7 @@ class MemoryBank:
         norms = self._gram.diagonal().sqrt()
         used = norms > _NORM_CUTOFF * norms.max() if len(self) else norms > 0
         unit_gram = self._gram[used][:, used] / torch.outer(norms[used], norms[used])
-        unit_coefficients, length = _solve_on_span(unit_gram, products[used] / norms[used])
+        unit_coefficients, length = solve_on_span(unit_gram, products[used] / norms[used])
         coefficients = torch.zeros_like(norms)
         coefficients[used] = unit_coefficients / norms[used]
         component = self._combine(coefficients, update.shape)
@@ -131,7 +136,7 @@ class MemoryBank:
         return LowRankUpdate(left, right)
 
 
-def _solve_on_span(gram: Tensor, products: Tensor) -> tuple[Tensor, float]:
+def solve_on_span(gram: Tensor, products: Tensor) -> tuple[Tensor, float]:
     """Least-norm `c`, `(t,)`, with `gram @ c = products` on the span that is numerically there.
 
     And the norm of the vector that `c` describes, sqrt(c^T gram c), from positive terms alone.

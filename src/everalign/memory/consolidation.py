@@ -6,13 +6,18 @@ the part of it that lies in the span of earlier tasks' updates, add the rest to 
 learnt; `consolidate_factors` does it to each LoRA factor separately, which is the paper's literal reading.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from everalign.memory.bank import MemoryBank
-from everalign.memory.low_rank import LowRankUpdate, check_share, energy_share
+from everalign.memory.low_rank import LowRankUpdate, check_share, energy_share, numerical_rank
+from everalign.memory.shared_basis import Addition, SharedBasisBank, project_core
+
+# Share of the long-term memory's norm that the bases of its bank hold, but for the rounding of stored factors.
+_HELD = 1 - 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +57,7 @@ def consolidate(update: LowRankUpdate, bank: MemoryBank, energy: float = 0.9, ke
         ValueError: `energy` or `keep` is not within 0 and 1, or the bank is of another weight's shape.
     """
     check_share("keep", keep)
-    denoised = update.truncate(energy)
+    denoised, energy_kept = update.denoise(energy)
     projection = bank.project(denoised)
     refined = denoised + projection.component.scaled(keep - 1.0)
     bank.remember(denoised)
@@ -61,7 +66,7 @@ def consolidate(update: LowRankUpdate, bank: MemoryBank, energy: float = 0.9, ke
         denoised=denoised,
         projected_energy=projection.energy,
         rank=denoised.width,
-        energy_kept=energy_share(update.singular_values(), denoised.width),
+        energy_kept=energy_kept,
     )
 
 
@@ -112,3 +117,63 @@ def integrate(
     """
     total = refined if long_term is None else long_term + refined
     return total.truncate_rank(rank_cap)
+
+
+def consolidate_into(
+    long_term: LowRankUpdate | None,
+    update: LowRankUpdate,
+    bank: SharedBasisBank,
+    energy: float = 0.9,
+    keep: float = 0.5,
+    rank_cap: int = 64,
+) -> tuple[Consolidation, LowRankUpdate, float]:
+    """Do what `consolidate` and `integrate` do, in the bank's shared bases: nothing of the weight's size is factored.
+
+    Args:
+        long_term: the sum of all refined updates so far, None before the first.
+        update: as in `consolidate`.
+        bank: history of that weight; gains one entry and goes on holding the long-term memory.
+        energy: as in `consolidate`.
+        keep: as in `consolidate`.
+        rank_cap: as in `integrate`; at most the bank's cap.
+
+    Returns:
+        What became of the update, the new long-term memory with balanced factors, and the share of its energy that
+        the rank cap discards.
+    """
+    check_share("keep", keep)
+    if not 1 <= rank_cap <= bank.cap:
+        raise ValueError(f"the rank cap must lie within 1 and the bank's cap of {bank.cap} directions, not {rank_cap}")
+    denoised, energy_kept = update.denoise(energy)
+    addition = bank.extend(denoised)
+    _, part, length = project_core(addition.core, addition.cores)
+    refined = addition.core - (1.0 - keep) * part
+    memory, held, discarded = _integrate_core(long_term, refined, addition, rank_cap, update.dtype)
+    bank.adopt(addition, update.dtype, held)
+    norm = float(addition.core.norm())
+    result = Consolidation(
+        refined=LowRankUpdate(addition.left @ refined, addition.right.T).to(update.dtype),
+        denoised=denoised,
+        projected_energy=min(1.0, (length / norm) ** 2) if norm > 0.0 else 0.0,
+        rank=denoised.width,
+        energy_kept=energy_kept,
+    )
+    return result, memory, discarded
+
+
+def _integrate_core(
+    long_term: LowRankUpdate | None, refined: Tensor, addition: Addition, rank_cap: int, dtype: torch.dtype
+) -> tuple[LowRankUpdate, tuple[Tensor, Tensor], float]:
+    """Add a refined core to long-term memory: the sum, its singular vectors in the bases, and the energy discarded."""
+    total = refined
+    if long_term is not None:
+        left, right = addition.left.T @ long_term.left.double(), long_term.right.double() @ addition.right
+        inside = left @ right
+        if float(inside.norm()) < _HELD * math.sqrt(max(long_term.inner(long_term), 0.0)):
+            raise ValueError("the long-term memory does not lie in the bank's bases: they belong to different runs")
+        total = refined + inside
+    U, values, Vh = torch.linalg.svd(total, full_matrices=False)
+    k = min(rank_cap, numerical_rank(values, (len(addition.left), len(addition.right))))
+    root = values[:k].sqrt()
+    memory = LowRankUpdate(addition.left @ (U[:, :k] * root), (addition.right @ (Vh[:k].T * root)).T)
+    return memory.to(dtype), (U[:, :k], Vh[:k].T), 1.0 - energy_share(values, k)

@@ -109,8 +109,13 @@ class LowRankUpdate:
         Raises:
             ValueError: `energy` is not within 0 and 1.
         """
+        return self.denoise(energy)[0]
+
+    def denoise(self, energy: float) -> tuple["LowRankUpdate", float]:
+        """`truncate`, and the share of the energy that is left (1 for a zero update)."""
         check_share("energy", energy)
-        return self._leading(lambda values: _energy_rank(values, energy))[0]
+        nearest, values = self._leading(lambda values: _energy_rank(values, energy))
+        return nearest, energy_share(values, nearest.width)
 
     def truncate_rank(self, cap: int) -> tuple["LowRankUpdate", float]:
         """The nearest update of rank at most `cap`, and the share of the energy that it discards.
@@ -122,7 +127,7 @@ class LowRankUpdate:
         """
         if cap < 1:
             raise ValueError(f"the rank cap must be at least 1, not {cap}")
-        nearest, values = self._leading(lambda values: min(cap, _numerical_rank(values, self.shape)))
+        nearest, values = self._leading(lambda values: min(cap, numerical_rank(values, self.shape)))
         return nearest, 1.0 - energy_share(values, nearest.width)
 
     def balanced_factors(self) -> tuple[Tensor, Tensor]:
@@ -175,7 +180,8 @@ def _energy_rank(singular_values: Tensor, energy: float) -> int:
     return int((cumulated < enough).sum()) + 1
 
 
-def _numerical_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:
+def numerical_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:
+    """Count the singular values of a matrix of this shape that rounding alone could not have made."""
     if _is_zero(singular_values):
         return 0
     cutoff = max(shape) * torch.finfo(torch.float64).eps * singular_values[0]

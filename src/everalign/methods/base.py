@@ -42,6 +42,7 @@ class ModuleRecord:
         norm_after: norm of what was added to long-term memory.
         memory_rank: rank of the long-term memory afterwards.
         discarded_energy: share of the memory's energy that the rank cap cut off.
+        bank_lost_energy: share of the history's energy that the bank's bounded bases do not hold.
     """
 
     module: str
@@ -52,6 +53,7 @@ class ModuleRecord:
     norm_after: float
     memory_rank: int
     discarded_energy: float
+    bank_lost_energy: float
 
 
 class Method:

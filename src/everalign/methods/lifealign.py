@@ -6,7 +6,7 @@ Focalized Preference Optimization, its other half, is the objective `fpo`.
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
@@ -15,16 +15,19 @@ from everalign.memory import (
     Consolidation,
     LowRankUpdate,
     MemoryBank,
-    consolidate,
+    SharedBasisBank,
     consolidate_factors,
-    integrate,
+    consolidate_into,
 )
 from everalign.methods.base import ModuleRecord, Task
 from everalign.methods.replay import ExperienceReplay
 from everalign.modeling.policy import Policy
 
 Space = Literal["product", "factors"]
+Bank = MemoryBank | SharedBasisBank
 _RANK_CAP = 64
+# The bank's bases hold the long-term memory and as many directions again of what entered it.
+_BANK_CAP = 2
 
 
 class LifeAlign(ExperienceReplay):
@@ -68,7 +71,7 @@ class LifeAlign(ExperienceReplay):
             raise InputError(f"gamma is a number of at least 0, found {gamma}")
         self.gamma, self.energy, self.keep, self.space, self.rank_cap = gamma, energy, keep, space, rank_cap
         self.long_term = space == "product"
-        self._banks: dict[str, MemoryBank] = defaultdict(MemoryBank)
+        self._banks: dict[str, Bank] = defaultdict(self.new_bank)
         self._start: dict[str, tuple[Tensor, Tensor]] = {}
 
     def settings(self) -> dict[str, Any]:
@@ -88,25 +91,33 @@ class LifeAlign(ExperienceReplay):
         super().end_task(policy, task)
         return self._end_product(policy, task) if self.space == "product" else self._end_factors(policy)
 
+    def new_bank(self) -> Bank:
+        """Return an empty history of one weight."""
+        return SharedBasisBank(_BANK_CAP * self.rank_cap) if self.space == "product" else MemoryBank()
+
     def _end_product(self, policy: Policy, task: Task) -> list[ModuleRecord]:
         long_term, records = policy.long_term(), []
         for module, update in policy.short_term().items():
-            memory = long_term.get(module, LowRankUpdate.zero(update.shape))
-            long_term[module], record = self._consolidate(module, update, memory)
+            long_term[module], record = self._consolidate(module, update, long_term.get(module))
             records.append(record)
         policy.write_long_term(long_term)
         policy.start_short_term(task.seed)
         return records
 
-    def refine(self, update: LowRankUpdate, bank: MemoryBank) -> Consolidation:
-        """Turn one module's update into what long-term memory receives; the bank remembers it."""
-        return consolidate(update, bank, self.energy, self.keep)
+    def refine(
+        self, memory: LowRankUpdate | None, update: LowRankUpdate, bank: Any
+    ) -> tuple[Consolidation, LowRankUpdate, float]:
+        """Consolidate one module's update into its long-term memory; the bank remembers it.
+
+        Returns what `consolidate_into` does: what became of the update, the new memory, the energy discarded.
+        """
+        return consolidate_into(memory, update, bank, self.energy, self.keep, self.rank_cap)
 
     def _consolidate(
-        self, module: str, update: LowRankUpdate, memory: LowRankUpdate
+        self, module: str, update: LowRankUpdate, memory: LowRankUpdate | None
     ) -> tuple[LowRankUpdate, ModuleRecord]:
-        result = self.refine(update, self._banks[module])
-        merged, discarded = integrate(memory, result.refined, self.rank_cap)
+        bank = self._banks[module]
+        result, merged, discarded = self.refine(memory, update, bank)
         record = ModuleRecord(
             module=module,
             energy_kept=result.energy_kept,
@@ -116,6 +127,7 @@ class LifeAlign(ExperienceReplay):
             norm_after=result.refined.norm(),
             memory_rank=merged.width,
             discarded_energy=discarded,
+            bank_lost_energy=bank.lost_energy,
         )
         return merged, record
 
@@ -123,9 +135,9 @@ class LifeAlign(ExperienceReplay):
         factors, records = {}, []
         for module, (left, right) in policy.factors().items():
             start_left, start_right = self._start[module]
-            banks = (self._banks[f"{module}.B"], self._banks[f"{module}.A"])
+            left_bank, right_bank = (cast(MemoryBank, self._banks[f"{module}.{side}"]) for side in "BA")
             deltas = (left - start_left, right - start_right)
-            results = consolidate_factors(*deltas, *banks, self.energy, self.keep)
+            results = consolidate_factors(*deltas, left_bank, right_bank, self.energy, self.keep)
             factors[module] = (
                 start_left + results[0].refined.dense(),
                 start_right + results[1].refined.dense(),
@@ -141,6 +153,7 @@ class LifeAlign(ExperienceReplay):
                         norm_after=result.refined.norm(),
                         memory_rank=left.shape[1],
                         discarded_energy=0.0,
+                        bank_lost_energy=0.0,
                     )
                 )
         policy.write_factors(factors)

@@ -60,8 +60,9 @@ def load_model(name: str, precision: Precision = "fp32") -> Any:
 
 def load_tokenizer(name: str) -> Any:
     """Load the model's tokenizer; raises InputError where there is none or it has no end-of-text token."""
+    source = resolve_model(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise InputError(_cannot_load("tokenizer", name, error)) from error
     if tokenizer.eos_token_id is None:

@@ -105,6 +105,7 @@ CONSOLIDATION_COLUMNS = (
     "norm after",
     "memory rank",
     "discarded energy",
+    "lost history",
 )
 
 
@@ -126,6 +127,7 @@ def _total(modules: Sequence[ModuleConsolidation]) -> list[str]:
         significant(math.hypot(*(m.norm_after for m in modules))),
         f"{fmean(m.memory_rank for m in modules):.1f}",
         percent(fmean(m.discarded_energy for m in modules), 2),
+        percent(fmean(m.bank_lost_energy for m in modules), 2),
     ]
 
 
@@ -138,6 +140,7 @@ def _module(m: ModuleConsolidation) -> Row:
         significant(m.norm_after),
         str(m.memory_rank),
         percent(m.discarded_energy, 2),
+        percent(m.bank_lost_energy, 2),
     ]
     return Row(m.module, cells)
 

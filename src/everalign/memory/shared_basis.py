@@ -1,0 +1,201 @@
+"""A bounded memory bank: every entry as a small core in two bases that all entries share.
+
+    H_j = U C_j Vᵀ,   UᵀU = VᵀV = I
+
+Inner products of entries are those of their cores, so a projection needs nothing of the weight's size but U (m, p)
+and V (n, p). A new update extends the bases by what lies outside them; beyond `cap`
+directions the least used ones go, and the entries' energy that goes with them is reported. (A Tucker-2 decomposition
+of the stacked entries; Tucker 1966.)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from everalign.memory.bank import Projection, solve_on_span
+from everalign.memory.low_rank import LowRankUpdate
+
+# A direction is new when the residual's singular value along it is above this share of the update's norm; stored
+# in fp32, a basis is orthonormal to about 1e-7.
+_NEW_DIRECTION = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """An update in the bank's bases, before the bank takes it in.
+
+    Attributes:
+        left: (m, p) fp64 orthonormal, the bank's basis extended by the update's.
+        right: (n, p') fp64 orthonormal.
+        core: (p, p') fp64, the update's core in them.
+        cores: (t, p, p') fp64, the entries' cores in them.
+    """
+
+    left: Tensor
+    right: Tensor
+    core: Tensor
+    cores: Tensor
+
+
+class SharedBasisBank:
+    """Denoised updates of one weight matrix, oldest first, in bases of at most `cap` directions a side.
+
+    Args:
+        cap: directions of each basis that are kept; entries of rank r fill them after cap / r unrelated tasks.
+    """
+
+    def __init__(self, cap: int = 128) -> None:
+        if cap < 1:
+            raise ValueError(f"the cap must be at least 1 direction, not {cap}")
+        self.cap = cap
+        self._left: Tensor | None = None
+        self._right: Tensor | None = None
+        self._cores: list[Tensor] = []
+        self._energies: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._cores)
+
+    @property
+    def entries(self) -> tuple[LowRankUpdate, ...]:
+        """What the bank holds, oldest first; without the energy that the cap has cost."""
+        if self._left is None or self._right is None:
+            return ()
+        return tuple(LowRankUpdate(self._left @ core, self._right.T) for core in self._cores)
+
+    @property
+    def lost_energy(self) -> float:
+        """Share of the entries' energy that the cap has cost, averaged over the entries."""
+        shares = [
+            1.0 - float(core.double().square().sum()) / energy
+            for core, energy in zip(self._cores, self._energies, strict=True)
+            if energy > 0.0
+        ]
+        return max(0.0, sum(shares) / len(shares)) if shares else 0.0
+
+    def extend(self, update: LowRankUpdate) -> Addition:
+        """Express an update and all entries in bases that hold the update whole; the bank stays as it is.
+
+        Raises:
+            ValueError: the update is of another shape than the entries.
+        """
+        left, inside_left = _extended(self._basis(self._left, update.shape[0]), update.left.double())
+        right, inside_right = _extended(self._basis(self._right, update.shape[1]), update.right.double().T)
+        cores = torch.zeros(len(self), left.shape[1], right.shape[1], dtype=torch.float64)
+        for index, core in enumerate(self._cores):
+            cores[index, : core.shape[0], : core.shape[1]] = core
+        return Addition(left, right, inside_left @ inside_right.T, cores)
+
+    def _basis(self, basis: Tensor | None, rows: int) -> Tensor:
+        if basis is None:
+            return torch.zeros(rows, 0, dtype=torch.float64)
+        if len(basis) != rows:
+            held = tuple(len(b) for b in (self._left, self._right) if b is not None)
+            raise ValueError(f"updates of different weights: the bank's is {held}")
+        return basis.double()
+
+    def remember(self, update: LowRankUpdate) -> None:
+        """Append an update; as `adopt` does with its extension.
+
+        Raises:
+            ValueError: the update is of another shape than the entries.
+        """
+        self.adopt(self.extend(update), update.dtype)
+
+    def adopt(self, addition: Addition, dtype: torch.dtype, held: tuple[Tensor, Tensor] | None = None) -> None:
+        """Take an update in, at the precision `dtype`.
+
+        Args:
+            addition: what `extend` made of it.
+            dtype: of the stored bases and cores.
+            held: orthonormal (p, k) and (p', k) with k up to `cap`: directions of the bases that stay in any case,
+                those of the long-term memory.
+        """
+        cores = torch.cat([addition.cores, addition.core[None]])
+        nothing = [torch.zeros(size, 0, dtype=torch.float64) for size in cores.shape[1:]]
+        left, cores = _leading(addition.left, cores, (held or nothing)[0], self.cap)
+        right, turned = _leading(addition.right, cores.transpose(1, 2), (held or nothing)[1], self.cap)
+        self._left, self._right = left.to(dtype), right.to(dtype)
+        self._cores = list(turned.transpose(1, 2).to(dtype).contiguous())
+        self._energies.append(float(addition.core.square().sum()))
+
+    def project(self, update: LowRankUpdate) -> Projection:
+        """Orthogonal projection (Frobenius) of an update on the span of the entries, as `MemoryBank.project`."""
+        addition = self.extend(update)
+        coefficients, core, length = project_core(addition.core, addition.cores)
+        norm = float(addition.core.norm())
+        energy = min(1.0, (length / norm) ** 2) if norm > 0.0 else 0.0
+        return Projection(coefficients, LowRankUpdate(addition.left @ core, addition.right.T).to(update.dtype), energy)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors `left`, `right`, `cores` (t, p, p') and `energies` (t,); {} for an empty bank."""
+        if self._left is None or self._right is None:
+            return {}
+        energies = torch.tensor(self._energies, dtype=torch.float64)
+        return {"left": self._left, "right": self._right, "cores": torch.stack(self._cores), "energies": energies}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace what the bank holds by a `state_dict`; on an error the bank stays as it was.
+
+        Raises:
+            ValueError: tensors are missing, or they do not fit.
+        """
+        if not state:
+            self._left = self._right = None
+            self._cores, self._energies = [], []
+            return
+        if set(state) != {"left", "right", "cores", "energies"}:
+            raise ValueError(f"a bank's state holds left, right, cores and energies; found {sorted(state)}")
+        left, right, cores, energies = (state[name] for name in ("left", "right", "cores", "energies"))
+        if cores.shape != (len(energies), left.shape[1], right.shape[1]):
+            raise ValueError(f"a bank's cores do not fit its bases: {tuple(cores.shape)}")
+        self._left, self._right = left.clone(), right.clone()
+        self._cores, self._energies = [core.clone() for core in cores], energies.tolist()
+
+
+def project_core(core: Tensor, cores: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Project a core (p, p') on the span of others (t, p, p'): coefficients (t,), the part, and its norm."""
+    entries = cores.flatten(1)
+    norms = entries.norm(dim=1)
+    used = norms > 1e-12 * norms.max() if len(norms) else norms > 0
+    unit = entries[used] / norms[used, None]
+    unit_coefficients, length = solve_on_span(unit @ unit.T, unit @ core.flatten())
+    coefficients = torch.zeros_like(norms)
+    coefficients[used] = unit_coefficients / norms[used]
+    return coefficients, (unit_coefficients @ unit).view_as(core), length
+
+
+def _extended(basis: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Extend an orthonormal basis (m, p) so that it holds a factor (m, q); and the factor's coordinates in it.
+
+    Projected twice ("twice is enough", Kahan in Parlett 1980, §6.9), then the residual's own singular directions: a
+    QR factorisation alone would return arbitrary ones where the residual has less than full rank.
+    """
+    inside = basis.T @ factor
+    rest = factor - basis @ inside
+    again = basis.T @ rest
+    rest -= basis @ again
+    Q, R = torch.linalg.qr(rest)
+    U, values, Vh = torch.linalg.svd(R, full_matrices=False)
+    new = values > _NEW_DIRECTION * factor.norm()
+    directions = Q @ U[:, new]
+    outside = values[new, None] * Vh[new]
+    return torch.cat([basis, directions], 1), torch.cat([inside + again, outside])
+
+
+def _leading(basis: Tensor, cores: Tensor, held: Tensor, cap: int) -> tuple[Tensor, Tensor]:
+    """Keep `cap` directions of a basis (m, p): those held, then those that carry most of the cores (t, p, p').
+
+    Every core counts the same, whatever its norm. Returns the basis and the cores in it.
+    """
+    if basis.shape[1] <= cap:
+        return basis, cores
+    norms = cores.flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    rows = (cores / norms[:, None, None]).transpose(0, 1).flatten(1)
+    rows = rows - held @ (held.T @ rows)
+    _, vectors = torch.linalg.eigh(rows @ rows.T)
+    # Orthonormal again: where the cores fill fewer directions, eigenvectors of 0 may lean into those held.
+    kept = torch.linalg.qr(torch.cat([held, vectors[:, held.shape[1] - cap :].flip(1)], 1)).Q
+    return basis @ kept, kept.T @ cores
