@@ -7,7 +7,8 @@ from torch import nn
 
 from everalign.modeling import adapters
 from everalign.modeling.fused_lora import fuse
-from models_for_tests import perturb, random_policy, random_updates
+from everalign.modeling.policy import Policy
+from models_for_tests import perturb, random_model, random_policy, random_updates
 
 SETTINGS = [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)]
 
@@ -87,3 +88,46 @@ def test_a_policy_with_long_term_memory_computes_its_total():
     x = torch.randn(2, 32)
     dense = layer.base_layer.weight + policy.total()["model.layers.0.mlp.up_proj"].dense()
     torch.testing.assert_close(layer(x), x @ dense.T, rtol=0, atol=1e-5)
+
+
+# ---- frozen adapters in the weight ----
+
+
+def layer_of(policy):
+    return adapters.layers(policy.peft)["model.layers.0.mlp.up_proj"]
+
+
+def test_what_was_learned_before_is_added_to_a_copy_of_the_weight():
+    policy = random_policy()
+    layer, x = layer_of(policy), torch.randn(2, 32, requires_grad=True)
+    base = layer.base_layer.weight.clone()
+    for seed in (1, 2):
+        policy.write_long_term(random_updates(policy, seed))
+        layer(x).sum().backward()
+        dense = base + policy.long_term()["model.layers.0.mlp.up_proj"].dense()
+        torch.testing.assert_close(layer.folded, dense, rtol=0, atol=1e-6)
+    assert torch.equal(layer.base_layer.weight, base)
+    with policy.as_base():
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, base))
+    assert not any("folded" in name for name in policy.state_dict())
+
+
+def test_in_bf16_it_stays_apart():
+    policy = Policy(random_model().bfloat16(), 4, 8.0)
+    policy.write_long_term(random_updates(policy))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer_of(policy)(torch.randn(2, 32, dtype=torch.bfloat16))
+    assert not hasattr(layer_of(policy), "folded")
+
+
+def test_beside_a_large_weight_it_stays_apart():
+    layer = layer_of(random_policy())
+    layer.base_layer = nn.Linear(600, 600, bias=False).requires_grad_(False)
+    for name, shape in (("stm", 4), ("ltm", 8)):
+        layer.lora_A[name], layer.lora_B[name] = nn.Linear(600, shape, bias=False), nn.Linear(shape, 600, bias=False)
+        layer.scaling[name] = 1.0
+    layer.lora_A["ltm"].requires_grad_(False)
+    layer.lora_B["ltm"].requires_grad_(False)
+    layer._active_adapter = ["ltm", "stm"]
+    layer(torch.randn(2, 600))
+    assert not hasattr(layer, "folded")

@@ -73,7 +73,7 @@ def test_the_policy_is_base_weights_plus_its_total_update(both):
             model.get_submodule(name).weight += update.dense()
     dense = random_policy()
     dense.peft = model
-    torch.testing.assert_close(logits_of(dense, PAIRS), logits_of(both, PAIRS), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(dense, PAIRS), logits_of(both, PAIRS), rtol=0, atol=2e-5)
 
 
 def test_a_snapshot_of_the_total_is_the_policy(both):
@@ -82,7 +82,7 @@ def test_a_snapshot_of_the_total_is_the_policy(both):
         perturb(both, seed=9)
         changed = logits_of(both, PAIRS)
         with switched():
-            torch.testing.assert_close(logits_of(both, PAIRS), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(logits_of(both, PAIRS), expected, rtol=0, atol=2e-5)
         assert torch.equal(logits_of(both, PAIRS), changed)
     assert torch.equal(logits_of(both, PAIRS), changed)
     assert (changed - expected).abs().max() > 0.1

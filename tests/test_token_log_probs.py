@@ -36,7 +36,7 @@ def test_chunks_give_what_the_whole_gives(shape, rows, learns):
     head.weight.requires_grad_(learns)
     wanted = [hidden, head.weight] if learns else [hidden]
     expected = direct(hidden, head, targets, shape)
-    found = token_log_probs(hidden, head, targets, shape, chunk_logits=rows * VOCABULARY)
+    found = token_log_probs(hidden, head, targets, shape, chunk_rows=rows)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     gradients = zip(
         torch.autograd.grad(weigh(found), wanted), torch.autograd.grad(weigh(expected), wanted), strict=True
@@ -66,7 +66,7 @@ def test_no_more_than_a_chunk_of_logits_exists(learns):
     head.weight.requires_grad_(learns)
     seen = []
     head.register_forward_hook(lambda module, given, logits: seen.append(logits.numel()))
-    token_log_probs(hidden, head, targets, HeadShape(), chunk_logits=4 * VOCABULARY).sum().backward()
+    token_log_probs(hidden, head, targets, HeadShape(), chunk_rows=4).sum().backward()
     assert max(seen) == 4 * VOCABULARY
     assert len(seen) == (12 if learns else 6)  # a head that learns is computed again in the backward pass
 

@@ -11,6 +11,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+# Share of a layer's work from which on its frozen adapters are added to a copy of the weight: below it the copy's
+# memory is worth more. Layers of 7B models stay below, small models do not.
+_WORTH_FOLDING = 0.05
+
 
 def fuse(layer: LoraLayer) -> None:
     """Give an adapted `nn.Linear` the fused forward pass; any other kind of layer keeps peft's."""
@@ -25,11 +29,43 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     if layer.disable_adapters or layer.merged or not names:
         result = base(x)
         return result
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else base.weight.dtype
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.weight.dtype
+    weight, names = _fold_frozen(layer, names) if dtype == torch.float32 else (base.weight, names)
     factors = [f[name].weight for name in names for f in (layer.lora_A, layer.lora_B)]
     scales = tuple(layer.scaling[name] for name in names)
-    result = _Fused.apply(x, base.weight, base.bias, dtype, scales, *factors)  # type: ignore[no-untyped-call]
+    result = _Fused.apply(x, weight, base.bias, dtype, scales, *factors)  # type: ignore[no-untyped-call]
     return result
+
+
+def _fold_frozen(layer: Any, names: list[str]) -> tuple[Tensor, list[str]]:
+    """Return the weight with the frozen adapters' updates added where that pays, and the adapters that remain.
+
+    What was learned before then costs nothing, however many tasks it were. In bf16 the sum would round away what is
+    small beside the weight, so that frozen adapters stay apart there.
+    """
+    weight: Tensor = layer.base_layer.weight
+    frozen = [name for name in names if not layer.lora_B[name].weight.requires_grad]
+    rank = sum(len(layer.lora_A[name].weight) for name in frozen)
+    if rank * sum(weight.shape) <= _WORTH_FOLDING * weight.numel():
+        return weight, names
+    parts = [f[name].weight for name in frozen for f in (layer.lora_A, layer.lora_B)]
+    if not _is_folded(layer, parts):
+        with torch.no_grad():
+            layer.folded = weight.clone()
+            for name in frozen:
+                layer.folded.addmm_(layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name])
+        layer.folded_parts = [(part, part._version) for part in parts]
+    return layer.folded, [name for name in names if name not in frozen]
+
+
+def _is_folded(layer: Any, parts: list[Tensor]) -> bool:
+    """Whether the copy of the weight holds these very factors, unchanged since."""
+    known = getattr(layer, "folded_parts", [])
+    same = len(known) == len(parts) and all(
+        old is part and version == part._version for (old, version), part in zip(known, parts, strict=True)
+    )
+    return same and layer.folded.device == parts[0].device
 
 
 class _Fused(torch.autograd.Function):

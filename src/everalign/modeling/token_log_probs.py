@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens from hidden states, in chunks: no more than one chunk's logits ever exist.
 
 With a frozen head, the gradient with respect to the hidden states is the upstream gradient times a vector that the
-forward pass can compute at once, (onehot - softmax)·W: so it is taken there, and the backward pass is one product
+forward pass can compute at once, (onehot - softmax)·W: so it is computed there, and the backward pass is one product
 element by element instead of a second run of the head. A head that learns is recomputed in the backward pass.
 """
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Logits computed at once, over all rows of a chunk: large enough for fast products, small enough for the cache.
-_CHUNK_LOGITS = 4_194_304
+# Logits computed at once: about a million stay near the processor's cache; with a large vocabulary the output matrix
+# itself has to be read for every chunk, so that a chunk has no fewer rows than this.
+_CHUNK_LOGITS = 1_048_576
+_CHUNK_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class HeadShape:
 
 
 def token_log_probs(
-    hidden: Tensor, head: nn.Module, targets: Tensor, shape: HeadShape, chunk_logits: int = _CHUNK_LOGITS
+    hidden: Tensor, head: nn.Module, targets: Tensor, shape: HeadShape, chunk_rows: int | None = None
 ) -> Tensor:
     """Return log softmax(shape(head(hidden)))[targets].
 
@@ -57,12 +59,12 @@ def token_log_probs(
         head: the output embeddings, `nn.Linear` or a module of the same meaning (adapted, for instance).
         targets: (K,) token ids.
         shape: what follows the output matrix.
-        chunk_logits: logits held at once; a chunk has at least one row.
+        chunk_rows: rows whose logits are held at once; chosen by the vocabulary when None.
 
     Returns:
         (K,) fp32, in nats. Differentiable with respect to `hidden` and to what learns in `head`.
     """
-    rows = max(1, chunk_logits // _width(head))
+    rows = chunk_rows or max(_CHUNK_ROWS, _CHUNK_LOGITS // _width(head))
     if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
         result: Tensor = _FrozenHead.apply(hidden, head, targets, shape, rows)  # type: ignore[no-untyped-call]
         return result
@@ -91,11 +93,14 @@ class _FrozenHead(torch.autograd.Function):
             part = slice(start, start + rows)
             logits = shape.apply(head(hidden[part]))
             chosen = targets[part, None]
-            log_probs = logits.log_softmax(dim=-1, dtype=torch.float32)
-            result[part] = log_probs.gather(1, chosen)[:, 0]
+            probabilities = logits.softmax(dim=-1, dtype=torch.float32)
+            # log Σ exp from the largest logit, whose probability is at least 1/V: as exact as a log-softmax, and the
+            # probabilities are there for the gradient.
+            largest, where = logits.max(dim=-1, keepdim=True)
+            normaliser = largest.float() - probabilities.gather(1, where).log()
+            result[part] = (logits.gather(1, chosen).float() - normaliser)[:, 0]
             if gradient is not None:
-                slope = log_probs.exp_().neg_()
-                slope.scatter_add_(1, chosen, torch.ones_like(slope[:, :1]))
+                slope = probabilities.scatter_add_(1, chosen, -torch.ones_like(normaliser))
                 slope = shape.backward(slope, logits)
                 gradient[part] = slope.to(logits.dtype) @ head.weight.to(logits.dtype)
         if gradient is not None:
@@ -104,6 +109,6 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """Scale the stored gradients."""
+        """Scale the stored gradients, which are those of the negative log-probability."""
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None].to(gradient.dtype), None, None, None, None
+        return gradient * -upstream[:, None].to(gradient.dtype), None, None, None, None
