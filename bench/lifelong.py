@@ -52,8 +52,7 @@ class NormMatchedShrink(LifeAlign):
         """Add the update scaled; the bank remembers what LifeAlign's would."""
         result = consolidate(update, bank, self.energy, self.keep)
         norm = update.norm()
-        factor = result.refined.norm() / norm if norm > 0 else 0.0
-        result = replace(result, refined=update.scaled(factor))
+        result = replace(result, refined=update.scaled(result.norm / norm if norm > 0 else 0.0))
         return result, *integrate(memory, result.refined, self.rank_cap)
 
 

@@ -16,6 +16,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoConfig,
     GraniteConfig,
     LlamaConfig,
     MambaConfig,
@@ -86,6 +87,9 @@ def _configuration(family: str, vocabulary: int) -> PreTrainedConfig:
         "cohere": lambda: CohereConfig(**shape, logit_scale=0.5),
         "granite": lambda: GraniteConfig(**shape, logits_scaling=2.0),
         "bloom": lambda: BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4),
+        "gpt_neo": lambda: GPTNeoConfig(
+            vocab_size=vocabulary, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+        ),
         "mamba": lambda: MambaConfig(vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, state_size=4),
     }
     return makers[family]()

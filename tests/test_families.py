@@ -57,7 +57,7 @@ def test_the_head_is_apart_in_all_of_them(policy):
 def test_prompts_are_shared_but_where_layers_have_windows(policy, family):
     assert policy.head.shared == (family not in UNSHARED)
     reason = policy.head.unshared_because
-    assert ("window" in reason or "sliding_attention" in reason) if family in UNSHARED else reason is None
+    assert ("sliding_window" in reason or "sliding_attention" in reason) if family in UNSHARED else reason is None
 
 
 def test_response_only_head_equals_the_whole_model(policy):

@@ -1,5 +1,7 @@
 """Fused norms, gated layers and attention against the models' own."""
 
+import pickle
+
 import pytest
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -109,3 +111,40 @@ def test_fp32_and_eager_models_keep_their_attention():
     model.set_attn_implementation("eager")
     use_cpu_attention(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_models_that_ask_for_their_attention_by_name_keep_it():
+    model = random_model("gpt2").bfloat16()
+    use_cpu_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+class Clamped(LlamaMLP):
+    """A gated layer that clamps what is large."""
+
+    def forward(self, x):
+        gate, up = (layer(x).clamp(-10, 10) for layer in (self.gate_proj, self.up_proj))
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class Cast(LlamaRMSNorm):
+    """A norm that returns its input's type whatever its weight's."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states).to(hidden_states.dtype)
+
+
+def test_layers_that_differ_at_large_inputs_or_in_their_type_stay_as_they_are():
+    for module in (Clamped(random_model("llama").config), Cast(16)):
+        fuse_layers(module)
+        assert "forward" not in vars(module)
+
+
+def test_a_fused_model_can_be_pickled():
+    model = random_model()
+    fuse_layers(model)
+    again = pickle.loads(pickle.dumps(model))
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert again.model.norm.forward.args == (again.model.norm,)

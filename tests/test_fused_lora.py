@@ -73,6 +73,11 @@ def test_disabled_adapters_are_the_base_layer():
     assert torch.equal(disabled, Two()(x))
 
 
+def test_no_rows_give_no_rows():
+    layer = layer_of(random_policy())
+    assert layer(torch.zeros(0, 32)).shape == (0, 48)
+
+
 def test_other_layers_keep_pefts_forward():
     policy = random_policy("gpt2")
     assert all("forward" not in vars(layer) for layer in adapters.layers(policy.peft).values())

@@ -392,3 +392,24 @@ def test_two_processes_do_not_write_into_one_run(model, output):
     with FileLock(output / ".lock"), pytest.raises(InputError, match="another process is learning into this run"):
         learner.learn(task_rows("warm"), "warm")
     learner.learn(task_rows("warm"), "warm")
+
+
+def test_a_learner_that_fell_behind_its_run_is_refused(model, output):
+    make_learner(model, output).learn(task_rows("warm"), "warm")
+    late = make_learner(model, output, resume=True)
+    make_learner(model, output, resume=True).learn(task_rows("brief"), "brief")
+    with pytest.raises(InputError, match="was continued by another learner: open it again"):
+        late.learn(task_rows("calm"), "calm")
+    assert [version.task for version in load_run(output).versions] == ["warm", "brief"]
+
+
+def test_a_cleared_folder_is_usable(model, output):
+    output.mkdir()
+    (output / ".lock").touch()
+    make_learner(model, output)
+
+
+def test_several_processes_are_refused(model, output, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="a learner runs in one process"):
+        make_learner(model, output)

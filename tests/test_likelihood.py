@@ -93,7 +93,10 @@ class Recurrent(torch.nn.Module):
         return self.inner(hidden_states.cumsum(dim=1), *args, **kwargs)
 
 
-@pytest.mark.parametrize(("family", "reason"), [("bloom", "takes no block"), ("mamba", "linear_attention")])
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("bloom", "takes no block"), ("mamba", "linear_attention"), ("gpt_neo", "part of the past only: ")],
+)
 def test_a_model_for_which_shared_rows_would_be_wrong_computes_them_apart(family, reason):
     model = random_model(family)
     head = LanguageHead(model)

@@ -135,6 +135,22 @@ def test_long_term_memory_is_held_whatever_the_cap():
     assert bank.lost_energy > 0.05
 
 
+def test_the_memory_may_fill_the_whole_cap():
+    memory, bank = None, SharedBasisBank(4)
+    for task in range(TASKS):
+        _, memory, _ = consolidate_into(memory, update(task), bank, rank_cap=4)
+    assert [bank.state_dict()[side].shape[1] for side in ("left", "right")] == [4, 4]
+
+
+def test_factors_of_very_different_scale_are_held_whole():
+    scale = torch.tensor([1e-9, 1.0, 1e9], dtype=torch.float64)
+    odd = LowRankUpdate(update(1).left * scale, update(1).right / scale[:, None])
+    bank = SharedBasisBank()
+    bank.remember(odd)
+    close(bank.entries[0].dense(), update(1).dense(), 1e-6)
+    assert bank.project(odd).energy == pytest.approx(1.0, abs=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_stored_bank_goes_on_bit_for_bit(dtype):
     bank, again = filled(cap=7, dtype=dtype), SharedBasisBank(7)

@@ -334,5 +334,5 @@ def test_bf16_training_stays_near_fp32(name, tmp_path):
 def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     """transformers would split a batch between them, and with it a pair."""
     monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: 2))
-    with pytest.raises(EveralignError, match="2 GPUs in one process: start with `accelerate launch`"):
+    with pytest.raises(EveralignError, match="2 GPUs in one process: set CUDA_VISIBLE_DEVICES"):
         train(random_policy(), "dpo", random_pairs(8), tmp_path)

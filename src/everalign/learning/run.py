@@ -43,6 +43,7 @@ from everalign.modeling.policy import Policy
 FORMAT = 1
 BASE = "000"
 _ZERO_SHOT = "zero_shot.json"
+_LOCK = ".lock"
 _SAME = ("format", "model_fingerprint", "template", "objective", "method", "settings", "seed")
 
 
@@ -71,7 +72,12 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cache = path / "cache"
-        self._lock = FileLock(path / ".lock", timeout=0)
+        self._lock = FileLock(path / _LOCK, timeout=0)
+
+    def version_ids(self) -> list[str]:
+        """Return the finished versions' folder names, in order."""
+        folder = self.path / "versions"
+        return sorted(entry.name for entry in folder.iterdir() if not is_partial(entry)) if folder.is_dir() else []
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -102,7 +108,8 @@ class RunDirectory:
             return
         if not self.path.is_dir():
             raise InputError(f"{self.path} is no directory: choose another output directory")
-        if any(entry.name != _ZERO_SHOT and not is_partial(entry) for entry in self.path.iterdir()):
+        ours = (_ZERO_SHOT, _LOCK)
+        if any(entry.name not in ours and not is_partial(entry) for entry in self.path.iterdir()):
             raise InputError(f"{self.path} is not empty and holds no run: choose another output directory")
 
     def begin(self, facts: Mapping[str, Any]) -> None:

@@ -125,7 +125,7 @@ class ModuleConsolidation(_Record):
     norm_after: FiniteFloat
     memory_rank: Count
     discarded_energy: FiniteFloat
-    bank_lost_energy: FiniteFloat
+    bank_lost_energy: FiniteFloat = 0.0
 
 
 def read_json(path: Path, kind: type[T]) -> T:

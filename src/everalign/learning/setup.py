@@ -1,5 +1,6 @@
 """What stays the same from task to task: model, tokenizer, method, objective and options, put together once."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,6 +105,8 @@ def make_setup(
     """
     if objective == "sft" and options.sft_epochs > 0:
         raise InputError("sft_epochs adds a stage before a preference objective; with objective sft set epochs")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a learner runs in one process, found WORLD_SIZE above 1: start it without accelerate launch")
     goal = make_objective(objective, options.beta, method.gamma)
     prepare_process()
     tokenizer = load_tokenizer(model)

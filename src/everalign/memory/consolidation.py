@@ -31,6 +31,7 @@ class Consolidation:
         projected_energy: share of the denoised update's energy inside the span of the bank, 0 to 1.
         rank: rank of the denoised update.
         energy_kept: share of the update's energy that denoising kept, 0 to 1 (1 for a zero update).
+        norm: Frobenius norm of the refined update.
     """
 
     refined: LowRankUpdate
@@ -38,6 +39,7 @@ class Consolidation:
     projected_energy: float
     rank: int
     energy_kept: float
+    norm: float
 
 
 def consolidate(update: LowRankUpdate, bank: MemoryBank, energy: float = 0.9, keep: float = 0.5) -> Consolidation:
@@ -67,6 +69,7 @@ def consolidate(update: LowRankUpdate, bank: MemoryBank, energy: float = 0.9, ke
         projected_energy=projection.energy,
         rank=denoised.width,
         energy_kept=energy_kept,
+        norm=refined.norm(),
     )
 
 
@@ -127,7 +130,7 @@ def consolidate_into(
     keep: float = 0.5,
     rank_cap: int = 64,
 ) -> tuple[Consolidation, LowRankUpdate, float]:
-    """Do what `consolidate` and `integrate` do, in the bank's shared bases: nothing of the weight's size is factored.
+    """Do what `consolidate` and `integrate` do, in the bank's shared bases: nothing wider than the update is factored.
 
     Args:
         long_term: the sum of all refined updates so far, None before the first.
@@ -157,6 +160,7 @@ def consolidate_into(
         projected_energy=min(1.0, (length / norm) ** 2) if norm > 0.0 else 0.0,
         rank=denoised.width,
         energy_kept=energy_kept,
+        norm=float(refined.norm()),
     )
     return result, memory, discarded
 

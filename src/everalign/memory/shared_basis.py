@@ -78,6 +78,8 @@ class SharedBasisBank:
     def extend(self, update: LowRankUpdate) -> Addition:
         """Express an update and all entries in bases that hold the update whole; the bank stays as it is.
 
+        The update's factors have to be balanced, as a truncation leaves them.
+
         Raises:
             ValueError: the update is of another shape than the entries.
         """
@@ -102,7 +104,7 @@ class SharedBasisBank:
         Raises:
             ValueError: the update is of another shape than the entries.
         """
-        self.adopt(self.extend(update), update.dtype)
+        self.adopt(self.extend(_balanced(update)), update.dtype)
 
     def adopt(self, addition: Addition, dtype: torch.dtype, held: tuple[Tensor, Tensor] | None = None) -> None:
         """Take an update in, at the precision `dtype`.
@@ -123,7 +125,7 @@ class SharedBasisBank:
 
     def project(self, update: LowRankUpdate) -> Projection:
         """Orthogonal projection (Frobenius) of an update on the span of the entries, as `MemoryBank.project`."""
-        addition = self.extend(update)
+        addition = self.extend(_balanced(update))
         coefficients, core, length = project_core(addition.core, addition.cores)
         norm = float(addition.core.norm())
         energy = min(1.0, (length / norm) ** 2) if norm > 0.0 else 0.0
@@ -153,6 +155,11 @@ class SharedBasisBank:
             raise ValueError(f"a bank's cores do not fit its bases: {tuple(cores.shape)}")
         self._left, self._right = left.clone(), right.clone()
         self._cores, self._energies = [core.clone() for core in cores], energies.tolist()
+
+
+def _balanced(update: LowRankUpdate) -> LowRankUpdate:
+    """Return the update in fp64 with factors of the same scale, so that no direction is lost beside a larger one."""
+    return LowRankUpdate(*update.to(torch.float64).balanced_factors())
 
 
 def project_core(core: Tensor, cores: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -197,5 +204,5 @@ def _leading(basis: Tensor, cores: Tensor, held: Tensor, cap: int) -> tuple[Tens
     rows = rows - held @ (held.T @ rows)
     _, vectors = torch.linalg.eigh(rows @ rows.T)
     # Orthonormal again: where the cores fill fewer directions, eigenvectors of 0 may lean into those held.
-    kept = torch.linalg.qr(torch.cat([held, vectors[:, held.shape[1] - cap :].flip(1)], 1)).Q
+    kept = torch.linalg.qr(torch.cat([held, vectors.flip(1)[:, : cap - held.shape[1]]], 1)).Q
     return basis @ kept, kept.T @ cores

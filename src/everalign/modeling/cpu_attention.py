@@ -1,8 +1,9 @@
 """Attention for bf16 training on a CPU: the library's forward pass, a backward pass made of matrix products.
 
 PyTorch's CPU attention computes its backward pass in small blocks that leave the processor's matrix units idle. Here
-the probabilities are computed again, a few rows at a time, and each gradient is one batched product. Registered with
-transformers under a name of its own; whatever it does not cover goes to the library's.
+the probabilities are computed again, a few rows at a time, and each gradient is one batched product. The products are
+of bf16 numbers, scores included: their rounding is a few times the library's. Registered with transformers under a
+name of its own; whatever it does not cover goes to the library's.
 """
 
 from typing import Any
@@ -15,6 +16,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 CPU_ATTENTION = "everalign_cpu"
+# Models whose attention does nothing but call the registered function; others ask for "sdpa" by name in between.
+_KNOWN_MODELS = {
+    "cohere",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+}
 # Scores held at once in the backward pass.
 _BLOCK = 1_048_576
 
@@ -24,7 +40,8 @@ def use_cpu_attention(model: Any) -> None:
     parameter = next(model.parameters())
     if parameter.device.type != "cpu" or parameter.dtype != torch.bfloat16:
         return
-    if model.config.get_text_config()._attn_implementation == "sdpa":
+    config = model.config.get_text_config()
+    if config.model_type in _KNOWN_MODELS and config._attn_implementation == "sdpa":
         AttentionInterface.register(CPU_ATTENTION, _attention)
         AttentionMaskInterface.register(CPU_ATTENTION, sdpa_mask)
         model.set_attn_implementation(CPU_ATTENTION)
@@ -37,6 +54,7 @@ def _attention(
     known = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache"}
     plain = attention_mask is None or attention_mask.dtype == torch.bool
     ours = plain and torch.is_grad_enabled() and not options.get("dropout") and not set(options) - known
+    ours = ours and query.device.type == "cpu" and options.get("is_causal") is not False
     if not ours or query.dtype != torch.bfloat16 or query.shape[2] != key.shape[2]:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output, None

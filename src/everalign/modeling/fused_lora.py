@@ -4,7 +4,7 @@ peft computes base(x) + B(A(x))·s as five operations with four results of the o
 backward pass. Here y = x·Wᵀ + Σ s·(x·Aᵀ)·Bᵀ and dx = g·W + Σ s·(g·B)·A accumulate in place, W being frozen.
 """
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ _WORTH_FOLDING = 0.05
 def fuse(layer: LoraLayer) -> None:
     """Give an adapted `nn.Linear` the fused forward pass; any other kind of layer keeps peft's."""
     if type(layer.get_base_layer()) is nn.Linear:
-        layer.forward = MethodType(_forward, layer)
+        layer.forward = partial(_forward, layer)
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class _Fused(torch.autograd.Function):
         learns = any(ctx.needs_input_grad[5:])
         ctx.save_for_backward(weight, *cast, *((rows, *inner) if learns else ()))
         ctx.scales, ctx.shape, ctx.dtypes = scales, x.shape, (x.dtype, [factor.dtype for factor in factors])
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Logits computed at once: about a million stay near the processor's cache; with a large vocabulary the output matrix
-# itself has to be read for every chunk, so that a chunk has no fewer rows than this.
-_CHUNK_LOGITS = 1_048_576
+# Logits computed at once: about a million stay near a processor's cache, while a GPU wants large products. With a
+# large vocabulary the output matrix itself has to be read for every chunk, so that a chunk has no fewer rows than this.
+_CHUNK_LOGITS = {"cpu": 1_048_576, "cuda": 67_108_864}
 _CHUNK_ROWS = 128
 
 
@@ -35,7 +35,8 @@ class HeadShape:
         """Read a model's configuration."""
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        return cls(scale, getattr(config, "final_logit_softcapping", None))
+        softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        return cls(scale, softcap)
 
     def apply(self, logits: Tensor) -> Tensor:
         """Return the logits as the model would give them."""
@@ -64,7 +65,7 @@ def token_log_probs(
     Returns:
         (K,) fp32, in nats. Differentiable with respect to `hidden` and to what learns in `head`.
     """
-    rows = chunk_rows or max(_CHUNK_ROWS, _CHUNK_LOGITS // _width(head))
+    rows = chunk_rows or max(_CHUNK_ROWS, _CHUNK_LOGITS.get(hidden.device.type, _CHUNK_LOGITS["cuda"]) // _width(head))
     if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
         result: Tensor = _FrozenHead.apply(hidden, head, targets, shape, rows)  # type: ignore[no-untyped-call]
         return result

@@ -126,9 +126,7 @@ def _plan(arguments: Any, options: StageOptions, lengths: Sequence[int], seed: i
     """Plan the stage for the processes that `arguments` found, and tell them what depends on the plan."""
     if arguments.n_gpu > 1:
         # transformers would split a batch between the GPUs, and with it a pair.
-        raise EveralignError(
-            f"{arguments.n_gpu} GPUs in one process: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
-        )
+        raise EveralignError(f"{arguments.n_gpu} GPUs in one process: set CUDA_VISIBLE_DEVICES to one of them")
     sizes = (options.batch_size, options.tokens_per_batch)
     plan = training_plan(lengths, *sizes, options.epochs, seed, processes=arguments.world_size)
     # Rounded down: the first step of a warm-up has learning rate 0, and a short stage must not end with it.
