@@ -127,7 +127,7 @@ class Learner:
             return self._learn_alone(_as_set(rows), name, None if test is None else _as_set(test))
 
     def _learn_alone(self, rows: PreferenceSet, name: str, test: PreferenceSet | None) -> dict[str, PreferenceScore]:
-        if self._run.version_ids() != list(self._finished.values()):
+        if [version.id for version in self.run.versions] != list(self._finished.values()):
             raise InputError(f"{self._run.path} was continued by another learner: open it again, with resume")
         self._tests.check([(name, rows, test)])
         done = self._already_learned(rows, name) if name in self._finished else None

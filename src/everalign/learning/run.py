@@ -74,11 +74,6 @@ class RunDirectory:
         self.cache = path / "cache"
         self._lock = FileLock(path / _LOCK, timeout=0)
 
-    def version_ids(self) -> list[str]:
-        """Return the finished versions' folder names, in order."""
-        folder = self.path / "versions"
-        return sorted(entry.name for entry in folder.iterdir() if not is_partial(entry)) if folder.is_dir() else []
-
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Keep other processes from writing into this run for the while; may be nested.
