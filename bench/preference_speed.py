@@ -50,7 +50,7 @@ class Contender:
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.startswith("{"):
+            if line.startswith('{"'):  # others are the trainers' own lines
                 answer: dict[str, Any] = json.loads(line)
                 return answer
         sys.exit(f"{self.name}: the worker ended with code {self._process.wait()}")

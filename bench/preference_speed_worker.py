@@ -151,6 +151,10 @@ def run_trl(settings: Settings, model: Any, pairs: list[Any], tokenizer: Any, pr
                 turns.done()
                 turns.wait()
 
+    class Tokenised(DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset  # token ids already, the same as ours
+
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
             output_dir=folder,
@@ -176,7 +180,7 @@ def run_trl(settings: Settings, model: Any, pairs: list[Any], tokenizer: Any, pr
             "chosen_ids": [pair.chosen for pair in pairs],
             "rejected_ids": [pair.rejected for pair in pairs],
         }
-        trainer = DPOTrainer(
+        trainer = Tokenised(
             model,
             args=arguments,
             train_dataset=Dataset.from_dict(columns),
