@@ -6,7 +6,7 @@
 Every contender is a process of its own that holds model, rows and trainer, and runs one epoch over the same pairs
 when it is told to. The contenders take turns, so that a slow minute of the machine hits all of them; what counts is
 the median of the ratios of neighbouring epochs. Memory is the highest resident size of a process above its size
-with the model loaded.
+with the model loaded. The time in which `trl-precomputed` computes its references is not counted against it.
 """
 
 import argparse
