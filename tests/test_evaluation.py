@@ -155,7 +155,7 @@ def test_kl_equals_that_of_two_separate_models(previous):
 
 def test_kl_from_itself_is_nearly_zero_and_never_negative():
     policy = policy_in_task_two()
-    assert 0.0 <= mean_kl(policy, policy.total(), random_pairs(11)) < 1e-8
+    assert 0.0 <= mean_kl(policy, policy.total(), random_pairs(11)) < 1e-7
 
 
 def test_kl_counts_positions_not_responses():

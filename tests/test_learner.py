@@ -413,3 +413,11 @@ def test_several_processes_are_refused(model, output, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="a learner runs in one process"):
         make_learner(model, output)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_without_test_sets_can_be_read(model, output, name):
+    learner = make_learner(model, output, METHODS[name]())
+    learner.learn_all([(task, rows, None) for task, rows, _ in tasks("warm", "brief")])
+    assert load_run(output).versions
+    assert all(value is None for row in learner.scores.matrix for value in row)

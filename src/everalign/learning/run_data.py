@@ -84,8 +84,10 @@ class RunData:
         """
         zero = [_field(self.zero_shot, task, metric) for task in self.tasks]
         rows = [[_field(version.scores, task, metric) for task in self.tasks] for version in self.versions]
-        if self.regime == "joint" and rows:
-            return Scores.joint(self.tasks, zero, rows[-1])
+        if self.regime == "joint":
+            # Of a run without test sets nothing is known of any task.
+            measured = rows and self.tasks
+            return Scores.joint(self.tasks, zero, rows[-1]) if measured else Scores(self.tasks, zero, [], self.regime)
         if self.regime == "separate":
             return Scores.separate(self.tasks, zero, [row[i] for i, row in enumerate(rows)])
         return Scores(self.tasks, zero, rows, self.regime)
