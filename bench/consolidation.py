@@ -1,6 +1,6 @@
 """Consolidation of a 7B-shaped adapter: shared bases against exact low-rank algebra and the paper's dense SVD.
 
-    python bench/consolidation.py
+    python bench/consolidation.py [--dense]
 
 56 matrices of 3584 x 3584 (q and v of 28 layers), r = 16, 12 tasks in the bank. The dense formulation (an SVD of the
 update itself and of the bank's rows as vectors of 12.8M numbers) is timed on one matrix and multiplied: all of them
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dense", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--dense", action="store_true", help="time the paper's dense formulation too: some minutes")
     parser.add_argument("--output", default=str(OUT / "consolidation.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
