@@ -25,10 +25,10 @@ from everalign.modeling.runtime import prepare_process
 RANK_CAP = 64
 
 
-def random_update(size: int, rank: int, seed: int) -> LowRankUpdate:
-    """An update with singular values that fall off, as a trained adapter's do."""
+def random_update(size: int, rank: int, decay: float, seed: int) -> LowRankUpdate:
+    """An update whose singular values fall by about `decay` from one to the next."""
     generator = torch.Generator().manual_seed(seed)
-    scale = 0.97 ** torch.arange(rank)
+    scale = decay ** torch.arange(rank)
     left, right = torch.randn(size, rank, generator=generator), torch.randn(rank, size, generator=generator)
     return LowRankUpdate(left * scale / size**0.5, right / size**0.5)
 
@@ -69,7 +69,7 @@ def history(make: Callable[[], Any], arguments: argparse.Namespace) -> list[Any]
     """All matrices with `tasks` tasks behind them; one is made and copied, for its content does not matter here."""
     first = make()
     for task in range(arguments.tasks):
-        first.learn(random_update(arguments.size, arguments.rank, task))
+        first.learn(random_update(arguments.size, arguments.rank, arguments.decay, task))
     copies = [first]
     for _ in range(arguments.matrices - 1):
         other = make()
@@ -81,7 +81,10 @@ def history(make: Callable[[], Any], arguments: argparse.Namespace) -> list[Any]
 
 def dense_task(arguments: argparse.Namespace) -> None:
     """One matrix as the paper writes it: SVD of the update, rows of the bank as long vectors, SVD of the bank."""
-    updates = [random_update(arguments.size, arguments.rank, task).dense() for task in range(arguments.tasks + 1)]
+    updates = [
+        random_update(arguments.size, arguments.rank, arguments.decay, task).dense()
+        for task in range(arguments.tasks + 1)
+    ]
     U, S, Vh = torch.linalg.svd(updates[-1], full_matrices=False)
     k = int((S.square().cumsum(0) < 0.9 * S.square().sum()).sum()) + 1
     denoised = (U[:, :k] * S[:k]) @ Vh[:k]
@@ -95,6 +98,7 @@ def main() -> None:
     parser.add_argument("--matrices", type=int, default=56)
     parser.add_argument("--size", type=int, default=3584)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--decay", type=float, default=0.97, help="fall of the updates' singular values")
     parser.add_argument("--tasks", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -109,7 +113,7 @@ def main() -> None:
     for turn in range(arguments.rounds + 1):
         for name, make in makers.items():
             matrices = history(make, arguments)
-            update = random_update(arguments.size, arguments.rank, arguments.tasks)
+            update = random_update(arguments.size, arguments.rank, arguments.decay, arguments.tasks)
             took = timed(lambda matrices=matrices, update=update: [matrix.learn(update) for matrix in matrices])
             lost[name] = matrices[0].bank.lost_energy
             sizes[name] = sum(t.numel() * t.element_size() for m in matrices for t in m.bank.state_dict().values())

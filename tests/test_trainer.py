@@ -133,7 +133,7 @@ def test_references_belong_to_their_rows():
 
 def test_a_process_without_rows_in_a_step_computes_one_that_does_not_count():
     steps = Steps(random_pairs(2), TrainingPlan([[[1]], []], processes=2), make_objective("dpo"), True, None)
-    ((batch,),) = [steps[1]]
+    (batch,) = steps[1]
     assert (batch["count"].item(), batch["weight"].tolist()) == (0, [0.0])
 
 

@@ -26,8 +26,8 @@ from everalign.modeling.policy import Policy
 Space = Literal["product", "factors"]
 Bank = MemoryBank | SharedBasisBank
 _RANK_CAP = 64
-# The bank's bases hold the long-term memory and as many directions again of what entered it.
-_BANK_CAP = 2
+# Directions of the bank's bases to one of the long-term memory: it is held whole, and as much again of the history.
+_BANK_TO_MEMORY = 2
 
 
 class LifeAlign(ExperienceReplay):
@@ -93,7 +93,7 @@ class LifeAlign(ExperienceReplay):
 
     def new_bank(self) -> Bank:
         """Return an empty history of one weight."""
-        return SharedBasisBank(_BANK_CAP * self.rank_cap) if self.space == "product" else MemoryBank()
+        return SharedBasisBank(_BANK_TO_MEMORY * self.rank_cap) if self.space == "product" else MemoryBank()
 
     def _end_product(self, policy: Policy, task: Task) -> list[ModuleRecord]:
         long_term, records = policy.long_term(), []

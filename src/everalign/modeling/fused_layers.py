@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 # Elements of a block: a few of them, with their temporaries, fit into a core's second-level cache.
 _BLOCK = 131_072
@@ -43,13 +44,7 @@ def _epsilon(module: Any) -> float | None:
 
 def _gated(module: Any) -> bool:
     parts = all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj"))
-    return parts and isinstance(getattr(module, "act_fn", None), nn.SiLU | _silu_classes())
-
-
-def _silu_classes() -> type:
-    from transformers.activations import ACT2FN
-
-    return type(ACT2FN["silu"])
+    return parts and isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
 
 
 def _width(norm: Any) -> int:
