@@ -19,7 +19,15 @@ from rich.console import Console
 from rich.table import Table
 
 from common import OUT, write_result
-from everalign.memory import LowRankUpdate, MemoryBank, SharedBasisBank, consolidate, consolidate_into, integrate
+from everalign.memory import (
+    LowRankUpdate,
+    MemoryBank,
+    SharedBasisBank,
+    consolidate,
+    consolidate_into,
+    for_each_weight,
+    integrate,
+)
 from everalign.modeling.runtime import prepare_process
 
 RANK_CAP = 64
@@ -114,7 +122,7 @@ def main() -> None:
         for name, make in makers.items():
             matrices = history(make, arguments)
             update = random_update(arguments.size, arguments.rank, arguments.decay, arguments.tasks)
-            took = timed(lambda matrices=matrices, update=update: [matrix.learn(update) for matrix in matrices])
+            took = timed(lambda ms=matrices, u=update: for_each_weight(lambda matrix: matrix.learn(u), ms))
             lost[name] = matrices[0].bank.lost_energy
             sizes[name] = sum(t.numel() * t.element_size() for m in matrices for t in m.bank.state_dict().values())
             if turn:

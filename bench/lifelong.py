@@ -12,7 +12,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,8 @@ class NormMatchedShrink(LifeAlign):
         """Add the update scaled; the bank remembers what LifeAlign's would."""
         result = consolidate(update, bank, self.energy, self.keep)
         norm = update.norm()
-        result = replace(result, refined=update.scaled(result.norm / norm if norm > 0 else 0.0))
-        return result, *integrate(memory, result.refined, self.rank_cap)
+        shrunk = update.scaled(result.norm / norm if norm > 0 else 0.0)
+        return result, *integrate(memory, shrunk, self.rank_cap)
 
 
 @dataclass(frozen=True)

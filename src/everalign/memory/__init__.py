@@ -9,6 +9,7 @@ from everalign.memory.consolidation import (
     integrate,
 )
 from everalign.memory.low_rank import LowRankUpdate
+from everalign.memory.parallel import for_each_weight
 from everalign.memory.shared_basis import SharedBasisBank
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "consolidate",
     "consolidate_factors",
     "consolidate_into",
+    "for_each_weight",
     "integrate",
 ]

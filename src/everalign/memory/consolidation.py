@@ -7,7 +7,9 @@ learnt; `consolidate_factors` does it to each LoRA factor separately, which is t
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,21 +27,25 @@ class Consolidation:
     """What became of one update.
 
     Attributes:
-        refined: what long-term memory receives, RSM. Its width grows with the bank: integrate it, do not
-            store it.
         denoised: the update without its weak directions, SM'.
         projected_energy: share of the denoised update's energy inside the span of the bank, 0 to 1.
         rank: rank of the denoised update.
         energy_kept: share of the update's energy that denoising kept, 0 to 1 (1 for a zero update).
         norm: Frobenius norm of the refined update.
+        build_refined: makes `refined` when it is asked for.
     """
 
-    refined: LowRankUpdate
     denoised: LowRankUpdate
     projected_energy: float
     rank: int
     energy_kept: float
     norm: float
+    build_refined: Callable[[], LowRankUpdate]
+
+    @cached_property
+    def refined(self) -> LowRankUpdate:
+        """What long-term memory receives, RSM. Its width grows with the bank: integrate it, do not store it."""
+        return self.build_refined()
 
 
 def consolidate(update: LowRankUpdate, bank: MemoryBank, energy: float = 0.9, keep: float = 0.5) -> Consolidation:
@@ -64,12 +70,12 @@ def consolidate(update: LowRankUpdate, bank: MemoryBank, energy: float = 0.9, ke
     refined = denoised + projection.component.scaled(keep - 1.0)
     bank.remember(denoised)
     return Consolidation(
-        refined=refined,
         denoised=denoised,
         projected_energy=projection.energy,
         rank=denoised.width,
         energy_kept=energy_kept,
         norm=refined.norm(),
+        build_refined=lambda: refined,
     )
 
 
@@ -151,33 +157,36 @@ def consolidate_into(
     addition = bank.extend(denoised)
     _, part, length = project_core(addition.core, addition.cores)
     refined = addition.core - (1.0 - keep) * part
-    memory, held, discarded = _integrate_core(long_term, refined, addition, rank_cap, update.dtype)
-    bank.adopt(addition, update.dtype, held)
+    memory, discarded = _integrate_core(long_term, refined, addition, bank, rank_cap)
     norm = float(addition.core.norm())
     result = Consolidation(
-        refined=LowRankUpdate(addition.left @ refined, addition.right.T).to(update.dtype),
         denoised=denoised,
         projected_energy=min(1.0, (length / norm) ** 2) if norm > 0.0 else 0.0,
         rank=denoised.width,
         energy_kept=energy_kept,
         norm=float(refined.norm()),
+        build_refined=lambda: LowRankUpdate(addition.left.double() @ refined, addition.right.T).to(update.dtype),
     )
     return result, memory, discarded
 
 
 def _integrate_core(
-    long_term: LowRankUpdate | None, refined: Tensor, addition: Addition, rank_cap: int, dtype: torch.dtype
-) -> tuple[LowRankUpdate, tuple[Tensor, Tensor], float]:
-    """Add a refined core to long-term memory: the sum, its singular vectors in the bases, and the energy discarded."""
-    total = refined
-    if long_term is not None:
-        left, right = addition.left.T @ long_term.left.double(), long_term.right.double() @ addition.right
-        inside = left @ right
-        if float(inside.norm()) < _HELD * math.sqrt(max(long_term.inner(long_term), 0.0)):
-            raise ValueError("the long-term memory does not lie in the bank's bases: they belong to different runs")
-        total = refined + inside
+    long_term: LowRankUpdate | None, refined: Tensor, addition: Addition, bank: SharedBasisBank, rank_cap: int
+) -> tuple[LowRankUpdate, float]:
+    """Add a refined core to long-term memory, whose directions the bank holds; the sum, and the energy discarded."""
+    total = refined if long_term is None else refined + _core_of(long_term, addition)
     U, values, Vh = torch.linalg.svd(total, full_matrices=False)
     k = min(rank_cap, numerical_rank(values, (len(addition.left), len(addition.right))))
-    root = values[:k].sqrt()
-    memory = LowRankUpdate(addition.left @ (U[:, :k] * root), (addition.right @ (Vh[:k].T * root)).T)
-    return memory.to(dtype), (U[:, :k], Vh[:k].T), 1.0 - energy_share(values, k)
+    left, right = bank.adopt(addition, held=(U[:, :k], Vh[:k].T))
+    root = values[:k].sqrt().to(left.dtype)
+    return LowRankUpdate(left * root, (right * root).T), 1.0 - energy_share(values, k)
+
+
+def _core_of(long_term: LowRankUpdate, addition: Addition) -> Tensor:
+    """Return the long-term memory's core (p, p') fp64 in the bases."""
+    left, right = long_term.left.to(addition.left.dtype), long_term.right.to(addition.right.dtype)
+    core: Tensor = (addition.left.T @ left).double() @ (right @ addition.right).double()
+    energy = float(((left.T @ left).double() * (right @ right.T).double()).sum())
+    if float(core.norm()) < _HELD * math.sqrt(max(energy, 0.0)):
+        raise ValueError("the long-term memory does not lie in the bank's bases: they belong to different runs")
+    return core

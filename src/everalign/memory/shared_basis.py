@@ -27,8 +27,8 @@ class Addition:
     """An update in the bank's bases, before the bank takes it in.
 
     Attributes:
-        left: (m, p) fp64 orthonormal, the bank's basis extended by the update's.
-        right: (n, p') fp64 orthonormal.
+        left: (m, p) orthonormal, the bank's basis extended by the update's; in the update's precision.
+        right: (n, p') orthonormal.
         core: (p, p') fp64, the update's core in them.
         cores: (t, p, p') fp64, the entries' cores in them.
     """
@@ -83,20 +83,20 @@ class SharedBasisBank:
         Raises:
             ValueError: the update is of another shape than the entries.
         """
-        left, inside_left = _extended(self._basis(self._left, update.shape[0]), update.left.double())
-        right, inside_right = _extended(self._basis(self._right, update.shape[1]), update.right.double().T)
+        left, inside_left = _extended(self._basis(self._left, update.shape[0], update.dtype), update.left)
+        right, inside_right = _extended(self._basis(self._right, update.shape[1], update.dtype), update.right.T)
         cores = torch.zeros(len(self), left.shape[1], right.shape[1], dtype=torch.float64)
         for index, core in enumerate(self._cores):
             cores[index, : core.shape[0], : core.shape[1]] = core
-        return Addition(left, right, inside_left @ inside_right.T, cores)
+        return Addition(left, right, inside_left.double() @ inside_right.double().T, cores)
 
-    def _basis(self, basis: Tensor | None, rows: int) -> Tensor:
+    def _basis(self, basis: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor:
         if basis is None:
-            return torch.zeros(rows, 0, dtype=torch.float64)
+            return torch.zeros(rows, 0, dtype=dtype)
         if len(basis) != rows:
             held = tuple(len(b) for b in (self._left, self._right) if b is not None)
             raise ValueError(f"updates of different weights: the bank's is {held}")
-        return basis.double()
+        return basis.to(dtype)
 
     def remember(self, update: LowRankUpdate) -> None:
         """Append an update; as `adopt` does with its extension.
@@ -104,24 +104,27 @@ class SharedBasisBank:
         Raises:
             ValueError: the update is of another shape than the entries.
         """
-        self.adopt(self.extend(_balanced(update)), update.dtype)
+        self.adopt(self.extend(_balanced(update)))
 
-    def adopt(self, addition: Addition, dtype: torch.dtype, held: tuple[Tensor, Tensor] | None = None) -> None:
-        """Take an update in, at the precision `dtype`.
+    def adopt(self, addition: Addition, held: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Take an update in, at its precision.
 
         Args:
             addition: what `extend` made of it.
-            dtype: of the stored bases and cores.
-            held: orthonormal (p, k) and (p', k) with k up to `cap`: directions of the bases that stay in any case,
-                those of the long-term memory.
+            held: orthonormal (p, k) and (p', k) fp64 with k up to `cap`: directions of the bases that stay in any
+                case, those of the long-term memory.
+
+        Returns:
+            The held directions themselves, (m, k) and (n, k).
         """
         cores = torch.cat([addition.cores, addition.core[None]])
         nothing = [torch.zeros(size, 0, dtype=torch.float64) for size in cores.shape[1:]]
-        left, cores = _leading(addition.left, cores, (held or nothing)[0], self.cap)
-        right, turned = _leading(addition.right, cores.transpose(1, 2), (held or nothing)[1], self.cap)
-        self._left, self._right = left.to(dtype), right.to(dtype)
-        self._cores = list(turned.transpose(1, 2).to(dtype).contiguous())
+        self._left, cores, held_left = _leading(addition.left, cores, (held or nothing)[0], self.cap)
+        turned = cores.transpose(1, 2)
+        self._right, turned, held_right = _leading(addition.right, turned, (held or nothing)[1], self.cap)
+        self._cores = list(turned.transpose(1, 2).to(addition.left.dtype).contiguous())
         self._energies.append(float(addition.core.square().sum()))
+        return held_left, held_right
 
     def project(self, update: LowRankUpdate) -> Projection:
         """Orthogonal projection (Frobenius) of an update on the span of the entries, as `MemoryBank.project`."""
@@ -129,7 +132,8 @@ class SharedBasisBank:
         coefficients, core, length = project_core(addition.core, addition.cores)
         norm = float(addition.core.norm())
         energy = min(1.0, (length / norm) ** 2) if norm > 0.0 else 0.0
-        return Projection(coefficients, LowRankUpdate(addition.left @ core, addition.right.T).to(update.dtype), energy)
+        component = LowRankUpdate(addition.left.double() @ core, addition.right.T)
+        return Projection(coefficients, component.to(update.dtype), energy)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors `left`, `right`, `cores` (t, p, p') and `energies` (t,); {} for an empty bank."""
@@ -158,8 +162,8 @@ class SharedBasisBank:
 
 
 def _balanced(update: LowRankUpdate) -> LowRankUpdate:
-    """Return the update in fp64 with factors of the same scale, so that no direction is lost beside a larger one."""
-    return LowRankUpdate(*update.to(torch.float64).balanced_factors())
+    """Return the update with factors of the same scale, so that no direction is lost beside a larger one."""
+    return LowRankUpdate(*update.to(torch.float64).balanced_factors()).to(update.dtype)
 
 
 def project_core(core: Tensor, cores: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -192,17 +196,23 @@ def _extended(basis: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([basis, directions], 1), torch.cat([inside + again, outside])
 
 
-def _leading(basis: Tensor, cores: Tensor, held: Tensor, cap: int) -> tuple[Tensor, Tensor]:
+def _leading(basis: Tensor, cores: Tensor, held: Tensor, cap: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keep `cap` directions of a basis (m, p): those held, then those that carry most of the cores (t, p, p').
 
-    Every core counts the same, whatever its norm. Returns the basis and the cores in it.
+    Every core counts the same, whatever its norm. Returns the basis, the cores in it, and the directions held (m, k).
     """
     if basis.shape[1] <= cap:
-        return basis, cores
+        return basis, cores, basis @ held.to(basis.dtype)
     norms = cores.flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
-    rows = (cores / norms[:, None, None]).transpose(0, 1).flatten(1)
-    rows = rows - held @ (held.T @ rows)
-    _, vectors = torch.linalg.eigh(rows @ rows.T)
+    gram = torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64)
+    for core, norm in zip(cores, norms.tolist(), strict=True):
+        unit = core / norm
+        gram.addmm_(unit, unit.T)
+    gram -= held @ (held.T @ gram)
+    gram -= (gram @ held) @ held.T
+    _, vectors = torch.linalg.eigh(gram)
     # Orthonormal again: where the cores fill fewer directions, eigenvectors of 0 may lean into those held.
-    kept = torch.linalg.qr(torch.cat([held, vectors.flip(1)[:, : cap - held.shape[1]]], 1)).Q
-    return basis @ kept, kept.T @ cores
+    kept, triangle = torch.linalg.qr(torch.cat([held, vectors.flip(1)[:, : cap - held.shape[1]]], 1))
+    kept *= triangle.diagonal().sign()  # so that those held come first just as they are
+    leading = basis @ kept.to(basis.dtype)
+    return leading, kept.T @ cores, leading[:, : held.shape[1]]

@@ -18,6 +18,7 @@ from everalign.memory import (
     SharedBasisBank,
     consolidate_factors,
     consolidate_into,
+    for_each_weight,
 )
 from everalign.methods.base import ModuleRecord, Task
 from everalign.methods.replay import ExperienceReplay
@@ -96,13 +97,14 @@ class LifeAlign(ExperienceReplay):
         return SharedBasisBank(_BANK_TO_MEMORY * self.rank_cap) if self.space == "product" else MemoryBank()
 
     def _end_product(self, policy: Policy, task: Task) -> list[ModuleRecord]:
-        long_term, records = policy.long_term(), []
-        for module, update in policy.short_term().items():
-            long_term[module], record = self._consolidate(module, update, long_term.get(module))
-            records.append(record)
+        long_term, updates = policy.long_term(), policy.short_term()
+        # Asked for in advance: the dictionary of banks is not to be written by several threads.
+        work = [(module, update, long_term.get(module), self._banks[module]) for module, update in updates.items()]
+        results = for_each_weight(lambda arguments: self._consolidate(*arguments), work)
+        long_term.update({module: memory for module, (memory, _) in zip(updates, results, strict=True)})
         policy.write_long_term(long_term)
         policy.start_short_term(task.seed)
-        return records
+        return [record for _, record in results]
 
     def refine(
         self, memory: LowRankUpdate | None, update: LowRankUpdate, bank: Any
@@ -114,9 +116,8 @@ class LifeAlign(ExperienceReplay):
         return consolidate_into(memory, update, bank, self.energy, self.keep, self.rank_cap)
 
     def _consolidate(
-        self, module: str, update: LowRankUpdate, memory: LowRankUpdate | None
+        self, module: str, update: LowRankUpdate, memory: LowRankUpdate | None, bank: Bank
     ) -> tuple[LowRankUpdate, ModuleRecord]:
-        bank = self._banks[module]
         result, merged, discarded = self.refine(memory, update, bank)
         record = ModuleRecord(
             module=module,
