@@ -63,11 +63,16 @@ def test_short_groups_fill_the_row_of_the_longest():
     assert batch["position_ids"][1].tolist() == [0, 1, 1, 2, 0, 1, 1, 2, 0, 0]
 
 
-def test_rows_of_one_sequence_need_no_blocks():
+def test_padded_rows_of_one_sequence_have_the_mask_that_their_model_takes():
+    pairs = [EncodedPair("long", [1] * 2, [2] * 2, [3], 1.0), EncodedPair("mid", [4] * 2, [5], [6], 1.0)]
+    assert lay_out_chosen(pairs, shared=True)["segments"].tolist() == [[1, 1, 2, 2], [1, 1, 2, 0]]
+    assert lay_out_chosen(pairs, shared=False)["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+
+
+def test_rows_of_one_sequence_and_one_length_need_no_mask():
     batch = lay_out_chosen([SHORT, SHORT], shared=True)
     assert batch["input_ids"].tolist() == [[5, 6], [5, 6]]
-    assert batch["attention_mask"].tolist() == [[1, 1], [1, 1]]
-    assert "segments" not in batch
+    assert not {"attention_mask", "position_ids", "segments", "prefixes"} & set(batch)
     assert batch["weight"].tolist() == [1.0, 1.0]
 
 

@@ -165,7 +165,7 @@ def test_a_file_written_halfway_is_never_seen(policy, cache, tmp_path, monkeypat
         raise OSError("no space left on device")
 
     pairs = random_pairs(3)
-    monkeypatch.setattr("everalign.training.reference.save_file", full_disk)
+    monkeypatch.setattr("everalign.tensor_files.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         cache.log_probs(policy, "key", pairs, 160)
     monkeypatch.undo()

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from everalign.data.batches import TrainingPlan
 from everalign.data.layout import lay_out_pairs
@@ -286,6 +287,50 @@ def test_a_nan_stops_training_and_names_the_step(name, tmp_path):
 
     with pytest.raises(EveralignError, match=r"^step 2: .*nan.*: lower the learning rate, or train in fp32"):
         train(policy, name, random_pairs(20), tmp_path, hooks={"gradient_hook": spoil})
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the processor wait for a GPU: reading a value, or a size that depends on values."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.calls = [], 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        self.calls += 1
+        self.found += [name for name in self.names if operation.overloadpacket.__name__ == name]
+        return operation(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_micro_batch_waits_for_the_device(name, tmp_path, monkeypatch):
+    waits, inner = Waits(), Trainer.training_step
+
+    def watched(self, *arguments):
+        with waits:
+            return inner(self, *arguments)
+
+    with waits:
+        assert bool(torch.ones(1).isfinite().all())
+    assert waits.found == ["_local_scalar_dense"]
+    waits.found.clear()
+    monkeypatch.setattr(Trainer, "training_step", watched)
+    assert train(random_policy(), name, random_pairs(20), tmp_path, tokens_per_batch=150).steps == 3
+    assert (waits.calls > 100, waits.found) == (True, [])
+
+
+def test_a_nan_is_found_before_a_checkpoint_holds_it(tmp_path):
+    """Losses are looked at when something is logged or saved: here the checkpoint comes first."""
+
+    def spoil(given):
+        next(p for p in given.parameters() if p.requires_grad).grad.fill_(float("nan"))
+
+    options = {"logging_steps": 100, "checkpoint_steps": 2}
+    with pytest.raises(EveralignError, match=r"^step 2: the loss became nan"):
+        train(random_policy(), "dpo", random_pairs(40), tmp_path, hooks={"gradient_hook": spoil}, **options)
+    assert not list(tmp_path.rglob("checkpoint-*"))
 
 
 def test_an_infinite_penalty_stops_training(tmp_path):

@@ -49,7 +49,9 @@ def learn(
     as_json: Annotated[bool, _flag("Print the result as one JSON object.", None, "", "--json")] = False,
     skip_bad_rows: Annotated[bool | None, _flag("Leave bad rows out, and say so.", _DATA, "")] = None,
     allow_overlap: Annotated[bool | None, _flag("Let rows be in training and test sets.", _DATA, "")] = None,
-    cache: Annotated[str | None, _flag("Reference log-probabilities; runs may share it.", _DATA, "DIR")] = None,
+    cache: Annotated[
+        str | None, _flag("Encoded rows and reference log-probabilities; runs may share it.", _DATA, "DIR")
+    ] = None,
     report: Annotated[bool | None, _flag("Write DIR/report.html at the end; on unless refused.", _DATA, "")] = None,
     gamma: Annotated[float | None, _flag("Focusing exponent of fpo (lifealign).", _METHOD)] = None,
     energy: Annotated[float | None, _flag("Share of an update's energy to keep (lifealign).", _METHOD)] = None,

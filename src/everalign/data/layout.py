@@ -31,9 +31,9 @@ def lay_out_pairs(pairs: Sequence[EncodedPair], shared: bool) -> Batch:
         `input_ids` (R, T) int64, right-padded with token 0, on which no result depends; `predictors` (K,), the
         position in R·T whose hidden state predicts a response token; `targets` (K,), that token; `sequences` (K,),
         whose token it is; `lengths` (S,), response tokens of each sequence.
-        Rows of one sequence each have `attention_mask` (R, T), 1 where there is a token. Others have `position_ids`,
-        `segments` and `prefixes` (R, T): a token sees what comes before it in its own segment and in the segment
-        that `prefixes` names; segment 0 is padding.
+        Rows of one sequence each and without padding need no mask; unshared ones with padding have `attention_mask`
+        (R, T), 1 where there is a token. Others have `position_ids`, `segments` and `prefixes` (R, T): a token sees
+        what comes before it in its own segment and in the segment that `prefixes` names; segment 0 is padding.
     """
     count = len(pairs)
     if shared:
@@ -118,8 +118,15 @@ def _lay_out(groups: Sequence[_Group], shared: bool) -> Batch:
         "sequences": sequences,
         "lengths": torch.bincount(sequences),
     }
+    return {**batch, **_masks(rows, width, shared)}
+
+
+def _masks(rows: Sequence[Sequence[_Group]], width: int, shared: bool) -> Batch:
     plain = all(len(row) == 1 and row[0].segments[-1] <= _PREFIX + 1 for row in rows)
-    return {**batch, **(_plain_mask(rows, width) if plain else _blocks(rows, width))}
+    if plain and all(len(row[0].tokens) == width for row in rows):
+        return {}
+    # transformers looks at the values of a mask of two dimensions, for which a GPU would have to be waited for.
+    return _blocks(rows, width) if shared else _plain_mask(rows, width)
 
 
 def _starts(row: Sequence[_Group]) -> list[int]:

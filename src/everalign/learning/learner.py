@@ -53,7 +53,7 @@ class Learner:
         resume: continue the run that `output` holds: finished tasks are taken as they are, and one that was
             interrupted goes on from its newest checkpoint. A run with other settings is refused.
         allow_overlap: let pairs occur in training and test data.
-        cache: folder for reference log-probabilities, to be shared between runs; inside `output` when None.
+        cache: folder for encoded rows and reference log-probabilities, which runs may share; in `output` when None.
         announce: called with one line for each thing that happens; standard error when None.
         progress: called with (stage, steps done, steps in all).
 

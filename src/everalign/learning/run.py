@@ -2,7 +2,7 @@
 
     run.json  zero_shot.json  current  versions/001-NAME/{manifest, scores, training, consolidation, adapter, ...}
     work/     checkpoints of the task being learned; empty between tasks
-    cache/    reference log-probabilities
+    cache/    encoded rows and reference log-probabilities
     tests/    the held-out rows that every version is scored on
 
 A version is written to a temporary folder, synced, and renamed: it is there whole or not at all.

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from everalign.data.encoding import EncodedPairs, encode_pairs
+from everalign.data.encoding import EncodedPairs
+from everalign.data.encoding_cache import EncodingCache
 from everalign.data.records import Preference
 from everalign.data.templating import template_fingerprint
 from everalign.errors import InputError
@@ -41,6 +42,7 @@ class Setup:
         adapter: shape of the adapter.
         seed: seeds everything random.
         cache: reference log-probabilities.
+        encodings: tokenised rows.
         announce: called with one line for each thing that happens.
         progress: called with (stage, steps done, steps in all).
     """
@@ -55,12 +57,13 @@ class Setup:
     adapter: AdapterOptions
     seed: int
     cache: ReferenceCache
+    encodings: EncodingCache
     announce: Announce
     progress: Progress
 
     def encode(self, rows: Sequence[Preference]) -> EncodedPairs:
         """Return rows as tokens, cut to the options' length."""
-        return encode_pairs(rows, self.tokenizer, self.options.max_length)
+        return self.encodings.encode(rows, self.tokenizer, self.options.max_length)
 
     def stages(self) -> list[tuple[Objective, StageOptions]]:
         """Return the stages of a task, in order."""
@@ -127,6 +130,7 @@ def make_setup(
         adapter=adapter,
         seed=seed,
         cache=ReferenceCache(cache),
+        encodings=EncodingCache(cache),
         announce=announce,
         progress=progress,
     )

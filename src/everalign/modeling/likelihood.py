@@ -72,6 +72,8 @@ class LanguageHead:
         inputs = {"input_ids": batch["input_ids"], "use_cache": False}
         if "attention_mask" in batch:
             return {**inputs, "attention_mask": batch["attention_mask"]}
+        if "segments" not in batch:
+            return inputs
         mask = _block_mask(batch["segments"], batch["prefixes"])
         if self._additive:
             dtype = next(self._model.parameters()).dtype

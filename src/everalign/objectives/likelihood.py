@@ -5,7 +5,7 @@ from torch import Tensor
 from everalign.objectives.checks import finite_rows, full_precision, positive
 
 
-def token_nll(sequence_logprobs: Tensor, normaliser: float | Tensor) -> Tensor:
+def token_nll(sequence_logprobs: Tensor, normaliser: float | Tensor, check_finite: bool = True) -> Tensor:
     """Each response's share of the mean negative log-likelihood per token, `(B,)` -> `(B,)`, in nats.
 
     With `normaliser` the number of response tokens in the whole optimiser step, the sum of all the step's
@@ -15,10 +15,12 @@ def token_nll(sequence_logprobs: Tensor, normaliser: float | Tensor) -> Tensor:
     Args:
         sequence_logprobs: `(B,)` log-probabilities of whole responses, in nats, summed over their tokens.
         normaliser: number of response tokens to divide by, above 0.
+        check_finite: look at the values; without it nothing waits for a GPU to compute them.
 
     Raises:
         ValueError: a log-probability is NaN or infinite (names the rows), or `normaliser` is not above 0.
     """
-    tokens = float(normaliser)
-    positive(tokens, "normaliser")
-    return -full_precision(finite_rows(sequence_logprobs, "log-probability")) / tokens
+    if check_finite:
+        positive(float(normaliser), "normaliser")
+        finite_rows(sequence_logprobs, "log-probability")
+    return -full_precision(sequence_logprobs) / normaliser

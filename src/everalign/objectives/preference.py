@@ -4,7 +4,8 @@ Sources: Rafailov et al. 2023, "Direct Preference Optimization", eq. 7 (margin a
 Li et al. 2026, "LifeAlign", arXiv 2509.17183 (FPO, the focal form of DPO).
 
 Every function takes and returns one value a pair, un-reduced, and computes in fp32 whatever the inputs'
-type (in fp64 if they are fp64). Log-probabilities are in nats.
+type (in fp64 if they are fp64). Log-probabilities are in nats. `check_finite=False` leaves the search for NaN and
+infinite values to the caller: on a GPU it would wait for everything that is still being computed.
 """
 
 import math
@@ -21,6 +22,7 @@ def implicit_margin(
     reference_chosen: Tensor,
     reference_rejected: Tensor,
     beta: float,
+    check_finite: bool = True,
 ) -> Tensor:
     """How much more than the reference the policy prefers the chosen response, as a logit.
 
@@ -32,6 +34,7 @@ def implicit_margin(
         reference_chosen: `(B,)` the same under the reference policy.
         reference_rejected: `(B,)` the same under the reference policy.
         beta: strength of the pull towards the reference, above 0.
+        check_finite: refuse margins that are NaN or infinite.
 
     Returns:
         `(B,)` margins; positive where the policy ranks the pair more as wished than the reference does.
@@ -48,19 +51,20 @@ def implicit_margin(
     )
     chosen = full_precision(policy_chosen) - full_precision(reference_chosen)
     rejected = full_precision(policy_rejected) - full_precision(reference_rejected)
-    return finite_rows(beta * (chosen - rejected), "margin")
+    margin = beta * (chosen - rejected)
+    return finite_rows(margin, "margin") if check_finite else margin
 
 
-def dpo_loss(margin: Tensor) -> Tensor:
+def dpo_loss(margin: Tensor, check_finite: bool = True) -> Tensor:
     """DPO: `-log sigmoid(margin)`, `(B,)` -> `(B,)` in nats (DPO, eq. 7).
 
     Raises:
         ValueError: a margin is NaN or infinite; names the rows.
     """
-    return -logsigmoid(full_precision(finite_rows(margin, "margin")))
+    return -logsigmoid(full_precision(finite_rows(margin, "margin") if check_finite else margin))
 
 
-def fpo_loss(margin: Tensor, gamma: float) -> Tensor:
+def fpo_loss(margin: Tensor, gamma: float, check_finite: bool = True) -> Tensor:
     """FPO: `-(1 - sigmoid(margin))^gamma * log sigmoid(margin)`, `(B,)` -> `(B,)` in nats (LifeAlign).
 
     `gamma = 0` is DPO exactly. The gradient flows through the weight too, so that with s = sigmoid(margin)
@@ -78,4 +82,4 @@ def fpo_loss(margin: Tensor, gamma: float) -> Tensor:
     # 1 - sigmoid(r) = sigmoid(-r), whose logarithm neither overflows nor cancels at either end.
     margin = full_precision(margin)
     weight = (gamma * logsigmoid(-margin)).exp()
-    return weight * dpo_loss(margin)
+    return weight * dpo_loss(margin, check_finite)

@@ -5,22 +5,18 @@ stages, methods and replay share it, and nothing stale can be taken for a hit.
 """
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from everalign.data.batches import batches_by_length
 from everalign.data.encoding import EncodedPair
 from everalign.data.layout import lay_out_pairs, pair_tokens
-from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
+from everalign.tensor_files import read_tensors, write_tensors
 
 Progress = Callable[[int], None]
 
@@ -42,17 +38,22 @@ def pair_log_probs(
     Returns:
         (N, 2) fp32 on the CPU: chosen, rejected, in nats.
     """
-    result = torch.empty(len(pairs), 2)
+    order: list[int] = []
+    parts: list[Tensor] = []
     was_training, shared = policy.training, policy.head.shared
     policy.eval()
     for rows in batches_by_length([pair_tokens(pair, shared) for pair in pairs], tokens_per_batch):
         batch = policy.on_device(lay_out_pairs([pairs[row] for row in rows], shared))
         with torch.no_grad():
             sums = policy(batch)
-        result[rows] = torch.stack(sums.chunk(2), dim=1).cpu()
+        order += rows
+        parts.append(torch.stack(sums.chunk(2), dim=1))
         if progress is not None:
             progress(len(rows))
     policy.train(was_training)
+    result = torch.empty(len(pairs), 2)
+    if parts:
+        result[order] = torch.cat(parts).cpu()  # the device is waited for once
     return result
 
 
@@ -69,13 +70,6 @@ def policy_key(fingerprint: str, updates: Mapping[str, LowRankUpdate]) -> str:
 
 def _row_key(pair: EncodedPair) -> str:
     return hashlib.sha256(repr((pair.prompt, pair.chosen, pair.rejected)).encode()).hexdigest()[:32]
-
-
-def _checksum(*tensors: Tensor) -> Tensor:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.numpy().tobytes())
-    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 class ReferenceCache:
@@ -113,24 +107,11 @@ class ReferenceCache:
         return self._folder / f"{key}.safetensors"
 
     def _read(self, key: str) -> dict[str, Tensor]:
-        path = self._path(key)
-        if not path.exists():
+        stored = read_tensors(self._path(key), ("keys", "log_probs"), "reference cache")
+        if stored is None:
             return {}
-        try:
-            stored = load_file(path)
-            names, log_probs = stored["keys"], stored["log_probs"]
-            intact = torch.equal(stored["sha256"], _checksum(names, log_probs))
-        except (SafetensorError, KeyError) as error:
-            raise InputError(f"{path}: the reference cache is damaged ({error}): delete this file") from error
-        if not intact:
-            raise InputError(f"{path}: the reference cache is damaged (its values changed): delete this file")
-        return dict(zip(bytes(names.numpy()).decode().split(), log_probs, strict=True))
+        return dict(zip(bytes(stored["keys"].numpy()).decode().split(), stored["log_probs"], strict=True))
 
     def _write(self, key: str, rows: Mapping[str, Tensor]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         names = torch.frombuffer(bytearray(" ".join(rows), "ascii"), dtype=torch.uint8)
-        log_probs = torch.stack(list(rows.values()))
-        handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".partial")
-        os.close(handle)
-        save_file({"keys": names, "log_probs": log_probs, "sha256": _checksum(names, log_probs)}, temporary)
-        os.replace(temporary, self._path(key))
+        write_tensors(self._path(key), {"keys": names, "log_probs": torch.stack(list(rows.values()))})

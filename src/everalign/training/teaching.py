@@ -1,10 +1,12 @@
 """What one batch teaches: layout of the batch, its loss, and what the loss is divided by.
 
 Each class joins a pure function of `everalign.objectives` to the Trainer. A loss is a sum over the micro-batch
-divided by the count of the whole optimiser step, so that accumulated micro-batches equal the big batch.
+divided by the count of the whole optimiser step, so that accumulated micro-batches equal the big batch. Nothing here
+looks at a value: the Trainer does, once per logging step.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -50,7 +52,7 @@ class SupervisedObjective:
     def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
         """Return Σ weight·NLL / count; metric `nll` is per token of each row."""
         sums = model(batch)
-        losses = token_nll(sums, count) * batch["weight"]
+        losses = token_nll(sums, count, check_finite=False) * batch["weight"]
         return losses.sum(), {"nll": (-sums / batch["lengths"]).detach()}
 
 
@@ -76,7 +78,7 @@ class PreferenceObjective:
         """Return Σ weight·loss(margin) / count; metrics `margin` and `accuracy` per pair."""
         chosen, rejected = model(batch).chunk(2)
         reference_chosen, reference_rejected = batch["reference"].unbind(dim=1)
-        margin = implicit_margin(chosen, rejected, reference_chosen, reference_rejected, self.beta)
+        margin = implicit_margin(chosen, rejected, reference_chosen, reference_rejected, self.beta, check_finite=False)
         losses = self._margin_loss(margin) * batch["weight"]
         detached = margin.detach()
         return losses.sum() / count, {"margin": detached, "accuracy": (detached > 0).float()}
@@ -95,8 +97,8 @@ def make_objective(name: str, beta: float = 0.1, gamma: float | None = None) -> 
     if name == "sft":
         return SupervisedObjective()
     if name == "dpo":
-        return PreferenceObjective("dpo", dpo_loss, beta)
+        return PreferenceObjective("dpo", partial(dpo_loss, check_finite=False), beta)
     if name == "fpo":
         exponent = DEFAULT_GAMMA if gamma is None else gamma
-        return PreferenceObjective("fpo", lambda margin: fpo_loss(margin, exponent), beta)
+        return PreferenceObjective("fpo", partial(fpo_loss, gamma=exponent, check_finite=False), beta)
     raise InputError(f"unknown objective {name!r}: choose one of {', '.join(OBJECTIVES)}")

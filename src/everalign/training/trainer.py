@@ -1,5 +1,6 @@
 """One Trainer for every objective, on `transformers.Trainer` (public methods only)."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -88,7 +89,9 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         gradient_hook: GradientHook | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        hooks = list(callbacks) if gradient_hook is None else [*callbacks, _GradientCallback(gradient_hook)]
+        hooks = [*callbacks, _StopDiverged(self)]
+        if gradient_hook is not None:
+            hooks.append(_GradientCallback(gradient_hook))
         super().__init__(model=policy, args=arguments, train_dataset=steps, data_collator=_only, callbacks=hooks)
         self.remove_callback(PrinterCallback)
         self.objective, self._penalty = objective, penalty
@@ -96,6 +99,7 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         self.model_accepts_loss_kwargs = True
         self._penalty_due = False
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+        self._losses: list[tuple[int, Tensor]] = []
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -124,37 +128,48 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Return the micro-batch's share of the step's loss; the step's first one carries the penalty.
-
-        Raises:
-            EveralignError: the loss is NaN or infinite; the message says at which step.
-        """
+        """Return the micro-batch's share of the step's loss; the step's first one carries the penalty."""
         count = inputs["count"] if num_items_in_batch is None else num_items_in_batch
-        try:
-            loss, metrics = self.objective.loss(model, inputs, count)
-        except ValueError as error:
-            raise self._diverged(str(error)) from error
+        loss, metrics = self.objective.loss(model, inputs, count)
         loss = loss * self.accelerator.num_processes  # the gradients are averaged over the processes
         if self._penalty is not None and self._penalty_due:
             extra = self._penalty(self.accelerator.unwrap_model(model))
             loss = loss if extra is None else loss + extra
             self._penalty_due = False
-        if not torch.isfinite(loss.detach()):
-            raise self._diverged(f"the loss became {loss.item()}")
+        self._losses.append((self.state.global_step + 1, loss.detach()))
         for name, values in metrics.items():
             self._metrics[name].append(values)
         return (loss, metrics) if return_outputs else loss
 
-    def _diverged(self, what: str) -> EveralignError:
-        step = self.state.global_step + 1
-        return EveralignError(f"step {step}: {what}: lower the learning rate, or train in fp32")
+    def check_losses(self) -> None:
+        """Look at the losses since the last look.
+
+        Raises:
+            EveralignError: one is NaN or infinite; the message says at which step.
+        """
+        steps, losses = [step for step, _ in self._losses], [loss for _, loss in self._losses]
+        self._losses.clear()
+        for step, loss in zip(steps, torch.stack(losses).tolist() if losses else [], strict=True):
+            if not math.isfinite(loss):
+                raise EveralignError(f"step {step}: the loss became {loss}: lower the learning rate, or train in fp32")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics' means since the last log; the device is synchronised here and nowhere else."""
+        """Add the metrics' means since the last log; only here and before a checkpoint is the device waited for."""
         for name, values in self._metrics.items():
             logs[name] = torch.cat(values).mean().item()
         self._metrics.clear()
         super().log(logs, start_time)
+
+
+class _StopDiverged(TrainerCallback):  # type: ignore[misc]
+    """Looks at the losses before anything of a step is logged or saved, and after the last step."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_log or control.should_save or state.global_step >= state.max_steps:
+            self._trainer.check_losses()
 
 
 class _GradientCallback(TrainerCallback):  # type: ignore[misc]
