@@ -1,12 +1,15 @@
 """Preference training side by side with TRL's DPOTrainer: pairs per second and peak memory, as paired ratios.
 
     python bench/preference_speed.py                            # real hh-rlhf pairs, fp32 and bf16
-    python bench/preference_speed.py --shape 1024x128 --vocabulary 152000 --pairs 8 --batch-size 4
+    python bench/preference_speed.py --shape 1024x128 --vocabulary 152000 --pairs 4 --batch-size 2
+    python bench/preference_speed.py --sweep prompt             # or response, vocabulary, tasks
 
 Every contender is a process of its own that holds model, rows and trainer, and runs one epoch over the same pairs
 when it is told to. The contenders take turns, so that a slow minute of the machine hits all of them; what counts is
 the median of the ratios of neighbouring epochs. Memory is the highest resident size of a process above its size
 with the model loaded. The time in which `trl-precomputed` computes its references is not counted against it.
+`everalign-N` is ours with the long-term memory of N tasks. Utilisation is the share of the machine's rate of matrix
+products, measured in the same process, that the products which a step cannot do without would take up.
 """
 
 import argparse
@@ -23,8 +26,15 @@ from rich.table import Table
 from common import OUT, write_result
 
 WORKER = Path(__file__).with_name("preference_speed_worker.py")
-OURS = "everalign"
 PEERS = ("trl", "trl-precomputed")
+SMALL = {"pairs": 8, "batch_size": 4, "vocabulary": 32_000}
+# What is varied, everything else being equal; prompts and responses are random tokens.
+SWEEPS = {
+    "prompt": [{**SMALL, "shape": f"{prompt}x64"} for prompt in (64, 256, 1024)],
+    "response": [{**SMALL, "shape": f"256x{response}"} for response in (16, 64, 256)],
+    "vocabulary": [{**SMALL, "shape": "256x64", "vocabulary": size} for size in (4_000, 32_000, 152_000)],
+    "tasks": [{"contenders": ["everalign-1", "everalign-12"]}],
+}
 
 
 class Contender:
@@ -78,18 +88,22 @@ def compare(settings: dict[str, Any], names: list[str], rounds: int) -> dict[str
 
 
 def summary(measured: dict[str, Any], pairs: int) -> list[dict[str, Any]]:
-    """Return a row for each contender: its own numbers, and ours as ratios to it."""
+    """Return a row for each contender: its own numbers, and those of the first as ratios to it."""
     rows = []
-    ours = measured["epochs"][OURS]
+    ours = next(iter(measured["epochs"].values()))
     for name, epochs in measured["epochs"].items():
+        ready = measured["ready"][name]
         memory = max(epoch["memory"] for epoch in epochs)
         row = {
             "contender": name,
             "pairs_per_second": pairs / statistics.median(epoch["seconds"] for epoch in epochs),
             "memory_mib": memory / 2**20,
-            "first_step_seconds": measured["ready"][name]["seconds"],
+            "first_step_seconds": ready["seconds"],
         }
-        if name != OURS:
+        if "flops" in ready:
+            seconds = statistics.median(epoch["seconds"] for epoch in epochs)
+            row["utilisation"] = ready["flops"] / seconds / ready["flops_per_second"]
+        if epochs is not ours:
             # A run of one epoch computes every reference once, whoever does it and when.
             whole = [
                 (theirs["seconds"] + theirs["reference"]) / (o["seconds"] + o["reference"])
@@ -116,6 +130,7 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
         "memory MiB",
         "our memory",
         "start-up s",
+        "utilisation",
     )
     for name in names:
         table.add_column(name, justify="left" if name == "contender" else "right")
@@ -123,14 +138,17 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
         ratios = [f"{row[key]:.2f}×" if key in row else "" for key in ("speed_one_epoch", "speed_known_reference")]
         share = f"{row['memory_share']:.0%}" if "memory_share" in row else ""
         numbers = (f"{row['pairs_per_second']:.2f}", *ratios, f"{row['memory_mib']:.0f}", share)
-        table.add_row(row["contender"], *numbers, f"{row['first_step_seconds']:.1f}")
+        used = f"{row['utilisation']:.0%}" if "utilisation" in row else ""
+        table.add_row(row["contender"], *numbers, f"{row['first_step_seconds']:.1f}", used)
     Console(width=150).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--contenders", nargs="+", default=[OURS, *PEERS], help="everalign, trl, trl-precomputed")
+    parser.add_argument(
+        "--contenders", nargs="+", default=["everalign", *PEERS], help="everalign, everalign-N, trl, trl-precomputed"
+    )
     parser.add_argument("--shape", help="PROMPTxRESPONSE tokens of random pairs, instead of real ones")
     parser.add_argument(
         "--vocabulary", type=int, default=0, help="a random model of Qwen2.5-0.5B's shape, cut to 2 layers"
@@ -142,15 +160,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", default=str(OUT / "preference_speed.json"))
+    parser.add_argument("--sweep", choices=list(SWEEPS), help="several runs, with these things varied")
     arguments = parser.parse_args()
-    results = {}
-    for precision in arguments.precisions:
-        settings = {**vars(arguments), "precision": precision}
-        measured = compare(settings, arguments.contenders, arguments.rounds)
-        rows = summary(measured, arguments.pairs)
-        print_table(f"{precision}: {measured['ready'][OURS]['what']}", rows)
-        results[precision] = {"rows": rows, "measured": measured}
-    write_result(Path(arguments.output), {"settings": vars(arguments), "results": results})
+    results = []
+    for point in SWEEPS.get(arguments.sweep, [{}]):
+        for precision in arguments.precisions:
+            settings = {**vars(arguments), **point, "precision": precision}
+            measured = compare(settings, settings["contenders"], arguments.rounds)
+            rows = summary(measured, settings["pairs"])
+            what = next(iter(measured["ready"].values()))["what"]
+            print_table(f"{precision}, {point or 'as given'}: {what}", rows)
+            results.append({"settings": settings, "rows": rows, "measured": measured})
+    write_result(Path(arguments.output), {"results": results})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch  # noqa: E402  # after the environment
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config  # noqa: E402
 
 from common import data_folder, preference_rows  # noqa: E402
+from roofline import matrix_rate, needed_flops  # noqa: E402
 
 RANK, ALPHA, BETA, LEARNING_RATE = 8, 16.0, 0.1, 1e-3
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -92,12 +93,25 @@ class Turns:
         print(json.dumps(answer), flush=True)
 
 
-def ready(what: str) -> None:
+def ready(what: str, **facts: float) -> None:
     """Tell the parent that the next thing is the first step."""
-    print(json.dumps({"seconds": time.perf_counter() - STARTED, "what": what}), flush=True)
+    print(json.dumps({"seconds": time.perf_counter() - STARTED, "what": what, **facts}), flush=True)
 
 
-def run_everalign(settings: Settings, model: Any, pairs: list[Any]) -> None:
+def remember_tasks(policy: Any, tasks: int) -> None:
+    """Give the policy the long-term memory of this many tasks: rank 8 each, 64 at most."""
+    from everalign.memory import LowRankUpdate
+
+    rank = min(64, RANK * tasks)
+    updates = {}
+    for index, (name, update) in enumerate(policy.short_term().items()):
+        (m, n), generator = update.shape, torch.Generator().manual_seed(index)
+        left, right = (torch.randn(*size, generator=generator) * 0.01 for size in ((m, rank), (rank, n)))
+        updates[name] = LowRankUpdate(left, right)
+    policy.write_long_term(updates)
+
+
+def run_everalign(settings: Settings, model: Any, pairs: list[Any], tasks: int) -> None:
     """Epochs of our Trainer; the reference is computed once, and again after each epoch only to be timed."""
     from everalign.modeling.policy import Policy
     from everalign.training.reference import pair_log_probs
@@ -107,6 +121,8 @@ def run_everalign(settings: Settings, model: Any, pairs: list[Any]) -> None:
     tokens = settings["tokens_per_batch"]
     model.requires_grad_(False)
     policy = Policy(model.eval(), RANK, ALPHA, LINEAR)
+    if tasks:
+        remember_tasks(policy, tasks)
 
     def reference() -> float:
         began = time.perf_counter()
@@ -128,7 +144,8 @@ def run_everalign(settings: Settings, model: Any, pairs: list[Any]) -> None:
             turns.wait()
 
     prompts = "shared" if policy.head.shared else "separate"
-    ready(f"{len(pairs)} pairs, {prompts} prompts, {torch.get_num_threads()} threads")
+    what = f"{len(pairs)} pairs, {prompts} prompts, {torch.get_num_threads()} threads"
+    ready(what, flops=needed_flops(policy, pairs, RANK), flops_per_second=matrix_rate(model.dtype))
     turns.wait()
     with tempfile.TemporaryDirectory() as folder:
         objective = make_objective("dpo", BETA)
@@ -196,14 +213,15 @@ def run_trl(settings: Settings, model: Any, pairs: list[Any], tokenizer: Any, pr
 def main() -> None:
     name, settings = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(settings["threads"])
-    if name in ("everalign", "trl-process"):
+    ours = name.startswith("everalign")
+    if ours:
         from everalign.modeling.runtime import prepare_process
 
         prepare_process()
     tokenizer = AutoTokenizer.from_pretrained(data_folder() / "base-model")
     pairs, model = load_pairs(settings, tokenizer), load_model(settings)
-    if name == "everalign":
-        run_everalign(settings, model, pairs)
+    if ours:
+        run_everalign(settings, model, pairs, tasks=int(name.removeprefix("everalign").lstrip("-") or 0))
     else:
         run_trl(settings, model, pairs, tokenizer, precomputed="precomputed" in name)
 

@@ -79,35 +79,36 @@ class _Fused(torch.autograd.Function):
         scales: tuple[float, ...],
         *factors: Tensor,
     ) -> Tensor:
-        """Compute y (..., m) from x (..., n), W (m, n) and the adapters' A (r, n), B (m, r), one after the other."""
+        """Compute y (..., m) from x (..., n), W (m, n) and the adapters' A (r, n), B (m, r), one after the other.
+
+        All adapters are two products: their As below one another, their Bs side by side.
+        """
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        cast = [factor.to(dtype) for factor in factors]
+        A = torch.cat([a.to(dtype) for a in factors[::2]])
+        B = torch.cat([(b * scale).to(dtype) for b, scale in zip(factors[1::2], scales, strict=True)], dim=1)
         y = nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
-        inner = []
-        for scale, a, b in zip(scales, cast[::2], cast[1::2], strict=True):
-            inner.append(rows @ a.T)
-            y.addmm_(inner[-1], b.T, alpha=scale)
-        learns = any(ctx.needs_input_grad[5:])
-        ctx.save_for_backward(weight, *cast, *((rows, *inner) if learns else ()))
-        ctx.scales, ctx.shape, ctx.dtypes = scales, x.shape, (x.dtype, [factor.dtype for factor in factors])
+        inner = rows @ A.T
+        y.addmm_(inner, B.T)
+        widths = [len(a) for a in factors[::2]]
+        learned = [i for i in range(len(scales)) if any(ctx.needs_input_grad[5 + 2 * i : 7 + 2 * i])]
+        parts = torch.split(inner, widths, dim=1)
+        ctx.save_for_backward(weight, A, B, *((rows, *(parts[i].contiguous() for i in learned)) if learned else ()))
+        ctx.scales, ctx.widths, ctx.learned = scales, widths, learned
+        ctx.shape, ctx.dtypes = x.shape, (x.dtype, [factor.dtype for factor in factors])
         return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of the factors that learn."""
-        weight, *saved = ctx.saved_tensors
-        count = 2 * len(ctx.scales)
-        cast, (rows, *inner) = saved[:count], saved[count:] or [None]
-        g = gradient.reshape(-1, gradient.shape[-1]).to(cast[0].dtype)
-        dx = g @ weight.to(g.dtype) if ctx.needs_input_grad[0] else None
-        factors: list[Tensor | None] = []
-        for i, (scale, a, b) in enumerate(zip(ctx.scales, cast[::2], cast[1::2], strict=True)):
-            narrow = (g @ b).mul_(scale)
-            if dx is not None:
-                dx.addmm_(narrow, a)
-            wanted = ctx.needs_input_grad[5 + 2 * i : 7 + 2 * i]
-            types = ctx.dtypes[1][2 * i : 2 * i + 2]
-            factors.append((narrow.T @ rows).to(types[0]) if wanted[0] else None)
-            factors.append((g.T @ inner[i]).mul_(scale).to(types[1]) if wanted[1] else None)
-        dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtypes[0])
+        weight, A, B, *saved = ctx.saved_tensors
+        g = gradient.reshape(-1, gradient.shape[-1]).to(A.dtype)
+        narrow = g @ B
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (g @ weight.to(g.dtype)).addmm_(narrow, A).view(ctx.shape).to(ctx.dtypes[0])
+        factors: list[Tensor | None] = [None] * (2 * len(ctx.scales))
+        parts = torch.split(narrow, ctx.widths, dim=1)
+        for i, inner in zip(ctx.learned, saved[1:], strict=True):
+            factors[2 * i] = (parts[i].T @ saved[0]).to(ctx.dtypes[1][2 * i])
+            factors[2 * i + 1] = (g.T @ inner).mul_(ctx.scales[i]).to(ctx.dtypes[1][2 * i + 1])
         return (dx, None, None, None, None, *factors)
