@@ -32,6 +32,8 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.weight.dtype
     weight, names = _fold_frozen(layer, names) if dtype == torch.float32 else (base.weight, names)
+    if not names:
+        return nn.functional.linear(x.to(dtype), weight, base.bias)
     factors = [f[name].weight for name in names for f in (layer.lora_A, layer.lora_B)]
     scales = tuple(layer.scaling[name] for name in names)
     result = _Fused.apply(x, weight, base.bias, dtype, scales, *factors)  # type: ignore[no-untyped-call]
