@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
 from everalign.data.encoding import EncodedPair
@@ -52,6 +52,22 @@ def policy(family):
 
 def test_the_head_is_apart_in_all_of_them(policy):
     assert policy.head.separate
+
+
+@pytest.mark.parametrize("family", FAMILIES + SCALED)
+def test_the_head_is_apart_in_bf16_too(family):
+    assert Policy(random_model(family).to(torch.bfloat16), 2, 4.0).head.separate
+
+
+def test_bf16_products_of_another_number_of_rows_do_not_hide_the_head():
+    """At this width some processors sum a row of a small product in another order than that of a large one."""
+    config = Qwen2Config(
+        vocab_size=1000, hidden_size=896, intermediate_size=64, num_hidden_layers=1, num_attention_heads=14,
+        num_key_value_heads=1, use_sliding_window=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).requires_grad_(False).eval()
+    assert Policy(model, 2, 4.0).head.separate
 
 
 def test_prompts_are_shared_but_where_layers_have_windows(policy, family):

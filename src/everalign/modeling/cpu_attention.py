@@ -69,34 +69,37 @@ def _attention(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.scale = scale
         group = query.shape[1] // key.shape[1]
-        if group > 1:
-            key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        k, v = (tensor.repeat_interleave(group, dim=1) if group > 1 else tensor for tensor in (key, value))
+        output = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(query, key, value, mask, output)
+        ctx.scale = scale
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
+        query, key, value, mask, output = ctx.saved_tensors
         rows, heads, length, _ = query.shape
         keys = key.shape[1]
         # The heads that share a key are rows of one product, whose gradients for the key are summed by it.
-        q, g = (tensor.reshape(rows, keys, heads // keys * length, -1) for tensor in (query, gradient))
+        q, g, o = (tensor.reshape(rows, keys, heads // keys * length, -1) for tensor in (query, gradient, output))
         dq, dk, dv = torch.empty_like(q), torch.empty_like(key), torch.empty_like(value)
         step = max(1, _BLOCK // (heads * length * length))
         for start in range(0, rows, step):
             part = slice(start, start + step)
             hidden = ~(mask[part] if len(mask) == rows else mask)
-            dq[part], dk[part], dv[part] = _gradients(q[part], key[part], value[part], g[part], hidden, ctx.scale)
+            dq[part], dk[part], dv[part] = _gradients(
+                q[part] * ctx.scale, key[part], value[part], o[part], g[part], hidden
+            )
+            dq[part] *= ctx.scale
         return dq.view_as(query), dk, dv, None, None
 
 
 def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, hidden: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, output: Tensor, gradient: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv of softmax(scale·q·kᵀ)·v, for q (R, H', G·T, D) and k, v (R, H', T, D)."""
-    scores = (q @ k.transpose(-1, -2)).mul_(scale)
+    """Return dq, dk, dv of softmax(q·kᵀ)·v = output, for q (R, H', G·T, D) and k, v (R, H', T, D)."""
+    scores = q @ k.transpose(-1, -2)
     by_head = scores.view(*scores.shape[:2], -1, k.shape[2], k.shape[2])
     by_head.masked_fill_(hidden[:, :, None], float("-inf"))
     p = scores.softmax(dim=-1)
@@ -104,6 +107,7 @@ def _gradients(
         # Padding behind a window sees nothing at all; the library gives it zeros.
         p.nan_to_num_(nan=0.0)
     dv = p.transpose(-1, -2) @ gradient
-    dp = gradient @ v.transpose(-1, -2)
-    ds = dp.sub_((dp * p).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+    # Σ dp·p of a row is its gradient times its output (Dao et al. 2022, "FlashAttention", appendix B.2).
+    inner = (gradient.float() * output.float()).sum(-1, keepdim=True).to(p.dtype)
+    ds = (gradient @ v.transpose(-1, -2)).sub_(inner).mul_(p)
     return ds @ k, ds.transpose(-1, -2) @ q, dv

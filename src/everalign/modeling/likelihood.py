@@ -36,10 +36,9 @@ class LanguageHead:
         self._additive = getattr(config, "_attn_implementation", "sdpa") == "eager"
         self.separate = False
         with torch.no_grad():
-            whole = self.response_logits(self._probe(shared=False))
-            self.separate = model.base_model is not model
-            apart = self.response_logits(self._probe(shared=False)) if self.separate else whole
-            self.separate = self.separate and _close(whole, apart, _HEAD_TOLERANCE)
+            probe = self._probe(shared=False)
+            whole = self.response_logits(probe)
+            self.separate = model.base_model is not model and _close(whole, self._apart(probe), _HEAD_TOLERANCE)
             self.unshared_because = _other_layers(config) or self._differs(whole)
 
     @property
@@ -80,9 +79,17 @@ class LanguageHead:
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         return {**inputs, "attention_mask": mask, "position_ids": batch["position_ids"]}
 
-    def _hidden(self, batch: Batch) -> Tensor:
+    def _states(self, batch: Batch) -> Tensor:
         states: Tensor = self._model.base_model(**self._inputs(batch)).last_hidden_state
-        return states.flatten(0, 1)[batch["predictors"]]
+        return states
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        return self._states(batch).flatten(0, 1)[batch["predictors"]]
+
+    def _apart(self, batch: Batch) -> Tensor:
+        """Call the head on all positions, as the model itself does: fewer rows may be rounded another way in bf16."""
+        logits = self._shape.apply(self._model.get_output_embeddings()(self._states(batch)))
+        return logits.flatten(0, 1)[batch["predictors"]]
 
     def response_logits(self, batch: Batch) -> Tensor:
         """Return the logits (K, V) that predict the batch's K response tokens."""

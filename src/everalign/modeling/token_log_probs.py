@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Logits computed at once: about a million stay near a processor's cache, while a GPU wants large products. With a
-# large vocabulary the output matrix itself has to be read for every chunk, so that a chunk has no fewer rows than this.
-_CHUNK_LOGITS = {"cpu": 1_048_576, "cuda": 67_108_864}
+# Logits worked on at once: about a million stay near a processor's cache, while a GPU wants large operations. With a
+# large vocabulary the output matrix itself has to be read for every chunk, so that a product has no fewer rows than
+# this; what follows it goes on in blocks of the chunk.
+_BLOCK_LOGITS = {"cpu": 1_048_576, "cuda": 67_108_864}
 _CHUNK_ROWS = 128
 
 
@@ -65,9 +66,10 @@ def token_log_probs(
     Returns:
         (K,) fp32, in nats. Differentiable with respect to `hidden` and to what learns in `head`.
     """
-    rows = chunk_rows or max(_CHUNK_ROWS, _CHUNK_LOGITS.get(hidden.device.type, _CHUNK_LOGITS["cuda"]) // _width(head))
+    block = max(1, _BLOCK_LOGITS.get(hidden.device.type, _BLOCK_LOGITS["cuda"]) // _width(head))
+    rows = chunk_rows or max(_CHUNK_ROWS, block)
     if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
-        result: Tensor = _FrozenHead.apply(hidden, head, targets, shape, rows)  # type: ignore[no-untyped-call]
+        result: Tensor = _FrozenHead.apply(hidden, head, targets, shape, rows, block)  # type: ignore[no-untyped-call]
         return result
     parts = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
     return torch.cat([checkpoint(_log_probs, part, head, wanted, shape, use_reentrant=False) for part, wanted in parts])
@@ -85,7 +87,9 @@ def _log_probs(hidden: Tensor, head: nn.Module, targets: Tensor, shape: HeadShap
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, shape: HeadShape, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, shape: HeadShape, rows: int, block: int
+    ) -> Tensor:
         """Compute log-probabilities (K,) chunk by chunk, and their gradients (K, d) where they are wanted."""
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
@@ -93,23 +97,29 @@ class _FrozenHead(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = shape.apply(head(hidden[part]))
-            chosen = targets[part, None]
-            probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-            # log Σ exp from the largest logit, whose probability is at least 1/V: as exact as a log-softmax, and the
-            # probabilities are there for the gradient.
-            largest, where = logits.max(dim=-1, keepdim=True)
-            normaliser = largest.float() - probabilities.gather(1, where).log()
-            result[part] = (logits.gather(1, chosen).float() - normaliser)[:, 0]
+            pieces = zip(*(torch.split(t, block) for t in (result[part], logits, targets[part])), strict=True)
+            for log_probs, piece, chosen in pieces:
+                _fill(log_probs, piece, chosen[:, None], shape, wanted)
             if gradient is not None:
-                slope = probabilities.scatter_add_(1, chosen, -torch.ones_like(normaliser))
-                slope = shape.backward(slope, logits)
-                gradient[part] = slope.to(logits.dtype) @ head.weight.to(logits.dtype)
+                gradient[part] = logits @ head.weight.to(logits.dtype)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return result
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the stored gradients, which are those of the negative log-probability."""
         (gradient,) = ctx.saved_tensors
-        return gradient * -upstream[:, None].to(gradient.dtype), None, None, None, None
+        return gradient * -upstream[:, None].to(gradient.dtype), None, None, None, None, None
+
+
+def _fill(log_probs: Tensor, logits: Tensor, chosen: Tensor, shape: HeadShape, wanted: bool) -> None:
+    """Write log-probabilities (K,) and, where wanted, over the logits (K, V) the slope of their negative."""
+    probabilities = logits.softmax(dim=-1, dtype=torch.float32)
+    # log Σ exp from the largest logit, whose probability is at least 1/V: as exact as a log-softmax, and the
+    # probabilities are there for the gradient.
+    normaliser = logits.amax(dim=-1, keepdim=True).float() - probabilities.amax(dim=-1, keepdim=True).log()
+    log_probs.copy_((logits.gather(1, chosen).float() - normaliser)[:, 0])
+    if wanted:
+        slope = probabilities.scatter_add_(1, chosen, -torch.ones_like(normaliser))
+        logits.copy_(shape.backward(slope, logits))
