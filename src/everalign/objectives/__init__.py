@@ -2,5 +2,24 @@
 
 from everalign.objectives.likelihood import token_nll
 from everalign.objectives.preference import dpo_loss, fpo_loss, implicit_margin
+from everalign.objectives.temperature import global_scale, solve_temperature
+from everalign.objectives.weight_monitoring import WeightStatistics, weight_statistics
+from everalign.objectives.weighted import snkl_loss, weighted_nll
+from everalign.objectives.weighting import Estimator, VarWeights, cross_weights, var_weights
 
-__all__ = ["dpo_loss", "fpo_loss", "implicit_margin", "token_nll"]
+__all__ = [
+    "Estimator",
+    "VarWeights",
+    "WeightStatistics",
+    "cross_weights",
+    "dpo_loss",
+    "fpo_loss",
+    "global_scale",
+    "implicit_margin",
+    "snkl_loss",
+    "solve_temperature",
+    "token_nll",
+    "var_weights",
+    "weight_statistics",
+    "weighted_nll",
+]

@@ -35,3 +35,9 @@ def positive(value: float, name: str) -> None:
     """A `ValueError` unless `value` is a finite number above zero."""
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a finite number above 0, not {value}")
+
+
+def finite_or_minus_inf(values: Tensor, name: str) -> Tensor:
+    """`values` unchanged; a `ValueError` names the rows that are NaN or +inf. -inf stands for "never"."""
+    finite_rows(values.masked_fill(values.isneginf(), 0.0), f"{name} other than -inf")
+    return values
