@@ -7,9 +7,12 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "Message": "records",
+    "Message": "fields",
     "Preference": "records",
     "PreferenceSet": "readers",
+    "Scored": "scored",
+    "ScoredSet": "scored",
+    "load_scored": "scored",
     "check_disjoint": "readers",
     "load_preferences": "readers",
     "DEFAULT_CHAT_TEMPLATE": "templating",

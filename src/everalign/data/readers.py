@@ -6,18 +6,20 @@
 Exact duplicates of a row are kept: the same judgement given twice counts twice.
 """
 
-import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar
 
-from everalign.data.records import Preference
+from everalign.data.records import PREFERENCE_SCHEMA, Preference
+from everalign.data.row_set import Row, RowSet
+from everalign.data.schema import Schema
 from everalign.data.tables import FORMATS, RawRows, check_table, table_row
 from everalign.errors import InputError
+
+Set = TypeVar("Set", bound=RowSet[Any])
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_SUFFIXES = {
@@ -37,49 +39,10 @@ _FILE_SUFFIXES = {
 
 
 @dataclass(frozen=True, repr=False)
-class PreferenceSet(Sequence[Preference]):
-    """An immutable sequence of preferences; a slice is a `PreferenceSet` too.
+class PreferenceSet(RowSet[Preference]):
+    """An immutable sequence of preferences; a slice is a `PreferenceSet` too."""
 
-    Args:
-        items: the rows.
-        source: where they came from, as the user named it.
-        skipped: one message for each bad row that was left out on request; slices keep them.
-    """
-
-    items: tuple[Preference, ...]
-    source: str = "memory"
-    skipped: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, rows: Iterable[Preference | Mapping[str, Any]], source: str = "memory") -> "PreferenceSet":
-        """A set made in Python from preferences or from rows with the columns that files have."""
-        items = (
-            row if isinstance(row, Preference) else Preference.from_json(row, f"{source}: row {number}")
-            for number, row in enumerate(rows, start=1)
-        )
-        return cls(tuple(items), source)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over the ids in order, with the weights that are not 1."""
-        lines = (row.id if row.weight == 1.0 else f"{row.id} {row.weight!r}" for row in self.items)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-    @overload
-    def __getitem__(self, index: int) -> Preference: ...
-    @overload
-    def __getitem__(self, index: slice) -> "PreferenceSet": ...
-    def __getitem__(self, index: int | slice) -> "Preference | PreferenceSet":
-        if isinstance(index, slice):
-            return PreferenceSet(self.items[index], self.source, self.skipped)
-        return self.items[index]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __repr__(self) -> str:
-        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
-        return f"PreferenceSet({self.source!r}, {len(self)} rows{skipped})"
+    record = Preference
 
 
 def load_preferences(
@@ -98,15 +61,20 @@ def load_preferences(
         InputError: the source cannot be read, holds no usable row, or a row is bad; names the file, the line
             and the field.
     """
+    return load_rows(PreferenceSet, PREFERENCE_SCHEMA, source, split, skip_bad_rows)
+
+
+def load_rows(kind: type[Set], schema: Schema, source: str | os.PathLike[str], split: str, skip_bad_rows: bool) -> Set:
+    """Read any kind of rows as `load_preferences` reads preferences."""
     path = Path(source).expanduser()
     if os.path.exists(path) or not _is_hub_name(source):
-        rows = _file_rows(path, split)
+        rows = _file_rows(path, split, schema)
     else:
-        rows = _hub_rows(str(source), split)
-    return _collect(rows, str(source), skip_bad_rows)
+        rows = _hub_rows(str(source), split, schema)
+    return _collect(kind, rows, str(source), skip_bad_rows)
 
 
-def check_disjoint(train: Iterable[Preference], test: Iterable[Preference], allow: bool = False) -> tuple[str, ...]:
+def check_disjoint(train: Iterable[Row], test: Iterable[Row], allow: bool = False) -> tuple[str, ...]:
     """Refuses a test set that shares rows (same prompt and answers) with the training set.
 
     Returns:
@@ -115,7 +83,7 @@ def check_disjoint(train: Iterable[Preference], test: Iterable[Preference], allo
     seen = {row.id for row in train}
     shared = tuple(dict.fromkeys(row.id for row in test if row.id in seen))
     if shared and not allow:
-        names = " and ".join(rows.source for rows in (train, test) if isinstance(rows, PreferenceSet))
+        names = " and ".join(rows.source for rows in (train, test) if isinstance(rows, RowSet))
         first = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
         raise InputError(
             f"{names or 'train and test'}: {len(shared)} rows are in both the training and the test set "
@@ -124,14 +92,14 @@ def check_disjoint(train: Iterable[Preference], test: Iterable[Preference], allo
     return shared
 
 
-def _collect(rows: RawRows, source: str, skip_bad_rows: bool) -> PreferenceSet:
-    items: list[Preference] = []
+def _collect(kind: type[Set], rows: RawRows, source: str, skip_bad_rows: bool) -> Set:
+    items: list[Any] = []
     skipped: list[str] = []
     for where, value in rows:
         try:
             if isinstance(value, InputError):
                 raise value
-            items.append(Preference.from_json(value, where))
+            items.append(kind.record.from_json(value, where))
         except InputError as error:
             if not skip_bad_rows:
                 raise
@@ -139,7 +107,7 @@ def _collect(rows: RawRows, source: str, skip_bad_rows: bool) -> PreferenceSet:
     if not items:
         found = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "no rows in it"
         raise InputError(f"{source}: {found}")
-    return PreferenceSet(tuple(items), source, tuple(skipped))
+    return kind(tuple(items), source, tuple(skipped))
 
 
 def _is_hub_name(source: str | os.PathLike[str]) -> bool:
@@ -151,7 +119,7 @@ def _is_hub_name(source: str | os.PathLike[str]) -> bool:
     return Path(name).suffix.lower() not in _FILE_SUFFIXES and not in_local_folder
 
 
-def _file_rows(path: Path, split: str) -> RawRows:
+def _file_rows(path: Path, split: str, schema: Schema) -> RawRows:
     # Unlike Path.exists, this is no error for names that no file can have.
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file")
@@ -161,11 +129,11 @@ def _file_rows(path: Path, split: str) -> RawRows:
         raise InputError(f"{path}: split={split!r} means nothing for a file; name the file of that split")
     for suffix, reader in FORMATS.items():
         if path.name.lower().endswith(suffix):
-            return reader(path)
+            return reader(path, schema)
     raise InputError(f"{path}: unknown kind of file; the name must end in {', '.join(FORMATS)}")
 
 
-def _hub_rows(name: str, split: str) -> RawRows:
+def _hub_rows(name: str, split: str, schema: Schema) -> RawRows:
     """Rows of a Hub dataset; fails with everything that was tried."""
     import datasets
     from datasets.exceptions import DatasetsError
@@ -180,7 +148,7 @@ def _hub_rows(name: str, split: str) -> RawRows:
             f"split={split!r}) failed: {type(error).__name__}: {reason}; "
             "check the name, the split and the network, or give a file"
         ) from None
-    columns = check_table(dataset.column_names, f"{name}[{split}]")
+    columns = check_table(dataset.column_names, f"{name}[{split}]", schema)
     for number, row in enumerate(dataset.select_columns(columns), start=1):
         where = f"{name}[{split}]: row {number}"
-        yield where, table_row(row, where)
+        yield where, table_row(row, where, schema)

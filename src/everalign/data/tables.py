@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from everalign.data.records import COLUMNS, check_columns
+from everalign.data.schema import Schema
 from everalign.errors import InputError
 
 RawRows = Iterator[tuple[str, object]]
 
 _BOM = b"\xef\xbb\xbf"
 _MESSAGE_LIST = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
+_LIST = re.compile(r"\s*\[")
 
 
 def jsonl_rows(path: Path) -> RawRows:
@@ -51,74 +52,74 @@ def json_rows(path: Path) -> RawRows:
         yield f"{path}: row {number}", row
 
 
-def csv_rows(path: Path) -> RawRows:
-    """Comma-separated text with a header line; cells may hold message lists as JSON."""
+def csv_rows(path: Path, schema: Schema) -> RawRows:
+    """Comma-separated text with a header line; cells may hold lists as JSON."""
     records = _csv_records(path, _text(path))
     if not records:
         return
     header, rows = records[0], (record for record in records[1:] if record)
-    check_table(header, str(path))
+    check_table(header, str(path), schema)
     for number, record in enumerate(rows, start=1):
         where = f"{path}: row {number}"
-        yield where, _csv_row(header, record, where)
+        yield where, _csv_row(header, record, where, schema)
 
 
-def _csv_row(header: list[str], record: list[str], where: str) -> object:
+def _csv_row(header: list[str], record: list[str], where: str, schema: Schema) -> object:
     if len(record) != len(header):
         found = f"{len(record)} cells under {len(header)} columns"
         return InputError(f"{where}: {found}; quote the cells that hold commas or line breaks")
-    return table_row(dict(zip(header, record, strict=True)), where, numbers_as_text=True)
+    return table_row(dict(zip(header, record, strict=True)), where, schema, numbers_as_text=True)
 
 
-def parquet_rows(path: Path) -> RawRows:
+def parquet_rows(path: Path, schema: Schema) -> RawRows:
     """Parquet; messages are lists of structs, or JSON text. Other columns are not read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            columns = check_table(file.schema_arrow.names, str(path))
+            columns = check_table(file.schema_arrow.names, str(path), schema)
             number = 0
             for batch in file.iter_batches(columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     where = f"{path}: row {number}"
-                    yield where, table_row(row, where)
+                    yield where, table_row(row, where, schema)
     except pa.ArrowException as error:
         raise InputError(f"{path}: damaged, or no Parquet file: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
 
 
-FORMATS: dict[str, Callable[[Path], RawRows]] = {
-    ".json": json_rows,
-    ".json.gz": json_rows,
-    ".jsonl": jsonl_rows,
-    ".jsonl.gz": jsonl_rows,
+FORMATS: dict[str, Callable[[Path, Schema], RawRows]] = {
+    ".json": lambda path, _: json_rows(path),
+    ".json.gz": lambda path, _: json_rows(path),
+    ".jsonl": lambda path, _: jsonl_rows(path),
+    ".jsonl.gz": lambda path, _: jsonl_rows(path),
     ".csv": csv_rows,
     ".parquet": parquet_rows,
 }
 """Reader by the end of the file's name."""
 
 
-def check_table(found: Iterable[str], where: str) -> list[str]:
+def check_table(found: Iterable[str], where: str, schema: Schema) -> list[str]:
     """Checks a table's columns once for all rows and returns those to be read."""
     names = list(found)
     try:
-        check_columns(names)
+        schema.check(names)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    for name in COLUMNS:
+    for name in schema.columns:
         if names.count(name) > 1:
             raise InputError(f"{where}: field {name!r}: {names.count(name)} columns have this name; keep one")
     # Without the prompt column a row's error could not say which names the file does have.
-    return names if "prompt" not in names else [name for name in COLUMNS if name in names]
+    return names if "prompt" not in names else [name for name in schema.columns if name in names]
 
 
-def table_row(row: dict[str, Any], where: str, *, numbers_as_text: bool = False) -> object:
-    """A table's row with message lists unpacked from JSON text; an `InputError` where that fails."""
+def table_row(row: dict[str, Any], where: str, schema: Schema, *, numbers_as_text: bool = False) -> object:
+    """A table's row with lists unpacked from JSON text; an `InputError` where that fails."""
     try:
-        cells = {name: _cell(value, name) if name != "weight" else value for name, value in row.items()}
+        cells = {name: _cell(value, name, schema) if name != "weight" else value for name, value in row.items()}
     except InputError as error:
         return InputError(f"{where}: {error}")
     if numbers_as_text and "weight" in cells:
@@ -126,15 +127,16 @@ def table_row(row: dict[str, Any], where: str, *, numbers_as_text: bool = False)
     return cells
 
 
-def _cell(value: Any, field: str) -> Any:
-    """Text that is evidently a list of messages becomes one; all other values stay as they are."""
-    if field not in COLUMNS or not isinstance(value, str) or not _MESSAGE_LIST.match(value):
+def _cell(value: Any, field: str, schema: Schema) -> Any:
+    """Text that is evidently a list becomes one; all other values stay as they are."""
+    pattern, what = (_LIST, "") if field in schema.lists else (_MESSAGE_LIST, " of messages")
+    if field not in schema.columns or not isinstance(value, str) or not pattern.match(value):
         return value
     try:
         return json.loads(value)
     except ValueError:
         raise InputError(
-            f"field {field!r}: looks like a list of messages but is not JSON (Python's own notation?); "
+            f"field {field!r}: looks like a list{what} but is not JSON (Python's own notation?); "
             "write the cell with json.dumps"
         ) from None
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from everalign.data.records import Message
+from everalign.data.fields import Message
 from everalign.errors import InputError
 
 if TYPE_CHECKING:

@@ -1,0 +1,144 @@
+"""Answers with rewards: a prompt, its completions and what each of them is worth.
+
+On disk a row has the columns `prompt` (text, or chat messages), `completions` (a list of texts, or of message lists
+with one assistant message), `rewards` (as many numbers); and optionally `weight`.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+from typing import Any
+
+from everalign.data.fields import Message, answer, check_text, checked_prompt, checked_weight, kind
+from everalign.data.readers import load_rows
+from everalign.data.records import Preference
+from everalign.data.row_set import RowSet
+from everalign.data.schema import Schema
+from everalign.errors import InputError
+
+SCORED_SCHEMA = Schema(
+    columns=("prompt", "completions", "rewards", "weight"),
+    required=("prompt", "completions", "rewards"),
+    expected="expected 'prompt', 'completions', 'rewards' and optionally 'weight'",
+    other_names={
+        "prompt": ("instruction", "question", "query", "input", "messages", "conversations"),
+        "completions": ("responses", "answers", "outputs", "candidates", "completion"),
+        "rewards": ("scores", "ratings", "labels", "reward", "score"),
+    },
+    lists=frozenset({"completions", "rewards"}),
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A prompt and what each of its completions is worth.
+
+    Args:
+        prompt: plain text that the answers continue, or chat messages that end before the assistant speaks.
+        completions: the answers, at least one; the same answer sampled twice stands there twice. Never altered.
+        rewards: one finite number for each completion; larger is better.
+        weight: how much this row counts in a mean loss; positive and finite.
+
+    Raises:
+        InputError: a field is wrong; the message names the field and says what to do.
+    """
+
+    prompt: str | tuple[Message, ...]
+    completions: tuple[str, ...]
+    rewards: tuple[float, ...]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", checked_prompt(self.prompt))
+        object.__setattr__(self, "completions", _texts(self.completions))
+        object.__setattr__(self, "rewards", _numbers(self.rewards))
+        if len(self.completions) != len(self.rewards):
+            raise InputError(
+                f"field 'rewards': {len(self.rewards)} numbers for {len(self.completions)} completions; "
+                "give one for each"
+            )
+        object.__setattr__(self, "weight", checked_weight(self.weight))
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.weight))
+
+    @cached_property
+    def id(self) -> str:
+        """16 hexadecimal digits that name the content (prompt, completions, rewards; not the weight)."""
+        content = {"prompt": self.prompt, "completions": self.completions, "rewards": self.rewards}
+        text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as its columns; `weight` only where it is not 1."""
+        prompt = self.prompt if isinstance(self.prompt, str) else [dict(message) for message in self.prompt]
+        row = {"prompt": prompt, "completions": list(self.completions), "rewards": list(self.rewards)}
+        return row if self.weight == 1.0 else {**row, "weight": self.weight}
+
+    @classmethod
+    def from_json(cls, obj: object, where: str) -> "Scored":
+        """Reads one row of columns; other columns are ignored.
+
+        Args:
+            obj: a mapping.
+            where: place of the row (such as `scored.jsonl:7`), the start of every error message.
+
+        Raises:
+            InputError: `where: field 'rewards': what is wrong; what to do`.
+        """
+        try:
+            if not isinstance(obj, Mapping):
+                raise InputError(f"a row must be an object with columns, found {kind(obj)}; {SCORED_SCHEMA.expected}")
+            SCORED_SCHEMA.check(obj.keys())
+            weight = obj.get("weight")
+            fields = (obj["prompt"], obj["completions"], obj["rewards"])
+            return cls(*fields, weight=1.0 if weight is None else weight)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+
+    def preference(self) -> Preference | None:
+        """The best completion over the worst one; None where all rewards, or these two texts, are equal."""
+        best, worst = (self.rewards.index(pick(self.rewards)) for pick in (max, min))
+        chosen, rejected = self.completions[best], self.completions[worst]
+        if self.rewards[best] == self.rewards[worst] or chosen.strip() == rejected.strip():
+            return None
+        return Preference(self.prompt, chosen, rejected, self.weight)
+
+
+@dataclass(frozen=True, repr=False)
+class ScoredSet(RowSet[Scored]):
+    """An immutable sequence of scored rows; a slice is a `ScoredSet` too."""
+
+    record = Scored
+
+
+def load_scored(source: str | os.PathLike[str], *, split: str = "train", skip_bad_rows: bool = False) -> ScoredSet:
+    """Reads scored rows from a file or from the Hub; arguments and errors as in `load_preferences`."""
+    return load_rows(ScoredSet, SCORED_SCHEMA, source, split, skip_bad_rows)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise InputError(f"field 'completions': must be a list of texts, found {kind(value)}")
+    if not value:
+        raise InputError("field 'completions': the list is empty; give at least one completion or remove the row")
+    texts = tuple(answer(item, f"completions[{i}]") for i, item in enumerate(value))
+    for i, text in enumerate(texts):
+        check_text(text, f"completions[{i}]")
+    return texts
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list | tuple):
+        raise InputError(f"field 'rewards': must be a list of numbers, found {kind(value)}")
+    for i, item in enumerate(value):
+        if isinstance(item, bool) or not isinstance(item, Real):
+            raise InputError(f"field 'rewards[{i}]': must be a number, found {kind(item)}")
+        if not math.isfinite(item):
+            raise InputError(f"field 'rewards[{i}]': must be finite, found {float(item)}; score it again or remove it")
+    return tuple(float(item) for item in value)
