@@ -21,6 +21,7 @@ BAD_TRAINING = {
     "tokens_per_batch": (0, -1, 1.5, *NOT_NUMBERS),
     "max_length": (0, 7, 64.0, *NOT_NUMBERS),
     "precision": ("fp16", "float32", None),
+    "attention": ("flash", "flex_attention", None),
     "warmup": (-0.1, 1, 1.5, 100, *NOT_NUMBERS),
     "scheduler": ("Cosine", "constant", "reduce_lr_on_plateau", None),
     "max_grad_norm": (-1.0, *NOT_NUMBERS),

@@ -204,7 +204,7 @@ def test_help_names_every_choice():
 
     assert all(name in text("method") for name in METHODS)
     assert all(name in text("objective") for name in OBJECTIVES)
-    for flag in ("reference", "precision", "scheduler"):
+    for flag in ("reference", "precision", "attention", "scheduler"):
         kind = SECTIONS["training"].model_fields[flag].annotation
         assert all(name in text(flag) for name in kind.__args__[0].__args__)
 

@@ -73,6 +73,7 @@ def learn(
     batch_size: Annotated[int | None, _flag("Pairs of an optimiser step.", _STEPS)] = None,
     tokens_per_batch: Annotated[int | None, _flag("Tokens computed at once; fewer save memory.", _STEPS)] = None,
     precision: Annotated[str | None, _flag("fp32 or bf16, for the base model.", _STEPS)] = None,
+    attention: Annotated[str | None, _flag("sdpa, or flex on a GPU.", _STEPS)] = None,
     warmup: Annotated[float | None, _flag("Share of the steps in which the rate rises.", _STEPS)] = None,
     scheduler: Annotated[str | None, _flag("cosine, linear or constant_with_warmup.", _STEPS)] = None,
     max_grad_norm: Annotated[float | None, _flag("Gradient clipping; 0 for none.", _STEPS)] = None,

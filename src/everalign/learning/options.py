@@ -11,6 +11,7 @@ from everalign.training.stage import TOKENS_PER_BATCH, StageOptions
 
 Reference = Literal["base", "stage_start", "previous_task"]
 Scheduler = Literal["cosine", "linear", "constant_with_warmup"]
+Attention = Literal["sdpa", "flex"]
 Preset = Literal["default", "paper"]
 
 
@@ -73,6 +74,7 @@ class TrainingOptions:
         tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
         max_length: longest prompt plus response, in tokens.
         precision: dtype of the base model and of the computation; adapters are always fp32.
+        attention: `sdpa`, or `flex` for FlexAttention, which needs a GPU.
         warmup: share of the steps in which the learning rate rises.
         scheduler: course of the learning rate after the warm-up: `cosine`, `linear` (both down to 0) or
             `constant_with_warmup`.
@@ -92,6 +94,7 @@ class TrainingOptions:
     tokens_per_batch: int = TOKENS_PER_BATCH
     max_length: int = 1024
     precision: Precision = "fp32"
+    attention: Attention = "sdpa"
     warmup: float = 0.1
     scheduler: Scheduler = "cosine"
     max_grad_norm: float = 1.0
@@ -108,7 +111,7 @@ class TrainingOptions:
             _require_whole(name, getattr(self, name), least)
         holds = _is_number(self.warmup) and 0 <= self.warmup < 1
         _require(holds, "warmup", "a share from 0 to below 1", self.warmup)
-        for name, kind in (("reference", Reference), ("precision", Precision), ("scheduler", Scheduler)):
+        for name, kind in _CHOICES.items():
             _require(getattr(self, name) in get_args(kind), name, f"one of {get_args(kind)}", getattr(self, name))
 
     @classmethod
@@ -139,6 +142,7 @@ class TrainingOptions:
         return StageOptions(learning_rate, epochs, **{name: getattr(self, name) for name in (*shared, *steps)})
 
 
+_CHOICES = {"reference": Reference, "precision": Precision, "attention": Attention, "scheduler": Scheduler}
 _WHOLE = {
     "batch_size": 1,
     "tokens_per_batch": 1,

@@ -16,6 +16,7 @@ from everalign.errors import InputError
 from everalign.learning.environment import library_versions, machine_facts
 from everalign.learning.options import AdapterOptions, TrainingOptions
 from everalign.methods import Method
+from everalign.modeling.flex_attention import use_flex_attention
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process
@@ -117,6 +118,8 @@ def make_setup(
     model_key = model_fingerprint(base)
     if torch.cuda.is_available():
         base = base.cuda()
+    if options.attention == "flex":
+        use_flex_attention(base)
     policy = Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed)
     announce(_path(policy))
     return Setup(

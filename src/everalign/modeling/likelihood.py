@@ -7,6 +7,7 @@ from torch import Tensor
 
 from everalign.data.encoding import EncodedPair
 from everalign.data.layout import Batch, lay_out_pairs
+from everalign.modeling.flex_attention import FLEX, flex_block_mask
 from everalign.modeling.token_log_probs import HeadShape, token_log_probs
 
 # How far logits from shared rows may differ from those of separate ones, relative to the largest: rounding differs by
@@ -33,7 +34,8 @@ class LanguageHead:
         self._model = model
         config = model.config.get_text_config()
         self._shape = HeadShape.of(config)
-        self._additive = getattr(config, "_attn_implementation", "sdpa") == "eager"
+        attention = getattr(config, "_attn_implementation", "sdpa")
+        self._additive, self._flex = attention == "eager", attention == FLEX
         self.separate = False
         with torch.no_grad():
             probe = self._probe(shared=False)
@@ -73,7 +75,10 @@ class LanguageHead:
             return {**inputs, "attention_mask": batch["attention_mask"]}
         if "segments" not in batch:
             return inputs
-        mask = _block_mask(batch["segments"], batch["prefixes"])
+        layout = (batch["segments"], batch["prefixes"])
+        if self._flex:
+            return {**inputs, "attention_mask": flex_block_mask(*layout), "position_ids": batch["position_ids"]}
+        mask = block_mask(*layout)
         if self._additive:
             dtype = next(self._model.parameters()).dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
@@ -110,7 +115,7 @@ class LanguageHead:
         return sums.index_add(0, batch["sequences"], log_probs)
 
 
-def _block_mask(segments: Tensor, prefixes: Tensor) -> Tensor:
+def block_mask(segments: Tensor, prefixes: Tensor) -> Tensor:
     """Allowed (R, 1, T, T): causal, within a segment or from it to its prefix; padding sees itself alone."""
     key = segments[:, None, :]
     allowed = (key == segments[:, :, None]) | (key == prefixes[:, :, None])
