@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everalign.data.encoding import EncodedPair
-from everalign.data.layout import lay_out_chosen, lay_out_pairs, pair_tokens
+from everalign.data.layout import lay_out_chosen, lay_out_pairs, row_tokens
 
 SHORT = EncodedPair("a", [5], [6], [7, 8], 1.0)
 LONG = EncodedPair("b", [11, 12, 13], [14, 15], [16], 0.5)
@@ -85,7 +85,7 @@ def test_chosen_sequences_are_packed_where_they_fit():
 
 
 def test_a_pair_costs_its_prompt_once_or_twice():
-    assert [pair_tokens(LONG, True), pair_tokens(LONG, False)] == [6, 10]
+    assert [row_tokens(LONG, True), row_tokens(LONG, False)] == [6, 10]
 
 
 tokens = st.lists(st.integers(1, 3), min_size=1, max_size=9)

@@ -89,8 +89,7 @@ def encode_pairs(rows: Sequence[Preference], tokenizer: "PreTrainedTokenizerBase
         InputError: `max_length` is below 8; a row cannot be rendered (names its number and id); no pair's
             answers can be told apart.
     """
-    if max_length < SHORTEST_MAX_LENGTH:
-        raise InputError(f"max_length: must be at least {SHORTEST_MAX_LENGTH} tokens, found {max_length}")
+    check_max_length(max_length)
     whole = _encode_whole(rows, ChatFormat(tokenizer))
     pairs = tuple(truncate_pair(pair, max_length, tokenizer.bos_token_id) for pair in whole)
     same = sum(pair.chosen == pair.rejected for pair in pairs)
@@ -111,13 +110,24 @@ def truncate_pair(pair: EncodedPair, max_length: int, bos: int | None = None) ->
     """Cuts one pair as `encode_pairs` says; `max_length` is at least 8, `bos` the token to keep in front."""
     longest = max(len(pair.chosen), len(pair.rejected))
     room = max(max_length - longest, max_length // 4)
-    prompt = pair.prompt
-    if len(prompt) > room:
-        # Models trained with BOS read a text without it badly, so the cut is made behind it.
-        head = prompt[:1] if prompt[0] == bos else []
-        prompt = head + prompt[len(prompt) - room + len(head) :]
+    prompt = cut_prompt(pair.prompt, room, bos)
     left = max_length - len(prompt)
     return EncodedPair(pair.id, prompt, pair.chosen[:left], pair.rejected[:left], pair.weight)
+
+
+def check_max_length(max_length: int) -> None:
+    """Refuse a limit that leaves prompt and answer nothing."""
+    if max_length < SHORTEST_MAX_LENGTH:
+        raise InputError(f"max_length: must be at least {SHORTEST_MAX_LENGTH} tokens, found {max_length}")
+
+
+def cut_prompt(prompt: list[int], room: int, bos: int | None) -> list[int]:
+    """Cut a prompt on its left to `room` tokens; a leading BOS stays."""
+    if len(prompt) <= room:
+        return prompt
+    # Models trained with BOS read a text without it badly, so the cut is made behind it.
+    head = prompt[:1] if prompt[0] == bos else []
+    return head + prompt[len(prompt) - room + len(head) :]
 
 
 def _encode_whole(rows: Sequence[Preference], form: ChatFormat) -> list[EncodedPair]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from everalign.data.encoding import EncodedPair
+from everalign.data.groups import EncodedGroup
 
 Batch = dict[str, Tensor]
 
@@ -48,6 +49,23 @@ def lay_out_chosen(pairs: Sequence[EncodedPair], shared: bool) -> Batch:
     """Lay out only the chosen sequences of B pairs, as `lay_out_pairs` does."""
     groups = [_group(p.prompt, [(i, p.chosen)]) for i, p in enumerate(pairs)]
     return {**_lay_out(groups, shared), "weight": _weights(pairs)}
+
+
+def lay_out_groups(groups: Sequence[EncodedGroup], shared: bool) -> Batch:
+    """Lay out the responses that count of every group, as `lay_out_pairs` does; sequences go group by group.
+
+    `weight` (S,) is fp32, one for each sequence. A response of weight 0 teaches nothing and is not computed.
+    """
+    taught = [[(r, w) for r, w in zip(g.responses, g.weights, strict=True) if w > 0] for g in groups]
+    numbers = iter(range(sum(len(answers) for answers in taught)))
+    parts = [[(next(numbers), tokens) for tokens, _ in answers] for answers in taught]
+    prompts = [group.prompt for group in groups]
+    if not shared:
+        prompts = [prompt for prompt, part in zip(prompts, parts, strict=True) for _ in part]
+        parts = [[answer] for part in parts for answer in part]
+    rows = [_group(prompt, part) for prompt, part in zip(prompts, parts, strict=True)]
+    weights = torch.tensor([weight for answers in taught for _, weight in answers], dtype=torch.float32)
+    return {**_lay_out(rows, shared), "weight": weights}
 
 
 def _weights(pairs: Sequence[EncodedPair]) -> Tensor:
@@ -166,8 +184,12 @@ def _padded(rows: Sequence[list[int]], width: int) -> Tensor:
     return torch.tensor([row + [0] * (width - len(row)) for row in rows])
 
 
-def pair_tokens(pair: EncodedPair, shared: bool) -> int:
-    """Return the tokens that a pair takes in a batch: its prompt once where it is shared, else twice."""
+def row_tokens(row: EncodedPair | EncodedGroup, shared: bool) -> int:
+    """Return the tokens that a row takes in a batch: its prompt once where it is shared, else once an answer."""
+    if isinstance(row, EncodedGroup):
+        answers = [r for r, weight in zip(row.responses, row.weights, strict=True) if weight > 0]
+    else:
+        answers = [row.chosen, row.rejected]
     if shared:
-        return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
-    return 2 * (len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
+        return len(row.prompt) + sum(len(answer) for answer in answers)
+    return len(answers) * (len(row.prompt) + max(len(answer) for answer in answers))

@@ -1,14 +1,15 @@
 """Answers with rewards: a prompt, its completions and what each of them is worth.
 
 On disk a row has the columns `prompt` (text, or chat messages), `completions` (a list of texts, or of message lists
-with one assistant message), `rewards` (as many numbers); and optionally `weight`.
+with one assistant message), `rewards` (as many numbers); and optionally `weights` (as many again, what each completion
+counts) and `weight` (what the row counts).
 """
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
@@ -22,15 +23,15 @@ from everalign.data.schema import Schema
 from everalign.errors import InputError
 
 SCORED_SCHEMA = Schema(
-    columns=("prompt", "completions", "rewards", "weight"),
+    columns=("prompt", "completions", "rewards", "weight", "weights"),
     required=("prompt", "completions", "rewards"),
-    expected="expected 'prompt', 'completions', 'rewards' and optionally 'weight'",
+    expected="expected 'prompt', 'completions', 'rewards' and optionally 'weight' and 'weights'",
     other_names={
         "prompt": ("instruction", "question", "query", "input", "messages", "conversations"),
         "completions": ("responses", "answers", "outputs", "candidates", "completion"),
         "rewards": ("scores", "ratings", "labels", "reward", "score"),
     },
-    lists=frozenset({"completions", "rewards"}),
+    lists=frozenset({"completions", "rewards", "weights"}),
 )
 
 
@@ -43,6 +44,7 @@ class Scored:
         completions: the answers, at least one; the same answer sampled twice stands there twice. Never altered.
         rewards: one finite number for each completion; larger is better.
         weight: how much this row counts in a mean loss; positive and finite.
+        weights: how much each completion counts, at least 0 and not all 0; None where it is yet to be computed.
 
     Raises:
         InputError: a field is wrong; the message names the field and says what to do.
@@ -52,32 +54,34 @@ class Scored:
     completions: tuple[str, ...]
     rewards: tuple[float, ...]
     weight: float = 1.0
+    weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", checked_prompt(self.prompt))
         object.__setattr__(self, "completions", _texts(self.completions))
-        object.__setattr__(self, "rewards", _numbers(self.rewards))
-        if len(self.completions) != len(self.rewards):
-            raise InputError(
-                f"field 'rewards': {len(self.rewards)} numbers for {len(self.completions)} completions; "
-                "give one for each"
-            )
+        for field in ("rewards", "weights"):
+            if getattr(self, field) is not None or field == "rewards":
+                object.__setattr__(self, field, _numbers(getattr(self, field), field, len(self.completions)))
+        if self.weights is not None and (min(self.weights) < 0 or max(self.weights) == 0):
+            raise InputError("field 'weights': must be at least 0 and not all 0; remove rows of no weight")
         object.__setattr__(self, "weight", checked_weight(self.weight))
 
     def __hash__(self) -> int:
-        return hash((self.id, self.weight))
+        return hash((self.id, self.weight, self.weights))
 
     @cached_property
     def id(self) -> str:
-        """16 hexadecimal digits that name the content (prompt, completions, rewards; not the weight)."""
+        """16 hexadecimal digits that name the content (prompt, completions, rewards; not the weights)."""
         content = {"prompt": self.prompt, "completions": self.completions, "rewards": self.rewards}
         text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """The row as its columns; `weight` only where it is not 1."""
+        """The row as its columns; `weight` only where it is not 1, `weights` only where there are some."""
         prompt = self.prompt if isinstance(self.prompt, str) else [dict(message) for message in self.prompt]
         row = {"prompt": prompt, "completions": list(self.completions), "rewards": list(self.rewards)}
+        if self.weights is not None:
+            row["weights"] = list(self.weights)
         return row if self.weight == 1.0 else {**row, "weight": self.weight}
 
     @classmethod
@@ -97,9 +101,15 @@ class Scored:
             SCORED_SCHEMA.check(obj.keys())
             weight = obj.get("weight")
             fields = (obj["prompt"], obj["completions"], obj["rewards"])
-            return cls(*fields, weight=1.0 if weight is None else weight)
+            return cls(*fields, weight=1.0 if weight is None else weight, weights=obj.get("weights"))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+
+    def only(self, indices: Sequence[int]) -> "Scored":
+        """The row with some of its completions, at least one of which has to count."""
+        parts = (self.completions, self.rewards, self.weights)
+        kept = [None if part is None else tuple(part[i] for i in indices) for part in parts]
+        return Scored(self.prompt, kept[0], kept[1], self.weight, kept[2])  # type: ignore[arg-type]
 
     def preference(self) -> Preference | None:
         """The best completion over the worst one; None where all rewards, or these two texts, are equal."""
@@ -133,12 +143,14 @@ def _texts(value: Any) -> tuple[str, ...]:
     return texts
 
 
-def _numbers(value: Any) -> tuple[float, ...]:
+def _numbers(value: Any, field: str, count: int) -> tuple[float, ...]:
     if not isinstance(value, list | tuple):
-        raise InputError(f"field 'rewards': must be a list of numbers, found {kind(value)}")
+        raise InputError(f"field {field!r}: must be a list of numbers, found {kind(value)}")
     for i, item in enumerate(value):
         if isinstance(item, bool) or not isinstance(item, Real):
-            raise InputError(f"field 'rewards[{i}]': must be a number, found {kind(item)}")
+            raise InputError(f"field '{field}[{i}]': must be a number, found {kind(item)}")
         if not math.isfinite(item):
-            raise InputError(f"field 'rewards[{i}]': must be finite, found {float(item)}; score it again or remove it")
+            raise InputError(f"field '{field}[{i}]': must be finite, found {float(item)}; score it again or remove it")
+    if len(value) != count:
+        raise InputError(f"field {field!r}: {len(value)} numbers for {count} completions; give one for each")
     return tuple(float(item) for item in value)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from everalign.data.batches import batches_by_length
 from everalign.data.encoding import EncodedPair
-from everalign.data.layout import lay_out_pairs, pair_tokens
+from everalign.data.layout import lay_out_pairs, row_tokens
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
 from everalign.tensor_files import read_tensors, write_tensors
@@ -42,7 +42,7 @@ def pair_log_probs(
     parts: list[Tensor] = []
     was_training, shared = policy.training, policy.head.shared
     policy.eval()
-    for rows in batches_by_length([pair_tokens(pair, shared) for pair in pairs], tokens_per_batch):
+    for rows in batches_by_length([row_tokens(pair, shared) for pair in pairs], tokens_per_batch):
         batch = policy.on_device(lay_out_pairs([pairs[row] for row in rows], shared))
         with torch.no_grad():
             sums = policy(batch)

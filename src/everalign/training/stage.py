@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from everalign.data.batches import TrainingPlan, training_plan
 from everalign.data.encoding import EncodedPair
-from everalign.data.layout import pair_tokens
+from everalign.data.layout import row_tokens
 from everalign.errors import EveralignError
 from everalign.modeling.policy import Policy
 from everalign.training.checkpoints import MarkComplete, latest_checkpoint
@@ -88,7 +88,7 @@ def run_stage(
         progress: called with (steps done, steps in all).
     """
     arguments = _arguments(folder, options, seed)
-    plan = _plan(arguments, options, [pair_tokens(pair, policy.head.shared) for pair in pairs], seed)
+    plan = _plan(arguments, options, [row_tokens(pair, policy.head.shared) for pair in pairs], seed)
     trainer = Trainer(
         policy,
         objective,
