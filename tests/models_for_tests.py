@@ -29,6 +29,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from everalign.data.encoding import EncodedPair
+from everalign.data.groups import EncodedGroup
 from everalign.data.layout import lay_out_pairs
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
@@ -159,6 +160,24 @@ def random_pairs(count: int, seed: int = 0, longest: int = 12, vocabulary: int =
         return [rng.randrange(3, vocabulary) for _ in range(rng.randint(1, most))]
 
     return [EncodedPair(f"{i:04}", tokens(longest), tokens(longest), tokens(longest), 1.0) for i in range(count)]
+
+
+def random_groups(
+    count: int, seed: int = 0, longest: int = 12, vocabulary: int = VOCABULARY, answers: int = 4
+) -> list[EncodedGroup]:
+    """Groups of one to `answers` responses, some of them of weight 0."""
+    rng = random.Random(seed)
+
+    def tokens() -> list[int]:
+        return [rng.randrange(3, vocabulary) for _ in range(rng.randint(1, longest))]
+
+    groups = []
+    for i in range(count):
+        responses = tuple(tokens() for _ in range(rng.randint(1, answers)))
+        weights = [rng.choice([0.0, rng.random(), 3 * rng.random()]) for _ in responses]
+        weights[rng.randrange(len(weights))] = 0.5
+        groups.append(EncodedGroup(f"{i:04}", tokens(), responses, tuple(weights)))
+    return groups
 
 
 def logits_of(policy: Policy, pairs: list[EncodedPair]) -> torch.Tensor:

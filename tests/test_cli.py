@@ -77,7 +77,7 @@ def test_people_get_the_table_and_the_path_of_the_report_last(work, capsys):
     assert "BWT" in out
     assert "After 2 tasks, lifealign prefers the chosen response in" in out
     assert out.splitlines()[-1].split() == ["report", "run/report.html"]
-    assert "  warm: 10 pairs to learn, 5 held out\n" in err
+    assert "  warm: 10 rows to learn, 5 held out\n" in err
     assert "reference = stage_start, margin at step 0 = 0" in err
 
 
@@ -91,7 +91,7 @@ def test_no_report_writes_none_and_says_so_in_json(work, capsys):
 def test_a_task_without_test_set_is_announced_as_such(work, capsys):
     code, out, err = run(capsys, *learn("--task", "warm=warm.jsonl", "--json"))
     assert code == 0
-    assert "warm: 10 pairs to learn, no held-out pairs, so it is not scored" in err
+    assert "warm: 10 rows to learn, no held-out rows, so it is not scored" in err
     assert json.loads(out)["matrix"] == [[None]]
 
 
@@ -154,7 +154,7 @@ def test_bad_rows_left_out_on_request_are_counted_with_the_first_reason(work, ca
     code, _, err = run(capsys, *learn("--task", "mixed=mixed.jsonl", "--skip-bad-rows"))
     assert code == 0
     assert "warning: mixed.jsonl: 2 bad rows left out; the first: mixed.jsonl:11: field 'rejected'" in err
-    assert "mixed: 10 pairs to learn" in err
+    assert "mixed: 10 rows to learn" in err
 
 
 def test_an_overlap_is_learned_on_request(work, capsys):

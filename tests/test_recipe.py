@@ -13,6 +13,7 @@ from everalign.learning.options import PAPER_ADAPTER, AdapterOptions, TrainingOp
 from everalign.learning.recipe import SECTIONS, Recipe, load_tasks
 from everalign.methods import METHODS
 from everalign.training.teaching import OBJECTIVES
+from everalign.training.weighing import WeightOptions
 
 FULL = """
 model: tiny
@@ -186,8 +187,8 @@ def test_a_wrong_flag_is_named_as_a_flag():
 def test_flags_are_the_keys_of_a_recipe_and_nothing_is_left_out():
     flags = set(inspect.signature(learn_verb).parameters) - {"context", *_NOT_IN_A_RECIPE}
     arguments = {name for method in METHODS.values() for name in inspect.signature(method).parameters}
-    options = {field.name for kind in (TrainingOptions, AdapterOptions) for field in fields(kind)}
-    keys = set(Recipe.model_fields) - {"tasks", "training", "adapter"} | {"task"}
+    options = {field.name for kind in (TrainingOptions, AdapterOptions, WeightOptions) for field in fields(kind)}
+    keys = set(Recipe.model_fields) - {"tasks", "training", "adapter", "weighting"} | {"task"}
     assert flags == keys | arguments | options
     assert len(keys) + len(arguments) + len(options) == len(flags)  # no name means two things
 

@@ -11,7 +11,7 @@ from everalign.cli.output import say, show, show_json, show_line, show_yaml
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
-    from everalign.data.readers import PreferenceSet
+    from everalign.data.row_set import RowSet
     from everalign.learning.recipe import Recipe
     from everalign.learning.run_data import RunData
 
@@ -27,6 +27,7 @@ def _flag(text: str, panel: str | None = None, metavar: str | None = None, name:
 
 
 _DATA, _METHOD, _TRAINING, _STEPS = "Data and files", "Method", "Training", "Optimiser and steps"
+_REWARDS = "Rewards (objective var)"
 
 
 def learn(
@@ -37,7 +38,7 @@ def learn(
         _flag("A task's name and files; one --task for each task, in order.", metavar="NAME=TRAIN[,TEST]"),
     ] = None,
     method: Annotated[str | None, _flag("lifealign, er, seqft, mtl or stl.")] = None,
-    objective: Annotated[str | None, _flag("fpo, dpo or sft.")] = None,
+    objective: Annotated[str | None, _flag("fpo, dpo or sft; var for scored rows.")] = None,
     output: Annotated[str | None, _flag("The run directory.", metavar="DIR")] = None,
     seed: Annotated[int | None, _flag("Seeds everything random.")] = None,
     resume: Annotated[bool, _flag("Go on with the run that DIR holds.", None, "", "--resume")] = False,
@@ -70,6 +71,11 @@ def learn(
     rank: Annotated[int | None, _flag("Rank of a task's LoRA adapter.", _TRAINING)] = None,
     alpha: Annotated[float | None, _flag("LoRA's α: an update is (α/rank)·B·A.", _TRAINING)] = None,
     targets: Annotated[str | None, _flag("Modules to adapt, with commas, or all-linear.", _TRAINING)] = None,
+    estimator: Annotated[str | None, _flag("Normaliser: group, group_loo or in_batch.", _REWARDS)] = None,
+    temperature: Annotated[float | None, _flag("Reward that is worth one nat.", _REWARDS)] = None,
+    target_ess: Annotated[float | None, _flag("Find the temperature for this effective share.", _REWARDS)] = None,
+    scale_rewards: Annotated[bool | None, _flag("Divide rewards by their deviation; on.", _REWARDS, "")] = None,
+    weight_cap: Annotated[float | None, _flag("Largest weight; 0 for none.", _REWARDS)] = None,
     batch_size: Annotated[int | None, _flag("Pairs of an optimiser step.", _STEPS)] = None,
     tokens_per_batch: Annotated[int | None, _flag("Tokens computed at once; fewer save memory.", _STEPS)] = None,
     precision: Annotated[str | None, _flag("fp32 or bf16, for the base model.", _STEPS)] = None,
@@ -138,9 +144,9 @@ def _run(recipe: "Recipe", resume: bool, display: Display) -> "RunData":
     return learner.run
 
 
-def _announce_data(name: str, train: "PreferenceSet", test: "PreferenceSet | None", display: Display) -> None:
-    held_out = "no held-out pairs, so it is not scored" if test is None else f"{len(test)} held out"
-    display.announce(f"  {name}: {len(train)} pairs to learn, {held_out}")
+def _announce_data(name: str, train: "RowSet[Any]", test: "RowSet[Any] | None", display: Display) -> None:
+    held_out = "no held-out rows, so it is not scored" if test is None else f"{len(test)} held out"
+    display.announce(f"  {name}: {len(train)} rows to learn, {held_out}")
     for rows in (train, test):
         if rows is not None and rows.skipped:
             say(

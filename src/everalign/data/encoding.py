@@ -54,6 +54,11 @@ class EncodedPairs(Sequence[EncodedPair]):
             digest.update(repr((pair.id, pair.prompt, pair.chosen, pair.rejected, pair.weight)).encode())
         return digest.hexdigest()
 
+    @property
+    def altered(self) -> bool:
+        """Whether the limit cost anything."""
+        return bool(self.truncated_prompts or self.truncated_responses or self.identical_after_truncation)
+
     def summary(self) -> str:
         """One line of text for a log."""
         return (

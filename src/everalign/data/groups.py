@@ -54,6 +54,11 @@ class EncodedGroups(Sequence[EncodedGroup]):
             digest.update(repr((group.id, group.prompt, group.responses, group.weights)).encode())
         return digest.hexdigest()
 
+    @property
+    def altered(self) -> bool:
+        """Whether the limit cost anything."""
+        return bool(self.truncated_prompts)
+
     def summary(self) -> str:
         """One line of text for a log."""
         return f"{len(self)} prompts of at most {self.max_length} tokens: {self.truncated_prompts} truncated"

@@ -1,4 +1,4 @@
-"""The replay buffer: a first-in-first-out store of earlier tasks' preferences."""
+"""The replay buffer: a first-in-first-out store of earlier tasks' rows, preferences or scored ones."""
 
 import json
 import math
@@ -8,8 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from everalign.data.records import Preference
+from everalign.data.scored import Scored
 from everalign.data.tables import jsonl_rows
 from everalign.errors import InputError
+
+AnyRow = Preference | Scored
 
 
 class ReplayBuffer:
@@ -23,9 +26,9 @@ class ReplayBuffer:
         if capacity < 1:
             raise InputError(f"replay capacity: must be at least 1, found {capacity}")
         self.capacity = capacity
-        self._entries: deque[tuple[str, Preference]] = deque()
+        self._entries: deque[tuple[str, AnyRow]] = deque()
 
-    def add(self, task: str, rows: Sequence[Preference], fraction: float = 0.2, seed: int = 0) -> int:
+    def add(self, task: str, rows: Sequence[AnyRow], fraction: float = 0.2, seed: int = 0) -> int:
         """Stores `floor(fraction * len(rows))` rows of a finished task, drawn without replacement.
 
         The draw depends on `seed`, the task's name and the number of rows, never on the global random state.
@@ -43,7 +46,7 @@ class ReplayBuffer:
         self._extend((task, rows[i]) for i in drawn)
         return count
 
-    def rows(self, exclude_task: str | None = None) -> list[Preference]:
+    def rows(self, exclude_task: str | None = None) -> list[AnyRow]:
         """The stored rows, oldest first, without those of one task if asked."""
         return [row for task, row in self._entries if exclude_task is None or task != exclude_task]
 
@@ -68,7 +71,7 @@ class ReplayBuffer:
         buffer._extend(_entry(where, value) for where, value in jsonl_rows(Path(path)))
         return buffer
 
-    def _extend(self, entries: Iterable[tuple[str, Preference]]) -> None:
+    def _extend(self, entries: Iterable[tuple[str, AnyRow]]) -> None:
         self._entries.extend(entries)
         while len(self._entries) > self.capacity:
             self._entries.popleft()
@@ -77,10 +80,11 @@ class ReplayBuffer:
         return len(self._entries)
 
 
-def _entry(where: str, value: object) -> tuple[str, Preference]:
+def _entry(where: str, value: object) -> tuple[str, AnyRow]:
     if isinstance(value, InputError):
         raise value
-    row = Preference.from_json(value, where)
+    scored = isinstance(value, dict) and "completions" in value
+    row = Scored.from_json(value, where) if scored else Preference.from_json(value, where)
     task = value.get("task") if isinstance(value, dict) else None
     if not isinstance(task, str):
         raise InputError(f"{where}: field 'task': must be the task's name; the file is no replay buffer")

@@ -52,8 +52,11 @@ class RowSet(Sequence[AnyRow], Generic[AnyRow]):
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the ids in order, with the weights that are not 1."""
-        lines = (row.id if row.weight == 1.0 else f"{row.id} {row.weight!r}" for row in self.items)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return hashlib.sha256("\n".join(self._line(row) for row in self.items).encode()).hexdigest()
+
+    @staticmethod
+    def _line(row: AnyRow) -> str:
+        return row.id if row.weight == 1.0 else f"{row.id} {row.weight!r}"
 
     @overload
     def __getitem__(self, index: int) -> AnyRow: ...

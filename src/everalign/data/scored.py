@@ -126,6 +126,10 @@ class ScoredSet(RowSet[Scored]):
 
     record = Scored
 
+    @staticmethod
+    def _line(row: Scored) -> str:
+        return f"{row.id} {row.weight!r} {row.weights!r}"
+
 
 def load_scored(source: str | os.PathLike[str], *, split: str = "train", skip_bad_rows: bool = False) -> ScoredSet:
     """Reads scored rows from a file or from the Hub; arguments and errors as in `load_preferences`."""

@@ -1,8 +1,10 @@
 """The tasks' held-out pairs: never trained on, scored after every task."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from everalign.data.readers import PreferenceSet, check_disjoint
+from everalign.data.row_set import RowSet
 from everalign.errors import InputError
 from everalign.evaluation import HeldOut, PreferenceScore, score_preferences
 from everalign.learning.run import RunDirectory, data_facts
@@ -28,13 +30,13 @@ class HeldOutTests:
         self._zero_shot, self._facts = run.read_zero_shot()
         self._sets: dict[str, PreferenceSet] = {}
         self._held_out: dict[str, HeldOut] = {}
-        self._trained: dict[str, PreferenceSet] = {}
+        self._trained: dict[str, RowSet[Any]] = {}
 
     def facts(self, name: str) -> dict[str, object] | None:
         """Return what identifies a task's test set, None where it has none."""
         return self._facts.get(name)
 
-    def check(self, tasks: Sequence[tuple[str, PreferenceSet | None, PreferenceSet | None]]) -> None:
+    def check(self, tasks: Sequence[tuple[str, RowSet[Any] | None, PreferenceSet | None]]) -> None:
         """Refuse (name, rows, test) tasks without a name or rows, or that mix training and test rows.
 
         They are compared with all rows that this learner was given before, of whatever task.
@@ -50,7 +52,7 @@ class HeldOutTests:
             for test in tests.values():
                 check_disjoint(rows, test, allow=self._allow_overlap)
 
-    def trained_on(self, rows: PreferenceSet) -> None:
+    def trained_on(self, rows: RowSet[Any]) -> None:
         """Remember training rows for test sets still to come."""
         self._trained[rows.fingerprint] = rows
 

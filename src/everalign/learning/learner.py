@@ -3,9 +3,12 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from everalign.data.readers import PreferenceSet
 from everalign.data.records import Preference
+from everalign.data.row_set import RowSet
+from everalign.data.scored import Scored, ScoredSet
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation import PreferenceScore
 from everalign.learning.export import export_merged
@@ -15,10 +18,13 @@ from everalign.learning.run import BASE, RunDirectory, data_facts, version_name
 from everalign.learning.run_data import RunData, load_run
 from everalign.learning.scores import Scores
 from everalign.learning.setup import Announce, Progress, make_setup
+from everalign.learning.task_rows import encode_rows, prepare_rows
 from everalign.learning.task_training import train_task
 from everalign.methods import LifeAlign, Method, Task
+from everalign.training.weighing import WeightOptions
 
-Rows = Sequence[Preference]
+Rows = Sequence[Preference] | Sequence[Scored]
+AnySet = RowSet[Any]
 # Stages of a task use consecutive seeds; tasks are this far apart, and runs of neighbouring seeds further.
 _TASK_SEED_STRIDE = 1000
 _SEED_RANGE = 2**31
@@ -33,8 +39,19 @@ def _silent(stage: str, done: int, total: int) -> None:
     pass
 
 
-def _as_set(rows: Rows) -> PreferenceSet:
-    return rows if isinstance(rows, PreferenceSet) else PreferenceSet.of(rows)
+def _as_set(rows: Rows) -> AnySet:
+    if isinstance(rows, RowSet):
+        return rows
+    scored = any(isinstance(row, Scored) for row in rows[:1])
+    return ScoredSet.of(rows) if scored else PreferenceSet.of(rows)  # type: ignore[arg-type]  # told by the first
+
+
+def _as_tests(rows: Rows) -> PreferenceSet:
+    """Held-out rows are judged as preferences: of a scored row, the best completion over the worst."""
+    found = _as_set(rows)
+    if isinstance(found, PreferenceSet):
+        return found
+    return PreferenceSet.of([pair for row in found if (pair := row.preference()) is not None], found.source)
 
 
 class Learner:
@@ -45,10 +62,11 @@ class Learner:
     Args:
         model: a folder in Hugging Face format, a Hub name, or `tiny` for the embedded assistant.
         method: what is carried from task to task; LifeAlign when None.
-        objective: what a pair teaches: `fpo`, `dpo` or `sft`.
+        objective: what a row teaches: a preference, `fpo`, `dpo` or `sft`; a scored row, `var`.
         output: the run directory; created when missing.
         training: how every task is trained.
         adapter: shape of the adapter.
+        weighting: how rewards become weights, for `var`.
         seed: seeds everything random.
         resume: continue the run that `output` holds: finished tasks are taken as they are, and one that was
             interrupted goes on from its newest checkpoint. A run with other settings is refused.
@@ -70,6 +88,7 @@ class Learner:
         *,
         training: TrainingOptions | None = None,
         adapter: AdapterOptions | None = None,
+        weighting: WeightOptions | None = None,
         seed: int = 0,
         resume: bool = False,
         allow_overlap: bool = False,
@@ -85,6 +104,7 @@ class Learner:
             objective,
             training or TrainingOptions(),
             adapter or AdapterOptions(),
+            weighting or WeightOptions(),
             seed,
             self._run.cache if cache is None else Path(cache),
             announce,
@@ -112,9 +132,9 @@ class Learner:
         """Learn one task, score the policy on every known test set, and write a version.
 
         Args:
-            rows: the task's training pairs.
+            rows: the task's training rows: preferences, or scored rows for the objective `var`.
             name: unique in the run.
-            test: held-out pairs of the task.
+            test: held-out preferences of the task; of scored rows, the best completion over the worst.
 
         Returns:
             Scores by task of the policy that has now learned this one.
@@ -124,9 +144,9 @@ class Learner:
             EveralignError: training diverged, or an earlier call was broken off in the middle.
         """
         with self._run.alone():
-            return self._learn_alone(_as_set(rows), name, None if test is None else _as_set(test))
+            return self._learn_alone(_as_set(rows), name, None if test is None else _as_tests(test))
 
-    def _learn_alone(self, rows: PreferenceSet, name: str, test: PreferenceSet | None) -> dict[str, PreferenceScore]:
+    def _learn_alone(self, rows: AnySet, name: str, test: PreferenceSet | None) -> dict[str, PreferenceScore]:
         if [version.id for version in self.run.versions] != list(self._finished.values()):
             raise InputError(f"{self._run.path} was continued by another learner: open it again, with resume")
         self._tests.check([(name, rows, test)])
@@ -143,7 +163,7 @@ class Learner:
 
         A joint method learns them all at once.
         """
-        sets = [(name, _as_set(rows), None if test is None else _as_set(test)) for name, rows, test in tasks]
+        sets = [(name, _as_set(rows), None if test is None else _as_tests(test)) for name, rows, test in tasks]
         with self._run.alone():
             self._tests.check(sets)
             for name, _, test in sets:
@@ -159,9 +179,9 @@ class Learner:
             InputError: the run knows other test rows of this task, or rows that were trained on are among them.
         """
         with self._run.alone():
-            self._tests.announce(name, _as_set(test), self._finished)
+            self._tests.announce(name, _as_tests(test), self._finished)
 
-    def _learn(self, rows: PreferenceSet, name: str) -> dict[str, PreferenceScore]:
+    def _learn(self, rows: AnySet, name: str) -> dict[str, PreferenceScore]:
         if self._learning:
             raise EveralignError(
                 "a task was broken off in the middle: continue with a new learner that resumes the run"
@@ -171,17 +191,18 @@ class Learner:
         # Random generators take 32 bits, and a task's stages count on from its seed.
         seed = (self._setup.seed * _RUN_SEED_STRIDE + index * _TASK_SEED_STRIDE) % _SEED_RANGE
         self._setup.announce(f"task {index}: {name}")
-        scores = self._learn_task(Task(name, rows, index, seed), rows)
+        learned, weights = prepare_rows(self._setup, rows)
+        scores = self._learn_task(Task(name, learned, index, seed), rows, weights)
         self._learning = False
         return scores
 
-    def _learn_task(self, task: Task, rows: PreferenceSet) -> dict[str, PreferenceScore]:
+    def _learn_task(self, task: Task, given: AnySet, weights: dict[str, Any] | None) -> dict[str, PreferenceScore]:
         version = version_name(task.index, task.name)
         previous = self.policy.total()
         self.method.begin_task(self.policy, task)
         replayed = self.method.rows(task)
-        pairs = self._setup.encode([*rows, *replayed])
-        if pairs.truncated_prompts or pairs.truncated_responses or pairs.identical_after_truncation:
+        pairs = encode_rows(self._setup, [*task.rows, *replayed])
+        if pairs.altered:
             self._setup.announce(f"  {pairs.summary()}")
         reports = train_task(self._setup, pairs, len(replayed), self._run.work(version), task.seed)
         before = self._tests.scores(previous) if self.method.consolidates else None
@@ -191,8 +212,9 @@ class Learner:
             "index": task.index,
             "name": task.name,
             "parent": BASE if self.method.regime == "separate" else self._newest,
-            "train": data_facts(rows),
+            "train": data_facts(given),
             "test": self._tests.facts(task.name),
+            "weights": weights,
             "seed": task.seed,
             "stages": [report.facts() for report in reports],
             "replay_ids": [] if self.method.buffer is None else self.method.buffer.ids(),
@@ -201,7 +223,7 @@ class Learner:
         self._finished[task.name] = version
         return scores
 
-    def _already_learned(self, rows: PreferenceSet, name: str) -> dict[str, PreferenceScore]:
+    def _already_learned(self, rows: AnySet, name: str) -> dict[str, PreferenceScore]:
         done = next(version for version in self.run.versions if version.task == name)
         if done.manifest.train.fingerprint != rows.fingerprint:
             raise InputError(f"task {name!r} was learned from other rows already: give this task another name")

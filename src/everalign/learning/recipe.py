@@ -24,17 +24,22 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
-from everalign.data.readers import PreferenceSet, check_disjoint, load_preferences
+from everalign.data.readers import check_disjoint, load_preferences
+from everalign.data.row_set import RowSet
+from everalign.data.scored import load_scored
 from everalign.errors import InputError
 from everalign.learning.learner import Learner
 from everalign.learning.options import PAPER_ADAPTER, AdapterOptions, TrainingOptions
 from everalign.learning.yaml_file import read_yaml
 from everalign.methods import METHODS, LifeAlign, Method, make_method
+from everalign.training.teaching import SCORED_OBJECTIVES
+from everalign.training.weighing import WeightOptions
 
 # What only a loss of the margin looks at.
 _OF_A_MARGIN = ("reference", "beta")
+_WITHOUT_MARGIN = ("sft", *SCORED_OBJECTIVES)
 
-LoadedTask = tuple[str, PreferenceSet, PreferenceSet | None]
+LoadedTask = tuple[str, RowSet[Any], RowSet[Any] | None]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -49,7 +54,7 @@ def _keys_of(title: str, hints: Mapping[str, Any]) -> type[_Keys]:
     return create_model(title, __base__=_Keys, **keys)
 
 
-def _field_types(options: type[TrainingOptions] | type[AdapterOptions]) -> dict[str, Any]:
+def _field_types(options: type[TrainingOptions] | type[AdapterOptions] | type[WeightOptions]) -> dict[str, Any]:
     hints = get_type_hints(options)
     return {field.name: hints[field.name] for field in fields(options)}
 
@@ -65,6 +70,7 @@ def _method_arguments() -> dict[str, Any]:
 
 TrainingKeys = _keys_of("TrainingKeys", _field_types(TrainingOptions))
 AdapterKeys = _keys_of("AdapterKeys", _field_types(AdapterOptions))
+WeightingKeys = _keys_of("WeightingKeys", _field_types(WeightOptions))
 MethodKeys = _keys_of("MethodKeys", {"name": Text, **_method_arguments()})
 
 
@@ -80,8 +86,13 @@ SECTIONS: Mapping[str, type[_Keys]] = {
     "method": MethodKeys,
     "training": TrainingKeys,
     "adapter": AdapterKeys,
+    "weighting": WeightingKeys,
     "tasks": TaskKeys,
 }
+
+
+# Their keys are flags of the same names.
+_FLAT = ("training", "adapter", "weighting", "method")
 
 
 class Recipe(_Keys):
@@ -96,6 +107,7 @@ class Recipe(_Keys):
     tasks: Annotated[list[TaskKeys], Field(min_length=1)] | None = None
     training: TrainingKeys | None = None  # type: ignore[valid-type]  # its keys are those of TrainingOptions
     adapter: AdapterKeys | None = None  # type: ignore[valid-type]  # its keys are those of AdapterOptions
+    weighting: WeightingKeys | None = None  # type: ignore[valid-type]  # its keys are those of WeightOptions
     cache: Text | None = None
     allow_overlap: bool | None = None
     skip_bad_rows: bool | None = None
@@ -130,7 +142,8 @@ class Recipe(_Keys):
             flags: `method` is a method's name and `tasks` a list as in a file; every other flag has the name of its
                 key, whatever mapping of the file that is in. None is a flag that is not given.
         """
-        nested: dict[str, Any] = {"method": {"name": flags.get("method")}, "training": {}, "adapter": {}}
+        nested: dict[str, Any] = {section: {} for section in _FLAT}
+        nested["method"] = {"name": flags.get("method")}
         for name, value in flags.items():
             if name in cls.model_fields:
                 nested.setdefault(name, value)
@@ -144,7 +157,7 @@ class Recipe(_Keys):
     def over(self, other: Recipe) -> Recipe:
         """Return both together; where both give a value, this one's counts. Tasks are replaced as a whole."""
         mine, theirs = self._given(), other._given()
-        for section in ("method", "training", "adapter"):
+        for section in _FLAT:
             mine[section] = {**theirs.get(section, {}), **mine.get(section, {})}
         return Recipe.model_validate({**theirs, **mine})
 
@@ -170,16 +183,20 @@ class Recipe(_Keys):
             if getattr(self, name) is None:
                 raise InputError(f"no {name} given: add {flag}, or the key {name!r} to the recipe")
         given = self._given()
-        if self.objective == "sft" and (
-            ignored := [name for name in _OF_A_MARGIN if name in given.get("training", {})]
-        ):
-            raise InputError(f"the objective sft has no margin and would ignore {ignored[0]}: leave it out")
+        ignored = [name for name in _OF_A_MARGIN if name in given.get("training", {})]
+        if self.objective in _WITHOUT_MARGIN and ignored:
+            what = f"the objective {self.objective} has no margin and would ignore {ignored[0]}"
+            raise InputError(f"{what}: leave it out")
+        if self.objective not in SCORED_OBJECTIVES and (weighting := self._given("weighting")):
+            name = next(iter(weighting))
+            raise InputError(f"{name} is for rewards, which only the objective var learns from: leave it out")
         plain = ("model", "objective", "output", "seed", "allow_overlap", "cache")
         return {
             **{name: given[name] for name in plain if name in given},
             "method": self.make_method(),
             "training": self.training_options(),
             "adapter": self.adapter_options(),
+            **self._weighting(),
         }
 
     def complete(self) -> dict[str, Any]:
@@ -188,7 +205,7 @@ class Recipe(_Keys):
         learner = inspect.signature(Learner).parameters
         gamma = {} if method.gamma is None else {"gamma": method.gamma}
         training = asdict(self.training_options())
-        if self.objective == "sft":
+        if self.objective in _WITHOUT_MARGIN:
             training = {name: value for name, value in training.items() if name not in _OF_A_MARGIN}
         return {
             **{name: learner[name].default for name in ("objective", "seed")},
@@ -196,7 +213,12 @@ class Recipe(_Keys):
             "method": {"name": method.name, **gamma, **method.settings()},
             "training": training,
             "adapter": asdict(self.adapter_options()),
+            **{name: asdict(options) for name, options in self._weighting().items()},
         }
+
+    def _weighting(self) -> dict[str, WeightOptions]:
+        scored = self.objective in SCORED_OBJECTIVES
+        return {"weighting": WeightOptions(**self._given("weighting"))} if scored else {}
 
     def _given(self, section: str | None = None) -> dict[str, Any]:
         values = self.model_dump(exclude_none=True)
@@ -213,11 +235,13 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
         InputError: a file cannot be read, a row is bad, or a test set shares rows with any task's training set.
     """
     skip, tasks = bool(recipe.skip_bad_rows), recipe.tasks or []
-    loaded = [
+    # Of scored rows, held-out ones too are scored.
+    load = load_scored if recipe.objective in SCORED_OBJECTIVES else load_preferences
+    loaded: list[LoadedTask] = [
         (
             task.name,
-            load_preferences(task.train, skip_bad_rows=skip),
-            None if task.test is None else load_preferences(task.test, skip_bad_rows=skip),
+            load(task.train, skip_bad_rows=skip),
+            None if task.test is None else load(task.test, skip_bad_rows=skip),
         )
         for task in tasks
     ]
@@ -278,4 +302,4 @@ def _flag(where: Location) -> str:
 
 
 def _section_of(flag: str) -> str:
-    return next(section for section in ("training", "adapter", "method") if flag in SECTIONS[section].model_fields)
+    return next(section for section in _FLAT if flag in SECTIONS[section].model_fields)

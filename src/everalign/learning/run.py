@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from everalign.data.readers import PreferenceSet, load_preferences
 from everalign.data.replay import ReplayBuffer
+from everalign.data.row_set import RowSet
 from everalign.errors import InputError
 from everalign.evaluation import PreferenceScore
 from everalign.files import (
@@ -57,7 +58,7 @@ def version_name(index: int, task: str) -> str:
     return f"{index:03d}-{re.sub('[^A-Za-z0-9_-]+', '-', task).strip('-')[:60] or 'task'}"
 
 
-def data_facts(rows: PreferenceSet) -> dict[str, Any]:
+def data_facts(rows: RowSet[Any]) -> dict[str, Any]:
     """Return what identifies a set of rows: where it came from, how many, and a hash of their ids."""
     return {"source": rows.source, "rows": len(rows), "fingerprint": rows.fingerprint}
 

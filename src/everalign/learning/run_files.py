@@ -101,6 +101,7 @@ class Manifest(_Record):
     created: str
     train: DataSource
     test: DataSource | None
+    weights: dict[str, float | None] | None = None
     stages: list[Stage]
     files: dict[str, str]
 

@@ -22,7 +22,14 @@ from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process
 from everalign.training.reference import ReferenceCache
 from everalign.training.stage import StageOptions
-from everalign.training.teaching import DEFAULT_GAMMA, Objective, SupervisedObjective, make_objective
+from everalign.training.teaching import (
+    DEFAULT_GAMMA,
+    SCORED_OBJECTIVES,
+    Objective,
+    SupervisedObjective,
+    make_objective,
+)
+from everalign.training.weighing import WeightOptions
 
 Announce = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -41,6 +48,7 @@ class Setup:
         objective: what a batch of the main stage teaches.
         options: how every task is trained.
         adapter: shape of the adapter.
+        weighting: how rewards become weights.
         seed: seeds everything random.
         cache: reference log-probabilities.
         encodings: tokenised rows.
@@ -56,6 +64,7 @@ class Setup:
     objective: Objective
     options: TrainingOptions
     adapter: AdapterOptions
+    weighting: WeightOptions
     seed: int
     cache: ReferenceCache
     encodings: EncodingCache
@@ -63,7 +72,7 @@ class Setup:
     progress: Progress
 
     def encode(self, rows: Sequence[Preference]) -> EncodedPairs:
-        """Return rows as tokens, cut to the options' length."""
+        """Return preferences as tokens, cut to the options' length."""
         return self.encodings.encode(rows, self.tokenizer, self.options.max_length)
 
     def stages(self) -> list[tuple[Objective, StageOptions]]:
@@ -77,6 +86,7 @@ class Setup:
         """Return what run.json tells about the set-up."""
         exponent = DEFAULT_GAMMA if self.method.gamma is None else self.method.gamma
         gamma = {"gamma": exponent} if self.objective.name == "fpo" else {}
+        weighting = asdict(self.weighting) if self.objective.name in SCORED_OBJECTIVES else {}
         return {
             "everalign": library_versions()["everalign"],
             "model": self.model_name,
@@ -84,7 +94,7 @@ class Setup:
             "template": template_fingerprint(self.tokenizer),
             "method": {"name": self.method.name, **gamma, **self.method.settings()},
             "objective": self.objective.name,
-            "settings": {**asdict(self.options), **asdict(self.adapter)},
+            "settings": {**asdict(self.options), **asdict(self.adapter), **weighting},
             "seed": self.seed,
             "libraries": library_versions(),
             "machine": {**machine_facts(), "threads": torch.get_num_threads()},
@@ -97,6 +107,7 @@ def make_setup(
     objective: str,
     options: TrainingOptions,
     adapter: AdapterOptions,
+    weighting: WeightOptions,
     seed: int,
     cache: Path,
     announce: Announce,
@@ -107,8 +118,10 @@ def make_setup(
     Raises:
         InputError: the settings contradict each other, or the model cannot be used.
     """
-    if objective == "sft" and options.sft_epochs > 0:
-        raise InputError("sft_epochs adds a stage before a preference objective; with objective sft set epochs")
+    if objective in ("sft", *SCORED_OBJECTIVES) and options.sft_epochs > 0:
+        raise InputError(
+            f"sft_epochs adds a stage before a preference objective; with objective {objective} set epochs"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a learner runs in one process, found WORLD_SIZE above 1: start it without accelerate launch")
     goal = make_objective(objective, options.beta, method.gamma)
@@ -131,6 +144,7 @@ def make_setup(
         objective=goal,
         options=options,
         adapter=adapter,
+        weighting=weighting,
         seed=seed,
         cache=ReferenceCache(cache),
         encodings=EncodingCache(cache),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from everalign.data.encoding import EncodedPair, EncodedPairs
+from everalign.data.groups import EncodedGroups
 from everalign.errors import EveralignError
 from everalign.files import checksums, differing_files, new_folder, read_json, write_json
 from everalign.learning.setup import Setup
@@ -23,6 +24,8 @@ from everalign.training.stage import StageOptions, run_stage
 from everalign.training.teaching import Objective
 
 _PROBE_PAIRS = 16
+
+Encoded = EncodedPairs | EncodedGroups
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,11 @@ class _Reference:
 
     name: str
     rows: Tensor
+    probe_pairs: Sequence[EncodedPair]
     probe: Tensor
 
 
-def train_task(setup: Setup, pairs: EncodedPairs, replayed: int, work: Path, seed: int) -> list[StageReport]:
+def train_task(setup: Setup, pairs: Encoded, replayed: int, work: Path, seed: int) -> list[StageReport]:
     """Train the policy in place on a task's rows.
 
     Args:
@@ -77,7 +81,8 @@ def train_task(setup: Setup, pairs: EncodedPairs, replayed: int, work: Path, see
         seed: seeds the order of the rows.
     """
     work = work / pairs.fingerprint[:16]
-    policy_before = _reference(setup, pairs) if setup.options.reference == "previous_task" else None
+    compares = any(objective.needs_reference for objective, _ in setup.stages())
+    policy_before = _reference(setup, pairs) if compares and setup.options.reference == "previous_task" else None
     reports = []
     for index, (objective, options) in enumerate(setup.stages()):
         folder = work / f"{index}-{objective.name}"
@@ -93,13 +98,13 @@ def _train_stage(
     setup: Setup,
     objective: Objective,
     options: StageOptions,
-    pairs: EncodedPairs,
+    pairs: Encoded,
     replayed: int,
     folder: Path,
     seed: int,
     reference: _Reference | None,
 ) -> StageReport:
-    margin = None if reference is None else _step0_margin(setup, pairs, reference)
+    margin = None if reference is None else _step0_margin(setup, reference)
     against = "" if reference is None else f", reference = {reference.name}, margin at step 0 = {margin:.6g}"
     setup.announce(f"  {objective.name}: {len(pairs)} pairs ({replayed} replayed){against}")
     result = run_stage(
@@ -130,24 +135,22 @@ def _train_stage(
     return report
 
 
-def _reference(setup: Setup, pairs: EncodedPairs) -> _Reference:
+def _reference(setup: Setup, pairs: Encoded) -> _Reference:
     """Compute or look up the reference, which at this moment is the base model or the policy as it is."""
+    preferences = [row for row in pairs if isinstance(row, EncodedPair)]
+    probe_pairs = preferences[:: max(1, len(preferences) // _PROBE_PAIRS)][:_PROBE_PAIRS]
     base = setup.options.reference == "base"
     key = policy_key(setup.model_key, {} if base else setup.policy.total())
     tokens = setup.options.tokens_per_batch
     with setup.policy.as_base() if base else nullcontext():
-        rows = setup.cache.log_probs(setup.policy, key, pairs, tokens)
-        probe = pair_log_probs(setup.policy, _probe(pairs), tokens)
-    return _Reference(setup.options.reference, rows, probe)
+        rows = setup.cache.log_probs(setup.policy, key, preferences, tokens)
+        probe = pair_log_probs(setup.policy, probe_pairs, tokens)
+    return _Reference(setup.options.reference, rows, probe_pairs, probe)
 
 
-def _probe(pairs: EncodedPairs) -> Sequence[EncodedPair]:
-    return pairs[:: max(1, len(pairs) // _PROBE_PAIRS)][:_PROBE_PAIRS]
-
-
-def _step0_margin(setup: Setup, pairs: EncodedPairs, reference: _Reference) -> float:
+def _step0_margin(setup: Setup, reference: _Reference) -> float:
     """Measure on the probe, in the batches the reference was measured in, so that equal policies give exactly 0."""
-    policy = pair_log_probs(setup.policy, _probe(pairs), setup.options.tokens_per_batch)
+    policy = pair_log_probs(setup.policy, reference.probe_pairs, setup.options.tokens_per_batch)
     chosen, rejected = policy.unbind(1)
     reference_chosen, reference_rejected = reference.probe.unbind(1)
     margin = implicit_margin(chosen, rejected, reference_chosen, reference_rejected, setup.options.beta)

@@ -6,25 +6,24 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from everalign.data.readers import PreferenceSet
-from everalign.data.records import Preference
-from everalign.data.replay import ReplayBuffer
+from everalign.data.replay import AnyRow, ReplayBuffer
+from everalign.data.row_set import RowSet
 from everalign.modeling.policy import Policy
 
 
 @dataclass(frozen=True)
 class Task:
-    """One preference task.
+    """One task.
 
     Args:
         name: unique in a run.
-        rows: its training pairs.
+        rows: its training rows, preferences or scored ones.
         index: 1 for the first task of the run.
         seed: seeds everything random that belongs to this task.
     """
 
     name: str
-    rows: Sequence[Preference]
+    rows: Sequence[AnyRow]
     index: int
     seed: int
 
@@ -75,14 +74,14 @@ class Method:
         """Return the arguments that shape the result, for the manifest."""
         return {}
 
-    def pool(self, tasks: Sequence[tuple[str, PreferenceSet]]) -> list[tuple[str, PreferenceSet]]:
+    def pool(self, tasks: Sequence[tuple[str, RowSet[Any]]]) -> list[tuple[str, RowSet[Any]]]:
         """Return what to learn one after another, given all tasks at once as (name, rows)."""
         return list(tasks)
 
     def begin_task(self, policy: Policy, task: Task) -> None:
         """Prepare the policy for a task."""
 
-    def rows(self, task: Task) -> list[Preference]:
+    def rows(self, task: Task) -> list[AnyRow]:
         """Return rows of earlier tasks to learn together with the task's own."""
         return []
 

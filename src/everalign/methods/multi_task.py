@@ -1,10 +1,10 @@
 """Multi-task training: all tasks together, what a learner could do that need not wait for them."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from everalign.data.readers import PreferenceSet
-from everalign.data.records import Preference
-from everalign.data.replay import ReplayBuffer
+from everalign.data.replay import AnyRow, ReplayBuffer
+from everalign.data.row_set import RowSet
 from everalign.methods.base import Method, ModuleRecord, Task
 from everalign.modeling.policy import Policy
 
@@ -25,16 +25,16 @@ class MultiTask(Method):
     def __init__(self) -> None:
         self.buffer: ReplayBuffer = ReplayBuffer(_EVERYTHING)
 
-    def pool(self, tasks: Sequence[tuple[str, PreferenceSet]]) -> list[tuple[str, PreferenceSet]]:
+    def pool(self, tasks: Sequence[tuple[str, RowSet[Any]]]) -> list[tuple[str, RowSet[Any]]]:
         """Make one task of all."""
         source = " + ".join(rows.source for _, rows in tasks)
-        return [(_POOLED, PreferenceSet.of([row for _, rows in tasks for row in rows], source))]
+        return [(_POOLED, type(tasks[0][1]).of([row for _, rows in tasks for row in rows], source))]
 
     def begin_task(self, policy: Policy, task: Task) -> None:
         """Go back to the base model."""
         policy.reset(task.seed)
 
-    def rows(self, task: Task) -> list[Preference]:
+    def rows(self, task: Task) -> list[AnyRow]:
         """Return all rows of all earlier tasks."""
         return self.buffer.rows(exclude_task=task.name)
 

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from everalign.data.records import Preference
-from everalign.data.replay import ReplayBuffer
+from everalign.data.replay import AnyRow, ReplayBuffer
 from everalign.errors import InputError
 from everalign.methods.base import Method, ModuleRecord, Task
 from everalign.modeling.policy import Policy
@@ -29,7 +28,7 @@ class ExperienceReplay(Method):
         """Return the replay share and the capacity."""
         return {"replay": self._replay, "capacity": self.buffer.capacity}
 
-    def rows(self, task: Task) -> list[Preference]:
+    def rows(self, task: Task) -> list[AnyRow]:
         """Return the buffer's rows of other tasks."""
         return self.buffer.rows(exclude_task=task.name)
 

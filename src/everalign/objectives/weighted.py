@@ -22,7 +22,9 @@ from everalign.objectives.segments import (
 )
 
 
-def weighted_nll(sequence_logprobs: Tensor, weights: Tensor, normaliser: float | Tensor) -> Tensor:
+def weighted_nll(
+    sequence_logprobs: Tensor, weights: Tensor, normaliser: float | Tensor, check_finite: bool = True
+) -> Tensor:
     """Each response's share of the weighted negative log-likelihood, `(B,)` -> `(B,)`, in nats.
 
         share_i = -w_i * log pi(y_i | x_i) / normaliser
@@ -37,13 +39,16 @@ def weighted_nll(sequence_logprobs: Tensor, weights: Tensor, normaliser: float |
         sequence_logprobs: `(B,)` log-probabilities of whole responses, in nats, summed over their tokens.
         weights: `(B,)` weights of at least 0, see `var_weights`; constants, through which no gradient flows.
         normaliser: number of response tokens to divide by, above 0, the same for the whole optimiser step.
+        check_finite: look at the values; without it nothing waits for a GPU to compute them.
 
     Raises:
         ValueError: a log-probability or a weight is NaN or infinite, or a weight negative (names the rows), shapes
             differ, or `normaliser` is not above 0.
     """
     same_shapes(sequence_logprobs=sequence_logprobs, weights=weights)
-    share = token_nll(sequence_logprobs, normaliser)
+    share = token_nll(sequence_logprobs, normaliser, check_finite)
+    if not check_finite:
+        return weights.detach().to(share.dtype) * share
     # Finite in the loss's own type: fp64 holds weights that fp32 does not.
     return finite_rows(non_negative(weights.detach()).to(share.dtype), "weight") * share
 

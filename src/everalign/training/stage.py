@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from everalign.data.batches import TrainingPlan, training_plan
 from everalign.data.encoding import EncodedPair
+from everalign.data.groups import EncodedGroup
 from everalign.data.layout import row_tokens
 from everalign.errors import EveralignError
 from everalign.modeling.policy import Policy
@@ -63,7 +64,7 @@ class StageResult:
 def run_stage(
     policy: Policy,
     objective: Objective,
-    pairs: Sequence[EncodedPair],
+    pairs: Sequence[EncodedPair | EncodedGroup],
     options: StageOptions,
     folder: Path,
     *,

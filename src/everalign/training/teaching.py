@@ -7,20 +7,23 @@ looks at a value: the Trainer does, once per logging step.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from everalign.data.encoding import EncodedPair
-from everalign.data.layout import Batch, lay_out_chosen, lay_out_pairs
+from everalign.data.groups import EncodedGroup
+from everalign.data.layout import Batch, lay_out_chosen, lay_out_groups, lay_out_pairs
 from everalign.errors import InputError
-from everalign.objectives import dpo_loss, fpo_loss, implicit_margin, token_nll
+from everalign.objectives import dpo_loss, fpo_loss, implicit_margin, token_nll, weighted_nll
 
 Metrics = dict[str, Tensor]
 
 DEFAULT_GAMMA = 2.0
-OBJECTIVES = ("sft", "dpo", "fpo")
+OBJECTIVES = ("sft", "dpo", "fpo", "var")
+# Learn from scored rows; the others from preferences.
+SCORED_OBJECTIVES = ("var",)
 
 
 class Objective(Protocol):
@@ -29,8 +32,8 @@ class Objective(Protocol):
     name: str
     needs_reference: bool
 
-    def collate(self, pairs: Sequence[EncodedPair], shared: bool) -> Batch:
-        """Lay out pairs as tensors; `count` is what the loss of the whole step is divided by."""
+    def collate(self, pairs: Sequence[Any], shared: bool) -> Batch:
+        """Lay out encoded rows as tensors; `count` is what the loss of the whole step is divided by."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
@@ -84,11 +87,33 @@ class PreferenceObjective:
         return losses.sum() / count, {"margin": detached, "accuracy": (detached > 0).float()}
 
 
+class RewardWeightedObjective:
+    """VAR: each response's negative log-likelihood times its weight, averaged over the step's response tokens.
+
+    Summed over a response's tokens and divided by one number for the whole step, which is what makes the optimum the
+    one that the weights aim at (see `everalign.objectives.weighted_nll`).
+    """
+
+    name = "var"
+    needs_reference = False
+
+    def collate(self, groups: Sequence[EncodedGroup], shared: bool) -> Batch:
+        """Lay out the responses that count; `count` is the number of all responses' tokens."""
+        tokens = sum(len(response) for group in groups for response in group.responses)
+        return {**lay_out_groups(groups, shared), "count": torch.tensor(tokens)}
+
+    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
+        """Return Σ weight·NLL / count; metric `nll` is per token of each response that counts."""
+        sums = model(batch)
+        losses = weighted_nll(sums, batch["weight"], count, check_finite=False)
+        return losses.sum(), {"nll": (-sums / batch["lengths"]).detach()}
+
+
 def make_objective(name: str, beta: float = 0.1, gamma: float | None = None) -> Objective:
     """Build an objective by its name on the command line.
 
     Args:
-        name: `sft`, `dpo` or `fpo`.
+        name: `sft`, `dpo`, `fpo` or `var`.
         beta: inverse temperature of the implicit reward, for `dpo` and `fpo`.
         gamma: focusing exponent of `fpo` (2 when None); anything else refuses it.
     """
@@ -96,6 +121,8 @@ def make_objective(name: str, beta: float = 0.1, gamma: float | None = None) -> 
         raise InputError(f"gamma is the focusing exponent of fpo; the objective {name!r} would ignore it: leave it out")
     if name == "sft":
         return SupervisedObjective()
+    if name == "var":
+        return RewardWeightedObjective()
     if name == "dpo":
         return PreferenceObjective("dpo", partial(dpo_loss, check_finite=False), beta)
     if name == "fpo":

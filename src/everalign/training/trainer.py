@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from everalign.data.batches import TrainingPlan
 from everalign.data.encoding import EncodedPair
+from everalign.data.groups import EncodedGroup
 from everalign.data.layout import Batch
 from everalign.errors import EveralignError
 from everalign.modeling.policy import Policy
@@ -37,7 +38,7 @@ class Steps(Dataset[list[Batch]]):
 
     def __init__(
         self,
-        pairs: Sequence[EncodedPair],
+        pairs: Sequence[EncodedPair | EncodedGroup],
         plan: TrainingPlan,
         objective: Objective,
         shared: bool,
