@@ -90,8 +90,8 @@ def test_accumulated_micro_batches_equal_the_big_batch(tmp_path):
 def test_training_reaches_the_optimum_of_a_reward(tmp_path):
     """All 256 answers of 4 tokens are known, and so is pi*: a transformer trained on weighted samples gets there.
 
-    10,000 times 64 samples of the reference, weighed group by group with the estimator that is exact; then equal answers
-    are put together.
+    10,000 times 64 samples of the reference, weighed group by group with the estimator that is exact; then equal
+    answers are put together.
     """
     generator = torch.Generator().manual_seed(0)
     policy = Policy(random_model(vocabulary=4), 16, 32.0)

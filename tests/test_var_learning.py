@@ -1,0 +1,214 @@
+"""Scored tasks through the learner: weights, replay, resuming, what is announced and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from cli_for_tests import run
+from everalign import PreferenceSet
+from everalign.data import Scored, ScoredSet
+from everalign.errors import InputError
+from everalign.learning.run_data import load_run
+from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
+from everalign.objectives import var_weights
+from everalign.training.weighing import WeightOptions, weigh
+from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows
+
+ANSWERS = {"warm": ("yes, gladly!", "no.", "hm"), "brief": ("ok", "well, let me see", "ah, so")}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def scored(name, count=10, start=0):
+    rows = [
+        {"prompt": f"q{i}?", "completions": [f"{text} {i}" for text in ANSWERS[name]], "rewards": [2.0, 0.5, i % 3]}
+        for i in range(start, start + count)
+    ]
+    return ScoredSet.of(rows, source=f"{name}.jsonl")
+
+
+def learner(model, output, method=None, lines=None, options=None, **arguments):
+    return make_learner(model, output, method, "var", lines=lines, options=options, **arguments)
+
+
+def learn_two(model, output, method=None, **arguments):
+    found = learner(model, output, method, **arguments)
+    for name in ANSWERS:
+        found.learn(scored(name), name, test=held_out(name))
+    return found
+
+
+# ---- learning ----
+
+
+@pytest.mark.parametrize("method", [LifeAlign, ExperienceReplay, MultiTask])
+def test_scored_tasks_are_learned_with_any_method(model, tmp_path, method):
+    found = learn_two(model, tmp_path / "run", method(), options={"epochs": 8.0, "learning_rate": 5e-2})
+    assert list(found.scores.tasks) == list(ANSWERS)
+    assert found.run.versions[-1].manifest.stages[0].stage == "var"
+    newest = sorted((tmp_path / "run" / "versions").iterdir())[-1]
+    points = [json.loads(line) for line in (newest / "training.jsonl").read_text().splitlines()]
+    assert points[-1]["nll"] < 0.8 * points[0]["nll"]
+
+
+def test_replayed_rows_keep_the_weights_of_their_own_task(model, tmp_path):
+    learn_two(model, tmp_path / "run", ExperienceReplay(replay=0.5), weighting=WeightOptions(temperature=0.5))
+    newest = sorted((tmp_path / "run" / "versions").iterdir())[0]
+    rows = [json.loads(line) for line in (newest / "replay.jsonl").read_text().splitlines()]
+    given = scored("warm")
+    expected = weigh(given, [(5, 5, 5)] * len(given), WeightOptions(temperature=0.5)).rows
+    by_prompt = {row.prompt: row.weights for row in expected}
+    assert len(rows) == 5
+    for row in rows:
+        assert tuple(row["weights"]) == by_prompt[row["prompt"]]
+        assert sum(row["weights"]) == pytest.approx(3.0)
+
+
+def test_the_manifest_tells_what_the_weights_are_like(model, tmp_path):
+    learn_two(model, tmp_path / "run")
+    weights = load_run(tmp_path / "run").versions[0].manifest.weights
+    assert weights["temperature"] == 1.0
+    assert weights["dropped"] == 0
+    assert 0.5 < weights["effective_share"] < 1.0
+    assert weights["scale"] == pytest.approx(torch.tensor(scored("warm")[0].rewards).std(correction=0).item(), rel=0.3)
+
+
+def test_a_run_that_is_resumed_ends_with_the_same_weights(model, tmp_path):
+    learn_two(model, tmp_path / "whole")
+    learner(model, tmp_path / "run").learn(scored("warm"), "warm", test=held_out("warm"))
+    again = learner(model, tmp_path / "run", resume=True)
+    for name in ANSWERS:
+        again.learn(scored(name), name, test=held_out(name))
+    assert same_weights(adapter_weights(tmp_path / "run"), adapter_weights(tmp_path / "whole"))
+    with pytest.raises(InputError, match=r"begun with another settings \(temperature: 1.0 then, 2.0 now\)"):
+        learner(model, tmp_path / "run", resume=True, weighting=WeightOptions(temperature=2.0))
+
+
+def test_given_weights_are_used_as_they_are(model, tmp_path):
+    """Weight 1 for the first answer alone is supervised fine-tuning on the first answers."""
+    rows = [Scored(row.prompt, row.completions[:1], row.rewards[:1], weights=(1.0,)) for row in scored("warm")]
+    learner(model, tmp_path / "var").learn(rows, "warm")
+    pairs = [{"prompt": row.prompt, "chosen": row.completions[0], "rejected": "x"} for row in rows]
+    make_learner(model, tmp_path / "sft", None, "sft").learn(PreferenceSet.of(pairs), "warm")
+    assert load_run(tmp_path / "var").versions[0].manifest.weights["temperature"] is None
+    first, second = (adapter_weights(tmp_path / name) for name in ("var", "sft"))
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-5
+
+
+def test_scored_test_rows_are_judged_as_best_over_worst(model, tmp_path):
+    found = learner(model, tmp_path / "run")
+    found.learn(scored("warm"), "warm", test=scored("warm", 4, start=100))
+    kept = next((tmp_path / "run" / "tests").iterdir()).read_text().splitlines()
+    assert json.loads(kept[0])["chosen"] == "yes, gladly! 100"
+    assert json.loads(kept[0])["rejected"] == "no. 100"
+
+
+# ---- weights of a dataset ----
+
+
+def test_weights_are_those_of_the_estimator_over_the_whole_dataset():
+    rows = scored("warm", 4)
+    rewards = torch.tensor([reward for row in rows for reward in row.rewards], dtype=torch.float64)
+    groups = torch.arange(4).repeat_interleave(3)
+    for options in (WeightOptions(), WeightOptions("group_loo", 0.7, weight_cap=2.5), WeightOptions("in_batch")):
+        found = weigh(rows, [(1, 2, 3)] * 4, options)
+        expected = var_weights(
+            rewards,
+            groups,
+            estimator=options.estimator,
+            temperature=options.temperature,
+            reward_scale=rewards.std(correction=0).item(),
+            weight_cap=options.weight_cap or None,
+        ).weights
+        torch.testing.assert_close(
+            torch.tensor([w for row in found.rows for w in row.weights], dtype=torch.float64),
+            expected,
+            rtol=1e-12,
+            atol=0,
+        )
+    found = weigh(rows, [(1, 2, 3)] * 4, WeightOptions(target_ess=0.6))
+    assert found.statistics.effective_share == pytest.approx(0.6, abs=1e-6)
+
+
+def test_collapsed_weights_are_announced_with_advice(model, tmp_path):
+    lines = []
+    rows = [Scored(row.prompt, row.completions, (2.0, 0.5, 1.0)) for row in scored("warm")]
+    learner(model, tmp_path / "run", lines=lines, weighting=WeightOptions(temperature=0.01)).learn(rows, "a")
+    assert any(line.startswith("  warning: ") and "Raise the temperature" in line for line in lines)
+
+
+def test_completions_that_do_not_fit_are_counted_and_left_out(model, tmp_path):
+    lines = []
+    rows = [Scored("q?", ("yes " * 40, "no", "hm"), (1.0, 2.0, 3.0)), *scored("warm", 3)]
+    learner(model, tmp_path / "run", lines=lines).learn(rows, "a")
+    assert "  1 of 12 completions are longer than max_length allows and left out" in lines
+    assert load_run(tmp_path / "run").versions[0].manifest.weights["dropped"] == 1
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([Scored("p", ("a", "b"), (1.0, 1.0)), Scored("q", ("a", "b"), (1.0, 1.0))], "finite reward.* do not differ"),
+        ([*scored("warm", 2), Scored("p", ("a",), (1.0,))], r"1 rows have one completion only \(rows 3\)"),
+        ([*scored("warm", 2), Scored("p", ("a", "b"), (1.0, 2.0), weights=(1, 1))], "row 1 has no weights, while"),
+        ([Scored("p", ("yes " * 40, "no " * 40), (1.0, 2.0))], "no completion fits max_length 64: raise it"),
+        (PreferenceSet.of(task_rows("warm")), r"the objective var learns from scored rows"),
+    ],
+)
+def test_rows_that_cannot_be_weighed_are_refused(model, tmp_path, rows, message):
+    with pytest.raises(InputError, match=message):
+        learner(model, tmp_path / "run").learn(rows, "a")
+    assert load_run(tmp_path / "run").versions == []
+
+
+def test_other_objectives_refuse_scored_rows(model, tmp_path):
+    with pytest.raises(InputError, match=r"the objective dpo learns from preferences \(prompt, chosen, rejected\)"):
+        make_learner(model, tmp_path / "run", None, "dpo").learn(scored("warm"), "a")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "support"}, "estimator must be one of group, group_loo, in_batch, found 'support'"),
+        ({"temperature": 0}, "temperature must be above 0"),
+        ({"temperature": float("nan")}, "temperature must be a number of at least 0, found nan"),
+        ({"target_ess": 1.0}, "target_ess must be below 1"),
+        ({"weight_cap": -1}, "weight_cap must be a number of at least 0, found -1"),
+        ({"weight_cap": "2"}, "weight_cap must be a number of at least 0, found '2'"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        WeightOptions(**options)
+
+
+# ---- the command line ----
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
+
+
+def test_the_command_line_learns_scored_files(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ANSWERS:
+        write(tmp_path / f"{name}.jsonl", scored(name))
+        write(tmp_path / f"{name}.test.jsonl", scored(name, 4, start=100))
+    tasks = [part for name in ANSWERS for part in ("--task", f"{name}={name}.jsonl,{name}.test.jsonl")]
+    common = ["learn", "--model", str(model), *tasks, "--output", "run", "--targets", "q_proj", "--max-length", "64"]
+    code, _, err = run(capsys, *common, "--objective", "var", "--temperature", "0.5", "--json")
+    assert code == 0, err
+    assert load_run(tmp_path / "run").versions[-1].manifest.weights["temperature"] == 0.5
+    code, _, err = run(capsys, *common, "--objective", "dpo", "--temperature", "0.5")
+    assert (code, "temperature is for rewards, which only the objective var learns from" in err) == (2, True)
+    code, _, err = run(capsys, *common, "--objective", "var", "--beta", "0.5")
+    assert (code, "the objective var has no margin and would ignore beta" in err) == (2, True)
+    code, _, err = run(capsys, *common, "--objective", "fpo")
+    assert (code, "field 'chosen': no such column" in err) == (2, True)
