@@ -1,10 +1,15 @@
 """An immutable set of rows of one kind, with where they came from."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, overload
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Row(Protocol):
