@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from everalign.data.layout import Batch
 from everalign.errors import InputError
@@ -89,6 +90,12 @@ class Policy(nn.Module):
         """Return the logits (K, V) fp32 that predict the batch's K response tokens, in the order of its `targets`."""
         with self._precision(batch["input_ids"]):
             return self.head.response_logits(batch).float()
+
+    def generate(self, batch: Batch, config: GenerationConfig) -> Tensor:
+        """Continue left-padded prompts, as transformers' `generate` does: (rows · samples, T) prompt and new tokens."""
+        with self._precision(batch["input_ids"]):
+            tokens: Tensor = self.peft.generate(**batch, generation_config=config)
+        return tokens
 
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch on the policy's device."""
