@@ -15,7 +15,7 @@ from everalign.modeling.sampling import Samples, SamplingOptions, _draw, _sample
 from models_for_tests import perturb, random_model
 
 END, LONGEST, DRAWS = 2, 3, 6000
-PROMPTS = [[0], [1, 3, 1, 0, 3]]
+PROMPTS = [[1], [1, 3, 1, 1, 3]]
 # Up to two tokens and the end, or three tokens.
 ANSWERS = [
     (*tokens, END) if count < LONGEST else tokens
@@ -27,7 +27,10 @@ CHAT = [{"role": "user", "content": "How do I boil an egg?"}]
 
 @pytest.fixture(scope="module")
 def small():
-    return perturb(Policy(random_model(vocabulary=4), 4, 8.0), size=0.5)
+    model = random_model(vocabulary=4)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2)  # else all tokens are nearly as likely
+    return perturb(Policy(model, 4, 8.0), size=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +56,20 @@ def test_frequencies_are_the_policy_s_probabilities(small):
         counts = Counter(tuple(row[: row.index(END) + 1] if END in row else row) for row in rows.tolist())
         assert set(counts) <= set(ANSWERS)
         found = torch.tensor([counts[answer] / DRAWS for answer in ANSWERS]).double()
-        # Standardised squares of K - 1 free frequencies have mean K - 1 and deviation √(2(K - 1)).
-        chi_square = (DRAWS * (found - expected).square() / expected).sum().item()
-        assert chi_square < len(ANSWERS) + 5 * (2 * len(ANSWERS)) ** 0.5
+        # Standardised squares of n free frequencies have mean n and deviation √(2n), where enough are expected of each.
+        often = DRAWS * expected >= 5
+        squares = (DRAWS * (found - expected).square() / expected)[often]
+        assert len(squares) > 15
+        assert squares.sum().item() < len(squares) + 5 * (2 * len(squares)) ** 0.5
 
 
 def test_the_two_prompts_are_told_apart(small):
     first, second = (exact(small, prompt) for prompt in PROMPTS)
-    assert DRAWS * ((first - second).square() / second).sum().item() > 500
+    assert (first - second).abs().sum().item() > 0.3
 
 
 def test_a_low_temperature_draws_the_likeliest_token(small):
-    options = SamplingOptions(completions=50, temperature=1e-6, max_new_tokens=1)
+    options = SamplingOptions(completions=50, temperature=1e-4, max_new_tokens=1)
     with torch.no_grad():
         drawn = _draw(small, PROMPTS, [END], options)
         for prompt, rows in zip(PROMPTS, drawn.split(50), strict=True):
