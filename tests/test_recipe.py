@@ -10,7 +10,8 @@ from everalign.cli.learn import _NOT_IN_A_RECIPE
 from everalign.cli.learn import learn as learn_verb
 from everalign.errors import InputError
 from everalign.learning.options import PAPER_ADAPTER, AdapterOptions, TrainingOptions
-from everalign.learning.recipe import SECTIONS, Recipe, load_tasks
+from everalign.learning.recipe import SECTIONS, Recipe
+from everalign.learning.task_files import load_tasks
 from everalign.methods import METHODS
 from everalign.training.teaching import OBJECTIVES
 from everalign.training.weighing import WeightOptions

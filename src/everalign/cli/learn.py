@@ -132,7 +132,7 @@ def _learn(flags: dict[str, Any]) -> None:
 
 def _run(recipe: "Recipe", resume: bool, display: Display) -> "RunData":
     from everalign.learning.learner import Learner
-    from everalign.learning.recipe import load_tasks
+    from everalign.learning.task_files import load_tasks
 
     arguments = recipe.learner_arguments()
     tasks = load_tasks(recipe)

@@ -24,9 +24,6 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
-from everalign.data.readers import check_disjoint, load_preferences
-from everalign.data.row_set import RowSet
-from everalign.data.scored import load_scored
 from everalign.errors import InputError
 from everalign.learning.learner import Learner
 from everalign.learning.options import PAPER_ADAPTER, AdapterOptions, TrainingOptions
@@ -39,7 +36,6 @@ from everalign.training.weighing import WeightOptions
 _OF_A_MARGIN = ("reference", "beta")
 _WITHOUT_MARGIN = ("sft", *SCORED_OBJECTIVES)
 
-LoadedTask = tuple[str, RowSet[Any], RowSet[Any] | None]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -223,32 +219,6 @@ class Recipe(_Keys):
     def _given(self, section: str | None = None) -> dict[str, Any]:
         values = self.model_dump(exclude_none=True)
         return values if section is None else values.get(section, {})
-
-
-def load_tasks(recipe: Recipe) -> list[LoadedTask]:
-    """Read the tasks' files, all of them before anything is trained.
-
-    Returns:
-        Name, training rows and test rows (None where the task has none) of every task.
-
-    Raises:
-        InputError: a file cannot be read, a row is bad, or a test set shares rows with any task's training set.
-    """
-    skip, tasks = bool(recipe.skip_bad_rows), recipe.tasks or []
-    # Of scored rows, held-out ones too are scored.
-    load = load_scored if recipe.objective in SCORED_OBJECTIVES else load_preferences
-    loaded: list[LoadedTask] = [
-        (
-            task.name,
-            load(task.train, skip_bad_rows=skip),
-            None if task.test is None else load(task.test, skip_bad_rows=skip),
-        )
-        for task in tasks
-    ]
-    for _, train, _ in loaded:
-        for _, _, test in loaded:
-            check_disjoint(train, test or (), allow=bool(recipe.allow_overlap))
-    return loaded
 
 
 Location = Sequence[int | str]

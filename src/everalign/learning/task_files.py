@@ -1,0 +1,37 @@
+"""The files of a recipe's tasks, read before anything is trained."""
+
+from typing import Any
+
+from everalign.data.readers import check_disjoint, load_preferences
+from everalign.data.row_set import RowSet
+from everalign.data.scored import load_scored
+from everalign.learning.recipe import Recipe
+from everalign.training.teaching import SCORED_OBJECTIVES
+
+LoadedTask = tuple[str, RowSet[Any], RowSet[Any] | None]
+
+
+def load_tasks(recipe: Recipe) -> list[LoadedTask]:
+    """Read the tasks' files, all of them before anything is trained.
+
+    Returns:
+        Name, training rows and test rows (None where the task has none) of every task.
+
+    Raises:
+        InputError: a file cannot be read, a row is bad, or a test set shares rows with any task's training set.
+    """
+    skip, tasks = bool(recipe.skip_bad_rows), recipe.tasks or []
+    # Of scored rows, held-out ones too are scored.
+    load = load_scored if recipe.objective in SCORED_OBJECTIVES else load_preferences
+    loaded: list[LoadedTask] = [
+        (
+            task.name,
+            load(task.train, skip_bad_rows=skip),
+            None if task.test is None else load(task.test, skip_bad_rows=skip),
+        )
+        for task in tasks
+    ]
+    for _, train, _ in loaded:
+        for _, _, test in loaded:
+            check_disjoint(train, test or (), allow=bool(recipe.allow_overlap))
+    return loaded
