@@ -1,5 +1,7 @@
 """Every family's response-only head against the model's own logits; loading from a folder and learning with it."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,13 +10,15 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
 from everalign.data.encoding import EncodedPair
-from everalign.data.layout import lay_out_chosen, lay_out_pairs
+from everalign.data.layout import lay_out_chosen, lay_out_groups, lay_out_pairs
 from everalign.modeling.policy import Policy
+from everalign.training.teaching import OBJECTIVES, SCORED_OBJECTIVES, make_objective
 from models_for_tests import (
     FAMILIES,
     SCALED,
     logits_of,
     perturb,
+    random_groups,
     random_model,
     random_pairs,
     random_policy,
@@ -133,6 +137,41 @@ def test_packed_chosen_sequences_give_those_of_separate_ones(policy):
     packed, single = (lay_out_chosen(PAIRS, shared) for shared in (True, False))
     assert len(packed["input_ids"]) < len(single["input_ids"])
     assert_same_gradients(gradients(policy, packed), gradients(policy, single))
+
+
+def in_batches(policy, objective, rows, sizes):
+    """Loss and gradients of a step whose rows come in micro-batches of these sizes."""
+    policy.zero_grad()
+    starts = [0, *itertools.accumulate(sizes)]
+    batches = [objective.collate(rows[a:b], policy.head.shared) for a, b in itertools.pairwise(starts)]
+    count, total = sum(batch["count"] for batch in batches), 0.0
+    for batch in batches:
+        batch["reference"] = torch.full((len(batch["weight"]), 2), -7.0)
+        loss, _ = objective.loss(policy, batch, count)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_accumulated_micro_batches_equal_the_big_batch(policy, name):
+    rows = random_groups(6, seed=5) if name in SCORED_OBJECTIVES else PAIRS
+    objective = make_objective(name)
+    whole, parts = (in_batches(policy, objective, rows, sizes) for sizes in ([6], [1, 3, 2]))
+    assert parts[0] == pytest.approx(whole[0], rel=1e-5)
+    for key, gradient in whole[1].items():
+        size = gradient.abs().max()
+        assert size > 1e-5
+        torch.testing.assert_close(parts[1][key] / size, gradient / size, rtol=0, atol=1e-5)
+
+
+def test_scored_groups_share_their_prompt_without_changing_anything(policy):
+    if not policy.head.shared:
+        pytest.skip("its layers have windows: prompts are computed for each answer")
+    groups = random_groups(6, seed=5)
+    shared, separate = (lay_out_groups(groups, shared) for shared in (True, False))
+    assert shared["input_ids"].numel() < separate["input_ids"].numel()
+    assert_same_gradients(gradients(policy, shared), gradients(policy, separate))
 
 
 def test_right_padding_changes_nothing(policy):
