@@ -12,6 +12,7 @@ from everalign.errors import InputError
 from everalign.learning.run_data import load_run
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
 from everalign.objectives import var_weights
+from everalign.reporting.html import render_report
 from everalign.training.weighing import WeightOptions, weigh
 from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows
 
@@ -75,6 +76,14 @@ def test_the_manifest_tells_what_the_weights_are_like(model, tmp_path):
     assert weights["dropped"] == 0
     assert 0.5 < weights["effective_share"] < 1.0
     assert weights["scale"] == pytest.approx(torch.tensor(scored("warm")[0].rewards).std(correction=0).item(), rel=0.3)
+
+
+def test_the_report_shows_the_weights_of_every_task(model, tmp_path):
+    learn_two(model, tmp_path / "run", weighting=WeightOptions(temperature=0.25))
+    page = render_report([load_run(tmp_path / "run")])
+    table = page[page.index("Weights of the completions in lifealign") :].partition("</table>")[0]
+    assert table.count('class="name"') == 2
+    assert table.count("<td>0.250</td>") == 2
 
 
 def test_a_run_that_is_resumed_ends_with_the_same_weights(model, tmp_path):
@@ -142,7 +151,7 @@ def test_collapsed_weights_are_announced_with_advice(model, tmp_path):
 
 
 def test_completions_that_do_not_fit_are_counted_and_left_out(model, tmp_path):
-    lines = []
+    lines: list[str] = []
     rows = [Scored("q?", ("yes " * 40, "no", "hm"), (1.0, 2.0, 3.0)), *scored("warm", 3)]
     learner(model, tmp_path / "run", lines=lines).learn(rows, "a")
     assert "  1 of 12 completions are longer than max_length allows and left out" in lines

@@ -156,5 +156,5 @@ def make_setup(
 def _path(policy: Policy) -> str:
     head = "" if policy.head.separate else "; the model's head cannot be called apart: all logits are computed"
     if policy.head.shared:
-        return f"prompts are computed once for both answers{head}"
+        return f"prompts are computed once for all their answers{head}"
     return f"prompts are computed once for each answer: {policy.head.unshared_because}{head}"

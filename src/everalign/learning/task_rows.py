@@ -46,6 +46,7 @@ def _weigh(setup: Setup, rows: RowSet[Scored]) -> tuple[Sequence[Scored], dict[s
         weighed = weigh(fit, lengths, setup.weighting)
     except InputError as error:
         raise InputError(f"{rows.source}: {error}") from error
+    setup.announce(f"  weights: {weighed.summary()}")
     for warning in weighed.statistics.warnings():
         setup.announce(f"  warning: {warning}")
     return weighed.rows, {"dropped": dropped, **weighed.facts()}

@@ -106,7 +106,7 @@ def _train_stage(
 ) -> StageReport:
     margin = None if reference is None else _step0_margin(setup, reference)
     against = "" if reference is None else f", reference = {reference.name}, margin at step 0 = {margin:.6g}"
-    setup.announce(f"  {objective.name}: {len(pairs)} pairs ({replayed} replayed){against}")
+    setup.announce(f"  {objective.name}: {len(pairs)} rows ({replayed} replayed){against}")
     result = run_stage(
         setup.policy,
         objective,

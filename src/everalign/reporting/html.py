@@ -40,6 +40,7 @@ class RunView:
     consolidation: Sequence[views.ConsolidationView]
     effects: Sequence[views.Row]
     stages: Sequence[views.Row]
+    weights: Sequence[views.Row]
     data: Sequence[views.Row]
 
 
@@ -81,6 +82,7 @@ def render_report(runs: Sequence[RunData]) -> str:
         facts=views.facts_view(runs),
         consolidation_columns=views.CONSOLIDATION_COLUMNS,
         stage_columns=views.STAGE_COLUMNS,
+        weight_columns=views.WEIGHT_COLUMNS,
     )
 
 
@@ -126,6 +128,7 @@ def _run_view(run: RunData, label: str, anchor: str, heat: tuple[float, float], 
         consolidation=views.consolidation_view(run),
         effects=views.effect_view(run),
         stages=views.stage_view(run),
+        weights=views.weight_view(run),
         data=views.data_view(run),
     )
 

@@ -199,6 +199,41 @@ def stage_view(run: RunData) -> list[Row]:
     ]
 
 
+WEIGHT_COLUMNS = (
+    "temperature",
+    "effective share",
+    "largest",
+    "top tenth",
+    "with reward",
+    "with length",
+    "one reward",
+    "capped",
+    "KL, nats",
+)
+
+
+def weight_view(run: RunData) -> list[Row]:
+    """One line a task that was learned from rewards."""
+    return [Row(v.task, _weight_cells(v.manifest.weights)) for v in run.versions if v.manifest.weights is not None]
+
+
+def _weight_cells(weights: Mapping[str, float | None]) -> list[str]:
+    shares = ("effective_share", "top_decile_share", "constant_share", "capped_share")
+    share = {name: UNMEASURED if weights.get(name) is None else percent(weights[name] or 0.0) for name in shares}
+    number = {name: significant(weights.get(name)) for name in weights if name not in shares}
+    return [
+        number["temperature"],
+        share["effective_share"],
+        number["largest_weight"],
+        share["top_decile_share"],
+        number["reward_correlation"],
+        number["length_correlation"],
+        share["constant_share"],
+        share["capped_share"],
+        number["kl_to_reference"],
+    ]
+
+
 def data_view(run: RunData) -> list[Row]:
     """One line a data set: use, source, rows, hash."""
     lines = []

@@ -66,6 +66,12 @@ class Weighed:
     temperature: float | None
     scale: float
 
+    def summary(self) -> str:
+        """One line of text for a log."""
+        given = "as given" if self.temperature is None else f"temperature {self.temperature:.3g}"
+        s = self.statistics
+        return f"{given}, worth {s.effective_share:.0%} of {s.rows} completions, the largest {s.largest_weight:.3g}"
+
     def facts(self) -> dict[str, Any]:
         """Return the figures, for a manifest; what does not exist is None."""
         figures = {name: None if value != value else value for name, value in asdict(self.statistics).items()}
