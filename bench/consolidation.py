@@ -87,12 +87,16 @@ def history(make: Callable[[], Any], arguments: argparse.Namespace) -> list[Any]
     return copies
 
 
-def dense_task(arguments: argparse.Namespace) -> None:
-    """One matrix as the paper writes it: SVD of the update, rows of the bank as long vectors, SVD of the bank."""
-    updates = [
+def dense_updates(arguments: argparse.Namespace) -> list[torch.Tensor]:
+    """The bank's updates and a new one of one matrix, as the paper keeps them."""
+    return [
         random_update(arguments.size, arguments.rank, arguments.decay, task).dense()
         for task in range(arguments.tasks + 1)
     ]
+
+
+def dense_task(updates: list[torch.Tensor]) -> None:
+    """One matrix as the paper writes it: SVD of the update, rows of the bank as long vectors, SVD of the bank."""
     U, S, Vh = torch.linalg.svd(updates[-1], full_matrices=False)
     k = int((S.square().cumsum(0) < 0.9 * S.square().sum()).sum()) + 1
     denoised = (U[:, :k] * S[:k]) @ Vh[:k]
@@ -127,7 +131,10 @@ def main() -> None:
             sizes[name] = sum(t.numel() * t.element_size() for m in matrices for t in m.bank.state_dict().values())
             if turn:
                 seconds[name].append(took)
-    dense = timed(lambda: dense_task(arguments)) * arguments.matrices if arguments.dense else None
+    dense = None
+    if arguments.dense:
+        updates = dense_updates(arguments)
+        dense = timed(lambda: dense_task(updates)) * arguments.matrices
     table = Table(
         title=f"task {arguments.tasks + 1}: {arguments.matrices} matrices of {arguments.size}, r={arguments.rank}"
     )

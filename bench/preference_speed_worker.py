@@ -34,8 +34,17 @@ def memory(key: str) -> int:
     raise RuntimeError(f"no {key} in /proc/self/status")
 
 
-def load_model(settings: Settings) -> Any:
-    """The real small model, or random weights of Qwen2.5-0.5B's shape with two layers."""
+def load_model(settings: Settings) -> tuple[Any, int]:
+    """The real small model, or random weights of Qwen2.5-0.5B's shape with two layers; and a process's size with it.
+
+    The size is that before it was loaded and its parameters: what loading leaves behind is nobody's advantage.
+    """
+    before = memory("VmRSS")
+    model = _load(settings)
+    return model, before + sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _load(settings: Settings) -> Any:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["precision"]]
     if not settings["vocabulary"]:
         return AutoModelForCausalLM.from_pretrained(data_folder() / "base-model", dtype=dtype)
@@ -50,7 +59,7 @@ def load_model(settings: Settings) -> Any:
         tie_word_embeddings=True,
         use_sliding_window=False,
     )
-    return AutoModelForCausalLM.from_config(config).to(dtype)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def load_pairs(settings: Settings, tokenizer: Any) -> list[Any]:
@@ -76,8 +85,8 @@ def load_pairs(settings: Settings, tokenizer: Any) -> list[Any]:
 class Turns:
     """Waits for the parent before each epoch and reports after it."""
 
-    def __init__(self, reference: Callable[[], float]) -> None:
-        self._reference, self._base, self._began = reference, memory("VmRSS"), 0.0
+    def __init__(self, reference: Callable[[], float], base: int) -> None:
+        self._reference, self._base, self._began = reference, base, 0.0
 
     def wait(self) -> None:
         """Block until the parent wants the next epoch."""
@@ -111,7 +120,7 @@ def remember_tasks(policy: Any, tasks: int) -> None:
     policy.write_long_term(updates)
 
 
-def run_everalign(settings: Settings, model: Any, pairs: list[Any], tasks: int) -> None:
+def run_everalign(settings: Settings, model: Any, base: int, pairs: list[Any], tasks: int) -> None:
     """Epochs of our Trainer; the reference is computed once, and again after each epoch only to be timed."""
     from everalign.modeling.policy import Policy
     from everalign.training.reference import pair_log_probs
@@ -130,7 +139,7 @@ def run_everalign(settings: Settings, model: Any, pairs: list[Any], tasks: int) 
             pair_log_probs(policy, pairs, tokens)
         return time.perf_counter() - began
 
-    turns = Turns(reference)
+    turns = Turns(reference, base)
     with policy.as_base():
         rows = pair_log_probs(policy, pairs, tokens)
     options = StageOptions(
@@ -152,14 +161,14 @@ def run_everalign(settings: Settings, model: Any, pairs: list[Any], tasks: int) 
         run_stage(policy, objective, pairs, options, Path(folder), seed=0, reference=rows, progress=progress)
 
 
-def run_trl(settings: Settings, model: Any, pairs: list[Any], tokenizer: Any, precomputed: bool) -> None:
+def run_trl(settings: Settings, model: Any, base: int, pairs: list[Any], tokenizer: Any, precomputed: bool) -> None:
     """Epochs of TRL's DPOTrainer without gradient checkpointing, its fastest setting."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    turns = Turns(lambda: 0.0)
+    turns = Turns(lambda: 0.0, base)
     steps = -(-len(pairs) // settings["batch_size"])
 
     class Pause(TrainerCallback):  # type: ignore[misc]
@@ -219,11 +228,12 @@ def main() -> None:
 
         prepare_process()
     tokenizer = AutoTokenizer.from_pretrained(data_folder() / "base-model")
-    pairs, model = load_pairs(settings, tokenizer), load_model(settings)
+    pairs = load_pairs(settings, tokenizer)
+    model, base = load_model(settings)
     if ours:
-        run_everalign(settings, model, pairs, tasks=int(name.removeprefix("everalign").lstrip("-") or 0))
+        run_everalign(settings, model, base, pairs, tasks=int(name.removeprefix("everalign").lstrip("-") or 0))
     else:
-        run_trl(settings, model, pairs, tokenizer, precomputed="precomputed" in name)
+        run_trl(settings, model, base, pairs, tokenizer, precomputed="precomputed" in name)
 
 
 if __name__ == "__main__":

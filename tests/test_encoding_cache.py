@@ -34,6 +34,12 @@ def made(monkeypatch):
     return calls
 
 
+def splitting(tokenizer):
+    """Special tokens in a text are text."""
+    tokenizer.split_special_tokens = True
+    return tokenizer
+
+
 def the_file(folder):
     (path,) = folder.iterdir()
     return path
@@ -66,9 +72,10 @@ def test_the_weight_is_the_row_s_own_and_the_answer_the_file_s(tmp_path, made):
         {"rows": [*ROWS[:2], Preference("A very long question. " * 5, "ja", "nein!")]},
         {"tokenizer": byte_tokenizer(NO_SYSTEM)},
         {"tokenizer": byte_tokenizer(CHATML, bos="<s>", adds="<s> $A")},
+        {"tokenizer": splitting(byte_tokenizer(CHATML))},
         {"max_length": 61},
     ],
-    ids=["order", "fewer", "other text", "template", "special tokens", "length"],
+    ids=["order", "fewer", "other text", "template", "special tokens", "split special tokens", "length"],
 )
 def test_anything_that_matters_has_another_file(tmp_path, made, change):
     cache, usual = EncodingCache(tmp_path), {"rows": ROWS, "tokenizer": byte_tokenizer(CHATML), "max_length": 60}

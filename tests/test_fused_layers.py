@@ -8,7 +8,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from everalign.data.layout import lay_out_pairs
-from everalign.modeling.cpu_attention import CPU_ATTENTION, use_cpu_attention
+from everalign.modeling.cpu_attention import CPU_ATTENTION, _Attention, use_cpu_attention
 from everalign.modeling.fused_layers import fuse_layers
 from models_for_tests import FAMILIES, random_model, random_pairs
 
@@ -101,6 +101,28 @@ def test_cpu_attention_has_the_librarys_gradients(family, blocks):
     for name, gradient in found.items():
         difference = (gradient - expected[name]).norm() / expected[name].norm()
         assert difference < 5e-2, name
+
+
+def test_keys_with_a_large_mean_do_not_spoil_the_gradients():
+    """Key biases, as in Qwen2, do not change the attention; of the query's gradient little must be left of them."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(1, 2, 200, 64, generator=generator) for _ in range(4))
+    k = k + 10 * torch.randn(1, 2, 1, 64, generator=generator)
+    mask = torch.ones(1, 1, 200, 200, dtype=torch.bool).tril()
+
+    def gradient(function, dtype):
+        inputs = [t.bfloat16().to(dtype).requires_grad_() for t in (q, k, v)]
+        function(*inputs).backward(g.bfloat16().to(dtype))
+        return inputs[0].grad.double()
+
+    def library(*inputs):
+        return torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask)
+
+    exact = gradient(library, torch.float64)
+    ours = gradient(lambda *inputs: _Attention.apply(*inputs, mask, 64**-0.5), torch.bfloat16)
+    theirs = gradient(library, torch.bfloat16)
+    errors = [float((found - exact).norm() / exact.norm()) for found in (ours, theirs)]
+    assert errors[0] < 2 * errors[1]
 
 
 def test_fp32_and_eager_models_keep_their_attention():

@@ -14,6 +14,7 @@ from everalign.memory import (
     consolidate_into,
     integrate,
 )
+from everalign.memory.shared_basis import _leading
 
 M, N, RANK, TASKS = 40, 33, 3, 7
 SETTINGS = [(0.9, 0.5), (0.7, 0.0), (1.0, 0.25), (0.0, 0.5), (1.0, 1.0)]
@@ -59,7 +60,7 @@ def test_without_a_cap_at_work_it_is_the_exact_bank(energy, keep, rank_cap, dtyp
         assert memory.width == long_term.width or dtype == torch.float32
         assert memory.dtype == dtype
         close(memory.left.T @ memory.left, memory.right @ memory.right.T, 1e-5)
-    assert bank.lost_energy < 1e-9
+    assert bank.lost_energy < (1e-9 if dtype == torch.float64 else 1e-7)  # as cores are rounded
     for mine, theirs in zip(bank.entries, exact.entries, strict=True):
         close(mine.dense(), theirs.dense(), tolerance)
 
@@ -187,3 +188,32 @@ def test_wrong_input_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match="at least 1"):
         SharedBasisBank(0)
     assert len(bank) == 3
+
+
+def test_weak_new_directions_beside_strong_ones_do_not_spoil_the_bases():
+    """Half of every fp32 update repeats the first one up to a relative 1e-4, half is new; 40 tasks, the cap at work."""
+    size, half = 256, 4
+    generator = torch.Generator().manual_seed(0)
+    repeated = [torch.randn(size, half, generator=generator) for _ in range(2)]
+    banks = {dtype: SharedBasisBank(48) for dtype in (torch.float32, torch.float64)}
+    memories = dict.fromkeys(banks)
+    for _ in range(40):
+        new = [torch.randn(size, half, generator=generator) for _ in repeated]
+        noise = [1e-4 * torch.randn(size, half, generator=generator) for _ in repeated]
+        factors = [torch.cat([old + small, fresh], 1) for old, small, fresh in zip(repeated, noise, new, strict=True)]
+        for dtype, bank in banks.items():
+            one = LowRankUpdate(factors[0].to(dtype), factors[1].T.to(dtype).contiguous())
+            _, memories[dtype], _ = consolidate_into(memories[dtype], one, bank, 1.0, 0.5, rank_cap=24)
+    for side in ("left", "right"):
+        basis = banks[torch.float32].state_dict()[side]
+        torch.testing.assert_close(basis.T @ basis, torch.eye(48), rtol=0, atol=2e-5)
+    assert memories[torch.float32].norm() == pytest.approx(memories[torch.float64].norm(), rel=1e-3)
+
+
+def test_a_held_direction_outside_all_cores_keeps_its_place():
+    basis, held = torch.eye(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)[:, 5:]
+    core = torch.zeros(1, 6, 6, dtype=torch.float64)
+    core[0, 1, 1] = 1.0
+    leading, _, kept = _leading(basis, core, held, 4)
+    torch.testing.assert_close(leading.T @ leading, torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(kept, held)

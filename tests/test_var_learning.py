@@ -73,7 +73,7 @@ def test_the_manifest_tells_what_the_weights_are_like(model, tmp_path):
     learn_two(model, tmp_path / "run")
     weights = load_run(tmp_path / "run").versions[0].manifest.weights
     assert weights["temperature"] == 1.0
-    assert weights["dropped"] == 0
+    assert weights["dropped_rows"] == 0
     assert 0.5 < weights["effective_share"] < 1.0
     assert weights["scale"] == pytest.approx(torch.tensor(scored("warm")[0].rewards).std(correction=0).item(), rel=0.3)
 
@@ -154,8 +154,47 @@ def test_completions_that_do_not_fit_are_counted_and_left_out(model, tmp_path):
     lines: list[str] = []
     rows = [Scored("q?", ("yes " * 40, "no", "hm"), (1.0, 2.0, 3.0)), *scored("warm", 3)]
     learner(model, tmp_path / "run", lines=lines).learn(rows, "a")
-    assert "  1 of 12 completions are longer than max_length allows and left out" in lines
-    assert load_run(tmp_path / "run").versions[0].manifest.weights["dropped"] == 1
+    assert "  1 of 12 completions are longer than max_length allows and left out, and 0 of 4 rows with them" in lines
+    assert load_run(tmp_path / "run").versions[0].manifest.weights["dropped_completions"] == 1
+
+
+def test_tasks_that_are_pooled_are_weighed_one_by_one(model, tmp_path):
+    """Rewards of one task may be a hundred times those of another."""
+    large = [Scored(row.prompt, row.completions, tuple(100 * r for r in row.rewards)) for row in scored("brief")]
+    found = learner(model, tmp_path / "run", MultiTask())
+    found.learn_all([("warm", scored("warm"), None), ("brief", large, None)])
+    (version,) = (tmp_path / "run" / "versions").iterdir()
+    rows = [json.loads(line) for line in (version / "replay.jsonl").read_text().splitlines()]
+    weights = {name: {tuple(r["weights"]) for r in rows if ANSWERS[name][0] in r["completions"][0]} for name in ANSWERS}
+    expected = {row.weights for row in weigh(scored("warm"), [(5, 5, 5)] * 10, WeightOptions()).rows}
+    assert weights["warm"] == expected
+    assert {tuple(round(w, 9) for w in one) for one in weights["brief"]} == {
+        tuple(round(w, 9) for w in one) for one in expected
+    }
+
+
+def test_one_completion_a_prompt_is_compared_with_the_dataset():
+    rows = [Scored(f"q{i}", ("a",), (float(i),)) for i in range(6)]
+    weights = [row.weights[0] for row in weigh(rows, [(3,)] * 6, WeightOptions("in_batch")).rows]
+    assert weights == sorted(weights)
+    assert weights[-1] > 3 * weights[0]
+    # exp of the standardised reward over the mean of the other rows'
+    values = torch.arange(6.0, dtype=torch.float64)
+    scores = ((values - values.mean()) / values.std(correction=0)).exp()
+    others = (scores.sum() - scores) / 5
+    torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64), scores / others, rtol=1e-9, atol=0)
+
+
+def test_given_weights_are_announced_to_overrule_the_options(model, tmp_path):
+    lines, rows = [], [Scored(r.prompt, r.completions, r.rewards, weights=(1, 0, 0)) for r in scored("warm")]
+    learner(model, tmp_path / "run", lines=lines, weighting=WeightOptions(temperature=5.0)).learn(rows, "a")
+    assert any("weights: as given, weighting options do not apply" in line for line in lines)
+
+
+def test_held_out_rows_without_a_better_completion_are_counted(model, tmp_path):
+    lines, rows = [], [*scored("warm", 3, start=50), Scored("p", ("a", "b"), (1.0, 1.0))]
+    learner(model, tmp_path / "run", lines=lines).learn(scored("warm"), "warm", test=rows)
+    assert any("1 of 4 held-out rows have no better and worse completion and are left out" in line for line in lines)
 
 
 # ---- what is refused ----
@@ -167,7 +206,12 @@ def test_completions_that_do_not_fit_are_counted_and_left_out(model, tmp_path):
         ([Scored("p", ("a", "b"), (1.0, 1.0)), Scored("q", ("a", "b"), (1.0, 1.0))], "finite reward.* do not differ"),
         ([*scored("warm", 2), Scored("p", ("a",), (1.0,))], r"1 rows have one completion only \(rows 3\)"),
         ([*scored("warm", 2), Scored("p", ("a", "b"), (1.0, 2.0), weights=(1, 1))], "row 1 has no weights, while"),
-        ([Scored("p", ("yes " * 40, "no " * 40), (1.0, 2.0))], "no completion fits max_length 64: raise it"),
+        (
+            [Scored("p", ("yes " * 40, "no " * 40), (1.0, 2.0))],
+            "no row has completions that fit max_length 64",
+        ),
+        ([Scored("p", ("yes " * 40, "no"), (1.0, 2.0), weights=(1, 0))], "no row has completions that fit"),
+        ([*scored("warm", 1), Scored("p", ("yes " * 40, "no"), (1.0, 2.0)), Scored("q", ("a",), (1,))], r"\(rows 3\)"),
         (PreferenceSet.of(task_rows("warm")), r"the objective var learns from scored rows"),
     ],
 )
@@ -175,6 +219,37 @@ def test_rows_that_cannot_be_weighed_are_refused(model, tmp_path, rows, message)
     with pytest.raises(InputError, match=message):
         learner(model, tmp_path / "run").learn(rows, "a")
     assert load_run(tmp_path / "run").versions == []
+
+
+def test_a_refused_task_leaves_the_learner_usable(model, tmp_path):
+    found = learner(model, tmp_path / "run")
+    with pytest.raises(InputError):
+        found.learn([Scored("p", ("a",), (1.0,))], "bad")
+    found.learn(scored("warm"), "warm", test=held_out("warm"))
+    assert [version.task for version in found.run.versions] == ["warm"]
+
+
+def test_every_task_is_weighed_before_the_first_is_learned(model, tmp_path):
+    found = learner(model, tmp_path / "run")
+    with pytest.raises(InputError, match="one completion only"):
+        found.learn_all([("warm", scored("warm"), None), ("bad", [Scored("p", ("a",), (1.0,))], None)])
+    assert found.run.versions == []
+
+
+@pytest.mark.parametrize("other", [lambda row: row, lambda row: row.preference(), lambda row: rescored(row)])
+def test_rows_that_were_trained_on_are_no_test_whatever_their_kind(model, tmp_path, other):
+    rows = scored("warm")
+    with pytest.raises(InputError, match="rows are in both the training and the test set"):
+        learner(model, tmp_path / "run").learn(rows, "warm", test=[other(row) for row in rows])
+
+
+def rescored(row):
+    return Scored(row.prompt, row.completions, tuple(2 * reward + 1 for reward in row.rewards))
+
+
+def test_weighting_without_rewards_is_refused(model, tmp_path):
+    with pytest.raises(InputError, match="weighting is for rewards, and the objective dpo has none"):
+        make_learner(model, tmp_path / "run", None, "dpo", weighting=WeightOptions())
 
 
 def test_other_objectives_refuse_scored_rows(model, tmp_path):

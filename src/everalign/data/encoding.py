@@ -59,6 +59,12 @@ class EncodedPairs(Sequence[EncodedPair]):
         """Whether the limit cost anything."""
         return bool(self.truncated_prompts or self.truncated_responses or self.identical_after_truncation)
 
+    def followed_by(self, others: "EncodedPairs") -> "EncodedPairs":
+        """Return these rows and then others of the same length limit."""
+        names = ("truncated_prompts", "truncated_responses", "identical_after_truncation")
+        counts = {name: getattr(self, name) + getattr(others, name) for name in names}
+        return EncodedPairs(self.items + others.items, self.max_length, **counts)
+
     def summary(self) -> str:
         """One line of text for a log."""
         return (
@@ -84,7 +90,12 @@ class EncodedPairs(Sequence[EncodedPair]):
         return f"EncodedPairs({self.summary()})"
 
 
-def encode_pairs(rows: Sequence[Preference], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> EncodedPairs:
+def encode_pairs(
+    rows: Sequence[Preference],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    allow_identical: bool = False,
+) -> EncodedPairs:
     """Tokenises preferences and cuts each pair to `max_length` tokens of prompt and longer answer.
 
     First the prompt loses tokens on its left (a leading BOS stays), down to a quarter of `max_length`; then
@@ -92,13 +103,13 @@ def encode_pairs(rows: Sequence[Preference], tokenizer: "PreTrainedTokenizerBase
 
     Raises:
         InputError: `max_length` is below 8; a row cannot be rendered (names its number and id); no pair's
-            answers can be told apart.
+            answers can be told apart, unless `allow_identical`.
     """
     check_max_length(max_length)
     whole = _encode_whole(rows, ChatFormat(tokenizer))
     pairs = tuple(truncate_pair(pair, max_length, tokenizer.bos_token_id) for pair in whole)
     same = sum(pair.chosen == pair.rejected for pair in pairs)
-    if pairs and same == len(pairs):
+    if pairs and same == len(pairs) and not allow_identical:
         raise InputError(
             f"max_length: {max_length} leaves the two answers of every pair ({same} in all) identical; "
             "raise it, or use a tokenizer that tells the answers apart"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from torch import Tensor
 
 from everalign.data.encoding import EncodedPair, EncodedPairs, encode_pairs
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAMES = ("tokens", "lengths", "counts")
+# Changes when rows are turned into tokens in another way than before.
+_FORMAT = 1
 # A chat template that prints today's date gives other tokens tomorrow.
 _CLOCK = "strftime_now"
 
@@ -51,7 +54,10 @@ class EncodingCache:
 
 
 def _key(rows: Sequence[Preference], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> str:
-    digest = hashlib.sha256(f"{template_fingerprint(tokenizer)} {max_length}".encode())
+    # Special tokens in a text are cut up or not, as the tokenizer is set; the fingerprint does not tell.
+    probe = tokenizer(" ".join(tokenizer.all_special_tokens), add_special_tokens=False, verbose=False)["input_ids"]
+    facts = (_FORMAT, transformers.__version__, template_fingerprint(tokenizer), max_length, probe)
+    digest = hashlib.sha256(repr(facts).encode())
     for row in rows:
         digest.update(row.id.encode())
     return digest.hexdigest()[:32]

@@ -92,10 +92,25 @@ def checked_weight(value: Any) -> float:
     """Return a row's weight: a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"field 'weight': must be a number, found {kind(value)}")
-    weight = float(value)
-    if not math.isfinite(weight) or weight <= 0:
-        raise InputError(f"field 'weight': must be positive and finite, found {weight}; remove rows of no weight")
-    return weight
+    if not is_finite(value) or value <= 0:
+        raise InputError(f"field 'weight': must be positive and finite, found {shown(value)}; remove rows of no weight")
+    return float(value)
+
+
+def is_finite(value: Real) -> bool:
+    """Whether a number is one that a float holds; JSON knows whole numbers of any size."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def shown(value: Real) -> str:
+    """Return a number for a message, in a few digits."""
+    try:
+        return str(float(value))
+    except OverflowError:
+        return "a whole number of over 300 digits"
 
 
 def kind(value: object) -> str:

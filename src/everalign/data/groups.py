@@ -74,25 +74,33 @@ class EncodedGroups(Sequence[EncodedGroup]):
         return len(self.items)
 
 
-def fitting(
-    rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> tuple[list[Scored], list[tuple[int, ...]], int]:
+@dataclass(frozen=True)
+class Fitting:
+    """The rows whose completions fit, with the tokens of each completion, and how many of either were dropped."""
+
+    rows: tuple[Scored, ...]
+    lengths: tuple[tuple[int, ...], ...]
+    dropped_rows: int
+    dropped_completions: int
+
+
+def fitting(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase", max_length: int, fewest: int = 1) -> Fitting:
     """Drop the completions that leave the prompt less than a quarter of `max_length`.
 
-    A response without its end would teach the model not to stop; and what it is worth was said of the whole.
-
-    Returns:
-        The rows that have completions left, the tokens of each of these, and how many completions were dropped.
+    A response without its end would teach the model not to stop; and what it is worth was said of the whole. A row
+    goes with them where fewer than `fewest` completions are left, or none with a weight of those it was given.
     """
     check_max_length(max_length)
-    kept, lengths, dropped = [], [], 0
+    kept: list[tuple[Scored, tuple[int, ...]]] = []
+    dropped = 0
     for row, (_, responses) in zip(rows, _encode_whole(rows, ChatFormat(tokenizer)), strict=True):
         fit = [i for i, tokens in enumerate(responses) if len(tokens) <= max_length - max_length // 4]
         dropped += len(responses) - len(fit)
-        if fit:
-            kept.append(row if len(fit) == len(responses) else row.only(fit))
-            lengths.append(tuple(len(responses[i]) for i in fit))
-    return kept, lengths, dropped
+        taught = row.weights is None or any(row.weights[i] > 0 for i in fit)
+        if taught and len(fit) >= fewest:
+            lengths = tuple(len(responses[i]) for i in fit)
+            kept.append((row if len(fit) == len(responses) else row.only(fit), lengths))
+    return Fitting(tuple(r for r, _ in kept), tuple(n for _, n in kept), len(rows) - len(kept), dropped)
 
 
 def encode_groups(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> EncodedGroups:

@@ -77,11 +77,13 @@ def load_rows(kind: type[Set], schema: Schema, source: str | os.PathLike[str], s
 def check_disjoint(train: Iterable[Row], test: Iterable[Row], allow: bool = False) -> tuple[str, ...]:
     """Refuses a test set that shares rows (same prompt and answers) with the training set.
 
+    A scored row is the same as a preference, or as another scored row, if its best and worst completions are.
+
     Returns:
         The shared ids in the order of the test set; they can only be non-empty with `allow`.
     """
-    seen = {row.id for row in train}
-    shared = tuple(dict.fromkeys(row.id for row in test if row.id in seen))
+    seen = {name for row in train for name in row.judgements}
+    shared = tuple(dict.fromkeys(row.id for row in test if not seen.isdisjoint(row.judgements)))
     if shared and not allow:
         names = " and ".join(rows.source for rows in (train, test) if isinstance(rows, RowSet))
         first = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")

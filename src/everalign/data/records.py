@@ -74,6 +74,11 @@ class Preference:
         text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @property
+    def judgements(self) -> tuple[str, ...]:
+        """Ids under which the row may be found again."""
+        return (self.id,)
+
     def to_json(self) -> dict[str, Any]:
         """The row as its columns; `weight` only where it is not 1, so that the file reads as TRL's."""
         prompt = self.prompt if isinstance(self.prompt, str) else [dict(message) for message in self.prompt]

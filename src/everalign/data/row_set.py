@@ -21,6 +21,11 @@ class Row(Protocol):
         ...
 
     @property
+    def judgements(self) -> tuple[str, ...]:
+        """Ids under which the same judgement may be found in another row, whatever its kind."""
+        ...
+
+    @property
     def weight(self) -> float:
         """How much the row counts in a mean loss."""
         ...

@@ -7,7 +7,6 @@ counts) and `weight` (what the row counts).
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,24 @@ from functools import cached_property
 from numbers import Real
 from typing import Any
 
-from everalign.data.fields import Message, answer, check_text, checked_prompt, checked_weight, kind
+from everalign.data.fields import (
+    Message,
+    answer,
+    check_text,
+    checked_prompt,
+    checked_weight,
+    is_finite,
+    kind,
+    shown,
+)
 from everalign.data.readers import load_rows
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
 from everalign.data.schema import Schema
 from everalign.errors import InputError
+
+# Far above any weight that means something, and far from the end of fp32.
+_LARGEST_WEIGHT = 1e20
 
 SCORED_SCHEMA = Schema(
     columns=("prompt", "completions", "rewards", "weight", "weights"),
@@ -62,8 +73,10 @@ class Scored:
         for field in ("rewards", "weights"):
             if getattr(self, field) is not None or field == "rewards":
                 object.__setattr__(self, field, _numbers(getattr(self, field), field, len(self.completions)))
-        if self.weights is not None and (min(self.weights) < 0 or max(self.weights) == 0):
-            raise InputError("field 'weights': must be at least 0 and not all 0; remove rows of no weight")
+        if self.weights is not None and not (min(self.weights) >= 0 and 0 < max(self.weights) <= _LARGEST_WEIGHT):
+            raise InputError(
+                f"field 'weights': must be from 0 to {_LARGEST_WEIGHT:g} and not all 0; remove rows of no weight"
+            )
         object.__setattr__(self, "weight", checked_weight(self.weight))
 
     def __hash__(self) -> int:
@@ -111,6 +124,12 @@ class Scored:
         kept = [None if part is None else tuple(part[i] for i in indices) for part in parts]
         return Scored(self.prompt, kept[0], kept[1], self.weight, kept[2])  # type: ignore[arg-type]
 
+    @cached_property
+    def judgements(self) -> tuple[str, ...]:
+        """Ids under which the row may be found again: its own, and that of the preference in it, if any."""
+        pair = self.preference()
+        return (self.id,) if pair is None else (self.id, pair.id)
+
     def preference(self) -> Preference | None:
         """The best completion over the worst one; None where all rewards, or these two texts, are equal."""
         best, worst = (self.rewards.index(pick(self.rewards)) for pick in (max, min))
@@ -153,8 +172,8 @@ def _numbers(value: Any, field: str, count: int) -> tuple[float, ...]:
     for i, item in enumerate(value):
         if isinstance(item, bool) or not isinstance(item, Real):
             raise InputError(f"field '{field}[{i}]': must be a number, found {kind(item)}")
-        if not math.isfinite(item):
-            raise InputError(f"field '{field}[{i}]': must be finite, found {float(item)}; score it again or remove it")
+        if not is_finite(item):
+            raise InputError(f"field '{field}[{i}]': must be finite, found {shown(item)}; score it again or remove it")
     if len(value) != count:
         raise InputError(f"field {field!r}: {len(value)} numbers for {count} completions; give one for each")
     return tuple(float(item) for item in value)

@@ -18,9 +18,10 @@ from everalign.learning.run import BASE, RunDirectory, data_facts, version_name
 from everalign.learning.run_data import RunData, load_run
 from everalign.learning.scores import Scores
 from everalign.learning.setup import Announce, Progress, make_setup
-from everalign.learning.task_rows import encode_rows, prepare_rows
+from everalign.learning.task_rows import TaskRows, encode_rows, prepare_rows
 from everalign.learning.task_training import train_task
 from everalign.methods import LifeAlign, Method, Task
+from everalign.training.teaching import SCORED_OBJECTIVES
 from everalign.training.weighing import WeightOptions
 
 Rows = Sequence[Preference] | Sequence[Scored]
@@ -44,14 +45,6 @@ def _as_set(rows: Rows) -> AnySet:
         return rows
     scored = any(isinstance(row, Scored) for row in rows[:1])
     return ScoredSet.of(rows) if scored else PreferenceSet.of(rows)  # type: ignore[arg-type]  # told by the first
-
-
-def _as_tests(rows: Rows) -> PreferenceSet:
-    """Held-out rows are judged as preferences: of a scored row, the best completion over the worst."""
-    found = _as_set(rows)
-    if isinstance(found, PreferenceSet):
-        return found
-    return PreferenceSet.of([pair for row in found if (pair := row.preference()) is not None], found.source)
 
 
 class Learner:
@@ -96,6 +89,8 @@ class Learner:
         announce: Announce = _print,
         progress: Progress = _silent,
     ) -> None:
+        if weighting is not None and objective not in SCORED_OBJECTIVES:
+            raise InputError(f"weighting is for rewards, and the objective {objective} has none: leave it out")
         self._run = RunDirectory(Path(output))
         self._run.check_usable(resume)
         self._setup = make_setup(
@@ -128,6 +123,17 @@ class Learner:
 
     # ---- learning ----
 
+    def _as_tests(self, rows: Rows) -> PreferenceSet:
+        """Held-out rows are judged as preferences: of a scored row, the best completion over the worst."""
+        found = _as_set(rows)
+        if isinstance(found, PreferenceSet):
+            return found
+        pairs = [pair for row in found if (pair := row.preference()) is not None]
+        if len(pairs) < len(found):
+            left = f"{len(found) - len(pairs)} of {len(found)} held-out rows"
+            self._setup.announce(f"  {found.source}: {left} have no better and worse completion and are left out")
+        return PreferenceSet.of(pairs, found.source)
+
     def learn(self, rows: Rows, name: str, test: Rows | None = None) -> dict[str, PreferenceScore]:
         """Learn one task, score the policy on every known test set, and write a version.
 
@@ -144,32 +150,37 @@ class Learner:
             EveralignError: training diverged, or an earlier call was broken off in the middle.
         """
         with self._run.alone():
-            return self._learn_alone(_as_set(rows), name, None if test is None else _as_tests(test))
+            return self._learn_alone(_as_set(rows), name, None if test is None else self._as_tests(test))
 
     def _learn_alone(self, rows: AnySet, name: str, test: PreferenceSet | None) -> dict[str, PreferenceScore]:
         if [version.id for version in self.run.versions] != list(self._finished.values()):
             raise InputError(f"{self._run.path} was continued by another learner: open it again, with resume")
         self._tests.check([(name, rows, test)])
         done = self._already_learned(rows, name) if name in self._finished else None
+        task = TaskRows(rows, rows) if done is not None else prepare_rows(self._setup, rows)
         if test is not None:
             self.announce_test(name, test)
         if done is None:
             self._tests.restore()
         self._tests.trained_on(rows)
-        return self._learn(rows, name) if done is None else done
+        return self._learn(task, name) if done is None else done
 
     def learn_all(self, tasks: Sequence[tuple[str, Rows, Rows | None]]) -> None:
         """Learn (name, rows, test) tasks in order; every test set is scored from the start, also before its turn.
 
         A joint method learns them all at once.
         """
-        sets = [(name, _as_set(rows), None if test is None else _as_tests(test)) for name, rows, test in tasks]
+        sets = [(name, _as_set(rows), None if test is None else self._as_tests(test)) for name, rows, test in tasks]
         with self._run.alone():
             self._tests.check(sets)
             for name, _, test in sets:
                 if test is not None:
                     self.announce_test(name, test)
-            for name, rows in self.method.pool([(name, rows) for name, rows, _ in sets]):
+            # All of them before the first is learned. What is pooled is weighed task by task: rewards of different
+            # tasks have no common scale.
+            prepared = {name: prepare_rows(self._setup, rows) for name, rows, _ in sets}
+            pooled = self.method.regime == "joint"
+            for name, rows in self.method.pool([(n, prepared[n].rows if pooled else rows) for n, rows, _ in sets]):
                 self.learn(rows, name)
 
     def announce_test(self, name: str, test: Rows) -> None:
@@ -179,9 +190,9 @@ class Learner:
             InputError: the run knows other test rows of this task, or rows that were trained on are among them.
         """
         with self._run.alone():
-            self._tests.announce(name, _as_tests(test), self._finished)
+            self._tests.announce(name, self._as_tests(test), self._finished)
 
-    def _learn(self, rows: AnySet, name: str) -> dict[str, PreferenceScore]:
+    def _learn(self, rows: TaskRows, name: str) -> dict[str, PreferenceScore]:
         if self._learning:
             raise EveralignError(
                 "a task was broken off in the middle: continue with a new learner that resumes the run"
@@ -191,17 +202,18 @@ class Learner:
         # Random generators take 32 bits, and a task's stages count on from its seed.
         seed = (self._setup.seed * _RUN_SEED_STRIDE + index * _TASK_SEED_STRIDE) % _SEED_RANGE
         self._setup.announce(f"task {index}: {name}")
-        learned, weights = prepare_rows(self._setup, rows)
-        scores = self._learn_task(Task(name, learned, index, seed), rows, weights)
+        for line in rows.lines:
+            self._setup.announce(line)
+        scores = self._learn_task(Task(name, rows.rows, index, seed), rows)
         self._learning = False
         return scores
 
-    def _learn_task(self, task: Task, given: AnySet, weights: dict[str, Any] | None) -> dict[str, PreferenceScore]:
+    def _learn_task(self, task: Task, rows: TaskRows) -> dict[str, PreferenceScore]:
         version = version_name(task.index, task.name)
         previous = self.policy.total()
         self.method.begin_task(self.policy, task)
         replayed = self.method.rows(task)
-        pairs = encode_rows(self._setup, [*task.rows, *replayed])
+        pairs = encode_rows(self._setup, task.rows, replayed)
         if pairs.altered:
             self._setup.announce(f"  {pairs.summary()}")
         reports = train_task(self._setup, pairs, len(replayed), self._run.work(version), task.seed)
@@ -212,9 +224,9 @@ class Learner:
             "index": task.index,
             "name": task.name,
             "parent": BASE if self.method.regime == "separate" else self._newest,
-            "train": data_facts(given),
+            "train": data_facts(rows.given),
             "test": self._tests.facts(task.name),
-            "weights": weights,
+            "weights": rows.facts,
             "seed": task.seed,
             "stages": [report.facts() for report in reports],
             "replay_ids": [] if self.method.buffer is None else self.method.buffer.ids(),

@@ -158,8 +158,14 @@ class Recipe(_Keys):
         return Recipe.model_validate({**theirs, **mine})
 
     def training_options(self) -> TrainingOptions:
-        """Return the preset's training options with the given ones in their place."""
-        return TrainingOptions.preset(self.preset or "default", **self._given("training"))  # type: ignore[arg-type]
+        """Return the preset's training options with the given ones in their place.
+
+        A preset's supervised stage stands before a preference stage; no other objective has it.
+        """
+        given = self._given("training")
+        if self.objective in _WITHOUT_MARGIN:
+            given = {"sft_epochs": 0.0, **given}
+        return TrainingOptions.preset(self.preset or "default", **given)  # type: ignore[arg-type]
 
     def adapter_options(self) -> AdapterOptions:
         """Return the preset's adapter options with the given ones in their place."""

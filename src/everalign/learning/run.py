@@ -46,6 +46,8 @@ BASE = "000"
 _ZERO_SHOT = "zero_shot.json"
 _LOCK = ".lock"
 _SAME = ("format", "model_fingerprint", "template", "objective", "method", "settings", "seed")
+# Settings that came later, with the values they had before.
+_SETTINGS_SINCE = {"attention": "sdpa"}
 
 
 def now() -> str:
@@ -118,9 +120,12 @@ class RunDirectory:
         written = read_json(self.path / "run.json")
         now_given = json.loads(json.dumps({"format": FORMAT, **facts}))
         for key in _SAME:
-            if written.get(key) != now_given[key]:
+            then = written.get(key)
+            if key == "settings" and isinstance(then, dict):
+                then = {**_SETTINGS_SINCE, **then}
+            if then != now_given[key]:
                 raise InputError(
-                    f"{self.path} was begun with another {_difference(key, written.get(key), now_given[key])}: "
+                    f"{self.path} was begun with another {_difference(key, then, now_given[key])}: "
                     "use the same settings, or another output directory"
                 )
 

@@ -182,18 +182,20 @@ def _extended(basis: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Extend an orthonormal basis (m, p) so that it holds a factor (m, q); and the factor's coordinates in it.
 
     Projected twice ("twice is enough", Kahan in Parlett 1980, §6.9), then the residual's own singular directions: a
-    QR factorisation alone would return arbitrary ones where the residual has less than full rank.
+    QR factorisation alone would return arbitrary ones where the residual has less than full rank. Weak directions
+    beside strong ones lean into the basis still, by rounding over their share, so they are projected once more.
     """
     inside = basis.T @ factor
     rest = factor - basis @ inside
     again = basis.T @ rest
     rest -= basis @ again
     Q, R = torch.linalg.qr(rest)
-    U, values, Vh = torch.linalg.svd(R, full_matrices=False)
+    U, values, _ = torch.linalg.svd(R, full_matrices=False)
     new = values > _NEW_DIRECTION * factor.norm()
     directions = Q @ U[:, new]
-    outside = values[new, None] * Vh[new]
-    return torch.cat([basis, directions], 1), torch.cat([inside + again, outside])
+    directions -= basis @ (basis.T @ directions)
+    directions = torch.linalg.qr(directions).Q
+    return torch.cat([basis, directions], 1), torch.cat([inside + again, directions.T @ rest])
 
 
 def _leading(basis: Tensor, cores: Tensor, held: Tensor, cap: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,6 +215,6 @@ def _leading(basis: Tensor, cores: Tensor, held: Tensor, cap: int) -> tuple[Tens
     _, vectors = torch.linalg.eigh(gram)
     # Orthonormal again: where the cores fill fewer directions, eigenvectors of 0 may lean into those held.
     kept, triangle = torch.linalg.qr(torch.cat([held, vectors.flip(1)[:, : cap - held.shape[1]]], 1))
-    kept *= triangle.diagonal().sign()  # so that those held come first just as they are
+    kept *= torch.where(triangle.diagonal() < 0, -1.0, 1.0)  # so that those held come first just as they are
     leading = basis @ kept.to(basis.dtype)
     return leading, kept.T @ cores, leading[:, : held.shape[1]]

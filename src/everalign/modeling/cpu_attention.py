@@ -110,4 +110,6 @@ def _gradients(
     # Σ dp·p of a row is its gradient times its output (Dao et al. 2022, "FlashAttention", appendix B.2).
     inner = (gradient.float() * output.float()).sum(-1, keepdim=True).to(p.dtype)
     ds = (gradient @ v.transpose(-1, -2)).sub_(inner).mul_(p)
+    # p was rounded otherwise than the output was, and what is left of each row's sum would multiply the mean key.
+    ds.addcmul_(p, ds.sum(-1, keepdim=True), value=-1)
     return ds @ k, ds.transpose(-1, -2) @ q, dv

@@ -21,7 +21,8 @@ class WeightOptions:
     Args:
         estimator: where a prompt's normaliser comes from: `group`, its own completions; `group_loo`, the other
             ones, which aims at the optimum exactly but with weights of any size; `in_batch`, the other prompts', for
-            data with one completion a prompt.
+            data with one completion a prompt. There a reward is compared with the mean of the prompt's other
+            completions, or, where some prompt has but one, with that of the dataset.
         temperature: reward that is worth one nat, in units of the dataset's standard deviation of rewards, or as
             they are without `scale_rewards`.
         target_ess: share of the responses, between 0 and 1, that the weights shall be worth; the temperature is
@@ -68,7 +69,11 @@ class Weighed:
 
     def summary(self) -> str:
         """One line of text for a log."""
-        given = "as given" if self.temperature is None else f"temperature {self.temperature:.3g}"
+        given = (
+            "as given, weighting options do not apply"
+            if self.temperature is None
+            else f"temperature {self.temperature:.3g}"
+        )
         s = self.statistics
         return f"{given}, worth {s.effective_share:.0%} of {s.rows} completions, the largest {s.largest_weight:.3g}"
 
@@ -101,7 +106,8 @@ def weigh(rows: Sequence[Scored], lengths: Sequence[Sequence[int]], options: Wei
     if given:
         weights = torch.tensor([weight for row in given for weight in row.weights or ()], dtype=torch.float64)
         return Weighed(tuple(rows), weight_statistics(weights, groups, rewards, tokens), None, 1.0)
-    _check_groups(rows, options.estimator)
+    check_completions(rows, options)
+    alone = options.estimator == "in_batch" and any(len(row.completions) == 1 for row in rows)
     try:
         scale = global_scale(rewards) if options.scale_rewards else 1.0
         found = var_weights(
@@ -111,19 +117,28 @@ def weigh(rows: Sequence[Scored], lengths: Sequence[Sequence[int]], options: Wei
             temperature=None if options.target_ess else options.temperature,
             target_ess=options.target_ess or None,
             reward_scale=scale,
+            baselines=rewards.mean().expand(len(rows)) if alone else None,
             weight_cap=cap,
         )
         statistics = weight_statistics(found.weights, groups, rewards, tokens, weight_cap=cap)
     except ValueError as error:
         raise InputError(f"rewards: {error}") from error
-    parts = iter(found.weights.tolist())
-    weighed = tuple(replace(row, weights=tuple(next(parts) for _ in row.completions)) for row in rows)
+    parts = torch.split(found.weights, [len(row.completions) for row in rows])
+    weighed = tuple(_with_weights(row, part.tolist()) for row, part in zip(rows, parts, strict=True))
     return Weighed(weighed, statistics, found.temperature, scale)
 
 
-def _check_groups(rows: Sequence[Scored], estimator: str) -> None:
-    alone = [number for number, row in enumerate(rows, start=1) if len(row.completions) == 1]
-    if alone and estimator != "in_batch":
+def _with_weights(row: Scored, weights: list[float]) -> Scored:
+    try:
+        return replace(row, weights=tuple(weights))
+    except InputError as error:
+        raise InputError(f"the row {row.id} would get the weights {weights}: raise the temperature") from error
+
+
+def check_completions(rows: Sequence[Scored], options: WeightOptions) -> None:
+    """Refuse rows without weights that have too few completions for the estimator; names them by their place."""
+    alone = [n for n, row in enumerate(rows, start=1) if len(row.completions) == 1 and row.weights is None]
+    if alone and options.estimator != "in_batch":
         named = ", ".join(map(str, alone[:_ROWS_NAMED])) + (", ..." if len(alone) > _ROWS_NAMED else "")
         raise InputError(
             f"{len(alone)} rows have one completion only (rows {named}), whose weight would be 1 whatever its reward: "
