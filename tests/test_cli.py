@@ -404,3 +404,9 @@ def test_main_without_arguments_takes_those_of_the_process(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["everalign", "--version"])
     assert main() == 0
     assert capsys.readouterr().out == f"everalign {__version__}\n"
+
+
+def test_run_as_a_module_it_returns_the_exit_code_too():
+    done = subprocess.run([sys.executable, "-m", "everalign", "versions", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
