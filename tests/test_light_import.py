@@ -25,7 +25,7 @@ def test_importing_loads_nothing_heavy(module):
     assert child(f"import {module}\n{LOADED}") == "[]\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["learn", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["learn", "--help"], ["reward", "train", "--help"], ["--version"]])
 def test_help_loads_nothing_heavy(arguments):
     out = child(f"from everalign.cli import main\nmain({arguments})\n{LOADED}")
     assert out.splitlines()[-1] == "[]"

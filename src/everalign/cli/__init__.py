@@ -13,6 +13,7 @@ import typer
 from everalign.cli.demo import demo
 from everalign.cli.learn import learn
 from everalign.cli.output import say
+from everalign.cli.reward import reward
 from everalign.cli.runs import report, versions
 from everalign.errors import EveralignError, InputError
 
@@ -29,6 +30,7 @@ app.command(
     epilog="Example: everalign learn --model tiny --task polite=polite.jsonl,polite.test.jsonl --output runs/polite"
 )(learn)
 app.command(epilog="Example: everalign demo --output runs/demo")(demo)
+app.add_typer(reward, name="reward")
 app.command(epilog="Example: everalign report runs/lifealign runs/seqft --output comparison.html")(report)
 app.command(epilog="Example: everalign versions runs/polite")(versions)
 

@@ -69,7 +69,7 @@ class Scored:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", checked_prompt(self.prompt))
-        object.__setattr__(self, "completions", _texts(self.completions))
+        object.__setattr__(self, "completions", checked_completions(self.completions))
         for field in ("rewards", "weights"):
             if getattr(self, field) is not None or field == "rewards":
                 object.__setattr__(self, field, _numbers(getattr(self, field), field, len(self.completions)))
@@ -155,7 +155,8 @@ def load_scored(source: str | os.PathLike[str], *, split: str = "train", skip_ba
     return load_rows(ScoredSet, SCORED_SCHEMA, source, split, skip_bad_rows)
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def checked_completions(value: Any) -> tuple[str, ...]:
+    """Return completions as records hold them: texts, at least one."""
     if not isinstance(value, list | tuple):
         raise InputError(f"field 'completions': must be a list of texts, found {kind(value)}")
     if not value:

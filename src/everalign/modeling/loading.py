@@ -49,7 +49,7 @@ def load_model(name: str, precision: Precision = "fp32") -> Any:
             source, config=config, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(_cannot_load("model", name, error)) from error
+        raise InputError(cannot_load("model", name, error)) from error
     if missing := sorted(loaded["missing_keys"]):
         # They would be random numbers.
         raise InputError(f"the weights of {name} lack {len(missing)} of the model's parameters, such as {missing[0]}")
@@ -64,13 +64,14 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise InputError(_cannot_load("tokenizer", name, error)) from error
+        raise InputError(cannot_load("tokenizer", name, error)) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no end-of-text token: set `eos_token` in its config")
     return tokenizer
 
 
-def _cannot_load(what: str, name: str, error: Exception) -> str:
+def cannot_load(what: str, name: str, error: Exception) -> str:
+    """Say why there is no model or tokenizer of that name."""
     reason = str(error).strip().splitlines()[0]
     if Path(name).exists():
         return f"cannot load a {what} from the folder {name}: {reason}"

@@ -2,6 +2,7 @@
 
 from everalign.objectives.likelihood import token_nll
 from everalign.objectives.preference import dpo_loss, fpo_loss, implicit_margin
+from everalign.objectives.rewards import bradley_terry_loss, calibrating_temperature, pair_calibration_error
 from everalign.objectives.temperature import global_scale, solve_temperature
 from everalign.objectives.weight_monitoring import WeightStatistics, weight_statistics
 from everalign.objectives.weighted import snkl_loss, weighted_nll
@@ -11,11 +12,14 @@ __all__ = [
     "Estimator",
     "VarWeights",
     "WeightStatistics",
+    "bradley_terry_loss",
+    "calibrating_temperature",
     "cross_weights",
     "dpo_loss",
     "fpo_loss",
     "global_scale",
     "implicit_margin",
+    "pair_calibration_error",
     "snkl_loss",
     "solve_temperature",
     "token_nll",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from everalign.data.batches import TrainingPlan, training_plan
@@ -17,7 +17,7 @@ from everalign.errors import EveralignError
 from everalign.modeling.policy import Policy
 from everalign.training.checkpoints import MarkComplete, latest_checkpoint
 from everalign.training.teaching import Objective
-from everalign.training.trainer import GradientHook, Penalty, Steps, Trainer, training_arguments
+from everalign.training.trainer import EncodedRow, GradientHook, Penalty, Steps, Trainer, training_arguments
 
 Progress = Callable[[int, int], None]
 
@@ -88,13 +88,61 @@ def run_stage(
         gradient_hook: the method's hand on complete gradients.
         progress: called with (steps done, steps in all).
     """
-    arguments = _arguments(folder, options, seed)
-    plan = _plan(arguments, options, [row_tokens(pair, policy.head.shared) for pair in pairs], seed)
-    trainer = Trainer(
+    shared = policy.head.shared
+    return train_rows(
         policy,
         objective,
+        pairs,
+        [row_tokens(pair, shared) for pair in pairs],
+        options,
+        folder,
+        seed=seed,
+        shared=shared,
+        reference=reference,
+        penalty=penalty,
+        gradient_hook=gradient_hook,
+        progress=progress,
+    )
+
+
+def train_rows(
+    model: nn.Module,
+    objective: Objective,
+    rows: Sequence[EncodedRow],
+    lengths: Sequence[int],
+    options: StageOptions,
+    folder: Path,
+    *,
+    seed: int,
+    shared: bool = False,
+    reference: Tensor | None = None,
+    penalty: Penalty | None = None,
+    gradient_hook: GradientHook | None = None,
+    progress: Progress | None = None,
+) -> StageResult:
+    """Train whatever an objective can teach; resumes from the newest complete checkpoint in `folder`.
+
+    Args:
+        model: its parameters that need gradients are trained, in place.
+        objective: what a batch teaches.
+        rows: the N encoded rows.
+        lengths: tokens computed for each row.
+        options: how.
+        folder: holds the checkpoints.
+        seed: seeds the order of the rows.
+        shared: compute a prompt once for all its answers, where the objective can.
+        reference: (N, 2) reference log-probabilities, where the objective needs them.
+        penalty: a regulariser, for policies.
+        gradient_hook: a hand on complete gradients, for policies.
+        progress: called with (steps done, steps in all).
+    """
+    arguments = _arguments(folder, options, seed)
+    plan = _plan(arguments, options, lengths, seed)
+    trainer = Trainer(
+        model,
+        objective,
         arguments,
-        Steps(pairs, plan, objective, policy.head.shared, reference),
+        Steps(rows, plan, objective, shared, reference),
         penalty,
         gradient_hook,
         callbacks=[
@@ -106,7 +154,7 @@ def run_stage(
     checkpoint = latest_checkpoint(folder)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    policy.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     return StageResult(plan.steps, options.epochs, seconds, _curve(trainer.state.log_history, options.epochs))
 

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from everalign.data.batches import TrainingPlan
+from everalign.data.comparisons import Comparison
 from everalign.data.encoding import EncodedPair
 from everalign.data.groups import EncodedGroup
 from everalign.data.layout import Batch
@@ -23,6 +24,7 @@ from everalign.training.teaching import Objective
 
 Penalty = Callable[[Policy], Tensor | None]
 GradientHook = Callable[[Policy], None]
+EncodedRow = EncodedPair | EncodedGroup | Comparison
 
 
 class Steps(Dataset[list[Batch]]):
@@ -38,7 +40,7 @@ class Steps(Dataset[list[Batch]]):
 
     def __init__(
         self,
-        pairs: Sequence[EncodedPair | EncodedGroup],
+        pairs: Sequence[EncodedRow],
         plan: TrainingPlan,
         objective: Objective,
         shared: bool,
@@ -65,7 +67,7 @@ class Steps(Dataset[list[Batch]]):
 
 
 class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carries no types
-    """Trains a policy on planned micro-batches.
+    """Trains a policy, or a reward model, on planned micro-batches.
 
     The loss of an optimiser step is the sum over its rows divided by the step's whole count (pairs, or
     response tokens for SFT), over all micro-batches and processes: accumulation never changes the result.
@@ -82,7 +84,7 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
 
     def __init__(
         self,
-        policy: Policy,
+        policy: nn.Module,
         objective: Objective,
         arguments: TrainingArguments,
         steps: Steps,

@@ -1,0 +1,204 @@
+"""The verbs `reward train` and `reward score`: a reward model from preferences, and rewards for answers."""
+
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from everalign.cli.display import Display
+from everalign.cli.output import say, show, show_json, show_line
+from everalign.cli.runs import Json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from everalign.data import PreferenceSet
+    from everalign.evaluation.rewards import ScoringResult
+    from everalign.training.reward_model import TrainedRewardModel
+    from everalign.training.reward_report import RewardReport
+
+INTERRUPTED = 130
+
+reward = typer.Typer(help="Train a reward model on preferences, and score answers.", no_args_is_help=True)
+
+
+def _option(text: str, metavar: str | None = None) -> Any:
+    """A flag with its help; those that may be left out have their defaults where they are used."""
+    return typer.Option(help=text, metavar=metavar, show_default=False)
+
+
+@reward.command(
+    epilog="Example: everalign reward train --model tiny --data pairs.jsonl --test pairs.test.jsonl "
+    "--output runs/reward --learning-rate 1e-3"
+)
+def train(
+    model: Annotated[str, _option("A Hugging Face folder, a Hub name, or `tiny`.")],
+    data: Annotated[str, _option("Preferences to learn.", "PAIRS")],
+    output: Annotated[Path, _option("The reward model's folder.", "DIR")],
+    test: Annotated[str | None, _option("Held-out preferences, for the report.", "PAIRS")] = None,
+    seed: Annotated[int, _option("Seeds everything random.")] = 0,
+    learning_rate: Annotated[float | None, _option("Peak of the learning rate.")] = None,
+    epochs: Annotated[float | None, _option("Passes over the pairs; fractions allowed.")] = None,
+    batch_size: Annotated[int | None, _option("Pairs of an optimiser step.")] = None,
+    max_length: Annotated[int | None, _option("Longest prompt plus answer, in tokens.")] = None,
+    tokens_per_batch: Annotated[int | None, _option("Tokens computed at once; fewer save memory.")] = None,
+    centring: Annotated[float | None, _option("Pull of a pair's rewards towards 0.")] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", metavar="", help="Let rows be in both sets.")
+    ] = False,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", metavar="", help="Leave bad rows out, and say so.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a Bradley-Terry reward model on preferences: the whole model, with one score per answer."""
+    from everalign.training.reward_model import RewardOptions, train_reward_model
+
+    given = {
+        "learning_rate": learning_rate,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "tokens_per_batch": tokens_per_batch,
+        "centring": centring,
+    }
+    options = RewardOptions(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    with Display() as display:
+        display.announce("data")
+        trained = train_reward_model(
+            model,
+            _load(data, skip_bad_rows),
+            output,
+            test=None if test is None else _load(test, skip_bad_rows),
+            options=options,
+            seed=seed,
+            allow_overlap=allow_overlap,
+            announce=display.announce,
+            progress=display.progress,
+        )
+    (_show_training_json if as_json else _show_training)(trained)
+
+
+@reward.command(epilog="Example: everalign reward score --model runs/reward --data answers.jsonl --output scored.jsonl")
+def score(
+    model: Annotated[str, _option("A reward model's folder, or a Python function.", "DIR|MODULE:FUNCTION")],
+    data: Annotated[str, _option("Rows with prompt and completions, or preferences.", "ROWS")],
+    output: Annotated[Path, _option("The rows with their rewards.", "FILE.jsonl")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar="", help="Ignore rewards that rows have, and replace FILE.jsonl.")
+    ] = False,
+    batch_size: Annotated[int | None, _option("Answers scored at once; kept after each batch.")] = None,
+    tokens_per_batch: Annotated[int | None, _option("Tokens a reward model computes at once.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score answers, and write them as rows to learn from with `--objective var`.
+
+    Killed in the middle, the same command goes on where it was.
+    """
+    try:
+        _score(model, data, output, overwrite, batch_size, tokens_per_batch, as_json)
+    except KeyboardInterrupt:
+        say("interrupted", "the same command goes on from here", "bold yellow")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _load(source: str, skip_bad_rows: bool) -> "PreferenceSet":
+    from everalign.data import load_preferences
+
+    rows = load_preferences(source, skip_bad_rows=skip_bad_rows)
+    if rows.skipped:
+        say("warning", f"{source}: {len(rows.skipped)} bad rows left out; the first: {rows.skipped[0]}", "yellow")
+    return rows
+
+
+def _score(
+    model: str,
+    data: str,
+    output: Path,
+    overwrite: bool,
+    batch_size: int | None,
+    tokens_per_batch: int | None,
+    as_json: bool,
+) -> None:
+    from everalign.data import load_unscored
+    from everalign.evaluation.rewards import ANSWERS_PER_BATCH, make_scorer, score_rows
+
+    started = time.perf_counter()
+    with Display() as display:
+        rows = load_unscored(data, overwrite=overwrite)
+        display.announce(f"{len(rows)} rows to score")
+        scored = score_rows(
+            rows,
+            make_scorer(model, tokens_per_batch),
+            output,
+            overwrite=overwrite,
+            answers_per_batch=ANSWERS_PER_BATCH if batch_size is None else batch_size,
+            announce=display.announce,
+            progress=display.progress,
+        )
+    facts = {**_scoring_facts(scored), "seconds": round(time.perf_counter() - started, 3)}
+    if as_json:
+        show_json(facts)
+        return
+    for label in ("rows", "answers", "mean", "spread"):
+        show_line(label, f"{facts[label]:.3f}" if isinstance(facts[label], float) else facts[label])
+    show_line("scored", facts["output"])
+
+
+def _scoring_facts(scored: "ScoringResult") -> dict[str, Any]:
+    rewards = [reward for row in scored.rows for reward in row.rewards]
+    return {
+        "output": str(scored.path),
+        "rows": len(scored.rows),
+        "resumed": scored.resumed,
+        "answers": len(rewards),
+        "mean": statistics.fmean(rewards),
+        "spread": statistics.pstdev(rewards),
+    }
+
+
+def _show_training_json(trained: "TrainedRewardModel") -> None:
+    from dataclasses import asdict
+
+    report = None if trained.report is None else asdict(trained.report)
+    costs = {"steps": trained.training.steps, "seconds": round(trained.training.seconds, 3)}
+    facts = {"mean": trained.facts.mean, "scale": trained.facts.scale, "max_length": trained.facts.max_length}
+    show_json({"output": str(trained.path), "held_out": report, **facts, **costs})
+
+
+def _show_training(trained: "TrainedRewardModel") -> None:
+    from everalign.reporting.formats import seconds
+
+    if trained.report is None:
+        show("No held-out pairs (--test), so what the reward model is worth is not known.")
+    else:
+        show(_report_table(trained.report))
+    show_line("time", seconds(trained.training.seconds))
+    show_line("model", trained.path)
+
+
+def _report_table(report: "RewardReport") -> "Table":
+    from rich.table import Table
+
+    from everalign.reporting.formats import fixed, percent, significant
+
+    table = Table(title=f"{report.pairs} held-out pairs", title_justify="left")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_column("meaning", overflow="fold")
+    table.add_row("accuracy", percent(report.accuracy), "chosen answer has the higher reward")
+    table.add_row("log-loss", fixed(report.log_loss, 3), "nats; 0.693 is a coin's")
+    table.add_row("calibration error", percent(report.calibration_error), "of σ(reward difference) as a probability")
+    table.add_row("temperature", significant(report.temperature), _temperature_note(report))
+    if report.calibrated_error is not None:
+        table.add_row("error at it", percent(report.calibrated_error), "on the same pairs, so too low")
+    table.add_row("length correlation", fixed(report.length_correlation, 2), "of reward and answer length")
+    return table
+
+
+def _temperature_note(report: "RewardReport") -> str:
+    if report.temperature is not None:
+        return "calibrates it; fitted on these pairs"
+    return "none is best: the model ranks no pair wrongly, or no more pairs rightly than chance"

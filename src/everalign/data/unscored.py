@@ -1,0 +1,136 @@
+"""Answers that are yet to get their rewards: a prompt and its completions.
+
+On disk a row has the columns `prompt` and `completions`, as scored rows have them; or it is a preference, whose
+`chosen` and `rejected` become the two completions, in this order.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from everalign.data.fields import Message, checked_prompt, checked_weight, kind
+from everalign.data.readers import load_rows
+from everalign.data.records import Preference
+from everalign.data.row_set import RowSet
+from everalign.data.schema import Schema
+from everalign.data.scored import Scored, checked_completions
+from everalign.errors import InputError
+
+UNSCORED_SCHEMA = Schema(
+    columns=("prompt", "completions", "chosen", "rejected", "rewards", "weight"),
+    required=(),
+    expected="expected 'prompt' and 'completions', or 'prompt', 'chosen' and 'rejected'",
+    other_names={
+        "prompt": ("instruction", "question", "query", "input", "messages", "conversations"),
+        "completions": ("responses", "answers", "outputs", "candidates", "completion"),
+    },
+    lists=frozenset({"completions", "rewards"}),
+)
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """A prompt and the completions that are to be scored.
+
+    Args:
+        prompt: plain text that the answers continue, or chat messages that end before the assistant speaks.
+        completions: the answers, at least one; never altered.
+        weight: how much the row counts in a mean loss; positive and finite. Scoring carries it along.
+        rewarded: whether the row came with rewards.
+
+    Raises:
+        InputError: a field is wrong; the message names the field and says what to do.
+    """
+
+    prompt: str | tuple[Message, ...]
+    completions: tuple[str, ...]
+    weight: float = 1.0
+    rewarded: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", checked_prompt(self.prompt))
+        object.__setattr__(self, "completions", checked_completions(self.completions))
+        object.__setattr__(self, "weight", checked_weight(self.weight))
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.weight))
+
+    @cached_property
+    def id(self) -> str:
+        """16 hexadecimal digits that name the content (prompt and completions; not the weight)."""
+        content = {"prompt": self.prompt, "completions": self.completions}
+        text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def scored(self, rewards: Sequence[float]) -> Scored:
+        """The row with its rewards, one for each completion."""
+        return Scored(self.prompt, self.completions, tuple(rewards), self.weight)
+
+    @classmethod
+    def from_json(cls, obj: object, where: str) -> "Unscored":
+        """Reads one row of columns; other columns are ignored.
+
+        Args:
+            obj: a mapping with completions, or a preference as `Preference.from_json` reads it.
+            where: place of the row (such as `answers.jsonl:7`), the start of every error message.
+
+        Raises:
+            InputError: `where: field 'completions': what is wrong; what to do`.
+        """
+        try:
+            if not isinstance(obj, Mapping):
+                raise InputError(f"a row must be an object with columns, found {kind(obj)}; {UNSCORED_SCHEMA.expected}")
+            rewarded = obj.get("rewards") is not None
+            if not _is_preference(obj):
+                missing = [name for name in ("completions", "prompt") if name not in obj]
+                if missing:
+                    raise UNSCORED_SCHEMA.missing(missing[0], obj.keys())
+                weight = obj.get("weight")
+                return cls(obj["prompt"], obj["completions"], 1.0 if weight is None else weight, rewarded)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        pair = Preference.from_json(obj, where)
+        return cls(pair.prompt, (pair.chosen, pair.rejected), pair.weight, rewarded)
+
+
+@dataclass(frozen=True, repr=False)
+class UnscoredSet(RowSet[Unscored]):
+    """An immutable sequence of rows to be scored; a slice is an `UnscoredSet` too."""
+
+    record = Unscored
+
+
+def load_unscored(
+    source: str | os.PathLike[str], *, split: str = "train", skip_bad_rows: bool = False, overwrite: bool = False
+) -> UnscoredSet:
+    """Reads answers to be scored from a file or from the Hub; arguments and errors as in `load_preferences`.
+
+    Args:
+        source: a file, or a name on the Hub.
+        split: which split of a Hub dataset.
+        skip_bad_rows: leave bad rows out and keep one message for each in `.skipped`.
+        overwrite: take rows that have rewards already, which are then ignored.
+
+    Raises:
+        InputError: also where a row has rewards and `overwrite` is not set; names the first such row.
+    """
+    rows = load_rows(UnscoredSet, UNSCORED_SCHEMA, source, split, skip_bad_rows)
+    rewarded = [number for number, row in enumerate(rows, start=1) if row.rewarded]
+    if rewarded and not overwrite:
+        raise InputError(
+            f"{rows.source}: row {rewarded[0]}: field 'rewards': {len(rewarded)} rows have rewards already; "
+            "ask for --overwrite to score them anew, or remove the column"
+        )
+    return rows
+
+
+def _is_preference(row: Mapping[Any, Any]) -> bool:
+    """Whether a row is a pair; a table's row may have the columns of both kinds, one of them null."""
+    pair = [name for name in ("chosen", "rejected") if row.get(name) is not None]
+    if pair and row.get("completions") is not None:
+        raise InputError(f"field 'completions': the row has {pair[0]!r} too, which is a completion itself; keep one")
+    return bool(pair)

@@ -1,0 +1,198 @@
+"""Give every answer of a file its reward, in batches that survive a kill.
+
+    rows = load_unscored("answers.jsonl")
+    score_rows(rows, RewardModelScorer.from_folder("runs/reward"), "scored.jsonl")
+
+What is finished stands beside the output in a file that is named after scorer and rows, until the output is written
+whole; the same call goes on from there and asks the scorer for nothing twice.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from everalign.data.scored import ScoredSet
+from everalign.data.unscored import Unscored, UnscoredSet
+from everalign.errors import EveralignError, InputError
+from everalign.evaluation.scorers import CallableScorer, RewardModelScorer, Scorer, make_scorer
+from everalign.files import write_text
+
+__all__ = ["CallableScorer", "RewardModelScorer", "Scorer", "ScoringResult", "make_scorer", "score_rows"]
+
+ANSWERS_PER_BATCH = 64
+_KEY_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class ScoringResult:
+    """A finished scoring.
+
+    Args:
+        path: the file written.
+        rows: the rows with their rewards, in the order given.
+        resumed: how many of them an earlier, broken-off run had scored.
+    """
+
+    path: Path
+    rows: ScoredSet
+    resumed: int
+
+
+def score_rows(
+    rows: UnscoredSet,
+    scorer: Scorer,
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    answers_per_batch: int = ANSWERS_PER_BATCH,
+    announce: Callable[[str], None] = lambda _: None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> ScoringResult:
+    """Score rows and write them as JSON Lines that `load_scored` reads, whole or not at all.
+
+    Args:
+        rows: the answers.
+        scorer: gives rewards.
+        output: the file, whose name ends in .jsonl.
+        overwrite: replace `output` if it exists.
+        answers_per_batch: answers handed to the scorer at once; a row is never divided. After each batch its rewards
+            are on disk.
+        announce: called with one line for each thing that happens.
+        progress: called with ("scoring", rows done, rows in all).
+
+    Raises:
+        InputError: there are no rows, or `output` cannot be used.
+        EveralignError: the scorer failed, or a reward is missing, no number, NaN or infinite; names the rows, or the
+            row and the completion. What was scored before is kept.
+    """
+    path = Path(output)
+    _check_output(rows, path, overwrite, answers_per_batch)
+    store = _Store(path, f"{scorer.fingerprint}\n{rows.fingerprint}")
+    done = store.read(rows)
+    if done:
+        announce(f"  {len(done)} of {len(rows)} rows were scored by an earlier run")
+    resumed = len(done)
+    for start, batch in _batches(rows, resumed, answers_per_batch):
+        found = _score_batch(scorer, batch, start)
+        store.add(found)
+        done += found
+        progress("scoring", len(done), len(rows))
+    scored = tuple(row.scored(rewards) for row, rewards in zip(rows, done, strict=True))
+    write_text(path, "".join(_line(row.to_json()) for row in scored))
+    store.remove()
+    return ScoringResult(path, ScoredSet(scored, str(path)), resumed)
+
+
+def _check_output(rows: UnscoredSet, path: Path, overwrite: bool, answers_per_batch: int) -> None:
+    if not rows:
+        raise InputError(f"{rows.source}: no rows in it")
+    if path.suffix != ".jsonl":
+        raise InputError(f"{path}: the output's name must end in .jsonl")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise InputError(f"{path} exists: choose another output, or ask for --overwrite to replace a file")
+    if answers_per_batch < 1:
+        raise InputError(f"batch size: must be at least 1, found {answers_per_batch}")
+
+
+def _batches(rows: Sequence[Unscored], first: int, answers: int) -> Iterator[tuple[int, list[Unscored]]]:
+    """Cut the rows from `first` on into batches of at most `answers` answers, or of one row that has more."""
+    start, batch, count = first, list[Unscored](), 0
+    for row in rows[first:]:
+        if batch and count + len(row.completions) > answers:
+            yield start, batch
+            start, batch, count = start + len(batch), [], 0
+        batch.append(row)
+        count += len(row.completions)
+    if batch:
+        yield start, batch
+
+
+def _score_batch(scorer: Scorer, batch: Sequence[Unscored], start: int) -> list[list[float]]:
+    prompts = [row.prompt for row in batch for _ in row.completions]
+    completions = [text for row in batch for text in row.completions]
+    try:
+        found = scorer.score(prompts, completions)
+    except EveralignError as error:
+        rows = f"row {start + 1}" if len(batch) == 1 else f"rows {start + 1} to {start + len(batch)}"
+        raise type(error)(f"{rows}: {error}; what was scored before is kept") from error
+    places = [(number, i) for number, row in enumerate(batch, start + 1) for i in range(len(row.completions))]
+    rewards = iter(_checked(found, places))
+    return [[next(rewards) for _ in row.completions] for row in batch]
+
+
+def _checked(found: Any, places: Sequence[tuple[int, int]]) -> list[float]:
+    """What a scorer returned as floats; anything else than one finite number an answer is an error."""
+    try:
+        values = list(found)
+    except TypeError:
+        raise EveralignError(f"{_place(places[0])}: the scorer returned {_kind(found)}, no list of rewards") from None
+    if len(values) != len(places):
+        last = places[min(len(values), len(places) - 1)]
+        which = "the first without a reward" if len(values) < len(places) else "the last answer"
+        raise EveralignError(
+            f"{_place(last)}: {which}; the scorer returned {len(values)} rewards for {len(places)} answers "
+            f"({_place(places[0])} and following)"
+        )
+    for value, place in zip(values, places, strict=True):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise EveralignError(f"{_place(place)}: the reward must be a number, found {_kind(value)}")
+        if not math.isfinite(value):
+            raise EveralignError(f"{_place(place)}: the reward must be finite, found {float(value)}")
+    return [float(value) for value in values]
+
+
+def _place(place: tuple[int, int]) -> str:
+    return f"row {place[0]}, completions[{place[1]}]"
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+class _Store:
+    """Rewards of the first rows, one line a row, in a file beside the output that belongs to one scorer and rows."""
+
+    def __init__(self, output: Path, key: str) -> None:
+        digest = hashlib.sha256(key.encode()).hexdigest()[:_KEY_DIGITS]
+        self._path = output.with_name(f"{output.name}.{digest}.partial")
+
+    def read(self, rows: Sequence[Unscored]) -> list[list[float]]:
+        """Return the rewards of the rows that are finished; drops a line that a kill has cut."""
+        if not self._path.exists():
+            return []
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        try:
+            found = [json.loads(line) for line in whole]
+            fits = len(found) <= len(rows) and all(
+                len(rewards) == len(row.completions) for rewards, row in zip(found, rows, strict=False)
+            )
+        except (ValueError, TypeError):
+            fits = False
+        if not fits:
+            raise InputError(f"{self._path}: the rewards of an earlier run are damaged: delete this file")
+        if len(whole) < len(lines):
+            write_text(self._path, b"".join(whole).decode())
+        return found
+
+    def add(self, rewards: Sequence[Sequence[float]]) -> None:
+        """Append the next rows' rewards; they are on disk when this returns."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(_line(list(row)) for row in rewards)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Delete the file, once the output holds everything."""
+        self._path.unlink(missing_ok=True)

@@ -1,0 +1,167 @@
+"""What can give an answer a reward: a trained reward model, or a Python function."""
+
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from everalign.data.comparisons import encode_answers
+from everalign.data.templating import Prompt
+from everalign.errors import EveralignError, InputError
+from everalign.files import sha256_of
+from everalign.modeling.loading import model_fingerprint
+from everalign.modeling.reward_files import RewardFacts, load_reward_model
+from everalign.modeling.reward_model import RewardModel, sequence_rewards
+from everalign.modeling.runtime import prepare_process
+from everalign.training.stage import TOKENS_PER_BATCH
+
+RewardFunction = Callable[[list[Any], list[str]], list[float]]
+
+
+class Scorer(Protocol):
+    """Gives answers their rewards. Whoever calls it checks what it returns."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what rewards depend on: scorers with the same fingerprint give the same rewards."""
+        ...
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """Return one finite number for each of N completions, larger for better ones.
+
+        Args:
+            prompts: N prompts, text or chat messages, one for each completion.
+            completions: N answers.
+        """
+        ...
+
+
+class RewardModelScorer:
+    """A reward model that `train_reward_model` trained; the mean reward of its training answers is subtracted.
+
+    Args:
+        model: the classifier.
+        tokenizer: its tokenizer.
+        facts: what is known of it.
+        tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
+    """
+
+    def __init__(
+        self, model: RewardModel, tokenizer: Any, facts: RewardFacts, tokens_per_batch: int = TOKENS_PER_BATCH
+    ) -> None:
+        self._model, self._tokenizer, self._facts = model.eval(), tokenizer, facts
+        self._tokens_per_batch = tokens_per_batch
+        content = f"{model_fingerprint(model)} {facts.mean!r} {facts.max_length} {facts.template}"
+        self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | os.PathLike[str], tokens_per_batch: int = TOKENS_PER_BATCH
+    ) -> "RewardModelScorer":
+        """Load a reward model's folder, onto the GPU if there is one; errors as in `load_reward_model`."""
+        if tokens_per_batch < 1:
+            raise InputError(f"tokens per batch: must be at least 1, found {tokens_per_batch}")
+        prepare_process()
+        return cls(*load_reward_model(Path(folder)), tokens_per_batch)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over weights, mean, length limit and template."""
+        return self._fingerprint
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """Return the rewards of N completions, centred; none depends on the others.
+
+        Raises:
+            InputError: an answer cannot be rendered by the chat template.
+            EveralignError: a reward is NaN or infinite.
+        """
+        encoded = encode_answers(prompts, completions, self._tokenizer, self._facts.max_length)
+        rewards = sequence_rewards(self._model, encoded.sequences, self._tokens_per_batch)
+        return [reward - self._facts.mean for reward in rewards.double().tolist()]
+
+
+class CallableScorer:
+    """A Python function `f(prompts, completions) -> rewards` over lists.
+
+    A prompt is passed as text or as a list of messages, whichever the row has.
+
+    Args:
+        function: the function.
+        fingerprint: names it; who changes what it returns has to change the name.
+    """
+
+    def __init__(self, function: RewardFunction, fingerprint: str) -> None:
+        self._function, self._fingerprint = function, fingerprint
+
+    @classmethod
+    def from_name(cls, name: str) -> "CallableScorer":
+        """Import `module:function`, looking in the working directory too.
+
+        The fingerprint is the name with the sha256 of the file that the function stands in: an edited function is
+        another one.
+
+        Raises:
+            InputError: there is no such module or function, or it cannot be called.
+        """
+        module_name, _, function_name = name.partition(":")
+        if not module_name or not function_name:
+            raise InputError(f"{name}: must be module:function, such as mypackage.scoring:helpfulness")
+        if (here := os.getcwd()) not in sys.path:
+            sys.path.insert(0, here)
+        try:
+            function = getattr(importlib.import_module(module_name), function_name)
+        except ImportError as error:
+            raise InputError(f"{name}: cannot import the module {module_name}: {error}") from error
+        except AttributeError as error:
+            raise InputError(f"{name}: {error}") from error
+        if not callable(function):
+            raise InputError(f"{name}: is no function but {type(function).__name__}")
+        return cls(function, f"{name} {_source_digest(function)}")
+
+    @property
+    def fingerprint(self) -> str:
+        """The function's name and source."""
+        return self._fingerprint
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """Return what the function returns, whatever that is.
+
+        Raises:
+            EveralignError: the function raised an exception.
+        """
+        given = [prompt if isinstance(prompt, str) else [dict(message) for message in prompt] for prompt in prompts]
+        try:
+            return self._function(given, list(completions))
+        except Exception as error:
+            raise EveralignError(f"the function raised {type(error).__name__}: {error}") from error
+
+
+def make_scorer(name: str, tokens_per_batch: int | None = None) -> Scorer:
+    """Return the scorer that a name means.
+
+    Args:
+        name: a reward model's folder, or `module:function`.
+        tokens_per_batch: for a reward model; its default when None.
+
+    Raises:
+        InputError: there is no such scorer, or `tokens_per_batch` is given for a function.
+    """
+    if Path(name).exists() or ":" not in name:
+        return RewardModelScorer.from_folder(name, TOKENS_PER_BATCH if tokens_per_batch is None else tokens_per_batch)
+    if tokens_per_batch is not None:
+        raise InputError(f"tokens per batch: the function {name} would ignore it; leave it out")
+    return CallableScorer.from_name(name)
+
+
+def _source_digest(function: Any) -> str:
+    """sha256 of a function's file; empty where it has none, as in C extensions."""
+    try:
+        path = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:
+        path = None
+    return sha256_of(Path(path)) if path and Path(path).is_file() else ""

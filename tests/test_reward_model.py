@@ -1,0 +1,377 @@
+"""A reward model: what it learns, what its folder holds, and that an answer's reward depends on nothing else."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    LlamaForSequenceClassification,
+)
+
+from everalign.data import PreferenceSet
+from everalign.data.comparisons import encode_answers, encode_comparisons, pad_right
+from everalign.errors import EveralignError, InputError
+from everalign.evaluation.rewards import RewardModelScorer
+from everalign.modeling.loading import load_tokenizer
+from everalign.modeling.reward_files import FACTS_FILE, load_reward_model
+from everalign.modeling.reward_model import RewardModel, load_classifier, sequence_rewards, set_padding
+from everalign.training.reward_model import BradleyTerryObjective, RewardOptions, train_reward_model
+from everalign.training.reward_report import reward_report
+from models_for_tests import random_model, saved_model
+from rewards_for_tests import FAST, pairs, reward_model
+from tokenizers_for_tests import CHATML, byte_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the trained reward model, to be spoilt."""
+    return shutil.copytree(reward_model().path, tmp_path / "reward")
+
+
+def answers(rows=None):
+    """Prompts and completions of both answers of all rows."""
+    rows = pairs(12, 200) if rows is None else rows
+    return [row.prompt for row in rows for _ in range(2)], [text for row in rows for text in (row.chosen, row.rejected)]
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# ---- training ----
+
+
+def test_it_learns_to_tell_held_out_answers_apart():
+    trained = reward_model()
+    assert trained.report.accuracy > 0.9
+    assert trained.report.log_loss < 0.4
+    assert trained.report.pairs == 20
+    assert trained.training.steps == 15
+    assert trained.facts.accuracy == trained.report.accuracy
+
+
+def test_the_embedded_assistant_learns_it_too(tmp_path):
+    options = RewardOptions(learning_rate=1e-3, epochs=2, batch_size=8)
+    trained = train_reward_model("tiny", pairs(), tmp_path / "reward", test=pairs(20, 100), options=options)
+    assert trained.report.accuracy > 0.9
+    assert trained.facts.max_length == 256  # what the model can take
+
+
+def test_the_training_answers_are_centred():
+    trained = reward_model()
+    prompts, completions = answers(pairs())
+    rewards = torch.tensor(RewardModelScorer.from_folder(trained.path).score(prompts, completions))
+    assert rewards.mean().abs() < 1e-5
+    assert rewards.std(correction=0).item() == pytest.approx(trained.facts.scale, abs=1e-5)
+
+
+def test_the_same_arguments_give_the_same_weights_and_another_seed_others(tmp_path):
+    options = replace(FAST, epochs=1)
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        trained = train_reward_model(str(saved_model()), pairs(16), tmp_path / name, options=options, seed=seed)
+        assert trained.report is None
+        assert trained.facts.accuracy is None
+        weights.append(load_file(trained.path / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(weights[0]["score.weight"], weights[2]["score.weight"])
+
+
+def classifier_of(family="llama", seed=0):
+    tokenizer = load_tokenizer(str(saved_model(family)))
+    classifier = load_classifier(str(saved_model(family)), fresh_head=True, seed=seed)
+    set_padding(classifier, tokenizer)
+    return RewardModel(classifier), tokenizer
+
+
+def test_a_weight_counts_like_repeated_rows():
+    model, tokenizer = classifier_of()
+    rows = pairs(3)
+    weighted = [replace(row, weight=weight) for row, weight in zip(rows, (1.0, 2.0, 1.0), strict=True)]
+    objective = BradleyTerryObjective(model.padding, 0.01)
+    losses = []
+    for items in (weighted, [rows[0], rows[1], rows[1], rows[2]]):
+        encoded, _ = encode_comparisons(items, tokenizer, 64)
+        losses.append(objective.loss(model, objective.collate(encoded, False), torch.tensor(4))[0])
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_smaller_micro_batches_change_no_weight(tmp_path):
+    options = replace(FAST, epochs=1)
+    weights = []
+    for tokens in (10_000, 130):
+        folder = tmp_path / str(tokens)
+        changed = replace(options, tokens_per_batch=tokens)
+        train_reward_model(str(saved_model()), pairs(16), folder, options=changed)
+        weights.append(load_file(folder / "model.safetensors"))
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=1e-3)
+
+
+def test_dropout_is_off_in_training():
+    model, _ = classifier_of("gpt2")
+    model.train()
+    batch = pad_right([[5, 6, 7], [5, 6, 7]], model.padding)
+    torch.testing.assert_close(*model(batch).split(1), rtol=0, atol=1e-6)
+
+
+def test_a_diverged_loss_names_its_step(tmp_path):
+    with pytest.raises(EveralignError, match=r"step \d+: the loss became (nan|inf)") as caught:
+        train_reward_model(str(saved_model()), pairs(16), tmp_path / "out", options=replace(FAST, learning_rate=1e30))
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "out").exists()
+
+
+# ---- bad input ----
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists and is not empty"):
+        train_reward_model(str(saved_model()), pairs(2), tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    train_reward_model(str(saved_model()), pairs(4), tmp_path, options=replace(FAST, epochs=1))
+    assert (tmp_path / FACTS_FILE).is_file()
+
+
+def test_no_rows_and_shared_rows_are_refused(tmp_path):
+    with pytest.raises(InputError, match="nothing: no rows in it"):
+        train_reward_model("tiny", PreferenceSet((), "nothing"), tmp_path)
+    with pytest.raises(InputError, match="no rows in it"):
+        train_reward_model("tiny", pairs(2), tmp_path, test=PreferenceSet(()))
+    with pytest.raises(InputError, match="in both the training and the test set"):
+        train_reward_model("tiny", pairs(4), tmp_path, test=pairs(4, 2))
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path):
+    random_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="cannot load a tokenizer from the folder"):
+        train_reward_model(str(tmp_path / "model"), pairs(2), tmp_path / "out")
+
+
+def test_a_classifier_of_more_labels_is_refused(tmp_path):
+    config = random_model().config
+    config.num_labels = 3
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="cannot load a sequence classifier with one label"):
+        load_classifier(str(tmp_path), fresh_head=True)
+
+
+def test_only_the_head_may_be_missing(tmp_path, folder):
+    with pytest.raises(InputError, match=r"lack 1 of the model's parameters, such as score\.weight"):
+        load_classifier(str(saved_model()), fresh_head=False)
+    # A model of one more layer than the folder has weights for.
+    shutil.copytree(saved_model(), tmp_path / "model")
+    edit(tmp_path / "model" / "config.json", num_hidden_layers=3)
+    with pytest.raises(InputError, match=r"lack \d+ of the model's parameters, such as model\.layers\.2"):
+        load_classifier(str(tmp_path / "model"), fresh_head=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("epochs", -1.0),
+        ("batch_size", 0),
+        ("tokens_per_batch", 0),
+        ("max_length", 7),
+        ("centring", -0.1),
+        ("centring", float("inf")),
+    ],
+)
+def test_an_option_out_of_range_is_named(option, value):
+    with pytest.raises(InputError, match=option):
+        RewardOptions(**{option: value})
+
+
+def test_a_length_that_the_model_cannot_take_is_refused(tmp_path):
+    with pytest.raises(InputError, match="takes at most 256 tokens, found 257"):
+        train_reward_model(str(saved_model()), pairs(2), tmp_path, options=replace(FAST, max_length=257))
+
+
+def test_pairs_that_the_limit_makes_equal_are_refused():
+    tokenizer = load_tokenizer(str(saved_model()))
+    rows = PreferenceSet.of([{"prompt": "p", "chosen": "same beginning a", "rejected": "same beginning b"}])
+    with pytest.raises(InputError, match="identical"):
+        encode_comparisons(rows, tokenizer, 8)
+
+
+# ---- one answer, one reward ----
+
+
+def test_scoring_equals_an_unbatched_forward_by_plain_transformers():
+    trained = reward_model()
+    classifier = AutoModelForSequenceClassification.from_pretrained(trained.path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained.path)
+    prompts, completions = answers()
+    found = RewardModelScorer.from_folder(trained.path, tokens_per_batch=200).score(prompts, completions)
+    sequences = encode_answers(prompts, completions, tokenizer, 64).sequences
+    with torch.no_grad():
+        alone = [classifier(torch.tensor([tokens])).logits.item() - trained.facts.mean for tokens in sequences]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(alone), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_side_of_the_padding_changes_no_reward(side):
+    trained = reward_model()
+    classifier = AutoModelForSequenceClassification.from_pretrained(trained.path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained.path, padding_side=side)
+    texts = [f"q{i}?" + "yes! " * i + "</s>" for i in range(1, 6)]
+    with torch.no_grad():
+        found = classifier(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0]
+    ours = RewardModelScorer.from_folder(trained.path)
+    expected = ours.score([f"q{i}?" for i in range(1, 6)], ["yes! " * i for i in range(1, 6)])
+    torch.testing.assert_close(found - trained.facts.mean, torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_rewards_do_not_depend_on_the_batch(family):
+    model, tokenizer = classifier_of(family)
+    sequences = encode_answers(*answers(), tokenizer, 64).sequences
+    together = sequence_rewards(model, sequences, 10_000)
+    alone = sequence_rewards(model, sequences, 1)
+    backwards = sequence_rewards(model, sequences[::-1], 300).flip(0)
+    assert together.std() > 1e-3
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together, backwards, rtol=0, atol=1e-5)
+
+
+def test_an_encoder_is_as_good_a_backbone(tmp_path):
+    tokenizer = byte_tokenizer()
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer), dim=32, hidden_dim=48, n_layers=2, n_heads=4, pad_token_id=tokenizer.pad_token_id
+    )
+    torch.manual_seed(0)
+    DistilBertForMaskedLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    trained = train_reward_model(
+        str(tmp_path / "model"), pairs(), tmp_path / "reward", test=pairs(20, 100), options=FAST
+    )
+    assert trained.report.accuracy > 0.9
+    scorer = RewardModelScorer.from_folder(trained.path)
+    prompts, completions = answers()
+    alone = [scorer.score([prompt], [text])[0] for prompt, text in zip(prompts, completions, strict=True)]
+    assert scorer.score(prompts, completions) == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize("own", [None, "</s>"])
+def test_a_tokenizer_without_its_own_padding_gets_a_token_that_is_not_the_end(own, tmp_path):
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.pad_token = own
+    random_model("gpt2", vocabulary=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    trained = train_reward_model(str(tmp_path / "model"), pairs(4), tmp_path / "reward", options=FAST)
+    model, loaded, _ = load_reward_model(trained.path)
+    assert loaded.pad_token_id == model.padding == len(tokenizer)
+    assert model.padding != loaded.eos_token_id
+    assert loaded.padding_side == "right"
+    assert model.classifier.get_input_embeddings().num_embeddings == len(tokenizer) + 1
+
+
+def test_the_reward_is_read_at_the_end_of_the_answer():
+    # The last token alone differs: what is read before it would be equal.
+    model, _ = classifier_of()
+    first, second = sequence_rewards(model, [[5, 6, 7, 8], [5, 6, 7, 9]], 100).tolist()
+    assert abs(first - second) > 1e-4
+
+
+def test_an_answer_is_cut_on_its_own_and_keeps_its_beginning():
+    tokenizer = load_tokenizer(str(saved_model()))
+    both = encode_answers(["p" * 30] * 2, ["a" * 5, "b" * 40], tokenizer, 32)
+    alone = encode_answers(["p" * 30], ["a" * 5], tokenizer, 32)
+    assert both.sequences[0] == alone.sequences[0]
+    assert [len(tokens) for tokens in both.sequences] == [32, 32]
+    assert both.answers == (6, 41)  # with the end mark
+    assert both.cut == 2
+    text = tokenizer.decode(both.sequences[1])
+    assert text == "p" * 8 + "b" * 24
+
+
+def test_a_cut_that_ends_in_padding_is_refused():
+    tokenizer = load_tokenizer(str(saved_model()))
+    with pytest.raises(InputError, match="answer 2: ends in the padding token '<pad>'"):
+        encode_answers(["p"] * 2, ["fine", "aaaaaa<pad>tail"], tokenizer, 8)
+
+
+# ---- the folder ----
+
+
+def test_the_folder_says_what_it_is():
+    trained = reward_model()
+    facts = json.loads((trained.path / FACTS_FILE).read_text())
+    assert facts["base_model"] == str(saved_model())
+    assert facts["data"] == pairs().fingerprint
+    assert facts["accuracy"] == trained.report.accuracy
+    assert facts["settings"]["learning_rate"] == FAST.learning_rate
+    assert facts["max_length"] == 64
+
+
+def test_another_template_is_refused(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match="the chat template is not the one that this reward model was trained with"):
+        RewardModelScorer.from_folder(folder)
+
+
+def test_a_folder_without_facts_and_damaged_facts_are_refused(folder):
+    edit(folder / FACTS_FILE, mean="high")
+    with pytest.raises(InputError, match=f"{FACTS_FILE}: field 'mean'"):
+        load_reward_model(folder)
+    (folder / FACTS_FILE).write_text("{")
+    with pytest.raises(InputError, match="damaged JSON"):
+        load_reward_model(folder)
+    (folder / FACTS_FILE).unlink()
+    with pytest.raises(InputError, match=f"no reward model \\(it has no {FACTS_FILE}\\)"):
+        load_reward_model(folder)
+
+
+def test_rewards_that_are_not_finite_are_refused(folder):
+    model, tokenizer, facts = load_reward_model(folder)
+    with torch.no_grad():
+        model.classifier.score.weight.fill_(float("nan"))
+    with pytest.raises(EveralignError, match="NaN or infinite rewards"):
+        RewardModelScorer(model, tokenizer, facts).score(["p"], ["a"])
+
+
+def test_the_fingerprint_knows_the_weights_and_the_mean(folder):
+    model, tokenizer, facts = load_reward_model(folder)
+    first = RewardModelScorer(model, tokenizer, facts).fingerprint
+    assert RewardModelScorer.from_folder(folder).fingerprint == first
+    moved = RewardModelScorer(model, tokenizer, facts.model_copy(update={"mean": facts.mean + 1}))
+    assert moved.fingerprint != first
+    with torch.no_grad():
+        model.classifier.score.weight[0, 0] += 0.1
+    assert RewardModelScorer(model, tokenizer, facts).fingerprint != first
+
+
+# ---- the report ----
+
+
+def test_the_report_by_hand():
+    rewards = torch.tensor([[1.0, 0.0], [2.0, 2.0], [0.0, 1.0], [3.0, 1.0]])
+    report = reward_report(rewards, torch.tensor([[2, 1], [3, 3], [1, 2], [4, 2]]))
+    assert report.accuracy == 2.5 / 4
+    expected = torch.nn.functional.softplus(-torch.tensor([1.0, 0.0, -1.0, 2.0])).mean().item()
+    assert report.log_loss == pytest.approx(expected)
+    assert report.length_correlation == pytest.approx(1.0)
+    assert report.temperature > 0
+    assert 0 <= report.calibrated_error <= 1
+
+
+def test_constant_lengths_have_no_correlation_and_separated_pairs_no_temperature():
+    report = reward_report(torch.tensor([[1.0, 0.0], [2.0, 1.0]]), torch.ones(2, 2))
+    assert report.length_correlation is None
+    assert report.temperature is None
+    assert report.calibrated_error is None
