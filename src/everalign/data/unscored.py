@@ -66,6 +66,11 @@ class Unscored:
         text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @property
+    def judgements(self) -> tuple[str, ...]:
+        """Ids under which the row may be found again."""
+        return (self.id,)
+
     def scored(self, rewards: Sequence[float]) -> Scored:
         """The row with its rewards, one for each completion."""
         return Scored(self.prompt, self.completions, tuple(rewards), self.weight)
