@@ -394,6 +394,18 @@ def test_two_processes_do_not_write_into_one_run(model, output):
     learner.learn(task_rows("warm"), "warm")
 
 
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(model, output):
+    make_learner(model, output).learn(task_rows("warm"), "warm")
+    facts = json.loads((output / "run.json").read_text())
+    assert facts["settings"].pop("attention") == "sdpa"
+    (output / "run.json").write_text(json.dumps(facts))
+    make_learner(model, output, resume=True).learn(task_rows("brief"), "brief")
+    facts["settings"]["attention"] = "flex"
+    (output / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match=r"begun with another settings \(attention: 'flex' then, 'sdpa' now\)"):
+        make_learner(model, output, resume=True)
+
+
 def test_a_learner_that_fell_behind_its_run_is_refused(model, output):
     make_learner(model, output).learn(task_rows("warm"), "warm")
     late = make_learner(model, output, resume=True)

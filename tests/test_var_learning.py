@@ -9,6 +9,7 @@ from cli_for_tests import run
 from everalign import PreferenceSet
 from everalign.data import Scored, ScoredSet
 from everalign.errors import InputError
+from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
 from everalign.objectives import var_weights
@@ -271,6 +272,13 @@ def test_other_objectives_refuse_scored_rows(model, tmp_path):
 def test_bad_options_are_refused_by_name(options, message):
     with pytest.raises(InputError, match=f"^{message}"):
         WeightOptions(**options)
+
+
+def test_a_preset_s_supervised_stage_is_for_preferences_only():
+    for objective in ("var", "sft"):
+        recipe = Recipe.from_flags({"objective": objective, "preset": "paper", "epochs": 2.0})
+        assert (recipe.training_options().sft_epochs, recipe.training_options().epochs) == (0.0, 2.0)
+    assert Recipe.from_flags({"objective": "fpo", "preset": "paper"}).training_options().sft_epochs == 3.0
 
 
 # ---- the command line ----
