@@ -253,6 +253,10 @@ def test_an_exception_names_the_rows_of_its_batch_and_keeps_the_others(tmp_path)
             [1.0, math.nan, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
             r"row 1, completions\[1\]: the reward must be finite, found nan",
         ),
+        (
+            [10**400] + [1.0] * 7,
+            r"row 1, completions\[0\]: the reward must be finite, found a whole number of over 300",
+        ),
         ([1.0] * 5 + [-math.inf, 1.0, 1.0], r"row 3, completions\[1\]: the reward must be finite, found -inf"),
         ([1.0] * 3 + [None] + [1.0] * 4, r"row 2, completions\[0\]: the reward must be a number, found None"),
         ([1.0] * 7 + ["high"], r"row 4, completions\[1\]: the reward must be a number, found str"),

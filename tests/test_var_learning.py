@@ -9,8 +9,10 @@ from cli_for_tests import run
 from everalign import PreferenceSet
 from everalign.data import Scored, ScoredSet
 from everalign.errors import InputError
+from everalign.learning import learner as learning
 from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
+from everalign.learning.task_rows import prepare_rows
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
 from everalign.objectives import var_weights
 from everalign.reporting.html import render_report
@@ -235,6 +237,17 @@ def test_every_task_is_weighed_before_the_first_is_learned(model, tmp_path):
     with pytest.raises(InputError, match="one completion only"):
         found.learn_all([("warm", scored("warm"), None), ("bad", [Scored("p", ("a",), (1.0,))], None)])
     assert found.run.versions == []
+
+
+def test_every_task_is_weighed_once(model, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        learning, "prepare_rows", lambda setup, rows: seen.append(rows.source) or prepare_rows(setup, rows)
+    )
+    sets = [(name, scored(name), None) for name in ANSWERS]
+    learner(model, tmp_path / "run").learn_all(sets[:1])
+    learner(model, tmp_path / "run", resume=True).learn_all(sets)
+    assert seen == ["warm.jsonl", "brief.jsonl"]
 
 
 @pytest.mark.parametrize("other", [lambda row: row, lambda row: row.preference(), lambda row: rescored(row)])

@@ -24,7 +24,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file({**tensors, _CHECKSUM: _checksum(tensors)}, temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # a full disk or Ctrl-C: nobody else would ever remove the file
         os.unlink(temporary)
         raise
 

@@ -18,7 +18,6 @@ from everalign.data.fields import (
     check_text,
     checked_prompt,
     checked_weight,
-    kind,
     messages,
     only_answer,
 )
@@ -99,13 +98,10 @@ class Preference:
             InputError: `where: field 'chosen': what is wrong; what to do`.
         """
         try:
-            if not isinstance(obj, Mapping):
-                raise InputError(
-                    f"a row must be an object with columns, found {kind(obj)}; {PREFERENCE_SCHEMA.expected}"
-                )
-            PREFERENCE_SCHEMA.check(obj.keys())
-            weight = obj.get("weight")
-            return cls(*_parts(obj), weight=1.0 if weight is None else weight)
+            row = PREFERENCE_SCHEMA.row(obj)
+            PREFERENCE_SCHEMA.check(row.keys())
+            weight = row.get("weight")
+            return cls(*_parts(row), weight=1.0 if weight is None else weight)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 

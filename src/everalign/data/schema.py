@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from everalign.data.fields import kind
 from everalign.errors import InputError
 
 
@@ -25,6 +26,12 @@ class Schema:
     expected: str
     other_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lists: frozenset[str] = frozenset()
+
+    def row(self, found: object) -> Mapping[Any, Any]:
+        """Return a raw row, once it is one with columns."""
+        if not isinstance(found, Mapping):
+            raise InputError(f"a row must be an object with columns, found {kind(found)}; {self.expected}")
+        return found
 
     def check(self, found: Collection[Any]) -> None:
         """Refuse columns without a required one, naming those found and the nearest ones."""

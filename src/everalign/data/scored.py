@@ -8,7 +8,7 @@ counts) and `weight` (what the row counts).
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
@@ -109,12 +109,11 @@ class Scored:
             InputError: `where: field 'rewards': what is wrong; what to do`.
         """
         try:
-            if not isinstance(obj, Mapping):
-                raise InputError(f"a row must be an object with columns, found {kind(obj)}; {SCORED_SCHEMA.expected}")
-            SCORED_SCHEMA.check(obj.keys())
-            weight = obj.get("weight")
-            fields = (obj["prompt"], obj["completions"], obj["rewards"])
-            return cls(*fields, weight=1.0 if weight is None else weight, weights=obj.get("weights"))
+            row = SCORED_SCHEMA.row(obj)
+            SCORED_SCHEMA.check(row.keys())
+            weight = row.get("weight")
+            fields = (row["prompt"], row["completions"], row["rewards"])
+            return cls(*fields, weight=1.0 if weight is None else weight, weights=row.get("weights"))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from everalign.data.fields import Message, checked_prompt, checked_weight, kind
+from everalign.data.fields import Message, checked_prompt, checked_weight
 from everalign.data.readers import load_rows
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
@@ -87,15 +87,14 @@ class Unscored:
             InputError: `where: field 'completions': what is wrong; what to do`.
         """
         try:
-            if not isinstance(obj, Mapping):
-                raise InputError(f"a row must be an object with columns, found {kind(obj)}; {UNSCORED_SCHEMA.expected}")
-            rewarded = obj.get("rewards") is not None
-            if not _is_preference(obj):
-                missing = [name for name in ("completions", "prompt") if name not in obj]
+            row = UNSCORED_SCHEMA.row(obj)
+            rewarded = row.get("rewards") is not None
+            if not _is_preference(row):
+                missing = [name for name in ("completions", "prompt") if name not in row]
                 if missing:
-                    raise UNSCORED_SCHEMA.missing(missing[0], obj.keys())
-                weight = obj.get("weight")
-                return cls(obj["prompt"], obj["completions"], 1.0 if weight is None else weight, rewarded)
+                    raise UNSCORED_SCHEMA.missing(missing[0], row.keys())
+                weight = row.get("weight")
+                return cls(row["prompt"], row["completions"], 1.0 if weight is None else weight, rewarded)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         pair = Preference.from_json(obj, where)

@@ -9,7 +9,6 @@ whole; the same call goes on from there and asks the scorer for nothing twice.
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from everalign.data.fields import is_finite, shown
 from everalign.data.scored import ScoredSet
 from everalign.data.unscored import Unscored, UnscoredSet
 from everalign.errors import EveralignError, InputError
@@ -142,8 +142,8 @@ def _checked(found: Any, places: Sequence[tuple[int, int]]) -> list[float]:
     for value, place in zip(values, places, strict=True):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise EveralignError(f"{_place(place)}: the reward must be a number, found {_kind(value)}")
-        if not math.isfinite(value):
-            raise EveralignError(f"{_place(place)}: the reward must be finite, found {float(value)}")
+        if not is_finite(value):
+            raise EveralignError(f"{_place(place)}: the reward must be finite, found {shown(value)}")
     return [float(value) for value in values]
 
 

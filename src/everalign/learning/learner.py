@@ -152,18 +152,24 @@ class Learner:
         with self._run.alone():
             return self._learn_alone(_as_set(rows), name, None if test is None else self._as_tests(test))
 
-    def _learn_alone(self, rows: AnySet, name: str, test: PreferenceSet | None) -> dict[str, PreferenceScore]:
+    def _learn_alone(
+        self, rows: AnySet, name: str, test: PreferenceSet | None, prepared: TaskRows | None = None
+    ) -> dict[str, PreferenceScore]:
         if [version.id for version in self.run.versions] != list(self._finished.values()):
             raise InputError(f"{self._run.path} was continued by another learner: open it again, with resume")
         self._tests.check([(name, rows, test)])
-        done = self._already_learned(rows, name) if name in self._finished else None
-        task = TaskRows(rows, rows) if done is not None else prepare_rows(self._setup, rows)
+        if name in self._finished:
+            done = self._already_learned(rows, name)
+            if test is not None:
+                self.announce_test(name, test)
+            self._tests.trained_on(rows)
+            return done
+        task = prepare_rows(self._setup, rows) if prepared is None else prepared
         if test is not None:
             self.announce_test(name, test)
-        if done is None:
-            self._tests.restore()
+        self._tests.restore()
         self._tests.trained_on(rows)
-        return self._learn(task, name) if done is None else done
+        return self._learn(task, name)
 
     def learn_all(self, tasks: Sequence[tuple[str, Rows, Rows | None]]) -> None:
         """Learn (name, rows, test) tasks in order; every test set is scored from the start, also before its turn.
@@ -176,12 +182,16 @@ class Learner:
             for name, _, test in sets:
                 if test is not None:
                     self.announce_test(name, test)
-            # All of them before the first is learned. What is pooled is weighed task by task: rewards of different
-            # tasks have no common scale.
-            prepared = {name: prepare_rows(self._setup, rows) for name, rows, _ in sets}
-            pooled = self.method.regime == "joint"
-            for name, rows in self.method.pool([(n, prepared[n].rows if pooled else rows) for n, rows, _ in sets]):
-                self.learn(rows, name)
+            if self.method.regime == "joint":
+                # Weighed task by task before they are pooled: rewards of different tasks have no common scale.
+                weighed = [(name, prepare_rows(self._setup, rows).rows) for name, rows, _ in sets]
+                for name, rows in self.method.pool(weighed):
+                    self._learn_alone(rows, name, None)
+                return
+            # All that are still to be learned, before the first of them is.
+            new = {name: prepare_rows(self._setup, rows) for name, rows, _ in sets if name not in self._finished}
+            for name, rows in self.method.pool([(name, rows) for name, rows, _ in sets]):
+                self._learn_alone(rows, name, None, new.get(name))
 
     def announce_test(self, name: str, test: Rows) -> None:
         """Make a task's held-out pairs known and score the base model on them (the zero-shot row).
