@@ -4,6 +4,8 @@ peft computes base(x) + B(A(x))·s as five operations with four results of the o
 backward pass. Here y = x·Wᵀ + Σ s·(x·Aᵀ)·Bᵀ and dx = g·W + Σ s·(g·B)·A accumulate in place, W being frozen.
 """
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,20 @@ def fuse(layer: LoraLayer) -> None:
     """Give an adapted `nn.Linear` the fused forward pass; any other kind of layer keeps peft's."""
     if type(layer.get_base_layer()) is nn.Linear:
         layer.forward = partial(_forward, layer)
+
+
+@contextmanager
+def resting(layers: Collection[Any]) -> Iterator[None]:
+    """Take all adapters of these layers for frozen inside the `with` block: nothing is trained there."""
+    for layer in layers:
+        layer.resting = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.resting = False
+            # An optimiser may change an adapter without its version telling.
+            layer.folded, layer.folded_parts = None, []
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
@@ -47,7 +63,8 @@ def _fold_frozen(layer: Any, names: list[str]) -> tuple[Tensor, list[str]]:
     small beside the weight, so that frozen adapters stay apart there.
     """
     weight: Tensor = layer.base_layer.weight
-    frozen = [name for name in names if not layer.lora_B[name].weight.requires_grad]
+    rests = getattr(layer, "resting", False)
+    frozen = [name for name in names if rests or not layer.lora_B[name].weight.requires_grad]
     rank = sum(len(layer.lora_A[name].weight) for name in frozen)
     if rank * sum(weight.shape) <= _WORTH_FOLDING * weight.numel():
         return weight, names

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from everalign.data.layout import Batch
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
 from everalign.modeling import adapters
 from everalign.modeling.cpu_attention import use_cpu_attention
+from everalign.modeling.decoding import Decoder
 from everalign.modeling.fused_layers import fuse_layers
-from everalign.modeling.fused_lora import fuse
+from everalign.modeling.fused_lora import fuse, resting
 from everalign.modeling.likelihood import LanguageHead
 
 SHORT_TERM = "stm"
@@ -91,11 +91,11 @@ class Policy(nn.Module):
         with self._precision(batch["input_ids"]):
             return self.head.response_logits(batch).float()
 
-    def generate(self, batch: Batch, config: GenerationConfig) -> Tensor:
-        """Continue left-padded prompts, as transformers' `generate` does: (rows · samples, T) prompt and new tokens."""
-        with self._precision(batch["input_ids"]):
-            tokens: Tensor = self.peft.generate(**batch, generation_config=config)
-        return tokens
+    @contextmanager
+    def decoding(self, batch: Batch) -> Iterator[Decoder]:
+        """Yield a decoder of left-padded prompts; the policy must stay as it is inside the `with` block."""
+        with self._precision(batch["input_ids"]), resting(adapters.layers(self.peft).values()):
+            yield Decoder(self.peft, batch)
 
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch on the policy's device."""

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig
 
 from everalign.data.batches import batches_by_length
 from everalign.data.templating import ChatFormat, Prompt
 from everalign.errors import InputError
+from everalign.modeling.decoding import continue_rows, pick
+from everalign.modeling.decoding_cache import pad_left
 from everalign.modeling.policy import Policy
 
 if TYPE_CHECKING:
@@ -106,8 +106,9 @@ def sample_completions(
             drawn = _draw(
                 policy, [tokens[row] for row in rows], sorted({ends[row] for row in rows} | {form.eos}), options
             )
-            for row, answers in zip(rows, torch.split(drawn, options.completions), strict=True):
-                found[row] = _samples(tokenizer, answers.tolist(), {ends[row], form.eos})
+            for place, row in enumerate(rows):
+                answers = drawn[place * options.completions : (place + 1) * options.completions]
+                found[row] = _samples(tokenizer, answers, {ends[row], form.eos})
             if progress is not None:
                 progress(len(rows))
     policy.train(was_training)
@@ -119,24 +120,11 @@ def _end_of(form: ChatFormat, prompt: Prompt, text: str) -> int:
     return form.response_tokens([form.response_text(prompt, text, "x")])[0][-1]
 
 
-def _draw(policy: Policy, prompts: Sequence[list[int]], ends: list[int], options: SamplingOptions) -> Tensor:
-    """Draw (B·K, T) new tokens, prompt by prompt; after an end mark come end marks."""
-    width = max(len(ids) for ids in prompts)
-    padded = [[ends[0]] * (width - len(ids)) + ids for ids in prompts]
-    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
-    batch = policy.on_device({"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)})
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=options.temperature,
-        top_k=0,
-        top_p=1.0,
-        num_return_sequences=options.completions,
-        max_new_tokens=options.max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=ends[0],
-    )
-    drawn: Tensor = policy.generate(batch, config)
-    return drawn[:, width:].cpu()
+def _draw(policy: Policy, prompts: Sequence[list[int]], ends: list[int], options: SamplingOptions) -> list[list[int]]:
+    """Draw K answers to every prompt, prompt by prompt: the new tokens, up to the first end mark or the limit."""
+    with policy.decoding(policy.on_device(pad_left(prompts, ends[0]))) as decoder:
+        decoder.take(torch.arange(len(prompts)).repeat_interleave(options.completions))
+        return continue_rows(decoder, lambda logits: pick(logits / options.temperature), ends, options.max_new_tokens)
 
 
 def _samples(tokenizer: Any, answers: list[list[int]], ends: set[int]) -> Samples:

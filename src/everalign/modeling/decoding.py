@@ -1,0 +1,111 @@
+"""Decoding, many rows at a time: a row that has ended is dropped from the batch instead of being padded to the last.
+
+transformers' `generate` computes every row until the longest one has ended, and copies the whole cache for every
+token; answers of a policy differ in length, so that most of what it computes is thrown away.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everalign.errors import InputError
+from everalign.modeling.decoding_cache import new_cache
+
+# Rows are dropped once so many of the batch have ended: each time what is left of the cache is copied.
+_ENDED_SHARE = 0.2
+
+
+class Decoder:
+    """Prompts, what was written behind them so far, and the logits of what comes next.
+
+    Args:
+        model: a Hugging Face causal language model; no gradients are kept.
+        batch: left-padded prompts: `input_ids` and `attention_mask`, both (B, T).
+
+    Attributes:
+        logits: (R, V) fp32, of the next token of each of the R rows; at first R = B.
+
+    Raises:
+        InputError: the model keeps something else than keys and values of its past.
+    """
+
+    def __init__(self, model: Any, batch: dict[str, Tensor]) -> None:
+        cache = new_cache(model)
+        if cache is None:
+            kind = model.config.get_text_config().model_type
+            raise InputError(f"answers cannot be sampled from a {kind} model: it keeps more of its past than attention")
+        self._model, self._cache, self._mask = model, cache, batch["attention_mask"]
+        self._padded = not bool(self._mask.all())
+        positions = (self._mask.cumsum(1) - 1).clamp(min=0)
+        self._next = positions[:, -1:] + 1
+        self.logits = self._compute(batch["input_ids"], positions)
+
+    @torch.no_grad()
+    def _compute(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        found = self._model(
+            input_ids=tokens,
+            attention_mask=self._mask if self._padded else None,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = found.logits[:, -1].float()
+        return logits
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows (R',) int64, in this order; a row may be taken several times."""
+        rows = rows.to(self._mask.device)
+        self._cache.batch_select_indices(rows)
+        self._mask, self._next, self.logits = self._mask[rows], self._next[rows], self.logits[rows]
+
+    def write(self, tokens: Tensor) -> None:
+        """Write one token (R,) behind each row, and compute the logits of the next."""
+        self._mask = torch.cat([self._mask, torch.ones_like(self._next)], dim=1)
+        self.logits = self._compute(tokens[:, None], self._next)
+        self._next = self._next + 1
+
+
+def continue_rows(
+    decoder: Decoder, choose: Callable[[Tensor], Tensor], ends: Sequence[int], limit: int
+) -> list[list[int]]:
+    """Write behind every row until it has ended.
+
+    Args:
+        decoder: R rows.
+        choose: from logits (R', V) to tokens (R',).
+        ends: tokens that end a row.
+        limit: most tokens of a row.
+
+    Returns:
+        The new tokens of each row: up to and with the first end, or `limit` of them.
+    """
+    found: list[list[int]] = [[] for _ in range(len(decoder.logits))]
+    # Rows of the batch that goes on, by their numbers; some of them may have ended already.
+    numbers, ended = list(range(len(found))), torch.zeros(len(found), dtype=torch.bool)
+    stop = torch.tensor(list(ends))
+    for written in range(1, limit + 1):
+        tokens = choose(decoder.logits)
+        chosen = tokens.cpu()
+        for number, over, token in zip(numbers, ended.tolist(), chosen.tolist(), strict=True):
+            if not over:
+                found[number].append(token)
+        ended |= torch.isin(chosen, stop)
+        going = (~ended).nonzero()[:, 0]
+        if written == limit or len(going) == 0:
+            break
+        if len(going) <= (1 - _ENDED_SHARE) * len(numbers):
+            decoder.take(going)
+            tokens, ended = tokens[going.to(tokens.device)], ended[going]
+            numbers = [numbers[i] for i in going.tolist()]
+        decoder.write(tokens)
+    return found
+
+
+def pick(logits: Tensor) -> Tensor:
+    """Draw a token (R,) from each row of logits (R, V): the inverse of the distribution at one random number a row."""
+    shares = logits.softmax(-1).double().cumsum(-1)
+    drawn = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * shares[:, -1:]
+    return torch.searchsorted(shares, drawn, right=True)[:, 0].clamp(max=logits.shape[1] - 1)

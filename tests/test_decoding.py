@@ -1,0 +1,112 @@
+"""Decoding row by row: what is chosen is what the whole sequence would choose, whatever ends beside it."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from everalign.errors import InputError
+from everalign.modeling.decoding import Decoder, continue_rows, pick
+from everalign.modeling.decoding_cache import new_cache, pad_left
+from everalign.modeling.policy import Policy
+from models_for_tests import FAMILIES, SCALED, perturb, random_model
+
+LIMIT = 24
+PROMPTS = [[1, 5, 9], [7], [3, 3, 8, 2, 11, 6], [4, 2]]
+
+
+def greedy(logits):
+    return logits.argmax(-1)
+
+
+def alone(model, prompt, ends, limit=LIMIT):
+    """Greedy continuation of one prompt, computed anew from the start for every token."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + limit and (len(tokens) == len(prompt) or tokens[-1] not in ends):
+        with torch.no_grad():
+            tokens.append(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax().item())
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *SCALED])
+def test_rows_of_a_batch_are_continued_as_if_alone(family):
+    """Past a sliding window too, and with ends that come at different times."""
+    model = random_model(family, vocabulary=40).eval()
+    whole = [alone(model, prompt, ()) for prompt in PROMPTS]
+    ends = [whole[0][2], whole[2][9]]
+    found = continue_rows(Decoder(model, pad_left(PROMPTS, 0)), greedy, ends, LIMIT)
+    expected = [alone(model, prompt, ends) for prompt in PROMPTS]
+    assert len({len(tokens) for tokens in expected}) > 1
+    assert found == expected
+
+
+def test_adapters_take_part_and_folding_them_is_undone():
+    policy = perturb(Policy(random_model(vocabulary=40), 4, 8.0), size=0.3)
+    expected = [alone(policy.peft, prompt, ()) for prompt in PROMPTS]
+    with policy.decoding(pad_left(PROMPTS, 0)) as decoder:
+        found = continue_rows(decoder, greedy, [], LIMIT)
+    assert found == expected
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.data.zero_()  # unseen by version counters
+    with policy.decoding(pad_left(PROMPTS, 0)) as decoder:
+        found = continue_rows(decoder, greedy, [], LIMIT)
+    with policy.as_base():
+        assert found == [alone(policy.peft, prompt, ()) for prompt in PROMPTS] != expected
+
+
+def test_rows_taken_twice_go_on_apart():
+    model = random_model(vocabulary=40).eval()
+    decoder = Decoder(model, pad_left(PROMPTS, 0))
+    decoder.take(torch.tensor([2, 0, 2]))
+    decoder.write(torch.tensor([1, 2, 3]))
+    expected = [alone(model, [*PROMPTS[row], token], (), 5) for row, token in ((2, 1), (0, 2), (2, 3))]
+    assert continue_rows(decoder, greedy, [], 5) == expected
+
+
+def test_the_cache_holds_what_the_library_s_holds():
+    """Across several growths of the buffers, a selection of rows, and a crop."""
+    ours, theirs = new_cache(random_model()).layers[0], DynamicLayer()
+    generator = torch.Generator().manual_seed(0)
+    for count in (3, 1, 70, 1, 1, 200, 1):
+        new = [torch.randn(4, 2, count, 8, generator=generator) for _ in range(2)]
+        for found, expected in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(found, expected)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+    for change in ("batch_select_indices", "batch_repeat_interleave", "crop"):
+        for layer in (ours, theirs):
+            getattr(layer, change)(
+                {"batch_select_indices": torch.tensor([3, 1])}.get(change, -2 if change == "crop" else 2)
+            )
+        new = [torch.randn(len(ours.keys), 2, 2, 8, generator=generator) for _ in range(2)]
+        for found, expected in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_keys_of_the_first_tokens_are_copied_and_never_written_to():
+    layer = new_cache(random_model()).layers[0]
+    first = torch.zeros(1, 2, 300, 8)
+    given = first[:, :, :3]
+    layer.update(given, given)
+    layer.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8))
+    assert not first.any()
+
+
+def test_no_token_is_drawn_that_has_no_probability():
+    torch.manual_seed(0)
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0, float("-inf")]]).repeat(4000, 1)
+    drawn = pick(logits)
+    assert set(drawn.tolist()) == {1, 3}
+    assert (drawn == 3).float().mean().item() == pytest.approx(torch.tensor(1.0).sigmoid().item(), abs=0.03)
+
+
+def test_models_that_keep_something_else_are_refused():
+    with pytest.raises(InputError, match="cannot be sampled from a mamba model"):
+        Decoder(random_model("mamba"), pad_left(PROMPTS, 0))
+
+
+def test_windowed_layers_keep_the_library_s_cache():
+    kinds = {type(layer).__name__ for layer in new_cache(random_model("gemma2")).layers}
+    assert kinds == {"_InPlaceLayer", "DynamicSlidingWindowLayer"}
+    assert isinstance(new_cache(random_model()), DynamicCache)
