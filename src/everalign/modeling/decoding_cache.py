@@ -4,6 +4,7 @@ transformers' own dynamic cache copies all of a layer's keys and values for ever
 a CPU is three quarters of the time. Here a layer has room for tokens to come, and copies only when that is used up.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def new_cache(model: Any) -> DynamicCache | None:
     return cache
 
 
-def pad_left(prompts: list[list[int]], padding: int) -> dict[str, Tensor]:
+def pad_left(prompts: Sequence[list[int]], padding: int) -> dict[str, Tensor]:
     """Lay out B prompts of at most T tokens as `input_ids` and `attention_mask`, both (B, T) int64."""
     width = max(len(ids) for ids in prompts)
     padded = [[padding] * (width - len(ids)) + ids for ids in prompts]
