@@ -1,0 +1,299 @@
+"""A client for any server that speaks OpenAI's chat completions: one question, or thousands, a few at once.
+
+    client = ChatClient("http://127.0.0.1:8000/v1", "qwen2.5")
+    client.complete([{"role": "user", "content": "Is the sea salty?"}], temperature=0).text
+    for index, completion in client.complete_many(conversations): ...
+    client.usage.prompt_tokens
+
+The key comes from the environment variable OPENAI_API_KEY, or is given; it goes into the requests' header and nowhere
+else. Requests run in a thread's event loop, so that Ctrl-C ends them at once and a caller may have a loop of its own.
+"""
+
+import json
+import math
+import os
+import random
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import anyio
+import httpx
+from anyio.from_thread import start_blocking_portal
+
+from everalign.chat_reply import Completion, TryAgain, failure, read_completion, shortened
+from everalign.errors import EveralignError, InputError
+
+__all__ = ["ChatClient", "ChatError", "Completion", "Usage"]
+
+Conversation = Sequence[Mapping[str, str]]
+
+TIMEOUT = 60.0
+CONCURRENCY = 8
+
+_KEY_VARIABLE = "OPENAI_API_KEY"
+_FIRST_WAIT = 1.0  # seconds, doubled from attempt to attempt
+_LONGEST_BACKOFF = 60.0
+_LARGEST_REPLY = 16 << 20  # bytes
+_RESERVED = ("model", "messages", "stream", "n")
+
+
+class ChatError(EveralignError):
+    """A request that failed for good.
+
+    Args:
+        message: what failed.
+        index: which conversation of `complete_many` it was.
+    """
+
+    def __init__(self, message: str, index: int = 0) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+@dataclass
+class Usage:
+    """What a client has used so far.
+
+    Args:
+        requests: requests sent, repeated ones included.
+        prompt_tokens: tokens sent, as far as the server told.
+        completion_tokens: tokens answered, as far as the server told.
+        untold: answers whose tokens the server did not tell.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    untold: int = 0
+
+
+class ChatClient:
+    """Asks one model of one server. May be used by several threads.
+
+    Args:
+        base_url: http or https, with or without `/v1` at its end.
+        model: the model's name as the server knows it.
+        api_key: what the server asks for, if anything; OPENAI_API_KEY when None.
+        timeout: seconds for one attempt, from connecting to the last byte.
+        retries: how often a request is repeated after connection errors, timeouts and the statuses 408, 409, 429 and
+            from 500 on; after a growing pause, or the one that the server asks for.
+        concurrency: requests that `complete_many` has under way at once.
+        requests_per_minute: at most so many are begun, evenly spaced, repeated ones included; 0 for no limit.
+
+    Raises:
+        InputError: an argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        api_key: str | None = None,
+        *,
+        timeout: float = TIMEOUT,
+        retries: int = 4,
+        concurrency: int = CONCURRENCY,
+        requests_per_minute: float = 0,
+    ) -> None:
+        self.base_url = _checked_url(base_url)
+        self.model = _checked_model(model)
+        self.usage = Usage()
+        self._key = _checked_key(os.environ.get(_KEY_VARIABLE, "") if api_key is None else api_key)
+        _check_limits(timeout, retries, concurrency, requests_per_minute)
+        self._timeout, self._retries, self._concurrency = timeout, retries, concurrency
+        self._spacing = 60.0 / requests_per_minute if requests_per_minute else 0.0
+        self._next_start = 0.0
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"ChatClient({self.base_url!r}, {self.model!r})"
+
+    def complete(self, messages: Conversation, **parameters: Any) -> Completion:
+        """Return the model's answer to one conversation; arguments and errors as in `complete_many`."""
+        ((_, completion),) = self.complete_many([messages], **parameters)
+        return completion
+
+    def complete_many(
+        self, conversations: Sequence[Conversation], **parameters: Any
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield the model's answers with the conversations' indices from 0, in the order in which they are finished.
+
+        Requests begin with the first answer asked for, and end with the iterator. After a request that failed for
+        good none is begun; those under way are finished and yielded before the error is raised.
+
+        Args:
+            conversations: each a list of messages with `role` and `content`.
+            parameters: further fields of the requests, such as `temperature`.
+
+        Raises:
+            InputError: a request cannot be written, or a parameter is one that the client sets.
+            ChatError: a request failed for good: no attempt is left, the server refused it, or the reply holds no text.
+        """
+        if clash := [name for name in _RESERVED if name in parameters]:
+            raise InputError(f"parameter {clash[0]!r}: the client sets it; leave it out")
+        bodies = [self._body(number, messages, parameters) for number, messages in enumerate(conversations, start=1)]
+        return self._answers(bodies)
+
+    def _answers(self, bodies: Sequence[bytes]) -> Iterator[tuple[int, Completion]]:
+        finished: SimpleQueue[tuple[int, Completion] | ChatError | None] = SimpleQueue()
+        failures: list[ChatError] = []
+        # Leaving this block early, as Ctrl-C or a caller's break does, cancels what is under way.
+        with start_blocking_portal() as portal:
+            running = portal.start_task_soon(self._run, deque(enumerate(bodies)), finished)
+            running.add_done_callback(lambda _: finished.put(None))
+            while (item := finished.get()) is not None:
+                if isinstance(item, ChatError):
+                    failures.append(item)
+                else:
+                    yield item
+            running.result()
+        if failures:
+            raise failures[0]
+
+    async def _run(self, waiting: deque[tuple[int, bytes]], finished: SimpleQueue[Any]) -> None:
+        async def work() -> None:
+            while waiting:
+                index, body = waiting.popleft()
+                try:
+                    finished.put((index, await self._ask(session, body)))
+                except EveralignError as error:
+                    waiting.clear()
+                    finished.put(ChatError(self._clean(f"{self.base_url} ({self.model}): {error}"), index))
+
+        key = {"authorization": f"Bearer {self._key}"} if self._key else {}
+        headers = {"content-type": "application/json", **key}
+        limits = httpx.Limits(max_connections=self._concurrency)
+        async with (
+            httpx.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=False) as session,
+            anyio.create_task_group() as group,
+        ):
+            for _ in range(min(self._concurrency, len(waiting))):
+                group.start_soon(work)
+
+    async def _ask(self, session: httpx.AsyncClient, body: bytes) -> Completion:
+        attempt = 0
+        while True:
+            await self._turn()
+            try:
+                with anyio.fail_after(self._timeout):
+                    return await self._attempt(session, body)
+            except TimeoutError:
+                again = TryAgain(f"no answer within {self._timeout:g} seconds")
+            except httpx.RequestError as error:
+                again = TryAgain(f"cannot be reached ({shortened(str(error)) or type(error).__name__})")
+            except TryAgain as error:
+                again = error
+            if attempt == self._retries:
+                raise EveralignError(f"{again}; {attempt + 1} attempts made")
+            await anyio.sleep(_backoff(attempt) if again.wait is None else again.wait)
+            attempt += 1
+
+    async def _attempt(self, session: httpx.AsyncClient, body: bytes) -> Completion:
+        with self._lock:
+            self.usage.requests += 1
+        async with session.stream("POST", f"{self.base_url}/chat/completions", content=body) as response:
+            content = await _read(response)
+        if not response.is_success:
+            raise failure(response.status_code, response.headers, self._masked(content))
+        kind = response.headers.get("content-type", "")
+        try:
+            completion = read_completion(content, kind)
+        except EveralignError:
+            completion = read_completion(self._masked(content), kind)
+        self._count(completion)
+        return completion
+
+    async def _turn(self) -> None:
+        """Wait until the next request may begin."""
+        if not self._spacing:
+            return
+        with self._lock:
+            start = max(self._next_start, time.monotonic())
+            self._next_start = start + self._spacing
+        await anyio.sleep(max(0.0, start - time.monotonic()))
+
+    def _count(self, completion: Completion) -> None:
+        with self._lock:
+            self.usage.prompt_tokens += completion.prompt_tokens or 0
+            self.usage.completion_tokens += completion.completion_tokens or 0
+            self.usage.untold += completion.prompt_tokens is None or completion.completion_tokens is None
+
+    def _body(self, number: int, messages: Conversation, parameters: Mapping[str, Any]) -> bytes:
+        content = {"model": self.model, "messages": [dict(message) for message in messages], **parameters}
+        try:
+            return json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise InputError(self._clean(f"conversation {number}: cannot be sent as JSON: {error}")) from None
+
+    def _clean(self, message: str) -> str:
+        """A message without the key, which servers like to repeat."""
+        return message.replace(self._key, "***") if self._key else message
+
+    def _masked(self, content: bytes) -> bytes:
+        """A reply to be quoted, without the key; an excerpt could end in the middle of it."""
+        return content.replace(self._key.encode(), b"***") if self._key else content
+
+
+async def _read(response: httpx.Response) -> bytes:
+    content = bytearray()
+    async for part in response.aiter_bytes():
+        content += part
+        if len(content) > _LARGEST_REPLY:
+            raise EveralignError(f"the reply is larger than {_LARGEST_REPLY >> 20} MiB; ask for fewer tokens")
+    return bytes(content)
+
+
+def _backoff(attempt: int) -> float:
+    """Seconds before an attempt is repeated; random, so that requests that failed together do not return together."""
+    return float(min(_LONGEST_BACKOFF, _FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0))
+
+
+def _checked_url(text: str) -> str:
+    """The address below which `chat/completions` is."""
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise InputError(f"the server's address cannot be read: {error}") from None
+    if url.userinfo or url.query or url.fragment:
+        # Not repeated: this is where people put passwords.
+        raise InputError(
+            f"{url.scheme}://{url.host}: the server's address must be without user, '?' and '#'; "
+            f"a key belongs in the environment variable {_KEY_VARIABLE}"
+        )
+    if url.scheme not in ("http", "https") or not url.host:
+        raise InputError(f"{text}: the address must begin with http:// or https://, such as http://127.0.0.1:8000/v1")
+    path = url.path.rstrip("/").removesuffix("/chat/completions")
+    # Some servers have another version, or more, at the end of the path.
+    versioned = re.search(r"/v\d", path)
+    return str(url.copy_with(path=path if versioned else f"{path}/v1"))
+
+
+def _checked_model(model: str) -> str:
+    if not model.strip():
+        raise InputError("model: is empty; name a model as the server knows it")
+    return model
+
+
+def _checked_key(key: str) -> str:
+    """A key as a header can hold it; a header's own error would print it."""
+    key = key.strip()
+    if re.search(r"[^\x21-\x7e]", key):
+        raise InputError(f"the API key ({_KEY_VARIABLE}) has characters other than letters, digits and signs of ASCII")
+    return key
+
+
+def _check_limits(timeout: float, retries: int, concurrency: int, requests_per_minute: float) -> None:
+    if not (math.isfinite(timeout) and timeout > 0):
+        raise InputError(f"timeout: must be above 0 seconds, found {timeout}")
+    if retries < 0:
+        raise InputError(f"retries: must be at least 0, found {retries}")
+    if concurrency < 1:
+        raise InputError(f"concurrency: must be at least 1, found {concurrency}")
+    if not (math.isfinite(requests_per_minute) and requests_per_minute >= 0):
+        raise InputError(f"requests per minute: must be at least 0, found {requests_per_minute}")
