@@ -7,7 +7,7 @@ import pytest
 
 from runs_for_tests import write_run
 
-HEAVY = ("torch", "transformers", "peft", "datasets", "pyarrow", "matplotlib", "numpy")
+HEAVY = ("torch", "transformers", "peft", "datasets", "pyarrow", "matplotlib", "numpy", "httpx")
 LOADED = f"print([name for name in {HEAVY} if name in sys.modules])"
 
 
@@ -25,7 +25,10 @@ def test_importing_loads_nothing_heavy(module):
     assert child(f"import {module}\n{LOADED}") == "[]\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["learn", "--help"], ["reward", "train", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["learn", "--help"], ["reward", "train", "--help"], ["reward", "score", "--help"], ["--version"]],
+)
 def test_help_loads_nothing_heavy(arguments):
     out = child(f"from everalign.cli import main\nmain({arguments})\n{LOADED}")
     assert out.splitlines()[-1] == "[]"

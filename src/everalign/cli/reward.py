@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from everalign.data import PreferenceSet
-    from everalign.evaluation.rewards import ScoringResult
+    from everalign.evaluation.rewards import JudgeOptions, Scorer, ScoringResult
     from everalign.training.reward_model import TrainedRewardModel
     from everalign.training.reward_report import RewardReport
 
@@ -81,9 +81,18 @@ def train(
     (_show_training_json if as_json else _show_training)(trained)
 
 
-@reward.command(epilog="Example: everalign reward score --model runs/reward --data answers.jsonl --output scored.jsonl")
+@reward.command(
+    epilog="Example: everalign reward score --model runs/reward --data answers.jsonl --output scored.jsonl; "
+    "with a judge, whose key is read from OPENAI_API_KEY: --model http://127.0.0.1:8000/v1#qwen2.5"
+)
 def score(
-    model: Annotated[str, _option("A reward model's folder, or a Python function.", "DIR|MODULE:FUNCTION")],
+    model: Annotated[
+        str,
+        _option(
+            "A reward model's folder, a Python function MODULE:FUNCTION, or a judge on a server as URL#MODEL.",
+            "DIR|FUNCTION|JUDGE",
+        ),
+    ],
     data: Annotated[str, _option("Rows with prompt and completions, or preferences.", "ROWS")],
     output: Annotated[Path, _option("The rows with their rewards.", "FILE.jsonl")],
     overwrite: Annotated[
@@ -91,6 +100,11 @@ def score(
     ] = False,
     batch_size: Annotated[int | None, _option("Answers scored at once; kept after each batch.")] = None,
     tokens_per_batch: Annotated[int | None, _option("Tokens a reward model computes at once.")] = None,
+    judge_instructions: Annotated[Path | None, _option("What makes an answer good, for a judge.", "FILE")] = None,
+    cache: Annotated[Path | None, _option("Keep a judge's rewards here, to ask for none twice.", "DIR")] = None,
+    concurrency: Annotated[int | None, _option("Requests to a judge under way at once.")] = None,
+    requests_per_minute: Annotated[float | None, _option("Begin no more requests to a judge.")] = None,
+    timeout: Annotated[float | None, _option("Seconds a judge has for one reply.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score answers, and write them as rows to learn from with `--objective var`.
@@ -98,7 +112,10 @@ def score(
     Killed in the middle, the same command goes on where it was.
     """
     try:
-        _score(model, data, output, overwrite, batch_size, tokens_per_batch, as_json)
+        from everalign.evaluation.rewards import JudgeOptions
+
+        judge = JudgeOptions(judge_instructions, cache, concurrency, requests_per_minute, timeout)
+        _score(model, data, output, overwrite, batch_size, tokens_per_batch, judge, as_json)
     except KeyboardInterrupt:
         say("interrupted", "the same command goes on from here", "bold yellow")
         raise typer.Exit(INTERRUPTED) from None
@@ -120,6 +137,7 @@ def _score(
     overwrite: bool,
     batch_size: int | None,
     tokens_per_batch: int | None,
+    judge: "JudgeOptions",
     as_json: bool,
 ) -> None:
     from everalign.data import load_unscored
@@ -129,21 +147,27 @@ def _score(
     with Display() as display:
         rows = load_unscored(data, overwrite=overwrite)
         display.announce(f"{len(rows)} rows to score")
+        scorer = make_scorer(model, tokens_per_batch, judge)
         scored = score_rows(
             rows,
-            make_scorer(model, tokens_per_batch),
+            scorer,
             output,
             overwrite=overwrite,
             answers_per_batch=ANSWERS_PER_BATCH if batch_size is None else batch_size,
             announce=display.announce,
             progress=display.progress,
         )
-    facts = {**_scoring_facts(scored), "seconds": round(time.perf_counter() - started, 3)}
+    cost = _judging_cost(scorer)
+    facts = {**_scoring_facts(scored), **cost, "seconds": round(time.perf_counter() - started, 3)}
     if as_json:
         show_json(facts)
         return
     for label in ("rows", "answers", "mean", "spread"):
         show_line(label, f"{facts[label]:.3f}" if isinstance(facts[label], float) else facts[label])
+    if cost:
+        untold = f"; {cost['untold']} replies did not tell theirs" if cost["untold"] else ""
+        tokens = f"{cost['prompt_tokens']} + {cost['completion_tokens']} tokens"
+        show_line("judge", f"{cost['requests']} requests, {tokens} asked and answered{untold}")
     show_line("scored", facts["output"])
 
 
@@ -157,6 +181,15 @@ def _scoring_facts(scored: "ScoringResult") -> dict[str, Any]:
         "mean": statistics.fmean(rewards),
         "spread": statistics.pstdev(rewards),
     }
+
+
+def _judging_cost(scorer: "Scorer") -> dict[str, int]:
+    """What a judge has used; nothing for other scorers."""
+    from dataclasses import asdict
+
+    from everalign.evaluation.rewards import JudgeScorer
+
+    return asdict(scorer.client.usage) if isinstance(scorer, JudgeScorer) else {}
 
 
 def _show_training_json(trained: "TrainedRewardModel") -> None:

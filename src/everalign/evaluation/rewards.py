@@ -4,7 +4,8 @@
     score_rows(rows, RewardModelScorer.from_folder("runs/reward"), "scored.jsonl")
 
 What is finished stands beside the output in a file that is named after scorer and rows, until the output is written
-whole; the same call goes on from there and asks the scorer for nothing twice.
+whole; the same call goes on from there and asks the scorer for nothing twice. A judge keeps every single score, in its
+own cache, or else in one beside the output for as long.
 """
 
 import hashlib
@@ -14,16 +15,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from everalign.data.fields import is_finite, shown
 from everalign.data.scored import ScoredSet
 from everalign.data.unscored import Unscored, UnscoredSet
 from everalign.errors import EveralignError, InputError
+from everalign.evaluation.judge import JudgeOptions, JudgeScorer
+from everalign.evaluation.reward_cache import RewardCache
 from everalign.evaluation.scorers import CallableScorer, RewardModelScorer, Scorer, make_scorer
 from everalign.files import write_text
 
-__all__ = ["CallableScorer", "RewardModelScorer", "Scorer", "ScoringResult", "make_scorer", "score_rows"]
+__all__ = [
+    "CallableScorer",
+    "JudgeOptions",
+    "JudgeScorer",
+    "RewardModelScorer",
+    "Scorer",
+    "ScoringResult",
+    "make_scorer",
+    "score_rows",
+]
 
 ANSWERS_PER_BATCH = 64
 _KEY_DIGITS = 16
@@ -74,19 +86,28 @@ def score_rows(
     path = Path(output)
     _check_output(rows, path, overwrite, answers_per_batch)
     store = _Store(path, f"{scorer.fingerprint}\n{rows.fingerprint}")
+    beside = RewardCache(path.with_name(f"{path.name}.judge.partial"))
+    asked = scorer.with_cache(beside) if _is_unkept(scorer) else scorer
     done = store.read(rows)
     if done:
         announce(f"  {len(done)} of {len(rows)} rows were scored by an earlier run")
     resumed = len(done)
     for start, batch in _batches(rows, resumed, answers_per_batch):
-        found = _score_batch(scorer, batch, start)
+        found = _score_batch(asked, batch, start)
         store.add(found)
         done += found
         progress("scoring", len(done), len(rows))
     scored = tuple(row.scored(rewards) for row, rewards in zip(rows, done, strict=True))
     write_text(path, "".join(_line(row.to_json()) for row in scored))
     store.remove()
+    if asked is not scorer:
+        beside.remove()
     return ScoringResult(path, ScoredSet(scored, str(path)), resumed)
+
+
+def _is_unkept(scorer: Scorer) -> TypeGuard[JudgeScorer]:
+    """Whether a scorer is slow and costs money, but would lose a batch's rewards with the batch."""
+    return isinstance(scorer, JudgeScorer) and scorer.cache is None
 
 
 def _check_output(rows: UnscoredSet, path: Path, overwrite: bool, answers_per_batch: int) -> None:

@@ -1,4 +1,4 @@
-"""What can give an answer a reward: a trained reward model, or a Python function."""
+"""What can give an answer a reward: a trained reward model, a Python function, or a judge on a server."""
 
 import hashlib
 import importlib
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from everalign.data.comparisons import encode_answers
 from everalign.data.templating import Prompt
 from everalign.errors import EveralignError, InputError
+from everalign.evaluation.judge import JudgeOptions, JudgeScorer
 from everalign.files import sha256_of
 from everalign.modeling.loading import model_fingerprint
 from everalign.modeling.reward_files import RewardFacts, load_reward_model
@@ -141,16 +142,23 @@ class CallableScorer:
             raise EveralignError(f"the function raised {type(error).__name__}: {error}") from error
 
 
-def make_scorer(name: str, tokens_per_batch: int | None = None) -> Scorer:
+def make_scorer(name: str, tokens_per_batch: int | None = None, judge: JudgeOptions | None = None) -> Scorer:
     """Return the scorer that a name means.
 
     Args:
-        name: a reward model's folder, or `module:function`.
+        name: a reward model's folder, `module:function`, or a judge as `URL#MODEL`.
         tokens_per_batch: for a reward model; its default when None.
+        judge: for a judge; its defaults when None.
 
     Raises:
-        InputError: there is no such scorer, or `tokens_per_batch` is given for a function.
+        InputError: there is no such scorer, or it would ignore an option that is given.
     """
+    if "://" in name:
+        if tokens_per_batch is not None:
+            raise InputError("tokens per batch: a judge would ignore it; leave it out")
+        return JudgeScorer.from_name(name, judge)
+    if judge is not None and judge.given:
+        raise InputError(f"{judge.given[0]}: {name} would ignore it; only a judge (URL#MODEL) has it, so leave it out")
     if Path(name).exists() or ":" not in name:
         return RewardModelScorer.from_folder(name, TOKENS_PER_BATCH if tokens_per_batch is None else tokens_per_batch)
     if tokens_per_batch is not None:

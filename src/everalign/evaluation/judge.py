@@ -1,0 +1,191 @@
+"""A language model as judge: rewards for answers from any OpenAI-compatible server.
+
+judge = JudgeScorer(ChatClient("http://127.0.0.1:8000/v1", "qwen2.5"))
+score_rows(rows, judge, "scored.jsonl")
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from everalign.chat_client import CONCURRENCY, TIMEOUT, ChatClient, ChatError, Completion
+from everalign.chat_reply import shortened
+from everalign.data.fields import Message
+from everalign.data.templating import Prompt
+from everalign.errors import EveralignError, InputError
+from everalign.evaluation.judge_messages import (
+    FORMAT,
+    INSTRUCTIONS,
+    Scale,
+    asked_again,
+    instruction_text,
+    judge_messages,
+    read_score,
+)
+from everalign.evaluation.reward_cache import RewardCache, reward_key
+
+SCALE: Scale = (1.0, 10.0)
+
+# How much of an answer and of a reply a message shows.
+_ANSWER_SHOWN, _REPLY_SHOWN = 60, 200
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """How a judge is asked; None stands for the default.
+
+    Args:
+        instructions: a file that says what makes an answer good.
+        cache: a folder where rewards are kept for good, for whatever is scored later.
+        concurrency: requests under way at once.
+        requests_per_minute: at most so many requests are begun.
+        timeout: seconds for one attempt.
+    """
+
+    instructions: Path | None = None
+    cache: Path | None = None
+    concurrency: int | None = None
+    requests_per_minute: float | None = None
+    timeout: float | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """The names of what is not left to its default."""
+        return [name.replace("_", " ") for name, value in asdict(self).items() if value is not None]
+
+
+class JudgeScorer:
+    """Asks a model to rate each answer by itself, at temperature 0; the reward is the score it gives.
+
+    A reply other than `{"score": 7}` or `7` is asked for once more.
+
+    Args:
+        client: asks the judge; `client.usage` tells what it cost.
+        instructions: what makes an answer good; what is data and how to reply is said besides.
+        scale: the worst and the best score, finite and in this order.
+        cache: where each reward is kept as soon as it is there; None to keep none.
+
+    Raises:
+        InputError: the instructions are empty, or the scale is none.
+    """
+
+    def __init__(
+        self,
+        client: ChatClient,
+        *,
+        instructions: str = INSTRUCTIONS,
+        scale: Scale = SCALE,
+        cache: RewardCache | None = None,
+    ) -> None:
+        if not instructions.strip():
+            raise InputError("the judge's instructions are empty: say what makes an answer good")
+        if not (all(map(math.isfinite, scale)) and scale[0] < scale[1]):
+            raise InputError(f"scale: must go from a worst to a better best score, found {scale[0]} to {scale[1]}")
+        self.client, self.cache = client, cache
+        self._instructions, self._scale = instructions, scale
+        facts = [FORMAT, client.base_url, client.model, instruction_text(instructions, scale), list(map(float, scale))]
+        self._fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @classmethod
+    def from_name(cls, name: str, options: JudgeOptions | None = None) -> "JudgeScorer":
+        """Return the judge of a name such as `http://127.0.0.1:8000/v1#qwen2.5`: the server's address, # and the model.
+
+        Raises:
+            InputError: the name lacks a part, or an option or a file cannot be used.
+        """
+        options = options or JudgeOptions()
+        address, _, model = name.partition("#")
+        if not model.strip():
+            raise InputError(
+                "a judge is named URL#MODEL, such as http://127.0.0.1:8000/v1#qwen2.5; the model is missing"
+            )
+        client = ChatClient(
+            address,
+            model,
+            timeout=TIMEOUT if options.timeout is None else options.timeout,
+            concurrency=CONCURRENCY if options.concurrency is None else options.concurrency,
+            requests_per_minute=options.requests_per_minute or 0,
+        )
+        instructions = INSTRUCTIONS if options.instructions is None else read_instructions(options.instructions)
+        cache = None if options.cache is None else RewardCache.in_folder(options.cache)
+        return cls(client, instructions=instructions, cache=cache)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the server's address, model, instructions, scale, and how replies are read."""
+        return self._fingerprint
+
+    def with_cache(self, cache: RewardCache) -> "JudgeScorer":
+        """Return the same judge, asked through the same client, with rewards kept in `cache`."""
+        return JudgeScorer(self.client, instructions=self._instructions, scale=self._scale, cache=cache)
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """Return the scores of N completions; equal ones behind equal prompts are asked for once.
+
+        Raises:
+            EveralignError: a request failed for good, or a second reply could not be read either; names the answer.
+                Scores that came before it are in the cache, if there is one.
+        """
+        pairs = list(zip(prompts, completions, strict=True))
+        keys = [reward_key(self._fingerprint, *pair) for pair in pairs]
+        wanted = dict(zip(keys, pairs, strict=True))
+        found = self.cache.read(list(wanted)) if self.cache else {}
+        missing = {key: pair for key, pair in wanted.items() if key not in found}
+        asked = {key: judge_messages(*pair, self._instructions, self._scale) for key, pair in missing.items()}
+        unread = self._ask(asked, missing, found)
+        again = {key: asked_again(asked[key], reply.text, self._scale) for key, reply in unread.items()}
+        for key, reply in self._ask(again, missing, found).items():
+            raise EveralignError(
+                f"{_named(missing[key][1])}: the judge's reply is no score, asked twice{_cut(reply)}: "
+                f"{shortened(reply.text, _REPLY_SHOWN) or '(nothing)'}; take a model that follows instructions better"
+            )
+        return [found[key] for key in keys]
+
+    def _ask(
+        self,
+        conversations: Mapping[str, Sequence[Message]],
+        pairs: Mapping[str, tuple[Prompt, str]],
+        found: dict[str, float],
+    ) -> dict[str, Completion]:
+        """Add the scores of conversations to `found` and the cache; return the replies that are none."""
+        keys, unread = list(conversations), {}
+        if not keys:
+            return {}
+        try:
+            for index, reply in self.client.complete_many(list(conversations.values()), temperature=0):
+                score = read_score(reply.text, self._scale)
+                if score is None:
+                    unread[keys[index]] = reply
+                    continue
+                found[keys[index]] = score
+                if self.cache:
+                    self.cache.add(keys[index], score)
+        except ChatError as error:
+            raise EveralignError(f"{_named(pairs[keys[error.index]][1])}: {error}") from error
+        return unread
+
+
+def read_instructions(path: Path) -> str:
+    """Return what a file says about good answers.
+
+    Raises:
+        InputError: there is no such file, or it is no text, or empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: the judge's instructions cannot be read: {error}") from error
+    if not text.strip():
+        raise InputError(f"{path}: is empty; say what makes an answer good")
+    return text
+
+
+def _named(completion: str) -> str:
+    return f"the answer '{shortened(completion, _ANSWER_SHOWN)}'"
+
+
+def _cut(reply: Completion) -> str:
+    return " (the second reply was cut at the limit of tokens)" if reply.finish_reason == "length" else ""
