@@ -59,6 +59,32 @@ class AdapterOptions:
 
 
 @dataclass(frozen=True)
+class RolloutOptions:
+    """How answers to prompts are sampled, where a task has prompts alone.
+
+    Args:
+        samples: K, answers drawn independently for each prompt.
+        sampling_temperature: what logits are divided by; 1 draws from the policy itself. With any other value the
+            tempered policy is what rewards are traded against.
+        max_new_tokens: longest answer; what has not ended by then is left out.
+        rounds: how often answers are sampled anew, from what the policy has become by then. Each round moves towards
+            π ∝ π_before · exp(reward / temperature), so that R rounds are mirror descent on the KL divergence with
+            the temperature divided by R in all.
+    """
+
+    samples: int = 8
+    sampling_temperature: float = 1.0
+    max_new_tokens: int = 256
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_new_tokens", "rounds"):
+            _require_whole(name, getattr(self, name), 1)
+        value = self.sampling_temperature
+        _require(_is_number(value) and value > 0, "sampling_temperature", "a number above 0", value)
+
+
+@dataclass(frozen=True)
 class TrainingOptions:
     """How every task is trained: an optional supervised stage on the chosen responses, then the preference stage.
 

@@ -1,0 +1,234 @@
+"""The contenders of the VAR bench that learn from samples: one stage of training each, from the same start.
+
+Every one of them is given the same answers of the reference with their rewards, and pays for sampling them. Those with
+several rounds sample anew from what they have become.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everalign.data import Preference, Scored
+from everalign.data.encoding import encode_pairs
+from everalign.data.groups import EncodedGroup, TargetGroup, encode_groups, encode_targets
+from everalign.data.layout import Batch, lay_out_groups
+from everalign.demo.world import Question
+from everalign.modeling.loading import load_model
+from everalign.modeling.policy import Policy
+from everalign.training.reference import group_log_probs, pair_log_probs
+from everalign.training.stage import StageOptions, run_stage
+from everalign.training.teaching import make_objective
+from everalign.training.weighing import WeightOptions, weigh
+from var_task import LONGEST, encoded, prompt, reward, sample
+
+RANK, ALPHA = 16, 32.0
+
+
+def start(precision: str = "fp32") -> Policy:
+    """The policy that every contender starts from: the embedded assistant with a fresh adapter."""
+    return Policy(load_model("tiny", precision), RANK, ALPHA, seed=0)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How one contender learns from scored answers.
+
+    Args:
+        teach: makes a stage's rows of scored ones and trains the policy on them.
+        learning_rate: peak.
+        epochs: passes over the rows.
+        batch_size: rows of a step.
+        rounds: how often answers are sampled.
+    """
+
+    teach: Callable[[Policy, Any, list[Scored], StageOptions, Path], None]
+    learning_rate: float
+    epochs: float
+    batch_size: int = 16
+    rounds: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Spent:
+    """What learning has cost so far."""
+
+    seconds: float = 0.0
+    processor_seconds: float = 0.0
+    tokens: int = 0
+
+
+class Clock:
+    """Adds the time inside a `with` block to what was spent."""
+
+    def __init__(self, spent: Spent) -> None:
+        self._spent = spent
+
+    def __enter__(self) -> None:
+        self._began = (time.perf_counter(), time.process_time())
+
+    def __exit__(self, *_: object) -> None:
+        self._spent.seconds += time.perf_counter() - self._began[0]
+        self._spent.processor_seconds += time.process_time() - self._began[1]
+
+
+def learn(
+    contender: Contender,
+    tokenizer: Any,
+    asked: Sequence[Question],
+    count: int,
+    seed: int,
+    look: Callable[[Policy, Spent], None],
+) -> Policy:
+    """Let a contender learn; `look` is called after each round, outside the time that counts.
+
+    Args:
+        contender: who.
+        tokenizer: the assistant's.
+        asked: the questions, dealt out over the rounds.
+        count: answers sampled to each.
+        seed: seeds sampling and the order of the rows.
+        look: measures the policy.
+    """
+    policy, spent, share = start(), Spent(), len(asked) // contender.rounds
+    for number in range(contender.rounds):
+        with Clock(spent), tempfile.TemporaryDirectory() as folder:
+            part = asked[number * share : (number + 1) * share]
+            rows, tokens = scored_answers(policy, tokenizer, part, count, seed + number)
+            spent.tokens += tokens
+            options = StageOptions(
+                contender.learning_rate, contender.epochs, contender.batch_size, checkpoint_steps=0, logging_steps=1000
+            )
+            contender.teach(policy, tokenizer, rows, options, Path(folder))
+        look(policy, spent)
+    return policy
+
+
+def scored_answers(
+    policy: Policy, tokenizer: Any, asked: Sequence[Question], count: int, seed: int
+) -> tuple[list[Scored], int]:
+    """Answers sampled from the policy with their rewards, and how many tokens were generated."""
+    drawn = sample(policy, tokenizer, asked, count, seed)
+    rows, tokens = [], 0
+    for question, found in zip(asked, drawn, strict=True):
+        if found.texts:
+            tokens += sum(len(response) for response in encoded(tokenizer, question, found.texts).responses)
+        if len(found.texts) > 1:
+            worth = tuple(reward(question, text) for text in found.texts)
+            rows.append(Scored(prompt(question), found.texts, worth))
+    return rows, tokens
+
+
+# ---- what each teaches ----
+
+
+def var(temperature: float, estimator: str = "group", floor: float = 0.0, varied: bool = False) -> Any:
+    """Reward-weighted likelihood; see `everalign.training.weighing.WeightOptions`."""
+    options = WeightOptions(
+        estimator,  # type: ignore[arg-type]  # one of them
+        temperature=temperature,
+        scale_rewards=False,
+        weight_floor=floor,
+        drop_constant=varied,
+    )
+
+    def teach(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
+        lengths = [tuple(len(text) for text in row.completions) for row in rows]
+        weighed = weigh(rows, lengths, options)
+        _weighted(policy, tokenizer, list(weighed.rows), stage, folder)
+
+    return teach
+
+
+def best_of(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
+    """RAFT (Dong et al. 2023, arXiv 2304.06767): fine-tune on the best answer to each question."""
+    _weighted(policy, tokenizer, [_with_weights(row, _only(row, _best(row))) for row in rows], stage, folder)
+
+
+def chosen(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
+    """Fine-tune on the better one of the first two answers that differ, as preference data has it."""
+    picked = []
+    for row in rows:
+        other = next((i for i, worth in enumerate(row.rewards) if worth != row.rewards[0]), None)
+        if other is not None:
+            picked.append(_with_weights(row, _only(row, max((0, other), key=lambda i: row.rewards[i]))))
+    _weighted(policy, tokenizer, picked, stage, folder)
+
+
+def dpo(beta: float) -> Any:
+    """DPO on the best answer to each question over the worst one."""
+
+    def teach(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
+        pairs: list[Preference] = [pair for row in rows if (pair := row.preference()) is not None]
+        found = encode_pairs(pairs, tokenizer, LONGEST)
+        reference = pair_log_probs(policy, found, stage.tokens_per_batch)
+        run_stage(policy, make_objective("dpo", beta), found, stage, folder, seed=0, reference=reference)
+
+    return teach
+
+
+def snkl(temperature: float) -> Any:
+    """The self-normalised KL of each question's answers."""
+
+    def teach(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
+        lengths = [tuple(len(text) for text in row.completions) for row in rows]
+        weighed = weigh(rows, lengths, WeightOptions("group", temperature=temperature, scale_rewards=False))
+        found = encode_targets(weighed.rows, tokenizer, LONGEST)
+        groups = [group for group in found if isinstance(group, TargetGroup)]
+        reference = group_log_probs(policy, groups, stage.tokens_per_batch)
+        run_stage(policy, make_objective("snkl"), found, stage, folder, seed=0, reference=reference)
+
+    return teach
+
+
+class AdvantageLeftover:
+    """A-LoL (Baheti et al. 2024, arXiv 2305.14718), sequence variant: positive advantages times a clipped ratio."""
+
+    name, needs_reference, clip = "a-lol", False, 0.9
+
+    def collate(self, groups: Sequence[EncodedGroup], shared: bool) -> Batch:
+        """Lay out the answers of positive advantage; the reference's log-probabilities come in as weights' fellows."""
+        tokens = sum(len(response) for group in groups for response in group.responses)
+        return {**lay_out_groups(groups, shared), "count": torch.tensor(tokens)}
+
+    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return Σ A · clip(π/π_ref) · NLL / count."""
+        sums = model(batch)
+        with torch.no_grad(), model.as_base():  # type: ignore[operator]  # a policy
+            reference = model(batch)
+        ratio = (sums.detach() - reference).exp().clamp(1 - self.clip, 1 + self.clip)
+        losses = -batch["weight"] * ratio * sums / count
+        return losses.sum(), {"nll": (-sums / batch["lengths"]).detach()}
+
+
+def advantage(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
+    """A-LoL with the mean reward of the question's answers as the reference's value."""
+    weighed = []
+    for row in rows:
+        mean = sum(row.rewards) / len(row.rewards)
+        if max(row.rewards) > mean:
+            weighed.append(_with_weights(row, tuple(max(0.0, worth - mean) for worth in row.rewards)))
+    found = encode_groups(weighed, tokenizer, LONGEST)
+    run_stage(policy, AdvantageLeftover(), found, stage, folder, seed=0)
+
+
+def _weighted(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
+    run_stage(policy, make_objective("var"), encode_groups(rows, tokenizer, LONGEST), stage, folder, seed=0)
+
+
+def _best(row: Scored) -> int:
+    return row.rewards.index(max(row.rewards))
+
+
+def _only(row: Scored, index: int) -> tuple[float, ...]:
+    return tuple(float(i == index) for i in range(len(row.completions)))
+
+
+def _with_weights(row: Scored, weights: tuple[float, ...]) -> Scored:
+    return replace(row, weights=weights)
