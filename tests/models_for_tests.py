@@ -29,7 +29,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from everalign.data.encoding import EncodedPair
-from everalign.data.groups import EncodedGroup
+from everalign.data.groups import EncodedGroup, TargetGroup
 from everalign.data.layout import lay_out_pairs
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
@@ -178,6 +178,23 @@ def random_groups(
         weights[rng.randrange(len(weights))] = 0.5
         groups.append(EncodedGroup(f"{i:04}", tokens(), responses, tuple(weights)))
     return groups
+
+
+def random_targets(count: int, seed: int = 0, longest: int = 12, vocabulary: int = VOCABULARY) -> list[TargetGroup]:
+    """Groups of two to five responses to be compared, one share in some of them 0."""
+    rng = random.Random(seed)
+    groups = []
+    for group in random_groups(count, seed, longest, vocabulary):
+        first = [rng.randrange(3, vocabulary) for _ in range(rng.randint(1, longest))]
+        shares = [rng.choice([0.0, 1.0]), *(0.1 + rng.random() for _ in group.responses)]
+        normal = tuple(share / sum(shares) for share in shares)
+        groups.append(TargetGroup(group.id, group.prompt, (first, *group.responses), normal, 0.5 + rng.random()))
+    return groups
+
+
+def random_rows(objective: str, count: int, **options: Any) -> list[Any]:
+    """Rows of the kind that an objective is trained on."""
+    return {"var": random_groups, "snkl": random_targets}.get(objective, random_pairs)(count, **options)
 
 
 def logits_of(policy: Policy, pairs: list[EncodedPair]) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from everalign.modeling.policy import Policy
-from everalign.training.reference import pair_log_probs
+from everalign.training.reference import group_log_probs, pair_log_probs
 from everalign.training.stage import StageOptions, StageResult, run_stage
 from everalign.training.teaching import make_objective
 
@@ -21,7 +21,7 @@ def train(
     reference = None
     if objective.needs_reference:
         with policy.as_base():
-            reference = pair_log_probs(policy, pairs, 320)
+            reference = (group_log_probs if name == "snkl" else pair_log_probs)(policy, pairs, 320)
     settings = StageOptions(**{**FAST, "checkpoint_steps": 0, **options})
     return run_stage(policy, objective, pairs, settings, folder, seed=seed, reference=reference, **(hooks or {}))
 

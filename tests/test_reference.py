@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from everalign.data.layout import lay_out_pairs
+from everalign.data.groups import TargetGroup
+from everalign.data.layout import lay_out_pairs, lay_out_targets
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
-from everalign.training.reference import ReferenceCache, pair_log_probs, policy_key
-from models_for_tests import perturb, random_pairs, random_policy, random_updates
+from everalign.training.reference import ReferenceCache, group_log_probs, pair_log_probs, policy_key
+from models_for_tests import perturb, random_pairs, random_policy, random_targets, random_updates
 
 
 class Counted:
@@ -170,6 +171,71 @@ def test_a_file_written_halfway_is_never_seen(policy, cache, tmp_path, monkeypat
         cache.log_probs(policy, "key", pairs, 160)
     monkeypatch.undo()
     close(cache.log_probs(policy, "key", pairs, 160), pair_log_probs(policy, pairs, 160))
+
+
+# ---- groups ----
+
+
+def test_values_of_groups_come_back_in_the_order_of_the_rows(policy):
+    groups = random_targets(7)
+    with torch.no_grad():
+        sums = policy.policy(lay_out_targets(groups, shared=False))
+    expected = torch.split(sums, [len(group.responses) for group in groups])
+    for tokens in (1, 100, 10_000):
+        values = group_log_probs(policy, groups, tokens)
+        for found, wanted in zip(values, expected, strict=True):
+            close(found, wanted)
+    assert group_log_probs(policy, [], 100) == []
+
+
+def test_cached_values_of_groups_are_the_fresh_ones_to_the_bit(policy, cache, tmp_path):
+    groups = random_targets(6)
+    fresh = group_log_probs(policy, groups, 160)
+    first = cache.group_log_probs(policy, "key", groups, 160)
+    computed = policy.sequences
+    again = ReferenceCache(tmp_path / "cache").group_log_probs(policy, "key", groups, 160)
+    assert policy.sequences == computed
+    for values in zip(fresh, first, again, strict=True):
+        assert all(torch.equal(values[0], other) for other in values[1:])
+
+
+def test_a_response_is_known_by_its_prompt_and_its_tokens(policy, cache):
+    """In whatever group it stands, with whatever share; a group with a new response is computed as a whole."""
+    group = TargetGroup("a", [3, 4], ([5, 6], [7], [8, 9]), (0.5, 0.25, 0.25), 1.0)
+    cache.group_log_probs(policy, "key", [group, group], 160)
+    assert policy.sequences == 3
+    part = TargetGroup("b", [3, 4], ([8, 9], [7], [8, 9]), (0.9, 0.1, 0.0), 2.0)
+    (found,) = cache.group_log_probs(policy, "key", [part], 160)
+    assert policy.sequences == 3
+    close(found, group_log_probs(policy.policy, [part], 160)[0])
+    other = [
+        dataclasses.replace(group, prompt=[3, 4, 5], responses=([6], [7])),
+        dataclasses.replace(group, responses=([5, 6], [5, 7])),
+    ]
+    found = cache.group_log_probs(policy, "key", other, 160)
+    assert policy.sequences == 3 + 4
+    for values, wanted in zip(found, group_log_probs(policy.policy, other, 160), strict=True):
+        close(values, wanted)
+
+
+def test_pairs_and_groups_of_a_policy_do_not_touch_each_other(policy, cache, tmp_path):
+    pairs, groups = random_pairs(3), random_targets(3)
+    expected = cache.log_probs(policy, "key", pairs, 160)
+    cache.group_log_probs(policy, "key", groups, 160)
+    files = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert files == ["key-responses.safetensors", "key.safetensors"]
+    policy.sequences = 0
+    assert torch.equal(cache.log_probs(policy, "key", pairs, 160), expected)
+    assert policy.sequences == 0
+
+
+@pytest.mark.parametrize("spoil", [_cut, _drop_a_tensor])
+def test_a_damaged_file_of_groups_is_named(policy, cache, tmp_path, spoil):
+    cache.group_log_probs(policy, "key", random_targets(3), 160)
+    path = the_file(tmp_path)
+    spoil(path)
+    with pytest.raises(InputError, match=f"{path}: the reference cache is damaged .*: delete this file"):
+        cache.group_log_probs(policy, "key", random_targets(3), 160)
 
 
 # ---- what names a policy ----

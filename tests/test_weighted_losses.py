@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from everalign.objectives import dpo_loss, snkl_loss, token_nll, var_weights, weighted_nll
+from everalign.objectives.segments import Segments
 
 INF = math.inf
 
@@ -158,6 +159,17 @@ def test_bad_values_of_the_group_loss_are_named(bad):
         snkl_loss(fine, fine, fine, GROUPS, bad)
     with pytest.raises(ValueError, match="same shape"):
         snkl_loss(fine, fine[:4], fine, GROUPS, 1.0)
+
+
+def test_without_a_look_at_the_values_the_group_loss_is_the_same():
+    policy, reference, rewards = draw(5), draw(5, seed=1), fp64(1, 0, -INF, 2, 3)
+    expected = snkl_loss(policy, reference, rewards, GROUPS, 0.7)
+    segments = Segments(torch.tensor([4, 9]), torch.tensor([0, 1, 0, 1, 1]), torch.tensor([2, 3]))
+    found = snkl_loss(policy, reference, rewards, segments, 0.7, check_finite=False)
+    assert torch.equal(found, expected)
+    assert snkl_loss(policy * math.nan, reference, rewards, segments, 0.7, check_finite=False).isnan().all()
+    with pytest.raises(ValueError, match="same shape"):
+        snkl_loss(policy, reference[:4], rewards, segments, 0.7, check_finite=False)
 
 
 def test_the_sign_of_a_pair():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from models_for_tests import perturb, random_groups, random_pairs, random_policy
+from models_for_tests import perturb, random_policy, random_rows
 from stages_for_tests import train, weights
 
 # Whole steps; a last step of one row, fewer than processes; rows that do not go round; a penalty in every step.
@@ -14,6 +14,7 @@ STAGES = {
     "dpo": {"rows": 16, "tokens_per_batch": 120},
     "sft": {"rows": 17, "tokens_per_batch": 180},
     "var": {"rows": 11, "tokens_per_batch": 90},
+    "snkl": {"rows": 7, "tokens_per_batch": 90, "batch_size": 3},
     "fpo": {"rows": 9, "tokens_per_batch": 60, "batch_size": 3, "penalty": True},
 }
 
@@ -35,8 +36,7 @@ def run_stages(folder: Path):
             ),
             "penalty": square if settings.get("penalty") else None,
         }
-        rows = random_groups if name == "var" else random_pairs
-        pairs = rows(settings["rows"], longest=30)
+        pairs = random_rows(name, settings["rows"], longest=30)
         result = train(policy, name, pairs, folder / name, hooks=hooks, checkpoint_steps=2, **options)
         results[name] = (weights(policy), gradients, [entry["loss"] for entry in result.curve])
     return results

@@ -1,8 +1,8 @@
-"""Scored rows as tokens: one prompt and all its responses, each with what it counts."""
+"""Scored rows as tokens: one prompt and all its responses, each with what it counts or what is wanted of it."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, overload
 
@@ -32,8 +32,31 @@ class EncodedGroup:
     weights: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class TargetGroup:
+    """Token ids of a prompt and of responses that are compared with each other; no list is empty.
+
+    Args:
+        id: the row's.
+        prompt: tokens that every response follows.
+        responses: tokens of each, its end mark included; at least two.
+        shares: how the probability of these responses is to be divided among them, relative to the reference; they
+            sum to 1. A share of 0 is for a response that is never to be given, not for one that does not count.
+        weight: the row's.
+    """
+
+    id: str
+    prompt: list[int]
+    responses: tuple[list[int], ...]
+    shares: tuple[float, ...]
+    weight: float
+
+
+AnyGroup = EncodedGroup | TargetGroup
+
+
 @dataclass(frozen=True)
-class EncodedGroups(Sequence[EncodedGroup]):
+class EncodedGroups(Sequence[AnyGroup]):
     """Encoded rows in their order.
 
     Args:
@@ -42,16 +65,16 @@ class EncodedGroups(Sequence[EncodedGroup]):
         truncated_prompts: prompts that lost tokens on their left.
     """
 
-    items: tuple[EncodedGroup, ...]
+    items: tuple[AnyGroup, ...]
     max_length: int
     truncated_prompts: int
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over all ids, tokens and weights in order: the key for what is computed from them."""
+        """sha256 over all ids, tokens, weights and shares in order: the key for what is computed from them."""
         digest = hashlib.sha256()
         for group in self.items:
-            digest.update(repr((group.id, group.prompt, group.responses, group.weights)).encode())
+            digest.update(repr(tuple(getattr(group, field.name) for field in fields(group))).encode())
         return digest.hexdigest()
 
     @property
@@ -64,10 +87,10 @@ class EncodedGroups(Sequence[EncodedGroup]):
         return f"{len(self)} prompts of at most {self.max_length} tokens: {self.truncated_prompts} truncated"
 
     @overload
-    def __getitem__(self, index: int) -> EncodedGroup: ...
+    def __getitem__(self, index: int) -> AnyGroup: ...
     @overload
-    def __getitem__(self, index: slice) -> tuple[EncodedGroup, ...]: ...
-    def __getitem__(self, index: int | slice) -> EncodedGroup | tuple[EncodedGroup, ...]:
+    def __getitem__(self, index: slice) -> tuple[AnyGroup, ...]: ...
+    def __getitem__(self, index: int | slice) -> AnyGroup | tuple[AnyGroup, ...]:
         return self.items[index]
 
     def __len__(self) -> int:
@@ -103,6 +126,28 @@ def fitting(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase", max_le
     return Fitting(tuple(r for r, _ in kept), tuple(n for _, n in kept), len(rows) - len(kept), dropped)
 
 
+def distinct(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase") -> tuple[Scored, ...]:
+    """Return the rows with every completion once: of those whose tokens are the same, the first stays.
+
+    Raises:
+        InputError: equal completions have different rewards; names the row and both.
+    """
+    kept = []
+    for number, (row, (_, responses)) in enumerate(
+        zip(rows, _encode_whole(rows, ChatFormat(tokenizer)), strict=True), start=1
+    ):
+        first: dict[tuple[int, ...], int] = {}
+        for i, tokens in enumerate(responses):
+            j = first.setdefault(tuple(tokens), i)
+            if row.rewards[i] != row.rewards[j]:
+                raise InputError(
+                    f"row {number} (id {row.id}): completions[{j}] and completions[{i}] are the same answer with "
+                    f"different rewards, {row.rewards[j]:g} and {row.rewards[i]:g}: keep one of them"
+                )
+        kept.append(row if len(first) == len(responses) else row.only(list(first.values())))
+    return tuple(kept)
+
+
 def encode_groups(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> EncodedGroups:
     """Tokenises weighted rows; prompts lose tokens on their left (a leading BOS stays) so that all responses fit.
 
@@ -114,8 +159,38 @@ def encode_groups(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase", 
     Raises:
         InputError: a row has no weights, or a completion does not fit; names the row.
     """
-    check_max_length(max_length)
     groups, cut = [], 0
+    for row, weights, prompt, responses, was_cut in _encode_weighted(rows, tokenizer, max_length):
+        cut += was_cut
+        groups.append(EncodedGroup(row.id, prompt, responses, tuple(row.weight * weight for weight in weights)))
+    return EncodedGroups(tuple(groups), max_length, cut)
+
+
+def encode_targets(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> EncodedGroups:
+    """Tokenises weighted rows as `encode_groups` does, for comparison: a response's share is its part of the weights.
+
+    Raises:
+        InputError: as in `encode_groups`; or a row has one completion only, which compares with nothing.
+    """
+    groups: list[TargetGroup] = []
+    cut = 0
+    for row, weights, prompt, responses, was_cut in _encode_weighted(rows, tokenizer, max_length):
+        if len(weights) == 1:
+            raise InputError(f"row {len(groups) + 1} (id {row.id}): has one completion, from which nothing is learnt")
+        cut += was_cut
+        shares = tuple(weight / sum(weights) for weight in weights)
+        groups.append(TargetGroup(row.id, prompt, responses, shares, row.weight))
+    return EncodedGroups(tuple(groups), max_length, cut)
+
+
+_Encoded = tuple[Scored, tuple[float, ...], list[int], tuple[list[int], ...], bool]
+
+
+def _encode_weighted(
+    rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> Iterator[_Encoded]:
+    """Yield each row with its weights, its prompt cut to the room there is, its responses, and whether it was cut."""
+    check_max_length(max_length)
     for number, (row, (prompt, responses)) in enumerate(
         zip(rows, _encode_whole(rows, ChatFormat(tokenizer)), strict=True), start=1
     ):
@@ -124,9 +199,7 @@ def encode_groups(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase", 
             what = "its completions have no weights yet" if row.weights is None else "a completion does not fit"
             raise InputError(f"row {number} (id {row.id}): {what}")
         short = cut_prompt(prompt, room, tokenizer.bos_token_id)
-        cut += len(short) < len(prompt)
-        groups.append(EncodedGroup(row.id, short, responses, tuple(row.weight * weight for weight in row.weights)))
-    return EncodedGroups(tuple(groups), max_length, cut)
+        yield row, row.weights, short, responses, len(short) < len(prompt)
 
 
 def _encode_whole(rows: Sequence[Scored], form: ChatFormat) -> list[tuple[list[int], tuple[list[int], ...]]]:

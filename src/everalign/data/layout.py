@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from everalign.data.encoding import EncodedPair
-from everalign.data.groups import EncodedGroup
+from everalign.data.groups import EncodedGroup, TargetGroup
 
 Batch = dict[str, Tensor]
 
@@ -56,20 +56,56 @@ def lay_out_groups(groups: Sequence[EncodedGroup], shared: bool) -> Batch:
 
     `weight` (S,) is fp32, one for each sequence. A response of weight 0 teaches nothing and is not computed.
     """
-    taught = [[(r, w) for r, w in zip(g.responses, g.weights, strict=True) if w > 0] for g in groups]
-    numbers = iter(range(sum(len(answers) for answers in taught)))
-    parts = [[(next(numbers), tokens) for tokens, _ in answers] for answers in taught]
+    weights = [weight for group in groups for weight in group.weights if weight > 0]
+    return {**_lay_out_answers(groups, shared), "weight": torch.tensor(weights, dtype=torch.float32)}
+
+
+def lay_out_targets(groups: Sequence[TargetGroup], shared: bool) -> Batch:
+    """Lay out all responses of B groups, as `lay_out_pairs` does; sequences go group by group.
+
+    `weight` is (B,). Besides, `groups` (S,) int64 is the place of each sequence's group, `sizes` (B,) the sequences of
+    each group, `log_shares` (S,) fp32 the logarithm of the share wanted of each, -inf for 0; `best` and `worst` (B,)
+    are the sequences of each group's largest and smallest share, the first of them where several are.
+    """
+    sizes = torch.tensor([len(group.responses) for group in groups])
+    shares = torch.tensor([share for group in groups for share in group.shares], dtype=torch.float64)
+    starts = (sizes.cumsum(0) - sizes).tolist()
+    extremes = {
+        name: torch.tensor([s + g.shares.index(pick(g.shares)) for s, g in zip(starts, groups, strict=True)])
+        for name, pick in (("best", max), ("worst", min))
+    }
+    return {
+        **_lay_out_answers(groups, shared),
+        **extremes,
+        "weight": _weights(groups),
+        "groups": torch.arange(len(groups)).repeat_interleave(sizes),
+        "sizes": sizes,
+        "log_shares": shares.log().float(),
+    }
+
+
+def _lay_out_answers(groups: Sequence[EncodedGroup | TargetGroup], shared: bool) -> Batch:
+    answers = [_answers(group) for group in groups]
+    numbers = iter(range(sum(len(part) for part in answers)))
+    parts = [[(next(numbers), tokens) for tokens in part] for part in answers]
     prompts = [group.prompt for group in groups]
     if not shared:
         prompts = [prompt for prompt, part in zip(prompts, parts, strict=True) for _ in part]
         parts = [[answer] for part in parts for answer in part]
-    rows = [_group(prompt, part) for prompt, part in zip(prompts, parts, strict=True)]
-    weights = torch.tensor([weight for answers in taught for _, weight in answers], dtype=torch.float32)
-    return {**_lay_out(rows, shared), "weight": weights}
+    return _lay_out([_group(prompt, part) for prompt, part in zip(prompts, parts, strict=True)], shared)
 
 
-def _weights(pairs: Sequence[EncodedPair]) -> Tensor:
-    return torch.tensor([pair.weight for pair in pairs], dtype=torch.float32)
+def _answers(row: EncodedPair | EncodedGroup | TargetGroup) -> Sequence[list[int]]:
+    """Return the answers of a row that are computed."""
+    if isinstance(row, EncodedPair):
+        return [row.chosen, row.rejected]
+    if isinstance(row, TargetGroup):
+        return row.responses
+    return [r for r, weight in zip(row.responses, row.weights, strict=True) if weight > 0]
+
+
+def _weights(rows: Sequence[EncodedPair] | Sequence[TargetGroup]) -> Tensor:
+    return torch.tensor([row.weight for row in rows], dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +220,9 @@ def _padded(rows: Sequence[list[int]], width: int) -> Tensor:
     return torch.tensor([row + [0] * (width - len(row)) for row in rows])
 
 
-def row_tokens(row: EncodedPair | EncodedGroup, shared: bool) -> int:
+def row_tokens(row: EncodedPair | EncodedGroup | TargetGroup, shared: bool) -> int:
     """Return the tokens that a row takes in a batch: its prompt once where it is shared, else once an answer."""
-    if isinstance(row, EncodedGroup):
-        answers = [r for r, weight in zip(row.responses, row.weights, strict=True) if weight > 0]
-    else:
-        answers = [row.chosen, row.rejected]
+    answers = _answers(row)
     if shared:
         return len(row.prompt) + sum(len(answer) for answer in answers)
     return len(answers) * (len(row.prompt) + max(len(answer) for answer in answers))

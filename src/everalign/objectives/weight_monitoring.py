@@ -90,8 +90,9 @@ class WeightStatistics:
             ),
             (
                 enough and abs(self.length_correlation) > HIGH_LENGTH_CORRELATION,
-                f"Length decides the weights (correlation {self.length_correlation:+.2f}). Give lengths where "
-                "reference log-probabilities are part of the weight; else look for length in the rewards.",
+                f"Length decides the weights (correlation {self.length_correlation:+.2f}). Where reference "
+                "log-probabilities are part of the weight, set length_normalize (give lengths); else look for length "
+                "in the rewards.",
             ),
             (
                 enough and self.reward_correlation < LOW_REWARD_CORRELATION,

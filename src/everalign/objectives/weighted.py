@@ -17,7 +17,7 @@ from everalign.objectives.segments import (
     Segments,
     segment_logsumexp,
     segment_sum,
-    segments_beside,
+    segments_of,
     warn_of_dead_groups,
 )
 
@@ -54,7 +54,12 @@ def weighted_nll(
 
 
 def snkl_loss(
-    policy_logprobs: Tensor, reference_logprobs: Tensor, rewards: Tensor, groups: Tensor, temperature: float
+    policy_logprobs: Tensor,
+    reference_logprobs: Tensor,
+    rewards: Tensor,
+    groups: Tensor | Segments,
+    temperature: float,
+    check_finite: bool = True,
 ) -> Tensor:
     """The self-normalised KL divergence of each group from what its rewards ask for, `(N,)` -> `(G,)`, in nats.
 
@@ -70,8 +75,11 @@ def snkl_loss(
         policy_logprobs: `(N,)` log-probabilities of whole responses, in nats, summed over their tokens.
         reference_logprobs: `(N,)` the same under the reference; no gradient flows through it.
         rewards: `(N,)` rewards; -inf for a response that is never to be given; no gradient flows through them.
-        groups: `(N,)` integer number of each response's prompt; groups must be whole within one call.
+        groups: `(N,)` integer number of each response's prompt, or the segments they make; groups must be whole
+            within one call.
         temperature: reward that is worth one nat, above 0.
+        check_finite: look at the values and at the groups' sizes; without it, and with segments for groups, nothing
+            waits for a GPU to compute them.
 
     Returns:
         `(G,)` losses in the ascending order of the groups' numbers, fp32 (fp64 if the log-probabilities are). A
@@ -82,13 +90,15 @@ def snkl_loss(
             `temperature` is not above 0.
     """
     positive(temperature, "temperature")
-    segments = segments_beside(
-        groups, policy_logprobs=policy_logprobs, reference_logprobs=reference_logprobs, rewards=rewards
-    )
-    _refuse_single_responses(segments)
-    labels = _label_log_probs(rewards, segments, temperature)
+    segments = groups if isinstance(groups, Segments) else segments_of(groups)
+    rows = {"policy_logprobs": policy_logprobs, "reference_logprobs": reference_logprobs, "rewards": rewards}
+    same_shapes(**rows, groups=segments.index)
     log_ratio = full_precision(policy_logprobs) - full_precision(reference_logprobs.detach())
-    found = _segment_log_softmax(finite_rows(log_ratio, "log-ratio"), segments)
+    if check_finite:
+        _refuse_single_responses(segments)
+        finite_rows(log_ratio, "log-ratio")
+    labels = _label_log_probs(rewards, segments, temperature, check_finite)
+    found = _segment_log_softmax(log_ratio, segments)
     # A label of probability 0 adds nothing, while 0 * -inf would be NaN.
     difference = (labels.to(found.dtype) - found).masked_fill(labels.isneginf(), 0.0)
     return segment_sum(labels.exp().to(found.dtype) * difference, segments)
@@ -101,10 +111,13 @@ def non_negative(weights: Tensor) -> Tensor:
     return weights
 
 
-def _label_log_probs(rewards: Tensor, segments: Segments, temperature: float) -> Tensor:
-    rewards = finite_or_minus_inf(rewards.detach().double(), "reward")
-    warn_of_dead_groups(rewards, segments)
-    scores = finite_or_minus_inf(rewards / temperature, "reward / temperature")
+def _label_log_probs(rewards: Tensor, segments: Segments, temperature: float, check_finite: bool) -> Tensor:
+    rewards = rewards.detach().double()
+    scores = rewards / temperature
+    if check_finite:
+        finite_or_minus_inf(rewards, "reward")
+        warn_of_dead_groups(rewards, segments)
+        finite_or_minus_inf(scores, "reward / temperature")
     return _segment_log_softmax(scores, segments).masked_fill(scores.isneginf(), -torch.inf)
 
 

@@ -1,24 +1,28 @@
-"""Reference log-probabilities: computed once per pair and policy, kept on disk, checked before they are used.
+"""Reference log-probabilities: computed once per row and policy, kept on disk, checked before they are used.
 
-A cache file belongs to one policy (base model, adapter, precision); inside, a row is found by its tokens. So epochs,
-stages, methods and replay share it, and nothing stale can be taken for a hit.
+A cache file belongs to one policy (base model, adapter, precision) and one kind of row; inside, a pair is found by its
+tokens, and a response of a group by its prompt's and its own. So epochs, stages, methods and replay share it, and
+nothing stale can be taken for a hit.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from everalign.data.batches import batches_by_length
 from everalign.data.encoding import EncodedPair
-from everalign.data.layout import lay_out_pairs, row_tokens
+from everalign.data.groups import TargetGroup
+from everalign.data.layout import lay_out_pairs, lay_out_targets, row_tokens
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
 from everalign.tensor_files import read_tensors, write_tensors
 
 Progress = Callable[[int], None]
+AnyRow = TypeVar("AnyRow", EncodedPair, TargetGroup)
 
 
 def pair_log_probs(
@@ -38,23 +42,52 @@ def pair_log_probs(
     Returns:
         (N, 2) fp32 on the CPU: chosen, rejected, in nats.
     """
+
+    def of_a_batch(batch: Sequence[EncodedPair], shared: bool) -> Tensor:
+        return torch.stack(policy(policy.on_device(lay_out_pairs(batch, shared))).chunk(2), dim=1).flatten()
+
+    found = _log_probs(policy, pairs, of_a_batch, [2] * len(pairs), tokens_per_batch, progress)
+    return torch.stack(found) if found else torch.empty(0, 2)
+
+
+def group_log_probs(policy: Policy, groups: Sequence[TargetGroup], tokens_per_batch: int) -> list[Tensor]:
+    """Compute summed log-probabilities of every group's responses, as `pair_log_probs` does.
+
+    Returns:
+        For each group, fp32 on the CPU, one for each of its responses, in nats.
+    """
+
+    def of_a_batch(batch: Sequence[TargetGroup], shared: bool) -> Tensor:
+        return cast(Tensor, policy(policy.on_device(lay_out_targets(batch, shared))))
+
+    return _log_probs(policy, groups, of_a_batch, [len(group.responses) for group in groups], tokens_per_batch, None)
+
+
+def _log_probs(
+    policy: Policy,
+    rows: Sequence[AnyRow],
+    of_a_batch: Callable[[Sequence[AnyRow], bool], Tensor],
+    counts: Sequence[int],
+    tokens_per_batch: int,
+    progress: Progress | None,
+) -> list[Tensor]:
+    """Compute batches of similar length; `of_a_batch` gives `counts` values for each row, row after row."""
     order: list[int] = []
     parts: list[Tensor] = []
     was_training, shared = policy.training, policy.head.shared
     policy.eval()
-    for rows in batches_by_length([row_tokens(pair, shared) for pair in pairs], tokens_per_batch):
-        batch = policy.on_device(lay_out_pairs([pairs[row] for row in rows], shared))
+    for numbers in batches_by_length([row_tokens(row, shared) for row in rows], tokens_per_batch):
         with torch.no_grad():
-            sums = policy(batch)
-        order += rows
-        parts.append(torch.stack(sums.chunk(2), dim=1))
+            parts.append(of_a_batch([rows[number] for number in numbers], shared))
+        order += numbers
         if progress is not None:
-            progress(len(rows))
+            progress(len(numbers))
     policy.train(was_training)
-    result = torch.empty(len(pairs), 2)
-    if parts:
-        result[order] = torch.cat(parts).cpu()  # the device is waited for once
-    return result
+    if not parts:
+        return []
+    values = torch.cat(parts).cpu()  # the device is waited for once
+    found = dict(zip(order, torch.split(values, [counts[number] for number in order]), strict=True))
+    return [found[number] for number in range(len(rows))]
 
 
 def policy_key(fingerprint: str, updates: Mapping[str, LowRankUpdate]) -> str:
@@ -68,12 +101,12 @@ def policy_key(fingerprint: str, updates: Mapping[str, LowRankUpdate]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _row_key(pair: EncodedPair) -> str:
-    return hashlib.sha256(repr((pair.prompt, pair.chosen, pair.rejected)).encode()).hexdigest()[:32]
+def _key_of(*tokens: list[int]) -> str:
+    return hashlib.sha256(repr(tokens).encode()).hexdigest()[:32]
 
 
 class ReferenceCache:
-    """Summed log-probabilities (chosen, rejected) of pairs under reference policies, in a folder.
+    """Summed log-probabilities of pairs (chosen, rejected) and of groups under reference policies, in a folder.
 
     Args:
         folder: created when first written to; may be shared by runs with the same base model or others.
@@ -95,13 +128,37 @@ class ReferenceCache:
             InputError: the cache file is damaged; the message says to delete it.
         """
         known = self._read(key)
-        keys = [_row_key(pair) for pair in pairs]
+        keys = [_key_of(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
         missing = {k: pair for k, pair in zip(keys, pairs, strict=True) if k not in known}
         if missing:
             fresh = pair_log_probs(policy, list(missing.values()), tokens_per_batch)
             known |= dict(zip(missing, fresh, strict=True))
             self._write(key, known)
         return torch.stack([known[k] for k in keys])
+
+    def group_log_probs(
+        self, policy: Policy, key: str, groups: Sequence[TargetGroup], tokens_per_batch: int
+    ) -> list[Tensor]:
+        """Return each group's log-probabilities, one a response, computing only groups with a response that is missing.
+
+        Arguments and errors as in `log_probs`.
+        """
+        name = f"{key}-responses"
+        known = self._read(name)
+        keys = [[_key_of(group.prompt, response) for response in group.responses] for group in groups]
+        # By their content, because a replayed row may stand there twice.
+        missing = {
+            tuple(names): group
+            for names, group in zip(keys, groups, strict=True)
+            if any(name not in known for name in names)
+        }
+        if missing:
+            fresh = group_log_probs(policy, list(missing.values()), tokens_per_batch)
+            for names, values in zip(missing, fresh, strict=True):
+                for response, value in zip(names, values, strict=True):
+                    known.setdefault(response, value)
+            self._write(name, known)
+        return [torch.stack([known[k] for k in names]) for names in keys]
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.safetensors"

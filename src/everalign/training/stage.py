@@ -6,18 +6,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from everalign.data.batches import TrainingPlan, training_plan
 from everalign.data.encoding import EncodedPair
-from everalign.data.groups import EncodedGroup
+from everalign.data.groups import EncodedGroup, TargetGroup
 from everalign.data.layout import row_tokens
 from everalign.errors import EveralignError
 from everalign.modeling.policy import Policy
 from everalign.training.checkpoints import MarkComplete, latest_checkpoint
 from everalign.training.teaching import Objective
-from everalign.training.trainer import EncodedRow, GradientHook, Penalty, Steps, Trainer, training_arguments
+from everalign.training.trainer import (
+    EncodedRow,
+    GradientHook,
+    Penalty,
+    Reference,
+    Steps,
+    Trainer,
+    training_arguments,
+)
 
 Progress = Callable[[int, int], None]
 
@@ -64,12 +72,12 @@ class StageResult:
 def run_stage(
     policy: Policy,
     objective: Objective,
-    pairs: Sequence[EncodedPair | EncodedGroup],
+    pairs: Sequence[EncodedPair | EncodedGroup | TargetGroup],
     options: StageOptions,
     folder: Path,
     *,
     seed: int,
-    reference: Tensor | None = None,
+    reference: Reference | None = None,
     penalty: Penalty | None = None,
     gradient_hook: GradientHook | None = None,
     progress: Progress | None = None,
@@ -83,7 +91,7 @@ def run_stage(
         options: how.
         folder: holds the stage's checkpoints.
         seed: seeds the order of the rows.
-        reference: (N, 2) reference log-probabilities, where the objective needs them.
+        reference: reference log-probabilities as in `Steps`, where the objective needs them.
         penalty: the method's regulariser.
         gradient_hook: the method's hand on complete gradients.
         progress: called with (steps done, steps in all).
@@ -115,7 +123,7 @@ def train_rows(
     *,
     seed: int,
     shared: bool = False,
-    reference: Tensor | None = None,
+    reference: Reference | None = None,
     penalty: Penalty | None = None,
     gradient_hook: GradientHook | None = None,
     progress: Progress | None = None,
@@ -131,7 +139,7 @@ def train_rows(
         folder: holds the checkpoints.
         seed: seeds the order of the rows.
         shared: compute a prompt once for all its answers, where the objective can.
-        reference: (N, 2) reference log-probabilities, where the objective needs them.
+        reference: reference log-probabilities as in `Steps`, where the objective needs them.
         penalty: a regulariser, for policies.
         gradient_hook: a hand on complete gradients, for policies.
         progress: called with (steps done, steps in all).

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from everalign.data.encoding import EncodedPair
-from everalign.data.groups import EncodedGroup
-from everalign.data.layout import Batch, lay_out_chosen, lay_out_groups, lay_out_pairs
+from everalign.data.groups import EncodedGroup, TargetGroup
+from everalign.data.layout import Batch, lay_out_chosen, lay_out_groups, lay_out_pairs, lay_out_targets
 from everalign.errors import InputError
-from everalign.objectives import dpo_loss, fpo_loss, implicit_margin, token_nll, weighted_nll
+from everalign.objectives import dpo_loss, fpo_loss, implicit_margin, snkl_loss, token_nll, weighted_nll
+from everalign.objectives.segments import Segments
 
 Metrics = dict[str, Tensor]
 
 DEFAULT_GAMMA = 2.0
-OBJECTIVES = ("sft", "dpo", "fpo", "var")
-# Learn from scored rows; the others from preferences.
-SCORED_OBJECTIVES = ("var",)
+OBJECTIVES = ("sft", "dpo", "fpo", "var", "snkl")
+# Learn from scored rows; the others from preferences, and so does snkl, as rows of two completions.
+SCORED_OBJECTIVES = ("var", "snkl")
 
 
 class Objective(Protocol):
@@ -109,11 +110,39 @@ class RewardWeightedObjective:
         return losses.sum(), {"nll": (-sums / batch["lengths"]).detach()}
 
 
+class SelfNormalisedObjective:
+    """Each row's divergence from the shares that its rewards ask for (see `snkl_loss`), averaged over the step's rows.
+
+    The log-ratio of policy and reference is taken as it is (β = 1): only so is pi* where the loss is 0.
+    """
+
+    name = "snkl"
+    needs_reference = True
+
+    def collate(self, groups: Sequence[TargetGroup], shared: bool) -> Batch:
+        """Lay out all responses of every row; `count` is the number of rows."""
+        return {**lay_out_targets(groups, shared), "count": torch.tensor(len(groups))}
+
+    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
+        """Return Σ weight·KL / count; metrics by row: `kl` itself, and `margin` and `accuracy` of its best response.
+
+        The margin is that of the largest over the smallest share, at β = 1; 0 where all shares are equal.
+        """
+        sums, sizes = model(batch), batch["sizes"]
+        segments = Segments(torch.arange(len(sizes), device=sizes.device), batch["groups"], sizes)
+        # Softmax at temperature 1 of the logarithms of shares gives the shares back.
+        losses = snkl_loss(sums, batch["reference"], batch["log_shares"], segments, 1.0, check_finite=False)
+        log_ratio = sums.detach() - batch["reference"]
+        margin = log_ratio[batch["best"]] - log_ratio[batch["worst"]]
+        metrics = {"kl": losses.detach(), "margin": margin, "accuracy": (margin > 0).float()}
+        return (losses * batch["weight"]).sum() / count, metrics
+
+
 def make_objective(name: str, beta: float = 0.1, gamma: float | None = None) -> Objective:
     """Build an objective by its name on the command line.
 
     Args:
-        name: `sft`, `dpo`, `fpo` or `var`.
+        name: `sft`, `dpo`, `fpo`, `var` or `snkl`.
         beta: inverse temperature of the implicit reward, for `dpo` and `fpo`.
         gamma: focusing exponent of `fpo` (2 when None); anything else refuses it.
     """
@@ -123,6 +152,8 @@ def make_objective(name: str, beta: float = 0.1, gamma: float | None = None) -> 
         return SupervisedObjective()
     if name == "var":
         return RewardWeightedObjective()
+    if name == "snkl":
+        return SelfNormalisedObjective()
     if name == "dpo":
         return PreferenceObjective("dpo", partial(dpo_loss, check_finite=False), beta)
     if name == "fpo":

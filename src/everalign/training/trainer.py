@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from everalign.data.batches import TrainingPlan
 from everalign.data.comparisons import Comparison
 from everalign.data.encoding import EncodedPair
-from everalign.data.groups import EncodedGroup
+from everalign.data.groups import EncodedGroup, TargetGroup
 from everalign.data.layout import Batch
 from everalign.errors import EveralignError
 from everalign.modeling.policy import Policy
@@ -24,7 +24,9 @@ from everalign.training.teaching import Objective
 
 Penalty = Callable[[Policy], Tensor | None]
 GradientHook = Callable[[Policy], None]
-EncodedRow = EncodedPair | EncodedGroup | Comparison
+EncodedRow = EncodedPair | EncodedGroup | TargetGroup | Comparison
+# Of pairs (N, 2); of N groups each one's own number of responses.
+Reference = Tensor | Sequence[Tensor]
 
 
 class Steps(Dataset[list[Batch]]):
@@ -35,7 +37,8 @@ class Steps(Dataset[list[Batch]]):
         plan: the steps' rows, as `training_plan` makes them.
         objective: lays out a micro-batch.
         shared: compute a prompt once for all its answers.
-        reference: (N, 2) summed log-probabilities of chosen and rejected under the reference, or None.
+        reference: summed log-probabilities under the reference, (N, 2) of chosen and rejected or N times (K,) of the
+            responses of a group; None where the objective needs none.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class Steps(Dataset[list[Batch]]):
         plan: TrainingPlan,
         objective: Objective,
         shared: bool,
-        reference: Tensor | None,
+        reference: Reference | None,
     ) -> None:
         self._pairs, self._objective, self._shared, self._reference = pairs, objective, shared, reference
         self._shares = plan.shares
@@ -59,8 +62,10 @@ class Steps(Dataset[list[Batch]]):
     def _batch(self, rows: list[int]) -> Batch:
         shown = rows or [0]
         batch = self._objective.collate([self._pairs[row] for row in shown], self._shared)
-        if self._reference is not None:
+        if isinstance(self._reference, Tensor):
             batch["reference"] = self._reference[shown]
+        elif self._reference is not None:
+            batch["reference"] = torch.cat([self._reference[row] for row in shown])
         if not rows:
             batch["weight"], batch["count"] = torch.zeros_like(batch["weight"]), torch.zeros_like(batch["count"])
         return batch
