@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -13,6 +14,7 @@ from everalign.learning.options import PAPER_ADAPTER, AdapterOptions, TrainingOp
 from everalign.learning.recipe import SECTIONS, Recipe
 from everalign.learning.task_files import load_tasks
 from everalign.methods import METHODS
+from everalign.objectives import Estimator
 from everalign.training.teaching import OBJECTIVES
 from everalign.training.weighing import WeightOptions
 
@@ -206,6 +208,7 @@ def test_help_names_every_choice():
 
     assert all(name in text("method") for name in METHODS)
     assert all(name in text("objective") for name in OBJECTIVES)
+    assert all(name in text("estimator") for name in get_args(Estimator))
     for flag in ("reference", "precision", "attention", "scheduler"):
         kind = SECTIONS["training"].model_fields[flag].annotation
         assert all(name in text(flag) for name in kind.__args__[0].__args__)

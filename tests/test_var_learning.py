@@ -274,7 +274,7 @@ def test_other_objectives_refuse_scored_rows(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "support"}, "estimator must be one of group, group_loo, in_batch, found 'support'"),
+        ({"estimator": "mean"}, "estimator must be one of group, group_loo, support, .*quantile, found 'mean'"),
         ({"temperature": 0}, "temperature must be above 0"),
         ({"temperature": float("nan")}, "temperature must be a number of at least 0, found nan"),
         ({"target_ess": 1.0}, "target_ess must be below 1"),
@@ -312,7 +312,7 @@ def test_the_command_line_learns_scored_files(model, tmp_path, monkeypatch, caps
     assert code == 0, err
     assert load_run(tmp_path / "run").versions[-1].manifest.weights["temperature"] == 0.5
     code, _, err = run(capsys, *common, "--objective", "dpo", "--temperature", "0.5")
-    assert (code, "temperature is for rewards, which only the objective var learns from" in err) == (2, True)
+    assert (code, "temperature is for rewards, which only var and snkl learn from" in err) == (2, True)
     code, _, err = run(capsys, *common, "--objective", "var", "--beta", "0.5")
     assert (code, "the objective var has no margin and would ignore beta" in err) == (2, True)
     code, _, err = run(capsys, *common, "--objective", "fpo")

@@ -132,6 +132,14 @@ def test_every_sick_figure_gives_one_warning_with_advice(changes, words):
     assert warning.endswith(".")
 
 
+def test_no_cap_is_advised_where_there_is_none():
+    sick = dataclasses.replace(HEALTHY, effective_share=0.01, top_decile_share=0.95)
+    assert all(line.endswith("Raise the temperature, set target_ess, or cap the weights.") for line in sick.warnings())
+    uncapped = sick.warnings(can_cap=False)
+    assert len(uncapped) == 2
+    assert all(line.endswith("Raise the temperature or set target_ess.") for line in uncapped)
+
+
 def test_few_rows_correlate_by_chance():
     sick = {"length_correlation": 0.9, "reward_correlation": -0.9}
     assert len(dataclasses.replace(HEALTHY, rows=16, **sick).warnings()) == 2

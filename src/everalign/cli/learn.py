@@ -27,7 +27,8 @@ def _flag(text: str, panel: str | None = None, metavar: str | None = None, name:
 
 
 _DATA, _METHOD, _TRAINING, _STEPS = "Data and files", "Method", "Training", "Optimiser and steps"
-_REWARDS = "Rewards (objective var)"
+_REWARDS = "Rewards (objectives var, snkl)"
+_ESTIMATORS = "Normaliser of var: group, group_loo, in_batch, reference, quantile or support."
 
 
 def learn(
@@ -38,7 +39,7 @@ def learn(
         _flag("A task's name and files; one --task for each task, in order.", metavar="NAME=TRAIN[,TEST]"),
     ] = None,
     method: Annotated[str | None, _flag("lifealign, er, seqft, mtl or stl.")] = None,
-    objective: Annotated[str | None, _flag("fpo, dpo or sft; var for scored rows.")] = None,
+    objective: Annotated[str | None, _flag("fpo, dpo or sft; var for scored rows; snkl for both.")] = None,
     output: Annotated[str | None, _flag("The run directory.", metavar="DIR")] = None,
     seed: Annotated[int | None, _flag("Seeds everything random.")] = None,
     resume: Annotated[bool, _flag("Go on with the run that DIR holds.", None, "", "--resume")] = False,
@@ -71,11 +72,14 @@ def learn(
     rank: Annotated[int | None, _flag("Rank of a task's LoRA adapter.", _TRAINING)] = None,
     alpha: Annotated[float | None, _flag("LoRA's α: an update is (α/rank)·B·A.", _TRAINING)] = None,
     targets: Annotated[str | None, _flag("Modules to adapt, with commas, or all-linear.", _TRAINING)] = None,
-    estimator: Annotated[str | None, _flag("Normaliser: group, group_loo or in_batch.", _REWARDS)] = None,
+    estimator: Annotated[str | None, _flag(_ESTIMATORS, _REWARDS)] = None,
     temperature: Annotated[float | None, _flag("Reward that is worth one nat.", _REWARDS)] = None,
     target_ess: Annotated[float | None, _flag("Find the temperature for this effective share.", _REWARDS)] = None,
     scale_rewards: Annotated[bool | None, _flag("Divide rewards by their deviation; on.", _REWARDS, "")] = None,
-    weight_cap: Annotated[float | None, _flag("Largest weight; 0 for none.", _REWARDS)] = None,
+    weight_cap: Annotated[float | None, _flag("Largest weight (var); 0 for none.", _REWARDS)] = None,
+    length_normalize: Annotated[
+        bool | None, _flag("Log-probabilities per token (estimator support).", _REWARDS, "")
+    ] = None,
     batch_size: Annotated[int | None, _flag("Pairs of an optimiser step.", _STEPS)] = None,
     tokens_per_batch: Annotated[int | None, _flag("Tokens computed at once; fewer save memory.", _STEPS)] = None,
     precision: Annotated[str | None, _flag("fp32 or bf16, for the base model.", _STEPS)] = None,

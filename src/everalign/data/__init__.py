@@ -13,6 +13,7 @@ _HOMES = {
     "Scored": "scored",
     "ScoredSet": "scored",
     "load_scored": "scored",
+    "load_judged": "scored",
     "Unscored": "unscored",
     "UnscoredSet": "unscored",
     "load_unscored": "unscored",

@@ -8,7 +8,7 @@ Exact duplicates of a row are kept: the same judgement given twice counts twice.
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,12 +66,22 @@ def load_preferences(
 
 def load_rows(kind: type[Set], schema: Schema, source: str | os.PathLike[str], split: str, skip_bad_rows: bool) -> Set:
     """Read any kind of rows as `load_preferences` reads preferences."""
+    return _collect(kind, _raw_rows(source, split, schema), str(source), skip_bad_rows)
+
+
+def first_columns(source: str | os.PathLike[str], split: str, columns: tuple[str, ...]) -> set[str]:
+    """Return those of some columns that the first row has which can be read, to tell what kind of rows they are."""
+    schema = Schema(("prompt", *columns), required=(), expected=f"expected some of {', '.join(columns)}")
+    rows = (value for _, value in _raw_rows(source, split, schema) if isinstance(value, Mapping))
+    first = next(rows, {})
+    return {name for name in columns if first.get(name) is not None}
+
+
+def _raw_rows(source: str | os.PathLike[str], split: str, schema: Schema) -> RawRows:
     path = Path(source).expanduser()
     if os.path.exists(path) or not _is_hub_name(source):
-        rows = _file_rows(path, split, schema)
-    else:
-        rows = _hub_rows(str(source), split, schema)
-    return _collect(kind, rows, str(source), skip_bad_rows)
+        return _file_rows(path, split, schema)
+    return _hub_rows(str(source), split, schema)
 
 
 def check_disjoint(train: Iterable[Row], test: Iterable[Row], allow: bool = False) -> tuple[str, ...]:

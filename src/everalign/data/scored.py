@@ -2,7 +2,8 @@
 
 On disk a row has the columns `prompt` (text, or chat messages), `completions` (a list of texts, or of message lists
 with one assistant message), `rewards` (as many numbers); and optionally `weights` (as many again, what each completion
-counts) and `weight` (what the row counts).
+counts), `reference_rewards` (any number of them, what other answers to the prompt are worth) and `weight` (what the row
+counts).
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from everalign.data.fields import (
     kind,
     shown,
 )
-from everalign.data.readers import load_rows
+from everalign.data.readers import PreferenceSet, first_columns, load_preferences, load_rows
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
 from everalign.data.schema import Schema
@@ -34,15 +35,15 @@ from everalign.errors import InputError
 _LARGEST_WEIGHT = 1e20
 
 SCORED_SCHEMA = Schema(
-    columns=("prompt", "completions", "rewards", "weight", "weights"),
+    columns=("prompt", "completions", "rewards", "weight", "weights", "reference_rewards"),
     required=("prompt", "completions", "rewards"),
-    expected="expected 'prompt', 'completions', 'rewards' and optionally 'weight' and 'weights'",
+    expected="expected 'prompt', 'completions', 'rewards' and optionally 'weight', 'weights' and 'reference_rewards'",
     other_names={
         "prompt": ("instruction", "question", "query", "input", "messages", "conversations"),
         "completions": ("responses", "answers", "outputs", "candidates", "completion"),
         "rewards": ("scores", "ratings", "labels", "reward", "score"),
     },
-    lists=frozenset({"completions", "rewards", "weights"}),
+    lists=frozenset({"completions", "rewards", "weights", "reference_rewards"}),
 )
 
 
@@ -56,6 +57,8 @@ class Scored:
         rewards: one finite number for each completion; larger is better.
         weight: how much this row counts in a mean loss; positive and finite.
         weights: how much each completion counts, at least 0 and not all 0; None where it is yet to be computed.
+        reference_rewards: finite rewards of independent answers of the reference policy to the same prompt, at least
+            one, on the scale of `rewards`; not those of the completions. None where there are none.
 
     Raises:
         InputError: a field is wrong; the message names the field and says what to do.
@@ -66,13 +69,15 @@ class Scored:
     rewards: tuple[float, ...]
     weight: float = 1.0
     weights: tuple[float, ...] | None = None
+    reference_rewards: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", checked_prompt(self.prompt))
         object.__setattr__(self, "completions", checked_completions(self.completions))
-        for field in ("rewards", "weights"):
+        each = len(self.completions)
+        for field, count in (("rewards", each), ("weights", each), ("reference_rewards", None)):
             if getattr(self, field) is not None or field == "rewards":
-                object.__setattr__(self, field, _numbers(getattr(self, field), field, len(self.completions)))
+                object.__setattr__(self, field, _numbers(getattr(self, field), field, count))
         if self.weights is not None and not (min(self.weights) >= 0 and 0 < max(self.weights) <= _LARGEST_WEIGHT):
             raise InputError(
                 f"field 'weights': must be from 0 to {_LARGEST_WEIGHT:g} and not all 0; remove rows of no weight"
@@ -80,21 +85,22 @@ class Scored:
         object.__setattr__(self, "weight", checked_weight(self.weight))
 
     def __hash__(self) -> int:
-        return hash((self.id, self.weight, self.weights))
+        return hash((self.id, self.weight, self.weights, self.reference_rewards))
 
     @cached_property
     def id(self) -> str:
-        """16 hexadecimal digits that name the content (prompt, completions, rewards; not the weights)."""
+        """16 hexadecimal digits that name the content (prompt, completions, rewards; no weights, nothing beside)."""
         content = {"prompt": self.prompt, "completions": self.completions, "rewards": self.rewards}
         text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """The row as its columns; `weight` only where it is not 1, `weights` only where there are some."""
+        """The row as its columns; `weight` only where it is not 1, what may be missing only where it is there."""
         prompt = self.prompt if isinstance(self.prompt, str) else [dict(message) for message in self.prompt]
         row = {"prompt": prompt, "completions": list(self.completions), "rewards": list(self.rewards)}
-        if self.weights is not None:
-            row["weights"] = list(self.weights)
+        for field in ("weights", "reference_rewards"):
+            if getattr(self, field) is not None:
+                row[field] = list(getattr(self, field))
         return row if self.weight == 1.0 else {**row, "weight": self.weight}
 
     @classmethod
@@ -112,8 +118,8 @@ class Scored:
             row = SCORED_SCHEMA.row(obj)
             SCORED_SCHEMA.check(row.keys())
             weight = row.get("weight")
-            fields = (row["prompt"], row["completions"], row["rewards"])
-            return cls(*fields, weight=1.0 if weight is None else weight, weights=row.get("weights"))
+            fields = (row["prompt"], row["completions"], row["rewards"], 1.0 if weight is None else weight)
+            return cls(*fields, weights=row.get("weights"), reference_rewards=row.get("reference_rewards"))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 
@@ -121,13 +127,18 @@ class Scored:
         """The row with some of its completions, at least one of which has to count."""
         parts = (self.completions, self.rewards, self.weights)
         kept = [None if part is None else tuple(part[i] for i in indices) for part in parts]
-        return Scored(self.prompt, kept[0], kept[1], self.weight, kept[2])  # type: ignore[arg-type]
+        return Scored(self.prompt, kept[0], kept[1], self.weight, kept[2], self.reference_rewards)  # type: ignore[arg-type]
 
     @cached_property
     def judgements(self) -> tuple[str, ...]:
         """Ids under which the row may be found again: its own, and that of the preference in it, if any."""
         pair = self.preference()
         return (self.id,) if pair is None else (self.id, pair.id)
+
+    @classmethod
+    def from_preference(cls, pair: Preference) -> "Scored":
+        """Two completions: the chosen one, with reward 1, and the rejected one, with reward 0."""
+        return cls(pair.prompt, (pair.chosen, pair.rejected), (1.0, 0.0), pair.weight)
 
     def preference(self) -> Preference | None:
         """The best completion over the worst one; None where all rewards, or these two texts, are equal."""
@@ -146,12 +157,26 @@ class ScoredSet(RowSet[Scored]):
 
     @staticmethod
     def _line(row: Scored) -> str:
-        return f"{row.id} {row.weight!r} {row.weights!r}"
+        beside = "" if row.reference_rewards is None else f" {row.reference_rewards!r}"
+        return f"{row.id} {row.weight!r} {row.weights!r}{beside}"
 
 
 def load_scored(source: str | os.PathLike[str], *, split: str = "train", skip_bad_rows: bool = False) -> ScoredSet:
     """Reads scored rows from a file or from the Hub; arguments and errors as in `load_preferences`."""
     return load_rows(ScoredSet, SCORED_SCHEMA, source, split, skip_bad_rows)
+
+
+def load_judged(
+    source: str | os.PathLike[str], *, split: str = "train", skip_bad_rows: bool = False
+) -> ScoredSet | PreferenceSet:
+    """Reads scored rows, or preferences where the first row has `chosen` or `rejected` and no `completions`.
+
+    Arguments and errors as in `load_preferences`; all rows must be of one kind.
+    """
+    first = first_columns(source, split, ("completions", "chosen", "rejected"))
+    if first and "completions" not in first:
+        return load_preferences(source, split=split, skip_bad_rows=skip_bad_rows)
+    return load_scored(source, split=split, skip_bad_rows=skip_bad_rows)
 
 
 def checked_completions(value: Any) -> tuple[str, ...]:
@@ -166,7 +191,8 @@ def checked_completions(value: Any) -> tuple[str, ...]:
     return texts
 
 
-def _numbers(value: Any, field: str, count: int) -> tuple[float, ...]:
+def _numbers(value: Any, field: str, count: int | None) -> tuple[float, ...]:
+    """Return finite numbers, as many as there are completions; with None for `count`, at least one."""
     if not isinstance(value, list | tuple):
         raise InputError(f"field {field!r}: must be a list of numbers, found {kind(value)}")
     for i, item in enumerate(value):
@@ -174,6 +200,8 @@ def _numbers(value: Any, field: str, count: int) -> tuple[float, ...]:
             raise InputError(f"field '{field}[{i}]': must be a number, found {kind(item)}")
         if not is_finite(item):
             raise InputError(f"field '{field}[{i}]': must be finite, found {shown(item)}; score it again or remove it")
-    if len(value) != count:
+    if count is None and not value:
+        raise InputError(f"field {field!r}: the list is empty; give at least one, or leave the column out of the row")
+    if count is not None and len(value) != count:
         raise InputError(f"field {field!r}: {len(value)} numbers for {count} completions; give one for each")
     return tuple(float(item) for item in value)

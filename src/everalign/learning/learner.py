@@ -55,11 +55,11 @@ class Learner:
     Args:
         model: a folder in Hugging Face format, a Hub name, or `tiny` for the embedded assistant.
         method: what is carried from task to task; LifeAlign when None.
-        objective: what a row teaches: a preference, `fpo`, `dpo` or `sft`; a scored row, `var`.
+        objective: what a row teaches: a preference, `fpo`, `dpo` or `sft`; a scored row, `var`; either, `snkl`.
         output: the run directory; created when missing.
         training: how every task is trained.
         adapter: shape of the adapter.
-        weighting: how rewards become weights, for `var`.
+        weighting: how rewards become weights, for `var`, and targets, for `snkl`.
         seed: seeds everything random.
         resume: continue the run that `output` holds: finished tasks are taken as they are, and one that was
             interrupted goes on from its newest checkpoint. A run with other settings is refused.
@@ -138,7 +138,7 @@ class Learner:
         """Learn one task, score the policy on every known test set, and write a version.
 
         Args:
-            rows: the task's training rows: preferences, or scored rows for the objective `var`.
+            rows: the task's training rows: preferences, or scored rows for the objectives `var` and `snkl`.
             name: unique in the run.
             test: held-out preferences of the task; of scored rows, the best completion over the worst.
 

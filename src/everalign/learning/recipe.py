@@ -30,11 +30,16 @@ from everalign.learning.options import PAPER_ADAPTER, AdapterOptions, TrainingOp
 from everalign.learning.yaml_file import read_yaml
 from everalign.methods import METHODS, LifeAlign, Method, make_method
 from everalign.training.teaching import SCORED_OBJECTIVES
-from everalign.training.weighing import WeightOptions
+from everalign.training.weighing import WeightOptions, check_names
 
-# What only a loss of the margin looks at.
-_OF_A_MARGIN = ("reference", "beta")
-_WITHOUT_MARGIN = ("sft", *SCORED_OBJECTIVES)
+# A preset's supervised stage stands before a preference stage; these have none.
+_WITHOUT_SFT_STAGE = ("sft", *SCORED_OBJECTIVES)
+# Training options that an objective does not look at, and why.
+_IGNORED = {
+    "sft": (("reference", "beta"), "has no margin"),
+    "var": (("reference", "beta"), "has no margin"),
+    "snkl": (("beta",), "takes log-ratios as they are"),
+}
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -158,12 +163,9 @@ class Recipe(_Keys):
         return Recipe.model_validate({**theirs, **mine})
 
     def training_options(self) -> TrainingOptions:
-        """Return the preset's training options with the given ones in their place.
-
-        A preset's supervised stage stands before a preference stage; no other objective has it.
-        """
+        """Return the preset's training options with the given ones in their place."""
         given = self._given("training")
-        if self.objective in _WITHOUT_MARGIN:
+        if self.objective in _WITHOUT_SFT_STAGE:
             given = {"sft_epochs": 0.0, **given}
         return TrainingOptions.preset(self.preset or "default", **given)  # type: ignore[arg-type]
 
@@ -185,13 +187,7 @@ class Recipe(_Keys):
             if getattr(self, name) is None:
                 raise InputError(f"no {name} given: add {flag}, or the key {name!r} to the recipe")
         given = self._given()
-        ignored = [name for name in _OF_A_MARGIN if name in given.get("training", {})]
-        if self.objective in _WITHOUT_MARGIN and ignored:
-            what = f"the objective {self.objective} has no margin and would ignore {ignored[0]}"
-            raise InputError(f"{what}: leave it out")
-        if self.objective not in SCORED_OBJECTIVES and (weighting := self._given("weighting")):
-            name = next(iter(weighting))
-            raise InputError(f"{name} is for rewards, which only the objective var learns from: leave it out")
+        self._refuse_ignored()
         plain = ("model", "objective", "output", "seed", "allow_overlap", "cache")
         return {
             **{name: given[name] for name in plain if name in given},
@@ -207,16 +203,27 @@ class Recipe(_Keys):
         learner = inspect.signature(Learner).parameters
         gamma = {} if method.gamma is None else {"gamma": method.gamma}
         training = asdict(self.training_options())
-        if self.objective in _WITHOUT_MARGIN:
-            training = {name: value for name, value in training.items() if name not in _OF_A_MARGIN}
+        ignored, _ = _IGNORED.get(self.objective or "", ((), ""))
+        training = {name: value for name, value in training.items() if name not in ignored}
         return {
             **{name: learner[name].default for name in ("objective", "seed")},
             **{key: value for key, value in self._given().items() if key != "preset"},
             "method": {"name": method.name, **gamma, **method.settings()},
             "training": training,
             "adapter": asdict(self.adapter_options()),
-            **{name: asdict(options) for name, options in self._weighting().items()},
+            **{name: options.settings(self.objective or "") for name, options in self._weighting().items()},
         }
+
+    def _refuse_ignored(self) -> None:
+        ignored, why = _IGNORED.get(self.objective or "", ((), ""))
+        for name in ignored:
+            if name in self._given("training"):
+                raise InputError(f"the objective {self.objective} {why} and would ignore {name}: leave it out")
+        weighting = self._given("weighting")
+        if weighting and self.objective not in SCORED_OBJECTIVES:
+            name = next(iter(weighting))
+            raise InputError(f"{name} is for rewards, which only var and snkl learn from: leave it out")
+        check_names(self.objective or "", weighting)
 
     def _weighting(self) -> dict[str, WeightOptions]:
         scored = self.objective in SCORED_OBJECTIVES

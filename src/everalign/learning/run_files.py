@@ -87,6 +87,7 @@ class Stage(_Record):
     epochs: FiniteFloat
     seconds: FiniteFloat
     step0_margin: FiniteFloat | None = None
+    step0_log_ratio: FiniteFloat | None = None
     rows: Count
     replayed: Count
 

@@ -86,7 +86,8 @@ class Setup:
         """Return what run.json tells about the set-up."""
         exponent = DEFAULT_GAMMA if self.method.gamma is None else self.method.gamma
         gamma = {"gamma": exponent} if self.objective.name == "fpo" else {}
-        weighting = asdict(self.weighting) if self.objective.name in SCORED_OBJECTIVES else {}
+        name = self.objective.name
+        weighting = self.weighting.settings(name) if name in SCORED_OBJECTIVES else {}
         return {
             "everalign": library_versions()["everalign"],
             "model": self.model_name,
@@ -124,6 +125,7 @@ def make_setup(
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a learner runs in one process, found WORLD_SIZE above 1: start it without accelerate launch")
+    weighting.check_for(objective)
     goal = make_objective(objective, options.beta, method.gamma)
     prepare_process()
     tokenizer = load_tokenizer(model)

@@ -1,10 +1,11 @@
 """The files of a recipe's tasks, read before anything is trained."""
 
+from collections.abc import Callable
 from typing import Any
 
 from everalign.data.readers import check_disjoint, load_preferences
 from everalign.data.row_set import RowSet
-from everalign.data.scored import load_scored
+from everalign.data.scored import load_judged, load_scored
 from everalign.learning.recipe import Recipe
 from everalign.training.teaching import SCORED_OBJECTIVES
 
@@ -21,8 +22,7 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
         InputError: a file cannot be read, a row is bad, or a test set shares rows with any task's training set.
     """
     skip, tasks = bool(recipe.skip_bad_rows), recipe.tasks or []
-    # Of scored rows, held-out ones too are scored.
-    load = load_scored if recipe.objective in SCORED_OBJECTIVES else load_preferences
+    load = _loader(recipe.objective)
     loaded: list[LoadedTask] = [
         (
             task.name,
@@ -35,3 +35,10 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
         for _, _, test in loaded:
             check_disjoint(train, test or (), allow=bool(recipe.allow_overlap))
     return loaded
+
+
+def _loader(objective: str | None) -> Callable[..., RowSet[Any]]:
+    """Return what reads an objective's files; where it learns from scored rows, held-out ones too are scored."""
+    if objective == "snkl":
+        return load_judged
+    return load_scored if objective in SCORED_OBJECTIVES else load_preferences

@@ -4,14 +4,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from everalign.data.encoding import EncodedPairs, encode_pairs
-from everalign.data.groups import EncodedGroups, encode_groups, fitting
+from everalign.data.groups import (
+    EncodedGroups,
+    Fitting,
+    TargetGroup,
+    distinct,
+    encode_groups,
+    encode_targets,
+    fitting,
+)
 from everalign.data.row_set import RowSet
-from everalign.data.scored import Scored
+from everalign.data.scored import Scored, ScoredSet
 from everalign.errors import InputError
 from everalign.learning.setup import Setup
+from everalign.training.reference import policy_key
 from everalign.training.teaching import SCORED_OBJECTIVES
-from everalign.training.weighing import check_completions, weigh
+from everalign.training.weighing import TAKE_ONE_COMPLETION, check_comparable, check_completions, weigh
 
 
 @dataclass(frozen=True)
@@ -20,7 +31,8 @@ class TaskRows:
 
     Attributes:
         given: as the user gave them.
-        rows: those that are learned, with the weights of their completions if they are scored.
+        rows: those that are learned, with the weights of their completions if they are scored. Preferences are too,
+            as rows of two completions, where the objective learns from scored rows.
         facts: what was done to get them, for the manifest; None where nothing was.
         lines: what is to be announced of it.
     """
@@ -32,17 +44,17 @@ class TaskRows:
 
 
 def prepare_rows(setup: Setup, rows: RowSet[Any]) -> TaskRows:
-    """Make a task's rows ready; nothing is done to preferences.
+    """Make a task's rows ready; nothing is done to preferences that are learned as such.
 
     Raises:
         InputError: the objective does not learn from this kind of rows, or there are no weights for them.
     """
-    scored = setup.objective.name in SCORED_OBJECTIVES
-    if scored != (rows.record is Scored):
-        wanted = "scored rows (prompt, completions, rewards)" if scored else "preferences (prompt, chosen, rejected)"
-        raise InputError(f"{rows.source}: the objective {setup.objective.name} learns from {wanted}")
+    name, scored = setup.objective.name, rows.record is Scored
+    if scored != (name in SCORED_OBJECTIVES) and name != "snkl":
+        wanted = "preferences (prompt, chosen, rejected)" if scored else "scored rows (prompt, completions, rewards)"
+        raise InputError(f"{rows.source}: the objective {name} learns from {wanted}")
     try:
-        return _weigh(setup, rows) if scored else TaskRows(rows, rows)
+        return _weigh(setup, rows) if name in SCORED_OBJECTIVES else TaskRows(rows, rows)
     except InputError as error:
         raise InputError(f"{rows.source}: {error}") from error
 
@@ -50,29 +62,68 @@ def prepare_rows(setup: Setup, rows: RowSet[Any]) -> TaskRows:
 def encode_rows(setup: Setup, rows: Sequence[Any], replayed: Sequence[Any]) -> EncodedPairs | EncodedGroups:
     """Return a task's prepared rows and the replayed ones behind them as tokens, cut to the options' length."""
     if setup.objective.name in SCORED_OBJECTIVES:
-        return encode_groups([*rows, *replayed], setup.tokenizer, setup.options.max_length)
+        encode = encode_targets if setup.objective.name == "snkl" else encode_groups
+        return encode([*rows, *replayed], setup.tokenizer, setup.options.max_length)
     # Apart, because the task's rows may be in the cache, where each mixture would be another entry.
     pairs = setup.encode(rows)
     old = encode_pairs(replayed, setup.tokenizer, setup.options.max_length, allow_identical=True)
     return pairs.followed_by(old)
 
 
-def _weigh(setup: Setup, rows: RowSet[Scored]) -> TaskRows:
-    check_completions(rows, setup.weighting)
-    given = any(row.weights is not None for row in rows)
-    fewest = 1 if given or setup.weighting.estimator == "in_batch" else 2
-    fit = fitting(rows, setup.tokenizer, setup.options.max_length, fewest)
+def _weigh(setup: Setup, rows: RowSet[Any]) -> TaskRows:
+    judged = [row if isinstance(row, Scored) else Scored.from_preference(row) for row in rows]
+    fit, merged = _usable(setup, judged)
+    # Of rows with weights no probabilities are wanted.
+    listed = merged is not None and all(row.weights is None for row in fit.rows)
+    weighed = weigh(fit.rows, fit.lengths, setup.weighting, _base_log_probs(setup, fit.rows) if listed else None)
+    lines, facts = _losses(fit, judged, merged)
+    snkl = setup.objective.name == "snkl"
+    lines.append(f"  {'targets' if snkl else 'weights'}: {weighed.summary()}")
+    lines += [f"  warning: {warning}" for warning in weighed.statistics.warnings(can_cap=not snkl)]
+    learned = ScoredSet(weighed.rows, rows.source, rows.skipped)
+    return TaskRows(rows, learned, {**facts, **weighed.facts()}, tuple(lines))
+
+
+def _usable(setup: Setup, rows: Sequence[Scored]) -> tuple[Fitting, int | None]:
+    """Return the rows that can be learned from, and how many completions were merged (None where none should be)."""
+    options, snkl = setup.weighting, setup.objective.name == "snkl"
+    given, merged = any(row.weights is not None for row in rows), None
+    if options.estimator == "support" and not given:
+        before = sum(len(row.completions) for row in rows)
+        rows = distinct(rows, setup.tokenizer)
+        merged = before - sum(len(row.completions) for row in rows)
+    if snkl:
+        check_comparable(rows)
+    check_completions(rows, options)
+    takes_one = not snkl and (given or options.estimator in TAKE_ONE_COMPLETION)
+    fit = fitting(rows, setup.tokenizer, setup.options.max_length, fewest=1 if takes_one else 2)
     if not fit.rows:
         raise InputError(f"no row has completions that fit max_length {setup.options.max_length}: raise it")
-    weighed = weigh(fit.rows, fit.lengths, setup.weighting)
-    lines = []
+    return fit, merged
+
+
+def _losses(fit: Fitting, rows: Sequence[Scored], merged: int | None) -> tuple[list[str], dict[str, Any]]:
+    """Say what of the rows is not learned, for the log and for the manifest."""
+    lines, facts = [], {"dropped_completions": fit.dropped_completions, "dropped_rows": fit.dropped_rows}
+    total = sum(len(row.completions) for row in rows)
+    if merged is not None:
+        facts["merged_completions"] = merged
+    if merged:
+        lines.append(f"  {merged} of {total} completions are listed before with the same reward and left out")
     if fit.dropped_completions:
-        total = sum(len(row.completions) for row in rows)
         lines.append(
             f"  {fit.dropped_completions} of {total} completions are longer than max_length allows and left out, and "
             f"{fit.dropped_rows} of {len(rows)} rows with them"
         )
-    lines.append(f"  weights: {weighed.summary()}")
-    lines += [f"  warning: {warning}" for warning in weighed.statistics.warnings()]
-    dropped = {"dropped_completions": fit.dropped_completions, "dropped_rows": fit.dropped_rows}
-    return TaskRows(rows, replace(rows, items=weighed.rows), {**dropped, **weighed.facts()}, tuple(lines))
+    return lines, facts
+
+
+def _base_log_probs(setup: Setup, rows: Sequence[Scored]) -> list[Tensor]:
+    """Log-probabilities of each row's completions under the base model, whatever was learned by now."""
+    alike = [replace(row, weights=(1.0,) * len(row.completions)) for row in rows]
+    groups = encode_targets(alike, setup.tokenizer, setup.options.max_length)
+    compared = [group for group in groups if isinstance(group, TargetGroup)]
+    with setup.policy.as_base():
+        return setup.cache.group_log_probs(
+            setup.policy, policy_key(setup.model_key, {}), compared, setup.options.tokens_per_batch
+        )

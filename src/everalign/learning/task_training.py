@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from everalign.data.encoding import EncodedPair, EncodedPairs
-from everalign.data.groups import EncodedGroups
+from everalign.data.groups import EncodedGroups, TargetGroup
 from everalign.errors import EveralignError
 from everalign.files import checksums, differing_files, new_folder, read_json, write_json
 from everalign.learning.setup import Setup
 from everalign.modeling.policy import Policy
 from everalign.objectives import implicit_margin
-from everalign.training.reference import pair_log_probs, policy_key
+from everalign.training.reference import group_log_probs, pair_log_probs, policy_key
 from everalign.training.stage import StageOptions, run_stage
 from everalign.training.teaching import Objective
 
-_PROBE_PAIRS = 16
+_PROBE_ROWS = 16
 
 Encoded = EncodedPairs | EncodedGroups
 
@@ -39,7 +39,9 @@ class StageReport:
         epochs: passes over the rows.
         seconds: wall-clock time of training, of the last uninterrupted piece where it was resumed.
         step0_margin: mean implicit margin before the first step on a probe of the rows; exactly 0 when the reference
-            is the policy that the stage starts from. None without a reference.
+            is the policy that the stage starts from. None without a reference, or where rows are no pairs.
+        step0_log_ratio: of rows that are no pairs, the mean over the probe's responses of |log π − log π_ref|, in
+            nats; 0 as above.
         rows: rows of the stage, replayed ones included.
         replayed: how many of them are replayed.
         curve: logged steps.
@@ -50,10 +52,11 @@ class StageReport:
     steps: int
     epochs: float
     seconds: float
-    step0_margin: float | None
     rows: int
     replayed: int
     curve: list[dict[str, Any]]
+    step0_margin: float | None = None
+    step0_log_ratio: float | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return everything but the curve."""
@@ -62,11 +65,11 @@ class StageReport:
 
 @dataclass(frozen=True)
 class _Reference:
-    """Reference log-probabilities of all rows, and of the probe rows computed as the probe will be: (N, 2), (P, 2)."""
+    """Reference log-probabilities of all rows, and of the probe rows computed as the probe will be."""
 
     name: str
-    rows: Tensor
-    probe_pairs: Sequence[EncodedPair]
+    rows: Tensor | list[Tensor]
+    probe_rows: Sequence[EncodedPair | TargetGroup]
     probe: Tensor
 
 
@@ -104,8 +107,11 @@ def _train_stage(
     seed: int,
     reference: _Reference | None,
 ) -> StageReport:
-    margin = None if reference is None else _step0_margin(setup, reference)
-    against = "" if reference is None else f", reference = {reference.name}, margin at step 0 = {margin:.6g}"
+    start: dict[str, float] = {}
+    against = ""
+    if reference is not None:
+        start, what = _step0(setup, reference)
+        against = f", reference = {reference.name}, {what}"
     setup.announce(f"  {objective.name}: {len(pairs)} rows ({replayed} replayed){against}")
     result = run_stage(
         setup.policy,
@@ -126,10 +132,10 @@ def _train_stage(
         steps=result.steps,
         epochs=result.epochs,
         seconds=round(result.seconds, 3),
-        step0_margin=margin,
         rows=len(pairs),
         replayed=replayed,
         curve=result.curve,
+        **start,
     )
     _finish(setup.policy, report, folder)
     return report
@@ -138,23 +144,46 @@ def _train_stage(
 def _reference(setup: Setup, pairs: Encoded) -> _Reference:
     """Compute or look up the reference, which at this moment is the base model or the policy as it is."""
     preferences = [row for row in pairs if isinstance(row, EncodedPair)]
-    probe_pairs = preferences[:: max(1, len(preferences) // _PROBE_PAIRS)][:_PROBE_PAIRS]
+    groups = [row for row in pairs if isinstance(row, TargetGroup)]
+    everything: Sequence[EncodedPair | TargetGroup] = groups or preferences
     base = setup.options.reference == "base"
     key = policy_key(setup.model_key, {} if base else setup.policy.total())
     tokens = setup.options.tokens_per_batch
+    probe_rows = everything[:: max(1, len(everything) // _PROBE_ROWS)][:_PROBE_ROWS]
+    rows: Tensor | list[Tensor]
     with setup.policy.as_base() if base else nullcontext():
-        rows = setup.cache.log_probs(setup.policy, key, preferences, tokens)
-        probe = pair_log_probs(setup.policy, probe_pairs, tokens)
-    return _Reference(setup.options.reference, rows, probe_pairs, probe)
+        if groups:
+            rows = setup.cache.group_log_probs(setup.policy, key, groups, tokens)
+        else:
+            rows = setup.cache.log_probs(setup.policy, key, preferences, tokens)
+        probe = _probe_log_probs(setup, probe_rows)
+    return _Reference(setup.options.reference, rows, probe_rows, probe)
 
 
-def _step0_margin(setup: Setup, reference: _Reference) -> float:
-    """Measure on the probe, in the batches the reference was measured in, so that equal policies give exactly 0."""
-    policy = pair_log_probs(setup.policy, reference.probe_pairs, setup.options.tokens_per_batch)
+def _probe_log_probs(setup: Setup, rows: Sequence[EncodedPair | TargetGroup]) -> Tensor:
+    """Of pairs (P, 2); of groups one for each of their responses, in a row."""
+    groups = [row for row in rows if isinstance(row, TargetGroup)]
+    if groups:
+        return torch.cat(group_log_probs(setup.policy, groups, setup.options.tokens_per_batch))
+    pairs = [row for row in rows if isinstance(row, EncodedPair)]
+    return pair_log_probs(setup.policy, pairs, setup.options.tokens_per_batch)
+
+
+def _step0(setup: Setup, reference: _Reference) -> tuple[dict[str, float], str]:
+    """Measure on the probe, in the batches the reference was measured in, so that equal policies give exactly 0.
+
+    Returns:
+        The report's field with its value, and how it is announced.
+    """
+    policy = _probe_log_probs(setup, reference.probe_rows)
+    if isinstance(reference.probe_rows[0], TargetGroup):
+        ratio = (policy - reference.probe).abs().mean().item()
+        return {"step0_log_ratio": ratio}, f"mean |log-ratio| at step 0 = {ratio:.6g}"
     chosen, rejected = policy.unbind(1)
     reference_chosen, reference_rejected = reference.probe.unbind(1)
-    margin = implicit_margin(chosen, rejected, reference_chosen, reference_rejected, setup.options.beta)
-    return margin.mean().item()
+    margins = implicit_margin(chosen, rejected, reference_chosen, reference_rejected, setup.options.beta)
+    margin = margins.mean().item()
+    return {"step0_margin": margin}, f"margin at step 0 = {margin:.6g}"
 
 
 def _check_finite(policy: Policy, stage: str) -> None:

@@ -68,19 +68,22 @@ class WeightStatistics:
     kl_to_reference: float
     kl_ceiling: float
 
-    def warnings(self) -> list[str]:
-        """What is wrong with these weights and what to do about it, one sentence or two each; empty if nothing is."""
+    def warnings(self, can_cap: bool = True) -> list[str]:
+        """What is wrong with these weights and what to do about it, one sentence or two each; empty if nothing is.
+
+        Args:
+            can_cap: whether capping the weights is something that can be advised.
+        """
         enough = self.rows >= FEWEST_ROWS_TO_CORRELATE
+        flatten = f"Raise the temperature{', set target_ess, or cap the weights' if can_cap else ' or set target_ess'}."
         cases = [
             (
                 self.effective_share < LOW_EFFECTIVE_SHARE,
-                f"The weights are worth {self.effective_share:.1%} of the responses. "
-                "Raise the temperature, set target_ess, or cap the weights.",
+                f"The weights are worth {self.effective_share:.1%} of the responses. {flatten}",
             ),
             (
                 self.top_decile_share > HIGH_TOP_DECILE_SHARE,
-                f"A tenth of the responses holds {self.top_decile_share:.0%} of the weight. "
-                "Raise the temperature or cap the weights.",
+                f"A tenth of the responses holds {self.top_decile_share:.0%} of the weight. {flatten}",
             ),
             (
                 self.kl_to_reference > HIGH_SHARE_OF_KL_CEILING * self.kl_ceiling,
