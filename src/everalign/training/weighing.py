@@ -16,7 +16,7 @@ _FROM_REFERENCE_REWARDS = ("reference", "quantile")
 # Can tell what a completion is worth that is its prompt's only one.
 TAKE_ONE_COMPLETION = ("in_batch", *_FROM_REFERENCE_REWARDS)
 # Within a prompt snkl is its own normaliser; what it takes from the options is how sharp the rewards are.
-_OF_SNKL = ("temperature", "target_ess", "scale_rewards")
+_OF_SNKL = ("temperature", "target_ess", "scale_rewards", "drop_constant")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class WeightOptions:
     scale_rewards: bool | None = None
     weight_cap: float = 0.0
     length_normalize: bool = False
+    weight_floor: float = 0.0
+    drop_constant: bool = False
 
     def __post_init__(self) -> None:
         if self.estimator not in get_args(Estimator):
@@ -65,6 +67,7 @@ class WeightOptions:
         for name, ignored in (
             ("scale_rewards", ranks and self.scale_rewards),
             ("length_normalize", self.estimator != "support" and self.length_normalize),
+            ("drop_constant", False),
         ):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, found {getattr(self, name)!r}")
@@ -72,7 +75,7 @@ class WeightOptions:
                 raise InputError(f"the estimator {self.estimator} would ignore {name}: leave it out")
 
     def _check_numbers(self) -> None:
-        for name in ("temperature", "target_ess", "weight_cap"):
+        for name in ("temperature", "target_ess", "weight_cap", "weight_floor"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
                 raise InputError(f"{name} must be a number of at least 0, found {value!r}")
@@ -80,6 +83,8 @@ class WeightOptions:
             raise InputError("temperature must be above 0: towards 0 only the best completion counts")
         if self.target_ess >= 1:
             raise InputError(f"target_ess must be below 1, found {self.target_ess!r}: at 1 all completions count alike")
+        if self.weight_floor >= 1:
+            raise InputError(f"weight_floor must be below 1, found {self.weight_floor!r}: weights are 1 on average")
 
     def settings(self, objective: str) -> dict[str, Any]:
         """Return the options that mean something to an objective, with their values."""
@@ -107,16 +112,20 @@ class Weighed:
     """Rows with weights, and what was done to get them.
 
     Attributes:
-        rows: the rows, each completion with its weight.
-        statistics: figures of the weights, over all rows.
+        rows: the rows that are learned, each completion with its weight.
+        statistics: figures of the weights, over all rows, before any are left out.
         temperature: given or found; None where the rows brought their weights.
         scale: what rewards were divided by.
+        left_out: completions below the floor, or all of whose prompt have one reward.
+        left_out_weight: share of all weight that they had.
     """
 
     rows: tuple[Scored, ...]
     statistics: WeightStatistics
     temperature: float | None
     scale: float
+    left_out: int = 0
+    left_out_weight: float = 0.0
 
     def summary(self) -> str:
         """One line of text for a log."""
@@ -126,12 +135,16 @@ class Weighed:
             else f"temperature {self.temperature:.3g}"
         )
         s = self.statistics
-        return f"{given}, worth {s.effective_share:.0%} of {s.rows} completions, the largest {s.largest_weight:.3g}"
+        line = f"{given}, worth {s.effective_share:.0%} of {s.rows} completions, the largest {s.largest_weight:.3g}"
+        if self.left_out:
+            line += f"; {self.left_out} completions with {self.left_out_weight:.1%} of the weight are left out"
+        return line
 
     def facts(self) -> dict[str, Any]:
         """Return the figures, for a manifest; what does not exist is None."""
         figures = {name: None if value != value else value for name, value in asdict(self.statistics).items()}
-        return {"temperature": self.temperature, "scale": self.scale, **figures}
+        left_out = {"left_out": self.left_out, "left_out_weight": self.left_out_weight} if self.left_out else {}
+        return {"temperature": self.temperature, "scale": self.scale, **figures, **left_out}
 
 
 def weigh(
@@ -180,9 +193,19 @@ def weigh(
         statistics = weight_statistics(found.weights, groups, rewards, tokens, weight_cap=cap)
     except ValueError as error:
         raise InputError(f"rewards: {error}") from error
-    parts = torch.split(found.weights, [len(row.completions) for row in rows])
-    weighed = tuple(_with_weights(row, part.tolist()) for row, part in zip(rows, parts, strict=True))
-    return Weighed(weighed, statistics, found.temperature, scale)
+    kept = _kept(rows, found.weights, options)
+    parts = torch.split(found.weights * kept, [len(row.completions) for row in rows])
+    weighed = tuple(_with_weights(row, part.tolist()) for row, part in zip(rows, parts, strict=True) if part.any())
+    lost = (found.weights * ~kept).sum() / found.weights.sum()
+    return Weighed(weighed, statistics, found.temperature, scale, int((~kept).sum()), lost.item())
+
+
+def _kept(rows: Sequence[Scored], weights: Tensor, options: WeightOptions) -> Tensor:
+    """Which completions (N,) are learned."""
+    kept = weights >= options.weight_floor
+    if options.drop_constant:
+        kept &= torch.tensor([len(set(row.rewards)) > 1 for row in rows for _ in row.completions])
+    return kept
 
 
 def _with_weights(row: Scored, weights: list[float]) -> Scored:
