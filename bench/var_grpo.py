@@ -65,9 +65,7 @@ def learn_grpo(
     def worth(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
         # Tokens of both are counted by TRL itself: answers are what is generated.
         spent.tokens += sum(len(tokenizer(c[0]["content"])["input_ids"]) + 1 for c in completions)
-        return [
-            reward(by_text[p[-1]["content"]], c[0]["content"]) for p, c in zip(prompts, completions, strict=True)
-        ]
+        return [reward(by_text[p[-1]["content"]], c[0]["content"]) for p, c in zip(prompts, completions, strict=True)]
 
     def hand_over(model: Any, so_far: Spent) -> None:
         copy_adapter(model, ours)

@@ -314,3 +314,40 @@ def test_the_command_line_takes_the_estimators(model, tmp_path, monkeypatch, cap
         assert load_run(tmp_path / f"run{number}").facts.settings["estimator"] == flags[0]
     code, _, err = run(capsys, *common, "--task", "a=listed.jsonl", "--output", "other", "--estimator", "reference")
     assert (code, "listed.jsonl: row 1: field 'reference_rewards': no such column" in err) == (2, True)
+
+
+# ---- what is left out ----
+
+
+def test_completions_below_the_floor_are_left_out_and_what_they_weighed_is_said():
+    rows = [Scored("p", ("a", "b", "c"), (3.0, 2.0, -3.0)), Scored("q", ("a", "b"), (1.0, 1.0))]
+    whole = weigh(rows, [(1, 1, 1), (1, 1)], WeightOptions(scale_rewards=False))
+    found = weigh(rows, [(1, 1, 1), (1, 1)], WeightOptions(scale_rewards=False, weight_floor=0.1))
+    assert found.rows[0].weights == (*whole.rows[0].weights[:2], 0.0)
+    assert found.rows[1].weights == (1.0, 1.0)
+    assert found.left_out == 1
+    assert found.left_out_weight == pytest.approx(whole.rows[0].weights[2] / 5)
+    assert found.statistics == whole.statistics
+    assert "; 1 completions with 0.1% of the weight are left out" in found.summary()
+    assert found.facts()["left_out"] == 1
+    assert "left_out" not in whole.facts()
+
+
+def test_prompts_whose_rewards_are_all_one_are_left_out():
+    rows = [Scored("p", ("a", "b"), (1.0, 1.0)), Scored("q", ("a", "b"), (1.0, 2.0))]
+    found = weigh(rows, [(1, 1), (1, 1)], WeightOptions(drop_constant=True))
+    assert [row.prompt for row in found.rows] == ["q"]
+    assert (found.left_out, found.left_out_weight) == (2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_floor": 1.0}, "weight_floor must be below 1"),
+        ({"weight_floor": -0.1}, "weight_floor must be a number of at least 0"),
+        ({"drop_constant": 1}, "drop_constant must be true or false"),
+    ],
+)
+def test_bad_limits_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        WeightOptions(**options)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from everalign.data import Preference, PreferenceSet, load_preferences
-    from everalign.learning import AdapterOptions, Learner, Scores, TrainingOptions
+    from everalign.learning import AdapterOptions, Learner, RolloutOptions, Scores, TrainingOptions, WeightOptions
 
 __version__ = version("everalign")
 
@@ -18,8 +18,10 @@ __all__ = [
     "Learner",
     "Preference",
     "PreferenceSet",
+    "RolloutOptions",
     "Scores",
     "TrainingOptions",
+    "WeightOptions",
     "load_preferences",
 ]
 
@@ -28,8 +30,10 @@ _HOMES = {
     "Learner": "everalign.learning",
     "Preference": "everalign.data",
     "PreferenceSet": "everalign.data",
+    "RolloutOptions": "everalign.learning",
     "Scores": "everalign.learning",
     "TrainingOptions": "everalign.learning",
+    "WeightOptions": "everalign.learning",
     "load_preferences": "everalign.data",
 }
 

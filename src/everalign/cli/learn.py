@@ -26,6 +26,7 @@ def _flag(text: str, panel: str | None = None, metavar: str | None = None, name:
     return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
 
 
+_ROLLOUTS = "Sampled answers (given --reward)"
 _DATA, _METHOD, _TRAINING, _STEPS = "Data and files", "Method", "Training", "Optimiser and steps"
 _REWARDS = "Rewards (objectives var, snkl)"
 _ESTIMATORS = "Normaliser of var: group, group_loo, in_batch, reference, quantile or support."
@@ -80,6 +81,16 @@ def learn(
     length_normalize: Annotated[
         bool | None, _flag("Log-probabilities per token (estimator support).", _REWARDS, "")
     ] = None,
+    weight_floor: Annotated[float | None, _flag("Completions that weigh less are left out.", _REWARDS)] = None,
+    drop_constant: Annotated[bool | None, _flag("Leave out prompts whose rewards are all one.", _REWARDS, "")] = None,
+    reward: Annotated[
+        str | None,
+        _flag("Score answers that have no rewards, and sample answers to prompts.", _REWARDS, "DIR|MODULE:F|URL#MODEL"),
+    ] = None,
+    samples: Annotated[int | None, _flag("Answers sampled to each prompt.", _ROLLOUTS)] = None,
+    sampling_temperature: Annotated[float | None, _flag("What logits are divided by; 1.", _ROLLOUTS)] = None,
+    max_new_tokens: Annotated[int | None, _flag("Longest answer, in tokens.", _ROLLOUTS)] = None,
+    rounds: Annotated[int | None, _flag("Sample anew so often, from what was learned.", _ROLLOUTS)] = None,
     batch_size: Annotated[int | None, _flag("Pairs of an optimiser step.", _STEPS)] = None,
     tokens_per_batch: Annotated[int | None, _flag("Tokens computed at once; fewer save memory.", _STEPS)] = None,
     precision: Annotated[str | None, _flag("fp32 or bf16, for the base model.", _STEPS)] = None,

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -97,8 +97,12 @@ class Unscored:
                 return cls(row["prompt"], row["completions"], 1.0 if weight is None else weight, rewarded)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        pair = Preference.from_json(obj, where)
-        return cls(pair.prompt, (pair.chosen, pair.rejected), pair.weight, rewarded)
+        return replace(cls.of_pair(Preference.from_json(obj, where)), rewarded=rewarded)
+
+    @classmethod
+    def of_pair(cls, pair: Preference) -> "Unscored":
+        """The two answers of a preference, the better one first."""
+        return cls(pair.prompt, (pair.chosen, pair.rejected), pair.weight)
 
 
 @dataclass(frozen=True, repr=False)

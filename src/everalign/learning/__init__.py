@@ -8,15 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from everalign.learning.learner import Learner
-    from everalign.learning.options import AdapterOptions, TrainingOptions
+    from everalign.learning.options import AdapterOptions, RolloutOptions, TrainingOptions
     from everalign.learning.scores import Scores
+    from everalign.training.weighing import WeightOptions
 
-__all__ = ["AdapterOptions", "Learner", "Scores", "TrainingOptions"]
+__all__ = ["AdapterOptions", "Learner", "RolloutOptions", "Scores", "TrainingOptions", "WeightOptions"]
 
-_HOMES = {"AdapterOptions": "options", "Learner": "learner", "Scores": "scores", "TrainingOptions": "options"}
+_HOMES = {
+    "AdapterOptions": "everalign.learning.options",
+    "Learner": "everalign.learning.learner",
+    "RolloutOptions": "everalign.learning.options",
+    "Scores": "everalign.learning.scores",
+    "TrainingOptions": "everalign.learning.options",
+    "WeightOptions": "everalign.training.weighing",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

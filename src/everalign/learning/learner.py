@@ -5,26 +5,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from everalign.data.prompts import PromptRow, PromptSet
 from everalign.data.readers import PreferenceSet
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
 from everalign.data.scored import Scored, ScoredSet
+from everalign.data.unscored import Unscored, UnscoredSet
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation import PreferenceScore
+from everalign.evaluation.scorers import Scorer, make_scorer
 from everalign.learning.export import export_merged
 from everalign.learning.held_out import HeldOutTests
-from everalign.learning.options import AdapterOptions, TrainingOptions
+from everalign.learning.lesson import teach
+from everalign.learning.options import AdapterOptions, RolloutOptions, TrainingOptions
 from everalign.learning.run import BASE, RunDirectory, data_facts, version_name
 from everalign.learning.run_data import RunData, load_run
 from everalign.learning.scores import Scores
 from everalign.learning.setup import Announce, Progress, make_setup
-from everalign.learning.task_rows import TaskRows, encode_rows, prepare_rows
-from everalign.learning.task_training import train_task
+from everalign.learning.task_rows import TaskRows, prepare_rows
 from everalign.methods import LifeAlign, Method, Task
 from everalign.training.teaching import SCORED_OBJECTIVES
 from everalign.training.weighing import WeightOptions
 
-Rows = Sequence[Preference] | Sequence[Scored]
+Rows = Sequence[Preference] | Sequence[Scored] | Sequence[Unscored] | Sequence[PromptRow]
 AnySet = RowSet[Any]
 # Stages of a task use consecutive seeds; tasks are this far apart, and runs of neighbouring seeds further.
 _TASK_SEED_STRIDE = 1000
@@ -40,11 +43,14 @@ def _silent(stage: str, done: int, total: int) -> None:
     pass
 
 
+_SETS: tuple[type[AnySet], ...] = (ScoredSet, UnscoredSet, PromptSet)
+
+
 def _as_set(rows: Rows) -> AnySet:
     if isinstance(rows, RowSet):
         return rows
-    scored = any(isinstance(row, Scored) for row in rows[:1])
-    return ScoredSet.of(rows) if scored else PreferenceSet.of(rows)  # type: ignore[arg-type]  # told by the first
+    kind = next((kind for kind in _SETS if any(isinstance(row, kind.record) for row in rows[:1])), PreferenceSet)
+    return kind.of(rows)  # type: ignore[arg-type]  # told by the first
 
 
 class Learner:
@@ -60,6 +66,9 @@ class Learner:
         training: how every task is trained.
         adapter: shape of the adapter.
         weighting: how rewards become weights, for `var`, and targets, for `snkl`.
+        reward: who gives rewards to answers that have none: a reward model's folder, `module:function`, a judge's
+            `URL#MODEL`, or a scorer. Tasks may then be preferences, whose answers are scored, or prompts alone.
+        rollouts: how answers are sampled to prompts alone.
         seed: seeds everything random.
         resume: continue the run that `output` holds: finished tasks are taken as they are, and one that was
             interrupted goes on from its newest checkpoint. A run with other settings is refused.
@@ -82,6 +91,8 @@ class Learner:
         training: TrainingOptions | None = None,
         adapter: AdapterOptions | None = None,
         weighting: WeightOptions | None = None,
+        reward: str | Scorer | None = None,
+        rollouts: RolloutOptions | None = None,
         seed: int = 0,
         resume: bool = False,
         allow_overlap: bool = False,
@@ -100,6 +111,8 @@ class Learner:
             training or TrainingOptions(),
             adapter or AdapterOptions(),
             weighting or WeightOptions(),
+            make_scorer(reward) if isinstance(reward, str) else reward,
+            rollouts or RolloutOptions(),
             seed,
             self._run.cache if cache is None else Path(cache),
             announce,
@@ -184,7 +197,10 @@ class Learner:
                     self.announce_test(name, test)
             if self.method.regime == "joint":
                 # Weighed task by task before they are pooled: rewards of different tasks have no common scale.
-                weighed = [(name, prepare_rows(self._setup, rows).rows) for name, rows, _ in sets]
+                prepared = [(name, prepare_rows(self._setup, rows)) for name, rows, _ in sets]
+                if any(rows.prompts for _, rows in prepared):
+                    raise InputError(f"{self.method.name} pools rows, not prompts: learn the tasks one after another")
+                weighed = [(name, rows.rows) for name, rows in prepared]
                 for name, rows in self.method.pool(weighed):
                     self._learn_alone(rows, name, None)
                 return
@@ -222,13 +238,9 @@ class Learner:
         version = version_name(task.index, task.name)
         previous = self.policy.total()
         self.method.begin_task(self.policy, task)
-        replayed = self.method.rows(task)
-        pairs = encode_rows(self._setup, task.rows, replayed)
-        if pairs.altered:
-            self._setup.announce(f"  {pairs.summary()}")
-        reports = train_task(self._setup, pairs, len(replayed), self._run.work(version), task.seed)
+        lesson = teach(self._setup, task, rows, self._run.work(version))
         before = self._tests.scores(previous) if self.method.consolidates else None
-        records = self.method.end_task(self.policy, task)
+        records = self.method.end_task(self.policy, lesson.task)
         scores = self._tests.scores(previous)
         manifest = {
             "index": task.index,
@@ -236,12 +248,13 @@ class Learner:
             "parent": BASE if self.method.regime == "separate" else self._newest,
             "train": data_facts(rows.given),
             "test": self._tests.facts(task.name),
-            "weights": rows.facts,
+            "weights": lesson.weights,
+            "rollouts": lesson.rollouts,
             "seed": task.seed,
-            "stages": [report.facts() for report in reports],
+            "stages": [report.facts() for report in lesson.reports],
             "replay_ids": [] if self.method.buffer is None else self.method.buffer.ids(),
         }
-        self._run.write_version(version, manifest, self.policy, self.method, reports, records, scores, before)
+        self._run.write_version(version, manifest, self.policy, self.method, lesson.reports, records, scores, before)
         self._finished[task.name] = version
         return scores
 

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from everalign.errors import InputError
 from everalign.learning.learner import Learner
-from everalign.learning.options import PAPER_ADAPTER, AdapterOptions, TrainingOptions
+from everalign.learning.options import PAPER_ADAPTER, AdapterOptions, RolloutOptions, TrainingOptions
 from everalign.learning.yaml_file import read_yaml
 from everalign.methods import METHODS, LifeAlign, Method, make_method
 from everalign.training.teaching import SCORED_OBJECTIVES
@@ -55,7 +55,7 @@ def _keys_of(title: str, hints: Mapping[str, Any]) -> type[_Keys]:
     return create_model(title, __base__=_Keys, **keys)
 
 
-def _field_types(options: type[TrainingOptions] | type[AdapterOptions] | type[WeightOptions]) -> dict[str, Any]:
+def _field_types(options: type[Any]) -> dict[str, Any]:
     hints = get_type_hints(options)
     return {field.name: hints[field.name] for field in fields(options)}
 
@@ -72,6 +72,7 @@ def _method_arguments() -> dict[str, Any]:
 TrainingKeys = _keys_of("TrainingKeys", _field_types(TrainingOptions))
 AdapterKeys = _keys_of("AdapterKeys", _field_types(AdapterOptions))
 WeightingKeys = _keys_of("WeightingKeys", _field_types(WeightOptions))
+RolloutKeys = _keys_of("RolloutKeys", _field_types(RolloutOptions))
 MethodKeys = _keys_of("MethodKeys", {"name": Text, **_method_arguments()})
 
 
@@ -88,12 +89,13 @@ SECTIONS: Mapping[str, type[_Keys]] = {
     "training": TrainingKeys,
     "adapter": AdapterKeys,
     "weighting": WeightingKeys,
+    "rollouts": RolloutKeys,
     "tasks": TaskKeys,
 }
 
 
 # Their keys are flags of the same names.
-_FLAT = ("training", "adapter", "weighting", "method")
+_FLAT = ("training", "adapter", "weighting", "rollouts", "method")
 
 
 class Recipe(_Keys):
@@ -109,6 +111,8 @@ class Recipe(_Keys):
     training: TrainingKeys | None = None  # type: ignore[valid-type]  # its keys are those of TrainingOptions
     adapter: AdapterKeys | None = None  # type: ignore[valid-type]  # its keys are those of AdapterOptions
     weighting: WeightingKeys | None = None  # type: ignore[valid-type]  # its keys are those of WeightOptions
+    reward: Text | None = None
+    rollouts: RolloutKeys | None = None  # type: ignore[valid-type]  # its keys are those of RolloutOptions
     cache: Text | None = None
     allow_overlap: bool | None = None
     skip_bad_rows: bool | None = None
@@ -188,13 +192,14 @@ class Recipe(_Keys):
                 raise InputError(f"no {name} given: add {flag}, or the key {name!r} to the recipe")
         given = self._given()
         self._refuse_ignored()
-        plain = ("model", "objective", "output", "seed", "allow_overlap", "cache")
+        plain = ("model", "objective", "output", "seed", "reward", "allow_overlap", "cache")
         return {
             **{name: given[name] for name in plain if name in given},
             "method": self.make_method(),
             "training": self.training_options(),
             "adapter": self.adapter_options(),
             **self._weighting(),
+            **self._rollouts(),
         }
 
     def complete(self) -> dict[str, Any]:
@@ -212,6 +217,7 @@ class Recipe(_Keys):
             "training": training,
             "adapter": asdict(self.adapter_options()),
             **{name: options.settings(self.objective or "") for name, options in self._weighting().items()},
+            **{name: asdict(options) for name, options in self._rollouts().items()},
         }
 
     def _refuse_ignored(self) -> None:
@@ -224,10 +230,16 @@ class Recipe(_Keys):
             name = next(iter(weighting))
             raise InputError(f"{name} is for rewards, which only var and snkl learn from: leave it out")
         check_names(self.objective or "", weighting)
+        rollouts = self._given("rollouts")
+        if rollouts and self.reward is None:
+            raise InputError(f"{next(iter(rollouts))} is for answers that are sampled, which need a reward: add reward")
 
     def _weighting(self) -> dict[str, WeightOptions]:
         scored = self.objective in SCORED_OBJECTIVES
         return {"weighting": WeightOptions(**self._given("weighting"))} if scored else {}
+
+    def _rollouts(self) -> dict[str, RolloutOptions]:
+        return {} if self.reward is None else {"rollouts": RolloutOptions(**self._given("rollouts"))}
 
     def _given(self, section: str | None = None) -> dict[str, Any]:
         values = self.model_dump(exclude_none=True)

@@ -14,11 +14,9 @@ from statistics import fmean
 from everalign.data.prompts import PromptSet
 from everalign.data.scored import ScoredSet, load_scored
 from everalign.data.unscored import UnscoredSet
-from everalign.errors import EveralignError
+from everalign.errors import EveralignError, InputError
 from everalign.evaluation.rewards import score_rows
-from everalign.evaluation.scorers import Scorer
 from everalign.files import write_text
-from everalign.learning.options import RolloutOptions
 from everalign.learning.setup import Setup
 from everalign.modeling.sampling import Samples, SamplingOptions, sample_completions
 
@@ -38,6 +36,11 @@ class Rollout:
     rows: ScoredSet
     facts: dict[str, float]
 
+    @property
+    def settled(self) -> bool:
+        """Whether all answers have one reward."""
+        return len({reward for row in self.rows for reward in row.rewards}) == 1
+
     def summary(self) -> str:
         """One line of text for a log."""
         f = self.facts
@@ -49,21 +52,19 @@ class Rollout:
         return line
 
 
-def roll_out(
-    setup: Setup, prompts: PromptSet, scorer: Scorer, folder: Path, number: int, fewest: int, seed: int
-) -> Rollout:
+def roll_out(setup: Setup, prompts: PromptSet, folder: Path, number: int, fewest: int, seed: int) -> Rollout:
     """Sample answers to every prompt from the policy as it stands, and score them.
 
     Args:
         setup: the learner's parts.
         prompts: the N prompts.
-        scorer: gives rewards.
         folder: keeps samples and rewards; what it holds of this round is taken as it is.
         number: of the round, from 1 on.
         fewest: finished answers that a prompt needs to be learned from.
         seed: seeds the draw.
 
     Raises:
+        InputError: nobody gives rewards, or a prompt is too long.
         EveralignError: no prompt has enough finished answers, or the scorer fails.
     """
     options, stem = setup.rollouts, f"round-{number}-{prompts.fingerprint[:16]}"
@@ -74,17 +75,7 @@ def roll_out(
             f"{prompts.source}: of {options.samples} answers sampled to each prompt, no prompt has {fewest} that end "
             f"within max_new_tokens {options.max_new_tokens}: raise it"
         )
-    scored = folder / f"{stem}.scored.jsonl"
-    if scored.exists():
-        rows = load_scored(scored)
-    else:
-        rows = score_rows(
-            UnscoredSet(tuple(answered), prompts.source),
-            scorer,
-            scored,
-            announce=setup.announce,
-            progress=setup.progress,
-        ).rows
+    rows = score(setup, UnscoredSet(tuple(answered), prompts.source), folder / f"{stem}.scored.jsonl")
     rewards = [reward for row in rows for reward in row.rewards]
     facts = {
         "round": number,
@@ -98,14 +89,26 @@ def roll_out(
     return Rollout(ScoredSet(rows.items, prompts.source), facts)
 
 
+def score(setup: Setup, rows: UnscoredSet, path: Path) -> ScoredSet:
+    """Give answers their rewards, which stay in the file `path`.
+
+    Raises:
+        InputError: nobody gives rewards.
+        EveralignError: the scorer fails.
+    """
+    if setup.scorer is None:
+        raise InputError(f"{rows.source}: the answers have no rewards: name who gives them with reward")
+    if path.exists():
+        return load_scored(path)
+    return score_rows(rows, setup.scorer, path, announce=setup.announce, progress=setup.progress).rows
+
+
 def _sampled(setup: Setup, prompts: PromptSet, path: Path, seed: int) -> list[Samples]:
     """Sample chunk after chunk, each on disk before the next begins."""
     found = _read(path)
     for start in range(len(found), len(prompts), _CHUNK):
         chunk = [row.prompt for row in prompts[start : start + _CHUNK]]
-        drawn = sample_completions(
-            setup.policy, setup.tokenizer, chunk, _sampling(setup), seed=(seed + start) % 2**31
-        )
+        drawn = sample_completions(setup.policy, setup.tokenizer, chunk, _sampling(setup), seed=(seed + start) % 2**31)
         _append(path, drawn)
         found += drawn
         setup.progress("sampling", len(found), len(prompts))
@@ -113,7 +116,7 @@ def _sampled(setup: Setup, prompts: PromptSet, path: Path, seed: int) -> list[Sa
 
 
 def _sampling(setup: Setup) -> SamplingOptions:
-    options: RolloutOptions = setup.rollouts
+    options = setup.rollouts
     room = setup.options.max_length - options.max_new_tokens
     return SamplingOptions(options.samples, options.sampling_temperature, options.max_new_tokens, room)
 

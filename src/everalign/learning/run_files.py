@@ -103,6 +103,7 @@ class Manifest(_Record):
     train: DataSource
     test: DataSource | None
     weights: dict[str, float | None] | None = None
+    rollouts: list[dict[str, float]] = []
     stages: list[Stage]
     files: dict[str, str]
 

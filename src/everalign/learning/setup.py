@@ -13,8 +13,9 @@ from everalign.data.encoding_cache import EncodingCache
 from everalign.data.records import Preference
 from everalign.data.templating import template_fingerprint
 from everalign.errors import InputError
+from everalign.evaluation.scorers import Scorer
 from everalign.learning.environment import library_versions, machine_facts
-from everalign.learning.options import AdapterOptions, TrainingOptions
+from everalign.learning.options import AdapterOptions, RolloutOptions, TrainingOptions
 from everalign.methods import Method
 from everalign.modeling.flex_attention import use_flex_attention
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
@@ -49,7 +50,10 @@ class Setup:
         options: how every task is trained.
         adapter: shape of the adapter.
         weighting: how rewards become weights.
+        scorer: gives rewards to answers that have none; None where all have.
+        rollouts: how answers are sampled where there are none.
         seed: seeds everything random.
+        folder: of what may be computed once and used again.
         cache: reference log-probabilities.
         encodings: tokenised rows.
         announce: called with one line for each thing that happens.
@@ -65,7 +69,10 @@ class Setup:
     options: TrainingOptions
     adapter: AdapterOptions
     weighting: WeightOptions
+    scorer: Scorer | None
+    rollouts: RolloutOptions
     seed: int
+    folder: Path
     cache: ReferenceCache
     encodings: EncodingCache
     announce: Announce
@@ -88,6 +95,8 @@ class Setup:
         gamma = {"gamma": exponent} if self.objective.name == "fpo" else {}
         name = self.objective.name
         weighting = self.weighting.settings(name) if name in SCORED_OBJECTIVES else {}
+        if self.scorer is not None:
+            weighting |= {"reward": self.scorer.fingerprint, **asdict(self.rollouts)}
         return {
             "everalign": library_versions()["everalign"],
             "model": self.model_name,
@@ -109,6 +118,8 @@ def make_setup(
     options: TrainingOptions,
     adapter: AdapterOptions,
     weighting: WeightOptions,
+    scorer: Scorer | None,
+    rollouts: RolloutOptions,
     seed: int,
     cache: Path,
     announce: Announce,
@@ -126,6 +137,7 @@ def make_setup(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a learner runs in one process, found WORLD_SIZE above 1: start it without accelerate launch")
     weighting.check_for(objective)
+    _check_rollouts(objective, options, scorer, rollouts)
     goal = make_objective(objective, options.beta, method.gamma)
     prepare_process()
     tokenizer = load_tokenizer(model)
@@ -147,12 +159,24 @@ def make_setup(
         options=options,
         adapter=adapter,
         weighting=weighting,
+        scorer=scorer,
+        rollouts=rollouts,
         seed=seed,
+        folder=cache,
         cache=ReferenceCache(cache),
         encodings=EncodingCache(cache),
         announce=announce,
         progress=progress,
     )
+
+
+def _check_rollouts(objective: str, options: TrainingOptions, scorer: Scorer | None, rollouts: RolloutOptions) -> None:
+    if scorer is not None and objective not in SCORED_OBJECTIVES:
+        raise InputError(f"the objective {objective} learns from no rewards and would ignore reward: leave it out")
+    if scorer is None and rollouts != RolloutOptions():
+        raise InputError("sampled answers need rewards: give reward, or leave the sampling options out")
+    if rollouts.rounds > 1 and objective == "snkl" and options.reference == "previous_task":
+        raise InputError("with several rounds the policy before the task is not at hand: set reference to stage_start")
 
 
 def _path(policy: Policy) -> str:

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from everalign.data.readers import check_disjoint, load_preferences
+from everalign.data.prompts import load_prompts
+from everalign.data.readers import check_disjoint, first_columns, load_preferences
 from everalign.data.row_set import RowSet
 from everalign.data.scored import load_judged, load_scored
+from everalign.data.unscored import load_unscored
 from everalign.learning.recipe import Recipe
 from everalign.training.teaching import SCORED_OBJECTIVES
 
@@ -22,12 +24,14 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
         InputError: a file cannot be read, a row is bad, or a test set shares rows with any task's training set.
     """
     skip, tasks = bool(recipe.skip_bad_rows), recipe.tasks or []
-    load = _loader(recipe.objective)
+    load, load_test = _loader(recipe.objective), _loader(recipe.objective)
+    if recipe.reward is not None:
+        load, load_test = _load_unrewarded, load_judged
     loaded: list[LoadedTask] = [
         (
             task.name,
             load(task.train, skip_bad_rows=skip),
-            None if task.test is None else load(task.test, skip_bad_rows=skip),
+            None if task.test is None else load_test(task.test, skip_bad_rows=skip),
         )
         for task in tasks
     ]
@@ -42,3 +46,11 @@ def _loader(objective: str | None) -> Callable[..., RowSet[Any]]:
     if objective == "snkl":
         return load_judged
     return load_scored if objective in SCORED_OBJECTIVES else load_preferences
+
+
+def _load_unrewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
+    """Read rows that somebody gives rewards to: answers, pairs or prompts alone; rows that have rewards keep them."""
+    first = first_columns(source, "train", ("completions", "chosen", "rejected", "rewards"))
+    if "rewards" in first:
+        return load_scored(source, skip_bad_rows=skip_bad_rows)
+    return (load_unscored if first else load_prompts)(source, skip_bad_rows=skip_bad_rows)

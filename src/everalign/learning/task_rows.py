@@ -1,5 +1,6 @@
 """A task's rows on their way to training: the right kind for the objective, weighed, and as tokens."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,9 +17,13 @@ from everalign.data.groups import (
     encode_targets,
     fitting,
 )
+from everalign.data.prompts import PromptRow
+from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
 from everalign.data.scored import Scored, ScoredSet
+from everalign.data.unscored import Unscored, UnscoredSet
 from everalign.errors import InputError
+from everalign.learning.rollouts import score
 from everalign.learning.setup import Setup
 from everalign.training.reference import policy_key
 from everalign.training.teaching import SCORED_OBJECTIVES
@@ -42,19 +47,70 @@ class TaskRows:
     facts: dict[str, Any] | None = None
     lines: tuple[str, ...] = ()
 
+    @property
+    def prompts(self) -> bool:
+        """Whether the rows are prompts alone, whose answers are sampled when it is their turn."""
+        return self.rows.record is PromptRow
+
 
 def prepare_rows(setup: Setup, rows: RowSet[Any]) -> TaskRows:
     """Make a task's rows ready; nothing is done to preferences that are learned as such.
 
+    Answers without rewards get them here; prompts alone are left to be sampled.
+
     Raises:
-        InputError: the objective does not learn from this kind of rows, or there are no weights for them.
+        InputError: the objective does not learn from this kind of rows, or there are no rewards or weights for them.
+        EveralignError: scoring failed.
     """
-    name, scored = setup.objective.name, rows.record is Scored
-    if scored != (name in SCORED_OBJECTIVES) and name != "snkl":
-        wanted = "preferences (prompt, chosen, rejected)" if scored else "scored rows (prompt, completions, rewards)"
+    name = setup.objective.name
+    if rows.record is PromptRow and setup.scorer is not None:
+        _check_sampling(setup)
+        return TaskRows(rows, rows)
+    scored = _rewarded(setup, rows)
+    if (scored.record is Scored) != (name in SCORED_OBJECTIVES) and not (name == "snkl" and _pairs(scored)):
+        wanted = "preferences (prompt, chosen, rejected)"
+        if name in SCORED_OBJECTIVES:
+            wanted = "scored rows (prompt, completions, rewards), or, given reward, from answers and from prompts alone"
         raise InputError(f"{rows.source}: the objective {name} learns from {wanted}")
+    return replace(weigh_rows(setup, scored), given=rows) if name in SCORED_OBJECTIVES else TaskRows(rows, rows)
+
+
+def _pairs(rows: RowSet[Any]) -> bool:
+    return rows.record is Preference
+
+
+def _check_sampling(setup: Setup) -> None:
+    estimator = setup.weighting.estimator
+    if estimator not in ("group", "group_loo", "in_batch"):
+        raise InputError(f"the estimator {estimator} is not for sampled answers: use group, group_loo or in_batch")
+    if setup.rollouts.samples < fewest_answers(setup):
+        raise InputError(f"one sample a prompt has nothing to be compared to with {estimator}: raise samples")
+    longest, room = setup.rollouts.max_new_tokens, setup.options.max_length
+    if longest >= room:
+        limits = f"max_new_tokens is {longest} and max_length {room}"
+        raise InputError(f"{limits}, which leaves no room for a prompt: raise max_length")
+
+
+def fewest_answers(setup: Setup) -> int:
+    """Return how many answers a sampled prompt needs to be learned from."""
+    return 1 if setup.objective.name == "var" and setup.weighting.estimator in TAKE_ONE_COMPLETION else 2
+
+
+def _rewarded(setup: Setup, rows: RowSet[Any]) -> RowSet[Any]:
+    """Return rows with the rewards that the run's scorer gives them, if it has one and they have none."""
+    if setup.scorer is None or rows.record not in (Preference, Unscored):
+        return rows
+    answers = [row if isinstance(row, Unscored) else Unscored.of_pair(row) for row in rows]
+    unscored = UnscoredSet(tuple(answers), rows.source)
+    key = hashlib.sha256(f"{setup.scorer.fingerprint} {unscored.fingerprint}".encode()).hexdigest()
+    setup.announce(f"scoring {rows.source}")
+    return replace(score(setup, unscored, setup.folder / f"{key[:32]}.scored.jsonl"), source=rows.source)
+
+
+def weigh_rows(setup: Setup, rows: RowSet[Any], scale: float | None = None) -> TaskRows:
+    """Give every completion its weight; `scale` as in `weigh`, all else as in `prepare_rows`."""
     try:
-        return _weigh(setup, rows) if name in SCORED_OBJECTIVES else TaskRows(rows, rows)
+        return _weigh(setup, rows, scale)
     except InputError as error:
         raise InputError(f"{rows.source}: {error}") from error
 
@@ -70,12 +126,13 @@ def encode_rows(setup: Setup, rows: Sequence[Any], replayed: Sequence[Any]) -> E
     return pairs.followed_by(old)
 
 
-def _weigh(setup: Setup, rows: RowSet[Any]) -> TaskRows:
+def _weigh(setup: Setup, rows: RowSet[Any], scale: float | None) -> TaskRows:
     judged = [row if isinstance(row, Scored) else Scored.from_preference(row) for row in rows]
     fit, merged = _usable(setup, judged)
     # Of rows with weights no probabilities are wanted.
     listed = merged is not None and all(row.weights is None for row in fit.rows)
-    weighed = weigh(fit.rows, fit.lengths, setup.weighting, _base_log_probs(setup, fit.rows) if listed else None)
+    reference = _base_log_probs(setup, fit.rows) if listed else None
+    weighed = weigh(fit.rows, fit.lengths, setup.weighting, reference, scale)
     lines, facts = _losses(fit, judged, merged)
     snkl = setup.objective.name == "snkl"
     lines.append(f"  {'targets' if snkl else 'weights'}: {weighed.summary()}")

@@ -91,7 +91,11 @@ class WeightOptions:
         found = asdict(self)
         if self.estimator != "support":
             del found["length_normalize"]
-        return {name: found[name] for name in _OF_SNKL} if objective == "snkl" else found
+        # Those that came later are told of where they do something, so that older runs can be continued.
+        for name in ("weight_floor", "drop_constant"):
+            if not found[name]:
+                del found[name]
+        return {name: found[name] for name in _OF_SNKL if name in found} if objective == "snkl" else found
 
     def check_for(self, objective: str) -> None:
         """Refuse what the objective would ignore."""
@@ -152,6 +156,7 @@ def weigh(
     lengths: Sequence[Sequence[int]],
     options: WeightOptions,
     reference: Sequence[Tensor] | None = None,
+    scale: float | None = None,
 ) -> Weighed:
     """Give every completion of a dataset its weight.
 
@@ -161,6 +166,7 @@ def weigh(
         options: how.
         reference: for `support`, log-probabilities of each row's completions under the reference, in nats, summed
             over their tokens.
+        scale: what rewards are divided by, where `scale_rewards` asks for it; their own standard deviation when None.
 
     Raises:
         InputError: rewards do not differ, a row has too few completions or no reference rewards for the estimator, or
@@ -179,7 +185,7 @@ def weigh(
         return Weighed(tuple(rows), weight_statistics(weights, groups, rewards, tokens), None, 1.0)
     check_completions(rows, options)
     try:
-        scale = global_scale(rewards) if options.scale_rewards else 1.0
+        scale = (scale or global_scale(rewards)) if options.scale_rewards else 1.0
         found = var_weights(
             rewards,
             groups,

@@ -1,0 +1,74 @@
+"""One task's teaching: its rows, or answers sampled to its prompts round after round, until the policy has learned."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from everalign.data.prompts import PromptSet
+from everalign.data.replay import AnyRow
+from everalign.learning.rollouts import roll_out
+from everalign.learning.setup import Setup
+from everalign.learning.task_rows import TaskRows, encode_rows, fewest_answers, weigh_rows
+from everalign.learning.task_training import StageReport, train_task
+from everalign.methods import Task
+
+# Rounds of a task are this far apart in their seeds; stages count on from a round's, and sampling has its own.
+_ROUND_STRIDE, _SAMPLING = 16, 8
+_SEEDS = 2**31
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What was taught.
+
+    Attributes:
+        task: the task with the rows that were learned last.
+        reports: of all stages, round after round.
+        weights: figures of the last round's weights; None where there are none.
+        rollouts: what was sampled in each round.
+    """
+
+    task: Task
+    reports: list[StageReport]
+    weights: dict[str, Any] | None
+    rollouts: list[dict[str, float]]
+
+
+def teach(setup: Setup, task: Task, rows: TaskRows, work: Path) -> Lesson:
+    """Train the policy in place on a task and on what the method replays beside it.
+
+    Args:
+        setup: the learner's parts.
+        task: the task; of prompts alone, what is learned is sampled here.
+        rows: its rows, prepared.
+        work: folder for checkpoints and samples; what a killed attempt left there is gone on with.
+    """
+    replayed = setup.method.rows(task)
+    prompts = rows.rows
+    if not isinstance(prompts, PromptSet):
+        return Lesson(task, _train(setup, rows, replayed, work, task.seed), rows.facts, [])
+    reports: list[StageReport] = []
+    rollouts: list[dict[str, float]] = []
+    weighed, scale = rows, None
+    for number in range(1, setup.rollouts.rounds + 1):
+        seed = (task.seed + _ROUND_STRIDE * number) % _SEEDS
+        rollout = roll_out(setup, prompts, work / "rollouts", number, fewest_answers(setup), seed + _SAMPLING)
+        setup.announce(f"  round {number}: {rollout.summary()}")
+        if rollouts and rollout.settled:
+            setup.announce("  all answers have the same reward: there is nothing left to learn from them")
+            break
+        weighed = weigh_rows(setup, rollout.rows, scale)
+        # The first round's, so that a reward is worth as many nats in every round.
+        scale = weighed.facts["scale"] if weighed.facts else None
+        for line in weighed.lines:
+            setup.announce(line)
+        reports += _train(setup, weighed, replayed, work, seed)
+        rollouts.append(rollout.facts)
+    return Lesson(replace(task, rows=weighed.rows), reports, weighed.facts, rollouts)
+
+
+def _train(setup: Setup, rows: TaskRows, replayed: list[AnyRow], work: Path, seed: int) -> list[StageReport]:
+    encoded = encode_rows(setup, rows.rows, replayed)
+    if encoded.altered:
+        setup.announce(f"  {encoded.summary()}")
+    return train_task(setup, encoded, len(replayed), work, seed)

@@ -1,0 +1,304 @@
+"""Prompts alone, and answers without rewards: sampled, scored, weighed and learned by one call."""
+
+import json
+
+import pytest
+
+from cli_for_tests import run
+from everalign import AdapterOptions, PreferenceSet, RolloutOptions
+from everalign.data import PromptSet, Scored, Unscored, load_prompts
+from everalign.demo.world import questions
+from everalign.errors import EveralignError, InputError
+from everalign.evaluation.scorers import CallableScorer
+from everalign.learning.run_data import load_run
+from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
+from everalign.training.weighing import WeightOptions
+from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows
+
+FEW = RolloutOptions(samples=4, max_new_tokens=24)
+LONG = {"max_length": 48, "epochs": 2.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """One that ends its answers soon: a random one hardly ever does."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = save_model(tmp_path_factory.mktemp("model"))
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    network.config.tie_word_embeddings = False
+    head = torch.nn.Linear(32, len(tokenizer), bias=False)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(head.weight, std=0.02)
+    with torch.no_grad():
+        # A direction that all hidden states share, by way of the final norm's constant part.
+        states = network.model(torch.randint(97, 122, (8, 16))).last_hidden_state.reshape(-1, 32)
+        head.weight[tokenizer.eos_token_id] = 2.2 * torch.linalg.lstsq(states, torch.ones(len(states))).solution
+    network.lm_head = head
+    network.save_pretrained(folder)
+    return folder
+
+
+def prompts(count=6, start=0):
+    return PromptSet.of([{"prompt": f"q{i}?"} for i in range(start, start + count)], "prompts.jsonl")
+
+
+class Scorer:
+    """Longer answers are better; remembers how many it was asked for."""
+
+    fingerprint = "longer"
+
+    def __init__(self, fails=False):
+        self.asked, self.fails = 0, fails
+
+    def score(self, prompts, completions):
+        if self.fails:
+            raise EveralignError("the judge is ill")
+        self.asked += len(completions)
+        return [float(len(text)) for text in completions]
+
+
+def learner(model, output, method=None, objective="var", reward=None, rollouts=FEW, **arguments):
+    options = {**LONG, **arguments.pop("options", {})}
+    reward = Scorer() if reward is None else reward
+    return make_learner(
+        model, output, method, objective, options=options, reward=reward, rollouts=rollouts, **arguments
+    )
+
+
+def manifest(output, index=0):
+    return load_run(output).versions[index].manifest
+
+
+# ---- prompts alone ----
+
+
+@pytest.mark.parametrize("objective", ["var", "snkl"])
+def test_answers_are_sampled_scored_and_learned(model, tmp_path, objective):
+    lines = []
+    found = learner(model, tmp_path / "run", objective=objective, lines=lines)
+    found.learn(prompts(), "long", test=held_out("warm"))
+    facts = manifest(tmp_path / "run")
+    (rollout,) = facts.rollouts
+    assert rollout["answers"] + rollout["unfinished"] <= 24
+    assert rollout["answers"] >= 2 * rollout["prompts"] > 0
+    assert rollout["sampling_temperature"] == 1.0
+    assert facts.train.rows == 6
+    assert facts.stages[0].stage == objective
+    assert facts.stages[0].rows == rollout["prompts"]
+    assert facts.weights["temperature"] == 1.0
+    assert any(line.startswith(f"  round 1: {rollout['answers']:.0f} answers to") for line in lines)
+
+
+def test_each_round_samples_from_what_the_policy_has_become(tmp_path):
+    """The assistant is courteous about half of the time; exclamation marks are rewarded, and become more."""
+    courteous = CallableScorer(lambda _, texts: [float("!" in text) for text in texts], "courteous")
+    asked = [question.text for question in questions("kitchen") if not question.held_out][::30][:16]
+    rows = PromptSet.of([{"prompt": [{"role": "user", "content": text}]} for text in asked])
+    found = learner(
+        "tiny",
+        tmp_path / "run",
+        reward=courteous,
+        rollouts=RolloutOptions(samples=8, max_new_tokens=64, rounds=3),
+        options={"learning_rate": 4e-3, "epochs": 2.0, "max_length": 256, "tokens_per_batch": 8192},
+        weighting=WeightOptions(temperature=1.0),
+        adapter=AdapterOptions(rank=8, alpha=16.0),
+    )
+    found.learn(rows, "courteous")
+    facts = manifest(tmp_path / "run")
+    assert [rollout["round"] for rollout in facts.rollouts] == [1, 2, 3]
+    assert [stage.stage for stage in facts.stages] == ["var"] * 3
+    means = [rollout["mean_reward"] for rollout in facts.rollouts]
+    assert 0.3 < means[0] < 0.7
+    assert means[0] + 0.2 < means[1] <= means[2]
+    # The last round's weights still go by the first round's deviation.
+    assert facts.weights["scale"] == pytest.approx((means[0] * (1 - means[0])) ** 0.5)
+
+
+def test_rounds_end_when_nothing_is_left_to_learn(model, tmp_path):
+    """Told apart in the first round only."""
+
+    class Tired(Scorer):
+        def score(self, prompts, completions):
+            self.asked += 1
+            return [float(i % 2) if self.asked == 1 else 1.0 for i in range(len(completions))]
+
+    lines = []
+    rollouts = RolloutOptions(samples=4, max_new_tokens=24, rounds=3)
+    learner(model, tmp_path / "run", reward=Tired(), rollouts=rollouts, lines=lines).learn(prompts(), "a")
+    assert [rollout["round"] for rollout in manifest(tmp_path / "run").rollouts] == [1]
+    assert "  all answers have the same reward: there is nothing left to learn from them" in lines
+
+
+def test_each_task_is_sampled_from_what_was_learned_before(model, tmp_path):
+    scorer = Scorer()
+    found = learner(model, tmp_path / "run", LifeAlign(replay=0.5), reward=scorer, options={"learning_rate": 5e-2})
+    found.learn_all([("first", prompts(), None), ("second", prompts(6, 50), None)])
+    assert scorer.asked == sum(manifest(tmp_path / "run", i).rollouts[0]["answers"] for i in range(2))
+    rows = [json.loads(line) for line in (tmp_path / "run/versions/002-second/replay.jsonl").read_text().splitlines()]
+    assert {row["task"] for row in rows} == {"first", "second"}
+    assert all(len(row["weights"]) == len(row["completions"]) == len(row["rewards"]) for row in rows)
+
+
+def test_prompts_and_scored_rows_are_tasks_of_one_run(model, tmp_path):
+    scored = [Scored(f"s{i}", ("yes", "no way"), (1.0, float(i))) for i in range(4)]
+    found = learner(model, tmp_path / "run", ExperienceReplay(replay=0.5))
+    found.learn(scored, "given")
+    found.learn(prompts(), "sampled")
+    assert [bool(version.manifest.rollouts) for version in found.run.versions] == [False, True]
+
+
+class Interrupted:
+    """A scorer that is interrupted at its n-th call."""
+
+    fingerprint = "longer"
+
+    def __init__(self, at):
+        self.calls, self.at = 0, at
+
+    def score(self, prompts, completions):
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return [float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_run_interrupted_between_sampling_and_training_ends_the_same(model, tmp_path, at):
+    rollouts = RolloutOptions(samples=4, max_new_tokens=24, rounds=2)
+    learner(model, tmp_path / "whole", rollouts=rollouts).learn(prompts(), "a")
+    with pytest.raises(KeyboardInterrupt):
+        learner(model, tmp_path / "run", reward=Interrupted(at), rollouts=rollouts).learn(prompts(), "a")
+    learner(model, tmp_path / "run", rollouts=rollouts, resume=True).learn(prompts(), "a")
+    assert same_weights(adapter_weights(tmp_path / "run"), adapter_weights(tmp_path / "whole"))
+    assert manifest(tmp_path / "run").rollouts == manifest(tmp_path / "whole").rollouts
+
+
+def test_samples_that_a_kill_has_cut_are_drawn_again(model, tmp_path):
+    learner(model, tmp_path / "whole").learn(prompts(), "a")
+    with pytest.raises(KeyboardInterrupt):
+        learner(model, tmp_path / "run", reward=Interrupted(1)).learn(prompts(), "a")
+    (samples,) = (tmp_path / "run" / "work").rglob("*.samples.jsonl")
+    whole = samples.read_text()
+    samples.write_text(whole[: len(whole) // 2])
+    learner(model, tmp_path / "run", resume=True).learn(prompts(), "a")
+    assert same_weights(adapter_weights(tmp_path / "run"), adapter_weights(tmp_path / "whole"))
+
+
+# ---- answers without rewards ----
+
+
+def test_pairs_are_scored_once_and_kept(model, tmp_path):
+    scorer = Scorer()
+    for name in ("one", "two"):
+        found = learner(model, tmp_path / name, reward=scorer, rollouts=None, cache=tmp_path / "cache")
+        found.learn(task_rows("warm"), "a")
+    assert scorer.asked == 20
+    rows = [json.loads(line) for line in (tmp_path / "one/versions/001-a/replay.jsonl").read_text().splitlines()]
+    assert all(row["rewards"] == [float(len(text)) for text in row["completions"]] for row in rows)
+
+
+def test_answers_are_scored(model, tmp_path):
+    rows = [Unscored(f"p{i}", ("short", "rather long", "x" * i)) for i in range(1, 8)]
+    learner(model, tmp_path / "run", MultiTask(), rollouts=None).learn(rows, "a")
+    assert manifest(tmp_path / "run").weights["rows"] == 21
+
+
+# ---- the command ----
+
+
+REWARD = "def longer(prompts, completions):\n    return [float(len(text)) for text in completions]\n"
+
+
+def test_the_command_takes_prompts(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"q{i}?"}) + "\n" for i in range(6)))
+    assert load_prompts(tmp_path / "prompts.jsonl").fingerprint == prompts().fingerprint
+    flags = "--objective var --reward my_rewards:longer --samples 4 --max-new-tokens 24 --max-length 48 --rounds 2"
+    given = ("--model", str(model), "--task", "a=prompts.jsonl", "--output", "run", "--json")
+    code, _, errors = run(capsys, "learn", *given, *flags.split())
+    assert code == 0, errors
+    assert len(manifest(tmp_path / "run").rollouts) == 2
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"objective": "dpo"}, "dpo learns from no rewards and would ignore reward"),
+        (
+            {"objective": "snkl", "rollouts": RolloutOptions(rounds=2), "options": {"reference": "previous_task"}},
+            "the policy before the task is not at hand",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(model, tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message):
+        learner(model, tmp_path / "run", **arguments)
+
+
+def test_sampling_options_without_a_reward_are_refused(model, tmp_path, capsys):
+    with pytest.raises(InputError, match="sampled answers need rewards"):
+        make_learner(model, tmp_path / "run", None, "var", options=LONG, rollouts=FEW)
+    given = ("--model", str(model), "--task", "a=x", "--output", "o", "--objective", "var", "--samples", "3")
+    code, _, errors = run(capsys, "learn", *given)
+    assert code == 2
+    assert "samples is for answers that are sampled" in errors
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "weighting", "message"),
+    [
+        (RolloutOptions(samples=1, max_new_tokens=24), None, "raise samples"),
+        (FEW, WeightOptions("quantile"), "quantile is not for sampled answers"),
+        (RolloutOptions(max_new_tokens=48), None, "no room for a prompt: raise max_length"),
+    ],
+)
+def test_samples_that_cannot_be_weighed_are_refused_before_they_are_drawn(
+    model, tmp_path, rollouts, weighting, message
+):
+    scorer = Scorer()
+    with pytest.raises(InputError, match=message):
+        learner(model, tmp_path / "run", reward=scorer, rollouts=rollouts, weighting=weighting).learn(prompts(), "a")
+    assert scorer.asked == 0
+
+
+def test_rows_without_rewards_need_somebody_who_gives_them(model, tmp_path):
+    for rows in (prompts(), [Unscored("p", ("a", "b"))], PreferenceSet.of(task_rows("warm").items)):
+        with pytest.raises(InputError, match="the objective var learns from scored rows"):
+            make_learner(model, tmp_path / str(len(rows)), None, "var", options=LONG).learn(rows, "a")
+
+
+def test_answers_that_never_end_are_an_error_with_advice(tmp_path):
+    endless = save_model(tmp_path / "endless")
+    with pytest.raises(EveralignError, match=r"no prompt has 2 that end within max_new_tokens 1: raise it"):
+        learner(endless, tmp_path / "run", rollouts=RolloutOptions(samples=2, max_new_tokens=1)).learn(prompts(2), "a")
+
+
+def test_a_scorer_that_fails_stops_the_run_and_names_the_rows(model, tmp_path):
+    with pytest.raises(EveralignError, match=r"rows 1 to \d: the judge is ill"):
+        learner(model, tmp_path / "run", reward=Scorer(fails=True)).learn(prompts(), "a")
+
+
+def test_rewards_that_are_all_one_are_an_error(model, tmp_path):
+    same = CallableScorer(lambda prompts, completions: [1.0] * len(completions), "same")
+    with pytest.raises(InputError, match="do not differ"):
+        learner(model, tmp_path / "run", reward=same).learn(prompts(), "a")
+
+
+def test_a_run_goes_on_only_with_the_same_scorer_and_sampling(model, tmp_path):
+    learner(model, tmp_path / "run").learn(prompts(), "a")
+    other = CallableScorer(lambda prompts, completions: [0.0] * len(completions), "other")
+    with pytest.raises(InputError, match=r"settings \(reward: 'longer' then, 'other' now\)"):
+        learner(model, tmp_path / "run", reward=other, resume=True)
+    with pytest.raises(InputError, match=r"settings \(samples: 4 then, 5 now\)"):
+        learner(model, tmp_path / "run", rollouts=RolloutOptions(samples=5, max_new_tokens=24), resume=True)
+
+
+def test_several_tasks_of_prompts_cannot_be_pooled(model, tmp_path):
+    with pytest.raises(InputError, match="mtl pools rows, not prompts"):
+        learner(model, tmp_path / "run", MultiTask()).learn_all([("a", prompts(), None), ("b", prompts(6, 50), None)])
