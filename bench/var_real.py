@@ -1,0 +1,179 @@
+"""VAR on real pairs: rewards from a reward model of half of the training part, judged by another of the other half.
+
+    python bench/var_real.py --seeds 0 1 2
+
+Two reward models see no pair in common: one gives the rewards that are learned from, the other judges what the policies
+then write to held-out prompts. Held-out pairs tell how often a policy prefers what people preferred.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from common import OUT, data_folder, mean_and_deviation, preference_rows, write_result
+from everalign.data import PreferenceSet, Scored, Unscored
+from everalign.data.encoding import encode_pairs
+from everalign.data.groups import fitting
+from everalign.evaluation import HeldOut, score_preferences
+from everalign.evaluation.scorers import RewardModelScorer
+from everalign.modeling.loading import load_model, load_tokenizer
+from everalign.modeling.policy import Policy
+from everalign.modeling.runtime import prepare_process
+from everalign.modeling.sampling import SamplingOptions, sample_completions
+from everalign.training.reference import pair_log_probs
+from everalign.training.reward_model import RewardOptions, train_reward_model
+from everalign.training.stage import StageOptions
+from var_contenders import advantage, best_of, chosen, dpo, snkl, var
+
+LONGEST, LONGEST_ANSWER, BATCH_TOKENS = 256, 96, 16384
+FOLDER = OUT / "var_real"
+# What each learns from: pairs as people judged them, or with the reward model's rewards, or samples with them.
+CONTENDERS: dict[str, tuple[str, Any, float, float]] = {
+    "sft on chosen": ("pairs", chosen, 1e-3, 2.0),
+    "DPO": ("pairs", dpo(0.1), 5e-4, 2.0),
+    "snkl": ("pairs", snkl(0.5), 5e-4, 2.0),
+    "VAR on pairs": ("scored pairs", var(0.5), 1e-3, 2.0),
+    "best of K (RAFT)": ("samples", best_of, 1e-3, 2.0),
+    "A-LoL": ("samples", advantage, 1e-3, 2.0),
+    "DPO on samples": ("samples", dpo(0.1), 5e-4, 2.0),
+    "VAR": ("samples", var(0.5, floor=0.02), 1e-3, 2.0),
+}
+
+
+def start() -> Policy:
+    """The base model with a fresh adapter."""
+    return Policy(load_model(str(data_folder() / "base-model"), "fp32"), 16, 32.0, seed=0)
+
+
+def reward_model(name: str, pairs: PreferenceSet, test: PreferenceSet) -> tuple[RewardModelScorer, float]:
+    """A reward model of some pairs, trained once and kept, and its accuracy on the held-out ones."""
+    folder = FOLDER / f"{name}-{pairs.fingerprint[:12]}"
+    accuracy = folder / "held_out_accuracy.txt"
+    if not accuracy.exists():
+        options = RewardOptions(learning_rate=1e-4, epochs=2.0, max_length=LONGEST)
+        trained = train_reward_model(str(data_folder() / "base-model"), pairs, folder, test=test, options=options)
+        assert trained.report is not None
+        accuracy.write_text(str(trained.report.accuracy))
+    return RewardModelScorer.from_folder(folder), float(accuracy.read_text())
+
+
+def scored(scorer: RewardModelScorer, rows: list[Unscored]) -> list[Scored]:
+    """Answers with their rewards, in units of the deviation over all of them."""
+    prompts = [row.prompt for row in rows for _ in row.completions]
+    rewards = scorer.score(prompts, [text for row in rows for text in row.completions])
+    scale, found = statistics.pstdev(rewards), iter(rewards)
+    return [row.scored([next(found) / scale for _ in row.completions]) for row in rows]
+
+
+def sampled(policy: Policy, tokenizer: Any, prompts: list[Any], count: int, seed: int) -> list[Unscored]:
+    """Finished answers to each prompt; prompts without any are left out."""
+    options = SamplingOptions(count, 1.0, LONGEST_ANSWER, LONGEST)
+    drawn = sample_completions(policy, tokenizer, prompts, options, seed=seed, tokens_per_batch=4 * BATCH_TOKENS)
+    return [Unscored(prompt, s.texts) for prompt, s in zip(prompts, drawn, strict=True) if s.texts]
+
+
+class Judge:
+    """Measures policies on held-out prompts and pairs."""
+
+    def __init__(
+        self, tokenizer: Any, test: PreferenceSet, rewards: RewardModelScorer, judge: RewardModelScorer
+    ) -> None:
+        self._tokenizer, self._scorers = tokenizer, {"reward": rewards, "judge": judge}
+        self._prompts = [row.prompt for row in test]
+        self._pairs = encode_pairs(test, tokenizer, LONGEST)
+        self._base = pair_log_probs(start(), self._pairs, BATCH_TOKENS)
+        self.zero: dict[str, float] = {}
+
+    def __call__(self, policy: Policy, seed: int) -> dict[str, float]:
+        """Mean reward and judgement of sampled answers, and accuracies on held-out pairs."""
+        answers = sampled(policy, self._tokenizer, self._prompts, 2, seed)
+        prompts = [row.prompt for row in answers for _ in row.completions]
+        texts = [text for row in answers for text in row.completions]
+        found = {name: statistics.fmean(scorer.score(prompts, texts)) for name, scorer in self._scorers.items()}
+        pairs = score_preferences(policy, HeldOut(self._pairs, self._base), tokens_per_batch=BATCH_TOKENS)
+        words = statistics.fmean(len(text.split()) for text in texts)
+        finished = len(texts) / (2 * len(self._prompts))
+        return {
+            **found,
+            "accuracy": pairs.accuracy,
+            "reward_accuracy": pairs.reward_accuracy,
+            "words": words,
+            "finished": finished,
+        }
+
+
+def usable(rows: list[Scored], tokenizer: Any) -> list[Scored]:
+    """Rows whose answers fit and differ in their rewards."""
+    return [row for row in fitting(rows, tokenizer, LONGEST, 2).rows if len(set(row.rewards)) > 1]
+
+
+def print_table(results: dict[str, list[dict[str, float]]]) -> None:
+    """Mean ± deviation over the seeds."""
+    table = Table(title="real pairs")
+    columns = ("judge", "reward", "reward_accuracy", "accuracy", "words", "finished", "seconds")
+    for column in ("contender", *columns):
+        table.add_column(column.replace("_", " "), justify="left" if column == "contender" else "right")
+    for name, runs in results.items():
+        table.add_row(name, *[mean_and_deviation([run[column] for run in runs]) for column in columns])
+    Console(width=150).print(table)
+
+
+def learn(name: str, data: dict[str, list[Scored]], tokenizer: Any, judge: Judge, seed: int) -> dict[str, float]:
+    """Train one contender from the base model and measure it."""
+    kind, teach, rate, epochs = CONTENDERS[name]
+    policy, began = start(), time.perf_counter()
+    options = StageOptions(rate, epochs, 16, checkpoint_steps=0, logging_steps=1000)
+    with tempfile.TemporaryDirectory() as folder:
+        teach(policy, tokenizer, data[kind], options, Path(folder))
+    seconds = time.perf_counter() - began
+    return {**judge(policy, 10_000 + seed), "seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--pairs", default="safe_rlhf", help="which preference set")
+    parser.add_argument("--prompts", type=int, default=500, help="prompts that are learned from")
+    parser.add_argument("--answers", type=int, default=8, help="sampled to each prompt")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    prepare_process()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(str(data_folder() / "base-model"))
+    pairs = PreferenceSet.of(preference_rows(arguments.pairs, "train"), f"{arguments.pairs}.train")
+    test = PreferenceSet.of(preference_rows(arguments.pairs, "test"), f"{arguments.pairs}.test")
+    rewards, accuracy = reward_model("rewards", pairs[::2], test)
+    judging, judging_accuracy = reward_model("judge", pairs[1::2], test)
+    print(f"held-out accuracy: {accuracy:.3f} of the reward model, {judging_accuracy:.3f} of the judge", flush=True)
+    judge = Judge(tokenizer, test, rewards, judging)
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in ("start", *arguments.contenders)}
+    for seed in arguments.seeds:
+        step = max(1, len(pairs[::2]) // arguments.prompts)
+        part = pairs[::2][seed % step :: step][: arguments.prompts]
+        judged = [Scored(row.prompt, (row.chosen, row.rejected), (1.0, 0.0)) for row in part]
+        answers = sampled(start(), tokenizer, [row.prompt for row in part], arguments.answers, seed)
+        data = {
+            "pairs": usable(judged, tokenizer),
+            "scored pairs": usable(scored(rewards, [Unscored.of_pair(row) for row in part]), tokenizer),
+            "samples": usable(scored(rewards, [row for row in answers if len(row.completions) > 1]), tokenizer),
+        }
+        results["start"].append({**judge(start(), 10_000 + seed), "seconds": 0.0})
+        for name in arguments.contenders:
+            results[name].append(learn(name, data, tokenizer, judge, seed))
+            print(f"seed {seed}, {name}: {results[name][-1]}", flush=True)
+    print_table(results)
+    facts = {"reward_model_accuracy": accuracy, "judge_accuracy": judging_accuracy}
+    write_result(FOLDER.with_suffix(".json"), {"settings": vars(arguments), **facts, "results": results})
+
+
+if __name__ == "__main__":
+    main()
