@@ -12,6 +12,7 @@ from everalign.errors import EveralignError, InputError
 from everalign.evaluation.scorers import CallableScorer
 from everalign.learning.run_data import load_run
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
+from everalign.reporting.html import render_report
 from everalign.training.weighing import WeightOptions
 from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows
 
@@ -184,6 +185,15 @@ def test_samples_that_a_kill_has_cut_are_drawn_again(model, tmp_path):
     samples.write_text(whole[: len(whole) // 2])
     learner(model, tmp_path / "run", resume=True).learn(prompts(), "a")
     assert same_weights(adapter_weights(tmp_path / "run"), adapter_weights(tmp_path / "whole"))
+
+
+def test_the_report_shows_every_round(model, tmp_path):
+    rollouts = RolloutOptions(samples=4, max_new_tokens=24, rounds=2)
+    learner(model, tmp_path / "run", rollouts=rollouts).learn(prompts(), "long")
+    page = render_report([load_run(tmp_path / "run")])
+    table = page[page.index("Sampled answers in lifealign") :].partition("</table>")[0]
+    for rollout in manifest(tmp_path / "run").rollouts:
+        assert f"<td>{rollout['answers']:.0f}</td>" in table
 
 
 # ---- answers without rewards ----

@@ -64,6 +64,35 @@ def test_weights_of_one_are_plain_fine_tuning_bit_for_bit(shared):
     assert all(torch.equal(found[name], slopes[name]) for name in slopes)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("left", [True, False])
+def test_weights_of_one_are_the_loss_that_transformers_computes(shared, left):
+    """Its labels are -100 on prompts and padding: every response token counts, the end too, and nothing else.
+
+    Padded on either side; the rounding of another order of operations is all that differs.
+    """
+    groups, policy = random_groups(7, longest=20), perturb(random_policy())
+    groups = [dataclasses.replace(group, weights=(1.0,) * len(group.responses)) for group in groups]
+    sequences = [(group.prompt, response) for group in groups for response in group.responses]
+    width = max(len(prompt) + len(response) for prompt, response in sequences)
+
+    def padded(tokens, filling):
+        space = [filling] * (width - len(tokens))
+        return space + tokens if left else tokens + space
+
+    ids = torch.tensor([padded(prompt + response, 0) for prompt, response in sequences])
+    labels = torch.tensor([padded([-100] * len(prompt) + response, -100) for prompt, response in sequences])
+    mask = torch.tensor([padded([1] * (len(prompt) + len(response)), 0) for prompt, response in sequences])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    policy.zero_grad()
+    expected = policy.peft(input_ids=ids, attention_mask=mask, position_ids=positions, labels=labels).loss
+    expected.backward()
+    slopes = {n: p.grad.clone() for n, p in policy.named_parameters() if p.requires_grad}
+    loss, found, _ = step(policy, VAR, groups, shared)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    close(found, slopes)
+
+
 def test_a_response_of_weight_0_is_counted_and_not_computed():
     groups = [EncodedGroup("a", [3, 4], ([5, 6], [7, 8, 9, 10]), (1.0, 0.0))]
     batch = VAR.collate(groups, True)

@@ -41,6 +41,7 @@ class RunView:
     effects: Sequence[views.Row]
     stages: Sequence[views.Row]
     weights: Sequence[views.Row]
+    rollouts: Sequence[views.Row]
     data: Sequence[views.Row]
 
 
@@ -83,6 +84,7 @@ def render_report(runs: Sequence[RunData]) -> str:
         consolidation_columns=views.CONSOLIDATION_COLUMNS,
         stage_columns=views.STAGE_COLUMNS,
         weight_columns=views.WEIGHT_COLUMNS,
+        rollout_columns=views.ROLLOUT_COLUMNS,
     )
 
 
@@ -129,6 +131,7 @@ def _run_view(run: RunData, label: str, anchor: str, heat: tuple[float, float], 
         effects=views.effect_view(run),
         stages=views.stage_view(run),
         weights=views.weight_view(run),
+        rollouts=views.rollout_view(run),
         data=views.data_view(run),
     )
 

@@ -199,6 +199,26 @@ def stage_view(run: RunData) -> list[Row]:
     ]
 
 
+ROLLOUT_COLUMNS = ("round", "prompts", "answers", "unfinished", "temperature", "mean reward")
+
+
+def rollout_view(run: RunData) -> list[Row]:
+    """One line a round of sampled answers."""
+    names = ("round", "prompts", "answers", "unfinished")
+    return [
+        Row(
+            version.task,
+            [
+                *(f"{rollout[name]:.0f}" for name in names),
+                significant(rollout["sampling_temperature"]),
+                significant(rollout["mean_reward"]),
+            ],
+        )
+        for version in run.versions
+        for rollout in version.manifest.rollouts
+    ]
+
+
 WEIGHT_COLUMNS = (
     "temperature",
     "effective share",
