@@ -8,13 +8,22 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from everalign.data import Preference, PreferenceSet, load_preferences
+    from everalign.data import (
+        Correction,
+        CorrectionSet,
+        Preference,
+        PreferenceSet,
+        load_corrections,
+        load_preferences,
+    )
     from everalign.learning import AdapterOptions, Learner, RolloutOptions, Scores, TrainingOptions, WeightOptions
 
 __version__ = version("everalign")
 
 __all__ = [
     "AdapterOptions",
+    "Correction",
+    "CorrectionSet",
     "Learner",
     "Preference",
     "PreferenceSet",
@@ -22,11 +31,14 @@ __all__ = [
     "Scores",
     "TrainingOptions",
     "WeightOptions",
+    "load_corrections",
     "load_preferences",
 ]
 
 _HOMES = {
     "AdapterOptions": "everalign.learning",
+    "Correction": "everalign.data",
+    "CorrectionSet": "everalign.data",
     "Learner": "everalign.learning",
     "Preference": "everalign.data",
     "PreferenceSet": "everalign.data",
@@ -34,6 +46,7 @@ _HOMES = {
     "Scores": "everalign.learning",
     "TrainingOptions": "everalign.learning",
     "WeightOptions": "everalign.learning",
+    "load_corrections": "everalign.data",
     "load_preferences": "everalign.data",
 }
 

@@ -7,6 +7,11 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "Correction": "corrections",
+    "CorrectionSet": "corrections",
+    "correction_of": "corrections",
+    "load_corrections": "corrections",
+    "load_edits": "corrections",
     "Message": "fields",
     "Preference": "records",
     "PreferenceSet": "readers",

@@ -16,12 +16,18 @@ _OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model"
 _UNSUPPORTED_KEYS = ("tool_calls", "tool_call_id", "images", "audio", "thinking", "reasoning_content")
 
 
-def checked_prompt(value: Any) -> str | tuple[Message, ...]:
-    """Return a prompt as records hold it: text, or messages that end before the assistant speaks."""
+def checked_prompt(value: Any, field: str = "prompt", follows: str = "chosen") -> str | tuple[Message, ...]:
+    """Return a prompt as records hold it: text, or messages that end before the assistant speaks.
+
+    Args:
+        value: what a row has.
+        field: what the row calls it.
+        follows: the field where an answer belongs.
+    """
     if isinstance(value, str):
-        check_text(value, "prompt")
+        check_text(value, field)
         return value
-    return _prompt_messages(value)
+    return _prompt_messages(value, field, follows)
 
 
 def answer(value: Any, field: str) -> Any:
@@ -40,12 +46,12 @@ def only_answer(found: tuple[Message, ...], field: str) -> str:
     return found[0]["content"]
 
 
-def _prompt_messages(value: Any) -> tuple[Message, ...]:
-    found = messages(value, "prompt")
+def _prompt_messages(value: Any, field: str, follows: str) -> tuple[Message, ...]:
+    found = messages(value, field)
     if found[-1]["role"] == "assistant":
         raise InputError(
-            "field 'prompt': ends in an assistant message; the prompt must end before the answer, "
-            "so move that message to 'chosen' or drop it"
+            f"field {field!r}: ends in an assistant message; the {field} must end before the answer, "
+            f"so move that message to {follows!r} or drop it"
         )
     return found
 

@@ -112,8 +112,8 @@ def check_table(found: Iterable[str], where: str, schema: Schema) -> list[str]:
     for name in schema.columns:
         if names.count(name) > 1:
             raise InputError(f"{where}: field {name!r}: {names.count(name)} columns have this name; keep one")
-    # Without the prompt column a row's error could not say which names the file does have.
-    return names if "prompt" not in names else [name for name in schema.columns if name in names]
+    # Without the prompt's column a row's error could not say which names the file does have.
+    return names if schema.columns[0] not in names else [name for name in schema.columns if name in names]
 
 
 def table_row(row: dict[str, Any], where: str, schema: Schema, *, numbers_as_text: bool = False) -> object:
