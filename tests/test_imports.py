@@ -19,6 +19,7 @@ def test_module_imports(module):
     "package",
     [
         "everalign",
+        "everalign.correction",
         "everalign.data",
         "everalign.learning",
         "everalign.reporting",

@@ -19,7 +19,15 @@ def child(code: str) -> str:
 
 @pytest.mark.parametrize(
     "module",
-    ["everalign", "everalign.cli", "everalign.errors", "everalign.data", "everalign.learning", "everalign.reporting"],
+    [
+        "everalign",
+        "everalign.cli",
+        "everalign.correction",
+        "everalign.errors",
+        "everalign.data",
+        "everalign.learning",
+        "everalign.reporting",
+    ],
 )
 def test_importing_loads_nothing_heavy(module):
     assert child(f"import {module}\n{LOADED}") == "[]\n"

@@ -53,3 +53,19 @@ def byte_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=eos, bos_token=bos, pad_token="<pad>", chat_template=chat_template
     )
+
+
+def piece_tokenizer(prepend: str = "always", *, split: bool = True) -> PreTrainedTokenizerFast:
+    """As sentencepiece makes them: a space is `▁`, one is put before a text, unknown characters fall back to bytes."""
+    letters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;?!()[]|#'"
+    merges = [("▁", "a"), ("▁", "t"), ("▁t", "h"), ("▁th", "e"), (":", ")"), ("a", "n"), ("an", "d")]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, *("".join(pair) for pair in merges)])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=split)
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -1,0 +1,28 @@
+"""Correctors: small models that read a question and somebody's answer and write a better answer.
+
+Names are loaded when first used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "TEMPLATES": "templates",
+    "Template": "templates",
+    "get_template": "templates",
+    "CorrectionEncoder": "encoder",
+    "CorrectorFacts": "files",
+    "CorrectorFiles": "files",
+    "load_corrector_files": "files",
+    "write_corrector_facts": "files",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

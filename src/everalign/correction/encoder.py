@@ -1,0 +1,193 @@
+"""How a question, an answer and a correction become tokens.
+
+The prompt is tokenised as one text, as it is when the corrector is used; the correction is tokenised as the
+continuation of a text, so that no token straddles the border and the prompt's tokens are the same for every
+correction. Special tokens' names inside a text are text: nobody can end a turn or a sequence by writing so.
+"""
+
+import bisect
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from everalign.correction.templates import Question, Template, question_text
+from everalign.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Texts in front of which a continuation may be tokenised, to be cut off again. Where the first one, which is none, will
+# do, it is used: other tokenizers put a space before the first word of a text.
+_ANCHORS = ("", ":", "\n", "x", "0.")
+_CONTEXT = "end:"
+_PROBES = ("a b", " a", "(a)", "1")
+_PROBE_TEXT = "Mixed CASE,  two spaces\n\ttab; 12345 naïve ½ 漢字."
+
+
+class CorrectionEncoder:
+    """Texts to tokens and back for one tokenizer and one template.
+
+    Args:
+        tokenizer: the corrector's.
+        template: what it reads.
+        objectives: in words, such as `helpful`, where the template has a place for them.
+
+    Raises:
+        InputError: the tokenizer has no EOS token or cannot continue a text, or the template cannot name the
+            objectives.
+
+    `decode(response(text))` is `text` unless the tokenizer itself changes it: where it normalises (lower case, NFKC,
+    collapsed spaces) or has no token for a character, what was lost is lost.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", template: Template, objectives: Sequence[str] = ()
+    ) -> None:
+        self.tokenizer, self.template = tokenizer, template
+        self.objectives = template.check_objectives(objectives)
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"{self._name}: the tokenizer has no EOS token, so a correction would have no end")
+        self.ends: set[int] = {tokenizer.eos_token_id}
+        """Tokens any of which ends a correction."""
+        self._special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        self._head = self._special_head()
+        self._anchors = self._usable_anchors()
+        self._bare = len(self._prompt("", ""))
+
+    @property
+    def _name(self) -> str:
+        return self.tokenizer.name_or_path or "tokenizer"
+
+    def prompt(self, question: Question, answer: str, room: int | None = None) -> list[int]:
+        """Return the tokens before the correction, with BOS where the tokenizer adds one.
+
+        Args:
+            question: text, or chat messages.
+            answer: the answer to correct.
+            room: tokens there are for all of it; None for any number. Where they do not suffice, first the question
+                loses its beginning, down to a quarter of what the template leaves; then the answer loses its end.
+
+        Raises:
+            InputError: there is no room for the template itself.
+        """
+        text = question_text(question)
+        tokens = self._prompt(text, answer)
+        return tokens if room is None or len(tokens) <= room else self._shortened(text, answer, room)
+
+    def response(self, text: str) -> list[int]:
+        """Return the tokens of a correction (or of an answer, as the draft of one) with the end token."""
+        return [*self._continuation(text), self.tokenizer.eos_token_id]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of a correction: of the tokens up to the first end token."""
+        end = next((i for i, token in enumerate(tokens) if token in self.ends), len(tokens))
+        anchor = self._anchors[0]
+        text = self._text([*self._tokens(anchor), *tokens[:end]] if anchor else list(tokens[:end]))
+        return text[len(anchor) :]
+
+    def fits(self, prompt: Sequence[int], response: Sequence[int], max_length: int) -> bool:
+        """Whether a prompt and a correction are at most `max_length` tokens together."""
+        return len(prompt) + len(response) <= max_length
+
+    def room(self, response: Sequence[int], max_length: int) -> int:
+        """Return how many tokens a correction leaves for its prompt; 0 where that is less than a quarter of the limit.
+
+        A correction is never cut: without its end it would teach a corrector not to stop.
+        """
+        left = max_length - len(response)
+        return left if left - self._bare >= max_length // 4 else 0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over what decides how text becomes tokens: template, objectives, vocabulary, ends, and a probe."""
+        facts = {
+            "vocabulary": sorted(self.tokenizer.get_vocab().items()),
+            "prompt": self.prompt(_PROBE_TEXT, _PROBE_TEXT),
+            "response": self.response(_PROBE_TEXT),
+        }
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    # ---- prompts ----
+
+    def _prompt(self, question: str, answer: str) -> list[int]:
+        return [*self._head, *self._tokens(self.template.render(question, answer, self.objectives))]
+
+    def _shortened(self, question: str, answer: str, room: int) -> list[int]:
+        if room <= self._bare:
+            raise InputError(
+                f"max_length: {room} tokens for a prompt are too few, the template {self.template.id!r} alone takes "
+                f"{self._bare}; raise it"
+            )
+        least = _most(len(question), lambda n: self._fit(_tail(question, n), "", self._bare + (room - self._bare) // 4))
+        kept = _most(len(question), lambda n: self._fit(_tail(question, n), answer, room), least)
+        short = _tail(question, kept)
+        return self._prompt(short, answer[: _most(len(answer), lambda n: self._fit(short, answer[:n], room))])
+
+    def _fit(self, question: str, answer: str, room: int) -> bool:
+        return len(self._prompt(question, answer)) <= room
+
+    # ---- tokens ----
+
+    def _tokens(self, text: str) -> list[int]:
+        tokens = self._raw_tokens(text)
+        if self._special.isdisjoint(tokens):
+            return tokens
+        # Some tokenizers find a special token's name among their ordinary pieces.
+        for name in self.tokenizer.all_special_tokens:
+            text = text.replace(name, f"{name[:-1]} {name[-1]}")
+        return self._raw_tokens(text)
+
+    def _raw_tokens(self, text: str) -> list[int]:
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        tokens: list[int] = encoded["input_ids"]
+        return tokens
+
+    def _text(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _special_head(self) -> list[int]:
+        """Return what the tokenizer puts before every text, such as BOS."""
+        plain = self._raw_tokens("a")
+        marked: list[int] = self.tokenizer("a", verbose=False)["input_ids"]
+        return marked[: marked.index(plain[0])]
+
+    def _usable_anchors(self) -> tuple[str, ...]:
+        """Return the anchors behind which ordinary texts come out as written, or straddle the border."""
+        found = {anchor: {self._continues(anchor, probe) for probe in _PROBES} for anchor in _ANCHORS}
+        usable = tuple(anchor for anchor, results in found.items() if True in results and False not in results)
+        if not usable:
+            raise InputError(
+                f"{self._name}: this tokenizer changes the text that it is given to continue, so a correction would "
+                "not be what is learnt; use another model"
+            )
+        return usable
+
+    def _continues(self, anchor: str, text: str) -> bool | None:
+        tokens = self._behind(anchor, text)
+        return None if tokens is None else self._text([*self._tokens(_CONTEXT), *tokens]) == _CONTEXT + text
+
+    def _continuation(self, text: str) -> list[int]:
+        found = (self._behind(anchor, text) for anchor in self._anchors)
+        tokens = next((tokens for tokens in found if tokens is not None), None)
+        if tokens is None:
+            raise InputError(f"{self._name}: {text[:40]!r} cannot be tokenised as a continuation; change its beginning")
+        return tokens
+
+    def _behind(self, anchor: str, text: str) -> list[int] | None:
+        """Return the tokens of a text that follows an anchor; None where a token straddles their border."""
+        before, both = self._tokens(anchor) if anchor else [], self._tokens(anchor + text)
+        return both[len(before) :] if both[: len(before)] == before else None
+
+
+def _tail(text: str, length: int) -> str:
+    return text[len(text) - length :]
+
+
+def _most(longest: int, fits: Callable[[int], bool], least: int = 0) -> int:
+    """Return the largest number from `least` to `longest` that fits, or `least`; what is longer fits no better."""
+    return max(least, bisect.bisect_left(range(longest + 1), True, lo=least, key=lambda n: not fits(n)) - 1)
