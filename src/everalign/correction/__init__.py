@@ -13,6 +13,8 @@ _HOMES = {
     "CorrectionEncoder": "encoder",
     "CorrectorFacts": "files",
     "CorrectorFiles": "files",
+    "Filtered": "filters",
+    "filter_corrections": "filters",
     "load_corrector_files": "files",
     "write_corrector_facts": "files",
 }
