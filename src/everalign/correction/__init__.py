@@ -17,6 +17,10 @@ _HOMES = {
     "filter_corrections": "filters",
     "load_corrector_files": "files",
     "write_corrector_facts": "files",
+    "CorrectorOptions": "options",
+    "CorrectorReport": "report",
+    "TrainedCorrector": "training",
+    "train_corrector": "training",
 }
 
 

@@ -14,6 +14,7 @@ from everalign.modeling.token_log_probs import HeadShape, token_log_probs
 # less, a wrong way by more. The head apart sees the same hidden states and has to agree to the last digits.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 _HEAD_TOLERANCE = 1e-5
+_CHOICE_LOGITS = 33_554_432
 
 
 class LanguageHead:
@@ -113,6 +114,27 @@ class LanguageHead:
             log_probs = torch.log_softmax(self.response_logits(batch).float(), dim=-1).gather(1, targets[:, None])[:, 0]
         sums = torch.zeros(len(batch["lengths"]), device=log_probs.device)
         return sums.index_add(0, batch["sequences"], log_probs)
+
+    def response_choices(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return, of the batch's K response tokens, log-probabilities (K,) fp32 and the likeliest tokens (K,) instead.
+
+        Without gradients: logits of a few tokens at a time are all that is held, where the head can be called apart.
+        """
+        targets = batch["targets"]
+        with torch.no_grad():
+            if not self.separate:
+                return _choices(self.response_logits(batch), targets)
+            head, hidden = self._model.get_output_embeddings(), self._hidden(batch)
+            rows = max(1, _CHOICE_LOGITS // self._model.config.get_text_config().vocab_size)
+            pieces = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+            found = [_choices(self._shape.apply(head(part)), wanted) for part, wanted in pieces]
+        log_probs, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return log_probs, tokens
+
+
+def _choices(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    log_probs = logits.log_softmax(dim=-1, dtype=torch.float32)
+    return log_probs.gather(1, targets[:, None])[:, 0], logits.argmax(dim=-1)
 
 
 def block_mask(segments: Tensor, prefixes: Tensor) -> Tensor:

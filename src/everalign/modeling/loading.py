@@ -1,6 +1,7 @@
 """Load a causal language model and its tokenizer, and recognise the same model again."""
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +77,28 @@ def cannot_load(what: str, name: str, error: Exception) -> str:
     if Path(name).exists():
         return f"cannot load a {what} from the folder {name}: {reason}"
     return f"there is no folder {name}, and no {what} of that name could be had from the Hub: {reason}"
+
+
+def sequence_limit(wanted: int | None, default: int, model: Any, tokenizer: Any, name: str) -> int:
+    """Return how many tokens a sequence may have.
+
+    Args:
+        wanted: the user's limit; None for the default, or for what the model can take if it is less.
+        default: that default.
+        model: a loaded model.
+        tokenizer: its tokenizer.
+        name: the model's, as the user named it.
+
+    Raises:
+        InputError: more is wanted than the model can take.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if wanted is None:
+        # Some families keep positions for themselves; their tokenizer's limit says what is left.
+        return int(min(default, limit, tokenizer.model_max_length))
+    if wanted > limit:
+        raise InputError(f"max_length: {name} takes at most {limit} tokens, found {wanted}")
+    return wanted
 
 
 def model_fingerprint(model: Any) -> str:

@@ -91,6 +91,11 @@ class Policy(nn.Module):
         with self._precision(batch["input_ids"]):
             return self.head.response_logits(batch).float()
 
+    def response_choices(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return, of the batch's K response tokens, log-probabilities (K,) fp32 and the likeliest tokens (K,)."""
+        with self._precision(batch["input_ids"]):
+            return self.head.response_choices(batch)
+
     @contextmanager
     def decoding(self, batch: Batch) -> Iterator[Decoder]:
         """Yield a decoder of left-padded prompts; the policy must stay as it is inside the `with` block."""

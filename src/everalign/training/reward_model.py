@@ -24,7 +24,7 @@ from everalign.data.encoding import SHORTEST_MAX_LENGTH
 from everalign.data.readers import PreferenceSet, check_disjoint
 from everalign.data.templating import template_fingerprint
 from everalign.errors import InputError
-from everalign.modeling.loading import load_tokenizer, model_fingerprint
+from everalign.modeling.loading import load_tokenizer, model_fingerprint, sequence_limit
 from everalign.modeling.reward_files import RewardFacts, check_free, save_reward_model
 from everalign.modeling.reward_model import RewardModel, load_classifier, sequence_rewards, set_padding
 from everalign.modeling.runtime import prepare_process
@@ -156,7 +156,7 @@ def train_reward_model(
     classifier = load_classifier(model, fresh_head=True, seed=seed)
     base = model_fingerprint(classifier.base_model)
     set_padding(classifier, tokenizer)
-    max_length = _max_length(options, classifier.config.get_text_config(), tokenizer, model)
+    max_length = sequence_limit(options.max_length, LONGEST_BY_DEFAULT, classifier, tokenizer, model)
 
     pairs = _encode("training", train, tokenizer, max_length, announce)
     held_out = _encode("held-out", test, tokenizer, max_length, announce) if test else ()
@@ -193,16 +193,6 @@ def _check_input(train: PreferenceSet, test: PreferenceSet | None, folder: Path,
         if not rows:
             raise InputError(f"{rows.source}: no rows in it")
     check_disjoint(train, test or (), allow=allow_overlap)
-
-
-def _max_length(options: RewardOptions, config: Any, tokenizer: Any, model: str) -> int:
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
-    if options.max_length is None:
-        # Some families keep positions for themselves; their tokenizer's limit says what is left.
-        return int(min(LONGEST_BY_DEFAULT, limit, tokenizer.model_max_length))
-    if options.max_length > limit:
-        raise InputError(f"max_length: {model} takes at most {limit} tokens, found {options.max_length}")
-    return options.max_length
 
 
 def _encode(

@@ -1,0 +1,263 @@
+"""Train a corrector in two stages.
+
+    trained = train_corrector("Qwen/Qwen2.5-0.5B-Instruct", load_corrections("edits.jsonl"), "runs/corrector",
+                              test=load_corrections("edits.test.jsonl"))
+    trained.report.perplexity
+
+The method of the Aligner (Ji et al., NeurIPS 2024, arXiv 2402.02416): first an identity warm-up, which learns to copy
+the answers of a part of the rows, then all rows with their corrections, from that checkpoint. Both minimise
+-log p(correction | question, answer) over the correction's tokens alone. AdamW with a cosine schedule; the same
+arguments give the same weights on the same machine.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from everalign.correction.encoder import CorrectionEncoder
+from everalign.correction.encoding import EncodedCorrections, encode_corrections
+from everalign.correction.files import FACTS_FILE, CorrectorFacts, load_corrector_files, write_corrector_facts
+from everalign.correction.options import CorrectorOptions
+from everalign.correction.report import CorrectorReport, corrector_report
+from everalign.correction.stages import train_stage
+from everalign.correction.templates import DEFAULT_TEMPLATE, get_template
+from everalign.data.corrections import CorrectionSet
+from everalign.data.groups import EncodedGroup
+from everalign.data.readers import check_disjoint
+from everalign.errors import InputError
+from everalign.files import new_folder
+from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, resolve_model, sequence_limit
+from everalign.modeling.merging import merged_model
+from everalign.modeling.policy import Policy
+from everalign.modeling.reward_files import check_free
+from everalign.modeling.runtime import prepare_process
+from everalign.modeling.whole_model import WholeModel
+from everalign.training.stage import StageResult
+
+Progress = Callable[[str, int, int], None]
+
+LONGEST_BY_DEFAULT = 2048
+
+
+@dataclass(frozen=True)
+class TrainedCorrector:
+    """A finished training.
+
+    Args:
+        path: the corrector's folder, a plain language model with its tokenizer and `corrector.json`.
+        facts: what its `corrector.json` says.
+        report: what it makes of the held-out rows; None without any.
+        stages: steps, seconds and curve of `identity` (where there was a warm-up) and `correction`.
+    """
+
+    path: Path
+    facts: CorrectorFacts
+    report: CorrectorReport | None
+    stages: dict[str, StageResult]
+
+
+def train_corrector(
+    model: str,
+    rows: CorrectionSet,
+    output: str | os.PathLike[str],
+    *,
+    test: CorrectionSet | None = None,
+    options: CorrectorOptions | None = None,
+    seed: int = 0,
+    allow_overlap: bool = False,
+    announce: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda *_: None,
+) -> TrainedCorrector:
+    """Train a corrector and write its folder, whole or not at all.
+
+    Killed in the middle, the same call goes on from its newest checkpoint; until it is done, what it needs for that is
+    kept in `OUTPUT.training` beside the folder.
+
+    Args:
+        model: a folder in Hugging Face format, a Hub name, or `tiny`; a corrector goes on with its own template.
+        rows: the corrections; their weights count in the loss.
+        output: the corrector's folder; must be empty or not exist yet.
+        test: held-out rows, for the report.
+        options: how; the defaults when None.
+        seed: seeds the warm-up's rows, the order of the rows and an adapter.
+        allow_overlap: let rows be in `rows` and `test`.
+        announce: called with one line for each thing that happens.
+        progress: called with (stage, done, all).
+
+    Raises:
+        InputError: the model, the rows, the options or the output folder cannot be used; or the model is a corrector
+            of another template.
+        EveralignError: the loss became NaN or infinite; the message says at which step.
+    """
+    folder = Path(output)
+    _check_input(rows, test, folder, allow_overlap)
+    options = _with_template(options or CorrectorOptions(), model)
+    prepare_process()
+    tokenizer = load_tokenizer(model)
+    encoder = CorrectionEncoder(tokenizer, get_template(str(options.template)), options.objectives or ())
+    learner, base = _load(model, options, seed)
+    options = replace(
+        options, max_length=sequence_limit(options.max_length, LONGEST_BY_DEFAULT, _inner(learner), tokenizer, model)
+    )
+    encoded = _encode("training", rows, encoder, options, announce)
+    held_out = _encode("held-out", test, encoder, options, announce).compared if test else ()
+    named = f", objectives {', '.join(encoder.objectives)}" if encoder.objectives else ""
+    announce(f"  template {encoder.template.id}{named}")
+    stages = {"identity": _warm_up_rows(encoded, options, seed, rows.source), "correction": encoded.corrections}
+
+    work = folder.with_name(folder.name + ".training")
+    place = work / _work_key(base, encoder, stages, options, seed)
+    results = _train(learner, stages, options, place, seed, announce, progress)
+    learner.eval()
+    report = corrector_report(learner, held_out, options.tokens_per_batch) if held_out else None
+    facts = CorrectorFacts(
+        template=encoder.template.id,
+        objectives=encoder.objectives,
+        encoding=encoder.fingerprint,
+        max_length=int(options.max_length or 0),
+        base_model=model,
+        base_fingerprint=base,
+        data=rows.fingerprint,
+        rows=len(encoded.corrections),
+        held_out=None if report is None else asdict(report),
+        settings={**asdict(options), "seed": seed},
+    )
+    _write(folder, learner, model, tokenizer, facts)
+    shutil.rmtree(work)
+    return TrainedCorrector(folder, facts, report, results)
+
+
+def _check_input(rows: CorrectionSet, test: CorrectionSet | None, folder: Path, allow_overlap: bool) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a corrector is trained in one process, found WORLD_SIZE above 1")
+    check_free(folder)
+    for part in (rows, *([] if test is None else [test])):
+        if not part:
+            raise InputError(f"{part.source}: no rows in it")
+    check_disjoint(rows, test or (), allow=allow_overlap)
+
+
+def _with_template(options: CorrectorOptions, model: str) -> CorrectorOptions:
+    """Fill in template and objectives: those of the corrector that is trained on, or the defaults."""
+    source = resolve_model(model)
+    if not (Path(source) / FACTS_FILE).is_file():
+        named = get_template(options.template or DEFAULT_TEMPLATE)
+        return replace(options, template=named.id, objectives=options.objectives or ())
+    files = load_corrector_files(source, options.template)
+    objectives = files.objectives if options.objectives is None else options.objectives
+    return replace(options, template=files.template.id, objectives=objectives)
+
+
+def _load(model: str, options: CorrectorOptions, seed: int) -> tuple[Policy | WholeModel, str]:
+    """Return what learns, and the fingerprint of the weights it starts from."""
+    if not options.lora_rank:
+        whole = load_model(model)
+        return WholeModel(whole, options.precision), model_fingerprint(whole)
+    base = load_model(model, options.precision)
+    fingerprint = model_fingerprint(base)
+    return Policy(base, options.lora_rank, options.alpha, seed=seed), fingerprint
+
+
+def _inner(learner: Policy | WholeModel) -> Any:
+    return learner.peft if isinstance(learner, Policy) else learner.model
+
+
+def _encode(
+    name: str,
+    rows: CorrectionSet,
+    encoder: CorrectionEncoder,
+    options: CorrectorOptions,
+    announce: Callable[[str], None],
+) -> EncodedCorrections:
+    limit = int(options.max_length or 0)
+    try:
+        encoded = encode_corrections(rows, encoder, limit)
+    except InputError as error:
+        raise InputError(f"{rows.source}: {error}") from None
+    kept = encoded.corrections if name == "training" else encoded.compared
+    if not kept:
+        raise InputError(f"{rows.source}: no correction fits max_length, {limit} tokens with its prompt; raise it")
+    lost = len(rows) - len(kept)
+    left_out = f"; {lost} left out, too long for {limit} tokens" if lost else ""
+    shortened = f"; {encoded.shortened} prompts shortened" if encoded.shortened else ""
+    announce(f"  {len(kept)} {name} rows{left_out}{shortened}")
+    return encoded
+
+
+def _warm_up_rows(
+    encoded: EncodedCorrections, options: CorrectorOptions, seed: int, source: str
+) -> tuple[EncodedGroup, ...]:
+    """Draw the rows whose answers are learned as they are."""
+    if options.identity == 0:
+        return ()
+    if not encoded.identities:
+        raise InputError(
+            f"{source}: no answer fits max_length, {options.max_length} tokens with its prompt, so the warm-up has no "
+            "rows; raise max_length, or set identity to 0"
+        )
+    wanted = max(1, round(options.identity * len(encoded.corrections)))
+    return tuple(random.Random(seed).sample(encoded.identities, min(wanted, len(encoded.identities))))
+
+
+def _work_key(
+    base: str,
+    encoder: CorrectionEncoder,
+    stages: dict[str, tuple[EncodedGroup, ...]],
+    options: CorrectorOptions,
+    seed: int,
+) -> str:
+    """Name a training, so that nothing that another one left is taken for its own."""
+    facts = [base, encoder.fingerprint, asdict(options), seed]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for group in (group for groups in stages.values() for group in groups):
+        digest.update(repr((group.id, group.prompt, group.responses, group.weights)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _train(
+    learner: Policy | WholeModel,
+    stages: dict[str, tuple[EncodedGroup, ...]],
+    options: CorrectorOptions,
+    place: Path,
+    seed: int,
+    announce: Callable[[str], None],
+    progress: Progress,
+) -> dict[str, StageResult]:
+    results = {}
+    for index, (name, groups) in enumerate(stages.items()):
+        if not groups:
+            continue
+
+        def report(done: int, total: int, name: str = name) -> None:
+            progress(name, done, total)
+
+        announce(f"  {name}: {len(groups)} rows")
+        settings = options.stage(warming_up=name == "identity")
+        found = train_stage(learner, groups, settings, place / f"{index}-{name}", seed=seed + index, progress=report)
+        results[name], earlier = found
+        if earlier:
+            announce(f"  {name}: was finished by an earlier call")
+    return results
+
+
+def _write(folder: Path, learner: Policy | WholeModel, model: str, tokenizer: Any, facts: CorrectorFacts) -> None:
+    with new_folder(folder) as temporary:
+        _plain_model(learner, model).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_corrector_facts(temporary, facts)
+
+
+def _plain_model(learner: Policy | WholeModel, model: str) -> Any:
+    """Return a Hugging Face model: the whole one, or the base model in fp32 with the adapter merged into it."""
+    if isinstance(learner, WholeModel):
+        return learner.model
+    with tempfile.TemporaryDirectory() as folder:
+        learner.save_adapter(Path(folder))
+        return merged_model(model, Path(folder))
