@@ -127,7 +127,7 @@ def train_corrector(
         data=rows.fingerprint,
         rows=len(encoded.corrections),
         held_out=None if report is None else asdict(report),
-        settings={**asdict(options), "seed": seed},
+        settings={**asdict(options), "objectives": list(encoder.objectives), "seed": seed},
     )
     _write(folder, learner, model, tokenizer, facts)
     shutil.rmtree(work)
