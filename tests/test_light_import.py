@@ -35,7 +35,14 @@ def test_importing_loads_nothing_heavy(module):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["learn", "--help"], ["reward", "train", "--help"], ["reward", "score", "--help"], ["--version"]],
+    [
+        ["--help"],
+        ["learn", "--help"],
+        ["reward", "train", "--help"],
+        ["reward", "score", "--help"],
+        ["correct", "train", "--help"],
+        ["--version"],
+    ],
 )
 def test_help_loads_nothing_heavy(arguments):
     out = child(f"from everalign.cli import main\nmain({arguments})\n{LOADED}")

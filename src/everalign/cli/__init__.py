@@ -10,6 +10,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from everalign.cli.correct import correct
 from everalign.cli.demo import demo
 from everalign.cli.learn import learn
 from everalign.cli.output import say
@@ -31,6 +32,7 @@ app.command(
 )(learn)
 app.command(epilog="Example: everalign demo --output runs/demo")(demo)
 app.add_typer(reward, name="reward")
+app.add_typer(correct, name="correct")
 app.command(epilog="Example: everalign report runs/lifealign runs/seqft --output comparison.html")(report)
 app.command(epilog="Example: everalign versions runs/polite")(versions)
 
