@@ -16,7 +16,7 @@ from everalign.correction import (
     load_corrector_files,
     train_corrector,
 )
-from everalign.correction.encoding import encode_corrections
+from everalign.correction.encoding import compared, copied, encode_corrections, taught
 from everalign.correction.report import corrector_report
 from everalign.data import Correction, CorrectionSet
 from everalign.data.layout import lay_out_groups
@@ -34,8 +34,8 @@ def encoder(template="everalign-1"):
     return CorrectionEncoder(load_tokenizer(str(saved_model())), get_template(template))
 
 
-def groups(rows, max_length=256):
-    return encode_corrections(rows, encoder(), max_length)
+def groups(rows, texts=taught):
+    return encode_corrections(rows, encoder(), 256, texts).groups
 
 
 def train(output, rows=None, options=QUICK, model=None, **arguments):
@@ -62,7 +62,7 @@ def by_hand(model, group, response):
 
 def test_it_learns_to_correct_and_to_keep():
     trained = corrector()
-    rows = groups(corrections(20, 100)).compared
+    rows = groups(corrections(20, 100), compared)
     before = corrector_report(WholeModel(load_model(str(saved_model()))).eval(), rows, 2000)
     assert trained.report.perplexity < before.perplexity / 5
     # Every correction begins like this, and half of the answers.
@@ -107,7 +107,7 @@ def test_the_report_by_hand(family):
     model = load_model(str(saved_model(family)))
     texts = ["one", "two", "three", "four and more", "one"]
     rows = [Correction(f"q{i}", text, texts[-i]) for i, text in enumerate(texts)]
-    encoded = groups(rows).compared
+    encoded = groups(rows, compared)
     # One answer that greedy decoding would give from its first token on to its last.
     greedy = []
     for _ in range(3):
@@ -131,7 +131,7 @@ def test_the_report_by_hand(family):
 
 
 def test_without_identities_nothing_is_kept():
-    report = corrector_report(WholeModel(load_model(str(saved_model()))), groups(corrections(2)[1:]).compared, 500)
+    report = corrector_report(WholeModel(load_model(str(saved_model()))), groups(corrections(2)[1:], compared), 500)
     assert (report.identities, report.keeps) == (0, None)
 
 
@@ -144,7 +144,7 @@ def heavy(rows, *weights):
 
 def losses(model, rows, batches):
     """The loss of one step, in micro-batches, and its gradients."""
-    objective, encoded = RewardWeightedObjective(), groups(rows).corrections
+    objective, encoded = RewardWeightedObjective(), groups(rows)
     parts = [objective.collate([encoded[i] for i in batch], model.head.shared) for batch in batches]
     count = torch.stack([part["count"] for part in parts]).sum()
     model.zero_grad()
@@ -162,7 +162,7 @@ def learner(kind):
 def test_the_loss_is_the_weighted_cross_entropy_of_the_corrections_alone(kind):
     rows = heavy(corrections(4), 1.0, 2.5, 0.5, 3.0)
     plain = load_model(str(saved_model()))
-    encoded = groups(rows).corrections
+    encoded = groups(rows)
     sums = [by_hand(plain, group, group.responses[0])[0].sum() for group in encoded]
     tokens = sum(len(group.responses[0]) for group in encoded)
     expected = -sum(row.weight * total for row, total in zip(rows, sums, strict=True)) / tokens
@@ -236,7 +236,7 @@ def test_families_with_tied_and_untied_embeddings(tmp_path, family, options):
     trained = train(tmp_path / "out", corrections(4), options, model=str(saved_model(family)), test=corrections(4, 50))
     model = AutoModelForCausalLM.from_pretrained(trained.path).eval()
     assert not any("lora" in name for name, _ in model.named_parameters())
-    again = corrector_report(WholeModel(model).eval(), groups(corrections(4, 50)).compared, 1000)
+    again = corrector_report(WholeModel(model).eval(), groups(corrections(4, 50), compared), 1000)
     assert again.perplexity == pytest.approx(trained.report.perplexity, rel=1e-3)
 
 
@@ -347,12 +347,15 @@ def test_a_correction_is_never_cut_and_a_row_without_room_is_left_out(tmp_path):
         Correction("q", "a" * 200, "b"),
         Correction("q", "a", "b"),
     ]
-    encoded = groups(rows, 240)
-    assert (encoded.dropped, encoded.shortened, len(encoded.corrections)) == (1, 2, 3)
-    for group, row in zip(encoded.corrections, [rows[0], *rows[2:]], strict=True):
+    encoded = encode_corrections(rows, encoder(), 240)
+    assert (encoded.dropped, encoded.shortened, len(encoded.groups)) == (1, 2, 3)
+    for group, row in zip(encoded.groups, [rows[0], *rows[2:]], strict=True):
         assert len(group.prompt) + len(group.responses[0]) <= 240
         assert encoder().decode(group.responses[0]) == row.correction
-    assert [group.id for group in encoded.identities] == [rows[1].id, rows[3].id]
+    ids = [row.id for row in (rows[1], rows[3])]
+    assert [group.id for group in encode_corrections(rows, encoder(), 240, copied).groups] == ids
+    assert [group.id for group in encode_corrections(rows, encoder(), 240, copied, most=1).groups] == ids[:1]
+    assert [group.id for group in encode_corrections(rows, encoder(), 240, compared).groups] == ids[1:]
     lines = []
     train(tmp_path / "out", CorrectionSet.of(rows), replace(QUICK, max_length=240), announce=lines.append)
     assert lines[0] == "  3 training rows; 1 left out, too long for 240 tokens; 2 prompts shortened"

@@ -1,6 +1,6 @@
 """Corrections as rows to train on and to be judged by: one prompt, and what a corrector may write after it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from everalign.correction.encoder import CorrectionEncoder
@@ -9,64 +9,86 @@ from everalign.data.encoding import check_max_length
 from everalign.data.groups import EncodedGroup
 from everalign.errors import InputError
 
+Texts = Callable[[Correction], tuple[str, ...]]
+
 
 @dataclass(frozen=True)
 class EncodedCorrections:
     """Encoded rows, and what the length limit cost.
 
     Args:
-        corrections: prompt and correction of every row whose correction fits.
-        identities: prompt and answer of every row whose answer fits.
-        compared: prompt, correction and answer (in this order) of every row where both fit.
-        dropped: rows whose correction does not fit.
-        shortened: rows of `corrections` whose question or answer lost tokens.
+        groups: prompt and texts of every row whose texts fit.
+        dropped: rows where one does not.
+        shortened: rows of `groups` whose question or answer lost tokens.
     """
 
-    corrections: tuple[EncodedGroup, ...]
-    identities: tuple[EncodedGroup, ...]
-    compared: tuple[EncodedGroup, ...]
+    groups: tuple[EncodedGroup, ...]
     dropped: int
     shortened: int
 
 
-def encode_corrections(rows: Sequence[Correction], encoder: CorrectionEncoder, max_length: int) -> EncodedCorrections:
+def taught(row: Correction) -> tuple[str, ...]:
+    """What a corrector learns to write: the correction."""
+    return (row.correction,)
+
+
+def copied(row: Correction) -> tuple[str, ...]:
+    """What the warm-up learns to write: the answer as it is."""
+    return (row.answer,)
+
+
+def compared(row: Correction) -> tuple[str, ...]:
+    """What a corrector is judged by: the correction, and the answer as it is."""
+    return (row.correction, row.answer)
+
+
+def encode_corrections(
+    rows: Iterable[Correction],
+    encoder: CorrectionEncoder,
+    max_length: int,
+    texts: Texts = taught,
+    most: int | None = None,
+) -> EncodedCorrections:
     """Tokenises corrections; prompts are shortened as `CorrectionEncoder.prompt` says, what follows them never.
 
     Args:
         rows: the corrections.
         encoder: of the corrector's tokenizer and template.
-        max_length: tokens of prompt and correction together, at least 8.
+        max_length: tokens of prompt and the longest text together, at least 8.
+        texts: what may follow a row's prompt.
+        most: stop when so many rows fit; None for all.
 
     Raises:
         InputError: `max_length` is too small, or a text cannot be tokenised; names the row.
     """
     check_max_length(max_length)
-    corrections: list[EncodedGroup] = []
-    identities: list[EncodedGroup] = []
-    compared: list[EncodedGroup] = []
-    shortened = 0
+    groups: list[EncodedGroup] = []
+    dropped = shortened = 0
     for number, row in enumerate(rows, start=1):
+        if len(groups) == most:
+            break
         try:
-            prompt = encoder.prompt(row.question, row.answer)
-            correction, answer = encoder.response(row.correction), encoder.response(row.answer)
-            wanted = ((corrections, (correction,)), (identities, (answer,)), (compared, (correction, answer)))
-            for groups, responses in wanted:
-                groups += _group(row, prompt, responses, encoder, max_length)
+            group, was_shortened = _group(row, texts(row), encoder, max_length)
         except InputError as error:
             raise InputError(f"row {number} (id {row.id}): {error}") from None
-        fits = encoder.room(correction, max_length) > 0
-        shortened += fits and not encoder.fits(prompt, correction, max_length)
-    dropped = len(rows) - len(corrections)
-    return EncodedCorrections(tuple(corrections), tuple(identities), tuple(compared), dropped, shortened)
+        if group is None:
+            dropped += 1
+        else:
+            groups.append(group)
+            shortened += was_shortened
+    return EncodedCorrections(tuple(groups), dropped, shortened)
 
 
 def _group(
-    row: Correction, prompt: list[int], responses: tuple[list[int], ...], encoder: CorrectionEncoder, max_length: int
-) -> list[EncodedGroup]:
-    """Return the row with its prompt in the room that the longest response leaves; nothing where that is too little."""
+    row: Correction, texts: tuple[str, ...], encoder: CorrectionEncoder, max_length: int
+) -> tuple[EncodedGroup | None, bool]:
+    """Return a row, its prompt in the room that the longest text leaves, or None where that is too little."""
+    responses = tuple(encoder.response(text) for text in texts)
     longest = max(responses, key=len)
-    if not encoder.fits(prompt, longest, max_length):
+    prompt = encoder.prompt(row.question, row.answer)
+    short = not encoder.fits(prompt, longest, max_length)
+    if short:
         if not (room := encoder.room(longest, max_length)):
-            return []
+            return None, False
         prompt = encoder.prompt(row.question, row.answer, room)
-    return [EncodedGroup(row.id, prompt, responses, (row.weight,) * len(responses))]
+    return EncodedGroup(row.id, prompt, responses, (row.weight,) * len(responses)), short

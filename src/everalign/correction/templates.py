@@ -18,10 +18,11 @@ mark's last character; a bar that stands alone in a question, where the bar divi
 
 import difflib
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from everalign.data.fields import Message
 from everalign.errors import InputError
@@ -138,8 +139,14 @@ def question_text(question: Question) -> str:
 
 def _plain(text: str) -> str:
     """Return a text as a normalising tokenizer may see it: compatible characters replaced, invisible ones removed."""
-    folded = unicodedata.normalize("NFKC", text)
-    return "".join(char for char in folded if char in "\n\t\r" or unicodedata.category(char) not in ("Cc", "Cf"))
+    return unicodedata.normalize("NFKC", text).translate(_invisible())
+
+
+@cache
+def _invisible() -> dict[int, None]:
+    """Control and format characters, but for white space."""
+    codes = (code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in ("Cc", "Cf"))
+    return {code: None for code in codes if chr(code) not in "\n\t\r"}
 
 
 _ROLES = ("BEGINNING OF CONVERSATION:", "USER:", "ASSISTANT:")

@@ -21,8 +21,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from everalign.correction.encoder import CorrectionEncoder
-from everalign.correction.encoding import EncodedCorrections, encode_corrections
+from everalign.correction.encoding import Texts, compared, copied, encode_corrections, taught
 from everalign.correction.files import FACTS_FILE, CorrectorFacts, load_corrector_files, write_corrector_facts
 from everalign.correction.options import CorrectorOptions
 from everalign.correction.report import CorrectorReport, corrector_report
@@ -106,11 +108,12 @@ def train_corrector(
     options = replace(
         options, max_length=sequence_limit(options.max_length, LONGEST_BY_DEFAULT, _inner(learner), tokenizer, model)
     )
-    encoded = _encode("training", rows, encoder, options, announce)
-    held_out = _encode("held-out", test, encoder, options, announce).compared if test else ()
+    corrections = _encode("training", rows, encoder, options, taught, announce)
+    held_out = _encode("held-out", test, encoder, options, compared, announce) if test else ()
     named = f", objectives {', '.join(encoder.objectives)}" if encoder.objectives else ""
     announce(f"  template {encoder.template.id}{named}")
-    stages = {"identity": _warm_up_rows(encoded, options, seed, rows.source), "correction": encoded.corrections}
+    identities = _warm_up_rows(rows, len(corrections), encoder, options, seed)
+    stages = {"identity": identities, "correction": corrections}
 
     work = folder.with_name(folder.name + ".training")
     place = work / _work_key(base, encoder, stages, options, seed)
@@ -125,7 +128,7 @@ def train_corrector(
         base_model=model,
         base_fingerprint=base,
         data=rows.fingerprint,
-        rows=len(encoded.corrections),
+        rows=len(corrections),
         held_out=None if report is None else asdict(report),
         settings={**asdict(options), "objectives": list(encoder.objectives), "seed": seed},
     )
@@ -157,12 +160,14 @@ def _with_template(options: CorrectorOptions, model: str) -> CorrectorOptions:
 
 def _load(model: str, options: CorrectorOptions, seed: int) -> tuple[Policy | WholeModel, str]:
     """Return what learns, and the fingerprint of the weights it starts from."""
+    loaded = load_model(model, options.precision if options.lora_rank else "fp32")
+    fingerprint = model_fingerprint(loaded)
+    if torch.cuda.is_available():
+        # Before it is measured what the model can do, which depends on the device.
+        loaded = loaded.cuda()
     if not options.lora_rank:
-        whole = load_model(model)
-        return WholeModel(whole, options.precision), model_fingerprint(whole)
-    base = load_model(model, options.precision)
-    fingerprint = model_fingerprint(base)
-    return Policy(base, options.lora_rank, options.alpha, seed=seed), fingerprint
+        return WholeModel(loaded, options.precision), fingerprint
+    return Policy(loaded, options.lora_rank, options.alpha, seed=seed), fingerprint
 
 
 def _inner(learner: Policy | WholeModel) -> Any:
@@ -174,36 +179,38 @@ def _encode(
     rows: CorrectionSet,
     encoder: CorrectionEncoder,
     options: CorrectorOptions,
+    texts: Texts,
     announce: Callable[[str], None],
-) -> EncodedCorrections:
+) -> tuple[EncodedGroup, ...]:
     limit = int(options.max_length or 0)
     try:
-        encoded = encode_corrections(rows, encoder, limit)
+        encoded = encode_corrections(rows, encoder, limit, texts)
     except InputError as error:
         raise InputError(f"{rows.source}: {error}") from None
-    kept = encoded.corrections if name == "training" else encoded.compared
-    if not kept:
+    if not encoded.groups:
         raise InputError(f"{rows.source}: no correction fits max_length, {limit} tokens with its prompt; raise it")
-    lost = len(rows) - len(kept)
-    left_out = f"; {lost} left out, too long for {limit} tokens" if lost else ""
+    left_out = f"; {encoded.dropped} left out, too long for {limit} tokens" if encoded.dropped else ""
     shortened = f"; {encoded.shortened} prompts shortened" if encoded.shortened else ""
-    announce(f"  {len(kept)} {name} rows{left_out}{shortened}")
-    return encoded
+    announce(f"  {len(encoded.groups)} {name} rows{left_out}{shortened}")
+    return encoded.groups
 
 
 def _warm_up_rows(
-    encoded: EncodedCorrections, options: CorrectorOptions, seed: int, source: str
+    rows: CorrectionSet, corrections: int, encoder: CorrectionEncoder, options: CorrectorOptions, seed: int
 ) -> tuple[EncodedGroup, ...]:
-    """Draw the rows whose answers are learned as they are."""
+    """Draw the rows whose answers are learned as they are: a share of the number of corrections."""
     if options.identity == 0:
         return ()
-    if not encoded.identities:
+    limit = int(options.max_length or 0)
+    wanted = max(1, round(options.identity * corrections))
+    order = random.Random(seed).sample(rows.items, len(rows))
+    drawn = encode_corrections(order, encoder, limit, copied, most=wanted).groups
+    if not drawn:
         raise InputError(
-            f"{source}: no answer fits max_length, {options.max_length} tokens with its prompt, so the warm-up has no "
-            "rows; raise max_length, or set identity to 0"
+            f"{rows.source}: no answer fits max_length, {limit} tokens with its prompt, so the warm-up has no rows; "
+            "raise max_length, or set identity to 0"
         )
-    wanted = max(1, round(options.identity * len(encoded.corrections)))
-    return tuple(random.Random(seed).sample(encoded.identities, min(wanted, len(encoded.identities))))
+    return drawn
 
 
 def _work_key(
