@@ -1,0 +1,249 @@
+"""Rows of different lengths that grow by different numbers of tokens in one forward pass, and can be shortened again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everalign.errors import EveralignError, InputError
+from everalign.modeling.likelihood import LanguageHead
+from everalign.modeling.slot_cache import SlotCache, windows_of
+from everalign.modeling.token_log_probs import HeadShape
+
+TOKENS_PER_PASS = 16_384
+_LOGITS_AT_ONCE = 1 << 24
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+_ATTENTIONS = ("sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a model expects at K positions of a row.
+
+    Args:
+        tokens: the most likely ones.
+        log_probs: of the tokens asked for, in nats; empty where they were not asked for.
+        margins: by how much those are more likely than the most likely other token, in nats; likewise.
+    """
+
+    tokens: list[int]
+    log_probs: list[float]
+    margins: list[float]
+
+
+class RaggedModel:
+    """A model made ready to compute rows of different lengths.
+
+    Args:
+        model: a Hugging Face causal language model, in evaluation mode.
+        tokens_per_pass: tokens computed at once at most, padding included; longer inputs take several passes.
+
+    Raises:
+        InputError: the model cannot: it keeps something else than keys and values of its past, or does not follow an
+            attention mask that is given to it.
+    """
+
+    def __init__(self, model: Any, tokens_per_pass: int = TOKENS_PER_PASS) -> None:
+        if tokens_per_pass < 1:
+            raise InputError(f"tokens per pass: must be at least 1, found {tokens_per_pass}")
+        config = model.config.get_text_config()
+        windows = windows_of(model)
+        if windows is None:
+            raise InputError(
+                f"drafts cannot be verified by a {config.model_type} model: it keeps more of its past than attention"
+            )
+        self.model, self.windows, self.tokens_per_pass = model, windows, tokens_per_pass
+        self.device, self.dtype = model.device, next(model.parameters()).dtype
+        self.shape = HeadShape.of(config)
+        self.kinds = getattr(config, "layer_types", None) or [None] * len(windows)
+        attention = getattr(config, "_attn_implementation", "sdpa")
+        if attention not in _ATTENTIONS:
+            raise InputError(f"drafts cannot be verified with {attention} attention: load the model with sdpa or eager")
+        self._additive = attention == "eager"
+        self.separate = LanguageHead(model).separate
+        self._check()
+
+    def masks(self, slots: Tensor, used: int) -> Any:
+        """Return what tokens in `slots` (R, Q) see of `used` slots: (R, 1, Q, used), one for each kind of layer.
+
+        None where it is what a model sees without a mask.
+        """
+        found: dict[Any, Tensor] = {}
+        for kind, window in zip(self.kinds, self.windows, strict=True):
+            if kind not in found:
+                found[kind] = self._mask(slots, used, window)
+        return found if len(found) > 1 else next(iter(found.values()))
+
+    def _mask(self, slots: Tensor, used: int, window: int | None) -> Tensor:
+        seen, own = torch.arange(used, device=slots.device), slots[:, None, :, None]
+        allowed = seen <= own
+        if window is not None:
+            allowed &= seen > own - window
+        if not self._additive:
+            return allowed
+        return torch.zeros_like(allowed, dtype=self.dtype).masked_fill(~allowed, torch.finfo(self.dtype).min)
+
+    def _check(self) -> None:
+        """Compare logits of a row that is computed in two passes beside another one with those of the row alone."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        row, other = ([(start + 5 * i) % vocabulary for i in range(8)] for start in (1, 3))
+        try:
+            with torch.no_grad():
+                alone = self.model(input_ids=torch.tensor([row], device=self.device), use_cache=False).logits[0, 4:]
+                rows = RaggedRows(self, 2)
+                # The shorter row, so that its place in the cache is not the one that a model would think of.
+                rows.feed([row[:4], other[:6]], [0, 0])
+                found = rows.logits([row[4:], other[6:7]], [4, 0])
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{self._name}: takes no attention mask of its own ({type(error).__name__})") from error
+        error = (alone.float() - found).abs().max()
+        if not error <= _TOLERANCES[self.dtype] * alone.float().abs().max().clamp(min=1.0):
+            raise InputError(f"{self._name}: its layers do not follow an attention mask that is given to them")
+
+    @property
+    def _name(self) -> str:
+        return f"drafts cannot be verified by a {self.model.config.get_text_config().model_type} model"
+
+
+class RaggedRows:
+    """R rows, empty at first.
+
+    Attributes:
+        lengths: tokens of each row whose keys and values count. Setting one back takes back the row's last tokens.
+        passes: forward passes so far.
+    """
+
+    def __init__(self, model: RaggedModel, rows: int) -> None:
+        self._model, self._cache = model, SlotCache(len(model.windows))
+        self.lengths = [0] * rows
+        self.passes = 0
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order."""
+        self.lengths = [self.lengths[row] for row in rows]
+        if rows:
+            self._cache.select(torch.tensor(rows, device=self._model.device), max(self.lengths))
+
+    def feed(
+        self, tokens: Sequence[list[int]], wanted: Sequence[int], targets: Sequence[list[int]] | None = None
+    ) -> tuple[list[Predicted], list[int]]:
+        """Write tokens behind each row.
+
+        Args:
+            tokens: of each row, at least one.
+            wanted: behind how many of each row's last tokens the next one is predicted.
+            targets: tokens of each row, as many as wanted, whose log-probabilities are asked for.
+
+        Returns:
+            The predictions of each row, and in how many forward passes each row took part.
+
+        Raises:
+            EveralignError: a logit is NaN.
+        """
+        hidden, places = self._states(tokens, wanted)
+        asked = None if targets is None else self._at(places, targets, tokens, wanted)
+        predicted = self._predict(hidden, asked)
+        found = [Predicted([], [], []) for _ in tokens]
+        for (row, _), values in zip(places, zip(*predicted, strict=True), strict=True):
+            for part, value in zip((found[row].tokens, found[row].log_probs, found[row].margins), values, strict=True):
+                if value is not None:
+                    part.append(value)
+        width = self._width(len(tokens))
+        return found, [-(-len(row) // width) for row in tokens]
+
+    def logits(self, tokens: Sequence[list[int]], wanted: Sequence[int]) -> Tensor:
+        """Write tokens behind each row as `feed` does; returns the logits (K, V) fp32 themselves."""
+        return self._head(self._states(tokens, wanted)[0])
+
+    def _width(self, rows: int) -> int:
+        return max(1, self._model.tokens_per_pass // rows)
+
+    @torch.no_grad()
+    def _states(self, tokens: Sequence[list[int]], wanted: Sequence[int]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Return hidden states (or logits) of the K tokens behind which is predicted, and those's rows and columns."""
+        longest, width = max(map(len, tokens)), self._width(len(tokens))
+        parts, places = [], []
+        for start in range(0, longest, width):
+            end = min(start + width, longest)
+            here = [
+                (row, column)
+                for row, (ids, count) in enumerate(zip(tokens, wanted, strict=True))
+                for column in range(max(start, len(ids) - count), min(end, len(ids)))
+            ]
+            parts.append(self._pass(tokens, start, end, here))
+            places += here
+        self.lengths = [length + len(ids) for length, ids in zip(self.lengths, tokens, strict=True)]
+        return torch.cat(parts), places
+
+    def _pass(self, tokens: Sequence[list[int]], start: int, end: int, wanted: list[tuple[int, int]]) -> Tensor:
+        """Compute columns `start` to `end` of the tokens, shorter rows padded on the right."""
+        model, self.passes = self._model, self.passes + 1
+        padded = [ids[start:end] + [0] * (end - start - len(ids[start:end])) for ids in tokens]
+        slots = self._cache.place([length + start for length in self.lengths], end - start, model.device)
+        last = torch.tensor([length + len(ids) - 1 for length, ids in zip(self.lengths, tokens, strict=True)])
+        inputs = {
+            "input_ids": torch.tensor(padded, device=model.device),
+            "attention_mask": self._mask(slots, start, end),
+            # Padding must not stand where a model has no position any more.
+            "position_ids": torch.minimum(slots, last.to(model.device)[:, None]),
+            "past_key_values": self._cache,
+            "use_cache": True,
+        }
+        rows, columns = torch.tensor(wanted, dtype=torch.long, device=model.device).reshape(-1, 2).unbind(1)
+        if model.separate:
+            states: Tensor = model.model.base_model(**inputs).last_hidden_state
+            return states[rows, columns - start]
+        kept, places = torch.unique(columns - start, return_inverse=True)
+        if len(kept) == 0:
+            kept = torch.zeros(1, dtype=torch.long, device=model.device)
+        logits: Tensor = model.model(**inputs, logits_to_keep=kept).logits
+        return logits[rows, places]
+
+    def _mask(self, slots: Tensor, start: int, end: int) -> Any:
+        """None where a model's own causal mask is right, which is faster: rows equally long, that begin or grow by one."""
+        first = start + max(self.lengths)
+        simple = all(window is None for window in self._model.windows) and min(self.lengths) == max(self.lengths)
+        if simple and (first == 0 or end - start == 1):
+            return None
+        return self._model.masks(slots, first + end - start)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        if not self._model.separate:
+            return hidden.float()
+        logits: Tensor = self._model.shape.apply(self._model.model.get_output_embeddings()(hidden))
+        return logits.float()
+
+    def _at(
+        self,
+        places: list[tuple[int, int]],
+        targets: Sequence[list[int]],
+        tokens: Sequence[list[int]],
+        wanted: Sequence[int],
+    ) -> Tensor:
+        found = [targets[row][column - len(tokens[row]) + wanted[row]] for row, column in places]
+        return torch.tensor(found, dtype=torch.long, device=self._model.device)
+
+    @torch.no_grad()
+    def _predict(self, hidden: Tensor, targets: Tensor | None) -> tuple[list[Any], list[Any], list[Any]]:
+        """Tokens, log-probabilities and margins at K positions, of some positions at a time."""
+        vocabulary = self._model.model.config.get_text_config().vocab_size
+        size = max(1, _LOGITS_AT_ONCE // vocabulary)
+        found: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+        for start in range(0, len(hidden), size):
+            logits = self._head(hidden[start : start + size])
+            largest, tokens = logits.max(-1)
+            if bool(largest.isnan().any()):
+                raise EveralignError("the model's logits are NaN: its weights are damaged, or its precision too low")
+            found[0].extend(tokens.tolist())
+            if targets is None:
+                found[1].extend([None] * len(tokens))
+                found[2].extend([None] * len(tokens))
+                continue
+            asked = targets[start : start + size, None]
+            of_asked = logits.gather(1, asked)[:, 0]
+            found[1].extend((of_asked - logits.logsumexp(-1)).tolist())
+            others = logits.scatter(1, asked, float("-inf")).amax(-1)
+            found[2].extend((of_asked - others).tolist())
+        return found
