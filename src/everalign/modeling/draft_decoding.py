@@ -146,9 +146,7 @@ class DraftDecoder:
 
     def _guesses(self) -> list[list[int]]:
         """Guess each row's next tokens, as many as pay in the batch."""
-        guesses = [
-            [] if row.over else self._cut(row, proposals.propose(row.tokens)) for row, proposals in self._batch
-        ]
+        guesses = [[] if row.over else self._cut(row, proposals.propose(row.tokens)) for row, proposals in self._batch]
         rates = [(proposals.rate, len(guess)) for (_, proposals), guess in zip(self._batch, guesses, strict=True)]
         width = best_width(rates, self._cost)
         return [guess[:width] for guess in guesses]
@@ -175,8 +173,9 @@ class DraftDecoder:
             if row.over:
                 continue
             row.passes += passes[number]
+            before = len(row.tokens)
             accepted = self._accept(row, guess, found[number].tokens)
-            proposals.learn(len(guess), accepted)
+            proposals.learn(row.tokens[before:], len(guess))
             if gate is not None and guess and not row.ended:
                 row.kept = gate(_verified(number, found[number], len(guess), accepted))
         self._cache.lengths = [row.cached for row, _ in self._batch]

@@ -1,4 +1,4 @@
-"""Rows of different lengths that grow by different numbers of tokens in one forward pass, and can be shortened again."""
+"""Rows of different lengths that grow by different numbers of tokens in a forward pass, and can be shortened again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,8 +98,8 @@ class RaggedModel:
                 found = rows.logits([row[4:], other[6:7]], [4, 0])
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"{self._name}: takes no attention mask of its own ({type(error).__name__})") from error
-        error = (alone.float() - found).abs().max()
-        if not error <= _TOLERANCES[self.dtype] * alone.float().abs().max().clamp(min=1.0):
+        difference = (alone.float() - found).abs().max()
+        if not difference <= _TOLERANCES[self.dtype] * alone.float().abs().max().clamp(min=1.0):
             raise InputError(f"{self._name}: its layers do not follow an attention mask that is given to them")
 
     @property
@@ -144,12 +144,13 @@ class RaggedRows:
         """
         hidden, places = self._states(tokens, wanted)
         asked = None if targets is None else self._at(places, targets, tokens, wanted)
-        predicted = self._predict(hidden, asked)
+        expected, log_probs, margins = self._predict(hidden, asked)
         found = [Predicted([], [], []) for _ in tokens]
-        for (row, _), values in zip(places, zip(*predicted, strict=True), strict=True):
-            for part, value in zip((found[row].tokens, found[row].log_probs, found[row].margins), values, strict=True):
-                if value is not None:
-                    part.append(value)
+        for number, (row, _) in enumerate(places):
+            found[row].tokens.append(expected[number])
+            if targets is not None:
+                found[row].log_probs.append(log_probs[number])
+                found[row].margins.append(margins[number])
         width = self._width(len(tokens))
         return found, [-(-len(row) // width) for row in tokens]
 
@@ -202,7 +203,7 @@ class RaggedRows:
         return logits[rows, places]
 
     def _mask(self, slots: Tensor, start: int, end: int) -> Any:
-        """None where a model's own causal mask is right, which is faster: rows equally long, that begin or grow by one."""
+        """None where the model's own causal mask is right, which is faster: equal rows that begin or grow by one."""
         first = start + max(self.lengths)
         simple = all(window is None for window in self._model.windows) and min(self.lengths) == max(self.lengths)
         if simple and (first == 0 or end - start == 1):
@@ -226,24 +227,22 @@ class RaggedRows:
         return torch.tensor(found, dtype=torch.long, device=self._model.device)
 
     @torch.no_grad()
-    def _predict(self, hidden: Tensor, targets: Tensor | None) -> tuple[list[Any], list[Any], list[Any]]:
+    def _predict(self, hidden: Tensor, targets: Tensor | None) -> tuple[list[int], list[float], list[float]]:
         """Tokens, log-probabilities and margins at K positions, of some positions at a time."""
         vocabulary = self._model.model.config.get_text_config().vocab_size
+        tokens: list[int] = []
+        log_probs: list[float] = []
+        margins: list[float] = []
         size = max(1, _LOGITS_AT_ONCE // vocabulary)
-        found: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
         for start in range(0, len(hidden), size):
             logits = self._head(hidden[start : start + size])
-            largest, tokens = logits.max(-1)
+            largest, best = logits.max(-1)
             if bool(largest.isnan().any()):
                 raise EveralignError("the model's logits are NaN: its weights are damaged, or its precision too low")
-            found[0].extend(tokens.tolist())
-            if targets is None:
-                found[1].extend([None] * len(tokens))
-                found[2].extend([None] * len(tokens))
-                continue
-            asked = targets[start : start + size, None]
-            of_asked = logits.gather(1, asked)[:, 0]
-            found[1].extend((of_asked - logits.logsumexp(-1)).tolist())
-            others = logits.scatter(1, asked, float("-inf")).amax(-1)
-            found[2].extend((of_asked - others).tolist())
-        return found
+            tokens += best.tolist()
+            if targets is not None:
+                asked = targets[start : start + size, None]
+                of_asked = logits.gather(1, asked)[:, 0]
+                log_probs += (of_asked - logits.logsumexp(-1)).tolist()
+                margins += (of_asked - logits.scatter(1, asked, float("-inf")).amax(-1)).tolist()
+        return tokens, log_probs, margins

@@ -29,6 +29,9 @@ class _Places:
 class _SlotLayer(DynamicLayer):  # type: ignore[misc]  # transformers carries no types
     """Keys and values (rows, heads, room, width), of which the first `end` slots are in use."""
 
+    keys: Tensor | None
+    values: Tensor | None
+
     def __init__(self, places: _Places) -> None:
         super().__init__()
         self._places = places
