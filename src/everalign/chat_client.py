@@ -40,7 +40,7 @@ _KEY_VARIABLE = "OPENAI_API_KEY"
 _FIRST_WAIT = 1.0  # seconds, doubled from attempt to attempt
 _LONGEST_BACKOFF = 60.0
 _LARGEST_REPLY = 16 << 20  # bytes
-_RESERVED = ("model", "messages", "stream", "n")
+_RESERVED = ("model", "messages", "prompt", "stream", "n")
 
 
 class ChatError(EveralignError):
@@ -135,17 +135,25 @@ class ChatClient:
             InputError: a request cannot be written, or a parameter is one that the client sets.
             ChatError: a request failed for good: no attempt is left, the server refused it, or the reply holds no text.
         """
-        if clash := [name for name in _RESERVED if name in parameters]:
-            raise InputError(f"parameter {clash[0]!r}: the client sets it; leave it out")
-        bodies = [self._body(number, messages, parameters) for number, messages in enumerate(conversations, start=1)]
-        return self._answers(bodies)
+        contents = [{"messages": [dict(message) for message in messages]} for messages in conversations]
+        return self._answers("chat/completions", self._bodies("conversation", contents, parameters))
 
-    def _answers(self, bodies: Sequence[bytes]) -> Iterator[tuple[int, Completion]]:
+    def continue_many(self, prompts: Sequence[str], **parameters: Any) -> Iterator[tuple[int, Completion]]:
+        """Yield what the model writes behind texts, by the older `completions` of the same servers.
+
+        Args:
+            prompts: texts, taken as they are: no chat template is around them.
+            parameters: further fields of the requests; order and errors as in `complete_many`.
+        """
+        contents = [{"prompt": prompt} for prompt in prompts]
+        return self._answers("completions", self._bodies("prompt", contents, parameters))
+
+    def _answers(self, path: str, bodies: Sequence[bytes]) -> Iterator[tuple[int, Completion]]:
         finished: SimpleQueue[tuple[int, Completion] | ChatError | None] = SimpleQueue()
         failures: list[ChatError] = []
         # Leaving this block early, as Ctrl-C or a caller's break does, cancels what is under way.
         with start_blocking_portal() as portal:
-            running = portal.start_task_soon(self._run, deque(enumerate(bodies)), finished)
+            running = portal.start_task_soon(self._run, path, deque(enumerate(bodies)), finished)
             running.add_done_callback(lambda _: finished.put(None))
             while (item := finished.get()) is not None:
                 if isinstance(item, ChatError):
@@ -156,12 +164,12 @@ class ChatClient:
         if failures:
             raise failures[0]
 
-    async def _run(self, waiting: deque[tuple[int, bytes]], finished: SimpleQueue[Any]) -> None:
+    async def _run(self, path: str, waiting: deque[tuple[int, bytes]], finished: SimpleQueue[Any]) -> None:
         async def work() -> None:
             while waiting:
                 index, body = waiting.popleft()
                 try:
-                    finished.put((index, await self._ask(session, body)))
+                    finished.put((index, await self._ask(session, path, body)))
                 except EveralignError as error:
                     waiting.clear()
                     finished.put(ChatError(self._clean(f"{self.base_url} ({self.model}): {error}"), index))
@@ -176,13 +184,13 @@ class ChatClient:
             for _ in range(min(self._concurrency, len(waiting))):
                 group.start_soon(work)
 
-    async def _ask(self, session: httpx.AsyncClient, body: bytes) -> Completion:
+    async def _ask(self, session: httpx.AsyncClient, path: str, body: bytes) -> Completion:
         attempt = 0
         while True:
             await self._turn()
             try:
                 with anyio.fail_after(self._timeout):
-                    return await self._attempt(session, body)
+                    return await self._attempt(session, path, body)
             except TimeoutError:
                 again = TryAgain(f"no answer within {self._timeout:g} seconds")
             except httpx.RequestError as error:
@@ -194,10 +202,10 @@ class ChatClient:
             await anyio.sleep(_backoff(attempt) if again.wait is None else again.wait)
             attempt += 1
 
-    async def _attempt(self, session: httpx.AsyncClient, body: bytes) -> Completion:
+    async def _attempt(self, session: httpx.AsyncClient, path: str, body: bytes) -> Completion:
         with self._lock:
             self.usage.requests += 1
-        async with session.stream("POST", f"{self.base_url}/chat/completions", content=body) as response:
+        async with session.stream("POST", f"{self.base_url}/{path}", content=body) as response:
             content = await _read(response)
         if not response.is_success:
             raise failure(response.status_code, response.headers, self._masked(content))
@@ -224,12 +232,18 @@ class ChatClient:
             self.usage.completion_tokens += completion.completion_tokens or 0
             self.usage.untold += completion.prompt_tokens is None or completion.completion_tokens is None
 
-    def _body(self, number: int, messages: Conversation, parameters: Mapping[str, Any]) -> bytes:
-        content = {"model": self.model, "messages": [dict(message) for message in messages], **parameters}
-        try:
-            return json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
-        except (TypeError, ValueError) as error:
-            raise InputError(self._clean(f"conversation {number}: cannot be sent as JSON: {error}")) from None
+    def _bodies(self, kind: str, contents: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]) -> list[bytes]:
+        """The requests as JSON, with the parameters that all share."""
+        if clash := [name for name in _RESERVED if name in parameters]:
+            raise InputError(f"parameter {clash[0]!r}: the client sets it; leave it out")
+        bodies = []
+        for number, content in enumerate(contents, start=1):
+            whole = {"model": self.model, **content, **parameters}
+            try:
+                bodies.append(json.dumps(whole, ensure_ascii=False, allow_nan=False).encode())
+            except (TypeError, ValueError) as error:
+                raise InputError(self._clean(f"{kind} {number}: cannot be sent as JSON: {error}")) from None
+        return bodies
 
     def _clean(self, message: str) -> str:
         """A message without the key, which servers like to repeat."""

@@ -136,6 +136,9 @@ def _json(body: bytes) -> Any:
 
 def _text(choice: Mapping[str, Any]) -> str:
     message = choice.get("message")
+    if message is None and isinstance(choice.get("text"), str):
+        # The older completions, of a text instead of a conversation.
+        return str(choice["text"])
     if not isinstance(message, Mapping):
         raise EveralignError("the reply's first choice has no message")
     text = message.get("content")

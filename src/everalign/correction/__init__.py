@@ -7,6 +7,11 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "Corrected": "corrector",
+    "CorrectionOptions": "corrector",
+    "Corrector": "corrector",
+    "Guards": "guards",
+    "NO_GUARDS": "guards",
     "TEMPLATES": "templates",
     "Template": "templates",
     "get_template": "templates",

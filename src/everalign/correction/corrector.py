@@ -1,0 +1,227 @@
+"""A corrector at work: it verifies an answer in one forward pass, and rewrites what it would not have written itself.
+
+corrector = Corrector.from_pretrained("runs/corrector")
+corrected = corrector.correct("Is the sea salty?", "No.")
+corrected.text, corrected.changed, corrected.forward_passes
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from everalign.chat_client import ChatClient
+from everalign.correction.engines import TOKENS_PER_BATCH, EndpointEngine, Engine, Gate, LocalEngine, Pair, Written
+from everalign.correction.files import load_corrector_files
+from everalign.correction.guards import Guards
+from everalign.correction.templates import Question, Template, get_template
+from everalign.data.fields import check_text, checked_prompt
+from everalign.errors import EveralignError, InputError
+from everalign.modeling.draft_decoding import Verified
+from everalign.modeling.loading import Precision, load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """An answer after the corrector has seen it.
+
+    Args:
+        text: the correction; the original answer, byte by byte, where it is not `changed`.
+        changed: whether it is another text than the answer.
+        reason: why the original is returned although nobody found it right: `gate`, `too_long`, or the name of the
+            guard that refused the correction; None otherwise.
+        forward_passes: of the model; None where the engine does not tell, as for the following.
+        accepted_draft_tokens: tokens guessed from the answer that were right.
+        rejected_draft_tokens: tokens guessed from it that were not.
+        output_tokens: tokens of what the corrector wrote, end token included.
+    """
+
+    text: str
+    changed: bool
+    reason: str | None = None
+    forward_passes: int | None = None
+    accepted_draft_tokens: int | None = None
+    rejected_draft_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class CorrectionOptions:
+    """How answers are corrected.
+
+    Args:
+        gate: lets answers pass without a correction: from this mean log-likelihood on, in nats per token, that the
+            corrector gives the answer as its own output (such as -0.05); or a function of what the first forward
+            pass found, which returns whether the answer passes. None lets none pass.
+        guards: which corrections are refused; the ones that are on by default when None.
+        max_new_tokens: longest correction; twice the answer and 256 more when None.
+    """
+
+    gate: float | Gate | None = None
+    guards: Guards | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gate, int | float) and not (math.isfinite(self.gate) and self.gate <= 0):
+            raise InputError(f"gate: must be a mean log-likelihood, at most 0, found {self.gate}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens: must be at least 1, found {self.max_new_tokens}")
+
+    @property
+    def passes(self) -> Gate | None:
+        """The gate as a function."""
+        gate = self.gate
+        if gate is None or callable(gate):
+            return gate
+        least = float(gate)
+
+        def likely(verified: Verified) -> bool:
+            return verified.log_likelihood >= least
+
+        return likely
+
+
+class Corrector:
+    """Corrects answers.
+
+    Args:
+        engine: what writes corrections.
+        options: how, unless a call says otherwise.
+    """
+
+    def __init__(self, engine: Engine, options: CorrectionOptions | None = None) -> None:
+        self._engine, self._options = engine, options or CorrectionOptions()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        template: str | None = None,
+        device: str | None = None,
+        precision: Precision = "fp32",
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+        options: CorrectionOptions | None = None,
+    ) -> "Corrector":
+        """Load a corrector's folder.
+
+        Args:
+            folder: what `everalign correct train` wrote; or any language model's, if `template` is named.
+            template: id of the template, for models without a `corrector.json`.
+            device: such as `cuda:0`; the GPU if there is one when None.
+            precision: of the weights.
+            tokens_per_batch: tokens computed at once by `correct_batch`.
+            options: how, unless a call says otherwise.
+
+        Raises:
+            InputError: nothing loadable is there, it does not say which template it reads, or the device is none.
+        """
+        files = load_corrector_files(folder, template)
+        encoder = files.encoder(load_tokenizer(str(folder)))
+        model = load_model(str(folder), precision)
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            model.to(place)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {place!r}: cannot be used: {str(error).splitlines()[0]}") from error
+        return cls(LocalEngine(model, encoder, tokens_per_batch, str(folder)), options)
+
+    @classmethod
+    def from_endpoint(
+        cls,
+        url: str,
+        model: str,
+        *,
+        template: str,
+        objectives: Sequence[str] = (),
+        options: CorrectionOptions | None = None,
+    ) -> "Corrector":
+        """Use a corrector behind an OpenAI-compatible server's `/v1/completions`.
+
+        Args:
+            url: of the server; its key is read from OPENAI_API_KEY.
+            model: its name there.
+            template: id of the template it was trained behind.
+            objectives: those it was trained with.
+            options: how, unless a call says otherwise; a gate is refused.
+        """
+        return cls(EndpointEngine(ChatClient(url, model), get_template(template), objectives), options)
+
+    @property
+    def template(self) -> Template:
+        """What the corrector reads."""
+        return self._engine.template
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what corrections depend on, the options aside."""
+        return self._engine.fingerprint
+
+    def correct(self, question: Question, answer: str, options: CorrectionOptions | None = None) -> Corrected:
+        """Return one answer corrected; arguments and errors as in `correct_batch`."""
+        return self.correct_batch([(question, answer)], options)[0]
+
+    def correct_batch(self, pairs: Sequence[Pair], options: CorrectionOptions | None = None) -> list[Corrected]:
+        """Return answers corrected, in the order given.
+
+        Args:
+            pairs: questions (text, or chat messages) and answers.
+            options: how; the corrector's own when None.
+
+        Raises:
+            InputError: a question or an answer is no text, or the engine has no gate; names its number.
+            EveralignError: the model or the server failed.
+        """
+        options = options or self._options
+        checked = [_checked(pair, f"pair {number}: ") for number, pair in enumerate(pairs, start=1)]
+        found = self._engine.write(checked, options.passes, options.max_new_tokens)
+        return [self._judged(answer, written, options) for (_, answer), written in zip(checked, found, strict=True)]
+
+    def stream(self, question: Question, answer: str, options: CorrectionOptions | None = None) -> Iterator[str]:
+        """Yield the text of `correct` in pieces, none of which ends inside of a character.
+
+        As long as the correction is the answer's beginning, it is yielded as it is accepted. Behind the first
+        difference a guard may still refuse all of it and the answer be returned: there, pieces are yielded as they
+        come only without guards, else at the end.
+        """
+        options = options or self._options
+        pair = _checked((question, answer), "")
+        guarded = (options.guards or Guards()).any
+        given = ""
+        for found in self._engine.follow(pair, options.passes, options.max_new_tokens):
+            is_last = isinstance(found, Written)
+            text = self._judged(answer, found, options).text if isinstance(found, Written) else found
+            if guarded and not is_last:
+                text = _common_beginning(text, answer)
+            if is_last and not text.startswith(given):
+                raise EveralignError("the tokenizer changes text that was yielded already; use `correct` instead")
+            if len(text) > len(given) and text.startswith(given):
+                yield text[len(given) :]
+                given = text
+
+    def _judged(self, answer: str, written: Written, options: CorrectionOptions) -> Corrected:
+        reason, text = written.reason, written.text
+        if reason is None and (text != answer or not written.finished):
+            reason = (options.guards or Guards()).objection(answer, text, written.finished, self.template)
+        if reason is not None:
+            text = answer
+        return Corrected(
+            text, text != answer, reason, written.passes, written.accepted, written.rejected, written.tokens
+        )
+
+
+def _checked(pair: Pair, where: str) -> Pair:
+    question, answer = pair
+    try:
+        asked = checked_prompt(question, "question", "answer")
+        check_text(answer, "answer")
+    except InputError as error:
+        raise InputError(f"{where}{error}") from None
+    return asked, answer
+
+
+def _common_beginning(first: str, second: str) -> str:
+    pairs = enumerate(zip(first, second, strict=False))
+    return first[: next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))]

@@ -1,0 +1,204 @@
+"""What writes corrections: a model in this process, or one behind an OpenAI-compatible server."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from everalign.chat_client import ChatClient
+from everalign.correction.encoder import CorrectionEncoder
+from everalign.correction.templates import Question, Template
+from everalign.data.batches import batches_by_length
+from everalign.errors import InputError
+from everalign.modeling.draft_decoding import DraftDecoder, DraftedRow, Verified
+from everalign.modeling.loading import model_fingerprint
+from everalign.modeling.ragged_decoding import RaggedModel
+
+Gate = Callable[[Verified], bool]
+Pair = tuple[Question, str]
+
+TOKENS_PER_BATCH = 4096
+# How long a correction may become if nothing is said: so many times the answer, and so many tokens more.
+_TIMES, _MORE = 2, 256
+_BYTES_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an engine wrote for one answer.
+
+    Args:
+        text: the correction; the answer itself where it was verified or let pass.
+        finished: whether it ended by itself.
+        reason: `gate` or `too_long` where nothing was written.
+        passes: forward passes; None where the engine does not tell, as for the next two.
+        accepted: tokens of the draft that were right.
+        rejected: those that were not.
+        tokens: tokens of the correction, None where the engine does not tell.
+    """
+
+    text: str
+    finished: bool = True
+    reason: str | None = None
+    passes: int | None = None
+    accepted: int | None = None
+    rejected: int | None = None
+    tokens: int | None = None
+
+
+class Engine(Protocol):
+    """Writes corrections."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what corrections depend on."""
+        ...
+
+    @property
+    def template(self) -> Template:
+        """What the corrector reads."""
+        ...
+
+    def write(self, pairs: Sequence[Pair], gate: Gate | None, limit: int | None) -> list[Written]:
+        """Return a correction for each of N questions and answers.
+
+        Args:
+            pairs: questions and answers.
+            gate: decides which answers pass; None for none of them.
+            limit: most tokens of a correction; by the answer's length when None.
+        """
+        ...
+
+    def follow(self, pair: Pair, gate: Gate | None, limit: int | None) -> Iterator[str | Written]:
+        """Yield the text of one correction whenever it has grown, as a whole, and what was written at last."""
+        ...
+
+
+class LocalEngine:
+    """Greedy decoding in this process, with the answer as the draft.
+
+    Args:
+        model: a causal language model.
+        encoder: of its tokenizer and template.
+        tokens_per_batch: tokens of the prompts and drafts that are computed at once.
+        name: what it is called in messages.
+    """
+
+    def __init__(
+        self, model: Any, encoder: CorrectionEncoder, tokens_per_batch: int = TOKENS_PER_BATCH, name: str = "corrector"
+    ) -> None:
+        self._model, self._encoder = RaggedModel(model), encoder
+        if tokens_per_batch < 1:
+            raise InputError(f"tokens per batch: must be at least 1, found {tokens_per_batch}")
+        self._tokens_per_batch, self._name = tokens_per_batch, name
+        self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over weights, template and tokenizer."""
+        content = f"{model_fingerprint(self._model.model)} {self._model.dtype} {self._encoder.fingerprint}"
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def template(self) -> Template:
+        """The one it was trained behind."""
+        return self._encoder.template
+
+    def write(self, pairs: Sequence[Pair], gate: Gate | None, limit: int | None) -> list[Written]:
+        """Return the corrections, of answers of similar length at once; too long ones are not corrected."""
+        found: dict[int, Written] = {}
+        prompts = [self._encoder.prompt(*pair) for pair in pairs]
+        drafts = [self._encoder.response(answer) for _, answer in pairs]
+        lengths = [len(prompt) + len(draft) for prompt, draft in zip(prompts, drafts, strict=True)]
+        fitting = [i for i, length in enumerate(lengths) if self._context is None or length <= self._context]
+        for places in batches_by_length([lengths[i] for i in fitting], self._tokens_per_batch):
+            batch = [fitting[place] for place in places]
+            decoder = self._decoder([prompts[i] for i in batch], [drafts[i] for i in batch], gate, limit)
+            for i, row in zip(batch, decoder.run(), strict=True):
+                found[i] = self._written(row, pairs[i][1])
+        return [found.get(i, Written(answer, reason="too_long", passes=0)) for i, (_, answer) in enumerate(pairs)]
+
+    def follow(self, pair: Pair, gate: Gate | None, limit: int | None) -> Iterator[str | Written]:
+        """Yield the text so far after each forward pass, without a character that is not whole yet."""
+        prompt, draft = self._encoder.prompt(*pair), self._encoder.response(pair[1])
+        if self._context is not None and len(prompt) + len(draft) > self._context:
+            yield Written(pair[1], reason="too_long", passes=0)
+            return
+        decoder = self._decoder([prompt], [draft], gate, limit)
+        row = decoder.rows[0]
+        while not decoder.over:
+            decoder.step()
+            if not decoder.over:
+                # The bytes of a character may be tokens of their own; until all are there it reads as U+FFFD.
+                yield self._encoder.decode(row.tokens).rstrip("\ufffd")
+        yield self._written(row, pair[1])
+
+    def _decoder(
+        self, prompts: list[list[int]], drafts: list[list[int]], gate: Gate | None, limit: int | None
+    ) -> DraftDecoder:
+        limits = []
+        for prompt, draft in zip(prompts, drafts, strict=True):
+            most = _TIMES * len(draft) + _MORE if limit is None else limit
+            limits.append(most if self._context is None else min(most, self._context - len(prompt)))
+        return DraftDecoder(self._model, prompts, drafts, sorted(self._encoder.ends), limits, gate)
+
+    def _written(self, row: DraftedRow, answer: str) -> Written:
+        same = row.kept or row.tokens == row.draft
+        text = answer if same else self._encoder.decode(row.tokens)
+        tokens = 0 if row.kept else len(row.tokens)
+        reason = "gate" if row.kept else None
+        return Written(text, row.kept or row.ended, reason, row.passes, row.accepted, row.rejected, tokens)
+
+
+class EndpointEngine:
+    """A corrector behind `/v1/completions`, which reads the template's text and tokenises it itself.
+
+    A server finds its special tokens' names in texts too; let it serve no model whose special tokens end a turn in a
+    text of users that could harm.
+
+    Args:
+        client: of the server and model.
+        template: the corrector's.
+        objectives: those that it was trained with.
+    """
+
+    def __init__(self, client: ChatClient, template: Template, objectives: Sequence[str] = ()) -> None:
+        self._client, self._template = client, template
+        self._objectives = template.check_objectives(objectives)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over address, model, template and objectives."""
+        content = f"{self._client.base_url} {self._client.model} {self._template.id} {self._objectives}"
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def template(self) -> Template:
+        """The one that was named."""
+        return self._template
+
+    def write(self, pairs: Sequence[Pair], gate: Gate | None, limit: int | None) -> list[Written]:
+        """Return the server's corrections, a few asked for at once; ChatError where a request fails for good."""
+        if gate is not None:
+            raise InputError("gate: a server does not say how likely an answer is; leave it out, or load the model")
+        found: dict[int, Written] = {}
+        # Requests have one limit each: those with the same one are sent together.
+        limits = [_limit(answer) if limit is None else limit for _, answer in pairs]
+        for most in sorted(set(limits)):
+            chosen = [i for i, own in enumerate(limits) if own == most]
+            prompts = [self._template.render(*pairs[i], self._objectives) for i in chosen]
+            for place, reply in self._client.continue_many(prompts, temperature=0, max_tokens=most):
+                finished = reply.finish_reason != "length"
+                found[chosen[place]] = Written(reply.text, finished, tokens=reply.completion_tokens)
+        return [found[i] for i in range(len(pairs))]
+
+    def follow(self, pair: Pair, gate: Gate | None, limit: int | None) -> Iterator[str | Written]:
+        """Yield what was written when all of it is there."""
+        yield from self.write([pair], gate, limit)
+
+
+def _limit(answer: str) -> int:
+    """Most tokens of a correction, in steps, so that many requests have the same limit."""
+    tokens = math.ceil(len(answer.encode()) / _BYTES_PER_TOKEN)
+    return _MORE * math.ceil((_TIMES * tokens + _MORE) / _MORE)
