@@ -50,8 +50,9 @@ class Request:
     body: dict[str, Any]
 
     @property
-    def messages(self) -> list[dict[str, str]]:
-        return self.body["messages"]
+    def messages(self) -> Any:
+        """Of a chat, or the text to be continued."""
+        return self.body["messages"] if "messages" in self.body else self.body["prompt"]
 
 
 def answer(text: Any, finish_reason: str = "stop", usage: Any = USAGE, **message: Any) -> Reply:

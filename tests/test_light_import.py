@@ -41,6 +41,7 @@ def test_importing_loads_nothing_heavy(module):
         ["reward", "train", "--help"],
         ["reward", "score", "--help"],
         ["correct", "train", "--help"],
+        ["correct", "run", "--help"],
         ["--version"],
     ],
 )

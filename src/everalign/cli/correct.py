@@ -1,10 +1,11 @@
-"""The verb `correct train`: a corrector from corrections, or from preferences."""
+"""The verbs `correct train`, a corrector from corrections or from preferences, and `correct run`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from everalign.cli.correct_run import EPILOG, run
 from everalign.cli.display import Display
 from everalign.cli.output import say, show, show_json, show_line
 from everalign.cli.runs import Json
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
-correct = typer.Typer(help="Train a corrector, which reads an answer and writes a better one.", no_args_is_help=True)
+correct = typer.Typer(
+    help="Train a corrector, which reads an answer and writes a better one; and use it.", no_args_is_help=True
+)
 
 
-@correct.callback()
-def _correct() -> None:
-    """Make a group of it even while it has one verb."""
+correct.command(epilog=EPILOG)(run)
 
 
 def _option(text: str, metavar: str | None = None) -> Any:

@@ -178,6 +178,8 @@ class DraftDecoder:
             proposals.learn(row.tokens[before:], len(guess))
             if gate is not None and guess and not row.ended:
                 row.kept = gate(_verified(number, found[number], len(guess), accepted))
+                if row.kept:
+                    row.tokens = []
         self._cache.lengths = [row.cached for row, _ in self._batch]
 
     def _closes(self, row: DraftedRow, guess: list[int]) -> bool:

@@ -11,8 +11,9 @@ LONGEST = 512
 """Tokens proposed at once, at most."""
 
 _LONGEST_MATCH = 3
-# One token alone is looked for this close behind the place that was copied last: further on it means little.
-_NEAR = 24
+# One token alone is looked for this close around the place in the draft: further on it means little. Behind an inserted
+# token the draft goes on before that place.
+_NEAR, _BEFORE = 24, 2
 # After so many misses in a row there is a pause, which doubles up to the longest one.
 _PATIENCE, _LONGEST_PAUSE = 1, 16
 # How often a proposed token is right: what is believed before anything was tried, and how much that counts.
@@ -96,8 +97,8 @@ class Proposals:
                 start = source.after(tuple(written[-length:]), self._cursor if source is draft else None)
                 if start is not None:
                     return source, start
-        start = draft.after(tuple(written[-1:]), self._cursor)
-        if start is not None and self._cursor < start <= self._cursor + _NEAR:
+        start = draft.after(tuple(written[-1:]), self._cursor - _BEFORE)
+        if start is not None and self._cursor - _BEFORE < start <= self._cursor + _NEAR:
             return draft, start
         # The token that was just written stands for one of the draft's.
         return draft, self._cursor + 1 if self._follows else len(draft.text)

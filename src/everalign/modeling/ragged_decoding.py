@@ -62,7 +62,11 @@ class RaggedModel:
         if attention not in _ATTENTIONS:
             raise InputError(f"drafts cannot be verified with {attention} attention: load the model with sdpa or eager")
         self._additive = attention == "eager"
-        self.separate = LanguageHead(model).separate
+        head = LanguageHead(model)
+        self.separate = head.separate
+        if all(window is None for window in windows) and head.unshared_because:
+            # Some models restrict what a token sees inside of their layers, where no mask of ours reaches.
+            raise InputError(f"{self._name}: {head.unshared_because}")
         self._check()
 
     def masks(self, slots: Tensor, used: int) -> Any:

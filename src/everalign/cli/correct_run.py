@@ -1,0 +1,143 @@
+"""The verb `correct run`: a file of answers, corrected."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from everalign.cli.display import Display
+from everalign.cli.output import say, show_json, show_line
+from everalign.cli.runs import Json
+from everalign.errors import InputError
+
+if TYPE_CHECKING:
+    from everalign.correction import Corrector
+    from everalign.correction.running import CorrectionRun
+
+INTERRUPTED = 130
+EPILOG = (
+    "Example: everalign correct run --corrector runs/corrector --data answers.jsonl --output corrections.jsonl; "
+    "from a server, whose key is read from OPENAI_API_KEY: --corrector http://127.0.0.1:8000/v1#aligner "
+    "--template aligner-1"
+)
+
+
+def _option(text: str, metavar: str | None = None) -> Any:
+    """A flag with its help; those that may be left out have their defaults where they are used."""
+    return typer.Option(help=text, metavar=metavar, show_default=False)
+
+
+def run(
+    corrector: Annotated[str, _option("A corrector's folder, or one on a server as URL#MODEL.", "DIR|URL#MODEL")],
+    data: Annotated[str, _option("Rows with question and answer, or prompt and completion.", "ROWS")],
+    output: Annotated[Path, _option("The corrections.", "FILE.jsonl")],
+    template: Annotated[str | None, _option("What it reads, if it does not say so itself.", "ID")] = None,
+    gate: Annotated[
+        float | None, _option("Let answers pass from this mean log-likelihood on, in nats per token.", "NATS")
+    ] = None,
+    guards: Annotated[
+        bool, typer.Option("--guards/--no-guards", help="Return the answer where a correction cannot be trusted.")
+    ] = True,
+    max_new_tokens: Annotated[int | None, _option("Longest correction; twice the answer and 256 more.")] = None,
+    precision: Annotated[str | None, _option("fp32 or bf16.", "PRECISION")] = None,
+    device: Annotated[str | None, _option("Such as cuda:0; the GPU if there is one.")] = None,
+    batch_size: Annotated[int | None, _option("Rows corrected at once; kept after each batch.")] = None,
+    tokens_per_batch: Annotated[int | None, _option("Tokens computed at once; fewer save memory.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace FILE.jsonl.")] = False,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", metavar="", help="Leave bad rows out, and say so.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Correct answers, and write question, answer, correction, and whether it changed.
+
+    Killed in the middle, the same command goes on from its last batch.
+    """
+    from everalign.correction import NO_GUARDS, CorrectionOptions, Guards
+    from everalign.correction.running import ROWS_PER_BATCH, correct_rows
+    from everalign.data.uncorrected import load_uncorrected
+
+    options = CorrectionOptions(gate, Guards() if guards else NO_GUARDS, max_new_tokens)
+    local = {"device": device, "precision": precision, "tokens_per_batch": tokens_per_batch}
+    started = time.perf_counter()
+    try:
+        with Display() as display:
+            rows = load_uncorrected(data, skip_bad_rows=skip_bad_rows)
+            if rows.skipped:
+                skipped = f"{data}: {len(rows.skipped)} bad rows left out; the first: {rows.skipped[0]}"
+                say("warning", skipped, "yellow")
+            display.announce(f"{len(rows)} rows to correct")
+            done = correct_rows(
+                rows,
+                _corrector(corrector, template, local),
+                output,
+                options=options,
+                overwrite=overwrite,
+                rows_per_batch=ROWS_PER_BATCH if batch_size is None else batch_size,
+                announce=display.announce,
+                progress=display.progress,
+            )
+    except KeyboardInterrupt:
+        say("interrupted", "the same command goes on from here", "bold yellow")
+        raise typer.Exit(INTERRUPTED) from None
+    facts = _facts(done, time.perf_counter() - started)
+    (show_json if as_json else _show)(facts)
+
+
+def _corrector(name: str, template: str | None, local: dict[str, Any]) -> "Corrector":
+    from everalign.correction import Corrector
+
+    given = {flag: value for flag, value in local.items() if value is not None}
+    if not name.startswith(("http://", "https://")):
+        return Corrector.from_pretrained(name, template=template, **given)
+    url, _, model = name.partition("#")
+    if not model:
+        raise InputError(f"{name}: name the model behind the address, such as http://127.0.0.1:8000/v1#aligner")
+    if template is None:
+        raise InputError(f"{name}: a server does not say what its corrector reads; name it with --template")
+    if given:
+        flag = next(iter(given)).replace("_", "-")
+        raise InputError(f"--{flag}: is for a corrector in this process; a server decides for itself")
+    return Corrector.from_endpoint(url, model, template=template)
+
+
+def _facts(done: "CorrectionRun", seconds: float) -> dict[str, Any]:
+    reasons: dict[str, int] = {}
+    for one in done.corrected:
+        if one.reason is not None:
+            reasons[one.reason] = reasons.get(one.reason, 0) + 1
+    new = done.corrected[done.resumed :]
+    tokens = sum(one.output_tokens or 0 for one in new)
+    return {
+        "output": str(done.path),
+        "rows": len(done.corrected),
+        "resumed": done.resumed,
+        "changed": sum(one.changed for one in done.corrected) / len(done.corrected),
+        "kept_because": reasons,
+        "forward_passes": _total(one.forward_passes for one in done.corrected),
+        "accepted_draft_tokens": _total(one.accepted_draft_tokens for one in done.corrected),
+        "rejected_draft_tokens": _total(one.rejected_draft_tokens for one in done.corrected),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _total(counts: Any) -> int | None:
+    """The sum; None where nothing is known, as of a server's passes."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def _show(facts: dict[str, Any]) -> None:
+    from everalign.reporting.formats import percent
+
+    show_line("rows", facts["rows"])
+    show_line("changed", percent(facts["changed"]))
+    if facts["kept_because"]:
+        show_line("kept", ", ".join(f"{count} by {reason}" for reason, count in sorted(facts["kept_because"].items())))
+    if facts["forward_passes"] is not None:
+        accepted, rejected = facts["accepted_draft_tokens"], facts["rejected_draft_tokens"]
+        show_line("passes", f"{facts['forward_passes']}, {accepted} tokens guessed rightly and {rejected} wrongly")
+    show_line("speed", f"{facts['tokens_per_second']} tokens/s")
+    show_line("output", facts["output"])

@@ -1,0 +1,193 @@
+"""Decoding with drafts: whatever is guessed, the tokens are those of plain greedy decoding."""
+
+import random
+
+import pytest
+import torch
+
+from everalign.errors import EveralignError, InputError
+from everalign.modeling.draft_decoding import DraftDecoder, best_width
+from everalign.modeling.draft_proposals import Proposals
+from everalign.modeling.ragged_decoding import RaggedModel, RaggedRows
+from models_for_tests import FAMILIES, SCALED, random_model
+
+END, LIMIT, VOCABULARY = 2, 24, 40
+PROMPTS = [[1, 5, 9], [7], [3, 3, 8, 2, 11, 6, 9, 9, 30, 12, 4, 17], [4, 2]]
+
+
+def alone(model, prompt, limit=LIMIT, ends=(END,)):
+    """Greedy continuation, computed anew from the start for every token."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + limit and (len(tokens) == len(prompt) or tokens[-1] not in ends):
+        with torch.no_grad():
+            tokens.append(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax().item())
+    return tokens[len(prompt) :]
+
+
+def drafts_of(output, ends=(END,)):
+    """Equal, substituted, inserted, deleted, cut, garbage, empty, and longer than the limit."""
+    middle, rng = len(output) // 2, random.Random(len(output))
+    before, after = output[:middle], output[middle:]
+    other = 3 + (after[0] - 2) % (VOCABULARY - 3)
+    garbage = [rng.randrange(3, VOCABULARY) for _ in range(20)]
+    return [
+        output,
+        [*before, other, *after[1:]],
+        [*before, other, *after],
+        [*before, *after[1:]],
+        before,
+        garbage,
+        [],
+        [*[token for token in output if token not in ends], *garbage, *garbage],
+    ]
+
+
+def decoded(model, prompts, drafts, limit=LIMIT, ends=(END,), **options):
+    decoder = DraftDecoder(model, prompts, drafts, ends, [limit] * len(prompts), **options)
+    return decoder, decoder.run()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *SCALED])
+def test_every_draft_gives_the_tokens_of_greedy_decoding(family):
+    """In batches of 1, 4 and 16 rows, past a sliding window, and with inputs that take several passes."""
+    plain = random_model(family, vocabulary=VOCABULARY)
+    rows, ends = [], [alone(plain, PROMPTS[0], ends=())[2], alone(plain, PROMPTS[2], ends=())[9]]
+    for prompt in PROMPTS:
+        output = alone(plain, prompt, ends=ends)
+        rows += [(prompt, draft, output) for draft in drafts_of(output, ends)]
+    random.Random(0).shuffle(rows)
+    assert len({len(output) for _, _, output in rows}) > 1
+    for tokens_per_pass, sizes in ((4096, (1, 4, 16)), (24, (4,))):
+        model = RaggedModel(plain, tokens_per_pass)
+        for size in sizes:
+            for start in range(0, len(rows), size):
+                prompts, drafts, outputs = zip(*rows[start : start + size], strict=True)
+                _, found = decoded(model, prompts, drafts, ends=ends)
+                assert [row.tokens for row in found] == list(outputs)
+                assert [row.ended for row in found] == [output[-1] in ends for output in outputs]
+
+
+def test_an_unchanged_draft_takes_one_pass_and_one_that_differs_only_as_many_as_it_needs():
+    plain = random_model(vocabulary=VOCABULARY)
+    model = RaggedModel(plain)
+    outputs = [alone(plain, prompt) for prompt in PROMPTS]
+    decoder, rows = decoded(model, PROMPTS, outputs)
+    assert decoder.passes == 1
+    assert {(row.passes, row.rejected) for row in rows} == {(1, 0)}
+    assert [row.accepted for row in rows] == [len(output) for output in outputs]
+    long = outputs[0]
+    assert len(long) == LIMIT
+    changed = [*long[:3], (long[3] + 1) % VOCABULARY, *long[4:]]
+    decoder, rows = decoded(model, PROMPTS[:2], [changed, outputs[1]])
+    assert 1 < rows[0].passes == decoder.passes < 12
+    assert rows[1].passes == 1
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_rows_stop_at_their_limit(limit):
+    plain = random_model(vocabulary=VOCABULARY)
+    model = RaggedModel(plain)
+    output = alone(plain, PROMPTS[0])
+    for draft in drafts_of(output):
+        _, (row,) = decoded(model, PROMPTS[:1], [draft], limit)
+        assert row.tokens == output[:limit]
+        assert not row.ended
+
+
+def test_a_model_s_last_position_can_be_used():
+    """Padding beside a full row stands nowhere beyond it."""
+    plain = random_model("gpt2", vocabulary=VOCABULARY)
+    model, prompt = RaggedModel(plain), [5] * (256 - 9)
+    expected = alone(plain, prompt, 9)
+    _, rows = decoded(model, [prompt, [7]], [[3] * 9, [8] * 9], 9)
+    assert rows[0].tokens == expected
+    assert rows[1].tokens == alone(plain, [7], 9)
+
+
+def test_tokens_taken_back_leave_no_trace():
+    plain = random_model("gemma2", vocabulary=VOCABULARY)
+    model, rng = RaggedModel(plain), random.Random(3)
+    rows, texts = RaggedRows(model, 3), [[], [], []]
+    for _ in range(40):
+        added = [[rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, 9))] for _ in texts]
+        found, _ = rows.feed(added, [1, 1, 1])
+        for text, more, predicted in zip(texts, added, found, strict=True):
+            text += more
+            with torch.no_grad():
+                expected = plain(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].argmax().item()
+            assert predicted.tokens == [expected]
+            del text[rng.randint(max(0, len(text) - 7), len(text)) :]
+        rows.lengths = [len(text) for text in texts]
+
+
+def test_a_gate_sees_what_the_first_pass_found():
+    plain = random_model(vocabulary=VOCABULARY)
+    model, prompt, draft = RaggedModel(plain), PROMPTS[2], [9, 8, 7, END]
+    with torch.no_grad():
+        logits = plain(input_ids=torch.tensor([[*prompt, *draft]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    log_probs = logits.log_softmax(-1)
+    seen = []
+    _, rows = decoded(model, [prompt, PROMPTS[0]], [draft, []], gate=lambda verified: seen.append(verified) or True)
+    (verified,) = seen
+    assert (verified.row, verified.length) == (0, 4)
+    expected = log_probs.gather(1, torch.tensor(draft)[:, None]).mean().item()
+    assert verified.log_likelihood == pytest.approx(expected, abs=1e-5)
+    others = log_probs[0].clone()
+    others[9] = float("-inf")
+    assert verified.margin == pytest.approx((log_probs[0, 9] - others.max()).item(), abs=1e-5)
+    assert [row.kept for row in rows] == [True, False]
+    assert rows[0].tokens == []
+    assert rows[1].tokens == alone(plain, PROMPTS[0])
+
+
+def test_nothing_is_guessed_after_many_wrong_guesses_but_now_and_then():
+    rng = random.Random(0)
+    draft = [rng.randrange(5, 9) for _ in range(60)]
+    proposals, written, checked = Proposals(draft, []), [draft[0]], 0
+    proposals.learn(written, len(draft))
+    for _ in range(100):
+        guess = proposals.propose(written)
+        checked += bool(guess)
+        # Never what was guessed, and always something that occurs in the draft.
+        written.append(5 + (guess[0] - 4) % 4 if guess else rng.randrange(5, 9))
+        proposals.learn(written[-1:], len(guess))
+    assert 5 < checked < 20
+
+
+def test_a_substitution_an_insertion_and_a_deletion_are_followed():
+    draft = list(range(10, 30))
+    for written, expected in (([10, 11, 99], 13), ([10, 11, 99, 12], 13), ([10, 11, 13], 14)):
+        proposals = Proposals(draft, [])
+        proposals.learn(written[:3], len(draft))
+        for token in written[3:]:
+            proposals.propose(written[:3])
+            proposals.learn([token], 1)
+        assert proposals.propose(written)[0] == expected
+
+
+def test_more_is_guessed_where_it_pays():
+    assert best_width([(0.05, 30)], 0.04) == 0
+    assert best_width([(0.9, 0)], 0.04) == 0
+    assert best_width([(0.99, 200)], 0.04) > best_width([(0.7, 200)], 0.04) > 0
+    assert best_width([(0.99, 200)] * 16, 0.04) < best_width([(0.99, 200)], 0.04)
+    assert best_width([(1.0, 7)], 0.001) == 7
+
+
+@pytest.mark.parametrize("family", ["bloom", "gpt_neo", "mamba"])
+def test_models_that_cannot_are_refused(family):
+    with pytest.raises(InputError, match="drafts cannot be verified by a "):
+        RaggedModel(random_model(family))
+
+
+def test_bad_input_is_refused():
+    plain = random_model()
+    with pytest.raises(InputError, match="tokens per pass: must be at least 1"):
+        RaggedModel(plain, 0)
+    model = RaggedModel(plain)
+    with pytest.raises(InputError, match="prompt 2 has no tokens"):
+        DraftDecoder(model, [[1], []], [[], []], [END], [3, 3])
+    with pytest.raises(InputError, match="limit 1 must be at least 1, found 0"):
+        DraftDecoder(model, [[1]], [[]], [END], [0])
+    plain.get_output_embeddings().weight.data[5] = float("nan")
+    with pytest.raises(EveralignError, match="logits are NaN"):
+        decoded(model, [[1]], [[4]])
