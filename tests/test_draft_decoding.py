@@ -97,11 +97,12 @@ def test_rows_stop_at_their_limit(limit):
 def test_a_model_s_last_position_can_be_used():
     """Padding beside a full row stands nowhere beyond it."""
     plain = random_model("gpt2", vocabulary=VOCABULARY)
-    model, prompt = RaggedModel(plain), [5] * (256 - 9)
-    expected = alone(plain, prompt, 9)
-    _, rows = decoded(model, [prompt, [7]], [[3] * 9, [8] * 9], 9)
-    assert rows[0].tokens == expected
-    assert rows[1].tokens == alone(plain, [7], 9)
+    model, prompt = RaggedModel(plain), [5] * 250
+    expected, other = alone(plain, prompt, 6, ()), alone(plain, [7], LIMIT, ())
+    # The row beside it goes on with long guesses while this one is at its end.
+    draft = [*other[:12], 1 + other[12], *other[13:]]
+    rows = DraftDecoder(model, [prompt, [7]], [[3] * 6, draft], [], [6, LIMIT]).run()
+    assert [row.tokens for row in rows] == [expected, other]
 
 
 def test_tokens_taken_back_leave_no_trace():

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from everalign.correction.corrector import Corrector
     from everalign.data import (
         Correction,
         CorrectionSet,
@@ -24,6 +25,7 @@ __all__ = [
     "AdapterOptions",
     "Correction",
     "CorrectionSet",
+    "Corrector",
     "Learner",
     "Preference",
     "PreferenceSet",
@@ -39,6 +41,7 @@ _HOMES = {
     "AdapterOptions": "everalign.learning",
     "Correction": "everalign.data",
     "CorrectionSet": "everalign.data",
+    "Corrector": "everalign.correction.corrector",
     "Learner": "everalign.learning",
     "Preference": "everalign.data",
     "PreferenceSet": "everalign.data",

@@ -40,6 +40,7 @@ _KEY_VARIABLE = "OPENAI_API_KEY"
 _FIRST_WAIT = 1.0  # seconds, doubled from attempt to attempt
 _LONGEST_BACKOFF = 60.0
 _LARGEST_REPLY = 16 << 20  # bytes
+_CHAT = "chat/completions"
 _RESERVED = ("model", "messages", "prompt", "stream", "n")
 
 
@@ -136,7 +137,7 @@ class ChatClient:
             ChatError: a request failed for good: no attempt is left, the server refused it, or the reply holds no text.
         """
         contents = [{"messages": [dict(message) for message in messages]} for messages in conversations]
-        return self._answers("chat/completions", self._bodies("conversation", contents, parameters))
+        return self._answers(_CHAT, self._bodies("conversation", contents, parameters))
 
     def continue_many(self, prompts: Sequence[str], **parameters: Any) -> Iterator[tuple[int, Completion]]:
         """Yield what the model writes behind texts, by the older `completions` of the same servers.
@@ -211,9 +212,9 @@ class ChatClient:
             raise failure(response.status_code, response.headers, self._masked(content))
         kind = response.headers.get("content-type", "")
         try:
-            completion = read_completion(content, kind)
+            completion = read_completion(content, kind, path == _CHAT)
         except EveralignError:
-            completion = read_completion(self._masked(content), kind)
+            completion = read_completion(self._masked(content), kind, path == _CHAT)
         self._count(completion)
         return completion
 

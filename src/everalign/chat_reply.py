@@ -46,12 +46,13 @@ class TryAgain(Exception):  # noqa: N818 (no error as long as attempts are left)
         self.wait = wait
 
 
-def read_completion(body: bytes, content_type: str) -> Completion:
+def read_completion(body: bytes, content_type: str, chat: bool = True) -> Completion:
     """Return the first choice of a successful reply.
 
     Args:
         body: the reply.
         content_type: its `content-type` header, for messages.
+        chat: whether a conversation was sent; else a text, and the choice has its continuation without a message.
 
     Raises:
         EveralignError: the reply is no JSON, or holds no text; says what it holds instead.
@@ -67,7 +68,7 @@ def read_completion(body: bytes, content_type: str) -> Completion:
     counts = usage if isinstance(usage, Mapping) else {}
     reason = choices[0].get("finish_reason")
     return Completion(
-        _text(choices[0]),
+        _text(choices[0]) if chat else _continuation(choices[0]),
         _count(counts.get("prompt_tokens")),
         _count(counts.get("completion_tokens")),
         reason if isinstance(reason, str) else None,
@@ -134,11 +135,16 @@ def _json(body: bytes) -> Any:
         return None
 
 
+def _continuation(choice: Mapping[str, Any]) -> str:
+    text = choice.get("text")
+    if not isinstance(text, str):
+        found = "null" if text is None else type(text).__name__
+        raise EveralignError(f"the reply's first choice must have a text, found {found}")
+    return text
+
+
 def _text(choice: Mapping[str, Any]) -> str:
     message = choice.get("message")
-    if message is None and isinstance(choice.get("text"), str):
-        # The older completions, of a text instead of a conversation.
-        return str(choice["text"])
     if not isinstance(message, Mapping):
         raise EveralignError("the reply's first choice has no message")
     text = message.get("content")
