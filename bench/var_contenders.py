@@ -118,7 +118,7 @@ def scored_answers(
     rows, tokens = [], 0
     for question, found in zip(asked, drawn, strict=True):
         if found.texts:
-            tokens += sum(len(response) for response in encoded(tokenizer, question, found.texts).responses)
+            tokens += sum(len(response) for response in encoded(tokenizer, prompt(question), found.texts).responses)
         if len(found.texts) > 1:
             worth = tuple(reward(question, text) for text in found.texts)
             rows.append(Scored(prompt(question), found.texts, worth))

@@ -31,19 +31,23 @@ from everalign.training.reference import pair_log_probs
 from everalign.training.reward_model import RewardOptions, train_reward_model
 from everalign.training.stage import StageOptions
 from var_contenders import advantage, best_of, chosen, dpo, snkl, var
+from var_task import divergence, encoded
 
 LONGEST, LONGEST_ANSWER, BATCH_TOKENS = 256, 96, 16384
 FOLDER = OUT / "var_real"
 # What each learns from: pairs as people judged them, or with the reward model's rewards, or samples with them.
-CONTENDERS: dict[str, tuple[str, Any, float, float]] = {
-    "sft on chosen": ("pairs", chosen, 1e-3, 2.0),
-    "DPO": ("pairs", dpo(0.1), 5e-4, 2.0),
-    "snkl": ("pairs", snkl(0.5), 5e-4, 2.0),
-    "VAR on pairs": ("scored pairs", var(0.5), 1e-3, 2.0),
-    "best of K (RAFT)": ("samples", best_of, 1e-3, 2.0),
-    "A-LoL": ("samples", advantage, 1e-3, 2.0),
-    "DPO on samples": ("samples", dpo(0.1), 5e-4, 2.0),
-    "VAR": ("samples", var(0.5, floor=0.02), 1e-3, 2.0),
+# The last number says in how many rounds: each samples anew, to its share of the prompts.
+CONTENDERS: dict[str, tuple[str, Any, float, float, int]] = {
+    "sft on chosen": ("pairs", chosen, 1e-3, 2.0, 1),
+    "DPO": ("pairs", dpo(0.1), 5e-4, 2.0, 1),
+    "snkl": ("pairs", snkl(0.5), 5e-4, 2.0, 1),
+    "VAR on pairs": ("scored pairs", var(0.5), 1e-3, 2.0, 1),
+    "best of K (RAFT)": ("samples", best_of, 1e-3, 2.0, 1),
+    "A-LoL": ("samples", advantage, 1e-3, 2.0, 1),
+    "DPO on samples": ("samples", dpo(0.1), 5e-4, 2.0, 1),
+    "VAR": ("samples", var(0.25, floor=0.02), 1e-3, 2.0, 1),
+    "DPO on samples, 3 rounds": ("samples", dpo(0.1), 5e-4, 2.0, 3),
+    "VAR, 3 rounds": ("samples", var(0.25, floor=0.02), 1e-3, 4.0, 3),
 }
 
 
@@ -98,12 +102,16 @@ class Judge:
         texts = [text for row in answers for text in row.completions]
         found = {name: statistics.fmean(scorer.score(prompts, texts)) for name, scorer in self._scorers.items()}
         pairs = score_preferences(policy, HeldOut(self._pairs, self._base), tokens_per_batch=BATCH_TOKENS)
+        groups = [
+            encoded(self._tokenizer, row.prompt, row.completions) for row in answers[:: max(1, len(answers) // 100)]
+        ]
         words = statistics.fmean(len(text.split()) for text in texts)
         finished = len(texts) / (2 * len(self._prompts))
         return {
             **found,
             "accuracy": pairs.accuracy,
             "reward_accuracy": pairs.reward_accuracy,
+            "kl": divergence(policy, groups),
             "words": words,
             "finished": finished,
         }
@@ -117,7 +125,7 @@ def usable(rows: list[Scored], tokenizer: Any) -> list[Scored]:
 def print_table(results: dict[str, list[dict[str, float]]]) -> None:
     """Mean ± deviation over the seeds."""
     table = Table(title="real pairs")
-    columns = ("judge", "reward", "reward_accuracy", "accuracy", "words", "finished", "seconds")
+    columns = ("judge", "reward", "kl", "reward_accuracy", "accuracy", "words", "finished", "seconds")
     for column in ("contender", *columns):
         table.add_column(column.replace("_", " "), justify="left" if column == "contender" else "right")
     for name, runs in results.items():
@@ -125,13 +133,47 @@ def print_table(results: dict[str, list[dict[str, float]]]) -> None:
     Console(width=150).print(table)
 
 
-def learn(name: str, data: dict[str, list[Scored]], tokenizer: Any, judge: Judge, seed: int) -> dict[str, float]:
-    """Train one contender from the base model and measure it."""
-    kind, teach, rate, epochs = CONTENDERS[name]
+class Source:
+    """What is learned from: pairs and samples of the base model, made once a seed; or samples of a policy.
+
+    Args:
+        part: the pairs whose prompts are learned from.
+        rewards: gives rewards.
+        tokenizer: the base model's.
+        count: answers sampled to each prompt.
+        seed: seeds the draw.
+    """
+
+    def __init__(self, part: PreferenceSet, rewards: RewardModelScorer, tokenizer: Any, count: int, seed: int) -> None:
+        self._part, self._rewards, self._tokenizer, self._count, self._seed = part, rewards, tokenizer, count, seed
+        judged = [Scored(row.prompt, (row.chosen, row.rejected), (1.0, 0.0)) for row in part]
+        self._fixed = {
+            "pairs": usable(judged, tokenizer),
+            "scored pairs": usable(scored(rewards, [Unscored.of_pair(row) for row in part]), tokenizer),
+            "samples": self._sampled(start(), part, seed),
+        }
+
+    def rows(self, kind: str, policy: Policy, number: int, rounds: int) -> list[Scored]:
+        """Rows for one of several rounds; those of a single one are the same for everybody."""
+        if rounds == 1:
+            return self._fixed[kind]
+        share = len(self._part) // rounds
+        return self._sampled(policy, self._part[number * share : (number + 1) * share], self._seed + number)
+
+    def _sampled(self, policy: Policy, part: PreferenceSet, seed: int) -> list[Scored]:
+        answers = sampled(policy, self._tokenizer, [row.prompt for row in part], self._count, seed)
+        return usable(scored(self._rewards, [row for row in answers if len(row.completions) > 1]), self._tokenizer)
+
+
+def learn(name: str, source: Source, tokenizer: Any, judge: Judge, seed: int) -> dict[str, float]:
+    """Train one contender from the base model and measure it; what a single round samples is not in its time."""
+    kind, teach, rate, epochs, rounds = CONTENDERS[name]
     policy, began = start(), time.perf_counter()
-    options = StageOptions(rate, epochs, 16, checkpoint_steps=0, logging_steps=1000)
-    with tempfile.TemporaryDirectory() as folder:
-        teach(policy, tokenizer, data[kind], options, Path(folder))
+    for number in range(rounds):
+        rows = source.rows(kind, policy, number, rounds)
+        options = StageOptions(rate, epochs, 16, checkpoint_steps=0, logging_steps=1000)
+        with tempfile.TemporaryDirectory() as folder:
+            teach(policy, tokenizer, rows, options, Path(folder))
     seconds = time.perf_counter() - began
     return {**judge(policy, 10_000 + seed), "seconds": seconds}
 
@@ -159,16 +201,10 @@ def main() -> None:
     for seed in arguments.seeds:
         step = max(1, len(pairs[::2]) // arguments.prompts)
         part = pairs[::2][seed % step :: step][: arguments.prompts]
-        judged = [Scored(row.prompt, (row.chosen, row.rejected), (1.0, 0.0)) for row in part]
-        answers = sampled(start(), tokenizer, [row.prompt for row in part], arguments.answers, seed)
-        data = {
-            "pairs": usable(judged, tokenizer),
-            "scored pairs": usable(scored(rewards, [Unscored.of_pair(row) for row in part]), tokenizer),
-            "samples": usable(scored(rewards, [row for row in answers if len(row.completions) > 1]), tokenizer),
-        }
+        source = Source(part, rewards, tokenizer, arguments.answers, seed)
         results["start"].append({**judge(start(), 10_000 + seed), "seconds": 0.0})
         for name in arguments.contenders:
-            results[name].append(learn(name, data, tokenizer, judge, seed))
+            results[name].append(learn(name, source, tokenizer, judge, seed))
             print(f"seed {seed}, {name}: {results[name][-1]}", flush=True)
     print_table(results)
     facts = {"reward_model_accuracy": accuracy, "judge_accuracy": judging_accuracy}

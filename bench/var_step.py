@@ -17,7 +17,7 @@ from everalign.modeling.loading import load_tokenizer
 from everalign.modeling.runtime import prepare_process
 from everalign.training.teaching import make_objective
 from var_contenders import start
-from var_task import draw_questions, encoded, right_answers
+from var_task import draw_questions, encoded, prompt, right_answers
 
 
 def batches(count: int, size: int) -> list[tuple[list[EncodedPair], list[EncodedGroup]]]:
@@ -25,7 +25,7 @@ def batches(count: int, size: int) -> list[tuple[list[EncodedPair], list[Encoded
     tokenizer, rows = load_tokenizer("tiny"), []
     for number, question in enumerate(draw_questions(count * size, False, 0)):
         text = sorted(right_answers(question))[number % 7]
-        group = encoded(tokenizer, question, [text])
+        group = encoded(tokenizer, prompt(question), [text])
         (answer,) = group.responses
         weight = 0.25 + number % 5
         rows.append(

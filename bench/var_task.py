@@ -14,7 +14,7 @@ import torch
 
 from everalign.data.groups import EncodedGroup
 from everalign.data.layout import lay_out_groups
-from everalign.data.templating import ChatFormat
+from everalign.data.templating import ChatFormat, Prompt
 from everalign.demo.world import TOPICS, Question, answer, questions, styles
 from everalign.modeling.policy import Policy
 from everalign.modeling.sampling import Samples, SamplingOptions, sample_completions
@@ -101,9 +101,9 @@ def sample(policy: Policy, tokenizer: Any, asked: Sequence[Question], count: int
     return sample_completions(policy, tokenizer, prompts, options, seed=seed, tokens_per_batch=TOKENS_PER_BATCH)
 
 
-def encoded(tokenizer: Any, asked: Question, texts: Sequence[str]) -> EncodedGroup:
+def encoded(tokenizer: Any, chat: Prompt, texts: Sequence[str]) -> EncodedGroup:
     """Answers as tokens, with their ends."""
-    form, chat = ChatFormat(tokenizer), prompt(asked)
+    form = ChatFormat(tokenizer)
     text = form.prompt_text(chat)
     responses = form.response_tokens([form.response_text(chat, text, answer) for answer in texts])
     return EncodedGroup("", form.prompt_tokens([chat], [text])[0], tuple(responses), (1.0,) * len(responses))
@@ -129,7 +129,13 @@ def measure(policy: Policy, tokenizer: Any, asked: Sequence[Question], seed: int
     """Sample answers to held-out questions; the reference is the policy's base model."""
     drawn = sample(policy, tokenizer, asked, samples, seed)
     worth = [reward(question, text) for question, found in zip(asked, drawn, strict=True) for text in found.texts]
-    groups = [encoded(tokenizer, q, found.texts) for q, found in zip(asked, drawn, strict=True) if found.texts]
+    groups = [encoded(tokenizer, prompt(q), found.texts) for q, found in zip(asked, drawn, strict=True) if found.texts]
+    asked_for = samples * len(asked)
+    return Standing(sum(worth) / asked_for, divergence(policy, groups), sum(r > 0 for r in worth) / asked_for)
+
+
+def divergence(policy: Policy, groups: Sequence[EncodedGroup]) -> float:
+    """KL(policy || its base model) of an answer, nats, mean over the policy's own answers."""
     divergences = []
     for start in range(0, len(groups), _GROUPS_AT_ONCE):
         batch = lay_out_groups(groups[start : start + _GROUPS_AT_ONCE], policy.head.shared)
@@ -139,5 +145,4 @@ def measure(policy: Policy, tokenizer: Any, asked: Sequence[Question], seed: int
                 base = policy.response_logits(batch).log_softmax(-1)
         by_token = (ours.exp() * (ours - base)).sum(-1)
         divergences.append(torch.zeros(len(batch["lengths"])).index_add(0, batch["sequences"], by_token))
-    asked_for = samples * len(asked)
-    return Standing(sum(worth) / asked_for, torch.cat(divergences).mean().item(), sum(r > 0 for r in worth) / asked_for)
+    return torch.cat(divergences).mean().item()
