@@ -10,10 +10,8 @@ else. Requests run in a thread's event loop, so that Ctrl-C ends them at once an
 """
 
 import json
-import math
 import os
 import random
-import re
 import threading
 import time
 from collections import deque
@@ -26,6 +24,7 @@ import anyio
 import httpx
 from anyio.from_thread import start_blocking_portal
 
+from everalign.chat_arguments import KEY_VARIABLE, check_limits, checked_key, checked_model, checked_url
 from everalign.chat_reply import Completion, TryAgain, failure, read_completion, shortened
 from everalign.errors import EveralignError, InputError
 
@@ -36,7 +35,6 @@ Conversation = Sequence[Mapping[str, str]]
 TIMEOUT = 60.0
 CONCURRENCY = 8
 
-_KEY_VARIABLE = "OPENAI_API_KEY"
 _FIRST_WAIT = 1.0  # seconds, doubled from attempt to attempt
 _LONGEST_BACKOFF = 60.0
 _LARGEST_REPLY = 16 << 20  # bytes
@@ -55,6 +53,9 @@ class ChatError(EveralignError):
     def __init__(self, message: str, index: int = 0) -> None:
         super().__init__(message)
         self.index = index
+
+
+_Found = tuple[int, Completion | ChatError]
 
 
 @dataclass
@@ -102,11 +103,11 @@ class ChatClient:
         concurrency: int = CONCURRENCY,
         requests_per_minute: float = 0,
     ) -> None:
-        self.base_url = _checked_url(base_url)
-        self.model = _checked_model(model)
+        self.base_url = checked_url(base_url)
+        self.model = checked_model(model)
         self.usage = Usage()
-        self._key = _checked_key(os.environ.get(_KEY_VARIABLE, "") if api_key is None else api_key)
-        _check_limits(timeout, retries, concurrency, requests_per_minute)
+        self._key = checked_key(os.environ.get(KEY_VARIABLE, "") if api_key is None else api_key)
+        check_limits(timeout, retries, concurrency, requests_per_minute)
         self._timeout, self._retries, self._concurrency = timeout, retries, concurrency
         self._spacing = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._next_start = 0.0
@@ -136,8 +137,17 @@ class ChatClient:
             InputError: a request cannot be written, or a parameter is one that the client sets.
             ChatError: a request failed for good: no attempt is left, the server refused it, or the reply holds no text.
         """
-        contents = [{"messages": [dict(message) for message in messages]} for messages in conversations]
-        return self._answers(_CHAT, self._bodies("conversation", contents, parameters))
+        bodies = self._conversations(conversations, parameters)
+        return _until_failure(self._answers(_CHAT, bodies, go_on=False))
+
+    def attempt_many(
+        self, conversations: Sequence[Conversation], **parameters: Any
+    ) -> Iterator[tuple[int, Completion | ChatError]]:
+        """Yield the model's answers as `complete_many` does, and go on behind a request that failed for good.
+
+        Such a one yields its error in the place of an answer.
+        """
+        return self._answers(_CHAT, self._conversations(conversations, parameters), go_on=True)
 
     def continue_many(self, prompts: Sequence[str], **parameters: Any) -> Iterator[tuple[int, Completion]]:
         """Yield what the model writes behind texts, by the older `completions` of the same servers.
@@ -147,33 +157,30 @@ class ChatClient:
             parameters: further fields of the requests; order and errors as in `complete_many`.
         """
         contents = [{"prompt": prompt} for prompt in prompts]
-        return self._answers("completions", self._bodies("prompt", contents, parameters))
+        return _until_failure(self._answers("completions", self._bodies("prompt", contents, parameters), go_on=False))
 
-    def _answers(self, path: str, bodies: Sequence[bytes]) -> Iterator[tuple[int, Completion]]:
-        finished: SimpleQueue[tuple[int, Completion] | ChatError | None] = SimpleQueue()
-        failures: list[ChatError] = []
+    def _answers(self, path: str, bodies: Sequence[bytes], *, go_on: bool) -> Iterator[_Found]:
+        """Yield what becomes of each request; unless it is to `go_on`, none is begun after a failure."""
+        finished: SimpleQueue[_Found | None] = SimpleQueue()
         # Leaving this block early, as Ctrl-C or a caller's break does, cancels what is under way.
         with start_blocking_portal() as portal:
-            running = portal.start_task_soon(self._run, path, deque(enumerate(bodies)), finished)
+            running = portal.start_task_soon(self._run, path, deque(enumerate(bodies)), finished, go_on)
             running.add_done_callback(lambda _: finished.put(None))
             while (item := finished.get()) is not None:
-                if isinstance(item, ChatError):
-                    failures.append(item)
-                else:
-                    yield item
+                yield item
             running.result()
-        if failures:
-            raise failures[0]
 
-    async def _run(self, path: str, waiting: deque[tuple[int, bytes]], finished: SimpleQueue[Any]) -> None:
+    async def _run(self, path: str, waiting: deque[tuple[int, bytes]], finished: SimpleQueue[Any], go_on: bool) -> None:
         async def work() -> None:
             while waiting:
                 index, body = waiting.popleft()
                 try:
                     finished.put((index, await self._ask(session, path, body)))
                 except EveralignError as error:
-                    waiting.clear()
-                    finished.put(ChatError(self._clean(f"{self.base_url} ({self.model}): {error}"), index))
+                    if not go_on:
+                        waiting.clear()
+                    failed = ChatError(self._clean(f"{self.base_url} ({self.model}): {error}"), index)
+                    finished.put((index, failed))
 
         key = {"authorization": f"Bearer {self._key}"} if self._key else {}
         headers = {"content-type": "application/json", **key}
@@ -233,6 +240,10 @@ class ChatClient:
             self.usage.completion_tokens += completion.completion_tokens or 0
             self.usage.untold += completion.prompt_tokens is None or completion.completion_tokens is None
 
+    def _conversations(self, conversations: Sequence[Conversation], parameters: Mapping[str, Any]) -> list[bytes]:
+        contents = [{"messages": [dict(message) for message in messages]} for messages in conversations]
+        return self._bodies("conversation", contents, parameters)
+
     def _bodies(self, kind: str, contents: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]) -> list[bytes]:
         """The requests as JSON, with the parameters that all share."""
         if clash := [name for name in _RESERVED if name in parameters]:
@@ -255,6 +266,18 @@ class ChatClient:
         return content.replace(self._key.encode(), b"***") if self._key else content
 
 
+def _until_failure(found: Iterator[_Found]) -> Iterator[tuple[int, Completion]]:
+    """Yield the answers; at the end, raise the first failure."""
+    failures = []
+    for index, item in found:
+        if isinstance(item, ChatError):
+            failures.append(item)
+        else:
+            yield index, item
+    if failures:
+        raise failures[0]
+
+
 async def _read(response: httpx.Response) -> bytes:
     content = bytearray()
     async for part in response.aiter_bytes():
@@ -267,48 +290,3 @@ async def _read(response: httpx.Response) -> bytes:
 def _backoff(attempt: int) -> float:
     """Seconds before an attempt is repeated; random, so that requests that failed together do not return together."""
     return float(min(_LONGEST_BACKOFF, _FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0))
-
-
-def _checked_url(text: str) -> str:
-    """The address below which `chat/completions` is."""
-    try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL as error:
-        raise InputError(f"the server's address cannot be read: {error}") from None
-    if url.userinfo or url.query or url.fragment:
-        # Not repeated: this is where people put passwords.
-        raise InputError(
-            f"{url.scheme}://{url.host}: the server's address must be without user, '?' and '#'; "
-            f"a key belongs in the environment variable {_KEY_VARIABLE}"
-        )
-    if url.scheme not in ("http", "https") or not url.host:
-        raise InputError(f"{text}: the address must begin with http:// or https://, such as http://127.0.0.1:8000/v1")
-    path = url.path.rstrip("/").removesuffix("/chat/completions")
-    # Some servers have another version, or more, at the end of the path.
-    versioned = re.search(r"/v\d", path)
-    return str(url.copy_with(path=path if versioned else f"{path}/v1"))
-
-
-def _checked_model(model: str) -> str:
-    if not model.strip():
-        raise InputError("model: is empty; name a model as the server knows it")
-    return model
-
-
-def _checked_key(key: str) -> str:
-    """A key as a header can hold it; a header's own error would print it."""
-    key = key.strip()
-    if re.search(r"[^\x21-\x7e]", key):
-        raise InputError(f"the API key ({_KEY_VARIABLE}) has characters other than letters, digits and signs of ASCII")
-    return key
-
-
-def _check_limits(timeout: float, retries: int, concurrency: int, requests_per_minute: float) -> None:
-    if not (math.isfinite(timeout) and timeout > 0):
-        raise InputError(f"timeout: must be above 0 seconds, found {timeout}")
-    if retries < 0:
-        raise InputError(f"retries: must be at least 0, found {retries}")
-    if concurrency < 1:
-        raise InputError(f"concurrency: must be at least 1, found {concurrency}")
-    if not (math.isfinite(requests_per_minute) and requests_per_minute >= 0):
-        raise InputError(f"requests per minute: must be at least 0, found {requests_per_minute}")

@@ -46,6 +46,14 @@ def differing_files(folder: Path, expected: dict[str, str]) -> list[str]:
     ]
 
 
+def check_new_file(path: Path, suffix: str, overwrite: bool) -> None:
+    """Refuse an output whose name does not end in `suffix`, or that exists and may not be replaced."""
+    if path.suffix != suffix:
+        raise InputError(f"{path}: the output's name must end in {suffix}")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise InputError(f"{path} exists: choose another output, or ask for --overwrite to replace a file")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file by `text` in one step that survives a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,8 @@ What is finished stands beside the output in a file that is named after correcto
 written whole; the same call goes on from there.
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,10 @@ from typing import Any
 from everalign.correction.corrector import Corrected, CorrectionOptions, Corrector
 from everalign.data.uncorrected import Uncorrected, UncorrectedSet
 from everalign.errors import EveralignError, InputError
-from everalign.files import write_text
+from everalign.files import check_new_file, write_text
+from everalign.line_store import LineStore, json_line
 
 ROWS_PER_BATCH = 64
-_KEY_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,8 @@ def correct_rows(
     """
     path, options = Path(output), options or CorrectionOptions()
     _check(rows, path, overwrite, rows_per_batch, options)
-    store = _Store(path, f"{corrector.fingerprint}\n{options!r}\n{rows.fingerprint}")
-    done = store.read(len(rows))
+    store = LineStore.beside(path, f"{corrector.fingerprint}\n{options!r}\n{rows.fingerprint}")
+    done = _kept(store, len(rows))
     resumed = len(done)
     if resumed:
         announce(f"  {resumed} of {len(rows)} rows were corrected by an earlier run")
@@ -82,10 +80,10 @@ def correct_rows(
         except EveralignError as error:
             where = f"rows {start + 1} to {start + len(batch)}"
             raise type(error)(f"{where}: {error}; what was corrected before is kept") from error
-        store.add(found)
+        store.add([asdict(one) for one in found])
         done += found
         progress("correcting", len(done), len(rows))
-    write_text(path, "".join(_line(_columns(row, one)) for row, one in zip(rows, done, strict=True)))
+    write_text(path, "".join(json_line(_columns(row, one)) for row, one in zip(rows, done, strict=True)))
     store.remove()
     return CorrectionRun(path, tuple(done), resumed)
 
@@ -93,10 +91,7 @@ def correct_rows(
 def _check(rows: UncorrectedSet, path: Path, overwrite: bool, rows_per_batch: int, options: CorrectionOptions) -> None:
     if not rows:
         raise InputError(f"{rows.source}: no rows in it")
-    if path.suffix != ".jsonl":
-        raise InputError(f"{path}: the output's name must end in .jsonl")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise InputError(f"{path} exists: choose another output, or ask for --overwrite to replace a file")
+    check_new_file(path, ".jsonl", overwrite)
     if rows_per_batch < 1:
         raise InputError(f"batch size: must be at least 1, found {rows_per_batch}")
     if callable(options.gate):
@@ -113,41 +108,12 @@ def _columns(row: Uncorrected, corrected: Corrected) -> dict[str, Any]:
     }
 
 
-def _line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-class _Store:
-    """What became of the first rows, one line a row, in a file beside the output that belongs to one run alone."""
-
-    def __init__(self, output: Path, key: str) -> None:
-        digest = hashlib.sha256(key.encode()).hexdigest()[:_KEY_DIGITS]
-        self._path = output.with_name(f"{output.name}.{digest}.partial")
-
-    def read(self, most: int) -> list[Corrected]:
-        """Return the rows that are finished; drops a line that a kill has cut."""
-        if not self._path.exists():
-            return []
-        lines = self._path.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        try:
-            found = [Corrected(**json.loads(line)) for line in whole]
-        except (ValueError, TypeError):
-            found = None
-        if found is None or len(found) > most:
-            raise InputError(f"{self._path}: the corrections of an earlier run are damaged: delete this file")
-        if len(whole) < len(lines):
-            write_text(self._path, b"".join(whole).decode())
-        return found
-
-    def add(self, corrected: Sequence[Corrected]) -> None:
-        """Append what became of the next rows; it is on disk when this returns."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(_line(asdict(one)) for one in corrected)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def remove(self) -> None:
-        """Delete the file, once the output holds everything."""
-        self._path.unlink(missing_ok=True)
+def _kept(store: LineStore, most: int) -> list[Corrected]:
+    """Return what became of the rows that an earlier run has finished."""
+    try:
+        found = [Corrected(**one) for one in store.read()]
+    except TypeError:
+        raise store.damaged() from None
+    if len(found) > most:
+        raise store.damaged()
+    return found

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from everalign.chat_client import CONCURRENCY, TIMEOUT, ChatClient, ChatError, Completion
+from everalign.chat_client import ChatClient, ChatError, Completion
+from everalign.chat_models import ChatOptions, read_instructions
 from everalign.chat_reply import shortened
 from everalign.data.fields import Message
 from everalign.data.templating import Prompt
@@ -97,19 +98,9 @@ class JudgeScorer:
             InputError: the name lacks a part, or an option or a file cannot be used.
         """
         options = options or JudgeOptions()
-        address, _, model = name.partition("#")
-        if not model.strip():
-            raise InputError(
-                "a judge is named URL#MODEL, such as http://127.0.0.1:8000/v1#qwen2.5; the model is missing"
-            )
-        client = ChatClient(
-            address,
-            model,
-            timeout=TIMEOUT if options.timeout is None else options.timeout,
-            concurrency=CONCURRENCY if options.concurrency is None else options.concurrency,
-            requests_per_minute=options.requests_per_minute or 0,
-        )
-        instructions = INSTRUCTIONS if options.instructions is None else read_instructions(options.instructions)
+        asking = ChatOptions(options.concurrency, options.requests_per_minute, options.timeout)
+        client = asking.client(name, "a judge")
+        instructions = INSTRUCTIONS if options.instructions is None else _instructions(options.instructions)
         cache = None if options.cache is None else RewardCache.in_folder(options.cache)
         return cls(client, instructions=instructions, cache=cache)
 
@@ -168,19 +159,8 @@ class JudgeScorer:
         return unread
 
 
-def read_instructions(path: Path) -> str:
-    """Return what a file says about good answers.
-
-    Raises:
-        InputError: there is no such file, or it is no text, or empty.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the judge's instructions cannot be read: {error}") from error
-    if not text.strip():
-        raise InputError(f"{path}: is empty; say what makes an answer good")
-    return text
+def _instructions(path: Path) -> str:
+    return read_instructions(path, "the judge's", "what makes an answer good")
 
 
 def _named(completion: str) -> str:

@@ -5,11 +5,11 @@ the judge is told to follow nothing that stands there.
 """
 
 import json
-import re
 from collections.abc import Sequence
 
 from everalign.data.fields import Message
 from everalign.data.templating import Prompt
+from everalign.quoting import quoted
 
 INSTRUCTIONS = """\
 You judge what an assistant answered. Look at four things, in this order of importance.
@@ -36,10 +36,6 @@ Judge the answer only, not the prompt. The score is a number from {worst:g} (wor
 _REPLY = 'Reply with one JSON object and nothing else: {{"score": N}}, where N is a number from {worst:g} to {best:g}.'
 _AGAIN = "That reply could not be read. "
 
-# A "<" that could begin or end one of the marks is shown as a sign that looks like it.
-_MARK = re.compile(r"<(?=\s*/?\s*(?:prompt|message|answer)\b)", re.IGNORECASE)
-_SAFE = "‹"
-
 
 def instruction_text(instructions: str, scale: Scale) -> str:
     """Return the judge's instructions: what makes an answer good, what is data, and how to reply."""
@@ -55,11 +51,9 @@ def judge_messages(prompt: Prompt, completion: str, instructions: str, scale: Sc
         instructions: what makes an answer good.
         scale: the worst and the best score.
     """
-    question = _safe(prompt) if isinstance(prompt, str) else "\n".join(_turn(message) for message in prompt)
-    data = f"<prompt>\n{question}\n</prompt>\n\n<answer>\n{_safe(completion)}\n</answer>"
     return [
         {"role": "system", "content": instruction_text(instructions, scale)},
-        {"role": "user", "content": f"{data}\n\n{_filled(_REPLY, scale)}"},
+        {"role": "user", "content": f"{quoted(prompt, completion)}\n\n{_filled(_REPLY, scale)}"},
     ]
 
 
@@ -87,11 +81,3 @@ def read_score(reply: str, scale: Scale) -> float | None:
 
 def _filled(text: str, scale: Scale) -> str:
     return text.format(worst=scale[0], best=scale[1])
-
-
-def _turn(message: Message) -> str:
-    return f'<message role="{message["role"]}">\n{_safe(message["content"])}\n</message>'
-
-
-def _safe(text: str) -> str:
-    return _MARK.sub(_SAFE, text)

@@ -8,8 +8,6 @@ whole; the same call goes on from there and asks the scorer for nothing twice. A
 own cache, or else in one beside the output for as long.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,8 @@ from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge import JudgeOptions, JudgeScorer
 from everalign.evaluation.reward_cache import RewardCache
 from everalign.evaluation.scorers import CallableScorer, RewardModelScorer, Scorer, make_scorer
-from everalign.files import write_text
+from everalign.files import check_new_file, write_text
+from everalign.line_store import LineStore, json_line
 
 __all__ = [
     "CallableScorer",
@@ -38,7 +37,6 @@ __all__ = [
 ]
 
 ANSWERS_PER_BATCH = 64
-_KEY_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,10 @@ def score_rows(
     """
     path = Path(output)
     _check_output(rows, path, overwrite, answers_per_batch)
-    store = _Store(path, f"{scorer.fingerprint}\n{rows.fingerprint}")
+    store = LineStore.beside(path, f"{scorer.fingerprint}\n{rows.fingerprint}")
     beside = RewardCache(path.with_name(f"{path.name}.judge.partial"))
     asked = scorer.with_cache(beside) if _is_unkept(scorer) else scorer
-    done = store.read(rows)
+    done = _kept(store, rows)
     if done:
         announce(f"  {len(done)} of {len(rows)} rows were scored by an earlier run")
     resumed = len(done)
@@ -98,7 +96,7 @@ def score_rows(
         done += found
         progress("scoring", len(done), len(rows))
     scored = tuple(row.scored(rewards) for row, rewards in zip(rows, done, strict=True))
-    write_text(path, "".join(_line(row.to_json()) for row in scored))
+    write_text(path, "".join(json_line(row.to_json()) for row in scored))
     store.remove()
     if asked is not scorer:
         beside.remove()
@@ -113,10 +111,7 @@ def _is_unkept(scorer: Scorer) -> TypeGuard[JudgeScorer]:
 def _check_output(rows: UnscoredSet, path: Path, overwrite: bool, answers_per_batch: int) -> None:
     if not rows:
         raise InputError(f"{rows.source}: no rows in it")
-    if path.suffix != ".jsonl":
-        raise InputError(f"{path}: the output's name must end in .jsonl")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise InputError(f"{path} exists: choose another output, or ask for --overwrite to replace a file")
+    check_new_file(path, ".jsonl", overwrite)
     if answers_per_batch < 1:
         raise InputError(f"batch size: must be at least 1, found {answers_per_batch}")
 
@@ -176,44 +171,13 @@ def _kind(value: Any) -> str:
     return "None" if value is None else type(value).__name__
 
 
-def _line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+def _kept(store: LineStore, rows: Sequence[Unscored]) -> list[list[float]]:
+    """Return the rewards of the rows that an earlier run has finished."""
+    found = store.read()
+    if len(found) > len(rows) or not all(map(_fits, found, rows)):
+        raise store.damaged()
+    return found
 
 
-class _Store:
-    """Rewards of the first rows, one line a row, in a file beside the output that belongs to one scorer and rows."""
-
-    def __init__(self, output: Path, key: str) -> None:
-        digest = hashlib.sha256(key.encode()).hexdigest()[:_KEY_DIGITS]
-        self._path = output.with_name(f"{output.name}.{digest}.partial")
-
-    def read(self, rows: Sequence[Unscored]) -> list[list[float]]:
-        """Return the rewards of the rows that are finished; drops a line that a kill has cut."""
-        if not self._path.exists():
-            return []
-        lines = self._path.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        try:
-            found = [json.loads(line) for line in whole]
-            fits = len(found) <= len(rows) and all(
-                len(rewards) == len(row.completions) for rewards, row in zip(found, rows, strict=False)
-            )
-        except (ValueError, TypeError):
-            fits = False
-        if not fits:
-            raise InputError(f"{self._path}: the rewards of an earlier run are damaged: delete this file")
-        if len(whole) < len(lines):
-            write_text(self._path, b"".join(whole).decode())
-        return found
-
-    def add(self, rewards: Sequence[Sequence[float]]) -> None:
-        """Append the next rows' rewards; they are on disk when this returns."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(_line(list(row)) for row in rewards)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def remove(self) -> None:
-        """Delete the file, once the output holds everything."""
-        self._path.unlink(missing_ok=True)
+def _fits(rewards: Any, row: Unscored) -> bool:
+    return isinstance(rewards, list) and len(rewards) == len(row.completions)

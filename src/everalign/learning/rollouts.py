@@ -4,9 +4,6 @@ Both are on disk as they come, in the folder of the task that is being learned: 
 sampling or scoring goes on where it was.
 """
 
-import json
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,12 +13,10 @@ from everalign.data.scored import ScoredSet, load_scored
 from everalign.data.unscored import UnscoredSet
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.rewards import score_rows
-from everalign.files import write_text
 from everalign.learning.setup import Setup
-from everalign.modeling.sampling import Samples, SamplingOptions, sample_completions
-
-# Prompts sampled between two writes.
-_CHUNK = 256
+from everalign.line_store import LineStore
+from everalign.modeling.kept_samples import sample_kept
+from everalign.modeling.sampling import SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,11 @@ def roll_out(setup: Setup, prompts: PromptSet, folder: Path, number: int, fewest
         EveralignError: no prompt has enough finished answers, or the scorer fails.
     """
     options, stem = setup.rollouts, f"round-{number}-{prompts.fingerprint[:16]}"
-    found = _sampled(setup, prompts, folder / f"{stem}.samples.jsonl", seed)
+    asked = [row.prompt for row in prompts]
+    store = LineStore(folder / f"{stem}.samples.jsonl")
+    found = sample_kept(
+        setup.policy, setup.tokenizer, asked, _sampling(setup), store, seed=seed, progress=setup.progress
+    )
     answered = [row.answered(s.texts) for row, s in zip(prompts, found, strict=True) if len(s.texts) >= fewest]
     if not answered:
         raise EveralignError(
@@ -103,39 +102,7 @@ def score(setup: Setup, rows: UnscoredSet, path: Path) -> ScoredSet:
     return score_rows(rows, setup.scorer, path, announce=setup.announce, progress=setup.progress).rows
 
 
-def _sampled(setup: Setup, prompts: PromptSet, path: Path, seed: int) -> list[Samples]:
-    """Sample chunk after chunk, each on disk before the next begins."""
-    found = _read(path)
-    for start in range(len(found), len(prompts), _CHUNK):
-        chunk = [row.prompt for row in prompts[start : start + _CHUNK]]
-        drawn = sample_completions(setup.policy, setup.tokenizer, chunk, _sampling(setup), seed=(seed + start) % 2**31)
-        _append(path, drawn)
-        found += drawn
-        setup.progress("sampling", len(found), len(prompts))
-    return found
-
-
 def _sampling(setup: Setup) -> SamplingOptions:
     options = setup.rollouts
     room = setup.options.max_length - options.max_new_tokens
     return SamplingOptions(options.samples, options.sampling_temperature, options.max_new_tokens, room)
-
-
-def _read(path: Path) -> list[Samples]:
-    """Read whole chunks; the pieces of one that a kill has cut are dropped."""
-    if not path.exists():
-        return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    chunks: list[list[Samples]] = [
-        [Samples(tuple(texts), unfinished) for texts, unfinished in json.loads(line)] for line in lines
-    ]
-    write_text(path, "".join(lines))
-    return [samples for chunk in chunks for samples in chunk]
-
-
-def _append(path: Path, drawn: Sequence[Samples]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps([[list(samples.texts), samples.unfinished] for samples in drawn]) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
