@@ -124,6 +124,21 @@ def test_a_failing_request_loses_no_finished_one_and_begins_no_other():
     assert len(found) == len(server.requests) - 1
 
 
+def test_attempts_go_on_behind_a_request_that_failed():
+    def reply(messages):
+        return refused(400, "never") if messages[0]["content"] == "1" else messages[0]["content"]
+
+    with ChatServer(reply) as server:
+        client = ChatClient(server.url, "m", "", concurrency=1)
+        found = dict(client.attempt_many([[{"role": "user", "content": str(i)}] for i in range(4)]))
+    assert isinstance(found[1], ChatError)
+    assert found[1].index == 1
+    assert "status 400: never" in str(found[1])
+    assert [found[i].text for i in (0, 2, 3)] == ["0", "2", "3"]
+    with pytest.raises(InputError, match="'n': the client sets it"):
+        client.attempt_many([], n=2)
+
+
 def test_a_caller_may_stop_early_and_requests_under_way_end_at_once():
 
     def slow(messages):

@@ -42,6 +42,7 @@ def test_importing_loads_nothing_heavy(module):
         ["reward", "score", "--help"],
         ["correct", "train", "--help"],
         ["correct", "run", "--help"],
+        ["correct", "data", "--help"],
         ["--version"],
     ],
 )

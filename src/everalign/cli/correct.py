@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from everalign.cli.correct_data import DATA_EPILOG, data
 from everalign.cli.correct_run import EPILOG, run
 from everalign.cli.display import Display
 from everalign.cli.output import say, show, show_json, show_line
@@ -23,6 +24,7 @@ correct = typer.Typer(
 )
 
 
+correct.command(epilog=DATA_EPILOG)(data)
 correct.command(epilog=EPILOG)(run)
 
 
