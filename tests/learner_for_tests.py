@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from everalign import AdapterOptions, Learner, TrainingOptions
 from everalign.data import PreferenceSet
@@ -35,6 +35,23 @@ def save_model(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_answering_model(folder: Path) -> Path:
+    """One that ends its answers soon: a random one hardly ever does."""
+    save_model(folder)
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    network.config.tie_word_embeddings = False
+    head = torch.nn.Linear(32, len(tokenizer), bias=False)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(head.weight, std=0.02)
+    with torch.no_grad():
+        # A direction that all hidden states share, by way of the final norm's constant part.
+        states = network.model(torch.randint(97, 122, (8, 16))).last_hidden_state.reshape(-1, 32)
+        head.weight[tokenizer.eos_token_id] = 2.2 * torch.linalg.lstsq(states, torch.ones(len(states))).solution
+    network.lm_head = head
+    network.save_pretrained(folder)
     return folder
 
 

@@ -293,6 +293,36 @@ def test_going_on_writes_what_failed_and_asks_it_no_more(tmp_path):
     assert [row.question for row in more.rows] == ["one?", "three?"]
 
 
+def test_a_kill_between_the_two_files_is_made_up_for(tmp_path, monkeypatch):
+    from everalign.correction import pipeline
+
+    path, write = tmp_path / "out.jsonl", pipeline.write_text
+
+    def dies(target, text):
+        if target == path:
+            raise KeyboardInterrupt
+        write(target, text)
+
+    with ChatServer(Ill(small, "one", refused(400))) as first, ChatServer(large) as second:
+
+        def make(**options):
+            answerer = EndpointAnswers(client(first, concurrency=1))
+            editor = Editor(client(second))
+            return make_corrections(questions(), path, answerer=answerer, editor=editor, keep_going=True, **options)
+
+        monkeypatch.setattr(pipeline, "write_text", dies)
+        with pytest.raises(KeyboardInterrupt):
+            make()
+        assert left(tmp_path) == ["out.failed.jsonl", "out.jsonl.replies.partial"]
+        monkeypatch.setattr(pipeline, "write_text", write)
+        assert make().failed == 1
+        assert (len(first.requests), len(second.requests)) == (3, 2)
+        # A later, faultless run leaves no failures of an earlier one.
+        first._reply = small
+        assert make(overwrite=True).failed == 0
+    assert left(tmp_path) == ["out.jsonl"]
+
+
 def test_a_server_that_is_down_is_not_asked_for_everything(tmp_path):
     rows = questions([{"question": f"{i}?"} for i in range(20)])
     ill = Ill(lambda _: "fine bad", "?", refused(401, "who are you"))
@@ -308,7 +338,8 @@ def test_a_server_that_is_down_is_not_asked_for_everything(tmp_path):
         ill.ill = True
         with pytest.raises(EveralignError, match=rf"who are you; so did {PATIENCE - 1} others one after another"):
             make()
-        assert len(first.requests) == PATIENCE
+        # The next one may be under way by then.
+        assert PATIENCE <= len(first.requests) < len(rows)
         ill.ill = False
         assert make().costs[0].failed == 0
 

@@ -43,6 +43,7 @@ def test_importing_loads_nothing_heavy(module):
         ["correct", "train", "--help"],
         ["correct", "run", "--help"],
         ["correct", "data", "--help"],
+        ["correct", "distill", "--help"],
         ["--version"],
     ],
 )

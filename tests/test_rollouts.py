@@ -14,7 +14,15 @@ from everalign.learning.run_data import load_run
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
 from everalign.reporting.html import render_report
 from everalign.training.weighing import WeightOptions
-from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows
+from learner_for_tests import (
+    adapter_weights,
+    held_out,
+    make_learner,
+    same_weights,
+    save_answering_model,
+    save_model,
+    task_rows,
+)
 
 FEW = RolloutOptions(samples=4, max_new_tokens=24)
 LONG = {"max_length": 48, "epochs": 2.0}
@@ -22,23 +30,7 @@ LONG = {"max_length": 48, "epochs": 2.0}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """One that ends its answers soon: a random one hardly ever does."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = save_model(tmp_path_factory.mktemp("model"))
-    network, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    network.config.tie_word_embeddings = False
-    head = torch.nn.Linear(32, len(tokenizer), bias=False)
-    torch.manual_seed(1)
-    torch.nn.init.normal_(head.weight, std=0.02)
-    with torch.no_grad():
-        # A direction that all hidden states share, by way of the final norm's constant part.
-        states = network.model(torch.randint(97, 122, (8, 16))).last_hidden_state.reshape(-1, 32)
-        head.weight[tokenizer.eos_token_id] = 2.2 * torch.linalg.lstsq(states, torch.ones(len(states))).solution
-    network.lm_head = head
-    network.save_pretrained(folder)
-    return folder
+    return save_answering_model(tmp_path_factory.mktemp("model"))
 
 
 def prompts(count=6, start=0):

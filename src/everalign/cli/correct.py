@@ -1,4 +1,4 @@
-"""The verbs `correct train`, a corrector from corrections or from preferences, and `correct run`."""
+"""The verbs `correct train`, a corrector from corrections or from preferences, and its neighbours."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everalign.cli.correct_data import DATA_EPILOG, data
+from everalign.cli.correct_distill import DISTILL_EPILOG, distill
 from everalign.cli.correct_run import EPILOG, run
 from everalign.cli.display import Display
 from everalign.cli.output import say, show, show_json, show_line
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 correct = typer.Typer(
-    help="Train a corrector, which reads an answer and writes a better one; and use it.", no_args_is_help=True
+    help="Make a corrector, which reads an answer and writes a better one, and use it.", no_args_is_help=True
 )
 
 
 correct.command(epilog=DATA_EPILOG)(data)
 correct.command(epilog=EPILOG)(run)
+correct.command(epilog=DISTILL_EPILOG)(distill)
 
 
 def _option(text: str, metavar: str | None = None) -> Any:

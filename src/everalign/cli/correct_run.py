@@ -70,7 +70,7 @@ def run(
             display.announce(f"{len(rows)} rows to correct")
             done = correct_rows(
                 rows,
-                _corrector(corrector, template, local),
+                load_corrector(corrector, template, local),
                 output,
                 options=options,
                 overwrite=overwrite,
@@ -85,7 +85,8 @@ def run(
     (show_json if as_json else _show)(facts)
 
 
-def _corrector(name: str, template: str | None, local: dict[str, Any]) -> "Corrector":
+def load_corrector(name: str, template: str | None, local: dict[str, Any]) -> "Corrector":
+    """Return the corrector of a folder or of `URL#MODEL`; `local` are options of one in this process."""
     from everalign.correction import Corrector
 
     given = {flag: value for flag, value in local.items() if value is not None}

@@ -26,6 +26,11 @@ _HOMES = {
     "CorrectorReport": "report",
     "TrainedCorrector": "training",
     "train_corrector": "training",
+    "CorrectionData": "pipeline",
+    "Editor": "answering",
+    "EndpointAnswers": "answering",
+    "SampledAnswers": "answering",
+    "make_corrections": "pipeline",
 }
 
 

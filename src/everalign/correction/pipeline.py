@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from everalign.correction.answering import ANSWERS, CORRECTIONS, Answerer, Editor, Texts, forget
-from everalign.correction.asking import Cost, Progress
+from everalign.correction.asking import Cost, Progress, reply_store
 from everalign.correction.filters import LONGEST_CORRECTION, NEAR, filter_corrections
 from everalign.correction.templates import Template
 from everalign.data.corrections import Correction, CorrectionSet
@@ -149,6 +149,8 @@ def make_corrections(
     if run.failed:
         announce(f"  {len(run.failed)} questions failed for good: {failures}")
         write_text(failures, "".join(map(json_line, run.failed)))
+    elif keep_going:
+        failures.unlink(missing_ok=True)
     write_text(path, "".join(json_line(_columns(row, item, rows.source)) for row, item in kept))
     forget(path)
     found = CorrectionSet(tuple(row for row, _ in kept), str(path))
@@ -168,7 +170,8 @@ def _check(
     if not rows:
         raise InputError(f"{rows.source}: no rows in it")
     check_new_file(path, ".jsonl", overwrite)
-    if keep_going:
+    # One that a kill has left behind the failures and before the output is its own.
+    if keep_going and not reply_store(path).path.exists():
         check_new_file(failures, ".jsonl", overwrite)
     if editor is None and answerer is not None:
         raise InputError(f"the answers of {answerer.name} would have nobody who corrects them: name a stronger model")
