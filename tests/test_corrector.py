@@ -9,10 +9,10 @@ from chat_server_for_tests import ChatServer, Reply
 from cli_for_tests import run, write_rows
 from corrections_for_tests import corrections, corrector
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, Guards
-from everalign.correction import running as running_module
 from everalign.correction.running import correct_rows
 from everalign.data.uncorrected import UncorrectedSet, load_uncorrected
 from everalign.errors import EveralignError, InputError
+from everalign.line_store import LineStore
 from everalign.modeling.draft_decoding import DraftDecoder
 from everalign.modeling.loading import load_model, load_tokenizer
 from models_for_tests import saved_model
@@ -240,9 +240,7 @@ def test_a_file_is_corrected_and_goes_on_after_a_kill(trained, tmp_path, monkeyp
 
 def test_other_options_begin_anew_and_damage_is_told(trained, tmp_path):
     rows, output = rows_of(3), tmp_path / "out.jsonl"
-    running_module._Store(output, f"{trained.fingerprint}\n{CorrectionOptions()!r}\n{rows.fingerprint}").add([])
-    (partial,) = tmp_path.glob("*.partial")
-    partial.write_text("{}\n")
+    LineStore.beside(output, f"{trained.fingerprint}\n{CorrectionOptions()!r}\n{rows.fingerprint}").add([{}])
     assert correct_rows(rows, trained, output, options=FREE).resumed == 0
     with pytest.raises(InputError, match="damaged: delete this file"):
         correct_rows(rows, trained, output, overwrite=True)
