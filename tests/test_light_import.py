@@ -7,7 +7,7 @@ import pytest
 
 from runs_for_tests import write_run
 
-HEAVY = ("torch", "transformers", "peft", "datasets", "pyarrow", "matplotlib", "numpy", "httpx")
+HEAVY = ("torch", "transformers", "peft", "datasets", "pyarrow", "matplotlib", "numpy", "httpx", "scipy", "rapidfuzz")
 LOADED = f"print([name for name in {HEAVY} if name in sys.modules])"
 
 
@@ -44,6 +44,8 @@ def test_importing_loads_nothing_heavy(module):
         ["correct", "run", "--help"],
         ["correct", "data", "--help"],
         ["correct", "distill", "--help"],
+        ["correct", "steer", "--help"],
+        ["correct", "evaluate", "--help"],
         ["--version"],
     ],
 )

@@ -1,13 +1,11 @@
-"""The verbs `correct train`, a corrector from corrections or from preferences, and its neighbours."""
+"""The verbs of correctors: `correct train`, from corrections or from preferences, and its neighbours."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everalign.cli.correct_data import DATA_EPILOG, data
-from everalign.cli.correct_distill import DISTILL_EPILOG, distill
-from everalign.cli.correct_run import EPILOG, run
+from everalign.cli import correct_data, correct_distill, correct_run, correct_steer
 from everalign.cli.display import Display
 from everalign.cli.output import say, show, show_json, show_line
 from everalign.cli.runs import Json
@@ -25,9 +23,10 @@ correct = typer.Typer(
 )
 
 
-correct.command(epilog=DATA_EPILOG)(data)
-correct.command(epilog=EPILOG)(run)
-correct.command(epilog=DISTILL_EPILOG)(distill)
+correct.command(epilog=correct_data.DATA_EPILOG)(correct_data.data)
+correct.command(epilog=correct_run.EPILOG)(correct_run.run)
+correct.command(epilog=correct_distill.DISTILL_EPILOG)(correct_distill.distill)
+correct.command(epilog=correct_steer.EPILOG)(correct_steer.steer)
 
 
 def _option(text: str, metavar: str | None = None) -> Any:

@@ -40,6 +40,9 @@ def run(
         bool, typer.Option("--guards/--no-guards", help="Return the answer where a correction cannot be trusted.")
     ] = True,
     max_new_tokens: Annotated[int | None, _option("Longest correction; twice the answer and 256 more.")] = None,
+    strength: Annotated[
+        float | None, _option("Steer towards copying (below 0) or correcting (above 0); see correct steer.", "ALPHA")
+    ] = None,
     precision: Annotated[str | None, _option("fp32 or bf16.", "PRECISION")] = None,
     device: Annotated[str | None, _option("Such as cuda:0; the GPU if there is one.")] = None,
     batch_size: Annotated[int | None, _option("Rows corrected at once; kept after each batch.")] = None,
@@ -58,7 +61,7 @@ def run(
     from everalign.correction.running import ROWS_PER_BATCH, correct_rows
     from everalign.data.uncorrected import load_uncorrected
 
-    options = CorrectionOptions(gate, Guards() if guards else NO_GUARDS, max_new_tokens)
+    options = CorrectionOptions(gate, Guards() if guards else NO_GUARDS, max_new_tokens, strength or 0.0)
     local = {"device": device, "precision": precision, "tokens_per_batch": tokens_per_batch}
     started = time.perf_counter()
     try:

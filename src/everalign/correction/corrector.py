@@ -8,7 +8,7 @@ corrected.text, corrected.changed, corrected.forward_passes
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -57,17 +57,22 @@ class CorrectionOptions:
             pass found, which returns whether the answer passes. None lets none pass.
         guards: which corrections are refused; the ones that are on by default when None.
         max_new_tokens: longest correction; twice the answer and 256 more when None.
+        strength: how much is corrected: below 0 the corrector is steered towards copying, above 0 towards correcting,
+            if `everalign correct steer` has found out how; 0 for the corrector as it is.
     """
 
     gate: float | Gate | None = None
     guards: Guards | None = None
     max_new_tokens: int | None = None
+    strength: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.gate, int | float) and not (math.isfinite(self.gate) and self.gate <= 0):
             raise InputError(f"gate: must be a mean log-likelihood, at most 0, found {self.gate}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens: must be at least 1, found {self.max_new_tokens}")
+        if not math.isfinite(self.strength):
+            raise InputError(f"strength: must be a finite number, found {self.strength}")
 
     @property
     def passes(self) -> Gate | None:
@@ -159,38 +164,56 @@ class Corrector:
         """Names what corrections depend on, the options aside."""
         return self._engine.fingerprint
 
-    def correct(self, question: Question, answer: str, options: CorrectionOptions | None = None) -> Corrected:
+    def correct(
+        self,
+        question: Question,
+        answer: str,
+        options: CorrectionOptions | None = None,
+        *,
+        strength: float | None = None,
+    ) -> Corrected:
         """Return one answer corrected; arguments and errors as in `correct_batch`."""
-        return self.correct_batch([(question, answer)], options)[0]
+        return self.correct_batch([(question, answer)], options, strength=strength)[0]
 
-    def correct_batch(self, pairs: Sequence[Pair], options: CorrectionOptions | None = None) -> list[Corrected]:
+    def correct_batch(
+        self, pairs: Sequence[Pair], options: CorrectionOptions | None = None, *, strength: float | None = None
+    ) -> list[Corrected]:
         """Return answers corrected, in the order given.
 
         Args:
             pairs: questions (text, or chat messages) and answers.
             options: how; the corrector's own when None.
+            strength: in place of the options' one, if given.
 
         Raises:
-            InputError: a question or an answer is no text, or the engine has no gate; names its number.
+            InputError: a question or an answer is no text (names its number), the engine has no gate, or it cannot be
+                steered so far or at all.
             EveralignError: the model or the server failed.
         """
-        options = options or self._options
+        options = self._chosen(options, strength)
         checked = [_checked(pair, f"pair {number}: ") for number, pair in enumerate(pairs, start=1)]
-        found = self._engine.write(checked, options.passes, options.max_new_tokens)
+        found = self._engine.write(checked, options.passes, options.max_new_tokens, options.strength)
         return [self._judged(answer, written, options) for (_, answer), written in zip(checked, found, strict=True)]
 
-    def stream(self, question: Question, answer: str, options: CorrectionOptions | None = None) -> Iterator[str]:
+    def stream(
+        self,
+        question: Question,
+        answer: str,
+        options: CorrectionOptions | None = None,
+        *,
+        strength: float | None = None,
+    ) -> Iterator[str]:
         """Yield the text of `correct` in pieces, none of which ends inside of a character.
 
         As long as the correction is the answer's beginning, it is yielded as it is accepted. Behind the first
         difference a guard may still refuse all of it and the answer be returned: there, pieces are yielded as they
         come only without guards, else at the end.
         """
-        options = options or self._options
+        options = self._chosen(options, strength)
         pair = _checked((question, answer), "")
         guarded = (options.guards or Guards()).any
         given = ""
-        for found in self._engine.follow(pair, options.passes, options.max_new_tokens):
+        for found in self._engine.follow(pair, options.passes, options.max_new_tokens, options.strength):
             is_last = isinstance(found, Written)
             text = self._judged(answer, found, options).text if isinstance(found, Written) else found
             if guarded and not is_last:
@@ -200,6 +223,10 @@ class Corrector:
             if len(text) > len(given) and text.startswith(given):
                 yield text[len(given) :]
                 given = text
+
+    def _chosen(self, options: CorrectionOptions | None, strength: float | None) -> CorrectionOptions:
+        options = options or self._options
+        return options if strength is None else replace(options, strength=strength)
 
     def _judged(self, answer: str, written: Written, options: CorrectionOptions) -> Corrected:
         reason, text = written.reason, written.text

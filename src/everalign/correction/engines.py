@@ -3,17 +3,23 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from everalign.chat_client import ChatClient
 from everalign.correction.encoder import CorrectionEncoder
+from everalign.correction.steering_files import VECTORS_FILE, Steering, read_steering
 from everalign.correction.templates import Question, Template
 from everalign.data.batches import batches_by_length
 from everalign.errors import InputError
+from everalign.files import sha256_of
 from everalign.modeling.draft_decoding import DraftDecoder, DraftedRow, Verified
 from everalign.modeling.loading import model_fingerprint
 from everalign.modeling.ragged_decoding import RaggedModel
+from everalign.modeling.residual_stream import decoder_layers, shifted
 
 Gate = Callable[[Verified], bool]
 Pair = tuple[Question, str]
@@ -60,17 +66,22 @@ class Engine(Protocol):
         """What the corrector reads."""
         ...
 
-    def write(self, pairs: Sequence[Pair], gate: Gate | None, limit: int | None) -> list[Written]:
+    def write(
+        self, pairs: Sequence[Pair], gate: Gate | None, limit: int | None, strength: float = 0.0
+    ) -> list[Written]:
         """Return a correction for each of N questions and answers.
 
         Args:
             pairs: questions and answers.
             gate: decides which answers pass; None for none of them.
             limit: most tokens of a correction; by the answer's length when None.
+            strength: how far to steer from copying (below 0) to correcting (above 0); 0 for the corrector as it is.
         """
         ...
 
-    def follow(self, pair: Pair, gate: Gate | None, limit: int | None) -> Iterator[str | Written]:
+    def follow(
+        self, pair: Pair, gate: Gate | None, limit: int | None, strength: float = 0.0
+    ) -> Iterator[str | Written]:
         """Yield the text of one correction whenever it has grown, as a whole, and what was written at last."""
         ...
 
@@ -82,13 +93,19 @@ class LocalEngine:
         model: a causal language model.
         encoder: of its tokenizer and template.
         tokens_per_batch: tokens of the prompts and drafts that are computed at once.
-        name: what it is called in messages.
+        name: what it is called in messages, and where its steering is, if it is a corrector's folder.
+        steering: what a strength means; read from the folder when it is first needed if None.
     """
 
     def __init__(
-        self, model: Any, encoder: CorrectionEncoder, tokens_per_batch: int = TOKENS_PER_BATCH, name: str = "corrector"
+        self,
+        model: Any,
+        encoder: CorrectionEncoder,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+        name: str = "corrector",
+        steering: Steering | None = None,
     ) -> None:
-        self._model, self._encoder = RaggedModel(model), encoder
+        self._model, self._encoder, self._steering = RaggedModel(model), encoder, steering
         if tokens_per_batch < 1:
             raise InputError(f"tokens per batch: must be at least 1, found {tokens_per_batch}")
         self._tokens_per_batch, self._name = tokens_per_batch, name
@@ -96,8 +113,11 @@ class LocalEngine:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over weights, template and tokenizer."""
+        """sha256 over weights, template, tokenizer, and the steering if there is one."""
         content = f"{model_fingerprint(self._model.model)} {self._model.dtype} {self._encoder.fingerprint}"
+        vectors = Path(self._name) / VECTORS_FILE
+        if vectors.is_file():
+            content += f" {sha256_of(vectors)}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
@@ -105,8 +125,11 @@ class LocalEngine:
         """The one it was trained behind."""
         return self._encoder.template
 
-    def write(self, pairs: Sequence[Pair], gate: Gate | None, limit: int | None) -> list[Written]:
+    def write(
+        self, pairs: Sequence[Pair], gate: Gate | None, limit: int | None, strength: float = 0.0
+    ) -> list[Written]:
         """Return the corrections, of answers of similar length at once; too long ones are not corrected."""
+        steered = self._steered(strength)
         found: dict[int, Written] = {}
         prompts = [self._encoder.prompt(*pair) for pair in pairs]
         drafts = [self._encoder.response(answer) for _, answer in pairs]
@@ -115,12 +138,17 @@ class LocalEngine:
         for places in batches_by_length([lengths[i] for i in fitting], self._tokens_per_batch):
             batch = [fitting[place] for place in places]
             decoder = self._decoder([prompts[i] for i in batch], [drafts[i] for i in batch], gate, limit)
-            for i, row in zip(batch, decoder.run(), strict=True):
+            with steered():
+                decoder.run()
+            for i, row in zip(batch, decoder.rows, strict=True):
                 found[i] = self._written(row, pairs[i][1])
         return [found.get(i, Written(answer, reason="too_long", passes=0)) for i, (_, answer) in enumerate(pairs)]
 
-    def follow(self, pair: Pair, gate: Gate | None, limit: int | None) -> Iterator[str | Written]:
+    def follow(
+        self, pair: Pair, gate: Gate | None, limit: int | None, strength: float = 0.0
+    ) -> Iterator[str | Written]:
         """Yield the text so far after each forward pass, without a character that is not whole yet."""
+        steered = self._steered(strength)
         prompt, draft = self._encoder.prompt(*pair), self._encoder.response(pair[1])
         if self._context is not None and len(prompt) + len(draft) > self._context:
             yield Written(pair[1], reason="too_long", passes=0)
@@ -128,11 +156,23 @@ class LocalEngine:
         decoder = self._decoder([prompt], [draft], gate, limit)
         row = decoder.rows[0]
         while not decoder.over:
-            decoder.step()
+            # Not around the loop: what the caller computes between two pieces must not be steered.
+            with steered():
+                decoder.step()
             if not decoder.over:
                 # The bytes of a character may be tokens of their own; until all are there it reads as U+FFFD.
                 yield self._encoder.decode(row.tokens).rstrip("\ufffd")
         yield self._written(row, pair[1])
+
+    def _steered(self, strength: float) -> Callable[[], AbstractContextManager[None]]:
+        """Return what to decode in: nothing at all at strength 0, else every layer's shift."""
+        if strength == 0:
+            return nullcontext
+        model = self._model.model
+        if self._steering is None:
+            self._steering = read_steering(Path(self._name), model, self.template.id)
+        shifts = {layer: shift.to(model.device) for layer, shift in self._steering.at(strength).items()}
+        return partial(shifted, decoder_layers(model), shifts)
 
     def _decoder(
         self, prompts: list[list[int]], drafts: list[list[int]], gate: Gate | None, limit: int | None
@@ -178,8 +218,12 @@ class EndpointEngine:
         """The one that was named."""
         return self._template
 
-    def write(self, pairs: Sequence[Pair], gate: Gate | None, limit: int | None) -> list[Written]:
+    def write(
+        self, pairs: Sequence[Pair], gate: Gate | None, limit: int | None, strength: float = 0.0
+    ) -> list[Written]:
         """Return the server's corrections, a few asked for at once; ChatError where a request fails for good."""
+        if strength != 0:
+            raise InputError("strength: a corrector on a server cannot be steered; leave it out, or load the model")
         if gate is not None:
             raise InputError("gate: a server does not say how likely an answer is; leave it out, or load the model")
         found: dict[int, Written] = {}
@@ -193,9 +237,11 @@ class EndpointEngine:
                 found[chosen[place]] = Written(reply.text, finished, tokens=reply.completion_tokens)
         return [found[i] for i in range(len(pairs))]
 
-    def follow(self, pair: Pair, gate: Gate | None, limit: int | None) -> Iterator[str | Written]:
+    def follow(
+        self, pair: Pair, gate: Gate | None, limit: int | None, strength: float = 0.0
+    ) -> Iterator[str | Written]:
         """Yield what was written when all of it is there."""
-        yield from self.write([pair], gate, limit)
+        yield from self.write([pair], gate, limit, strength)
 
 
 def _limit(answer: str) -> int:

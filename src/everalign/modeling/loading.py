@@ -101,8 +101,12 @@ def sequence_limit(wanted: int | None, default: int, model: Any, tokenizer: Any,
     return wanted
 
 
-def model_fingerprint(model: Any) -> str:
+def model_fingerprint(model: Any, dtype: torch.dtype | None = None) -> str:
     """Identify base weights in well under a second for billions of parameters.
+
+    Args:
+        model: a loaded model.
+        dtype: returns the fingerprint that it has once it is loaded in this precision; its own when None.
 
     sha256 over the model's class and the names, shapes, dtypes and up to 4,096 evenly spaced values of every
     parameter. It tells models and fine-tunes apart; it is no defence against somebody who forges weights.
@@ -111,6 +115,7 @@ def model_fingerprint(model: Any) -> str:
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         step = -(-flat.numel() // _SAMPLED_VALUES)
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
+        kind = parameter.dtype if dtype is None else dtype
+        digest.update(f"{name}{tuple(parameter.shape)}{kind}".encode())
+        digest.update(flat[::step].to(kind).float().cpu().numpy().tobytes())
     return digest.hexdigest()
