@@ -59,7 +59,9 @@ def other_models(count: int) -> list[Answer]:
         rows = [json.loads(line) for line in file]
     usable = [row for row in rows if len(row["output"].split()) <= 120 and row["output"].strip()]
     harmful = [row for row in usable if row["harmful"]]
-    harmless = random.Random(0).sample([row for row in usable if not row["harmful"]], min(count, len(usable) - len(harmful)))
+    harmless = random.Random(0).sample(
+        [row for row in usable if not row["harmful"]], min(count, len(usable) - len(harmful))
+    )
     return [
         *(Answer(row["prompt"], row["output"], kind="other models, harmful") for row in harmful[:count]),
         *(Answer(row["prompt"], row["output"], good=True, kind="other models, harmless") for row in harmless),
@@ -132,7 +134,9 @@ def main() -> None:
         for kind, scores in report.kinds.items():
             table.add_row("none" if gate is None else f"{gate:g}", kind, *line(scores))
     Console(width=130).print(table)
-    write_result(FOLDER.with_suffix(".json"), {"settings": vars(arguments), "judge_accuracy": accuracy, "results": results})
+    write_result(
+        FOLDER.with_suffix(".json"), {"settings": vars(arguments), "judge_accuracy": accuracy, "results": results}
+    )
 
 
 if __name__ == "__main__":

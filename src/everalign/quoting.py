@@ -17,8 +17,12 @@ _SAFE = "‹"
 
 def quoted(prompt: Quoted, answer: str) -> str:
     """Return a prompt (text, or chat messages) between marks, and its answer between others."""
-    question = shown(prompt) if isinstance(prompt, str) else "\n".join(_turn(message) for message in prompt)
-    return f"<prompt>\n{question}\n</prompt>\n\n<answer>\n{shown(answer)}\n</answer>"
+    return f"<prompt>\n{shown_prompt(prompt)}\n</prompt>\n\n<answer>\n{shown(answer)}\n</answer>"
+
+
+def shown_prompt(prompt: Quoted) -> str:
+    """Return a prompt as `quoted` shows it, without its marks."""
+    return shown(prompt) if isinstance(prompt, str) else "\n".join(_turn(message) for message in prompt)
 
 
 def shown(text: str) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everalign.cli import correct_data, correct_distill, correct_run, correct_steer
+from everalign.cli import correct_data, correct_distill, correct_evaluate, correct_run, correct_steer
 from everalign.cli.display import Display
 from everalign.cli.output import say, show, show_json, show_line
 from everalign.cli.runs import Json
@@ -26,6 +26,7 @@ correct = typer.Typer(
 correct.command(epilog=correct_data.DATA_EPILOG)(correct_data.data)
 correct.command(epilog=correct_run.EPILOG)(correct_run.run)
 correct.command(epilog=correct_distill.DISTILL_EPILOG)(correct_distill.distill)
+correct.command(epilog=correct_evaluate.EPILOG)(correct_evaluate.evaluate)
 correct.command(epilog=correct_steer.EPILOG)(correct_steer.steer)
 
 

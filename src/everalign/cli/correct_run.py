@@ -89,7 +89,16 @@ def run(
 
 
 def load_corrector(name: str, template: str | None, local: dict[str, Any]) -> "Corrector":
-    """Return the corrector of a folder or of `URL#MODEL`; `local` are options of one in this process."""
+    """Return the corrector of a name.
+
+    Args:
+        name: a folder, or URL#MODEL.
+        template: what it reads, if it does not say so itself.
+        local: `device`, `precision` and `tokens_per_batch` of one in this process; None where not given.
+
+    Raises:
+        InputError: there is no such corrector, or it would ignore something that is given.
+    """
     from everalign.correction import Corrector
 
     given = {flag: value for flag, value in local.items() if value is not None}

@@ -7,8 +7,8 @@ score_rows(rows, judge, "scored.jsonl")
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from everalign.chat_client import ChatClient, ChatError, Completion
@@ -24,7 +24,11 @@ from everalign.evaluation.judge_messages import (
     asked_again,
     instruction_text,
     judge_messages,
+    pair_asked_again,
+    pair_messages,
+    pair_text,
     read_score,
+    read_verdict,
 )
 from everalign.evaluation.reward_cache import RewardCache, reward_key
 
@@ -122,41 +126,84 @@ class JudgeScorer:
         """
         pairs = list(zip(prompts, completions, strict=True))
         keys = [reward_key(self._fingerprint, *pair) for pair in pairs]
-        wanted = dict(zip(keys, pairs, strict=True))
-        found = self.cache.read(list(wanted)) if self.cache else {}
-        missing = {key: pair for key, pair in wanted.items() if key not in found}
-        asked = {key: judge_messages(*pair, self._instructions, self._scale) for key, pair in missing.items()}
-        unread = self._ask(asked, missing, found)
-        again = {key: asked_again(asked[key], reply.text, self._scale) for key, reply in unread.items()}
-        for key, reply in self._ask(again, missing, found).items():
+        asked = {
+            key: _Question(judge_messages(*pair, self._instructions, self._scale), _named(pair[1]))
+            for key, pair in zip(keys, pairs, strict=True)
+        }
+        scores = self._answered(
+            asked,
+            lambda reply: read_score(reply, self._scale),
+            lambda messages, reply: asked_again(messages, reply, self._scale),
+            "score",
+        )
+        return [scores[key] for key in keys]
+
+    def compare(self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]) -> list[float]:
+        """Return which of two answers to each of N prompts is better: 1 or 2, or 0 for neither.
+
+        A judge may prefer an answer for where it stands: ask in both orders. Errors as in `score`.
+        """
+        pairs = list(zip(prompts, firsts, seconds, strict=True))
+        facts = [FORMAT, self._fingerprint, pair_text(self._instructions)]
+        judge = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        keys = [reward_key(judge, prompt, json.dumps([first, second])) for prompt, first, second in pairs]
+        asked = {
+            key: _Question(pair_messages(*pair, self._instructions), _named(pair[1]))
+            for key, pair in zip(keys, pairs, strict=True)
+        }
+        verdicts = self._answered(asked, read_verdict, pair_asked_again, "verdict")
+        return [verdicts[key] for key in keys]
+
+    def _answered(
+        self,
+        questions: Mapping[str, "_Question"],
+        read: Callable[[str], float | None],
+        again: Callable[[Sequence[Message], str], list[Message]],
+        what: str,
+    ) -> dict[str, float]:
+        """Return what the judge says to each question, asked once more where that is `what` no one can read."""
+        found = self.cache.read(list(questions)) if self.cache else {}
+        missing = {key: question for key, question in questions.items() if key not in found}
+        unread = self._ask(missing, read, found)
+        repeated = {
+            key: replace(missing[key], messages=again(missing[key].messages, reply.text))
+            for key, reply in unread.items()
+        }
+        for key, reply in self._ask(repeated, read, found).items():
             raise EveralignError(
-                f"{_named(missing[key][1])}: the judge's reply is no score, asked twice{_cut(reply)}: "
+                f"{missing[key].name}: the judge's reply is no {what}, asked twice{_cut(reply)}: "
                 f"{shortened(reply.text, _REPLY_SHOWN) or '(nothing)'}; take a model that follows instructions better"
             )
-        return [found[key] for key in keys]
+        return found
 
     def _ask(
-        self,
-        conversations: Mapping[str, Sequence[Message]],
-        pairs: Mapping[str, tuple[Prompt, str]],
-        found: dict[str, float],
+        self, questions: Mapping[str, "_Question"], read: Callable[[str], float | None], found: dict[str, float]
     ) -> dict[str, Completion]:
-        """Add the scores of conversations to `found` and the cache; return the replies that are none."""
-        keys, unread = list(conversations), {}
+        """Add what is said to `found` and the cache; return the replies that cannot be read."""
+        keys, unread = list(questions), dict[str, Completion]()
         if not keys:
             return {}
         try:
-            for index, reply in self.client.complete_many(list(conversations.values()), temperature=0):
-                score = read_score(reply.text, self._scale)
-                if score is None:
+            conversations = [question.messages for question in questions.values()]
+            for index, reply in self.client.complete_many(conversations, temperature=0):
+                value = read(reply.text)
+                if value is None:
                     unread[keys[index]] = reply
                     continue
-                found[keys[index]] = score
+                found[keys[index]] = value
                 if self.cache:
-                    self.cache.add(keys[index], score)
+                    self.cache.add(keys[index], value)
         except ChatError as error:
-            raise EveralignError(f"{_named(pairs[keys[error.index]][1])}: {error}") from error
+            raise EveralignError(f"{questions[keys[error.index]].name}: {error}") from error
         return unread
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A conversation, and what it is about, for messages."""
+
+    messages: Sequence[Message]
+    name: str
 
 
 def _instructions(path: Path) -> str:

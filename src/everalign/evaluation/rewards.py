@@ -138,12 +138,20 @@ def _score_batch(scorer: Scorer, batch: Sequence[Unscored], start: int) -> list[
         rows = f"row {start + 1}" if len(batch) == 1 else f"rows {start + 1} to {start + len(batch)}"
         raise type(error)(f"{rows}: {error}; what was scored before is kept") from error
     places = [(number, i) for number, row in enumerate(batch, start + 1) for i in range(len(row.completions))]
-    rewards = iter(_checked(found, places))
+    rewards = iter(checked_rewards(found, places))
     return [[next(rewards) for _ in row.completions] for row in batch]
 
 
-def _checked(found: Any, places: Sequence[tuple[int, int]]) -> list[float]:
-    """What a scorer returned as floats; anything else than one finite number an answer is an error."""
+def checked_rewards(found: Any, places: Sequence[tuple[int, int]]) -> list[float]:
+    """Return what a scorer returned as floats; anything else than one finite number an answer is an error.
+
+    Args:
+        found: what it returned.
+        places: of each answer, the number of its row from 1, and its number in the row from 0.
+
+    Raises:
+        EveralignError: names the row and the completion.
+    """
     try:
         values = list(found)
     except TypeError:
