@@ -17,7 +17,15 @@ if TYPE_CHECKING:
         load_corrections,
         load_preferences,
     )
-    from everalign.learning import AdapterOptions, Learner, RolloutOptions, Scores, TrainingOptions, WeightOptions
+    from everalign.learning import (
+        AdapterOptions,
+        CorrectionTaskOptions,
+        Learner,
+        RolloutOptions,
+        Scores,
+        TrainingOptions,
+        WeightOptions,
+    )
 
 __version__ = version("everalign")
 
@@ -26,6 +34,7 @@ __all__ = [
     "Correction",
     "CorrectionSet",
     "Corrector",
+    "CorrectionTaskOptions",
     "Learner",
     "Preference",
     "PreferenceSet",
@@ -42,6 +51,7 @@ _HOMES = {
     "Correction": "everalign.data",
     "CorrectionSet": "everalign.data",
     "Corrector": "everalign.correction.corrector",
+    "CorrectionTaskOptions": "everalign.learning",
     "Learner": "everalign.learning",
     "Preference": "everalign.data",
     "PreferenceSet": "everalign.data",

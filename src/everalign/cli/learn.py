@@ -29,6 +29,7 @@ def _flag(text: str, panel: str | None = None, metavar: str | None = None, name:
 _ROLLOUTS = "Sampled answers (given --reward)"
 _DATA, _METHOD, _TRAINING, _STEPS = "Data and files", "Method", "Training", "Optimiser and steps"
 _REWARDS = "Rewards (objectives var, snkl)"
+_CORRECTORS = "Correctors (objective correction)"
 _ESTIMATORS = "Normaliser of var: group, group_loo, in_batch, reference, quantile or support."
 
 
@@ -40,7 +41,7 @@ def learn(
         _flag("A task's name and files; one --task for each task, in order.", metavar="NAME=TRAIN[,TEST]"),
     ] = None,
     method: Annotated[str | None, _flag("lifealign, er, seqft, mtl or stl.")] = None,
-    objective: Annotated[str | None, _flag("fpo, dpo or sft; var for scored rows; snkl for both.")] = None,
+    objective: Annotated[str | None, _flag("fpo, dpo or sft; var for scored rows; snkl for both; correction.")] = None,
     output: Annotated[str | None, _flag("The run directory.", metavar="DIR")] = None,
     seed: Annotated[int | None, _flag("Seeds everything random.")] = None,
     resume: Annotated[bool, _flag("Go on with the run that DIR holds.", None, "", "--resume")] = False,
@@ -91,6 +92,11 @@ def learn(
     sampling_temperature: Annotated[float | None, _flag("What logits are divided by; 1.", _ROLLOUTS)] = None,
     max_new_tokens: Annotated[int | None, _flag("Longest answer, in tokens.", _ROLLOUTS)] = None,
     rounds: Annotated[int | None, _flag("Sample anew so often, from what was learned.", _ROLLOUTS)] = None,
+    template: Annotated[str | None, _flag("What the corrector reads: everalign-1, ...", _CORRECTORS, "ID")] = None,
+    objectives: Annotated[
+        str | None, _flag('What answers should be more of: "helpful,harmless".', _CORRECTORS, "WORDS")
+    ] = None,
+    identity: Annotated[float | None, _flag("Share of rows that leave a good answer as it is.", _CORRECTORS)] = None,
     batch_size: Annotated[int | None, _flag("Pairs of an optimiser step.", _STEPS)] = None,
     tokens_per_batch: Annotated[int | None, _flag("Tokens computed at once; fewer save memory.", _STEPS)] = None,
     precision: Annotated[str | None, _flag("fp32 or bf16, for the base model.", _STEPS)] = None,

@@ -1,6 +1,7 @@
 """A corrector's folder: a plain Hugging Face language model, its tokenizer, and the template it was trained behind."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from everalign.correction.encoder import CorrectionEncoder
-from everalign.correction.templates import TEMPLATES, Template, get_template
+from everalign.correction.templates import DEFAULT_TEMPLATE, TEMPLATES, Template, get_template
 from everalign.errors import InputError
 from everalign.files import read_json, write_json
+from everalign.modeling.loading import resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,6 +116,27 @@ def load_corrector_files(folder: str | os.PathLike[str], template: str | None = 
             f"{folder}: was trained behind the template {stored.id!r}, not {named.id!r}; leave the template out"
         )
     return CorrectorFiles(str(folder), stored, facts.objectives, facts)
+
+
+def chosen_template(
+    model: str, template: str | None, objectives: Sequence[str] | None
+) -> tuple[Template, tuple[str, ...]]:
+    """Return what a corrector that is trained from a model reads: what its user names, or what it has read so far.
+
+    Args:
+        model: a corrector, which goes on with its own template, or any language model.
+        template: id of the template, if named.
+        objectives: if named; none, or the corrector's, when None.
+
+    Raises:
+        InputError: the template is unknown, cannot name the objectives, or is not the one the model was trained behind.
+    """
+    source = resolve_model(model)
+    if not (Path(source) / FACTS_FILE).is_file():
+        named = get_template(template or DEFAULT_TEMPLATE)
+        return named, named.check_objectives(objectives or ())
+    files = load_corrector_files(source, template)
+    return files.template, files.template.check_objectives(files.objectives if objectives is None else objectives)
 
 
 def _read_facts(path: Path) -> CorrectorFacts:

@@ -25,17 +25,17 @@ import torch
 
 from everalign.correction.encoder import CorrectionEncoder
 from everalign.correction.encoding import Texts, compared, copied, encode_corrections, taught
-from everalign.correction.files import FACTS_FILE, CorrectorFacts, load_corrector_files, write_corrector_facts
+from everalign.correction.files import CorrectorFacts, chosen_template, write_corrector_facts
 from everalign.correction.options import CorrectorOptions
 from everalign.correction.report import CorrectorReport, corrector_report
 from everalign.correction.stages import train_stage
-from everalign.correction.templates import DEFAULT_TEMPLATE, get_template
+from everalign.correction.templates import get_template
 from everalign.data.corrections import CorrectionSet
 from everalign.data.groups import EncodedGroup
 from everalign.data.readers import check_disjoint
 from everalign.errors import InputError
 from everalign.files import new_folder
-from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, resolve_model, sequence_limit
+from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, sequence_limit
 from everalign.modeling.merging import merged_model
 from everalign.modeling.policy import Policy
 from everalign.modeling.reward_files import check_free
@@ -149,13 +149,8 @@ def _check_input(rows: CorrectionSet, test: CorrectionSet | None, folder: Path, 
 
 def _with_template(options: CorrectorOptions, model: str) -> CorrectorOptions:
     """Fill in template and objectives: those of the corrector that is trained on, or the defaults."""
-    source = resolve_model(model)
-    if not (Path(source) / FACTS_FILE).is_file():
-        named = get_template(options.template or DEFAULT_TEMPLATE)
-        return replace(options, template=named.id, objectives=options.objectives or ())
-    files = load_corrector_files(source, options.template)
-    objectives = files.objectives if options.objectives is None else options.objectives
-    return replace(options, template=files.template.id, objectives=objectives)
+    template, objectives = chosen_template(model, options.template, options.objectives)
+    return replace(options, template=template.id, objectives=objectives)
 
 
 def _load(model: str, options: CorrectorOptions, seed: int) -> tuple[Policy | WholeModel, str]:

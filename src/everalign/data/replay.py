@@ -1,4 +1,4 @@
-"""The replay buffer: a first-in-first-out store of earlier tasks' rows, preferences or scored ones."""
+"""The replay buffer: a first-in-first-out store of earlier tasks' rows: preferences, scored ones, or corrections."""
 
 import json
 import math
@@ -7,12 +7,15 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from everalign.data.corrections import Correction
 from everalign.data.records import Preference
 from everalign.data.scored import Scored
 from everalign.data.tables import jsonl_rows
 from everalign.errors import InputError
 
-AnyRow = Preference | Scored
+AnyRow = Preference | Scored | Correction
+# What tells the kinds apart on disk; what has none of these columns is a preference.
+_KINDS: dict[str, type[Scored] | type[Correction]] = {"completions": Scored, "correction": Correction}
 
 
 class ReplayBuffer:
@@ -83,8 +86,9 @@ class ReplayBuffer:
 def _entry(where: str, value: object) -> tuple[str, AnyRow]:
     if isinstance(value, InputError):
         raise value
-    scored = isinstance(value, dict) and "completions" in value
-    row = Scored.from_json(value, where) if scored else Preference.from_json(value, where)
+    columns = value if isinstance(value, dict) else {}
+    kind = next((kind for column, kind in _KINDS.items() if column in columns), Preference)
+    row = kind.from_json(value, where)
     task = value.get("task") if isinstance(value, dict) else None
     if not isinstance(task, str):
         raise InputError(f"{where}: field 'task': must be the task's name; the file is no replay buffer")

@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from everalign.learning.learner import Learner
-    from everalign.learning.options import AdapterOptions, RolloutOptions, TrainingOptions
+    from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
     from everalign.learning.scores import Scores
     from everalign.training.weighing import WeightOptions
 
-__all__ = ["AdapterOptions", "Learner", "RolloutOptions", "Scores", "TrainingOptions", "WeightOptions"]
+__all__ = [
+    "AdapterOptions",
+    "CorrectionTaskOptions",
+    "Learner",
+    "RolloutOptions",
+    "Scores",
+    "TrainingOptions",
+    "WeightOptions",
+]
 
 _HOMES = {
     "AdapterOptions": "everalign.learning.options",
+    "CorrectionTaskOptions": "everalign.learning.options",
     "Learner": "everalign.learning.learner",
     "RolloutOptions": "everalign.learning.options",
     "Scores": "everalign.learning.scores",

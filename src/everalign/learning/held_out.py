@@ -1,9 +1,9 @@
-"""The tasks' held-out pairs: never trained on, scored after every task."""
+"""The tasks' held-out rows: never trained on, scored after every task."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from everalign.data.readers import PreferenceSet, check_disjoint
+from everalign.data.readers import check_disjoint
 from everalign.data.row_set import RowSet
 from everalign.errors import InputError
 from everalign.evaluation import HeldOut, PreferenceScore, score_preferences
@@ -28,7 +28,7 @@ class HeldOutTests:
     def __init__(self, setup: Setup, run: RunDirectory, allow_overlap: bool) -> None:
         self._setup, self._run, self._allow_overlap = setup, run, allow_overlap
         self._zero_shot, self._facts = run.read_zero_shot()
-        self._sets: dict[str, PreferenceSet] = {}
+        self._sets: dict[str, RowSet[Any]] = {}
         self._held_out: dict[str, HeldOut] = {}
         self._trained: dict[str, RowSet[Any]] = {}
 
@@ -36,7 +36,7 @@ class HeldOutTests:
         """Return what identifies a task's test set, None where it has none."""
         return self._facts.get(name)
 
-    def check(self, tasks: Sequence[tuple[str, RowSet[Any] | None, PreferenceSet | None]]) -> None:
+    def check(self, tasks: Sequence[tuple[str, RowSet[Any] | None, RowSet[Any] | None]]) -> None:
         """Refuse (name, rows, test) tasks without a name or rows, or that mix training and test rows.
 
         They are compared with all rows that this learner was given before, of whatever task.
@@ -56,12 +56,12 @@ class HeldOutTests:
         """Remember training rows for test sets still to come."""
         self._trained[rows.fingerprint] = rows
 
-    def announce(self, name: str, test: PreferenceSet, learned: Collection[str]) -> None:
+    def announce(self, name: str, test: RowSet[Any], learned: Collection[str]) -> None:
         """Make a task's test set known and score the base model on it, unless the run holds that score.
 
         Args:
             name: the task.
-            test: its held-out pairs.
+            test: its held-out rows: preferences, or corrections.
             learned: names of the tasks learned so far.
 
         Raises:
@@ -88,17 +88,17 @@ class HeldOutTests:
         """Take from the run directory the test sets that were not given again, as after a resume."""
         for name, facts in self._facts.items():
             if name not in self._sets:
-                self._sets[name] = self._run.read_test(facts)
+                self._sets[name] = self._run.read_test(facts, self._setup.read_held_out)
                 self._held_out[name] = self._prepare(self._sets[name])
 
     def scores(self, previous: Mapping[str, LowRankUpdate]) -> dict[str, PreferenceScore]:
         """Score the policy on every test set; `previous` is the policy before this task."""
         return {name: self._score(held_out, previous) for name, held_out in self._held_out.items()}
 
-    def _prepare(self, test: PreferenceSet) -> HeldOut:
+    def _prepare(self, test: RowSet[Any]) -> HeldOut:
         setup = self._setup
         limit = setup.options.test_limit or len(test)
-        pairs = setup.encode(test[:: max(1, len(test) // limit)][:limit])
+        pairs = setup.encode_held_out(test[:: max(1, len(test) // limit)][:limit])
         base_key = policy_key(setup.model_key, {})
         with setup.policy.as_base():
             base = setup.cache.log_probs(setup.policy, base_key, pairs, setup.options.tokens_per_batch)

@@ -1,23 +1,17 @@
-"""The learner: takes preference tasks one after another and keeps what it learned."""
+"""The learner: takes tasks one after another and keeps what it learned."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from everalign.data.prompts import PromptRow, PromptSet
-from everalign.data.readers import PreferenceSet
-from everalign.data.records import Preference
-from everalign.data.row_set import RowSet
-from everalign.data.scored import Scored, ScoredSet
-from everalign.data.unscored import Unscored, UnscoredSet
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
-from everalign.learning.export import export_merged
+from everalign.learning.export import corrector_facts, export_merged
 from everalign.learning.held_out import HeldOutTests
 from everalign.learning.lesson import teach
-from everalign.learning.options import AdapterOptions, RolloutOptions, TrainingOptions
+from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
+from everalign.learning.row_kinds import AnySet, Rows, as_set, as_tests
 from everalign.learning.run import BASE, RunDirectory, data_facts, version_name
 from everalign.learning.run_data import RunData, load_run
 from everalign.learning.scores import Scores
@@ -27,8 +21,6 @@ from everalign.methods import LifeAlign, Method, Task
 from everalign.training.teaching import SCORED_OBJECTIVES
 from everalign.training.weighing import WeightOptions
 
-Rows = Sequence[Preference] | Sequence[Scored] | Sequence[Unscored] | Sequence[PromptRow]
-AnySet = RowSet[Any]
 # Stages of a task use consecutive seeds; tasks are this far apart, and runs of neighbouring seeds further.
 _TASK_SEED_STRIDE = 1000
 _SEED_RANGE = 2**31
@@ -43,16 +35,6 @@ def _silent(stage: str, done: int, total: int) -> None:
     pass
 
 
-_SETS: tuple[type[AnySet], ...] = (ScoredSet, UnscoredSet, PromptSet)
-
-
-def _as_set(rows: Rows) -> AnySet:
-    if isinstance(rows, RowSet):
-        return rows
-    kind = next((kind for kind in _SETS if any(isinstance(row, kind.record) for row in rows[:1])), PreferenceSet)
-    return kind.of(rows)  # type: ignore[arg-type]  # told by the first
-
-
 class Learner:
     """Learns preference tasks one after another into a run directory.
 
@@ -61,7 +43,8 @@ class Learner:
     Args:
         model: a folder in Hugging Face format, a Hub name, or `tiny` for the embedded assistant.
         method: what is carried from task to task; LifeAlign when None.
-        objective: what a row teaches: a preference, `fpo`, `dpo` or `sft`; a scored row, `var`; either, `snkl`.
+        objective: what a row teaches: a preference, `fpo`, `dpo` or `sft`; a scored row, `var`; either, `snkl`; a
+            correction, `correction`.
         output: the run directory; created when missing.
         training: how every task is trained.
         adapter: shape of the adapter.
@@ -69,6 +52,7 @@ class Learner:
         reward: who gives rewards to answers that have none: a reward model's folder, `module:function`, a judge's
             `URL#MODEL`, or a scorer. Tasks may then be preferences, whose answers are scored, or prompts alone.
         rollouts: how answers are sampled to prompts alone.
+        correction: how corrections are learned, for `correction`.
         seed: seeds everything random.
         resume: continue the run that `output` holds: finished tasks are taken as they are, and one that was
             interrupted goes on from its newest checkpoint. A run with other settings is refused.
@@ -93,6 +77,7 @@ class Learner:
         weighting: WeightOptions | None = None,
         reward: str | Scorer | None = None,
         rollouts: RolloutOptions | None = None,
+        correction: CorrectionTaskOptions | None = None,
         seed: int = 0,
         resume: bool = False,
         allow_overlap: bool = False,
@@ -113,6 +98,7 @@ class Learner:
             weighting or WeightOptions(),
             make_scorer(reward) if isinstance(reward, str) else reward,
             rollouts or RolloutOptions(),
+            correction,
             seed,
             self._run.cache if cache is None else Path(cache),
             announce,
@@ -136,24 +122,18 @@ class Learner:
 
     # ---- learning ----
 
-    def _as_tests(self, rows: Rows) -> PreferenceSet:
-        """Held-out rows are judged as preferences: of a scored row, the best completion over the worst."""
-        found = _as_set(rows)
-        if isinstance(found, PreferenceSet):
-            return found
-        pairs = [pair for row in found if (pair := row.preference()) is not None]
-        if len(pairs) < len(found):
-            left = f"{len(found) - len(pairs)} of {len(found)} held-out rows"
-            self._setup.announce(f"  {found.source}: {left} have no better and worse completion and are left out")
-        return PreferenceSet.of(pairs, found.source)
+    def _as_tests(self, rows: Rows) -> AnySet:
+        return as_tests(rows, self._setup.encoder is not None, self._setup.announce)
 
     def learn(self, rows: Rows, name: str, test: Rows | None = None) -> dict[str, PreferenceScore]:
         """Learn one task, score the policy on every known test set, and write a version.
 
         Args:
-            rows: the task's training rows: preferences, or scored rows for the objectives `var` and `snkl`.
+            rows: the task's training rows: preferences, scored rows for the objectives `var` and `snkl`, or corrections
+                for `correction`.
             name: unique in the run.
-            test: held-out preferences of the task; of scored rows, the best completion over the worst.
+            test: held-out preferences of the task; of scored rows, the best completion over the worst; corrections for
+                a corrector, where a correction is to be likelier than the answer as it is.
 
         Returns:
             Scores by task of the policy that has now learned this one.
@@ -163,10 +143,10 @@ class Learner:
             EveralignError: training diverged, or an earlier call was broken off in the middle.
         """
         with self._run.alone():
-            return self._learn_alone(_as_set(rows), name, None if test is None else self._as_tests(test))
+            return self._learn_alone(as_set(rows), name, None if test is None else self._as_tests(test))
 
     def _learn_alone(
-        self, rows: AnySet, name: str, test: PreferenceSet | None, prepared: TaskRows | None = None
+        self, rows: AnySet, name: str, test: AnySet | None, prepared: TaskRows | None = None
     ) -> dict[str, PreferenceScore]:
         if [version.id for version in self.run.versions] != list(self._finished.values()):
             raise InputError(f"{self._run.path} was continued by another learner: open it again, with resume")
@@ -189,7 +169,7 @@ class Learner:
 
         A joint method learns them all at once.
         """
-        sets = [(name, _as_set(rows), None if test is None else self._as_tests(test)) for name, rows, test in tasks]
+        sets = [(name, as_set(rows), None if test is None else self._as_tests(test)) for name, rows, test in tasks]
         with self._run.alone():
             self._tests.check(sets)
             for name, _, test in sets:
@@ -284,6 +264,8 @@ class Learner:
     def export(self, folder: str | Path) -> Path:
         """Write the newest version merged into the base model, in fp32, checked against the adapter's logits.
 
+        What has learned corrections becomes a corrector's folder, which `Corrector.from_pretrained` loads.
+
         Raises:
             InputError: nothing was learned yet, or the folder exists.
             EveralignError: the merged model's logits differ from the adapter's.
@@ -291,4 +273,5 @@ class Learner:
         if not self._finished:
             raise InputError("nothing to export: learn a task first")
         adapter = self._run.path / "versions" / self._newest / "adapter"
-        return export_merged(self._setup.model_name, adapter, self.tokenizer, Path(folder))
+        facts = corrector_facts(self._setup, self.run.versions)
+        return export_merged(self._setup.model_name, adapter, self.tokenizer, Path(folder), facts)

@@ -85,6 +85,34 @@ class RolloutOptions:
 
 
 @dataclass(frozen=True)
+class CorrectionTaskOptions:
+    """How corrections are learned, by the objective `correction`.
+
+    Args:
+        template: id of what the corrector reads; None for that of the corrector that is trained on, or `everalign-1`.
+        objectives: in words separated by commas, named in every prompt, where the template has a place for them; None
+            for those of the corrector that is trained on, or none.
+        identity: share of a task's rows, those that change anything being all, that are to leave a good answer as it
+            is. Where a task has fewer such rows, some of its corrections are learned as their own corrections.
+    """
+
+    template: str | None = None
+    objectives: str | None = None
+    identity: float = 0.0
+
+    def __post_init__(self) -> None:
+        holds = _is_number(self.identity) and 0 <= self.identity <= 1
+        _require(holds, "identity", "a share from 0 to 1", self.identity)
+
+    @property
+    def words(self) -> tuple[str, ...] | None:
+        """The objectives, one by one."""
+        if self.objectives is None or not self.objectives.strip():
+            return None if self.objectives is None else ()
+        return tuple(words.strip() for words in self.objectives.split(","))
+
+
+@dataclass(frozen=True)
 class TrainingOptions:
     """How every task is trained: an optional supervised stage on the chosen responses, then the preference stage.
 

@@ -26,18 +26,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from everalign.errors import InputError
 from everalign.learning.learner import Learner
-from everalign.learning.options import PAPER_ADAPTER, AdapterOptions, RolloutOptions, TrainingOptions
+from everalign.learning.options import (
+    PAPER_ADAPTER,
+    AdapterOptions,
+    CorrectionTaskOptions,
+    RolloutOptions,
+    TrainingOptions,
+)
 from everalign.learning.yaml_file import read_yaml
 from everalign.methods import METHODS, LifeAlign, Method, make_method
 from everalign.training.teaching import SCORED_OBJECTIVES
 from everalign.training.weighing import WeightOptions, check_names
 
 # A preset's supervised stage stands before a preference stage; these have none.
-_WITHOUT_SFT_STAGE = ("sft", *SCORED_OBJECTIVES)
+_WITHOUT_SFT_STAGE = ("sft", "correction", *SCORED_OBJECTIVES)
 # Training options that an objective does not look at, and why.
 _IGNORED = {
     "sft": (("reference", "beta"), "has no margin"),
     "var": (("reference", "beta"), "has no margin"),
+    "correction": (("reference", "beta"), "has no margin"),
     "snkl": (("beta",), "takes log-ratios as they are"),
 }
 
@@ -73,6 +80,7 @@ TrainingKeys = _keys_of("TrainingKeys", _field_types(TrainingOptions))
 AdapterKeys = _keys_of("AdapterKeys", _field_types(AdapterOptions))
 WeightingKeys = _keys_of("WeightingKeys", _field_types(WeightOptions))
 RolloutKeys = _keys_of("RolloutKeys", _field_types(RolloutOptions))
+CorrectionKeys = _keys_of("CorrectionKeys", _field_types(CorrectionTaskOptions))
 MethodKeys = _keys_of("MethodKeys", {"name": Text, **_method_arguments()})
 
 
@@ -90,12 +98,13 @@ SECTIONS: Mapping[str, type[_Keys]] = {
     "adapter": AdapterKeys,
     "weighting": WeightingKeys,
     "rollouts": RolloutKeys,
+    "correction": CorrectionKeys,
     "tasks": TaskKeys,
 }
 
 
 # Their keys are flags of the same names.
-_FLAT = ("training", "adapter", "weighting", "rollouts", "method")
+_FLAT = ("training", "adapter", "weighting", "rollouts", "correction", "method")
 
 
 class Recipe(_Keys):
@@ -113,6 +122,7 @@ class Recipe(_Keys):
     weighting: WeightingKeys | None = None  # type: ignore[valid-type]  # its keys are those of WeightOptions
     reward: Text | None = None
     rollouts: RolloutKeys | None = None  # type: ignore[valid-type]  # its keys are those of RolloutOptions
+    correction: CorrectionKeys | None = None  # type: ignore[valid-type]  # its keys are CorrectionTaskOptions' own
     cache: Text | None = None
     allow_overlap: bool | None = None
     skip_bad_rows: bool | None = None
@@ -200,6 +210,7 @@ class Recipe(_Keys):
             "adapter": self.adapter_options(),
             **self._weighting(),
             **self._rollouts(),
+            **self._correction(),
         }
 
     def complete(self) -> dict[str, Any]:
@@ -218,6 +229,7 @@ class Recipe(_Keys):
             "adapter": asdict(self.adapter_options()),
             **{name: options.settings(self.objective or "") for name, options in self._weighting().items()},
             **{name: asdict(options) for name, options in self._rollouts().items()},
+            **{name: asdict(options) for name, options in self._correction().items()},
         }
 
     def _refuse_ignored(self) -> None:
@@ -230,6 +242,9 @@ class Recipe(_Keys):
             name = next(iter(weighting))
             raise InputError(f"{name} is for rewards, which only var and snkl learn from: leave it out")
         check_names(self.objective or "", weighting)
+        correction = self._given("correction")
+        if correction and self.objective != "correction":
+            raise InputError(f"{next(iter(correction))} is for the objective correction: leave it out")
         rollouts = self._given("rollouts")
         if rollouts and self.reward is None:
             raise InputError(f"{next(iter(rollouts))} is for answers that are sampled, which need a reward: add reward")
@@ -240,6 +255,10 @@ class Recipe(_Keys):
 
     def _rollouts(self) -> dict[str, RolloutOptions]:
         return {} if self.reward is None else {"rollouts": RolloutOptions(**self._given("rollouts"))}
+
+    def _correction(self) -> dict[str, CorrectionTaskOptions]:
+        corrects = self.objective == "correction"
+        return {"correction": CorrectionTaskOptions(**self._given("correction"))} if corrects else {}
 
     def _given(self, section: str | None = None) -> dict[str, Any]:
         values = self.model_dump(exclude_none=True)

@@ -11,9 +11,9 @@ A version is written to a temporary folder, synced, and renamed: it is there who
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
-from everalign.data.readers import PreferenceSet, load_preferences
 from everalign.data.replay import ReplayBuffer
 from everalign.data.row_set import RowSet
 from everalign.errors import InputError
@@ -143,22 +142,26 @@ class RunDirectory:
         scores = {task: PreferenceScore(**score.model_dump()) for task, score in written.scores.items()}
         return scores, {task: test.model_dump() for task, test in written.tests.items()}
 
-    def write_test(self, rows: PreferenceSet) -> None:
+    def write_test(self, rows: RowSet[Any]) -> None:
         """Keep a test set's rows."""
         lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows]
         write_text(self._test_path(rows.fingerprint), "".join(lines))
 
-    def read_test(self, facts: Mapping[str, Any]) -> PreferenceSet:
+    def read_test(self, facts: Mapping[str, Any], read: Callable[[Path], RowSet[Any]]) -> RowSet[Any]:
         """Read the test set that `data_facts` identifies.
+
+        Args:
+            facts: what identifies it.
+            read: reads rows of its kind.
 
         Raises:
             InputError: its file is missing or was changed.
         """
         path = self._test_path(facts["fingerprint"])
-        rows = load_preferences(path)
+        rows = read(path)
         if rows.fingerprint != facts["fingerprint"]:
             raise InputError(f"{path}: changed since it was written; restore the file")
-        return PreferenceSet(rows.items, facts["source"])
+        return replace(rows, source=facts["source"])
 
     def _test_path(self, fingerprint: str) -> Path:
         return self.path / "tests" / f"{fingerprint[:16]}.jsonl"

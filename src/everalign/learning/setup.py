@@ -8,14 +8,20 @@ from typing import Any
 
 import torch
 
+from everalign.correction.encoder import CorrectionEncoder
+from everalign.correction.files import chosen_template
+from everalign.data.corrections import load_corrections
 from everalign.data.encoding import EncodedPairs
 from everalign.data.encoding_cache import EncodingCache
+from everalign.data.readers import load_preferences
 from everalign.data.records import Preference
+from everalign.data.row_set import RowSet
 from everalign.data.templating import template_fingerprint
 from everalign.errors import InputError
 from everalign.evaluation.scorers import Scorer
+from everalign.learning.correction_rows import encode_held_out
 from everalign.learning.environment import library_versions, machine_facts
-from everalign.learning.options import AdapterOptions, RolloutOptions, TrainingOptions
+from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
 from everalign.methods import Method
 from everalign.modeling.flex_attention import use_flex_attention
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
@@ -52,6 +58,8 @@ class Setup:
         weighting: how rewards become weights.
         scorer: gives rewards to answers that have none; None where all have.
         rollouts: how answers are sampled where there are none.
+        correction: how corrections are learned.
+        encoder: of the template they are learned behind; None where the objective is another than `correction`.
         seed: seeds everything random.
         folder: of what may be computed once and used again.
         cache: reference log-probabilities.
@@ -71,6 +79,8 @@ class Setup:
     weighting: WeightOptions
     scorer: Scorer | None
     rollouts: RolloutOptions
+    correction: CorrectionTaskOptions
+    encoder: CorrectionEncoder | None
     seed: int
     folder: Path
     cache: ReferenceCache
@@ -81,6 +91,16 @@ class Setup:
     def encode(self, rows: Sequence[Preference]) -> EncodedPairs:
         """Return preferences as tokens, cut to the options' length."""
         return self.encodings.encode(rows, self.tokenizer, self.options.max_length)
+
+    def encode_held_out(self, rows: RowSet[Any]) -> EncodedPairs:
+        """Return held-out rows as tokens: preferences, or corrections behind the corrector's template."""
+        if self.encoder is None:
+            return self.encode(rows)
+        return encode_held_out(rows, self.encoder, self.options.max_length, self.announce)
+
+    def read_held_out(self, path: Path) -> RowSet[Any]:
+        """Read held-out rows of the kind that the objective is judged on."""
+        return load_preferences(path) if self.encoder is None else load_corrections(path)
 
     def stages(self) -> list[tuple[Objective, StageOptions]]:
         """Return the stages of a task, in order."""
@@ -97,6 +117,7 @@ class Setup:
         weighting = self.weighting.settings(name) if name in SCORED_OBJECTIVES else {}
         if self.scorer is not None:
             weighting |= {"reward": self.scorer.fingerprint, **asdict(self.rollouts)}
+        corrector = {} if self.encoder is None else _reads(self.encoder, self.correction)
         return {
             "everalign": library_versions()["everalign"],
             "model": self.model_name,
@@ -104,7 +125,7 @@ class Setup:
             "template": template_fingerprint(self.tokenizer),
             "method": {"name": self.method.name, **gamma, **self.method.settings()},
             "objective": self.objective.name,
-            "settings": {**asdict(self.options), **asdict(self.adapter), **weighting},
+            "settings": {**asdict(self.options), **asdict(self.adapter), **weighting, **corrector},
             "seed": self.seed,
             "libraries": library_versions(),
             "machine": {**machine_facts(), "threads": torch.get_num_threads()},
@@ -120,6 +141,7 @@ def make_setup(
     weighting: WeightOptions,
     scorer: Scorer | None,
     rollouts: RolloutOptions,
+    correction: CorrectionTaskOptions | None,
     seed: int,
     cache: Path,
     announce: Announce,
@@ -130,7 +152,7 @@ def make_setup(
     Raises:
         InputError: the settings contradict each other, or the model cannot be used.
     """
-    if objective in ("sft", *SCORED_OBJECTIVES) and options.sft_epochs > 0:
+    if objective in ("sft", "correction", *SCORED_OBJECTIVES) and options.sft_epochs > 0:
         raise InputError(
             f"sft_epochs adds a stage before a preference objective; with objective {objective} set epochs"
         )
@@ -138,9 +160,15 @@ def make_setup(
         raise InputError("a learner runs in one process, found WORLD_SIZE above 1: start it without accelerate launch")
     weighting.check_for(objective)
     _check_rollouts(objective, options, scorer, rollouts)
+    if correction is not None and objective != "correction":
+        raise InputError(f"correction is for correctors, and the objective {objective} teaches none: leave it out")
     goal = make_objective(objective, options.beta, method.gamma)
     prepare_process()
     tokenizer = load_tokenizer(model)
+    correction = correction or CorrectionTaskOptions()
+    encoder = None
+    if objective == "correction":
+        encoder = CorrectionEncoder(tokenizer, *chosen_template(model, correction.template, correction.words))
     base = load_model(model, options.precision)
     model_key = model_fingerprint(base)
     if torch.cuda.is_available():
@@ -161,6 +189,8 @@ def make_setup(
         weighting=weighting,
         scorer=scorer,
         rollouts=rollouts,
+        correction=correction,
+        encoder=encoder,
         seed=seed,
         folder=cache,
         cache=ReferenceCache(cache),
@@ -168,6 +198,13 @@ def make_setup(
         announce=announce,
         progress=progress,
     )
+
+
+def _reads(encoder: CorrectionEncoder, options: CorrectionTaskOptions) -> dict[str, Any]:
+    """What run.json tells of a corrector: what it reads, whether it was named or not."""
+    objectives = ",".join(encoder.objectives)
+    about = {"template": encoder.template.id, "objectives": objectives, "encoding": encoder.fingerprint}
+    return {**about, "identity": options.identity}
 
 
 def _check_rollouts(objective: str, options: TrainingOptions, scorer: Scorer | None, rollouts: RolloutOptions) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from everalign.data.corrections import load_corrections
 from everalign.data.prompts import load_prompts
 from everalign.data.readers import check_disjoint, first_columns, load_preferences
 from everalign.data.row_set import RowSet
@@ -43,6 +44,8 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
 
 def _loader(objective: str | None) -> Callable[..., RowSet[Any]]:
     """Return what reads an objective's files; where it learns from scored rows, held-out ones too are scored."""
+    if objective == "correction":
+        return load_corrections
     if objective == "snkl":
         return load_judged
     return load_scored if objective in SCORED_OBJECTIVES else load_preferences

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from everalign.data.corrections import CorrectionSet
 from everalign.data.encoding import EncodedPairs, encode_pairs
 from everalign.data.groups import (
     EncodedGroups,
@@ -23,6 +24,7 @@ from everalign.data.row_set import RowSet
 from everalign.data.scored import Scored, ScoredSet
 from everalign.data.unscored import Unscored, UnscoredSet
 from everalign.errors import InputError
+from everalign.learning.correction_rows import encode_learned, learned_corrections
 from everalign.learning.rollouts import score
 from everalign.learning.setup import Setup
 from everalign.training.reference import policy_key
@@ -63,6 +65,8 @@ def prepare_rows(setup: Setup, rows: RowSet[Any]) -> TaskRows:
         EveralignError: scoring failed.
     """
     name = setup.objective.name
+    if setup.encoder is not None or isinstance(rows, CorrectionSet):
+        return _corrections(setup, rows)
     if rows.record is PromptRow and setup.scorer is not None:
         _check_sampling(setup)
         return TaskRows(rows, rows)
@@ -73,6 +77,21 @@ def prepare_rows(setup: Setup, rows: RowSet[Any]) -> TaskRows:
             wanted = "scored rows (prompt, completions, rewards), or, given reward, from answers and from prompts alone"
         raise InputError(f"{rows.source}: the objective {name} learns from {wanted}")
     return replace(weigh_rows(setup, scored), given=rows) if name in SCORED_OBJECTIVES else TaskRows(rows, rows)
+
+
+def _corrections(setup: Setup, rows: RowSet[Any]) -> TaskRows:
+    if setup.encoder is None or not isinstance(rows, CorrectionSet):
+        wanted = (
+            "other rows than corrections" if setup.encoder is None else "corrections (question, answer, correction)"
+        )
+        raise InputError(f"{rows.source}: the objective {setup.objective.name} learns from {wanted}")
+    try:
+        learned, lines = learned_corrections(
+            rows, setup.encoder, setup.options.max_length, setup.correction.identity, setup.seed
+        )
+    except InputError as error:
+        raise InputError(f"{rows.source}: {error}") from error
+    return TaskRows(rows, learned, lines=lines)
 
 
 def _pairs(rows: RowSet[Any]) -> bool:
@@ -117,6 +136,8 @@ def weigh_rows(setup: Setup, rows: RowSet[Any], scale: float | None = None) -> T
 
 def encode_rows(setup: Setup, rows: Sequence[Any], replayed: Sequence[Any]) -> EncodedPairs | EncodedGroups:
     """Return a task's prepared rows and the replayed ones behind them as tokens, cut to the options' length."""
+    if setup.encoder is not None:
+        return encode_learned([*rows, *replayed], setup.encoder, setup.options.max_length)
     if setup.objective.name in SCORED_OBJECTIVES:
         encode = encode_targets if setup.objective.name == "snkl" else encode_groups
         return encode([*rows, *replayed], setup.tokenizer, setup.options.max_length)

@@ -17,7 +17,7 @@ class Task:
 
     Args:
         name: unique in a run.
-        rows: its training rows, preferences or scored ones.
+        rows: its training rows: preferences, scored ones, or corrections.
         index: 1 for the first task of the run.
         seed: seeds everything random that belongs to this task.
     """

@@ -22,8 +22,9 @@ from everalign.objectives.segments import Segments
 Metrics = dict[str, Tensor]
 
 DEFAULT_GAMMA = 2.0
-OBJECTIVES = ("sft", "dpo", "fpo", "var", "snkl")
-# Learn from scored rows; the others from preferences, and so does snkl, as rows of two completions.
+OBJECTIVES = ("sft", "dpo", "fpo", "var", "snkl", "correction")
+# Learn from scored rows. correction learns from corrections, the others from preferences, and so does snkl, as rows of
+# two completions.
 SCORED_OBJECTIVES = ("var", "snkl")
 
 
@@ -92,11 +93,17 @@ class RewardWeightedObjective:
     """VAR: each response's negative log-likelihood times its weight, averaged over the step's response tokens.
 
     Summed over a response's tokens and divided by one number for the whole step, which is what makes the optimum the
-    one that the weights aim at (see `everalign.objectives.weighted_nll`).
+    one that the weights aim at (see `everalign.objectives.weighted_nll`). With the one response that is to be written
+    in every group, it is the token cross-entropy that a corrector learns by.
+
+    Args:
+        name: how reports call it.
     """
 
-    name = "var"
     needs_reference = False
+
+    def __init__(self, name: str = "var") -> None:
+        self.name = name
 
     def collate(self, groups: Sequence[EncodedGroup], shared: bool) -> Batch:
         """Lay out the responses that count; `count` is the number of all responses' tokens."""
@@ -142,7 +149,7 @@ def make_objective(name: str, beta: float = 0.1, gamma: float | None = None) -> 
     """Build an objective by its name on the command line.
 
     Args:
-        name: `sft`, `dpo`, `fpo`, `var` or `snkl`.
+        name: `sft`, `dpo`, `fpo`, `var`, `snkl` or `correction`.
         beta: inverse temperature of the implicit reward, for `dpo` and `fpo`.
         gamma: focusing exponent of `fpo` (2 when None); anything else refuses it.
     """
@@ -150,8 +157,8 @@ def make_objective(name: str, beta: float = 0.1, gamma: float | None = None) -> 
         raise InputError(f"gamma is the focusing exponent of fpo; the objective {name!r} would ignore it: leave it out")
     if name == "sft":
         return SupervisedObjective()
-    if name == "var":
-        return RewardWeightedObjective()
+    if name in ("var", "correction"):
+        return RewardWeightedObjective(name)
     if name == "snkl":
         return SelfNormalisedObjective()
     if name == "dpo":
