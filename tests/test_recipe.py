@@ -10,7 +10,13 @@ import pytest
 from everalign.cli.learn import _NOT_IN_A_RECIPE
 from everalign.cli.learn import learn as learn_verb
 from everalign.errors import InputError
-from everalign.learning.options import PAPER_ADAPTER, AdapterOptions, RolloutOptions, TrainingOptions
+from everalign.learning.options import (
+    PAPER_ADAPTER,
+    AdapterOptions,
+    CorrectionTaskOptions,
+    RolloutOptions,
+    TrainingOptions,
+)
 from everalign.learning.recipe import SECTIONS, Recipe
 from everalign.learning.task_files import load_tasks
 from everalign.methods import METHODS
@@ -187,14 +193,14 @@ def test_a_wrong_flag_is_named_as_a_flag():
             Recipe.from_flags(flags)
 
 
-OPTIONS = (TrainingOptions, AdapterOptions, WeightOptions, RolloutOptions)
+OPTIONS = (TrainingOptions, AdapterOptions, WeightOptions, CorrectionTaskOptions, RolloutOptions)
 
 
 def test_flags_are_the_keys_of_a_recipe_and_nothing_is_left_out():
     flags = set(inspect.signature(learn_verb).parameters) - {"context", *_NOT_IN_A_RECIPE}
     arguments = {name for method in METHODS.values() for name in inspect.signature(method).parameters}
     options = {field.name for kind in OPTIONS for field in fields(kind)}
-    keys = set(Recipe.model_fields) - {"tasks", "training", "adapter", "weighting", "rollouts"} | {"task"}
+    keys = set(Recipe.model_fields) - {"tasks", "training", "adapter", "weighting", "rollouts", "correction"} | {"task"}
     assert flags == keys | arguments | options
     assert len(keys) + len(arguments) + len(options) == len(flags)  # no name means two things
 
