@@ -13,14 +13,9 @@ from cli_for_tests import run, write_rows
 from corrections_for_tests import corrections, corrector
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, load_corrector_files, steer_corrector
 from everalign.correction.edits import edit_ratio, kept_share
-from everalign.correction.steering import (
-    SteeringOptions,
-    common_direction,
-    prefix_differences,
-    rank_correlation,
-    usable,
-)
+from everalign.correction.steering import SteeringOptions, common_direction, prefix_differences
 from everalign.correction.steering_files import Steering, SteeringSetting, fingerprints, read_steering
+from everalign.correction.steering_trials import followed, mirrored, rank_correlation, well_formed
 from everalign.data import CorrectionSet
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
@@ -122,11 +117,16 @@ def test_differences_are_taken_behind_the_same_number_of_tokens():
         prefix_differences(model, encoder, [row], 2)
 
 
-def test_settings_are_usable_as_far_as_corrections_stay_well_formed():
+def test_settings_count_as_far_as_corrections_are_well_formed_and_edits_follow():
     found = [setting(-1, 0.5, 0.2), setting(-0.5, 0.1), setting(0, 0.2, 0.95), setting(0.5, 0.4), setting(1, 9, 0.5)]
-    assert [one.strength for one in usable(found)] == [-0.5, 0, 0.5]
-    assert rank_correlation(usable(found)) == pytest.approx(1)
-    assert rank_correlation(found[1:4][::-1]) == pytest.approx(1)
+    assert [one.strength for one in well_formed(found)] == [-0.5, 0, 0.5]
+    assert rank_correlation(well_formed(found)) == pytest.approx(1)
+    assert [one.strength for one in followed(found)] == [-0.5, 0, 0.5]
+    turned = [setting(-1, 0.3), setting(-0.5, 0.1), setting(0, 0.2), setting(0.5, 0.19), setting(1, 0.1)]
+    assert [one.strength for one in followed(turned)] == [-0.5, 0, 0.5]
+    assert [one.strength for one in mirrored(turned)] == [-1, -0.5, 0, 0.5, 1]
+    assert [one.edit_ratio for one in mirrored(turned)] == [0.1, 0.19, 0.2, 0.1, 0.3]
+    assert [one.strength for one in followed(mirrored(turned))] == [-1, -0.5, 0]
     assert rank_correlation([setting(-1, 0.3), setting(0, 0.2), setting(1, 0.1)]) == pytest.approx(-1)
     assert rank_correlation([setting(-1), setting(0), setting(1)]) == 0
 
@@ -147,7 +147,8 @@ def test_a_strength_decides_how_much_is_edited(steered):
     _, facts = steered
     assert [one.strength for one in facts.settings] == [-0.5, -0.25, 0, 0.25, 0.5]
     assert facts.spearman > 0
-    assert facts.spearman == rank_correlation(usable(facts.settings))
+    inside = [one for one in facts.settings if facts.lowest <= one.strength <= facts.highest]
+    assert facts.spearman == rank_correlation(inside)
     assert facts.settings[-1].edit_ratio != facts.settings[0].edit_ratio
     assert facts.lowest <= 0 <= facts.highest
     assert (facts.rows, facts.held_out) == (12, 6)
@@ -271,7 +272,9 @@ def test_a_steering_that_is_not_the_corrector_s_is_refused(copied, damage, messa
 def test_strengths_that_cannot_be_are_refused(steered):
     folder, facts = steered
     able = Corrector.from_pretrained(folder)
-    with pytest.raises(InputError, match=f"well-formed from {facts.lowest:g} to {facts.highest:g}, found 3"):
+    with pytest.raises(
+        InputError, match=f"well-formed corrections from {facts.lowest:g} to {facts.highest:g}, found 3"
+    ):
         able.correct("q", "a", strength=3)
     with pytest.raises(InputError, match="strength: must be a finite number"):
         able.correct("q", "a", strength=float("nan"))
@@ -303,8 +306,8 @@ def test_bad_options_are_refused(options, message):
 def test_what_cannot_be_steered_is_refused(copied):
     with pytest.raises(InputError, match=r"steering\.json exists: ask for overwrite"):
         steer_corrector(copied, corrections(48, 200))
-    with pytest.raises(InputError, match="edits: 7 rows whose correction is another text"):
-        steer_corrector(copied, corrections(14), overwrite=True)
+    with pytest.raises(InputError, match="edits: 15 rows whose correction is another text"):
+        steer_corrector(copied, corrections(30), overwrite=True)
     with pytest.raises(InputError, match="the corrector has layers 0 to 1, found 2"):
         steer_corrector(copied, corrections(48), options=SteeringOptions(layers=(2,)), overwrite=True)
     with pytest.raises(InputError, match="no corrector"):

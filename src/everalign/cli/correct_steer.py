@@ -29,7 +29,7 @@ def _option(text: str, metavar: str | None = None) -> Any:
 def steer(
     corrector: Annotated[str, _option("A corrector's folder; the direction is written into it.", "DIR")],
     data: Annotated[str, _option("Corrections, best such as it was not trained on.", "CORRECTIONS")],
-    direction: Annotated[str | None, _option("principal or mean of the differences.", "KIND")] = None,
+    direction: Annotated[str | None, _option("mean of the differences, or principal.", "KIND")] = None,
     layers: Annotated[str | None, _option("Layers to steer together, such as 3,4; the best one if not given.")] = None,
     strengths: Annotated[str | None, _option('Strengths to try: "-1,-0.5,0.5,1".', "NUMBERS")] = None,
     rows: Annotated[int | None, _option("Most rows to extract from.")] = None,
@@ -100,7 +100,7 @@ def _show(folder: Path, facts: "SteeringFacts") -> None:
     show(_table(facts))
     show_line("layers", ", ".join(map(str, facts.layers)))
     show_line("Spearman", f"{facts.spearman:.2f}, of strength and edits")
-    show_line("range", f"{facts.lowest:g} to {facts.highest:g}, where corrections stay well-formed")
+    show_line("range", f"{facts.lowest:g} to {facts.highest:g}, where edits follow and corrections stay well-formed")
     show_line("facts", folder / FACTS_FILE)
 
 

@@ -5,8 +5,9 @@
 
 Behind the same question and answer, the states after the first tokens of the answer (the corrector copies) and of the
 correction (it corrects) differ; what the differences have in common is the direction, layer by layer. Which layer to
-move along it, and to which side, is what the corrector then does with other rows: the edits have to follow the
-strength while the corrections stay well-formed.
+move along it, to which side and how far, is told by what the corrector then does with other rows: the edits have to
+follow the strength while the corrections stay well-formed. To which side is no formality: moved towards what it is
+like behind the first words of a correction, a corrector may take them for written.
 
 Source: Ji et al., NeurIPS 2024 (arXiv 2402.02416), section 3.4, after representation engineering (Zou et al., arXiv
 2310.01405). The paper leaves open which layers are moved, how pairs are centred and what the sign is.
@@ -24,19 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from everalign.correction.edits import edit_ratio
 from everalign.correction.encoder import CorrectionEncoder
-from everalign.correction.engines import TOKENS_PER_BATCH, LocalEngine
+from everalign.correction.engines import TOKENS_PER_BATCH
 from everalign.correction.files import load_corrector_files
-from everalign.correction.guards import Guards
 from everalign.correction.steering_files import (
     FACTS_FILE,
     Steering,
     SteeringFacts,
-    SteeringSetting,
     fingerprints,
     write_steering,
 )
+from everalign.correction.steering_trials import Trials, best_layers, rank_correlation, well_formed
 from everalign.data.corrections import Correction, CorrectionSet
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.loading import Precision, load_model, load_tokenizer
@@ -44,15 +43,9 @@ from everalign.modeling.residual_stream import decoder_layers, residuals
 
 Direction = Literal["principal", "mean"]
 
-STRENGTHS = (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0)
-FEWEST_ROWS = 8
-# What makes a correction well-formed; what it keeps of the answer is what the strength is to change.
-_WELL_FORMED = Guards(growth=None, code=False, url=False)
-# So much smaller may the share of well-formed corrections be than without steering.
-_TOLERANCE = 0.1
+STRENGTHS = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)
+FEWEST_ROWS = 16
 _MOST_LAYERS = 8
-# Nor is what goes on and on: with more tokens than so many times the answer or its correction, whichever is longer.
-_TIMES = 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,8 @@ class SteeringOptions:
     """How a direction is found.
 
     Args:
-        direction: of the normalised differences, `principal`, their first principal component, uncentred, or `mean`.
+        direction: of the normalised differences, `mean`, or `principal`, their first principal component, uncentred,
+            as in the paper. The mean was followed further on the one corrector that both were measured on.
         layers: those to steer together, 0 for the first one; None to choose the best single one.
         strengths: those that are tried, besides 0.
         rows: most rows that the direction is extracted from.
@@ -71,7 +65,7 @@ class SteeringOptions:
         InputError: an option is out of its range.
     """
 
-    direction: Direction = "principal"
+    direction: Direction = "mean"
     layers: tuple[int, ...] | None = None
     strengths: tuple[float, ...] = STRENGTHS
     rows: int = 64
@@ -153,10 +147,10 @@ def steer_corrector(
     announce(f"  {len(parts.extract)} rows to extract from, {len(parts.choose)} to choose on, {len(parts.report)} held")
     differences = prefix_differences(model, encoder, parts.extract, options.prefix)
     shifts = {layer: _shift(differences[layer], options.direction) for layer in {n for c in candidates for n in c}}
-    trials = _Trials(model, encoder, tokens_per_batch, options.settings, len(candidates) + 1, progress)
-    steering, layers = _best(trials, parts.choose, shifts, candidates, announce)
+    trials = Trials(model, encoder, tokens_per_batch, options.settings, len(candidates) + 1, progress)
+    steering, layers = best_layers(trials, parts.choose, shifts, candidates, announce)
     found = trials.run(parts.report, steering)
-    kept = usable(found)
+    kept = well_formed([one for one in found if steering.lowest <= one.strength <= steering.highest])
     spearman = rank_correlation(kept)
     if spearman <= 0:
         raise EveralignError(
@@ -228,110 +222,6 @@ def _shift(differences: Tensor, kind: Direction) -> Tensor:
     """What strength 1 adds: as much as copying and correcting are apart on average."""
     length: Tensor = differences.norm(dim=1).mean()
     return (common_direction(differences, kind) * length).float()
-
-
-# ---- trials ----
-
-
-class _Trials:
-    """Corrects rows at all strengths; what comes out at strength 0 is computed once for the same rows."""
-
-    def __init__(
-        self,
-        model: Any,
-        encoder: CorrectionEncoder,
-        tokens_per_batch: int,
-        strengths: list[float],
-        count: int,
-        progress: Callable[[str, int, int], None],
-    ) -> None:
-        self._model, self._encoder, self._tokens_per_batch = model, encoder, tokens_per_batch
-        self._strengths, self._progress = strengths, progress
-        self._done, self._count = 0, count
-        self._plain: dict[tuple[str, ...], SteeringSetting] = {}
-
-    def run(self, rows: Sequence[Correction], steering: Steering) -> list[SteeringSetting]:
-        engine = LocalEngine(self._model, self._encoder, self._tokens_per_batch, steering=steering)
-        names = tuple(row.id for row in rows)
-        found = []
-        for strength in self._strengths:
-            if strength == 0 and names in self._plain:
-                found.append(self._plain[names])
-                continue
-            found.append(self._setting(engine, rows, strength))
-            if strength == 0:
-                self._plain[names] = found[-1]
-        self._done += 1
-        self._progress("steering", self._done, self._count)
-        return found
-
-    def _setting(self, engine: LocalEngine, rows: Sequence[Correction], strength: float) -> SteeringSetting:
-        answers = [self._encoder.response(row.answer) for row in rows]
-        wanted = [self._encoder.response(row.correction) for row in rows]
-        most = [_TIMES * max(len(answer), len(correction)) for answer, correction in zip(answers, wanted, strict=True)]
-        written = engine.write([(row.question, row.answer) for row in rows], None, max(most), strength)
-        found = [self._encoder.response(one.text) for one in written]
-        fine = [
-            _WELL_FORMED.objection(row.answer, one.text, one.finished, self._encoder.template) is None
-            and len(tokens) <= longest
-            for row, one, tokens, longest in zip(rows, written, found, most, strict=True)
-        ]
-        ratios = [edit_ratio(answer, tokens) for answer, tokens in zip(answers, found, strict=True)]
-        changed = sum(one.text != row.answer for one, row in zip(written, rows, strict=True))
-        count = len(rows)
-        return SteeringSetting(
-            strength=strength, edit_ratio=sum(ratios) / count, changed=changed / count, well_formed=sum(fine) / count
-        )
-
-
-def usable(settings: Sequence[SteeringSetting]) -> list[SteeringSetting]:
-    """Return the settings around strength 0 as far as corrections stay as well-formed as they are there, or nearly."""
-    middle = next(i for i, setting in enumerate(settings) if setting.strength == 0)
-    least = settings[middle].well_formed - _TOLERANCE
-    first = last = middle
-    while first > 0 and settings[first - 1].well_formed >= least:
-        first -= 1
-    while last + 1 < len(settings) and settings[last + 1].well_formed >= least:
-        last += 1
-    return list(settings[first : last + 1])
-
-
-def rank_correlation(settings: Sequence[SteeringSetting]) -> float:
-    """Return Spearman's correlation of strength and edit ratio; 0 where the ratio is always the same."""
-    ratios = [setting.edit_ratio for setting in settings]
-    if len({*ratios}) < 2:
-        return 0.0
-    from scipy.stats import spearmanr
-
-    return float(spearmanr([setting.strength for setting in settings], ratios).statistic)
-
-
-def _best(
-    trials: _Trials,
-    rows: Sequence[Correction],
-    shifts: dict[int, Tensor],
-    candidates: Sequence[tuple[int, ...]],
-    announce: Callable[[str], None],
-) -> tuple[Steering, tuple[int, ...]]:
-    """Return the layers whose strength moves the edits furthest and in order, on the side where more is edited."""
-    scores = []
-    for layers in candidates:
-        steering = Steering({layer: shifts[layer] for layer in layers}, -math.inf, math.inf)
-        kept = usable(trials.run(rows, steering))
-        correlation = rank_correlation(kept)
-        ratios = [setting.edit_ratio for setting in kept]
-        scores.append((abs(correlation) * (max(ratios) - min(ratios)), correlation, steering, layers))
-        named = ", ".join(map(str, layers))
-        announce(f"  layer {named}: edits per token {min(ratios):.2f} to {max(ratios):.2f}, Spearman {correlation:.2f}")
-    score, correlation, steering, layers = max(scores, key=lambda found: found[0])
-    if score == 0:
-        raise EveralignError(
-            "no strength changes how much is edited while corrections stay well-formed; "
-            "give more rows, or other layers or strengths"
-        )
-    sign = math.copysign(1.0, correlation)
-    moved = {layer: sign * shift for layer, shift in steering.shifts.items()}
-    return Steering(moved, -math.inf, math.inf), layers
 
 
 def _candidates(count: int, given: tuple[int, ...] | None) -> list[tuple[int, ...]]:

@@ -51,9 +51,9 @@ class SteeringFacts(BaseModel):
         template: id of the corrector's template.
         fingerprints: of the model it was extracted from, by precision.
         vectors: sha256 of `steering.safetensors`.
-        lowest: the least strength at which corrections stay well-formed.
+        lowest: the least strength that edits follow, and at which corrections stay well-formed.
         highest: the greatest one.
-        spearman: rank correlation of strength and edit ratio over `settings`.
+        spearman: rank correlation of strength and edit ratio over those of `settings` from `lowest` to `highest`.
         settings: what corrections of held-out rows are like, by strength.
         held_out: how many rows these are.
     """
@@ -98,8 +98,8 @@ class Steering:
         """
         if not self.lowest <= strength <= self.highest:
             raise InputError(
-                f"strength: corrections are known to stay well-formed from {self.lowest:g} to {self.highest:g}, "
-                f"found {strength:g}"
+                f"strength: is known to be followed by well-formed corrections from {self.lowest:g} to "
+                f"{self.highest:g}, found {strength:g}"
             )
         return {layer: strength * shift for layer, shift in self.shifts.items()}
 
