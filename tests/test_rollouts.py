@@ -11,8 +11,10 @@ from everalign.demo.world import questions
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.scorers import CallableScorer
 from everalign.learning.run_data import load_run
+from everalign.learning.run_files import TrainingStep
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
 from everalign.reporting.html import render_report
+from everalign.reporting.training_plots import _stages
 from everalign.training.weighing import WeightOptions
 from learner_for_tests import (
     adapter_weights,
@@ -304,3 +306,10 @@ def test_a_run_goes_on_only_with_the_same_scorer_and_sampling(model, tmp_path):
 def test_several_tasks_of_prompts_cannot_be_pooled(model, tmp_path):
     with pytest.raises(InputError, match="mtl pools rows, not prompts"):
         learner(model, tmp_path / "run", MultiTask()).learn_all([("a", prompts(), None), ("b", prompts(6, 50), None)])
+
+
+def test_rounds_stand_one_behind_the_other_in_the_training_curve():
+    steps = [TrainingStep(stage="var", step=step, epoch=0.1, loss=1.0) for step in (1, 3, 1, 3)]
+    assert [[step.step for step in stage] for stage in _stages([*steps, steps[-1]])] == [[1, 3], [1, 3], [3]]
+    other = TrainingStep(stage="sft", step=5, epoch=0.1, loss=1.0)
+    assert [stage[0].stage for stage in _stages([*steps[:2], other])] == ["var", "sft"]

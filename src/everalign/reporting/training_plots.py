@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 from markupsafe import Markup
@@ -44,8 +43,8 @@ def _training_panel(
     for _, steps in training:
         if offset:
             axes.axvline(offset, color=GRID, linewidth=1)
-        for stage, group in groupby(steps, key=lambda step: step.stage):
-            lines = list(group)
+        for lines in _stages(steps):
+            stage = lines[0].stage
             points = [(offset + x, y) for x, y in _points(lines, field)]
             if points:
                 xs, ys = zip(*points, strict=True)
@@ -53,6 +52,16 @@ def _training_panel(
                 axes.plot(xs, ys, color=SERIES[stages.index(stage) % 8], linewidth=1.8, marker=dots, label=stage)
             offset += _length(lines)
     axes.set_ylabel(field if field == "loss" else "margin, nats")
+
+
+def _stages(steps: Sequence[TrainingStep]) -> list[list[TrainingStep]]:
+    """The steps stage by stage; rounds of one objective begin anew at the first step."""
+    stages: list[list[TrainingStep]] = []
+    for step in steps:
+        if not stages or step.stage != stages[-1][-1].stage or step.step <= stages[-1][-1].step:
+            stages.append([])
+        stages[-1].append(step)
+    return stages
 
 
 def _points(steps: Sequence[TrainingStep], field: str) -> list[tuple[int, float]]:
@@ -68,7 +77,7 @@ def _name_spans(axes: Any, training: Sequence[tuple[str, Sequence[TrainingStep]]
     offset = 0
     names = tick_names([task for task, _ in training])
     for name, (_, steps) in zip(names, training, strict=True):
-        span = sum(_length(list(group)) for _, group in groupby(steps, key=lambda step: step.stage))
+        span = sum(_length(lines) for lines in _stages(steps))
         axes.annotate(
             name,
             (offset + span / 2, 1),
