@@ -194,7 +194,8 @@ def random_targets(count: int, seed: int = 0, longest: int = 12, vocabulary: int
 
 def random_rows(objective: str, count: int, **options: Any) -> list[Any]:
     """Rows of the kind that an objective is trained on."""
-    return {"var": random_groups, "snkl": random_targets}.get(objective, random_pairs)(count, **options)
+    kinds = {"var": random_groups, "correction": random_groups, "snkl": random_targets}
+    return kinds.get(objective, random_pairs)(count, **options)
 
 
 def logits_of(policy: Policy, pairs: list[EncodedPair]) -> torch.Tensor:
