@@ -42,13 +42,14 @@ def pairs(name: str, split: str) -> PreferenceSet:
     return PreferenceSet.of(preference_rows(name, split), f"{name}.{split}")
 
 
-def training_rows() -> CorrectionSet:
+def training_rows(count: int) -> CorrectionSet:
     """Rejected answers with the chosen ones as corrections, and chosen answers that stay.
 
     Of safe_rlhf every second pair: the reward model that judges learned from the others.
     """
     rows = [*pairs("safe_rlhf", "train")[::2], *pairs("hh_harmless", "train"), *pairs("pku_safe5k", "train")]
-    kept = random.Random(0).sample(rows, int(GOOD_SHARE * len(rows)))
+    rows = random.Random(0).sample(rows, min(count, len(rows)) if count else len(rows))
+    kept = rows[: int(GOOD_SHARE * len(rows))]
     identities = [Correction(row.prompt, row.chosen, row.chosen) for row in kept]
     return CorrectionSet((*(correction_of(row) for row in rows), *identities), "pairs")
 
@@ -100,6 +101,7 @@ def line(scores: CorrectionScores) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=0, help="pairs that are learned; 0 for all")
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--identity-epochs", type=float, default=2.0)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -110,7 +112,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     prepare_process()
     base = str(data_folder() / "base-model")
-    rows = training_rows()
+    rows = training_rows(arguments.rows)
     options = CorrectorOptions(
         identity=1.0,
         identity_epochs=arguments.identity_epochs,
@@ -119,7 +121,7 @@ def main() -> None:
         max_length=LONGEST,
         precision="bf16",
     )
-    name = f"corrector-{arguments.identity_epochs:g}-{arguments.epochs:g}-{arguments.learning_rate:g}"
+    name = f"corrector-{arguments.rows}-{arguments.identity_epochs:g}-{arguments.epochs:g}-{arguments.learning_rate:g}"
     if not (FOLDER / name).exists():
         train_corrector(base, rows, FOLDER / name, options=options, announce=print)
     judge, accuracy = reward_model("judge", pairs("safe_rlhf", "train")[1::2], pairs("safe_rlhf", "test"))
