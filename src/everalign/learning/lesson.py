@@ -62,7 +62,8 @@ def teach(setup: Setup, task: Task, rows: TaskRows, work: Path) -> Lesson:
         scale = weighed.facts["scale"] if weighed.facts else None
         for line in weighed.lines:
             setup.announce(line)
-        reports += _train(setup, weighed, replayed, work, seed)
+        # Each in its own folder: where it samples what the round before did, that one's result is not its own.
+        reports += _train(setup, weighed, replayed, work / f"round-{number}", seed)
         rollouts.append(rollout.facts)
     return Lesson(replace(task, rows=weighed.rows), reports, weighed.facts, rollouts)
 
