@@ -343,6 +343,18 @@ def test_prompts_whose_rewards_are_all_one_are_left_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"drop_constant": True}, "drop_constant leaves all others out"),
+        ({"weight_cap": 0.1, "weight_floor": 0.5}, "weighs less than weight_floor, 0.5"),
+    ],
+)
+def test_options_that_leave_no_row_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        weigh(SINGLE, [(4,)] * 8, WeightOptions("in_batch", **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"weight_floor": 1.0}, "weight_floor must be below 1"),
         ({"weight_floor": -0.1}, "weight_floor must be a number of at least 0"),
         ({"drop_constant": 1}, "drop_constant must be true or false"),

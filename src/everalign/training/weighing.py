@@ -202,6 +202,8 @@ def weigh(
     kept = _kept(rows, found.weights, options)
     parts = torch.split(found.weights * kept, [len(row.completions) for row in rows])
     weighed = tuple(_with_weights(row, part.tolist()) for row, part in zip(rows, parts, strict=True) if part.any())
+    if not weighed:
+        raise InputError(_nothing_left(options))
     lost = (found.weights * ~kept).sum() / found.weights.sum()
     return Weighed(weighed, statistics, found.temperature, scale, int((~kept).sum()), lost.item())
 
@@ -212,6 +214,12 @@ def _kept(rows: Sequence[Scored], weights: Tensor, options: WeightOptions) -> Te
     if options.drop_constant:
         kept &= torch.tensor([len(set(row.rewards)) > 1 for row in rows for _ in row.completions])
     return kept
+
+
+def _nothing_left(options: WeightOptions) -> str:
+    if options.drop_constant:
+        return "no row has rewards that differ, and drop_constant leaves all others out: do without it"
+    return f"every completion weighs less than weight_floor, {options.weight_floor:g}: lower it"
 
 
 def _with_weights(row: Scored, weights: list[float]) -> Scored:
