@@ -8,7 +8,8 @@ from everalign.data.prompts import load_prompts
 from everalign.data.readers import check_disjoint, first_columns, load_preferences
 from everalign.data.row_set import RowSet
 from everalign.data.scored import load_judged, load_scored
-from everalign.data.unscored import load_unscored
+from everalign.data.unscored import UNSCORED_SCHEMA, load_unscored
+from everalign.errors import InputError
 from everalign.learning.recipe import Recipe
 from everalign.training.teaching import SCORED_OBJECTIVES
 
@@ -56,4 +57,16 @@ def _load_unrewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
     first = first_columns(source, "train", ("completions", "chosen", "rejected", "rewards"))
     if "rewards" in first:
         return load_scored(source, skip_bad_rows=skip_bad_rows)
+    if not first:
+        _refuse_other_names(source)
     return (load_unscored if first else load_prompts)(source, skip_bad_rows=skip_bad_rows)
+
+
+def _refuse_other_names(source: str) -> None:
+    """Refuse what would be taken for prompts alone, its answers unread, because their column has another name."""
+    others = UNSCORED_SCHEMA.other_names["completions"]
+    if found := [name for name in others if name in first_columns(source, "train", others)]:
+        raise InputError(
+            f"{source}: field {found[0]!r}: answers stand in 'completions', a list; rename it, or, to have answers "
+            "sampled to the prompts alone, remove it"
+        )
