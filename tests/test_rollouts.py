@@ -1,6 +1,7 @@
 """Prompts alone, and answers without rewards: sampled, scored, weighed and learned by one call."""
 
 import json
+import threading
 
 import pytest
 
@@ -10,8 +11,12 @@ from everalign.data import PromptSet, Scored, Unscored, load_prompts
 from everalign.demo.world import questions
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.scorers import CallableScorer
+from everalign.learning import lesson
+from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
 from everalign.learning.run_files import TrainingStep
+from everalign.learning.task_files import load_tasks
+from everalign.learning.task_rows import prepare_rows
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
 from everalign.reporting.html import render_report
 from everalign.reporting.training_plots import _stages
@@ -126,6 +131,18 @@ def test_rounds_end_when_nothing_is_left_to_learn(model, tmp_path):
     assert "  all answers have the same reward: there is nothing left to learn from them" in lines
 
 
+def test_a_round_with_the_answers_of_the_one_before_is_learned_too(model, tmp_path, monkeypatch):
+    draw = lesson.roll_out
+    monkeypatch.setattr(lesson, "roll_out", lambda *given: draw(*given[:3], 1, *given[4:]))
+    rollouts = RolloutOptions(samples=4, max_new_tokens=24, rounds=2)
+    found = learner(model, tmp_path / "run", ExperienceReplay(), rollouts=rollouts, options={"learning_rate": 1e-2})
+    found.learn(prompts(), "a")
+    first, second = load_run(tmp_path / "run").versions[0].manifest.stages
+    assert first.rows == second.rows
+    losses = [[step.loss for step in stage] for stage in _stages(load_run(tmp_path / "run").versions[0].training)]
+    assert losses[1] != losses[0]
+
+
 def test_each_task_is_sampled_from_what_was_learned_before(model, tmp_path):
     scorer = Scorer()
     found = learner(model, tmp_path / "run", LifeAlign(replay=0.5), reward=scorer, options={"learning_rate": 5e-2})
@@ -203,6 +220,29 @@ def test_pairs_are_scored_once_and_kept(model, tmp_path):
     assert all(row["rewards"] == [float(len(text)) for text in row["completions"]] for row in rows)
 
 
+def test_runs_that_share_a_folder_score_one_after_the_other(model, tmp_path):
+    """What both append to would hold rewards twice, and shift them."""
+    second, waited = Scorer(), []
+
+    class Slow(Scorer):
+        def score(self, prompts, completions):
+            if not waited:
+                other = threading.Thread(target=prepare_rows, args=(found[1]._setup, task_rows("warm")))
+                waited.append(other)
+                other.start()
+                other.join(0.5)
+            return super().score(prompts, completions)
+
+    rewards, names = (Slow(), second), ("one", "two")
+    found = [
+        learner(model, tmp_path / name, reward=reward, rollouts=None, cache=tmp_path / "cache")
+        for name, reward in zip(names, rewards, strict=True)
+    ]
+    prepare_rows(found[0]._setup, task_rows("warm"))
+    waited[0].join()
+    assert (rewards[0].asked, second.asked) == (20, 0)
+
+
 def test_answers_are_scored(model, tmp_path):
     rows = [Unscored(f"p{i}", ("short", "rather long", "x" * i)) for i in range(1, 8)]
     learner(model, tmp_path / "run", MultiTask(), rollouts=None).learn(rows, "a")
@@ -269,6 +309,24 @@ def test_samples_that_cannot_be_weighed_are_refused_before_they_are_drawn(
     with pytest.raises(InputError, match=message):
         learner(model, tmp_path / "run", reward=scorer, rollouts=rollouts, weighting=weighting).learn(prompts(), "a")
     assert scorer.asked == 0
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_any_task_is_learned(model, tmp_path):
+    rows = PromptSet.of([{"prompt": "q?"}, {"prompt": "many words " * 9}], "prompts.jsonl")
+    found = learner(model, tmp_path / "run")
+    what = r"prompts.jsonl: prompt 2 has \d+ tokens, .*\(max_prompt_tokens is max_length 48 less max_new_tokens 24\)"
+    with pytest.raises(InputError, match=what):
+        found.learn_all([("first", prompts(), None), ("second", rows, None)])
+    assert not found.run.versions
+
+
+@pytest.mark.parametrize("column", ["responses", "completion"])
+def test_answers_under_another_name_are_not_taken_for_no_answers(tmp_path, column):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "q?", column: ["yes", "no"]}) + "\n")
+    recipe = Recipe(objective="var", reward="m:f", tasks=[{"name": "a", "train": str(path)}])
+    with pytest.raises(InputError, match=f"field '{column}': answers stand in 'completions'"):
+        load_tasks(recipe)
 
 
 def test_rows_without_rewards_need_somebody_who_gives_them(model, tmp_path):

@@ -16,7 +16,7 @@ from everalign.evaluation.rewards import score_rows
 from everalign.learning.setup import Setup
 from everalign.line_store import LineStore
 from everalign.modeling.kept_samples import sample_kept
-from everalign.modeling.sampling import SamplingOptions
+from everalign.modeling.sampling import SamplingOptions, check_prompts
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,19 @@ def roll_out(setup: Setup, prompts: PromptSet, folder: Path, number: int, fewest
         "mean_reward": fmean(rewards),
     }
     return Rollout(ScoredSet(rows.items, prompts.source), facts)
+
+
+def check_lengths(setup: Setup, prompts: PromptSet) -> None:
+    """Refuse prompts that leave an answer too little room, before anything is sampled or trained.
+
+    Raises:
+        InputError: names the file and the first such prompt.
+    """
+    try:
+        check_prompts(setup.tokenizer, [row.prompt for row in prompts], _sampling(setup))
+    except InputError as error:
+        options = f"max_length {setup.options.max_length} less max_new_tokens {setup.rollouts.max_new_tokens}"
+        raise InputError(f"{prompts.source}: {error} (max_prompt_tokens is {options})") from error
 
 
 def score(setup: Setup, rows: UnscoredSet, path: Path) -> ScoredSet:

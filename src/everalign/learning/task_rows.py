@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from filelock import FileLock
 from torch import Tensor
 
 from everalign.data.corrections import CorrectionSet
@@ -18,14 +19,14 @@ from everalign.data.groups import (
     encode_targets,
     fitting,
 )
-from everalign.data.prompts import PromptRow
+from everalign.data.prompts import PromptRow, PromptSet
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
 from everalign.data.scored import Scored, ScoredSet
 from everalign.data.unscored import Unscored, UnscoredSet
 from everalign.errors import InputError
 from everalign.learning.correction_rows import encode_learned, learned_corrections
-from everalign.learning.rollouts import score
+from everalign.learning.rollouts import check_lengths, score
 from everalign.learning.setup import Setup
 from everalign.training.reference import policy_key
 from everalign.training.teaching import SCORED_OBJECTIVES
@@ -67,8 +68,9 @@ def prepare_rows(setup: Setup, rows: RowSet[Any]) -> TaskRows:
     name = setup.objective.name
     if setup.encoder is not None or isinstance(rows, CorrectionSet):
         return _corrections(setup, rows)
-    if rows.record is PromptRow and setup.scorer is not None:
+    if isinstance(rows, PromptSet) and setup.scorer is not None:
         _check_sampling(setup)
+        check_lengths(setup, rows)
         return TaskRows(rows, rows)
     scored = _rewarded(setup, rows)
     if (scored.record is Scored) != (name in SCORED_OBJECTIVES) and not (name == "snkl" and _pairs(scored)):
@@ -123,7 +125,11 @@ def _rewarded(setup: Setup, rows: RowSet[Any]) -> RowSet[Any]:
     unscored = UnscoredSet(tuple(answers), rows.source)
     key = hashlib.sha256(f"{setup.scorer.fingerprint} {unscored.fingerprint}".encode()).hexdigest()
     setup.announce(f"scoring {rows.source}")
-    return replace(score(setup, unscored, setup.folder / f"{key[:32]}.scored.jsonl"), source=rows.source)
+    path = setup.folder / f"{key[:32]}.scored.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Runs may share the folder: two that append to the same file would shift each other's rewards.
+    with FileLock(path.with_suffix(".lock")):
+        return replace(score(setup, unscored, path), source=rows.source)
 
 
 def weigh_rows(setup: Setup, rows: RowSet[Any], scale: float | None = None) -> TaskRows:

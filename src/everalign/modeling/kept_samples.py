@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from everalign.data.templating import Prompt
 from everalign.line_store import LineStore
 from everalign.modeling.policy import Policy
-from everalign.modeling.sampling import Samples, SamplingOptions, sample_completions
+from everalign.modeling.sampling import Samples, SamplingOptions, check_prompts, sample_completions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +44,9 @@ def sample_kept(
     found = _read(store)
     if len(found) > len(prompts):
         raise store.damaged()
+    if len(found) < len(prompts):
+        # All of them, by their numbers in all: not chunk by chunk, hours apart.
+        check_prompts(tokenizer, prompts, options)
     for start in range(len(found), len(prompts), _CHUNK):
         chunk = prompts[start : start + _CHUNK]
         drawn = sample_completions(

@@ -89,12 +89,7 @@ def sample_completions(
         InputError: a prompt cannot be rendered or is too long; names its number.
     """
     form = ChatFormat(tokenizer)
-    texts = [form.prompt_text(prompt) for prompt in prompts]
-    tokens = form.prompt_tokens(prompts, texts)
-    for number, ids in enumerate(tokens, start=1):
-        if len(ids) > options.max_prompt_tokens:
-            limit = f"max_prompt_tokens allows {options.max_prompt_tokens}"
-            raise InputError(f"prompt {number} has {len(ids)} tokens, and {limit}: raise it or shorten the prompt")
+    texts, tokens = _checked(form, prompts, options)
     ends = [_end_of(form, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     lengths = [options.completions * (len(ids) + options.max_new_tokens) for ids in tokens]
     found: dict[int, Samples] = {}
@@ -113,6 +108,24 @@ def sample_completions(
                 progress(len(rows))
     policy.train(was_training)
     return [found[row] for row in range(len(prompts))]
+
+
+def check_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], options: SamplingOptions) -> None:
+    """Refuse prompts that `sample_completions` would refuse, before any are answered."""
+    _checked(ChatFormat(tokenizer), prompts, options)
+
+
+def _checked(
+    form: ChatFormat, prompts: Sequence[Prompt], options: SamplingOptions
+) -> tuple[list[str], list[list[int]]]:
+    """Return the prompts as text and as tokens, none of them too long."""
+    texts = [form.prompt_text(prompt) for prompt in prompts]
+    tokens = form.prompt_tokens(prompts, texts)
+    for number, ids in enumerate(tokens, start=1):
+        if len(ids) > options.max_prompt_tokens:
+            limit = f"max_prompt_tokens allows {options.max_prompt_tokens}"
+            raise InputError(f"prompt {number} has {len(ids)} tokens, and {limit}: raise it or shorten the prompt")
+    return texts, tokens
 
 
 def _end_of(form: ChatFormat, prompt: Prompt, text: str) -> int:
