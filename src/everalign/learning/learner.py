@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from everalign.data.prompts import PromptSet
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
@@ -172,6 +173,10 @@ class Learner:
         sets = [(name, as_set(rows), None if test is None else self._as_tests(test)) for name, rows, test in tasks]
         with self._run.alone():
             self._tests.check(sets)
+            if self._setup.rollouts != RolloutOptions() and not any(isinstance(rows, PromptSet) for _, rows, _ in sets):
+                self._setup.announce(
+                    "no task has prompts alone: nothing is sampled, and the sampling options do nothing"
+                )
             for name, _, test in sets:
                 if test is not None:
                     self.announce_test(name, test)

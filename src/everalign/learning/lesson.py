@@ -1,5 +1,6 @@
 """One task's teaching: its rows, or answers sampled to its prompts round after round, until the policy has learned."""
 
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,6 @@ from everalign.learning.task_rows import TaskRows, encode_rows, fewest_answers, 
 from everalign.learning.task_training import StageReport, train_task
 from everalign.methods import Task
 
-# Rounds of a task are this far apart in their seeds; stages count on from a round's, and sampling has its own.
-_ROUND_STRIDE, _SAMPLING = 16, 8
 _SEEDS = 2**31
 
 
@@ -25,7 +24,7 @@ class Lesson:
         task: the task with the rows that were learned last.
         reports: of all stages, round after round.
         weights: figures of the last round's weights; None where there are none.
-        rollouts: what was sampled in each round.
+        rollouts: what was sampled in each round, the last one too if there was nothing to learn from it.
     """
 
     task: Task
@@ -51,10 +50,11 @@ def teach(setup: Setup, task: Task, rows: TaskRows, work: Path) -> Lesson:
     rollouts: list[dict[str, float]] = []
     weighed, scale = rows, None
     for number in range(1, setup.rollouts.rounds + 1):
-        seed = (task.seed + _ROUND_STRIDE * number) % _SEEDS
-        rollout = roll_out(setup, prompts, work / "rollouts", number, fewest_answers(setup), seed + _SAMPLING)
+        sampling, seed = (_seed(task, number, purpose) for purpose in ("sampling", "training"))
+        rollout = roll_out(setup, prompts, work / "rollouts", number, fewest_answers(setup), sampling)
+        rollouts.append(rollout.facts)
         setup.announce(f"  round {number}: {rollout.summary()}")
-        if rollouts and rollout.settled:
+        if number > 1 and rollout.settled:
             setup.announce("  all answers have the same reward: there is nothing left to learn from them")
             break
         weighed = weigh_rows(setup, rollout.rows, scale)
@@ -64,8 +64,12 @@ def teach(setup: Setup, task: Task, rows: TaskRows, work: Path) -> Lesson:
             setup.announce(line)
         # Each in its own folder: where it samples what the round before did, that one's result is not its own.
         reports += _train(setup, weighed, replayed, work / f"round-{number}", seed)
-        rollouts.append(rollout.facts)
     return Lesson(replace(task, rows=weighed.rows), reports, weighed.facts, rollouts)
+
+
+def _seed(task: Task, number: int, purpose: str) -> int:
+    """Seeds that neither rounds nor tasks nor purposes share, but by chance."""
+    return random.Random(f"{task.seed}/{number}/{purpose}").randrange(_SEEDS)
 
 
 def _train(setup: Setup, rows: TaskRows, replayed: list[AnyRow], work: Path, seed: int) -> list[StageReport]:

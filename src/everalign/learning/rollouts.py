@@ -66,13 +66,20 @@ def roll_out(setup: Setup, prompts: PromptSet, folder: Path, number: int, fewest
     asked = [row.prompt for row in prompts]
     store = LineStore(folder / f"{stem}.samples.jsonl")
     found = sample_kept(
-        setup.policy, setup.tokenizer, asked, _sampling(setup), store, seed=seed, progress=setup.progress
+        setup.policy,
+        setup.tokenizer,
+        asked,
+        _sampling(setup),
+        store,
+        seed=seed,
+        tokens_per_batch=2 * setup.options.tokens_per_batch,  # nothing is kept for gradients
+        progress=setup.progress,
     )
     answered = [row.answered(s.texts) for row, s in zip(prompts, found, strict=True) if len(s.texts) >= fewest]
     if not answered:
         raise EveralignError(
-            f"{prompts.source}: of {options.samples} answers sampled to each prompt, no prompt has {fewest} that end "
-            f"within max_new_tokens {options.max_new_tokens}: raise it"
+            f"{prompts.source}: of {options.samples} answers sampled to each prompt, no prompt has {fewest} that say "
+            f"something and end within max_new_tokens {options.max_new_tokens}: raise it"
         )
     rows = score(setup, UnscoredSet(tuple(answered), prompts.source), folder / f"{stem}.scored.jsonl")
     rewards = [reward for row in rows for reward in row.rewards]

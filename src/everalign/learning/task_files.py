@@ -26,9 +26,12 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
         InputError: a file cannot be read, a row is bad, or a test set shares rows with any task's training set.
     """
     skip, tasks = bool(recipe.skip_bad_rows), recipe.tasks or []
-    load, load_test = _loader(recipe.objective), _loader(recipe.objective)
+    load = load_test = _loader(recipe.objective)
+    if recipe.objective in SCORED_OBJECTIVES:
+        # Held-out rows are judged as preferences, whichever way they are written.
+        load_test = load_judged
     if recipe.reward is not None:
-        load, load_test = _load_unrewarded, load_judged
+        load = _load_unrewarded
     loaded: list[LoadedTask] = [
         (
             task.name,
@@ -44,7 +47,7 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
 
 
 def _loader(objective: str | None) -> Callable[..., RowSet[Any]]:
-    """Return what reads an objective's files; where it learns from scored rows, held-out ones too are scored."""
+    """Return what reads an objective's files."""
     if objective == "correction":
         return load_corrections
     if objective == "snkl":

@@ -144,7 +144,11 @@ def _samples(tokenizer: Any, answers: list[list[int]], ends: set[int]) -> Sample
     texts = []
     for ids in answers:
         length = next((i for i, token in enumerate(ids) if token in ends), None)
-        text = "" if length is None else tokenizer.decode(ids[:length], skip_special_tokens=True)
+        text = (
+            ""
+            if length is None
+            else tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
         if text.strip():
             texts.append(text)
     return Samples(tuple(texts), len(answers) - len(texts))
