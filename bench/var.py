@@ -23,7 +23,7 @@ from var_contenders import Contender, Spent, advantage, best_of, chosen, dpo, le
 from var_grpo import learn_grpo
 from var_task import draw_questions, measure
 
-# Learning rates, epochs and temperatures were chosen on seed 100, for the highest held-out reward of each contender.
+# Chosen in trials, for the highest held-out reward; SFT, best-of-K and A-LoL have VAR's settings, snkl has DPO's.
 CONTENDERS = {
     "sft on chosen": Contender(chosen, 2e-3, 4.0),
     "best of K (RAFT)": Contender(best_of, 2e-3, 4.0),
