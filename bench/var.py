@@ -33,6 +33,7 @@ CONTENDERS = {
     "snkl": Contender(snkl(0.1), 5e-4, 3.0),
     "VAR": Contender(var(0.05, floor=0.02), 2e-3, 4.0),
     "VAR, longer": Contender(var(0.05, floor=0.02), 2e-3, 5.0),
+    "VAR, 3 rounds": Contender(var(0.05, floor=0.3, varied=True), 2e-3, 3.0, 8, rounds=3),
     "VAR, 4 rounds": Contender(var(0.05, floor=0.3, varied=True), 2e-3, 3.0, 8, rounds=4),
 }
 GRPO = {"learning_rate": 1e-3, "batch": 64, "every": 20}
@@ -66,7 +67,8 @@ def run(name: str, arguments: argparse.Namespace, tokenizer: Any, seed: int) -> 
     else:
         contender = CONTENDERS[name]
         if contender.rounds > 1:
-            asked = draw_questions(contender.rounds * arguments.round_questions, False, seed)
+            count = contender.rounds * arguments.round_questions
+            asked = draw_questions(max(count, arguments.questions), False, seed)[:count]
         learn(contender, tokenizer, asked, arguments.answers, 100 * seed, observer)
     last = observer.points[-1]
     print(f"seed {seed}, {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in last.items()), flush=True)

@@ -108,8 +108,8 @@ def test_each_round_samples_from_what_the_policy_has_become(tmp_path):
     found.learn(rows, "courteous")
     facts = manifest(tmp_path / "run")
     assert [rollout["round"] for rollout in facts.rollouts] == [1, 2, 3]
-    assert {stage.stage for stage in facts.stages} == {"var"}
     means = [rollout["mean_reward"] for rollout in facts.rollouts]
+    assert [stage.stage for stage in facts.stages] == ["var"] * (2 if means[2] == 1.0 else 3)
     assert 0.3 < means[0] < 0.7
     assert means[0] + 0.2 < means[1] <= means[2]
     # The last round's weights still go by the first round's deviation.
@@ -392,3 +392,12 @@ def test_held_out_pairs_judge_scored_tasks(model, tmp_path, capsys):
     code, _, errors = run(capsys, "learn", *given, "--max-length", "48")
     assert code == 0, errors
     assert load_run(tmp_path / "run").tasks == ["a"]
+
+
+def test_pairs_without_anybody_who_gives_rewards_are_refused_with_advice(model, tmp_path, capsys):
+    pairs = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    given = ("--model", str(model), "--task", f"a={tmp_path}/pairs.jsonl", "--output", str(tmp_path / "run"))
+    code, _, errors = run(capsys, "learn", *given, "--objective", "var")
+    assert code == 2
+    assert "pairs.jsonl: preferences have no rewards: name who gives them with reward" in errors

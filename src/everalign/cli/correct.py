@@ -1,22 +1,20 @@
 """The verbs of correctors: `correct train`, from corrections or from preferences, and its neighbours."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from everalign.cli import correct_data, correct_distill, correct_evaluate, correct_run, correct_steer
 from everalign.cli.display import Display
 from everalign.cli.output import say, show, show_json, show_line
-from everalign.cli.runs import Json
+from everalign.cli.verbs import Json, option, resumable, warn_of_bad_rows
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from everalign.correction import CorrectorOptions, CorrectorReport, TrainedCorrector
     from everalign.data import CorrectionSet
-
-INTERRUPTED = 130
 
 correct = typer.Typer(
     help="Make a corrector, which reads an answer and writes a better one, and use it.", no_args_is_help=True
@@ -30,35 +28,30 @@ correct.command(epilog=correct_evaluate.EPILOG)(correct_evaluate.evaluate)
 correct.command(epilog=correct_steer.EPILOG)(correct_steer.steer)
 
 
-def _option(text: str, metavar: str | None = None) -> Any:
-    """A flag with its help; those that may be left out have their defaults where they are used."""
-    return typer.Option(help=text, metavar=metavar, show_default=False)
-
-
 @correct.command(
     epilog="Example: everalign correct train --model Qwen/Qwen2.5-0.5B-Instruct --data edits.jsonl "
     "--test edits.test.jsonl --output runs/corrector --lora-rank 16"
 )
 def train(
-    model: Annotated[str, _option("A Hugging Face folder, a Hub name, `tiny`, or a corrector to go on with.")],
-    data: Annotated[str, _option("Corrections to learn, or preferences (rejected into chosen).", "ROWS")],
-    output: Annotated[Path, _option("The corrector's folder.", "DIR")],
-    test: Annotated[str | None, _option("Held-out rows, for the report.", "ROWS")] = None,
-    template: Annotated[str | None, _option("What the corrector reads: everalign-1, aligner-1, ...", "ID")] = None,
-    objectives: Annotated[str | None, _option('What answers should be more of: "helpful,harmless".', "WORDS")] = None,
-    identity: Annotated[float | None, _option("Share of rows that the warm-up learns to copy; 0 for none.")] = None,
-    identity_epochs: Annotated[float | None, _option("Passes of the warm-up over them.")] = None,
-    identity_learning_rate: Annotated[float | None, _option("The warm-up's peak of the learning rate.")] = None,
-    seed: Annotated[int, _option("Seeds everything random.")] = 0,
-    learning_rate: Annotated[float | None, _option("Peak of the learning rate.")] = None,
-    epochs: Annotated[float | None, _option("Passes over the corrections; fractions allowed.")] = None,
-    batch_size: Annotated[int | None, _option("Rows of an optimiser step.")] = None,
-    max_length: Annotated[int | None, _option("Longest prompt plus correction, in tokens.")] = None,
-    tokens_per_batch: Annotated[int | None, _option("Tokens computed at once; fewer save memory.")] = None,
-    lora_rank: Annotated[int | None, _option("Train an adapter of this rank and merge it; 0 for all weights.")] = None,
-    lora_alpha: Annotated[float | None, _option("The adapter's α; twice the rank if not given.")] = None,
-    precision: Annotated[str | None, _option("fp32 or bf16.", "PRECISION")] = None,
-    checkpoint_steps: Annotated[int | None, _option("Steps between two checkpoints; 0 for none.")] = None,
+    model: Annotated[str, option("A Hugging Face folder, a Hub name, `tiny`, or a corrector to go on with.")],
+    data: Annotated[str, option("Corrections to learn, or preferences (rejected into chosen).", "ROWS")],
+    output: Annotated[Path, option("The corrector's folder.", "DIR")],
+    test: Annotated[str | None, option("Held-out rows, for the report.", "ROWS")] = None,
+    template: Annotated[str | None, option("What the corrector reads: everalign-1, aligner-1, ...", "ID")] = None,
+    objectives: Annotated[str | None, option('What answers should be more of: "helpful,harmless".', "WORDS")] = None,
+    identity: Annotated[float | None, option("Share of rows that the warm-up learns to copy; 0 for none.")] = None,
+    identity_epochs: Annotated[float | None, option("Passes of the warm-up over them.")] = None,
+    identity_learning_rate: Annotated[float | None, option("The warm-up's peak of the learning rate.")] = None,
+    seed: Annotated[int, option("Seeds everything random.")] = 0,
+    learning_rate: Annotated[float | None, option("Peak of the learning rate.")] = None,
+    epochs: Annotated[float | None, option("Passes over the corrections; fractions allowed.")] = None,
+    batch_size: Annotated[int | None, option("Rows of an optimiser step.")] = None,
+    max_length: Annotated[int | None, option("Longest prompt plus correction, in tokens.")] = None,
+    tokens_per_batch: Annotated[int | None, option("Tokens computed at once; fewer save memory.")] = None,
+    lora_rank: Annotated[int | None, option("Train an adapter of this rank and merge it; 0 for all weights.")] = None,
+    lora_alpha: Annotated[float | None, option("The adapter's α; twice the rank if not given.")] = None,
+    precision: Annotated[str | None, option("fp32 or bf16.", "PRECISION")] = None,
+    checkpoint_steps: Annotated[int | None, option("Steps between two checkpoints; 0 for none.")] = None,
     filtered: Annotated[
         bool, typer.Option("--filter", metavar="", help="Leave out corrections that teach nothing, and say why.")
     ] = False,
@@ -93,11 +86,8 @@ def train(
         "checkpoint_steps": checkpoint_steps,
     }
     options = CorrectorOptions(**{name: value for name, value in given.items() if value is not None})
-    try:
+    with resumable():
         trained = _train(model, data, test, output, options, seed, filtered, allow_overlap, skip_bad_rows)
-    except KeyboardInterrupt:
-        say("interrupted", "the same command goes on from here", "bold yellow")
-        raise typer.Exit(INTERRUPTED) from None
     (_show_json if as_json else _show)(trained)
 
 
@@ -144,8 +134,7 @@ def _load(source: str, skip_bad_rows: bool) -> "CorrectionSet":
     from everalign.data import CorrectionSet, load_edits
 
     rows = load_edits(source, skip_bad_rows=skip_bad_rows)
-    if rows.skipped:
-        say("warning", f"{source}: {len(rows.skipped)} bad rows left out; the first: {rows.skipped[0]}", "yellow")
+    warn_of_bad_rows(rows)
     if isinstance(rows, CorrectionSet):
         return rows
     say("note", f"{source} holds preferences: each rejected answer is corrected into the chosen one", "bold")

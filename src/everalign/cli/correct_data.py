@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everalign.cli.display import Display
-from everalign.cli.output import say, show_json, show_line
-from everalign.cli.runs import Json
+from everalign.cli.output import show_json, show_line
+from everalign.cli.verbs import Json, option, resumable, warn_of_bad_rows
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from everalign.correction.asking import Cost
     from everalign.correction.pipeline import CorrectionData, Filters
 
-INTERRUPTED = 130
 DATA_EPILOG = (
     "Example: everalign correct data --data questions.jsonl --answers-from http://127.0.0.1:8000/v1#small "
     "--corrections-from http://127.0.0.1:8000/v1#large --output corrections.jsonl; servers' keys are read from "
@@ -29,39 +28,34 @@ DATA_EPILOG = (
 _URL = "://"
 
 
-def _option(text: str, metavar: str | None = None) -> Any:
-    """A flag with its help; those that may be left out have their defaults where they are used."""
-    return typer.Option(help=text, metavar=metavar, show_default=False)
-
-
 def data(
-    data: Annotated[str, _option("Questions; rows may have answers and corrections, or be preferences.", "ROWS")],
-    output: Annotated[Path, _option("The corrections.", "FILE.jsonl")],
+    data: Annotated[str, option("Questions; rows may have answers and corrections, or be preferences.", "ROWS")],
+    output: Annotated[Path, option("The corrections.", "FILE.jsonl")],
     answers_from: Annotated[
-        str | None, _option("Who answers: a model on a server, or here; the rows themselves.", "URL#MODEL|MODEL")
+        str | None, option("Who answers: a model on a server, or here; the rows themselves.", "URL#MODEL|MODEL")
     ] = None,
     corrections_from: Annotated[
-        str | None, _option("Who corrects: a stronger model on a server; the rows themselves.", "URL#MODEL")
+        str | None, option("Who corrects: a stronger model on a server; the rows themselves.", "URL#MODEL")
     ] = None,
-    instructions: Annotated[Path | None, _option("How answers are to be corrected.", "FILE")] = None,
-    temperature: Annotated[float | None, _option("What answers are sampled at; 0.5.")] = None,
+    instructions: Annotated[Path | None, option("How answers are to be corrected.", "FILE")] = None,
+    temperature: Annotated[float | None, option("What answers are sampled at; 0.5.")] = None,
     max_new_tokens: Annotated[
-        int | None, _option("Longest answer; the server's own limit, 512 for a model here.")
+        int | None, option("Longest answer; the server's own limit, 512 for a model here.")
     ] = None,
-    seed: Annotated[int | None, _option("Seeds the answers of a model here.")] = None,
+    seed: Annotated[int | None, option("Seeds the answers of a model here.")] = None,
     keep_going: Annotated[
         bool, typer.Option("--keep-going", metavar="", help="Write questions that fail into a file, and go on.")
     ] = False,
-    template: Annotated[str | None, _option("Whose marks no correction may have; everalign-1.", "ID")] = None,
-    longest: Annotated[int | None, _option("Most characters of a correction.")] = None,
-    near: Annotated[float | None, _option("Similarity of near-duplicates, to 1.")] = None,
-    concurrency: Annotated[int | None, _option("Requests to a server under way at once.")] = None,
-    requests_per_minute: Annotated[float | None, _option("Begin no more requests to a server.")] = None,
-    timeout: Annotated[float | None, _option("Seconds a server has for one reply.")] = None,
+    template: Annotated[str | None, option("Whose marks no correction may have; everalign-1.", "ID")] = None,
+    longest: Annotated[int | None, option("Most characters of a correction.")] = None,
+    near: Annotated[float | None, option("Similarity of near-duplicates, to 1.")] = None,
+    concurrency: Annotated[int | None, option("Requests to a server under way at once.")] = None,
+    requests_per_minute: Annotated[float | None, option("Begin no more requests to a server.")] = None,
+    timeout: Annotated[float | None, option("Seconds a server has for one reply.")] = None,
     price_in: Annotated[
-        str | None, _option("Price of a million tokens read; of answers and corrections, if two.", "PRICE[,PRICE]")
+        str | None, option("Price of a million tokens read; of answers and corrections, if two.", "PRICE[,PRICE]")
     ] = None,
-    price_out: Annotated[str | None, _option("Price of a million tokens written.", "PRICE[,PRICE]")] = None,
+    price_out: Annotated[str | None, option("Price of a million tokens written.", "PRICE[,PRICE]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace FILE.jsonl.")] = False,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", metavar="", help="Leave bad rows out, and say so.")
@@ -85,15 +79,11 @@ def data(
     sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
     answerer = _answerer(answers_from, sampling, options)
     editor = _editor(corrections_from, instructions, options)
-    try:
-        with Display() as display:
-            done = _make(
-                data, output, answerer, editor, _filters(template, longest, near), keep_going, overwrite,
-                skip_bad_rows, display,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        say("interrupted", "the same command goes on from here", "bold yellow")
-        raise typer.Exit(INTERRUPTED) from None
+    with resumable(), Display() as display:
+        done = _make(
+            data, output, answerer, editor, _filters(template, longest, near), keep_going, overwrite,
+            skip_bad_rows, display,
+        )  # fmt: skip
     facts = {**_facts(done, _by_stage(done.costs, prices)), "seconds": round(time.perf_counter() - started, 3)}
     (show_json if as_json else _show)(facts)
 
@@ -113,8 +103,7 @@ def _make(
     from everalign.data.drafts import load_drafts
 
     rows = load_drafts(source, skip_bad_rows=skip_bad_rows)
-    if rows.skipped:
-        say("warning", f"{source}: {len(rows.skipped)} bad rows left out; the first: {rows.skipped[0]}", "yellow")
+    warn_of_bad_rows(rows)
     display.announce(f"{len(rows)} rows")
     return make_corrections(
         rows,

@@ -8,8 +8,8 @@ import typer
 
 from everalign.cli.correct_run import load_corrector
 from everalign.cli.display import Display
-from everalign.cli.output import say, show, show_json, show_line
-from everalign.cli.runs import Json
+from everalign.cli.output import show, show_json, show_line
+from everalign.cli.verbs import Json, resumable, warn_of_bad_rows
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from everalign.learning.distill import Distillation
     from everalign.learning.distill_options import DistillOptions
 
-INTERRUPTED = 130
 DISTILL_EPILOG = (
     "Example: everalign correct distill --model Qwen/Qwen2.5-7B-Instruct --corrector runs/corrector "
     "--data prompts.jsonl --output runs/distilled --rounds 2"
@@ -86,12 +85,8 @@ def distill(
 
     options = DistillOptions(labels, rounds, sampling_temperature, max_new_tokens)  # type: ignore[arg-type]  # checked
     started = time.perf_counter()
-    try:
-        with Display() as display:
-            done = _distill(context.params, options, display)
-    except KeyboardInterrupt:
-        say("interrupted", "the same command with --resume goes on from here", "bold yellow")
-        raise typer.Exit(INTERRUPTED) from None
+    with resumable("the same command with --resume"), Display() as display:
+        done = _distill(context.params, options, display)
     (_show_json if as_json else _show)(done, time.perf_counter() - started)
 
 
@@ -103,9 +98,7 @@ def _distill(flags: dict[str, Any], options: "DistillOptions", display: Display)
 
     arguments = _learner_arguments(flags)
     drafts = load_drafts(flags["data"], skip_bad_rows=flags["skip_bad_rows"])
-    if drafts.skipped:
-        skipped = f"{flags['data']}: {len(drafts.skipped)} bad rows left out; the first: {drafts.skipped[0]}"
-        say("warning", skipped, "yellow")
+    warn_of_bad_rows(drafts)
     prompts = PromptSet(tuple(PromptRow(row.question, row.weight) for row in drafts), drafts.source)
     test = None if flags["test"] is None else load_preferences(flags["test"])
     display.announce(f"{len(prompts)} prompts")

@@ -9,8 +9,8 @@ import typer
 
 from everalign.cli.correct_run import load_corrector
 from everalign.cli.display import Display
-from everalign.cli.output import say, show, show_json
-from everalign.cli.runs import Json
+from everalign.cli.output import show, show_json
+from everalign.cli.verbs import Json, option, warn_of_bad_rows
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,33 +24,28 @@ EPILOG = (
 )
 
 
-def _option(text: str, metavar: str | None = None) -> Any:
-    """A flag with its help; those that may be left out have their defaults where they are used."""
-    return typer.Option(help=text, metavar=metavar, show_default=False)
-
-
 def evaluate(
-    corrector: Annotated[str, _option("A corrector's folder, or one on a server as URL#MODEL.", "DIR|URL#MODEL")],
-    data: Annotated[str, _option("Rows with question, answer, and what is known: correction, good, kind.", "ROWS")],
-    scorer: Annotated[str | None, _option("Who says which answer is better.", "DIR|MODULE:FUNCTION|URL#MODEL")] = None,
-    template: Annotated[str | None, _option("What the corrector reads, if it does not say so itself.", "ID")] = None,
+    corrector: Annotated[str, option("A corrector's folder, or one on a server as URL#MODEL.", "DIR|URL#MODEL")],
+    data: Annotated[str, option("Rows with question, answer, and what is known: correction, good, kind.", "ROWS")],
+    scorer: Annotated[str | None, option("Who says which answer is better.", "DIR|MODULE:FUNCTION|URL#MODEL")] = None,
+    template: Annotated[str | None, option("What the corrector reads, if it does not say so itself.", "ID")] = None,
     gate: Annotated[
-        float | None, _option("Let answers pass from this mean log-likelihood on, in nats per token.", "NATS")
+        float | None, option("Let answers pass from this mean log-likelihood on, in nats per token.", "NATS")
     ] = None,
     guards: Annotated[
         bool, typer.Option("--guards/--no-guards", help="Return the answer where a correction cannot be trusted.")
     ] = True,
-    strength: Annotated[float | None, _option("Steer, as in correct run.", "ALPHA")] = None,
-    max_new_tokens: Annotated[int | None, _option("Longest correction; twice the answer and 256 more.")] = None,
-    judge_instructions: Annotated[Path | None, _option("What makes an answer good, for a judge.", "FILE")] = None,
-    cache: Annotated[Path | None, _option("Keep a judge's verdicts here, to ask for none twice.", "DIR")] = None,
-    concurrency: Annotated[int | None, _option("Requests to a judge under way at once.")] = None,
-    requests_per_minute: Annotated[float | None, _option("Begin no more requests to a judge.")] = None,
-    timeout: Annotated[float | None, _option("Seconds a judge has for one reply.")] = None,
-    precision: Annotated[str | None, _option("fp32 or bf16.", "PRECISION")] = None,
-    device: Annotated[str | None, _option("Such as cuda:0; the GPU if there is one.")] = None,
-    tokens_per_batch: Annotated[int | None, _option("Tokens computed at once; fewer save memory.")] = None,
-    seed: Annotated[int, _option("Seeds the bootstrap.")] = 0,
+    strength: Annotated[float | None, option("Steer, as in correct run.", "ALPHA")] = None,
+    max_new_tokens: Annotated[int | None, option("Longest correction; twice the answer and 256 more.")] = None,
+    judge_instructions: Annotated[Path | None, option("What makes an answer good, for a judge.", "FILE")] = None,
+    cache: Annotated[Path | None, option("Keep a judge's verdicts here, to ask for none twice.", "DIR")] = None,
+    concurrency: Annotated[int | None, option("Requests to a judge under way at once.")] = None,
+    requests_per_minute: Annotated[float | None, option("Begin no more requests to a judge.")] = None,
+    timeout: Annotated[float | None, option("Seconds a judge has for one reply.")] = None,
+    precision: Annotated[str | None, option("fp32 or bf16.", "PRECISION")] = None,
+    device: Annotated[str | None, option("Such as cuda:0; the GPU if there is one.")] = None,
+    tokens_per_batch: Annotated[int | None, option("Tokens computed at once; fewer save memory.")] = None,
+    seed: Annotated[int, option("Seeds the bootstrap.")] = 0,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", metavar="", help="Leave bad rows out, and say so.")
     ] = False,
@@ -66,8 +61,7 @@ def evaluate(
     judge = (judge_instructions, cache, concurrency, requests_per_minute, timeout)
     with Display() as display:
         rows = load_answers(data, skip_bad_rows=skip_bad_rows)
-        if rows.skipped:
-            say("warning", f"{data}: {len(rows.skipped)} bad rows left out; the first: {rows.skipped[0]}", "yellow")
+        warn_of_bad_rows(rows)
         referee = _referee(scorer, judge, display.announce)
         display.announce(f"{len(rows)} rows to correct")
         report = evaluate_corrector(

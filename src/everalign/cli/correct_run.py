@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everalign.cli.display import Display
-from everalign.cli.output import say, show_json, show_line
-from everalign.cli.runs import Json
+from everalign.cli.output import show_json, show_line
+from everalign.cli.verbs import Json, option, resumable, warn_of_bad_rows
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
     from everalign.correction import Corrector
     from everalign.correction.running import CorrectionRun
 
-INTERRUPTED = 130
 EPILOG = (
     "Example: everalign correct run --corrector runs/corrector --data answers.jsonl --output corrections.jsonl; "
     "from a server, whose key is read from OPENAI_API_KEY: --corrector http://127.0.0.1:8000/v1#aligner "
@@ -23,30 +22,25 @@ EPILOG = (
 )
 
 
-def _option(text: str, metavar: str | None = None) -> Any:
-    """A flag with its help; those that may be left out have their defaults where they are used."""
-    return typer.Option(help=text, metavar=metavar, show_default=False)
-
-
 def run(
-    corrector: Annotated[str, _option("A corrector's folder, or one on a server as URL#MODEL.", "DIR|URL#MODEL")],
-    data: Annotated[str, _option("Rows with question and answer, or prompt and completion.", "ROWS")],
-    output: Annotated[Path, _option("The corrections.", "FILE.jsonl")],
-    template: Annotated[str | None, _option("What it reads, if it does not say so itself.", "ID")] = None,
+    corrector: Annotated[str, option("A corrector's folder, or one on a server as URL#MODEL.", "DIR|URL#MODEL")],
+    data: Annotated[str, option("Rows with question and answer, or prompt and completion.", "ROWS")],
+    output: Annotated[Path, option("The corrections.", "FILE.jsonl")],
+    template: Annotated[str | None, option("What it reads, if it does not say so itself.", "ID")] = None,
     gate: Annotated[
-        float | None, _option("Let answers pass from this mean log-likelihood on, in nats per token.", "NATS")
+        float | None, option("Let answers pass from this mean log-likelihood on, in nats per token.", "NATS")
     ] = None,
     guards: Annotated[
         bool, typer.Option("--guards/--no-guards", help="Return the answer where a correction cannot be trusted.")
     ] = True,
-    max_new_tokens: Annotated[int | None, _option("Longest correction; twice the answer and 256 more.")] = None,
+    max_new_tokens: Annotated[int | None, option("Longest correction; twice the answer and 256 more.")] = None,
     strength: Annotated[
-        float | None, _option("Steer towards copying (below 0) or correcting (above 0); see correct steer.", "ALPHA")
+        float | None, option("Steer towards copying (below 0) or correcting (above 0); see correct steer.", "ALPHA")
     ] = None,
-    precision: Annotated[str | None, _option("fp32 or bf16.", "PRECISION")] = None,
-    device: Annotated[str | None, _option("Such as cuda:0; the GPU if there is one.")] = None,
-    batch_size: Annotated[int | None, _option("Rows corrected at once; kept after each batch.")] = None,
-    tokens_per_batch: Annotated[int | None, _option("Tokens computed at once; fewer save memory.")] = None,
+    precision: Annotated[str | None, option("fp32 or bf16.", "PRECISION")] = None,
+    device: Annotated[str | None, option("Such as cuda:0; the GPU if there is one.")] = None,
+    batch_size: Annotated[int | None, option("Rows corrected at once; kept after each batch.")] = None,
+    tokens_per_batch: Annotated[int | None, option("Tokens computed at once; fewer save memory.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace FILE.jsonl.")] = False,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", metavar="", help="Leave bad rows out, and say so.")
@@ -64,26 +58,20 @@ def run(
     options = CorrectionOptions(gate, Guards() if guards else NO_GUARDS, max_new_tokens, strength or 0.0)
     local = {"device": device, "precision": precision, "tokens_per_batch": tokens_per_batch}
     started = time.perf_counter()
-    try:
-        with Display() as display:
-            rows = load_uncorrected(data, skip_bad_rows=skip_bad_rows)
-            if rows.skipped:
-                skipped = f"{data}: {len(rows.skipped)} bad rows left out; the first: {rows.skipped[0]}"
-                say("warning", skipped, "yellow")
-            display.announce(f"{len(rows)} rows to correct")
-            done = correct_rows(
-                rows,
-                load_corrector(corrector, template, local),
-                output,
-                options=options,
-                overwrite=overwrite,
-                rows_per_batch=ROWS_PER_BATCH if batch_size is None else batch_size,
-                announce=display.announce,
-                progress=display.progress,
-            )
-    except KeyboardInterrupt:
-        say("interrupted", "the same command goes on from here", "bold yellow")
-        raise typer.Exit(INTERRUPTED) from None
+    with resumable(), Display() as display:
+        rows = load_uncorrected(data, skip_bad_rows=skip_bad_rows)
+        warn_of_bad_rows(rows)
+        display.announce(f"{len(rows)} rows to correct")
+        done = correct_rows(
+            rows,
+            load_corrector(corrector, template, local),
+            output,
+            options=options,
+            overwrite=overwrite,
+            rows_per_batch=ROWS_PER_BATCH if batch_size is None else batch_size,
+            announce=display.announce,
+            progress=display.progress,
+        )
     facts = _facts(done, time.perf_counter() - started)
     (show_json if as_json else _show)(facts)
 

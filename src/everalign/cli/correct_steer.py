@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everalign.cli.display import Display
-from everalign.cli.output import say, show, show_json, show_line
-from everalign.cli.runs import Json
+from everalign.cli.output import show, show_json, show_line
+from everalign.cli.verbs import Json, option, warn_of_bad_rows
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,23 +21,18 @@ EPILOG = (
 )
 
 
-def _option(text: str, metavar: str | None = None) -> Any:
-    """A flag with its help; those that may be left out have their defaults where they are used."""
-    return typer.Option(help=text, metavar=metavar, show_default=False)
-
-
 def steer(
-    corrector: Annotated[str, _option("A corrector's folder; the direction is written into it.", "DIR")],
-    data: Annotated[str, _option("Corrections, best such as it was not trained on.", "CORRECTIONS")],
-    direction: Annotated[str | None, _option("mean of the differences, or principal.", "KIND")] = None,
-    layers: Annotated[str | None, _option("Layers to steer together, such as 3,4; the best one if not given.")] = None,
-    strengths: Annotated[str | None, _option('Strengths to try: "-1,-0.5,0.5,1".', "NUMBERS")] = None,
-    rows: Annotated[int | None, _option("Most rows to extract from.")] = None,
-    trials: Annotated[int | None, _option("Most rows to compare layers on.")] = None,
-    prefix: Annotated[int | None, _option("Most tokens of each answer that are looked at.")] = None,
-    precision: Annotated[str | None, _option("fp32 or bf16.", "PRECISION")] = None,
-    tokens_per_batch: Annotated[int | None, _option("Tokens computed at once; fewer save memory.")] = None,
-    seed: Annotated[int, _option("Draws the rows.")] = 0,
+    corrector: Annotated[str, option("A corrector's folder; the direction is written into it.", "DIR")],
+    data: Annotated[str, option("Corrections, best such as it was not trained on.", "CORRECTIONS")],
+    direction: Annotated[str | None, option("mean of the differences, or principal.", "KIND")] = None,
+    layers: Annotated[str | None, option("Layers to steer together, such as 3,4; the best one if not given.")] = None,
+    strengths: Annotated[str | None, option('Strengths to try: "-1,-0.5,0.5,1".', "NUMBERS")] = None,
+    rows: Annotated[int | None, option("Most rows to extract from.")] = None,
+    trials: Annotated[int | None, option("Most rows to compare layers on.")] = None,
+    prefix: Annotated[int | None, option("Most tokens of each answer that are looked at.")] = None,
+    precision: Annotated[str | None, option("fp32 or bf16.", "PRECISION")] = None,
+    tokens_per_batch: Annotated[int | None, option("Tokens computed at once; fewer save memory.")] = None,
+    seed: Annotated[int, option("Draws the rows.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace a direction.")] = False,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", metavar="", help="Leave bad rows out, and say so.")
@@ -60,8 +55,7 @@ def steer(
     local: dict[str, Any] = {"precision": precision, "tokens_per_batch": tokens_per_batch}
     with Display() as display:
         found = load_corrections(data, skip_bad_rows=skip_bad_rows)
-        if found.skipped:
-            say("warning", f"{data}: {len(found.skipped)} bad rows left out; the first: {found.skipped[0]}", "yellow")
+        warn_of_bad_rows(found)
         display.announce("steering")
         facts = steer_corrector(
             corrector,

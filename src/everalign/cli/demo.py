@@ -7,7 +7,7 @@ import typer
 
 from everalign.cli.display import Display
 from everalign.cli.output import show, show_json, show_line
-from everalign.cli.runs import Json
+from everalign.cli.verbs import Json
 
 
 def demo(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everalign.cli.display import Display
-from everalign.cli.output import say, show, show_json, show_line, show_yaml
+from everalign.cli.output import show, show_json, show_line, show_yaml
+from everalign.cli.verbs import resumable, warn_of_bad_rows
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from everalign.learning.recipe import Recipe
     from everalign.learning.run_data import RunData
 
-INTERRUPTED = 130
 # These say how this one command behaves; every other flag is a recipe's key.
 _NOT_IN_A_RECIPE = ("recipe", "resume", "as_json", "print_recipe")
 
@@ -109,11 +109,8 @@ def learn(
     test_limit: Annotated[int | None, _flag("Most held-out pairs scored of a task; 0 for all.", _STEPS)] = None,
 ) -> None:
     """Teach a model task after task, and keep what it learned before."""
-    try:
+    with resumable("the same command with --resume"):
         _print_recipe(context.params) if print_recipe else _learn(context.params)
-    except KeyboardInterrupt:
-        say("interrupted", "the same command with --resume goes on from here", "bold yellow")
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def parse_task(text: str) -> dict[str, str]:
@@ -169,12 +166,8 @@ def _announce_data(name: str, train: "RowSet[Any]", test: "RowSet[Any] | None", 
     held_out = "no held-out rows, so it is not scored" if test is None else f"{len(test)} held out"
     display.announce(f"  {name}: {len(train)} rows to learn, {held_out}")
     for rows in (train, test):
-        if rows is not None and rows.skipped:
-            say(
-                "warning",
-                f"{rows.source}: {len(rows.skipped)} bad rows left out; the first: {rows.skipped[0]}",
-                "yellow",
-            )
+        if rows is not None:
+            warn_of_bad_rows(rows)
 
 
 def _write_report(run: Path) -> Path:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everalign.cli.display import Display
-from everalign.cli.output import say, show, show_json, show_line
-from everalign.cli.runs import Json
+from everalign.cli.output import show, show_json, show_line
+from everalign.cli.verbs import Json, option, resumable, warn_of_bad_rows
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,14 +19,7 @@ if TYPE_CHECKING:
     from everalign.training.reward_model import TrainedRewardModel
     from everalign.training.reward_report import RewardReport
 
-INTERRUPTED = 130
-
 reward = typer.Typer(help="Train a reward model on preferences, and score answers.", no_args_is_help=True)
-
-
-def _option(text: str, metavar: str | None = None) -> Any:
-    """A flag with its help; those that may be left out have their defaults where they are used."""
-    return typer.Option(help=text, metavar=metavar, show_default=False)
 
 
 @reward.command(
@@ -34,17 +27,17 @@ def _option(text: str, metavar: str | None = None) -> Any:
     "--output runs/reward --learning-rate 1e-3"
 )
 def train(
-    model: Annotated[str, _option("A Hugging Face folder, a Hub name, or `tiny`.")],
-    data: Annotated[str, _option("Preferences to learn.", "PAIRS")],
-    output: Annotated[Path, _option("The reward model's folder.", "DIR")],
-    test: Annotated[str | None, _option("Held-out preferences, for the report.", "PAIRS")] = None,
-    seed: Annotated[int, _option("Seeds everything random.")] = 0,
-    learning_rate: Annotated[float | None, _option("Peak of the learning rate.")] = None,
-    epochs: Annotated[float | None, _option("Passes over the pairs; fractions allowed.")] = None,
-    batch_size: Annotated[int | None, _option("Pairs of an optimiser step.")] = None,
-    max_length: Annotated[int | None, _option("Longest prompt plus answer, in tokens.")] = None,
-    tokens_per_batch: Annotated[int | None, _option("Tokens computed at once; fewer save memory.")] = None,
-    centring: Annotated[float | None, _option("Pull of a pair's rewards towards 0.")] = None,
+    model: Annotated[str, option("A Hugging Face folder, a Hub name, or `tiny`.")],
+    data: Annotated[str, option("Preferences to learn.", "PAIRS")],
+    output: Annotated[Path, option("The reward model's folder.", "DIR")],
+    test: Annotated[str | None, option("Held-out preferences, for the report.", "PAIRS")] = None,
+    seed: Annotated[int, option("Seeds everything random.")] = 0,
+    learning_rate: Annotated[float | None, option("Peak of the learning rate.")] = None,
+    epochs: Annotated[float | None, option("Passes over the pairs; fractions allowed.")] = None,
+    batch_size: Annotated[int | None, option("Pairs of an optimiser step.")] = None,
+    max_length: Annotated[int | None, option("Longest prompt plus answer, in tokens.")] = None,
+    tokens_per_batch: Annotated[int | None, option("Tokens computed at once; fewer save memory.")] = None,
+    centring: Annotated[float | None, option("Pull of a pair's rewards towards 0.")] = None,
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", metavar="", help="Let rows be in both sets.")
     ] = False,
@@ -88,45 +81,41 @@ def train(
 def score(
     model: Annotated[
         str,
-        _option(
+        option(
             "A reward model's folder, a Python function MODULE:FUNCTION, or a judge on a server as URL#MODEL.",
             "DIR|FUNCTION|JUDGE",
         ),
     ],
-    data: Annotated[str, _option("Rows with prompt and completions, or preferences.", "ROWS")],
-    output: Annotated[Path, _option("The rows with their rewards.", "FILE.jsonl")],
+    data: Annotated[str, option("Rows with prompt and completions, or preferences.", "ROWS")],
+    output: Annotated[Path, option("The rows with their rewards.", "FILE.jsonl")],
     overwrite: Annotated[
         bool, typer.Option("--overwrite", metavar="", help="Ignore rewards that rows have, and replace FILE.jsonl.")
     ] = False,
-    batch_size: Annotated[int | None, _option("Answers scored at once; kept after each batch.")] = None,
-    tokens_per_batch: Annotated[int | None, _option("Tokens a reward model computes at once.")] = None,
-    judge_instructions: Annotated[Path | None, _option("What makes an answer good, for a judge.", "FILE")] = None,
-    cache: Annotated[Path | None, _option("Keep a judge's rewards here, to ask for none twice.", "DIR")] = None,
-    concurrency: Annotated[int | None, _option("Requests to a judge under way at once.")] = None,
-    requests_per_minute: Annotated[float | None, _option("Begin no more requests to a judge.")] = None,
-    timeout: Annotated[float | None, _option("Seconds a judge has for one reply.")] = None,
+    batch_size: Annotated[int | None, option("Answers scored at once; kept after each batch.")] = None,
+    tokens_per_batch: Annotated[int | None, option("Tokens a reward model computes at once.")] = None,
+    judge_instructions: Annotated[Path | None, option("What makes an answer good, for a judge.", "FILE")] = None,
+    cache: Annotated[Path | None, option("Keep a judge's rewards here, to ask for none twice.", "DIR")] = None,
+    concurrency: Annotated[int | None, option("Requests to a judge under way at once.")] = None,
+    requests_per_minute: Annotated[float | None, option("Begin no more requests to a judge.")] = None,
+    timeout: Annotated[float | None, option("Seconds a judge has for one reply.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score answers, and write them as rows to learn from with `--objective var`.
 
     Killed in the middle, the same command goes on where it was.
     """
-    try:
+    with resumable():
         from everalign.evaluation.rewards import JudgeOptions
 
         judge = JudgeOptions(judge_instructions, cache, concurrency, requests_per_minute, timeout)
         _score(model, data, output, overwrite, batch_size, tokens_per_batch, judge, as_json)
-    except KeyboardInterrupt:
-        say("interrupted", "the same command goes on from here", "bold yellow")
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _load(source: str, skip_bad_rows: bool) -> "PreferenceSet":
     from everalign.data import load_preferences
 
     rows = load_preferences(source, skip_bad_rows=skip_bad_rows)
-    if rows.skipped:
-        say("warning", f"{source}: {len(rows.skipped)} bad rows left out; the first: {rows.skipped[0]}", "yellow")
+    warn_of_bad_rows(rows)
     return rows
 
 

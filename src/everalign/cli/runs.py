@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from everalign.cli.output import show, show_json, show_line
-
-Json = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as one JSON object.")]
+from everalign.cli.verbs import Json
 
 
 def report(

@@ -1,23 +1,16 @@
 """Training's stages, each kept when it is finished, so that a killed training goes on where it was."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from everalign.data.groups import EncodedGroup
 from everalign.data.layout import row_tokens
-from everalign.errors import EveralignError
-from everalign.files import checksums, differing_files, new_folder, read_json, write_json
 from everalign.modeling.policy import Policy
 from everalign.modeling.whole_model import WholeModel
+from everalign.training.finished import keep_finished, load_finished
 from everalign.training.stage import StageOptions, StageResult, train_rows
 from everalign.training.teaching import RewardWeightedObjective
-
-_WEIGHTS, _REPORT, _FILES = "model.safetensors", "report.json", "files.json"
 
 
 def train_stage(
@@ -45,10 +38,9 @@ def train_stage(
     Raises:
         EveralignError: the loss or the weights became NaN or infinite.
     """
-    done = folder / "done"
-    finished = _finished(model, done)
+    finished = load_finished(model, folder)
     if finished is not None:
-        return finished, True
+        return StageResult(**finished), True
     shared = model.head.shared
     result = train_rows(
         model,
@@ -61,25 +53,5 @@ def train_stage(
         shared=shared,
         progress=progress,
     )
-    _keep(model, result, done)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    keep_finished(model, asdict(result), folder, "training")
     return result, False
-
-
-def _keep(model: Policy | WholeModel, result: StageResult, done: Path) -> None:
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    # The trainer sees a loss only before each step, so nobody has looked at what the last one left.
-    if not all(torch.isfinite(value).all() for value in weights.values()):
-        raise EveralignError("training left NaN or infinite weights: lower the learning rate, or train in fp32")
-    with new_folder(done) as folder:
-        save_file(weights, folder / _WEIGHTS)
-        write_json(folder / _REPORT, asdict(result))
-        write_json(folder / _FILES, checksums(folder))
-
-
-def _finished(model: Policy | WholeModel, done: Path) -> StageResult | None:
-    if not done.exists() or differing_files(done, read_json(done / _FILES)):
-        shutil.rmtree(done, ignore_errors=True)
-        return None
-    model.load_state_dict(load_file(done / _WEIGHTS))
-    return StageResult(**read_json(done / _REPORT))

@@ -4,14 +4,12 @@ On disk a row has the columns `question` (text, or chat messages) and `answer`; 
 as it should be, `good`, whether it is good as it is, and `kind`, by which results are told apart.
 """
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from everalign.data.fields import Message, check_text, checked_prompt
+from everalign.data.fields import Message, check_text, checked_prompt, content_id
 from everalign.data.fields import kind as kind_of
 from everalign.data.readers import load_rows
 from everalign.data.row_set import RowSet
@@ -76,9 +74,7 @@ class Answer:
     def id(self) -> str:
         """16 hexadecimal digits that name the content."""
         names = ("question", "answer", "correction", "good", "kind")
-        content = {name: getattr(self, name) for name in names}
-        text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return content_id({name: getattr(self, name) for name in names})
 
     @property
     def judgements(self) -> tuple[str, ...]:

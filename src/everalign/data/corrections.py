@@ -5,15 +5,13 @@ answer that is good already is its own correction. One edit of an answer is a pr
 conversions are pure.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from everalign.data.fields import Message, answer, check_text, checked_prompt, checked_weight
+from everalign.data.fields import Message, answer, check_text, checked_prompt, checked_weight, content_id
 from everalign.data.readers import PreferenceSet, first_columns, load_preferences, load_rows
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
@@ -64,9 +62,7 @@ class Correction:
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits that name the content (question, answer, correction; not the weight)."""
-        content = {"question": self.question, "answer": self.answer, "correction": self.correction}
-        text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return content_id({"question": self.question, "answer": self.answer, "correction": self.correction})
 
     @cached_property
     def judgements(self) -> tuple[str, ...]:

@@ -5,8 +5,6 @@ On disk a row has `question` or `prompt`, and beside it nothing; an `answer`, pe
 perhaps with `rewards`. An `id` and a `weight` are carried along.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from everalign.data.corrections import Correction, correction_of
-from everalign.data.fields import Message, answer, check_text, checked_prompt, checked_weight, kind
+from everalign.data.fields import Message, answer, check_text, checked_prompt, checked_weight, content_id, kind
 from everalign.data.readers import load_rows
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
@@ -78,9 +76,7 @@ class Draft:
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits that name the content (question, answers and edit)."""
-        content = [self.question, self.answers, None if self.edit is None else self.edit.id]
-        text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return content_id([self.question, self.answers, None if self.edit is None else self.edit.id])
 
     @property
     def judgements(self) -> tuple[str, ...]:

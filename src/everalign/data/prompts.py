@@ -1,13 +1,11 @@
 """Prompts whose answers are yet to be sampled: the column `prompt`, and optionally `weight`."""
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from everalign.data.fields import Message, checked_prompt, checked_weight
+from everalign.data.fields import Message, checked_prompt, checked_weight, content_id
 from everalign.data.readers import load_rows
 from everalign.data.row_set import RowSet
 from everalign.data.schema import Schema
@@ -47,8 +45,7 @@ class PromptRow:
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits that name the prompt."""
-        text = json.dumps({"prompt": self.prompt}, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return content_id({"prompt": self.prompt})
 
     @property
     def judgements(self) -> tuple[str, ...]:

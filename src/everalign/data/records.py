@@ -5,8 +5,6 @@ On disk a row has the columns of TRL: `prompt` (text, or chat messages), `chosen
 `weight`.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +16,7 @@ from everalign.data.fields import (
     check_text,
     checked_prompt,
     checked_weight,
+    content_id,
     messages,
     only_answer,
 )
@@ -69,9 +68,7 @@ class Preference:
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits that name the content (prompt, chosen, rejected; not the weight)."""
-        content = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
-        text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return content_id({"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected})
 
     @property
     def judgements(self) -> tuple[str, ...]:

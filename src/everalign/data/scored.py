@@ -6,8 +6,6 @@ counts), `reference_rewards` (any number of them, what other answers to the prom
 counts).
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from everalign.data.fields import (
     check_text,
     checked_prompt,
     checked_weight,
+    content_id,
     is_finite,
     kind,
     shown,
@@ -90,9 +89,7 @@ class Scored:
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits that name the content (prompt, completions, rewards; no weights, nothing beside)."""
-        content = {"prompt": self.prompt, "completions": self.completions, "rewards": self.rewards}
-        text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return content_id({"prompt": self.prompt, "completions": self.completions, "rewards": self.rewards})
 
     def to_json(self) -> dict[str, Any]:
         """The row as its columns; `weight` only where it is not 1, what may be missing only where it is there."""

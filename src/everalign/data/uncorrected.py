@@ -3,13 +3,11 @@
 On disk a row has the columns `question` (text, or chat messages) and `answer`, or `prompt` and `completion`.
 """
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
 
-from everalign.data.fields import Message, check_text, checked_prompt
+from everalign.data.fields import Message, check_text, checked_prompt, content_id
 from everalign.data.readers import load_rows
 from everalign.data.row_set import RowSet
 from everalign.data.schema import Schema
@@ -52,9 +50,7 @@ class Uncorrected:
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits that name the content."""
-        content = {"question": self.question, "answer": self.answer}
-        text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return content_id({"question": self.question, "answer": self.answer})
 
     @property
     def judgements(self) -> tuple[str, ...]:

@@ -4,15 +4,13 @@ On disk a row has the columns `prompt` and `completions`, as scored rows have th
 `chosen` and `rejected` become the two completions, in this order.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from everalign.data.fields import Message, checked_prompt, checked_weight
+from everalign.data.fields import Message, checked_prompt, checked_weight, content_id
 from everalign.data.readers import load_rows
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
@@ -62,9 +60,7 @@ class Unscored:
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits that name the content (prompt and completions; not the weight)."""
-        content = {"prompt": self.prompt, "completions": self.completions}
-        text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return content_id({"prompt": self.prompt, "completions": self.completions})
 
     @property
     def judgements(self) -> tuple[str, ...]:

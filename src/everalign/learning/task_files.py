@@ -52,7 +52,17 @@ def _loader(objective: str | None) -> Callable[..., RowSet[Any]]:
         return load_corrections
     if objective == "snkl":
         return load_judged
-    return load_scored if objective in SCORED_OBJECTIVES else load_preferences
+    return _load_rewarded if objective in SCORED_OBJECTIVES else load_preferences
+
+
+def _load_rewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
+    """Read scored rows; preferences are what people give most often in their place."""
+    first = first_columns(source, "train", ("completions", "chosen", "rejected"))
+    if first and "completions" not in first:
+        raise InputError(
+            f"{source}: preferences have no rewards: name who gives them with reward, or learn them with fpo, dpo or snkl"
+        )
+    return load_scored(source, skip_bad_rows=skip_bad_rows)
 
 
 def _load_unrewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:

@@ -1,7 +1,5 @@
 """Train all stages of one task, each against its explicit reference, resumable after every step."""
 
-import json
-import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -9,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from everalign.data.encoding import EncodedPair, EncodedPairs
 from everalign.data.groups import EncodedGroups, TargetGroup
-from everalign.errors import EveralignError
-from everalign.files import checksums, differing_files, new_folder, read_json, write_json
 from everalign.learning.setup import Setup
-from everalign.modeling.policy import Policy
 from everalign.objectives import implicit_margin
+from everalign.training.finished import keep_finished, load_finished
 from everalign.training.reference import group_log_probs, pair_log_probs, policy_key
 from everalign.training.stage import StageOptions, run_stage
 from everalign.training.teaching import Objective
@@ -89,8 +84,10 @@ def train_task(setup: Setup, pairs: Encoded, replayed: int, work: Path, seed: in
     reports = []
     for index, (objective, options) in enumerate(setup.stages()):
         folder = work / f"{index}-{objective.name}"
-        report = _finished(setup.policy, folder)
-        if report is None:
+        earlier = load_finished(setup.policy, folder)
+        if earlier is not None:
+            report = StageReport(**earlier)
+        else:
             reference = (policy_before or _reference(setup, pairs)) if objective.needs_reference else None
             report = _train_stage(setup, objective, options, pairs, replayed, folder, seed + index, reference)
         reports.append(report)
@@ -125,7 +122,6 @@ def _train_stage(
         gradient_hook=setup.method.adjust_gradients,
         progress=lambda done, total: setup.progress(objective.name, done, total),
     )
-    _check_finite(setup.policy, objective.name)
     report = StageReport(
         stage=objective.name,
         reference=None if reference is None else reference.name,
@@ -137,7 +133,7 @@ def _train_stage(
         curve=result.curve,
         **start,
     )
-    _finish(setup.policy, report, folder)
+    keep_finished(setup.policy, asdict(report), folder, objective.name)
     return report
 
 
@@ -184,30 +180,3 @@ def _step0(setup: Setup, reference: _Reference) -> tuple[dict[str, float], str]:
     margins = implicit_margin(chosen, rejected, reference_chosen, reference_rejected, setup.options.beta)
     margin = margins.mean().item()
     return {"step0_margin": margin}, f"margin at step 0 = {margin:.6g}"
-
-
-def _check_finite(policy: Policy, stage: str) -> None:
-    """Refuse what the last step left: the trainer sees a loss only before each step."""
-    if not all(torch.isfinite(value).all() for value in policy.state_dict().values()):
-        raise EveralignError(f"{stage} left NaN or infinite weights: lower the learning rate, or train in fp32")
-
-
-def _finish(policy: Policy, report: StageReport, folder: Path) -> None:
-    """Keep the stage's result, so that a killed run need not train it again, and drop its checkpoints."""
-    with new_folder(folder / "done") as done:
-        save_file(
-            {name: value.contiguous() for name, value in policy.state_dict().items()},
-            done / "policy.safetensors",
-        )
-        (done / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
-        write_json(done / "files.json", checksums(done))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def _finished(policy: Policy, folder: Path) -> StageReport | None:
-    done = folder / "done"
-    if not done.exists() or differing_files(done, read_json(done / "files.json")):
-        shutil.rmtree(done, ignore_errors=True)
-        return None
-    policy.load_state_dict(load_file(done / "policy.safetensors"))
-    return StageReport(**read_json(done / "report.json"))
