@@ -160,6 +160,15 @@ def test_a_caller_may_have_an_event_loop():
         assert asyncio.run(ask(server)) == "x"
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: a process that a shell started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupting_ends_at_once():
     # Once the questions have arrived: by then whoever asks is waiting and nothing else.
     fired = []

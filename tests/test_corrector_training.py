@@ -310,7 +310,7 @@ def test_what_another_training_left_is_not_taken(tmp_path):
 def test_a_damaged_finished_stage_is_trained_again(tmp_path):
     with pytest.raises(StopError):
         train(tmp_path / "out", corrections(12), RESUMED, progress=stop_at("correction", 1))
-    (weights,) = (tmp_path / "out.training").rglob("done/model.safetensors")
+    (weights,) = (tmp_path / "out.training").rglob("done/policy.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     steps = []
     train(tmp_path / "out", corrections(12), RESUMED, progress=lambda *step: steps.append(step))

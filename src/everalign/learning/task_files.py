@@ -60,7 +60,7 @@ def _load_rewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
     first = first_columns(source, "train", ("completions", "chosen", "rejected"))
     if first and "completions" not in first:
         raise InputError(
-            f"{source}: preferences have no rewards: name who gives them with reward, or learn them with fpo, dpo or snkl"
+            f"{source}: preferences have no rewards: name who gives them with reward, or learn them with fpo or snkl"
         )
     return load_scored(source, skip_bad_rows=skip_bad_rows)
 
