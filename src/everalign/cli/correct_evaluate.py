@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everalign.cli.correct_run import load_corrector
+from everalign.cli.correct_run import load_corrector, make_approver
 from everalign.cli.display import Display
 from everalign.cli.output import show, show_json
 from everalign.cli.verbs import Json, option, warn_of_bad_rows
@@ -35,6 +35,10 @@ def evaluate(
     guards: Annotated[
         bool, typer.Option("--guards/--no-guards", help="Return the answer where a correction cannot be trusted.")
     ] = True,
+    approve: Annotated[
+        str | None, option("Who must find a correction better, as in correct run.", "DIR|MODULE:FUNCTION|URL#MODEL")
+    ] = None,
+    margin: Annotated[float | None, option("How much better, in units of its rewards.")] = None,
     strength: Annotated[float | None, option("Steer, as in correct run.", "ALPHA")] = None,
     max_new_tokens: Annotated[int | None, option("Longest correction; twice the answer and 256 more.")] = None,
     judge_instructions: Annotated[Path | None, option("What makes an answer good, for a judge.", "FILE")] = None,
@@ -66,7 +70,7 @@ def evaluate(
         display.announce(f"{len(rows)} rows to correct")
         report = evaluate_corrector(
             rows,
-            load_corrector(corrector, template, local),
+            load_corrector(corrector, template, local, make_approver(approve, margin)),
             referee,
             options=options,
             seed=seed,

@@ -13,6 +13,7 @@ from everalign.errors import InputError
 
 if TYPE_CHECKING:
     from everalign.correction import Corrector
+    from everalign.correction.guards import Approver
     from everalign.correction.running import CorrectionRun
 
 EPILOG = (
@@ -33,6 +34,10 @@ def run(
     guards: Annotated[
         bool, typer.Option("--guards/--no-guards", help="Return the answer where a correction cannot be trusted.")
     ] = True,
+    approve: Annotated[
+        str | None, option("Who must find a correction better than the answer.", "DIR|MODULE:FUNCTION|URL#MODEL")
+    ] = None,
+    margin: Annotated[float | None, option("How much better, in units of its rewards.")] = None,
     max_new_tokens: Annotated[int | None, option("Longest correction; twice the answer and 256 more.")] = None,
     strength: Annotated[
         float | None, option("Steer towards copying (below 0) or correcting (above 0); see correct steer.", "ALPHA")
@@ -64,7 +69,7 @@ def run(
         display.announce(f"{len(rows)} rows to correct")
         done = correct_rows(
             rows,
-            load_corrector(corrector, template, local),
+            load_corrector(corrector, template, local, make_approver(approve, margin)),
             output,
             options=options,
             overwrite=overwrite,
@@ -76,13 +81,32 @@ def run(
     (show_json if as_json else _show)(facts)
 
 
-def load_corrector(name: str, template: str | None, local: dict[str, Any]) -> "Corrector":
+def make_approver(name: str | None, margin: float | None) -> "Approver | None":
+    """Return who approves of corrections: a scorer of that name, or nobody.
+
+    Raises:
+        InputError: there is no such scorer, or a margin that nobody would heed.
+    """
+    from everalign.evaluation.comparing import ScorerApproval
+    from everalign.evaluation.scorers import make_scorer
+
+    if name is None:
+        if margin is not None:
+            raise InputError("margin: is for a scorer; name one with --approve, or leave it out")
+        return None
+    return ScorerApproval(make_scorer(name), margin or 0.0)
+
+
+def load_corrector(
+    name: str, template: str | None, local: dict[str, Any], approver: "Approver | None" = None
+) -> "Corrector":
     """Return the corrector of a name.
 
     Args:
         name: a folder, or URL#MODEL.
         template: what it reads, if it does not say so itself.
         local: `device`, `precision` and `tokens_per_batch` of one in this process; None where not given.
+        approver: asked whether each correction may take the answer's place.
 
     Raises:
         InputError: there is no such corrector, or it would ignore something that is given.
@@ -91,7 +115,7 @@ def load_corrector(name: str, template: str | None, local: dict[str, Any]) -> "C
 
     given = {flag: value for flag, value in local.items() if value is not None}
     if not name.startswith(("http://", "https://")):
-        return Corrector.from_pretrained(name, template=template, **given)
+        return Corrector.from_pretrained(name, template=template, approver=approver, **given)
     url, _, model = name.partition("#")
     if not model:
         raise InputError(f"{name}: name the model behind the address, such as http://127.0.0.1:8000/v1#aligner")
@@ -100,7 +124,7 @@ def load_corrector(name: str, template: str | None, local: dict[str, Any]) -> "C
     if given:
         flag = next(iter(given)).replace("_", "-")
         raise InputError(f"--{flag}: is for a corrector in this process; a server decides for itself")
-    return Corrector.from_endpoint(url, model, template=template)
+    return Corrector.from_endpoint(url, model, template=template, approver=approver)
 
 
 def _facts(done: "CorrectionRun", seconds: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ corrected = corrector.correct("Is the sea salty?", "No.")
 corrected.text, corrected.changed, corrected.forward_passes
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ import torch
 from everalign.chat_client import ChatClient
 from everalign.correction.engines import TOKENS_PER_BATCH, EndpointEngine, Engine, Gate, LocalEngine, Pair, Written
 from everalign.correction.files import load_corrector_files
-from everalign.correction.guards import Guards
+from everalign.correction.guards import Approver, Guards
 from everalign.correction.templates import Question, Template, get_template
 from everalign.data.fields import check_text, checked_prompt
 from everalign.errors import EveralignError, InputError
@@ -30,8 +31,8 @@ class Corrected:
     Args:
         text: the correction; the original answer, byte by byte, where it is not `changed`.
         changed: whether it is another text than the answer.
-        reason: why the original is returned although nobody found it right: `gate`, `too_long`, or the name of the
-            guard that refused the correction; None otherwise.
+        reason: why the original is returned although nobody found it right: `gate`, `too_long`, the name of the
+            guard that refused the correction, or `not_better` where the approver did; None otherwise.
         forward_passes: of the model; None where the engine does not tell, as for the following.
         accepted_draft_tokens: tokens guessed from the answer that were right.
         rejected_draft_tokens: tokens guessed from it that were not.
@@ -94,10 +95,13 @@ class Corrector:
     Args:
         engine: what writes corrections.
         options: how, unless a call says otherwise.
+        approver: asked whether each correction may take the answer's place; nobody is when None.
     """
 
-    def __init__(self, engine: Engine, options: CorrectionOptions | None = None) -> None:
-        self._engine, self._options = engine, options or CorrectionOptions()
+    def __init__(
+        self, engine: Engine, options: CorrectionOptions | None = None, approver: Approver | None = None
+    ) -> None:
+        self._engine, self._options, self._approver = engine, options or CorrectionOptions(), approver
 
     @classmethod
     def from_pretrained(
@@ -109,6 +113,7 @@ class Corrector:
         precision: Precision = "fp32",
         tokens_per_batch: int = TOKENS_PER_BATCH,
         options: CorrectionOptions | None = None,
+        approver: Approver | None = None,
     ) -> "Corrector":
         """Load a corrector's folder.
 
@@ -119,6 +124,7 @@ class Corrector:
             precision: of the weights.
             tokens_per_batch: tokens computed at once by `correct_batch`.
             options: how, unless a call says otherwise.
+            approver: asked whether each correction may take the answer's place.
 
         Raises:
             InputError: nothing loadable is there, it does not say which template it reads, or the device is none.
@@ -131,7 +137,7 @@ class Corrector:
             model.to(place)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {place!r}: cannot be used: {str(error).splitlines()[0]}") from error
-        return cls(LocalEngine(model, encoder, tokens_per_batch, str(folder)), options)
+        return cls(LocalEngine(model, encoder, tokens_per_batch, str(folder)), options, approver)
 
     @classmethod
     def from_endpoint(
@@ -142,6 +148,7 @@ class Corrector:
         template: str,
         objectives: Sequence[str] = (),
         options: CorrectionOptions | None = None,
+        approver: Approver | None = None,
     ) -> "Corrector":
         """Use a corrector behind an OpenAI-compatible server's `/v1/completions`.
 
@@ -151,8 +158,9 @@ class Corrector:
             template: id of the template it was trained behind.
             objectives: those it was trained with.
             options: how, unless a call says otherwise; a gate is refused.
+            approver: asked whether each correction may take the answer's place.
         """
-        return cls(EndpointEngine(ChatClient(url, model), get_template(template), objectives), options)
+        return cls(EndpointEngine(ChatClient(url, model), get_template(template), objectives), options, approver)
 
     @property
     def template(self) -> Template:
@@ -162,7 +170,9 @@ class Corrector:
     @property
     def fingerprint(self) -> str:
         """Names what corrections depend on, the options aside."""
-        return self._engine.fingerprint
+        if self._approver is None:
+            return self._engine.fingerprint
+        return hashlib.sha256(f"{self._engine.fingerprint} {self._approver.fingerprint}".encode()).hexdigest()
 
     def correct(
         self,
@@ -193,7 +203,8 @@ class Corrector:
         options = self._chosen(options, strength)
         checked = [_checked(pair, f"pair {number}: ") for number, pair in enumerate(pairs, start=1)]
         found = self._engine.write(checked, options.passes, options.max_new_tokens, options.strength)
-        return [self._judged(answer, written, options) for (_, answer), written in zip(checked, found, strict=True)]
+        judged = [self._judged(answer, written, options) for (_, answer), written in zip(checked, found, strict=True)]
+        return self._approved(checked, judged)
 
     def stream(
         self,
@@ -211,11 +222,11 @@ class Corrector:
         """
         options = self._chosen(options, strength)
         pair = _checked((question, answer), "")
-        guarded = (options.guards or Guards()).any
+        guarded = (options.guards or Guards()).any or self._approver is not None
         given = ""
         for found in self._engine.follow(pair, options.passes, options.max_new_tokens, options.strength):
             is_last = isinstance(found, Written)
-            text = self._judged(answer, found, options).text if isinstance(found, Written) else found
+            text = self._ended(pair, found, options).text if isinstance(found, Written) else found
             if guarded and not is_last:
                 text = _common_beginning(text, answer)
             if is_last and not text.startswith(given):
@@ -237,6 +248,21 @@ class Corrector:
         return Corrected(
             text, text != answer, reason, written.passes, written.accepted, written.rejected, written.tokens
         )
+
+    def _ended(self, pair: Pair, written: Written, options: CorrectionOptions) -> Corrected:
+        return self._approved([pair], [self._judged(pair[1], written, options)])[0]
+
+    def _approved(self, pairs: Sequence[Pair], found: list[Corrected]) -> list[Corrected]:
+        """Return corrections, and the answers instead of those that the approver refuses."""
+        changed = [i for i, one in enumerate(found) if one.changed]
+        if self._approver is None or not changed:
+            return found
+        columns = [pairs[i][0] for i in changed], [pairs[i][1] for i in changed], [found[i].text for i in changed]
+        verdicts = dict(zip(changed, self._approver.approve(*columns), strict=True))
+        return [
+            one if verdicts.get(i, True) else replace(one, text=pairs[i][1], changed=False, reason="not_better")
+            for i, one in enumerate(found)
+        ]
 
 
 def _checked(pair: Pair, where: str) -> Pair:

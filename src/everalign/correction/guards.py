@@ -2,15 +2,30 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from everalign.correction.templates import Template
+from everalign.correction.templates import Question, Template
 from everalign.errors import InputError
 
 _CODE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n]*\n.*?^[ \t]*\1[ \t]*$", re.MULTILINE | re.DOTALL)
 _URL = re.compile(r"https?://[^\s<>\"'`)\]}]+")
 # What ends a sentence is no part of an address in it.
 _BEHIND_URL = ".,;:!?"
+
+
+class Approver(Protocol):
+    """Has the last word on corrections, such as `everalign.evaluation.ScorerApproval`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what the approval depends on."""
+        ...
+
+    def approve(self, questions: Sequence[Question], answers: Sequence[str], corrections: Sequence[str]) -> list[bool]:
+        """Return, for each of N corrections that differ from their answers, whether it may be returned."""
+        ...
 
 
 @dataclass(frozen=True)
