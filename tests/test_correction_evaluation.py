@@ -11,7 +11,8 @@ from cli_for_tests import run, write_rows
 from corrections_for_tests import corrections, corrector
 from everalign.chat_client import ChatClient
 from everalign.correction import NO_GUARDS, Corrected, CorrectionOptions, Corrector, evaluate_corrector
-from everalign.correction.evaluation import evaluation_report, win_rate, words
+from everalign.correction.edits import words
+from everalign.correction.evaluation import evaluation_report, win_rate
 from everalign.data.answers import Answer, AnswerSet, load_answers
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.comparing import compare_answers
@@ -125,6 +126,48 @@ def test_nothing_to_evaluate_and_failures_are_told(monkeypatch):
     monkeypatch.setattr(Corrector, "correct_batch", fail)
     with pytest.raises(EveralignError, match="rows 1 to 2: the power went"):
         evaluate_corrector(rows, trained, rows_per_batch=2)
+
+
+def test_a_killed_evaluation_goes_on_and_another_referee_needs_no_new_corrections(tmp_path, monkeypatch):
+    trained = Corrector.from_pretrained(corrector().path)
+    rows = AnswerSet.of([one.to_json() for one in corrections(10, 300)])
+    options = CorrectionOptions(guards=NO_GUARDS, max_new_tokens=12)
+    expected = evaluate_corrector(rows, trained, longest_wins, options=options)
+    seen, killed_at, correct_batch = [], [8], Corrector.correct_batch
+
+    def watched(self, pairs, *rest):
+        if [len(seen)] == killed_at:
+            raise KeyboardInterrupt
+        seen.extend(pairs)
+        return correct_batch(self, pairs, *rest)
+
+    monkeypatch.setattr(Corrector, "correct_batch", watched)
+    kept = {"options": options, "rows_per_batch": 4, "cache": tmp_path / "kept"}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_corrector(rows, trained, longest_wins, **kept)
+    assert len(seen) == killed_at.pop()
+    seen.clear()
+    said = []
+    assert evaluate_corrector(rows, trained, longest_wins, **kept, announce=said.append) == expected
+    assert said == ["  8 of 10 rows were corrected by an earlier run"]
+    assert seen == [(row.question, row.answer) for row in rows[8:]]
+    seen.clear()
+    assert evaluate_corrector(rows, trained, **kept).overall.win is None
+    assert seen == []
+    evaluate_corrector(rows, trained, **{**kept, "options": CorrectionOptions(max_new_tokens=11)})
+    assert len(seen) == len(rows)
+
+
+def test_what_an_evaluation_keeps_is_checked(tmp_path):
+    trained = Corrector.from_pretrained(corrector().path)
+    rows = AnswerSet.of([{"question": "q", "answer": "a"}])
+    with pytest.raises(InputError, match="gate: must be a number here"):
+        evaluate_corrector(rows, trained, options=CorrectionOptions(gate=lambda _: True), cache=tmp_path)
+    evaluate_corrector(rows, trained, options=CorrectionOptions(gate=-1e9), cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text("{}\n")
+    with pytest.raises(InputError, match=r"corrections-.*: what an earlier run kept is damaged"):
+        evaluate_corrector(rows, trained, options=CorrectionOptions(gate=-1e9), cache=tmp_path)
 
 
 # ---- who says what is better ----
@@ -275,6 +318,19 @@ def test_the_command_line_prints_a_table_and_json(rows, capsys):
     assert "no scorer" in err
 
 
+def test_an_interrupted_command_says_that_it_goes_on_where_something_is_kept(rows, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Corrector, "correct_batch", interrupt)
+    command = ["correct", "evaluate", "--corrector", str(corrector().path), "--data", str(rows)]
+    code, _, err = run(capsys, *command, "--cache", str(tmp_path / "kept"))
+    assert (code, err.splitlines()[-1]) == (130, "interrupted: the same command goes on from here")
+    code, _, err = run(capsys, *command)
+    assert code != 0
+    assert "goes on from here" not in err
+
+
 def test_the_command_line_asks_a_judge(rows, tmp_path, capsys):
     command = [
         "correct",
@@ -300,7 +356,9 @@ def test_the_command_line_asks_a_judge(rows, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cache", "kept"], "cache: is for a judge; name one with --scorer"),
+        (["--timeout", "5"], "timeout: is for a judge; name one with --scorer"),
+        (["--scorer", "test_correction_evaluation:longer", "--timeout", "5"], "timeout: test_correction_evaluation:"),
+        (["--objectives", "kind"], "--objectives: is for a corrector on a server; a folder holds its own, so leave it"),
         (["--scorer", "nowhere"], "nowhere"),
         (["--strength", "0.5"], "cannot be steered yet"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),

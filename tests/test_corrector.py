@@ -294,9 +294,24 @@ def test_the_command_line_corrects_a_file(tmp_path, capsys):
     assert facts["tokens_per_second"] > 0
 
 
+@pytest.mark.parametrize("verb", ["run", "evaluate"])
+def test_a_server_is_told_the_objectives_of_its_corrector(tmp_path, capsys, verb):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}])
+    output = ["--output", str(tmp_path / "out.jsonl")] if verb == "run" else []
+    with ChatServer(lambda _: completion("a")) as server:
+        known = ["--corrector", f"{server.url}#m", "--template", "everalign-1", "--objectives", "helpful, kind"]
+        code, _, err = run(capsys, "correct", verb, *known, "--data", str(rows), *output)
+    assert code == 0, err
+    (request,) = server.requests
+    assert "\nIt should be more: helpful, kind\n" in request.body["prompt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["nowhere", "--objectives", "kind"], "a folder holds its own, so leave it out"),
+        (["http://127.0.0.1:1/v1#m", "--template", "everalign-1", "--objectives", "a,,b"], "objectives[1]: must be"),
+        (["http://127.0.0.1:1/v1#m", "--template", "aligner-1", "--objectives", "kind"], "has no place for any"),
         (["http://127.0.0.1:1/v1"], "name the model behind the address"),
         (["http://127.0.0.1:1/v1#m"], "name it with --template"),
         (

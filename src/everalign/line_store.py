@@ -26,8 +26,12 @@ class LineStore:
     @classmethod
     def beside(cls, output: Path, key: str) -> "LineStore":
         """The store beside an output file until that is written whole; `key` names what the results depend on."""
-        digest = hashlib.sha256(key.encode()).hexdigest()[:_KEY_DIGITS]
-        return cls(output.with_name(f"{output.name}.{digest}.partial"))
+        return cls(output.with_name(f"{output.name}.{_digest(key)}.partial"))
+
+    @classmethod
+    def within(cls, folder: Path, name: str, key: str) -> "LineStore":
+        """A store that stays, in a folder of such; `key` as in `beside`."""
+        return cls(folder / f"{name}-{_digest(key)}.jsonl")
 
     def read(self) -> list[Any]:
         """Return the values; drops a line that a kill has cut.
@@ -62,6 +66,10 @@ class LineStore:
     def damaged(self) -> InputError:
         """Return the error for values that are not what was added."""
         return InputError(f"{self.path}: what an earlier run kept is damaged: delete this file")
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:_KEY_DIGITS]
 
 
 def json_line(value: Any) -> str:

@@ -8,7 +8,7 @@ import typer
 from everalign.cli import correct_data, correct_distill, correct_evaluate, correct_run, correct_steer
 from everalign.cli.display import Display
 from everalign.cli.output import say, show, show_json, show_line
-from everalign.cli.verbs import Json, option, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, option, phrases, resumable, warn_of_bad_rows
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,7 +71,7 @@ def train(
 
     given = {
         "template": template,
-        "objectives": None if objectives is None else _words(objectives),
+        "objectives": phrases(objectives),
         "identity": identity,
         "identity_epochs": identity_epochs,
         "identity_learning_rate": identity_learning_rate,
@@ -89,10 +89,6 @@ def train(
     with resumable():
         trained = _train(model, data, test, output, options, seed, filtered, allow_overlap, skip_bad_rows)
     (_show_json if as_json else _show)(trained)
-
-
-def _words(objectives: str) -> tuple[str, ...]:
-    return tuple(words.strip() for words in objectives.split(",")) if objectives.strip() else ()
 
 
 def _train(

@@ -1,6 +1,7 @@
 """The verb `correct evaluate`: what a corrector does to answers, and whether they are better for it."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ import typer
 from everalign.cli.correct_run import load_corrector, make_approver
 from everalign.cli.display import Display
 from everalign.cli.output import show, show_json
-from everalign.cli.verbs import Json, option, warn_of_bad_rows
+from everalign.cli.verbs import Json, option, phrases, resumable, warn_of_bad_rows
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def evaluate(
     data: Annotated[str, option("Rows with question, answer, and what is known: correction, good, kind.", "ROWS")],
     scorer: Annotated[str | None, option("Who says which answer is better.", "DIR|MODULE:FUNCTION|URL#MODEL")] = None,
     template: Annotated[str | None, option("What the corrector reads, if it does not say so itself.", "ID")] = None,
+    objectives: Annotated[str | None, option("Those that one on a server was trained with.", "WORDS")] = None,
     gate: Annotated[
         float | None, option("Let answers pass from this mean log-likelihood on, in nats per token.", "NATS")
     ] = None,
@@ -42,7 +44,9 @@ def evaluate(
     strength: Annotated[float | None, option("Steer, as in correct run.", "ALPHA")] = None,
     max_new_tokens: Annotated[int | None, option("Longest correction; twice the answer and 256 more.")] = None,
     judge_instructions: Annotated[Path | None, option("What makes an answer good, for a judge.", "FILE")] = None,
-    cache: Annotated[Path | None, option("Keep a judge's verdicts here, to ask for none twice.", "DIR")] = None,
+    cache: Annotated[
+        Path | None, option("Keep corrections and a judge's verdicts here, to make none twice.", "DIR")
+    ] = None,
     concurrency: Annotated[int | None, option("Requests to a judge under way at once.")] = None,
     requests_per_minute: Annotated[float | None, option("Begin no more requests to a judge.")] = None,
     timeout: Annotated[float | None, option("Seconds a judge has for one reply.")] = None,
@@ -55,25 +59,30 @@ def evaluate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Correct answers, and report on the edits: how many, how large, how many too many, and who wins by them."""
+    """Correct answers, and report on the edits: how many, how large, how many too many, and who wins by them.
+
+    With --cache, the same command goes on where it was killed, and another scorer rates the same corrections.
+    """
     from everalign.correction import NO_GUARDS, CorrectionOptions, Guards
     from everalign.correction.evaluation import evaluate_corrector
     from everalign.data.answers import load_answers
 
     options = CorrectionOptions(gate, Guards() if guards else NO_GUARDS, max_new_tokens, strength or 0.0)
     local = {"device": device, "precision": precision, "tokens_per_batch": tokens_per_batch}
-    judge = (judge_instructions, cache, concurrency, requests_per_minute, timeout)
-    with Display() as display:
+    judge = (judge_instructions, concurrency, requests_per_minute, timeout)
+    with resumable() if cache else nullcontext(), Display() as display:
         rows = load_answers(data, skip_bad_rows=skip_bad_rows)
         warn_of_bad_rows(rows)
-        referee = _referee(scorer, judge, display.announce)
+        referee = _referee(scorer, cache, judge, display.announce)
         display.announce(f"{len(rows)} rows to correct")
         report = evaluate_corrector(
             rows,
-            load_corrector(corrector, template, local, make_approver(approve, margin)),
+            load_corrector(corrector, template, local, make_approver(approve, margin), phrases(objectives)),
             referee,
             options=options,
             seed=seed,
+            cache=cache,
+            announce=display.announce,
             progress=display.progress,
         )
     if as_json:
@@ -82,12 +91,16 @@ def evaluate(
         show(_table(report))
 
 
-def _referee(name: str | None, judge: tuple[Any, ...], announce: Callable[[str], None]) -> "Referee | None":
+def _referee(
+    name: str | None, cache: Path | None, judge: tuple[Any, ...], announce: Callable[[str], None]
+) -> "Referee | None":
     from everalign.evaluation.comparing import compare_answers
     from everalign.evaluation.judge import JudgeOptions
     from everalign.evaluation.scorers import make_scorer
 
-    options = JudgeOptions(*judge)
+    instructions, *others = judge
+    # Corrections are kept whoever rates them; verdicts are a judge's alone.
+    options = JudgeOptions(instructions, cache if name is not None and "://" in name else None, *others)
     if name is None:
         if options.given:
             raise InputError(f"{options.given[0]}: is for a judge; name one with --scorer URL#MODEL, or leave it out")

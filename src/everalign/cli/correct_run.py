@@ -8,7 +8,7 @@ import typer
 
 from everalign.cli.display import Display
 from everalign.cli.output import show_json, show_line
-from everalign.cli.verbs import Json, option, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, option, phrases, resumable, warn_of_bad_rows
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ def run(
     data: Annotated[str, option("Rows with question and answer, or prompt and completion.", "ROWS")],
     output: Annotated[Path, option("The corrections.", "FILE.jsonl")],
     template: Annotated[str | None, option("What it reads, if it does not say so itself.", "ID")] = None,
+    objectives: Annotated[
+        str | None, option('Those that one on a server was trained with: "helpful,harmless".', "WORDS")
+    ] = None,
     gate: Annotated[
         float | None, option("Let answers pass from this mean log-likelihood on, in nats per token.", "NATS")
     ] = None,
@@ -69,7 +72,7 @@ def run(
         display.announce(f"{len(rows)} rows to correct")
         done = correct_rows(
             rows,
-            load_corrector(corrector, template, local, make_approver(approve, margin)),
+            load_corrector(corrector, template, local, make_approver(approve, margin), phrases(objectives)),
             output,
             options=options,
             overwrite=overwrite,
@@ -98,7 +101,11 @@ def make_approver(name: str | None, margin: float | None) -> "Approver | None":
 
 
 def load_corrector(
-    name: str, template: str | None, local: dict[str, Any], approver: "Approver | None" = None
+    name: str,
+    template: str | None,
+    local: dict[str, Any],
+    approver: "Approver | None" = None,
+    objectives: tuple[str, ...] | None = None,
 ) -> "Corrector":
     """Return the corrector of a name.
 
@@ -107,6 +114,7 @@ def load_corrector(
         template: what it reads, if it does not say so itself.
         local: `device`, `precision` and `tokens_per_batch` of one in this process; None where not given.
         approver: asked whether each correction may take the answer's place.
+        objectives: those that one on a server was trained with; None where not given.
 
     Raises:
         InputError: there is no such corrector, or it would ignore something that is given.
@@ -115,6 +123,8 @@ def load_corrector(
 
     given = {flag: value for flag, value in local.items() if value is not None}
     if not name.startswith(("http://", "https://")):
+        if objectives is not None:
+            raise InputError("--objectives: is for a corrector on a server; a folder holds its own, so leave it out")
         return Corrector.from_pretrained(name, template=template, approver=approver, **given)
     url, _, model = name.partition("#")
     if not model:
@@ -124,7 +134,7 @@ def load_corrector(
     if given:
         flag = next(iter(given)).replace("_", "-")
         raise InputError(f"--{flag}: is for a corrector in this process; a server decides for itself")
-    return Corrector.from_endpoint(url, model, template=template, approver=approver)
+    return Corrector.from_endpoint(url, model, template=template, objectives=objectives or (), approver=approver)
 
 
 def _facts(done: "CorrectionRun", seconds: float) -> dict[str, Any]:

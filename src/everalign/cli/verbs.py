@@ -21,6 +21,19 @@ def option(text: str, metavar: str | None = None) -> Any:
     return typer.Option(help=text, metavar=metavar, show_default=False)
 
 
+def flag(text: str, panel: str | None = None, metavar: str | None = None, name: str | None = None) -> Any:
+    """A flag with its help; without `name` it is called as its parameter. No metavar where it takes no value: ""."""
+    names = [] if name is None else [name]
+    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
+
+
+def phrases(text: str | None) -> tuple[str, ...] | None:
+    """Return what stands between the commas of a flag's value; None where the flag is not given."""
+    if text is None or not text.strip():
+        return None if text is None else ()
+    return tuple(words.strip() for words in text.split(","))
+
+
 @contextmanager
 def resumable(command: str = "the same command") -> Iterator[None]:
     """End a verb that is interrupted by saying which command goes on from there."""

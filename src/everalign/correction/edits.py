@@ -1,6 +1,22 @@
-"""How much of an answer a correction keeps and changes; pure functions over lists of tokens."""
+"""How much of an answer a correction keeps and changes; pure functions over texts and lists of tokens."""
 
+import re
 from collections.abc import Hashable, Sequence
+
+# Words, and signs one by one; where a script puts no spaces between words, its letters one by one.
+_ONE_BY_ONE = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = rf"[{_ONE_BY_ONE}]|[^\W{_ONE_BY_ONE}]+|[^\w\s]"
+_WORDS, _PIECES = re.compile(_WORD), re.compile(rf"\s+|{_WORD}")
+
+
+def words(text: str) -> list[str]:
+    """Return a text's words and signs, in whose number edits and lengths are told."""
+    return _WORDS.findall(text)
+
+
+def pieces(text: str) -> list[str]:
+    """Return a text's words and signs with the white space between them; joined, they are the text."""
+    return _PIECES.findall(text)
 
 
 def edit_ratio(answer: Sequence[Hashable], correction: Sequence[Hashable]) -> float:

@@ -7,27 +7,26 @@ The net win rate is the paper's (Ji et al., NeurIPS 2024, arXiv 2402.02416, sect
 alone is what it does not measure. An answer that is returned as it is counts as a draw.
 """
 
-import re
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from everalign.correction.corrector import Corrected, CorrectionOptions, Corrector
-from everalign.correction.edits import edit_ratio, kept_share
-from everalign.correction.running import ROWS_PER_BATCH
+from everalign.correction.edits import edit_ratio, kept_share, words
+from everalign.correction.running import ROWS_PER_BATCH, check_batches, correct_batches, store_key
 from everalign.correction.templates import Question
 from everalign.data.answers import Answer, AnswerSet
-from everalign.errors import EveralignError, InputError
+from everalign.errors import EveralignError
+from everalign.line_store import LineStore
 
 Referee = Callable[[Sequence[Question], Sequence[str], Sequence[str]], Sequence[int]]
 """Given questions, answers and corrections: 1 where the correction is better, -1 where the answer is, 0 for neither."""
 
 RESAMPLES = 9999
 _CONFIDENCE = 0.95
-# Words, and signs one by one; where a script puts no spaces between words, its letters one by one.
-_ONE_BY_ONE = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_ONE_BY_ONE}]|[^\W{_ONE_BY_ONE}]+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,8 @@ def evaluate_corrector(
     options: CorrectionOptions | None = None,
     seed: int = 0,
     rows_per_batch: int = ROWS_PER_BATCH,
+    cache: str | os.PathLike[str] | None = None,
+    announce: Callable[[str], None] = lambda _: None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> EvaluationReport:
     """Correct answers and report on what came of them.
@@ -113,24 +114,22 @@ def evaluate_corrector(
         options: how to correct; the corrector's own when None.
         seed: seeds the bootstrap.
         rows_per_batch: rows handed to the corrector at once.
+        cache: folder in which corrections are kept after each batch, in a file named after corrector, options and
+            rows: the same call goes on where it was killed, and another referee needs no new corrections. A gate has
+            to be a number then. Nothing is kept when None.
+        announce: called with one line for each thing that happens.
         progress: called with ("correcting", rows done, rows in all).
 
     Raises:
-        InputError: there are no rows, or an option cannot be used.
+        InputError: there are no rows, an option cannot be used, or what is kept is damaged.
         EveralignError: the corrector failed (names the rows), or the referee did.
     """
-    if not rows:
-        raise InputError(f"{rows.source}: no rows in it")
-    if rows_per_batch < 1:
-        raise InputError(f"batch size: must be at least 1, found {rows_per_batch}")
-    found: list[Corrected] = []
-    for start in range(0, len(rows), rows_per_batch):
-        batch = rows[start : start + rows_per_batch]
-        try:
-            found += corrector.correct_batch([(row.question, row.answer) for row in batch], options)
-        except EveralignError as error:
-            raise type(error)(f"rows {start + 1} to {start + len(batch)}: {error}") from error
-        progress("correcting", len(found), len(rows))
+    check_batches(rows, rows_per_batch)
+    store = None
+    if cache is not None:
+        options = options or CorrectionOptions()
+        store = LineStore.within(Path(cache), "corrections", store_key(corrector, options, rows))
+    found, _ = correct_batches(rows, corrector, options, rows_per_batch, store, announce, progress)
     verdicts = None
     if referee is not None:
         columns = [row.question for row in rows], [row.answer for row in rows], [one.text for one in found]
@@ -174,11 +173,6 @@ def win_rate(verdicts: Sequence[int], seed: int = 0) -> WinRate:
     decided = wins + losses
     p_value = float(binomtest(wins, decided).pvalue) if decided else 1.0
     return WinRate(wins, len(verdicts) - decided, losses, (wins - losses) / len(verdicts), low, high, p_value)
-
-
-def words(text: str) -> list[str]:
-    """Return a text's words and signs, in whose number edits and lengths are told."""
-    return _WORD.findall(text)
 
 
 def _scores(rows: Sequence[Answer], corrected: Sequence[Corrected], win: WinRate | None) -> CorrectionScores:

@@ -1,25 +1,41 @@
-"""Correct every answer of a file, in batches that survive a kill.
+"""Correct many answers, in batches that survive a kill.
 
     rows = load_uncorrected("answers.jsonl")
     correct_rows(rows, Corrector.from_pretrained("runs/corrector"), "corrections.jsonl")
 
 What is finished stands beside the output in a file that is named after corrector, options and rows, until the output is
-written whole; the same call goes on from there.
+written whole; the same call goes on from there. `correct_batches` does so with a file of its caller's.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from everalign.correction.corrector import Corrected, CorrectionOptions, Corrector
+from everalign.correction.templates import Question
+from everalign.data.row_set import RowSet
 from everalign.data.uncorrected import Uncorrected, UncorrectedSet
 from everalign.errors import EveralignError, InputError
 from everalign.files import check_new_file, write_text
 from everalign.line_store import LineStore, json_line
 
 ROWS_PER_BATCH = 64
+
+
+class Answered(Protocol):
+    """A row to correct."""
+
+    @property
+    def question(self) -> Question:
+        """Text, or chat messages."""
+        ...
+
+    @property
+    def answer(self) -> str:
+        """Somebody's answer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,9 +83,43 @@ def correct_rows(
         EveralignError: the corrector failed; names the rows. What was corrected before is kept.
     """
     path, options = Path(output), options or CorrectionOptions()
-    _check(rows, path, overwrite, rows_per_batch, options)
-    store = LineStore.beside(path, f"{corrector.fingerprint}\n{options!r}\n{rows.fingerprint}")
-    done = _kept(store, len(rows))
+    check_batches(rows, rows_per_batch)
+    check_new_file(path, ".jsonl", overwrite)
+    store = LineStore.beside(path, store_key(corrector, options, rows))
+    done, resumed = correct_batches(rows, corrector, options, rows_per_batch, store, announce, progress)
+    write_text(path, "".join(json_line(_columns(row, one)) for row, one in zip(rows, done, strict=True)))
+    store.remove()
+    return CorrectionRun(path, tuple(done), resumed)
+
+
+def correct_batches(
+    rows: Sequence[Answered],
+    corrector: Corrector,
+    options: CorrectionOptions | None,
+    rows_per_batch: int,
+    store: LineStore | None,
+    announce: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
+) -> tuple[list[Corrected], int]:
+    """Correct rows batch by batch, and go on behind those that a store has.
+
+    Args:
+        rows: anything with a question and an answer.
+        corrector: corrects them.
+        options: how; the corrector's own when None.
+        rows_per_batch: rows handed to the corrector at once.
+        store: where corrections are kept, by a `store_key`; None to keep none.
+        announce: told how many rows the store had.
+        progress: called with ("correcting", rows done, rows in all).
+
+    Returns:
+        What became of each row, and how many of these came from the store.
+
+    Raises:
+        InputError: the store is damaged.
+        EveralignError: the corrector failed; names the rows.
+    """
+    done = [] if store is None else _kept(store, len(rows))
     resumed = len(done)
     if resumed:
         announce(f"  {resumed} of {len(rows)} rows were corrected by an earlier run")
@@ -78,24 +128,32 @@ def correct_rows(
         try:
             found = corrector.correct_batch([(row.question, row.answer) for row in batch], options)
         except EveralignError as error:
-            where = f"rows {start + 1} to {start + len(batch)}"
-            raise type(error)(f"{where}: {error}; what was corrected before is kept") from error
-        store.add([asdict(one) for one in found])
+            kept = "" if store is None else "; what was corrected before is kept"
+            raise type(error)(f"rows {start + 1} to {start + len(batch)}: {error}{kept}") from error
+        if store is not None:
+            store.add([asdict(one) for one in found])
         done += found
         progress("correcting", len(done), len(rows))
-    write_text(path, "".join(json_line(_columns(row, one)) for row, one in zip(rows, done, strict=True)))
-    store.remove()
-    return CorrectionRun(path, tuple(done), resumed)
+    return done, resumed
 
 
-def _check(rows: UncorrectedSet, path: Path, overwrite: bool, rows_per_batch: int, options: CorrectionOptions) -> None:
+def check_batches(rows: RowSet[Any], rows_per_batch: int) -> None:
+    """Raise InputError if there is nothing to correct, or the batch size is none."""
     if not rows:
         raise InputError(f"{rows.source}: no rows in it")
-    check_new_file(path, ".jsonl", overwrite)
     if rows_per_batch < 1:
         raise InputError(f"batch size: must be at least 1, found {rows_per_batch}")
+
+
+def store_key(corrector: Corrector, options: CorrectionOptions, rows: RowSet[Any]) -> str:
+    """Return what corrections depend on.
+
+    Raises:
+        InputError: the gate is a function, which cannot be known again.
+    """
     if callable(options.gate):
         raise InputError("gate: must be a number here; a later run could not tell whether a function is the same")
+    return f"{corrector.fingerprint}\n{options!r}\n{rows.fingerprint}"
 
 
 def _columns(row: Uncorrected, corrected: Corrected) -> dict[str, Any]:
