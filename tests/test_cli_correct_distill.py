@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cli_for_tests import run, write_rows
+from cli_for_tests import run, settings, write_rows
 from everalign.cli import correct_distill
 from everalign.errors import InputError
 from learner_for_tests import held_out, save_answering_model
@@ -63,6 +63,18 @@ def test_json_is_one_object_and_resuming_learns_nothing_anew(work, capsys):
     assert json.loads(out)["rounds"] == found["rounds"]
 
 
+def test_weighting_flags_reach_the_learner(work, capsys):
+    given = ["--as", "var", "--estimator", "group_loo", "--temperature", "0.4", "--no-scale-rewards"]
+    code, _, err = run(capsys, *distill(*given, "--weight-cap", "3", "--weight-floor", "0.01"))
+    assert code == 0, err
+    weighting = settings(work / "run")
+    assert (weighting["estimator"], weighting["temperature"], weighting["scale_rewards"]) == ("group_loo", 0.4, False)
+    assert (weighting["weight_cap"], weighting["weight_floor"]) == (3, 0.01)
+    code, _, err = run(capsys, *distill("--as", "var", "--resume"))
+    assert code == 2
+    assert "was begun with another" in err
+
+
 def test_an_interruption_exits_130(work, capsys, monkeypatch):
     monkeypatch.setattr(correct_distill, "load_corrector", lambda *_: Fake(1))
     code, out, err = run(capsys, *distill())
@@ -95,6 +107,13 @@ def test_a_corrector_that_fails_exits_with_its_code(work, capsys, monkeypatch):
         (distill("--rounds", "0"), "rounds must be a whole number of at least 1"),
         (distill("--beta", "0.2"), "the objective sft has no margin and would ignore beta"),
         (distill("--as", "var", "--reference", "base"), "the objective var has no margin and would ignore reference"),
+        (distill("--temperature", "0.5"), "temperature is for rewards, which only var and snkl learn from: leave it"),
+        (distill("--as", "dpo", "--drop-constant"), "drop_constant is for rewards, which only var and snkl"),
+        (distill("--as", "var", "--estimator", "best"), "estimator"),
+        (distill("--as", "var", "--target-ess", "1"), "target_ess must be below 1"),
+        (distill("--as", "var", "--length-normalize"), "the estimator group would ignore length_normalize"),
+        (distill("--as", "var", "--estimator", "quantile"), "needs reference_rewards, which corrections do not have"),
+        (distill("--objectives", "kind", corrector="./nowhere"), "--objectives: is for a corrector on a server"),
         (distill("--method", "mtl"), "mtl does not go on from round to round"),
         (distill("--method", "magic"), "unknown method 'magic'"),
         (distill("--max-length", "24"), "leaves no room for a prompt"),

@@ -9,7 +9,17 @@ import typer
 from everalign.cli.correct_run import load_corrector
 from everalign.cli.display import Display
 from everalign.cli.output import show, show_json, show_line
-from everalign.cli.verbs import Json, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, flag, phrases, resumable, warn_of_bad_rows
+from everalign.cli.weighting_flags import (
+    DropConstant,
+    Estimator,
+    LengthNormalize,
+    ScaleRewards,
+    TargetEss,
+    Temperature,
+    WeightCap,
+    WeightFloor,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,43 +47,54 @@ _LEARNING = (
     "tokens_per_batch",
     "precision",
     "replay",
+    "estimator",
+    "temperature",
+    "target_ess",
+    "scale_rewards",
+    "weight_cap",
+    "length_normalize",
+    "weight_floor",
+    "drop_constant",
 )
-
-
-def _flag(text: str, panel: str | None = None, metavar: str | None = None, name: str | None = None) -> Any:
-    """A flag with its help; those that may be left out have their defaults where they are used."""
-    names = [] if name is None else [name]
-    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
 
 
 def distill(
     context: typer.Context,
-    model: Annotated[str, _flag("The stronger model: a Hugging Face folder, a Hub name, or `tiny`.")],
-    corrector: Annotated[str, _flag("A corrector's folder, or one on a server.", None, "DIR|URL#MODEL")],
-    data: Annotated[str, _flag("Prompts; other columns are not looked at.", None, "ROWS")],
-    output: Annotated[str, _flag("The run directory.", None, "DIR")],
-    labels: Annotated[str, _flag("What is learned: sft, dpo, fpo or var.", None, "LABELS", "--as")] = "sft",
-    test: Annotated[str | None, _flag("Held-out preferences, scored after every round.", None, "PAIRS")] = None,
-    template: Annotated[str | None, _flag("What the corrector reads, if it does not say so.", None, "ID")] = None,
-    seed: Annotated[int, _flag("Seeds everything random.")] = 0,
-    resume: Annotated[bool, _flag("Go on with the run that DIR holds.", None, "", "--resume")] = False,
-    rounds: Annotated[int, _flag("How often the model answers anew.", _ROUNDS)] = 1,
-    sampling_temperature: Annotated[float, _flag("What logits are divided by; 1.", _ROUNDS)] = 1.0,
-    max_new_tokens: Annotated[int, _flag("Longest answer, in tokens; 256.", _ROUNDS)] = 256,
-    method: Annotated[str | None, _flag("lifealign, er or seqft.", _TRAINING)] = None,
-    replay: Annotated[float | None, _flag("Share of a round's rows to replay later.", _TRAINING)] = None,
-    learning_rate: Annotated[float | None, _flag("Peak of the learning rate.", _TRAINING)] = None,
-    epochs: Annotated[float | None, _flag("Passes over a round's rows; fractions allowed.", _TRAINING)] = None,
-    beta: Annotated[float | None, _flag("Inverse temperature of dpo and fpo.", _TRAINING)] = None,
-    reference: Annotated[str | None, _flag("base, stage_start or previous_task (dpo, fpo).", _TRAINING)] = None,
-    max_length: Annotated[int | None, _flag("Longest prompt plus answer, in tokens.", _TRAINING)] = None,
-    rank: Annotated[int | None, _flag("Rank of a round's LoRA adapter.", _TRAINING)] = None,
-    alpha: Annotated[float | None, _flag("LoRA's α: an update is (α/rank)·B·A.", _TRAINING)] = None,
-    targets: Annotated[str | None, _flag("Modules to adapt, with commas, or all-linear.", _TRAINING)] = None,
-    batch_size: Annotated[int | None, _flag("Rows of an optimiser step.", _TRAINING)] = None,
-    tokens_per_batch: Annotated[int | None, _flag("Tokens computed at once.", _TRAINING)] = None,
-    precision: Annotated[str | None, _flag("fp32 or bf16, for the base model.", _TRAINING)] = None,
-    skip_bad_rows: Annotated[bool, _flag("Leave bad rows out, and say so.", None, "", "--skip-bad-rows")] = False,
+    model: Annotated[str, flag("The stronger model: a Hugging Face folder, a Hub name, or `tiny`.")],
+    corrector: Annotated[str, flag("A corrector's folder, or one on a server.", None, "DIR|URL#MODEL")],
+    data: Annotated[str, flag("Prompts; other columns are not looked at.", None, "ROWS")],
+    output: Annotated[str, flag("The run directory.", None, "DIR")],
+    labels: Annotated[str, flag("What is learned: sft, dpo, fpo or var.", None, "LABELS", "--as")] = "sft",
+    test: Annotated[str | None, flag("Held-out preferences, scored after every round.", None, "PAIRS")] = None,
+    template: Annotated[str | None, flag("What the corrector reads, if it does not say so.", None, "ID")] = None,
+    objectives: Annotated[str | None, flag("Those that one on a server was trained with.", None, "WORDS")] = None,
+    seed: Annotated[int, flag("Seeds everything random.")] = 0,
+    resume: Annotated[bool, flag("Go on with the run that DIR holds.", None, "", "--resume")] = False,
+    rounds: Annotated[int, flag("How often the model answers anew.", _ROUNDS)] = 1,
+    sampling_temperature: Annotated[float, flag("What logits are divided by; 1.", _ROUNDS)] = 1.0,
+    max_new_tokens: Annotated[int, flag("Longest answer, in tokens; 256.", _ROUNDS)] = 256,
+    method: Annotated[str | None, flag("lifealign, er or seqft.", _TRAINING)] = None,
+    replay: Annotated[float | None, flag("Share of a round's rows to replay later.", _TRAINING)] = None,
+    learning_rate: Annotated[float | None, flag("Peak of the learning rate.", _TRAINING)] = None,
+    epochs: Annotated[float | None, flag("Passes over a round's rows; fractions allowed.", _TRAINING)] = None,
+    beta: Annotated[float | None, flag("Inverse temperature of dpo and fpo.", _TRAINING)] = None,
+    reference: Annotated[str | None, flag("base, stage_start or previous_task (dpo, fpo).", _TRAINING)] = None,
+    max_length: Annotated[int | None, flag("Longest prompt plus answer, in tokens.", _TRAINING)] = None,
+    rank: Annotated[int | None, flag("Rank of a round's LoRA adapter.", _TRAINING)] = None,
+    alpha: Annotated[float | None, flag("LoRA's α: an update is (α/rank)·B·A.", _TRAINING)] = None,
+    targets: Annotated[str | None, flag("Modules to adapt, with commas, or all-linear.", _TRAINING)] = None,
+    batch_size: Annotated[int | None, flag("Rows of an optimiser step.", _TRAINING)] = None,
+    tokens_per_batch: Annotated[int | None, flag("Tokens computed at once.", _TRAINING)] = None,
+    precision: Annotated[str | None, flag("fp32 or bf16, for the base model.", _TRAINING)] = None,
+    estimator: Estimator = None,
+    temperature: Temperature = None,
+    target_ess: TargetEss = None,
+    scale_rewards: ScaleRewards = None,
+    weight_cap: WeightCap = None,
+    length_normalize: LengthNormalize = None,
+    weight_floor: WeightFloor = None,
+    drop_constant: DropConstant = None,
+    skip_bad_rows: Annotated[bool, flag("Leave bad rows out, and say so.", None, "", "--skip-bad-rows")] = False,
     as_json: Json = False,
 ) -> None:
     """Let a small corrector teach a stronger model: it rewrites the model's answers, and the model learns from that.
@@ -103,7 +124,7 @@ def _distill(flags: dict[str, Any], options: "DistillOptions", display: Display)
     test = None if flags["test"] is None else load_preferences(flags["test"])
     display.announce(f"{len(prompts)} prompts")
     return distill(
-        corrector=load_corrector(flags["corrector"], flags["template"], {}),
+        corrector=load_corrector(flags["corrector"], flags["template"], {}, None, phrases(flags["objectives"])),
         prompts=prompts,
         options=options,
         test=test,

@@ -8,7 +8,18 @@ import typer
 
 from everalign.cli.display import Display
 from everalign.cli.output import show, show_json, show_line, show_yaml
-from everalign.cli.verbs import resumable, warn_of_bad_rows
+from everalign.cli.verbs import flag, resumable, warn_of_bad_rows
+from everalign.cli.weighting_flags import (
+    REWARDS,
+    DropConstant,
+    Estimator,
+    LengthNormalize,
+    ScaleRewards,
+    TargetEss,
+    Temperature,
+    WeightCap,
+    WeightFloor,
+)
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,94 +30,83 @@ if TYPE_CHECKING:
 # These say how this one command behaves; every other flag is a recipe's key.
 _NOT_IN_A_RECIPE = ("recipe", "resume", "as_json", "print_recipe")
 
-
-def _flag(text: str, panel: str | None = None, metavar: str | None = None, name: str | None = None) -> Any:
-    """A flag with its help; without `name` it is called as its parameter. No metavar where it takes no value: ""."""
-    names = [] if name is None else [name]
-    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
-
-
 _ROLLOUTS = "Sampled answers (given --reward)"
 _DATA, _METHOD, _TRAINING, _STEPS = "Data and files", "Method", "Training", "Optimiser and steps"
-_REWARDS = "Rewards (objectives var, snkl)"
 _CORRECTORS = "Correctors (objective correction)"
-_ESTIMATORS = "Normaliser of var: group, group_loo, in_batch, reference, quantile or support."
 
 
 def learn(
     context: typer.Context,
-    model: Annotated[str | None, _flag("A Hugging Face folder, a Hub name, or `tiny`.")] = None,
+    model: Annotated[str | None, flag("A Hugging Face folder, a Hub name, or `tiny`.")] = None,
     task: Annotated[
         list[str] | None,
-        _flag("A task's name and files; one --task for each task, in order.", metavar="NAME=TRAIN[,TEST]"),
+        flag("A task's name and files; one --task for each task, in order.", metavar="NAME=TRAIN[,TEST]"),
     ] = None,
-    method: Annotated[str | None, _flag("lifealign, er, seqft, mtl or stl.")] = None,
-    objective: Annotated[str | None, _flag("fpo, dpo or sft; var for scored rows; snkl for both; correction.")] = None,
-    output: Annotated[str | None, _flag("The run directory.", metavar="DIR")] = None,
-    seed: Annotated[int | None, _flag("Seeds everything random.")] = None,
-    resume: Annotated[bool, _flag("Go on with the run that DIR holds.", None, "", "--resume")] = False,
-    recipe: Annotated[str | None, _flag("Read settings from a file; flags win.", metavar="FILE.yaml")] = None,
-    preset: Annotated[str | None, _flag("default, or paper (LifeAlign's scripts).")] = None,
+    method: Annotated[str | None, flag("lifealign, er, seqft, mtl or stl.")] = None,
+    objective: Annotated[str | None, flag("fpo, dpo or sft; var for scored rows; snkl for both; correction.")] = None,
+    output: Annotated[str | None, flag("The run directory.", metavar="DIR")] = None,
+    seed: Annotated[int | None, flag("Seeds everything random.")] = None,
+    resume: Annotated[bool, flag("Go on with the run that DIR holds.", None, "", "--resume")] = False,
+    recipe: Annotated[str | None, flag("Read settings from a file; flags win.", metavar="FILE.yaml")] = None,
+    preset: Annotated[str | None, flag("default, or paper (LifeAlign's scripts).")] = None,
     print_recipe: Annotated[
-        bool, _flag("Print all settings as a recipe, and exit.", None, "", "--print-recipe")
+        bool, flag("Print all settings as a recipe, and exit.", None, "", "--print-recipe")
     ] = False,
-    as_json: Annotated[bool, _flag("Print the result as one JSON object.", None, "", "--json")] = False,
-    skip_bad_rows: Annotated[bool | None, _flag("Leave bad rows out, and say so.", _DATA, "")] = None,
-    allow_overlap: Annotated[bool | None, _flag("Let rows be in training and test sets.", _DATA, "")] = None,
+    as_json: Annotated[bool, flag("Print the result as one JSON object.", None, "", "--json")] = False,
+    skip_bad_rows: Annotated[bool | None, flag("Leave bad rows out, and say so.", _DATA, "")] = None,
+    allow_overlap: Annotated[bool | None, flag("Let rows be in training and test sets.", _DATA, "")] = None,
     cache: Annotated[
-        str | None, _flag("Encoded rows and reference log-probabilities; runs may share it.", _DATA, "DIR")
+        str | None, flag("Encoded rows and reference log-probabilities; runs may share it.", _DATA, "DIR")
     ] = None,
-    report: Annotated[bool | None, _flag("Write DIR/report.html at the end; on unless refused.", _DATA, "")] = None,
-    gamma: Annotated[float | None, _flag("Focusing exponent of fpo (lifealign).", _METHOD)] = None,
-    energy: Annotated[float | None, _flag("Share of an update's energy to keep (lifealign).", _METHOD)] = None,
-    keep: Annotated[float | None, _flag("Share of what overlaps earlier tasks to keep (lifealign).", _METHOD)] = None,
-    space: Annotated[str | None, _flag("Consolidate in product or factors space (lifealign).", _METHOD)] = None,
-    rank_cap: Annotated[int | None, _flag("Highest rank of the long-term memory (lifealign).", _METHOD)] = None,
-    replay: Annotated[float | None, _flag("Share of a task's rows to replay later (lifealign, er).", _METHOD)] = None,
-    capacity: Annotated[int | None, _flag("Most rows kept for replay (lifealign, er).", _METHOD)] = None,
-    reference: Annotated[str | None, _flag("base, stage_start or previous_task.", _TRAINING)] = None,
-    learning_rate: Annotated[float | None, _flag("Peak, in the preference stage.", _TRAINING)] = None,
-    epochs: Annotated[float | None, _flag("Passes over the rows; fractions allowed.", _TRAINING)] = None,
-    sft_epochs: Annotated[float | None, _flag("Supervised passes before that; 0 for none.", _TRAINING)] = None,
-    sft_learning_rate: Annotated[float | None, _flag("Peak, in the supervised stage.", _TRAINING)] = None,
-    beta: Annotated[float | None, _flag("Inverse temperature of the implicit reward.", _TRAINING)] = None,
-    max_length: Annotated[int | None, _flag("Longest prompt plus response, in tokens.", _TRAINING)] = None,
-    rank: Annotated[int | None, _flag("Rank of a task's LoRA adapter.", _TRAINING)] = None,
-    alpha: Annotated[float | None, _flag("LoRA's α: an update is (α/rank)·B·A.", _TRAINING)] = None,
-    targets: Annotated[str | None, _flag("Modules to adapt, with commas, or all-linear.", _TRAINING)] = None,
-    estimator: Annotated[str | None, _flag(_ESTIMATORS, _REWARDS)] = None,
-    temperature: Annotated[float | None, _flag("Reward that is worth one nat.", _REWARDS)] = None,
-    target_ess: Annotated[float | None, _flag("Find the temperature for this effective share.", _REWARDS)] = None,
-    scale_rewards: Annotated[bool | None, _flag("Divide rewards by their deviation; on.", _REWARDS, "")] = None,
-    weight_cap: Annotated[float | None, _flag("Largest weight (var); 0 for none.", _REWARDS)] = None,
-    length_normalize: Annotated[
-        bool | None, _flag("Log-probabilities per token (estimator support).", _REWARDS, "")
-    ] = None,
-    weight_floor: Annotated[float | None, _flag("Completions that weigh less are left out.", _REWARDS)] = None,
-    drop_constant: Annotated[bool | None, _flag("Leave out prompts whose rewards are all one.", _REWARDS, "")] = None,
+    report: Annotated[bool | None, flag("Write DIR/report.html at the end; on unless refused.", _DATA, "")] = None,
+    gamma: Annotated[float | None, flag("Focusing exponent of fpo (lifealign).", _METHOD)] = None,
+    energy: Annotated[float | None, flag("Share of an update's energy to keep (lifealign).", _METHOD)] = None,
+    keep: Annotated[float | None, flag("Share of what overlaps earlier tasks to keep (lifealign).", _METHOD)] = None,
+    space: Annotated[str | None, flag("Consolidate in product or factors space (lifealign).", _METHOD)] = None,
+    rank_cap: Annotated[int | None, flag("Highest rank of the long-term memory (lifealign).", _METHOD)] = None,
+    replay: Annotated[float | None, flag("Share of a task's rows to replay later (lifealign, er).", _METHOD)] = None,
+    capacity: Annotated[int | None, flag("Most rows kept for replay (lifealign, er).", _METHOD)] = None,
+    reference: Annotated[str | None, flag("base, stage_start or previous_task.", _TRAINING)] = None,
+    learning_rate: Annotated[float | None, flag("Peak, in the preference stage.", _TRAINING)] = None,
+    epochs: Annotated[float | None, flag("Passes over the rows; fractions allowed.", _TRAINING)] = None,
+    sft_epochs: Annotated[float | None, flag("Supervised passes before that; 0 for none.", _TRAINING)] = None,
+    sft_learning_rate: Annotated[float | None, flag("Peak, in the supervised stage.", _TRAINING)] = None,
+    beta: Annotated[float | None, flag("Inverse temperature of the implicit reward.", _TRAINING)] = None,
+    max_length: Annotated[int | None, flag("Longest prompt plus response, in tokens.", _TRAINING)] = None,
+    rank: Annotated[int | None, flag("Rank of a task's LoRA adapter.", _TRAINING)] = None,
+    alpha: Annotated[float | None, flag("LoRA's α: an update is (α/rank)·B·A.", _TRAINING)] = None,
+    targets: Annotated[str | None, flag("Modules to adapt, with commas, or all-linear.", _TRAINING)] = None,
+    estimator: Estimator = None,
+    temperature: Temperature = None,
+    target_ess: TargetEss = None,
+    scale_rewards: ScaleRewards = None,
+    weight_cap: WeightCap = None,
+    length_normalize: LengthNormalize = None,
+    weight_floor: WeightFloor = None,
+    drop_constant: DropConstant = None,
     reward: Annotated[
         str | None,
-        _flag("Score answers that have no rewards, and sample answers to prompts.", _REWARDS, "DIR|MODULE:F|URL#MODEL"),
+        flag("Score answers that have no rewards, and sample answers to prompts.", REWARDS, "DIR|MODULE:F|URL#MODEL"),
     ] = None,
-    samples: Annotated[int | None, _flag("Answers sampled to each prompt.", _ROLLOUTS)] = None,
-    sampling_temperature: Annotated[float | None, _flag("What logits are divided by; 1.", _ROLLOUTS)] = None,
-    max_new_tokens: Annotated[int | None, _flag("Longest answer, in tokens.", _ROLLOUTS)] = None,
-    rounds: Annotated[int | None, _flag("Sample anew so often, from what was learned.", _ROLLOUTS)] = None,
-    template: Annotated[str | None, _flag("What the corrector reads: everalign-1, ...", _CORRECTORS, "ID")] = None,
+    samples: Annotated[int | None, flag("Answers sampled to each prompt.", _ROLLOUTS)] = None,
+    sampling_temperature: Annotated[float | None, flag("What logits are divided by; 1.", _ROLLOUTS)] = None,
+    max_new_tokens: Annotated[int | None, flag("Longest answer, in tokens.", _ROLLOUTS)] = None,
+    rounds: Annotated[int | None, flag("Sample anew so often, from what was learned.", _ROLLOUTS)] = None,
+    template: Annotated[str | None, flag("What the corrector reads: everalign-1, ...", _CORRECTORS, "ID")] = None,
     objectives: Annotated[
-        str | None, _flag('What answers should be more of: "helpful,harmless".', _CORRECTORS, "WORDS")
+        str | None, flag('What answers should be more of: "helpful,harmless".', _CORRECTORS, "WORDS")
     ] = None,
-    identity: Annotated[float | None, _flag("Share of rows that leave a good answer as it is.", _CORRECTORS)] = None,
-    batch_size: Annotated[int | None, _flag("Pairs of an optimiser step.", _STEPS)] = None,
-    tokens_per_batch: Annotated[int | None, _flag("Tokens computed at once; fewer save memory.", _STEPS)] = None,
-    precision: Annotated[str | None, _flag("fp32 or bf16, for the base model.", _STEPS)] = None,
-    attention: Annotated[str | None, _flag("sdpa, or flex on a GPU.", _STEPS)] = None,
-    warmup: Annotated[float | None, _flag("Share of the steps in which the rate rises.", _STEPS)] = None,
-    scheduler: Annotated[str | None, _flag("cosine, linear or constant_with_warmup.", _STEPS)] = None,
-    max_grad_norm: Annotated[float | None, _flag("Gradient clipping; 0 for none.", _STEPS)] = None,
-    logging_steps: Annotated[int | None, _flag("Steps between points of the training curve.", _STEPS)] = None,
-    checkpoint_steps: Annotated[int | None, _flag("Steps between checkpoints; 0 for none.", _STEPS)] = None,
-    test_limit: Annotated[int | None, _flag("Most held-out pairs scored of a task; 0 for all.", _STEPS)] = None,
+    identity: Annotated[float | None, flag("Share of rows that leave a good answer as it is.", _CORRECTORS)] = None,
+    batch_size: Annotated[int | None, flag("Pairs of an optimiser step.", _STEPS)] = None,
+    tokens_per_batch: Annotated[int | None, flag("Tokens computed at once; fewer save memory.", _STEPS)] = None,
+    precision: Annotated[str | None, flag("fp32 or bf16, for the base model.", _STEPS)] = None,
+    attention: Annotated[str | None, flag("sdpa, or flex on a GPU.", _STEPS)] = None,
+    warmup: Annotated[float | None, flag("Share of the steps in which the rate rises.", _STEPS)] = None,
+    scheduler: Annotated[str | None, flag("cosine, linear or constant_with_warmup.", _STEPS)] = None,
+    max_grad_norm: Annotated[float | None, flag("Gradient clipping; 0 for none.", _STEPS)] = None,
+    logging_steps: Annotated[int | None, flag("Steps between points of the training curve.", _STEPS)] = None,
+    checkpoint_steps: Annotated[int | None, flag("Steps between checkpoints; 0 for none.", _STEPS)] = None,
+    test_limit: Annotated[int | None, flag("Most held-out pairs scored of a task; 0 for all.", _STEPS)] = None,
 ) -> None:
     """Teach a model task after task, and keep what it learned before."""
     with resumable("the same command with --resume"):

@@ -30,6 +30,7 @@ from everalign.line_store import LineStore, json_line
 from everalign.methods import LifeAlign, Method
 from everalign.modeling.kept_samples import sample_kept
 from everalign.modeling.sampling import SamplingOptions
+from everalign.training.weighing import FROM_REFERENCE_REWARDS, WeightOptions
 
 HELD_OUT = "held-out"
 """The name under which held-out preferences are scored after every round."""
@@ -90,6 +91,7 @@ def distill(
     test: PreferenceSet | None = None,
     method: Method | None = None,
     training: TrainingOptions | None = None,
+    weighting: WeightOptions | None = None,
     seed: int = 0,
     announce: Announce = lambda _: None,
     progress: Progress = lambda *_: None,
@@ -109,26 +111,30 @@ def distill(
         test: held-out preferences, scored before the first round and after each.
         method: what is carried from round to round; LifeAlign when None.
         training: how each round is trained.
+        weighting: how the rewards of the labels `var` become weights; the defaults when None.
         seed: seeds everything random.
         announce: called with one line for each thing that happens.
         progress: called with (stage, done, all).
         arguments: further ones of `Learner`, such as `adapter` and `resume`.
 
     Raises:
-        InputError: the method forgets between tasks or pools them, `max_length` leaves no room for a prompt, or the
-            run in `output` was begun with another corrector, other prompts or other options.
+        InputError: the method forgets between tasks or pools them, `max_length` leaves no room for a prompt, the
+            labels have no use for `weighting` or its estimator needs what corrections do not have, or the run in
+            `output` was begun with another corrector, other prompts or other options.
         EveralignError: no answer ended, or the first round's answers were all good as they are.
     """
     options, method = options or DistillOptions(), LifeAlign() if method is None else method
     training = training or TrainingOptions()
     room = training.max_length - options.max_new_tokens
     _check(prompts, method, room, options)
+    _check_weighting(weighting, options)
     learner = Learner(
         model,
         method,
         options.objective,
         output,
         training=training,
+        weighting=weighting,
         seed=seed,
         announce=announce,
         progress=progress,
@@ -155,6 +161,19 @@ def _check(prompts: PromptSet, method: Method, room: int, options: DistillOption
     if room < 1:
         limits = f"max_new_tokens is {options.max_new_tokens} and max_length {room + options.max_new_tokens}"
         raise InputError(f"{limits}, which leaves no room for a prompt: raise max_length")
+
+
+def _check_weighting(weighting: WeightOptions | None, options: DistillOptions) -> None:
+    """Refuse, before anything is sampled, what cannot be learned with or would be ignored."""
+    if weighting is None:
+        return
+    if options.labels != "var":
+        raise InputError(f"weighting is for the labels var, found {options.labels}: leave it out")
+    if weighting.estimator in FROM_REFERENCE_REWARDS:
+        raise InputError(
+            f"the estimator {weighting.estimator} needs reference_rewards, which corrections do not have: "
+            "choose another estimator"
+        )
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from everalign.errors import InputError
 from everalign.objectives import Estimator, WeightStatistics, global_scale, var_weights, weight_statistics
 
 _ROWS_NAMED = 3
-_FROM_REFERENCE_REWARDS = ("reference", "quantile")
+# Need rewards of answers of the reference, which every row then has to hold.
+FROM_REFERENCE_REWARDS = ("reference", "quantile")
 # Can tell what a completion is worth that is its prompt's only one.
-TAKE_ONE_COMPLETION = ("in_batch", *_FROM_REFERENCE_REWARDS)
+TAKE_ONE_COMPLETION = ("in_batch", *FROM_REFERENCE_REWARDS)
 # Within a prompt snkl is its own normaliser; what it takes from the options is how sharp the rewards are.
 _OF_SNKL = ("temperature", "target_ess", "scale_rewards", "drop_constant")
 
@@ -239,7 +240,7 @@ def _beside(
     """What an estimator looks at beside rewards, by its name in `var_weights`."""
     if options.estimator == "in_batch" and any(len(row.completions) == 1 for row in rows):
         return {"baselines": rewards.mean().expand(len(rows))}
-    if options.estimator in _FROM_REFERENCE_REWARDS:
+    if options.estimator in FROM_REFERENCE_REWARDS:
         return {"reference_rewards": torch.tensor([row.reference_rewards for row in rows], dtype=torch.float64)}
     if options.estimator == "support" and reference is not None:
         return {
@@ -252,7 +253,7 @@ def _beside(
 def check_completions(rows: Sequence[Scored], options: WeightOptions) -> None:
     """Refuse rows without weights that lack what the estimator needs; names them by their place."""
     unweighed = [(number, row) for number, row in enumerate(rows, start=1) if row.weights is None]
-    if options.estimator in _FROM_REFERENCE_REWARDS:
+    if options.estimator in FROM_REFERENCE_REWARDS:
         _check_reference_rewards(unweighed, options.estimator)
     alone = [number for number, row in unweighed if len(row.completions) == 1]
     if alone and options.estimator not in TAKE_ONE_COMPLETION:
