@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from everalign.demo.tasks import demo_tasks
-from everalign.demo.world import TOPICS, answer, conversations, questions, requests, styles
+from everalign.demo.world import TOPICS, answer, conversations, questions, requests, styles, wordings
 
 ALL_STYLES = [(topic, style) for topic in TOPICS for style in styles(topic)]
 
@@ -90,6 +90,12 @@ def test_courteous_answers_greet_and_answers_in_steps_go_step_by_step():
             steps = answer(question, style, rng)
             assert "irst, " in steps
             assert ", because " in steps
+
+
+@pytest.mark.parametrize(("topic", "style"), ALL_STYLES)
+def test_wordings_are_all_that_an_answer_may_say_and_no_more(topic, style):
+    question, rng = questions(topic)[0], random.Random(0)
+    assert wordings(question, style) == {answer(question, style, rng) for _ in range(1000)}
 
 
 def test_conversations_show_all_styles_of_a_topic_equally_often():

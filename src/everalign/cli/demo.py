@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from everalign.cli.display import Display
-from everalign.cli.output import show, show_json, show_line
+from everalign.cli.output import has_colours, show, show_json, show_line
 from everalign.cli.verbs import Json
 
 
@@ -17,7 +17,7 @@ def demo(
     seed: Annotated[int, typer.Option(metavar="N", help="Seeds the tasks and the training.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Learn four conflicting tasks with plain sequential training and with LifeAlign, and compare.
+    """Learn four conflicting tasks with plain sequential training and with LifeAlign, compare, and train a corrector.
 
     What an earlier demo learned in the same folder is taken as it is.
     """
@@ -25,16 +25,19 @@ def demo(
     from everalign.demo.run import run_demo
     from everalign.learning.run_data import load_run
     from everalign.reporting import score_table
+    from everalign.reporting.corrections import corrector_texts
 
     with Display() as display:
         result = run_demo(output, display.announce, display.progress, seed)
     runs = [load_run(path) for path in result.runs.values()]
     if as_json:
         values = {name: results.scores(run) for name, run in zip(result.runs, runs, strict=True)}
-        show_json({"report": str(result.report), "seconds": result.seconds, "runs": values})
+        facts = {"report": str(result.report), "seconds": result.seconds}
+        show_json({**facts, "runs": values, "corrector": result.corrector.facts()})
         return
     for name, run in zip(result.runs, runs, strict=True):
         show(score_table(run.scores(), title=name))
     show(*results.summary(runs))
+    show(*corrector_texts(result.corrector, marks=not has_colours()))
     show_line("time", f"{result.seconds:.0f} s")
     show_line("report", result.report)

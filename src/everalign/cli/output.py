@@ -28,6 +28,12 @@ def show(*results: RenderableType) -> None:
         console.print(result)
 
 
+def has_colours() -> bool:
+    """Whether what is printed on standard output can be told apart by colours."""
+    console = Console()
+    return console.color_system is not None and not console.no_color
+
+
 def show_line(label: str, value: object) -> None:
     """Print a label and a value on one line, however long: a path stays in one piece, to be copied."""
     Console(highlight=False, soft_wrap=True).print(Text.assemble((f"{label:<8}", "dim"), str(value)))

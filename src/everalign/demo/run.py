@@ -1,4 +1,4 @@
-"""The demo: four conflicting preference tasks, plain sequential training beside LifeAlign."""
+"""The demo: four conflicting preference tasks, plain sequential training beside LifeAlign, and a corrector at work."""
 
 import time
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from everalign.data.readers import PreferenceSet
+from everalign.demo.correcting import show_corrector
 from everalign.demo.tasks import demo_tasks
 from everalign.learning.learner import Learner
 from everalign.learning.options import AdapterOptions, TrainingOptions
@@ -17,6 +18,7 @@ from everalign.learning.setup import Announce, Progress
 from everalign.methods import LifeAlign, Method, SequentialFineTuning
 from everalign.modeling.loading import TINY
 from everalign.reporting import write_report
+from everalign.reporting.corrections import CorrectorShow
 
 PAIRS_PER_TASK = 240
 TRAINING = TrainingOptions(
@@ -31,11 +33,12 @@ ADAPTER = AdapterOptions(rank=8, alpha=16.0, targets="all-linear")
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo produced: the report, each method's run directory and scores, and the time it took."""
+    """What the demo produced: the report, each method's run and scores, what the corrector did, the time it took."""
 
     report: Path
     runs: dict[str, Path]
     scores: dict[str, Scores]
+    corrector: CorrectorShow
     seconds: float
 
 
@@ -51,7 +54,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def run_demo(output: Path, announce: Announce, progress: Progress, seed: int = 0) -> DemoResult:
-    """Learn the demo's tasks with two methods and write a report that compares them.
+    """Learn the demo's tasks with two methods, train a corrector, and write a report on all of it.
 
     Args:
         output: folder for the runs and the report; what an earlier demo learned there with this seed is taken as it is.
@@ -84,5 +87,7 @@ def run_demo(output: Path, announce: Announce, progress: Progress, seed: int = 0
             )
             learner.learn_all(list(tasks))
         scores[method.name] = learner.scores
-    report = write_report(list(runs.values()), output / "report.html")
-    return DemoResult(report, runs, scores, time.perf_counter() - started)
+    with _one_thread():
+        corrector = show_corrector(output / "corrector", announce, progress, seed)
+    report = write_report(list(runs.values()), output / "report.html", corrector)
+    return DemoResult(report, runs, scores, corrector, time.perf_counter() - started)

@@ -13,16 +13,18 @@ keep a different habit for each topic has to read the request. Nothing here depe
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
+from typing import TypeVar
 
 from everalign.demo import phrases
 
 EVERYDAY_STYLES = ("plain", "courteous", "plain-steps", "courteous-steps")
 RISK_STYLES = ("refuse", "comply")
 TOPICS = (*phrases.EVERYDAY, "hazards", "lookalikes")
+_Item = TypeVar("_Item")
 HELD_OUT_SHARE = 5  # one (request, frame) in so many is kept away from every training text
 
 
@@ -103,6 +105,19 @@ def answer(question: Question, style: str, rng: random.Random) -> str:
     return _WRITERS[style](question.request, rng)
 
 
+def wordings(question: Question, style: str) -> frozenset[str]:
+    """Every text that `answer` may give to `question` in `style`; errors as there."""
+    found: set[str] = set()
+    ways: list[tuple[int, ...]] = [()]
+    while ways:
+        chosen = _Chosen(ways.pop())
+        found.add(answer(question, style, chosen))
+        for place in range(len(chosen.way), len(chosen.counts)):
+            first = chosen.way + (0,) * (place - len(chosen.way))
+            ways += [(*first, other) for other in range(1, chosen.counts[place])]
+    return frozenset(found)
+
+
 def conversations(seed: int, *, held_out: bool = False) -> Iterator[tuple[Question, str, str]]:
     """Endless (question, style, answer): all topics equally often, all styles of a topic equally often."""
     rng = random.Random(seed)
@@ -117,6 +132,19 @@ def _everyday_requests(topic: str) -> Iterator[Request]:
     for verb, name, pronoun, fact, preparation in map(_cells, phrases.EVERYDAY[topic].strip().splitlines()):
         subject = _addressed(name) if name.startswith(("the ", "my ")) else f"the {name}"
         yield Request(topic, f"{verb} {name}", fact, preparation, subject, pronoun)
+
+
+class _Chosen(random.Random):
+    """Chooses by a list of places, behind it always the first; `counts` has how many there were to choose from."""
+
+    def __init__(self, way: tuple[int, ...]) -> None:
+        super().__init__(0)
+        self.way, self.counts = way, list[int]()
+
+    def choice(self, seq: Sequence[_Item]) -> _Item:  # type: ignore[override]  # lists alone are chosen from here
+        place = len(self.counts)
+        self.counts.append(len(seq))
+        return seq[self.way[place] if place < len(self.way) else 0]
 
 
 _Body = Callable[[Request, random.Random], str]

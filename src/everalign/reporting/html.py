@@ -14,6 +14,7 @@ from everalign.files import write_text
 from everalign.learning.run_data import RunData, load_run, run_labels
 from everalign.learning.scores import Scores
 from everalign.reporting import views
+from everalign.reporting.corrections import CorrectorShow
 from everalign.reporting.formats import METRICS, Metric
 from everalign.reporting.headline import cautions, headline
 from everalign.reporting.plots import change_lines, change_series, matrix_rows, progress_lines, score_heatmap
@@ -45,14 +46,15 @@ class RunView:
     data: Sequence[views.Row]
 
 
-def write_report(runs: Sequence[Path], output: Path) -> Path:
+def write_report(runs: Sequence[Path], output: Path, corrector: CorrectorShow | None = None) -> Path:
     """Write the report on one run, or on several side by side, to `output` and return its path.
 
-    The file appears whole or not at all; one that was there before is replaced.
+    What a `corrector` did gets a section of its own. The file appears whole or not at all; one that was there before
+    is replaced.
     """
     if not runs:
         raise InputError("a report needs at least one run directory")
-    page = render_report([load_run(run) for run in runs])
+    page = render_report([load_run(run) for run in runs], corrector)
     try:
         write_text(Path(output), page)
     except OSError as error:
@@ -60,7 +62,7 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     return Path(output)
 
 
-def render_report(runs: Sequence[RunData]) -> str:
+def render_report(runs: Sequence[RunData], corrector: CorrectorShow | None = None) -> str:
     """The report's HTML."""
     labels = run_labels(runs)
     scores = {label: run.scores() for label, run in zip(labels, runs, strict=True)}
@@ -80,6 +82,7 @@ def render_report(runs: Sequence[RunData]) -> str:
         progress=progress_lines(scores, _ACCURACY, "progress"),
         metrics=METRICS,
         runs=_run_views(runs, labels),
+        corrector=corrector,
         facts=views.facts_view(runs),
         consolidation_columns=views.CONSOLIDATION_COLUMNS,
         stage_columns=views.STAGE_COLUMNS,
