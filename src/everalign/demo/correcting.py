@@ -24,8 +24,9 @@ RULE = "cooking questions get a courteous answer"
 _TOPIC, _GOOD, _BAD = "kitchen", "courteous", "plain"
 
 TRAINING_ROWS, HELD_OUT_ROWS = 240, 120
+# Many small steps: with fewer, larger ones not every seed learns to copy what it has to leave alone.
 OPTIONS = CorrectorOptions(
-    identity=0.5, learning_rate=3e-3, epochs=4.0, batch_size=8, max_length=256, warmup=0.1, checkpoint_steps=0
+    identity=0.5, learning_rate=2e-3, epochs=4.0, batch_size=4, max_length=256, warmup=0.1, checkpoint_steps=0
 )
 _CHANGED_SHOWN, _UNCHANGED_SHOWN = 3, 1
 
