@@ -324,15 +324,15 @@ def test_strange_task_names_survive(model, tmp_path):
 
 
 def test_a_new_version_never_takes_the_number_of_one_beside_the_line(model, run):
-    """Version 2 hangs on version 1 and so does version 3: the next is 4."""
+    """Version 2 hangs on version 1 and so does version 3, which is beside the line: the next is 4."""
     shutil.copytree(run / "versions" / "002-brief", run / "versions" / "003-other")
     path = run / "versions" / "003-other" / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"index": 3, "name": "other"}))
     again = resume(model, run)
-    assert again.run.left_out == ["002-brief"]
+    assert again.run.left_out == ["003-other"]
     for name in ("warm", "brief"):
         again.announce_test(name, held_out(name))
     again.learn(task_rows("calm"), "calm")
     newest = load_run(run).versions[-1]
-    assert (newest.id, newest.manifest.parent) == ("004-calm", "003-other")
+    assert (newest.id, newest.manifest.parent) == ("004-calm", "002-brief")

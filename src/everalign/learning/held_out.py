@@ -8,6 +8,7 @@ from everalign.data.row_set import RowSet
 from everalign.errors import InputError
 from everalign.evaluation import HeldOut, PreferenceScore, score_preferences
 from everalign.learning.run import RunDirectory, data_facts
+from everalign.learning.run_data import RunData
 from everalign.learning.setup import Setup
 from everalign.memory import LowRankUpdate
 from everalign.training.reference import policy_key
@@ -56,6 +57,10 @@ class HeldOutTests:
         """Remember training rows for test sets still to come."""
         self._trained[rows.fingerprint] = rows
 
+    def forget_trained(self, kept: Collection[str]) -> None:
+        """Forget training rows but those of these fingerprints: what the policy has not learned leaks nothing."""
+        self._trained = {fingerprint: rows for fingerprint, rows in self._trained.items() if fingerprint in kept}
+
     def announce(self, name: str, test: RowSet[Any], learned: Collection[str]) -> None:
         """Make a task's test set known and score the base model on it, unless the run holds that score.
 
@@ -94,6 +99,18 @@ class HeldOutTests:
     def scores(self, previous: Mapping[str, LowRankUpdate]) -> dict[str, PreferenceScore]:
         """Score the policy on every test set; `previous` is the policy before this task."""
         return {name: self._score(held_out, previous) for name, held_out in self._held_out.items()}
+
+    def accuracies(self, tasks: Sequence[str], run: RunData) -> dict[str, float]:
+        """Return the accuracies of the run's current version, which the policy is, on those of the tasks with a test.
+
+        What it was not scored on, because that test set came later, is scored now.
+        """
+        known = run.versions[-1].scores if run.versions else run.zero_shot
+        return {
+            task: known[task].accuracy if task in known else self._score(self._held_out[task], None).accuracy
+            for task in tasks
+            if task in self._facts
+        }
 
     def _prepare(self, test: RowSet[Any]) -> HeldOut:
         setup = self._setup

@@ -1,31 +1,30 @@
 """The learner: takes tasks one after another and keeps what it learned."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from everalign.data.prompts import PromptSet
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
-from everalign.learning.export import corrector_facts, export_merged
+from everalign.learning.export import export_version
+from everalign.learning.gate import announcement, check_tolerance, judge, refusal
 from everalign.learning.held_out import HeldOutTests
-from everalign.learning.lesson import teach
+from everalign.learning.lesson import task_seed, teach
+from everalign.learning.line import Line
 from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
+from everalign.learning.promotion import Rollback, roll_back
 from everalign.learning.row_kinds import AnySet, Rows, as_set, as_tests
-from everalign.learning.run import BASE, RunDirectory, data_facts, version_name
-from everalign.learning.run_data import RunData, load_run
+from everalign.learning.run import RunDirectory, data_facts, version_name
+from everalign.learning.run_data import BASE, RunData, load_run
+from everalign.learning.run_files import Verdict
 from everalign.learning.scores import Scores
 from everalign.learning.setup import Announce, Progress, make_setup
 from everalign.learning.task_rows import TaskRows, prepare_rows
 from everalign.methods import LifeAlign, Method, Task
 from everalign.training.teaching import SCORED_OBJECTIVES
 from everalign.training.weighing import WeightOptions
-
-# Stages of a task use consecutive seeds; tasks are this far apart, and runs of neighbouring seeds further.
-_TASK_SEED_STRIDE = 1000
-_SEED_RANGE = 2**31
-_RUN_SEED_STRIDE = 1_000_003
 
 
 def _print(message: str) -> None:
@@ -54,6 +53,8 @@ class Learner:
             `URL#MODEL`, or a scorer. Tasks may then be preferences, whose answers are scored, or prompts alone.
         rollouts: how answers are sampled to prompts alone.
         correction: how corrections are learned, for `correction`.
+        gate: how far the held-out accuracy of a learned task, or of the new one, may fall for a task to be promoted, as
+            a share: 0.02 for two points. With None every task is.
         seed: seeds everything random.
         resume: continue the run that `output` holds: finished tasks are taken as they are, and one that was
             interrupted goes on from its newest checkpoint. A run with other settings is refused.
@@ -79,6 +80,7 @@ class Learner:
         reward: str | Scorer | None = None,
         rollouts: RolloutOptions | None = None,
         correction: CorrectionTaskOptions | None = None,
+        gate: float | None = None,
         seed: int = 0,
         resume: bool = False,
         allow_overlap: bool = False,
@@ -88,11 +90,14 @@ class Learner:
     ) -> None:
         if weighting is not None and objective not in SCORED_OBJECTIVES:
             raise InputError(f"weighting is for rewards, and the objective {objective} has none: leave it out")
+        method = LifeAlign() if method is None else method
+        check_tolerance(gate, method.name, method.regime)
+        self._gate = gate
         self._run = RunDirectory(Path(output))
         self._run.check_usable(resume)
         self._setup = make_setup(
             str(model),
-            LifeAlign() if method is None else method,
+            method,
             objective,
             training or TrainingOptions(),
             adapter or AdapterOptions(),
@@ -106,20 +111,9 @@ class Learner:
             progress,
         )
         self.method, self.policy, self.tokenizer = self._setup.method, self._setup.policy, self._setup.tokenizer
-        self._finished = self._open()
+        self._line = Line(self._setup, self._run)
         self._tests = HeldOutTests(self._setup, self._run, allow_overlap)
         self._learning = False
-
-    def _open(self) -> dict[str, str]:
-        """Begin the run, or go on with it; returns the finished versions by task."""
-        if not self._run.exists:
-            self._run.begin(self._setup.facts())
-            return {}
-        versions = self.run.versions
-        self._run.check_same(self._setup.facts())
-        if versions:
-            self._run.restore(versions[-1].id, self.policy, self.method, self._setup.seed)
-        return {version.task: version.id for version in versions}
 
     # ---- learning ----
 
@@ -141,6 +135,7 @@ class Learner:
 
         Raises:
             InputError: the name is taken by other rows, the task has no rows, or it mixes training and test rows.
+            GateRefusedError: accuracies fell. The version stays on disk, and the learner is as it was before the task.
             EveralignError: training diverged, or an earlier call was broken off in the middle.
         """
         with self._run.alone():
@@ -149,10 +144,9 @@ class Learner:
     def _learn_alone(
         self, rows: AnySet, name: str, test: AnySet | None, prepared: TaskRows | None = None
     ) -> dict[str, PreferenceScore]:
-        if [version.id for version in self.run.versions] != list(self._finished.values()):
-            raise InputError(f"{self._run.path} was continued by another learner: open it again, with resume")
+        self._line.check_up_to_date()
         self._tests.check([(name, rows, test)])
-        if name in self._finished:
+        if name in self._line.versions:
             done = self._already_learned(rows, name)
             if test is not None:
                 self.announce_test(name, test)
@@ -168,7 +162,7 @@ class Learner:
     def learn_all(self, tasks: Sequence[tuple[str, Rows, Rows | None]]) -> None:
         """Learn (name, rows, test) tasks in order; every test set is scored from the start, also before its turn.
 
-        A joint method learns them all at once.
+        A joint method learns them all at once. A task that the gate refuses ends it: those behind are not learned.
         """
         sets = [(name, as_set(rows), None if test is None else self._as_tests(test)) for name, rows, test in tasks]
         with self._run.alone():
@@ -190,7 +184,7 @@ class Learner:
                     self._learn_alone(rows, name, None)
                 return
             # All that are still to be learned, before the first of them is.
-            new = {name: prepare_rows(self._setup, rows) for name, rows, _ in sets if name not in self._finished}
+            new = {name: prepare_rows(self._setup, rows) for name, rows, _ in sets if name not in self._line.versions}
             for name, rows in self.method.pool([(name, rows) for name, rows, _ in sets]):
                 self._learn_alone(rows, name, None, new.get(name))
 
@@ -201,60 +195,99 @@ class Learner:
             InputError: the run knows other test rows of this task, or rows that were trained on are among them.
         """
         with self._run.alone():
-            self._tests.announce(name, self._as_tests(test), self._finished)
+            self._tests.announce(name, self._as_tests(test), self._line.versions)
 
     def _learn(self, rows: TaskRows, name: str) -> dict[str, PreferenceScore]:
-        if self._learning:
-            raise EveralignError(
-                "a task was broken off in the middle: continue with a new learner that resumes the run"
-            )
+        self._check_whole()
         self._learning = True
-        index = int(self._newest.partition("-")[0]) + 1
-        # Random generators take 32 bits, and a task's stages count on from its seed.
-        seed = (self._setup.seed * _RUN_SEED_STRIDE + index * _TASK_SEED_STRIDE) % _SEED_RANGE
+        index = len(self._line.versions) + 1
         self._setup.announce(f"task {index}: {name}")
         for line in rows.lines:
             self._setup.announce(line)
-        scores = self._learn_task(Task(name, rows.rows, index, seed), rows)
+        task = Task(name, rows.rows, index, task_seed(self._setup.seed, index))
+        version, scores, verdict = self._learn_task(task, rows)
+        if verdict is None or verdict.promoted:
+            self._line.versions[name] = version
+        else:
+            self._return_to_current()
         self._learning = False
+        if verdict is not None and not verdict.promoted:
+            raise refusal(version, verdict, self._line.tip)
         return scores
 
-    def _learn_task(self, task: Task, rows: TaskRows) -> dict[str, PreferenceScore]:
-        version = version_name(task.index, task.name)
+    def _learn_task(self, task: Task, rows: TaskRows) -> tuple[str, dict[str, PreferenceScore], Verdict | None]:
+        number = max((version.manifest.index for version in self.run.everything), default=0) + 1
+        version = version_name(number, task.name)
+        guarded = [] if self._gate is None else [*self._line.versions, task.name]
+        before_task = self._tests.accuracies(guarded, self.run)
         previous = self.policy.total()
         self.method.begin_task(self.policy, task)
         lesson = teach(self._setup, task, rows, self._run.work(version))
         before = self._tests.scores(previous) if self.method.consolidates else None
         records = self.method.end_task(self.policy, lesson.task)
         scores = self._tests.scores(previous)
+        verdict = self._verdict(before_task, scores)
         manifest = {
-            "index": task.index,
+            "index": number,
             "name": task.name,
-            "parent": BASE if self.method.regime == "separate" else self._newest,
+            "parent": BASE if self.method.regime == "separate" else self._line.tip,
             "train": data_facts(rows.given),
             "test": self._tests.facts(task.name),
             "weights": lesson.weights,
             "rollouts": lesson.rollouts,
+            "gate": None if verdict is None else verdict.model_dump(mode="json"),
             "seed": task.seed,
             "stages": [report.facts() for report in lesson.reports],
             "replay_ids": [] if self.method.buffer is None else self.method.buffer.ids(),
         }
         self._run.write_version(version, manifest, self.policy, self.method, lesson.reports, records, scores, before)
-        self._finished[task.name] = version
-        return scores
+        return version, scores, verdict
 
     def _already_learned(self, rows: AnySet, name: str) -> dict[str, PreferenceScore]:
         done = next(version for version in self.run.versions if version.task == name)
         if done.manifest.train.fingerprint != rows.fingerprint:
             raise InputError(f"task {name!r} was learned from other rows already: give this task another name")
-        self._setup.announce(f"task {done.manifest.index}: {name} (learned already)")
+        self._setup.announce(f"task {[*self._line.versions].index(name) + 1}: {name} (learned already)")
         return {task: PreferenceScore(**score.model_dump()) for task, score in done.scores.items()}
 
-    # ---- what came of it ----
+    def _verdict(self, before: Mapping[str, float], after: Mapping[str, PreferenceScore]) -> Verdict | None:
+        if self._gate is None:
+            return None
+        verdict = judge(self._gate, before, {task: score.accuracy for task, score in after.items()})
+        self._setup.announce(f"  {announcement(verdict, len(before))}")
+        return verdict
 
-    @property
-    def _newest(self) -> str:
-        return [BASE, *self._finished.values()][-1]
+    # ---- going back ----
+
+    def rollback(self, version: str | None = None, force: bool = False) -> Rollback:
+        """Make an earlier version current, or one that was rolled back, and go on learning from there.
+
+        Args:
+            version: its folder's name or number, "000" for the base model; the current version's parent when None.
+            force: take one that the gate refused.
+
+        Raises:
+            InputError: there is no such version, it is damaged or was refused by the gate, or the method's versions do
+                not build on each other.
+        """
+        with self._run.alone():
+            self._line.check_up_to_date()
+            self._check_whole()
+            done = roll_back(self.run, version, force)
+            self._return_to_current()
+        return done
+
+    def _return_to_current(self) -> None:
+        self._line.restore()
+        self._tests.forget_trained({version.manifest.train.fingerprint for version in self.run.versions})
+
+    def _check_whole(self) -> None:
+        if self._learning:
+            raise EveralignError(
+                "a task was broken off in the middle: continue with a new learner that resumes the run"
+            )
+
+    # ---- what came of it ----
 
     @property
     def run(self) -> RunData:
@@ -266,17 +299,17 @@ class Learner:
         """The score matrix of held-out preference accuracy, with Last, BWT, AP and FWT."""
         return self.run.scores("accuracy")
 
-    def export(self, folder: str | Path) -> Path:
-        """Write the newest version merged into the base model, in fp32, checked against the adapter's logits.
+    def export(self, folder: str | Path, version: str | None = None) -> Path:
+        """Write a version merged into the base model, in fp32, checked against the adapter's logits.
 
         What has learned corrections becomes a corrector's folder, which `Corrector.from_pretrained` loads.
 
+        Args:
+            folder: must not exist yet.
+            version: one of the run's line; the current one when None.
+
         Raises:
-            InputError: nothing was learned yet, or the folder exists.
+            InputError: nothing was learned yet, the folder exists, or the line has no such version.
             EveralignError: the merged model's logits differ from the adapter's.
         """
-        if not self._finished:
-            raise InputError("nothing to export: learn a task first")
-        adapter = self._run.path / "versions" / self._newest / "adapter"
-        facts = corrector_facts(self._setup, self.run.versions)
-        return export_merged(self._setup.model_name, adapter, self.tokenizer, Path(folder), facts)
+        return export_version(self.run, Path(folder), version, self._setup.model_name, self.tokenizer).folder

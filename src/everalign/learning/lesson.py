@@ -13,7 +13,10 @@ from everalign.learning.task_rows import TaskRows, encode_rows, fewest_answers, 
 from everalign.learning.task_training import StageReport, train_task
 from everalign.methods import Task
 
+# Random generators take 32 bits.
 _SEEDS = 2**31
+# Stages of a task use consecutive seeds; tasks are this far apart, and runs of neighbouring seeds further.
+_TASK_STRIDE, _RUN_STRIDE = 1000, 1_000_003
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ def teach(setup: Setup, task: Task, rows: TaskRows, work: Path) -> Lesson:
         # Each in its own folder: where it samples what the round before did, that one's result is not its own.
         reports += _train(setup, weighed, replayed, work / f"round-{number}", seed)
     return Lesson(replace(task, rows=weighed.rows), reports, weighed.facts, rollouts)
+
+
+def task_seed(run_seed: int, index: int) -> int:
+    """Return the seed of a run's task by its place in the line: what was left out does not change the next one's."""
+    return (run_seed * _RUN_STRIDE + index * _TASK_STRIDE) % _SEEDS
 
 
 def _seed(task: Task, number: int, purpose: str) -> int:

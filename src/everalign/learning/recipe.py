@@ -123,6 +123,7 @@ class Recipe(_Keys):
     reward: Text | None = None
     rollouts: RolloutKeys | None = None  # type: ignore[valid-type]  # its keys are those of RolloutOptions
     correction: CorrectionKeys | None = None  # type: ignore[valid-type]  # its keys are CorrectionTaskOptions' own
+    gate: float | None = None
     cache: Text | None = None
     allow_overlap: bool | None = None
     skip_bad_rows: bool | None = None
@@ -202,7 +203,7 @@ class Recipe(_Keys):
                 raise InputError(f"no {name} given: add {flag}, or the key {name!r} to the recipe")
         given = self._given()
         self._refuse_ignored()
-        plain = ("model", "objective", "output", "seed", "reward", "allow_overlap", "cache")
+        plain = ("model", "objective", "output", "seed", "reward", "gate", "allow_overlap", "cache")
         return {
             **{name: given[name] for name in plain if name in given},
             "method": self.make_method(),

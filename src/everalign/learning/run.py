@@ -1,6 +1,7 @@
 """The run directory on the writing side: settings, zero-shot scores, versions. See `run_data` for reading.
 
     run.json  zero_shot.json  current  versions/001-NAME/{manifest, scores, training, consolidation, adapter, ...}
+    current   names the version that learning goes on from; versions beside its line were refused or rolled back
     work/     checkpoints of the task being learned; empty between tasks
     cache/    encoded rows and reference log-probabilities
     tests/    the held-out rows that every version is scored on
@@ -10,16 +11,15 @@ A version is written to a temporary folder, synced, and renamed: it is there who
 
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from everalign.data.replay import ReplayBuffer
 from everalign.data.row_set import RowSet
@@ -27,7 +27,6 @@ from everalign.errors import InputError
 from everalign.evaluation import PreferenceScore
 from everalign.files import (
     checksums,
-    differing_files,
     is_partial,
     new_folder,
     read_json,
@@ -35,15 +34,15 @@ from everalign.files import (
     write_text,
 )
 from everalign.learning import run_files
+from everalign.learning.promotion import LOCK, alone, check_version, is_settled, promote, run_lock
+from everalign.learning.run_data import BASE, RunData, work_folder
 from everalign.learning.task_training import StageReport
 from everalign.methods import Method
 from everalign.methods.base import ModuleRecord
 from everalign.modeling.policy import Policy
 
 FORMAT = 1
-BASE = "000"
 _ZERO_SHOT = "zero_shot.json"
-_LOCK = ".lock"
 _SAME = ("format", "model_fingerprint", "template", "objective", "method", "settings", "seed")
 # Settings that came later, with the values they had before.
 _SETTINGS_SINCE = {"attention": "sdpa"}
@@ -74,20 +73,15 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cache = path / "cache"
-        self._lock = FileLock(path / _LOCK, timeout=0)
+        self._lock = run_lock(path)
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> AbstractContextManager[None]:
         """Keep other processes from writing into this run for the while; may be nested.
 
         Raises:
             InputError: another one is at it.
         """
-        try:
-            with self._lock:
-                yield
-        except Timeout:
-            raise InputError(f"{self.path}: another process is learning into this run: wait for it") from None
+        return alone(self.path, self._lock)
 
     @property
     def exists(self) -> bool:
@@ -105,7 +99,7 @@ class RunDirectory:
             return
         if not self.path.is_dir():
             raise InputError(f"{self.path} is no directory: choose another output directory")
-        ours = (_ZERO_SHOT, _LOCK)
+        ours = (_ZERO_SHOT, LOCK)
         if any(entry.name not in ours and not is_partial(entry) for entry in self.path.iterdir()):
             raise InputError(f"{self.path} is not empty and holds no run: choose another output directory")
 
@@ -130,7 +124,7 @@ class RunDirectory:
 
     def work(self, name: str) -> Path:
         """Return the folder for checkpoints of the task that becomes version `name`."""
-        return self.path / "work" / name
+        return work_folder(self.path, name)
 
     def write_zero_shot(self, scores: Mapping[str, PreferenceScore], tests: Mapping[str, Any]) -> None:
         """Write the base model's scores by task, and what identifies the test sets (see `data_facts`)."""
@@ -177,7 +171,7 @@ class RunDirectory:
         scores: Mapping[str, PreferenceScore],
         before: Mapping[str, PreferenceScore] | None,
     ) -> None:
-        """Write a finished task as a version, promote it, and drop its checkpoints."""
+        """Write a finished task as a version, promote it unless its gate refused it, and drop its checkpoints."""
         with new_folder(self.path / "versions" / name) as folder:
             policy.save_adapter(folder / "adapter")
             save_file(method.state_dict(), folder / "method.safetensors")
@@ -196,30 +190,40 @@ class RunDirectory:
             write_text(folder / "training.jsonl", "".join(json.dumps(point) + "\n" for point in points))
             full = {"format": FORMAT, **manifest, "created": now(), "files": checksums(folder)}
             write_json(folder / "manifest.json", full)
-        self._promote(name)
+        gate = manifest["gate"]
+        promote(self.path, name if gate is None or gate["promoted"] else manifest["parent"])
 
-    def _promote(self, name: str) -> None:
-        write_text(self.path / "current", name + "\n")
-        shutil.rmtree(self.path / "work", ignore_errors=True)
+    def settle(self, run: RunData) -> None:
+        """Make up for what a kill prevented between writing a version and promoting or refusing it."""
+        if not is_settled(run):
+            with self.alone():
+                promote(self.path, run.tip)
 
-    def restore(self, name: str, policy: Policy, method: Method, seed: int) -> None:
-        """Bring policy and method back to where version `name`, the newest, left them.
+    def restore(self, name: str, policy: Policy, method: Method, seed: int, at_first: Mapping[str, Tensor]) -> None:
+        """Bring policy and method back to where version `name` left them.
 
-        A kill between writing the version and promoting it has left its checkpoints: the promotion is made up for.
+        Args:
+            name: the version; "000" is the base model.
+            policy: what learns.
+            method: what is carried from task to task.
+            seed: seeds the policy.
+            at_first: the method's state before the first task, for the base model.
 
         Raises:
             InputError: a file of the version is missing or was changed.
         """
+        if name == BASE:
+            policy.reset(seed)
+            method.load_state_dict(at_first)
+            if method.buffer is not None:
+                method.buffer = ReplayBuffer(method.buffer.capacity)
+            return
         folder = self.path / "versions" / name
-        wrong = differing_files(folder, read_json(folder / "manifest.json")["files"])
-        if wrong:
-            raise InputError(f"{folder / wrong[0]}: missing or changed since it was written; restore the file")
+        check_version(folder, read_json(folder / "manifest.json")["files"])
         policy.load_adapter(folder / "adapter", method.long_term, seed)
         method.load_state_dict(load_file(folder / "method.safetensors"))
         if method.buffer is not None:
             method.buffer = ReplayBuffer.from_jsonl(folder / "replay.jsonl", method.buffer.capacity)
-        if self.work(name).exists():
-            self._promote(name)
 
 
 def _difference(key: str, written: Any, expected: Any) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from everalign.errors import InputError
 from everalign.learning.run_files import (
@@ -22,8 +23,11 @@ from everalign.learning.run_files import (
 from everalign.learning.scores import Regime, Scores
 
 _VERSION = re.compile(r"\d{3,}-.+(?<!\.partial)")  # a folder being written ends in .partial
-_BASE = "000"  # the parent of a version that started from the base model
+BASE = "000"
+"""The parent of a version that started from the base model."""
 _METRICS = ("accuracy", "margin", "reward_accuracy")
+Status = Literal["promoted", "", "refused by the gate", "rolled back"]
+"""What became of a version: it is current, one of the current one's parents, or beside that line."""
 _REGIMES: dict[str, Regime] = {"mtl": "joint", "stl": "separate"}
 
 
@@ -43,21 +47,50 @@ class VersionData:
         """The task's name as the user wrote it."""
         return self.manifest.name
 
+    @property
+    def refused(self) -> bool:
+        """Whether the gate refused it."""
+        return self.manifest.gate is not None and not self.manifest.gate.promoted
+
 
 @dataclass(frozen=True)
 class RunData:
     """One run: its set-up, the base model's scores, and the versions in the order of learning.
 
-    `versions` is the line of parents of the newest version; `left_out` names the versions beside that line
-    (rolled back, or refused by the gate). `current` is the promoted version.
+    `current` is the promoted version, "000" for the base model, None before the first promotion. `versions` is the
+    run's line: the current version and its parents. `beside` are the others: rolled back, or refused by the gate.
+    Where each task starts from the base model (STL), all versions are the line.
     """
 
     path: Path
     facts: RunFile
     zero_shot: Mapping[str, Score]
     versions: Sequence[VersionData]
-    left_out: Sequence[str]
+    beside: Sequence[VersionData]
     current: str | None
+
+    @property
+    def left_out(self) -> list[str]:
+        """Names of the versions beside the line."""
+        return [version.id for version in self.beside]
+
+    @property
+    def everything(self) -> list[VersionData]:
+        """All versions, in the order in which they were written."""
+        return sorted([*self.versions, *self.beside], key=lambda version: version.manifest.index)
+
+    @property
+    def tip(self) -> str:
+        """The version that learning goes on from; "000" for the base model."""
+        return self.versions[-1].id if self.versions else BASE
+
+    def status(self, version: VersionData) -> Status:
+        """What became of a version."""
+        if version.id == self.current:
+            return "promoted"
+        if version in self.versions:
+            return ""
+        return "refused by the gate" if version.refused else "rolled back"
 
     @property
     def regime(self) -> Regime:
@@ -96,21 +129,32 @@ class RunData:
 def load_run(path: str | Path) -> RunData:
     """Read a run directory; a damaged or missing file is an `InputError` that names it."""
     path = Path(path)
-    if not (path / "run.json").is_file():
-        raise InputError(f"{path} is not a run directory, it has no run.json; give the --output directory of a run")
+    check_is_run(path)
     versions = _load_versions(path / "versions")
     facts = read_json(path / "run.json", RunFile)
-    kept = versions if facts.method.name == "stl" else _lineage(versions)
+    current = _current(path, versions)
+    kept = versions if facts.method.name == "stl" else _lineage(versions, current)
     run = RunData(
         path=path,
         facts=facts,
         zero_shot=read_json(path / "zero_shot.json", ScoresFile).scores,
         versions=kept,
-        left_out=[version.id for version in versions if version not in kept],
-        current=_current(path / "current", [version.id for version in versions]),
+        beside=[version for version in versions if version not in kept],
+        current=current,
     )
     _check_scores(run)
     return run
+
+
+def check_is_run(path: Path) -> None:
+    """Refuse a folder that is no run directory."""
+    if not (path / "run.json").is_file():
+        raise InputError(f"{path} is not a run directory, it has no run.json; give the --output directory of a run")
+
+
+def work_folder(run: Path, version: str) -> Path:
+    """Return the folder for checkpoints of the task that becomes a version; it is there until that is settled."""
+    return run / "work" / version
 
 
 def run_labels(runs: Sequence[RunData]) -> list[str]:
@@ -145,13 +189,13 @@ def _load_version(directory: Path) -> VersionData:
     )
 
 
-def _lineage(versions: Sequence[VersionData]) -> list[VersionData]:
-    """The newest version and its parents, oldest first."""
-    if not versions:
-        return []
+def _lineage(versions: Sequence[VersionData], current: str | None) -> list[VersionData]:
+    """The current version and its parents, oldest first; where none is named, the newest that was not refused."""
     by_id = {version.id: version for version in versions}
-    line = [versions[-1]]
-    while (parent := line[0].manifest.parent) != _BASE:
+    line = [by_id[current]] if current in by_id else []
+    if current is None:
+        line = [version for version in versions if not version.refused][-1:]
+    while line and (parent := line[0].manifest.parent) != BASE:
         if parent not in by_id or by_id[parent] in line:
             raise InputError(
                 f"{line[0].id}/manifest.json: field parent: {parent!r} is no earlier version of this run "
@@ -161,13 +205,20 @@ def _lineage(versions: Sequence[VersionData]) -> list[VersionData]:
     return line
 
 
-def _current(path: Path, versions: Sequence[str]) -> str | None:
-    """The promoted version's name; None before the first promotion."""
+def _current(run: Path, versions: Sequence[VersionData]) -> str | None:
+    """The promoted version's name; None before the first promotion.
+
+    A kill may come between writing the newest version and promoting it, which has left its checkpoints: it counts as
+    promoted, unless the gate refused it.
+    """
+    if versions and not versions[-1].refused and work_folder(run, versions[-1].id).exists():
+        return versions[-1].id
+    path, names = run / "current", [version.id for version in versions]
     if not path.exists():
         return None
     name = path.read_text(encoding="utf-8").strip()
-    if name not in (*versions, _BASE):
-        raise InputError(f"{path}: {name!r} is no version of this run ({', '.join(versions) or 'it has none'})")
+    if name not in (*names, BASE):
+        raise InputError(f"{path}: {name!r} is no version of this run ({', '.join(names) or 'it has none'})")
     return name
 
 

@@ -92,6 +92,20 @@ class Stage(_Record):
     replayed: Count
 
 
+class Verdict(_Record):
+    """What the gate made of a finished task.
+
+    Args:
+        tolerance: how far a held-out accuracy may fall, a share.
+        promoted: whether none fell further.
+        fell: those that did: before and after, by task.
+    """
+
+    tolerance: Annotated[float, Field(ge=0, le=1)]
+    promoted: bool
+    fell: dict[str, tuple[FiniteFloat, FiniteFloat]]
+
+
 class Manifest(_Record):
     """manifest.json of one version."""
 
@@ -104,6 +118,7 @@ class Manifest(_Record):
     test: DataSource | None
     weights: dict[str, float | None] | None = None
     rollouts: list[dict[str, float]] = []
+    gate: Verdict | None = None
     stages: list[Stage]
     files: dict[str, str]
 

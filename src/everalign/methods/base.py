@@ -18,7 +18,7 @@ class Task:
     Args:
         name: unique in a run.
         rows: its training rows: preferences, scored ones, or corrections.
-        index: 1 for the first task of the run.
+        index: 1 for the first task that the policy learns, whatever was refused or rolled back before.
         seed: seeds everything random that belongs to this task.
     """
 
@@ -101,4 +101,4 @@ class Method:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned, be it before the first task."""

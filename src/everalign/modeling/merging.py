@@ -23,7 +23,12 @@ def merged_model(model_name: str, adapter: Path) -> Any:
     Raises:
         EveralignError: merged logits differ from the adapter's by more than 1e-4 of their largest value.
     """
-    model = PeftModel.from_pretrained(load_model(model_name, "fp32"), str(adapter)).eval()
+    return merged_into(load_model(model_name, "fp32"), adapter)
+
+
+def merged_into(base: Any, adapter: Path) -> Any:
+    """As `merged_model`, of a base model that is loaded in fp32 already; it is changed in place."""
+    model = PeftModel.from_pretrained(base, str(adapter)).eval()
     probe = torch.arange(_PROBE_TOKENS)[None] % model.config.get_text_config().vocab_size
     with torch.no_grad():
         expected = model(input_ids=probe).logits
