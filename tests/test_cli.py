@@ -284,9 +284,10 @@ def test_versions_that_do_not_build_on_each_other_have_no_score_now(tmp_path, ca
     assert [row["now"] for row in result["versions"]] == [None, None, None]
 
 
-def test_versions_beside_the_line_are_named(tmp_path, capsys):
+def test_versions_beside_the_line_are_listed_with_what_became_of_them(tmp_path, capsys):
     path = write_run(tmp_path / "run", parents=["000", "000", "002-2"])
-    assert "Not in this line: 001-1." in run(capsys, "versions", str(path))[1].replace("\n", " ")
+    lines = [line for line in run(capsys, "versions", str(path))[1].splitlines() if line.startswith("│")]
+    assert [line.strip("│").split("│")[-1].strip() for line in lines] == ["rolled back", "", "promoted"]
 
 
 def test_report_on_several_runs_compares_them(runs, tmp_path, capsys):
@@ -329,7 +330,7 @@ def test_version_and_help(capsys):
     assert "learn" in out
 
 
-@pytest.mark.parametrize("verb", ["learn", "report", "versions"])
+@pytest.mark.parametrize("verb", ["learn", "report", "versions", "rollback", "export"])
 def test_every_verb_explains_itself_with_an_example(verb, capsys):
     code, out, _ = run(capsys, verb, "--help")
     assert code == 0

@@ -15,7 +15,7 @@ from everalign.cli.demo import demo
 from everalign.cli.learn import learn
 from everalign.cli.output import say
 from everalign.cli.reward import reward
-from everalign.cli.runs import report, versions
+from everalign.cli.runs import export, report, rollback, versions
 from everalign.errors import EveralignError, InputError
 
 # A wrong flag or argument. Some versions of typer have it from click, others carry it inside; its heir is public.
@@ -23,7 +23,8 @@ _UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])
 
 app = typer.Typer(
     help="Keeps a language model aligned while preferences keep changing.",
-    epilog="Every verb explains itself: everalign learn --help",
+    epilog="Every verb explains itself: everalign learn --help. "
+    "Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -35,6 +36,8 @@ app.add_typer(reward, name="reward")
 app.add_typer(correct, name="correct")
 app.command(epilog="Example: everalign report runs/lifealign runs/seqft --output comparison.html")(report)
 app.command(epilog="Example: everalign versions runs/polite")(versions)
+app.command(epilog="Example: everalign rollback runs/polite 001-polite")(rollback)
+app.command(epilog="Example: everalign export runs/polite polite-model")(export)
 
 
 def _print_version(wanted: bool) -> None:

@@ -20,7 +20,7 @@ from everalign.cli.weighting_flags import (
     WeightCap,
     WeightFloor,
 )
-from everalign.errors import InputError
+from everalign.errors import GateRefusedError, InputError
 
 if TYPE_CHECKING:
     from everalign.data.row_set import RowSet
@@ -52,6 +52,10 @@ def learn(
     print_recipe: Annotated[
         bool, flag("Print all settings as a recipe, and exit.", None, "", "--print-recipe")
     ] = False,
+    gate: Annotated[
+        float | None,
+        flag("Refuse a task (exit code 3) that lowers a held-out accuracy by more than this."),
+    ] = None,
     as_json: Annotated[bool, flag("Print the result as one JSON object.", None, "", "--json")] = False,
     skip_bad_rows: Annotated[bool | None, flag("Leave bad rows out, and say so.", _DATA, "")] = None,
     allow_overlap: Annotated[bool | None, flag("Let rows be in training and test sets.", _DATA, "")] = None,
@@ -142,13 +146,19 @@ def _learn(flags: dict[str, Any]) -> None:
     started = time.perf_counter()
     with Display() as display:
         recipe = _recipe(flags)
-        run = _run(recipe, flags["resume"], display)
+        run, refusal = _run(recipe, flags["resume"], display)
         report = None if recipe.report is False else _write_report(run.path)
     seconds = time.perf_counter() - started
-    (_show_json if flags["as_json"] else _show)(run, report, seconds)
+    if flags["as_json"]:
+        _show_json(run, refusal, report, seconds)
+    else:
+        _show(run, report, seconds)
+    if refusal is not None:
+        raise refusal
 
 
-def _run(recipe: "Recipe", resume: bool, display: Display) -> "RunData":
+def _run(recipe: "Recipe", resume: bool, display: Display) -> tuple["RunData", GateRefusedError | None]:
+    """Learn; what the gate has refused ends it, and is told of after the results."""
     from everalign.learning.learner import Learner
     from everalign.learning.task_files import load_tasks
 
@@ -158,8 +168,11 @@ def _run(recipe: "Recipe", resume: bool, display: Display) -> "RunData":
     for name, train, test in tasks:
         _announce_data(name, train, test, display)
     learner = Learner(**arguments, resume=resume, announce=display.announce, progress=display.progress)
-    learner.learn_all(tasks)
-    return learner.run
+    try:
+        learner.learn_all(tasks)
+    except GateRefusedError as refusal:
+        return learner.run, refusal
+    return learner.run, None
 
 
 def _announce_data(name: str, train: "RowSet[Any]", test: "RowSet[Any] | None", display: Display) -> None:
@@ -176,11 +189,12 @@ def _write_report(run: Path) -> Path:
     return write_report([run], run / "report.html")
 
 
-def _show_json(run: "RunData", report: Path | None, seconds: float) -> None:
+def _show_json(run: "RunData", refusal: GateRefusedError | None, report: Path | None, seconds: float) -> None:
     from everalign.cli import results
 
     facts = {"output": str(run.path), "report": None if report is None else str(report), "seconds": round(seconds, 3)}
-    show_json({**results.scores(run), "versions": results.versions(run), **facts})
+    refused = None if refusal is None else refusal.version
+    show_json({**results.scores(run), "versions": results.versions(run), "refused": refused, **facts})
 
 
 def _show(run: "RunData", report: Path | None, seconds: float) -> None:

@@ -7,6 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from everalign.learning.gate import what_fell
 from everalign.learning.run_data import RunData, run_labels
 from everalign.learning.run_files import Score
 from everalign.reporting import comparison_table, score_table
@@ -38,10 +39,11 @@ def summary(runs: Sequence[RunData]) -> list[RenderableType]:
 
 
 def versions(run: RunData) -> list[dict[str, Any]]:
-    """Return the versions in the order of learning.
+    """Return all versions in the order of learning, those beside the run's line too.
 
     `then` is a version's accuracy on its own task, `now` the promoted version's on that task; null where it was not
-    measured, or where versions do not build on each other (STL).
+    measured, or where versions do not build on each other (STL). `status` is what became of a version, `gate` the
+    gate's verdict where there was one.
     """
     promoted = next((version.scores for version in run.versions if version.id == run.current), run.zero_shot)
     return [
@@ -53,19 +55,21 @@ def versions(run: RunData) -> list[dict[str, Any]]:
             "then": _accuracy(version.scores, version.task),
             "now": None if run.regime == "separate" else _accuracy(promoted, version.task),
             "promoted": version.id == run.current,
+            "status": run.status(version),
+            "gate": None if version.manifest.gate is None else version.manifest.gate.model_dump(mode="json"),
         }
-        for version in run.versions
+        for version in run.everything
     ]
 
 
 def version_table(run: RunData) -> Table:
-    """Return the versions as a table, the promoted one marked."""
+    """Return the versions as a table with what became of each."""
     table = Table(caption=_caption(run), caption_justify="left")
     for title in ("version", "task", "learned (UTC)"):
         table.add_column(title, overflow="fold")
     for title in ("then", "now", "change"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("status")
     for row in versions(run):
         change = None if row["then"] is None or row["now"] is None else row["now"] - row["then"]
         table.add_row(
@@ -75,7 +79,7 @@ def version_table(run: RunData) -> Table:
             _ACCURACY.value(row["then"]),
             _ACCURACY.value(row["now"]),
             Text(_ACCURACY.change(change), style=_COLOURS[_ACCURACY.direction(change)]),
-            "promoted" if row["promoted"] else "",
+            row["status"],
         )
     return table
 
@@ -85,9 +89,13 @@ def _accuracy(scores: Mapping[str, Score], task: str) -> float | None:
 
 
 def _caption(run: RunData) -> Text:
-    beside = f"\nNot in this line: {', '.join(run.left_out)}." if run.left_out else ""
+    refused = [
+        f"\n{version.id}: {what_fell(version.manifest.gate)}."
+        for version in run.everything
+        if version.manifest.gate is not None and version.refused
+    ]
     return Text(
         "Accuracy on the version's own task, %: when it was learned, and under the promoted version. "
-        f"Changes in points.{beside}",
+        f"Changes in points.{''.join(refused)}",
         style="dim",
     )

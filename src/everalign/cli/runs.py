@@ -1,12 +1,15 @@
-"""Verbs that read run directories: `report` and `versions`."""
+"""Verbs on run directories: `report`, `versions`, `rollback` and `export`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from everalign.cli.output import show, show_json, show_line
-from everalign.cli.verbs import Json
+from everalign.cli.verbs import Json, option
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as `learn` writes it.")]
 
 
 def report(
@@ -29,10 +32,10 @@ def report(
 
 
 def versions(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as `learn` writes it.")],
+    run: Run,
     as_json: Json = False,
 ) -> None:
-    """List a run's versions with their scores, then and now."""
+    """List a run's versions with their scores, then and now, and what became of each."""
     from everalign.cli import results
     from everalign.learning.run_data import load_run
 
@@ -41,3 +44,55 @@ def versions(
         show_json({"run": str(run), "current": loaded.current, "versions": results.versions(loaded)})
     else:
         show(results.version_table(loaded))
+
+
+def rollback(
+    run: Run,
+    version: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[VERSION]",
+            help="Its name or number, 000 for the base model; the current version's parent when left out.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", metavar="", help="Take one that the gate refused.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make an earlier version current, or one that was rolled back; learning goes on from there.
+
+    Nothing is deleted: what is left out can be taken back by its name.
+    """
+    from everalign.learning.promotion import rollback as roll_back
+
+    done = roll_back(run, version, force)
+    if as_json:
+        show_json({"run": str(run), **asdict(done)})
+        return
+    show_line("current", f"{done.current}{' (the base model)' if done.current == '000' else ''}")
+    for label, versions in (("left out", done.left_out), ("back", done.taken_back)):
+        if versions:
+            show_line(label, ", ".join(versions))
+
+
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The model; must not exist yet.")],
+    version: Annotated[str | None, option("A version of the run's line; the current one.", "VERSION")] = None,
+    model: Annotated[str | None, option("Where the base model is now, if it was moved.", "MODEL")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write what was learned, merged into the base model in fp32, as a plain Hugging Face model.
+
+    Of a run that learned corrections, it is a corrector.
+    """
+    from everalign.learning.export import export_version
+    from everalign.learning.run_data import load_run
+
+    loaded = load_run(run)
+    exported = export_version(loaded, folder, version, model)
+    if as_json:
+        show_json({"run": str(run), "version": exported.version, "model": str(folder), "corrector": exported.corrector})
+    else:
+        show_line("version", exported.version)
+        show_line("corrector" if exported.corrector else "model", folder)

@@ -43,6 +43,7 @@ class RunView:
     stages: Sequence[views.Row]
     weights: Sequence[views.Row]
     rollouts: Sequence[views.Row]
+    gate: Sequence[views.Row]
     data: Sequence[views.Row]
 
 
@@ -88,6 +89,7 @@ def render_report(runs: Sequence[RunData], corrector: CorrectorShow | None = Non
         stage_columns=views.STAGE_COLUMNS,
         weight_columns=views.WEIGHT_COLUMNS,
         rollout_columns=views.ROLLOUT_COLUMNS,
+        gate_columns=views.GATE_COLUMNS,
     )
 
 
@@ -135,6 +137,7 @@ def _run_view(run: RunData, label: str, anchor: str, heat: tuple[float, float], 
         stages=views.stage_view(run),
         weights=views.weight_view(run),
         rollouts=views.rollout_view(run),
+        gate=views.gate_view(run),
         data=views.data_view(run),
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from everalign.learning.gate import what_fell
 from everalign.learning.run_data import RunData, VersionData
 from everalign.learning.run_files import DataSource, ModuleConsolidation
 from everalign.learning.scores import Scores
@@ -217,6 +218,25 @@ def rollout_view(run: RunData) -> list[Row]:
         for version in run.versions
         for rollout in version.manifest.rollouts
     ]
+
+
+GATE_COLUMNS = ("status", "tolerance", "what fell")
+
+
+def gate_view(run: RunData) -> list[Row]:
+    """One line a version with what became of it; empty where all were promoted and no gate was asked."""
+    if not run.beside and all(version.manifest.gate is None for version in run.versions):
+        return []
+    return [
+        Row(version.id, [run.status(version) or "in the line", *_gate_cells(version)]) for version in run.everything
+    ]
+
+
+def _gate_cells(version: VersionData) -> list[str]:
+    verdict = version.manifest.gate
+    if verdict is None:
+        return [UNMEASURED, UNMEASURED]
+    return [percent(verdict.tolerance), what_fell(verdict) or "nothing"]
 
 
 WEIGHT_COLUMNS = (
