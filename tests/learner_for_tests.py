@@ -62,6 +62,12 @@ def task_rows(name: str, count: int = 10, start: int = 0) -> PreferenceSet:
     return PreferenceSet.of(rows, source=f"{name}.jsonl")
 
 
+def swapped(name: str, count: int = 20) -> PreferenceSet:
+    """The task's rows with the preferences exchanged: what they teach undoes the task."""
+    rows = [{**row.to_json(), "chosen": row.rejected, "rejected": row.chosen} for row in task_rows(name, count)]
+    return PreferenceSet.of(rows, source="poison.jsonl")
+
+
 def held_out(name: str, count: int = 5) -> PreferenceSet:
     return task_rows(name, count, start=100)
 

@@ -18,7 +18,7 @@ from everalign.cli import display, main
 from everalign.cli.display import Display
 from everalign.cli.learn import parse_task
 from everalign.errors import EveralignError
-from learner_for_tests import adapter_weights, same_weights, task_rows
+from learner_for_tests import adapter_weights, same_weights, swapped, task_rows
 from runs_for_tests import LIFEALIGN, SEQUENTIAL, write_run
 
 TASKS = [*task("warm"), *task("brief")]
@@ -165,6 +165,52 @@ def test_reference_log_probabilities_go_into_the_named_cache(work, capsys):
     assert run(capsys, *learn(*task("warm"), "--cache", "shared"))[0] == 0
     assert list(Path("shared").glob("*.safetensors"))
     assert not Path("run/cache").exists()
+
+
+# ---- the gate ----
+
+
+def poison(work):
+    """Rows of `warm` with the preferences exchanged."""
+    write_rows(work / "poison.jsonl", swapped("warm", 40))
+    return ["--task", "poison=poison.jsonl"]
+
+
+def test_a_task_that_the_gate_refuses_exits_3_after_the_report_and_those_behind_it_are_not_learned(work, capsys):
+    given = [*task("warm"), *poison(work), *task("calm")]
+    gate = ["--objective", "dpo", "--warmup", "0", "--gate", "0.25"]
+    code, out, err = run(capsys, *learn(*given, *gate, "--report"))
+    assert code == 3
+    assert out.splitlines()[-1].split() == ["report", "run/report.html"]
+    assert err.splitlines()[-1].startswith("error: 002-poison was refused by the gate, which lets accuracies fall by")
+    page = Path("run/report.html").read_text()
+    assert "refused by the gate" in page
+    assert "warm fell from 100.0% to 0.0%" in page
+    assert sorted(path.name for path in Path("run/versions").iterdir()) == ["001-warm", "002-poison"]
+
+    code, out, _ = run(capsys, *learn(*given[2:], *gate, "--resume", "--json"))
+    assert code == 3
+    result = json.loads(out)
+    assert (result["refused"], result["tasks"]) == ("003-poison", ["warm", "calm"])
+    assert [(row["version"], row["status"]) for row in result["versions"]] == [
+        ("001-warm", "promoted"),
+        ("002-poison", "refused by the gate"),
+        ("003-poison", "refused by the gate"),
+    ]
+    assert result["versions"][1]["gate"] == {"tolerance": 0.25, "promoted": False, "fell": {"warm": [1.0, 0.0]}}
+
+    code, out, _ = run(capsys, *learn(*task("warm"), *task("calm"), *gate, "--resume", "--json"))
+    assert (code, json.loads(out)["refused"]) == (0, None)
+    out = run(capsys, "versions", "run")[1]
+    assert "002-poison: warm fell from 100.0% to 0.0%." in out
+
+
+@pytest.mark.parametrize("tolerance", ["-0.1", "2", "nan"])
+def test_a_tolerance_that_is_no_share_exits_2_and_begins_no_run(work, capsys, tolerance):
+    code, out, err = run(capsys, *learn(*task("warm"), "--gate", tolerance))
+    assert (code, out) == (2, "")
+    assert "gate" in err
+    assert not Path("run").exists()
 
 
 # ---- flags, recipe, preset ----

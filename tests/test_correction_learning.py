@@ -192,11 +192,15 @@ def test_tasks_learned_together_are_pooled_once(tmp_path):
 # ---- what comes of it ----
 
 
-def test_an_export_is_a_corrector(tmp_path):
+def test_an_export_is_a_corrector(tmp_path, capsys):
     learned = learner(tmp_path / "run", LifeAlign(), correction=CorrectionTaskOptions(objectives="kind"))
     learned.learn_all(tasks())
     folder = learned.export(tmp_path / "corrector")
     files = load_corrector_files(folder)
+    code, out, _ = run(capsys, "export", str(tmp_path / "run"), str(tmp_path / "again"), "--json")
+    assert (code, json.loads(out)["corrector"]) == (0, True)
+    assert load_corrector_files(tmp_path / "again").facts == files.facts
+    assert load_corrector_files(learned.export(tmp_path / "first", "001-warm")).facts.rows == 10
     assert (files.template.id, files.objectives) == ("everalign-1", ("kind",))
     assert files.facts.rows == 20
     assert files.facts.held_out.keys() == set(TASKS)

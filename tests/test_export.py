@@ -1,6 +1,7 @@
 """An exported model is the base model with what was learned, in one piece."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cli_for_tests import run as cli
 from everalign.errors import EveralignError, InputError
+from everalign.learning.export import export_version
+from everalign.learning.run_data import load_run
 from everalign.methods import METHODS, LifeAlign
 from learner_for_tests import make_learner, save_model, task_rows, tasks
 
@@ -48,6 +52,78 @@ def test_the_learned_policy_and_the_exported_model_agree(model, tmp_path):
     learner.learn_all(tasks("warm", "brief"))
     exported = AutoModelForCausalLM.from_pretrained(learner.export(tmp_path / "out"))
     torch.testing.assert_close(logits(exported), logits(learner.policy.peft), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished") / "run"
+    make_learner(model, output, LifeAlign()).learn_all(tasks("warm", "brief", "calm"))
+    return output
+
+
+def adapted(model, run, version):
+    base = AutoModelForCausalLM.from_pretrained(model)
+    return logits(PeftModel.from_pretrained(base, str(run / "versions" / version / "adapter")))
+
+
+def exported(folder):
+    return logits(AutoModelForCausalLM.from_pretrained(folder))
+
+
+def test_what_is_exported_is_the_current_version_or_one_of_its_line(model, finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    learner = make_learner(model, run, LifeAlign(), resume=True)
+    learner.rollback()
+    expected = {version: adapted(model, run, version) for version in ("001-warm", "002-brief", "003-calm")}
+    assert (expected["002-brief"] - expected["001-warm"]).abs().max() > 1e-3
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(exported(learner.export(tmp_path / "a")), expected["002-brief"], **close)
+    torch.testing.assert_close(exported(learner.export(tmp_path / "b", "001-warm")), expected["001-warm"], **close)
+    code, out, _ = cli(capsys, "export", str(run), str(tmp_path / "c"), "--json")
+    assert (code, json.loads(out)) == (
+        0,
+        {"run": str(run), "version": "002-brief", "model": str(tmp_path / "c"), "corrector": False},
+    )
+    torch.testing.assert_close(exported(tmp_path / "c"), expected["002-brief"], **close)
+    code, out, _ = cli(capsys, "export", str(run), str(tmp_path / "d"), "--version", "001")
+    assert (code, [line.split() for line in out.splitlines()]) == (
+        0,
+        [["version", "001-warm"], ["model", str(tmp_path / "d")]],
+    )
+    torch.testing.assert_close(exported(tmp_path / "d"), expected["001-warm"], **close)
+    assert AutoTokenizer.from_pretrained(tmp_path / "d")("wörd")["input_ids"] == learner.tokenizer("wörd")["input_ids"]
+    with pytest.raises(InputError, match="003-calm was left out of the run's line: roll back to it first"):
+        learner.export(tmp_path / "e", "003-calm")
+    with pytest.raises(InputError, match="has no version '7': choose one of 001-warm, 002-brief"):
+        learner.export(tmp_path / "e", "7")
+
+
+def test_a_base_model_that_was_moved_is_named_and_another_refused(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    facts = json.loads((run / "run.json").read_text())
+    moved = shutil.copytree(facts["model"], tmp_path / "moved")
+    (run / "run.json").write_text(json.dumps(facts | {"model": str(tmp_path / "gone")}))
+    with pytest.raises(InputError, match="there is no model folder"):
+        export_version(load_run(run), tmp_path / "out")
+    with pytest.raises(InputError, match=r"is not the model that .* was begun with"):
+        export_version(load_run(run), tmp_path / "out", model=str(save_model(tmp_path / "other", seed=1)))
+    assert not (tmp_path / "out").exists()
+    assert export_version(load_run(run), tmp_path / "out", model=str(moved)).version == "003-calm"
+
+
+def test_a_model_in_bf16_is_recognised(model, tmp_path):
+    learner = make_learner(model, tmp_path / "run", options={"precision": "bf16"})
+    learner.learn(task_rows("warm"), "warm")
+    assert learner.export(tmp_path / "out").is_dir()
+
+
+def test_a_damaged_version_is_not_exported(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "versions" / "003-calm" / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
+    code, _, err = cli(capsys, "export", str(run), str(tmp_path / "out"))
+    assert code == 2
+    assert "adapter_model.safetensors: missing or changed since it was written" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_second_export_to_the_same_folder_is_refused(model, tmp_path):

@@ -38,6 +38,8 @@ def test_importing_loads_nothing_heavy(module):
     [
         ["--help"],
         ["learn", "--help"],
+        ["rollback", "--help"],
+        ["export", "--help"],
         ["reward", "train", "--help"],
         ["reward", "score", "--help"],
         ["correct", "train", "--help"],
@@ -58,6 +60,14 @@ def test_listing_versions_needs_no_torch(tmp_path):
     path = write_run(tmp_path / "run")
     code = (
         f"from everalign.cli import main\nassert main(['versions', {str(path)!r}]) == 0\nprint('torch' in sys.modules)"
+    )
+    assert child(code).splitlines()[-1] == "False"
+
+
+def test_rolling_back_needs_no_torch(tmp_path):
+    path = write_run(tmp_path / "run")
+    code = (
+        f"from everalign.cli import main\nassert main(['rollback', {str(path)!r}]) == 0\nprint('torch' in sys.modules)"
     )
     assert child(code).splitlines()[-1] == "False"
 

@@ -6,13 +6,16 @@ import random
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from everalign.errors import GateRefusedError
 from everalign.learning.run_data import load_run
 from everalign.methods import LifeAlign
-from learner_for_tests import adapter_weights, make_learner, same_weights, save_model, tasks
+from learner_for_tests import adapter_weights, make_learner, same_weights, save_model, swapped, tasks
 
 OPTIONS = {"sft_epochs": 1.0, "epochs": 1.5, "checkpoint_steps": 1, "reference": "base"}
 LIMIT = 120.0
@@ -29,6 +32,19 @@ def learn(model, output, started, crash=None):
     learner = make_learner(model, output, LifeAlign(), "fpo", resume=True, options=OPTIONS)
     started.set()
     learner.learn_all(tasks("warm", "brief"))
+
+
+def learn_past_a_refusal(model, output, started, crash=None):
+    """As `learn`, of two tasks with one in between that the gate refuses."""
+    if crash is not None:
+        crash_at(*crash)
+    options = {"checkpoint_steps": 1}
+    learner = make_learner(model, output, LifeAlign(), resume=True, options=options, gate=0.25)
+    started.set()
+    warm, calm = tasks("warm", "calm")
+    for name, rows, test in (warm, ("poison", swapped("warm"), None), calm):
+        with suppress(GateRefusedError):
+            learner.learn(rows, name, test)
 
 
 def crash_at(call, target, moment, count=1):
@@ -70,9 +86,9 @@ def processes():
 class Child:
     """A learning process that may be killed, or left to end."""
 
-    def __init__(self, processes, *arguments, crash=None):
+    def __init__(self, processes, *arguments, crash=None, teach=learn):
         self.started = processes.Event()
-        self.process = processes.Process(target=learn, args=(*arguments, self.started, crash), daemon=True)
+        self.process = processes.Process(target=teach, args=(*arguments, self.started, crash), daemon=True)
         self.process.start()
 
     def ended(self):
@@ -200,3 +216,45 @@ def test_killed_at_the_worst_places(processes, whole, model, tmp_path, call, tar
     assert crashed.ended() == 9
     assert Child(processes, model, tmp_path / "run").ended() == 0
     check_same_run(expected, tmp_path / "run")
+
+
+# ---- past a refusal ----
+
+
+@pytest.fixture(scope="module")
+def gated(processes, model, tmp_path_factory):
+    """An uninterrupted run in which the gate has refused a task."""
+    output = tmp_path_factory.mktemp("gated") / "run"
+    assert Child(processes, model, output, teach=learn_past_a_refusal).ended() == 0
+    assert load_run(output).left_out == ["002-poison"]
+    return output
+
+
+AROUND_A_REFUSAL = [
+    ("replace", "versions/002-poison", 1, "before"),
+    ("replace", "versions/002-poison", 1, "after"),
+    ("replace", "current", 2, "before"),
+    ("replace", "current", 2, "after"),
+    ("replace", "versions/003-calm", 1, "after"),
+]
+
+
+@pytest.mark.parametrize(("call", "target", "count", "moment"), AROUND_A_REFUSAL)
+def test_killed_around_a_refusal(processes, gated, model, tmp_path, call, target, count, moment):
+    """The refused task may be learned, and refused, once more; what is learned after it is the same."""
+    run = tmp_path / "run"
+    crashed = Child(processes, model, run, crash=(call, target, moment, count), teach=learn_past_a_refusal)
+    assert crashed.ended() == 9
+    assert load_run(run).current == ("003-calm" if "calm" in target else "001-warm")
+    assert Child(processes, model, run, teach=learn_past_a_refusal).ended() == 0
+    expected, found = load_run(gated), load_run(run)
+    assert [version.task for version in found.versions] == ["warm", "calm"]
+    assert {version.task for version in found.beside} == {"poison"}
+    assert found.scores() == expected.scores()
+    for ours, theirs in zip(found.versions, expected.versions, strict=True):
+        folders = [folder / "versions" / version.id for folder, version in ((run, ours), (gated, theirs))]
+        assert same_weights(*(load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders))
+        for name in ("method.safetensors", "replay.jsonl"):
+            first, second = ((folder / name).read_bytes() for folder in folders)
+            assert first == second
+    assert not (run / "work").exists()
