@@ -230,6 +230,28 @@ def test_a_rolled_back_task_can_be_learned_again_from_other_rows(model, run):
         learner.learn(task_rows("brief"), "brief", held_out("brief"))
 
 
+def test_a_test_set_that_came_while_a_version_was_left_out_does_not_count_for_it(model, tmp_path):
+    """Its score right after learning is not known."""
+    learner = make_learner(model, tmp_path / "run", LifeAlign())
+    learner.learn(task_rows("warm"), "warm")
+    learner.rollback()
+    learner.learn(task_rows("warm"), "warm", held_out("warm"))
+    learner.rollback("001-warm")
+    learner.learn(task_rows("calm"), "calm", held_out("calm"))
+    scores = learner.scores
+    assert [version.id for version in learner.run.versions] == ["001-warm", "003-calm"]
+    assert [row[0] for row in scores.matrix] == [None, None]
+    assert scores.matrix[1][1] is not None
+
+
+def test_a_version_that_a_kill_left_unpromoted_is_not_touched_while_another_process_learns(model, run):
+    (run / "current").write_text("001-warm\n")
+    (run / "work" / "002-brief").mkdir(parents=True)
+    with FileLock(run / ".lock"), pytest.raises(InputError, match="another process is learning into this run"):
+        resume(model, run)
+    assert (run / "current").read_text() == "001-warm\n"
+
+
 def test_a_learner_whose_run_was_rolled_back_by_another_is_refused(model, run):
     learner = resume(model, run)
     rollback(run)

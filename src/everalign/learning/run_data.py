@@ -123,6 +123,12 @@ class RunData:
             return Scores.joint(self.tasks, zero, rows[-1]) if measured else Scores(self.tasks, zero, [], self.regime)
         if self.regime == "separate":
             return Scores.separate(self.tasks, zero, [row[i] for i, row in enumerate(rows)])
+        # A task that was learned before it had a test set has no score to compare later ones with. It can have got one
+        # while its version was rolled back.
+        for start, version in enumerate(self.versions):
+            if version.task not in version.scores:
+                for row in rows[start:]:
+                    row[self.tasks.index(version.task)] = None
         return Scores(self.tasks, zero, rows, self.regime)
 
 
