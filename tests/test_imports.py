@@ -26,6 +26,7 @@ def test_module_imports(module):
         "everalign.methods",
         "everalign.memory",
         "everalign.objectives",
+        "everalign.serving.store",
     ],
 )
 def test_every_promised_name_is_there(package):

@@ -7,7 +7,19 @@ import pytest
 
 from runs_for_tests import write_run
 
-HEAVY = ("torch", "transformers", "peft", "datasets", "pyarrow", "matplotlib", "numpy", "httpx", "scipy", "rapidfuzz")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "pyarrow",
+    "matplotlib",
+    "numpy",
+    "httpx",
+    "scipy",
+    "rapidfuzz",
+    "sqlalchemy",
+)
 LOADED = f"print([name for name in {HEAVY} if name in sys.modules])"
 
 
@@ -27,6 +39,9 @@ def child(code: str) -> str:
         "everalign.data",
         "everalign.learning",
         "everalign.reporting",
+        "everalign.serving",
+        "everalign.serving.store",
+        "everalign.serving.store.records",
     ],
 )
 def test_importing_loads_nothing_heavy(module):
@@ -48,6 +63,8 @@ def test_importing_loads_nothing_heavy(module):
         ["correct", "distill", "--help"],
         ["correct", "steer", "--help"],
         ["correct", "evaluate", "--help"],
+        ["feedback", "stats", "--help"],
+        ["feedback", "export", "--help"],
         ["--version"],
     ],
 )

@@ -12,6 +12,7 @@ import typer
 
 from everalign.cli.correct import correct
 from everalign.cli.demo import demo
+from everalign.cli.feedback import feedback
 from everalign.cli.learn import learn
 from everalign.cli.output import say
 from everalign.cli.reward import reward
@@ -34,6 +35,7 @@ app.command(
 app.command(epilog="Example: everalign demo --output runs/demo")(demo)
 app.add_typer(reward, name="reward")
 app.add_typer(correct, name="correct")
+app.add_typer(feedback, name="feedback")
 app.command(epilog="Example: everalign report runs/lifealign runs/seqft --output comparison.html")(report)
 app.command(epilog="Example: everalign versions runs/polite")(versions)
 app.command(epilog="Example: everalign rollback runs/polite 001-polite")(rollback)

@@ -130,7 +130,7 @@ class Writer:
             write.result = write.work(connection)
         except Exception as error:
             if not _in_transaction(connection):
-                raise  # what the others wrote is gone with the transaction, and a commit would not say so
+                raise  # the whole transaction is gone, and with it what the others wrote
             savepoint.rollback()
             write.done.set_exception(self._told(error))
             return False

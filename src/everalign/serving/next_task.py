@@ -1,0 +1,226 @@
+"""From feedback that was not learned yet to the next task's rows, and what was left out of it and why.
+
+    task = build_task(store.feedback(unlearned=True), NextTaskOptions("corrections"))
+    ...  # learn task.rows, test on task.test
+    store.mark_learned(task.feedback_ids, "feedback-1")
+
+Every judgement ends in one row, or is counted for one reason.
+"""
+
+import hashlib
+import math
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+from everalign.correction.filters import filter_corrections
+from everalign.data.corrections import Correction, CorrectionSet, correction_of
+from everalign.data.records import Preference
+from everalign.data.row_set import RowSet
+from everalign.errors import InputError
+from everalign.serving.guards import agreed, first_of_each, most_of_each
+from everalign.serving.judgements import KINDS, NO_QUESTION, SETS, Candidate, Judgement, candidates_of, judgement_of
+from everalign.serving.store.records import Exchange, Feedback
+from everalign.serving.task_options import NextTask, NextTaskOptions, NotEnoughFeedback, TaskReport
+
+__all__ = ["NextTask", "NextTaskOptions", "NotEnoughFeedback", "TaskReport", "build_task", "rows_of"]
+
+TOO_LONG = "too long"
+DUPLICATE = "duplicate"
+OVER_IDENTITY = "too many unchanged answers"
+OVER_GROUP = "too many of its kind and tags"
+OVER_KEY = "too many of its key"
+
+WITHOUT_KEYS = "local"
+"""The key of every client of a gateway that has no keys: there is nobody to tell apart."""
+
+
+def build_task(feedback: Iterable[tuple[Exchange, Feedback]], options: NextTaskOptions) -> NextTask:
+    """Make a task of feedback, the oldest first.
+
+    Raises:
+        NotEnoughFeedback: fewer rows are left than wanted, none to test on, or too few keys gave them.
+    """
+    building = _Building(options)
+    found = building.filtered(building.candidates(feedback))
+    train = [one for one in found if not _is_held_out(one.topic, options.held_out)]
+    test = [one for one in found if _is_held_out(one.topic, options.held_out)]
+    train, test = (building.of_keys(building.balanced(side)) for side in (train, test))
+    report = building.report(train, test)
+    _check(train, test, options, report)
+    kept = {judgement.feedback.id for one in (*train, *test) for judgement in one.judgements}
+    return NextTask(
+        SETS[options.kind](tuple(one.row for one in train), "feedback"),
+        SETS[options.kind](tuple(one.row for one in test), "feedback (held out)") if test else None,
+        tuple(sorted(kept | building.spent)),
+        report,
+    )
+
+
+def rows_of(feedback: Iterable[tuple[Exchange, Feedback]], kind: str) -> tuple[RowSet[Any], Counter[str]]:
+    """Make rows of feedback as it is, without any of a task's guards.
+
+    Args:
+        feedback: of whatever keys.
+        kind: one of `KINDS`.
+
+    Returns:
+        The rows, and how many judgements gave none by the reason.
+
+    Raises:
+        InputError: there is no such kind.
+    """
+    if kind not in KINDS:
+        raise InputError(f"kind: must be one of {', '.join(KINDS)}, found {kind!r}")
+    found = [judgement_of(exchange, given) for exchange, given in feedback]
+    made, nothing = candidates_of([judgement for judgement in found if judgement is not None], kind)
+    left = Counter(reason for _, reason in nothing)
+    if None in found:
+        left[NO_QUESTION] = found.count(None)
+    return SETS[kind](tuple(one.row for one in made), "feedback"), left
+
+
+class _Building:
+    """The steps to a task, and a count of what each of them leaves out."""
+
+    def __init__(self, options: NextTaskOptions) -> None:
+        self._options = options
+        self._seen = 0
+        self._left: Counter[str] = Counter()
+        self.spent: set[str] = set()
+
+    def candidates(self, feedback: Iterable[tuple[Exchange, Feedback]]) -> list[Candidate]:
+        """Make rows of what keys agree on; the same row twice is one, of both."""
+        judgements: list[Judgement] = []
+        for exchange, given in feedback:
+            self._seen += 1
+            judgement = judgement_of(exchange, given)
+            if judgement is None:
+                self._left[NO_QUESTION] += 1
+            else:
+                judgements.append(judgement)
+        judgements.sort(key=lambda judgement: (judgement.feedback.created, judgement.feedback.id))
+        kept, left = agreed(judgements, _verdict, lambda one: one.feedback.key_id, self._options.agreement)
+        made, nothing = candidates_of(kept, self._options.kind)
+        self._left.update(reason for _, reason in (*left, *nothing))
+        made, reversed_ones = agreed(made, _direction, lambda one: one.key_id, self._options.agreement)
+        self._left.update(reason for _, reason in reversed_ones)
+        by_id: dict[str, list[Candidate]] = defaultdict(list)
+        for one in made:
+            by_id[one.row.id].append(one)
+        for same in by_id.values():
+            self._drop(same[1:], DUPLICATE, spent=True)
+        return [same[0] for same in by_id.values()]
+
+    def filtered(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Leave out what is too long, what a corrector could learn nothing from, and what is nearly there already."""
+        kept: list[Candidate] = []
+        for one in candidates:
+            reason = TOO_LONG if max(map(len, one.texts)) > self._options.longest else _fault(one, self._options)
+            if reason is None:
+                kept.append(one)
+            else:
+                self._drop([one], reason)
+        if self._options.kind == "scored":
+            return kept
+        found = filter_corrections(CorrectionSet(tuple(_as_correction(one) for one in kept)), longest=_ANY_LENGTH)
+        different = {row.id for row in found.rows}
+        same = [one for one in kept if _as_correction(one).id not in different]
+        self._drop(same, DUPLICATE, spent=True)
+        return [one for one in kept if _as_correction(one).id in different]
+
+    def balanced(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Bound unchanged answers, and every kind of row with the same tags."""
+        share, others = self._options.identity, sum(one.origin != "identity" for one in candidates)
+        most = {"identity": int(share / (1 - share) * others + 1e-9)}
+        kept, left = first_of_each(candidates, lambda one: one.origin, lambda origin: most.get(origin, len(candidates)))
+        self._drop(left, OVER_IDENTITY)
+        groups = Counter(one.group for one in kept)
+        mean = len(kept) / max(1, len(groups))
+        kept, left = first_of_each(kept, lambda one: one.group, lambda _: max(1, int(self._options.balance * mean)))
+        self._drop(left, OVER_GROUP)
+        return kept
+
+    def of_keys(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Bound what comes from one key."""
+        keys = Counter(one.key_id for one in candidates)
+        if set(keys) <= {WITHOUT_KEYS}:
+            return list(candidates)
+        most = most_of_each(keys.values(), self._options.key_share)
+        kept, left = first_of_each(candidates, lambda one: one.key_id, lambda _: most)
+        self._drop(left, OVER_KEY)
+        return kept
+
+    def report(self, train: Sequence[Candidate], test: Sequence[Candidate]) -> TaskReport:
+        """Return what became of all feedback."""
+        both = (*train, *test)
+        return TaskReport(
+            self._seen,
+            len(train),
+            len(test),
+            Counter(one.origin for one in both),
+            Counter(one.key_id for one in both),
+            self._left,
+        )
+
+    def _drop(self, candidates: Iterable[Candidate], reason: str, spent: bool = False) -> None:
+        for one in candidates:
+            self._left[reason] += len(one.judgements)
+            if spent:
+                self.spent.update(judgement.feedback.id for judgement in one.judgements)
+
+
+_ANY_LENGTH = 1 << 62  # lengths are checked for every kind of row before
+
+
+def _verdict(judgement: Judgement) -> tuple[Hashable, bool] | None:
+    """Whether the answer that the client got is good."""
+    subject = (judgement.topic, judgement.exchange.returned.strip())
+    return None if judgement.good is None else (subject, judgement.good)
+
+
+def _direction(one: Candidate) -> tuple[Hashable, bool] | None:
+    """Which of two answers is the better one; an edit of one into the other may meet one the other way round."""
+    if one.origin in ("identity", "group"):
+        return None
+    row = _as_correction(one)
+    better, worse = row.correction.strip(), row.answer.strip()
+    return (one.topic, frozenset((better, worse))), better < worse
+
+
+def _as_correction(one: Candidate) -> Correction:
+    return correction_of(one.row) if isinstance(one.row, Preference) else one.row  # type: ignore[return-value]
+
+
+def _fault(one: Candidate, options: NextTaskOptions) -> str | None:
+    """What a filter of corrections finds wrong with a row alone."""
+    if options.kind == "scored":
+        return None
+    found = filter_corrections(CorrectionSet((_as_correction(one),)), longest=_ANY_LENGTH)
+    return next(iter(found.dropped), None)
+
+
+def _is_held_out(topic: str, share: float) -> bool:
+    """Tell by the question alone: it is on the same side in every task, whoever asks it."""
+    digest = int.from_bytes(hashlib.sha256(topic.encode()).digest()[:8], "big")
+    return digest < share * (1 << 64)
+
+
+def _check(train: Sequence[Candidate], test: Sequence[Candidate], options: NextTaskOptions, report: TaskReport) -> None:
+    keys = math.ceil(1 / options.key_share - 1e-9)
+    advice = f"wait for more, or ask for less; {report.summary()}"
+    if report.left_out.get(OVER_KEY) and not train:
+        advice = (
+            f"with key_share {options.key_share:g} at least {keys} keys must have given some: "
+            f"raise it (1 trusts every key) or wait for others; {report.summary()}"
+        )
+    if len(train) < options.minimum:
+        raise NotEnoughFeedback(
+            f"feedback not learned yet makes {len(train)} {options.kind}, and {options.minimum} are wanted: {advice}",
+            report,
+        )
+    if options.held_out and not test:
+        raise NotEnoughFeedback(
+            f"feedback not learned yet makes no {options.kind} to test on (held_out {options.held_out:g}): {advice}",
+            report,
+        )
