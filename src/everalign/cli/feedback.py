@@ -12,6 +12,8 @@ from everalign.errors import InputError
 
 feedback = typer.Typer(help="Count the feedback that a gateway stored, and write it as rows.", no_args_is_help=True)
 
+_RATED = {-1: "bad", 0: "neither", 1: "good"}
+
 Store = Annotated[
     str,
     typer.Option(
@@ -45,8 +47,11 @@ def stats(store: Store, as_json: Json = False) -> None:
     show_line("answers", _with(facts["exchanges"], facts["outcomes"]))
     if facts["oldest"] is not None:
         show_line("from", f"{facts['oldest']} to {facts['newest']}")
-    show_line("feedback", f"{facts['feedback']} of {facts['keys']} keys, {facts['waiting']} not learned yet")
-    show_line("ratings", _with(sum(counted.ratings.values()), facts["ratings"]))
+    show_line("judged", f"{facts['feedback']} of {facts['keys']} keys, {facts['waiting']} not learned yet")
+    show_line(
+        "ratings",
+        _with(sum(counted.ratings.values()), {_RATED[name]: count for name, count in counted.ratings.items()}),
+    )
     show_line("sides", _with(sum(counted.preferred.values()), facts["preferred"]))
     show_line("edits", facts["edits"])
 
@@ -81,7 +86,7 @@ def export(
         show_json({"output": str(output), "as": kind, "rows": len(rows), "left_out": dict(left)})
         return
     show_line("rows", len(rows))
-    show_line("left out", _with(left.total(), left))
+    show_line("left", _with(left.total(), left))
     show_line("output", output)
 
 
