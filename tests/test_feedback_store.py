@@ -1,6 +1,7 @@
 """The feedback store: what is added is there, once, and as it was; on SQLite and on PostgreSQL."""
 
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -240,3 +241,25 @@ def test_a_closed_store_refuses_writes(address):
     store.close()
     with pytest.raises(EveralignError, match="the store is closed; open it again"):
         store.add_exchange(exchange("c2"))
+
+
+def test_replicas_never_wait_for_one_another_in_a_circle(address):
+    """Both judge the same exchanges, in one transaction each and in opposite orders."""
+    ids = [f"c{i:02}" for i in range(30)]
+    with FeedbackStore.open(address) as first, FeedbackStore.open(address) as second, ThreadPoolExecutor(64) as threads:
+        for id in ids:
+            first.add_exchange(exchange(id))
+        go = threading.Event()
+        done = []
+        for store, order in ((first, ids), (second, ids[::-1])):
+            held = threading.Event()
+            threads.submit(store._writer.write, "", lambda _, held=held: (held.set(), go.wait(10)))
+            # SQLite lets one of them write at a time: the other has not begun.
+            held.wait(10 if address.startswith("postgresql") or store is first else 0.1)
+            for place, id in enumerate(order, start=1):
+                done.append(threads.submit(store.add_feedback, feedback(id, user=store.name)))
+                while store._writer._waiting.qsize() < place:
+                    pass
+        go.set()
+        assert Counter(one.result() for one in done) == {True: 30, False: 30}
+        assert first.stats().feedback == 30
