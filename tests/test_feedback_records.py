@@ -68,6 +68,14 @@ def test_a_wrong_field_of_feedback_is_named(given, message):
         feedback(**given)
 
 
+def test_messages_of_endless_depth_are_refused():
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(InputError, match=r"field 'messages\[0\]': is no JSON"):
+        exchange(messages=({"role": "user", "content": deep},))
+
+
 def test_a_judgements_id_is_of_who_and_what_alone():
     same = {feedback(rating=1, **more).id for more in ({}, {"comment": "x"}, {"tags": ("a",)}, {"created": NOW})}
     assert len(same) == 1

@@ -107,7 +107,7 @@ def test_two_open_stores_write_to_one_database(address):
 
 
 def test_a_new_file_is_its_owners_alone_and_safe_against_loss_of_power(tmp_path):
-    os.umask(0o022)
+    before = os.umask(0o022)
     with FeedbackStore.open(f"sqlite:///{tmp_path}/new/folder/feedback.db") as store:
         store.add_exchange(exchange())
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new" / "folder").iterdir()}
@@ -116,6 +116,7 @@ def test_a_new_file_is_its_owners_alone_and_safe_against_loss_of_power(tmp_path)
                 name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
                 for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
             }
+    os.umask(before)
     assert set(modes.values()) == {0o600}
     assert {"feedback.db", "feedback.db-wal"} <= set(modes)
     assert asked == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 60_000}

@@ -185,6 +185,13 @@ def test_one_key_gives_no_more_than_its_share():
     assert set(guarded.feedback_ids) == {found.id for _, found in poison[:6] + good}
 
 
+def test_one_key_does_not_decide_what_is_tested_on():
+    task = task_of(edits(200, A) + edits(40, B, start=200), held_out=0.3, key_share=0.5)
+    whose = Counter(answer[-13:-1] for answer in (row.chosen for row in task.test))
+    assert set(whose) == {A, B}
+    assert whose[A] == whose[B]
+
+
 def test_too_few_keys_are_told_what_to_do():
     with pytest.raises(
         NotEnoughFeedback, match=r"makes 0 preferences, and 5 are wanted: with key_share 0.4 at least 3 k"

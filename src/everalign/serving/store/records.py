@@ -201,7 +201,7 @@ def _checked_messages(value: Any) -> tuple[dict[str, Any], ...]:
 def _check_json(value: Any, field: str) -> None:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"field {field!r}: is no JSON: {error}") from None
     _check_encodable(text, field)
 
