@@ -1,6 +1,5 @@
 """What the store has acknowledged is there, whenever its process is killed."""
 
-import multiprocessing
 import random
 import threading
 import time
@@ -8,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
-import pytest
 from sqlalchemy import event
 
 from everalign.errors import EveralignError
@@ -17,14 +15,6 @@ from stores_for_tests import exchange, feedback
 
 KILLS = 20
 WRITERS = 3
-
-
-@pytest.fixture(scope="module")
-def quick_processes():
-    """Processes that begin with the store imported: they are forked from one that only did that."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stores_for_tests", "everalign.serving.store.store", "alembic.command", "psycopg"])
-    return context
 
 
 def write_for_ever(address, round_number, acknowledged):

@@ -1,6 +1,5 @@
 """Opening a feedback store: new, of an earlier version, by two at once; and everything that is refused, with advice."""
 
-import multiprocessing
 import os
 import sqlite3
 import stat
@@ -35,7 +34,8 @@ def migrate(address, version):
         command.upgrade(config, version)
 
 
-def open_and_add(address, id):
+def open_and_add(address, id, together):
+    together.wait(60)
     with FeedbackStore.open(address) as store:
         store.add_exchange(exchange(id))
 
@@ -86,16 +86,16 @@ def test_a_newer_version_is_refused(address):
         FeedbackStore.open(address)
 
 
-def test_two_processes_open_a_new_store_at_once(address):
-    context = multiprocessing.get_context("spawn")
-    children = [context.Process(target=open_and_add, args=(address, f"c{i}")) for i in range(2)]
+def test_processes_open_a_new_store_at_once(address, quick_processes):
+    together = quick_processes.Barrier(4)
+    children = [quick_processes.Process(target=open_and_add, args=(address, f"c{i}", together)) for i in range(4)]
     for child in children:
         child.start()
     for child in children:
         child.join(60)
-    assert [child.exitcode for child in children] == [0, 0]
+    assert [child.exitcode for child in children] == [0] * 4
     with FeedbackStore.open(address) as store:
-        assert store.stats().exchanges == 2
+        assert store.stats().exchanges == 4
 
 
 def test_two_open_stores_write_to_one_database(address):
