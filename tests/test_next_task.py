@@ -192,6 +192,21 @@ def test_one_key_does_not_decide_what_is_tested_on():
     assert whose[A] == whose[B]
 
 
+def test_what_repeats_a_row_that_has_to_wait_waits_with_it():
+    found = edits(3, A) + edits(2, B, start=10)
+    again = said(
+        C,
+        "How deep is sea number 2?",
+        "Sea 2 has no bottom.",
+        "Sea 2 is deep.",
+        at=9,
+        edited_text=found[2][1].edited_text,
+    )
+    task = task_of([*found, again], key_share=0.5)
+    assert task.report.left_out == {"too many of its key": 1, "duplicate": 1}
+    assert set(task.feedback_ids) == {given.id for _, given in [*found[:2], *found[3:]]}
+
+
 def test_too_few_keys_are_told_what_to_do():
     with pytest.raises(
         NotEnoughFeedback, match=r"makes 0 preferences, and 5 are wanted: with key_share 0.4 at least 3 k"

@@ -48,11 +48,11 @@ def build_task(feedback: Iterable[tuple[Exchange, Feedback]], options: NextTaskO
     train, test = (building.of_keys(building.balanced(side)) for side in (train, test))
     report = building.report(train, test)
     _check(train, test, options, report)
-    kept = {judgement.feedback.id for one in (*train, *test) for judgement in one.judgements}
+    used = {name for one in (*train, *test) for name in building.feedback_ids(one)}
     return NextTask(
         SETS[options.kind](tuple(one.row for one in train), "feedback"),
         SETS[options.kind](tuple(one.row for one in test), "feedback (held out)") if test else None,
-        tuple(sorted(kept | building.spent)),
+        tuple(sorted(used | building.near)),
         report,
     )
 
@@ -87,7 +87,8 @@ class _Building:
         self._options = options
         self._seen = 0
         self._left: Counter[str] = Counter()
-        self.spent: set[str] = set()
+        self._same: dict[str, set[str]] = defaultdict(set)
+        self.near: set[str] = set()  # feedback in rows that nearly are others: it never gives a row of its own
 
     def candidates(self, feedback: Iterable[tuple[Exchange, Feedback]]) -> list[Candidate]:
         """Make rows of what keys agree on; the same row twice is one, of both."""
@@ -109,7 +110,8 @@ class _Building:
         for one in made:
             by_id[one.row.id].append(one)
         for same in by_id.values():
-            self._drop(same[1:], DUPLICATE, spent=True)
+            self._drop(same[1:], DUPLICATE)
+            self._same[same[0].row.id] = _feedback_ids(same)
         return [same[0] for same in by_id.values()]
 
     def filtered(self, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -126,7 +128,8 @@ class _Building:
         found = filter_corrections(CorrectionSet(tuple(_as_correction(one) for one in kept)), longest=_ANY_LENGTH)
         different = {row.id for row in found.rows}
         same = [one for one in kept if _as_correction(one).id not in different]
-        self._drop(same, DUPLICATE, spent=True)
+        self._drop(same, DUPLICATE)
+        self.near |= _feedback_ids(same)
         return [one for one in kept if _as_correction(one).id in different]
 
     def balanced(self, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -163,11 +166,17 @@ class _Building:
             self._left,
         )
 
-    def _drop(self, candidates: Iterable[Candidate], reason: str, spent: bool = False) -> None:
+    def feedback_ids(self, one: Candidate) -> set[str]:
+        """Return the ids of all feedback that gave this very row."""
+        return self._same[one.row.id]
+
+    def _drop(self, candidates: Iterable[Candidate], reason: str) -> None:
         for one in candidates:
             self._left[reason] += len(one.judgements)
-            if spent:
-                self.spent.update(judgement.feedback.id for judgement in one.judgements)
+
+
+def _feedback_ids(candidates: Iterable[Candidate]) -> set[str]:
+    return {judgement.feedback.id for one in candidates for judgement in one.judgements}
 
 
 _ANY_LENGTH = 1 << 62  # lengths are checked for every kind of row before
