@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everalign.cli.display import Display
+from everalign.cli.learn_feedback import FeedbackFlags, feedback_flags, learn_feedback
 from everalign.cli.output import show, show_json, show_line, show_yaml
 from everalign.cli.verbs import flag, resumable, warn_of_bad_rows
 from everalign.cli.weighting_flags import (
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
     from everalign.learning.run_data import RunData
 
 # These say how this one command behaves; every other flag is a recipe's key.
-_NOT_IN_A_RECIPE = ("recipe", "resume", "as_json", "print_recipe")
+_FROM_FEEDBACK = ("minimum", "key_share", "agreement")
+_NOT_IN_A_RECIPE = ("recipe", "resume", "as_json", "print_recipe", "from_feedback", *_FROM_FEEDBACK)
 
 _ROLLOUTS = "Sampled answers (given --reward)"
 _DATA, _METHOD, _TRAINING, _STEPS = "Data and files", "Method", "Training", "Optimiser and steps"
 _CORRECTORS = "Correctors (objective correction)"
+_FEEDBACK = "Feedback"
 
 
 def learn(
@@ -56,6 +59,13 @@ def learn(
         float | None,
         flag("Refuse a task (exit code 3) that lowers a held-out accuracy by more than this."),
     ] = None,
+    from_feedback: Annotated[
+        str | None,
+        flag("Learn a gateway's feedback as the next task; the gate is 0.02 unless given.", _FEEDBACK, "DATABASE_URL"),
+    ] = None,
+    minimum: Annotated[int | None, flag("Fewest rows of a task; 50.", _FEEDBACK)] = None,
+    key_share: Annotated[float | None, flag("Most of it from one key, as a share; 0.5.", _FEEDBACK)] = None,
+    agreement: Annotated[float | None, flag("Share of the keys that must agree on an answer.", _FEEDBACK)] = None,
     as_json: Annotated[bool, flag("Print the result as one JSON object.", None, "", "--json")] = False,
     skip_bad_rows: Annotated[bool | None, flag("Leave bad rows out, and say so.", _DATA, "")] = None,
     allow_overlap: Annotated[bool | None, flag("Let rows be in training and test sets.", _DATA, "")] = None,
@@ -146,7 +156,7 @@ def _learn(flags: dict[str, Any]) -> None:
     started = time.perf_counter()
     with Display() as display:
         recipe = _recipe(flags)
-        run, refusal = _run(recipe, flags["resume"], display)
+        run, refusal = _run(recipe, flags["resume"], feedback_flags(flags), display)
         report = None if recipe.report is False else _write_report(run.path)
     seconds = time.perf_counter() - started
     if flags["as_json"]:
@@ -157,11 +167,15 @@ def _learn(flags: dict[str, Any]) -> None:
         raise refusal
 
 
-def _run(recipe: "Recipe", resume: bool, display: Display) -> tuple["RunData", GateRefusedError | None]:
+def _run(
+    recipe: "Recipe", resume: bool, feedback: FeedbackFlags | None, display: Display
+) -> tuple["RunData", GateRefusedError | None]:
     """Learn; what the gate has refused ends it, and is told of after the results."""
     from everalign.learning.learner import Learner
     from everalign.learning.task_files import load_tasks
 
+    if feedback is not None:
+        return learn_feedback(feedback, recipe, display)
     arguments = recipe.learner_arguments()
     tasks = load_tasks(recipe)
     display.announce("data")

@@ -192,14 +192,17 @@ class Recipe(_Keys):
         """Build the method; an argument that it would ignore is refused."""
         return make_method(**{"name": LifeAlign.name, **self._given("method")})
 
-    def learner_arguments(self) -> dict[str, Any]:
+    def learner_arguments(self, needs_tasks: bool = True) -> dict[str, Any]:
         """Return keyword arguments of `Learner`; what is not given is left to its defaults.
+
+        Args:
+            needs_tasks: whether tasks have to be given.
 
         Raises:
             InputError: model, output or tasks are not given, or an option has a value it cannot have.
         """
         for name, flag in (("model", "--model"), ("output", "--output"), ("tasks", "--task")):
-            if getattr(self, name) is None:
+            if getattr(self, name) is None and (needs_tasks or name != "tasks"):
                 raise InputError(f"no {name} given: add {flag}, or the key {name!r} to the recipe")
         given = self._given()
         self._refuse_ignored()

@@ -1,0 +1,108 @@
+"""A run's promoted corrector in service: whenever another version becomes current, it takes the former one's place.
+
+    followed = FollowedRun(Path("runs/corrector"), load)
+    corrector, version = followed.load()
+    await followed.follow(service, seconds=2.0)     # until it is cancelled
+
+Versions are exported once, into the run's folder `serving`; one that cannot be loaded leaves the former one at work.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from everalign.errors import EveralignError, InputError
+
+if TYPE_CHECKING:
+    from everalign.correction.corrector import Corrector
+    from everalign.serving.correcting import CorrectionService
+
+SECONDS = 2.0
+"""How often a run is looked at, unless something else is said."""
+
+_FOLDER = "serving"
+_log = logging.getLogger(__name__)
+
+
+def is_run(name: str) -> bool:
+    """Whether a corrector's name is that of a run directory."""
+    return (Path(name) / "run.json").is_file()
+
+
+class FollowedRun:
+    """A run that has learned corrections, and the version of it that is in service.
+
+    Args:
+        path: the run directory.
+        load: loads an exported corrector's folder.
+        announce: called with one line whenever another version is in service, or could not be.
+
+    Raises:
+        InputError: it is no run, it has learned no corrections, or none of its versions is promoted.
+    """
+
+    def __init__(
+        self, path: Path, load: Callable[[Path], "Corrector"], announce: Callable[[str], None] = _log.warning
+    ) -> None:
+        from everalign.learning.run_data import load_run
+
+        run = load_run(path)
+        if run.facts.objective != "correction":
+            raise InputError(
+                f"{path}: learns {run.facts.objective}, so it is no corrector: serve its export as the upstream "
+                "(everalign export, then transformers serve or vLLM)"
+            )
+        if not run.versions:
+            raise InputError(f"{path}: no version of it is promoted: learn corrections first")
+        self._path, self._load, self._announce = path, load, announce
+        self._served: str | None = None
+        self._refused: str | None = None
+
+    def current(self) -> str:
+        """Return the promoted version's name."""
+        return (self._path / "current").read_text(encoding="utf-8").strip()
+
+    def load(self) -> tuple["Corrector", str]:
+        """Return the promoted version's corrector and its name; blocks while it is exported and loaded."""
+        from everalign.learning.export import export_version
+        from everalign.learning.run_data import load_run
+
+        version = self.current()
+        folder = self._path / _FOLDER / version
+        folder.parent.mkdir(exist_ok=True)
+        # Another gateway may serve the same run.
+        with FileLock(folder.parent / ".lock"):
+            if not folder.exists():
+                export_version(load_run(self._path), folder, version)
+        found = self._load(folder)
+        self._served = version
+        return found, version
+
+    async def follow(self, service: "CorrectionService", seconds: float = SECONDS) -> None:
+        """Exchange the corrector in service whenever another version is promoted, until cancelled.
+
+        Requests under way are finished by the corrector that they came to.
+        """
+        while True:
+            await asyncio.sleep(seconds)
+            await self._look(service)
+
+    async def _look(self, service: "CorrectionService") -> None:
+        name = None
+        try:
+            name = self.current()
+            if name in (self._served, self._refused):
+                return
+            corrector, version = await asyncio.to_thread(self.load)
+        except (EveralignError, OSError) as error:
+            # Told once: the former version goes on until another one is promoted.
+            if name is None or name != self._refused:
+                self._announce(f"{name or self._path} cannot be served, {self._served} goes on: {error}")
+            self._refused = name
+            return
+        service.swap(corrector, version)
+        self._announce(f"{version} is in service")

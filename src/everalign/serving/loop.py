@@ -1,0 +1,155 @@
+"""Feedback learned as the next task: what was not learned yet becomes a task of a run, and the run's gate decides.
+
+    learned = learn_from_feedback(store, learner)
+    learned.promoted, learned.version
+
+A task's rows are written into the run before they are learned, so that a killed call goes on with the same rows,
+whatever feedback has come since, and marks them as learned once the gate has decided.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from everalign.data import load_corrections, load_preferences, load_scored
+from everalign.data.row_set import RowSet
+from everalign.errors import GateRefusedError, InputError
+from everalign.files import is_partial, new_folder, read_json, write_json, write_text
+from everalign.learning.learner import Learner
+from everalign.line_store import json_line
+from everalign.serving.next_task import build_task
+from everalign.serving.store import FeedbackStore
+from everalign.serving.task_options import NextTask, NextTaskOptions, TaskReport
+
+GATE = 0.02
+"""How far a held-out accuracy may fall, unless something else is said: two points."""
+
+_KINDS = {"correction": "corrections", "var": "scored"}
+_LOADERS: dict[str, Callable[[Path], RowSet[Any]]] = {
+    "corrections": load_corrections,
+    "preferences": load_preferences,
+    "scored": load_scored,
+}
+_PREFIX = "feedback-"
+_FOLDER = "feedback"
+
+
+@dataclass(frozen=True)
+class LearnedFeedback:
+    """What became of feedback.
+
+    Args:
+        name: of the task.
+        version: that it has led to.
+        refusal: why the gate refused it; None where it was promoted.
+        report: what the task was made of, and what was left out.
+    """
+
+    name: str
+    version: str
+    refusal: GateRefusedError | None
+    report: TaskReport
+
+    @property
+    def promoted(self) -> bool:
+        """Whether the version is the run's current one."""
+        return self.refusal is None
+
+
+def kind_of(objective: str) -> str:
+    """Return what feedback has to become for an objective: `corrections`, `preferences` or `scored`."""
+    return _KINDS.get(objective, "preferences")
+
+
+def learn_from_feedback(
+    store: FeedbackStore,
+    learner: Learner,
+    options: NextTaskOptions | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+) -> LearnedFeedback:
+    """Learn what was not learned yet as one task, and note in the store that it is learned.
+
+    What the gate refuses is noted too, as learned by a refused task: it would only be refused again.
+
+    Args:
+        store: where feedback is.
+        learner: of the run, best with a gate; one that was begun or resumed.
+        options: how the task is made; its kind is that of the learner's objective, whatever they say.
+        announce: called with one line for each thing that happens.
+
+    Raises:
+        NotEnoughFeedback: there is no task yet.
+        InputError: the run's files were changed.
+    """
+    kind = kind_of(learner.run.facts.objective)
+    options = replace(options or NextTaskOptions(), kind=kind)
+    pending = _Pending.find(learner.run.path)
+    if pending is None:
+        task = build_task(store.feedback(unlearned=True), options)
+        pending = _Pending.write(learner, task, kind)
+    else:
+        announce(f"{pending.name}: an interrupted call goes on")
+    task = pending.read()
+    announce(f"{pending.name}: {task.report.summary()}")
+    refusal = None
+    try:
+        learner.learn(task.rows, pending.name, task.test)
+    except GateRefusedError as error:
+        refusal = error
+    version = learner.run.tip if refusal is None else refusal.version
+    store.mark_learned(task.feedback_ids, pending.name if refusal is None else f"{pending.name} (refused)")
+    pending.done(version, refusal is None)
+    return LearnedFeedback(pending.name, version, refusal, task.report)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A task on its way: its rows, and the feedback they come from."""
+
+    folder: Path
+    name: str
+
+    @classmethod
+    def find(cls, run: Path) -> "_Pending | None":
+        """Return the task that an interrupted call has left; there is one at most."""
+        begun = (path.parent for path in (run / _FOLDER).glob("*/task.json") if not is_partial(path.parent))
+        left = next((folder for folder in begun if not (folder / "done.json").exists()), None)
+        return None if left is None else cls(left, left.name)
+
+    @classmethod
+    def write(cls, learner: Learner, task: NextTask, kind: str) -> "_Pending":
+        """Write a new task, under a name that no version and no earlier task has."""
+        tasks = learner.run.path / _FOLDER
+        taken = {version.task for version in learner.run.everything} | {folder.name for folder in tasks.glob("*")}
+        name = next(f"{_PREFIX}{i}" for i in range(1, len(taken) + 2) if f"{_PREFIX}{i}" not in taken)
+        with new_folder(tasks / name) as folder:
+            for file, rows in (("train.jsonl", task.rows), ("test.jsonl", task.test)):
+                if rows is not None:
+                    write_text(folder / file, "".join(json_line(row.to_json()) for row in rows))
+            facts = {"kind": kind, "feedback": list(task.feedback_ids), "report": asdict(task.report)}
+            write_json(folder / "task.json", facts)
+        return cls(tasks / name, name)
+
+    def read(self) -> NextTask:
+        """Read the task again; an InputError names what cannot be read."""
+        path = self.folder / "task.json"
+        facts: dict[str, Any] = read_json(path)
+        try:
+            kind, ids, report = facts["kind"], tuple(facts["feedback"]), TaskReport(**facts["report"])
+            rows = self._rows(kind, "train.jsonl")
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: was changed since it was written ({error}); restore the file") from None
+        if rows is None:
+            raise InputError(f"{self.folder / 'train.jsonl'}: is missing; restore the file")
+        return NextTask(rows, self._rows(kind, "test.jsonl"), ids, report)
+
+    def _rows(self, kind: str, file: str) -> RowSet[Any] | None:
+        path = self.folder / file
+        if not path.exists():
+            return None
+        return replace(_LOADERS[kind](path), source=f"feedback ({self.name})")
+
+    def done(self, version: str, promoted: bool) -> None:
+        """Note what became of it."""
+        write_json(self.folder / "done.json", {"version": version, "promoted": promoted})
