@@ -83,6 +83,8 @@ def test_pieces_of_a_stream_are_the_correction(trained, wild, answer, guards):
         pieces = list(engine.stream("q7?", answer, options))
         assert "".join(pieces) == engine.correct("q7?", answer, options).text
         assert all(pieces)
+        *followed, last = engine.follow("q7?", answer, options)
+        assert (followed, last.text) == (pieces, "".join(pieces))
     if guards is NO_GUARDS:
         assert len(list(wild.stream("q7?", answer, options))) > 3
 

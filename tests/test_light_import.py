@@ -8,17 +8,8 @@ import pytest
 from runs_for_tests import write_run
 
 HEAVY = (
-    "torch",
-    "transformers",
-    "peft",
-    "datasets",
-    "pyarrow",
-    "matplotlib",
-    "numpy",
-    "httpx",
-    "scipy",
-    "rapidfuzz",
-    "sqlalchemy",
+    *("torch", "transformers", "peft", "datasets", "pyarrow", "matplotlib", "numpy", "httpx", "scipy", "rapidfuzz"),
+    *("fastapi", "uvicorn", "sqlalchemy"),
 )
 LOADED = f"print([name for name in {HEAVY} if name in sys.modules])"
 
@@ -65,12 +56,17 @@ def test_importing_loads_nothing_heavy(module):
         ["correct", "evaluate", "--help"],
         ["feedback", "stats", "--help"],
         ["feedback", "export", "--help"],
+        ["serve", "--help"],
         ["--version"],
     ],
 )
 def test_help_loads_nothing_heavy(arguments):
     out = child(f"from everalign.cli import main\nmain({arguments})\n{LOADED}")
     assert out.splitlines()[-1] == "[]"
+
+
+def test_a_gateway_without_a_corrector_needs_no_torch():
+    assert child("import everalign.serving.app\nprint('torch' in sys.modules)") == "False\n"
 
 
 def test_listing_versions_needs_no_torch(tmp_path):

@@ -17,6 +17,8 @@ from everalign.cli.learn import learn
 from everalign.cli.output import say
 from everalign.cli.reward import reward
 from everalign.cli.runs import export, report, rollback, versions
+from everalign.cli.serve import EPILOG as SERVE_EPILOG
+from everalign.cli.serve import serve
 from everalign.errors import EveralignError, InputError
 
 # A wrong flag or argument. Some versions of typer have it from click, others carry it inside; its heir is public.
@@ -36,6 +38,7 @@ app.command(epilog="Example: everalign demo --output runs/demo")(demo)
 app.add_typer(reward, name="reward")
 app.add_typer(correct, name="correct")
 app.add_typer(feedback, name="feedback")
+app.command(epilog=SERVE_EPILOG)(serve)
 app.command(epilog="Example: everalign report runs/lifealign runs/seqft --output comparison.html")(report)
 app.command(epilog="Example: everalign versions runs/polite")(versions)
 app.command(epilog="Example: everalign rollback runs/polite 001-polite")(rollback)

@@ -12,7 +12,7 @@ from everalign.cli.verbs import Json, option, phrases, resumable, warn_of_bad_ro
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
-    from everalign.correction import Corrector
+    from everalign.correction import CorrectionOptions, Corrector
     from everalign.correction.guards import Approver
     from everalign.correction.running import CorrectionRun
 
@@ -106,6 +106,7 @@ def load_corrector(
     local: dict[str, Any],
     approver: "Approver | None" = None,
     objectives: tuple[str, ...] | None = None,
+    options: "CorrectionOptions | None" = None,
 ) -> "Corrector":
     """Return the corrector of a name.
 
@@ -115,6 +116,7 @@ def load_corrector(
         local: `device`, `precision` and `tokens_per_batch` of one in this process; None where not given.
         approver: asked whether each correction may take the answer's place.
         objectives: those that one on a server was trained with; None where not given.
+        options: how it corrects, unless a call says otherwise.
 
     Raises:
         InputError: there is no such corrector, or it would ignore something that is given.
@@ -125,7 +127,7 @@ def load_corrector(
     if not name.startswith(("http://", "https://")):
         if objectives is not None:
             raise InputError("--objectives: is for a corrector on a server; a folder holds its own, so leave it out")
-        return Corrector.from_pretrained(name, template=template, approver=approver, **given)
+        return Corrector.from_pretrained(name, template=template, approver=approver, options=options, **given)
     url, _, model = name.partition("#")
     if not model:
         raise InputError(f"{name}: name the model behind the address, such as http://127.0.0.1:8000/v1#aligner")
@@ -134,7 +136,9 @@ def load_corrector(
     if given:
         flag = next(iter(given)).replace("_", "-")
         raise InputError(f"--{flag}: is for a corrector in this process; a server decides for itself")
-    return Corrector.from_endpoint(url, model, template=template, objectives=objectives or (), approver=approver)
+    return Corrector.from_endpoint(
+        url, model, template=template, objectives=objectives or (), approver=approver, options=options
+    )
 
 
 def _facts(done: "CorrectionRun", seconds: float) -> dict[str, Any]:

@@ -220,20 +220,35 @@ class Corrector:
         difference a guard may still refuse all of it and the answer be returned: there, pieces are yielded as they
         come only without guards, else at the end.
         """
+        for found in self.follow(question, answer, options, strength=strength):
+            if isinstance(found, str):
+                yield found
+
+    def follow(
+        self,
+        question: Question,
+        answer: str,
+        options: CorrectionOptions | None = None,
+        *,
+        strength: float | None = None,
+    ) -> Iterator[str | Corrected]:
+        """Yield the pieces of `stream`, and at last what `correct` returns."""
         options = self._chosen(options, strength)
         pair = _checked((question, answer), "")
         guarded = (options.guards or Guards()).any or self._approver is not None
         given = ""
         for found in self._engine.follow(pair, options.passes, options.max_new_tokens, options.strength):
-            is_last = isinstance(found, Written)
-            text = self._ended(pair, found, options).text if isinstance(found, Written) else found
-            if guarded and not is_last:
+            ended = self._ended(pair, found, options) if isinstance(found, Written) else None
+            text = ended.text if ended else str(found)
+            if guarded and ended is None:
                 text = _common_beginning(text, answer)
-            if is_last and not text.startswith(given):
+            if ended is not None and not text.startswith(given):
                 raise EveralignError("the tokenizer changes text that was yielded already; use `correct` instead")
             if len(text) > len(given) and text.startswith(given):
                 yield text[len(given) :]
                 given = text
+            if ended is not None:
+                yield ended
 
     def _chosen(self, options: CorrectionOptions | None, strength: float | None) -> CorrectionOptions:
         options = options or self._options

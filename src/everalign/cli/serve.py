@@ -1,0 +1,171 @@
+"""The verb `serve`: the gateway."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from everalign.cli.correct_run import load_corrector, make_approver
+from everalign.cli.output import notes, say
+from everalign.cli.verbs import option
+from everalign.errors import InputError
+
+if TYPE_CHECKING:
+    from everalign.serving.correcting import CorrectionService
+    from everalign.serving.following import FollowedRun
+    from everalign.serving.keeping import Store
+    from everalign.serving.settings import GatewaySettings
+
+EPILOG = (
+    "Example: everalign serve --upstream http://127.0.0.1:8000/v1 --corrector runs/corrector "
+    "--store sqlite:///feedback.db; clients' keys are read from EVERALIGN_API_KEYS, the upstream's from OPENAI_API_KEY "
+    "(of one with a name from NAME_API_KEY)"
+)
+
+# A server computes by itself what comes at once; the model in this process has all its cores for one batch.
+_THREADS_OF_A_SERVER = 8
+
+
+def serve(
+    upstream: Annotated[
+        list[str], option("An OpenAI-compatible server; give it again for several, with names.", "URL|NAME=URL")
+    ],
+    corrector: Annotated[
+        str | None, option("A corrector's folder, a run that promotes them, or one on a server.", "DIR|RUN|URL#MODEL")
+    ] = None,
+    template: Annotated[str | None, option("What it reads, if it does not say so itself.", "ID")] = None,
+    gate: Annotated[
+        float | None, option("Let answers pass from this mean log-likelihood on, in nats per token.", "NATS")
+    ] = None,
+    approve: Annotated[
+        str | None, option("Who must find a correction better than the answer.", "DIR|MODULE:FUNCTION|URL#MODEL")
+    ] = None,
+    margin: Annotated[float | None, option("How much better, in units of its rewards.")] = None,
+    precision: Annotated[str | None, option("Of a corrector in this process: fp32 or bf16.", "PRECISION")] = None,
+    device: Annotated[str | None, option("Such as cuda:0; the GPU if there is one.")] = None,
+    mode: Annotated[
+        str | None, option("off, shadow, correct or strict; correct if there is a corrector, else off.", "MODE")
+    ] = None,
+    on_failure: Annotated[
+        str | None, option("Without a correction, give the answer (open) or an error (closed).", "open|closed")
+    ] = None,
+    store: Annotated[
+        str | None, option("Keeps exchanges and feedback: sqlite:///FILE or postgresql://...", "DATABASE_URL")
+    ] = None,
+    keep: Annotated[
+        str | None, option("Which exchanges: opted-in (store: true), all (but store: false), none.", "WHICH")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; others than this machine's need keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8080,
+    timeout: Annotated[float | None, option("Seconds for a whole answer of the upstream; 600.", "SECONDS")] = None,
+    correction_timeout: Annotated[float | None, option("Seconds for a correction; 60.", "SECONDS")] = None,
+    keepalive: Annotated[float | None, option("Seconds of silence before a comment; 15.", "SECONDS")] = None,
+    retries: Annotated[int | None, option("Of a request to the upstream, before its first byte; 2.")] = None,
+    concurrency: Annotated[int | None, option("Most requests under way; 1000.")] = None,
+) -> None:
+    """Serve an OpenAI-compatible gateway, which corrects the upstream's answers and collects feedback.
+
+    Clients change their base URL, and nothing else.
+    """
+    _check_installed()
+    from everalign.serving.server import address_of, bound_socket, check_host, read_keys, read_upstream
+    from everalign.serving.server import serve as run
+
+    keys = read_keys(os.environ)
+    check_host(host, keys)
+    _check_heeded(corrector, {"template": template, "gate": gate, "approve": approve, "margin": margin})
+    _check_heeded(corrector, {"precision": precision, "device": device, "on-failure": on_failure})
+    if keep is not None and store is None:
+        raise InputError("--keep: there is nothing to keep exchanges in; name it with --store sqlite:///FILE")
+    given = {"mode": mode, "on_failure": on_failure, "keep": keep, "keepalive": keepalive, "retries": retries}
+    settings = _settings(
+        {
+            "upstreams": tuple(read_upstream(text, os.environ) for text in upstream),
+            "keys": keys,
+            **{name: value for name, value in given.items() if value is not None},
+        },
+        timeout,
+        correction_timeout,
+        concurrency,
+    )
+    if settings.mode not in (None, "off") and corrector is None:
+        raise InputError(f"--mode {settings.mode}: needs a corrector; name one with --corrector")
+    # The port comes first: a corrector takes long to load, and a port in use is found out at once.
+    with bound_socket(host, port) as listening:
+        kept = _open_store(store)
+        local = {"device": device, "precision": precision}
+        corrections, followed = _corrections(corrector, template, gate, make_approval(approve, margin), local, settings)
+        from everalign.serving.app import create_app
+
+        app = create_app(settings, store=kept, corrections=corrections, followed=followed)
+        run(app, listening, lambda: notes.print(f"serving {address_of(listening)}, Ctrl-C ends it"))
+    say("ended", "all requests are finished", "bold")
+
+
+def make_approval(approve: str | None, margin: float | None) -> Any:
+    """Return who approves of corrections; nothing is loaded where nobody does."""
+    return None if approve is None and margin is None else make_approver(approve, margin)
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(name) is None:
+            raise InputError(f"serving needs {name}, which is not installed: pip install 'everalign[serve]'")
+
+
+def _check_heeded(corrector: str | None, flags: dict[str, Any]) -> None:
+    for name, value in flags.items():
+        if corrector is None and value is not None:
+            raise InputError(f"--{name}: is for a corrector; name one with --corrector, or leave it out")
+
+
+def _settings(
+    given: dict[str, Any], timeout: float | None, correction_timeout: float | None, concurrency: int | None
+) -> "GatewaySettings":
+    from everalign.serving.settings import GatewaySettings, Limits, Timeouts
+
+    seconds = {"total": timeout, "correction": correction_timeout}
+    timeouts = Timeouts(**{name: value for name, value in seconds.items() if value is not None})
+    limits = Limits() if concurrency is None else Limits(concurrency=concurrency, per_key=concurrency)
+    return GatewaySettings(timeouts=timeouts, limits=limits, **given)
+
+
+def _open_store(url: str | None) -> "Store | None":
+    if url is None:
+        return None
+    from everalign.serving.store.store import FeedbackStore
+
+    opened: Store = FeedbackStore.open(url)
+    return opened
+
+
+def _corrections(
+    name: str | None,
+    template: str | None,
+    gate: float | None,
+    approver: Any,
+    local: dict[str, Any],
+    settings: "GatewaySettings",
+) -> tuple["CorrectionService | None", "FollowedRun | None"]:
+    """Return the corrector in service, None for feedback alone; and the run that its versions come from, if any."""
+    if name is None:
+        return None, None
+    from everalign.correction import CorrectionOptions
+    from everalign.serving.following import FollowedRun, is_run
+    from everalign.serving.gateway import make_corrections
+
+    on_server = name.startswith(("http://", "https://"))
+    if on_server and gate is not None:
+        raise InputError("--gate: a server does not say how likely an answer is; leave it out, or load the model")
+    load = partial(load_corrector, template=template, local=local, approver=approver, options=CorrectionOptions(gate))
+    followed = FollowedRun(Path(name), lambda folder: load(str(folder)), notes.print) if is_run(name) else None
+    if followed is not None:
+        corrector, version = followed.load()
+    else:
+        corrector = load(name)
+        version = corrector.fingerprint[:12]
+    return make_corrections(settings, corrector, version, _THREADS_OF_A_SERVER if on_server else 1), followed

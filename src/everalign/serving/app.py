@@ -1,0 +1,99 @@
+"""The gateway as an ASGI application.
+
+app = create_app(GatewaySettings((UpstreamSettings("default", "http://127.0.0.1:8000/v1"),)))
+uvicorn.run(app)
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from everalign.serving.auth import Keys
+from everalign.serving.correcting import CorrectionService
+from everalign.serving.delivery import INTERNAL
+from everalign.serving.errors import GatewayError, refused
+from everalign.serving.following import FollowedRun
+from everalign.serving.front import Front, error_response
+from everalign.serving.gateway import Gateway
+from everalign.serving.keeping import Store
+from everalign.serving.routes_chat import chat_routes
+from everalign.serving.routes_feedback import feedback_routes
+from everalign.serving.routes_models import model_routes
+from everalign.serving.routes_status import status_routes
+from everalign.serving.settings import GatewaySettings
+
+_log = logging.getLogger(__name__)
+
+
+def create_app(
+    settings: GatewaySettings,
+    *,
+    store: Store | None = None,
+    corrections: CorrectionService | None = None,
+    followed: FollowedRun | None = None,
+) -> FastAPI:
+    """Return a gateway; its parts are at `app.state.gateway`, and `app.state.ready` is called when it begins.
+
+    Args:
+        settings: how it is set up.
+        store: keeps exchanges and feedback; closed at the end.
+        corrections: the corrector in service; closed at the end. None for feedback alone.
+        followed: the run whose promoted versions are put in service as they come.
+
+    Raises:
+        InputError: the mode needs a corrector.
+    """
+    gateway = Gateway.make(settings, store, corrections or CorrectionService())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        following = None if followed is None else asyncio.create_task(followed.follow(gateway.corrections))
+        app.state.ready()
+        try:
+            yield
+        finally:
+            if following is not None:
+                following.cancel()
+                with suppress(asyncio.CancelledError):
+                    await following
+            await gateway.close()
+
+    # The pages of the documentation would be fetched from elsewhere.
+    app = FastAPI(title="Everalign gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.gateway, app.state.ready = gateway, lambda: None
+    for routes in (chat_routes, model_routes, feedback_routes, status_routes):
+        app.include_router(routes(gateway))
+    app.add_exception_handler(GatewayError, _refuse)
+    app.add_exception_handler(HTTPException, _refuse_path)
+    app.add_exception_handler(Exception, _fail)
+    app.add_middleware(_front, keys=Keys(settings.keys))
+    return app
+
+
+def _front(app: ASGIApp, keys: Keys) -> ASGIApp:
+    return Front(app, keys)
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError)
+    return error_response(error)
+
+
+async def _refuse_path(_: Request, error: Exception) -> Response:
+    """There is no such path, or not by that method."""
+    assert isinstance(error, HTTPException)
+    found = refused(str(error.detail), code="unknown_url", status=error.status_code)
+    found.headers.update(error.headers or {})
+    return error_response(found)
+
+
+async def _fail(_: Request, error: Exception) -> Response:
+    # Not its message: it may quote what was asked. The traceback is the server's to log.
+    _log.error("a request failed: %s", type(error).__name__)
+    return error_response(GatewayError(500, INTERNAL, code="internal_error"))

@@ -1,0 +1,102 @@
+"""One request from its question to its whole answer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from everalign.serving.answers import Choice, Gathering, counts_of, rewritten, with_effort
+from everalign.serving.errors import GatewayError, bad_upstream
+from everalign.serving.headers import provenance
+from everalign.serving.judging import Judge, Summary, Verdict, summary
+from everalign.serving.recording import Recorder
+from everalign.serving.requests import ChatCall
+
+
+def malformed() -> GatewayError:
+    """An upstream's answer that is no chat completion."""
+    return bad_upstream("the upstream's answer has no choices that could be read", "upstream_malformed")
+
+
+def passed_on(call: ChatCall, headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the upstream's headers for the client; in strict mode none, since they could hold anything."""
+    return {} if call.mode == "strict" else dict(headers)
+
+
+def origin(call: ChatCall, found: Summary) -> dict[str, str]:
+    """Return the headers that say what became of an answer."""
+    return provenance(call.id, call.mode, found.outcome, found.reason, found.version, found.template)
+
+
+def report(call: ChatCall, found: Summary) -> dict[str, Any]:
+    """Return the same for an answer's own JSON."""
+    return {
+        "mode": call.mode,
+        "correction": found.outcome,
+        "reason": found.reason,
+        "corrector": found.version,
+        "template": found.template,
+    }
+
+
+def returned_text(choice: Choice, verdict: Verdict) -> str:
+    """Return the text that the client gets."""
+    return choice.text if verdict.text is None else verdict.text
+
+
+def told_usage(call: ChatCall, usage: Mapping[str, Any] | None, found: Summary) -> dict[str, Any] | None:
+    """Return the usage that the client is told: the upstream's, and the corrector's beside it."""
+    return with_effort(counts_of(usage) if call.mode == "strict" else usage, found.effort)
+
+
+async def whole_answer(call: ChatCall, judge: Judge, recorder: Recorder) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return an answer's JSON and its headers.
+
+    Args:
+        call: the request.
+        judge: decides what becomes of the answer.
+        recorder: remembers.
+
+    Raises:
+        GatewayError: there is none, or none that may leave.
+    """
+    with recorder.counted(call) as record:
+        with record.in_upstream():
+            answered = await call.upstream.chat(call.body, call.headers, quoted=call.mode != "strict")
+        gathering = Gathering()
+        if not gathering.add(answered.body) or not (choices := gathering.choices()):
+            raise malformed()
+        if call.corrects:
+            with record.in_corrector():
+                verdicts = await judge.judge(call, choices)
+            found = summary(verdicts)
+            usage = told_usage(call, gathering.usage, found)
+            body = _corrected(call, answered.body, choices, verdicts)
+            body |= {"usage": usage, "everalign": report(call, found)}
+            returned = returned_text(choices[0], verdicts[0])
+        else:
+            found, usage, returned = Summary("skipped", call.mode), gathering.usage, choices[0].text
+            body = {**answered.body, "id": call.id}
+        await recorder.keep(call, choices, returned, found, usage)
+        if call.mode == "shadow":
+            recorder.shadow(call, choices)
+        record.end(found)
+        return body, {**passed_on(call, answered.headers), **origin(call, found)}
+
+
+def _corrected(
+    call: ChatCall, answer: dict[str, Any], choices: Sequence[Choice], verdicts: Sequence[Verdict]
+) -> dict[str, Any]:
+    """Return an answer with its texts replaced; in strict mode nothing of the original is in it."""
+    strict = call.mode == "strict"
+    originals = {choice.get("index", 0): choice for choice in answer["choices"]}
+    texts = [
+        originals[choice.index] if verdict.text is None and not strict else rewritten(choice, verdict.text)
+        for choice, verdict in zip(choices, verdicts, strict=True)
+    ]
+    common = strict_head(call, answer) if strict else answer
+    return {**common, "id": call.id, "object": "chat.completion", "choices": texts}
+
+
+def strict_head(call: ChatCall, answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an answer has besides its choices, of which nothing is the upstream's own words."""
+    created = answer.get("created")
+    return {"id": call.id, "created": created if isinstance(created, int) else 0, "model": call.body["model"]}

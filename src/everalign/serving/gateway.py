@@ -1,0 +1,120 @@
+"""The parts of a running gateway, put together."""
+
+from dataclasses import dataclass
+
+from everalign.serving.circuit import CircuitBreaker
+from everalign.serving.correcting import AnyCorrector, CorrectionService
+from everalign.serving.judging import Judge
+from everalign.serving.keeping import Keeper, Store
+from everalign.serving.limits import Limiter
+from everalign.serving.metrics import Metrics
+from everalign.serving.recording import Recorder
+from everalign.serving.requests import Desk
+from everalign.serving.settings import GatewaySettings, Mode
+from everalign.serving.streaming import Streams
+from everalign.serving.upstream import Upstream
+
+
+def make_corrections(
+    settings: GatewaySettings, corrector: AnyCorrector, version: str, threads: int = 1
+) -> CorrectionService:
+    """Return a corrector in service, with the settings' limits.
+
+    Args:
+        settings: of the gateway.
+        corrector: the first one.
+        version: what it is called.
+        threads: corrections under way at once: one for a model in this process, more for one on a server.
+    """
+    return CorrectionService(
+        corrector,
+        version,
+        timeout=settings.timeouts.correction,
+        waiting=settings.limits.waiting,
+        batch=settings.limits.batch,
+        threads=threads,
+        breaker=CircuitBreaker(settings.breaker_failures, settings.breaker_seconds),
+    )
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """What the routes work with.
+
+    Args:
+        settings: how it is set up.
+        upstreams: by name.
+        corrections: the corrector in service.
+        metrics: what is counted.
+        limiter: requests under way.
+        desk: reads requests.
+        judge: decides what becomes of answers.
+        recorder: remembers.
+        streams: streams answers.
+        keeper: the store; None where there is none.
+    """
+
+    settings: GatewaySettings
+    upstreams: dict[str, Upstream]
+    corrections: CorrectionService
+    metrics: Metrics
+    limiter: Limiter
+    desk: Desk
+    judge: Judge
+    recorder: Recorder
+    streams: Streams
+    keeper: Keeper | None
+
+    @classmethod
+    def make(cls, settings: GatewaySettings, store: Store | None, corrections: CorrectionService) -> "Gateway":
+        """Put a gateway together; the arguments are those of `create_app`."""
+        limits, metrics = settings.limits, Metrics()
+        keeper = Keeper(store, metrics.unkept.inc) if store is not None else None
+        upstreams = {
+            one.name: Upstream(
+                one,
+                settings.timeouts,
+                retries=settings.retries,
+                longest_wait=settings.longest_wait,
+                breaker=CircuitBreaker(settings.breaker_failures, settings.breaker_seconds),
+                largest=limits.answer_bytes,
+            )
+            for one in settings.upstreams
+        }
+        mode: Mode = settings.mode or ("off" if corrections.version is None else "correct")
+        recorder = Recorder(metrics, keeper, corrections, limits.correction_characters)
+        judge = Judge(corrections, settings.on_failure, limits.correction_characters, metrics)
+        limiter = Limiter(limits.concurrency, limits.per_key)
+        made = cls(
+            settings=settings,
+            upstreams=upstreams,
+            corrections=corrections,
+            metrics=metrics,
+            limiter=limiter,
+            desk=Desk(upstreams, mode, settings.keep, limits),
+            judge=judge,
+            recorder=recorder,
+            streams=Streams(judge, corrections, recorder),
+            keeper=keeper,
+        )
+        metrics.watch("in_flight", "Requests under way.", lambda: limiter.in_flight)
+        metrics.watch("correction_queue", "Answers that wait for the corrector.", lambda: corrections.depth)
+        metrics.watch_circuits(made.circuits)
+        return made
+
+    @property
+    def has_corrector(self) -> bool:
+        """Whether answers can be corrected."""
+        return self.corrections.version is not None
+
+    def circuits(self) -> dict[str, str]:
+        """Return the states of the circuit breakers, by upstream, and the corrector's."""
+        found: dict[str, str] = {f"upstream:{name}": one.breaker.state for name, one in self.upstreams.items()}
+        return {**found, "corrector": self.corrections.breaker.state}
+
+    async def close(self) -> None:
+        """Let go of everything."""
+        await self.recorder.close()
+        await self.corrections.close()
+        for upstream in self.upstreams.values():
+            await upstream.close()

@@ -1,0 +1,135 @@
+"""What is done with an upstream's answer: given as it is, replaced by its correction, or kept back."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from everalign.serving.answers import Choice, Effort
+from everalign.serving.correcting import Correction, CorrectionFailed, CorrectionService
+from everalign.serving.errors import uncorrected
+from everalign.serving.metrics import Metrics
+from everalign.serving.policy import GIVEN_IN_STRICT, answer_rule
+from everalign.serving.requests import ChatCall
+from everalign.serving.settings import OnFailure
+
+_OUTCOMES = ("applied", "skipped", "unchanged")
+# Beyond so many characters, counting edits would hold up other requests.
+_COUNTED_AT_ONCE = 20_000
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of one answer.
+
+    Args:
+        text: what the client gets; None where it gets the answer as the upstream gave it.
+        outcome: `applied`, `unchanged` or `skipped`.
+        reason: why, where there is one.
+        correction: what the corrector made of it, if it was asked.
+    """
+
+    text: str | None
+    outcome: str
+    reason: str | None
+    correction: Correction | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of all answers to a request: `applied` where one was, else `skipped` where one was."""
+
+    outcome: str
+    reason: str | None
+    version: str | None = None
+    template: str | None = None
+    effort: Effort | None = None
+
+
+def summary(verdicts: Sequence[Verdict]) -> Summary:
+    """Return what is told of the verdicts."""
+    first = min(verdicts, key=lambda verdict: _OUTCOMES.index(verdict.outcome))
+    asked = [verdict.correction for verdict in verdicts if verdict.correction is not None]
+    if not asked:
+        return Summary(first.outcome, first.reason)
+    effort = sum((one.effort for one in asked), Effort())
+    return Summary(first.outcome, first.reason, asked[0].version, asked[0].template, effort)
+
+
+class Judge:
+    """Decides on answers, in the same way whether they are streamed or not.
+
+    Args:
+        corrections: corrects them.
+        on_failure: whether `correct` gives an answer that could not be corrected, or an error.
+        longest: characters of an answer that the corrector is given.
+        metrics: counts.
+    """
+
+    def __init__(self, corrections: CorrectionService, on_failure: OnFailure, longest: int, metrics: Metrics) -> None:
+        self._corrections, self._closed, self._longest = corrections, on_failure == "closed", longest
+        self._metrics = metrics
+
+    async def judge(self, call: ChatCall, choices: Sequence[Choice]) -> list[Verdict]:
+        """Return what becomes of each answer; raises GatewayError where one may not leave."""
+        # Before any is corrected: one that may not leave spares the others' correction.
+        ruled = [self.rule(call, choice) for choice in choices]
+        if len(choices) == 1:
+            return [ruled[0] or await self._corrected(call, choices[0])]
+        tasks = [
+            asyncio.ensure_future(self._corrected(call, choice))
+            for choice, verdict in zip(choices, ruled, strict=True)
+            if verdict is None
+        ]
+        try:
+            found = iter(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+        return [verdict or next(found) for verdict in ruled]
+
+    def rule(self, call: ChatCall, choice: Choice) -> Verdict | None:
+        """Return what a rule makes of an answer, None where it is to be corrected; raises GatewayError."""
+        reason = call.rule or answer_rule(choice, self._longest)
+        if reason is None:
+            return None
+        if call.mode == "strict" and reason not in GIVEN_IN_STRICT:
+            raise uncorrected(reason, 422, again=False)
+        # White space too is something that nobody has looked at.
+        text = "" if call.mode == "strict" and reason == "empty" else None
+        return Verdict(text, "skipped", reason)
+
+    def failed(self, call: ChatCall, reason: str) -> Verdict:
+        """Return what becomes of an answer whose correction failed; raises GatewayError."""
+        if call.mode == "strict" or self._closed:
+            raise uncorrected(reason, 503, again=True)
+        return Verdict(None, "skipped", reason)
+
+    async def decided(self, call: ChatCall, choice: Choice, correction: Correction) -> Verdict:
+        """Return what becomes of an answer that the corrector has seen; raises GatewayError."""
+        self._metrics.count_effort(correction.effort)
+        self._metrics.edited.observe(await edited(choice.text, correction.text))
+        if correction.outcome != "skipped":
+            return Verdict(correction.text, correction.outcome, correction.reason, correction)
+        if call.mode == "strict":
+            raise uncorrected(correction.reason or "refused", 503, again=False)
+        return Verdict(None, "skipped", correction.reason, correction)
+
+    async def _corrected(self, call: ChatCall, choice: Choice) -> Verdict:
+        assert call.question is not None  # else a rule holds
+        try:
+            correction = await self._corrections.correct(call.question, choice.text)
+        except CorrectionFailed as failed:
+            return self.failed(call, failed.reason)
+        return await self.decided(call, choice, correction)
+
+
+async def edited(answer: str, correction: str) -> float:
+    """Return the words put in, taken out or replaced, per word of the answer."""
+    from everalign.correction.edits import edit_ratio
+
+    if answer == correction:
+        return 0.0
+    words = answer.split(), correction.split()
+    if len(answer) + len(correction) < _COUNTED_AT_ONCE:
+        return edit_ratio(*words)
+    return await asyncio.to_thread(edit_ratio, *words)

@@ -1,0 +1,90 @@
+"""How much at once, and how large."""
+
+from collections import Counter
+
+import anyio
+from starlette.requests import ClientDisconnect, Request
+
+from everalign.serving.errors import GatewayError, overloaded, refused
+
+_BODY_SECONDS = 60.0
+
+
+class Ticket:
+    """A place among the requests under way; given back once, however often `release` is called."""
+
+    def __init__(self, limiter: "Limiter", key_id: str) -> None:
+        self._limiter, self._key_id, self._held = limiter, key_id, True
+
+    def release(self) -> None:
+        """Give the place back."""
+        if self._held:
+            self._held = False
+            self._limiter.leave(self._key_id)
+
+
+class Limiter:
+    """Counts requests under way, streams until they end.
+
+    Args:
+        concurrency: most of them.
+        per_key: most of them with the same key.
+    """
+
+    def __init__(self, concurrency: int, per_key: int) -> None:
+        self._most, self._per_key = concurrency, per_key
+        self._held: Counter[str] = Counter()
+        self.in_flight = 0
+
+    def enter(self, key_id: str) -> Ticket:
+        """Return a place; raises GatewayError 429 for a key that has too many, 503 where all have."""
+        if self.in_flight >= self._most:
+            raise overloaded(f"{self._most} requests are under way already", "overloaded", status=503)
+        if self._held[key_id] >= self._per_key:
+            raise overloaded(f"{self._per_key} requests with this key are under way already", "too_many_requests")
+        self._held[key_id] += 1
+        self.in_flight += 1
+        return Ticket(self, key_id)
+
+    def leave(self, key_id: str) -> None:
+        """One request less."""
+        self.in_flight -= 1
+        self._held[key_id] -= 1
+        if not self._held[key_id]:
+            del self._held[key_id]
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """Return a request's JSON as bytes.
+
+    Args:
+        request: whose body has not been read.
+        most: bytes.
+
+    Raises:
+        GatewayError: it is no JSON by its header (415), compressed (415), too large (413) or too slow (408), or its
+            sender is gone (499).
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        # Also keeps web pages out, which may send anything but this to other servers without asking.
+        raise refused("the content-type must be application/json", code="unsupported_media_type", status=415)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise refused("a compressed body is not read; send it as it is", code="unsupported_encoding", status=415)
+    try:
+        with anyio.fail_after(_BODY_SECONDS):
+            return await _read(request, most)
+    except TimeoutError:
+        message = f"the body did not come within {_BODY_SECONDS:g} seconds"
+        raise GatewayError(408, message, "invalid_request_error", "body_timeout") from None
+    except ClientDisconnect:
+        raise GatewayError(499, "the client is gone", code="client_gone") from None
+
+
+async def _read(request: Request, most: int) -> bytes:
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > most:
+            raise refused(f"the body is larger than {most} bytes", code="body_too_large", status=413)
+    return bytes(content)

@@ -1,0 +1,200 @@
+"""A request for a chat completion, read and checked as far as the gateway needs it; all the rest passes untouched."""
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from everalign.serving.errors import not_found, refused
+from everalign.serving.headers import forwarded
+from everalign.serving.policy import chosen_mode, offers_tools, question_of, request_rule
+from everalign.serving.settings import Keep, Limits, Mode
+
+if TYPE_CHECKING:
+    from everalign.data.fields import Message
+    from everalign.serving.upstream import Upstream
+
+ALIGNED = ":aligned"
+_FLAGS = ("stream", "store", "logprobs")
+
+
+@dataclass(frozen=True)
+class ChatCall:
+    """A request.
+
+    Args:
+        id: of the completion that answers it.
+        key_id: whose it is.
+        body: its JSON, with the upstream's name of the model.
+        upstream: who answers.
+        mode: what is done with the answer.
+        headers: that the upstream gets.
+        keep: whether the exchange is kept.
+        question: its conversation as a corrector reads it; None where answers are not corrected.
+        rule: why they are not.
+        started: when it began, in seconds that only grow.
+    """
+
+    id: str
+    key_id: str
+    body: dict[str, Any]
+    upstream: "Upstream"
+    mode: Mode
+    headers: dict[str, str]
+    keep: bool
+    question: "tuple[Message, ...] | None"
+    rule: str | None
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the client wants events."""
+        return bool(self.body.get("stream"))
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the client wants the usage at the end of a stream."""
+        options = self.body.get("stream_options")
+        return isinstance(options, Mapping) and bool(options.get("include_usage"))
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the answer waits for its correction."""
+        return self.mode in ("correct", "strict")
+
+    def payload(self, with_usage: bool) -> dict[str, Any]:
+        """Return what the upstream is asked; for its usage too, if that is of use."""
+        if not (with_usage and self.streams):
+            return self.body
+        options = self.body.get("stream_options")
+        known = options if isinstance(options, Mapping) else {}
+        return {**self.body, "stream_options": {**known, "include_usage": True}}
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Reads requests.
+
+    Args:
+        upstreams: by name.
+        mode: the server's.
+        keep: which exchanges are kept.
+        limits: of requests.
+    """
+
+    upstreams: "Mapping[str, Upstream]"
+    mode: Mode
+    keep: Keep
+    limits: Limits
+
+    def call(self, content: bytes, headers: Iterable[tuple[str, str]], key_id: str, has_corrector: bool) -> ChatCall:
+        """Return a request; raises GatewayError that names the field."""
+        body, given = read_json(content), list(headers)
+        _check(body, self.limits)
+        upstream, model, aligned = self.routed(body["model"], has_corrector)
+        asked = next((value for name, value in given if name == "x-everalign-mode"), None)
+        mode = chosen_mode(asked, self.mode, aligned, has_corrector)
+        rule = request_rule(body)
+        if mode == "strict":
+            _check_strict(rule or ("tools" if offers_tools(body) else None))
+        body = {**body, "model": model}
+        return ChatCall(
+            id=f"chatcmpl-{uuid.uuid4().hex}",
+            key_id=key_id,
+            body=body,
+            upstream=upstream,
+            mode=mode,
+            headers=forwarded(given),
+            keep=self._keeps(body.get("store")),
+            question=None if rule or mode == "off" else question_of(body["messages"]),
+            rule=rule,
+        )
+
+    def routed(self, name: str, has_corrector: bool) -> "tuple[Upstream, str, bool]":
+        """Return upstream, its name of the model, and whether `:aligned` was asked for; raises GatewayError."""
+        model, aligned = name.removesuffix(ALIGNED), name.endswith(ALIGNED)
+        if aligned and not has_corrector:
+            raise not_found(f"model {_shown(name)}: this server has no corrector", "model_not_found", "model")
+        if len(self.upstreams) == 1:
+            (upstream,) = self.upstreams.values()
+        else:
+            first, _, model = model.partition("/")
+            if first not in self.upstreams or not model:
+                names = ", ".join(f"{known}/MODEL" for known in self.upstreams)
+                raise not_found(f"model {_shown(name)}: must be one of {names}", "model_not_found", "model")
+            upstream = self.upstreams[first]
+        if not model:
+            raise refused("model: is empty", "model", "invalid_value")
+        return upstream, model, aligned
+
+    def _keeps(self, store: bool | None) -> bool:
+        if store is False or self.keep == "none":
+            return False
+        return store is True or self.keep == "all"
+
+
+def read_json(content: bytes) -> dict[str, Any]:
+    """Return a request's JSON object; raises GatewayError for anything that could be read in two ways."""
+    try:
+        # Written anew, it has each key once: what is decided here and what the upstream reads are the same.
+        body = json.loads(content, parse_constant=_no_number, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+        raise refused(f"the body is no JSON that can be read{where}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise refused("the body must be a JSON object", code="invalid_json")
+    return body
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
+
+
+def _check(body: Mapping[str, Any], limits: Limits) -> None:
+    model, messages = body.get("model"), body.get("messages")
+    if not isinstance(model, str) or not model.strip():
+        raise refused("model: must be the name of a model", "model", "invalid_value")
+    if not isinstance(messages, list) or not messages:
+        raise refused("messages: must be a list of at least one message", "messages", "invalid_value")
+    if len(messages) > limits.messages:
+        raise refused(f"messages: at most {limits.messages}, found {len(messages)}", "messages", "too_many_messages")
+    for i, message in enumerate(messages):
+        _check_message(message, f"messages[{i}]")
+    for name in _FLAGS:
+        if not isinstance(body.get(name), bool | None):
+            raise refused(f"{name}: must be true or false", name, "invalid_type")
+    if not isinstance(body.get("stream_options"), dict | None):
+        raise refused("stream_options: must be an object", "stream_options", "invalid_type")
+    if not isinstance(body.get("response_format"), dict | None):
+        raise refused("response_format: must be an object", "response_format", "invalid_type")
+    _check_choices(body.get("n"), limits.choices)
+
+
+def _check_message(message: Any, where: str) -> None:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise refused(f"{where}: must be an object with a role", where, "invalid_type")
+    if not isinstance(message.get("content"), str | list | None):
+        raise refused(f"{where}.content: must be text, a list of parts, or null", f"{where}.content", "invalid_type")
+
+
+def _check_choices(n: Any, most: int) -> None:
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most):
+        raise refused(f"n: must be a whole number from 1 to {most}", "n", "invalid_value")
+
+
+def _check_strict(rule: str | None) -> None:
+    if rule is not None:
+        message = f"mode 'strict': answers to this request could not be checked ({rule}); leave that out"
+        raise refused(message, code=f"strict_{rule}")
+
+
+def _shown(name: str) -> str:
+    return repr(name[:100])

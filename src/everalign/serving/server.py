@@ -1,0 +1,114 @@
+"""The gateway's process: its socket, its server, and how both end."""
+
+import errno
+import socket
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from everalign.errors import EveralignError, InputError
+from everalign.serving.auth import is_loopback
+from everalign.serving.settings import UpstreamSettings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+KEYS_VARIABLE = "EVERALIGN_API_KEYS"
+_UNNAMED = "default"
+_BACKLOG = 2048
+_LAST_SECONDS = 30  # for requests under way when the server is told to end
+
+
+def read_keys(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the clients' keys from EVERALIGN_API_KEYS, where commas divide them."""
+    text = environment.get(KEYS_VARIABLE, "")
+    return tuple(key.strip() for key in text.split(",")) if text.strip() else ()
+
+
+def read_upstream(text: str, environment: Mapping[str, str]) -> UpstreamSettings:
+    """Return the upstream of a flag, URL or NAME=URL, with its key from OPENAI_API_KEY or NAME_API_KEY.
+
+    Raises:
+        InputError: the flag is neither.
+    """
+    if text.startswith(("http://", "https://")):
+        return UpstreamSettings(_UNNAMED, text, environment.get("OPENAI_API_KEY", ""))
+    name, found, url = text.partition("=")
+    if not found or not url.startswith(("http://", "https://")):
+        raise InputError(f"--upstream {text}: must be URL or NAME=URL, such as http://127.0.0.1:8000/v1")
+    # The operator's key goes to the server that it is meant for, and to no other.
+    return UpstreamSettings(name, url, environment.get(f"{name.upper().replace('-', '_')}_API_KEY", ""))
+
+
+def check_host(host: str, keys: tuple[str, ...]) -> None:
+    """Refuse to serve a network without keys; raises InputError."""
+    if not keys and not is_loopback(host):
+        raise InputError(
+            f"--host {host}: without keys only this machine is served, as 127.0.0.1; "
+            f"set {KEYS_VARIABLE} to the clients' keys, divided by commas"
+        )
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; raises InputError where the address cannot be had."""
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port {port}: must be from 0 (any that is free) to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):
+        raise InputError(f"--host {host}: is no name or address of this machine") from None
+    # With its protocol: without, asyncio lets small packets wait for one another (40 ms).
+    found = socket.socket(family, kind, protocol)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(_BACKLOG)
+    except OSError as error:
+        found.close()
+        raise InputError(_advice(host, port, error)) from None
+    return found
+
+
+def _advice(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"--port {port}: another program listens there; end it, or choose another port (0 for any that is free)"
+    if error.errno == errno.EACCES:
+        return f"--port {port}: is not allowed to this user; choose one from 1024 on"
+    return f"--host {host}: cannot be listened at: {error.strerror}"
+
+
+def address_of(listening: socket.socket) -> str:
+    """Return the address that clients give as their base URL."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+
+
+def serve(app: "FastAPI", listening: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve until a signal ends it; requests under way are finished, as far as they can in 30 seconds.
+
+    Args:
+        app: the gateway.
+        listening: its socket.
+        ready: called when requests are answered.
+
+    Raises:
+        EveralignError: the server ended by itself.
+    """
+    import uvicorn
+
+    # No access log: it would name every client. X-Forwarded-For is anyone's word for who they are.
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        log_level="warning",
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_SECONDS,
+    )
+    server = uvicorn.Server(config)
+    app.state.ready = ready
+    try:
+        server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        return  # how a server is meant to end: what was under way is finished
+    if not server.started:
+        raise EveralignError("the server could not start; what is printed above says why")

@@ -1,0 +1,157 @@
+"""How a gateway is set up; everything is checked where it is made."""
+
+import math
+import re
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from everalign.chat_arguments import checked_key
+from everalign.errors import InputError
+from everalign.serving.auth import Keys
+from everalign.serving.ssrf import Resolve, checked_upstream, resolved
+
+Mode = Literal["off", "shadow", "correct", "strict"]
+OnFailure = Literal["open", "closed"]
+Keep = Literal["all", "opted-in", "none"]
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
+
+
+def _values(settings: Any) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(settings, field.name)) for field in fields(settings)]
+
+
+@dataclass(frozen=True)
+class UpstreamSettings:
+    """A server that answers.
+
+    Args:
+        name: what it is called in model names where there are several.
+        url: its address; see `checked_upstream`.
+        key: what it asks for; empty for nothing.
+    """
+
+    name: str
+    url: str
+    key: str = ""
+
+    def __repr__(self) -> str:
+        return f"UpstreamSettings({self.name!r}, {self.url!r})"  # never the key
+
+    def checked(self, resolve: Resolve = resolved) -> "UpstreamSettings":
+        """Return it with its whole address; raises InputError."""
+        if not _NAME.fullmatch(self.name):
+            raise InputError(f"upstream {self.name!r}: a name is a letter and up to 31 letters, digits, - and _")
+        return UpstreamSettings(self.name, checked_upstream(self.url, resolve), checked_key(self.key))
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds.
+
+    Args:
+        connect: until a connection to the upstream stands.
+        first_byte: until a stream begins.
+        idle: between two pieces of it.
+        total: for a whole answer of the upstream; streamed or not.
+        correction: for one correction, waiting for its turn included.
+    """
+
+    connect: float = 5.0
+    first_byte: float = 120.0
+    idle: float = 60.0
+    total: float = 600.0
+    correction: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name, value in _values(self):
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"timeout {name}: must be above 0 seconds, found {value}")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much at once, and how large.
+
+    Args:
+        concurrency: requests under way.
+        per_key: of them with the same key.
+        body_bytes: of a request.
+        messages: of a request.
+        choices: answers to one request (`n`).
+        answer_bytes: of an upstream's answer, decompressed.
+        correction_characters: of an answer that is corrected; longer ones are `too_long`.
+        waiting: answers that wait for the corrector.
+        batch: answers that are corrected at once.
+    """
+
+    concurrency: int = 1000
+    per_key: int = 500
+    body_bytes: int = 32 << 20
+    messages: int = 2000
+    choices: int = 16
+    answer_bytes: int = 16 << 20
+    correction_characters: int = 100_000
+    waiting: int = 256
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        for name, value in _values(self):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"limit {name}: must be a whole number of at least 1, found {value!r}")
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    """A gateway.
+
+    Args:
+        upstreams: at least one.
+        keys: of the clients; none where only this machine is served.
+        mode: of requests that name none; `correct` where there is a corrector, else `off`, when None.
+        on_failure: what `correct` does without a correction: give the answer as it is (`open`) or an error (`closed`).
+        keep: which exchanges are kept: those whose request says `store: true` (`opted-in`), all but those that say
+            `store: false` (`all`), or `none`.
+        timeouts: in seconds.
+        limits: of size and number.
+        retries: how often a request to an upstream is repeated, before its first byte.
+        longest_wait: seconds; an upstream that asks for a longer pause is not asked again.
+        keepalive: seconds of silence in a stream before a comment is sent.
+        breaker_failures: failures in a row after which an upstream, or the corrector, is left alone.
+        breaker_seconds: for how long.
+    """
+
+    upstreams: tuple[UpstreamSettings, ...]
+    keys: tuple[str, ...] = ()
+    mode: Mode | None = None
+    on_failure: OnFailure = "open"
+    keep: Keep = "opted-in"
+    timeouts: Timeouts = Timeouts()
+    limits: Limits = Limits()
+    retries: int = 2
+    longest_wait: float = 5.0
+    keepalive: float = 15.0
+    breaker_failures: int = 5
+    breaker_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.upstreams:
+            raise InputError("no upstream given: name the server that answers, such as http://127.0.0.1:8000/v1")
+        names = [upstream.name for upstream in self.upstreams]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"upstream {twice[0]!r}: is given twice; names tell upstreams apart, as NAME=URL")
+        object.__setattr__(self, "upstreams", tuple(upstream.checked() for upstream in self.upstreams))
+        Keys(self.keys)
+        for name, known in (("mode", (*MODES, None)), ("on_failure", get_args(OnFailure)), ("keep", get_args(Keep))):
+            if getattr(self, name) not in known:
+                words = ", ".join(word for word in known if word)
+                raise InputError(f"{name.replace('_', '-')}: must be one of {words}, found {getattr(self, name)!r}")
+        for name in ("longest_wait", "keepalive", "breaker_seconds"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise InputError(f"{name}: must be above 0 seconds, found {getattr(self, name)}")
+        if self.retries < 0 or self.breaker_failures < 1:
+            raise InputError("retries must be at least 0, and breaker_failures at least 1")
+
+    def __repr__(self) -> str:
+        return f"GatewaySettings({self.upstreams!r}, mode={self.mode!r})"  # never the keys

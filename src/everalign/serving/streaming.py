@@ -1,0 +1,189 @@
+"""One request from its question to its streamed answer.
+
+An answer that is corrected is first read whole, and not a byte of it leaves before it is judged. Then the correction is
+written: in pieces as the corrector finds them, if it is a single one; in strict mode only when all of it is there.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from typing import Any
+
+from everalign.serving.answers import Choice, Gathering, chunk, finish_reason, head_of, without_usage
+from everalign.serving.correcting import CorrectionFailed, CorrectionService
+from everalign.serving.delivery import Channel
+from everalign.serving.errors import UsageRefused, uncorrected
+from everalign.serving.exchanges import malformed, origin, passed_on, report, returned_text, strict_head, told_usage
+from everalign.serving.judging import Judge, Summary, Verdict, summary
+from everalign.serving.recording import Record, Recorder
+from everalign.serving.requests import ChatCall
+from everalign.serving.sse import DONE, data_frame
+from everalign.serving.upstream import Streamed
+
+PENDING = Summary("pending", None)
+"""What the headers say of a stream that began before its answer was judged; its last chunk says what became of it."""
+
+
+class Streams:
+    """Streams answers.
+
+    Args:
+        judge: decides what becomes of them.
+        corrections: corrects them.
+        recorder: remembers.
+    """
+
+    def __init__(self, judge: Judge, corrections: CorrectionService, recorder: Recorder) -> None:
+        self._judge, self._corrections, self._recorder = judge, corrections, recorder
+
+    async def write(self, call: ChatCall, channel: Channel) -> None:
+        """Write the whole answer to a channel; raises GatewayError where it fails or may not leave."""
+        with self._recorder.counted(call) as record:
+            if call.corrects:
+                await self._corrected(call, channel, record)
+            else:
+                await self._relayed(call, channel, record)
+
+    async def _relayed(self, call: ChatCall, channel: Channel, record: Record) -> None:
+        """Hand on an answer while it comes."""
+        found, gathering = Summary("skipped", call.mode), Gathering()
+        asked = call.keep and self._recorder.keeps
+        remembers = asked or call.mode == "shadow"
+        with record.in_upstream():
+            async with _opened(call, asked) as streamed:
+                channel.open({**streamed.headers, **origin(call, found)})
+                async for events in streamed.events:
+                    if remembers and not all(gathering.add(event) for event in events):
+                        raise malformed()
+                    kept = [event if call.wants_usage or not asked else without_usage(event) for event in events]
+                    await channel.send(b"".join(data_frame({**event, "id": call.id}) for event in kept if event))
+        if remembers:
+            choices = gathering.choices()
+            await self._recorder.keep(call, choices, choices[0].text if choices else "", found, gathering.usage)
+            if call.mode == "shadow":
+                self._recorder.shadow(call, choices)
+        record.end(found)
+        await channel.send(DONE)
+
+    async def _corrected(self, call: ChatCall, channel: Channel, record: Record) -> None:
+        """Read an answer whole, and write what becomes of it."""
+        gathering, events = Gathering(), list[dict[str, Any]]()
+        with record.in_upstream():
+            async with _opened(call, True) as streamed:
+                async for found in streamed.events:
+                    events += found
+        if not all(gathering.add(event) for event in events) or not (choices := gathering.choices()):
+            raise malformed()
+        writer = _Writer(call, channel, events, choices, passed_on(call, streamed.headers))
+        with record.in_corrector():
+            live = len(choices) == 1 and call.mode == "correct" and self._judge.rule(call, choices[0]) is None
+            verdicts = [await self._live(call, writer)] if live else await self._judge.judge(call, choices)
+        about = summary(verdicts)
+        usage = told_usage(call, gathering.usage, about)
+        await self._recorder.keep(call, choices, returned_text(choices[0], verdicts[0]), about, usage)
+        record.end(about)
+        await writer.finish(verdicts, about, usage)
+
+    async def _live(self, call: ChatCall, writer: "_Writer") -> Verdict:
+        """Return what becomes of a single answer, having written the beginning of its correction meanwhile."""
+        assert call.question is not None  # else a rule holds
+        choice = writer.choices[0]
+        try:
+            async with aclosing(self._corrections.follow(call.question, choice.text)) as events:
+                async for event in events:
+                    if not isinstance(event, str):
+                        return await self._judge.decided(call, choice, event)
+                    await writer.piece(event)
+        except CorrectionFailed as failed:
+            verdict = self._judge.failed(call, failed.reason)
+            if not choice.text.startswith(writer.given):
+                # What the client has can be continued neither with the answer nor with a correction.
+                raise uncorrected(failed.reason, 503, again=True) from None
+            return verdict
+        raise malformed()
+
+
+class _Writer:
+    """Writes an answer as events; what is given of it already is never taken back."""
+
+    def __init__(
+        self,
+        call: ChatCall,
+        channel: Channel,
+        events: Sequence[dict[str, Any]],
+        choices: Sequence[Choice],
+        headers: Mapping[str, str],
+    ) -> None:
+        self.choices, self.given = choices, ""
+        self._call, self._channel, self._events, self._headers = call, channel, events, headers
+        strict = {**strict_head(call, events[0]), "object": "chat.completion.chunk"}
+        self._head = strict if call.mode == "strict" else head_of(events, call.id)
+
+    async def piece(self, text: str) -> None:
+        """Write a part of a single answer's text."""
+        if not self.given:
+            self._channel.open({**self._headers, **origin(self._call, PENDING)})
+            await self._send([self._begun(self.choices[0])])
+        self.given += text
+        await self._send([chunk(self._head, self.choices[0].index, {"content": text})])
+
+    async def finish(self, verdicts: Sequence[Verdict], found: Summary, usage: dict[str, Any] | None) -> None:
+        """Write the rest, and the end."""
+        self._channel.open({**self._headers, **origin(self._call, found)})
+        frames = self._rest(verdicts[0]) if self.given else self._all(verdicts)
+        frames[-1] = {**frames[-1], "everalign": report(self._call, found)}
+        if self._call.wants_usage and usage is not None:
+            frames.append({**self._head, "choices": [], "usage": usage})
+        await self._send(frames)
+        await self._channel.send(DONE)
+
+    def _rest(self, verdict: Verdict) -> list[dict[str, Any]]:
+        choice = self.choices[0]
+        text = returned_text(choice, verdict)[len(self.given) :]
+        more = [chunk(self._head, choice.index, {"content": text})] if text else []
+        return [*more, chunk(self._head, choice.index, {}, finish_reason(choice))]
+
+    def _all(self, verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+        pairs = list(zip(self.choices, verdicts, strict=True))
+        strict = self._call.mode == "strict"
+        as_they_are = {choice.index for choice, verdict in pairs if verdict.text is None and not strict}
+        frames = list(self._replayed(as_they_are)) if as_they_are else []
+        for choice, verdict in pairs:
+            if choice.index not in as_they_are:
+                delta = {"refusal": choice.refusal} if verdict.text is None else {"content": verdict.text}
+                frames.append(self._begun(choice))
+                frames.append(chunk(self._head, choice.index, delta))
+                frames.append(chunk(self._head, choice.index, {}, finish_reason(choice)))
+        return frames
+
+    def _replayed(self, indices: set[int]) -> list[dict[str, Any]]:
+        """Return the upstream's own chunks of some choices."""
+        found = []
+        for event in self._events:
+            choices = [choice for choice in event.get("choices") or () if choice.get("index", 0) in indices]
+            if choices:
+                plain = {name: value for name, value in event.items() if name != "usage"}
+                found.append({**plain, "id": self._call.id, "choices": choices})
+        return found
+
+    def _begun(self, choice: Choice) -> dict[str, Any]:
+        return chunk(self._head, choice.index, {"role": "assistant", "content": ""})
+
+    async def _send(self, frames: Sequence[Mapping[str, Any]]) -> None:
+        await self._channel.send(b"".join(data_frame(frame) for frame in frames))
+
+
+@asynccontextmanager
+async def _opened(call: ChatCall, asks_usage: bool) -> AsyncIterator[Streamed]:
+    """Open the upstream's stream, asking for its usage too; some upstreams refuse to be asked."""
+    asks = asks_usage and not call.wants_usage and call.upstream.reports_usage
+    quoted = call.mode != "strict"
+    async with AsyncExitStack() as stack:
+        try:
+            opening = call.upstream.stream(call.payload(asks), call.headers, quoted)
+            streamed = await stack.enter_async_context(opening)
+        except UsageRefused:
+            if not asks:
+                raise
+            call.upstream.reports_usage = False
+            streamed = await stack.enter_async_context(call.upstream.stream(call.body, call.headers, quoted))
+        yield streamed

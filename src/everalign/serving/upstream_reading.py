@@ -1,0 +1,60 @@
+"""What an upstream sends, taken apart; pure functions that raise GatewayError for what cannot be read."""
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from everalign.serving.errors import bad_upstream
+from everalign.serving.sse import BrokenEvents, EventParser
+from everalign.serving.upstream_replies import stream_failure
+
+
+def inflated(inflater: Any, part: bytes, most: int) -> bytes:
+    """Return at most so many bytes of what compressed ones hold."""
+    try:
+        return bytes(inflater.decompress(part, most))
+    except zlib.error:
+        raise bad_upstream("the upstream's reply is badly compressed", "upstream_malformed") from None
+
+
+def parsed(parser: EventParser, part: bytes) -> list[str]:
+    """Return the data of the events that end in these bytes."""
+    try:
+        return parser.feed(part)
+    except BrokenEvents as error:
+        raise bad_upstream(f"the upstream's stream cannot be read: {error}", "upstream_malformed") from None
+
+
+def event_of(data: str, key: str, quoted: bool) -> dict[str, Any]:
+    """Return an event's JSON; raises the upstream's own error where the event is one."""
+    content = json_object(data)
+    if content.get("error"):
+        raise stream_failure(content, key, quoted)
+    return content
+
+
+def follow(event: Mapping[str, Any], finished: dict[Any, bool]) -> None:
+    """Note which choices have ended."""
+    choices = event.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        if not isinstance(choice, dict) or not isinstance(choice.get("index", 0), int):
+            raise bad_upstream("the upstream's stream has a choice that is none", "upstream_malformed")
+        index = choice.get("index", 0)
+        finished[index] = finished.get(index, False) or choice.get("finish_reason") is not None
+
+
+def json_object(content: bytes | str) -> dict[str, Any]:
+    """Return JSON that is an object."""
+    try:
+        found = json.loads(content, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise bad_upstream("the upstream's reply is no JSON object", "upstream_malformed")
+    return found
+
+
+def _no_number(text: str) -> float:
+    """Refuse NaN and infinities, which JSON does not have and other readers choke on."""
+    raise ValueError(text)
