@@ -264,6 +264,7 @@ def serving(
     corrector: Any = None,
     store: Any = None,
     corrections: CorrectionService | None = None,
+    followed: Any = None,
     timeouts: Timeouts = Timeouts(),  # noqa: B008 (frozen)
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     **settings: Any,
@@ -276,7 +277,7 @@ def serving(
     made = GatewaySettings(named, timeouts=timeouts, limits=limits, **settings)
     if corrections is None and corrector is not None:
         corrections = make_corrections(made, corrector, "v1")
-    app = create_app(made, store=store, corrections=corrections)
+    app = create_app(made, store=store, corrections=corrections, followed=followed)
     running = _Running(app, "on")
     running.start()
     try:

@@ -162,7 +162,7 @@ def _corrections(
     if on_server and gate is not None:
         raise InputError("--gate: a server does not say how likely an answer is; leave it out, or load the model")
     load = partial(load_corrector, template=template, local=local, approver=approver, options=CorrectionOptions(gate))
-    followed = FollowedRun(Path(name), lambda folder: load(str(folder)), notes.print) if is_run(name) else None
+    followed = FollowedRun(Path(name), lambda folder: load(str(folder)), announce=notes.print) if is_run(name) else None
     if followed is not None:
         corrector, version = followed.load()
     else:

@@ -2,7 +2,7 @@
 
     followed = FollowedRun(Path("runs/corrector"), load)
     corrector, version = followed.load()
-    await followed.follow(service, seconds=2.0)     # until it is cancelled
+    await followed.follow(service)     # until it is cancelled
 
 Versions are exported once, into the run's folder `serving`; one that cannot be loaded leaves the former one at work.
 """
@@ -39,6 +39,7 @@ class FollowedRun:
     Args:
         path: the run directory.
         load: loads an exported corrector's folder.
+        seconds: between two looks at the run.
         announce: called with one line whenever another version is in service, or could not be.
 
     Raises:
@@ -46,7 +47,11 @@ class FollowedRun:
     """
 
     def __init__(
-        self, path: Path, load: Callable[[Path], "Corrector"], announce: Callable[[str], None] = _log.warning
+        self,
+        path: Path,
+        load: Callable[[Path], "Corrector"],
+        seconds: float = SECONDS,
+        announce: Callable[[str], None] = _log.warning,
     ) -> None:
         from everalign.learning.run_data import load_run
 
@@ -58,7 +63,7 @@ class FollowedRun:
             )
         if not run.versions:
             raise InputError(f"{path}: no version of it is promoted: learn corrections first")
-        self._path, self._load, self._announce = path, load, announce
+        self._path, self._load, self._seconds, self._announce = path, load, seconds, announce
         self._served: str | None = None
         self._refused: str | None = None
 
@@ -82,13 +87,13 @@ class FollowedRun:
         self._served = version
         return found, version
 
-    async def follow(self, service: "CorrectionService", seconds: float = SECONDS) -> None:
+    async def follow(self, service: "CorrectionService") -> None:
         """Exchange the corrector in service whenever another version is promoted, until cancelled.
 
         Requests under way are finished by the corrector that they came to.
         """
         while True:
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(self._seconds)
             await self._look(service)
 
     async def _look(self, service: "CorrectionService") -> None:

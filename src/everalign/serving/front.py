@@ -40,11 +40,10 @@ class Front:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        request_id = f"req_{uuid.uuid4().hex}"
 
         async def sent(message: Message) -> None:
             if message["type"] == "http.response.start":
-                _complete(message, request_id)
+                _complete(message)
             await send(message)
 
         peer = scope.get("client")
@@ -58,11 +57,12 @@ class Front:
         await self._app(scope, receive, sent)
 
 
-def _complete(message: Message, request_id: str) -> None:
+def _complete(message: Message) -> None:
     headers = MutableHeaders(raw=message.setdefault("headers", []))
     for name, value in _ALWAYS.items():
         headers.setdefault(name, value)
-    headers.setdefault("x-request-id", request_id)
+    if "x-request-id" not in headers:
+        headers["x-request-id"] = headers.get("x-everalign-id") or f"req_{uuid.uuid4().hex}"
 
 
 def json_response(content: Any, headers: dict[str, str] | None = None, status: int = 200) -> Response:

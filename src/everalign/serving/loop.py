@@ -8,7 +8,7 @@ whatever feedback has come since, and marks them as learned once the gate has de
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ class _Pending:
             for file, rows in (("train.jsonl", task.rows), ("test.jsonl", task.test)):
                 if rows is not None:
                     write_text(folder / file, "".join(json_line(row.to_json()) for row in rows))
-            facts = {"kind": kind, "feedback": list(task.feedback_ids), "report": asdict(task.report)}
+            facts = {"kind": kind, "feedback": list(task.feedback_ids), "report": task.report.facts()}
             write_json(folder / "task.json", facts)
         return cls(tasks / name, name)
 

@@ -83,6 +83,10 @@ class TaskReport:
     keys: Mapping[str, int] = field(default_factory=Counter)
     left_out: Mapping[str, int] = field(default_factory=Counter)
 
+    def facts(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(self).items()}
+
     def summary(self) -> str:
         """One line of text for a log."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
