@@ -57,6 +57,10 @@ def serve(
     keep: Annotated[
         str | None, option("Which exchanges: opted-in (store: true), all (but store: false), none.", "WHICH")
     ] = None,
+    redact: Annotated[
+        str | None, option("Take out before keeping: all, or some of email,phone,card,key.", "KINDS")
+    ] = None,
+    retention_days: Annotated[int | None, option("Remove what is older; kept for ever if not given.", "DAYS")] = None,
     host: Annotated[str, typer.Option(help="Where to listen; others than this machine's need keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8080,
     timeout: Annotated[float | None, option("Seconds for a whole answer of the upstream; 600.", "SECONDS")] = None,
@@ -77,8 +81,9 @@ def serve(
     check_host(host, keys)
     _check_heeded(corrector, {"template": template, "gate": gate, "approve": approve, "margin": margin})
     _check_heeded(corrector, {"precision": precision, "device": device, "on-failure": on_failure})
-    if keep is not None and store is None:
-        raise InputError("--keep: there is nothing to keep exchanges in; name it with --store sqlite:///FILE")
+    for name, value in (("keep", keep), ("redact", redact), ("retention-days", retention_days)):
+        if value is not None and store is None:
+            raise InputError(f"--{name}: there is nothing to keep exchanges in; name it with --store sqlite:///FILE")
     given = {"mode": mode, "on_failure": on_failure, "keep": keep, "keepalive": keepalive, "retries": retries}
     settings = _settings(
         {
@@ -94,7 +99,7 @@ def serve(
         raise InputError(f"--mode {settings.mode}: needs a corrector; name one with --corrector")
     # The port comes first: a corrector takes long to load, and a port in use is found out at once.
     with bound_socket(host, port) as listening:
-        kept = _open_store(store)
+        kept = _open_store(store, redact, retention_days)
         local = {"device": device, "precision": precision}
         corrections, followed = _corrections(corrector, template, gate, make_approval(approve, margin), local, settings)
         from everalign.serving.app import create_app
@@ -134,12 +139,15 @@ def _settings(
     return GatewaySettings(timeouts=timeouts, limits=limits, **given)
 
 
-def _open_store(url: str | None) -> "Store | None":
+def _open_store(url: str | None, redact: str | None, retention_days: int | None) -> "Store | None":
     if url is None:
         return None
+    from everalign.serving.store.redaction import KINDS, Redaction
     from everalign.serving.store.store import FeedbackStore
 
-    opened: Store = FeedbackStore.open(url)
+    kinds = KINDS if redact == "all" else tuple(kind.strip() for kind in (redact or "").split(","))
+    redaction = None if redact is None else Redaction(kinds)
+    opened: Store = FeedbackStore.open(url, retention_days=retention_days, redaction=redaction)
     return opened
 
 
