@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from cli_for_tests import run, write_rows
 from corrections_for_tests import corrections, corrector
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, load_corrector_files, steer_corrector
-from everalign.correction.edits import edit_ratio, kept_share
+from everalign.correction.edits import edit_ratio, edit_share, kept_share
 from everalign.correction.steering import SteeringOptions, common_direction, prefix_differences
 from everalign.correction.steering_files import Steering, SteeringSetting, fingerprints, read_steering
 from everalign.correction.steering_trials import followed, mirrored, rank_correlation, well_formed
@@ -43,7 +43,7 @@ def copied(steered, tmp_path):
 
 
 def setting(strength, ratio=0.0, well_formed=1.0):
-    return SteeringSetting(strength=strength, edit_ratio=ratio, changed=0.5, well_formed=well_formed)
+    return SteeringSetting(strength=strength, edit_share=ratio, changed=0.5, well_formed=well_formed)
 
 
 # ---- the residual stream ----
@@ -125,7 +125,7 @@ def test_settings_count_as_far_as_corrections_are_well_formed_and_edits_follow()
     turned = [setting(-1, 0.3), setting(-0.5, 0.1), setting(0, 0.2), setting(0.5, 0.19), setting(1, 0.1)]
     assert [one.strength for one in followed(turned)] == [-0.5, 0, 0.5]
     assert [one.strength for one in mirrored(turned)] == [-1, -0.5, 0, 0.5, 1]
-    assert [one.edit_ratio for one in mirrored(turned)] == [0.1, 0.19, 0.2, 0.1, 0.3]
+    assert [one.edit_share for one in mirrored(turned)] == [0.1, 0.19, 0.2, 0.1, 0.3]
     assert [one.strength for one in followed(mirrored(turned))] == [-1, -0.5, 0]
     assert rank_correlation([setting(-1, 0.3), setting(0, 0.2), setting(1, 0.1)]) == pytest.approx(-1)
     assert rank_correlation([setting(-1), setting(0), setting(1)]) == 0
@@ -137,6 +137,8 @@ def test_settings_count_as_far_as_corrections_are_well_formed_and_edits_follow()
 )
 def test_edits_are_counted_by_the_answer_s_tokens(answer, correction, ratio, kept):
     assert edit_ratio(list(answer), list(correction)) == ratio
+    longest = max(len(answer), len(correction), 1)
+    assert edit_share(list(answer), list(correction)) == pytest.approx(ratio * max(len(answer), 1) / longest)
     assert kept_share(list(answer), list(correction)) == kept
 
 
@@ -149,7 +151,7 @@ def test_a_strength_decides_how_much_is_edited(steered):
     assert facts.spearman > 0
     inside = [one for one in facts.settings if facts.lowest <= one.strength <= facts.highest]
     assert facts.spearman == rank_correlation(inside)
-    assert facts.settings[-1].edit_ratio != facts.settings[0].edit_ratio
+    assert facts.settings[-1].edit_share != facts.settings[0].edit_share
     assert facts.lowest <= 0 <= facts.highest
     assert (facts.rows, facts.held_out) == (12, 6)
 
@@ -331,9 +333,9 @@ def test_the_command_line_steers_and_corrects_with_a_strength(copied, tmp_path, 
     assert (code, "steering.json exists" in err) == (2, True)
     code, out, err = run(capsys, *command, "--overwrite")
     assert code == 0, err
-    assert "edits per token" in out
+    assert "edited" in out
     assert "6 held-out rows" in out
-    assert "layer 1: edits per token" in err
+    assert "layer 1: edited" in err
     code, out, _ = run(capsys, *command, "--overwrite", "--json")
     facts = json.loads(out)
     assert code == 0

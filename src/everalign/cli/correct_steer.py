@@ -104,8 +104,8 @@ def _table(facts: "SteeringFacts") -> "Table":
     from everalign.reporting.formats import fixed, percent
 
     table = Table(title=f"{facts.held_out} held-out rows", title_justify="left")
-    for title in ("strength", "edits per token", "changed", "well-formed"):
+    for title in ("strength", "edited", "changed", "well-formed"):
         table.add_column(title, justify="right")
     for one in facts.settings:
-        table.add_row(f"{one.strength:g}", fixed(one.edit_ratio, 2), percent(one.changed), percent(one.well_formed))
+        table.add_row(f"{one.strength:g}", fixed(one.edit_share, 2), percent(one.changed), percent(one.well_formed))
     return table

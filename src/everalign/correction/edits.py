@@ -30,6 +30,16 @@ def edit_ratio(answer: Sequence[Hashable], correction: Sequence[Hashable]) -> fl
     return Levenshtein.distance(answer, correction) / max(1, len(answer))
 
 
+def edit_share(answer: Sequence[Hashable], correction: Sequence[Hashable]) -> float:
+    """Return the tokens that have to be put in, taken out or replaced, per token of the longer one, from 0 to 1.
+
+    Unlike `edit_ratio`, which has no bound: a single correction that goes on and on does not outweigh all others.
+    """
+    from rapidfuzz.distance import Levenshtein
+
+    return Levenshtein.normalized_distance(answer, correction)
+
+
 def kept_share(answer: Sequence[Hashable], correction: Sequence[Hashable]) -> float:
     """Return the share of the answer's tokens that the correction has in the same order, from 0 to 1.
 

@@ -23,7 +23,7 @@ class SteeringSetting(BaseModel):
 
     Args:
         strength: α.
-        edit_ratio: mean over the rows of the tokens edited per token of the answer.
+        edit_share: mean over the rows of the tokens edited, per token of the answer or of the correction, whichever is longer.
         changed: share of the answers that are changed.
         well_formed: share of the corrections that end by themselves, are not empty, repeat no mark of the template, and
             have at most twice the tokens of the answer or of the correction it should get, whichever is longer.
@@ -32,7 +32,7 @@ class SteeringSetting(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     strength: float
-    edit_ratio: float
+    edit_share: float
     changed: float
     well_formed: float
 
@@ -53,7 +53,7 @@ class SteeringFacts(BaseModel):
         vectors: sha256 of `steering.safetensors`.
         lowest: the least strength that edits follow, and at which corrections stay well-formed.
         highest: the greatest one.
-        spearman: rank correlation of strength and edit ratio over those of `settings` from `lowest` to `highest`.
+        spearman: rank correlation of strength and edit share over those of `settings` from `lowest` to `highest`.
         settings: what corrections of held-out rows are like, by strength.
         held_out: how many rows these are.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from everalign.correction.edits import edit_ratio
+from everalign.correction.edits import edit_share
 from everalign.correction.encoder import CorrectionEncoder
 from everalign.correction.engines import LocalEngine
 from everalign.correction.guards import Guards
@@ -79,11 +79,11 @@ class Trials:
             and len(tokens) <= longest
             for row, one, tokens, longest in zip(rows, written, found, most, strict=True)
         ]
-        ratios = [edit_ratio(answer, tokens) for answer, tokens in zip(answers, found, strict=True)]
+        ratios = [edit_share(answer, tokens) for answer, tokens in zip(answers, found, strict=True)]
         changed = sum(one.text != row.answer for one, row in zip(written, rows, strict=True))
         count = len(rows)
         return SteeringSetting(
-            strength=strength, edit_ratio=sum(ratios) / count, changed=changed / count, well_formed=sum(fine) / count
+            strength=strength, edit_share=sum(ratios) / count, changed=changed / count, well_formed=sum(fine) / count
         )
 
 
@@ -103,7 +103,7 @@ def followed(settings: Sequence[SteeringSetting]) -> list[SteeringSetting]:
     middle = next(i for i, setting in enumerate(kept) if setting.strength == 0)
 
     def grows(inner: SteeringSetting, outer: SteeringSetting) -> bool:
-        gained = outer.edit_ratio - inner.edit_ratio
+        gained = outer.edit_share - inner.edit_share
         return (gained if outer.strength > 0 else -gained) >= -_SLACK
 
     return _stretch(kept, middle, grows)
@@ -127,8 +127,8 @@ def _stretch(
 
 
 def rank_correlation(settings: Sequence[SteeringSetting]) -> float:
-    """Return Spearman's correlation of strength and edit ratio; 0 where the ratio is always the same."""
-    ratios = [setting.edit_ratio for setting in settings]
+    """Return Spearman's correlation of strength and edit share; 0 where the ratio is always the same."""
+    ratios = [setting.edit_share for setting in settings]
     if len({*ratios}) < 2:
         return 0.0
     from scipy.stats import spearmanr
@@ -148,10 +148,10 @@ def best_layers(
     for layers in candidates:
         tried = trials.run(rows, Steering({layer: shifts[layer] for layer in layers}, -math.inf, math.inf))
         for sign, kept in ((1.0, followed(tried)), (-1.0, followed(mirrored(tried)))):
-            scores.append((kept[-1].edit_ratio - kept[0].edit_ratio, sign, kept, layers))
+            scores.append((kept[-1].edit_share - kept[0].edit_share, sign, kept, layers))
         score, _, kept, _ = max(scores[-2:], key=lambda found: found[0])
-        ends = f"{kept[0].edit_ratio:.2f} at {kept[0].strength:g} to {kept[-1].edit_ratio:.2f} at {kept[-1].strength:g}"
-        announce(f"  layer {', '.join(map(str, layers))}: edits per token {ends}")
+        ends = f"{kept[0].edit_share:.2f} at {kept[0].strength:g} to {kept[-1].edit_share:.2f} at {kept[-1].strength:g}"
+        announce(f"  layer {', '.join(map(str, layers))}: edited {ends}")
     score, sign, kept, layers = max(scores, key=lambda found: found[0])
     if score <= 0:
         raise EveralignError(
