@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from everalign.correction.word_diff import diff_html, diff_text, word_diff
 from everalign.reporting.formats import count, percent
-from everalign.reporting.word_diff import diff_html, diff_text, word_diff
 
 if TYPE_CHECKING:
     from markupsafe import Markup
