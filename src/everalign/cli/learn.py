@@ -205,10 +205,11 @@ def _write_report(run: Path) -> Path:
 
 def _show_json(run: "RunData", refusal: GateRefusedError | None, report: Path | None, seconds: float) -> None:
     from everalign.cli import results
+    from everalign.learning.version_rows import version_rows
 
     facts = {"output": str(run.path), "report": None if report is None else str(report), "seconds": round(seconds, 3)}
     refused = None if refusal is None else refusal.version
-    show_json({**results.scores(run), "versions": results.versions(run), "refused": refused, **facts})
+    show_json({**results.scores(run), "versions": version_rows(run), "refused": refused, **facts})
 
 
 def _show(run: "RunData", report: Path | None, seconds: float) -> None:

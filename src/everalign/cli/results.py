@@ -1,6 +1,6 @@
 """What a run came to, as the command line tells it: texts and tables for people, plain values for `--json`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from everalign.learning.gate import what_fell
 from everalign.learning.run_data import RunData, run_labels
-from everalign.learning.run_files import Score
+from everalign.learning.version_rows import version_rows
 from everalign.reporting import comparison_table, score_table
 from everalign.reporting.formats import METRICS
 from everalign.reporting.headline import cautions, headline
@@ -38,30 +38,6 @@ def summary(runs: Sequence[RunData]) -> list[RenderableType]:
     return [table, Text(""), Text(headline(runs, labels)), *warnings, Text("")]
 
 
-def versions(run: RunData) -> list[dict[str, Any]]:
-    """Return all versions in the order of learning, those beside the run's line too.
-
-    `then` is a version's accuracy on its own task, `now` the promoted version's on that task; null where it was not
-    measured, or where versions do not build on each other (STL). `status` is what became of a version, `gate` the
-    gate's verdict where there was one.
-    """
-    promoted = next((version.scores for version in run.versions if version.id == run.current), run.zero_shot)
-    return [
-        {
-            "index": version.manifest.index,
-            "version": version.id,
-            "task": version.task,
-            "created": version.manifest.created,
-            "then": _accuracy(version.scores, version.task),
-            "now": None if run.regime == "separate" else _accuracy(promoted, version.task),
-            "promoted": version.id == run.current,
-            "status": run.status(version),
-            "gate": None if version.manifest.gate is None else version.manifest.gate.model_dump(mode="json"),
-        }
-        for version in run.everything
-    ]
-
-
 def version_table(run: RunData) -> Table:
     """Return the versions as a table with what became of each."""
     table = Table(caption=_caption(run), caption_justify="left")
@@ -70,7 +46,7 @@ def version_table(run: RunData) -> Table:
     for title in ("then", "now", "change"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("status")
-    for row in versions(run):
+    for row in version_rows(run):
         change = None if row["then"] is None or row["now"] is None else row["now"] - row["then"]
         table.add_row(
             Text(row["version"]),
@@ -82,10 +58,6 @@ def version_table(run: RunData) -> Table:
             row["status"],
         )
     return table
-
-
-def _accuracy(scores: Mapping[str, Score], task: str) -> float | None:
-    return scores[task].accuracy if task in scores else None
 
 
 def _caption(run: RunData) -> Text:

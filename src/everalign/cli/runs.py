@@ -38,10 +38,11 @@ def versions(
     """List a run's versions with their scores, then and now, and what became of each."""
     from everalign.cli import results
     from everalign.learning.run_data import load_run
+    from everalign.learning.version_rows import version_rows
 
     loaded = load_run(run)
     if as_json:
-        show_json({"run": str(run), "current": loaded.current, "versions": results.versions(loaded)})
+        show_json({"run": str(run), "current": loaded.current, "versions": version_rows(loaded)})
     else:
         show(results.version_table(loaded))
 

@@ -22,10 +22,12 @@ from everalign.serving.following import FollowedRun
 from everalign.serving.front import Front, error_response
 from everalign.serving.gateway import Gateway
 from everalign.serving.keeping import Store
+from everalign.serving.pages.routes import page_routes
 from everalign.serving.routes_chat import chat_routes
 from everalign.serving.routes_feedback import feedback_routes
 from everalign.serving.routes_models import model_routes
 from everalign.serving.routes_status import status_routes
+from everalign.serving.sessions import Sessions
 from everalign.serving.settings import GatewaySettings
 
 _log = logging.getLogger(__name__)
@@ -69,15 +71,17 @@ def create_app(
     app.state.gateway, app.state.ready = gateway, lambda: None
     for routes in (chat_routes, model_routes, feedback_routes, status_routes):
         app.include_router(routes(gateway))
+    keys, sessions = Keys(settings.keys), Sessions()
+    app.include_router(page_routes(gateway, keys, sessions, None if followed is None else followed.path))
     app.add_exception_handler(GatewayError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_path)
     app.add_exception_handler(Exception, _fail)
-    app.add_middleware(_front, keys=Keys(settings.keys))
+    app.add_middleware(_front, keys=keys, sessions=sessions)
     return app
 
 
-def _front(app: ASGIApp, keys: Keys) -> ASGIApp:
-    return Front(app, keys)
+def _front(app: ASGIApp, keys: Keys, sessions: Sessions) -> ASGIApp:
+    return Front(app, keys, sessions)
 
 
 async def _refuse(_: Request, error: Exception) -> Response:

@@ -55,17 +55,23 @@ class Keys:
             _check_local(headers, peer)
             return LOCAL
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).hexdigest()
-        # All are compared, so that the time tells nothing about which one it was.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() != "bearer" or not any(matches):
+        key_id = self.id_of(key.strip())
+        if scheme.lower() != "bearer" or key_id is None:
             message = "no valid API key: send one that the gateway knows as Authorization: Bearer KEY"
             advice = {"www-authenticate": "Bearer", "x-should-retry": "false"}
             raise GatewayError(401, message, INVALID, "invalid_api_key", headers=advice)
-        return digest[:_ID_DIGITS]
+        return key_id
+
+    def id_of(self, key: str) -> str | None:
+        """Return the id of a key; None for one that is not known."""
+        digest = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
+        # All are compared, so that the time tells nothing about which one it was.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return digest[:_ID_DIGITS] if any(matches) else None
 
 
 def _check_local(headers: Mapping[str, str], peer: str | None) -> None:
+    """Refuse whoever does not sit at this machine; raises GatewayError 403."""
     proxied = any(name in headers for name in _FORWARDED)
     if proxied or not is_loopback(peer or "") or not is_loopback(_host(headers.get("host", ""))):
         message = "no keys are set (EVERALIGN_API_KEYS), so that only this machine itself is served, as 127.0.0.1"

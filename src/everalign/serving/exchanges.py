@@ -1,6 +1,7 @@
 """One request from its question to its whole answer."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from everalign.serving.answers import Choice, Gathering, counts_of, rewritten, with_effort
@@ -47,8 +48,37 @@ def told_usage(call: ChatCall, usage: Mapping[str, Any] | None, found: Summary) 
     return with_effort(counts_of(usage) if call.mode == "strict" else usage, found.effort)
 
 
-async def whole_answer(call: ChatCall, judge: Judge, recorder: Recorder) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return an answer's JSON and its headers.
+@dataclass(frozen=True)
+class Answered:
+    """A request with its whole answer.
+
+    Args:
+        call: the request.
+        body: the answer's JSON.
+        headers: of the reply.
+        original: the upstream's text; of several the first one's. It is not for the client.
+        returned: the text in its place that the client gets.
+        found: what became of it.
+        usage: tokens, the corrector's among them.
+        kept: whether the store has the exchange.
+        upstream_seconds: spent in the upstream.
+        corrector_seconds: spent in the corrector, waiting included.
+    """
+
+    call: ChatCall
+    body: dict[str, Any]
+    headers: dict[str, str]
+    original: str
+    returned: str
+    found: Summary
+    usage: dict[str, Any] | None
+    kept: bool
+    upstream_seconds: float
+    corrector_seconds: float
+
+
+async def whole_answer(call: ChatCall, judge: Judge, recorder: Recorder) -> Answered:
+    """Return a request's answer.
 
     Args:
         call: the request.
@@ -75,11 +105,13 @@ async def whole_answer(call: ChatCall, judge: Judge, recorder: Recorder) -> tupl
         else:
             found, usage, returned = Summary("skipped", call.mode), gathering.usage, choices[0].text
             body = {**answered.body, "id": call.id}
-        await recorder.keep(call, choices, returned, found, usage)
+        kept = await recorder.keep(call, choices, returned, found, usage)
         if call.mode == "shadow":
             recorder.shadow(call, choices)
         record.end(found)
-        return body, {**passed_on(call, answered.headers), **origin(call, found)}
+        headers = {**passed_on(call, answered.headers), **origin(call, found)}
+        spent = record.upstream_seconds, record.corrector_seconds
+        return Answered(call, body, headers, choices[0].text, returned, found, usage, kept, *spent)
 
 
 def _corrected(

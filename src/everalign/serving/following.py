@@ -67,6 +67,11 @@ class FollowedRun:
         self._served: str | None = None
         self._refused: str | None = None
 
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self._path
+
     def current(self) -> str:
         """Return the promoted version's name."""
         return (self._path / "current").read_text(encoding="utf-8").strip()

@@ -5,11 +5,13 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
+from starlette.requests import cookie_parser
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from everalign.serving.auth import Keys
 from everalign.serving.errors import GatewayError
+from everalign.serving.sessions import Session, Sessions
 from everalign.serving.sse import json_bytes
 
 _ALWAYS = {
@@ -20,17 +22,26 @@ _ALWAYS = {
     "cache-control": "no-store",
 }
 
+SIGN_IN = "/login"
+# All that is told without a key: how to sign in, and what that page looks like.
+_UNLOCKED = (SIGN_IN, "/assets/style.css", "/assets/script.js")
+_PAGES = ("/", "/dashboard", "/logout")
+_ANSWERS = "/answers/"
+
 
 class Front:
     """Lets in who may be let in, to every route there is.
 
+    A session's cookie opens the pages, and nothing else: no page of another site can use it for the API.
+
     Args:
         app: what is behind it.
         keys: the clients'.
+        sessions: of browsers.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app, self._keys = app, keys
+    def __init__(self, app: ASGIApp, keys: Keys, sessions: Sessions) -> None:
+        self._app, self._keys, self._sessions = app, keys, sessions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection, as ASGI has it."""
@@ -46,15 +57,47 @@ class Front:
                 _complete(message)
             await send(message)
 
-        peer = scope.get("client")
-        try:
-            key_id = self._keys.identify(Headers(scope=scope), peer[0] if peer else None)
-        except GatewayError as error:
-            await error_response(error)(scope, receive, sent)
-            return
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
-        state["key_id"] = key_id
+        headers = Headers(scope=scope)
+        try:
+            state["session"] = self._session(scope, headers)
+            state["key_id"] = self._key_id(scope, headers, state["session"])
+        except GatewayError as error:
+            await _turned_away(scope, headers, error)(scope, receive, sent)
+            return
         await self._app(scope, receive, sent)
+
+    def _session(self, scope: Scope, headers: Headers) -> Session | None:
+        if not is_page(scope["path"]) or "cookie" not in headers:
+            return None
+        return self._sessions.read(cookie_parser(headers["cookie"]).get(cookie_name(scope), ""))
+
+    def _key_id(self, scope: Scope, headers: Headers, session: Session | None) -> str:
+        peer = scope.get("client")
+        if self._keys.needed:
+            if session is not None and session.key_id:
+                return session.key_id
+            if scope["path"] in _UNLOCKED:
+                return ""
+        return self._keys.identify(headers, peer[0] if peer else None)
+
+
+def is_page(path: str) -> bool:
+    """Whether a path is one of the pages."""
+    return path in _PAGES or path in _UNLOCKED or path.startswith(_ANSWERS)
+
+
+def cookie_name(scope: Scope) -> str:
+    """Return what a session's cookie is called: browsers have one set of cookies for all ports of a machine."""
+    server = scope.get("server")
+    return f"everalign_session_{server[1] if server else 0}"
+
+
+def _turned_away(scope: Scope, headers: Headers, error: GatewayError) -> Response:
+    reads = "text/html" in headers.get("accept", "")
+    if error.status == 401 and reads and is_page(scope["path"]):
+        return RedirectResponse(SIGN_IN, 303)
+    return error_response(error)
 
 
 def _complete(message: Message) -> None:

@@ -4,9 +4,12 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from everalign.serving.store.records import Exchange, Feedback
+
+if TYPE_CHECKING:
+    from everalign.serving.store.statistics import StoreStats
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -28,6 +31,10 @@ class Store(Protocol):
 
     def exchange(self, id: str, key_id: str | None = None) -> Exchange | None:
         """Return an exchange; of one key only, if it is given."""
+        ...
+
+    def stats(self) -> "StoreStats":
+        """Count what there is."""
         ...
 
     def close(self) -> None:
@@ -60,6 +67,14 @@ class Keeper:
     async def add_feedback(self, feedback: Feedback) -> bool:
         """Keep feedback; errors as the store's."""
         return await self._run(self._store.add_feedback, feedback)
+
+    async def exchange(self, id: str, key_id: str) -> Exchange | None:
+        """Return an exchange of a key; None where that key has none of this id. Errors as the store's."""
+        return await self._run(self._store.exchange, id, key_id)
+
+    async def stats(self) -> "StoreStats":
+        """Return the store's counts; errors as the store's."""
+        return await self._run(self._store.stats)
 
     async def close(self) -> None:
         """Finish what is being written, and close the store."""

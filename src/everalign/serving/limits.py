@@ -54,21 +54,25 @@ class Limiter:
             del self._held[key_id]
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """Return a request's JSON as bytes.
+JSON, FORM = "application/json", "application/x-www-form-urlencoded"
+
+
+async def read_body(request: Request, most: int, expected: str = JSON) -> bytes:
+    """Return a request's body.
 
     Args:
         request: whose body has not been read.
         most: bytes.
+        expected: its content type. Web pages may send any but JSON to other servers without asking, so that a form
+            needs a token that they do not know.
 
     Raises:
-        GatewayError: it is no JSON by its header (415), compressed (415), too large (413) or too slow (408), or its
-            sender is gone (499).
+        GatewayError: it is something else by its header (415), compressed (415), too large (413) or too slow (408), or
+            its sender is gone (499).
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        # Also keeps web pages out, which may send anything but this to other servers without asking.
-        raise refused("the content-type must be application/json", code="unsupported_media_type", status=415)
+    if kind != expected:
+        raise refused(f"the content-type must be {expected}", code="unsupported_media_type", status=415)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise refused("a compressed body is not read; send it as it is", code="unsupported_encoding", status=415)
     try:

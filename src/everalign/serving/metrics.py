@@ -67,6 +67,12 @@ class Metrics:
             if tokens:
                 self.draft_tokens.labels(verdict).inc(tokens)
 
+    def outcomes(self) -> list[tuple[str, str, str, int]]:
+        """Return mode, outcome, reason and number of the requests so far."""
+        samples = (sample for family in self.requests.collect() for sample in family.samples)
+        counts = (one for one in samples if one.name.endswith("_total"))
+        return [(*(one.labels[name] for name in ("mode", "outcome", "reason")), int(one.value)) for one in counts]  # type: ignore[misc]
+
     def text(self) -> bytes:
         """Return all of it."""
         return bytes(generate_latest(self._registry))

@@ -94,10 +94,10 @@ class Recorder:
 
     async def keep(
         self, call: ChatCall, choices: Sequence[Choice], returned: str, found: Summary, usage: dict[str, Any] | None
-    ) -> None:
-        """Keep an exchange, if it is to be; of several answers the first one."""
+    ) -> bool:
+        """Keep an exchange, if it is to be; of several answers the first one. Return whether it is kept."""
         if self._keeper is None or not call.keep or not choices:
-            return
+            return False
         exchange = Exchange(
             id=call.id,
             created=datetime.now(timezone.utc),
@@ -114,7 +114,7 @@ class Recorder:
             template=found.template,
             usage=usage or {},
         )
-        await self._keeper.add_exchange(exchange)
+        return await self._keeper.add_exchange(exchange)
 
     def shadow(self, call: ChatCall, choices: Sequence[Choice]) -> None:
         """Correct answers in the background, for the numbers alone."""

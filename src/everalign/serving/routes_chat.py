@@ -37,12 +37,12 @@ def chat_routes(gateway: Gateway) -> APIRouter:
             if call.streams:
                 return await unless_gone(request.receive, _streamed(gateway, call, ticket.release))
             answering = whole_answer(call, gateway.judge, gateway.recorder)
-            answer, headers_back = await unless_gone(request.receive, answering)
+            answered = await unless_gone(request.receive, answering)
         except BaseException:
             ticket.release()
             raise
         ticket.release()
-        return json_response(answer, headers_back)
+        return json_response(answered.body, answered.headers)
 
     return router
 

@@ -7,13 +7,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from everalign.errors import EveralignError
 from everalign.serving.errors import GatewayError, not_found, overloaded, refused
 from everalign.serving.front import json_response
 from everalign.serving.gateway import Gateway
 from everalign.serving.limits import read_body
 from everalign.serving.openapi import body, replies
 from everalign.serving.requests import read_json
-from everalign.serving.store.records import Feedback, UnknownExchange
+from everalign.serving.store.records import MOST_TAGS, Feedback, UnknownExchange
+
+LONGEST_EDIT = 200_000
+"""Characters of an edited text."""
 
 _MOST_BYTES = 1 << 20
 _OPINIONS = ("rating", "preferred", "edited_text", "tags", "comment")
@@ -45,8 +49,8 @@ class FeedbackBody(BaseModel):
     id: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_storable)]
     rating: Annotated[int, Field(ge=-1, le=1)] | None = None
     preferred: Literal["original", "corrected", "neither"] | None = None
-    edited_text: Annotated[_Text, Field(max_length=200_000)] | None = None
-    tags: Annotated[list[Annotated[_Text, Field(max_length=50)]], Field(max_length=20)] = []
+    edited_text: Annotated[_Text, Field(max_length=LONGEST_EDIT)] | None = None
+    tags: Annotated[list[Annotated[_Text, Field(max_length=50)]], Field(max_length=MOST_TAGS)] = []
     comment: Annotated[_Text, Field(max_length=5_000)] | None = None
     user: Annotated[_Text, Field(max_length=200)] | None = None
 
@@ -65,7 +69,7 @@ def feedback_routes(gateway: Gateway) -> APIRouter:
         ticket = gateway.limiter.enter(request.state.key_id)
         try:
             said = read_feedback(read_json(await read_body(request, _MOST_BYTES)), request.state.key_id)
-            return json_response({"id": said.exchange, "new": await _kept(gateway, said)})
+            return json_response({"id": said.exchange, "new": await keep_feedback(gateway, said)})
         finally:
             ticket.release()
 
@@ -95,7 +99,8 @@ def read_feedback(content: dict[str, Any], key_id: str) -> Feedback:
     )
 
 
-async def _kept(gateway: Gateway, said: Feedback) -> bool:
+async def keep_feedback(gateway: Gateway, said: Feedback) -> bool:
+    """Return whether feedback is new, once it is kept; raises GatewayError where it is not."""
     if gateway.keeper is None:
         message = "this server has no store for feedback; its operator can give it one with --store sqlite:///FILE"
         raise GatewayError(503, message, code="no_store", headers={"x-should-retry": "false"})
@@ -107,7 +112,7 @@ async def _kept(gateway: Gateway, said: Feedback) -> bool:
             "ask with store: true, and give the id of the completion"
         )
         raise not_found(message, "unknown_exchange", "id") from None
-    except (OSError, RuntimeError, TimeoutError) as error:
+    except (EveralignError, OSError, RuntimeError) as error:
         raise overloaded(f"the store cannot be written ({type(error).__name__})", "store_failed", status=503) from None
     gateway.metrics.feedback.labels(str(new).lower()).inc()
     return new

@@ -1,0 +1,68 @@
+"""Templates filled in and sent; whatever comes from outside is escaped."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from everalign.serving.front import cookie_name
+from everalign.serving.sessions import Session, Sessions
+
+# All of a page comes from here, and so does what it may send: nothing of another site, nothing inline.
+_POLICY = (
+    "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+class Pages:
+    """Makes pages.
+
+    Args:
+        sessions: whose tokens stand in forms.
+        locked: whether one has to sign in.
+    """
+
+    def __init__(self, sessions: Sessions, locked: bool) -> None:
+        self.sessions, self._locked = sessions, locked
+        self._templates = Environment(
+            loader=PackageLoader("everalign.serving.pages"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+
+    def page(self, request: Request, template: str, values: Mapping[str, Any], status: int = 200) -> Response:
+        """Return a page; a browser without a session gets one."""
+        session = request.state.session
+        known = session is not None and session.key_id == request.state.key_id
+        if not known:
+            session = self.sessions.begin(request.state.key_id)
+        common = {
+            "token": self.sessions.token(session),
+            "path": request.url.path,
+            "may_leave": self._locked and bool(session.key_id),
+        }
+        text = self._templates.get_template(template).render({**common, **values})
+        # An upstream may have sent what no encoding has: half a surrogate pair.
+        content = text.encode(errors="replace")
+        response = Response(content, status, {"content-security-policy": _POLICY}, "text/html; charset=utf-8")
+        if not known:
+            self.send_cookie(request, response, session)
+        return response
+
+    def send_cookie(self, request: Request, response: Response, session: Session) -> None:
+        """Give a browser its session; where it came by https, over nothing else from then on."""
+        # A proxy's word is enough here: what it can do is to make the cookie stricter.
+        schemes = request.url.scheme, request.headers.get("x-forwarded-proto", "")
+        response.set_cookie(
+            cookie_name(request.scope),
+            self.sessions.cookie(session),
+            max_age=self.sessions.seconds,
+            httponly=True,
+            samesite="strict",
+            secure="https" in schemes,
+        )
