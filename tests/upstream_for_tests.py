@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -244,6 +245,16 @@ class Fake:
 
 
 @dataclass(frozen=True)
+class Followed:
+    """A run that promotes nothing."""
+
+    path: Path
+
+    async def follow(self, service: CorrectionService) -> None:
+        await asyncio.Event().wait()
+
+
+@dataclass(frozen=True)
 class Serving:
     """A running gateway."""
 
@@ -267,6 +278,7 @@ def serving(
     followed: Any = None,
     timeouts: Timeouts = Timeouts(),  # noqa: B008 (frozen)
     limits: Limits = Limits(),  # noqa: B008 (frozen)
+    followed: Any = None,
     **settings: Any,
 ) -> Iterator[Serving]:
     """A gateway before some upstreams, on a free port of this machine."""

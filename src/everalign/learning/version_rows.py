@@ -1,4 +1,4 @@
-"""A run's versions as plain values: what each was learned for, what it scored then and scores now, what became of it."""
+"""A run's versions as plain values: what each has learned, its score then and now, and what became of it."""
 
 from __future__ import annotations
 

@@ -1,12 +1,14 @@
 """What is remembered of requests: numbers of all, and whole exchanges where that was asked for."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
+from everalign.errors import InputError
 from everalign.serving.answers import Choice
 from everalign.serving.correcting import CorrectionFailed, CorrectionService
 from everalign.serving.errors import GatewayError
@@ -16,6 +18,8 @@ from everalign.serving.metrics import Metrics
 from everalign.serving.policy import answer_rule
 from everalign.serving.requests import ChatCall
 from everalign.serving.store.records import Exchange
+
+_log = logging.getLogger(__name__)
 
 
 class Record:
@@ -98,22 +102,28 @@ class Recorder:
         """Keep an exchange, if it is to be; of several answers the first one. Return whether it is kept."""
         if self._keeper is None or not call.keep or not choices:
             return False
-        exchange = Exchange(
-            id=call.id,
-            created=datetime.now(timezone.utc),
-            key_id=call.key_id,
-            upstream=call.upstream.name,
-            model=call.body["model"],
-            messages=tuple(call.body["messages"]),
-            original=choices[0].text,
-            returned=returned,
-            outcome=found.outcome,
-            reason=found.reason,
-            mode=call.mode,
-            corrector=found.version,
-            template=found.template,
-            usage=usage or {},
-        )
+        try:
+            exchange = Exchange(
+                id=call.id,
+                created=datetime.now(timezone.utc),
+                key_id=call.key_id,
+                upstream=call.upstream.name,
+                model=call.body["model"],
+                messages=tuple(call.body["messages"]),
+                original=choices[0].text,
+                returned=returned,
+                outcome=found.outcome,
+                reason=found.reason,
+                mode=call.mode,
+                corrector=found.version,
+                template=found.template,
+                usage=usage or {},
+            )
+        except InputError as error:
+            # Texts may hold what no database keeps: U+0000, half a surrogate pair. They are delivered all the same.
+            _log.error("exchange %s could not be kept: %s", call.id, type(error).__name__)
+            self._metrics.unkept.inc()
+            return False
         return await self._keeper.add_exchange(exchange)
 
     def shadow(self, call: ChatCall, choices: Sequence[Choice]) -> None:

@@ -73,7 +73,7 @@ class AnswerView:
 
 def digest(text: str) -> str:
     """Return 64 hexadecimal digits that name a text; the same as it stands here and as a browser sends it back."""
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "\ufffd")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
     return hashlib.sha256(lines.encode(errors="replace")).hexdigest()
 
 
