@@ -3,7 +3,9 @@
 import re
 
 import pytest
+from markupsafe import escape
 
+from everalign.errors import EveralignError
 from everalign.serving.pages.answers import digest, figures
 from everalign.serving.settings import Limits
 from everalign.serving.store.store import FeedbackStore
@@ -47,14 +49,14 @@ def test_an_answer_beside_its_correction_and_what_it_took(browser, upstream):
     assert "Boil them <del>now</del>." in reply.text
     assert "Boil them <ins>&lt;later&gt;</ins>." in reply.text
     for name, value in {
-        "tokens that the corrector wrote": "4",
+        "corrector's tokens": "4",
         "forward passes": "2",
         "draft tokens accepted": "3",
         "corrector": "v1",
         "template": "everalign-1",
     }.items():
-        assert f"<dt>{name}</dt><dd>{value}</dd>" in reply.text
-    assert re.search(r"<dt>seconds in the corrector</dt><dd>\d+\.\d\d</dd>", reply.text)
+        assert f"<dt>{escape(name)}</dt><dd>{value}</dd>" in reply.text
+    assert re.search(r"<dt>seconds in the corrector</dt><dd>\d+\.\d\d\d</dd>", reply.text)
     asked = upstream.requests[-1].body
     assert asked["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How?"}]
     assert asked["model"] == "small"
@@ -179,6 +181,21 @@ def test_a_store_that_fails_costs_the_feedback_and_not_the_answer(upstream):
         assert "The store could not keep this answer" in read(reply)
 
 
+def test_a_store_that_fails_when_it_is_told_something(browser, gateway, monkeypatch):
+    def broken(*_):
+        raise EveralignError("postgresql://me:secret@host: cannot be reached")
+
+    path = form_action(browser.ask())
+    id = path.rpartition("/")[2]
+    for method in ("add_feedback", "exchange"):
+        monkeypatch.setattr(FeedbackStore, method, broken)
+        reply = browser.submit(path, rating="good")
+        assert reply.status_code == 503
+        assert re.search(r"the store cannot be (read|written) \(EveralignError\)", read(reply))
+        assert "secret" not in reply.text
+    assert HTTP.post(f"{gateway.url}/feedback", json={"id": id, "rating": 1}).status_code == 503
+
+
 def test_an_upstream_that_is_down_is_said_in_words():
     down = UpstreamSettings("default", "http://127.0.0.1:9/v1")
     with serving(down, corrector=Fake(), timeouts=QUICK, retries=0) as gateway, Browser(gateway) as browser:
@@ -188,7 +205,7 @@ def test_an_upstream_that_is_down_is_said_in_words():
         assert '<input id="model" name="model" required' in page.text
         reply = browser.ask("Is it lost?")
         assert reply.status_code == 502
-        assert re.search(r'role="alert"><strong>No answer.</strong> [^<]*upstream', reply.text)
+        assert re.search(r'role="alert"><strong>No answer:</strong> [^<]*upstream', reply.text)
         assert "Is it lost?</textarea>" in reply.text
 
 
@@ -197,8 +214,8 @@ def test_an_upstream_that_is_down_is_said_in_words():
     [
         (Script("x", finish="length"), "the answer was cut at the limit of tokens"),
         (Script(""), "there was nothing to correct"),
-        (Script(status=500), "No answer."),
-        (Script(raw=b"{"), "No answer."),
+        (Script(status=500), "No answer:"),
+        (Script(raw=b"{"), "No answer:"),
     ],
 )
 def test_what_became_of_an_answer_is_said_in_words(script, words, browser, upstream):
@@ -256,11 +273,11 @@ def test_what_nobody_tells_is_a_dash_and_what_is_no_number_too():
     usage = {"prompt_tokens": "<b>", "corrector": {"completion_tokens": None, "forward_passes": True}}
     found = dict(figures(usage, {"seconds": 1.234, "none": None}, "v1", None))
     assert found == {
-        "tokens that the corrector wrote": "–",
+        "corrector's tokens": "–",
         "draft tokens accepted": "–",
         "draft tokens rejected": "–",
         "forward passes": "–",
-        "seconds": "1.23",
+        "seconds": "1.234",
         "tokens of the question": "–",
         "corrector": "v1",
     }

@@ -61,6 +61,8 @@ def open_page(chromium, gateway):
         page.goto("/")
         page.get_by_label("API key").fill(KEY)
         page.get_by_role("button", name="Sign in").click()
+        page.get_by_role("heading", name="Playground").wait_for()
+        page.wait_for_load_state()
         return page
 
     yield opened

@@ -108,7 +108,7 @@ def test_feedback_requests_and_circuits(upstream, tmp_path):
         assert "waiting to be learned 1 feedback in all 1 rated good 0 rated bad 1 edits 1 answers kept 1" in text
         assert "applied 1 unchanged 0 skipped 0 failed 0" in text
         assert "applied correct – 1" in text
-        assert "default closed works corrector closed works" in text
+        assert "upstream default closed works corrector closed works" in text
         for _ in range(5):
             gateway.gateway.corrections.breaker.failed()
         assert "corrector open failed again and again" in read(browser.get("/dashboard"))

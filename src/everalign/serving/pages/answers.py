@@ -170,7 +170,7 @@ def figures(
         details = own.get("completion_tokens_details")
         draft = details if isinstance(details, Mapping) else {}
         effort = {
-            "tokens that the corrector wrote": own.get("completion_tokens"),
+            "corrector's tokens": own.get("completion_tokens"),
             "draft tokens accepted": draft.get("accepted_prediction_tokens"),
             "draft tokens rejected": draft.get("rejected_prediction_tokens"),
             "forward passes": own.get("forward_passes"),
@@ -178,7 +178,7 @@ def figures(
     names = [("corrector", version), ("template", template)]
     return [
         *((name, _number(value)) for name, value in effort.items()),
-        *((name, f"{value:.2f}") for name, value in seconds.items() if value is not None),
+        *((name, f"{value:.3f}") for name, value in seconds.items() if value is not None),
         *((name, _number(value)) for name, value in found.items() if value is not None),
         *((name, value) for name, value in names if value is not None),
     ]

@@ -56,7 +56,7 @@ def _service(gateway: Gateway) -> dict[str, Any]:
         "mode": gateway.desk.mode,
         "in_flight": gateway.limiter.in_flight,
         "waiting": gateway.corrections.depth,
-        "circuits": [(name.removeprefix("upstream:"), state, _CIRCUITS[state]) for name, state in circuits.items()],
+        "circuits": [(name.replace(":", " "), state, _CIRCUITS[state]) for name, state in circuits.items()],
     }
 
 
