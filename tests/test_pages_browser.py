@@ -112,6 +112,7 @@ def test_what_is_not_edited_is_no_edit(open_page, store):
 def test_the_dashboard_is_drawn(open_page):
     page = open_page()
     page.get_by_role("link", name="Dashboard").click()
+    page.wait_for_url("**/dashboard")
     cells = page.locator(".heat td")
     assert cells.count() == 20
     low, high = (page.locator(f".heat td:text-is('{score}')").first for score in ("33.0", "95.0"))
@@ -179,6 +180,6 @@ def test_on_a_small_screen_nothing_sticks_out(path, open_page):
 def test_signing_out_shows_nothing_more(open_page):
     page = open_page()
     page.get_by_role("button", name="Sign out").click()
-    assert page.url.endswith("/login")
+    page.wait_for_url("**/login")
     page.goto("/dashboard")
     assert page.url.endswith("/login")
