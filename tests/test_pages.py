@@ -262,6 +262,17 @@ def test_a_form_is_no_larger_than_a_request(upstream):
         assert gateway.gateway.limiter.in_flight == 0
 
 
+def test_where_too_much_is_under_way_it_is_said(upstream):
+    with serving(upstream, limits=Limits(concurrency=1)) as gateway, Browser(gateway) as browser:
+        token = browser.token()
+        ticket = gateway.gateway.limiter.enter("another")
+        reply = browser.ask("Is there room?", token=token)
+        assert reply.status_code == 503
+        assert "1 requests are under way already" in read(reply)
+        ticket.release()
+        assert browser.ask(token=token).status_code == 200
+
+
 def test_feedback_of_a_page_and_of_the_api_are_one(browser, gateway, store):
     path = form_action(browser.ask())
     id = path.rpartition("/")[2]

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,14 +82,12 @@ class Playground:
     async def ask(self, request: Request) -> Response:
         """The page with an answer, or with what went wrong."""
         fields = dict(_BLANK)
-        ticket = self._gateway.limiter.enter(request.state.key_id)
         try:
-            fields |= await read_form(request, self._pages.sessions, self._gateway.settings.limits.body_bytes)
-            view = await unless_gone(request.receive, self._answer(request, fields))
+            with self._place(request):
+                fields |= await read_form(request, self._pages.sessions, self._gateway.settings.limits.body_bytes)
+                view = await unless_gone(request.receive, self._answer(request, fields))
         except GatewayError as error:
             return await self._page(request, fields, error=error)
-        finally:
-            ticket.release()
         return await self._page(request, fields, view=view)
 
     async def kept(self, request: Request, id: str) -> Response:
@@ -101,14 +100,12 @@ class Playground:
 
     async def judge(self, request: Request, id: str) -> Response:
         """The page of an answer with what was said of it, kept in the store."""
-        ticket = self._gateway.limiter.enter(request.state.key_id)
         try:
-            exchange = await self._exchange(request, id)
-            fields = await read_form(request, self._pages.sessions, _MOST_BYTES)
+            with self._place(request):
+                exchange = await self._exchange(request, id)
+                fields = await read_form(request, self._pages.sessions, _MOST_BYTES)
         except GatewayError as error:
             return await self._page(request, _BLANK, error=error)
-        finally:
-            ticket.release()
         try:
             feedback = read_feedback(_content(id, fields), request.state.key_id)
             new = await keep_feedback(self._gateway, feedback)
@@ -117,6 +114,15 @@ class Playground:
         edit = feedback.edited_text
         marked = "" if edit is None else await asyncio.to_thread(_marked, exchange.returned, edit)
         return await self._answer_page(request, exchange, Said(fields, words=_words(feedback, new), edit=marked))
+
+    @contextmanager
+    def _place(self, request: Request) -> Iterator[None]:
+        """A place among the requests under way; raises GatewayError where there is none."""
+        ticket = self._gateway.limiter.enter(request.state.key_id)
+        try:
+            yield
+        finally:
+            ticket.release()
 
     async def _answer(self, request: Request, fields: Mapping[str, str]) -> AnswerView:
         if not fields["question"].strip():
