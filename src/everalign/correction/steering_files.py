@@ -23,7 +23,7 @@ class SteeringSetting(BaseModel):
 
     Args:
         strength: α.
-        edit_share: mean over the rows of the tokens edited, per token of the answer or of the correction, whichever is longer.
+        edit_share: mean over the rows of the tokens edited, per token of the longer one of answer and correction.
         changed: share of the answers that are changed.
         well_formed: share of the corrections that end by themselves, are not empty, repeat no mark of the template, and
             have at most twice the tokens of the answer or of the correction it should get, whichever is longer.
