@@ -275,7 +275,6 @@ def serving(
     corrector: Any = None,
     store: Any = None,
     corrections: CorrectionService | None = None,
-    followed: Any = None,
     timeouts: Timeouts = Timeouts(),  # noqa: B008 (frozen)
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     followed: Any = None,
