@@ -84,7 +84,7 @@ def test_the_same_text_and_decision_on_hundreds_of_varied_requests():
         serving(upstream, corrector=Fake(rewrite), breaker_failures=10**6) as gateway,
         httpx.Client(trust_env=False, base_url=gateway.url) as client,
     ):
-        for number in range(300):
+        for number in range(500):
             scripts[number], body, headers = varied(number)
             body["number"] = number
             whole = read(client.post("/chat/completions", json=body, headers=headers))
