@@ -6,6 +6,7 @@ python bench/correction_steering.py
 import argparse
 from statistics import fmean
 
+import numpy
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +14,7 @@ from scipy.stats import spearmanr
 
 from common import OUT, data_folder, write_result
 from correction_task import approving, corrector_folder, is_short, judge, pairs, training_rows
-from everalign.correction import CorrectionOptions, Corrector, SteeringOptions, steer_corrector
+from everalign.correction import CorrectionOptions, Corrector, SteeringFacts, SteeringOptions, steer_corrector
 from everalign.correction.edits import edit_share, words
 from everalign.data import CorrectionSet
 from everalign.data.corrections import correction_of
@@ -34,7 +35,11 @@ def main() -> None:
     folder = corrector_folder("corrector", str(data_folder() / "base-model"), training_rows())
     known = [correction_of(row) for row in pairs("hh_harmless", "test") if is_short(row.chosen, row.rejected)]
     options = SteeringOptions(rows=arguments.rows, trials=arguments.trials, strengths=tuple(arguments.strengths))
-    facts = steer_corrector(folder, CorrectionSet(tuple(known), "hh"), options=options, overwrite=True, announce=print)
+    written = folder / "steering.json"
+    if written.exists():
+        facts = SteeringFacts.model_validate_json(written.read_text())
+    else:
+        facts = steer_corrector(folder, CorrectionSet(tuple(known), "hh"), options=options, announce=print)
     rows = [row for row in pairs("safe_rlhf", "test") if is_short(row.rejected)][: arguments.count]
     asked = [(row.prompt, row.rejected) for row in rows]
     corrector, ((judging, _), (approving_, _)) = Corrector.from_pretrained(folder), (judge(), approving())
@@ -43,7 +48,7 @@ def main() -> None:
     for column in ("strength", "edited", "changed", "judge", "other reward model"):
         table.add_column(column, justify="right")
     results = []
-    for strength in torch.linspace(facts.lowest, facts.highest, arguments.settings).tolist():
+    for strength in numpy.linspace(facts.lowest, facts.highest, arguments.settings).tolist():
         found = corrector.correct_batch(asked, CorrectionOptions(strength=strength))
         texts = [one.text for one in found]
         share = fmean(edit_share(words(row.rejected), words(text)) for row, text in zip(rows, texts, strict=True))
