@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 CPU_ATTENTION = "everalign_cpu"
 # Models whose attention does nothing but call the registered function; others ask for "sdpa" by name in between.
-_KNOWN_MODELS = {
+PLAIN_ATTENTION_MODELS = {
     "cohere",
     "gemma",
     "gemma2",
@@ -41,7 +41,7 @@ def use_cpu_attention(model: Any) -> None:
     if parameter.device.type != "cpu" or parameter.dtype != torch.bfloat16:
         return
     config = model.config.get_text_config()
-    if config.model_type in _KNOWN_MODELS and config._attn_implementation == "sdpa":
+    if config.model_type in PLAIN_ATTENTION_MODELS and config._attn_implementation == "sdpa":
         AttentionInterface.register(CPU_ATTENTION, _attention)
         AttentionMaskInterface.register(CPU_ATTENTION, sdpa_mask)
         model.set_attn_implementation(CPU_ATTENTION)

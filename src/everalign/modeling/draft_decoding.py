@@ -1,7 +1,8 @@
 """Greedy decoding of rows that resemble a draft: the draft is verified first, and only what differs is decoded.
 
     1. One forward pass over prompt and draft says what the model would have written at every position. As far as that
-       is the draft, it is accepted; a draft that is accepted with its end is done.
+       is the draft, it is accepted; a draft that is accepted with its end is done. In large batches of long drafts the
+       first pass takes a slice of each, so that little is lost where nothing of them is kept.
     2. Behind the first difference stands the model's own token. From there on what may come next is guessed from the
        rest of the draft and from the prompt, and each forward pass checks a guess and writes one token more.
 
@@ -19,12 +20,16 @@ from everalign.modeling.ragged_decoding import Predicted, RaggedModel, RaggedRow
 
 # Rows are dropped once so many of the batch have ended: each time what is left of the cache is copied.
 _ENDED_SHARE = 0.2
-# What one more token costs in a forward pass, as a share of the pass's fixed cost (measured on a model of 6.5 million
-# parameters on one core: 0.04). A GPU takes dozens of tokens in the time of one.
-_TOKEN_COST = {"cpu": 0.04}
-_ACCELERATED_TOKEN_COST = 0.004
-# What a pass costs more as soon as a row grows by more than one token: it needs a mask then.
-_GUESSING_COST = 0.1
+# What a row, and each guessed token of a row, cost in a forward pass, as shares of the pass's fixed cost (measured on a
+# model of 6.5 million parameters on one core). A GPU takes dozens of tokens in the time of one.
+_COSTS = {"cpu": (0.15, 0.05)}
+_ACCELERATED_COSTS = (0.004, 0.004)
+# So much of each draft is verified beside the prompts, if a second pass for the rest adds at most this share to what
+# prompts and drafts cost: a batch of rewritten answers then spends little on drafts that come to nothing.
+_FIRST_SLICE, _SECOND_PASS_SHARE = 16, 0.05
+# What a row may spend on guesses, in its shares of plain passes: so many at first, a share of each one that it took
+# part in, and all that its guesses have saved. What guesses can lose is bounded by that, whatever the text.
+_CREDIT, _INTEREST = 1.0, 0.02
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class DraftedRow:
         passes: forward passes that the row took part in.
         accepted: tokens of the draft, or guessed later, that the model would have written.
         rejected: tokens that it would not have written, or that stand behind such a one.
+        credit: what may be spent on guesses, in plain passes of the row.
     """
 
     prompt: list[int] = field(repr=False)
@@ -68,6 +74,7 @@ class DraftedRow:
     passes: int = 0
     accepted: int = 0
     rejected: int = 0
+    credit: float = field(default=_CREDIT, repr=False)
 
     @property
     def over(self) -> bool:
@@ -116,7 +123,7 @@ class DraftDecoder:
         self.rows = [DraftedRow(*row) for row in zip(prompts, drafts, limits, strict=True)]
         self._batch = [(row, Proposals(row.draft, row.prompt)) for row in self.rows]
         self._cache = RaggedRows(model, len(self.rows))
-        self._cost = _TOKEN_COST.get(model.device.type, _ACCELERATED_TOKEN_COST)
+        self._costs = _COSTS.get(model.device.type, _ACCELERATED_COSTS)
 
     @property
     def passes(self) -> int:
@@ -137,19 +144,37 @@ class DraftDecoder:
     def step(self) -> None:
         """Verify the drafts, or what is guessed of each row: every row that is not over grows, or is kept."""
         if self._cache.passes == 0:
-            verified = [self._cut(row, row.draft) for row, _ in self._batch]
+            first = self._first_slice()
+            verified = [self._cut(row, row.draft)[:first] for row, _ in self._batch]
             self._feed([row.prompt for row, _ in self._batch], verified, self._gate)
             self._drop(0.0)
         else:
             self._feed([row.tokens[-1:] for row, _ in self._batch], self._guesses(), None)
             self._drop(_ENDED_SHARE)
 
+    def _first_slice(self) -> int | None:
+        """How much of each draft to verify in the first pass; None for all of it, which a gate has to see."""
+        row_cost, token_cost = self._costs
+        tokens = len(self.rows) * max(len(row.prompt) + len(row.draft) for row in self.rows)
+        sliced = 1 + row_cost * len(self.rows) <= _SECOND_PASS_SHARE * token_cost * tokens
+        return _FIRST_SLICE if sliced and self._gate is None else None
+
     def _guesses(self) -> list[list[int]]:
         """Guess each row's next tokens, as many as pay in the batch."""
         guesses = [[] if row.over else self._cut(row, proposals.propose(row.tokens)) for row, proposals in self._batch]
-        rates = [(proposals.rate, len(guess)) for (_, proposals), guess in zip(self._batch, guesses, strict=True)]
-        width = best_width(rates, self._cost)
+        price = self._price()
+        guesses = [guess[: int(row.credit / price)] for (row, _), guess in zip(self._batch, guesses, strict=True)]
+        rates = [
+            (proposals.first, proposals.rate, len(guess))
+            for (_, proposals), guess in zip(self._batch, guesses, strict=True)
+        ]
+        width = best_width(rates, *self._costs)
         return [guess[:width] for guess in guesses]
+
+    def _price(self) -> float:
+        """What a guessed token costs, in a row's shares of plain passes."""
+        row_cost, token_cost = self._costs
+        return token_cost / (1 / len(self._batch) + row_cost)
 
     def _cut(self, row: DraftedRow, guess: list[int]) -> list[int]:
         """As much of a guess as the row can become: through its first end, within the limit."""
@@ -168,14 +193,18 @@ class DraftDecoder:
             tokens.append(head + (guess[:-1] if closed else guess))
             wanted.append(len(guess) + (not closed))
             targets.append(guess if closed else [*guess, 0])
-        found, passes = self._cache.feed(tokens, wanted, None if gate is None else targets)
+        compared = targets if any(guesses) else None
+        found, passes = self._cache.feed(tokens, wanted, compared, scored=bool(compared) and gate is not None)
         for number, ((row, proposals), guess) in enumerate(zip(self._batch, guesses, strict=True)):
             if row.over:
                 continue
             row.passes += passes[number]
             before = len(row.tokens)
             accepted = self._accept(row, guess, found[number].tokens)
-            proposals.learn(row.tokens[before:], len(guess))
+            # A draft that was verified with the prompts is no guess; that it was right says how it may go on.
+            spent = 0.0 if before == 0 else len(guess) * self._price()
+            row.credit += accepted - spent + _INTEREST
+            proposals.learn(row.tokens[before:], len(guess), found[number].tokens, found[number].behind)
             if gate is not None and guess and not row.ended:
                 row.kept = gate(_verified(number, found[number], len(guess), accepted))
                 if row.kept:
@@ -204,26 +233,31 @@ class DraftDecoder:
             self._batch = [self._batch[i] for i in going]
 
 
-def best_width(guesses: Sequence[tuple[float, int]], cost: float) -> int:
+def best_width(guesses: Sequence[tuple[float, float, int]], row_cost: float, token_cost: float) -> int:
     """Return how many guessed tokens a row to check in a pass, so that most tokens are written for what it costs.
 
     Args:
-        guesses: of each row, the probability that a guessed token is right, and how many are guessed.
-        cost: of one token in a pass, as a share of the pass's fixed cost.
+        guesses: of each row, the probability that the first guessed token is right, that of each further one if those
+            before it are, and how many are guessed.
+        row_cost: of a row in a pass, as a share of the pass's fixed cost.
+        token_cost: of one guessed token, likewise.
     """
-    longest = max(length for _, length in guesses)
-    widths = [0, *(2**i for i in range(longest.bit_length())), longest]
+    longest = max(length for _, _, length in guesses)
+    if not longest:
+        return 0
+    powers = [1 << i for i in range(longest.bit_length())]
+    widths = sorted({0, longest, *powers, *(power + power // 2 for power in powers if power + power // 2 < longest)})
 
     def yields(width: int) -> float:
-        written = sum(1 + _expected(rate, min(width, length)) for rate, length in guesses)
-        return written / (1 + (_GUESSING_COST if width else 0.0) + cost * len(guesses) * (1 + width))
+        written = sum(1 + _expected(first, rate, min(width, length)) for first, rate, length in guesses)
+        return written / (1 + len(guesses) * (row_cost + token_cost * width))
 
-    return max(widths, key=yields) if longest else 0
+    return max(widths, key=yields)
 
 
-def _expected(rate: float, length: int) -> float:
+def _expected(first: float, rate: float, length: int) -> float:
     """How many of `length` guessed tokens are right on average, when the first wrong one ends them."""
-    return float(length) if rate >= 1 else rate * (1 - rate**length) / (1 - rate)
+    return first * (float(length) if rate >= 1 else (1 - rate**length) / (1 - rate))
 
 
 def _verified(row: int, found: Predicted, length: int, accepted: int) -> Verified:

@@ -1,6 +1,7 @@
 """Rows of different lengths that grow by different numbers of tokens in a forward pass, and can be shortened again."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +9,15 @@ import torch
 from torch import Tensor
 
 from everalign.errors import EveralignError, InputError
+from everalign.modeling.grouped_attention import grouped_attention
 from everalign.modeling.likelihood import LanguageHead
 from everalign.modeling.slot_cache import SlotCache, windows_of
 from everalign.modeling.token_log_probs import HeadShape
 
 TOKENS_PER_PASS = 16_384
 _LOGITS_AT_ONCE = 1 << 24
+# The head is computed for so many of a row's positions at first, and then for twice as many as before.
+_FIRST_SLICE = 32
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 _ATTENTIONS = ("sdpa", "eager")
 
@@ -24,11 +28,13 @@ class Predicted:
 
     Args:
         tokens: the most likely ones.
-        log_probs: of the tokens asked for, in nats; empty where they were not asked for.
-        margins: by how much those are more likely than the most likely other token, in nats; likewise.
+        behind: by how much less likely the target is, in nats: 0 where it is the same token; empty without targets.
+        log_probs: of the targets, in nats; empty where they were not asked for.
+        margins: by how much targets are more likely than the most likely other token, in nats; likewise.
     """
 
     tokens: list[int]
+    behind: list[float]
     log_probs: list[float]
     margins: list[float]
 
@@ -131,14 +137,20 @@ class RaggedRows:
             self._cache.select(torch.tensor(rows, device=self._model.device), max(self.lengths))
 
     def feed(
-        self, tokens: Sequence[list[int]], wanted: Sequence[int], targets: Sequence[list[int]] | None = None
+        self,
+        tokens: Sequence[list[int]],
+        wanted: Sequence[int],
+        targets: Sequence[list[int]] | None = None,
+        scored: bool = False,
     ) -> tuple[list[Predicted], list[int]]:
         """Write tokens behind each row.
 
         Args:
             tokens: of each row, at least one.
             wanted: behind how many of each row's last tokens the next one is predicted.
-            targets: tokens of each row, as many as wanted, whose log-probabilities are asked for.
+            targets: tokens of each row, as many as wanted, that the predictions are compared with.
+            scored: whether log-probabilities and margins of all targets are asked for; else nothing more of a row is
+                predicted once most predictions are no targets, which with a large vocabulary saves much of a pass.
 
         Returns:
             The predictions of each row, and in how many forward passes each row took part.
@@ -147,14 +159,31 @@ class RaggedRows:
             EveralignError: a logit is NaN.
         """
         hidden, places = self._states(tokens, wanted)
-        asked = None if targets is None else self._at(places, targets, tokens, wanted)
-        expected, log_probs, margins = self._predict(hidden, asked)
-        found = [Predicted([], [], []) for _ in tokens]
+        numbers: list[list[int]] = [[] for _ in tokens]
         for number, (row, _) in enumerate(places):
-            found[row].tokens.append(expected[number])
-            if targets is not None:
-                found[row].log_probs.append(log_probs[number])
-                found[row].margins.append(margins[number])
+            numbers[row].append(number)
+        found = [Predicted([], [], [], []) for _ in tokens]
+        start, end = 0, max(wanted) if scored or targets is None else _FIRST_SLICE
+        going = [row for row, count in enumerate(wanted) if count]
+        while going:
+            part = [(row, number) for row in going for number in numbers[row][start:end]]
+            asked = None if targets is None else [token for row in going for token in targets[row][start:end]]
+            order = [number for _, number in part]
+            states = hidden if order == list(range(len(hidden))) else hidden[order]
+            for (row, _), values in zip(part, self._predict(states, asked, scored), strict=True):
+                row_found = found[row]
+                row_found.tokens.append(values[0])
+                if targets is not None:
+                    row_found.behind.append(values[1])
+                if scored:
+                    row_found.log_probs.append(values[2])
+                    row_found.margins.append(values[3])
+            going = [
+                row
+                for row in going
+                if end < wanted[row] and (targets is None or scored or _on_course(found[row].behind[start:]))
+            ]
+            start, end = end, end + 2 * (end - start)
         width = self._width(len(tokens))
         return found, [-(-len(row) // width) for row in tokens]
 
@@ -187,19 +216,28 @@ class RaggedRows:
         model, self.passes = self._model, self.passes + 1
         padded = [ids[start:end] + [0] * (end - start - len(ids[start:end])) for ids in tokens]
         slots = self._cache.place([length + start for length in self.lengths], end - start, model.device)
-        last = torch.tensor([length + len(ids) - 1 for length, ids in zip(self.lengths, tokens, strict=True)])
+        positions = slots
+        if any(len(ids) < end for ids in tokens):
+            # Padding must not stand where a model has no position any more.
+            last = [[length + len(ids) - 1] for length, ids in zip(self.lengths, tokens, strict=True)]
+            positions = torch.minimum(slots, torch.tensor(last, device=model.device))
         inputs = {
             "input_ids": torch.tensor(padded, device=model.device),
             "attention_mask": self._mask(slots, start, end),
-            # Padding must not stand where a model has no position any more.
-            "position_ids": torch.minimum(slots, last.to(model.device)[:, None]),
+            "position_ids": positions,
             "past_key_values": self._cache,
             "use_cache": True,
         }
-        rows, columns = torch.tensor(wanted, dtype=torch.long, device=model.device).reshape(-1, 2).unbind(1)
+        everything = len(wanted) == len(padded) * (end - start)
+        if not everything:
+            rows, columns = torch.tensor(wanted, dtype=torch.long, device=model.device).reshape(-1, 2).unbind(1)
         if model.separate:
-            states: Tensor = model.model.base_model(**inputs).last_hidden_state
-            return states[rows, columns - start]
+            with nullcontext() if inputs["attention_mask"] is None else grouped_attention(model.model):
+                states: Tensor = model.model.base_model(**inputs).last_hidden_state
+            return states.flatten(0, 1) if everything else states[rows, columns - start]
+        if everything:
+            every: Tensor = model.model(**inputs).logits
+            return every.flatten(0, 1)
         kept, places = torch.unique(columns - start, return_inverse=True)
         if len(kept) == 0:
             kept = torch.zeros(1, dtype=torch.long, device=model.device)
@@ -220,33 +258,29 @@ class RaggedRows:
         logits: Tensor = self._model.shape.apply(self._model.model.get_output_embeddings()(hidden))
         return logits.float()
 
-    def _at(
-        self,
-        places: list[tuple[int, int]],
-        targets: Sequence[list[int]],
-        tokens: Sequence[list[int]],
-        wanted: Sequence[int],
-    ) -> Tensor:
-        found = [targets[row][column - len(tokens[row]) + wanted[row]] for row, column in places]
-        return torch.tensor(found, dtype=torch.long, device=self._model.device)
-
     @torch.no_grad()
-    def _predict(self, hidden: Tensor, targets: Tensor | None) -> tuple[list[int], list[float], list[float]]:
-        """Tokens, log-probabilities and margins at K positions, of some positions at a time."""
+    def _predict(self, hidden: Tensor, targets: list[int] | None, scored: bool) -> Iterator[tuple[Any, ...]]:
+        """Yield token, behind, and where scored log-probability and margin, at K positions; some of them at a time."""
         vocabulary = self._model.model.config.get_text_config().vocab_size
-        tokens: list[int] = []
-        log_probs: list[float] = []
-        margins: list[float] = []
         size = max(1, _LOGITS_AT_ONCE // vocabulary)
         for start in range(0, len(hidden), size):
             logits = self._head(hidden[start : start + size])
             largest, best = logits.max(-1)
-            if bool(largest.isnan().any()):
+            # No NaN equals itself.
+            if any(value != value for value in largest.tolist()):
                 raise EveralignError("the model's logits are NaN: its weights are damaged, or its precision too low")
-            tokens += best.tolist()
-            if targets is not None:
-                asked = targets[start : start + size, None]
-                of_asked = logits.gather(1, asked)[:, 0]
-                log_probs += (of_asked - logits.logsumexp(-1)).tolist()
-                margins += (of_asked - logits.scatter(1, asked, float("-inf")).amax(-1)).tolist()
-        return tokens, log_probs, margins
+            if targets is None:
+                yield from zip(best.tolist())
+                continue
+            asked = torch.tensor(targets[start : start + size], device=logits.device)[:, None]
+            of_asked = logits.gather(1, asked)[:, 0]
+            values = [best, largest - of_asked]
+            if scored:
+                values.append(of_asked - logits.logsumexp(-1))
+                values.append(of_asked - logits.scatter(1, asked, float("-inf")).amax(-1))
+            yield from zip(*(value.tolist() for value in values), strict=True)
+
+
+def _on_course(behind: Sequence[float]) -> bool:
+    """Whether at least half of the predictions are the targets."""
+    return 2 * sum(value == 0 for value in behind) >= len(behind)
