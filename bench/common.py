@@ -28,7 +28,16 @@ def data_folder() -> Path:
 
 def preference_rows(name: str, split: str) -> list[dict[str, Any]]:
     """The rows of one preference set, with all their columns."""
-    with gzip.open(data_folder() / "data" / "pref" / f"{name}.{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+    return _rows("pref", name, split)
+
+
+def correction_rows(name: str, split: str) -> list[dict[str, Any]]:
+    """The rows of one set of corrections, with all their columns."""
+    return _rows("correction", name, split)
+
+
+def _rows(kind: str, name: str, split: str) -> list[dict[str, Any]]:
+    with gzip.open(data_folder() / "data" / kind / f"{name}.{split}.jsonl.gz", "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
