@@ -8,6 +8,7 @@ differs is told with the distance of the two best logits at its first difference
 """
 
 import argparse
+import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from common import OUT, REPOSITORY, data_folder, write_result
-from correction import drafts_of
 from correction_task import corrector_folder, pairs, training_rows
 from everalign.correction import load_corrector_files
 from everalign.data.batches import batches_by_length
@@ -52,6 +52,15 @@ class Case:
     drafts: Tokens
     ends: list[int]
     limit: int
+
+
+def noisy(tokens: list[int], vocabulary: int, scattered: bool) -> list[int]:
+    """Tokens of which a tenth is noise, in one block or one by one."""
+    rng = random.Random(len(tokens))
+    size = max(1, len(tokens) // 10)
+    start = rng.randrange(max(1, len(tokens) - size))
+    places = rng.sample(range(len(tokens)), size) if scattered else range(start, start + size)
+    return [rng.randrange(3, vocabulary) if i in places else token for i, token in enumerate(tokens)]
 
 
 def real_rows(count: int) -> list[tuple[Any, str]]:
@@ -90,8 +99,7 @@ def random_case(family: str, rows: list[tuple[Any, str]]) -> Case:
     answers = [tokenizer(answer, add_special_tokens=False)["input_ids"][:ANSWER] for _, answer in rows]
     model = random_model(family, vocabulary=len(tokenizer))
     outputs = plain(model, prompts, [form.eos], ANSWER)
-    kinds = ("unchanged", "0.9 kept, one block", "0.9 kept, scattered")
-    columns = [answers, *(drafts_of(outputs, kind, len(tokenizer)) for kind in kinds)]
+    columns = [answers, outputs, *([noisy(row, len(tokenizer), kind) for row in outputs] for kind in (False, True))]
     drafts = [columns[i % len(columns)][i] for i in range(len(rows))]
     return Case(family, model, prompts, outputs, drafts, [form.eos], ANSWER)
 
