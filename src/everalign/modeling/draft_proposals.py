@@ -24,6 +24,8 @@ _REACH = {3: 24, 2: 8, 1: 4}
 # How often a proposed token is right: what is believed before anything was tried, and how much that counts. With each
 # miss before it a guess's first token is believed half as likely, down to the last of so many steps.
 _PRIOR, _PRIOR_COUNT, _STEPS = 0.6, 1.0, 5
+# A guess from elsewhere, or one further on in which most was not expected, is believed as after so many misses more.
+_DISCOURAGED = 2
 # What was seen of first tokens is forgotten by this share with each one.
 _FORGOTTEN = 0.1
 # A token that the model expects instead of a guess's further on is believed if it is likelier by so many nats.
@@ -74,8 +76,17 @@ class Proposals:
     @property
     def first(self) -> float:
         """Estimated from the first tokens proposed after as many misses; behind a right guess as any other token."""
-        right, tried = self._chances[min(self._misses, _STEPS - 1)]
+        right, tried = self._chances[self._step]
         return self.rate if self._goes_on else right / tried
+
+    @property
+    def _near(self) -> bool:
+        """Whether the guess is of the draft, from the place in it on or nearly so."""
+        return self._begun >= 0 and abs(self._begun - self._cursor - 1) <= _REACH[1]
+
+    @property
+    def _step(self) -> int:
+        return min(self._misses + (0 if self._near else _DISCOURAGED), _STEPS - 1)
 
     def propose(self, written: Sequence[int]) -> list[int]:
         """Return what may come behind the tokens written so far, at most `LONGEST` tokens.
@@ -112,20 +123,20 @@ class Proposals:
         if right is None:
             right = min(len(self._guess), len(written))
         # A token that is right far from the place may be so by chance; two hardly are.
-        near = abs(self._begun - self._cursor - 1) <= _REACH[1]
-        self._follows = self._begun >= 0 and right > (0 if near else 1)
-        self._cursor = self._begun + min(right, len(written) - 1) if self._follows else self._cursor + len(written)
+        follows = self._begun >= 0 and right > (0 if self._near else 1)
         if self._guess:
-            self._count(right, wrong)
+            self._count(right, wrong, follows)
+        self._follows = follows
+        self._cursor = self._begun + min(right, len(written) - 1) if follows else self._cursor + len(written)
         if self._begun >= 0:
             self._judge(right, written[right] if wrong else None)
         if self._begun >= 0 and wrong and right < checked:
             self._mend(right, expected[:checked], behind)
 
-    def _count(self, right: int, wrong: bool) -> None:
+    def _count(self, right: int, wrong: bool, follows: bool) -> None:
         """Take into account how much of a guess was right."""
         if not self._goes_on:
-            chance = self._chances[min(self._misses, _STEPS - 1)]
+            chance = self._chances[self._step]
             chance[:] = [(1 - _FORGOTTEN) * chance[0] + (right > 0), (1 - _FORGOTTEN) * chance[1] + 1]
         if right or self._goes_on:
             # What was before a wrong guess counts half.
@@ -134,7 +145,7 @@ class Proposals:
         else:
             self._hits, self._tries = self._hits / 2, self._tries / 2
         self._misses = 0 if right else self._misses + 1
-        self._goes_on = not wrong and (self._follows or right > 1)
+        self._goes_on = not wrong and (follows or right > 1)
 
     def _judge(self, right: int, found: int | None) -> None:
         """Count what was taken into the draft and has come out right or wrong; go back for good if much was wrong.
@@ -155,7 +166,10 @@ class Proposals:
         """Take what is expected behind the first wrong token of a guess into the draft, if most of it is the guess."""
         differs = [expected[number] != self._guess[number] for number in range(wrong + 1, len(expected))]
         right = differs.count(False)
-        if not self._mending or 2 * right < len(differs):
+        if 2 * right < len(differs):
+            self._misses += _DISCOURAGED
+            return
+        if not self._mending:
             return
         self._hits, self._tries = self._hits + min(right, _HEARSAY), self._tries + min(right, _HEARSAY)
         for differing, run in groupby(range(wrong + 1, len(expected)), key=lambda number: differs[number - wrong - 1]):
