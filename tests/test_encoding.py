@@ -6,7 +6,13 @@ from transformers import AutoTokenizer
 
 from everalign.data.encoding import EncodedPair, encode_pairs, truncate_pair
 from everalign.data.records import Preference
-from everalign.data.templating import encode_prompt, encode_response, template_fingerprint
+from everalign.data.templating import (
+    ChatFormat,
+    encode_prompt,
+    encode_response,
+    keep_template,
+    template_fingerprint,
+)
 from everalign.errors import InputError
 from tokenizers_for_tests import CHATML, NO_END, NO_SYSTEM, SHOUTING, THINKING, byte_tokenizer
 
@@ -260,3 +266,27 @@ def test_template_fingerprint_survives_saving_use_and_another_padding(tmp_path):
     assert template_fingerprint(again) == before
     again.pad_token = again.eos_token
     assert template_fingerprint(again) == before
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [(CHATML, "<|im_end|>"), (NO_SYSTEM, "<end_of_turn>"), (NO_END, "</s>"), (None, "</s>")]
+)
+def test_the_end_of_a_turn_is_the_template_s_or_eos(template, end):
+    tokenizer = byte_tokenizer(template, bos="<s>")
+    assert ChatFormat(tokenizer).end_of_turn_ids() == (tokenizer.convert_tokens_to_ids(end),)
+    assert ChatFormat(tokenizer).end_of_turn_ids("text") == (tokenizer.eos_token_id,)
+
+
+def test_a_tokenizer_without_a_template_is_saved_with_the_one_it_was_used_with(tmp_path):
+    tokenizer = byte_tokenizer()
+    form = ChatFormat(tokenizer)
+    assert form.default_used
+    keep_template(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.chat_template == form.template
+    assert texts(again, CHAT, "Yes") == texts(byte_tokenizer(), CHAT, "Yes")
+    with_one = byte_tokenizer(CHATML)
+    keep_template(with_one)
+    assert with_one.chat_template == CHATML
+    assert not ChatFormat(with_one).default_used

@@ -38,6 +38,9 @@ _PROBE = "Mixed CASE,  two spaces\n\ttab; 12345 naïve ½ 漢字."
 _TEXTS_AT_ONCE = 2048
 
 
+_QUESTION: Prompt = ({"role": "user", "content": "Hi"},)
+
+
 class ChatFormat:
     """The borders and ends of one tokenizer's prompts and answers; computed once and used for many rows.
 
@@ -52,10 +55,22 @@ class ChatFormat:
                 "set tokenizer.eos_token"
             )
         self.tokenizer = tokenizer
-        self.template = _template_in_use(tokenizer)
+        self.template = template_in_use(tokenizer)
+        self.default_used = uses_default_template(tokenizer)
         self.eos: int = tokenizer.eos_token_id
         self.bos: int | None = tokenizer.bos_token_id
         self._end_marks = tuple(_special_texts(tokenizer))
+
+    def end_of_turn_ids(self, prompt: Prompt = _QUESTION) -> tuple[int, ...]:
+        """Tokens any of which ends an assistant's turn: what the template ends it with, or else EOS.
+
+        Args:
+            prompt: messages, or text, where the end may depend on the prompt.
+
+        Raises:
+            InputError: the template refuses the conversation.
+        """
+        return (self.response_tokens([self.response_text(prompt, self.prompt_text(prompt), "x")])[0][-1],)
 
     def prompt_text(self, prompt: Prompt) -> str:
         """The prompt as the model reads it, up to the answer's first character."""
@@ -148,7 +163,7 @@ def template_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     stores what was computed from tokens keys it by `EncodedPairs.fingerprint`.
     """
     facts: dict[str, Any] = {
-        "template": _template_in_use(tokenizer),
+        "template": template_in_use(tokenizer),
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special": sorted(_special_texts(tokenizer)),
         "bos": tokenizer.bos_token_id,
@@ -158,8 +173,27 @@ def template_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _template_in_use(tokenizer: "PreTrainedTokenizerBase") -> str:
-    if tokenizer.chat_template is None:
+def uses_default_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether chats are rendered by `DEFAULT_CHAT_TEMPLATE`, since the tokenizer has no template of its own."""
+    return tokenizer.chat_template is None
+
+
+def keep_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Give the tokenizer the template that its chats are rendered by; call it before the tokenizer is saved.
+
+    What learned chats in the default format is of use only where it is asked in that format.
+    """
+    if uses_default_template(tokenizer):
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+
+
+def template_in_use(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The chat template by which messages are rendered.
+
+    Raises:
+        InputError: the tokenizer has several templates and no default one.
+    """
+    if uses_default_template(tokenizer):
         return DEFAULT_CHAT_TEMPLATE
     try:
         template: str = tokenizer.get_chat_template()
