@@ -2,11 +2,15 @@
 
 import hashlib
 import os
+import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from everalign import files
 from everalign.errors import InputError
+from everalign.tensor_files import write_tensors
 
 
 def fail_to_rename(*_):
@@ -50,6 +54,25 @@ def test_a_crash_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         files.write_json(path, {"a": 2})
     assert files.read_json(path) == {"a": 1}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_every_file_of_a_new_folder_has_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    """safetensors makes its files readable for their owner alone."""
+    before = os.umask(umask)
+    try:
+        with files.new_folder(tmp_path / "out") as folder:
+            (folder / "deep").mkdir()
+            for path in (folder / "a.safetensors", folder / "deep" / "b.safetensors"):
+                save_file({"x": torch.zeros(2)}, path)
+            (folder / "c.txt").write_text("c")
+            folder.joinpath("c.txt").chmod(0o600)
+        write_tensors(tmp_path / "alone.safetensors", {"x": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(path.name for path in written) == ["a.safetensors", "alone.safetensors", "b.safetensors", "c.txt"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {mode}
 
 
 def test_json_has_no_nan(tmp_path):

@@ -251,6 +251,22 @@ def test_only_linear_modules_are_adapted():
         random_policy(targets=["q_proj", "embed_tokens"])
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r".*(q_proj|lm_head)"])
+def test_a_head_that_is_tied_to_the_embeddings_is_no_target(targets):
+    """qwen3 here ties them: a merged model would add to the embeddings what was learned for the head."""
+    with pytest.raises(InputError, match=r"cannot adapt lm_head: its weights are tied to those of model\.embed_tokens"):
+        random_policy("qwen3", targets=targets)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["v_proj"]])
+def test_weights_that_layers_share_are_no_target(targets):
+    model = random_model()
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.v_proj.weight = first.v_proj.weight
+    with pytest.raises(InputError, match=r"cannot adapt model\.layers\.0\.self_attn\.v_proj: .* tied to .*layers\.1"):
+        Policy(model, 4, 8.0, targets)
+
+
 def test_the_head_can_be_a_target():
     policy = perturb(random_policy(targets=["q_proj", "lm_head"]))
     batch = lay_out_pairs(PAIRS, shared=False)

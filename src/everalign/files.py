@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,10 +92,25 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
+    follow_umask(temporary)
     for entry in [temporary, *temporary.rglob("*")]:
         _sync(entry)
     os.replace(temporary, path)
     _sync(path.parent)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file, or every file below a folder, the mode that a new file gets there.
+
+    safetensors and `tempfile` make files that only their owner reads, whatever the umask says.
+    """
+    probe = (path if path.is_dir() else path.parent) / f".mode-{os.getpid()}{_PARTIAL}"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def _sync(path: Path) -> None:

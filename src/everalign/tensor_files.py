@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from everalign.errors import InputError
+from everalign.files import follow_umask
 
 _CHECKSUM = "sha256"
 
@@ -23,6 +24,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     os.close(handle)
     try:
         save_file({**tensors, _CHECKSUM: _checksum(tensors)}, temporary)
+        follow_umask(Path(temporary))
         os.replace(temporary, path)
     except BaseException:  # a full disk or Ctrl-C: nobody else would ever remove the file
         os.unlink(temporary)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from everalign.errors import InputError
+from everalign.files import follow_umask
 from everalign.memory import LowRankUpdate
 
 _PREFIX = "base_model.model."
@@ -40,6 +41,21 @@ def check_linear(peft_model: Any, adapter: str) -> None:
         if adapter not in layer.lora_A or layer.lora_A[adapter].weight.ndim != 2:
             kind = type(layer.get_base_layer()).__name__
             raise InputError(f"cannot adapt {name}, which is of type {kind}: only linear modules can be targets")
+
+
+def check_untied(peft_model: Any) -> None:
+    """Refuse targets whose weights another module has too: what is added to one would be added to both once merged."""
+    names: dict[int, list[str]] = {}
+    for name, module in peft_model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            names.setdefault(id(parameter), []).append(name.removeprefix(_PREFIX).removesuffix(".base_layer"))
+    for name, layer in layers(peft_model).items():
+        others = [other for p in layer.get_base_layer().parameters() for other in names[id(p)] if other != name]
+        if others:
+            raise InputError(
+                f"cannot adapt {name}: its weights are tied to those of {others[0]}, so that a merged model would add "
+                f"to both what was learned for one; leave {name.rpartition('.')[-1]} out of the targets"
+            )
 
 
 def explain_targets(model: Any, error: Exception) -> str:
@@ -114,6 +130,7 @@ def save(peft_model: Any, adapter: str, folder: Path) -> None:
         state[f"{_PREFIX}{name}.lora_A.weight"] = right.contiguous()
         state[f"{_PREFIX}{name}.lora_B.weight"] = left.contiguous()
     save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+    follow_umask(folder / _WEIGHTS)
     config = peft_model.peft_config[adapter]
     was_inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(folder)

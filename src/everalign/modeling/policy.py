@@ -59,6 +59,7 @@ class Policy(nn.Module):
         except ValueError as error:
             raise InputError(f"cannot adapt {targets}: {adapters.explain_targets(model, error)}") from error
         adapters.check_linear(self.peft, SHORT_TERM)
+        adapters.check_untied(self.peft)
         for layer in adapters.layers(self.peft).values():
             # Autocast decides the precision of the products; casting their input to the adapter's fp32 first
             # would only copy it back and forth.
