@@ -33,7 +33,9 @@ correct.command(epilog=correct_steer.EPILOG)(correct_steer.steer)
     "--test edits.test.jsonl --output runs/corrector --lora-rank 16"
 )
 def train(
-    model: Annotated[str, option("A Hugging Face folder, a Hub name, `tiny`, or a corrector to go on with.")],
+    model: Annotated[
+        str, option("A Hugging Face folder, a Hub name, a .gguf file, `tiny`, `smollm2`, or a corrector to go on with.")
+    ],
     data: Annotated[str, option("Corrections to learn, or preferences (rejected into chosen).", "ROWS")],
     output: Annotated[Path, option("The corrector's folder.", "DIR")],
     test: Annotated[str | None, option("Held-out rows, for the report.", "ROWS")] = None,

@@ -60,7 +60,9 @@ _LEARNING = (
 
 def distill(
     context: typer.Context,
-    model: Annotated[str, flag("The stronger model: a Hugging Face folder, a Hub name, or `tiny`.")],
+    model: Annotated[
+        str, flag("The stronger model: a Hugging Face folder, a Hub name, a .gguf file, `tiny` or `smollm2`.")
+    ],
     corrector: Annotated[str, flag("A corrector's folder, or one on a server.", None, "DIR|URL#MODEL")],
     data: Annotated[str, flag("Prompts; other columns are not looked at.", None, "ROWS")],
     output: Annotated[str, flag("The run directory.", None, "DIR")],

@@ -40,7 +40,7 @@ _FEEDBACK = "Feedback"
 
 def learn(
     context: typer.Context,
-    model: Annotated[str | None, flag("A Hugging Face folder, a Hub name, or `tiny`.")] = None,
+    model: Annotated[str | None, flag("A Hugging Face folder, a Hub name, a .gguf file, `tiny` or `smollm2`.")] = None,
     task: Annotated[
         list[str] | None,
         flag("A task's name and files; one --task for each task, in order.", metavar="NAME=TRAIN[,TEST]"),

@@ -27,7 +27,7 @@ reward = typer.Typer(help="Train a reward model on preferences, and score answer
     "--output runs/reward --learning-rate 1e-3"
 )
 def train(
-    model: Annotated[str, option("A Hugging Face folder, a Hub name, or `tiny`.")],
+    model: Annotated[str, option("A Hugging Face folder, a Hub name, a .gguf file, `tiny` or `smollm2`.")],
     data: Annotated[str, option("Preferences to learn.", "PAIRS")],
     output: Annotated[Path, option("The reward model's folder.", "DIR")],
     test: Annotated[str | None, option("Held-out preferences, for the report.", "PAIRS")] = None,

@@ -146,7 +146,7 @@ class SampledAnswers:
     """A model in this process answers.
 
     Args:
-        name: a folder in Hugging Face format, a Hub name, or `tiny`.
+        name: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`.
         temperature: what it samples at.
         max_new_tokens: longest answer; `LONGEST_ANSWER` when None.
         seed: seeds the draw.

@@ -83,7 +83,8 @@ def train_corrector(
     kept in `OUTPUT.training` beside the folder.
 
     Args:
-        model: a folder in Hugging Face format, a Hub name, or `tiny`; a corrector goes on with its own template.
+        model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`;
+            a corrector goes on with its own template.
         rows: the corrections; their weights count in the loss.
         output: the corrector's folder; must be empty or not exist yet.
         test: held-out rows, for the report.

@@ -103,7 +103,7 @@ def distill(
     ends with the same weights. With more rounds it goes on.
 
     Args:
-        model: the stronger model: a folder in Hugging Face format, a Hub name, or `tiny`.
+        model: the stronger model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`.
         corrector: rewrites its answers.
         prompts: what the policy answers.
         output: the run directory; beside the run's own files it has `distill/round-N.jsonl`, the corrections.

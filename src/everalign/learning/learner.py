@@ -41,7 +41,7 @@ class Learner:
     Sets the process up for training (`everalign.modeling.runtime.prepare_process`).
 
     Args:
-        model: a folder in Hugging Face format, a Hub name, or `tiny` for the embedded assistant.
+        model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`.
         method: what is carried from task to task; LifeAlign when None.
         objective: what a row teaches: a preference, `fpo`, `dpo` or `sft`; a scored row, `var`; either, `snkl`; a
             correction, `correction`.

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from everalign.errors import InputError
+from everalign.modeling.gguf import SMOLLM2, smollm2_path, unpacked
 from everalign.modeling.tiny import tiny_assistant_path
 
 Precision = Literal["fp32", "bf16"]
@@ -19,16 +20,22 @@ _SAMPLED_VALUES = 4096
 
 
 def resolve_model(name: str) -> str:
-    """Turn `tiny` into the embedded assistant's folder; leave paths and Hub names as they are.
+    """Turn `tiny` and `smollm2` and GGUF files into folders; leave folders and Hub names as they are.
 
     Raises:
-        InputError: the name can only be a path, and nothing is there (the Hub would be asked for minutes).
+        InputError: the name can only be a path, and nothing is there (the Hub would be asked for minutes); a GGUF file
+            cannot be read; or the package that holds SmolLM2 is missing.
     """
     if name == TINY:
         return str(tiny_assistant_path())
-    only_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if name == SMOLLM2:
+        return str(unpacked(smollm2_path()))
+    if Path(name).suffix.lower() == ".gguf" and Path(name).is_file():
+        return str(unpacked(Path(name).resolve()))
+    only_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix.lower() == ".gguf"
     if only_path and not Path(name).exists():
-        raise InputError(f"there is no model folder {name}")
+        kind = "file" if Path(name).suffix.lower() == ".gguf" else "folder"
+        raise InputError(f"there is no model {kind} {name}")
     return str(name)
 
 
@@ -36,7 +43,8 @@ def load_model(name: str, precision: Precision = "fp32") -> Any:
     """Load the frozen base model.
 
     Args:
-        name: a folder in Hugging Face format, a Hub name, or `tiny` for the embedded assistant.
+        name: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` for the embedded assistant, or
+            `smollm2` for SmolLM2-135M-Instruct.
         precision: dtype of the base weights. Adapters are fp32 whatever this says.
 
     Raises:

@@ -51,7 +51,7 @@ def load_classifier(name: str, fresh_head: bool, seed: int = 0) -> Any:
     a step is cut into batches.
 
     Args:
-        name: a folder in Hugging Face format, a Hub name, or `tiny` for the embedded assistant.
+        name: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`.
         fresh_head: let the head start with random values where the model has none, as a language model does.
         seed: seeds them.
 

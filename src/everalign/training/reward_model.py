@@ -135,7 +135,8 @@ def train_reward_model(
     """Train a reward model and write its folder, whole or not at all.
 
     Args:
-        model: a folder in Hugging Face format, a Hub name, or `tiny`. A language model gets a fresh score head.
+        model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`. A
+            language model gets a fresh score head.
         train: the pairs; their weights count in the loss.
         output: the reward model's folder; must be empty or not exist yet.
         test: held-out pairs, for the report.
