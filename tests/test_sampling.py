@@ -11,11 +11,14 @@ from everalign.data.layout import lay_out_chosen
 from everalign.errors import InputError
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.policy import Policy
-from everalign.modeling.sampling import Samples, SamplingOptions, _draw, _samples, sample_completions
+from everalign.modeling.sampling import Samples, SamplingOptions, _draw, _Ends, _samples, sample_completions
+from everalign.modeling.stops import TurnEnd
 from models_for_tests import perturb, random_model
+from tokenizers_for_tests import byte_tokenizer
 
 END, LONGEST, DRAWS = 2, 3, 6000
 PROMPTS = [[1], [1, 3, 1, 1, 3]]
+ENDS = _Ends(byte_tokenizer(), frozenset({END}), TurnEnd())
 # Up to two tokens and the end, or three tokens.
 ANSWERS = [
     (*tokens, END) if count < LONGEST else tokens
@@ -49,7 +52,7 @@ def test_frequencies_are_the_policy_s_probabilities(small):
     torch.manual_seed(0)
     options = SamplingOptions(completions=DRAWS, max_new_tokens=LONGEST)
     with torch.no_grad():
-        drawn = _draw(small, PROMPTS, [END], options)
+        drawn = _draw(small, PROMPTS, ENDS, options, PROMPTS)
     for prompt, rows in zip(PROMPTS, (drawn[:DRAWS], drawn[DRAWS:]), strict=True):
         expected = exact(small, prompt)
         assert expected.sum().item() == pytest.approx(1.0, abs=1e-5)
@@ -71,7 +74,7 @@ def test_the_two_prompts_are_told_apart(small):
 def test_a_low_temperature_draws_the_likeliest_token(small):
     options = SamplingOptions(completions=50, temperature=1e-4, max_new_tokens=1)
     with torch.no_grad():
-        drawn = _draw(small, PROMPTS, [END], options)
+        drawn = _draw(small, PROMPTS, ENDS, options, PROMPTS)
         for prompt, rows in zip(PROMPTS, (drawn[:50], drawn[50:]), strict=True):
             logits = small.peft(input_ids=torch.tensor([prompt])).logits[0, -1]
             assert rows == [[logits.argmax().item()]] * 50
@@ -99,7 +102,8 @@ def test_what_does_not_end_and_what_says_nothing_is_counted_and_left_out(assista
     assert found == Samples((), 5)
     tokenizer = assistant[1]
     word, end = tokenizer("hello", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
-    assert _samples(tokenizer, [[*word, end, end], [end, *word], [*word, *word]], {end}) == Samples(("hello",), 2)
+    ends, answers = _Ends(tokenizer, frozenset({end}), TurnEnd()), [[*word, end, end], [end, *word], [*word, *word]]
+    assert _samples(ends, "x", [5], answers) == Samples(("hello",), 2)
 
 
 def test_progress_counts_prompts_and_small_batches_answer_all(assistant):

@@ -20,6 +20,7 @@ from everalign.modeling.draft_decoding import DraftDecoder, DraftedRow, Verified
 from everalign.modeling.loading import model_fingerprint
 from everalign.modeling.ragged_decoding import RaggedModel
 from everalign.modeling.residual_stream import decoder_layers, shifted
+from everalign.modeling.stops import special_stop_ids
 
 Gate = Callable[[Verified], bool]
 Pair = tuple[Question, str]
@@ -106,6 +107,7 @@ class LocalEngine:
         steering: Steering | None = None,
     ) -> None:
         self._model, self._encoder, self._steering = RaggedModel(model), encoder, steering
+        encoder.ends |= special_stop_ids(model, encoder.tokenizer)
         if tokens_per_batch < 1:
             raise InputError(f"tokens per batch: must be at least 1, found {tokens_per_batch}")
         self._tokens_per_batch, self._name = tokens_per_batch, name

@@ -4,7 +4,7 @@ transformers' `generate` computes every row until the longest one has ended, and
 token; answers of a policy differ in length, so that most of what it computes is thrown away.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -69,7 +69,11 @@ class Decoder:
 
 
 def continue_rows(
-    decoder: Decoder, choose: Callable[[Tensor], Tensor], ends: Sequence[int], limit: int
+    decoder: Decoder,
+    choose: Callable[[Tensor], Tensor],
+    ends: Collection[int],
+    limit: int,
+    over: Callable[[int, list[int]], bool] = lambda number, tokens: False,
 ) -> list[list[int]]:
     """Write behind every row until it has ended.
 
@@ -78,28 +82,29 @@ def continue_rows(
         choose: from logits (R', V) to tokens (R',).
         ends: tokens that end a row.
         limit: most tokens of a row.
+        over: called with a row's number and its new tokens; ends the row where it returns True.
 
     Returns:
         The new tokens of each row: up to and with the first end, or `limit` of them.
     """
     found: list[list[int]] = [[] for _ in range(len(decoder.logits))]
     # Rows of the batch that goes on, by their numbers; some of them may have ended already.
-    numbers, ended = list(range(len(found))), torch.zeros(len(found), dtype=torch.bool)
-    stop = torch.tensor(list(ends))
+    numbers, ended = list(range(len(found))), [False] * len(found)
+    stop = frozenset(ends)
     for written in range(1, limit + 1):
         tokens = choose(decoder.logits)
-        chosen = tokens.cpu()
-        for number, over, token in zip(numbers, ended.tolist(), chosen.tolist(), strict=True):
-            if not over:
+        for place, (number, token) in enumerate(zip(numbers, tokens.tolist(), strict=True)):
+            if not ended[place]:
                 found[number].append(token)
-        ended |= torch.isin(chosen, stop)
-        going = (~ended).nonzero()[:, 0]
-        if written == limit or len(going) == 0:
+                ended[place] = token in stop or over(number, found[number])
+        going = [place for place, done in enumerate(ended) if not done]
+        if written == limit or not going:
             break
         if len(going) <= (1 - _ENDED_SHARE) * len(numbers):
-            decoder.take(going)
-            tokens, ended = tokens[going.to(tokens.device)], ended[going]
-            numbers = [numbers[i] for i in going.tolist()]
+            rows = torch.tensor(going)
+            decoder.take(rows)
+            tokens = tokens[rows.to(tokens.device)]
+            numbers, ended = [numbers[place] for place in going], [False] * len(going)
         decoder.write(tokens)
     return found
 

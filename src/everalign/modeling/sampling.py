@@ -2,21 +2,25 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from everalign.data.batches import batches_by_length
-from everalign.data.templating import ChatFormat, Prompt
+from everalign.data.templating import ChatFormat, Prompt, encode_response
 from everalign.errors import InputError
 from everalign.modeling.decoding import continue_rows, pick
 from everalign.modeling.decoding_cache import pad_left
 from everalign.modeling.policy import Policy
+from everalign.modeling.stops import TurnEnd, stop_token_ids, turn_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int], None]
+
+# Tokens that are read before those of a turn's end.
+_BEFORE = 8
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,8 @@ def sample_completions(
     Raises:
         InputError: a prompt cannot be rendered or is too long; names its number.
     """
-    form = ChatFormat(tokenizer)
-    texts, tokens = _checked(form, prompts, options)
-    ends = [_end_of(form, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    _, tokens = _checked(ChatFormat(tokenizer), prompts, options)
+    ends = _Ends(tokenizer, stop_token_ids(policy.peft, tokenizer), turn_end(tokenizer))
     lengths = [options.completions * (len(ids) + options.max_new_tokens) for ids in tokens]
     found: dict[int, Samples] = {}
     was_training = policy.training
@@ -98,12 +101,11 @@ def sample_completions(
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         for rows in batches_by_length(lengths, tokens_per_batch):
-            drawn = _draw(
-                policy, [tokens[row] for row in rows], sorted({ends[row] for row in rows} | {form.eos}), options
-            )
+            asked = [prompts[row] for row in rows]
+            drawn = _draw(policy, [tokens[row] for row in rows], ends, options, asked)
             for place, row in enumerate(rows):
                 answers = drawn[place * options.completions : (place + 1) * options.completions]
-                found[row] = _samples(tokenizer, answers, {ends[row], form.eos})
+                found[row] = _samples(ends, prompts[row], tokens[row], answers)
             if progress is not None:
                 progress(len(rows))
     policy.train(was_training)
@@ -128,27 +130,83 @@ def _checked(
     return texts, tokens
 
 
-def _end_of(form: ChatFormat, prompt: Prompt, text: str) -> int:
-    """Return the token that ends an answer to this prompt: the template's end of turn, or EOS."""
-    return form.response_tokens([form.response_text(prompt, text, "x")])[0][-1]
+@dataclass(frozen=True)
+class _Ends:
+    """Where answers end, and what they say up to there.
+
+    Args:
+        tokenizer: the model's.
+        tokens: any of them ends an answer.
+        turn: how the chat template ends a turn; a text that is no chat may go on behind that.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    tokens: frozenset[int]
+    turn: TurnEnd
+
+    def over(self, prompt: Prompt, ids: list[int]) -> bool:
+        """Whether an answer has reached the text that ends its turn."""
+        if not self.turn.text or isinstance(prompt, str):
+            return False
+        # A token is a byte at least; those that the text may have begun in are read with it.
+        last = ids[-len(self.turn.text.encode()) - _BEFORE :]
+        return self.turn.text in self.read(last)
+
+    def text(self, prompt: Prompt, prompt_ids: list[int], ids: list[int]) -> str | None:
+        """Return what an answer says, without its end; None where it has none."""
+        length = next((i for i, token in enumerate(ids) if token in self.tokens), None)
+        said = ids if length is None else ids[:length]
+        if isinstance(prompt, str):
+            return None if length is None else self._behind(prompt_ids, said)
+        text = self._as_learned(prompt, prompt_ids, said)
+        if self.turn.text and self.turn.text in text:
+            return text.partition(self.turn.text)[0]
+        if length is None:
+            return None
+        return text.removesuffix(self.turn.lead) if ids[length] == self.turn.token else text
+
+    def read(self, ids: list[int]) -> str:
+        """Return the text of tokens, as of the beginning of a text."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _behind(self, prompt_ids: list[int], ids: list[int]) -> str:
+        """Return the text of tokens that follow a prompt; some tokenizers drop a text's first space."""
+        before, both = self.read(prompt_ids), self.read(prompt_ids + ids)
+        return both[len(before) :] if both.startswith(before) else self.read(ids)
+
+    def _as_learned(self, prompt: Prompt, prompt_ids: list[int], ids: list[int]) -> str:
+        """Return the text that is learned as these very tokens, where there is one.
+
+        Whether the white space that begins an answer is its own depends on the template and on the tokenizer.
+        """
+        behind, alone = self._behind(prompt_ids, ids), self.read(ids)
+        texts = [behind.removeprefix(self.turn.opening), alone, behind]
+        if len(set(texts)) > 1:
+            for text in texts:
+                try:
+                    if encode_response(self.tokenizer, prompt, text)[: len(ids)] == ids:
+                        return text
+                except InputError:  # the template does not take it so
+                    continue
+        return texts[0]
 
 
-def _draw(policy: Policy, prompts: Sequence[list[int]], ends: list[int], options: SamplingOptions) -> list[list[int]]:
-    """Draw K answers to every prompt, prompt by prompt: the new tokens, up to the first end mark or the limit."""
-    with policy.decoding(policy.on_device(pad_left(prompts, ends[0]))) as decoder:
+def _draw(
+    policy: Policy, prompt_ids: Sequence[list[int]], ends: _Ends, options: SamplingOptions, prompts: Sequence[Prompt]
+) -> list[list[int]]:
+    """Draw K answers to every prompt, prompt by prompt: the new tokens, up to the first end or the limit."""
+    with policy.decoding(policy.on_device(pad_left(prompt_ids, min(ends.tokens)))) as decoder:
         decoder.take(torch.arange(len(prompts)).repeat_interleave(options.completions))
-        return continue_rows(decoder, lambda logits: pick(logits / options.temperature), ends, options.max_new_tokens)
-
-
-def _samples(tokenizer: Any, answers: list[list[int]], ends: set[int]) -> Samples:
-    texts = []
-    for ids in answers:
-        length = next((i for i, token in enumerate(ids) if token in ends), None)
-        text = (
-            ""
-            if length is None
-            else tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return continue_rows(
+            decoder,
+            lambda logits: pick(logits / options.temperature),
+            ends.tokens,
+            options.max_new_tokens,
+            lambda number, ids: ends.over(prompts[number // options.completions], ids),
         )
-        if text.strip():
-            texts.append(text)
+
+
+def _samples(ends: _Ends, prompt: Prompt, prompt_ids: list[int], answers: list[list[int]]) -> Samples:
+    texts = [text for ids in answers if (text := ends.text(prompt, prompt_ids, ids)) is not None and text.strip()]
     return Samples(tuple(texts), len(answers) - len(texts))

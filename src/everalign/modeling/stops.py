@@ -1,0 +1,101 @@
+"""Where what a model writes ends: at one of its end tokens, or at the text that its chat template ends a turn with."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jinja2.exceptions import TemplateError
+
+from everalign.data.templating import template_in_use
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_QUESTION, _ANSWER, _NEXT = "How are you?", "Very well, thanks.", "Good to hear."
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """How a chat template ends an assistant's turn.
+
+    Args:
+        token: the token that ends it; None where ordinary text does, or nothing.
+        text: that ordinary text, such as `### End`; the beginning of the user's turn, such as `\\nUser:`, where the
+            template puts nothing else behind an answer. Empty where a token ends the turn before any text.
+        lead: the white space between an answer and `token`.
+        opening: what the template puts between the prompt and an answer, which a model has to write itself.
+    """
+
+    token: int | None = None
+    text: str = ""
+    lead: str = ""
+    opening: str = ""
+
+
+def turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
+    """Find out how the tokenizer's chat template ends an assistant's turn; an empty one where it refuses to say."""
+    template = template_in_use(tokenizer)
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+
+    def render(messages: list[dict[str, str]], asks: bool = False) -> str:
+        text: str = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=asks
+        )
+        return text
+
+    try:
+        prompt, whole = render(turns[:1], asks=True), render(turns)
+        longer = render([*turns, {"role": "user", "content": _NEXT}])
+    except TemplateError:
+        return TurnEnd()
+    before, answer, tail = whole.rpartition(_ANSWER)
+    if not answer:  # rewritten
+        return TurnEnd()
+    if not tail.strip():
+        # What only begins the user's turn ends the assistant's one all the same.
+        tail = longer.rpartition(_ANSWER)[2].partition(_NEXT)[0]
+    opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    found = [(tail.find(name), -len(name), name) for name in _marks(tokenizer) if name in tail]
+    if not found:
+        return TurnEnd(None, tail.rstrip(), "", opening)
+    place, _, name = min(found)
+    lead, token = tail[:place], tokenizer.convert_tokens_to_ids(name)
+    return TurnEnd(token, lead.rstrip(), "" if lead.strip() else lead, opening)
+
+
+def stop_token_ids(model: Any, tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Return the tokens any of which ends an answer.
+
+    Those of the generation configuration (at which transformers' `generate` stops), the tokenizer's EOS, and the one
+    that the chat template ends a turn with. Besides, those of the model's configuration that are no ordinary text for
+    the tokenizer: where nobody set it, it holds some family's default, which may be any token of another vocabulary.
+
+    Args:
+        model: a Hugging Face language model, with or without adapters.
+        tokenizer: its tokenizer.
+    """
+    marks = {tokenizer.convert_tokens_to_ids(name) for name in _marks(tokenizer)}
+    config = model.config
+    configured = {*_ids(config), *_ids(config.get_text_config())} & marks
+    end = turn_end(tokenizer).token
+    own = [] if end is None else [end]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return frozenset({*_ids(getattr(model, "generation_config", None)), *configured, *eos, *own})
+
+
+def special_stop_ids(model: Any, tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Return those of `stop_token_ids` that are special: no text has them, so that none is cut at one."""
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return stop_token_ids(model, tokenizer) & {*special, *tokenizer.all_special_ids}
+
+
+def _marks(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
+    """Return the texts that the tokenizer reads as one token wherever they stand, white space aside."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return {name for name in added | set(tokenizer.all_special_tokens) if name.strip()}
+
+
+def _ids(config: Any) -> Iterable[int]:
+    """Return the end tokens that a configuration names, one of them or a list."""
+    named = getattr(config, "eos_token_id", None)
+    return [] if named is None else [named] if isinstance(named, int) else list(named)
