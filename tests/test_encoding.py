@@ -14,7 +14,7 @@ from everalign.data.templating import (
     template_fingerprint,
 )
 from everalign.errors import InputError
-from tokenizers_for_tests import CHATML, NO_END, NO_SYSTEM, SHOUTING, THINKING, byte_tokenizer
+from tokenizers_for_tests import CHATML, FORGETFUL, NO_END, NO_SYSTEM, SHOUTING, byte_tokenizer
 
 CHAT = ({"role": "user", "content": "Hi"},)
 
@@ -104,7 +104,7 @@ def test_answer_of_no_tokens_is_still_its_end():
             byte_tokenizer(NO_SYSTEM, bos="<s>"),
             "refuses a conversation of system, user: System role not supported",
         ),
-        (byte_tokenizer(THINKING), "the chat template does not extend the text of the prompt"),
+        (byte_tokenizer(FORGETFUL), "the chat template does not extend the text of the prompt"),
         (byte_tokenizer(SHOUTING), "the chat template rewrites the answer 'good'"),
         (byte_tokenizer("{{ oops"), "refuses a conversation"),
     ],

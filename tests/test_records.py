@@ -77,11 +77,9 @@ def test_other_columns_and_null_weight_are_ignored():
     assert read(prompt="p", chosen="a", rejected="b", weight=None, source="x") == Preference("p", "a", "b")
 
 
-def test_message_keys_of_no_meaning_are_ignored_and_tool_calls_refused():
-    extra = {**USER, "id": 3, "tool_calls": None}
+def test_message_keys_of_no_meaning_are_ignored():
+    extra = {**USER, "id": 3, "tool_calls": None, "name": None, "images": []}
     assert read(prompt=[extra], chosen="a", rejected="b").prompt == (USER,)
-    calls = {**USER, "tool_calls": [{"name": "f"}]}
-    assert "'tool_calls' is not supported" in problem(prompt=[calls], chosen="a", rejected="b")
 
 
 def test_whole_conversations_share_their_prompt():
@@ -96,9 +94,10 @@ def test_whole_conversations_with_the_prompt_repeated_as_text():
     assert problem(prompt="Other", chosen=[USER, ANSWER], rejected=other).startswith("field 'prompt': its text")
 
 
-def test_conversations_that_part_before_the_last_message_are_refused():
-    other = [USER, {"role": "assistant", "content": "No"}, USER, ANSWER]
-    assert problem(chosen=[USER, ANSWER, USER, ANSWER], rejected=other).startswith("field 'chosen': after the")
+def test_conversations_may_part_before_the_last_message():
+    no = {"role": "assistant", "content": "No"}
+    row = read(chosen=[USER, ANSWER, USER, ANSWER], rejected=[USER, no, USER, ANSWER])
+    assert row == Preference((USER,), (ANSWER, USER, ANSWER), (no, USER, ANSWER))
     assert problem(chosen=[ANSWER], rejected=[ANSWER]).startswith("field 'prompt': none found")
 
 
@@ -117,7 +116,7 @@ def test_conversations_that_part_before_the_last_message_are_refused():
         ({"prompt": [{"from": "human", "value": "x"}]}, "found keys from, value"),
         (
             {"prompt": [{"role": "human", "content": "x"}]},
-            "role 'human' is not one of system, user, assistant; use 'user'",
+            "role 'human' is not one of system, developer, user, assistant, tool; use 'user'",
         ),
         ({"prompt": [{"role": ["user"], "content": "x"}]}, "is not one of"),
         ({"prompt": [{"role": "user", "content": None}]}, "field 'prompt[0]': must be text, found null"),
@@ -125,7 +124,7 @@ def test_conversations_that_part_before_the_last_message_are_refused():
         ({"prompt": [USER, ANSWER]}, "field 'prompt': ends in an assistant message"),
         (
             {"prompt": [USER], "chosen": [USER]},
-            "field 'chosen': after the prompt there must be exactly one message",
+            "field 'chosen': after the prompt there must be the assistant's message",
         ),
         ({"prompt": [USER], "chosen": [USER, ANSWER]}, "found 2 (user, assistant)"),
         ({"chosen": " b\n"}, "field 'rejected': equal to 'chosen'"),

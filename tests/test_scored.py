@@ -104,7 +104,10 @@ def test_the_preference_in_it():
         ({"completions": "one"}, "field 'completions': must be a list of texts, found text"),
         ({"completions": ["one", ""]}, "field 'completions[1]': is empty"),
         ({"completions": ["one", 2]}, "field 'completions[1]': must be text, found a number"),
-        ({"completions": [CHAT, "x"]}, "field 'completions[0]': after the prompt there must be exactly one message"),
+        (
+            {"completions": [CHAT, "x"]},
+            "field 'completions[0]': after the prompt there must be the assistant's message",
+        ),
         ({"prompt": ""}, "field 'prompt': is empty"),
         ({"prompt": None}, "field 'prompt': must be text or a list of chat messages, found null"),
         ({"prompt": [{"role": "assistant", "content": "x"}]}, "field 'prompt': ends in an assistant message"),

@@ -27,6 +27,11 @@ THINKING = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: <think>' }}{% endif %}"
 )
+# Shows the last message only, so that an answer does not follow its prompt.
+FORGETFUL = (
+    "{% for message in messages[-1:] %}{{ message['role'] + ': ' + message['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 SHOUTING = "{% for message in messages %}{{ message['content'] | upper + '</s>' }}{% endfor %}"
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<end_of_turn>", "<pad>"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from everalign.chat_client import ChatClient, ChatError, Completion
 from everalign.chat_reply import shortened
-from everalign.data.fields import Message
+from everalign.data.messages import Message
 from everalign.errors import EveralignError, InputError
 from everalign.keyed_store import KeyedStore
 

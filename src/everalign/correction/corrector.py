@@ -18,7 +18,8 @@ from everalign.correction.engines import TOKENS_PER_BATCH, EndpointEngine, Engin
 from everalign.correction.files import load_corrector_files
 from everalign.correction.guards import Approver, Guards
 from everalign.correction.templates import Question, Template, get_template
-from everalign.data.fields import check_text, checked_prompt
+from everalign.data.fields import check_text
+from everalign.data.messages import checked_prompt
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.draft_decoding import Verified
 from everalign.modeling.loading import Precision, load_model, load_tokenizer

@@ -4,7 +4,7 @@ Question and answer are data: see `everalign.quoting`.
 """
 
 from everalign.correction.templates import Question
-from everalign.data.fields import Message
+from everalign.data.messages import Message
 from everalign.quoting import as_written, quoted
 
 INSTRUCTIONS = """\

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-from everalign.data.fields import Message
+from everalign.data.messages import Message, message_text
 from everalign.errors import InputError
 
 Question = str | Sequence[Message]
@@ -132,8 +132,8 @@ def question_text(question: Question) -> str:
     if isinstance(question, str):
         return question
     if len(question) == 1 and question[0]["role"] == "user":
-        return question[0]["content"]
-    turns = ((message["role"].capitalize(), _TURN.sub(r"\1 :", message["content"])) for message in question)
+        return message_text(question[0])
+    turns = ((message["role"].capitalize(), _TURN.sub(r"\1 :", message_text(message))) for message in question)
     return "\n\n".join(f"{role}: {content}" for role, content in turns)
 
 

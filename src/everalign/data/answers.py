@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from everalign.data.fields import Message, check_text, checked_prompt, content_id
+from everalign.data.fields import check_text, content_id
 from everalign.data.fields import kind as kind_of
+from everalign.data.messages import PROMPT_COLUMNS, Prompt, checked_prompt, prompt_of
 from everalign.data.readers import load_rows
 from everalign.data.row_set import RowSet
 from everalign.data.schema import Schema
 from everalign.errors import InputError
 
 ANSWER_SCHEMA = Schema(
-    columns=("question", "answer", "correction", "good", "kind"),
+    columns=("question", "answer", "correction", "good", "kind", *PROMPT_COLUMNS),
     required=("question", "answer"),
     expected="expected 'question', 'answer' and optionally 'correction', 'good', 'kind'",
     other_names={
@@ -43,7 +44,7 @@ class Answer:
         InputError: a field is wrong, or contradicts another; the message names the field and says what to do.
     """
 
-    question: str | tuple[Message, ...]
+    question: Prompt
     answer: str
     correction: str | None = None
     good: bool | None = None
@@ -100,7 +101,8 @@ class Answer:
         try:
             row = ANSWER_SCHEMA.row(obj)
             ANSWER_SCHEMA.check(row.keys())
-            return cls(row["question"], row["answer"], row.get("correction"), _flag(row.get("good")), _label(row))
+            question = prompt_of(row, row["question"], "question")
+            return cls(question, row["answer"], row.get("correction"), _flag(row.get("good")), _label(row))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 

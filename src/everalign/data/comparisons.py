@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from everalign.data.encoding import check_max_length, cut_prompt
+from everalign.data.messages import Completion, Prompt
 from everalign.data.records import Preference
-from everalign.data.templating import ChatFormat, Prompt
+from everalign.data.templating import ChatFormat
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class EncodedAnswers:
 
 def encode_answers(
     prompts: Sequence[Prompt],
-    completions: Sequence[str],
+    completions: Sequence[Completion],
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     name: Callable[[int], str] = lambda i: f"answer {i + 1}",
@@ -78,22 +79,14 @@ def encode_answers(
             would take it for padding); names the answer.
     """
     check_max_length(max_length)
-    form = ChatFormat(tokenizer)
-    texts, tails = [], []
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        try:
-            texts.append(form.prompt_text(prompt))
-            tails.append(form.response_text(prompt, texts[-1], completion))
-        except InputError as error:
-            raise InputError(f"{name(i)}: {error}") from None
-    heads, answers = form.prompt_tokens(prompts, texts), form.response_tokens(tails)
-    sequences = [_cut(*parts, max_length, tokenizer.bos_token_id) for parts in zip(heads, answers, strict=True)]
+    encoded = ChatFormat(tokenizer).encode(prompts, [(completion,) for completion in completions], name)
+    parts = [(prompt, answer) for prompt, (answer,) in encoded]
+    sequences = [_cut(*part, max_length, tokenizer.bos_token_id) for part in parts]
     for i, tokens in enumerate(sequences):
         if tokens[-1] == tokenizer.pad_token_id:
             raise InputError(f"{name(i)}: ends in the padding token {tokenizer.pad_token!r}; remove it from the text")
-    whole = [len(head) + len(answer) for head, answer in zip(heads, answers, strict=True)]
-    cut = sum(len(tokens) < length for tokens, length in zip(sequences, whole, strict=True))
-    return EncodedAnswers(tuple(sequences), tuple(len(answer) for answer in answers), cut)
+    cut = sum(len(tokens) < len(p) + len(a) for tokens, (p, a) in zip(sequences, parts, strict=True))
+    return EncodedAnswers(tuple(sequences), tuple(len(answer) for _, answer in parts), cut)
 
 
 def encode_comparisons(

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from everalign.data.fields import Message, answer, check_text, checked_prompt, checked_weight, content_id
+from everalign.data.fields import checked_weight, content_id
+from everalign.data.messages import (
+    PROMPT_COLUMNS,
+    Prompt,
+    checked_answer,
+    checked_prompt,
+    prompt_columns,
+    prompt_of,
+)
 from everalign.data.readers import PreferenceSet, first_columns, load_preferences, load_rows
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
@@ -20,7 +28,7 @@ from everalign.data.scored import Scored
 from everalign.errors import InputError
 
 CORRECTION_SCHEMA = Schema(
-    columns=("question", "answer", "correction", "weight"),
+    columns=("question", "answer", "correction", "weight", *PROMPT_COLUMNS),
     required=("question", "answer", "correction"),
     expected="expected 'question', 'answer', 'correction' and optionally 'weight'",
     other_names={
@@ -45,15 +53,15 @@ class Correction:
         InputError: a field is wrong; the message names the field and says what to do.
     """
 
-    question: str | tuple[Message, ...]
+    question: Prompt
     answer: str
     correction: str
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "question", checked_prompt(self.question, "question", "answer"))
-        check_text(self.answer, "answer")
-        check_text(self.correction, "correction")
+        for name in ("answer", "correction"):
+            object.__setattr__(self, name, checked_answer(getattr(self, name), name))
         object.__setattr__(self, "weight", checked_weight(self.weight))
 
     def __hash__(self) -> int:
@@ -77,8 +85,7 @@ class Correction:
 
     def to_json(self) -> dict[str, Any]:
         """The row as its columns; `weight` only where it is not 1."""
-        question = self.question if isinstance(self.question, str) else [dict(message) for message in self.question]
-        row: dict[str, Any] = {"question": question, "answer": self.answer, "correction": self.correction}
+        row = {**prompt_columns(self.question, "question"), "answer": self.answer, "correction": self.correction}
         return row if self.weight == 1.0 else {**row, "weight": self.weight}
 
     @classmethod
@@ -96,8 +103,8 @@ class Correction:
             row = CORRECTION_SCHEMA.row(obj)
             CORRECTION_SCHEMA.check(row.keys())
             weight = row.get("weight")
-            original, better = (answer(row[field], field) for field in ("answer", "correction"))
-            return cls(row["question"], original, better, 1.0 if weight is None else weight)
+            question = prompt_of(row, row["question"], "question")
+            return cls(question, row["answer"], row["correction"], 1.0 if weight is None else weight)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 
@@ -114,8 +121,13 @@ class Correction:
 
 
 def correction_of(pair: Preference) -> Correction:
-    """The rejected answer, corrected into the chosen one."""
-    return Correction(pair.prompt, pair.rejected, pair.chosen, pair.weight)
+    """The rejected answer, corrected into the chosen one.
+
+    Raises:
+        InputError: one of them is more than a text.
+    """
+    rejected, chosen = checked_answer(pair.rejected, "rejected"), checked_answer(pair.chosen, "chosen")
+    return Correction(pair.prompt, rejected, chosen, pair.weight)
 
 
 @dataclass(frozen=True, repr=False)

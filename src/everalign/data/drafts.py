@@ -6,13 +6,14 @@ perhaps with `rewards`. An `id` and a `weight` are carried along.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from everalign.data.corrections import Correction, correction_of
-from everalign.data.fields import Message, answer, check_text, checked_prompt, checked_weight, content_id, kind
+from everalign.data.fields import check_text, checked_weight, content_id, kind
+from everalign.data.messages import PROMPT_COLUMNS, Completion, Prompt, checked_answer, checked_prompt, prompt_of
 from everalign.data.readers import load_rows
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
@@ -32,6 +33,7 @@ DRAFT_SCHEMA = Schema(
         "rewards",
         "weight",
         "id",
+        *PROMPT_COLUMNS,
     ),
     required=(),
     expected="expected 'question' or 'prompt', alone or with 'answer' (and 'correction' or 'edited_text'), "
@@ -58,7 +60,7 @@ class Draft:
         InputError: a field is wrong; the message names the field and says what to do.
     """
 
-    question: str | tuple[Message, ...]
+    question: Prompt
     answers: tuple[str, ...] = ()
     edit: Correction | None = None
     weight: float = 1.0
@@ -103,6 +105,7 @@ class Draft:
             question = _only(row, "question", "prompt")
             if question is None:
                 raise DRAFT_SCHEMA.missing("question", row.keys())
+            question = prompt_of(row, question, "question")
             weight = 1.0 if row.get("weight") is None else row["weight"]
             if answered == "completions":
                 return _of_completions(row, question, weight, name)
@@ -129,10 +132,10 @@ def _of_answer(row: Mapping[Any, Any], question: Any, weight: Any, name: str | N
         if better is not None:
             raise InputError("field 'answer': no such column, though there is an edit of it; add it")
         return Draft(question, (), None, weight, name)
-    text = answer(original, "answer")
+    text = checked_answer(original, "answer")
     if better is None:
         return Draft(question, (text,), None, weight, name)
-    edit = Correction(question, text, answer(better, "correction"), weight)
+    edit = Correction(question, text, checked_answer(better, "correction"), weight)
     return Draft(edit.question, (text,), edit, weight, name)
 
 
@@ -140,16 +143,21 @@ def _of_preference(row: Mapping[Any, Any], name: str | None) -> Draft:
     question = _only(row, "question", "prompt")
     asked = {} if question is None else {"prompt": question}
     pair = Preference.from_json({**row, **asked}, "as a preference")
-    return Draft(pair.prompt, (pair.rejected,), correction_of(pair), pair.weight, name)
+    edit = correction_of(pair)
+    return Draft(pair.prompt, (edit.answer,), edit, pair.weight, name)
 
 
 def _of_completions(row: Mapping[Any, Any], question: Any, weight: Any, name: str | None) -> Draft:
     if row.get("rewards") is None:
-        return Draft(question, checked_completions(row["completions"]), None, weight, name)
+        return Draft(question, _texts(checked_completions(row["completions"])), None, weight, name)
     scored = Scored(question, row["completions"], row["rewards"], weight)
     pair = scored.preference()
     edit = None if pair is None else correction_of(pair)
-    return Draft(scored.prompt, scored.completions, edit, weight, name)
+    return Draft(scored.prompt, _texts(scored.completions), edit, weight, name)
+
+
+def _texts(completions: Sequence[Completion]) -> tuple[str, ...]:
+    return tuple(checked_answer(text, f"completions[{i}]") for i, text in enumerate(completions))
 
 
 def _answered(row: Mapping[Any, Any]) -> str | None:

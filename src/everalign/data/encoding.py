@@ -147,20 +147,12 @@ def cut_prompt(prompt: list[int], room: int, bos: int | None) -> list[int]:
 
 
 def _encode_whole(rows: Sequence[Preference], form: ChatFormat) -> list[EncodedPair]:
-    texts = [_render(number, row, form) for number, row in enumerate(rows, start=1)]
-    prompts = form.prompt_tokens([row.prompt for row in rows], [prompt for prompt, _, _ in texts])
-    chosen = form.response_tokens([better for _, better, _ in texts])
-    rejected = form.response_tokens([worse for _, _, worse in texts])
+    encoded = form.encode(
+        [row.prompt for row in rows],
+        [(row.chosen, row.rejected) for row in rows],
+        lambda i: f"pair {i + 1} (id {rows[i].id})",
+    )
     return [
-        EncodedPair(row.id, *tokens, row.weight)
-        for row, tokens in zip(rows, zip(prompts, chosen, rejected, strict=True), strict=True)
+        EncodedPair(row.id, prompt, chosen, rejected, row.weight)
+        for row, (prompt, (chosen, rejected)) in zip(rows, encoded, strict=True)
     ]
-
-
-def _render(number: int, row: Preference, form: ChatFormat) -> tuple[str, str, str]:
-    try:
-        prompt = form.prompt_text(row.prompt)
-        better, worse = (form.response_text(row.prompt, prompt, text) for text in (row.chosen, row.rejected))
-    except InputError as error:
-        raise InputError(f"pair {number} (id {row.id}): {error}") from None
-    return prompt, better, worse

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, overload
 
 from everalign.data.encoding import check_max_length, cut_prompt
 from everalign.data.scored import Scored
-from everalign.data.templating import ChatFormat
+from everalign.data.templating import ChatFormat, EncodedRow
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -202,17 +202,6 @@ def _encode_weighted(
         yield row, row.weights, short, responses, len(short) < len(prompt)
 
 
-def _encode_whole(rows: Sequence[Scored], form: ChatFormat) -> list[tuple[list[int], tuple[list[int], ...]]]:
-    texts, answers = [], []
-    for number, row in enumerate(rows, start=1):
-        try:
-            text = form.prompt_text(row.prompt)
-            answers += [form.response_text(row.prompt, text, completion) for completion in row.completions]
-        except InputError as error:
-            raise InputError(f"row {number} (id {row.id}): {error}") from None
-        texts.append(text)
-    prompts = form.prompt_tokens([row.prompt for row in rows], texts)
-    responses = iter(form.response_tokens(answers))
-    return [
-        (prompt, tuple(next(responses) for _ in row.completions)) for prompt, row in zip(prompts, rows, strict=True)
-    ]
+def _encode_whole(rows: Sequence[Scored], form: ChatFormat) -> list[EncodedRow]:
+    prompts, completions = [row.prompt for row in rows], [row.completions for row in rows]
+    return form.encode(prompts, completions, lambda i: f"row {i + 1} (id {rows[i].id})")

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from everalign.data.fields import Message, checked_prompt, checked_weight, content_id
+from everalign.data.fields import checked_weight, content_id
+from everalign.data.messages import PROMPT_COLUMNS, Completion, Prompt, checked_prompt, prompt_of
 from everalign.data.readers import load_rows
 from everalign.data.row_set import RowSet
 from everalign.data.schema import Schema
@@ -13,7 +14,7 @@ from everalign.data.unscored import Unscored
 from everalign.errors import InputError
 
 PROMPT_SCHEMA = Schema(
-    columns=("prompt", "weight"),
+    columns=("prompt", "weight", *PROMPT_COLUMNS),
     required=("prompt",),
     expected="expected 'prompt' and optionally 'weight'",
     other_names={"prompt": ("instruction", "question", "query", "input", "messages", "conversations")},
@@ -32,7 +33,7 @@ class PromptRow:
         InputError: a field is wrong; the message names the field and says what to do.
     """
 
-    prompt: str | tuple[Message, ...]
+    prompt: Prompt
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -52,7 +53,7 @@ class PromptRow:
         """Ids under which the row may be found again."""
         return (self.id,)
 
-    def answered(self, completions: Sequence[str]) -> Unscored:
+    def answered(self, completions: Sequence[Completion]) -> Unscored:
         """The row with its answers."""
         return Unscored(self.prompt, tuple(completions), self.weight)
 
@@ -67,7 +68,7 @@ class PromptRow:
             row = PROMPT_SCHEMA.row(obj)
             PROMPT_SCHEMA.check(row.keys())
             weight = row.get("weight")
-            return cls(row["prompt"], 1.0 if weight is None else weight)
+            return cls(prompt_of(row, row["prompt"]), 1.0 if weight is None else weight)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 

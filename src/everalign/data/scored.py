@@ -13,16 +13,17 @@ from functools import cached_property
 from numbers import Real
 from typing import Any
 
-from everalign.data.fields import (
-    Message,
-    answer,
-    check_text,
+from everalign.data.fields import checked_weight, content_id, is_finite, kind, shown
+from everalign.data.messages import (
+    PROMPT_COLUMNS,
+    Completion,
+    Prompt,
+    checked_completion,
     checked_prompt,
-    checked_weight,
-    content_id,
-    is_finite,
-    kind,
-    shown,
+    completion_column,
+    is_same,
+    prompt_columns,
+    prompt_of,
 )
 from everalign.data.readers import PreferenceSet, first_columns, load_preferences, load_rows
 from everalign.data.records import Preference
@@ -34,7 +35,7 @@ from everalign.errors import InputError
 _LARGEST_WEIGHT = 1e20
 
 SCORED_SCHEMA = Schema(
-    columns=("prompt", "completions", "rewards", "weight", "weights", "reference_rewards"),
+    columns=("prompt", "completions", "rewards", "weight", "weights", "reference_rewards", *PROMPT_COLUMNS),
     required=("prompt", "completions", "rewards"),
     expected="expected 'prompt', 'completions', 'rewards' and optionally 'weight', 'weights' and 'reference_rewards'",
     other_names={
@@ -63,8 +64,8 @@ class Scored:
         InputError: a field is wrong; the message names the field and says what to do.
     """
 
-    prompt: str | tuple[Message, ...]
-    completions: tuple[str, ...]
+    prompt: Prompt
+    completions: tuple[Completion, ...]
     rewards: tuple[float, ...]
     weight: float = 1.0
     weights: tuple[float, ...] | None = None
@@ -72,7 +73,7 @@ class Scored:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", checked_prompt(self.prompt))
-        object.__setattr__(self, "completions", checked_completions(self.completions))
+        object.__setattr__(self, "completions", checked_completions(self.completions, self.prompt))
         each = len(self.completions)
         for field, count in (("rewards", each), ("weights", each), ("reference_rewards", None)):
             if getattr(self, field) is not None or field == "rewards":
@@ -93,8 +94,8 @@ class Scored:
 
     def to_json(self) -> dict[str, Any]:
         """The row as its columns; `weight` only where it is not 1, what may be missing only where it is there."""
-        prompt = self.prompt if isinstance(self.prompt, str) else [dict(message) for message in self.prompt]
-        row = {"prompt": prompt, "completions": list(self.completions), "rewards": list(self.rewards)}
+        completions = [completion_column(completion) for completion in self.completions]
+        row = {**prompt_columns(self.prompt), "completions": completions, "rewards": list(self.rewards)}
         for field in ("weights", "reference_rewards"):
             if getattr(self, field) is not None:
                 row[field] = list(getattr(self, field))
@@ -115,7 +116,12 @@ class Scored:
             row = SCORED_SCHEMA.row(obj)
             SCORED_SCHEMA.check(row.keys())
             weight = row.get("weight")
-            fields = (row["prompt"], row["completions"], row["rewards"], 1.0 if weight is None else weight)
+            fields = (
+                prompt_of(row, row["prompt"]),
+                row["completions"],
+                row["rewards"],
+                1.0 if weight is None else weight,
+            )
             return cls(*fields, weights=row.get("weights"), reference_rewards=row.get("reference_rewards"))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
@@ -141,7 +147,7 @@ class Scored:
         """The best completion over the worst one; None where all rewards, or these two texts, are equal."""
         best, worst = (self.rewards.index(pick(self.rewards)) for pick in (max, min))
         chosen, rejected = self.completions[best], self.completions[worst]
-        if self.rewards[best] == self.rewards[worst] or chosen.strip() == rejected.strip():
+        if self.rewards[best] == self.rewards[worst] or is_same(chosen, rejected):
             return None
         return Preference(self.prompt, chosen, rejected, self.weight)
 
@@ -176,16 +182,13 @@ def load_judged(
     return load_scored(source, split=split, skip_bad_rows=skip_bad_rows)
 
 
-def checked_completions(value: Any) -> tuple[str, ...]:
-    """Return completions as records hold them: texts, at least one."""
+def checked_completions(value: Any, prompt: Prompt | None = None) -> tuple[Completion, ...]:
+    """Return completions as records hold them, at least one; see `checked_completion`."""
     if not isinstance(value, list | tuple):
         raise InputError(f"field 'completions': must be a list of texts, found {kind(value)}")
     if not value:
         raise InputError("field 'completions': the list is empty; give at least one completion or remove the row")
-    texts = tuple(answer(item, f"completions[{i}]") for i, item in enumerate(value))
-    for i, text in enumerate(texts):
-        check_text(text, f"completions[{i}]")
-    return texts
+    return tuple(checked_completion(item, f"completions[{i}]", prompt) for i, item in enumerate(value))
 
 
 def _numbers(value: Any, field: str, count: int | None) -> tuple[float, ...]:

@@ -21,7 +21,9 @@ from everalign.errors import InputError
 RawRows = Iterator[tuple[str, object]]
 
 _BOM = b"\xef\xbb\xbf"
-_MESSAGE_LIST = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
+_MESSAGE_LIST = re.compile(
+    r"""\s*\[\s*\{\s*["'](role|content|name|tool_calls|tool_call_id|reasoning_content|reasoning|thinking)["']\s*:"""
+)
 _LIST = re.compile(r"\s*\[")
 
 

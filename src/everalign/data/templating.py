@@ -1,48 +1,61 @@
 """How text becomes tokens: the chat template, the border of prompt and answer, and the end of an answer.
 
-Prompt and answer are tokenised separately, as they are when the model is used: it reads the prompt's tokens
-and then writes the answer's. No token straddles the border, so the prompt's are the same for every answer.
+The tokens are those of the whole conversation, tokenised as one text: tokenizers that put a mark of a space before a
+text of its own, or that join characters across the border, have no other tokens for an answer behind its prompt.
 
-* A chat prompt is rendered by the tokenizer's chat template up to where the assistant speaks. An answer is
-  what the template adds to that for the assistant's message, through its end-of-turn mark, or else EOS.
-* A text prompt is continued as it stands: its tokens (with BOS if the tokenizer adds one), the answer's, EOS.
+* A chat prompt is rendered by the tokenizer's chat template up to where the assistant speaks. An answer is what the
+  template adds to that for the assistant's message, through its end-of-turn mark, or else EOS.
+* A text prompt is continued as it stands: BOS if the tokenizer adds one, then prompt and answer as one text, EOS.
+* A token that straddles the border belongs to the answer. All answers of a row follow the same prompt: tokens that not
+  all of them have in common belong to the answers too.
+
+In use a model is given the tokens of the prompt alone (`encode_prompt`). They begin with those that an answer was
+learned behind, and are the same but where a token straddles the border, or where the template opens the assistant's
+turn with more than it keeps in the whole conversation.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from jinja2.exceptions import TemplateError
-
-from everalign.data.fields import Message
+from everalign.data.messages import Completion, Prompt
+from everalign.data.rendering import (
+    DEFAULT_CHAT_TEMPLATE as DEFAULT_CHAT_TEMPLATE,
+)
+from everalign.data.rendering import (
+    Rendered,
+    Renderer,
+    name_of,
+    special_texts,
+    template_in_use,
+    uses_default_template,
+)
+from everalign.data.rendering import (
+    keep_template as keep_template,
+)
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-Prompt = str | Sequence[Message]
+EncodedRow = tuple[list[int], tuple[list[int], ...]]
+"""Tokens of a prompt, and of each of its answers."""
 
-DEFAULT_CHAT_TEMPLATE = (
-    "{{ bos_token or '' }}"
-    "{% for message in messages %}"
-    "{{ message['role'] | capitalize + ':\n' + message['content'] }}"
-    "{{ (eos_token if message['role'] == 'assistant' else '') + '\n\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
-)
-"""Used where the tokenizer has no chat template: each role in words on a line, EOS after each answer."""
-
+_QUESTION: Prompt = ({"role": "user", "content": "Hi"},)
 # Tokenised as part of the fingerprint, for the settings that neither the vocabulary nor the template shows.
 _PROBE = "Mixed CASE,  two spaces\n\ttab; 12345 naïve ½ 漢字."
 _TEXTS_AT_ONCE = 2048
-
-
-_QUESTION: Prompt = ({"role": "user", "content": "Hi"},)
+# Texts that are tokenised alike whatever follows, or nearly.
+_BEFORE = ("\n", ":", "x")
 
 
 class ChatFormat:
     """The borders and ends of one tokenizer's prompts and answers; computed once and used for many rows.
+
+    Args:
+        tokenizer: a model's.
 
     Raises:
         InputError: the tokenizer has no EOS token, or several chat templates and no default one.
@@ -51,7 +64,7 @@ class ChatFormat:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(
-                f"{_name(tokenizer)}: the tokenizer has no EOS token, so an answer would have no end; "
+                f"{name_of(tokenizer)}: the tokenizer has no EOS token, so an answer would have no end; "
                 "set tokenizer.eos_token"
             )
         self.tokenizer = tokenizer
@@ -59,7 +72,55 @@ class ChatFormat:
         self.default_used = uses_default_template(tokenizer)
         self.eos: int = tokenizer.eos_token_id
         self.bos: int | None = tokenizer.bos_token_id
-        self._end_marks = tuple(_special_texts(tokenizer))
+        self._renderer = Renderer(tokenizer)
+        self._end_marks = tuple(special_texts(tokenizer))
+        self._head = _special_head(tokenizer)
+        self._anchors = _anchors(tokenizer)
+
+    def prompt_text(self, prompt: Prompt) -> str:
+        """The prompt as the model reads it, up to the answer's first character."""
+        return prompt if isinstance(prompt, str) else self._renderer.prompt(prompt)
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Tokens that a model reads before it answers; at least one, for an answer's first token to follow."""
+        encoded = _tokenized(self.tokenizer, [self.prompt_text(prompt) for prompt in prompts])
+        return [self._headed(prompt, tokens.ids) for prompt, tokens in zip(prompts, encoded, strict=True)]
+
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        name: Callable[[int], str] = lambda i: f"row {i + 1}",
+    ) -> list[EncodedRow]:
+        """Tokens of N prompts, and of the answers to each, ended by the end-of-turn mark or by EOS.
+
+        A prompt and one of its answers together are the tokens of the whole conversation; no list is empty.
+
+        Args:
+            prompts: N prompts.
+            completions: the answers to each of them, at least one.
+            name: what errors call the row of an index.
+
+        Raises:
+            InputError: a conversation cannot be rendered; names its row.
+        """
+        heads: list[str] = []
+        wholes: list[list[Rendered]] = []
+        for i, (prompt, answers) in enumerate(zip(prompts, completions, strict=True)):
+            try:
+                heads.append(self.prompt_text(prompt))
+                wholes.append([self._whole(prompt, heads[-1], answer) for answer in answers])
+            except InputError as error:
+                raise InputError(f"{name(i)}: {error}") from None
+        encoded_heads = _tokenized(self.tokenizer, heads)
+        # What stands before a special token is tokenised without what follows: for answers of one prompt, once.
+        shared = [self._shared(*row) for row in zip(encoded_heads, wholes, strict=True)]
+        tails = [one.text[chars:] for row, (_, chars) in zip(wholes, shared, strict=True) for one in row]
+        encoded_tails = iter(_tokenized(self.tokenizer, tails))
+        return [
+            self._row(prompt, head.ids, row, *common, list(islice(encoded_tails, len(row))))
+            for prompt, head, row, common in zip(prompts, encoded_heads, wholes, shared, strict=True)
+        ]
 
     def end_of_turn_ids(self, prompt: Prompt = _QUESTION) -> tuple[int, ...]:
         """Tokens any of which ends an assistant's turn: what the template ends it with, or else EOS.
@@ -70,89 +131,151 @@ class ChatFormat:
         Raises:
             InputError: the template refuses the conversation.
         """
-        return (self.response_tokens([self.response_text(prompt, self.prompt_text(prompt), "x")])[0][-1],)
+        return (self.encode([prompt], [["x"]])[0][1][0][-1],)
 
-    def prompt_text(self, prompt: Prompt) -> str:
-        """The prompt as the model reads it, up to the answer's first character."""
-        return prompt if isinstance(prompt, str) else self._render(list(prompt), opens_answer=True)
+    def _whole(self, prompt: Prompt, prompt_text: str, completion: Completion) -> Rendered:
+        if not isinstance(prompt, str):
+            return self._renderer.completion(prompt, prompt_text, completion)
+        if not isinstance(completion, str):
+            raise InputError("an answer of messages needs a prompt of messages; give the prompt as messages too")
+        return Rendered(prompt + completion, len(prompt), completion.endswith(self._end_marks))
 
-    def response_text(self, prompt: Prompt, prompt_text: str, response: str) -> str:
-        """What follows `prompt_text` when the answer is `response`, through the end-of-turn mark if any."""
-        if isinstance(prompt, str):
-            return response
-        whole = self._render([*prompt, {"role": "assistant", "content": response}], opens_answer=False)
-        if not whole.startswith(prompt_text):
-            raise InputError(
-                f"{_name(self.tokenizer)}: with the answer, the chat template does not extend the text of "
-                f"the prompt (which ends in {prompt_text[-40:]!r}), so the answer cannot be cut off; "
-                "use a template whose generation prompt is the beginning of the whole conversation"
-            )
-        return self._through_end_of_turn(whole[len(prompt_text) :], response)
+    def _shared(self, head: "_Tokenized", wholes: Sequence[Rendered]) -> tuple[int, int]:
+        """Return how many tokens, and characters, of a prompt stand before the last special token in it.
 
-    def prompt_tokens(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of rendered prompts; never none, since an answer's first token needs one before it."""
-        plain = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]
-        tokens = self._tokens(texts, special=False)
-        for i, ids in zip(plain, self._tokens([texts[i] for i in plain], special=True), strict=True):
-            # Some tokenizers put EOS after every text; an answer cannot follow it.
-            body = ids[:-1] if ids[-1:] == [self.eos] else ids
-            tokens[i] = body if body[len(body) - len(tokens[i]) :] == tokens[i] else ids
-        return [ids or [self.eos if self.bos is None else self.bos] for ids in tokens]
+        They are the same in front of every answer; both are 0 where there is no such token.
+        """
+        least = min(whole.start for whole in wholes)
+        for place in range(len(head.ids) - 1, 0, -1):
+            if head.ids[place] in self._anchors:
+                start, end = head.span(place)
+                if end <= least:
+                    return place, start
+        return 0, 0
 
-    def response_tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of rendered answers, each ended by its end-of-turn mark or by EOS."""
-        tokens = self._tokens(texts, special=False)
-        for ids, text in zip(tokens, texts, strict=True):
-            if not text.endswith(self._end_marks):
-                ids.append(self.eos)
-        return tokens
+    def _row(
+        self,
+        prompt: Prompt,
+        head: list[int],
+        wholes: Sequence[Rendered],
+        tokens: int,
+        chars: int,
+        tails: "Sequence[_Tokenized]",
+    ) -> EncodedRow:
+        rest = head[tokens:]
+        bodies, least = [], len(rest)
+        for tail, whole in zip(tails, wholes, strict=True):
+            ids, border = tail.ids, _before_border(rest, tail, whole.start - chars)
+            if border < len(rest) and not whole.rendered:
+                written = self._written(whole.text[whole.start :])
+                ids, border = (ids, border) if written is None else (rest + written, len(rest))
+            bodies.append(ids)
+            least = min(least, border)
+        border = _alike([ids[:least] for ids in bodies])
+        answers = tuple(
+            ids[border:] + ([] if whole.ended else [self.eos]) for ids, whole in zip(bodies, wholes, strict=True)
+        )
+        return self._headed(prompt, head[:tokens] + bodies[0][:border]), answers
 
-    def _render(self, messages: list[Message], *, opens_answer: bool) -> str:
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=opens_answer
-            )
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise InputError(
-                f"{_name(self.tokenizer)}: the chat template refuses a conversation of {roles}: {error}; "
-                "change the messages' roles or the template"
-            ) from None
-        return text
+    def _written(self, text: str) -> list[int] | None:
+        """Return the tokens of a text that is written behind others; None where they are joined with any."""
+        for before in _BEFORE:
+            first, both = (one.ids for one in _tokenized(self.tokenizer, (before, before + text)))
+            if both[: len(first)] == first:
+                return both[len(first) :]
+        return None
 
-    def _through_end_of_turn(self, tail: str, response: str) -> str:
-        """Cuts the white space that the template puts after its end of turn, and none of the answer's own."""
-        if response.strip() not in tail:
-            raise InputError(
-                f"{_name(self.tokenizer)}: the chat template rewrites the answer {response[:40]!r}, so what "
-                "was judged would not be what is learnt; change the answer or the template"
-            )
-        end = tail.rstrip()
-        if not end.endswith(response.rstrip()):
-            return end
-        own_space = response[len(response.rstrip()) :]
-        return end + own_space if tail.startswith(own_space, len(end)) else end
+    def _headed(self, prompt: Prompt, ids: list[int]) -> list[int]:
+        whole = [*self._head, *ids] if isinstance(prompt, str) else ids
+        return whole or [self.eos if self.bos is None else self.bos]
 
-    def _tokens(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-        tokens: list[list[int]] = []
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            batch = list(texts[start : start + _TEXTS_AT_ONCE])
-            tokens += self.tokenizer(batch, add_special_tokens=special, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
-        return tokens
+
+class _Tokenized:
+    """One text of a batch: its tokens, and on demand where each stands in the text."""
+
+    __slots__ = ("_batch", "_row", "ids")
+
+    def __init__(self, batch: "BatchEncoding", row: int) -> None:
+        self._batch, self._row = batch, row
+        self.ids: list[int] = batch["input_ids"][row]
+
+    def span(self, place: int) -> tuple[int, int]:
+        """Return where a token's characters begin and end; nowhere, (0, -1), where the tokenizer does not tell."""
+        found = self._batch.token_to_chars(self._row, place) if self._batch.is_fast else None
+        return (0, -1) if found is None else (found.start, found.end)
+
+
+def _tokenized(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[_Tokenized]:
+    """Tokenise texts as they stand, without what the tokenizer puts around a text."""
+    found: list[_Tokenized] = []
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        part = list(texts[start : start + _TEXTS_AT_ONCE])
+        batch = tokenizer(
+            part, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        found += [_Tokenized(batch, row) for row in range(len(part))]
+    return found
+
+
+def _before_border(head: list[int], whole: _Tokenized, border: int) -> int:
+    """Return how many tokens of a whole text lie before a border in it.
+
+    Args:
+        head: tokens of the prompt by itself.
+        whole: prompt and answer as one text.
+        border: the character where the answer begins.
+    """
+    ids = whole.ids
+    if ids[: len(head)] == head:
+        return len(head)
+    count = _alike((ids, head))
+    while count < len(ids) and 0 <= whole.span(count)[1] <= border:
+        count += 1
+    return count
+
+
+def _alike(lists: Sequence[list[int]]) -> int:
+    """Return how many tokens lists begin with alike."""
+    shortest, longest = min(lists), max(lists)
+    pairs = enumerate(zip(shortest, longest, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(shortest), len(longest)))
+
+
+def _special_head(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return what a tokenizer puts before every text, such as BOS; what it puts behind one, an answer cannot follow."""
+    plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    marked = list(tokenizer("a", verbose=False)["input_ids"])
+    places = (i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
+    return marked[: next(places, 0)]
+
+
+def _anchors(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Return the special tokens that cut a text in two, neither of which depends on the other.
+
+    Tokenizers of the tokenizers library look for them before anything else. None for others, and none of those that
+    take the space about them, too, or that are looked for in the normalised text.
+    """
+    if not tokenizer.is_fast:
+        return frozenset()
+    return frozenset(
+        number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+    )
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
     """The tokens a model reads before it answers; at least one."""
-    form = ChatFormat(tokenizer)
-    return form.prompt_tokens([prompt], [form.prompt_text(prompt)])[0]
+    return ChatFormat(tokenizer).encode_prompts([prompt])[0]
 
 
-def encode_response(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, response: str) -> list[int]:
-    """The tokens of an answer to `prompt` (not the prompt's), ended by the end-of-turn mark or EOS."""
-    form = ChatFormat(tokenizer)
-    return form.response_tokens([form.response_text(prompt, form.prompt_text(prompt), response)])[0]
+def encode_response(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, response: Completion) -> list[int]:
+    """The tokens of an answer to `prompt` (not the prompt's), ended by the end-of-turn mark or EOS.
+
+    They follow `encode_prompt(tokenizer, prompt)`, or begin with its last tokens where these are others in the whole
+    conversation; `ChatFormat.encode` gives both.
+    """
+    return ChatFormat(tokenizer).encode([prompt], [[response]])[0][1][0]
 
 
 def template_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -165,49 +288,9 @@ def template_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     facts: dict[str, Any] = {
         "template": template_in_use(tokenizer),
         "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "special": sorted(_special_texts(tokenizer)),
+        "special": sorted(special_texts(tokenizer)),
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "probe": list(tokenizer(_PROBE, verbose=False)["input_ids"]),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def uses_default_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether chats are rendered by `DEFAULT_CHAT_TEMPLATE`, since the tokenizer has no template of its own."""
-    return tokenizer.chat_template is None
-
-
-def keep_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Give the tokenizer the template that its chats are rendered by; call it before the tokenizer is saved.
-
-    What learned chats in the default format is of use only where it is asked in that format.
-    """
-    if uses_default_template(tokenizer):
-        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
-
-
-def template_in_use(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The chat template by which messages are rendered.
-
-    Raises:
-        InputError: the tokenizer has several templates and no default one.
-    """
-    if uses_default_template(tokenizer):
-        return DEFAULT_CHAT_TEMPLATE
-    try:
-        template: str = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise InputError(f"{_name(tokenizer)}: no default chat template: {error}") from None
-    return template
-
-
-def _special_texts(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
-    """The texts of all special tokens: any of them at an answer's end is an end mark."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    named = {tokenizer.bos_token, tokenizer.eos_token}
-    return {text for text in added | named if text}
-
-
-def _name(tokenizer: "PreTrainedTokenizerBase") -> str:
-    return tokenizer.name_or_path or "tokenizer"

@@ -7,14 +7,17 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 
-from everalign.data.fields import Message, check_text, checked_prompt, content_id
+from everalign.data.fields import check_text, content_id
+from everalign.data.messages import PROMPT_COLUMNS, Prompt, checked_prompt, prompt_of
 from everalign.data.readers import load_rows
 from everalign.data.row_set import RowSet
 from everalign.data.schema import Schema
 from everalign.errors import InputError
 
+_COLUMNS = ("question", "answer", "prompt", "completion")
+
 UNCORRECTED_SCHEMA = Schema(
-    columns=("question", "answer", "prompt", "completion"),
+    columns=(*_COLUMNS, *PROMPT_COLUMNS),
     required=(),
     expected="expected 'question' and 'answer', or 'prompt' and 'completion'",
     other_names={
@@ -37,7 +40,7 @@ class Uncorrected:
         InputError: a field is wrong; the message names the field and says what to do.
     """
 
-    question: str | tuple[Message, ...]
+    question: Prompt
     answer: str
 
     def __post_init__(self) -> None:
@@ -75,14 +78,14 @@ class Uncorrected:
         """
         try:
             row = UNCORRECTED_SCHEMA.row(obj)
-            given = {name for name in UNCORRECTED_SCHEMA.columns if row.get(name) is not None}
+            given = {name for name in _COLUMNS if row.get(name) is not None}
             names = ("prompt", "completion") if given & {"prompt", "completion"} else ("question", "answer")
             if others := sorted(given - set(names)):
                 raise InputError(f"field {others[0]!r}: the row has {names[0]!r} or {names[1]!r} too; keep one pair")
             for name in names:
                 if name not in row:
                     raise UNCORRECTED_SCHEMA.missing(name, row.keys())
-            return cls(row[names[0]], row[names[1]])
+            return cls(prompt_of(row, row[names[0]], names[0]), row[names[1]])
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from everalign.data.fields import Message, checked_prompt, checked_weight, content_id
+from everalign.data.fields import checked_weight, content_id
+from everalign.data.messages import PROMPT_COLUMNS, Completion, Prompt, checked_prompt, prompt_of
 from everalign.data.readers import load_rows
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
@@ -19,7 +20,7 @@ from everalign.data.scored import Scored, checked_completions
 from everalign.errors import InputError
 
 UNSCORED_SCHEMA = Schema(
-    columns=("prompt", "completions", "chosen", "rejected", "rewards", "weight"),
+    columns=("prompt", "completions", "chosen", "rejected", "rewards", "weight", *PROMPT_COLUMNS),
     required=(),
     expected="expected 'prompt' and 'completions', or 'prompt', 'chosen' and 'rejected'",
     other_names={
@@ -44,14 +45,14 @@ class Unscored:
         InputError: a field is wrong; the message names the field and says what to do.
     """
 
-    prompt: str | tuple[Message, ...]
-    completions: tuple[str, ...]
+    prompt: Prompt
+    completions: tuple[Completion, ...]
     weight: float = 1.0
     rewarded: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", checked_prompt(self.prompt))
-        object.__setattr__(self, "completions", checked_completions(self.completions))
+        object.__setattr__(self, "completions", checked_completions(self.completions, self.prompt))
         object.__setattr__(self, "weight", checked_weight(self.weight))
 
     def __hash__(self) -> int:
@@ -90,7 +91,8 @@ class Unscored:
                 if missing:
                     raise UNSCORED_SCHEMA.missing(missing[0], row.keys())
                 weight = row.get("weight")
-                return cls(row["prompt"], row["completions"], 1.0 if weight is None else weight, rewarded)
+                prompt = prompt_of(row, row["prompt"])
+                return cls(prompt, row["completions"], 1.0 if weight is None else weight, rewarded)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         return replace(cls.of_pair(Preference.from_json(obj, where)), rewarded=rewarded)

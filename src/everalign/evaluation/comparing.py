@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from everalign.data.templating import Prompt
+from everalign.data.messages import Prompt
 from everalign.errors import InputError
 from everalign.evaluation.judge import JudgeScorer
 from everalign.evaluation.rewards import Scorer, checked_rewards

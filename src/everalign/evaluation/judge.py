@@ -14,8 +14,8 @@ from pathlib import Path
 from everalign.chat_client import ChatClient, ChatError, Completion
 from everalign.chat_models import ChatOptions, read_instructions
 from everalign.chat_reply import shortened
-from everalign.data.fields import Message
-from everalign.data.templating import Prompt
+from everalign.data.messages import Completion as Answered
+from everalign.data.messages import Message, Prompt, completion_text
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge_messages import (
     FORMAT,
@@ -117,14 +117,14 @@ class JudgeScorer:
         """Return the same judge, asked through the same client, with rewards kept in `cache`."""
         return JudgeScorer(self.client, instructions=self._instructions, scale=self._scale, cache=cache)
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Answered]) -> list[float]:
         """Return the scores of N completions; equal ones behind equal prompts are asked for once.
 
         Raises:
             EveralignError: a request failed for good, or a second reply could not be read either; names the answer.
                 Scores that came before it are in the cache, if there is one.
         """
-        pairs = list(zip(prompts, completions, strict=True))
+        pairs = list(zip(prompts, map(completion_text, completions), strict=True))
         keys = [reward_key(self._fingerprint, *pair) for pair in pairs]
         asked = {
             key: _Question(judge_messages(*pair, self._instructions, self._scale), _named(pair[1]))

@@ -9,8 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from everalign.data.fields import Message
-from everalign.data.templating import Prompt
+from everalign.data.messages import Message, Prompt
 from everalign.quoting import quoted, shown, shown_prompt
 
 INSTRUCTIONS = """\

@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from everalign.data.templating import Prompt
+from everalign.data.messages import Prompt
 from everalign.errors import InputError
 from everalign.keyed_store import KeyedStore
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from everalign.data.comparisons import encode_answers
-from everalign.data.templating import Prompt
+from everalign.data.messages import Completion, Prompt, completion_column
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge import JudgeOptions, JudgeScorer
 from everalign.files import sha256_of
@@ -20,7 +20,7 @@ from everalign.modeling.reward_model import RewardModel, sequence_rewards
 from everalign.modeling.runtime import prepare_process
 from everalign.training.stage import TOKENS_PER_BATCH
 
-RewardFunction = Callable[[list[Any], list[str]], list[float]]
+RewardFunction = Callable[[list[Any], list[Any]], list[float]]
 
 
 class Scorer(Protocol):
@@ -31,7 +31,7 @@ class Scorer(Protocol):
         """Names what rewards depend on: scorers with the same fingerprint give the same rewards."""
         ...
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
         """Return one finite number for each of N completions, larger for better ones.
 
         Args:
@@ -74,7 +74,7 @@ class RewardModelScorer:
         """sha256 over weights, mean, length limit and template."""
         return self._fingerprint
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
         """Return the rewards of N completions, centred; none depends on the others.
 
         Raises:
@@ -129,7 +129,7 @@ class CallableScorer:
         """The function's name and source."""
         return self._fingerprint
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
         """Return what the function returns, whatever that is.
 
         Raises:
@@ -137,7 +137,7 @@ class CallableScorer:
         """
         given = [prompt if isinstance(prompt, str) else [dict(message) for message in prompt] for prompt in prompts]
         try:
-            return self._function(given, list(completions))
+            return self._function(given, [completion_column(completion) for completion in completions])
         except Exception as error:
             raise EveralignError(f"the function raised {type(error).__name__}: {error}") from error
 

@@ -11,8 +11,7 @@ import torch
 from everalign.correction.encoder import CorrectionEncoder
 from everalign.correction.files import chosen_template
 from everalign.data.corrections import load_corrections
-from everalign.data.encoding import EncodedPairs
-from everalign.data.encoding_cache import EncodingCache
+from everalign.data.encoding import EncodedPairs, encode_pairs
 from everalign.data.readers import load_preferences
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
@@ -63,7 +62,6 @@ class Setup:
         seed: seeds everything random.
         folder: of what may be computed once and used again.
         cache: reference log-probabilities.
-        encodings: tokenised rows.
         announce: called with one line for each thing that happens.
         progress: called with (stage, steps done, steps in all).
     """
@@ -84,13 +82,12 @@ class Setup:
     seed: int
     folder: Path
     cache: ReferenceCache
-    encodings: EncodingCache
     announce: Announce
     progress: Progress
 
     def encode(self, rows: Sequence[Preference]) -> EncodedPairs:
         """Return preferences as tokens, cut to the options' length."""
-        return self.encodings.encode(rows, self.tokenizer, self.options.max_length)
+        return encode_pairs(rows, self.tokenizer, self.options.max_length)
 
     def encode_held_out(self, rows: RowSet[Any]) -> EncodedPairs:
         """Return held-out rows as tokens: preferences, or corrections behind the corrector's template."""
@@ -194,7 +191,6 @@ def make_setup(
         seed=seed,
         folder=cache,
         cache=ReferenceCache(cache),
-        encodings=EncodingCache(cache),
         announce=announce,
         progress=progress,
     )

@@ -147,7 +147,7 @@ def encode_rows(setup: Setup, rows: Sequence[Any], replayed: Sequence[Any]) -> E
     if setup.objective.name in SCORED_OBJECTIVES:
         encode = encode_targets if setup.objective.name == "snkl" else encode_groups
         return encode([*rows, *replayed], setup.tokenizer, setup.options.max_length)
-    # Apart, because the task's rows may be in the cache, where each mixture would be another entry.
+    # Apart: that all of a task's pairs are alike is an error, and that all replayed ones are is not.
     pairs = setup.encode(rows)
     old = encode_pairs(replayed, setup.tokenizer, setup.options.max_length, allow_identical=True)
     return pairs.followed_by(old)

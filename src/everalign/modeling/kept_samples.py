@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from everalign.data.templating import Prompt
+from everalign.data.messages import Prompt
 from everalign.line_store import LineStore
 from everalign.modeling.policy import Policy
 from everalign.modeling.sampling import Samples, SamplingOptions, check_prompts, sample_completions

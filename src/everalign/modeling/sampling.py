@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from everalign.data.batches import batches_by_length
-from everalign.data.templating import ChatFormat, Prompt, encode_response
+from everalign.data.messages import Prompt
+from everalign.data.templating import ChatFormat
 from everalign.errors import InputError
 from everalign.modeling.decoding import continue_rows, pick
 from everalign.modeling.decoding_cache import pad_left
@@ -92,7 +93,7 @@ def sample_completions(
     Raises:
         InputError: a prompt cannot be rendered or is too long; names its number.
     """
-    _, tokens = _checked(ChatFormat(tokenizer), prompts, options)
+    tokens = _checked(ChatFormat(tokenizer), prompts, options)
     ends = _Ends(tokenizer, stop_token_ids(policy.peft, tokenizer), turn_end(tokenizer))
     lengths = [options.completions * (len(ids) + options.max_new_tokens) for ids in tokens]
     found: dict[int, Samples] = {}
@@ -117,17 +118,14 @@ def check_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt
     _checked(ChatFormat(tokenizer), prompts, options)
 
 
-def _checked(
-    form: ChatFormat, prompts: Sequence[Prompt], options: SamplingOptions
-) -> tuple[list[str], list[list[int]]]:
-    """Return the prompts as text and as tokens, none of them too long."""
-    texts = [form.prompt_text(prompt) for prompt in prompts]
-    tokens = form.prompt_tokens(prompts, texts)
+def _checked(form: ChatFormat, prompts: Sequence[Prompt], options: SamplingOptions) -> list[list[int]]:
+    """Return the prompts as tokens, none of them too long."""
+    tokens = form.encode_prompts(prompts)
     for number, ids in enumerate(tokens, start=1):
         if len(ids) > options.max_prompt_tokens:
             limit = f"max_prompt_tokens allows {options.max_prompt_tokens}"
             raise InputError(f"prompt {number} has {len(ids)} tokens, and {limit}: raise it or shorten the prompt")
-    return texts, tokens
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -183,9 +181,11 @@ class _Ends:
         behind, alone = self._behind(prompt_ids, ids), self.read(ids)
         texts = [behind.removeprefix(self.turn.opening), alone, behind]
         if len(set(texts)) > 1:
+            read = [*prompt_ids, *ids]
             for text in texts:
                 try:
-                    if encode_response(self.tokenizer, prompt, text)[: len(ids)] == ids:
+                    asked, (learned,) = ChatFormat(self.tokenizer).encode([prompt], [(text,)])[0]
+                    if (asked + learned)[: len(read)] == read:
                         return text
                 except InputError:  # the template does not take it so
                     continue

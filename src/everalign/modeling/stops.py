@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from everalign.data.templating import template_in_use
+from everalign.data.rendering import template_in_use
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

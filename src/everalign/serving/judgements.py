@@ -12,7 +12,7 @@ from typing import Any
 
 from everalign.correction.templates import question_text
 from everalign.data.corrections import Correction, CorrectionSet
-from everalign.data.fields import Message, checked_prompt
+from everalign.data.messages import Message, checked_prompt, completion_text
 from everalign.data.readers import PreferenceSet
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
@@ -88,10 +88,10 @@ class Candidate:
         """The question and all answers in the row."""
         row = self.row
         if isinstance(row, Preference):
-            return (question_text(row.prompt), row.chosen, row.rejected)
+            return (question_text(row.prompt), completion_text(row.chosen), completion_text(row.rejected))
         if isinstance(row, Correction):
             return (question_text(row.question), row.answer, row.correction)
-        return (question_text(row.prompt), *row.completions)
+        return (question_text(row.prompt), *map(completion_text, row.completions))
 
 
 def judgement_of(exchange: Exchange, feedback: Feedback) -> Judgement | None:
@@ -100,10 +100,11 @@ def judgement_of(exchange: Exchange, feedback: Feedback) -> Judgement | None:
         prompt = checked_prompt([_message(message) for message in exchange.messages])
     except InputError:
         return None
-    if isinstance(prompt, str):
+    # The tools themselves are not on record, and without them the template would not render what the model read.
+    if isinstance(prompt, str) or any(m["role"] == "tool" or m.get("tool_calls") for m in prompt):
         return None
     topic = " ".join(question_text(prompt).casefold().split())
-    return Judgement(exchange, feedback, prompt, topic, _good(exchange, feedback))
+    return Judgement(exchange, feedback, tuple(prompt), topic, _good(exchange, feedback))
 
 
 def candidates_of(judgements: Iterable[Judgement], kind: str) -> tuple[list[Candidate], list[tuple[Judgement, str]]]:

@@ -24,7 +24,8 @@ nothing unchecked leaves, makes of it stands beside it.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from everalign.data.fields import Message, check_text, checked_prompt
+from everalign.data.fields import check_text
+from everalign.data.messages import Message, checked_prompt
 from everalign.errors import InputError
 from everalign.serving.answers import Choice
 from everalign.serving.errors import refused

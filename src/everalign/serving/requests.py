@@ -14,7 +14,7 @@ from everalign.serving.policy import chosen_mode, offers_tools, question_of, req
 from everalign.serving.settings import Keep, Limits, Mode
 
 if TYPE_CHECKING:
-    from everalign.data.fields import Message
+    from everalign.data.messages import Message
     from everalign.serving.upstream import Upstream
 
 ALIGNED = ":aligned"

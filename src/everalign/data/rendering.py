@@ -1,0 +1,335 @@
+"""How chats become text: the chat template, where an answer begins in it, and where its turn ends.
+
+A prompt is rendered up to where the assistant speaks, a completion as the template renders the whole conversation.
+Where the template would leave out or rewrite what was judged (some cut an answer's reasoning off), the completion is
+what a model writes by itself: the answer as it stands behind the prompt, and the template's end of turn.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jinja2.exceptions import TemplateError
+
+from everalign.data.messages import ChatPrompt, Completion, Message, message_text
+from everalign.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token or '' }}"
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize + ':\n' + message['content'] }}"
+    "{{ (eos_token if message['role'] == 'assistant' else '') + '\n\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+)
+"""Used where the tokenizer has no chat template: each role in words on a line, EOS after each answer."""
+
+# An answer that no template alters without altering others, and that no text has.
+_SENTINEL = "Xq7zK0vN"
+# What a template raises itself, and what Python does where it takes a message for something else.
+_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+_THOUGHT_TAG = re.compile(r"(</?think(?:ing)?>)")
+_FIRST_MARK = re.compile(r"\s*(<[^<>]*>|\[[^\[\]]*\])")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation with its answer, as text.
+
+    Args:
+        text: through the end of the answer's turn.
+        start: where the answer begins in it.
+        ended: whether the text ends with a token of its own; else EOS has to follow.
+        rendered: whether the template renders it so; else it is what a model reads, and what it writes behind that.
+    """
+
+    text: str
+    start: int
+    ended: bool
+    rendered: bool = True
+
+
+class Renderer:
+    """The chat template of one tokenizer.
+
+    Raises:
+        InputError: the tokenizer has several templates and no default one.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self.template = template_in_use(tokenizer)
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
+        self._tokens = tuple(sorted(added | special_texts(tokenizer), key=len, reverse=True))
+        self._marks = re.compile("(?:" + "|".join(map(re.escape, self._tokens)) + ")+")
+        self._reads: dict[str, tuple[bool, bool]] = {}
+        self._endings: dict[str, str] = {}
+
+    def prompt(self, prompt: Sequence[Message]) -> str:
+        """Return messages as text, up to the answer's first character."""
+        return self._render(prompt, (), opens_answer=True)
+
+    def completion(self, prompt: Sequence[Message], prompt_text: str, completion: Completion) -> Rendered:
+        """Return the conversation with its answer; `prompt_text` is what `prompt` returns for these messages.
+
+        Raises:
+            InputError: the template refuses the conversation, or does not render what was judged and has no place where
+                it could stand; says which of its rules is in the way.
+        """
+        reply = ({"role": "assistant", "content": completion},) if isinstance(completion, str) else completion
+        try:
+            whole = self._render(prompt, reply, opens_answer=False)
+        except InputError:
+            as_written = self._as_written(prompt, prompt_text, completion)
+            if as_written is None:
+                raise
+            return as_written
+        start = _alike(whole, prompt_text)
+        end, ended = self._end(prompt, whole, start)
+        lost = self._lost(whole[start:end], reply)
+        if lost and (start < len(prompt_text) or _THOUGHT_TAG.search(prompt_text[-40:])):
+            # The prompt may open what the answer writes too, such as its reasoning.
+            opened = self._opened(prompt, prompt_text)
+            lost = self._lost(whole[opened:end], reply) if opened <= start else lost
+        rendered = Rendered(whole[:end], start, ended)
+        if start == len(prompt_text) and not lost:
+            return rendered
+        extends = not lost and start >= self._opened(prompt, prompt_text)
+        if extends and _is_left_open(prompt_text[start:], completion):
+            return rendered
+        as_written = self._as_written(prompt, prompt_text, completion)
+        if as_written is not None:
+            return as_written
+        if extends:
+            return rendered
+        raise self._refusal(lost, prompt_text)
+
+    def end_of_turn(self, prompt: Sequence[Message]) -> str:
+        """Return the text that ends an answer's turn; empty where the template has none."""
+        return self._ending(prompt)[: self._kept(self._ending(prompt))]
+
+    def _as_written(self, prompt: Sequence[Message], prompt_text: str, completion: Completion) -> Rendered | None:
+        """Return the answer as a model writes it behind the prompt; None where the template shows no place for that."""
+        if not isinstance(completion, str):
+            return None
+        try:
+            whole = self._render(prompt, ({"role": "assistant", "content": _SENTINEL},), opens_answer=False)
+        except InputError:
+            return None
+        shared = _alike(whole, prompt_text)
+        place = whole.rfind(_SENTINEL)
+        if place < shared or shared < self._opened(prompt, prompt_text):
+            return None
+        # What only the whole conversation has before an answer, and what only the prompt has.
+        inserted, opening = whole[shared:place], prompt_text[shared:]
+        mark = _FIRST_MARK.match(inserted)
+        if inserted.strip() and not (mark and completion.lstrip().startswith(mark[1])):
+            return None
+        suffix = whole[place + len(_SENTINEL) :]
+        kept = self._kept(suffix)
+        end = suffix[:kept]
+        ended = end.endswith(self._tokens)
+        if opening.strip() and completion.startswith(opening):
+            return Rendered(prompt_text + completion[len(opening) :] + end, len(prompt_text), ended, rendered=False)
+        if opening.strip() and completion.lstrip().startswith(opening.strip()):
+            return Rendered(prompt_text[:shared] + completion + end, shared, ended, rendered=False)
+        return Rendered(prompt_text + completion + end, len(prompt_text), ended, rendered=False)
+
+    def _opened(self, prompt: Sequence[Message], prompt_text: str) -> int:
+        """Return where a prompt's messages end and the assistant's turn is opened."""
+        closed = self._render(prompt, (), opens_answer=False)
+        return _alike(closed, prompt_text)
+
+    def _lost(self, body: str, reply: Sequence[Message]) -> str:
+        """Return the part of an answer that its rendering does not have, in words; empty where it has all."""
+        for number, message in enumerate(reply, start=1):
+            content = message_text(message)
+            if number < len(reply) and message["role"] == "assistant":
+                # Reasoning is for the turn that it led to.
+                content = _THOUGHT_TAG.split(content)[-1]
+            if not _says(body, content):
+                return f"rewrites the answer {content[:40]!r}"
+            for key in _REASONING:
+                if number == len(reply) and not _says(body, message.get(key, "")):
+                    return f"does not render {key!r} of the answer"
+            for call in message.get("tool_calls", ()):
+                name = call.get("function", call).get("name")
+                if isinstance(name, str) and name not in body:
+                    return f"does not render the call of {name!r} in 'tool_calls' of the answer"
+        return ""
+
+    def _refusal(self, lost: str, prompt_text: str) -> InputError:
+        name = name_of(self._tokenizer)
+        if not lost:
+            return InputError(
+                f"{name}: with the answer, the chat template does not extend the text of the prompt (which ends in "
+                f"{prompt_text[-40:]!r}), so the answer cannot be cut off; use a template that renders the messages "
+                "before an answer as it renders them without one"
+            )
+        return InputError(
+            f"{name}: the chat template {lost}, so what was judged would not be what is learnt; change the answer or "
+            "the template, or set what the template reads in 'chat_template_kwargs'"
+        )
+
+    # ---- the end of a turn ----
+
+    def _end(self, prompt: Sequence[Message], whole: str, start: int) -> tuple[int, bool]:
+        """Return where an answer's turn ends, and whether with a token of its own."""
+        suffix = self._ending(prompt)
+        if not whole.endswith(suffix) or len(whole) - len(suffix) < start:
+            # The end depends on the answer: that of a call differs from that of a text.
+            end = len(whole.rstrip())
+            return end, whole[:end].endswith(self._tokens)
+        end = len(whole) - len(suffix) + self._kept(suffix)
+        return end, whole[len(whole) - len(suffix) : end].endswith(self._tokens)
+
+    def _ending(self, prompt: Sequence[Message]) -> str:
+        """Return what the template writes behind an answer to a prompt of this kind."""
+        beside = (prompt.tools, prompt.chat_template_kwargs) if isinstance(prompt, ChatPrompt) else ()
+        key = repr(([message["role"] for message in prompt], beside))
+        if key not in self._endings:
+            whole = self._render(prompt, ({"role": "assistant", "content": _SENTINEL},), opens_answer=False)
+            self._endings[key] = whole[whole.rfind(_SENTINEL) + len(_SENTINEL) :] if _SENTINEL in whole else ""
+        return self._endings[key]
+
+    def _kept(self, suffix: str) -> int:
+        """Return how much of what follows an answer ends its turn: the first tokens of their own, or all of it."""
+        found = self._marks.search(suffix)
+        return found.end() if found else len(suffix.rstrip())
+
+    # ---- the template ----
+
+    def _render(self, prompt: Sequence[Message], reply: Sequence[Message], *, opens_answer: bool) -> str:
+        tools: Sequence[Any] = prompt.tools if isinstance(prompt, ChatPrompt) else ()
+        variables: Mapping[str, Any] = prompt.chat_template_kwargs if isinstance(prompt, ChatPrompt) else {}
+        messages = [*prompt, *reply]
+        try:
+            template = self._template(tools, variables)
+            text: str = self._tokenizer.apply_chat_template(
+                self._readable(messages, template),
+                tools=list(tools) or None,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=opens_answer,
+                **{name: value for name, value in variables.items() if name != "chat_template"},
+            )
+        except _REFUSALS as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise InputError(
+                f"{name_of(self._tokenizer)}: the chat template refuses a conversation of {roles}: {error}; "
+                "change the messages' roles or the template"
+            ) from None
+        return text
+
+    def _template(self, tools: Sequence[Any], variables: Mapping[str, Any]) -> str:
+        if "chat_template" not in variables and (uses_default_template(self._tokenizer) or not tools):
+            return self.template
+        # Some tokenizers have one of their own for tools.
+        return str(self._tokenizer.get_chat_template(variables.get("chat_template"), list(tools) or None))
+
+    def _readable(self, messages: Sequence[Message], template: str) -> list[Message]:
+        """Return messages with their content as the template reads it: as text, or as a list of parts."""
+        if template not in self._reads:
+            self._reads[template] = self._shows(template, _SENTINEL), self._shows(template, _parts(_SENTINEL))
+        reads_text, reads_parts = self._reads[template]
+        if reads_text and (reads_parts or not any(isinstance(message.get("content"), list) for message in messages)):
+            return list(messages)
+        in_parts = reads_parts and not reads_text
+        found = []
+        for message in messages:
+            if isinstance(message.get("content"), str if in_parts else list):
+                text = message_text(message)
+                found.append({**message, "content": _parts(text) if in_parts else text})
+            else:
+                found.append(message)
+        return found
+
+    def _shows(self, template: str, content: Any) -> bool:
+        """Whether a template renders a user's content of this form as its text."""
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except _REFUSALS:
+            return isinstance(content, str)
+        return _SENTINEL in text and f"'{_SENTINEL}'" not in text and f'"{_SENTINEL}"' not in text
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def _is_left_open(opening: str, completion: Completion) -> bool:
+    """Whether a prompt begins reasoning which the answer does not have: as its continuation it would be a thought."""
+    tags = _THOUGHT_TAG.findall(opening)
+    return bool(tags) and not tags[-1].startswith("</") and not _THOUGHT_TAG.search(str(completion))
+
+
+def _alike(whole: str, prompt_text: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    if whole.startswith(prompt_text):
+        return len(prompt_text)
+    pairs = enumerate(zip(whole, prompt_text, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), len(whole))
+
+
+def _says(body: str, text: str) -> bool:
+    """Whether a rendering has a text, but for white space at its ends and about the tags of its reasoning."""
+    if text.strip() in body:
+        return True
+    place = 0
+    for piece in _THOUGHT_TAG.split(text):
+        place = body.find(piece.strip(), place)
+        if place < 0:
+            return False
+        place += len(piece.strip())
+    return True
+
+
+def uses_default_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether chats are rendered by `DEFAULT_CHAT_TEMPLATE`, since the tokenizer has no template of its own."""
+    return tokenizer.chat_template is None
+
+
+def keep_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Give the tokenizer the template that its chats are rendered by; call it before the tokenizer is saved.
+
+    What learned chats in the default format is of use only where it is asked in that format.
+    """
+    if uses_default_template(tokenizer):
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+
+
+def template_in_use(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The chat template by which messages are rendered.
+
+    Raises:
+        InputError: the tokenizer has several templates and no default one.
+    """
+    if uses_default_template(tokenizer):
+        return DEFAULT_CHAT_TEMPLATE
+    try:
+        template: str = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InputError(f"{name_of(tokenizer)}: no default chat template: {error}") from None
+    return template
+
+
+def special_texts(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
+    """The texts of all special tokens: any of them at an answer's end is an end mark."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    named = {tokenizer.bos_token, tokenizer.eos_token}
+    return {text for text in added | named if text}
+
+
+def name_of(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What errors call a tokenizer."""
+    return tokenizer.name_or_path or "tokenizer"
