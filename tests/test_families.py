@@ -29,8 +29,6 @@ from models_for_tests import (
 PAIRS = [*random_pairs(5, seed=5), EncodedPair("alike", [3, 4, 5], [6, 7, 8, 9, 10], [6, 7, 8, 11], 1.0)]
 BATCH = lay_out_pairs(PAIRS, shared=False)
 INPUTS = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
-# Their windows are masks of their own.
-UNSHARED = ("mistral", "gemma2", "gemma3")
 
 
 def whole_log_probs(policy):
@@ -75,10 +73,9 @@ def test_bf16_products_of_another_number_of_rows_do_not_hide_the_head():
     assert Policy(model, 2, 4.0).head.separate
 
 
-def test_prompts_are_shared_but_where_layers_have_windows(policy, family):
-    assert policy.head.shared == (family not in UNSHARED)
-    reason = policy.head.unshared_because
-    assert ("sliding_window" in reason or "sliding_attention" in reason) if family in UNSHARED else reason is None
+def test_prompts_are_shared_also_where_layers_have_windows(policy):
+    assert policy.head.shared
+    assert policy.head.unshared_because is None
 
 
 def test_response_only_head_equals_the_whole_model(policy):
@@ -125,16 +122,12 @@ def test_gradients_are_those_of_the_whole_model(policy, monkeypatch):
 
 
 def test_shared_and_packed_rows_give_the_loss_and_gradients_of_separate_sequences(policy):
-    if not policy.head.shared:
-        pytest.skip("its layers have windows: prompts are computed for each answer")
     batch = lay_out_pairs(PAIRS, shared=True)
     assert len(batch["input_ids"]) < len(PAIRS)
     assert_same_gradients(gradients(policy, batch), gradients(policy, BATCH))
 
 
 def test_packed_chosen_sequences_give_those_of_separate_ones(policy):
-    if not policy.head.shared:
-        pytest.skip("its layers have windows: rows are not packed")
     packed, single = (lay_out_chosen(PAIRS, shared) for shared in (True, False))
     assert len(packed["input_ids"]) < len(single["input_ids"])
     assert_same_gradients(gradients(policy, packed), gradients(policy, single))
@@ -168,8 +161,6 @@ def test_accumulated_micro_batches_equal_the_big_batch(policy, name):
 
 
 def test_scored_groups_share_their_prompt_without_changing_anything(policy):
-    if not policy.head.shared:
-        pytest.skip("its layers have windows: prompts are computed for each answer")
     groups = random_groups(6, seed=5)
     shared, separate = (lay_out_groups(groups, shared) for shared in (True, False))
     assert shared["input_ids"].numel() < separate["input_ids"].numel()

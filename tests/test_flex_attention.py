@@ -5,6 +5,7 @@ import torch
 
 from everalign.data.layout import lay_out_pairs
 from everalign.errors import InputError
+from everalign.modeling.architecture import study
 from everalign.modeling.flex_attention import FLEX, flex_block_mask, use_flex_attention
 from everalign.modeling.likelihood import LanguageHead, block_mask
 from everalign.modeling.policy import Policy
@@ -29,10 +30,10 @@ def test_the_model_s_logits_are_those_of_the_block_mask(family):
     """Run step by step: compiling the kernel for a processor takes longer than all other tests."""
     model = random_model(family)
     with torch.no_grad():
-        expected = LanguageHead(model).response_logits(BATCH)
+        expected = LanguageHead(model, study(model)).response_logits(BATCH)
         model.set_attn_implementation(FLEX)
         with torch.compiler.set_stance("force_eager"):
-            head = LanguageHead(model)
+            head = LanguageHead(model, study(model))
             found = head.response_logits(BATCH)
     assert (head.shared, head.separate) == (True, True)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)

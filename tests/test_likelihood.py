@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from everalign.data.encoding import EncodedPair
 from everalign.data.layout import lay_out_chosen, lay_out_pairs
+from everalign.modeling.architecture import study
 from everalign.modeling.likelihood import LanguageHead
 from models_for_tests import VOCABULARY, perturb, random_model, random_pairs, random_policy
 
@@ -42,7 +43,7 @@ def test_a_model_that_knows_nothing_gives_every_token_one_in_v():
     model = random_model()
     torch.nn.init.zeros_(model.lm_head.weight)
     pairs = [EncodedPair("a", [3, 4], [5, 6, 7], [8], 1.0), EncodedPair("b", [3], [9], [8], 1.0)]
-    sums = LanguageHead(model).response_log_probs(lay_out_chosen(pairs, shared=True))
+    sums = LanguageHead(model, study(model)).response_log_probs(lay_out_chosen(pairs, shared=True))
     assert sums.tolist() == pytest.approx([-3 * math.log(VOCABULARY), -math.log(VOCABULARY)], rel=1e-6)
 
 
@@ -95,11 +96,11 @@ class Recurrent(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("bloom", "takes no block"), ("mamba", "linear_attention"), ("gpt_neo", "part of the past only: ")],
+    [("bloom", "takes no block"), ("mamba", "linear_attention"), ("gpt_neo", "do not follow")],
 )
 def test_a_model_for_which_shared_rows_would_be_wrong_computes_them_apart(family, reason):
     model = random_model(family)
-    head = LanguageHead(model)
+    head = LanguageHead(model, study(model))
     assert not head.shared
     assert reason in head.unshared_because
     pairs = random_pairs(4, seed=3)
@@ -112,13 +113,13 @@ def test_a_model_for_which_shared_rows_would_be_wrong_computes_them_apart(family
 def test_layers_that_mix_tokens_past_the_mask_are_found():
     model = random_model()
     model.model.layers[0].mlp = Recurrent(model.model.layers[0].mlp)
-    assert "do not follow" in LanguageHead(model).unshared_because
+    assert "do not follow" in LanguageHead(model, study(model)).unshared_because
 
 
 def test_eager_attention_shares_too():
     model = random_model()
-    expected = LanguageHead(model).response_log_probs(lay_out_pairs(random_pairs(4), False))
+    expected = LanguageHead(model, study(model)).response_log_probs(lay_out_pairs(random_pairs(4), False))
     model.set_attn_implementation("eager")
-    head = LanguageHead(model)
+    head = LanguageHead(model, study(model))
     assert head.shared
     torch.testing.assert_close(head.response_log_probs(lay_out_pairs(random_pairs(4), True)), expected)

@@ -1,20 +1,45 @@
 """Log-probabilities of response tokens: every prompt computed once, the head on response positions only."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from everalign.data.encoding import EncodedPair
-from everalign.data.layout import Batch, lay_out_pairs
+from everalign.data.layout import Batch
+from everalign.modeling.cpu_attention import CPU_ATTENTION
 from everalign.modeling.flex_attention import FLEX, flex_block_mask
 from everalign.modeling.token_log_probs import HeadShape, token_log_probs
 
-# How far logits from shared rows may differ from those of separate ones, relative to the largest: rounding differs by
-# less, a wrong way by more. The head apart sees the same hidden states and has to agree to the last digits.
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-_HEAD_TOLERANCE = 1e-5
+MaskKind = Literal["whole", "window", "chunk"]
+
+# As transformers names layers in a mask for each kind of them.
+_LAYERS: dict[MaskKind, str] = {
+    "whole": "full_attention",
+    "window": "sliding_attention",
+    "chunk": "chunked_attention",
+}
+# Attention that takes a mask of four dimensions; others get what they see from lengths alone.
+_MASKED = ("sdpa", "eager", FLEX, CPU_ATTENTION)
 _CHOICE_LOGITS = 33_554_432
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model's classes can do (see `everalign.modeling.architecture`).
+
+    Args:
+        separate: decoder and head can be called apart, logit scale and final soft-capping included; else the model
+            runs whole.
+        masks: what layers see of a shared row, of which block attention masks with restarted positions are made: the
+            `whole` past, a `window` of it or their `chunk` of it. One for all layers, or one for each kind of them.
+        unshared_because: why a prompt has to be computed for each answer anew; None where the masks reproduce
+            separate sequences.
+    """
+
+    separate: bool = False
+    masks: tuple[MaskKind, ...] = ("whole",)
+    unshared_because: str | None = None
 
 
 class LanguageHead:
@@ -22,53 +47,26 @@ class LanguageHead:
 
     Args:
         model: a Hugging Face causal language model (adapters injected or not).
-
-    What differs between architectures is measured on a probe:
-
-    `separate`: decoder and head can be called apart, logit scale and final soft-capping included; else the model runs
-    whole.
-    `unshared_because`: why a prompt has to be computed for each answer anew; None where a block attention mask with
-    restarted positions reproduces separate sequences (`shared`).
+        architecture: what its classes can do.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, architecture: Architecture) -> None:
+        self._model, self._masks = model, architecture.masks
         config = model.config.get_text_config()
-        self._shape = HeadShape.of(config)
-        attention = getattr(config, "_attn_implementation", "sdpa")
+        self._config, self._shape = config, HeadShape.of(config)
+        attention = getattr(config, "_attn_implementation", None) or "sdpa"
         self._additive, self._flex = attention == "eager", attention == FLEX
-        self.separate = False
-        with torch.no_grad():
-            probe = self._probe(shared=False)
-            whole = self.response_logits(probe)
-            self.separate = model.base_model is not model and _close(whole, self._apart(probe), _HEAD_TOLERANCE)
-            self.unshared_because = _other_layers(config) or self._differs(whole)
+        self.separate = architecture.separate and model.base_model is not model
+        self.unshared_because = architecture.unshared_because
+        if attention not in _MASKED:
+            self.unshared_because = f"{attention} attention takes no block attention mask"
+        elif self._flex and self._masks != ("whole",) and self.unshared_because is None:
+            self.unshared_because = "flex attention is used for layers that attend to the whole past only"
 
     @property
     def shared(self) -> bool:
         """Whether a prompt and its answers can be one row."""
         return self.unshared_because is None
-
-    def _probe(self, shared: bool) -> Batch:
-        """Lay out two pairs of a few tokens, answers different in length and content, so that rows are packed too."""
-        vocabulary = self._model.config.get_text_config().vocab_size
-        tokens = [[(7 * i + 3 * k) % vocabulary for i in range(2 + k)] for k in range(4)]
-        long = EncodedPair("probe", tokens[3] * 3, [1, *tokens[1]], [1, *tokens[2]], 1.0)
-        short = [EncodedPair("probe", tokens[k], tokens[k + 1], tokens[k + 2], 1.0) for k in range(2)]
-        device = next(self._model.parameters()).device
-        return {name: value.to(device) for name, value in lay_out_pairs([long, *short], shared).items()}
-
-    def _differs(self, whole: Tensor) -> str | None:
-        """Say what goes wrong with shared rows, None if nothing does."""
-        alone, together = self._probe(shared=False), self._probe(shared=True)
-        try:
-            found = self.response_logits(together)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            return f"the model takes no block attention mask ({type(error).__name__})"
-        # Both in the order of the sequences; the sort keeps each sequence's tokens in theirs.
-        orders = [batch["sequences"].argsort(stable=True) for batch in (alone, together)]
-        same = _close(whole[orders[0]], found[orders[1]], _TOLERANCES[whole.dtype])
-        return None if same else "the model's layers do not follow a block attention mask with restarted positions"
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {"input_ids": batch["input_ids"], "use_cache": False}
@@ -76,14 +74,30 @@ class LanguageHead:
             return {**inputs, "attention_mask": batch["attention_mask"]}
         if "segments" not in batch:
             return inputs
-        layout = (batch["segments"], batch["prefixes"])
+        positions, layout = batch["position_ids"], (batch["segments"], batch["prefixes"])
         if self._flex:
-            return {**inputs, "attention_mask": flex_block_mask(*layout), "position_ids": batch["position_ids"]}
-        mask = block_mask(*layout)
-        if self._additive:
-            dtype = next(self._model.parameters()).dtype
-            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-        return {**inputs, "attention_mask": mask, "position_ids": batch["position_ids"]}
+            return {**inputs, "attention_mask": flex_block_mask(*layout), "position_ids": positions}
+        whole = block_mask(*layout)
+        masks = {kind: self._finished(self._narrowed(whole, positions, kind)) for kind in self._masks}
+        mask = {_LAYERS[kind]: mask for kind, mask in masks.items()} if len(masks) > 1 else masks[self._masks[0]]
+        return {**inputs, "attention_mask": mask, "position_ids": positions}
+
+    def _narrowed(self, allowed: Tensor, positions: Tensor, kind: MaskKind) -> Tensor:
+        """Take from a block mask (R, 1, T, T) what layers of a kind do not see."""
+        query, key = positions[:, None, :, None], positions[:, None, None, :]
+        if kind == "window":
+            return allowed & (query - key < int(self._config.sliding_window))
+        if kind == "chunk":
+            size = int(self._config.attention_chunk_size)
+            return allowed & (query // size == key // size)
+        return allowed
+
+    def _finished(self, allowed: Tensor) -> Tensor:
+        """Return a mask as the model's attention takes it."""
+        if not self._additive:
+            return allowed
+        dtype = next(self._model.parameters()).dtype
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
     def _states(self, batch: Batch) -> Tensor:
         states: Tensor = self._model.base_model(**self._inputs(batch)).last_hidden_state
@@ -92,8 +106,11 @@ class LanguageHead:
     def _hidden(self, batch: Batch) -> Tensor:
         return self._states(batch).flatten(0, 1)[batch["predictors"]]
 
-    def _apart(self, batch: Batch) -> Tensor:
-        """Call the head on all positions, as the model itself does: fewer rows may be rounded another way in bf16."""
+    def all_logits(self, batch: Batch) -> Tensor:
+        """Return what `response_logits` does, from a head that is called on all positions as the model itself does.
+
+        Fewer rows may be rounded another way.
+        """
         logits = self._shape.apply(self._model.get_output_embeddings()(self._states(batch)))
         return logits.flatten(0, 1)[batch["predictors"]]
 
@@ -142,30 +159,3 @@ def block_mask(segments: Tensor, prefixes: Tensor) -> Tensor:
     key = segments[:, None, :]
     allowed = (key == segments[:, :, None]) | (key == prefixes[:, :, None])
     return allowed.tril()[:, None]
-
-
-def _other_layers(config: Any) -> str | None:
-    """Say which layers do not attend to the whole past: the model makes a mask of its own for each kind of layer."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        others = sorted({kind for kind in kinds if kind != "full_attention"})
-        return f"the model has {', '.join(others)} layers" if others else None
-    # A probe as long as a window would be slow: the names tell.
-    parts = [name for name, value in config.to_dict().items() if _is_partial(name, value)]
-    if not getattr(config, "use_sliding_window", True):
-        parts = [name for name in parts if name != "sliding_window"]
-    return f"the model attends to a part of the past only: {parts[0]} is set" if parts else None
-
-
-def _is_partial(name: str, value: Any) -> bool:
-    """Whether a setting makes a model attend locally: `sliding_window`, GPT-Neo's `window_size`, `attention_layers`."""
-    if isinstance(value, list):
-        return name == "attention_layers" and any(kind != "global" for kind in value)
-    return bool(value) and (name.endswith(("window", "window_size")) or name == "index_topk")
-
-
-def _close(expected: Tensor, found: Tensor, tolerance: float) -> bool:
-    if expected.shape != found.shape:
-        return False
-    error = (expected.float() - found.float()).abs().max()
-    return bool(error <= tolerance * expected.float().abs().max().clamp(min=1.0))

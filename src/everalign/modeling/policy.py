@@ -21,6 +21,7 @@ from everalign.data.layout import Batch
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
 from everalign.modeling import adapters
+from everalign.modeling.architecture import study
 from everalign.modeling.cpu_attention import use_cpu_attention
 from everalign.modeling.decoding import Decoder
 from everalign.modeling.fused_layers import fuse_layers
@@ -52,6 +53,8 @@ class Policy(nn.Module):
         self, model: Any, rank: int, alpha: float, targets: str | list[str] = "all-linear", seed: int = 0
     ) -> None:
         super().__init__()
+        # Before anything of it is replaced: the copy is made of its classes as they are.
+        architecture = study(model)
         self._mixed = next(model.parameters()).dtype == torch.bfloat16
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
         try:
@@ -69,8 +72,7 @@ class Policy(nn.Module):
         self._targets = self.peft.peft_config[SHORT_TERM].target_modules
         fuse_layers(model)
         use_cpu_attention(model)
-        with self._precision(next(model.parameters())):
-            self.head = LanguageHead(self.peft.get_base_model())
+        self.head = LanguageHead(model, architecture)
         self.reset(seed)
 
     # ---- what it computes ----

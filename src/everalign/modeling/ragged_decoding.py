@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from everalign.errors import EveralignError, InputError
+from everalign.modeling.architecture import study
 from everalign.modeling.grouped_attention import grouped_attention
-from everalign.modeling.likelihood import LanguageHead
 from everalign.modeling.slot_cache import SlotCache, windows_of
 from everalign.modeling.token_log_probs import HeadShape
 
@@ -68,11 +68,11 @@ class RaggedModel:
         if attention not in _ATTENTIONS:
             raise InputError(f"drafts cannot be verified with {attention} attention: load the model with sdpa or eager")
         self._additive = attention == "eager"
-        head = LanguageHead(model)
-        self.separate = head.separate
-        if all(window is None for window in windows) and head.unshared_because:
+        architecture = study(model)
+        self.separate = architecture.separate
+        if architecture.unshared_because:
             # Some models restrict what a token sees inside of their layers, where no mask of ours reaches.
-            raise InputError(f"{self._name}: {head.unshared_because}")
+            raise InputError(f"{self._name}: {architecture.unshared_because}")
         self._check()
 
     def masks(self, slots: Tensor, used: int) -> Any:

@@ -17,13 +17,22 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     Raises:
         InputError: the model does not hold its layers in one list.
     """
-    count = model.config.get_text_config().num_hidden_layers
+    found = layer_list(model)
+    if found is None:
+        config = model.config.get_text_config()
+        count = config.num_hidden_layers
+        raise InputError(
+            f"a {config.model_type} model cannot be steered: it does not hold its {count} layers in one list"
+        )
+    return found
+
+
+def layer_list(model: Any) -> list[nn.Module] | None:
+    """Return a model's layers where it holds them in one list, the one nearest to the tokens first."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = (part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
     found = next(lists, None)
-    if found is None:
-        kind = model.config.get_text_config().model_type
-        raise InputError(f"a {kind} model cannot be steered: it does not hold its {count} layers in one list")
-    return list(found)
+    return None if found is None else list(found)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from everalign.data.layout import Batch
 from everalign.errors import InputError
+from everalign.modeling.architecture import study
 from everalign.modeling.likelihood import LanguageHead
 from everalign.modeling.loading import Precision
 
@@ -25,8 +26,7 @@ class WholeModel(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(True)
         self._mixed = precision == "bf16"
-        with self._autocast(next(model.parameters())):
-            self.head = LanguageHead(model)
+        self.head = LanguageHead(model, study(model))
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum the log-probabilities of each sequence's response tokens: (S,) fp32, in nats."""

@@ -1,0 +1,127 @@
+"""What a model's classes can do: found out on a shrunk copy of them (see `shrinking`), once for each configuration."""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everalign.data.encoding import EncodedPair
+from everalign.data.layout import Batch, lay_out_pairs
+from everalign.modeling.likelihood import Architecture, LanguageHead, MaskKind
+from everalign.modeling.shrinking import FIRST_SPECIAL, MODEL_ERRORS, shrunk_copy
+
+# How far logits that should be the same may differ, relative to the largest, in the dtype of what is probed.
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+_HEAD_TOLERANCE = 1e-5
+_KINDS_OF_LAYERS: dict[str, MaskKind] = {
+    "full_attention": "whole",
+    "sliding_attention": "window",
+    "chunked_attention": "chunk",
+}
+
+_known: dict[tuple[type, str], Architecture] = {}
+_classes: dict[tuple[type, str], set[type]] = {}
+
+
+def study(model: Any) -> Architecture:
+    """Return what a Hugging Face causal language model's classes can do, adapters injected or not.
+
+    A model of which no shrunk copy can be made is probed itself, in its own dtype.
+    """
+    key = type(model), _configuration(model.config)
+    if key not in _known:
+        small = shrunk_copy(model)
+        _known[key] = _probe(model if small is None else small)
+        if small is not None:
+            # It is asked for again where a whole path is tried on the copy.
+            _known[type(small), _configuration(small.config)] = _known[key]
+            _classes[key] = {type(part) for part in small.modules()}
+    if key in _classes and any(not _is_linear(part) for part in model.modules() if type(part) not in _classes[key]):
+        # Somebody has put parts of his own into the model, of which its configuration knows nothing.
+        return _probe(model)
+    return _known[key]
+
+
+def _is_linear(part: nn.Module) -> bool:
+    """Whether a module is a matrix in some form: quantised, packed or adapted ones stand in for plain ones."""
+    return hasattr(part, "in_features") or type(part).__module__.startswith(("peft.", "torch.nn."))
+
+
+def _configuration(config: Any) -> str:
+    settings = {**config.to_dict(), "attention": getattr(config, "_attn_implementation", None)}
+    for name in ("_name_or_path", "name_or_path", "dtype", "torch_dtype", "quantization_config"):
+        settings.pop(name, None)
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def _probe(model: Any) -> Architecture:
+    with torch.no_grad():
+        batch = _rows(model, shared=False)
+        whole = LanguageHead(model, Architecture()).response_logits(batch)
+        separate = _is_apart(model, batch, whole)
+        masks, reason = _sharing(model, whole)
+    return Architecture(separate, masks, reason)
+
+
+def _is_apart(model: Any, batch: Batch, whole: Tensor) -> bool:
+    """Whether decoder and head give the logits of the whole model, called one after the other."""
+    head = LanguageHead(model, Architecture(separate=True))
+    try:
+        return head.separate and _close(whole, head.all_logits(batch), _HEAD_TOLERANCE)
+    except MODEL_ERRORS:
+        return False
+
+
+def _sharing(model: Any, whole: Tensor) -> tuple[tuple[MaskKind, ...], str | None]:
+    """Return the masks under which shared and packed rows give the logits of separate ones, and why there are none."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if others := sorted(kinds - set(_KINDS_OF_LAYERS)):
+        return (), f"the model has {', '.join(others)} layers"
+    batch, reason = _rows(model, shared=True), ""
+    order = _rows(model, shared=False)["sequences"].argsort(stable=True)
+    for masks in _candidates(config, kinds):
+        head = LanguageHead(model, Architecture(masks=masks))
+        try:
+            found = head.response_logits(batch)
+        except MODEL_ERRORS as error:
+            reason = reason or f"the model takes no block attention mask ({type(error).__name__})"
+            continue
+        # Both in the order of the sequences; the sort keeps each sequence's tokens in theirs.
+        if _close(whole[order], found[batch["sequences"].argsort(stable=True)], _TOLERANCES[whole.dtype]):
+            return masks, None
+        reason = "the model's layers do not follow a block attention mask with restarted positions"
+    return (), reason
+
+
+def _candidates(config: Any, kinds: set[str]) -> list[tuple[MaskKind, ...]]:
+    """Return what to try: one mask for all layers, or one for each kind of layer."""
+    if len(kinds) > 1:
+        return [tuple(sorted(_KINDS_OF_LAYERS[kind] for kind in kinds))]
+    found: list[tuple[MaskKind, ...]] = [("whole",)]
+    if getattr(config, "sliding_window", None):
+        found.append(("window",))
+    if getattr(config, "attention_chunk_size", None):
+        found.append(("chunk",))
+    return found
+
+
+def _rows(model: Any, shared: bool) -> Batch:
+    """Lay out three pairs of a few tokens, answers different in length and content, so that rows are packed too.
+
+    The longest prompt reaches beyond the windows of a shrunk copy.
+    """
+    most = min(model.config.get_text_config().vocab_size, FIRST_SPECIAL)
+    tokens = [[3 + (7 * i + 3 * k) % (most - 3) for i in range(2 + k)] for k in range(4)]
+    long = EncodedPair("probe", tokens[3] * 3, [4, *tokens[1]], [4, *tokens[2]], 1.0)
+    short = [EncodedPair("probe", tokens[k], tokens[k + 1], tokens[k + 2], 1.0) for k in range(2)]
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in lay_out_pairs([long, *short], shared).items()}
+
+
+def _close(expected: Tensor, found: Tensor, tolerance: float) -> bool:
+    if expected.shape != found.shape:
+        return False
+    error = (expected.float() - found.float()).abs().max()
+    return bool(error <= tolerance * expected.float().abs().max().clamp(min=1.0))
