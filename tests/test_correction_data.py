@@ -465,7 +465,7 @@ def test_a_damaged_store_is_named(tmp_path):
     rows = questions([{"question": "q", "answer": "bad"}])
     partial = tmp_path / "out.jsonl.replies.partial"
     partial.write_text("no database, however long it may be" * 50)
-    with pytest.raises(InputError, match=r"replies\.partial: no cache of replies, or a damaged one"):
+    with pytest.raises(InputError, match=r"replies\.partial: what an earlier run kept is damaged"):
         make_corrections(rows, tmp_path / "out.jsonl", editor=Editor(ChatClient("http://h", "m")))
     partial.unlink()
     with ChatServer(lambda _: "") as server:
@@ -473,6 +473,6 @@ def test_a_damaged_store_is_named(tmp_path):
         with pytest.raises(EveralignError, match="no correction is left"):
             make_corrections(rows, tmp_path / "out.jsonl", editor=editor)
         with sqlite3.connect(partial) as database:
-            database.execute("UPDATE replies SET reply = '[]'")
-        with pytest.raises(InputError, match=r"replies\.partial: a reply that an earlier run kept is damaged"):
+            database.execute("UPDATE entries SET value = '[]'")
+        with pytest.raises(InputError, match=r"replies\.partial: what an earlier run kept is damaged"):
             make_corrections(rows, tmp_path / "out.jsonl", editor=editor)

@@ -18,8 +18,8 @@ from everalign.errors import EveralignError, InputError
 from everalign.evaluation.comparing import compare_answers
 from everalign.evaluation.judge import JudgeScorer
 from everalign.evaluation.judge_messages import pair_messages, read_verdict
-from everalign.evaluation.reward_cache import RewardCache
 from everalign.evaluation.scorers import CallableScorer
+from everalign.storage import Journal
 
 
 def row(answer, **known):
@@ -204,7 +204,7 @@ def verdict(messages):
 def test_a_judge_is_asked_in_both_orders(tmp_path):
     before, after = ["no", "no!", "no", "same"], ["yes!", "yes", "yes", "same"]
     with ChatServer(verdict) as server:
-        judge = JudgeScorer(ChatClient(server.url, "m"), cache=RewardCache(tmp_path / "cache"))
+        judge = JudgeScorer(ChatClient(server.url, "m"), cache=Journal(tmp_path / "cache"))
         found = compare_answers(judge, ["p"] * 4, before, after)
         count = len(server.requests)
         assert compare_answers(judge, ["p"] * 4, before, after) == found

@@ -12,9 +12,9 @@ from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, Guards
 from everalign.correction.running import correct_rows
 from everalign.data.uncorrected import UncorrectedSet, load_uncorrected
 from everalign.errors import EveralignError, InputError
-from everalign.line_store import LineStore
 from everalign.modeling.draft_decoding import DraftDecoder
 from everalign.modeling.loading import load_model, load_tokenizer
+from everalign.storage import Journal
 from models_for_tests import saved_model
 
 FREE = CorrectionOptions(guards=NO_GUARDS)
@@ -227,8 +227,7 @@ def test_a_file_is_corrected_and_goes_on_after_a_kill(trained, tmp_path, monkeyp
         correct_rows(rows, trained, tmp_path / "out.jsonl", rows_per_batch=3)
     assert not (tmp_path / "out.jsonl").exists()
     (partial,) = tmp_path.glob("*.partial")
-    with partial.open("a") as file:
-        file.write('{"text": "cu')
+    assert sorted(Journal(partial).read(range(10))) == list(range(6))
     again = correct_rows(rows, trained, tmp_path / "out.jsonl", rows_per_batch=3)
     assert again.resumed == 6
     assert sum(asked[3:]) == 4
@@ -242,7 +241,7 @@ def test_a_file_is_corrected_and_goes_on_after_a_kill(trained, tmp_path, monkeyp
 
 def test_other_options_begin_anew_and_damage_is_told(trained, tmp_path):
     rows, output = rows_of(3), tmp_path / "out.jsonl"
-    LineStore.beside(output, f"{trained.fingerprint}\n{CorrectionOptions()!r}\n{rows.fingerprint}").add([{}])
+    Journal.beside(output, trained.fingerprint, repr(CorrectionOptions()), rows.fingerprint).put({1: {}})
     assert correct_rows(rows, trained, output, options=FREE).resumed == 0
     with pytest.raises(InputError, match="damaged: delete this file"):
         correct_rows(rows, trained, output, overwrite=True)

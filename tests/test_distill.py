@@ -16,6 +16,7 @@ from everalign.learning.distill import HELD_OUT, distill
 from everalign.learning.distill_options import DistillOptions, edit_share
 from everalign.learning.run_data import load_run
 from everalign.methods import ExperienceReplay, MultiTask, SingleTask
+from everalign.storage import Journal
 from learner_for_tests import (
     FAST,
     adapter_weights,
@@ -315,6 +316,6 @@ def test_bad_options_are_refused(options, message):
 def test_damaged_corrections_of_an_earlier_call_are_refused(model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(model, tmp_path / "run", Fake(1))
-    (tmp_path / "run/distill/round-1.corrected.partial").write_text("[1]\n")
+    Journal(tmp_path / "run/distill/round-1.corrected.partial").put({0: 1})
     with pytest.raises(InputError, match="what an earlier run kept is damaged"):
         run(model, tmp_path / "run", resume=True)

@@ -1,7 +1,6 @@
 """The judge: what it is asked, how its replies are read, what is kept, and `reward score` with it."""
 
 import json
-import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from everalign import chat_client
 from everalign.chat_client import ChatClient
 from everalign.data import UnscoredSet, load_scored
 from everalign.errors import EveralignError, InputError
-from everalign.evaluation.judge import JudgeOptions, JudgeScorer
+from everalign.evaluation.judge import JudgeOptions, JudgeScorer, reward_cache, reward_key
 from everalign.evaluation.judge_messages import INSTRUCTIONS, asked_again, judge_messages, read_score
-from everalign.evaluation.reward_cache import RewardCache, reward_key
 from everalign.evaluation.rewards import make_scorer, score_rows
+from everalign.storage import Journal
 
 SCALE = (1.0, 10.0)
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "two"}]
@@ -247,12 +246,12 @@ def test_a_request_that_fails_loses_no_score_of_its_batch(fault, tmp_path):
 
 
 def test_a_cache_serves_other_rows_and_other_runs_and_stays(tmp_path):
-    cache = RewardCache.in_folder(tmp_path / "cache")
+    cache = reward_cache(tmp_path / "cache")
     with ChatServer(by_length) as server:
         score_rows(rows(), judge(server, cache), tmp_path / "out.jsonl")
         asked = len(server.requests)
         other = rows([ROWS[2], {"prompt": "one", "completions": ["bb", "new"]}])
-        score_rows(other, judge(server, RewardCache.in_folder(tmp_path / "cache")), tmp_path / "second.jsonl")
+        score_rows(other, judge(server, reward_cache(tmp_path / "cache")), tmp_path / "second.jsonl")
         assert [judged(request.messages) for request in server.requests[asked:]] == ["new"]
         # Another judge has its own rewards in it.
         another = JudgeScorer(judge(server).client, instructions="Short is good.", cache=cache)
@@ -262,15 +261,14 @@ def test_a_cache_serves_other_rows_and_other_runs_and_stays(tmp_path):
 
 
 def test_a_cache_holds_many_rewards(tmp_path):
-    cache = RewardCache(tmp_path / "rewards.sqlite")
+    cache = Journal(tmp_path / "rewards.sqlite")
     keys = [reward_key("f", "p", str(number)) for number in range(1100)]
     assert cache.read(keys) == {}
     assert left(tmp_path) == []
-    with sqlite3.connect(cache.path) as database:
-        cache.add(keys[0], 0.1)
-        database.executemany("INSERT INTO rewards VALUES (?, ?)", [(key, i) for i, key in enumerate(keys[1:], 1)])
+    cache.put({keys[0]: 0.1})
+    cache.put({key: float(i) for i, key in enumerate(keys[1:], 1)})
     assert cache.read(keys) == {key: float(i) if i else 0.1 for i, key in enumerate(keys)}
-    cache.add(keys[0], 3.0)
+    cache.put({keys[0]: 3.0})
     assert cache.read(keys[:1]) == {keys[0]: 3.0}
     assert len({reward_key("f", "p", "a"), reward_key("g", "p", "a"), reward_key("f", CHAT, "a")}) == 3
 
@@ -278,13 +276,13 @@ def test_a_cache_holds_many_rewards(tmp_path):
 def test_a_cache_that_cannot_be_used_is_named(tmp_path):
     broken = tmp_path / "rewards.sqlite"
     broken.write_text("this is no database, however long it may be" * 50)
-    with pytest.raises(InputError, match=r"rewards\.sqlite: no cache of rewards, or a damaged one .*; delete it"):
-        RewardCache.in_folder(tmp_path).read(["key"])
+    with pytest.raises(InputError, match=r"rewards\.sqlite: .*damaged, or was not kept by this version .*: delete"):
+        reward_cache(tmp_path).read(["key"])
     with pytest.raises(InputError, match="must be a folder"):
-        RewardCache.in_folder(broken)
+        reward_cache(broken)
     (tmp_path / "folder.sqlite").mkdir()
-    with pytest.raises(EveralignError, match=r"folder\.sqlite: rewards cannot be kept here"):
-        RewardCache(tmp_path / "folder.sqlite").add("key", 1.0)
+    with pytest.raises(EveralignError, match=r"folder\.sqlite: nothing can be kept here"):
+        Journal(tmp_path / "folder.sqlite").put({"key": 1.0})
 
 
 # ---- by name ----

@@ -1,10 +1,11 @@
 """Reference log-probabilities: batches, the cache on disk, and what names a policy."""
 
 import dataclasses
+import sqlite3
+from contextlib import closing
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from everalign.data.groups import TargetGroup
 from everalign.data.layout import lay_out_pairs, lay_out_targets
@@ -134,43 +135,64 @@ def _cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def _execute(path, *statements):
+    with closing(sqlite3.connect(path)) as database, database:
+        for statement in statements:
+            database.execute(statement)
+
+
 def _change_a_value(path):
-    stored = load_file(path)
-    stored["log_probs"][1, 0] += 1e-3
-    save_file(stored, path)
+    _execute(path, "UPDATE entries SET value = '[-1.0, -2.0]' WHERE rowid = 2")
 
 
-def _drop_a_tensor(path):
-    stored = load_file(path)
-    del stored["log_probs"]
-    save_file(stored, path)
+def _exchange_two(path):
+    _execute(
+        path,
+        "UPDATE entries SET (value, checksum) = (SELECT value, checksum FROM entries WHERE rowid = 3) WHERE rowid = 2",
+    )
 
 
-@pytest.mark.parametrize("spoil", [_cut, _change_a_value, _drop_a_tensor, lambda path: path.write_bytes(b"")])
+def _drop_the_table(path):
+    _execute(path, "DROP TABLE entries")
+
+
+@pytest.mark.parametrize(
+    "spoil", [_cut, _change_a_value, _exchange_two, _drop_the_table, lambda path: path.write_bytes(b"half a file")]
+)
 def test_a_damaged_file_is_named_and_never_used(policy, cache, tmp_path, spoil):
     pairs = random_pairs(3)
     expected = cache.log_probs(policy, "key", pairs, 160)
     path = the_file(tmp_path)
     spoil(path)
-    with pytest.raises(InputError, match=f"{path}: the reference cache is damaged .*: delete this file"):
+    with pytest.raises(InputError, match=rf"{path}: .*: delete this file"):
         cache.log_probs(policy, "key", pairs, 160)
     path.unlink()
     assert torch.equal(cache.log_probs(policy, "key", pairs, 160), expected)
 
 
-def test_a_file_written_halfway_is_never_seen(policy, cache, tmp_path, monkeypatch):
-    def full_disk(tensors, path):
-        path = str(path)
-        with open(path, "wb") as file:
-            file.write(b"half")
-        raise OSError("no space left on device")
-
+def test_what_is_not_finite_is_not_kept(policy, cache, monkeypatch):
     pairs = random_pairs(3)
-    monkeypatch.setattr("everalign.tensor_files.save_file", full_disk)
-    with pytest.raises(OSError, match="no space left"):
-        cache.log_probs(policy, "key", pairs, 160)
-    monkeypatch.undo()
-    close(cache.log_probs(policy, "key", pairs, 160), pair_log_probs(policy, pairs, 160))
+    broken = torch.tensor([[-1.0, -2.0], [float("nan"), -1.0], [-1.0, float("-inf")]])
+    with monkeypatch.context() as patch:
+        patch.setattr("everalign.training.reference.pair_log_probs", lambda *_: broken)
+        torch.testing.assert_close(cache.log_probs(policy, "key", pairs, 160), broken, equal_nan=True)
+    cache.log_probs(policy, "key", pairs, 160)
+    assert policy.sequences == 2 * 2
+
+
+def test_two_that_compute_at_the_same_time_lose_nothing(policy, cache, tmp_path, monkeypatch):
+    pairs, other = random_pairs(6), ReferenceCache(tmp_path / "cache")
+
+    def meanwhile(*arguments):
+        monkeypatch.undo()
+        other.log_probs(policy, "key", pairs[3:], 160)
+        return pair_log_probs(*arguments)
+
+    monkeypatch.setattr("everalign.training.reference.pair_log_probs", meanwhile)
+    cache.log_probs(policy, "key", pairs[:3], 160)
+    policy.sequences = 0
+    close(cache.log_probs(policy, "key", pairs, 160), pair_log_probs(policy.policy, pairs, 160))
+    assert policy.sequences == 0
 
 
 # ---- groups ----
@@ -223,18 +245,18 @@ def test_pairs_and_groups_of_a_policy_do_not_touch_each_other(policy, cache, tmp
     expected = cache.log_probs(policy, "key", pairs, 160)
     cache.group_log_probs(policy, "key", groups, 160)
     files = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    assert files == ["key-responses.safetensors", "key.safetensors"]
+    assert files == ["reference-key-responses.sqlite", "reference-key.sqlite"]
     policy.sequences = 0
     assert torch.equal(cache.log_probs(policy, "key", pairs, 160), expected)
     assert policy.sequences == 0
 
 
-@pytest.mark.parametrize("spoil", [_cut, _drop_a_tensor])
+@pytest.mark.parametrize("spoil", [_cut, _drop_the_table])
 def test_a_damaged_file_of_groups_is_named(policy, cache, tmp_path, spoil):
     cache.group_log_probs(policy, "key", random_targets(3), 160)
     path = the_file(tmp_path)
     spoil(path)
-    with pytest.raises(InputError, match=f"{path}: the reference cache is damaged .*: delete this file"):
+    with pytest.raises(InputError, match=rf"{path}: .*: delete this file"):
         cache.group_log_probs(policy, "key", random_targets(3), 160)
 
 

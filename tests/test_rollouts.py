@@ -20,6 +20,7 @@ from everalign.learning.task_rows import prepare_rows
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
 from everalign.reporting.html import render_report
 from everalign.reporting.training_plots import _stages
+from everalign.storage import Journal
 from everalign.training.weighing import WeightOptions
 from learner_for_tests import (
     adapter_weights,
@@ -189,13 +190,12 @@ def test_a_run_interrupted_between_sampling_and_training_ends_the_same(model, tm
     assert manifest(tmp_path / "run").rollouts == manifest(tmp_path / "whole").rollouts
 
 
-def test_samples_that_a_kill_has_cut_are_drawn_again(model, tmp_path):
+def test_samples_that_a_kill_has_undone_are_drawn_again(model, tmp_path):
     learner(model, tmp_path / "whole").learn(prompts(), "a")
     with pytest.raises(KeyboardInterrupt):
         learner(model, tmp_path / "run", reward=Interrupted(1)).learn(prompts(), "a")
-    (samples,) = (tmp_path / "run" / "work").rglob("*.samples.jsonl")
-    whole = samples.read_text()
-    samples.write_text(whole[: len(whole) // 2])
+    (samples,) = (tmp_path / "run" / "work").rglob("*.samples.sqlite")
+    Journal(samples).remove()
     learner(model, tmp_path / "run", resume=True).learn(prompts(), "a")
     assert same_weights(adapter_weights(tmp_path / "run"), adapter_weights(tmp_path / "whole"))
 

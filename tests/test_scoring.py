@@ -12,6 +12,7 @@ import pytest
 from everalign.data import Preference, UnscoredSet, load_scored, load_unscored
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.rewards import CallableScorer, RewardModelScorer, make_scorer, score_rows
+from everalign.storage import Journal
 from rewards_for_tests import reward_model
 
 ROWS = [
@@ -203,15 +204,37 @@ def test_other_rows_and_another_scorer_begin_anew(tmp_path):
     assert score_rows(rows(ROWS[:3]), Lengths(), path, overwrite=True).resumed == 0
 
 
-@pytest.mark.parametrize("content", [b"[1.0]\n", b"{}\n", b"oops\n", b"3\n", b"[1.0, 2.0, 3.0]\n" * 9])
-def test_damaged_rewards_of_an_earlier_run_are_refused(content, tmp_path):
+@pytest.mark.parametrize("kept", [{0: [1.0]}, {1: {}}, {2: 3}, {2: "oops"}, {0: [1.0, 2.0, 3.0, 4.0]}])
+def test_damaged_rewards_of_an_earlier_run_are_refused(kept, tmp_path):
     path = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         score_rows(rows(), Lengths(fails=2), path, answers_per_batch=1)
     (partial,) = tmp_path.iterdir()
-    partial.write_bytes(content)
+    Journal(partial).put(kept)
     with pytest.raises(InputError, match="damaged: delete this file"):
         score_rows(rows(), Lengths(), path)
+
+
+def test_rows_without_numbers_of_an_earlier_format_are_refused(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        score_rows(rows(), Lengths(fails=2), path, answers_per_batch=1)
+    (partial,) = tmp_path.iterdir()
+    partial.write_text("[1.0, 2.0, 3.0]\n")
+    with pytest.raises(InputError, match=r"partial: .* was not kept by this version .*: delete this file"):
+        score_rows(rows(), Lengths(), path)
+
+
+def test_rows_are_known_by_their_number_and_not_by_how_many_there_are(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        score_rows(rows(), Lengths(fails=1), path)
+    Journal.beside(path, "lengths", rows().fingerprint).put({2: [7.0, 8.0]})
+    scorer = Lengths()
+    result = score_rows(rows(), scorer, path)
+    assert [row.rewards for row in result.rows] == [LENGTHS[0], LENGTHS[1], (7.0, 8.0), LENGTHS[3]]
+    assert [text for batch in scorer.calls for _, text in batch] == ["a", "bb", "ccc", "dddd", "e", "e"]
+    assert result.resumed == 1
 
 
 # ---- functions ----

@@ -5,12 +5,14 @@ import json
 import os
 import shutil
 import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from everalign.errors import InputError
+from everalign.storage import alone, lock_of
 
 _PARTIAL = ".partial"
 _BLOCK = 1 << 20
@@ -56,14 +58,19 @@ def check_new_file(path: Path, suffix: str, overwrite: bool) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by `text` in one step that survives a crash."""
+    """Replace a file by `text` in one step that survives a crash; of several processes, the last one's text stands."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + _PARTIAL)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    # A name of its own: two processes that wrote the same temporary file would mix their texts.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{_PARTIAL}")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # a full disk or Ctrl-C: nobody else would ever remove the file
+        temporary.unlink(missing_ok=True)
+        raise
     _sync(path.parent)
 
 
@@ -87,16 +94,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends without an error.
 
     What an earlier, broken-off attempt left of the temporary folder is dropped.
+
+    Raises:
+        InputError: another process is writing it.
     """
     temporary = path.with_name(path.name + _PARTIAL)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    follow_umask(temporary)
-    for entry in [temporary, *temporary.rglob("*")]:
-        _sync(entry)
-    os.replace(temporary, path)
-    _sync(path.parent)
+    with alone(lock_of(path)):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        follow_umask(temporary)
+        for entry in [temporary, *temporary.rglob("*")]:
+            _sync(entry)
+        os.replace(temporary, path)
+        _sync(path.parent)
 
 
 def follow_umask(path: Path) -> None:

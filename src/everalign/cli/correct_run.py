@@ -62,11 +62,13 @@ def run(
     from everalign.correction import NO_GUARDS, CorrectionOptions, Guards
     from everalign.correction.running import ROWS_PER_BATCH, correct_rows
     from everalign.data.uncorrected import load_uncorrected
+    from everalign.storage import alone, lock_of
 
     options = CorrectionOptions(gate, Guards() if guards else NO_GUARDS, max_new_tokens, strength or 0.0)
     local = {"device": device, "precision": precision, "tokens_per_batch": tokens_per_batch}
     started = time.perf_counter()
-    with resumable(), Display() as display:
+    # Before anything is loaded: a second process is told at once.
+    with resumable(), Display() as display, alone(lock_of(output)):
         rows = load_uncorrected(data, skip_bad_rows=skip_bad_rows)
         warn_of_bad_rows(rows)
         display.announce(f"{len(rows)} rows to correct")

@@ -71,9 +71,9 @@ def export(
 ) -> None:
     """Write feedback as rows that learn, reward train and correct train read; all of it, without a task's guards."""
     from everalign.files import check_new_file, write_text
-    from everalign.line_store import json_line
     from everalign.serving.next_task import rows_of
     from everalign.serving.store import FeedbackStore
+    from everalign.storage import json_line
 
     check_new_file(output, ".jsonl", overwrite)
     check_is_there(store)

@@ -172,21 +172,23 @@ def _run(
 ) -> tuple["RunData", GateRefusedError | None]:
     """Learn; what the gate has refused ends it, and is told of after the results."""
     from everalign.learning.learner import Learner
+    from everalign.learning.promotion import alone_in
     from everalign.learning.task_files import load_tasks
 
     if feedback is not None:
         return learn_feedback(feedback, recipe, display)
     arguments = recipe.learner_arguments()
-    tasks = load_tasks(recipe)
-    display.announce("data")
-    for name, train, test in tasks:
-        _announce_data(name, train, test, display)
-    learner = Learner(**arguments, resume=resume, announce=display.announce, progress=display.progress)
-    try:
-        learner.learn_all(tasks)
-    except GateRefusedError as refusal:
-        return learner.run, refusal
-    return learner.run, None
+    with alone_in(Path(arguments["output"])):
+        tasks = load_tasks(recipe)
+        display.announce("data")
+        for name, train, test in tasks:
+            _announce_data(name, train, test, display)
+        learner = Learner(**arguments, resume=resume, announce=display.announce, progress=display.progress)
+        try:
+            learner.learn_all(tasks)
+        except GateRefusedError as refusal:
+            return learner.run, refusal
+        return learner.run, None
 
 
 def _announce_data(name: str, train: "RowSet[Any]", test: "RowSet[Any] | None", display: Display) -> None:

@@ -45,6 +45,7 @@ def learn_feedback(
 ) -> tuple["RunData", GateRefusedError | None]:
     """Learn feedback as the next task of the run that is there, or the first of a new one."""
     from everalign.learning.learner import Learner
+    from everalign.learning.promotion import alone_in
     from everalign.serving.loop import GATE, learn_from_feedback
     from everalign.serving.store import FeedbackStore
     from everalign.serving.task_options import NextTaskOptions
@@ -55,7 +56,7 @@ def learn_feedback(
     options = NextTaskOptions(**flags.options)
     arguments = {"gate": GATE, **recipe.learner_arguments(needs_tasks=False)}
     resume = (Path(arguments["output"]) / "run.json").exists()
-    with FeedbackStore.open(flags.store) as store:
+    with alone_in(Path(arguments["output"])), FeedbackStore.open(flags.store) as store:
         learner = Learner(**arguments, resume=resume, announce=display.announce, progress=display.progress)
         learned = learn_from_feedback(store, learner, options, display.announce)
     return learner.run, learned.refusal

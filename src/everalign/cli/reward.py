@@ -131,9 +131,11 @@ def _score(
 ) -> None:
     from everalign.data import load_unscored
     from everalign.evaluation.rewards import ANSWERS_PER_BATCH, make_scorer, score_rows
+    from everalign.storage import alone, lock_of
 
     started = time.perf_counter()
-    with Display() as display:
+    # Before anything is loaded: a second process is told at once.
+    with Display() as display, alone(lock_of(Path(output))):
         rows = load_unscored(data, overwrite=overwrite)
         display.announce(f"{len(rows)} rows to score")
         scorer = make_scorer(model, tokens_per_batch, judge)

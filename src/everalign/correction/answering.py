@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from everalign.chat_client import ChatClient
-from everalign.correction.asking import Cost, Progress, Replies, ask_all, reply_store
+from everalign.correction.asking import Cost, Progress, Replies, ask_all, reply_journal
 from everalign.correction.editing import INSTRUCTIONS, editing_messages, read_correction
 from everalign.correction.templates import Question, question_text
 from everalign.data.messages import Message
 from everalign.data.templating import encode_prompt
 from everalign.errors import InputError
 from everalign.files import is_partial
-from everalign.line_store import LineStore
 from everalign.modeling.kept_samples import sample_kept
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, sequence_limit
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process
 from everalign.modeling.sampling import SamplingOptions
+from everalign.storage import Journal
 
 TEMPERATURE = 0.5
 """That of the answers which the Aligner's authors had corrected (Ji et al., arXiv 2402.02416)."""
@@ -88,7 +88,7 @@ class EndpointAnswers:
             ANSWERS,
             [_conversation(question) for question in questions],
             [question_text(question) for question in questions],
-            reply_store(output),
+            reply_journal(output),
             self._parameters,
             keep_going=keep_going,
             progress=progress,
@@ -130,7 +130,7 @@ class Editor:
             CORRECTIONS,
             [editing_messages(question, answer, self._instructions) for question, answer in pairs],
             [question_text(question) for question, _ in pairs],
-            reply_store(output),
+            reply_journal(output),
             self._parameters,
             keep_going=keep_going,
             progress=progress,
@@ -177,9 +177,9 @@ class SampledAnswers:
         asked = [question for i, question in enumerate(questions) if i not in failures]
         options = replace(self._options, max_prompt_tokens=room)
         facts = [model_fingerprint(model), options.temperature, options.max_new_tokens, self._seed, asked]
-        store = LineStore.beside(output, json.dumps(facts))
-        earlier = sum(len(chunk) for chunk in store.read())
-        found = sample_kept(_policy(model), tokenizer, asked, options, store, seed=self._seed, progress=progress)
+        journal = Journal.beside(output, json.dumps(facts))
+        earlier = sum(len(chunk) for chunk in journal.read(range(len(asked))).values())
+        found = sample_kept(_policy(model), tokenizer, asked, options, journal, seed=self._seed, progress=progress)
         samples = iter(found)
         drawn = [None if i in failures else next(samples) for i in range(len(questions))]
         texts = [sample.texts[0] if sample and sample.texts else None for sample in drawn]
@@ -191,7 +191,7 @@ def forget(output: Path) -> None:
     """Delete what is kept beside an output file, once it holds everything."""
     for path in output.parent.iterdir():
         if is_partial(path) and path.name.startswith(f"{output.name}."):
-            path.unlink()
+            Journal(path).remove()
 
 
 def _policy(model: Any) -> Policy:

@@ -13,8 +13,8 @@ from typing import Any
 from everalign.chat_client import ChatClient, ChatError, Completion
 from everalign.chat_reply import shortened
 from everalign.data.messages import Message
-from everalign.errors import EveralignError, InputError
-from everalign.keyed_store import KeyedStore
+from everalign.errors import EveralignError
+from everalign.storage import Journal
 
 Progress = Callable[[str, int, int], None]
 
@@ -70,9 +70,9 @@ class Replies:
     cost: Cost
 
 
-def reply_store(output: Path) -> KeyedStore[str]:
-    """Return the store of replies beside an output file, until that is written."""
-    return KeyedStore(output.with_name(f"{output.name}.replies.partial"), "reply", "TEXT")
+def reply_journal(output: Path) -> Journal:
+    """Return the journal of replies beside an output file, until that is written."""
+    return Journal(output.with_name(f"{output.name}.replies.partial"))
 
 
 def ask_all(
@@ -80,20 +80,20 @@ def ask_all(
     stage: str,
     conversations: Sequence[Sequence[Message]],
     named: Sequence[str],
-    store: KeyedStore[str],
+    journal: Journal,
     parameters: Mapping[str, Any],
     *,
     keep_going: bool,
     progress: Progress,
 ) -> Replies:
-    """Ask all that the store does not hold; equal conversations are asked once.
+    """Ask all that the journal does not hold; equal conversations are asked once.
 
     Args:
         client: of the model.
         stage: what this is called.
         conversations: the N questions.
         named: what they are about, for messages.
-        store: keeps replies, and, with `keep_going`, failures.
+        journal: keeps replies, and, with `keep_going`, failures.
         parameters: of the requests.
         keep_going: whether a question that fails for good is kept as such, so that the others are asked.
         progress: called with (stage, replies, questions).
@@ -104,14 +104,14 @@ def ask_all(
     """
     keys = [_key(client, messages, parameters) for messages in conversations]
     wanted = dict(zip(keys, conversations, strict=True))
-    found = _kept(store, list(wanted))
+    found = _kept(journal, list(wanted))
     if not keep_going:
         # They were passed over then, and nothing says that they are to be now.
         found = {key: reply for key, reply in found.items() if reply.completion is not None}
     earlier, before = len(found), client.usage.requests
     missing = [key for key in wanted if key not in found]
     labels = dict(zip(keys, named, strict=True))
-    passing = _Passing(store, found)
+    passing = _Passing(journal, found)
     try:
         for index, reply in _replies(client, [wanted[key] for key in missing], parameters, keep_going):
             key = missing[index]
@@ -119,7 +119,7 @@ def ask_all(
                 passing.fail(key, _about(labels[key], reply))
             else:
                 found[key] = _Reply(reply)
-                store.add(key, found[key].text())
+                journal.put({key: found[key].to_json()})
                 passing.succeed()
             progress(stage, len(found), len(wanted))
     except ChatError as error:
@@ -132,11 +132,11 @@ def ask_all(
     return Replies(replies, failures, _cost(stage, client.model, found.values(), earlier, requests))
 
 
-def _kept(store: KeyedStore[str], keys: Sequence[str]) -> dict[str, "_Reply"]:
+def _kept(journal: Journal, keys: Sequence[str]) -> dict[str, "_Reply"]:
     try:
-        return {key: _Reply.read(value) for key, value in store.read(keys).items()}
-    except (json.JSONDecodeError, TypeError):
-        raise InputError(f"{store.path}: a reply that an earlier run kept is damaged: delete this file") from None
+        return {key: _Reply.from_json(value) for key, value in journal.read(keys).items()}
+    except TypeError:
+        raise journal.damaged() from None
 
 
 def _replies(
@@ -151,26 +151,24 @@ def _replies(
 
 @dataclass(frozen=True)
 class _Reply:
-    """What the store holds of a question: a completion, or why there is none."""
+    """What the journal holds of a question: a completion, or why there is none."""
 
     completion: Completion | None
     failed: str = ""
 
-    def text(self) -> str:
-        value = {"failed": self.failed} if self.completion is None else asdict(self.completion)
-        return json.dumps(value, ensure_ascii=False)
+    def to_json(self) -> dict[str, Any]:
+        return {"failed": self.failed} if self.completion is None else asdict(self.completion)
 
     @classmethod
-    def read(cls, text: str) -> "_Reply":
-        value = json.loads(text)
+    def from_json(cls, value: dict[str, Any]) -> "_Reply":
         return cls(None, value["failed"]) if "failed" in value else cls(Completion(**value))
 
 
 class _Passing:
     """Passes over questions that failed, once another one shows that the server is there."""
 
-    def __init__(self, store: KeyedStore[str], found: dict[str, _Reply]) -> None:
-        self._store, self._found, self._waiting = store, found, dict[str, _Reply]()
+    def __init__(self, journal: Journal, found: dict[str, _Reply]) -> None:
+        self._journal, self._found, self._waiting = journal, found, dict[str, _Reply]()
 
     def fail(self, key: str, message: str) -> None:
         self._waiting[key] = _Reply(None, message)
@@ -181,8 +179,8 @@ class _Passing:
             )
 
     def succeed(self) -> None:
-        for key, reply in self._waiting.items():
-            self._store.add(key, reply.text())
+        if self._waiting:
+            self._journal.put({key: reply.to_json() for key, reply in self._waiting.items()})
         self._found |= self._waiting
         self._waiting = {}
 

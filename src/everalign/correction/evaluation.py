@@ -16,11 +16,11 @@ from typing import Any
 
 from everalign.correction.corrector import Corrected, CorrectionOptions, Corrector
 from everalign.correction.edits import edit_ratio, kept_share, words
-from everalign.correction.running import ROWS_PER_BATCH, check_batches, correct_batches, store_key
+from everalign.correction.running import ROWS_PER_BATCH, check_batches, correct_batches, journal_facts
 from everalign.correction.templates import Question
 from everalign.data.answers import Answer, AnswerSet
 from everalign.errors import EveralignError
-from everalign.line_store import LineStore
+from everalign.storage import Journal, alone, lock_of
 
 Referee = Callable[[Sequence[Question], Sequence[str], Sequence[str]], Sequence[int]]
 """Given questions, answers and corrections: 1 where the correction is better, -1 where the answer is, 0 for neither."""
@@ -125,11 +125,17 @@ def evaluate_corrector(
         EveralignError: the corrector failed (names the rows), or the referee did.
     """
     check_batches(rows, rows_per_batch)
-    store = None
-    if cache is not None:
+    if cache is None:
+        found, _ = correct_batches(rows, corrector, options, rows_per_batch, None, announce, progress)
+    else:
         options = options or CorrectionOptions()
-        store = LineStore.within(Path(cache), "corrections", store_key(corrector, options, rows))
-    found, _ = correct_batches(rows, corrector, options, rows_per_batch, store, announce, progress)
+        journal = Journal.within(Path(cache), "corrections", *journal_facts(corrector, options, rows))
+
+        def waiting(holder: str) -> None:
+            announce(f"  {holder} is correcting the same answers: waiting for it")
+
+        with alone(lock_of(journal.path), wait=waiting):
+            found, _ = correct_batches(rows, corrector, options, rows_per_batch, journal, announce, progress)
     verdicts = None
     if referee is not None:
         columns = [row.question for row in rows], [row.answer for row in rows], [one.text for one in found]

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from everalign.correction.answering import ANSWERS, CORRECTIONS, Answerer, Editor, Texts, forget
-from everalign.correction.asking import Cost, Progress, reply_store
+from everalign.correction.asking import Cost, Progress, reply_journal
 from everalign.correction.filters import LONGEST_CORRECTION, NEAR, filter_corrections
 from everalign.correction.templates import Template
 from everalign.data.corrections import Correction, CorrectionSet
 from everalign.data.drafts import Draft, DraftSet
 from everalign.errors import EveralignError, InputError
 from everalign.files import check_new_file, write_text
-from everalign.line_store import json_line
+from everalign.storage import alone, json_line, lock_of
 
 UNEDITED = "no correction in the row"
 
@@ -135,24 +135,25 @@ def make_corrections(
         progress: called with (stage, done, all).
 
     Raises:
-        InputError: `output` cannot be used, answers would have nobody who corrects them, or a row lacks what nobody
-            gives; names the row.
+        InputError: `output` cannot be used, another process is writing it, answers would have nobody who corrects them,
+            or a row lacks what nobody gives; names the row.
         EveralignError: a question failed for good, or no correction is left. What was answered before is kept.
     """
     path, filters = Path(output), filters or Filters()
     failures = path.with_name(f"{path.stem}.failed.jsonl")
-    _check(rows, path, failures, answerer, editor, keep_going, overwrite)
-    run = _Run(path, keep_going, announce, progress, Counter(), [], [])
-    answered = _own_answers(rows, editor, run) if answerer is None else _ask_for_answers(rows, answerer, run)
-    corrected = answered if editor is None else _ask_for_corrections(answered, editor, run)
-    kept = _filtered(corrected, rows.source, filters, run)
-    if run.failed:
-        announce(f"  {len(run.failed)} questions failed for good: {failures}")
-        write_text(failures, "".join(map(json_line, run.failed)))
-    elif keep_going:
-        failures.unlink(missing_ok=True)
-    write_text(path, "".join(json_line(_columns(row, item, rows.source)) for row, item in kept))
-    forget(path)
+    with alone(lock_of(path)):
+        _check(rows, path, failures, answerer, editor, keep_going, overwrite)
+        run = _Run(path, keep_going, announce, progress, Counter(), [], [])
+        answered = _own_answers(rows, editor, run) if answerer is None else _ask_for_answers(rows, answerer, run)
+        corrected = answered if editor is None else _ask_for_corrections(answered, editor, run)
+        kept = _filtered(corrected, rows.source, filters, run)
+        if run.failed:
+            announce(f"  {len(run.failed)} questions failed for good: {failures}")
+            write_text(failures, "".join(map(json_line, run.failed)))
+        elif keep_going:
+            failures.unlink(missing_ok=True)
+        write_text(path, "".join(json_line(_columns(row, item, rows.source)) for row, item in kept))
+        forget(path)
     found = CorrectionSet(tuple(row for row, _ in kept), str(path))
     named = failures if run.failed else None
     return CorrectionData(path, found, run.dropped, len(run.failed), named, tuple(run.costs))
@@ -171,7 +172,7 @@ def _check(
         raise InputError(f"{rows.source}: no rows in it")
     check_new_file(path, ".jsonl", overwrite)
     # One that a kill has left behind the failures and before the output is its own.
-    if keep_going and not reply_store(path).path.exists():
+    if keep_going and not reply_journal(path).path.exists():
         check_new_file(failures, ".jsonl", overwrite)
     if editor is None and answerer is not None:
         raise InputError(f"the answers of {answerer.name} would have nobody who corrects them: name a stronger model")

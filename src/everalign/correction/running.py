@@ -4,7 +4,7 @@
     correct_rows(rows, Corrector.from_pretrained("runs/corrector"), "corrections.jsonl")
 
 What is finished stands beside the output in a file that is named after corrector, options and rows, until the output is
-written whole; the same call goes on from there. `correct_batches` does so with a file of its caller's.
+written whole; the same call goes on from there. `correct_batches` does so with a journal of its caller's.
 """
 
 import os
@@ -19,7 +19,7 @@ from everalign.data.row_set import RowSet
 from everalign.data.uncorrected import Uncorrected, UncorrectedSet
 from everalign.errors import EveralignError, InputError
 from everalign.files import check_new_file, write_text
-from everalign.line_store import LineStore, json_line
+from everalign.storage import Journal, alone, json_line, lock_of
 
 ROWS_PER_BATCH = 64
 
@@ -79,16 +79,18 @@ def correct_rows(
         progress: called with ("correcting", rows done, rows in all).
 
     Raises:
-        InputError: there are no rows, `output` cannot be used, or the gate is a function.
+        InputError: there are no rows, `output` cannot be used, another process is writing it, or the gate is a
+            function.
         EveralignError: the corrector failed; names the rows. What was corrected before is kept.
     """
     path, options = Path(output), options or CorrectionOptions()
     check_batches(rows, rows_per_batch)
-    check_new_file(path, ".jsonl", overwrite)
-    store = LineStore.beside(path, store_key(corrector, options, rows))
-    done, resumed = correct_batches(rows, corrector, options, rows_per_batch, store, announce, progress)
-    write_text(path, "".join(json_line(_columns(row, one)) for row, one in zip(rows, done, strict=True)))
-    store.remove()
+    with alone(lock_of(path)):
+        check_new_file(path, ".jsonl", overwrite)
+        journal = Journal.beside(path, *journal_facts(corrector, options, rows))
+        done, resumed = correct_batches(rows, corrector, options, rows_per_batch, journal, announce, progress)
+        write_text(path, "".join(json_line(_columns(row, one)) for row, one in zip(rows, done, strict=True)))
+        journal.remove()
     return CorrectionRun(path, tuple(done), resumed)
 
 
@@ -97,7 +99,7 @@ def correct_batches(
     corrector: Corrector,
     options: CorrectionOptions | None,
     rows_per_batch: int,
-    store: LineStore | None,
+    journal: Journal | None,
     announce: Callable[[str], None],
     progress: Callable[[str, int, int], None],
 ) -> tuple[list[Corrected], int]:
@@ -108,33 +110,35 @@ def correct_batches(
         corrector: corrects them.
         options: how; the corrector's own when None.
         rows_per_batch: rows handed to the corrector at once.
-        store: where corrections are kept, by a `store_key`; None to keep none.
-        announce: told how many rows the store had.
+        journal: where corrections are kept by row, named by `journal_facts`; None to keep none.
+        announce: told how many rows the journal had.
         progress: called with ("correcting", rows done, rows in all).
 
     Returns:
-        What became of each row, and how many of these came from the store.
+        What became of each row, and how many of these came from the journal.
 
     Raises:
-        InputError: the store is damaged.
+        InputError: the journal is damaged.
         EveralignError: the corrector failed; names the rows.
     """
-    done = [] if store is None else _kept(store, len(rows))
+    done = {} if journal is None else _kept(journal, len(rows))
     resumed = len(done)
     if resumed:
         announce(f"  {resumed} of {len(rows)} rows were corrected by an earlier run")
-    for start in range(resumed, len(rows), rows_per_batch):
-        batch = rows[start : start + rows_per_batch]
+    missing = [number for number in range(len(rows)) if number not in done]
+    for start in range(0, len(missing), rows_per_batch):
+        batch = missing[start : start + rows_per_batch]
         try:
-            found = corrector.correct_batch([(row.question, row.answer) for row in batch], options)
+            found = corrector.correct_batch([(rows[number].question, rows[number].answer) for number in batch], options)
         except EveralignError as error:
-            kept = "" if store is None else "; what was corrected before is kept"
-            raise type(error)(f"rows {start + 1} to {start + len(batch)}: {error}{kept}") from error
-        if store is not None:
-            store.add([asdict(one) for one in found])
-        done += found
+            kept = "" if journal is None else "; what was corrected before is kept"
+            raise type(error)(f"rows {batch[0] + 1} to {batch[-1] + 1}: {error}{kept}") from error
+        new = dict(zip(batch, found, strict=True))
+        if journal is not None:
+            journal.put({number: asdict(one) for number, one in new.items()})
+        done |= new
         progress("correcting", len(done), len(rows))
-    return done, resumed
+    return [done[number] for number in range(len(rows))], resumed
 
 
 def check_batches(rows: RowSet[Any], rows_per_batch: int) -> None:
@@ -145,7 +149,7 @@ def check_batches(rows: RowSet[Any], rows_per_batch: int) -> None:
         raise InputError(f"batch size: must be at least 1, found {rows_per_batch}")
 
 
-def store_key(corrector: Corrector, options: CorrectionOptions, rows: RowSet[Any]) -> str:
+def journal_facts(corrector: Corrector, options: CorrectionOptions, rows: RowSet[Any]) -> tuple[str, ...]:
     """Return what corrections depend on.
 
     Raises:
@@ -153,7 +157,7 @@ def store_key(corrector: Corrector, options: CorrectionOptions, rows: RowSet[Any
     """
     if callable(options.gate):
         raise InputError("gate: must be a number here; a later run could not tell whether a function is the same")
-    return f"{corrector.fingerprint}\n{options!r}\n{rows.fingerprint}"
+    return corrector.fingerprint, repr(options), rows.fingerprint
 
 
 def _columns(row: Uncorrected, corrected: Corrected) -> dict[str, Any]:
@@ -166,12 +170,9 @@ def _columns(row: Uncorrected, corrected: Corrected) -> dict[str, Any]:
     }
 
 
-def _kept(store: LineStore, most: int) -> list[Corrected]:
-    """Return what became of the rows that an earlier run has finished."""
+def _kept(journal: Journal, count: int) -> dict[int, Corrected]:
+    """Return what became of the rows that an earlier run has finished, by the rows' numbers."""
     try:
-        found = [Corrected(**one) for one in store.read()]
+        return {number: Corrected(**one) for number, one in journal.read(range(count)).items()}
     except TypeError:
-        raise store.damaged() from None
-    if len(found) > most:
-        raise store.damaged()
-    return found
+        raise journal.damaged() from None

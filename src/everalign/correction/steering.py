@@ -40,6 +40,7 @@ from everalign.data.corrections import Correction, CorrectionSet
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.loading import Precision, load_model, load_tokenizer
 from everalign.modeling.residual_stream import decoder_layers, residuals
+from everalign.storage import alone, lock_of
 
 Direction = Literal["principal", "mean"]
 
@@ -134,46 +135,48 @@ def steer_corrector(
         EveralignError: no layer was found whose strength decides how much is edited.
     """
     options, path = options or SteeringOptions(), Path(folder)
-    if (path / FACTS_FILE).exists() and not overwrite:
-        raise InputError(f"{path / FACTS_FILE} exists: ask for overwrite to find a new direction")
-    files = load_corrector_files(path)
-    parts = _divided(rows, options, seed)
-    encoder = files.encoder(load_tokenizer(str(path)))
-    model = load_model(str(path), precision)
-    if torch.cuda.is_available():
-        model.cuda()
-    count = len(decoder_layers(model))
-    candidates = _candidates(count, options.layers)
-    announce(f"  {len(parts.extract)} rows to extract from, {len(parts.choose)} to choose on, {len(parts.report)} held")
-    differences = prefix_differences(model, encoder, parts.extract, options.prefix)
-    shifts = {layer: _shift(differences[layer], options.direction) for layer in {n for c in candidates for n in c}}
-    trials = Trials(model, encoder, tokens_per_batch, options.settings, len(candidates) + 1, progress)
-    steering, layers = best_layers(trials, parts.choose, shifts, candidates, announce)
-    found = trials.run(parts.report, steering)
-    kept = well_formed([one for one in found if steering.lowest <= one.strength <= steering.highest])
-    spearman = rank_correlation(kept)
-    if spearman <= 0:
-        raise EveralignError(
-            f"the edits of {len(parts.report)} held-out rows do not follow the strength (Spearman {spearman:.2f}); "
-            "give more rows, or other layers or strengths"
+    with alone(lock_of(path / FACTS_FILE), "steering this corrector"):
+        if (path / FACTS_FILE).exists() and not overwrite:
+            raise InputError(f"{path / FACTS_FILE} exists: ask for overwrite to find a new direction")
+        files = load_corrector_files(path)
+        parts = _divided(rows, options, seed)
+        encoder = files.encoder(load_tokenizer(str(path)))
+        model = load_model(str(path), precision)
+        if torch.cuda.is_available():
+            model.cuda()
+        count = len(decoder_layers(model))
+        candidates = _candidates(count, options.layers)
+        extracted, chosen_on, held = (len(part) for part in (parts.extract, parts.choose, parts.report))
+        announce(f"  {extracted} rows to extract from, {chosen_on} to choose on, {held} held")
+        differences = prefix_differences(model, encoder, parts.extract, options.prefix)
+        shifts = {layer: _shift(differences[layer], options.direction) for layer in {n for c in candidates for n in c}}
+        trials = Trials(model, encoder, tokens_per_batch, options.settings, len(candidates) + 1, progress)
+        steering, layers = best_layers(trials, parts.choose, shifts, candidates, announce)
+        found = trials.run(parts.report, steering)
+        kept = well_formed([one for one in found if steering.lowest <= one.strength <= steering.highest])
+        spearman = rank_correlation(kept)
+        if spearman <= 0:
+            raise EveralignError(
+                f"the edits of {len(parts.report)} held-out rows do not follow the strength (Spearman {spearman:.2f}); "
+                "give more rows, or other layers or strengths"
+            )
+        steering = Steering(steering.shifts, kept[0].strength, kept[-1].strength)
+        facts = SteeringFacts(
+            layers=layers,
+            norms=tuple(float(steering.shifts[layer].norm()) for layer in layers),
+            direction=options.direction,
+            rows=len(parts.extract),
+            prefixes=differences.shape[1],
+            template=encoder.template.id,
+            fingerprints=fingerprints(model),
+            lowest=steering.lowest,
+            highest=steering.highest,
+            spearman=spearman,
+            settings=tuple(found),
+            held_out=len(parts.report),
         )
-    steering = Steering(steering.shifts, kept[0].strength, kept[-1].strength)
-    facts = SteeringFacts(
-        layers=layers,
-        norms=tuple(float(steering.shifts[layer].norm()) for layer in layers),
-        direction=options.direction,
-        rows=len(parts.extract),
-        prefixes=differences.shape[1],
-        template=encoder.template.id,
-        fingerprints=fingerprints(model),
-        lowest=steering.lowest,
-        highest=steering.highest,
-        spearman=spearman,
-        settings=tuple(found),
-        held_out=len(parts.report),
-    )
-    write_steering(path, steering, facts)
-    return facts
+        write_steering(path, steering, facts)
+        return facts
 
 
 # ---- directions ----

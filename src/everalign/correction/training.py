@@ -41,6 +41,7 @@ from everalign.modeling.policy import Policy
 from everalign.modeling.reward_files import check_free
 from everalign.modeling.runtime import prepare_process
 from everalign.modeling.whole_model import WholeModel
+from everalign.storage import alone, lock_of
 from everalign.training.stage import StageResult
 
 Progress = Callable[[str, int, int], None]
@@ -95,47 +96,49 @@ def train_corrector(
         progress: called with (stage, done, all).
 
     Raises:
-        InputError: the model, the rows, the options or the output folder cannot be used; or the model is a corrector
-            of another template.
+        InputError: the model, the rows, the options or the output folder cannot be used; another process is at it;
+            or the model is a corrector of another template.
         EveralignError: the loss became NaN or infinite; the message says at which step.
     """
     folder = Path(output)
-    _check_input(rows, test, folder, allow_overlap)
-    options = _with_template(options or CorrectorOptions(), model)
-    prepare_process()
-    tokenizer = load_tokenizer(model)
-    encoder = CorrectionEncoder(tokenizer, get_template(str(options.template)), options.objectives or ())
-    learner, base = _load(model, options, seed)
-    options = replace(
-        options, max_length=sequence_limit(options.max_length, LONGEST_BY_DEFAULT, _inner(learner), tokenizer, model)
-    )
-    corrections = _encode("training", rows, encoder, options, taught, announce)
-    held_out = _encode("held-out", test, encoder, options, compared, announce) if test else ()
-    named = f", objectives {', '.join(encoder.objectives)}" if encoder.objectives else ""
-    announce(f"  template {encoder.template.id}{named}")
-    identities = _warm_up_rows(rows, len(corrections), encoder, options, seed)
-    stages = {"identity": identities, "correction": corrections}
+    with alone(lock_of(folder), "training a corrector there"):
+        _check_input(rows, test, folder, allow_overlap)
+        options = _with_template(options or CorrectorOptions(), model)
+        prepare_process()
+        tokenizer = load_tokenizer(model)
+        encoder = CorrectionEncoder(tokenizer, get_template(str(options.template)), options.objectives or ())
+        learner, base = _load(model, options, seed)
+        options = replace(
+            options,
+            max_length=sequence_limit(options.max_length, LONGEST_BY_DEFAULT, _inner(learner), tokenizer, model),
+        )
+        corrections = _encode("training", rows, encoder, options, taught, announce)
+        held_out = _encode("held-out", test, encoder, options, compared, announce) if test else ()
+        named = f", objectives {', '.join(encoder.objectives)}" if encoder.objectives else ""
+        announce(f"  template {encoder.template.id}{named}")
+        identities = _warm_up_rows(rows, len(corrections), encoder, options, seed)
+        stages = {"identity": identities, "correction": corrections}
 
-    work = folder.with_name(folder.name + ".training")
-    place = work / _work_key(base, encoder, stages, options, seed)
-    results = _train(learner, stages, options, place, seed, announce, progress)
-    learner.eval()
-    report = corrector_report(learner, held_out, options.tokens_per_batch) if held_out else None
-    facts = CorrectorFacts(
-        template=encoder.template.id,
-        objectives=encoder.objectives,
-        encoding=encoder.fingerprint,
-        max_length=int(options.max_length or 0),
-        base_model=model,
-        base_fingerprint=base,
-        data=rows.fingerprint,
-        rows=len(corrections),
-        held_out=None if report is None else asdict(report),
-        settings={**asdict(options), "objectives": list(encoder.objectives), "seed": seed},
-    )
-    _write(folder, learner, model, tokenizer, facts)
-    shutil.rmtree(work)
-    return TrainedCorrector(folder, facts, report, results)
+        work = folder.with_name(folder.name + ".training")
+        place = work / _work_key(base, encoder, stages, options, seed)
+        results = _train(learner, stages, options, place, seed, announce, progress)
+        learner.eval()
+        report = corrector_report(learner, held_out, options.tokens_per_batch) if held_out else None
+        facts = CorrectorFacts(
+            template=encoder.template.id,
+            objectives=encoder.objectives,
+            encoding=encoder.fingerprint,
+            max_length=int(options.max_length or 0),
+            base_model=model,
+            base_fingerprint=base,
+            data=rows.fingerprint,
+            rows=len(corrections),
+            held_out=None if report is None else asdict(report),
+            settings={**asdict(options), "objectives": list(encoder.objectives), "seed": seed},
+        )
+        _write(folder, learner, model, tokenizer, facts)
+        shutil.rmtree(work)
+        return TrainedCorrector(folder, facts, report, results)
 
 
 def _check_input(rows: CorrectionSet, test: CorrectionSet | None, folder: Path, allow_overlap: bool) -> None:

@@ -19,6 +19,7 @@ from everalign.methods import LifeAlign, Method, SequentialFineTuning
 from everalign.modeling.loading import TINY
 from everalign.reporting import write_report
 from everalign.reporting.corrections import CorrectorShow
+from everalign.storage import alone
 
 PAIRS_PER_TASK = 240
 TRAINING = TrainingOptions(
@@ -69,25 +70,26 @@ def run_demo(output: Path, announce: Announce, progress: Progress, seed: int = 0
     ]
     contenders: list[tuple[Method, str]] = [(SequentialFineTuning(), "dpo"), (LifeAlign(), "fpo")]
     runs, scores = {}, {}
-    for method, objective in contenders:
-        announce(f"{method.name} with {objective}")
-        runs[method.name] = output / method.name
+    with alone(output / ".lock", "writing this demo"):
+        for method, objective in contenders:
+            announce(f"{method.name} with {objective}")
+            runs[method.name] = output / method.name
+            with _one_thread():
+                learner = Learner(
+                    TINY,
+                    method,
+                    objective,
+                    runs[method.name],
+                    training=TRAINING,
+                    adapter=ADAPTER,
+                    seed=seed,
+                    resume=True,
+                    announce=announce,
+                    progress=progress,
+                )
+                learner.learn_all(list(tasks))
+            scores[method.name] = learner.scores
         with _one_thread():
-            learner = Learner(
-                TINY,
-                method,
-                objective,
-                runs[method.name],
-                training=TRAINING,
-                adapter=ADAPTER,
-                seed=seed,
-                resume=True,
-                announce=announce,
-                progress=progress,
-            )
-            learner.learn_all(list(tasks))
-        scores[method.name] = learner.scores
-    with _one_thread():
-        corrector = show_corrector(output / "corrector", announce, progress, seed)
-    report = write_report(list(runs.values()), output / "report.html", corrector)
+            corrector = show_corrector(output / "corrector", announce, progress, seed)
+        report = write_report(list(runs.values()), output / "report.html", corrector)
     return DemoResult(report, runs, scores, corrector, time.perf_counter() - started)

@@ -30,9 +30,10 @@ from everalign.evaluation.judge_messages import (
     read_score,
     read_verdict,
 )
-from everalign.evaluation.reward_cache import RewardCache, reward_key
+from everalign.storage import Journal
 
 SCALE: Scale = (1.0, 10.0)
+_CACHE = "rewards.sqlite"
 
 # How much of an answer and of a reply a message shows.
 _ANSWER_SHOWN, _REPLY_SHOWN = 60, 200
@@ -83,7 +84,7 @@ class JudgeScorer:
         *,
         instructions: str = INSTRUCTIONS,
         scale: Scale = SCALE,
-        cache: RewardCache | None = None,
+        cache: Journal | None = None,
     ) -> None:
         if not instructions.strip():
             raise InputError("the judge's instructions are empty: say what makes an answer good")
@@ -105,7 +106,7 @@ class JudgeScorer:
         asking = ChatOptions(options.concurrency, options.requests_per_minute, options.timeout)
         client = asking.client(name, "a judge")
         instructions = INSTRUCTIONS if options.instructions is None else _instructions(options.instructions)
-        cache = None if options.cache is None else RewardCache.in_folder(options.cache)
+        cache = None if options.cache is None else reward_cache(options.cache)
         return cls(client, instructions=instructions, cache=cache)
 
     @property
@@ -113,7 +114,7 @@ class JudgeScorer:
         """sha256 over the server's address, model, instructions, scale, and how replies are read."""
         return self._fingerprint
 
-    def with_cache(self, cache: RewardCache) -> "JudgeScorer":
+    def with_cache(self, cache: Journal) -> "JudgeScorer":
         """Return the same judge, asked through the same client, with rewards kept in `cache`."""
         return JudgeScorer(self.client, instructions=self._instructions, scale=self._scale, cache=cache)
 
@@ -192,7 +193,7 @@ class JudgeScorer:
                     continue
                 found[keys[index]] = value
                 if self.cache:
-                    self.cache.add(keys[index], value)
+                    self.cache.put({keys[index]: value})
         except ChatError as error:
             raise EveralignError(f"{questions[keys[error.index]].name}: {error}") from error
         return unread
@@ -204,6 +205,24 @@ class _Question:
 
     messages: Sequence[Message]
     name: str
+
+
+def reward_cache(folder: Path) -> Journal:
+    """Return the cache of rewards that a folder holds; processes may share it.
+
+    Raises:
+        InputError: there is a file of that name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: must be a folder; name another one to keep rewards in")
+    return Journal(folder / _CACHE)
+
+
+def reward_key(fingerprint: str, prompt: Prompt, completion: str) -> str:
+    """Name an answer and who scores it: a hexadecimal sha256."""
+    messages = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+    content = json.dumps([fingerprint, messages, completion], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _instructions(path: Path) -> str:

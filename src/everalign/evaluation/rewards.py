@@ -20,10 +20,9 @@ from everalign.data.scored import ScoredSet
 from everalign.data.unscored import Unscored, UnscoredSet
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge import JudgeOptions, JudgeScorer
-from everalign.evaluation.reward_cache import RewardCache
 from everalign.evaluation.scorers import CallableScorer, RewardModelScorer, Scorer, make_scorer
 from everalign.files import check_new_file, write_text
-from everalign.line_store import LineStore, json_line
+from everalign.storage import Journal, alone, json_line, lock_of
 
 __all__ = [
     "CallableScorer",
@@ -77,29 +76,30 @@ def score_rows(
         progress: called with ("scoring", rows done, rows in all).
 
     Raises:
-        InputError: there are no rows, or `output` cannot be used.
+        InputError: there are no rows, `output` cannot be used, or another process is writing it.
         EveralignError: the scorer failed, or a reward is missing, no number, NaN or infinite; names the rows, or the
             row and the completion. What was scored before is kept.
     """
     path = Path(output)
-    _check_output(rows, path, overwrite, answers_per_batch)
-    store = LineStore.beside(path, f"{scorer.fingerprint}\n{rows.fingerprint}")
-    beside = RewardCache(path.with_name(f"{path.name}.judge.partial"))
-    asked = scorer.with_cache(beside) if _is_unkept(scorer) else scorer
-    done = _kept(store, rows)
-    if done:
-        announce(f"  {len(done)} of {len(rows)} rows were scored by an earlier run")
-    resumed = len(done)
-    for start, batch in _batches(rows, resumed, answers_per_batch):
-        found = _score_batch(asked, batch, start)
-        store.add(found)
-        done += found
-        progress("scoring", len(done), len(rows))
-    scored = tuple(row.scored(rewards) for row, rewards in zip(rows, done, strict=True))
-    write_text(path, "".join(json_line(row.to_json()) for row in scored))
-    store.remove()
-    if asked is not scorer:
-        beside.remove()
+    with alone(lock_of(path)):
+        _check_output(rows, path, overwrite, answers_per_batch)
+        journal = Journal.beside(path, scorer.fingerprint, rows.fingerprint)
+        beside = Journal(path.with_name(f"{path.name}.judge.partial"))
+        asked = scorer.with_cache(beside) if _is_unkept(scorer) else scorer
+        done = _kept(journal, rows)
+        resumed = len(done)
+        if done:
+            announce(f"  {resumed} of {len(rows)} rows were scored by an earlier run")
+        for batch in _batches(rows, [number for number in range(len(rows)) if number not in done], answers_per_batch):
+            found = _score_batch(asked, rows, batch)
+            journal.put(found)
+            done |= found
+            progress("scoring", len(done), len(rows))
+        scored = tuple(row.scored(done[number]) for number, row in enumerate(rows))
+        write_text(path, "".join(json_line(row.to_json()) for row in scored))
+        journal.remove()
+        if asked is not scorer:
+            beside.remove()
     return ScoringResult(path, ScoredSet(scored, str(path)), resumed)
 
 
@@ -116,30 +116,31 @@ def _check_output(rows: UnscoredSet, path: Path, overwrite: bool, answers_per_ba
         raise InputError(f"batch size: must be at least 1, found {answers_per_batch}")
 
 
-def _batches(rows: Sequence[Unscored], first: int, answers: int) -> Iterator[tuple[int, list[Unscored]]]:
-    """Cut the rows from `first` on into batches of at most `answers` answers, or of one row that has more."""
-    start, batch, count = first, list[Unscored](), 0
-    for row in rows[first:]:
-        if batch and count + len(row.completions) > answers:
-            yield start, batch
-            start, batch, count = start + len(batch), [], 0
-        batch.append(row)
-        count += len(row.completions)
+def _batches(rows: Sequence[Unscored], numbers: Sequence[int], answers: int) -> Iterator[list[int]]:
+    """Cut the rows of these numbers into batches of at most `answers` answers, or of one row that has more."""
+    batch, count = list[int](), 0
+    for number in numbers:
+        if batch and count + len(rows[number].completions) > answers:
+            yield batch
+            batch, count = [], 0
+        batch.append(number)
+        count += len(rows[number].completions)
     if batch:
-        yield start, batch
+        yield batch
 
 
-def _score_batch(scorer: Scorer, batch: Sequence[Unscored], start: int) -> list[list[float]]:
-    prompts = [row.prompt for row in batch for _ in row.completions]
-    completions = [text for row in batch for text in row.completions]
+def _score_batch(scorer: Scorer, rows: Sequence[Unscored], batch: Sequence[int]) -> dict[int, list[float]]:
+    """Return the rewards of the rows of these numbers, by number."""
+    prompts = [rows[number].prompt for number in batch for _ in rows[number].completions]
+    completions = [text for number in batch for text in rows[number].completions]
     try:
         found = scorer.score(prompts, completions)
     except EveralignError as error:
-        rows = f"row {start + 1}" if len(batch) == 1 else f"rows {start + 1} to {start + len(batch)}"
-        raise type(error)(f"{rows}: {error}; what was scored before is kept") from error
-    places = [(number, i) for number, row in enumerate(batch, start + 1) for i in range(len(row.completions))]
+        named = f"row {batch[0] + 1}" if len(batch) == 1 else f"rows {batch[0] + 1} to {batch[-1] + 1}"
+        raise type(error)(f"{named}: {error}; what was scored before is kept") from error
+    places = [(number + 1, i) for number in batch for i in range(len(rows[number].completions))]
     rewards = iter(checked_rewards(found, places))
-    return [[next(rewards) for _ in row.completions] for row in batch]
+    return {number: [next(rewards) for _ in rows[number].completions] for number in batch}
 
 
 def checked_rewards(found: Any, places: Sequence[tuple[int, int]]) -> list[float]:
@@ -179,11 +180,11 @@ def _kind(value: Any) -> str:
     return "None" if value is None else type(value).__name__
 
 
-def _kept(store: LineStore, rows: Sequence[Unscored]) -> list[list[float]]:
-    """Return the rewards of the rows that an earlier run has finished."""
-    found = store.read()
-    if len(found) > len(rows) or not all(map(_fits, found, rows)):
-        raise store.damaged()
+def _kept(journal: Journal, rows: Sequence[Unscored]) -> dict[int, list[float]]:
+    """Return the rewards of the rows that an earlier run has finished, by the rows' numbers."""
+    found: dict[int, list[float]] = journal.read(range(len(rows)))
+    if not all(_fits(rewards, rows[number]) for number, rewards in found.items()):
+        raise journal.damaged()
     return found
 
 

@@ -25,11 +25,12 @@ from everalign.files import read_json, write_json, write_text
 from everalign.learning.distill_options import DistillOptions, Round, edit_share
 from everalign.learning.learner import Learner
 from everalign.learning.options import TrainingOptions
+from everalign.learning.promotion import alone_in
 from everalign.learning.setup import Announce, Progress
-from everalign.line_store import LineStore, json_line
 from everalign.methods import LifeAlign, Method
 from everalign.modeling.kept_samples import sample_kept
 from everalign.modeling.sampling import SamplingOptions
+from everalign.storage import Journal, json_line
 from everalign.training.weighing import FROM_REFERENCE_REWARDS, WeightOptions
 
 HELD_OUT = "held-out"
@@ -128,28 +129,29 @@ def distill(
     room = training.max_length - options.max_new_tokens
     _check(prompts, method, room, options)
     _check_weighting(weighting, options)
-    learner = Learner(
-        model,
-        method,
-        options.objective,
-        output,
-        training=training,
-        weighting=weighting,
-        seed=seed,
-        announce=announce,
-        progress=progress,
-        **arguments,
-    )
-    facts = {**asdict(options), "corrector": corrector.fingerprint, "prompts": prompts.fingerprint}
-    run = _Run(learner, corrector, prompts, options, Path(output) / "distill", seed, announce, progress)
-    run.begin({name: value for name, value in facts.items() if name != "rounds"})
-    if test is not None:
-        learner.announce_test(HELD_OUT, test)
-    rounds: list[Round] = []
-    for number in range(1, options.rounds + 1):
-        rounds.append(run.round(number, options.sampling(room)))
-        if not rounds[-1].rows:
-            break
+    with alone_in(Path(output)):
+        learner = Learner(
+            model,
+            method,
+            options.objective,
+            output,
+            training=training,
+            weighting=weighting,
+            seed=seed,
+            announce=announce,
+            progress=progress,
+            **arguments,
+        )
+        facts = {**asdict(options), "corrector": corrector.fingerprint, "prompts": prompts.fingerprint}
+        run = _Run(learner, corrector, prompts, options, Path(output) / "distill", seed, announce, progress)
+        run.begin({name: value for name, value in facts.items() if name != "rounds"})
+        if test is not None:
+            learner.announce_test(HELD_OUT, test)
+        rounds: list[Round] = []
+        for number in range(1, options.rounds + 1):
+            rounds.append(run.round(number, options.sampling(room)))
+            if not rounds[-1].rows:
+                break
     return Distillation(learner, tuple(rounds))
 
 
@@ -214,8 +216,8 @@ class _Run:
             self.announce(f"{name}: an earlier call found nothing left to learn")
             return last
         self.announce(name)
-        samples = LineStore(self.folder / f"{name}.samples.partial")
-        rewritten = LineStore(self.folder / f"{name}.corrected.partial")
+        samples = Journal(self.folder / f"{name}.samples.partial")
+        rewritten = Journal(self.folder / f"{name}.corrected.partial")
         rows = self._corrected(self._answers(number, sampling, samples), rewritten)
         learned = self._rows(rows)
         facts = self._facts(number, rows, len(learned))
@@ -232,14 +234,14 @@ class _Run:
         rewritten.remove()
         return facts
 
-    def _answers(self, number: int, sampling: SamplingOptions, store: LineStore) -> list[tuple[Any, str, float]]:
+    def _answers(self, number: int, sampling: SamplingOptions, journal: Journal) -> list[tuple[Any, str, float]]:
         """Return the prompts that the policy answers, with its answers and their weights."""
         found = sample_kept(
             self.learner.policy,
             self.learner.tokenizer,
             [row.prompt for row in self.prompts],
             sampling,
-            store,
+            journal,
             seed=(self.seed * _RUN_STRIDE + number * _ROUND_STRIDE) % _SEEDS,
             progress=self.progress,
         )
@@ -253,20 +255,22 @@ class _Run:
             raise EveralignError(f"{self.prompts.source}: no sampled answer ends within {limit}: raise it")
         return answered
 
-    def _corrected(self, answers: Sequence[tuple[Any, str, float]], store: LineStore) -> CorrectionSet:
+    def _corrected(self, answers: Sequence[tuple[Any, str, float]], journal: Journal) -> CorrectionSet:
         """Return the answers with their corrections, which are on disk as they come."""
-        texts = store.read()
-        if len(texts) > len(answers) or not all(isinstance(text, str) for text in texts):
-            raise store.damaged()
-        for start in range(len(texts), len(answers), _PER_BATCH):
-            batch = [(question, answer) for question, answer, _ in answers[start : start + _PER_BATCH]]
+        texts: dict[int, str] = journal.read(range(len(answers)))
+        if not all(isinstance(text, str) for text in texts.values()):
+            raise journal.damaged()
+        missing = [number for number in range(len(answers)) if number not in texts]
+        for start in range(0, len(missing), _PER_BATCH):
+            numbers = missing[start : start + _PER_BATCH]
+            batch = [answers[number][:2] for number in numbers]
             found = self.corrector.correct_batch(batch)
             # Whatever an unchanged one's text says, it is the answer, letter by letter.
             new = [one.text if one.changed else answer for one, (_, answer) in zip(found, batch, strict=True)]
-            store.add(new)
-            texts += new
+            journal.put(dict(zip(numbers, new, strict=True)))
+            texts |= zip(numbers, new, strict=True)
             self.progress("correcting", len(texts), len(answers))
-        rows = (Correction(*row[:2], text, row[2]) for row, text in zip(answers, texts, strict=True))
+        rows = (Correction(*row[:2], texts[number], row[2]) for number, row in enumerate(answers))
         return CorrectionSet(tuple(rows), self.prompts.source)
 
     def _rows(self, rows: CorrectionSet) -> RowSet[Any]:

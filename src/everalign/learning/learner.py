@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from everalign.data.prompts import PromptSet
@@ -94,7 +95,8 @@ class Learner:
         check_tolerance(gate, method.name, method.regime)
         self._gate = gate
         self._run = RunDirectory(Path(output))
-        self._run.check_usable(resume)
+        with self._run.alone():
+            self._run.check_usable(resume)
         self._setup = make_setup(
             str(model),
             method,
@@ -111,11 +113,22 @@ class Learner:
             progress,
         )
         self.method, self.policy, self.tokenizer = self._setup.method, self._setup.policy, self._setup.tokenizer
-        self._line = Line(self._setup, self._run)
+        with self._run.alone():
+            # Again: loading a model takes long, and another process may have begun a run here meanwhile.
+            self._run.check_usable(resume)
+            self._line = Line(self._setup, self._run)
         self._tests = HeldOutTests(self._setup, self._run, allow_overlap)
         self._learning = False
 
     # ---- learning ----
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other processes from writing into the run for the while; `learn` and `rollback` do so by themselves.
+
+        Raises:
+            InputError: another one is at it.
+        """
+        return self._run.alone()
 
     def _as_tests(self, rows: Rows) -> AnySet:
         return as_tests(rows, self._setup.encoder is not None, self._setup.announce)

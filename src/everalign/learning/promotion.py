@@ -4,17 +4,15 @@
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import BaseFileLock, FileLock, Timeout
 
 from everalign.errors import InputError
 from everalign.files import differing_files, write_text
 from everalign.learning.gate import what_fell
 from everalign.learning.run_data import BASE, RunData, VersionData, check_is_run, load_run, work_folder
+from everalign.storage import alone
 
 LOCK = ".lock"
 
@@ -36,23 +34,15 @@ class Rollback:
     taken_back: tuple[str, ...]
 
 
-def run_lock(path: Path) -> BaseFileLock:
-    """Return the lock of a run directory, which does not wait."""
-    return FileLock(path / LOCK, timeout=0)
-
-
-@contextmanager
-def alone(path: Path, lock: BaseFileLock) -> Iterator[None]:
-    """Keep other processes from writing into a run for the while; may be nested with the same lock.
+def alone_in(run: Path) -> AbstractContextManager[None]:
+    """Keep other processes from writing into a run for the while; may be nested.
 
     Raises:
-        InputError: another one is at it.
+        InputError: another one is at it, or there is a file of that name.
     """
-    try:
-        with lock:
-            yield
-    except Timeout:
-        raise InputError(f"{path}: another process is learning into this run: wait for it") from None
+    if run.exists() and not run.is_dir():
+        raise InputError(f"{run} is no directory: choose another output directory")
+    return alone(run / LOCK, "learning into this run")
 
 
 def promote(path: Path, version: str) -> None:
@@ -79,7 +69,7 @@ def rollback(path: Path, version: str | None = None, force: bool = False) -> Rol
             into the run.
     """
     check_is_run(path)
-    with alone(path, run_lock(path)):
+    with alone_in(path):
         return roll_back(load_run(path), version, force)
 
 

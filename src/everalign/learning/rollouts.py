@@ -14,9 +14,9 @@ from everalign.data.unscored import UnscoredSet
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.rewards import score_rows
 from everalign.learning.setup import Setup
-from everalign.line_store import LineStore
 from everalign.modeling.kept_samples import sample_kept
 from everalign.modeling.sampling import SamplingOptions, check_prompts
+from everalign.storage import Journal
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,12 @@ def roll_out(setup: Setup, prompts: PromptSet, folder: Path, number: int, fewest
     """
     options, stem = setup.rollouts, f"round-{number}-{prompts.fingerprint[:16]}"
     asked = [row.prompt for row in prompts]
-    store = LineStore(folder / f"{stem}.samples.jsonl")
     found = sample_kept(
         setup.policy,
         setup.tokenizer,
         asked,
         _sampling(setup),
-        store,
+        Journal(folder / f"{stem}.samples.sqlite"),
         seed=seed,
         tokens_per_batch=2 * setup.options.tokens_per_batch,  # nothing is kept for gradients
         progress=setup.progress,

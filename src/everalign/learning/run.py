@@ -34,7 +34,7 @@ from everalign.files import (
     write_text,
 )
 from everalign.learning import run_files
-from everalign.learning.promotion import LOCK, alone, check_version, is_settled, promote, run_lock
+from everalign.learning.promotion import LOCK, alone_in, check_version, is_settled, promote
 from everalign.learning.run_data import BASE, RunData, work_folder
 from everalign.learning.task_training import StageReport
 from everalign.methods import Method
@@ -73,7 +73,6 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cache = path / "cache"
-        self._lock = run_lock(path)
 
     def alone(self) -> AbstractContextManager[None]:
         """Keep other processes from writing into this run for the while; may be nested.
@@ -81,7 +80,7 @@ class RunDirectory:
         Raises:
             InputError: another one is at it.
         """
-        return alone(self.path, self._lock)
+        return alone_in(self.path)
 
     @property
     def exists(self) -> bool:

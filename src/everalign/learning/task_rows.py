@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from filelock import FileLock
 from torch import Tensor
 
 from everalign.data.corrections import CorrectionSet
@@ -28,6 +27,7 @@ from everalign.errors import InputError
 from everalign.learning.correction_rows import encode_learned, learned_corrections
 from everalign.learning.rollouts import check_lengths, score
 from everalign.learning.setup import Setup
+from everalign.storage import alone
 from everalign.training.reference import policy_key
 from everalign.training.teaching import SCORED_OBJECTIVES
 from everalign.training.weighing import TAKE_ONE_COMPLETION, check_comparable, check_completions, weigh
@@ -126,9 +126,12 @@ def _rewarded(setup: Setup, rows: RowSet[Any]) -> RowSet[Any]:
     key = hashlib.sha256(f"{setup.scorer.fingerprint} {unscored.fingerprint}".encode()).hexdigest()
     setup.announce(f"scoring {rows.source}")
     path = setup.folder / f"{key[:32]}.scored.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Runs may share the folder: two that append to the same file would shift each other's rewards.
-    with FileLock(path.with_suffix(".lock")):
+
+    def waiting(holder: str) -> None:
+        setup.announce(f"  {holder} is scoring the same answers: waiting for it")
+
+    # Runs may share the folder: the second finds the file of the first, and asks for nothing again.
+    with alone(path.with_suffix(".lock"), wait=waiting):
         return replace(score(setup, unscored, path), source=rows.source)
 
 

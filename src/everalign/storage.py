@@ -1,0 +1,217 @@
+"""Work that survives a kill and a second process: results by key in a journal, and one process at a time on an output.
+
+    with alone(lock_of(output)):
+        journal = Journal.beside(output, scorer.fingerprint, rows.fingerprint)
+        found = journal.read(range(len(rows)))
+        ...
+        journal.put({number: rewards})
+
+Everything here rests on the locks of the file system: `flock` for outputs, SQLite's for journals. On one machine they
+hold whatever happens. Between machines they hold where the file system passes locks on: NFS from version 4, or with
+its lock daemon, and not when mounted with `nolock` or `local_lock`; Lustre when mounted with `flock`. Where nothing
+locks at all, `alone` is an error. Over NFS a journal is slow, and its SQLite file is best written by one machine.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from everalign.errors import EveralignError, InputError
+
+Key = TypeVar("Key", int, str)
+
+_WAIT = 30.0  # seconds for another process to finish its writing
+_KEYS_AT_ONCE = 500  # SQLite bounds the parameters of a query
+_FORMAT = 1  # stands in the file as `user_version`
+_TABLE = "CREATE TABLE entries (key PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL)"
+
+
+class Journal:
+    """JSON values by key in an SQLite file, each on disk when `put` returns; processes may share it.
+
+    What is read is what was put: a value whose checksum differs is an error, and what a kill cut is undone by SQLite.
+
+    Args:
+        path: the file; made, with its folder, when first written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def beside(cls, output: Path, *facts: str) -> "Journal":
+        """The journal beside an output file until that is written whole; named after what the results depend on."""
+        return cls(output.with_name(f"{output.name}.{_digest(*facts)}.partial"))
+
+    @classmethod
+    def within(cls, folder: Path, name: str, *facts: str) -> "Journal":
+        """A journal that stays, in a folder of such; `facts` as in `beside`."""
+        return cls(folder / f"{name}-{_digest(*facts)}.sqlite")
+
+    def read(self, keys: Iterable[Key]) -> dict[Key, Any]:
+        """Return the values that are there, in the order of the keys.
+
+        Raises:
+            InputError: the file is damaged, or something else; the message says to delete it.
+            EveralignError: it cannot be read.
+        """
+        wanted = list(dict.fromkeys(keys))
+        if not wanted or not self.path.exists():
+            return {}
+        rows: dict[Key, tuple[str, str]] = {}
+        with self._opened() as database:
+            if self._is_empty(database):
+                return {}
+            for start in range(0, len(wanted), _KEYS_AT_ONCE):
+                some = wanted[start : start + _KEYS_AT_ONCE]
+                marks = ",".join("?" * len(some))
+                query = f"SELECT key, value, checksum FROM entries WHERE key IN ({marks})"
+                rows |= {key: (value, checksum) for key, value, checksum in database.execute(query, some)}
+        if any(checksum != _digest(repr(key), value) for key, (value, checksum) in rows.items()):
+            raise self.damaged()
+        return {key: json.loads(rows[key][0]) for key in wanted if key in rows}
+
+    def put(self, values: Mapping[Key, Any]) -> None:
+        """Keep values, all of them or none; errors as in `read`, and ValueError for NaN and infinity."""
+        texts = {key: json.dumps(value, allow_nan=False) for key, value in values.items()}
+        rows = [(key, text, _digest(repr(key), text)) for key, text in texts.items()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._opened() as database:
+            # Immediate: a transaction that reads first could not wait for another process that writes.
+            database.execute("BEGIN IMMEDIATE")
+            if self._is_empty(database):
+                database.execute(_TABLE)
+                database.execute(f"PRAGMA user_version = {_FORMAT}")
+            database.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", rows)
+            database.execute("COMMIT")
+
+    def remove(self) -> None:
+        """Delete the file, once the output holds everything."""
+        self.path.unlink(missing_ok=True)
+        self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
+
+    def damaged(self) -> InputError:
+        """Return the error for values that are not what was put."""
+        return InputError(f"{self.path}: what an earlier run kept is damaged: delete this file")
+
+    def _is_empty(self, database: sqlite3.Connection) -> bool:
+        """Whether nothing was put yet; refuses a file that another program or an earlier format has written."""
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        if (version, tables) == (_FORMAT, ["entries"]):
+            return False
+        if version or tables:
+            raise InputError(
+                f"{self.path}: was not kept by this version of Everalign: delete this file, or name another"
+            )
+        return True
+
+    @contextmanager
+    def _opened(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with closing(sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None)) as database:
+                yield database
+        except sqlite3.OperationalError as error:
+            raise EveralignError(f"{self.path}: nothing can be kept here: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise InputError(
+                f"{self.path}: what an earlier run kept is damaged, or was not kept by this version of Everalign "
+                f"({error}): delete this file"
+            ) from error
+
+
+# The open file that holds a lock and how often it was entered, by the lock's path, process and thread.
+_held: dict[tuple[str, int, int], tuple[int, int]] = {}
+
+
+def lock_of(output: Path) -> Path:
+    """Return the lock file of an output file or folder; it stands beside it for as long as somebody writes there."""
+    return output.with_name(f"{output.name}.lock")
+
+
+@contextmanager
+def alone(lock: Path, doing: str = "writing this output", wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Let no other process, and no other thread of this one, into the block as long as this one is in it.
+
+    The lock is released when the process ends, whatever way. The same thread may enter it again.
+
+    Args:
+        lock: the lock file, made with its folder and removed in the end; it says who holds it.
+        doing: what the other one is at, for the message.
+        wait: called with who holds it, before waiting until they are done; None to wait for nobody.
+
+    Raises:
+        InputError: another one holds it, and is not to be waited for; names the process and the host.
+        EveralignError: the file system has no locks.
+    """
+    made = not lock.parent.exists()
+    key = (os.path.realpath(lock), os.getpid(), threading.get_ident())
+    handle, depth = _held.get(key) or (_acquire(lock, doing, wait), 0)
+    _held[key] = (handle, depth + 1)
+    try:
+        yield
+    finally:
+        if depth:
+            _held[key] = (handle, depth)
+        else:
+            del _held[key]
+            # While it is still held: whoever waits for it sees that the name is gone, and begins again.
+            lock.unlink(missing_ok=True)
+            os.close(handle)
+            if made and not any(lock.parent.iterdir()):
+                with suppress(OSError):  # not empty any more
+                    lock.parent.rmdir()
+
+
+def _acquire(lock: Path, doing: str, wait: Callable[[str], None] | None) -> int:
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # who made the folder has removed it, for nothing came of it
+            continue
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+                if wait is None:
+                    raise InputError(f"{lock}: {holder} is {doing}: wait for it, or stop it") from None
+                wait(holder)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_still(lock, handle):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                return handle
+        except BaseException as error:
+            os.close(handle)
+            if isinstance(error, OSError):
+                raise EveralignError(f"{lock}: cannot be locked ({error.strerror}): write elsewhere") from error
+            raise
+        os.close(handle)
+
+
+def _is_still(lock: Path, handle: int) -> bool:
+    """Whether the open file is the one of that name: its former holder removes it."""
+    try:
+        named = os.stat(lock)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(named, os.fstat(handle))
+
+
+def json_line(value: Any) -> str:
+    """Return a value as a line of JSON Lines; raises ValueError for NaN and infinity."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
