@@ -5,14 +5,13 @@ import json
 import os
 import shutil
 import stat
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from everalign.errors import InputError
-from everalign.storage import alone, lock_of
+from everalign.storage import lock_file
 
 _PARTIAL = ".partial"
 _BLOCK = 1 << 20
@@ -59,18 +58,15 @@ def check_new_file(path: Path, suffix: str, overwrite: bool) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file by `text` in one step that survives a crash; of several processes, the last one's text stands."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: two processes that wrote the same temporary file would mix their texts.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{_PARTIAL}")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+    temporary = path.with_name(path.name + _PARTIAL)
+    # Locked: two processes that wrote into the same temporary file would mix their texts.
+    handle = lock_file(temporary, wait=lambda _: None)
+    with os.fdopen(handle, "r+", encoding="utf-8") as file:
+        file.truncate(0)
+        file.write(text)
+        file.flush()
+        os.fsync(handle)
         os.replace(temporary, path)
-    except BaseException:  # a full disk or Ctrl-C: nobody else would ever remove the file
-        temporary.unlink(missing_ok=True)
-        raise
     _sync(path.parent)
 
 
@@ -93,21 +89,18 @@ def read_json(path: Path) -> Any:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends without an error.
 
-    What an earlier, broken-off attempt left of the temporary folder is dropped.
-
-    Raises:
-        InputError: another process is writing it.
+    What an earlier, broken-off attempt left of the temporary folder is dropped. Callers hold a lock, of `path` or of
+    something around it: see `everalign.storage.alone`.
     """
     temporary = path.with_name(path.name + _PARTIAL)
-    with alone(lock_of(path)):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        follow_umask(temporary)
-        for entry in [temporary, *temporary.rglob("*")]:
-            _sync(entry)
-        os.replace(temporary, path)
-        _sync(path.parent)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    follow_umask(temporary)
+    for entry in [temporary, *temporary.rglob("*")]:
+        _sync(entry)
+    os.replace(temporary, path)
+    _sync(path.parent)
 
 
 def follow_umask(path: Path) -> None:

@@ -154,9 +154,12 @@ def alone(lock: Path, doing: str = "writing this output", wait: Callable[[str], 
     """
     made = not lock.parent.exists()
     key = (os.path.realpath(lock), os.getpid(), threading.get_ident())
-    handle, depth = _held.get(key) or (_acquire(lock, doing, wait), 0)
+    handle, depth = _held.get(key) or (lock_file(lock, doing, wait), 0)
     _held[key] = (handle, depth + 1)
     try:
+        if not depth:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         if depth:
@@ -166,12 +169,13 @@ def alone(lock: Path, doing: str = "writing this output", wait: Callable[[str], 
             # While it is still held: whoever waits for it sees that the name is gone, and begins again.
             lock.unlink(missing_ok=True)
             os.close(handle)
-            if made and not any(lock.parent.iterdir()):
-                with suppress(OSError):  # not empty any more
+            if made:
+                with suppress(OSError):  # something came to be in it
                     lock.parent.rmdir()
 
 
-def _acquire(lock: Path, doing: str, wait: Callable[[str], None] | None) -> int:
+def lock_file(lock: Path, doing: str = "writing this output", wait: Callable[[str], None] | None = None) -> int:
+    """Open a file and lock it; whoever closes it lets the next one in. Arguments and errors as in `alone`."""
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -188,8 +192,6 @@ def _acquire(lock: Path, doing: str, wait: Callable[[str], None] | None) -> int:
                 wait(holder)
                 fcntl.flock(handle, fcntl.LOCK_EX)
             if _is_still(lock, handle):
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                 return handle
         except BaseException as error:
             os.close(handle)
@@ -200,7 +202,7 @@ def _acquire(lock: Path, doing: str, wait: Callable[[str], None] | None) -> int:
 
 
 def _is_still(lock: Path, handle: int) -> bool:
-    """Whether the open file is the one of that name: its former holder removes it."""
+    """Whether the open file is the one of that name: its former holder removes or renames it."""
     try:
         named = os.stat(lock)
     except FileNotFoundError:

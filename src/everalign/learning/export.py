@@ -14,6 +14,7 @@ from everalign.learning.promotion import check_version
 from everalign.learning.run_data import RunData, VersionData
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
 from everalign.modeling.merging import merged_into
+from everalign.storage import alone, lock_of
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,18 @@ def export_version(
     line = _line_up_to(run, version)
     source = run.path / "versions" / line[-1].id
     check_version(source, line[-1].manifest.files)
-    if folder.exists():
-        raise InputError(f"{folder} exists: choose another folder to export to")
-    name = run.facts.model if model is None else model
-    tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
-    merged = merged_into(_base_model(run, name), source / "adapter")
-    corrector = _corrector_facts(run, line, name)
-    with new_folder(folder) as temporary:
-        merged.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        if corrector is not None:
-            write_corrector_facts(temporary, corrector)
+    with alone(lock_of(folder), "exporting there"):
+        if folder.exists():
+            raise InputError(f"{folder} exists: choose another folder to export to")
+        name = run.facts.model if model is None else model
+        tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
+        merged = merged_into(_base_model(run, name), source / "adapter")
+        corrector = _corrector_facts(run, line, name)
+        with new_folder(folder) as temporary:
+            merged.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            if corrector is not None:
+                write_corrector_facts(temporary, corrector)
     return Exported(folder, line[-1].id, corrector is not None)
 
 
