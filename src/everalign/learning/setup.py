@@ -173,7 +173,8 @@ def make_setup(
     if options.attention == "flex":
         use_flex_attention(base)
     policy = Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed)
-    announce(_path(policy))
+    for line in (_path(policy), *policy.notes):
+        announce(line)
     return Setup(
         model_name=model,
         model_key=model_key,

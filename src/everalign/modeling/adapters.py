@@ -4,14 +4,18 @@ peft stores an adapter of rank r as A (r, n) and B (m, r) and applies (α/r)·B�
 α = r, so that B·A is the update.
 """
 
+import copy
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,14 +39,6 @@ def layers(peft_model: Any) -> dict[str, Any]:
     }
 
 
-def check_linear(peft_model: Any, adapter: str) -> None:
-    """Refuse targets whose update is no matrix B·A (embeddings, convolutions)."""
-    for name, layer in layers(peft_model).items():
-        if adapter not in layer.lora_A or layer.lora_A[adapter].weight.ndim != 2:
-            kind = type(layer.get_base_layer()).__name__
-            raise InputError(f"cannot adapt {name}, which is of type {kind}: only linear modules can be targets")
-
-
 def check_untied(peft_model: Any) -> None:
     """Refuse targets whose weights another module has too: what is added to one would be added to both once merged."""
     names: dict[int, list[str]] = {}
@@ -56,14 +52,6 @@ def check_untied(peft_model: Any) -> None:
                 f"cannot adapt {name}: its weights are tied to those of {others[0]}, so that a merged model would add "
                 f"to both what was learned for one; leave {name.rpartition('.')[-1]} out of the targets"
             )
-
-
-def explain_targets(model: Any, error: Exception) -> str:
-    """Say why peft found nothing to adapt and what there is."""
-    linear = {
-        name.rsplit(".", 1)[-1] for name, m in model.named_modules() if hasattr(m, "weight") and m.weight.ndim == 2
-    }
-    return f"{str(error).strip()} Modules of this model: {', '.join(sorted(linear))}"
 
 
 def read_factors(peft_model: Any, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -100,7 +88,72 @@ def write_factors(peft_model: Any, adapter: str, factors: Factors) -> None:
             weight_a[: right.shape[0]].copy_(right)
 
 
-def replace(peft_model: Any, adapter: str, updates: Mapping[str, LowRankUpdate], targets: str | set[str]) -> None:
+def attach(model: Any, adapter: str, rank: int, alpha: float, names: Sequence[str]) -> Any:
+    """Return a model as peft's, with an adapter on exactly these modules.
+
+    Args:
+        model: a Hugging Face causal language model; adapters are put into it.
+        adapter: name of the adapter.
+        rank: r.
+        alpha: α.
+        names: full names of linear modules.
+    """
+    modules, parameters = _as_peft_finds_them(model, names)
+    empty = LoraConfig(target_modules=DUMMY_TARGET_MODULES, task_type="CAUSAL_LM")
+    peft_model = get_peft_model(model, empty, adapter_name=adapter)
+    config = peft_model.peft_config[adapter]
+    config.target_modules, config.target_parameters = modules, parameters
+    _inject(peft_model, adapter, rank, alpha, names)
+    return peft_model
+
+
+def _as_peft_finds_them(model: Any, names: Sequence[str]) -> tuple[list[str] | None, list[str] | None]:
+    """Return what a configuration says so that plain peft adapts these modules: target modules and parameters.
+
+    The modules' last names where they fit no others, else full names. Where experts were linear modules once, peft
+    takes names such as `up_proj` for theirs, whatever stands before it; such modules are named by their weight.
+    """
+    config = LoraConfig(task_type="CAUSAL_LM")
+    taken = {leaf for leaf in {name.rpartition(".")[-1] for name in names} if _is_taken(model, config, leaf)}
+    parameters = [f"{name}.weight" for name in names if name.rpartition(".")[-1] in taken]
+    modules = [name for name in names if name.rpartition(".")[-1] not in taken]
+    leaves = {name.rpartition(".")[-1] for name in modules}
+    fitting = {name for name, _ in model.named_modules() if name.rpartition(".")[-1] in leaves}
+    return (sorted(leaves) if fitting == set(modules) else modules) or None, parameters or None
+
+
+def _is_taken(model: Any, config: LoraConfig, leaf: str) -> bool:
+    """Whether peft takes a target of this name for something else."""
+    trial = copy.copy(config)
+    trial.target_modules = {leaf}
+    try:
+        convert_peft_config_for_transformers(trial, model, None)
+    except ValueError:
+        return True
+    return leaf not in (trial.target_modules or ())
+
+
+def _inject(peft_model: Any, adapter: str, rank: int, alpha: float, names: Sequence[str]) -> None:
+    """Put a fresh adapter on exactly these modules, whatever its configuration's names would fit."""
+    config = peft_model.peft_config[adapter]
+    config.r, config.lora_alpha, config.lora_dropout = rank, alpha, 0.0
+    config.base_model_name_or_path = peft_model.peft_config[next(iter(peft_model.peft_config))].base_model_name_or_path
+    said = config.target_modules, config.target_parameters
+    config.target_modules, config.target_parameters = ["as listed"], None
+    with warnings.catch_warnings():
+        # peft warns that the configuration would have fitted other modules.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        listed = dict.fromkeys(f"{name}.lora_A.weight" for name in names)
+        peft_model.base_model.inject_adapter(peft_model.base_model.model, adapter, state_dict=listed)
+    peft_model.base_model._cast_adapter_dtype(adapter)
+    config.target_modules, config.target_parameters = said
+    sits = [name for name, layer in layers(peft_model).items() if adapter in layer.lora_A]
+    if sits != list(names):
+        missing = sorted(set(names) ^ set(sits))[:3]
+        raise RuntimeError(f"adapter {adapter} does not sit on the modules it was meant for: {missing} differ")
+
+
+def replace(peft_model: Any, adapter: str, updates: Mapping[str, LowRankUpdate]) -> None:
     """Make `adapter` hold exactly these updates, with the rank of the largest; {} or all zero removes it."""
     if adapter in peft_model.peft_config:
         peft_model.delete_adapter(adapter)
@@ -108,17 +161,9 @@ def replace(peft_model: Any, adapter: str, updates: Mapping[str, LowRankUpdate],
     if rank == 0:
         return
     first = next(iter(peft_model.peft_config.values()))
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=targets,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-        # peft notes it in the first adapter alone; a saved one without it does not say which model it belongs to.
-        base_model_name_or_path=first.base_model_name_or_path,
-    )
+    peft_model.peft_config[adapter] = copy.copy(first)
     with torch.random.fork_rng():
-        peft_model.add_adapter(adapter, config)
+        _inject(peft_model, adapter, rank, rank, list(layers(peft_model)))
     write_factors(peft_model, adapter, {name: (u.left, u.right) for name, u in updates.items()})
 
 

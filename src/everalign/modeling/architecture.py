@@ -1,6 +1,9 @@
 """What a model's classes can do: found out on a shrunk copy of them (see `shrinking`), once for each configuration."""
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from everalign.data.encoding import EncodedPair
 from everalign.data.layout import Batch, lay_out_pairs
 from everalign.modeling.likelihood import Architecture, LanguageHead, MaskKind
 from everalign.modeling.shrinking import FIRST_SPECIAL, MODEL_ERRORS, shrunk_copy
+from everalign.modeling.targets import is_linear, kind_of
 
 # How far logits that should be the same may differ, relative to the largest, in the dtype of what is probed.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -58,10 +62,23 @@ def _configuration(config: Any) -> str:
 def _probe(model: Any) -> Architecture:
     with torch.no_grad():
         batch = _rows(model, shared=False)
-        whole = LanguageHead(model, Architecture()).response_logits(batch)
+        with _noting_linear_modules(model) as reached:
+            whole = LanguageHead(model, Architecture()).response_logits(batch)
         separate = _is_apart(model, batch, whole)
         masks, reason = _sharing(model, whole)
-    return Architecture(separate, masks, reason)
+    return Architecture(separate, masks, reason, frozenset(reached))
+
+
+@contextmanager
+def _noting_linear_modules(model: Any) -> Iterator[set[str]]:
+    """Note the kinds of linear modules that are called inside of the `with` block."""
+    found: set[str] = set()
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if is_linear(module):
+                note = partial(lambda kind, *_: found.add(kind), kind_of(name))
+                stack.callback(module.register_forward_hook(note).remove)
+        yield found
 
 
 def _is_apart(model: Any, batch: Batch, whole: Tensor) -> bool:

@@ -20,7 +20,8 @@ _WORTH_FOLDING = 0.05
 
 def fuse(layer: LoraLayer) -> None:
     """Give an adapted `nn.Linear` the fused forward pass; any other kind of layer keeps peft's."""
-    if type(layer.get_base_layer()) is nn.Linear:
+    base = layer.get_base_layer()
+    if type(base) is nn.Linear and base.weight.is_floating_point():
         layer.forward = partial(_forward, layer)
 
 
@@ -105,16 +106,17 @@ class _Fused(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         A = torch.cat([a.to(dtype) for a in factors[::2]])
         B = torch.cat([(b * scale).to(dtype) for b, scale in zip(factors[1::2], scales, strict=True)], dim=1)
-        y = nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        # Of the shape that is returned: models may write into it, which a view made in here would forbid.
+        y = nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         inner = rows @ A.T
-        y.addmm_(inner, B.T)
+        y.view(-1, len(weight)).addmm_(inner, B.T)
         widths = [len(a) for a in factors[::2]]
         learned = [i for i in range(len(scales)) if any(ctx.needs_input_grad[5 + 2 * i : 7 + 2 * i])]
         parts = torch.split(inner, widths, dim=1)
         ctx.save_for_backward(weight, A, B, *((rows, *(parts[i].contiguous() for i in learned)) if learned else ()))
         ctx.scales, ctx.widths, ctx.learned = scales, widths, learned
         ctx.shape, ctx.dtypes = x.shape, (x.dtype, [factor.dtype for factor in factors])
-        return y.view(*x.shape[:-1], len(weight))
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

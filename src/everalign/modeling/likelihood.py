@@ -35,11 +35,13 @@ class Architecture:
             `whole` past, a `window` of it or their `chunk` of it. One for all layers, or one for each kind of them.
         unshared_because: why a prompt has to be computed for each answer anew; None where the masks reproduce
             separate sequences.
+        reached: kinds of the linear modules (see `targets.kind_of`) that a text passes through.
     """
 
     separate: bool = False
     masks: tuple[MaskKind, ...] = ("whole",)
     unshared_because: str | None = None
+    reached: frozenset[str] = frozenset()
 
 
 class LanguageHead:

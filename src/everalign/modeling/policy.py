@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from everalign.data.layout import Batch
@@ -27,6 +26,7 @@ from everalign.modeling.decoding import Decoder
 from everalign.modeling.fused_layers import fuse_layers
 from everalign.modeling.fused_lora import fuse, resting
 from everalign.modeling.likelihood import LanguageHead
+from everalign.modeling.targets import ALL_LINEAR, choose_targets
 
 SHORT_TERM = "stm"
 LONG_TERM = "ltm"
@@ -42,34 +42,33 @@ class Policy(nn.Module):
         model: a frozen Hugging Face causal language model.
         rank: rank r of the short-term adapter.
         alpha: LoRA's α; the update of a module is (α/r)·B·A.
-        targets: names of the modules to adapt, or `all-linear`.
+        targets: names of the modules to adapt or their last parts, a regular expression, or `all-linear`.
         seed: seeds the short-term adapter's A (B starts at 0).
 
     A base model in bf16 computes under bf16 autocast, in training, evaluation and as reference alike; adapters and
     log-probabilities stay fp32.
+
+    Attributes:
+        head: computes log-probabilities.
+        notes: what stays frozen though one might think that it is adapted; a line each.
     """
 
     def __init__(
-        self, model: Any, rank: int, alpha: float, targets: str | list[str] = "all-linear", seed: int = 0
+        self, model: Any, rank: int, alpha: float, targets: str | list[str] = ALL_LINEAR, seed: int = 0
     ) -> None:
         super().__init__()
         # Before anything of it is replaced: the copy is made of its classes as they are.
         architecture = study(model)
         self._mixed = next(model.parameters()).dtype == torch.bfloat16
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
-        try:
-            self.peft = get_peft_model(model, config, adapter_name=SHORT_TERM)
-        except ValueError as error:
-            raise InputError(f"cannot adapt {targets}: {adapters.explain_targets(model, error)}") from error
-        adapters.check_linear(self.peft, SHORT_TERM)
+        chosen = choose_targets(model, targets, architecture.reached)
+        self.notes = chosen.notes
+        self.peft = adapters.attach(model, SHORT_TERM, rank, alpha, chosen.names)
         adapters.check_untied(self.peft)
         for layer in adapters.layers(self.peft).values():
             # Autocast decides the precision of the products; casting their input to the adapter's fp32 first
             # would only copy it back and forth.
             layer.cast_input_dtype_enabled = not self._mixed
             fuse(layer)
-        # As peft resolved them, so that every further adapter sits on the very same modules.
-        self._targets = self.peft.peft_config[SHORT_TERM].target_modules
         fuse_layers(model)
         use_cpu_attention(model)
         self.head = LanguageHead(model, architecture)
@@ -136,7 +135,7 @@ class Policy(nn.Module):
 
     def write_long_term(self, updates: Updates) -> None:
         """Replace the long-term adapter by these updates, one of shape (m, n) per adapted module; {} for none."""
-        adapters.replace(self.peft, LONG_TERM, updates, self._targets)
+        adapters.replace(self.peft, LONG_TERM, updates)
         self._activate()
 
     def _activate(self) -> None:
@@ -159,7 +158,7 @@ class Policy(nn.Module):
     @contextmanager
     def as_snapshot(self, updates: Updates) -> Iterator[Any]:
         """Yield a context manager under which the policy is the base model plus these updates."""
-        adapters.replace(self.peft, _SNAPSHOT, updates, self._targets)
+        adapters.replace(self.peft, _SNAPSHOT, updates)
         self._activate()
 
         @contextmanager
@@ -177,7 +176,7 @@ class Policy(nn.Module):
         try:
             yield switched
         finally:
-            adapters.replace(self.peft, _SNAPSHOT, {}, self._targets)
+            adapters.replace(self.peft, _SNAPSHOT, {})
             self._activate()
 
     # ---- what it has learned ----

@@ -1,0 +1,183 @@
+"""Which modules of a model an adapter sits on: exactly those that were asked for, by their full names."""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from everalign.errors import InputError
+
+ALL_LINEAR = "all-linear"
+_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is adapted.
+
+    Args:
+        names: full names of the modules, in the model's order.
+        notes: what stays frozen though one might think that it is adapted; a line each.
+    """
+
+    names: list[str]
+    notes: list[str]
+
+
+def kind_of(name: str) -> str:
+    """Return a module's name without the numbers of layers and experts: what is true of one is true of all its kind."""
+    return _NUMBERS.sub("#", name)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a matrix, quantised or not."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    return "Linear" in type(module).__name__ and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def choose_targets(model: Any, targets: str | Sequence[str], reached: frozenset[str]) -> Targets:
+    """Find the modules that `targets` means.
+
+    Args:
+        model: a Hugging Face causal language model without adapters.
+        targets: `all-linear`: every linear module of the language model but its output layer and the routers of
+            experts. Any other string: a regular expression that matches whole names. A list: names of modules, or
+            their last parts.
+        reached: kinds of the linear modules through which a text passes. Others, such as vision towers, are
+            adapted only where nothing else fits what was asked for.
+
+    Raises:
+        InputError: a name or the expression fits no module, or one that is not linear.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    if targets == ALL_LINEAR:
+        names, aside = _all_linear(model, modules, reached)
+        if not names:
+            raise InputError(
+                f"cannot adapt {targets}: {type(model).__name__} has no linear modules that a text reaches"
+            )
+        return Targets(names, [*_aside_note(aside), *_expert_notes(modules)])
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    found: set[str] = set()
+    aside = []
+    for pattern in wanted:
+        fitting = _fitting(modules, pattern, isinstance(targets, str))
+        if not fitting:
+            raise InputError(f"cannot adapt {pattern}: {_what_there_is(model, modules, pattern)}")
+        inside = [name for name in fitting if not is_linear(modules[name]) or kind_of(name) in reached]
+        if inside:
+            aside += [name for name in fitting if name not in inside]
+        found.update(inside or fitting)
+    for name in found:
+        if not is_linear(modules[name]):
+            kind = type(modules[name]).__name__
+            raise InputError(f"cannot adapt {name}, which is of type {kind}: only linear modules can be targets")
+        _check_compatible(model, name)
+    useless = [name for name in found if kind_of(name) not in reached]
+    return Targets([name for name in modules if name in found], [*_aside_note(aside), *_useless_note(useless)])
+
+
+def _all_linear(model: Any, modules: dict[str, nn.Module], reached: frozenset[str]) -> tuple[list[str], list[str]]:
+    """Return the names of the language model's linear modules, and of those that are none of it."""
+    head = model.get_output_embeddings()
+    names, aside = [], []
+    for name, module in modules.items():
+        if not is_linear(module) or module is head:
+            continue
+        if kind_of(name) not in reached:
+            aside.append(name)
+        elif not _is_router(modules, name) and _is_compatible(model, name):
+            names.append(name)
+    return names, aside
+
+
+def _is_router(modules: dict[str, nn.Module], name: str) -> bool:
+    """Whether a linear module weighs the experts beside it; it is left as it is, as is usual."""
+    experts = modules.get(f"{name.rpartition('.')[0]}.experts")
+    if experts is None:
+        return False
+    sizes = [len(parameter) for parameter in experts.parameters(recurse=False) if parameter.ndim == 3]
+    count = len(experts) if isinstance(experts, nn.ModuleList) else max(sizes, default=0)
+    return int(getattr(modules[name], "out_features", count + 1)) <= count
+
+
+def _is_compatible(model: Any, name: str) -> bool:
+    try:
+        _check_compatible(model, name)
+    except InputError:
+        return False
+    return True
+
+
+def _check_compatible(model: Any, name: str) -> None:
+    """Refuse modules whose weights a model's fused kernels read past any adapter; peft would refuse to load them."""
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[-1])
+    except ValueError as error:
+        raise InputError(f"cannot adapt {name}: {error}") from error
+
+
+def _fitting(modules: dict[str, nn.Module], pattern: str, is_expression: bool) -> list[str]:
+    if not is_expression:
+        return [name for name in modules if name == pattern or name.endswith(f".{pattern}")]
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"cannot adapt {pattern}: it is no regular expression ({error})") from error
+    # An expression is meant for linear modules: `.*mlp.*` also fits what holds them.
+    return [name for name, module in modules.items() if is_linear(module) and expression.fullmatch(name)]
+
+
+def _what_there_is(model: Any, modules: dict[str, nn.Module], pattern: str) -> str:
+    """Say why nothing fits: an expert's matrices, or a wrong name."""
+    stacked = sorted({name.rpartition(".")[-1] for name, p in model.named_parameters() if p.ndim == 3})
+    leaf = pattern.rpartition(".")[-1]
+    if leaf in stacked:
+        return f"{leaf} holds the matrices of all routed experts in one parameter; these stay frozen"
+    leaves = sorted({name.rpartition(".")[-1] for name, module in modules.items() if is_linear(module)})
+    near = difflib.get_close_matches(leaf, leaves, n=2, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"no module of {type(model).__name__} has this name; {hint}Modules of this model: {', '.join(leaves)}"
+
+
+def _aside_note(names: Iterable[str]) -> list[str]:
+    """Tell of modules outside of the language model by the parts of the model they are in."""
+    parts = Counter(_part(name) for name in names)
+    if not parts:
+        return []
+    counted = ", ".join(f"{part} ({count})" for part, count in parts.items())
+    return [f"not adapted, since no text passes through them: linear modules of {counted}"]
+
+
+def _useless_note(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    counted = ", ".join(f"{part} ({count})" for part, count in Counter(_part(name) for name in names).items())
+    return [f"adapted, but no text passes through them, so that they learn nothing: linear modules of {counted}"]
+
+
+def _part(name: str) -> str:
+    """Return what comes before the first number in a module's name: `model.vision_tower.encoder.layers`."""
+    return re.split(r"\.\d+(?:\.|$)", name)[0]
+
+
+def _expert_notes(modules: dict[str, nn.Module]) -> list[str]:
+    """Tell of experts whose matrices are stacked in one parameter, which `all-linear` does not reach."""
+    counts: Counter[tuple[str, int]] = Counter()
+    for name, module in modules.items():
+        stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+        if stacks and "expert" in f"{name} {type(module).__name__}".lower():
+            counts[kind_of(name), len(stacks[0])] += 1
+    return [
+        f"routed experts are not adapted: {count} in each of {layers} layers ({kind}) stay frozen, since {ALL_LINEAR} "
+        "means linear modules"
+        for (kind, count), layers in counts.items()
+    ]
