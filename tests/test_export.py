@@ -82,13 +82,16 @@ def test_what_is_exported_is_the_current_version_or_one_of_its_line(model, finis
     code, out, _ = cli(capsys, "export", str(run), str(tmp_path / "c"), "--json")
     assert (code, json.loads(out)) == (
         0,
-        {"run": str(run), "version": "002-brief", "model": str(tmp_path / "c"), "corrector": False},
+        {
+            **{"run": str(run), "version": "002-brief", "model": str(tmp_path / "c"), "corrector": False},
+            **{"dtype": "fp32", "rounding": 0.0},
+        },
     )
     torch.testing.assert_close(exported(tmp_path / "c"), expected["002-brief"], **close)
     code, out, _ = cli(capsys, "export", str(run), str(tmp_path / "d"), "--version", "001")
     assert (code, [line.split() for line in out.splitlines()]) == (
         0,
-        [["version", "001-warm"], ["model", str(tmp_path / "d")]],
+        [["version", "001-warm"], ["model", str(tmp_path / "d")], ["dtype", "fp32"]],
     )
     torch.testing.assert_close(exported(tmp_path / "d"), expected["001-warm"], **close)
     assert AutoTokenizer.from_pretrained(tmp_path / "d")("wörd")["input_ids"] == learner.tokenizer("wörd")["input_ids"]

@@ -95,7 +95,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + _PARTIAL)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        # It may be as large as a model.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     follow_umask(temporary)
     for entry in [temporary, *temporary.rglob("*")]:
         _sync(entry)

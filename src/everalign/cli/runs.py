@@ -81,19 +81,32 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The model; must not exist yet.")],
     version: Annotated[str | None, option("A version of the run's line; the current one.", "VERSION")] = None,
     model: Annotated[str | None, option("Where the base model is now, if it was moved.", "MODEL")] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", metavar="", help="Write the adapter alone, for peft or vLLM.")
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="auto, fp32, bf16 or fp16; auto: the base model's, fp32 of an adapter.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Write what was learned, merged into the base model in fp32, as a plain Hugging Face model.
+    """Write what was learned, merged into the base model, as the folder that the base model came in.
 
-    Of a run that learned corrections, it is a corrector.
+    It is merged in fp32, checked, and rounded once. Of a run that learned corrections, it is a corrector.
     """
-    from everalign.learning.export import export_version
+    from everalign.learning.export import export_adapter, export_version
     from everalign.learning.run_data import load_run
+    from everalign.modeling.checkpoint import checked_dtype
 
-    loaded = load_run(run)
-    exported = export_version(loaded, folder, version, model)
+    kind = checked_dtype(dtype)
+    done = (export_adapter if adapter else export_version)(load_run(run), folder, version, model, None, kind)
     if as_json:
-        show_json({"run": str(run), "version": exported.version, "model": str(folder), "corrector": exported.corrector})
-    else:
-        show_line("version", exported.version)
-        show_line("corrector" if exported.corrector else "model", folder)
+        shown = {"version": done.version, "model": str(folder), "corrector": done.corrector, "dtype": done.dtype}
+        more = {"rank": done.rank, "vllm": done.command} if adapter else {"rounding": done.rounding}
+        show_json({"run": str(run), **shown, **more})
+        return
+    show_line("version", done.version)
+    show_line("adapter" if adapter else "corrector" if done.corrector else "model", folder)
+    show_line("dtype", done.dtype)
+    if adapter:
+        show_line("rank", done.rank)
+        show_line("vllm", done.command or "takes no adapter of this rank: export the merged model, without --adapter")

@@ -36,10 +36,11 @@ from everalign.data.readers import check_disjoint
 from everalign.errors import InputError
 from everalign.files import new_folder
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, sequence_limit
-from everalign.modeling.merging import merged_model
+from everalign.modeling.merging import merged_into, write_checked
 from everalign.modeling.policy import Policy
 from everalign.modeling.reward_files import check_free
 from everalign.modeling.runtime import prepare_process
+from everalign.modeling.stops import write_ends
 from everalign.modeling.whole_model import WholeModel
 from everalign.storage import alone, lock_of
 from everalign.training.stage import StageResult
@@ -254,16 +255,15 @@ def _train(
 
 
 def _write(folder: Path, learner: Policy | WholeModel, model: str, tokenizer: Any, facts: CorrectorFacts) -> None:
-    with new_folder(folder) as temporary:
-        _plain_model(learner, model).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        write_corrector_facts(temporary, facts)
-
-
-def _plain_model(learner: Policy | WholeModel, model: str) -> Any:
-    """Return a Hugging Face model: the whole one, or the base model in fp32 with the adapter merged into it."""
+    """Write a Hugging Face model in the base model's dtype: the whole one, or the base with the adapter merged in."""
     if isinstance(learner, WholeModel):
-        return learner.model
-    with tempfile.TemporaryDirectory() as folder:
-        learner.save_adapter(Path(folder))
-        return merged_model(model, Path(folder))
+        plain = learner.model.cpu()
+    else:
+        with tempfile.TemporaryDirectory() as adapter:
+            learner.save_adapter(Path(adapter))
+            plain = merged_into(load_model(model, "fp32"), Path(adapter))
+    generation = plain.generation_config
+    with new_folder(folder) as temporary:
+        write_checked(plain, temporary)
+        write_ends(temporary, generation, tokenizer, chats=False)
+        write_corrector_facts(temporary, facts)

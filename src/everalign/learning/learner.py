@@ -9,7 +9,7 @@ from everalign.data.prompts import PromptSet
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
-from everalign.learning.export import export_version
+from everalign.learning.export import export_adapter, export_version
 from everalign.learning.gate import announcement, check_tolerance, judge, refusal
 from everalign.learning.held_out import HeldOutTests
 from everalign.learning.lesson import task_seed, teach
@@ -24,12 +24,18 @@ from everalign.learning.scores import Scores
 from everalign.learning.setup import Announce, Progress, make_setup
 from everalign.learning.task_rows import TaskRows, prepare_rows
 from everalign.methods import LifeAlign, Method, Task
+from everalign.modeling.checkpoint import OutputDtype
 from everalign.training.teaching import SCORED_OBJECTIVES
 from everalign.training.weighing import WeightOptions
 
 
 def _print(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
+
+
+def _has_chats(rows: AnySet) -> bool:
+    """Whether prompts are chats, whose answers end as the template ends turns."""
+    return any(not isinstance(getattr(row, "prompt", ""), str) for row in rows)
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -246,6 +252,7 @@ class Learner:
             "parent": BASE if self.method.regime == "separate" else self._line.tip,
             "train": data_facts(rows.given),
             "test": self._tests.facts(task.name),
+            "chats": _has_chats(rows.given),
             "weights": lesson.weights,
             "rollouts": lesson.rollouts,
             "gate": None if verdict is None else verdict.model_dump(mode="json"),
@@ -312,17 +319,25 @@ class Learner:
         """The score matrix of held-out preference accuracy, with Last, BWT, AP and FWT."""
         return self.run.scores("accuracy")
 
-    def export(self, folder: str | Path, version: str | None = None) -> Path:
-        """Write a version merged into the base model, in fp32, checked against the adapter's logits.
+    def export(self, folder: str | Path, version: str | None = None, dtype: OutputDtype = "auto") -> Path:
+        """Write a version merged into the base model, in fp32, checked against the adapter's logits, and rounded once.
 
         What has learned corrections becomes a corrector's folder, which `Corrector.from_pretrained` loads.
 
         Args:
             folder: must not exist yet.
             version: one of the run's line; the current one when None.
+            dtype: of the weights: `fp32`, `bf16`, `fp16`, or the base model's own with `auto`.
 
         Raises:
             InputError: nothing was learned yet, the folder exists, or the line has no such version.
             EveralignError: the merged model's logits differ from the adapter's.
         """
-        return export_version(self.run, Path(folder), version, self._setup.model_name, self.tokenizer).folder
+        return export_version(self.run, Path(folder), version, self._setup.model_name, self.tokenizer, dtype).folder
+
+    def export_adapter(self, folder: str | Path, version: str | None = None, dtype: OutputDtype = "auto") -> Path:
+        """Write a version's adapter alone, in PEFT's format, with its tokenizer and a model card.
+
+        Arguments and errors as in `export`; with `auto` it stays in fp32.
+        """
+        return export_adapter(self.run, Path(folder), version, None, self.tokenizer, dtype).folder

@@ -116,6 +116,7 @@ class Manifest(_Record):
     created: str
     train: DataSource
     test: DataSource | None
+    chats: bool | None = None
     weights: dict[str, float | None] | None = None
     rollouts: list[dict[str, float]] = []
     gate: Verdict | None = None

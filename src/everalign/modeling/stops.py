@@ -1,12 +1,14 @@
 """Where what a model writes ends: at one of its end tokens, or at the text that its chat template ends a turn with."""
 
-from collections.abc import Iterable
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
 from everalign.data.rendering import template_in_use
+from everalign.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,11 +78,11 @@ def stop_token_ids(model: Any, tokenizer: "PreTrainedTokenizerBase") -> frozense
     """
     marks = {tokenizer.convert_tokens_to_ids(name) for name in _marks(tokenizer)}
     config = model.config
-    configured = {*_ids(config), *_ids(config.get_text_config())} & marks
+    configured = {id for part in (config, config.get_text_config()) for id in _ids(_eos(part))} & marks
     end = turn_end(tokenizer).token
     own = [] if end is None else [end]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return frozenset({*_ids(getattr(model, "generation_config", None)), *configured, *eos, *own})
+    return frozenset({*_ids(_eos(getattr(model, "generation_config", None))), *configured, *eos, *own})
 
 
 def special_stop_ids(model: Any, tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
@@ -89,13 +91,47 @@ def special_stop_ids(model: Any, tokenizer: "PreTrainedTokenizerBase") -> frozen
     return stop_token_ids(model, tokenizer) & {*special, *tokenizer.all_special_ids}
 
 
+def write_ends(folder: Path, generation: Any, tokenizer: "PreTrainedTokenizerBase", chats: bool) -> None:
+    """Say in a model's folder which tokens end an answer, as far as it does not say so yet.
+
+    The generation configuration names all of them, besides those that it named before: transformers and vLLM stop
+    there. Where chats were learned that another token ends than the tokenizer's EOS, that token becomes its EOS as
+    well, which is all that converters for llama.cpp look at; unless texts or chats would be other tokens then.
+
+    Args:
+        folder: with the tokenizer's files, and the base model's `generation_config.json` if it had one.
+        generation: the base model's generation configuration.
+        tokenizer: the one that was learned with.
+        chats: whether chats were learned, whose turns the template ends; else texts, which EOS ends.
+    """
+    end = turn_end(tokenizer).token if chats else None
+    ends = {id for id in (tokenizer.eos_token_id, end) if id is not None}
+    path = folder / "generation_config.json"
+    held = read_json(path) if path.is_file() else json.loads(generation.to_json_string(use_diff=True))
+    named = _ids(held.get("eos_token_id"))
+    if missing := sorted(ends - set(named)):
+        # A model's own configuration is read in place of this file, and of nothing that the file lacks.
+        write_json(path, {**held, "eos_token_id": [*named, *missing]})
+    if end is None or end == tokenizer.eos_token_id or "eos_token" in template_in_use(tokenizer):
+        return
+    if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
+        return
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        if path.is_file() and "eos_token" in (content := read_json(path)):
+            write_json(path, {**content, "eos_token": tokenizer.convert_ids_to_tokens(end)})
+
+
 def _marks(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
     """Return the texts that the tokenizer reads as one token wherever they stand, white space aside."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     return {name for name in added | set(tokenizer.all_special_tokens) if name.strip()}
 
 
-def _ids(config: Any) -> Iterable[int]:
-    """Return the end tokens that a configuration names, one of them or a list."""
-    named = getattr(config, "eos_token_id", None)
+def _eos(config: Any) -> int | list[int] | None:
+    named: int | list[int] | None = getattr(config, "eos_token_id", None)
+    return named
+
+
+def _ids(named: int | list[int] | None) -> list[int]:
+    """Return the end tokens that a configuration names: none, one of them, or a list."""
     return [] if named is None else [named] if isinstance(named, int) else list(named)
