@@ -131,7 +131,7 @@ def _rows(model: Any, shared: bool) -> Batch:
     """
     most = min(model.config.get_text_config().vocab_size, FIRST_SPECIAL)
     tokens = [[3 + (7 * i + 3 * k) % (most - 3) for i in range(2 + k)] for k in range(4)]
-    long = EncodedPair("probe", tokens[3] * 3, [4, *tokens[1]], [4, *tokens[2]], 1.0)
+    long = EncodedPair("probe", tokens[3] * 3, [most - 1, *tokens[1]], [most - 1, *tokens[2]], 1.0)
     short = [EncodedPair("probe", tokens[k], tokens[k + 1], tokens[k + 2], 1.0) for k in range(2)]
     device = next(model.parameters()).device
     return {name: value.to(device) for name, value in lay_out_pairs([long, *short], shared).items()}
