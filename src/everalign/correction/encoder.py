@@ -1,8 +1,9 @@
 """How a question, an answer and a correction become tokens.
 
-The prompt is tokenised as one text, as it is when the corrector is used; the correction is tokenised as the
-continuation of a text, so that no token straddles the border and the prompt's tokens are the same for every
-correction. Special tokens' names inside a text are text: nobody can end a turn or a sequence by writing so.
+The prompt is tokenised as one text, as it is when the corrector is used. The correction's tokens are those that it has
+behind the template's last words; where one of them would straddle the border, as none that a corrector writes does,
+those that it has behind another text. So the prompt's tokens are the same for every correction. Special tokens' names
+inside a text are text: nobody can end a turn or a sequence by writing so.
 """
 
 import bisect
@@ -83,9 +84,8 @@ class CorrectionEncoder:
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of a correction: of the tokens up to the first end token."""
         end = next((i for i, token in enumerate(tokens) if token in self.ends), len(tokens))
-        anchor = self._anchors[0]
-        text = self._text([*self._tokens(anchor), *tokens[:end]] if anchor else list(tokens[:end]))
-        return text[len(anchor) :]
+        before = self._tokens(self._anchors[0]) if self._anchors[0] else []
+        return self._text([*before, *tokens[:end]])[len(self._text(before)) :]
 
     def fits(self, prompt: Sequence[int], response: Sequence[int], max_length: int) -> bool:
         """Whether a prompt and a correction are at most `max_length` tokens together."""
@@ -169,10 +169,12 @@ class CorrectionEncoder:
 
     def _continues(self, anchor: str, text: str) -> bool | None:
         tokens = self._behind(anchor, text)
-        return None if tokens is None else self._text([*self._tokens(_CONTEXT), *tokens]) == _CONTEXT + text
+        # Some tokenizers put a space before a text, which is no part of what follows it.
+        before = self._tokens(_CONTEXT)
+        return None if tokens is None else self._text([*before, *tokens]) == self._text(before) + text
 
     def _continuation(self, text: str) -> list[int]:
-        found = (self._behind(anchor, text) for anchor in self._anchors)
+        found = (self._behind(anchor, text) for anchor in (self.template.after, *self._anchors))
         tokens = next((tokens for tokens in found if tokens is not None), None)
         if tokens is None:
             raise InputError(f"{self._name}: {text[:40]!r} cannot be tokenised as a continuation; change its beginning")

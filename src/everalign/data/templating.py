@@ -104,23 +104,52 @@ class ChatFormat:
         Raises:
             InputError: a conversation cannot be rendered; names its row.
         """
-        heads: list[str] = []
+        found: list[EncodedRow] = []
+        while len(found) < len(prompts):
+            # Texts of a batch are held with where all their tokens stand.
+            first, texts, last = len(found), 0, len(found)
+            while last < len(prompts) and texts < _TEXTS_AT_ONCE:
+                texts += len(completions[last])
+                last += 1
+            found += self._encode(prompts[first:last], completions[first:last], name, first)
+        return found
+
+    def _encode(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        name: Callable[[int], str],
+        first: int,
+    ) -> list[EncodedRow]:
+        texts: list[str] = []
         wholes: list[list[Rendered]] = []
         for i, (prompt, answers) in enumerate(zip(prompts, completions, strict=True)):
             try:
-                heads.append(self.prompt_text(prompt))
-                wholes.append([self._whole(prompt, heads[-1], answer) for answer in answers])
+                texts.append(self.prompt_text(prompt))
+                wholes.append([self._whole(prompt, texts[-1], answer) for answer in answers])
             except InputError as error:
-                raise InputError(f"{name(i)}: {error}") from None
-        encoded_heads = _tokenized(self.tokenizer, heads)
+                raise InputError(f"{name(first + i)}: {error}") from None
+        # The border in a plain text is told by where the tokens of the whole stand.
+        plain = [self.tokenizer.is_fast and isinstance(prompt, str) for prompt in prompts]
+        given = iter(_tokenized(self.tokenizer, [t for t, skip in zip(texts, plain, strict=True) if not skip]))
+        heads = [None if skip else next(given) for skip in plain]
         # What stands before a special token is tokenised without what follows: for answers of one prompt, once.
-        shared = [self._shared(*row) for row in zip(encoded_heads, wholes, strict=True)]
-        tails = [one.text[chars:] for row, (_, chars) in zip(wholes, shared, strict=True) for one in row]
-        encoded_tails = iter(_tokenized(self.tokenizer, tails))
-        return [
-            self._row(prompt, head.ids, row, *common, list(islice(encoded_tails, len(row))))
-            for prompt, head, row, common in zip(prompts, encoded_heads, wholes, shared, strict=True)
+        shared = [
+            (0, 0) if head is None else self._shared(text, head, row)
+            for text, head, row in zip(texts, heads, wholes, strict=True)
         ]
+        tails = [one.text[chars:] for row, (_, chars) in zip(wholes, shared, strict=True) for one in row]
+        encoded = iter(_tokenized(self.tokenizer, tails))
+        found = []
+        for prompt, text, head, row, (tokens, chars) in zip(prompts, texts, heads, wholes, shared, strict=True):
+            bodies = list(islice(encoded, len(row)))
+            borders = None if head is not None else _told_borders(row, bodies)
+            if borders is None:
+                ids = (_tokenized(self.tokenizer, [text])[0] if head is None else head).ids
+                found.append(self._row(prompt, ids, row, tokens, chars, bodies))
+            else:
+                found.append(self._cut(prompt, [], row, [body.ids for body in bodies], min(borders)))
+        return found
 
     def end_of_turn_ids(self, prompt: Prompt = _QUESTION) -> tuple[int, ...]:
         """Tokens any of which ends an assistant's turn: what the template ends it with, or else EOS.
@@ -140,7 +169,7 @@ class ChatFormat:
             raise InputError("an answer of messages needs a prompt of messages; give the prompt as messages too")
         return Rendered(prompt + completion, len(prompt), completion.endswith(self._end_marks))
 
-    def _shared(self, head: "_Tokenized", wholes: Sequence[Rendered]) -> tuple[int, int]:
+    def _shared(self, text: str, head: "_Tokenized", wholes: Sequence[Rendered]) -> tuple[int, int]:
         """Return how many tokens, and characters, of a prompt stand before the last special token in it.
 
         They are the same in front of every answer; both are 0 where there is no such token.
@@ -149,7 +178,8 @@ class ChatFormat:
         for place in range(len(head.ids) - 1, 0, -1):
             if head.ids[place] in self._anchors:
                 start, end = head.span(place)
-                if end <= least:
+                # What is unknown becomes a special token too.
+                if end <= least and text[start:end] == self._anchors[head.ids[place]]:
                     return place, start
         return 0, 0
 
@@ -163,19 +193,25 @@ class ChatFormat:
         tails: "Sequence[_Tokenized]",
     ) -> EncodedRow:
         rest = head[tokens:]
-        bodies, least = [], len(rest)
+        bodies, borders = [], []
         for tail, whole in zip(tails, wholes, strict=True):
             ids, border = tail.ids, _before_border(rest, tail, whole.start - chars)
             if border < len(rest) and not whole.rendered:
                 written = self._written(whole.text[whole.start :])
                 ids, border = (ids, border) if written is None else (rest + written, len(rest))
             bodies.append(ids)
-            least = min(least, border)
-        border = _alike([ids[:least] for ids in bodies])
+            borders.append(border)
+        return self._cut(prompt, head[:tokens], wholes, bodies, min(borders))
+
+    def _cut(
+        self, prompt: Prompt, head: list[int], wholes: Sequence[Rendered], bodies: Sequence[list[int]], border: int
+    ) -> EncodedRow:
+        """Return a row whose prompt are `head` and what all bodies have in common before the border."""
+        border = _alike([ids[:border] for ids in bodies])
         answers = tuple(
             ids[border:] + ([] if whole.ended else [self.eos]) for ids, whole in zip(bodies, wholes, strict=True)
         )
-        return self._headed(prompt, head[:tokens] + bodies[0][:border]), answers
+        return self._headed(prompt, head + bodies[0][:border]), answers
 
     def _written(self, text: str) -> list[int] | None:
         """Return the tokens of a text that is written behind others; None where they are joined with any."""
@@ -204,6 +240,11 @@ class _Tokenized:
         found = self._batch.token_to_chars(self._row, place) if self._batch.is_fast else None
         return (0, -1) if found is None else (found.start, found.end)
 
+    def at(self, character: int) -> int | None:
+        """Return the token that a character is in; None where it is in none, such as a space that is cut off."""
+        place: int | None = self._batch.char_to_token(self._row, character)
+        return place
+
 
 def _tokenized(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[_Tokenized]:
     """Tokenise texts as they stand, without what the tokenizer puts around a text."""
@@ -214,6 +255,17 @@ def _tokenized(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> li
             part, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
         found += [_Tokenized(batch, row) for row in range(len(part))]
+    return found
+
+
+def _told_borders(wholes: Sequence[Rendered], bodies: Sequence[_Tokenized]) -> list[int] | None:
+    """Return how many tokens stand before each answer; None where the tokenizer does not tell of all."""
+    found = []
+    for whole, body in zip(wholes, bodies, strict=True):
+        place = body.at(whole.start)
+        if place is None:
+            return None
+        found.append(place)
     return found
 
 
@@ -249,19 +301,19 @@ def _special_head(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return marked[: next(places, 0)]
 
 
-def _anchors(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """Return the special tokens that cut a text in two, neither of which depends on the other.
+def _anchors(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
+    """Return the special tokens, and their texts, that cut a text in two, neither of which depends on the other.
 
     Tokenizers of the tokenizers library look for them before anything else. None for others, and none of those that
     take the space about them, too, or that are looked for in the normalised text.
     """
     if not tokenizer.is_fast:
-        return frozenset()
-    return frozenset(
-        number
+        return {}
+    return {
+        number: token.content
         for number, token in tokenizer.added_tokens_decoder.items()
         if token.special and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
-    )
+    }
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
