@@ -1,5 +1,6 @@
 """Held-out scores on cases that can be checked by hand, and against two separate models."""
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -8,10 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from everalign.data.encoding import EncodedPair
+from everalign.data.layout import lay_out_chosen
 from everalign.errors import EveralignError
 from everalign.evaluation import HeldOut, score_preferences
 from everalign.evaluation.preference import mean_kl
+from everalign.modeling import token_log_probs
+from everalign.modeling.policy import Policy
 from everalign.training.reference import pair_log_probs
+from memory_for_tests import LiveTensors
 from models_for_tests import perturb, random_model, random_pairs, random_policy, random_updates
 
 
@@ -187,3 +192,53 @@ def test_kl_positions_predict_the_chosen_response():
     policy, (each,) = policy_in_task_two(), random_pairs(1)
     last = EncodedPair("x", each.prompt, [*each.chosen[:-1], 7], each.rejected, 1.0)
     assert mean_kl(policy, {}, [last]) == pytest.approx(mean_kl(policy, {}, [each]), rel=1e-5)
+
+
+# ---- the KL within memory ----
+
+
+def whole_kl(policy, updates, pairs):
+    """Mean KL over all response positions, with the logits of all of them at once."""
+    batch = lay_out_chosen(pairs, policy.head.shared)
+    with torch.no_grad(), policy.as_snapshot(updates) as switched:
+        now = F.log_softmax(policy.response_logits(batch), -1)
+        with switched():
+            before = F.log_softmax(policy.response_logits(batch), -1)
+    return F.kl_div(before, now, log_target=True, reduction="none").sum(-1).double().mean().item()
+
+
+@pytest.mark.parametrize("head", ["apart", "its own", "apart, in bf16", "adapted", "soft-capped"])
+def test_the_kl_holds_few_logits_and_is_that_of_all_at_once(head, monkeypatch):
+    vocabulary, limit = 500, 60_000
+    family = {"its own": "gpt2", "soft-capped": "gemma2"}.get(head, "qwen2")
+    model = random_model(family, vocabulary=vocabulary)
+    if head == "its own":
+        monkeypatch.setattr(type(model), "forward", scaled(type(model).forward))
+    if head.endswith("bf16"):
+        model = model.bfloat16()
+    policy = perturb(Policy(model, 4, 8.0, ["q_proj", "lm_head"] if head == "adapted" else "all-linear"))
+    assert (policy.head.separate, policy.head.chunked) == (head != "its own", True)
+    pairs = random_pairs(24, longest=60, vocabulary=vocabulary)
+    positions = sum(len(each.chosen) for each in pairs)
+    updates = random_updates(policy, seed=8)
+    expected = whole_kl(policy, updates, pairs)
+    monkeypatch.setattr(token_log_probs, "_LIVE_LOGITS", limit)
+    # Contiguous ones: the transposed weights of the head are no logits.
+    with LiveTensors(lambda tensor: tensor.shape[-1:] == (vocabulary,) and tensor.is_contiguous()) as live:
+        found = mean_kl(policy, updates, pairs)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert expected > 1e-3
+    # All at once they would be at least four times the positions.
+    assert 0 < live.most <= limit < positions * vocabulary / 3
+
+
+def scaled(forward):
+    """A model whose logits are scaled by what no configuration tells."""
+
+    @functools.wraps(forward)
+    def scaled_forward(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 0.7
+        return output
+
+    return scaled_forward

@@ -3,6 +3,7 @@
 The names below are loaded when first used, so `import everalign` costs milliseconds and no torch.
 """
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
         TrainingOptions,
         WeightOptions,
     )
+
+# torch keeps what oneDNN made ready for a product, by the product's shape, in two caches of 1,024 each. Batches of text
+# are never of one shape for long, and up to 2 MB are kept of each: a bf16 training on a CPU would grow by gigabytes.
+# Read when the first product is computed, by torch itself; what the user set stays.
+for _capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_capacity, "64")
 
 __version__ = version("everalign")
 

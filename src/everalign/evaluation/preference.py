@@ -18,6 +18,9 @@ from everalign.training.reference import pair_log_probs
 
 _TIE = 0.5
 _KL_TOKENS = 4096
+# Tensors of (positions x vocabulary) that a divergence holds: what was computed of the policy now; of the policy before
+# the head's output, what a model makes of it on the way, the same in fp32, and its log-softmax.
+_KL_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,17 @@ def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequen
 def _token_kl(
     policy: Policy, switched: Callable[[], AbstractContextManager[None]], pairs: Sequence[EncodedPair]
 ) -> Tensor:
+    """Return the KL (K,) fp64 of each response position: hidden states once, then the heads of a few positions."""
     batch = policy.on_device(lay_out_chosen(pairs, policy.head.shared))
-    now = F.log_softmax(policy.response_logits(batch), dim=-1)
+    states = policy.response_states(batch)
     with switched():
-        before = F.log_softmax(policy.response_logits(batch), dim=-1)
-    return F.kl_div(before, now, log_target=True, reduction="none").sum(dim=-1).double()
+        states_before = policy.response_states(batch)
+    found = []
+    for part, part_before in policy.head.chunks(states, states_before, copies=_KL_COPIES):
+        now = F.log_softmax(policy.logits(part), dim=-1)
+        with switched():  # the head may be adapted too
+            before = F.log_softmax(policy.logits(part_before), dim=-1)
+        shares = now.exp()
+        found.append(shares.mul_(now.sub_(before)).sum(dim=-1).double())
+        del now, before, shares
+    return torch.cat(found)

@@ -214,7 +214,7 @@ def _check_rollouts(objective: str, options: TrainingOptions, scorer: Scorer | N
 
 
 def _path(policy: Policy) -> str:
-    head = "" if policy.head.separate else "; the model's head cannot be called apart: all logits are computed"
+    head = "" if policy.head.chunked else "; the model's head cannot be called apart: all logits are computed"
     if policy.head.shared:
         return f"prompts are computed once for all their answers{head}"
     return f"prompts are computed once for each answer: {policy.head.unshared_because}{head}"

@@ -65,8 +65,9 @@ def _probe(model: Any) -> Architecture:
         with _noting_linear_modules(model) as reached:
             whole = LanguageHead(model, Architecture()).response_logits(batch)
         separate = _is_apart(model, batch, whole)
+        resumable = not separate and _is_resumable(model, batch, whole)
         masks, reason = _sharing(model, whole)
-    return Architecture(separate, masks, reason, frozenset(reached))
+    return Architecture(separate, masks, reason, frozenset(reached), resumable)
 
 
 @contextmanager
@@ -86,6 +87,19 @@ def _is_apart(model: Any, batch: Batch, whole: Tensor) -> bool:
     head = LanguageHead(model, Architecture(separate=True))
     try:
         return head.separate and _close(whole, head.all_logits(batch), _HEAD_TOLERANCE)
+    except MODEL_ERRORS:
+        return False
+
+
+def _is_resumable(model: Any, batch: Batch, whole: Tensor) -> bool:
+    """Whether the model itself gives its logits when it is handed its decoder's hidden states, a few positions at once.
+
+    Each half of them is computed apart, so that nothing may look at other positions.
+    """
+    head = LanguageHead(model, Architecture(resumable=True))
+    try:
+        halves = head.states(batch).chunk(2)
+        return head.chunked and _close(whole, torch.cat([head.logits(half) for half in halves]), _HEAD_TOLERANCE)
     except MODEL_ERRORS:
         return False
 

@@ -1,15 +1,18 @@
 """Log-probabilities of response tokens: every prompt computed once, the head on response positions only."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from everalign.data.layout import Batch
 from everalign.modeling.cpu_attention import CPU_ATTENTION
 from everalign.modeling.flex_attention import FLEX, flex_block_mask
-from everalign.modeling.token_log_probs import HeadShape, token_log_probs
+from everalign.modeling.token_log_probs import HeadShape, rows_at_once, token_log_probs
 
 MaskKind = Literal["whole", "window", "chunk"]
 
@@ -21,7 +24,8 @@ _LAYERS: dict[MaskKind, str] = {
 }
 # Attention that takes a mask of four dimensions; others get what they see from lengths alone.
 _MASKED = ("sdpa", "eager", FLEX, CPU_ATTENTION)
-_CHOICE_LOGITS = 33_554_432
+# Logits, what a model of its own makes of them on the way, and their log-softmax.
+_CHOICE_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,15 @@ class Architecture:
         unshared_because: why a prompt has to be computed for each answer anew; None where the masks reproduce
             separate sequences.
         reached: kinds of the linear modules (see `targets.kind_of`) that a text passes through.
+        resumable: what the model itself does behind its decoder can be run on given hidden states; asked for where
+            `separate` is False.
     """
 
     separate: bool = False
     masks: tuple[MaskKind, ...] = ("whole",)
     unshared_because: str | None = None
     reached: frozenset[str] = frozenset()
+    resumable: bool = False
 
 
 class LanguageHead:
@@ -59,6 +66,7 @@ class LanguageHead:
         attention = getattr(config, "_attn_implementation", None) or "sdpa"
         self._additive, self._flex = attention == "eager", attention == FLEX
         self.separate = architecture.separate and model.base_model is not model
+        self._resumable = architecture.resumable and model.base_model is not model
         self.unshared_because = architecture.unshared_because
         if attention not in _MASKED:
             self.unshared_because = f"{attention} attention takes no block attention mask"
@@ -101,54 +109,103 @@ class LanguageHead:
         dtype = next(self._model.parameters()).dtype
         return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
-    def _states(self, batch: Batch) -> Tensor:
+    @property
+    def chunked(self) -> bool:
+        """Whether logits can be computed of a few positions at a time; else all of a batch's exist at once."""
+        return self.separate or self._resumable
+
+    def _decoded(self, batch: Batch) -> Tensor:
         states: Tensor = self._model.base_model(**self._inputs(batch)).last_hidden_state
         return states
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        return self._states(batch).flatten(0, 1)[batch["predictors"]]
+    def states(self, batch: Batch) -> Tensor:
+        """Return (K, d) of what `logits` makes the logits that predict the batch's K response tokens.
+
+        These are hidden states, or the logits themselves where they cannot be computed apart.
+        """
+        decoded = self._decoded(batch) if self.chunked else self._model(**self._inputs(batch)).logits
+        states: Tensor = decoded.flatten(0, 1)[batch["predictors"]]
+        return states
+
+    def last(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return (R, d) of what `logits` makes the logits of each row's next token, for the model's own inputs."""
+        if self.chunked:
+            states: Tensor = self._model.base_model(**inputs).last_hidden_state
+        else:
+            states = self._model(**inputs, logits_to_keep=1).logits
+        return states[:, -1]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the logits (K, V) of hidden states (K, d), which may be some of those that `states` returned."""
+        if self.separate:
+            return self._shape.apply(self._model.get_output_embeddings()(states))
+        if not self._resumable:
+            return states
+        with _decoder_gives(self._model.base_model, states[None]):
+            logits: Tensor = self._model(input_ids=states.new_zeros(1, len(states), dtype=torch.long)).logits
+        return logits[0]
 
     def all_logits(self, batch: Batch) -> Tensor:
         """Return what `response_logits` does, from a head that is called on all positions as the model itself does.
 
         Fewer rows may be rounded another way.
         """
-        logits = self._shape.apply(self._model.get_output_embeddings()(self._states(batch)))
+        logits = self._shape.apply(self._model.get_output_embeddings()(self._decoded(batch)))
         return logits.flatten(0, 1)[batch["predictors"]]
 
     def response_logits(self, batch: Batch) -> Tensor:
-        """Return the logits (K, V) that predict the batch's K response tokens."""
-        if self.separate:
-            return self._shape.apply(self._model.get_output_embeddings()(self._hidden(batch)))
-        logits: Tensor = self._model(**self._inputs(batch)).logits
-        return logits.flatten(0, 1)[batch["predictors"]]
+        """Return the logits (K, V) that predict the batch's K response tokens; for a few of them, or tests."""
+        return self.logits(self.states(batch))
 
     def response_log_probs(self, batch: Batch) -> Tensor:
         """Sum the response tokens' log-probabilities of each of the batch's S sequences: (S,) fp32, in nats."""
-        targets = batch["targets"]
+        targets, states = batch["targets"], self.states(batch)
         if self.separate:
-            head = self._model.get_output_embeddings()
-            log_probs = token_log_probs(self._hidden(batch), head, targets, self._shape)
+            log_probs = token_log_probs(states, self._model.get_output_embeddings(), targets, self._shape)
+        elif self._resumable:
+            log_probs = token_log_probs(states, self.logits, targets, HeadShape())
         else:
-            log_probs = torch.log_softmax(self.response_logits(batch).float(), dim=-1).gather(1, targets[:, None])[:, 0]
+            log_probs = torch.log_softmax(states.float(), dim=-1).gather(1, targets[:, None])[:, 0]
         sums = torch.zeros(len(batch["lengths"]), device=log_probs.device)
         return sums.index_add(0, batch["sequences"], log_probs)
 
+    @torch.no_grad()
     def response_choices(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return, of the batch's K response tokens, log-probabilities (K,) fp32 and the likeliest tokens (K,) instead.
 
-        Without gradients: logits of a few tokens at a time are all that is held, where the head can be called apart.
+        Without gradients, and with at most 64M logits at a time, where these can be computed apart.
         """
-        targets = batch["targets"]
-        with torch.no_grad():
-            if not self.separate:
-                return _choices(self.response_logits(batch), targets)
-            head, hidden = self._model.get_output_embeddings(), self._hidden(batch)
-            rows = max(1, _CHOICE_LOGITS // self._model.config.get_text_config().vocab_size)
-            pieces = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
-            found = [_choices(self._shape.apply(head(part)), wanted) for part, wanted in pieces]
+        parts = self.chunks(self.states(batch), batch["targets"], copies=_CHOICE_COPIES)
+        found = [_choices(self.logits(states), wanted) for states, wanted in parts]
         log_probs, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
         return log_probs, tokens
+
+    def chunks(self, *tensors: Tensor, copies: int) -> Iterator[tuple[Tensor, ...]]:
+        """Cut tensors (K, ...) into the same parts, of whose positions logits can be held (see `rows_at_once`)."""
+        rows = rows_at_once(self._config.vocab_size, copies)
+        return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
+
+
+class _Decoded(BaseModelOutputWithPast):  # type: ignore[misc]  # transformers carries no types
+    """A decoder's result with nothing but hidden states, whatever else is asked for."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+@contextmanager
+def _decoder_gives(decoder: Any, states: Tensor) -> Iterator[None]:
+    """Let a decoder return these hidden states (1, K, d) without computing anything."""
+    own = decoder.__dict__.get("forward")
+    decoder.forward = lambda *_, **__: _Decoded(last_hidden_state=states)
+    try:
+        yield
+    finally:
+        if own is None:
+            del decoder.forward
+        else:
+            decoder.forward = own
 
 
 def _choices(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

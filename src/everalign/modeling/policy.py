@@ -93,6 +93,16 @@ class Policy(nn.Module):
         with self._precision(batch["input_ids"]):
             return self.head.response_logits(batch).float()
 
+    def response_states(self, batch: Batch) -> Tensor:
+        """Return what `logits` makes the batch's logits of: (K, d), a row for each of its K response tokens."""
+        with self._precision(batch["input_ids"]):
+            return self.head.states(batch)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the logits (K, V) fp32 of some of the rows that `response_states` returned."""
+        with self._precision(states):
+            return self.head.logits(states).float()
+
     def response_choices(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return, of the batch's K response tokens, log-probabilities (K,) fp32 and the likeliest tokens (K,)."""
         with self._precision(batch["input_ids"]):
@@ -102,7 +112,7 @@ class Policy(nn.Module):
     def decoding(self, batch: Batch) -> Iterator[Decoder]:
         """Yield a decoder of left-padded prompts; the policy must stay as it is inside the `with` block."""
         with self._precision(batch["input_ids"]), resting(adapters.layers(self.peft).values()):
-            yield Decoder(self.peft, batch)
+            yield Decoder(self.peft.get_base_model(), batch, self.head)
 
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch on the policy's device."""

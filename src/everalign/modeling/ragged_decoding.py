@@ -11,8 +11,8 @@ from torch import Tensor
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.architecture import study
 from everalign.modeling.grouped_attention import grouped_attention
+from everalign.modeling.likelihood import LanguageHead
 from everalign.modeling.slot_cache import SlotCache, windows_of
-from everalign.modeling.token_log_probs import HeadShape
 
 TOKENS_PER_PASS = 16_384
 _LOGITS_AT_ONCE = 1 << 24
@@ -62,14 +62,13 @@ class RaggedModel:
             )
         self.model, self.windows, self.tokens_per_pass = model, windows, tokens_per_pass
         self.device, self.dtype = model.device, next(model.parameters()).dtype
-        self.shape = HeadShape.of(config)
         self.kinds = getattr(config, "layer_types", None) or [None] * len(windows)
         attention = getattr(config, "_attn_implementation", "sdpa")
         if attention not in _ATTENTIONS:
             raise InputError(f"drafts cannot be verified with {attention} attention: load the model with sdpa or eager")
         self._additive = attention == "eager"
         architecture = study(model)
-        self.separate = architecture.separate
+        self.head = LanguageHead(model, architecture)
         if architecture.unshared_because:
             # Some models restrict what a token sees inside of their layers, where no mask of ours reaches.
             raise InputError(f"{self._name}: {architecture.unshared_because}")
@@ -231,7 +230,7 @@ class RaggedRows:
         everything = len(wanted) == len(padded) * (end - start)
         if not everything:
             rows, columns = torch.tensor(wanted, dtype=torch.long, device=model.device).reshape(-1, 2).unbind(1)
-        if model.separate:
+        if model.head.chunked:
             with nullcontext() if inputs["attention_mask"] is None else grouped_attention(model.model):
                 states: Tensor = model.model.base_model(**inputs).last_hidden_state
             return states.flatten(0, 1) if everything else states[rows, columns - start]
@@ -253,10 +252,7 @@ class RaggedRows:
         return self._model.masks(slots, first + end - start)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        if not self._model.separate:
-            return hidden.float()
-        logits: Tensor = self._model.shape.apply(self._model.model.get_output_embeddings()(hidden))
-        return logits.float()
+        return self._model.head.logits(hidden).float()
 
     @torch.no_grad()
     def _predict(self, hidden: Tensor, targets: list[int] | None, scored: bool) -> Iterator[tuple[Any, ...]]:

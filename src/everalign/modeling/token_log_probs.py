@@ -5,6 +5,7 @@ forward pass can compute at once, (onehot - softmax)·W: so it is computed there
 element by element instead of a second run of the head. A head that learns is recomputed in the backward pass.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,21 @@ from torch.utils.checkpoint import checkpoint
 # this; what follows it goes on in blocks of the chunk.
 _BLOCK_LOGITS = {"cpu": 1_048_576, "cuda": 67_108_864}
 _CHUNK_ROWS = 128
+# Where a distribution over the whole vocabulary is needed: numbers of (positions x vocabulary) held at once, all copies
+# and temporaries counted.
+_LIVE_LOGITS = 67_108_864
+
+Head = Callable[[Tensor], Tensor]
+
+
+def rows_at_once(vocabulary: int, copies: int) -> int:
+    """Return of how many positions logits may be held, so that no more than 64M of these numbers exist at once.
+
+    Args:
+        vocabulary: size of it.
+        copies: tensors of (positions, vocabulary) that exist at the same time, temporaries included.
+    """
+    return max(1, _LIVE_LOGITS // (copies * vocabulary))
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,11 @@ class HeadShape:
         return cls(scale, softcap)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Return the logits as the model would give them."""
+        """Return the logits as the model would give them; without gradients they are written over."""
+        if not torch.is_grad_enabled():
+            if self.scale != 1.0:
+                logits.mul_(self.scale)
+            return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
         scaled = logits if self.scale == 1.0 else logits * self.scale
         return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
 
@@ -52,13 +72,13 @@ class HeadShape:
 
 
 def token_log_probs(
-    hidden: Tensor, head: nn.Module, targets: Tensor, shape: HeadShape, chunk_rows: int | None = None
+    hidden: Tensor, head: Head, targets: Tensor, shape: HeadShape, chunk_rows: int | None = None
 ) -> Tensor:
     """Return log softmax(shape(head(hidden)))[targets].
 
     Args:
         hidden: (K, d) hidden states; autocast decides the precision of the products.
-        head: the output embeddings, `nn.Linear` or a module of the same meaning (adapted, for instance).
+        head: the output embeddings, `nn.Linear` or what has the same meaning (adapted, for instance).
         targets: (K,) token ids.
         shape: what follows the output matrix.
         chunk_rows: rows whose logits are held at once; chosen by the vocabulary when None.
@@ -66,7 +86,7 @@ def token_log_probs(
     Returns:
         (K,) fp32, in nats. Differentiable with respect to `hidden` and to what learns in `head`.
     """
-    block = max(1, _BLOCK_LOGITS.get(hidden.device.type, _BLOCK_LOGITS["cuda"]) // _width(head))
+    block = max(1, _BLOCK_LOGITS.get(hidden.device.type, _BLOCK_LOGITS["cuda"]) // _width(head, hidden))
     rows = chunk_rows or max(_CHUNK_ROWS, block)
     if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
         result: Tensor = _FrozenHead.apply(hidden, head, targets, shape, rows, block)  # type: ignore[no-untyped-call]
@@ -75,12 +95,15 @@ def token_log_probs(
     return torch.cat([checkpoint(_log_probs, part, head, wanted, shape, use_reentrant=False) for part, wanted in parts])
 
 
-def _width(head: nn.Module) -> int:
-    weight = getattr(head, "weight", None)
-    return 1 if weight is None else len(weight)
+def _width(head: Head, hidden: Tensor) -> int:
+    """Return the size of the vocabulary, which the weights of a quantised or wrapped head need not show."""
+    if isinstance(head, nn.Linear):
+        return head.out_features
+    with torch.no_grad():
+        return head(hidden[:1]).shape[-1]
 
 
-def _log_probs(hidden: Tensor, head: nn.Module, targets: Tensor, shape: HeadShape) -> Tensor:
+def _log_probs(hidden: Tensor, head: Head, targets: Tensor, shape: HeadShape) -> Tensor:
     logits = shape.apply(head(hidden))
     return logits.log_softmax(dim=-1, dtype=torch.float32).gather(1, targets[:, None])[:, 0]
 
