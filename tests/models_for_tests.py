@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -91,6 +92,9 @@ def _configuration(family: str, vocabulary: int) -> PreTrainedConfig:
         "gpt_neo": lambda: GPTNeoConfig(
             vocab_size=vocabulary, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
         ),
+        "roberta": lambda: RobertaConfig(
+            **{**shape, "pad_token_id": 1}, is_decoder=True, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1
+        ),
         "mamba": lambda: MambaConfig(vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, state_size=4),
     }
     return makers[family]()
@@ -107,6 +111,20 @@ def random_model(family: str = "llama", seed: int = 0, vocabulary: int = VOCABUL
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.eval()
     model.requires_grad_(False)
+    return model
+
+
+def scaled_by_itself(model: Any) -> Any:
+    """A model whose class scales its logits by what no configuration tells, so that its head alone is not enough."""
+    plain = type(model)
+
+    class Scaled(plain):  # type: ignore[misc, valid-type]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 0.7
+            return output
+
+    model.__class__ = Scaled
     return model
 
 

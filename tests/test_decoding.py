@@ -6,10 +6,12 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from everalign.errors import InputError
+from everalign.modeling import token_log_probs
 from everalign.modeling.decoding import Decoder, continue_rows, pick
 from everalign.modeling.decoding_cache import new_cache, pad_left
 from everalign.modeling.policy import Policy
-from models_for_tests import FAMILIES, SCALED, perturb, random_model
+from memory_for_tests import LiveTensors
+from models_for_tests import FAMILIES, SCALED, perturb, random_model, scaled_by_itself
 
 LIMIT = 24
 PROMPTS = [[1, 5, 9], [7], [3, 3, 8, 2, 11, 6], [4, 2]]
@@ -91,6 +93,24 @@ def test_keys_of_the_first_tokens_are_copied_and_never_written_to():
     layer.update(given, given)
     layer.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8))
     assert not first.any()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_many_rows_hold_few_logits_and_are_drawn_as_all_at_once(whole, monkeypatch):
+    vocabulary, limit = 500, 40_000
+    model = scaled_by_itself(random_model(vocabulary=vocabulary)) if whole else random_model(vocabulary=vocabulary)
+
+    def drawn():
+        torch.manual_seed(0)
+        decoder = Decoder(model, pad_left(PROMPTS, 0))
+        decoder.take(torch.arange(4).repeat_interleave(30))
+        return continue_rows(decoder, lambda logits: pick(logits / 0.9), [], 6)
+
+    expected = drawn()
+    monkeypatch.setattr(token_log_probs, "_LIVE_LOGITS", limit)
+    with LiveTensors(lambda tensor: tensor.shape[-1:] == (vocabulary,) and tensor.is_contiguous()) as live:
+        assert drawn() == expected
+    assert 0 < live.most <= limit < 120 * vocabulary
 
 
 def test_no_token_is_drawn_that_has_no_probability():

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
 from everalign.data.encoding import EncodedPair
 from everalign.data.layout import lay_out_chosen, lay_out_groups, lay_out_pairs
+from everalign.modeling import token_log_probs
 from everalign.modeling.policy import Policy
 from everalign.training.teaching import OBJECTIVES, SCORED_OBJECTIVES, make_objective
 from models_for_tests import (
@@ -24,6 +25,7 @@ from models_for_tests import (
     random_policy,
     random_rows,
     saved_model,
+    scaled_by_itself,
 )
 
 PAIRS = [*random_pairs(5, seed=5), EncodedPair("alike", [3, 4, 5], [6, 7, 8, 9, 10], [6, 7, 8, 11], 1.0)]
@@ -200,6 +202,24 @@ def test_training_mode_changes_nothing(policy):
     with torch.no_grad():
         trained, evaluated = policy.train()(BATCH), policy.eval()(BATCH)
     assert torch.equal(trained, evaluated)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "roberta"])
+def test_what_a_model_does_behind_its_decoder_is_run_on_a_few_positions(family, monkeypatch):
+    """A scale of its own, and RoBERTa's dense layer and norm before the output matrix: values and gradients."""
+    model = scaled_by_itself(random_model("qwen2")) if family == "qwen2" else random_model("roberta")
+    policy = perturb(Policy(model, 4, 8.0))
+    assert (policy.head.separate, policy.head.chunked) == (False, True)
+    heights = []
+    model.get_output_embeddings().register_forward_hook(lambda _, given, logits: heights.append(logits[..., 0].numel()))
+    monkeypatch.setattr(token_log_probs, "_CHUNK_ROWS", 4)
+    monkeypatch.setattr(token_log_probs, "_BLOCK_LOGITS", {"cpu": 1, "cuda": 1})
+    chunked = gradients(policy, BATCH)
+    # One row to learn of the vocabulary's size; forwards, and again in the backward pass.
+    assert max(heights) == 4 and len(heights) == 1 + 2 * -(-len(BATCH["targets"]) // 4)
+    monkeypatch.setattr(policy.head, "_resumable", False)
+    assert_same_gradients(chunked, gradients(policy, BATCH))
+    assert max(heights) == BATCH["input_ids"].numel()
 
 
 def test_a_model_without_a_decoder_of_its_own_runs_whole():

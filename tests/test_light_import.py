@@ -93,3 +93,43 @@ def test_importing_the_package_takes_less_than_a_fifth_of_a_second():
 def test_names_are_loaded_when_first_used():
     first, second = "'everalign.data.readers' in sys.modules", "everalign.load_preferences.__module__"
     assert child(f"import everalign\nprint({first}, {second}, {first})") == "False everalign.data.readers True\n"
+
+
+CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+
+
+def test_caches_of_products_are_bounded_unless_the_user_says_otherwise(monkeypatch):
+    shown = f"import os, everalign; print([os.environ[name] for name in {CAPACITIES}])"
+    for name in CAPACITIES:
+        monkeypatch.delenv(name, raising=False)
+    assert child(shown) == "['64', '64']\n"
+    monkeypatch.setenv(CAPACITIES[1], "500")
+    assert child(shown) == "['64', '500']\n"
+
+
+# Products of ever other shapes; what the process has grown by from the 64th on, in MB.
+GROWING = """
+import torch
+torch.set_num_threads(1)
+weight = torch.randn(512, 512, dtype=torch.bfloat16)
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) / 256
+for rows in range(1, 250):
+    torch.nn.functional.linear(torch.ones(rows, 512, dtype=torch.bfloat16), weight)
+    if rows == 64:
+        before = resident()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_products_of_ever_other_shapes_take_no_more_memory(monkeypatch):
+    """Also where torch was imported first: it looks at the settings when it computes the first product."""
+    for name in CAPACITIES:
+        monkeypatch.setenv(name, "1024")
+    unbounded = float(child(f"import torch, everalign{GROWING}"))
+    for name in CAPACITIES:
+        monkeypatch.delenv(name)
+    bounded = float(child(f"import torch, everalign{GROWING}"))
+    if unbounded < 20:
+        pytest.skip(f"this processor's products are kept in {unbounded:.0f} MB without a bound")
+    assert bounded < 0.6 * unbounded
