@@ -216,7 +216,8 @@ def test_what_a_model_does_behind_its_decoder_is_run_on_a_few_positions(family, 
     monkeypatch.setattr(token_log_probs, "_BLOCK_LOGITS", {"cpu": 1, "cuda": 1})
     chunked = gradients(policy, BATCH)
     # One row to learn of the vocabulary's size; forwards, and again in the backward pass.
-    assert max(heights) == 4 and len(heights) == 1 + 2 * -(-len(BATCH["targets"]) // 4)
+    assert max(heights) == 4
+    assert len(heights) == 1 + 2 * -(-len(BATCH["targets"]) // 4)
     monkeypatch.setattr(policy.head, "_resumable", False)
     assert_same_gradients(chunked, gradients(policy, BATCH))
     assert max(heights) == BATCH["input_ids"].numel()
