@@ -2,6 +2,7 @@
 
 import json
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,8 +290,6 @@ def test_what_was_written_wrongly_is_not_handed_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("version", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"])
 def test_a_real_sentencepiece_tokenizer_comes_out_as_it_went_in(tmp_path, version):
     package = pytest.importorskip("mistral_common", reason="its tokenizers come with the package mistral-common")
-    from pathlib import Path
-
     folder = save(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()

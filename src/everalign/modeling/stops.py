@@ -95,7 +95,7 @@ def write_ends(folder: Path, generation: Any, tokenizer: "PreTrainedTokenizerBas
     """Say in a model's folder which tokens end an answer, as far as it does not say so yet.
 
     The generation configuration names all of them, besides those that it named before: transformers and vLLM stop
-    there. Where chats were learned that another token ends than the tokenizer's EOS, that token becomes its EOS as
+    there. Where that did not name the token that ends the turns of learned chats, it becomes the tokenizer's EOS as
     well, which is all that converters for llama.cpp look at; unless texts or chats would be other tokens then.
 
     Args:
@@ -112,9 +112,10 @@ def write_ends(folder: Path, generation: Any, tokenizer: "PreTrainedTokenizerBas
     if missing := sorted(ends - set(named)):
         # A model's own configuration is read in place of this file, and of nothing that the file lacks.
         write_json(path, {**held, "eos_token_id": [*named, *missing]})
-    if end is None or end == tokenizer.eos_token_id or "eos_token" in template_in_use(tokenizer):
+    # Those who made a model that names the end already had their reasons for another EOS.
+    if end is None or end == tokenizer.eos_token_id or end not in missing:
         return
-    if tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
+    if "eos_token" in template_in_use(tokenizer) or tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
         return
     for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         if path.is_file() and "eos_token" in (content := read_json(path)):
