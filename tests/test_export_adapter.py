@@ -196,3 +196,5 @@ def test_a_name_on_the_hub_is_named_as_base_model(finished, tmp_path):
         card = model_card(run, run.versions, base, tmp_path, tmp_path / "out", "bf16", 12)
         assert yaml.safe_load(card.split("---\n")[1])["base_model"] == expected
         assert "--max-lora-rank 16" in card
+        # What comes in a package has no weights of that name.
+        assert f"vllm serve {tmp_path if base == 'smollm2' else base} --enable-lora" in card

@@ -96,8 +96,10 @@ def export(
     from everalign.learning.export import export_adapter, export_version
     from everalign.learning.run_data import load_run
     from everalign.modeling.checkpoint import checked_dtype
+    from everalign.modeling.runtime import prepare_process
 
     kind = checked_dtype(dtype)
+    prepare_process()
     done = (export_adapter if adapter else export_version)(load_run(run), folder, version, model, None, kind)
     if as_json:
         shown = {"version": done.version, "model": str(folder), "corrector": done.corrector, "dtype": done.dtype}

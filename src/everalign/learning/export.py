@@ -16,7 +16,7 @@ from everalign.correction.files import CorrectorFacts, write_corrector_facts
 from everalign.data.rendering import DEFAULT_CHAT_TEMPLATE, uses_default_template
 from everalign.errors import InputError
 from everalign.files import new_folder, read_json, write_json, write_text
-from everalign.learning.model_card import model_card, vllm_command
+from everalign.learning.model_card import model_card, servable, vllm_command
 from everalign.learning.promotion import check_version
 from everalign.learning.run_data import RunData, VersionData
 from everalign.modeling.checkpoint import DTYPES, OutputDtype, source_folder
@@ -131,7 +131,8 @@ def export_adapter(
                 shutil.copyfile(file, temporary / file.name)
         _finish(temporary, _generation_config(base), tokenizer, run, line)
         write_text(temporary / "README.md", model_card(run, line, name, base, folder, kind, rank))
-    return Exported(folder, line[-1].id, False, kind, rank=rank, command=vllm_command(name, folder, rank))
+    command = vllm_command(servable(name, base), folder, rank)
+    return Exported(folder, line[-1].id, False, kind, rank=rank, command=command)
 
 
 def _chosen(run: RunData, version: str | None) -> tuple[list[VersionData], Path]:

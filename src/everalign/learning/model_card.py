@@ -21,6 +21,11 @@ def max_lora_rank(rank: int) -> int | None:
     return next((most for most in VLLM_RANKS if rank <= most), None)
 
 
+def servable(base: str, source: Path) -> str:
+    """Return a name of the base model that others know: its folder where only we do, as of `tiny` or of a GGUF file."""
+    return base if Path(base).is_dir() or _ON_THE_HUB.fullmatch(base) else str(source)
+
+
 def vllm_command(base: str, folder: Path, rank: int) -> str | None:
     """Return how vLLM serves an adapter on its base model; None where its rank is beyond what vLLM takes."""
     most = max_lora_rank(rank)
@@ -52,7 +57,7 @@ def model_card(
         _what(run, line, base, dtype, rank),
         _tasks(line),
         _scores(run, line),
-        "## Use\n\n" + (_use_merged(folder) if rank is None else _use_adapter(line, base, folder, rank)),
+        "## Use\n\n" + (_use_merged(folder) if rank is None else _use_adapter(servable(base, source), folder, rank)),
         _making(run, line),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
@@ -114,7 +119,7 @@ write = pipeline("text-generation", model="{folder}")
 or `vllm serve {folder}`. Answers end at the tokens that `generation_config.json` names.'''
 
 
-def _use_adapter(line: Sequence[VersionData], base: str, folder: Path, rank: int) -> str:
+def _use_adapter(base: str, folder: Path, rank: int) -> str:
     command = vllm_command(base, folder, rank)
     served = (
         f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, and this one has rank {rank}: serve the merged model."
