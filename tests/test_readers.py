@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from everalign.data.readers import load_preferences
 from everalign.data.records import Preference
 from everalign.errors import InputError
+from tables_for_tests import lines, write_table
 
 CHAT = [{"role": "user", "content": 'Grüße, "du"\nda?'}]
 ROWS = [
@@ -38,25 +37,8 @@ def no_network(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
 
 
-def lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 def write(path: Path, rows=ROWS) -> Path:
-    if path.name.endswith(".gz"):
-        path.write_bytes(gzip.compress((lines if ".jsonl" in path.name else json.dumps)(rows).encode()))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    elif path.suffix == ".jsonl":
-        path.write_text(lines(rows), encoding="utf-8")
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        with path.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, rows[0].keys())
-            writer.writeheader()
-            writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in r.items()} for r in rows)
-    return path
+    return write_table(path, rows)
 
 
 def problem(source, **options):

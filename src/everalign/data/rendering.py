@@ -45,13 +45,13 @@ class Rendered:
         text: through the end of the answer's turn.
         start: where the answer begins in it.
         ended: whether the text ends with a token of its own; else EOS has to follow.
-        rendered: whether the template renders it so; else it is what a model reads, and what it writes behind that.
+        written: whether the answer stands behind the whole prompt, as a model writes it, where no template does.
     """
 
     text: str
     start: int
     ended: bool
-    rendered: bool = True
+    written: bool = False
 
 
 class Renderer:
@@ -100,7 +100,7 @@ class Renderer:
         if start == len(prompt_text) and not lost:
             return rendered
         extends = not lost and start >= self._opened(prompt, prompt_text)
-        if extends and _is_left_open(prompt_text[start:], completion):
+        if extends and opens_thoughts(prompt_text[start:]):
             return rendered
         as_written = self._as_written(prompt, prompt_text, completion)
         if as_written is not None:
@@ -135,10 +135,11 @@ class Renderer:
         end = suffix[:kept]
         ended = end.endswith(self._tokens)
         if opening.strip() and completion.startswith(opening):
-            return Rendered(prompt_text + completion[len(opening) :] + end, len(prompt_text), ended, rendered=False)
+            return Rendered(prompt_text + completion[len(opening) :] + end, len(prompt_text), ended, written=True)
         if opening.strip() and completion.lstrip().startswith(opening.strip()):
-            return Rendered(prompt_text[:shared] + completion + end, shared, ended, rendered=False)
-        return Rendered(prompt_text + completion + end, len(prompt_text), ended, rendered=False)
+            text = prompt_text[:shared] + completion + end
+            return Rendered(text, _alike(text, prompt_text), ended)
+        return Rendered(prompt_text + completion + end, len(prompt_text), ended, written=True)
 
     def _opened(self, prompt: Sequence[Message], prompt_text: str) -> int:
         """Return where a prompt's messages end and the assistant's turn is opened."""
@@ -209,7 +210,7 @@ class Renderer:
         variables: Mapping[str, Any] = prompt.chat_template_kwargs if isinstance(prompt, ChatPrompt) else {}
         messages = [*prompt, *reply]
         try:
-            template = self._template(tools, variables)
+            template = self.template_of(prompt)
             text: str = self._tokenizer.apply_chat_template(
                 self._readable(messages, template),
                 tools=list(tools) or None,
@@ -226,11 +227,14 @@ class Renderer:
             ) from None
         return text
 
-    def _template(self, tools: Sequence[Any], variables: Mapping[str, Any]) -> str:
-        if "chat_template" not in variables and (uses_default_template(self._tokenizer) or not tools):
+    def template_of(self, prompt: Sequence[Message]) -> str:
+        """Return the template that renders a prompt: the usual one, that for tools, or the one that the row names."""
+        if not isinstance(prompt, ChatPrompt):
             return self.template
-        # Some tokenizers have one of their own for tools.
-        return str(self._tokenizer.get_chat_template(variables.get("chat_template"), list(tools) or None))
+        named, tools = prompt.chat_template_kwargs.get("chat_template"), list(prompt.tools) or None
+        if named is None and (tools is None or uses_default_template(self._tokenizer)):
+            return self.template
+        return str(self._tokenizer.get_chat_template(named, tools))
 
     def _readable(self, messages: Sequence[Message], template: str) -> list[Message]:
         """Return messages with their content as the template reads it: as text, or as a list of parts."""
@@ -267,10 +271,9 @@ def _parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
-def _is_left_open(opening: str, completion: Completion) -> bool:
-    """Whether a prompt begins reasoning which the answer does not have: as its continuation it would be a thought."""
-    tags = _THOUGHT_TAG.findall(opening)
-    return bool(tags) and not tags[-1].startswith("</") and not _THOUGHT_TAG.search(str(completion))
+def opens_thoughts(opening: str) -> bool:
+    """Whether what a prompt opens is reasoning: behind that, an answer without any would be a thought."""
+    return _THOUGHT_TAG.search(opening) is not None
 
 
 def _alike(whole: str, prompt_text: str) -> int:
@@ -312,8 +315,13 @@ def template_in_use(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The chat template by which messages are rendered.
 
     Raises:
-        InputError: the tokenizer has several templates and no default one.
+        InputError: the tokenizer has several templates and no default one, or renders chats without any.
     """
+    if type(tokenizer).__name__ == "MistralCommonBackend":
+        raise InputError(
+            f"{name_of(tokenizer)}: mistral-common reads this tokenizer and renders chats without a template; put the "
+            "model's tokenizer.json and chat_template.jinja into its folder, and load it with mistral_format=False"
+        )
     if uses_default_template(tokenizer):
         return DEFAULT_CHAT_TEMPLATE
     try:

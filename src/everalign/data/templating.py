@@ -196,7 +196,7 @@ class ChatFormat:
         bodies, borders = [], []
         for tail, whole in zip(tails, wholes, strict=True):
             ids, border = tail.ids, _before_border(rest, tail, whole.start - chars)
-            if border < len(rest) and not whole.rendered:
+            if border < len(rest) and whole.written:
                 written = self._written(whole.text[whole.start :])
                 ids, border = (ids, border) if written is None else (rest + written, len(rest))
             bodies.append(ids)
@@ -281,6 +281,8 @@ def _before_border(head: list[int], whole: _Tokenized, border: int) -> int:
     if ids[: len(head)] == head:
         return len(head)
     count = _alike((ids, head))
+    while count and whole.span(count - 1)[1] > border:
+        count -= 1
     while count < len(ids) and 0 <= whole.span(count)[1] <= border:
         count += 1
     return count

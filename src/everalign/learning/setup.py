@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from everalign.correction.encoder import CorrectionEncoder
 from everalign.correction.files import chosen_template
 from everalign.data.corrections import load_corrections
 from everalign.data.encoding import EncodedPairs, encode_pairs
+from everalign.data.messages import ChatPrompt
 from everalign.data.readers import load_preferences
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
+from everalign.data.template_notes import template_notes
 from everalign.data.templating import template_fingerprint
 from everalign.errors import InputError
 from everalign.evaluation.scorers import Scorer
@@ -64,6 +66,7 @@ class Setup:
         cache: reference log-probabilities.
         announce: called with one line for each thing that happens.
         progress: called with (stage, steps done, steps in all).
+        said: lines that are said once a run, and have been.
     """
 
     model_name: str
@@ -84,10 +87,23 @@ class Setup:
     cache: ReferenceCache
     announce: Announce
     progress: Progress
+    said: set[str] = field(default_factory=set)
 
     def encode(self, rows: Sequence[Preference]) -> EncodedPairs:
         """Return preferences as tokens, cut to the options' length."""
         return encode_pairs(rows, self.tokenizer, self.options.max_length)
+
+    def notes(self, rows: RowSet[Any]) -> tuple[str, ...]:
+        """Return what is to be said of how rows are rendered, each line once a run."""
+        if self.encoder is None:
+            found = template_notes(self.tokenizer, rows)
+        elif any(isinstance(row.question, ChatPrompt) for row in rows):
+            found = ("a corrector reads the text of a question: tools and template variables are not learned",)
+        else:
+            found = ()
+        new = tuple(f"  {line}" for line in found if line not in self.said)
+        self.said.update(found)
+        return new
 
     def encode_held_out(self, rows: RowSet[Any]) -> EncodedPairs:
         """Return held-out rows as tokens: preferences, or corrections behind the corrector's template."""

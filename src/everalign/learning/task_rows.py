@@ -65,6 +65,11 @@ def prepare_rows(setup: Setup, rows: RowSet[Any]) -> TaskRows:
         InputError: the objective does not learn from this kind of rows, or there are no rewards or weights for them.
         EveralignError: scoring failed.
     """
+    prepared = _prepared(setup, rows)
+    return replace(prepared, lines=(*setup.notes(rows), *prepared.lines))
+
+
+def _prepared(setup: Setup, rows: RowSet[Any]) -> TaskRows:
     name = setup.objective.name
     if setup.encoder is not None or isinstance(rows, CorrectionSet):
         return _corrections(setup, rows)

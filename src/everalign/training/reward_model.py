@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from everalign.data.comparisons import Comparison, encode_comparisons, pad_right
 from everalign.data.encoding import SHORTEST_MAX_LENGTH
 from everalign.data.readers import PreferenceSet, check_disjoint
-from everalign.data.templating import template_fingerprint
+from everalign.data.template_notes import template_notes
+from everalign.data.templating import keep_template, template_fingerprint
 from everalign.errors import InputError
 from everalign.modeling.loading import load_tokenizer, model_fingerprint, sequence_limit
 from everalign.modeling.reward_files import RewardFacts, check_free, save_reward_model
@@ -184,6 +185,8 @@ def train_reward_model(
             accuracy=None if report is None else report.accuracy,
             settings={**asdict(options), "max_length": max_length, "seed": seed},
         )
+        if any(not isinstance(row.prompt, str) for row in train):
+            keep_template(tokenizer)
         save_reward_model(folder, rewards, tokenizer, facts)
         return TrainedRewardModel(folder, facts, report, training)
 
@@ -203,8 +206,11 @@ def _encode(
 ) -> tuple[Comparison, ...]:
     try:
         pairs, cut = encode_comparisons(rows, tokenizer, max_length)
+        notes = template_notes(tokenizer, rows) if name == "training" else ()
     except InputError as error:
         raise InputError(f"{rows.source}: {error}") from None
+    for line in notes:
+        announce(f"  {line}")
     same = sum(pair.chosen == pair.rejected for pair in pairs)
     altered = f"; {cut} answers with their prompts cut to {max_length} tokens, {same} pairs with identical answers"
     announce(f"  {len(pairs)} {name} pairs{altered if cut or same else ''}")

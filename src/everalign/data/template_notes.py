@@ -1,0 +1,89 @@
+"""What a chat template does with rows that their user should know of: what it does not render, and what it adds."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from everalign.data.messages import ChatPrompt, Completion, Message, Prompt, message_text
+from everalign.data.rendering import Renderer, opens_thoughts, uses_default_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What is rendered differently is so in many rows or in none.
+_MOST_CHECKED = 256
+
+
+def prompts_and_answers(row: Any) -> tuple[Prompt, Sequence[Completion]]:
+    """Return a row's prompt and its answers, of any kind of row that is learned behind a chat template."""
+    if hasattr(row, "completions"):
+        return row.prompt, row.completions
+    return row.prompt, [getattr(row, name) for name in ("chosen", "rejected") if hasattr(row, name)]
+
+
+def template_notes(tokenizer: "PreTrainedTokenizerBase", rows: Iterable[Any]) -> tuple[str, ...]:
+    """Return a line for each thing that is not learned as one may think; none where all is rendered.
+
+    Args:
+        tokenizer: the model's.
+        rows: preferences, scored rows, answers or prompts.
+    """
+    chats = [(prompt, answers) for prompt, answers in map(prompts_and_answers, rows) if not isinstance(prompt, str)]
+    if not chats:
+        return ()
+    lines = []
+    if uses_default_template(tokenizer):
+        lines.append(
+            "the tokenizer has no chat template: chats are learned in Everalign's own format, which an exported model "
+            "has as its template"
+        )
+    renderer = Renderer(tokenizer)
+    lines += _unread(renderer, chats)
+    lines += _left_out(renderer, [prompt for prompt, _ in chats])
+    return (*lines, *_opening(renderer, chats[0][0]))
+
+
+def _unread(renderer: Renderer, chats: Sequence[tuple[Sequence[Message], Sequence[Completion]]]) -> list[str]:
+    """Name what the rows have and their template does not ask for."""
+    missing: dict[str, int] = {}
+    asked: dict[tuple[str, str], bool] = {}
+    for prompt, answers in chats:
+        template = renderer.template_of(prompt)
+        messages = [*prompt, *(message for answer in answers if not isinstance(answer, str) for message in answer)]
+        names = {key for message in messages for key in message} - {"role", "content"}
+        if isinstance(prompt, ChatPrompt):
+            names |= {"tools"} if prompt.tools else set()
+            names |= prompt.chat_template_kwargs.keys() - {"chat_template"}
+        for name in names:
+            if (template, name) not in asked:
+                asked[template, name] = re.search(rf"\b{re.escape(name)}\b", template) is not None
+            if not asked[template, name]:
+                missing[name] = missing.get(name, 0) + 1
+    return [
+        f"the chat template does not read {name!r}, which {count} rows have: it is not learned"
+        for name, count in sorted(missing.items())
+    ]
+
+
+def _left_out(renderer: Renderer, prompts: Sequence[Sequence[Message]]) -> list[str]:
+    """Name the roles whose messages are not in the text of their conversation."""
+    unusual = [prompt for prompt in prompts if any(message["role"] not in ("user", "assistant") for message in prompt)]
+    roles: dict[str, None] = {}
+    for prompt in unusual[:_MOST_CHECKED]:
+        text = renderer.prompt(prompt)
+        for message in prompt:
+            if message["role"] != "assistant" and message_text(message).strip() not in text:
+                roles[message["role"]] = None
+    return [f"the chat template leaves out or rewrites messages of the role {role!r}" for role in roles]
+
+
+def _opening(renderer: Renderer, prompt: Sequence[Message]) -> list[str]:
+    """Tell of reasoning that a template begins and that an answer without any does not have."""
+    text = renderer.prompt(prompt)
+    rendered = renderer.completion(prompt, text, "x")
+    if not opens_thoughts(text[rendered.start :]):
+        return []
+    return [
+        f"the chat template begins an answer with {text[rendered.start :]!r} and leaves that out of the conversation: "
+        "answers without reasoning are learned without it"
+    ]
