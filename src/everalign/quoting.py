@@ -6,8 +6,11 @@ looks like it.
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-Quoted = str | Sequence[Mapping[str, str]]
+from everalign.data.messages import message_text
+
+Quoted = str | Sequence[Mapping[str, Any]]
 
 _MARKS = r"\s*/?\s*(?:prompt|message|answer)\b"
 _MARK = re.compile(rf"<(?={_MARKS})", re.IGNORECASE)
@@ -35,5 +38,5 @@ def as_written(text: str, original: str) -> str:
     return text if _SHOWN.search(original) else _SHOWN.sub("<", text)
 
 
-def _turn(message: Mapping[str, str]) -> str:
-    return f'<message role="{message["role"]}">\n{shown(message["content"])}\n</message>'
+def _turn(message: Mapping[str, Any]) -> str:
+    return f'<message role="{message["role"]}">\n{shown(message_text(message))}\n</message>'

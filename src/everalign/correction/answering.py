@@ -177,7 +177,7 @@ class SampledAnswers:
         asked = [question for i, question in enumerate(questions) if i not in failures]
         options = replace(self._options, max_prompt_tokens=room)
         facts = [model_fingerprint(model), options.temperature, options.max_new_tokens, self._seed, asked]
-        journal = Journal.beside(output, json.dumps(facts))
+        journal = Journal.beside(output, json.dumps(facts, default=json_form))
         earlier = sum(len(chunk) for chunk in journal.read(range(len(asked))).values())
         found = sample_kept(_policy(model), tokenizer, asked, options, journal, seed=self._seed, progress=progress)
         samples = iter(found)

@@ -58,11 +58,11 @@ def kind(value: object) -> str:
 
 def content_id(content: Any) -> str:
     """Name what a record holds by 16 hexadecimal digits; the same content has the same name in every kind of file."""
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=_content_of)
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=json_form)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _content_of(value: Any) -> Any:
+def json_form(value: Any) -> Any:
     """Return a part that JSON does not know, such as a chat prompt with its tools, as its fields."""
     if not is_dataclass(value) or isinstance(value, type):
         raise TypeError(f"{type(value).__name__} has no JSON form")
