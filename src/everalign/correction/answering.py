@@ -13,6 +13,7 @@ from everalign.chat_client import ChatClient
 from everalign.correction.asking import Cost, Progress, Replies, ask_all, reply_journal
 from everalign.correction.editing import INSTRUCTIONS, editing_messages, read_correction
 from everalign.correction.templates import Question, question_text
+from everalign.data.fields import json_form
 from everalign.data.messages import Message
 from everalign.data.templating import encode_prompt
 from everalign.errors import InputError
