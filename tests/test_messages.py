@@ -147,6 +147,15 @@ def test_an_answer_in_parts_is_a_text_and_a_prompt_keeps_its_parts():
     assert row.prompt[0]["content"] == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
 
+def test_a_system_message_and_a_tool_s_may_say_nothing():
+    system = {"role": "system", "content": ""}
+    assert read(prompt=[system, USER, CALL, RESULT], chosen="a", rejected="b").prompt == (system, USER, CALL, RESULT)
+    assert (
+        problem(prompt=[{"role": "user", "content": ""}], chosen="a", rejected="b")
+        == "'prompt[0]': is empty; fill it in or remove the row"
+    )
+
+
 def test_roles_and_keys_of_a_message_are_kept_and_nulls_are_not():
     developer = {"role": "developer", "content": "Be kind."}
     row = read(prompt=[developer, {**USER, "channel": "x", "tool_calls": None, "id": 7}], chosen="a", rejected="b")

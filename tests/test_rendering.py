@@ -25,6 +25,8 @@ CUTS_REASONING = (
     "{% else %}{{ '<U>' + m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<A><think>\n' }}{% endif %}"
 )
+# And puts an empty thought before every answer, as Nemotron's do.
+CLOSES_THOUGHTS = CUTS_REASONING.replace("'<A>' + m", "'<A><think></think>' + m")
 # Puts an empty thought before an answer without reasoning, and its own line breaks about one with it, as Qwen3 does.
 INSERTS_THOUGHTS = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% set said = m['content'].split('</think>') %}"
@@ -85,6 +87,9 @@ def rendered(template, messages, **variables):
         (CUTS_REASONING, "<think>r</think>Yes", ("<U>Hi<A><think>", "r</think>Yes</s>")),
         (CUTS_REASONING, "Yes", ("<U>Hi<A>", "Yes</s>")),
         (THINKING, "Yes", ("user: Hi</s>assistant: ", "Yes</s>")),
+        (THINKING, "<b>Yes", ("user: Hi</s>assistant: ", "<b>Yes</s>")),
+        (CLOSES_THOUGHTS, "Yes", ("<U>Hi<A><think>", "</think>Yes</s>")),
+        (CLOSES_THOUGHTS, "<think>\nr\n</think>Yes", ("<U>Hi<A><think>\n", "r\n</think>Yes</s>")),
         (
             REFUSES_CHANNELS,
             "<|channel|>analysis<|message|>r<|end|><|start|>assistant<|channel|>final<|message|>Yes",

@@ -25,6 +25,8 @@ Prompt = str | Sequence[Message]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool"}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+# A tool may return nothing, and many datasets have a system message for every row, whatever it says.
+_MAY_BE_EMPTY = ("system", "developer", "tool")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Told by many exporters of every message, and by no template.
 _BOOKKEEPING = ("id", "message_id", "uuid", "timestamp", "created_at", "metadata")
@@ -252,7 +254,8 @@ def _part(key: Any, item: Any, message: Mapping[Any, Any], name: str) -> tuple[A
     if key in _MEDIA and not _is_nothing(item):
         raise InputError(f"field {name!r}: {key!r} cannot be learned; use messages of text only")
     if key == "content":
-        return (_content(item, name, may_be_empty=message["role"] == "tool" or _says_more(message)),)
+        may_be_empty = message["role"] in _MAY_BE_EMPTY or _says_more(message)
+        return (_content(item, name, may_be_empty),)
     if key == "tool_calls":
         calls = _calls(item, name)
         return (calls,) if calls else ()

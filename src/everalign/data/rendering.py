@@ -34,6 +34,9 @@ _SENTINEL = "Xq7zK0vN"
 _REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 _THOUGHT_TAG = re.compile(r"(</?think(?:ing)?>)")
 _FIRST_MARK = re.compile(r"\s*(<[^<>]*>|\[[^\[\]]*\])")
+# A mark that two texts begin alike, and reasoning that both of them open.
+_HALF_MARK = re.compile(r"[<\[][^<>\[\]\s]*$")
+_OPENED_MARK = re.compile(r"(?:<think(?:ing)?>\s*|[<\[][^<>\[\]\s]*)$")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -92,15 +95,17 @@ class Renderer:
         start = _alike(whole, prompt_text)
         end, ended = self._end(prompt, whole, start)
         lost = self._lost(whole[start:end], reply)
-        if lost and (start < len(prompt_text) or _THOUGHT_TAG.search(prompt_text[-40:])):
-            # The prompt may open what the answer writes too, such as its reasoning.
-            opened = self._opened(prompt, prompt_text)
-            lost = self._lost(whole[opened:end], reply) if opened <= start else lost
-        rendered = Rendered(whole[:end], start, ended)
         if start == len(prompt_text) and not lost:
-            return rendered
-        extends = not lost and start >= self._opened(prompt, prompt_text)
-        if extends and opens_thoughts(prompt_text[start:]):
+            return Rendered(whole[:end], start, ended)
+        opened = self._opened(prompt, prompt_text)
+        if lost and opened <= start:
+            # The prompt may open what the answer writes too, such as its reasoning.
+            lost = self._lost(whole[_before_mark(_OPENED_MARK, whole, opened, start) : end], reply)
+        if start < len(prompt_text):
+            start = _before_mark(_HALF_MARK, whole, opened, start)
+        rendered = Rendered(whole[:end], start, ended)
+        extends = not lost and start >= opened
+        if extends and (start == len(prompt_text) or opens_thoughts(prompt_text[start:])):
             return rendered
         as_written = self._as_written(prompt, prompt_text, completion)
         if as_written is not None:
@@ -121,10 +126,11 @@ class Renderer:
             whole = self._render(prompt, ({"role": "assistant", "content": _SENTINEL},), opens_answer=False)
         except InputError:
             return None
-        shared = _alike(whole, prompt_text)
+        shared, opened = _alike(whole, prompt_text), self._opened(prompt, prompt_text)
         place = whole.rfind(_SENTINEL)
-        if place < shared or shared < self._opened(prompt, prompt_text):
+        if place < shared or shared < opened:
             return None
+        shared = _before_mark(_OPENED_MARK, whole, opened, shared)
         # What only the whole conversation has before an answer, and what only the prompt has.
         inserted, opening = whole[shared:place], prompt_text[shared:]
         mark = _FIRST_MARK.match(inserted)
@@ -282,6 +288,12 @@ def _alike(whole: str, prompt_text: str) -> int:
         return len(prompt_text)
     pairs = enumerate(zip(whole, prompt_text, strict=False))
     return next((i for i, (one, other) in pairs if one != other), len(whole))
+
+
+def _before_mark(mark: re.Pattern[str], text: str, first: int, last: int) -> int:
+    """Return where a mark begins that would be cut in two at `last`, if not before `first`; else `last`."""
+    found = mark.search(text[first:last])
+    return last if found is None else first + found.start()
 
 
 def _says(body: str, text: str) -> bool:
