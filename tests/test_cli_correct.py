@@ -38,7 +38,7 @@ def test_a_corrector_is_trained_and_reported(work, capsys):
     assert out.splitlines()[-1].split() == ["model", "out"]
     assert (
         "data\n  16 training rows\n  8 held-out rows\n  template everalign-1, objectives helpful, kind\n"
-        "  identity: 8 rows\n  correction: 16 rows\n"
+        "  trains all weights in fp32 on the CPU\n  identity: 8 rows\n  correction: 16 rows\n"
     ) in err
     assert load_corrector_files("out").objectives == ("helpful", "kind")
 
@@ -104,7 +104,7 @@ def test_an_interrupted_training_exits_130_and_goes_on(work, capsys, monkeypatch
         (train("--data", "edits.jsonl", "--test", "edits.jsonl"), "in both the training and the test set"),
         (train("--data", "edits.jsonl", "--output", "."), "exists and is not empty"),
         (train("--data", "edits.jsonl", "--identity", "2"), "identity must be between 0 and 1"),
-        (train("--data", "edits.jsonl", "--precision", "int8"), "precision must be fp32 or bf16"),
+        (train("--data", "edits.jsonl", "--precision", "int8"), "precision must be auto, fp32 or bf16"),
         (train("--data", "edits.jsonl", "--template", "mine"), "unknown template 'mine'"),
         (train("--data", "edits.jsonl", "--objectives", "kind,,safe"), "objectives[1]: must be one line of words"),
         (train("--data", "edits.jsonl", "--max-length", "100"), "no correction fits max_length"),

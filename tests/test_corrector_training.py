@@ -207,7 +207,9 @@ def test_the_warm_up_learns_a_share_of_the_answers(tmp_path):
     lines = []
     trained = train(tmp_path / "a", corrections(10), replace(QUICK, identity=0.5, batch_size=1), announce=lines.append)
     assert {name: stage.steps for name, stage in trained.stages.items()} == {"identity": 5, "correction": 10}
-    assert lines == ["  10 training rows", "  template everalign-1", "  identity: 5 rows", "  correction: 10 rows"]
+    weights = "  trains all weights in fp32 on the CPU"
+    stages = ["  identity: 5 rows", "  correction: 10 rows"]
+    assert lines == ["  10 training rows", "  template everalign-1", weights, *stages]
     alone = train(tmp_path / "b", corrections(10), replace(QUICK, identity=0.0))
     assert list(alone.stages) == ["correction"]
 
@@ -405,7 +407,7 @@ def test_rows_that_are_all_too_long_are_refused(tmp_path):
         ({"max_length": 4}, "max_length must be at least 8, found 4"),
         ({"lora_rank": -1}, "lora_rank must be at least 0, found -1"),
         ({"lora_alpha": 8.0}, "lora_alpha belongs to an adapter: set lora_rank too"),
-        ({"precision": "fp16"}, "precision must be fp32 or bf16, found 'fp16'"),
+        ({"precision": "fp16"}, "precision must be auto, fp32 or bf16, found 'fp16'"),
         ({"checkpoint_steps": -1}, "checkpoint_steps must be at least 0"),
     ],
 )

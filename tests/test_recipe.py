@@ -115,7 +115,7 @@ def test_numbers_mean_what_they_look_like(number, value, read):
         ("training: {epochs: .nan}", "training.epochs: must be a finite number, found nan"),
         ("training: {batch_size: 2.5}", "training.batch_size: must be a valid integer, found 2.5"),
         ("training: {batch_size: true}", "training.batch_size: must be a valid integer, found True"),
-        ("training: {precision: fp16}", "training.precision: must be 'fp32' or 'bf16', found 'fp16'"),
+        ("training: {precision: fp16}", "training.precision: must be 'auto', 'fp32' or 'bf16', found 'fp16'"),
         ("training: 3", "training: must hold keys and values, found 3"),
         ("method: {name: er, space: x}", "method.space: must be 'product' or 'factors', found 'x'"),
         ("seed: one", "seed: must be a valid integer, found 'one'"),
@@ -208,7 +208,11 @@ def test_flags_are_the_keys_of_a_recipe_and_nothing_is_left_out():
 def test_a_flag_that_is_not_given_leaves_no_trace():
     parameters = inspect.signature(learn_verb).parameters
     given = {name: parameter.default for name, parameter in parameters.items()}
-    assert all(given[name] is None for name in given if name not in ("context", "resume", "as_json", "print_recipe"))
+    assert all(
+        given[name] is None
+        for name in given
+        if name not in ("context", "resume", "as_json", "print_recipe", "trust_remote_code")
+    )
 
 
 def test_help_names_every_choice():

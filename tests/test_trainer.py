@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainingArguments
 
 from everalign.data.batches import TrainingPlan
 from everalign.data.layout import lay_out_pairs
@@ -396,8 +397,22 @@ def test_bf16_training_stays_near_fp32(name, tmp_path):
     assert mixed != exact
 
 
-def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
-    """transformers would split a batch between them, and with it a pair."""
-    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: 2))
-    with pytest.raises(EveralignError, match="2 GPUs in one process: set CUDA_VISIBLE_DEVICES"):
-        train(random_policy(), "dpo", random_pairs(8), tmp_path)
+def test_several_gpus_in_one_process_do_not_share_a_batch(tmp_path, monkeypatch):
+    """transformers would split it between them, and with it a pair."""
+
+    def found(arguments):
+        arguments._n_gpu = 4
+        return torch.device("cuda", 0)
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(found))
+    arguments = training_arguments(
+        tmp_path,
+        learning_rate=1e-4,
+        scheduler="linear",
+        max_grad_norm=1.0,
+        logging_steps=1,
+        checkpoint_steps=0,
+        seed=0,
+    )
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == 1

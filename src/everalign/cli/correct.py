@@ -8,7 +8,7 @@ import typer
 from everalign.cli import correct_data, correct_distill, correct_evaluate, correct_run, correct_steer
 from everalign.cli.display import Display
 from everalign.cli.output import say, show, show_json, show_line
-from everalign.cli.verbs import Json, option, phrases, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, TrustRemoteCode, option, phrases, resumable, warn_of_bad_rows
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,7 +52,7 @@ def train(
     tokens_per_batch: Annotated[int | None, option("Tokens computed at once; fewer save memory.")] = None,
     lora_rank: Annotated[int | None, option("Train an adapter of this rank and merge it; 0 for all weights.")] = None,
     lora_alpha: Annotated[float | None, option("The adapter's α; twice the rank if not given.")] = None,
-    precision: Annotated[str | None, option("fp32 or bf16.", "PRECISION")] = None,
+    precision: Annotated[str | None, option("auto, fp32 or bf16.", "PRECISION")] = None,
     checkpoint_steps: Annotated[int | None, option("Steps between two checkpoints; 0 for none.")] = None,
     filtered: Annotated[
         bool, typer.Option("--filter", metavar="", help="Leave out corrections that teach nothing, and say why.")
@@ -63,6 +63,7 @@ def train(
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", metavar="", help="Leave bad rows out, and say so.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Train a corrector on corrections: first to copy a share of the answers, then to correct all of them.

@@ -11,7 +11,7 @@ import typer
 
 from everalign.cli.display import Display
 from everalign.cli.output import show_json, show_line
-from everalign.cli.verbs import Json, option, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, TrustRemoteCode, option, resumable, warn_of_bad_rows
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def data(
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", metavar="", help="Leave bad rows out, and say so.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Make data to train a corrector on: questions, answers, and their corrections.

@@ -9,7 +9,7 @@ import typer
 from everalign.cli.correct_run import load_corrector
 from everalign.cli.display import Display
 from everalign.cli.output import show, show_json, show_line
-from everalign.cli.verbs import Json, flag, phrases, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, TrustRemoteCode, flag, phrases, resumable, warn_of_bad_rows
 from everalign.cli.weighting_flags import (
     DropConstant,
     Estimator,
@@ -87,7 +87,7 @@ def distill(
     targets: Annotated[str | None, flag("Modules to adapt, with commas, or all-linear.", _TRAINING)] = None,
     batch_size: Annotated[int | None, flag("Rows of an optimiser step.", _TRAINING)] = None,
     tokens_per_batch: Annotated[int | None, flag("Tokens computed at once.", _TRAINING)] = None,
-    precision: Annotated[str | None, flag("fp32 or bf16, for the base model.", _TRAINING)] = None,
+    precision: Annotated[str | None, flag("auto, fp32 or bf16, for the base model.", _TRAINING)] = None,
     estimator: Estimator = None,
     temperature: Temperature = None,
     target_ess: TargetEss = None,
@@ -97,6 +97,7 @@ def distill(
     weight_floor: WeightFloor = None,
     drop_constant: DropConstant = None,
     skip_bad_rows: Annotated[bool, flag("Leave bad rows out, and say so.", None, "", "--skip-bad-rows")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Let a small corrector teach a stronger model: it rewrites the model's answers, and the model learns from that.

@@ -11,7 +11,7 @@ import typer
 from everalign.cli.correct_run import load_corrector, make_approver
 from everalign.cli.display import Display
 from everalign.cli.output import show, show_json
-from everalign.cli.verbs import Json, option, phrases, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, TrustRemoteCode, option, phrases, resumable, warn_of_bad_rows
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def evaluate(
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", metavar="", help="Leave bad rows out, and say so.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Correct answers, and report on the edits: how many, how large, how many too many, and who wins by them.

@@ -8,7 +8,7 @@ import typer
 
 from everalign.cli.display import Display
 from everalign.cli.output import show_json, show_line
-from everalign.cli.verbs import Json, option, phrases, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, TrustRemoteCode, option, phrases, resumable, warn_of_bad_rows
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def run(
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", metavar="", help="Leave bad rows out, and say so.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Correct answers, and write question, answer, correction, and whether it changed.

@@ -7,7 +7,7 @@ import typer
 
 from everalign.cli.display import Display
 from everalign.cli.output import show, show_json, show_line
-from everalign.cli.verbs import Json, option, warn_of_bad_rows
+from everalign.cli.verbs import Json, TrustRemoteCode, option, warn_of_bad_rows
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def steer(
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", metavar="", help="Leave bad rows out, and say so.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Find the direction between copying and correcting, and report what each strength does to held-out answers."""

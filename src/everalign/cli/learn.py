@@ -9,7 +9,7 @@ import typer
 from everalign.cli.display import Display
 from everalign.cli.learn_feedback import FeedbackFlags, feedback_flags, learn_feedback
 from everalign.cli.output import show, show_json, show_line, show_yaml
-from everalign.cli.verbs import flag, resumable, warn_of_bad_rows
+from everalign.cli.verbs import TrustRemoteCode, flag, resumable, warn_of_bad_rows
 from everalign.cli.weighting_flags import (
     REWARDS,
     DropConstant,
@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 
 # These say how this one command behaves; every other flag is a recipe's key.
 _FROM_FEEDBACK = ("minimum", "key_share", "agreement")
-_NOT_IN_A_RECIPE = ("recipe", "resume", "as_json", "print_recipe", "from_feedback", *_FROM_FEEDBACK)
+_NOT_IN_A_RECIPE = (
+    "recipe",
+    "resume",
+    "as_json",
+    "print_recipe",
+    "trust_remote_code",
+    "from_feedback",
+    *_FROM_FEEDBACK,
+)
 
 _ROLLOUTS = "Sampled answers (given --reward)"
 _DATA, _METHOD, _TRAINING, _STEPS = "Data and files", "Method", "Training", "Optimiser and steps"
@@ -41,6 +49,9 @@ _FEEDBACK = "Feedback"
 def learn(
     context: typer.Context,
     model: Annotated[str | None, flag("A Hugging Face folder, a Hub name, a .gguf file, `tiny` or `smollm2`.")] = None,
+    base_adapter: Annotated[
+        str | None, flag("A PEFT adapter to start from, merged into the model.", None, "DIR", "--adapter")
+    ] = None,
     task: Annotated[
         list[str] | None,
         flag("A task's name and files; one --task for each task, in order.", metavar="NAME=TRAIN[,TEST]"),
@@ -67,6 +78,7 @@ def learn(
     key_share: Annotated[float | None, flag("Most of it from one key, as a share; 0.5.", _FEEDBACK)] = None,
     agreement: Annotated[float | None, flag("Share of the keys that must agree on an answer.", _FEEDBACK)] = None,
     as_json: Annotated[bool, flag("Print the result as one JSON object.", None, "", "--json")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     skip_bad_rows: Annotated[bool | None, flag("Leave bad rows out, and say so.", _DATA, "")] = None,
     allow_overlap: Annotated[bool | None, flag("Let rows be in training and test sets.", _DATA, "")] = None,
     cache: Annotated[
@@ -113,7 +125,7 @@ def learn(
     identity: Annotated[float | None, flag("Share of rows that leave a good answer as it is.", _CORRECTORS)] = None,
     batch_size: Annotated[int | None, flag("Pairs of an optimiser step.", _STEPS)] = None,
     tokens_per_batch: Annotated[int | None, flag("Tokens computed at once; fewer save memory.", _STEPS)] = None,
-    precision: Annotated[str | None, flag("fp32 or bf16, for the base model.", _STEPS)] = None,
+    precision: Annotated[str | None, flag("auto, fp32 or bf16, for the base model.", _STEPS)] = None,
     attention: Annotated[str | None, flag("sdpa, or flex on a GPU.", _STEPS)] = None,
     warmup: Annotated[float | None, flag("Share of the steps in which the rate rises.", _STEPS)] = None,
     scheduler: Annotated[str | None, flag("cosine, linear or constant_with_warmup.", _STEPS)] = None,

@@ -9,7 +9,7 @@ import typer
 
 from everalign.cli.display import Display
 from everalign.cli.output import show, show_json, show_line
-from everalign.cli.verbs import Json, option, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, TrustRemoteCode, option, resumable, warn_of_bad_rows
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,15 +38,19 @@ def train(
     max_length: Annotated[int | None, option("Longest prompt plus answer, in tokens.")] = None,
     tokens_per_batch: Annotated[int | None, option("Tokens computed at once; fewer save memory.")] = None,
     centring: Annotated[float | None, option("Pull of a pair's rewards towards 0.")] = None,
+    lora_rank: Annotated[int | None, option("Train an adapter of this rank and merge it; 0 for all weights.")] = None,
+    lora_alpha: Annotated[float | None, option("The adapter's α; twice the rank if not given.")] = None,
+    precision: Annotated[str | None, option("auto, fp32 or bf16.", "PRECISION")] = None,
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", metavar="", help="Let rows be in both sets.")
     ] = False,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", metavar="", help="Leave bad rows out, and say so.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Train a Bradley-Terry reward model on preferences: the whole model, with one score per answer."""
+    """Train a Bradley-Terry reward model on preferences: the whole model or an adapter, with one score per answer."""
     from everalign.training.reward_model import RewardOptions, train_reward_model
 
     given = {
@@ -56,6 +60,9 @@ def train(
         "max_length": max_length,
         "tokens_per_batch": tokens_per_batch,
         "centring": centring,
+        "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha,
+        "precision": precision,
     }
     options = RewardOptions(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     with Display() as display:
@@ -98,6 +105,7 @@ def score(
     concurrency: Annotated[int | None, option("Requests to a judge under way at once.")] = None,
     requests_per_minute: Annotated[float | None, option("Begin no more requests to a judge.")] = None,
     timeout: Annotated[float | None, option("Seconds a judge has for one reply.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Score answers, and write them as rows to learn from with `--objective var`.

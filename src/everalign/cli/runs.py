@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from everalign.cli.output import show, show_json, show_line
-from everalign.cli.verbs import Json, option
+from everalign.cli.verbs import Json, TrustRemoteCode, option
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as `learn` writes it.")]
 
@@ -87,6 +87,7 @@ def export(
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="auto, fp32, bf16 or fp16; auto: the base model's, fp32 of an adapter.")
     ] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Write what was learned, merged into the base model, as the folder that the base model came in.

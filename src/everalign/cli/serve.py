@@ -9,7 +9,7 @@ import typer
 
 from everalign.cli.correct_run import load_corrector, make_approver
 from everalign.cli.output import notes, say
-from everalign.cli.verbs import option
+from everalign.cli.verbs import TrustRemoteCode, option
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def serve(
     keepalive: Annotated[float | None, option("Seconds of silence before a comment; 15.", "SECONDS")] = None,
     retries: Annotated[int | None, option("Of a request to the upstream, before its first byte; 2.")] = None,
     concurrency: Annotated[int | None, option("Most requests under way; 1000.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve an OpenAI-compatible gateway, which corrects the upstream's answers and collects feedback.
 

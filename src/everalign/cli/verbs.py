@@ -16,6 +16,22 @@ INTERRUPTED = 130
 Json = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as one JSON object.")]
 
 
+def _trust(given: bool) -> bool:
+    if given:
+        from everalign.modeling.loading import allow_remote_code
+
+        allow_remote_code()
+    return given
+
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", metavar="", help="Run Python code that the model brings along.", callback=_trust
+    ),
+]
+
+
 def option(text: str, metavar: str | None = None) -> Any:
     """A flag with its help; those that may be left out have their defaults where they are used."""
     return typer.Option(help=text, metavar=metavar, show_default=False)

@@ -19,9 +19,15 @@ from everalign.data.templating import encode_prompt
 from everalign.errors import InputError
 from everalign.files import is_partial
 from everalign.modeling.kept_samples import sample_kept
-from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, sequence_limit
+from everalign.modeling.loading import (
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_precision,
+    sequence_limit,
+)
 from everalign.modeling.policy import Policy
-from everalign.modeling.runtime import prepare_process
+from everalign.modeling.runtime import prepare_process, training_device
 from everalign.modeling.sampling import SamplingOptions
 from everalign.storage import Journal
 
@@ -167,7 +173,9 @@ class SampledAnswers:
                 over.
         """
         prepare_process()
-        tokenizer, model = load_tokenizer(self.name), load_model(self.name)
+        device = training_device()
+        tokenizer = load_tokenizer(self.name)
+        model = load_model(self.name, resolve_precision("auto", device), device=device)
         limit = sequence_limit(None, _LONGEST_CONTEXT, model, tokenizer, self.name)
         room = limit - self._options.max_new_tokens
         if room < 1:
@@ -196,10 +204,6 @@ def forget(output: Path) -> None:
 
 
 def _policy(model: Any) -> Policy:
-    import torch
-
-    if torch.cuda.is_available():
-        model = model.cuda()
     # An adapter that was not trained adds nothing.
     return Policy(model, rank=1, alpha=1.0)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from everalign.data.encoding import SHORTEST_MAX_LENGTH
 from everalign.errors import InputError
-from everalign.modeling.loading import Precision
+from everalign.modeling.loading import PrecisionChoice
 from everalign.training.stage import TOKENS_PER_BATCH, StageOptions
 
 LEARNING_RATE = 2e-5
@@ -33,7 +33,8 @@ class CorrectorOptions:
         warmup: share of a stage's steps in which the learning rate rises.
         lora_rank: rank of an adapter that is trained instead of all weights, and merged at the end; 0 for all weights.
         lora_alpha: LoRA's α; None for twice the rank.
-        precision: `bf16` computes in bf16. An adapter's base is then kept in bf16 too; what is learned is fp32.
+        precision: `bf16` computes in bf16, `auto` does so on a GPU that has it. An adapter's base is then kept in bf16
+            too; what is learned is fp32, whether it is an adapter or all weights.
         checkpoint_steps: steps between two checkpoints, from which a killed training goes on; 0 for none.
 
     Raises:
@@ -53,7 +54,7 @@ class CorrectorOptions:
     warmup: float = 0.03
     lora_rank: int = 0
     lora_alpha: float | None = None
-    precision: Precision = "fp32"
+    precision: PrecisionChoice = "auto"
     checkpoint_steps: int = 200
 
     def __post_init__(self) -> None:
@@ -69,8 +70,8 @@ class CorrectorOptions:
         for name in ("identity", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
-        if self.precision not in ("fp32", "bf16"):
-            raise InputError(f"precision must be fp32 or bf16, found {self.precision!r}")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise InputError(f"precision must be auto, fp32 or bf16, found {self.precision!r}")
         if self.lora_alpha is not None and not self.lora_rank:
             raise InputError("lora_alpha belongs to an adapter: set lora_rank too, or leave it out")
 

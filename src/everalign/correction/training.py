@@ -35,11 +35,22 @@ from everalign.data.groups import EncodedGroup
 from everalign.data.readers import check_disjoint
 from everalign.errors import InputError
 from everalign.files import new_folder
-from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, sequence_limit
+from everalign.modeling.base_adapter import base_and_adapter, tokenizer_folder
+from everalign.modeling.loading import (
+    Precision,
+    check_all_weights,
+    check_trainable,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+    resolve_precision,
+    sequence_limit,
+)
 from everalign.modeling.merging import merged_into, write_checked
 from everalign.modeling.policy import Policy
 from everalign.modeling.reward_files import check_free
-from everalign.modeling.runtime import prepare_process
+from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.modeling.stops import write_ends
 from everalign.modeling.whole_model import WholeModel
 from everalign.storage import alone, lock_of
@@ -106,9 +117,11 @@ def train_corrector(
         _check_input(rows, test, folder, allow_overlap)
         options = _with_template(options or CorrectorOptions(), model)
         prepare_process()
+        device = training_device(announce)
+        options = replace(options, precision=resolve_precision(options.precision, device))
         tokenizer = load_tokenizer(model)
         encoder = CorrectionEncoder(tokenizer, get_template(str(options.template)), options.objectives or ())
-        learner, base = _load(model, options, seed)
+        learner, base = _load(model, options, device, seed)
         options = replace(
             options,
             max_length=sequence_limit(options.max_length, LONGEST_BY_DEFAULT, _inner(learner), tokenizer, model),
@@ -117,6 +130,7 @@ def train_corrector(
         held_out = _encode("held-out", test, encoder, options, compared, announce) if test else ()
         named = f", objectives {', '.join(encoder.objectives)}" if encoder.objectives else ""
         announce(f"  template {encoder.template.id}{named}")
+        announce(f"  trains {_what(options)} in {options.precision} on {place_name(device)}")
         identities = _warm_up_rows(rows, len(corrections), encoder, options, seed)
         stages = {"identity": identities, "correction": corrections}
 
@@ -158,15 +172,21 @@ def _with_template(options: CorrectorOptions, model: str) -> CorrectorOptions:
     return replace(options, template=template.id, objectives=objectives)
 
 
-def _load(model: str, options: CorrectorOptions, seed: int) -> tuple[Policy | WholeModel, str]:
+def _what(options: CorrectorOptions) -> str:
+    if options.lora_rank:
+        return f"an adapter of rank {options.lora_rank}"
+    return "all weights" if options.precision == "fp32" else "all weights, which stay fp32,"
+
+
+def _load(model: str, options: CorrectorOptions, device: torch.device, seed: int) -> tuple[Policy | WholeModel, str]:
     """Return what learns, and the fingerprint of the weights it starts from."""
-    loaded = load_model(model, options.precision if options.lora_rank else "fp32")
+    precision: Precision = "bf16" if options.precision == "bf16" else "fp32"
+    loaded = load_model(model, precision if options.lora_rank else "fp32", device=device)
     fingerprint = model_fingerprint(loaded)
-    if torch.cuda.is_available():
-        # Before it is measured what the model can do, which depends on the device.
-        loaded = loaded.cuda()
     if not options.lora_rank:
-        return WholeModel(loaded, options.precision), fingerprint
+        check_all_weights(loaded, model)
+        return WholeModel(loaded, precision), fingerprint
+    check_trainable(loaded, model, merged=True)
     return Policy(loaded, options.lora_rank, options.alpha, seed=seed), fingerprint
 
 
@@ -259,11 +279,15 @@ def _write(folder: Path, learner: Policy | WholeModel, model: str, tokenizer: An
     if isinstance(learner, WholeModel):
         plain = learner.model.cpu()
     else:
-        with tempfile.TemporaryDirectory() as adapter:
-            learner.save_adapter(Path(adapter))
-            plain = merged_into(load_model(model, "fp32"), Path(adapter))
+        with tempfile.TemporaryDirectory() as trained:
+            learner.save_adapter(Path(trained))
+            plain = merged_into(load_model(model, "fp32"), Path(trained))
     generation = plain.generation_config
     with new_folder(folder) as temporary:
         write_checked(plain, temporary)
+        adapter = base_and_adapter(model, resolve_model(model))[1]
+        if adapter is not None and tokenizer_folder(adapter) is not None:
+            # The adapter's own, which may have more tokens than the base model's.
+            tokenizer.save_pretrained(temporary)
         write_ends(temporary, generation, tokenizer, chats=False)
         write_corrector_facts(temporary, facts)

@@ -19,6 +19,7 @@ from everalign.files import new_folder, read_json, write_json, write_text
 from everalign.learning.model_card import model_card, servable, vllm_command
 from everalign.learning.promotion import check_version
 from everalign.learning.run_data import RunData, VersionData
+from everalign.modeling.base_adapter import tokenizer_folder
 from everalign.modeling.checkpoint import DTYPES, OutputDtype, source_folder
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, resolve_model
 from everalign.modeling.merging import merged_into, write_checked
@@ -83,13 +84,16 @@ def export_version(
     line, source = _chosen(run, version)
     name = run.facts.model if model is None else model
     with _alone(folder):
-        tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
+        tokenizer = load_tokenizer(name, adapter=run.base_adapter) if tokenizer is None else tokenizer
         base = _base_model(run, name)
         generation, base_folder = base.generation_config, source_folder(base.name_or_path)
         merged = merged_into(base, source / "adapter")
         corrector = _corrector_facts(run, line, name)
         with new_folder(folder) as temporary:
             written = write_checked(merged, temporary, dtype)
+            if run.base_adapter is not None and tokenizer_folder(run.base_adapter) is not None:
+                # The adapter's own, which may have more tokens than the base model's.
+                tokenizer.save_pretrained(temporary)
             _finish(temporary, generation, tokenizer, run, line)
             card = model_card(run, line, name, base_folder, folder, written.dtype, None)
             write_text(temporary / "README.md", card)
@@ -111,6 +115,11 @@ def export_adapter(
     Arguments and errors as in `export_version`; with `auto` the adapter stays in fp32, as it was learned.
     """
     line, source = _chosen(run, version)
+    if run.base_adapter is not None:
+        raise InputError(
+            f"{run.path} starts from the adapter {run.facts.base_adapter}, and its versions sit on the base model with "
+            "that merged into it, so none of them is of use alone: export the merged model, without --adapter"
+        )
     name = run.facts.model if model is None else model
     base = source_folder(resolve_model(name))
     kind = "fp32" if dtype == "auto" else dtype
@@ -183,7 +192,7 @@ def _line_up_to(run: RunData, version: str | None) -> list[VersionData]:
 
 def _base_model(run: RunData, name: str) -> Any:
     """The run's base model in fp32."""
-    model = load_model(name, "fp32")
+    model = load_model(name, "fp32", adapter=run.base_adapter)
     dtype = torch.bfloat16 if run.facts.settings.get("precision") == "bf16" else torch.float32
     if model_fingerprint(model, dtype) != run.facts.model_fingerprint:
         raise InputError(f"{name}: is not the model that {run.path} was begun with: name that one as the model")

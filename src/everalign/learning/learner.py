@@ -49,6 +49,9 @@ class Learner:
 
     Args:
         model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`.
+        base_adapter: a PEFT adapter to start from, merged into the base model, which then is what `base` means: the
+            reference, what versions sit on, and what an export holds. A `model` that is an adapter itself stands for
+            its base model with that adapter.
         method: what is carried from task to task; LifeAlign when None.
         objective: what a row teaches: a preference, `fpo`, `dpo` or `sft`; a scored row, `var`; either, `snkl`; a
             correction, `correction`.
@@ -81,6 +84,7 @@ class Learner:
         objective: str = "fpo",
         output: str | Path = "runs/everalign",
         *,
+        base_adapter: str | Path | None = None,
         training: TrainingOptions | None = None,
         adapter: AdapterOptions | None = None,
         weighting: WeightOptions | None = None,
@@ -105,9 +109,10 @@ class Learner:
             self._run.check_usable(resume)
         self._setup = make_setup(
             str(model),
+            None if base_adapter is None else str(base_adapter),
             method,
             objective,
-            training or TrainingOptions(),
+            self._run.with_its_precision(training or TrainingOptions()),
             adapter or AdapterOptions(),
             weighting or WeightOptions(),
             make_scorer(reward) if isinstance(reward, str) else reward,

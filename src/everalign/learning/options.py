@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from everalign.data.encoding import SHORTEST_MAX_LENGTH
 from everalign.errors import InputError
-from everalign.modeling.loading import Precision
+from everalign.modeling.loading import PrecisionChoice
 from everalign.training.stage import TOKENS_PER_BATCH, StageOptions
 
 Reference = Literal["base", "stage_start", "previous_task"]
@@ -127,7 +127,8 @@ class TrainingOptions:
         batch_size: pairs of an optimiser step.
         tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
         max_length: longest prompt plus response, in tokens.
-        precision: dtype of the base model and of the computation; adapters are always fp32.
+        precision: dtype of the base model and of the computation: `fp32`, `bf16`, or `auto` for bf16 on a GPU that has
+            it and fp32 elsewhere. Adapters are always fp32.
         attention: `sdpa`, or `flex` for FlexAttention, which needs a GPU.
         warmup: share of the steps in which the learning rate rises.
         scheduler: course of the learning rate after the warm-up: `cosine`, `linear` (both down to 0) or
@@ -147,7 +148,7 @@ class TrainingOptions:
     batch_size: int = 16
     tokens_per_batch: int = TOKENS_PER_BATCH
     max_length: int = 1024
-    precision: Precision = "fp32"
+    precision: PrecisionChoice = "auto"
     attention: Attention = "sdpa"
     warmup: float = 0.1
     scheduler: Scheduler = "cosine"
@@ -196,7 +197,7 @@ class TrainingOptions:
         return StageOptions(learning_rate, epochs, **{name: getattr(self, name) for name in (*shared, *steps)})
 
 
-_CHOICES = {"reference": Reference, "precision": Precision, "attention": Attention, "scheduler": Scheduler}
+_CHOICES = {"reference": Reference, "precision": PrecisionChoice, "attention": Attention, "scheduler": Scheduler}
 _WHOLE = {
     "batch_size": 1,
     "tokens_per_batch": 1,

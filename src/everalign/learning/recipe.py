@@ -111,6 +111,7 @@ class Recipe(_Keys):
     """What was given, by a file or by flags, and what the learner makes of it."""
 
     model: Text | None = None
+    base_adapter: Text | None = None
     method: MethodKeys | None = None  # type: ignore[valid-type]  # its keys are the methods' own arguments
     objective: Text | None = None
     output: Text | None = None
@@ -206,7 +207,7 @@ class Recipe(_Keys):
                 raise InputError(f"no {name} given: add {flag}, or the key {name!r} to the recipe")
         given = self._given()
         self._refuse_ignored()
-        plain = ("model", "objective", "output", "seed", "reward", "gate", "allow_overlap", "cache")
+        plain = ("model", "base_adapter", "objective", "output", "seed", "reward", "gate", "allow_overlap", "cache")
         return {
             **{name: given[name] for name in plain if name in given},
             "method": self.make_method(),

@@ -3,6 +3,7 @@
     run.json  zero_shot.json  current  versions/001-NAME/{manifest, scores, training, consolidation, adapter, ...}
     current   names the version that learning goes on from; versions beside its line were refused or rolled back
     work/     checkpoints of the task being learned; empty between tasks
+    base_adapter/  the adapter that was merged into the base model, if there was one
     cache/    encoded rows and reference log-probabilities
     tests/    the held-out rows that every version is scored on
 
@@ -11,6 +12,7 @@ A version is written to a temporary folder, synced, and renamed: it is there who
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -34,11 +36,13 @@ from everalign.files import (
     write_text,
 )
 from everalign.learning import run_files
+from everalign.learning.options import TrainingOptions
 from everalign.learning.promotion import LOCK, alone_in, check_version, is_settled, promote
-from everalign.learning.run_data import BASE, RunData, work_folder
+from everalign.learning.run_data import BASE, BASE_ADAPTER, RunData, work_folder
 from everalign.learning.task_training import StageReport
 from everalign.methods import Method
 from everalign.methods.base import ModuleRecord
+from everalign.modeling.base_adapter import adapter_files
 from everalign.modeling.policy import Policy
 
 FORMAT = 1
@@ -98,14 +102,27 @@ class RunDirectory:
             return
         if not self.path.is_dir():
             raise InputError(f"{self.path} is no directory: choose another output directory")
-        ours = (_ZERO_SHOT, LOCK)
+        ours = (_ZERO_SHOT, LOCK, BASE_ADAPTER)
         if any(entry.name not in ours and not is_partial(entry) for entry in self.path.iterdir()):
             raise InputError(f"{self.path} is not empty and holds no run: choose another output directory")
 
     def begin(self, facts: Mapping[str, Any]) -> None:
         """Begin a run; run.json comes last, because it is what makes the folder one."""
+        if facts.get("base_adapter") is not None:
+            # Versions mean nothing without it, and the user's may be gone one day.
+            shutil.rmtree(self.path / BASE_ADAPTER, ignore_errors=True)
+            with new_folder(self.path / BASE_ADAPTER) as folder:
+                for file in adapter_files(facts["base_adapter"]):
+                    shutil.copyfile(file, folder / file.name)
         self.write_zero_shot({}, {})
         write_json(self.path / "run.json", {"format": FORMAT, **facts, "created": now()})
+
+    def with_its_precision(self, training: TrainingOptions) -> TrainingOptions:
+        """Return the options with `auto` as what it was when the run was begun, on whatever machine that was."""
+        if training.precision != "auto" or not self.exists:
+            return training
+        settings = run_files.read_json(self.path / "run.json", run_files.RunFile).settings
+        return replace(training, precision=settings.get("precision", "fp32"))
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Refuse to continue a run with other settings, naming the first that differs."""

@@ -25,6 +25,8 @@ from everalign.learning.scores import Regime, Scores
 _VERSION = re.compile(r"\d{3,}-.+(?<!\.partial)")  # a folder being written ends in .partial
 BASE = "000"
 """The parent of a version that started from the base model."""
+BASE_ADAPTER = "base_adapter"
+"""Folder of the adapter that was merged into the base model."""
 _METRICS = ("accuracy", "margin", "reward_accuracy")
 Status = Literal["promoted", "", "refused by the gate", "rolled back"]
 """What became of a version: it is current, one of the current one's parents, or beside that line."""
@@ -68,6 +70,11 @@ class RunData:
     versions: Sequence[VersionData]
     beside: Sequence[VersionData]
     current: str | None
+
+    @property
+    def base_adapter(self) -> str | None:
+        """The run's copy of the adapter that was merged into the base model; None for none."""
+        return None if self.facts.base_adapter is None else str(self.path / BASE_ADAPTER)
 
     @property
     def left_out(self) -> list[str]:

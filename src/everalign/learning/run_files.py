@@ -68,6 +68,7 @@ class RunFile(_Record):
     format: Literal[1]
     everalign: str
     model: str
+    base_adapter: str | None = None
     model_fingerprint: str
     method: Method
     objective: str

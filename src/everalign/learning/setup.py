@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,18 @@ from everalign.learning.correction_rows import encode_held_out
 from everalign.learning.environment import library_versions, machine_facts
 from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
 from everalign.methods import Method
+from everalign.modeling.base_adapter import base_and_adapter
 from everalign.modeling.flex_attention import use_flex_attention
-from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
+from everalign.modeling.loading import (
+    check_trainable,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+    resolve_precision,
+)
 from everalign.modeling.policy import Policy
-from everalign.modeling.runtime import prepare_process
+from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.training.reference import ReferenceCache
 from everalign.training.stage import StageOptions
 from everalign.training.teaching import (
@@ -49,7 +57,8 @@ class Setup:
 
     Args:
         model_name: the base model as the user named it.
-        model_key: fingerprint of its weights.
+        base_adapter: the adapter that was merged into it, as the user named it; None for none.
+        model_key: fingerprint of its weights, with that adapter.
         tokenizer: the model's.
         policy: what learns.
         method: what is carried from task to task.
@@ -70,6 +79,7 @@ class Setup:
     """
 
     model_name: str
+    base_adapter: str | None
     model_key: str
     tokenizer: Any
     policy: Policy
@@ -134,6 +144,7 @@ class Setup:
         return {
             "everalign": library_versions()["everalign"],
             "model": self.model_name,
+            "base_adapter": self.base_adapter,
             "model_fingerprint": self.model_key,
             "template": template_fingerprint(self.tokenizer),
             "method": {"name": self.method.name, **gamma, **self.method.settings()},
@@ -147,6 +158,7 @@ class Setup:
 
 def make_setup(
     model: str,
+    base_adapter: str | None,
     method: Method,
     objective: str,
     options: TrainingOptions,
@@ -177,15 +189,20 @@ def make_setup(
         raise InputError(f"correction is for correctors, and the objective {objective} teaches none: leave it out")
     goal = make_objective(objective, options.beta, method.gamma)
     prepare_process()
-    tokenizer = load_tokenizer(model)
+    device = training_device(announce)
+    options = replace(options, precision=resolve_precision(options.precision, device))
+    announce(f"the base model is computed in {options.precision} on {place_name(device)}")
+    model, base_adapter = base_and_adapter(model, resolve_model(model), base_adapter)
+    if base_adapter is not None:
+        announce(f"the base model is {model} with the adapter {base_adapter} merged into it")
+    tokenizer = load_tokenizer(model, adapter=base_adapter)
     correction = correction or CorrectionTaskOptions()
     encoder = None
     if objective == "correction":
         encoder = CorrectionEncoder(tokenizer, *chosen_template(model, correction.template, correction.words))
-    base = load_model(model, options.precision)
+    base = load_model(model, options.precision, adapter=base_adapter, device=device)  # type: ignore[arg-type]
+    check_trainable(base, model)
     model_key = model_fingerprint(base)
-    if torch.cuda.is_available():
-        base = base.cuda()
     if options.attention == "flex":
         use_flex_attention(base)
     policy = Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed)
@@ -193,6 +210,7 @@ def make_setup(
         announce(line)
     return Setup(
         model_name=model,
+        base_adapter=base_adapter,
         model_key=model_key,
         tokenizer=tokenizer,
         policy=policy,

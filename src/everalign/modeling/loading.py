@@ -2,21 +2,56 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_utils
+from transformers.quantizers.base import HfQuantizer
 
 from everalign.errors import InputError
+from everalign.modeling.base_adapter import base_and_adapter, merge_adapter, tokenizer_folder, without_adapter
 from everalign.modeling.gguf import SMOLLM2, smollm2_path, unpacked
 from everalign.modeling.tiny import tiny_assistant_path
 
 Precision = Literal["fp32", "bf16"]
+PrecisionChoice = Literal["auto", "fp32", "bf16"]
 TINY = "tiny"
 
 _SAMPLED_VALUES = 4096
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What transformers raises, and what the code of a model raises that was written for another version of it.
+UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError, ImportError, AttributeError, TypeError, LookupError)
+
+_process = {"remote code": False}
+
+
+def allow_remote_code(allowed: bool = True) -> None:
+    """Let models and tokenizers that come with Python code of their own run it in this process.
+
+    It is never asked for on the terminal: without this, such a model is refused.
+    """
+    _process["remote code"] = allowed
+
+
+def resolve_precision(wanted: PrecisionChoice, device: torch.device) -> Precision:
+    """Return the precision to compute in: for `auto`, bf16 on a GPU that has it, and fp32 elsewhere.
+
+    Raises:
+        InputError: bf16 is asked of a GPU that does not have it.
+    """
+    if device.type != "cuda":
+        return "fp32" if wanted == "auto" else wanted
+    able = torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bf16" and not able:
+        name = torch.cuda.get_device_name(device)
+        raise InputError(f"precision: {name} does not compute in bf16; take fp32 (fp16 is not offered: it overflows)")
+    return wanted if wanted != "auto" else "bf16" if able else "fp32"
 
 
 def resolve_model(name: str) -> str:
@@ -30,58 +65,211 @@ def resolve_model(name: str) -> str:
         return str(tiny_assistant_path())
     if name == SMOLLM2:
         return str(unpacked(smollm2_path()))
-    if Path(name).suffix.lower() == ".gguf" and Path(name).is_file():
+    file = Path(name).suffix.lower() == ".gguf"
+    if file and Path(name).is_file():
         return str(unpacked(Path(name).resolve()))
-    only_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix.lower() == ".gguf"
+    only_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or file
     if only_path and not Path(name).exists():
-        kind = "file" if Path(name).suffix.lower() == ".gguf" else "folder"
-        raise InputError(f"there is no model {kind} {name}")
+        raise InputError(f"there is no model {'file' if file else 'folder'} {name}")
     return str(name)
 
 
-def load_model(name: str, precision: Precision = "fp32") -> Any:
+def load_model(
+    name: str, precision: Precision = "fp32", *, adapter: str | None = None, device: torch.device | None = None
+) -> Any:
     """Load the frozen base model.
 
     Args:
-        name: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` for the embedded assistant, or
-            `smollm2` for SmolLM2-135M-Instruct.
-        precision: dtype of the base weights. Adapters are fp32 whatever this says.
+        name: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` for the embedded assistant, `smollm2` for
+            SmolLM2-135M-Instruct, or a PEFT adapter, which stands for its base model with the adapter merged into it.
+        precision: dtype of the base weights. Adapters are fp32 whatever this says. The weights of a quantised model
+            stay as they are, and this is what they are computed in.
+        adapter: a PEFT adapter to be merged into it, in fp32.
+        device: where it is to be; the CPU when None.
 
     Raises:
-        InputError: nothing loadable is there, or it is not a causal language model.
+        InputError: nothing loadable is there, it is not a causal language model, it needs a package that is missing or
+            code of its own that was not allowed (see `allow_remote_code`), or the adapter is none that can be merged.
     """
-    source = resolve_model(name)
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    try:
-        config = AutoConfig.from_pretrained(source)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(cannot_load("model", name, error)) from error
+    base, adapter = base_and_adapter(name, resolve_model(name), adapter)
+    source = resolve_model(base)
+    dtype = DTYPES["fp32" if adapter else precision]
+    config, place = load_config(source, "model", base), None if adapter else device
+    with without_adapter(source) as weights:
+        model, loaded = load_weights(AutoModelForCausalLM, "model", base, weights, config, dtype, place)
     if missing := sorted(loaded["missing_keys"]):
         # They would be random numbers.
-        raise InputError(f"the weights of {name} lack {len(missing)} of the model's parameters, such as {missing[0]}")
+        raise InputError(f"the weights of {base} lack {len(missing)} of the model's parameters, such as {missing[0]}")
+    model.config._name_or_path = model.name_or_path = source
+    if adapter is not None:
+        model = merge_adapter(model, resolve_model(adapter), base)
+        _cast(model, DTYPES[precision])
+        model.to(device or "cpu")
     model.eval()
     model.requires_grad_(False)
     return model
 
 
-def load_tokenizer(name: str) -> Any:
-    """Load the model's tokenizer; raises InputError where there is none or it has no end-of-text token."""
-    source = resolve_model(name)
+def load_config(source: str, what: str, name: str, **changes: Any) -> Any:
+    """Return the configuration of what `resolve_model` found; errors as in `load_weights`."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(source, trust_remote_code=_process["remote code"], **changes)
+    except UNLOADABLE as error:
+        raise InputError(cannot_load(what, name, error)) from error
+
+
+def load_weights(
+    auto: Any, what: str, name: str, source: str, config: Any, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """Load a model of one of transformers' auto classes, without holding its weights in two precisions at once.
+
+    Args:
+        auto: the auto class.
+        what: what it makes, for the error.
+        name: the model, as the user named it.
+        source: where `resolve_model` found it.
+        config: its configuration.
+        dtype: of the weights, as far as they are not quantised.
+        device: where they are to be; the CPU when None.
+
+    Returns:
+        The model, and which weights were missing.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    # Quantised weights cannot be moved later, some of them, and others need not take the way over the CPU either.
+    place = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
+    try:
+        with _read_one_by_one(config, dtype):
+            model, loaded = auto.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=_process["remote code"],
+                **place,
+            )
+    except UNLOADABLE as error:
+        raise InputError(cannot_load(what, name, error, quantisation(config))) from error
+    return model, loaded
+
+
+def quantisation(config: Any) -> str | None:
+    """Return how the weights of a model are quantised, such as `bitsandbytes`; None where they are plain numbers."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        found = getattr(config.get_text_config(), "quantization_config", None)
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def check_trainable(model: Any, name: str, merged: bool = False) -> None:
+    """Refuse a model that is quantised in a way through which no adapter can be trained.
+
+    Args:
+        model: as it was loaded.
+        name: as the user named it.
+        merged: whether the adapter is to be merged into it in the end, which not all such weights allow.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_trainable:
+        raise InputError(
+            f"{name} is quantised with {quantisation(model.config)}, through which transformers trains no adapter: "
+            "take the model that it was made of, or one that is quantised with bitsandbytes"
+        )
+    if merged and quantizer is not None and type(quantizer)._dequantize is HfQuantizer._dequantize:
+        raise InputError(
+            f"{name} is quantised with {quantisation(model.config)}, whose weights transformers cannot turn back into "
+            "plain numbers, so that no adapter can be merged into it: take the model that it was made of"
+        )
+
+
+def plain_weights(model: Any) -> Any:
+    """Return a model in fp32 whose weights are plain numbers, as a merge needs them; other models as they are.
+
+    Raises:
+        InputError: transformers cannot turn back this kind of quantised weights.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    method = quantisation(model.config)
+    try:
+        model = model.dequantize()
+    except (NotImplementedError, ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"the base model is quantised with {method}, whose weights transformers cannot turn back into plain "
+            f"numbers ({str(error).splitlines()[0]}), so nothing can be merged into it: use the adapter beside it"
+        ) from error
+    _cast(model, torch.float32)
+    return model
+
+
+def check_all_weights(model: Any, name: str) -> None:
+    """Refuse to train all weights of a model that is quantised: they are no numbers that a step could change."""
+    if (method := quantisation(model.config)) is not None:
+        raise InputError(f"{name} is quantised with {method}, so its own weights cannot be trained: give --lora-rank")
+
+
+@contextmanager
+def _read_one_by_one(config: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Read weights that are to be cast tensor by tensor, not through a memory map.
+
+    The pages of a map that were read count until the whole file is closed: an fp32 copy of a bf16 file would take the
+    file's size besides its own. Weights that stay as they are rest in the map.
+    """
+    if getattr(config, "dtype", None) == dtype:
+        yield
+        return
+
+    def opened(file: Any, framework: str, device: Any = "cpu", backend: str = "pread") -> Any:
+        return safe_open(file, framework=framework, device=device, backend="pread")
+
+    modeling_utils.safe_open = opened
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = safe_open
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters, one after the other; buffers, such as the frequencies of positions, stay as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def load_tokenizer(name: str, *, adapter: str | None = None) -> Any:
+    """Load the model's tokenizer, or the one that comes with the adapter.
+
+    Raises:
+        InputError: there is none, it has no end-of-text token, or it needs code of its own that was not allowed.
+    """
+    base, adapter = base_and_adapter(name, resolve_model(name), adapter)
+    source = tokenizer_folder(resolve_model(adapter)) if adapter is not None else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source or resolve_model(base), trust_remote_code=_process["remote code"]
+        )
+    except UNLOADABLE as error:
         raise InputError(cannot_load("tokenizer", name, error)) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no end-of-text token: set `eos_token` in its config")
     return tokenizer
 
 
-def cannot_load(what: str, name: str, error: Exception) -> str:
-    """Say why there is no model or tokenizer of that name."""
-    reason = str(error).strip().splitlines()[0]
+def cannot_load(what: str, name: str, error: Exception, quantised: str | None = None) -> str:
+    """Say in one line why there is no model or tokenizer of that name, and what helps."""
+    if "trust_remote_code" in str(error):
+        return (
+            f"the {what} {name} comes with Python code of its own, which is not run unasked: read it, and if you trust "
+            "it, give --trust-remote-code"
+        )
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    reason = lines[0].strip() if lines else type(error).__name__
+    if quantised is not None:
+        return f"{name} is quantised with {quantised}, and cannot be loaded here: {reason}"
     if Path(name).exists():
         return f"cannot load a {what} from the folder {name}: {reason}"
     return f"there is no folder {name}, and no {what} of that name could be had from the Hub: {reason}"
@@ -123,7 +311,7 @@ def model_fingerprint(model: Any, dtype: torch.dtype | None = None) -> str:
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         step = -(-flat.numel() // _SAMPLED_VALUES)
-        kind = parameter.dtype if dtype is None else dtype
+        kind = parameter.dtype if dtype is None or not parameter.is_floating_point() else dtype
         digest.update(f"{name}{tuple(parameter.shape)}{kind}".encode())
         digest.update(flat[::step].to(kind).float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everalign.errors import EveralignError
 from everalign.modeling.checkpoint import DTYPES, OutputDtype, write_checkpoint
-from everalign.modeling.loading import load_model
+from everalign.modeling.loading import load_model, plain_weights
 
 _PROBE_TOKENS = 32
 _TOLERANCE = 1e-4
@@ -42,7 +42,7 @@ def merged_into(base: Any, adapter: Path) -> Any:
     Raises:
         EveralignError: merged logits differ from the adapter's by more than 1e-4 of their largest value.
     """
-    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    model = PeftModel.from_pretrained(plain_weights(base), str(adapter)).eval()
     expected = _logits(model)
     merged = model.merge_and_unload()
     error = _difference(_logits(merged), expected)

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from everalign.data.templating import template_fingerprint
 from everalign.errors import InputError
 from everalign.files import new_folder, read_json, write_json
-from everalign.modeling.loading import load_tokenizer
+from everalign.modeling.loading import Precision, load_tokenizer
 from everalign.modeling.reward_model import RewardModel, load_classifier
+from everalign.modeling.runtime import training_device
 
 FACTS_FILE = "everalign_reward.json"
 
@@ -78,9 +78,10 @@ def load_reward_model(folder: Path) -> tuple[RewardModel, Any, RewardFacts]:
             f"{folder}: the tokenizer or the chat template is not the one that this reward model was trained with, so "
             "its rewards would mean nothing; restore the folder's files"
         )
-    classifier = load_classifier(str(folder), fresh_head=False)
-    model = RewardModel(classifier)
-    return (model.cuda() if torch.cuda.is_available() else model), tokenizer, facts
+    classifier = load_classifier(str(folder), fresh_head=False, device=training_device())
+    # As they were computed when the mean was found that is subtracted from them.
+    precision: Precision = "bf16" if facts.settings.get("precision") == "bf16" else "fp32"
+    return RewardModel(classifier, precision), tokenizer, facts
 
 
 def _read_facts(path: Path) -> RewardFacts:

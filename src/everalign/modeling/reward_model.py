@@ -4,18 +4,32 @@ The architecture and its folder are transformers' own (`AutoModelForSequenceClas
 whatever loads such a model loads ours; its logits are rewards that are not centred yet.
 """
 
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification
 
 from everalign.data.batches import batches_by_length
 from everalign.data.comparisons import pad_right
 from everalign.errors import EveralignError, InputError
-from everalign.modeling.loading import cannot_load, resolve_model
+from everalign.modeling.base_adapter import base_and_adapter
+from everalign.modeling.loading import (
+    DTYPES,
+    Precision,
+    check_all_weights,
+    check_trainable,
+    load_config,
+    load_model,
+    load_weights,
+    plain_weights,
+    resolve_model,
+)
 
 _PADDING = "<|pad|>"
 
@@ -24,12 +38,16 @@ class RewardModel(nn.Module):
     """A classifier as a function of token sequences.
 
     Args:
-        classifier: a sequence classifier with one label and a padding token (see `load_classifier`, `set_padding`).
+        classifier: a sequence classifier with one label and a padding token (see `load_classifier`, `set_padding`), or
+            such a one with an adapter.
+        precision: `bf16` computes under bf16 autocast, all but the score head: steps between neighbouring bf16 numbers
+            are as large as the differences between rewards.
     """
 
-    def __init__(self, classifier: Any) -> None:
+    def __init__(self, classifier: Any, precision: Precision = "fp32") -> None:
         super().__init__()
         self.classifier = classifier
+        self._mixed = precision == "bf16"
 
     @property
     def padding(self) -> int:
@@ -39,13 +57,24 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return fp32 rewards (B,), not centred, of `input_ids` and `attention_mask` (B, T), padded on the right."""
-        output = self.classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16, enabled=self._mixed):
+            output = self.classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         rewards: Tensor = output.logits[:, 0].float()
         return rewards
 
 
-def load_classifier(name: str, fresh_head: bool, seed: int = 0) -> Any:
-    """Load a sequence classifier with one label in fp32, dropout off.
+class _ScoreHead(nn.Linear):
+    """A linear layer that computes in fp32, also under autocast."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+def load_classifier(
+    name: str, fresh_head: bool, seed: int = 0, precision: Precision = "fp32", device: torch.device | None = None
+) -> Any:
+    """Load a sequence classifier with one label, dropout off.
 
     Dropout stays off because an answer's reward must not depend on which other answer it is compared with, nor on how
     a step is cut into batches.
@@ -54,26 +83,74 @@ def load_classifier(name: str, fresh_head: bool, seed: int = 0) -> Any:
         name: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`.
         fresh_head: let the head start with random values where the model has none, as a language model does.
         seed: seeds them.
+        precision: of the weights.
+        device: where it is to be; the CPU when None.
 
     Raises:
         InputError: nothing loadable is there, its architecture has no sequence classifier, or weights are missing.
     """
-    source = resolve_model(name)
-    try:
-        config = AutoConfig.from_pretrained(source, num_labels=1)
-        _plain(config.get_text_config())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                source, config=config, dtype=torch.float32, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(cannot_load("sequence classifier with one label", name, error)) from error
+    source, adapter = resolve_model(name), base_and_adapter(name, resolve_model(name))[1]
+    if adapter is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            load_model(name).save_pretrained(folder)
+            return load_classifier(folder, fresh_head, seed, precision, device)
+    what = "sequence classifier with one label"
+    config = load_config(source, what, name, num_labels=1)
+    _plain(config.get_text_config())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, loaded = load_weights(
+            AutoModelForSequenceClassification, what, name, source, config, DTYPES[precision], device
+        )
     backbone = f"{model.base_model_prefix}."
     missing = sorted(key for key in loaded["missing_keys"] if not fresh_head or key.startswith(backbone))
     if missing:
         raise InputError(f"the weights of {name} lack {len(missing)} of the model's parameters, such as {missing[0]}")
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module.out_features == 1 and not name.startswith(backbone):
+            module.__class__ = _ScoreHead
     return model.eval()
+
+
+def add_adapter(classifier: Any, rank: int, alpha: float, seed: int, name: str) -> Any:
+    """Return a classifier of which an adapter and the score head are trained, in fp32; see `with_adapter_merged`.
+
+    Args:
+        classifier: what `load_classifier` returned; its other weights are frozen.
+        rank: of the adapter, on all linear modules.
+        alpha: LoRA's α.
+        seed: seeds the adapter.
+        name: the model's, for errors.
+    """
+    check_trainable(classifier, name, merged=True)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, task_type="SEQ_CLS")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(classifier, config).eval()
+        except ValueError as error:
+            raise InputError(f"{name}: peft finds no modules to adapt: {error}") from error
+
+
+def all_weights(classifier: Any, name: str) -> Any:
+    """Return a classifier of which all weights are trained; refuses one that is quantised."""
+    check_all_weights(classifier, name)
+    return classifier.requires_grad_(True)
+
+
+def with_adapter_merged(adapted: Any, plain: Any) -> Any:
+    """Return a classifier with the adapter and score head of another one.
+
+    Args:
+        adapted: what was trained.
+        plain: the same model in fp32 without them; changed in place.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        adapted.save_pretrained(folder)
+        model = PeftModel.from_pretrained(plain_weights(plain), Path(folder))
+        merged = model.merge_and_unload(safe_merge=True)
+    vars(merged).pop("peft_config", None)
+    return merged.eval()
 
 
 def _plain(config: Any) -> None:

@@ -4,15 +4,16 @@
                                  test=load_preferences("pairs.test.jsonl"))
     trained.report.accuracy
 
-The whole model is fine-tuned with the Bradley-Terry loss (see `everalign.objectives.bradley_terry_loss`), AdamW, a
-cosine schedule and fp32. The same arguments give the same weights on the same machine.
+The whole model, or an adapter on it, is fine-tuned with the Bradley-Terry loss (see
+`everalign.objectives.bradley_terry_loss`), AdamW and a cosine schedule. What is learned is fp32; with `precision` bf16
+it is computed in bf16. The same arguments give the same weights on the same machine.
 """
 
 import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,25 @@ from everalign.data.readers import PreferenceSet, check_disjoint
 from everalign.data.template_notes import template_notes
 from everalign.data.templating import keep_template, template_fingerprint
 from everalign.errors import InputError
-from everalign.modeling.loading import load_tokenizer, model_fingerprint, sequence_limit
+from everalign.modeling.loading import (
+    Precision,
+    PrecisionChoice,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_precision,
+    sequence_limit,
+)
 from everalign.modeling.reward_files import RewardFacts, check_free, save_reward_model
-from everalign.modeling.reward_model import RewardModel, load_classifier, sequence_rewards, set_padding
-from everalign.modeling.runtime import prepare_process
+from everalign.modeling.reward_model import (
+    RewardModel,
+    add_adapter,
+    all_weights,
+    load_classifier,
+    sequence_rewards,
+    set_padding,
+    with_adapter_merged,
+)
+from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.objectives import bradley_terry_loss
 from everalign.objectives.rewards import DEFAULT_CENTRING
 from everalign.storage import alone, lock_of
@@ -39,6 +55,9 @@ from everalign.training.teaching import Metrics
 Progress = Callable[[str, int, int], None]
 
 LONGEST_BY_DEFAULT = 1024
+LEARNING_RATE = 2e-5
+# An adapter starts at 0 and has far to go.
+LORA_LEARNING_RATE = 2e-4
 
 
 @dataclass(frozen=True)
@@ -46,35 +65,52 @@ class RewardOptions:
     """How a reward model is trained.
 
     Args:
-        learning_rate: peak learning rate.
+        learning_rate: peak learning rate; None for 2e-5, or 2e-4 of an adapter.
         epochs: passes over the pairs, fractions allowed.
         batch_size: pairs of an optimiser step.
         max_length: longest prompt plus answer, in tokens; None for 1,024, or for what the model can take if it is less.
         tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
         centring: strength of the term that keeps a pair's rewards around 0.
+        lora_rank: rank of an adapter that is trained instead of all weights, and merged at the end; 0 for all weights.
+        lora_alpha: the adapter's α; None for twice the rank.
+        precision: `bf16` computes in bf16, `auto` does so on a GPU that has it; what is learned is fp32. The weights
+            under an adapter are then kept in bf16 too. Rewards are computed like this afterwards.
 
     Raises:
         InputError: an option is out of its range.
     """
 
-    learning_rate: float = 2e-5
+    learning_rate: float | None = None
     epochs: float = 1.0
     batch_size: int = 32
     max_length: int | None = None
     tokens_per_batch: int = TOKENS_PER_BATCH
     centring: float = DEFAULT_CENTRING
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    precision: PrecisionChoice = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("tokens_per_batch", 1), ("max_length", SHORTEST_MAX_LENGTH)):
+        least_values = {"batch_size": 1, "tokens_per_batch": 1, "max_length": SHORTEST_MAX_LENGTH, "lora_rank": 0}
+        for name, least in least_values.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} must be at least {least}, found {value}")
-        for name in ("learning_rate", "epochs"):
+        for name in ("learning_rate", "epochs", "lora_alpha"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} must be a finite number above 0, found {value}")
         if not (math.isfinite(self.centring) and self.centring >= 0):
             raise InputError(f"centring must be a finite number of at least 0, found {self.centring}")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise InputError(f"precision must be auto, fp32 or bf16, found {self.precision!r}")
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise InputError("lora_alpha belongs to an adapter: set lora_rank too, or leave it out")
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate in use."""
+        return self.learning_rate or (LORA_LEARNING_RATE if self.lora_rank else LEARNING_RATE)
 
 
 @dataclass(frozen=True)
@@ -156,17 +192,24 @@ def train_reward_model(
     with alone(lock_of(folder), "training a reward model there"):
         _check_input(train, test, folder, allow_overlap)
         prepare_process()
+        device = training_device(announce)
+        precision = resolve_precision(options.precision, device)
+        options = replace(options, precision=precision)
+        what = f"an adapter of rank {options.lora_rank}" if options.lora_rank else "all weights, which stay fp32,"
+        announce(f"  trains {what} in {precision} on {place_name(device)}")
         tokenizer = load_tokenizer(model)
-        classifier = load_classifier(model, fresh_head=True, seed=seed)
-        base = model_fingerprint(classifier.base_model)
-        set_padding(classifier, tokenizer)
+        classifier, base = _load(model, tokenizer, options, precision, device, seed)
         max_length = sequence_limit(options.max_length, LONGEST_BY_DEFAULT, classifier, tokenizer, model)
 
         pairs = _encode("training", train, tokenizer, max_length, announce)
         held_out = _encode("held-out", test, tokenizer, max_length, announce) if test else ()
 
-        rewards = RewardModel(classifier)
+        rewards = RewardModel(classifier, precision)
         training = _train(rewards, pairs, options, seed, progress)
+        if options.lora_rank:
+            plain = load_classifier(model, fresh_head=True, seed=seed, device=device)
+            set_padding(plain, tokenizer)
+            rewards = RewardModel(with_adapter_merged(classifier, plain).to(device), precision)
         rewards.eval()
         raw = _pair_rewards(rewards, pairs, options, "centring", progress)
         report = None
@@ -183,12 +226,26 @@ def train_reward_model(
             data=train.fingerprint,
             pairs=len(train),
             accuracy=None if report is None else report.accuracy,
-            settings={**asdict(options), "max_length": max_length, "seed": seed},
+            settings={**asdict(options), "learning_rate": options.rate, "max_length": max_length, "seed": seed},
         )
         if any(not isinstance(row.prompt, str) for row in train):
             keep_template(tokenizer)
         save_reward_model(folder, rewards, tokenizer, facts)
         return TrainedRewardModel(folder, facts, report, training)
+
+
+def _load(
+    model: str, tokenizer: Any, options: RewardOptions, precision: Precision, device: torch.device, seed: int
+) -> tuple[Any, str]:
+    """Return the classifier with what is trained of it, and the fingerprint of the weights that it starts from."""
+    weights: Precision = precision if options.lora_rank else "fp32"
+    classifier = load_classifier(model, fresh_head=True, seed=seed, precision=weights, device=device)
+    base = model_fingerprint(classifier.base_model)
+    set_padding(classifier, tokenizer)
+    if not options.lora_rank:
+        return all_weights(classifier, model), base
+    alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
+    return add_adapter(classifier, options.lora_rank, alpha, seed, model), base
 
 
 def _check_input(train: PreferenceSet, test: PreferenceSet | None, folder: Path, allow_overlap: bool) -> None:
@@ -223,7 +280,7 @@ def _train(
     # A batch holds both sequences of a pair, padded to the longest.
     lengths = [2 * max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
     stage = StageOptions(
-        learning_rate=options.learning_rate,
+        learning_rate=options.rate,
         epochs=options.epochs,
         batch_size=options.batch_size,
         tokens_per_batch=options.tokens_per_batch,

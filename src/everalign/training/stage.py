@@ -13,7 +13,6 @@ from everalign.data.batches import TrainingPlan, training_plan
 from everalign.data.encoding import EncodedPair
 from everalign.data.groups import EncodedGroup, TargetGroup
 from everalign.data.layout import row_tokens
-from everalign.errors import EveralignError
 from everalign.modeling.policy import Policy
 from everalign.training.checkpoints import MarkComplete, latest_checkpoint
 from everalign.training.teaching import Objective
@@ -181,9 +180,6 @@ def _arguments(folder: Path, options: StageOptions, seed: int) -> Any:
 
 def _plan(arguments: Any, options: StageOptions, lengths: Sequence[int], seed: int) -> TrainingPlan:
     """Plan the stage for the processes that `arguments` found, and tell them what depends on the plan."""
-    if arguments.n_gpu > 1:
-        # transformers would split a batch between the GPUs, and with it a pair.
-        raise EveralignError(f"{arguments.n_gpu} GPUs in one process: set CUDA_VISIBLE_DEVICES to one of them")
     sizes = (options.batch_size, options.tokens_per_batch)
     plan = training_plan(lengths, *sizes, options.epochs, seed, processes=arguments.world_size)
     # Rounded down: the first step of a warm-up has learning rate 0, and a short stage must not end with it.

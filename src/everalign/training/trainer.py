@@ -206,7 +206,7 @@ def training_arguments(
 
     The warm-up depends on the plan and is set with it.
     """
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,
         per_device_train_batch_size=1,
@@ -230,3 +230,7 @@ def training_arguments(
         label_names=[],
         log_level="error",
     )
+    if arguments.device.type == "cuda":
+        # Or transformers would split a batch between all GPUs that one process sees, and with it a pair.
+        arguments._n_gpu = 1
+    return arguments
