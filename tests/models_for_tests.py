@@ -75,8 +75,8 @@ FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "g
 SCALED = ("cohere", "granite")
 
 
-def _configuration(family: str, vocabulary: int) -> PreTrainedConfig:
-    shape = {**SHAPE, "vocab_size": vocabulary}
+def _configuration(family: str, vocabulary: int, layers: int) -> PreTrainedConfig:
+    shape = {**SHAPE, "vocab_size": vocabulary, "num_hidden_layers": layers}
     makers = {
         "llama": lambda: LlamaConfig(**shape),
         "qwen2": lambda: Qwen2Config(**shape),
@@ -85,7 +85,7 @@ def _configuration(family: str, vocabulary: int) -> PreTrainedConfig:
         "gemma2": lambda: Gemma2Config(**shape, **LOCAL, final_logit_softcapping=3.0),
         "gemma3": lambda: Gemma3TextConfig(**shape, **LOCAL),
         "phi3": lambda: Phi3Config(**shape),
-        "gpt2": lambda: GPT2Config(vocab_size=vocabulary, **GPT2_SHAPE),
+        "gpt2": lambda: GPT2Config(vocab_size=vocabulary, **{**GPT2_SHAPE, "n_layer": layers}),
         "cohere": lambda: CohereConfig(**shape, logit_scale=0.5),
         "granite": lambda: GraniteConfig(**shape, logits_scaling=2.0),
         "bloom": lambda: BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4),
@@ -100,10 +100,10 @@ def _configuration(family: str, vocabulary: int) -> PreTrainedConfig:
     return makers[family]()
 
 
-def random_model(family: str = "llama", seed: int = 0, vocabulary: int = VOCABULARY) -> Any:
+def random_model(family: str = "llama", seed: int = 0, vocabulary: int = VOCABULARY, layers: int = 2) -> Any:
     """A frozen base model as `load_model` gives it."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(_configuration(family, vocabulary))
+    model = AutoModelForCausalLM.from_config(_configuration(family, vocabulary, layers))
     with torch.no_grad():
         for parameter in model.parameters():
             # Biases and norms start at constants that would hide a mistake.

@@ -121,6 +121,7 @@ def _train_stage(
         penalty=setup.method.penalty,
         gradient_hook=setup.method.adjust_gradients,
         progress=lambda done, total: setup.progress(objective.name, done, total),
+        announce=setup.announce,
     )
     report = StageReport(
         stage=objective.name,

@@ -4,7 +4,9 @@ import ctypes
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import torch
 from transformers.utils import logging as transformers_logging
 
@@ -73,3 +75,22 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _REUSED_BLOCK_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES))
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that may still be taken on a device: of a GPU's memory, or of this process's share of the RAM."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(int(psutil.virtual_memory().available), _free_in_container())
+
+
+def _free_in_container(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return what a container may still take; the machine's RAM says nothing of that limit (cgroup, version 2)."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        cached = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())["inactive_file"]
+    except (OSError, ValueError, KeyError):
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(0, int(limit) - used + int(cached))

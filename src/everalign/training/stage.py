@@ -13,7 +13,10 @@ from everalign.data.batches import TrainingPlan, training_plan
 from everalign.data.encoding import EncodedPair
 from everalign.data.groups import EncodedGroup, TargetGroup
 from everalign.data.layout import row_tokens
+from everalign.errors import EveralignError, InputError
+from everalign.modeling.checkpointing import Checkpointing, SavedBytes, recomputable_layers, recomputing
 from everalign.modeling.policy import Policy
+from everalign.modeling.runtime import free_memory
 from everalign.training.checkpoints import MarkComplete, latest_checkpoint
 from everalign.training.teaching import Objective
 from everalign.training.trainer import (
@@ -29,6 +32,10 @@ from everalign.training.trainer import (
 Progress = Callable[[int, int], None]
 
 TOKENS_PER_BATCH = 8192
+# Of the free memory, what activations, gradients and the optimiser may take: other things come and go beside them.
+_USABLE = 0.8
+# Of what is learned: a gradient and AdamW's two moments, in fp32.
+_BYTES_LEARNED = 12
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class StageOptions:
         max_grad_norm: gradient clipping; 0 for none.
         logging_steps: steps between two points of the training curve.
         checkpoint_steps: steps between two checkpoints inside the stage; 0 for none.
+        checkpointing: `on` keeps only what goes into each layer, and computes the rest again in the backward pass;
+            `auto` where the free memory may not take it otherwise. It changes no result.
     """
 
     learning_rate: float
@@ -56,6 +65,7 @@ class StageOptions:
     max_grad_norm: float = 1.0
     logging_steps: int = 5
     checkpoint_steps: int = 200
+    checkpointing: Checkpointing = "auto"
 
 
 @dataclass
@@ -80,6 +90,7 @@ def run_stage(
     penalty: Penalty | None = None,
     gradient_hook: GradientHook | None = None,
     progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> StageResult:
     """Train `policy` in place; resumes from the newest complete checkpoint in `folder`.
 
@@ -94,6 +105,10 @@ def run_stage(
         penalty: the method's regulariser.
         gradient_hook: the method's hand on complete gradients.
         progress: called with (steps done, steps in all).
+        announce: called with a line where activations are computed again because memory is short.
+
+    Raises:
+        InputError: checkpointing is on, and nobody knows the model's layers.
     """
     shared = policy.head.shared
     return train_rows(
@@ -109,6 +124,7 @@ def run_stage(
         penalty=penalty,
         gradient_hook=gradient_hook,
         progress=progress,
+        announce=announce,
     )
 
 
@@ -126,6 +142,7 @@ def train_rows(
     penalty: Penalty | None = None,
     gradient_hook: GradientHook | None = None,
     progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> StageResult:
     """Train whatever an objective can teach; resumes from the newest complete checkpoint in `folder`.
 
@@ -142,14 +159,19 @@ def train_rows(
         penalty: a regulariser, for policies.
         gradient_hook: a hand on complete gradients, for policies.
         progress: called with (steps done, steps in all).
+        announce: called with a line where activations are computed again because memory is short.
+
+    Raises:
+        InputError: checkpointing is on, and nobody knows the model's layers.
     """
     arguments = _arguments(folder, options, seed)
     plan = _plan(arguments, options, lengths, seed)
+    steps = Steps(rows, plan, objective, shared, reference)
     trainer = Trainer(
         model,
         objective,
         arguments,
-        Steps(rows, plan, objective, shared, reference),
+        steps,
         penalty,
         gradient_hook,
         callbacks=[
@@ -160,10 +182,61 @@ def train_rows(
     )
     checkpoint = latest_checkpoint(folder)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with recomputing(_recomputed(model, objective, steps, lengths, options.checkpointing, announce)):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     return StageResult(plan.steps, options.epochs, seconds, _curve(trainer.state.log_history, options.epochs))
+
+
+def _recomputed(
+    model: nn.Module,
+    objective: Objective,
+    steps: Steps,
+    lengths: Sequence[int],
+    checkpointing: Checkpointing,
+    announce: Callable[[str], None],
+) -> list[nn.Module]:
+    """Return the layers whose activations are computed again in the backward pass."""
+    if checkpointing == "off":
+        return []
+    layers = recomputable_layers(model)
+    if checkpointing == "on":
+        if not layers:
+            names = " in ".join(dict.fromkeys(type(part).__name__ for part in list(model.modules())[:3]))
+            raise InputError(f"checkpointing on: the layers of this model are not known ({names}): use auto or off")
+        return layers
+    needed, free = _bytes_needed(model, objective, steps, lengths), free_memory(next(model.parameters()).device)
+    if needed <= _USABLE * free:
+        return []
+    short = f"training needs about {needed / 2**30:.1f} GiB, of which {free / 2**30:.1f} are free"
+    if layers:
+        announce(f"  {short}: activations are computed again in the backward pass (checkpointing)")
+    else:
+        announce(f"  {short}, and this model's layers are not known: set a smaller tokens_per_batch if it fails")
+    return layers
+
+
+def _bytes_needed(model: nn.Module, objective: Objective, steps: Steps, lengths: Sequence[int]) -> int:
+    """Measure what the largest batches keep for their backward pass; add what is learned, with its optimiser.
+
+    That is the batch of the most tokens, and that of the longest row, whose masks may be larger.
+    """
+    batches = steps.batches()
+    candidates = {
+        id(rows): rows
+        for rows in (
+            max(batches, key=lambda rows: len(rows) * max(lengths[row] for row in rows)),
+            max(batches, key=lambda rows: max(lengths[row] for row in rows)),
+        )
+    }
+    device, most = next(model.parameters()).device, 0
+    for rows in candidates.values():
+        batch = {name: value.to(device) for name, value in steps.batch(rows).items()}
+        with SavedBytes(model) as saved:
+            objective.loss(model, batch, batch["count"])
+        most = max(most, saved.total)
+    return most + _BYTES_LEARNED * sum(part.numel() for part in model.parameters() if part.requires_grad)
 
 
 def _arguments(folder: Path, options: StageOptions, seed: int) -> Any:

@@ -57,9 +57,14 @@ class Steps(Dataset[list[Batch]]):
 
     def __getitem__(self, index: int) -> list[Batch]:
         # An empty share, where the other processes have the step's last rows: some row that does not count.
-        return [self._batch(rows) for rows in self._shares[index] or [[]]]
+        return [self.batch(rows) for rows in self._shares[index] or [[]]]
 
-    def _batch(self, rows: list[int]) -> Batch:
+    def batches(self) -> list[list[int]]:
+        """Return the rows of every micro-batch, of all processes, in order."""
+        return [rows for share in self._shares for rows in share]
+
+    def batch(self, rows: list[int]) -> Batch:
+        """Lay out a micro-batch of these rows; of some row that does not count where there are none."""
         shown = rows or [0]
         batch = self._objective.collate([self._pairs[row] for row in shown], self._shared)
         if isinstance(self._reference, Tensor):
