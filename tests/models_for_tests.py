@@ -21,6 +21,8 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo3Config,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
@@ -87,6 +89,12 @@ def _configuration(family: str, vocabulary: int, layers: int) -> PreTrainedConfi
         "phi3": lambda: Phi3Config(**shape),
         "gpt2": lambda: GPT2Config(vocab_size=vocabulary, **{**GPT2_SHAPE, "n_layer": layers}),
         "cohere": lambda: CohereConfig(**shape, logit_scale=0.5),
+        "olmo3": lambda: Olmo3Config(
+            **shape, sliding_window=6, layer_types=["sliding_attention", "full_attention"] * (layers // 2)
+        ),
+        "mixtral": lambda: MixtralConfig(
+            **shape, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.5, sliding_window=None
+        ),
         "granite": lambda: GraniteConfig(**shape, logits_scaling=2.0),
         "bloom": lambda: BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4),
         "gpt_neo": lambda: GPTNeoConfig(

@@ -42,8 +42,13 @@ def recomputable_layers(model: nn.Module) -> list[nn.Module]:
     inside = {id(part) for layer in marked for part in layer.modules() if part is not layer}
     if marked:
         return [layer for layer in marked if id(layer) not in inside]
-    inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+    inner = language_model(model)
     return (layer_list(inner) if inner is not None else None) or []
+
+
+def language_model(model: nn.Module) -> PreTrainedModel | None:
+    """Return the Hugging Face model inside of `model`, or None."""
+    return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
 
 
 @contextmanager
@@ -51,7 +56,7 @@ def recomputing(layers: list[nn.Module]) -> Iterator[None]:
     """Compute these layers again in backward passes of what is computed inside the `with` block; not under no_grad."""
     own = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = partial(_forward, layer.forward)  # type: ignore[method-assign]
+        layer.forward = partial(_forward, layer.forward)
     try:
         yield
     finally:
@@ -85,11 +90,11 @@ class SavedBytes:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def __enter__(self) -> "SavedBytes":
-        self._hooks.__enter__()  # type: ignore[no-untyped-call]
+        self._hooks.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)  # type: ignore[no-untyped-call]
+        self._hooks.__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

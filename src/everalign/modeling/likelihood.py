@@ -64,7 +64,7 @@ class LanguageHead:
         config = model.config.get_text_config()
         self._config, self._shape = config, HeadShape.of(config)
         attention = getattr(config, "_attn_implementation", None) or "sdpa"
-        self._additive, self._flex = attention == "eager", attention == FLEX
+        self._attention, self._flex = attention, attention == FLEX
         self.separate = architecture.separate and model.base_model is not model
         self._resumable = architecture.resumable and model.base_model is not model
         self.unshared_because = architecture.unshared_because
@@ -88,7 +88,8 @@ class LanguageHead:
         if self._flex:
             return {**inputs, "attention_mask": flex_block_mask(*layout), "position_ids": positions}
         whole = block_mask(*layout)
-        masks = {kind: self._finished(self._narrowed(whole, positions, kind)) for kind in self._masks}
+        narrowed = {kind: self._narrowed(whole, positions, kind) for kind in self._masks}
+        masks = {kind: self._finished(allowed) for kind, allowed in narrowed.items()}
         mask = {_LAYERS[kind]: mask for kind, mask in masks.items()} if len(masks) > 1 else masks[self._masks[0]]
         return {**inputs, "attention_mask": mask, "position_ids": positions}
 
@@ -103,11 +104,18 @@ class LanguageHead:
         return allowed
 
     def _finished(self, allowed: Tensor) -> Tensor:
-        """Return a mask as the model's attention takes it."""
-        if not self._additive:
+        """Return a mask as the model's attention takes it.
+
+        The library's attention makes numbers of a mask in every layer, and keeps them for the backward pass: 2 GiB a
+        layer for a row of 32,768 tokens in bf16. Numbers in its own dtype are taken as they are, once for all layers.
+        """
+        if self._attention not in ("eager", "sdpa"):
             return allowed
-        dtype = next(self._model.parameters()).dtype
-        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+        dtype, device = next(self._model.parameters()).dtype, allowed.device.type
+        if self._attention == "sdpa" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        hidden = torch.finfo(dtype).min if self._attention == "eager" else float("-inf")
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill_(allowed.logical_not_(), hidden)
 
     @property
     def chunked(self) -> bool:
@@ -216,5 +224,5 @@ def _choices(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def block_mask(segments: Tensor, prefixes: Tensor) -> Tensor:
     """Allowed (R, 1, T, T): causal, within a segment or from it to its prefix; padding sees itself alone."""
     key = segments[:, None, :]
-    allowed = (key == segments[:, :, None]) | (key == prefixes[:, :, None])
-    return allowed.tril()[:, None]
+    allowed = key == segments[:, :, None]
+    return allowed.logical_or_(key == prefixes[:, :, None]).tril_()[:, None]

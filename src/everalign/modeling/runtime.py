@@ -78,7 +78,7 @@ def keep_freed_memory() -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that may still be taken on a device: of a GPU's memory, or of this process's share of the RAM."""
+    """Return the bytes that may still be taken on a device: of a GPU's memory, or of what RAM this process may use."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

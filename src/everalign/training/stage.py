@@ -14,7 +14,13 @@ from everalign.data.encoding import EncodedPair
 from everalign.data.groups import EncodedGroup, TargetGroup
 from everalign.data.layout import row_tokens
 from everalign.errors import EveralignError, InputError
-from everalign.modeling.checkpointing import Checkpointing, SavedBytes, recomputable_layers, recomputing
+from everalign.modeling.checkpointing import (
+    Checkpointing,
+    SavedBytes,
+    language_model,
+    recomputable_layers,
+    recomputing,
+)
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import free_memory
 from everalign.training.checkpoints import MarkComplete, latest_checkpoint
@@ -203,8 +209,8 @@ def _recomputed(
     layers = recomputable_layers(model)
     if checkpointing == "on":
         if not layers:
-            names = " in ".join(dict.fromkeys(type(part).__name__ for part in list(model.modules())[:3]))
-            raise InputError(f"checkpointing on: the layers of this model are not known ({names}): use auto or off")
+            kind = type(language_model(model) or model).__name__
+            raise InputError(f"checkpointing on: the layers of this {kind} are not known: use auto or off")
         return layers
     needed, free = _bytes_needed(model, objective, steps, lengths), free_memory(next(model.parameters()).device)
     if needed <= _USABLE * free:
