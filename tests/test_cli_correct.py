@@ -105,6 +105,7 @@ def test_an_interrupted_training_exits_130_and_goes_on(work, capsys, monkeypatch
         (train("--data", "edits.jsonl", "--output", "."), "exists and is not empty"),
         (train("--data", "edits.jsonl", "--identity", "2"), "identity must be between 0 and 1"),
         (train("--data", "edits.jsonl", "--precision", "int8"), "precision must be auto, fp32 or bf16"),
+        (train("--data", "edits.jsonl", "--checkpointing", "yes"), "checkpointing must be auto, on or off"),
         (train("--data", "edits.jsonl", "--template", "mine"), "unknown template 'mine'"),
         (train("--data", "edits.jsonl", "--objectives", "kind,,safe"), "objectives[1]: must be one line of words"),
         (train("--data", "edits.jsonl", "--max-length", "100"), "no correction fits max_length"),

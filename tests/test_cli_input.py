@@ -84,6 +84,7 @@ def test_a_malformed_task(text, work, capsys):
         (["--preset", "papr"], "unknown preset 'papr': choose one of default, paper"),
         (["--reference", "bse"], "--reference: must be 'base', 'stage_start' or 'previous_task', found 'bse'"),
         (["--space", "x"], "--space: must be 'product' or 'factors', found 'x'"),
+        (["--checkpointing", "yes"], "--checkpointing: must be 'auto', 'on' or 'off', found 'yes'"),
         (["--precision", "fp16"], "--precision: must be 'fp32' or 'bf16', found 'fp16'"),
         (["--gamma", "2", "--objective", "dpo"], "gamma is the focusing exponent of fpo"),
         (["--beta", "0.2", "--objective", "sft"], "the objective sft has no margin and would ignore beta"),

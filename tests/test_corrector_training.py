@@ -408,6 +408,7 @@ def test_rows_that_are_all_too_long_are_refused(tmp_path):
         ({"lora_rank": -1}, "lora_rank must be at least 0, found -1"),
         ({"lora_alpha": 8.0}, "lora_alpha belongs to an adapter: set lora_rank too"),
         ({"precision": "fp16"}, "precision must be auto, fp32 or bf16, found 'fp16'"),
+        ({"checkpointing": "yes"}, "checkpointing must be auto, on or off, found 'yes'"),
         ({"checkpoint_steps": -1}, "checkpoint_steps must be at least 0"),
     ],
 )

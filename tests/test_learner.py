@@ -406,6 +406,17 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(model, out
         make_learner(model, output, resume=True)
 
 
+def test_a_run_goes_on_with_other_settings_that_change_no_result(model, output):
+    whole = output.with_name("whole")
+    make_learner(model, output, options={"checkpointing": "off"}).learn(task_rows("warm"), "warm")
+    learner = make_learner(model, output, options={"checkpointing": "on"}, resume=True)
+    learner.learn(task_rows("brief"), "brief")
+    other = make_learner(model, whole)
+    for name in ("warm", "brief"):
+        other.learn(task_rows(name), name)
+    assert same_weights(adapter_weights(whole), adapter_weights(output))
+
+
 def test_a_learner_that_fell_behind_its_run_is_refused(model, output):
     make_learner(model, output).learn(task_rows("warm"), "warm")
     late = make_learner(model, output, resume=True)

@@ -20,6 +20,7 @@ BAD_TRAINING = {
     "batch_size": (0, -1, 1.5, 16.0, *NOT_NUMBERS),
     "tokens_per_batch": (0, -1, 1.5, *NOT_NUMBERS),
     "max_length": (0, 7, 64.0, *NOT_NUMBERS),
+    "checkpointing": ("yes", True, None),
     "precision": ("fp16", "float32", None),
     "attention": ("flash", "flex_attention", None),
     "warmup": (-0.1, 1, 1.5, 100, *NOT_NUMBERS),

@@ -183,6 +183,7 @@ def test_only_the_head_may_be_missing(tmp_path, folder):
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
         ("epochs", -1.0),
+        ("checkpointing", "yes"),
         ("batch_size", 0),
         ("tokens_per_batch", 0),
         ("max_length", 7),

@@ -50,6 +50,9 @@ def train(
     batch_size: Annotated[int | None, option("Rows of an optimiser step.")] = None,
     max_length: Annotated[int | None, option("Longest prompt plus correction, in tokens.")] = None,
     tokens_per_batch: Annotated[int | None, option("Tokens computed at once; fewer save memory.")] = None,
+    checkpointing: Annotated[
+        str | None, option("Compute activations twice to save memory: auto, on or off.", "WHEN")
+    ] = None,
     lora_rank: Annotated[int | None, option("Train an adapter of this rank and merge it; 0 for all weights.")] = None,
     lora_alpha: Annotated[float | None, option("The adapter's α; twice the rank if not given.")] = None,
     precision: Annotated[str | None, option("auto, fp32 or bf16.", "PRECISION")] = None,
@@ -83,6 +86,7 @@ def train(
         "batch_size": batch_size,
         "max_length": max_length,
         "tokens_per_batch": tokens_per_batch,
+        "checkpointing": checkpointing,
         "lora_rank": lora_rank,
         "lora_alpha": lora_alpha,
         "precision": precision,

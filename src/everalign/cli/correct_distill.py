@@ -45,6 +45,7 @@ _LEARNING = (
     "targets",
     "batch_size",
     "tokens_per_batch",
+    "checkpointing",
     "precision",
     "replay",
     "estimator",
@@ -88,6 +89,9 @@ def distill(
     batch_size: Annotated[int | None, flag("Rows of an optimiser step.", _TRAINING)] = None,
     tokens_per_batch: Annotated[int | None, flag("Tokens computed at once.", _TRAINING)] = None,
     precision: Annotated[str | None, flag("auto, fp32 or bf16, for the base model.", _TRAINING)] = None,
+    checkpointing: Annotated[
+        str | None, flag("Compute activations twice to save memory: auto, on or off.", _TRAINING, "WHEN")
+    ] = None,
     estimator: Estimator = None,
     temperature: Temperature = None,
     target_ess: TargetEss = None,

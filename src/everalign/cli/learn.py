@@ -127,6 +127,9 @@ def learn(
     tokens_per_batch: Annotated[int | None, flag("Tokens computed at once; fewer save memory.", _STEPS)] = None,
     precision: Annotated[str | None, flag("auto, fp32 or bf16, for the base model.", _STEPS)] = None,
     attention: Annotated[str | None, flag("sdpa, or flex on a GPU.", _STEPS)] = None,
+    checkpointing: Annotated[
+        str | None, flag("Compute activations twice to save memory: auto, on or off.", _STEPS, "WHEN")
+    ] = None,
     warmup: Annotated[float | None, flag("Share of the steps in which the rate rises.", _STEPS)] = None,
     scheduler: Annotated[str | None, flag("cosine, linear or constant_with_warmup.", _STEPS)] = None,
     max_grad_norm: Annotated[float | None, flag("Gradient clipping; 0 for none.", _STEPS)] = None,

@@ -37,6 +37,9 @@ def train(
     batch_size: Annotated[int | None, option("Pairs of an optimiser step.")] = None,
     max_length: Annotated[int | None, option("Longest prompt plus answer, in tokens.")] = None,
     tokens_per_batch: Annotated[int | None, option("Tokens computed at once; fewer save memory.")] = None,
+    checkpointing: Annotated[
+        str | None, option("Compute activations twice to save memory: auto, on or off.", "WHEN")
+    ] = None,
     centring: Annotated[float | None, option("Pull of a pair's rewards towards 0.")] = None,
     lora_rank: Annotated[int | None, option("Train an adapter of this rank and merge it; 0 for all weights.")] = None,
     lora_alpha: Annotated[float | None, option("The adapter's α; twice the rank if not given.")] = None,
@@ -59,6 +62,7 @@ def train(
         "batch_size": batch_size,
         "max_length": max_length,
         "tokens_per_batch": tokens_per_batch,
+        "checkpointing": checkpointing,
         "centring": centring,
         "lora_rank": lora_rank,
         "lora_alpha": lora_alpha,

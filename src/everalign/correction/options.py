@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from everalign.data.encoding import SHORTEST_MAX_LENGTH
 from everalign.errors import InputError
+from everalign.modeling.checkpointing import Checkpointing, check_checkpointing
 from everalign.modeling.loading import PrecisionChoice
 from everalign.training.stage import TOKENS_PER_BATCH, StageOptions
 
@@ -30,6 +31,8 @@ class CorrectorOptions:
         max_length: longest prompt plus correction, in tokens; None for 2,048, or for what the model can take if it is
             less.
         tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
+        checkpointing: `on` keeps only what goes into each layer and computes the rest again in the backward pass,
+            `auto` does so where memory would not do otherwise; changes no result.
         warmup: share of a stage's steps in which the learning rate rises.
         lora_rank: rank of an adapter that is trained instead of all weights, and merged at the end; 0 for all weights.
         lora_alpha: LoRA's α; None for twice the rank.
@@ -51,6 +54,7 @@ class CorrectorOptions:
     batch_size: int = 32
     max_length: int | None = None
     tokens_per_batch: int = TOKENS_PER_BATCH
+    checkpointing: Checkpointing = "auto"
     warmup: float = 0.03
     lora_rank: int = 0
     lora_alpha: float | None = None
@@ -72,6 +76,7 @@ class CorrectorOptions:
                 raise InputError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise InputError(f"precision must be auto, fp32 or bf16, found {self.precision!r}")
+        check_checkpointing(self.checkpointing)
         if self.lora_alpha is not None and not self.lora_rank:
             raise InputError("lora_alpha belongs to an adapter: set lora_rank too, or leave it out")
 
@@ -88,6 +93,7 @@ class CorrectorOptions:
             epochs=self.identity_epochs if warming_up else self.epochs,
             batch_size=self.batch_size,
             tokens_per_batch=self.tokens_per_batch,
+            checkpointing=self.checkpointing,
             warmup=self.warmup,
             checkpoint_steps=self.checkpoint_steps,
         )

@@ -20,6 +20,7 @@ def train_stage(
     folder: Path,
     *,
     seed: int,
+    announce: Callable[[str], None],
     progress: Callable[[int, int], None],
 ) -> tuple[StageResult, bool]:
     """Train `model` in place, or load what an earlier call had finished.
@@ -30,6 +31,7 @@ def train_stage(
         options: how.
         folder: holds checkpoints and then the finished stage.
         seed: seeds the order of the rows.
+        announce: called with a line where activations are computed again because memory is short.
         progress: called with (steps done, steps in all).
 
     Returns:
@@ -52,6 +54,7 @@ def train_stage(
         seed=seed,
         shared=shared,
         progress=progress,
+        announce=announce,
     )
     keep_finished(model, asdict(result), folder, "training")
     return result, False

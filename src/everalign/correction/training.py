@@ -241,7 +241,9 @@ def _work_key(
     seed: int,
 ) -> str:
     """Name a training, so that nothing that another one left is taken for its own."""
-    facts = [base, encoder.fingerprint, asdict(options), seed]
+    # What changes no result may be another one when a killed training goes on.
+    settings = {name: value for name, value in asdict(options).items() if name != "checkpointing"}
+    facts = [base, encoder.fingerprint, settings, seed]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for group in (group for groups in stages.values() for group in groups):
         digest.update(repr((group.id, group.prompt, group.responses, group.weights)).encode())
@@ -267,7 +269,15 @@ def _train(
 
         announce(f"  {name}: {len(groups)} rows")
         settings = options.stage(warming_up=name == "identity")
-        found = train_stage(learner, groups, settings, place / f"{index}-{name}", seed=seed + index, progress=report)
+        found = train_stage(
+            learner,
+            groups,
+            settings,
+            place / f"{index}-{name}",
+            seed=seed + index,
+            announce=announce,
+            progress=report,
+        )
         results[name], earlier = found
         if earlier:
             announce(f"  {name}: was finished by an earlier call")

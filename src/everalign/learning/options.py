@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from everalign.data.encoding import SHORTEST_MAX_LENGTH
 from everalign.errors import InputError
+from everalign.modeling.checkpointing import Checkpointing
 from everalign.modeling.loading import PrecisionChoice
 from everalign.training.stage import TOKENS_PER_BATCH, StageOptions
 
@@ -130,6 +131,8 @@ class TrainingOptions:
         precision: dtype of the base model and of the computation: `fp32`, `bf16`, or `auto` for bf16 on a GPU that has
             it and fp32 elsewhere. Adapters are always fp32.
         attention: `sdpa`, or `flex` for FlexAttention, which needs a GPU.
+        checkpointing: `on` keeps only what goes into each layer and computes the rest again in the backward pass,
+            `auto` does so where memory would not do otherwise; changes no result.
         warmup: share of the steps in which the learning rate rises.
         scheduler: course of the learning rate after the warm-up: `cosine`, `linear` (both down to 0) or
             `constant_with_warmup`.
@@ -150,6 +153,7 @@ class TrainingOptions:
     max_length: int = 1024
     precision: PrecisionChoice = "auto"
     attention: Attention = "sdpa"
+    checkpointing: Checkpointing = "auto"
     warmup: float = 0.1
     scheduler: Scheduler = "cosine"
     max_grad_norm: float = 1.0
@@ -192,12 +196,18 @@ class TrainingOptions:
         return self._stage(self.learning_rate, self.epochs)
 
     def _stage(self, learning_rate: float, epochs: float) -> StageOptions:
-        shared = ("batch_size", "tokens_per_batch", "warmup", "scheduler", "max_grad_norm")
+        shared = ("batch_size", "tokens_per_batch", "checkpointing", "warmup", "scheduler", "max_grad_norm")
         steps = ("logging_steps", "checkpoint_steps")
         return StageOptions(learning_rate, epochs, **{name: getattr(self, name) for name in (*shared, *steps)})
 
 
-_CHOICES = {"reference": Reference, "precision": PrecisionChoice, "attention": Attention, "scheduler": Scheduler}
+_CHOICES = {
+    "reference": Reference,
+    "precision": PrecisionChoice,
+    "attention": Attention,
+    "checkpointing": Checkpointing,
+    "scheduler": Scheduler,
+}
 _WHOLE = {
     "batch_size": 1,
     "tokens_per_batch": 1,

@@ -50,6 +50,8 @@ _ZERO_SHOT = "zero_shot.json"
 _SAME = ("format", "model_fingerprint", "template", "objective", "method", "settings", "seed")
 # Settings that came later, with the values they had before.
 _SETTINGS_SINCE = {"attention": "sdpa"}
+# Settings that change no result, so that a run may go on with other ones.
+_FREE_SETTINGS = ("checkpointing",)
 
 
 def now() -> str:
@@ -132,6 +134,8 @@ class RunDirectory:
             then = written.get(key)
             if key == "settings" and isinstance(then, dict):
                 then = {**_SETTINGS_SINCE, **then}
+                for name in _FREE_SETTINGS:
+                    then[name] = now_given[key].get(name)
             if then != now_given[key]:
                 raise InputError(
                     f"{self.path} was begun with another {_difference(key, then, now_given[key])}: "

@@ -26,6 +26,7 @@ from everalign.data.readers import PreferenceSet, check_disjoint
 from everalign.data.template_notes import template_notes
 from everalign.data.templating import keep_template, template_fingerprint
 from everalign.errors import InputError
+from everalign.modeling.checkpointing import Checkpointing, check_checkpointing
 from everalign.modeling.loading import (
     Precision,
     PrecisionChoice,
@@ -70,6 +71,8 @@ class RewardOptions:
         batch_size: pairs of an optimiser step.
         max_length: longest prompt plus answer, in tokens; None for 1,024, or for what the model can take if it is less.
         tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
+        checkpointing: `on` keeps only what goes into each layer and computes the rest again in the backward pass,
+            `auto` does so where memory would not do otherwise; changes no result.
         centring: strength of the term that keeps a pair's rewards around 0.
         lora_rank: rank of an adapter that is trained instead of all weights, and merged at the end; 0 for all weights.
         lora_alpha: the adapter's α; None for twice the rank.
@@ -85,6 +88,7 @@ class RewardOptions:
     batch_size: int = 32
     max_length: int | None = None
     tokens_per_batch: int = TOKENS_PER_BATCH
+    checkpointing: Checkpointing = "auto"
     centring: float = DEFAULT_CENTRING
     lora_rank: int = 0
     lora_alpha: float | None = None
@@ -100,6 +104,7 @@ class RewardOptions:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} must be a finite number above 0, found {value}")
+        check_checkpointing(self.checkpointing)
         if not (math.isfinite(self.centring) and self.centring >= 0):
             raise InputError(f"centring must be a finite number of at least 0, found {self.centring}")
         if self.precision not in ("auto", "fp32", "bf16"):
@@ -205,7 +210,7 @@ def train_reward_model(
         held_out = _encode("held-out", test, tokenizer, max_length, announce) if test else ()
 
         rewards = RewardModel(classifier, precision)
-        training = _train(rewards, pairs, options, seed, progress)
+        training = _train(rewards, pairs, options, seed, announce, progress)
         if options.lora_rank:
             plain = load_classifier(model, fresh_head=True, seed=seed, device=device)
             set_padding(plain, tokenizer)
@@ -275,7 +280,12 @@ def _encode(
 
 
 def _train(
-    model: RewardModel, pairs: Sequence[Comparison], options: RewardOptions, seed: int, progress: Progress
+    model: RewardModel,
+    pairs: Sequence[Comparison],
+    options: RewardOptions,
+    seed: int,
+    announce: Callable[[str], None],
+    progress: Progress,
 ) -> StageResult:
     # A batch holds both sequences of a pair, padded to the longest.
     lengths = [2 * max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
@@ -285,6 +295,7 @@ def _train(
         batch_size=options.batch_size,
         tokens_per_batch=options.tokens_per_batch,
         checkpoint_steps=0,
+        checkpointing=options.checkpointing,
     )
     objective = BradleyTerryObjective(model.padding, options.centring)
     with tempfile.TemporaryDirectory() as folder:
@@ -297,6 +308,7 @@ def _train(
             Path(folder),
             seed=seed,
             progress=lambda done, total: progress("reward", done, total),
+            announce=announce,
         )
 
 
