@@ -13,7 +13,7 @@ from everalign.data.batches import TrainingPlan, training_plan
 from everalign.data.encoding import EncodedPair
 from everalign.data.groups import EncodedGroup, TargetGroup
 from everalign.data.layout import row_tokens
-from everalign.errors import EveralignError, InputError
+from everalign.errors import InputError
 from everalign.modeling.checkpointing import (
     Checkpointing,
     SavedBytes,
