@@ -1,9 +1,13 @@
 """An adapter alone: plain peft loads it, in the precision that was asked for, with all that serving it takes."""
 
 import json
+import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,3 +202,28 @@ def test_a_name_on_the_hub_is_named_as_base_model(finished, tmp_path):
         assert "--max-lora-rank 16" in card
         # What comes in a package has no weights of that name.
         assert f"vllm serve {tmp_path if base == 'smollm2' else base} --enable-lora" in card
+
+
+def test_a_base_model_from_the_hub_s_cache(tmp_path):
+    """In a process of its own, since the Hub's client reads its settings once; nothing is asked for."""
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    blobs = save_model(tmp_path / "blobs")
+    (blobs / "LICENSE").write_text("as you like")
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    script = (
+        "from learner_for_tests import make_learner, task_rows\n"
+        "learner = make_learner('org/name', 'run')\n"
+        "learner.learn(task_rows('warm'), 'warm')\n"
+        "learner.export('out'), learner.export_adapter('adapter')\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env | {"PYTHONPATH": paths}, check=True)
+    written = {file.name: file.is_symlink() for file in (tmp_path / "out").iterdir()}
+    assert written == dict.fromkeys([*(file.name for file in blobs.iterdir()), "README.md"], False)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/name"

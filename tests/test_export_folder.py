@@ -6,33 +6,42 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     DeepseekV3Config,
     Gemma3Config,
-    Gemma3ForConditionalGeneration,
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
+    LlavaConfig,
+    Mistral3Config,
     MixtralConfig,
+    Qwen2_5_VLConfig,
     Qwen3MoeConfig,
 )
 
+from everalign import AdapterOptions
 from everalign.errors import EveralignError, InputError
 from everalign.modeling import checkpoint
 from everalign.modeling.loading import load_model
 from everalign.modeling.merging import merged_into, write_checked
+from learner_for_tests import make_learner, task_rows
 from models_for_tests import SHAPE
 from tokenizers_for_tests import byte_tokenizer
 
 PROBE = torch.tensor([[5, 17, 80, 3, 3, 42, 9]])
 BASE = {**SHAPE, "vocab_size": 262}
 NO_HEADS = {key: value for key, value in BASE.items() if key not in ("head_dim", "num_key_value_heads")}
-VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION = {
+    **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"image_size": 28, "patch_size": 14},
+}
 
 
 def _deepseek():
@@ -46,9 +55,36 @@ def _deepseek():
 def _gemma3():
     return Gemma3Config(
         text_config={**BASE, "query_pre_attn_scalar": 8, "sliding_window": 16},
-        vision_config={**VISION, "image_size": 28, "patch_size": 14},
+        vision_config=VISION,
         mm_tokens_per_image=4,
         image_token_index=261,
+    )
+
+
+def _llava():
+    return LlavaConfig(
+        text_config={"model_type": "llama", **BASE},
+        vision_config={"model_type": "clip_vision_model", **VISION},
+        image_token_index=261,
+    )
+
+
+def _mistral3():
+    return Mistral3Config(
+        text_config={"model_type": "mistral", **BASE},
+        vision_config={"model_type": "pixtral", "head_dim": 8, **VISION},
+        image_token_index=261,
+    )
+
+
+def _qwen2_5_vl():
+    rope = {"rope_type": "default", "type": "mrope", "mrope_section": [1, 1, 2]}
+    tower = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    return Qwen2_5_VLConfig(
+        text_config={**NO_HEADS, "num_key_value_heads": 2, "rope_scaling": rope},
+        vision_config={**tower, "fullatt_block_indexes": [0]},
+        image_token_id=261,
+        video_token_id=260,
     )
 
 
@@ -56,7 +92,10 @@ CONFIGS = {
     "llama": lambda: LlamaConfig(**BASE),
     "tied": lambda: LlamaConfig(**BASE, tie_word_embeddings=True),
     "gpt2": lambda: GPT2Config(vocab_size=262, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    "gemma3 with a vision tower": _gemma3,
+    "gemma3": _gemma3,
+    "llava": _llava,
+    "mistral3": _mistral3,
+    "qwen2_5_vl": _qwen2_5_vl,
     "mixtral": lambda: MixtralConfig(**BASE, num_local_experts=4),
     "qwen3_moe": lambda: Qwen3MoeConfig(**BASE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     "deepseek_v3": _deepseek,
@@ -66,18 +105,25 @@ CONFIGS = {
 
 def save(folder, kind="llama", dtype=torch.bfloat16, **options):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(dtype)
+    config = CONFIGS[kind]()
+    vision = hasattr(config, "vision_config")
+    model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_config(config).to(dtype)
     model.save_pretrained(folder, **options)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
 
+def loaded(folder):
+    """The model of a folder in fp32, of the very class that it names."""
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32)
+
+
 def adapter_of(folder, path):
     """An adapter of attention, which every architecture has, made by plain peft; and what model and adapter compute."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    targets = r".*(?<!vision_tower)\.(q_proj|o_proj|q_a_proj|c_attn)"
-    if isinstance(model, Gemma3ForConditionalGeneration):
-        targets = r".*language_model.*\.(q_proj|o_proj)"
+    model = loaded(folder)
+    vision = hasattr(model.config, "vision_config")
+    targets = r".*language_model.*\.(q_proj|o_proj)" if vision else r".*\.(q_proj|o_proj|q_a_proj|c_attn)"
     torch.manual_seed(1)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     adapted.save_pretrained(path)
@@ -123,10 +169,7 @@ def test_names_shapes_dtypes_and_files_of_the_weights_are_those_that_went_in(tmp
     for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
         if (folder / name).exists():
             assert json.loads((tmp_path / "out" / name).read_text()) == json.loads((folder / name).read_text())
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert config["architectures"] == [type(exported).__name__]
-    error = (logits(exported) - expected).norm(dim=-1).median() / expected.norm(dim=-1).median()
+    error = (logits(loaded(tmp_path / "out")) - expected).norm(dim=-1).median() / expected.norm(dim=-1).median()
     assert error <= 0.1
     assert written.dtype == "bf16"
     assert 0 < written.rounding <= 0.1
@@ -205,6 +248,29 @@ def test_weights_in_pickles_come_out_as_safetensors(tmp_path, shards):
         index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in written.values())
         assert set(index["weight_map"].values()) == {f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "former"),
+    [
+        # As the checkpoints on the Hub have it, and as transformers writes them now.
+        ("qwen2_5_vl", {"model.language_model.": "model.", "model.visual.": "visual."}),
+        ("llava", {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}),
+        ("llava", {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}),
+        ("mixtral", {}),
+    ],
+)
+def test_names_of_other_versions_of_transformers_stay(tmp_path, kind, former):
+    folder = save(tmp_path / "model", kind)
+    held = {}
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        start = next((old for old in former if key.startswith(old)), "")
+        held[former.get(start, "") + key.removeprefix(start)] = tensor
+    checkpoint.save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    expected = adapter_of(folder, tmp_path / "adapter")
+    export(folder, tmp_path / "adapter", tmp_path / "out", "fp32")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == held.keys()
+    torch.testing.assert_close(logits(loaded(tmp_path / "out")), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_names_without_the_prefix_that_the_model_has_stay_so(tmp_path):
@@ -303,3 +369,21 @@ def test_a_real_sentencepiece_tokenizer_comes_out_as_it_went_in(tmp_path, versio
     before, after = (AutoTokenizer.from_pretrained(place) for place in (folder, tmp_path / "out"))
     assert before("Wörter, two  spaces")["input_ids"] == after("Wörter, two  spaces")["input_ids"]
     assert stat.S_IMODE((tmp_path / "out" / "tokenizer.model").stat().st_mode) & 0o400
+
+
+def test_a_model_that_reads_images_learns_from_texts_and_stays_what_it_was(tmp_path):
+    folder = save(tmp_path / "model", "llava")
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    learner = make_learner(folder, tmp_path / "run", adapter=AdapterOptions(rank=4, alpha=8.0))
+    learner.learn(task_rows("warm"), "warm")
+    out = learner.export(tmp_path / "out")
+    assert {file.name for file in out.iterdir()} == {*(file.name for file in folder.iterdir()), "README.md"}
+    before, after = tensors(folder), tensors(out)
+    assert forms(after) == forms(before)
+    changed = {key for _, key in before if not torch.equal(after[_, key], before[_, key])}
+    assert changed
+    assert all("language_model.layers" in key or "language_model.model.layers" in key for key in changed)
+    adapter = PeftModel.from_pretrained(loaded(folder), str(tmp_path / "run" / "versions" / "001-warm" / "adapter"))
+    assert 'pipeline("image-text-to-text"' in (out / "README.md").read_text()
+    error = (logits(loaded(out)) - logits(adapter)).norm() / logits(adapter).norm()
+    assert error <= 0.02

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import metadata_load
 
+from everalign.files import read_json
 from everalign.learning.run_data import RunData, VersionData
 
 # Ranks that vLLM makes room for; its default is 16.
@@ -51,13 +52,14 @@ def model_card(
         dtype: of the weights.
         rank: of the adapter; None where it is merged.
     """
+    used = _use_merged(source, folder) if rank is None else _use_adapter(servable(base, source), source, folder, rank)
     parts = [
         _metadata(base, source, rank),
         f"# {folder.name}",
         _what(run, line, base, dtype, rank),
         _tasks(line),
         _scores(run, line),
-        "## Use\n\n" + (_use_merged(folder) if rank is None else _use_adapter(servable(base, source), folder, rank)),
+        f"## Use\n\n{used}",
         _making(run, line),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
@@ -71,8 +73,16 @@ def _metadata(base: str, source: Path, rank: int | None) -> str:
     name = _NAMED_OTHERWISE.get(base, base)
     if _ON_THE_HUB.fullmatch(name) and not Path(name).exists():
         facts |= {"base_model": name, "base_model_relation": "finetune" if rank is None else "adapter"}
-    facts |= {"pipeline_tag": "text-generation", "tags": ["everalign", *([] if rank is None else ["lora"])]}
+    facts |= {"pipeline_tag": _kind(source)[0], "tags": ["everalign", *([] if rank is None else ["lora"])]}
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
+
+
+def _kind(source: Path) -> tuple[str, str]:
+    """Return what transformers calls the task of such a model, and the auto class that loads it."""
+    config = source / "config.json"
+    if config.is_file() and "vision_config" in read_json(config):
+        return "image-text-to-text", "AutoModelForImageTextToText"
+    return "text-generation", "AutoModelForCausalLM"
 
 
 def _what(run: RunData, line: Sequence[VersionData], base: str, dtype: str, rank: int | None) -> str:
@@ -109,17 +119,17 @@ def _scores(run: RunData, line: Sequence[VersionData]) -> str:
     )
 
 
-def _use_merged(folder: Path) -> str:
+def _use_merged(source: Path, folder: Path) -> str:
     return f'''```python
 from transformers import pipeline
 
-write = pipeline("text-generation", model="{folder}")
+write = pipeline("{_kind(source)[0]}", model="{folder}")
 ```
 
 or `vllm serve {folder}`. Answers end at the tokens that `generation_config.json` names.'''
 
 
-def _use_adapter(base: str, folder: Path, rank: int) -> str:
+def _use_adapter(base: str, source: Path, folder: Path, rank: int) -> str:
     command = vllm_command(base, folder, rank)
     served = (
         f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, and this one has rank {rank}: serve the merged model."
@@ -130,11 +140,12 @@ def _use_adapter(base: str, folder: Path, rank: int) -> str:
         "the architecture has not made adaptable, such as routers of experts or, in some, `lm_head`: serve the merged "
         "model then."
     )
+    auto = _kind(source)[1]
     return f'''```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")
+model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 

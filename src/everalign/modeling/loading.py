@@ -10,7 +10,15 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_utils
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    modeling_utils,
+)
 from transformers.quantizers.base import HfQuantizer
 
 from everalign.errors import InputError
@@ -96,7 +104,7 @@ def load_model(
     dtype = DTYPES["fp32" if adapter else precision]
     config, place = load_config(source, "model", base), None if adapter else device
     with without_adapter(source) as weights:
-        model, loaded = load_weights(AutoModelForCausalLM, "model", base, weights, config, dtype, place)
+        model, loaded = load_weights(language_model_class(config), "model", base, weights, config, dtype, place)
     if missing := sorted(loaded["missing_keys"]):
         # They would be random numbers.
         raise InputError(f"the weights of {base} lack {len(missing)} of the model's parameters, such as {missing[0]}")
@@ -108,6 +116,18 @@ def load_model(
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+def language_model_class(config: Any) -> Any:
+    """Return the auto class that makes a language model of a configuration.
+
+    Some models that read images too, such as Llava and Qwen2.5-VL, transformers makes by another class; given texts
+    alone they are language models like others.
+    """
+    kind = type(config)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def load_config(source: str, what: str, name: str, **changes: Any) -> Any:
