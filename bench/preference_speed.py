@@ -1,6 +1,7 @@
 """Preference training side by side with TRL's DPOTrainer: pairs per second and peak memory, as paired ratios.
 
     python bench/preference_speed.py                            # real hh-rlhf pairs, fp32 and bf16
+    python bench/preference_speed.py --model smollm2 --max-length 384 --threads 1       # or a folder, or a GGUF file
     python bench/preference_speed.py --shape 1024x128 --vocabulary 152000 --pairs 4 --batch-size 2
     python bench/preference_speed.py --sweep prompt             # or response, vocabulary, tasks
 
@@ -9,7 +10,8 @@ when it is told to. The contenders take turns, so that a slow minute of the mach
 the median of the ratios of neighbouring epochs. Memory is the highest resident size of a process above its size
 with the model loaded. The time in which `trl-precomputed` computes its references is not counted against it.
 `everalign-N` is ours with the long-term memory of N tasks. Utilisation is the share of the machine's rate of matrix
-products, measured in the same process, that the products which a step cannot do without would take up.
+products, measured in the same process, that the products which a step cannot do without would take up. On a machine
+that others load, `--clock processor` counts the processor time of the contenders.
 """
 
 import argparse
@@ -87,29 +89,29 @@ def compare(settings: dict[str, Any], names: list[str], rounds: int) -> dict[str
     return {"ready": {c.name: c.ready for c in contenders}, "epochs": epochs}
 
 
-def summary(measured: dict[str, Any], pairs: int) -> list[dict[str, Any]]:
+def summary(measured: dict[str, Any], pairs: int, clock: str) -> list[dict[str, Any]]:
     """Return a row for each contender: its own numbers, and those of the first as ratios to it."""
-    rows = []
+    rows, step, reference = [], f"{clock}_seconds", f"{clock}_reference"
     ours = next(iter(measured["epochs"].values()))
     for name, epochs in measured["epochs"].items():
         ready = measured["ready"][name]
         memory = max(epoch["memory"] for epoch in epochs)
+        seconds = statistics.median(epoch[step] for epoch in epochs)
         row = {
             "contender": name,
-            "pairs_per_second": pairs / statistics.median(epoch["seconds"] for epoch in epochs),
+            "pairs_per_second": pairs / seconds,
             "memory_mib": memory / 2**20,
             "first_step_seconds": ready["seconds"],
         }
         if "flops" in ready:
-            seconds = statistics.median(epoch["seconds"] for epoch in epochs)
             row["utilisation"] = ready["flops"] / seconds / ready["flops_per_second"]
         if epochs is not ours:
             # A run of one epoch computes every reference once, whoever does it and when.
             whole = [
-                (theirs["seconds"] + theirs["reference"]) / (o["seconds"] + o["reference"])
+                (theirs[step] + theirs[reference]) / (o[step] + o[reference])
                 for theirs, o in zip(epochs, ours, strict=True)
             ]
-            steps = [theirs["seconds"] / o["seconds"] for theirs, o in zip(epochs, ours, strict=True)]
+            steps = [theirs[step] / o[step] for theirs, o in zip(epochs, ours, strict=True)]
             row |= {
                 "speed_one_epoch": statistics.median(whole),
                 "speed_known_reference": statistics.median(steps),
@@ -149,6 +151,7 @@ def main() -> None:
     parser.add_argument(
         "--contenders", nargs="+", default=["everalign", *PEERS], help="everalign, everalign-N, trl, trl-precomputed"
     )
+    parser.add_argument("--model", help="smollm2, a folder or a GGUF file, instead of the base model of the data")
     parser.add_argument("--shape", help="PROMPTxRESPONSE tokens of random pairs, instead of real ones")
     parser.add_argument(
         "--vocabulary", type=int, default=0, help="a random model of Qwen2.5-0.5B's shape, cut to 2 layers"
@@ -159,6 +162,7 @@ def main() -> None:
     parser.add_argument("--tokens-per-batch", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
     parser.add_argument("--output", default=str(OUT / "preference_speed.json"))
     parser.add_argument("--sweep", choices=list(SWEEPS), help="several runs, with these things varied")
     arguments = parser.parse_args()
@@ -167,7 +171,7 @@ def main() -> None:
         for precision in arguments.precisions:
             settings = {**vars(arguments), **point, "precision": precision}
             measured = compare(settings, settings["contenders"], arguments.rounds)
-            rows = summary(measured, settings["pairs"])
+            rows = summary(measured, settings["pairs"], settings["clock"])
             what = next(iter(measured["ready"].values()))["what"]
             print_table(f"{precision}, {point or 'as given'}: {what}", rows)
             results.append({"settings": settings, "rows": rows, "measured": measured})

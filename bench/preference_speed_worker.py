@@ -14,7 +14,7 @@ STARTED = time.perf_counter()
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402  # after the environment
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config  # noqa: E402
+from transformers import AutoModelForCausalLM, Qwen2Config  # noqa: E402
 
 from common import data_folder, preference_rows  # noqa: E402
 from roofline import matrix_rate, needed_flops  # noqa: E402
@@ -34,20 +34,31 @@ def memory(key: str) -> int:
     raise RuntimeError(f"no {key} in /proc/self/status")
 
 
+def model_name(settings: Settings) -> str:
+    """What `--model` names; the base model of the bench's data where it names none."""
+    return settings["model"] or str(data_folder() / "base-model")
+
+
 def load_model(settings: Settings) -> tuple[Any, int]:
-    """The real small model, or random weights of Qwen2.5-0.5B's shape with two layers; and a process's size with it.
+    """The model, or random weights of Qwen2.5-0.5B's shape with two layers; and a process's size with it.
 
     The size is that before it was loaded and its parameters: what loading leaves behind is nobody's advantage.
     """
+    from everalign.modeling.loading import resolve_model
+
+    if not settings["vocabulary"]:
+        resolve_model(model_name(settings))  # unpacks what has to be unpacked, which is not loading
     before = memory("VmRSS")
     model = _load(settings)
     return model, before + sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _load(settings: Settings) -> Any:
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["precision"]]
+    from everalign.modeling.loading import load_model as load
+
     if not settings["vocabulary"]:
-        return AutoModelForCausalLM.from_pretrained(data_folder() / "base-model", dtype=dtype)
+        return load(model_name(settings), settings["precision"])
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["precision"]]
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=settings["vocabulary"],
@@ -70,7 +81,7 @@ def load_pairs(settings: Settings, tokenizer: Any) -> list[Any]:
 
     if settings["shape"]:
         prompt, response = map(int, settings["shape"].split("x"))
-        rng, top = random.Random(0), min(settings["vocabulary"] or 8192, 8192)
+        rng, top = random.Random(0), min(settings["vocabulary"] or len(tokenizer), 8192)
         sizes = (prompt, response, response)
         return [
             EncodedPair(str(i), *([rng.randrange(10, top) for _ in range(size)] for size in sizes), 1.0)
@@ -82,23 +93,32 @@ def load_pairs(settings: Settings, tokenizer: Any) -> list[Any]:
     return list(encode_pairs(chosen, tokenizer, settings["max_length"]))
 
 
+def clocks() -> tuple[float, float]:
+    """The time now and the processor time of this process so far, in seconds."""
+    return time.perf_counter(), time.process_time()
+
+
 class Turns:
     """Waits for the parent before each epoch and reports after it."""
 
-    def __init__(self, reference: Callable[[], float], base: int) -> None:
-        self._reference, self._base, self._began = reference, base, 0.0
+    def __init__(self, reference: Callable[[], None], base: int) -> None:
+        self._reference, self._base, self._began = reference, base, (0.0, 0.0)
 
     def wait(self) -> None:
         """Block until the parent wants the next epoch."""
         if not sys.stdin.readline():
             os._exit(0)
-        self._began = time.perf_counter()
+        self._began = clocks()
 
     def done(self) -> None:
         """Report the epoch that ended."""
-        seconds = time.perf_counter() - self._began
-        reference = self._reference()
-        answer = {"seconds": seconds, "reference": reference, "memory": memory("VmHWM") - self._base}
+        ended = clocks()
+        self._reference()
+        last = clocks()
+        answer: dict[str, float] = {"memory": memory("VmHWM") - self._base}
+        for place, clock in enumerate(("wall", "processor")):
+            answer[f"{clock}_seconds"] = ended[place] - self._began[place]
+            answer[f"{clock}_reference"] = last[place] - ended[place]
         print(json.dumps(answer), flush=True)
 
 
@@ -133,11 +153,9 @@ def run_everalign(settings: Settings, model: Any, base: int, pairs: list[Any], t
     if tasks:
         remember_tasks(policy, tasks)
 
-    def reference() -> float:
-        began = time.perf_counter()
+    def reference() -> None:
         with policy.as_base():
             pair_log_probs(policy, pairs, tokens)
-        return time.perf_counter() - began
 
     turns = Turns(reference, base)
     with policy.as_base():
@@ -168,7 +186,7 @@ def run_trl(settings: Settings, model: Any, base: int, pairs: list[Any], tokeniz
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    turns = Turns(lambda: 0.0, base)
+    turns = Turns(lambda: None, base)
     steps = -(-len(pairs) // settings["batch_size"])
 
     class Pause(TrainerCallback):  # type: ignore[misc]
@@ -227,7 +245,9 @@ def main() -> None:
         from everalign.modeling.runtime import prepare_process
 
         prepare_process()
-    tokenizer = AutoTokenizer.from_pretrained(data_folder() / "base-model")
+    from everalign.modeling.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model_name(settings))
     pairs = load_pairs(settings, tokenizer)
     model, base = load_model(settings)
     if ours:

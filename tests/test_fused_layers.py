@@ -8,9 +8,12 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from everalign.data.layout import lay_out_pairs
-from everalign.modeling.cpu_attention import CPU_ATTENTION, _Attention, use_cpu_attention
+from everalign.modeling import cpu_attention
+from everalign.modeling.cpu_attention import CPU_ATTENTION, _Attention, _mask_of, use_cpu_attention
 from everalign.modeling.fused_layers import fuse_layers
-from models_for_tests import FAMILIES, random_model, random_pairs
+from everalign.modeling.likelihood import _in_one_row, block_mask
+from everalign.modeling.policy import Policy
+from models_for_tests import FAMILIES, perturb, random_model, random_pairs
 
 DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 
@@ -71,74 +74,112 @@ def test_models_compute_what_they_did(family):
         torch.testing.assert_close(model(**inputs).logits, before, rtol=0, atol=1e-4)
 
 
-# ---- attention in bf16 ----
+# ---- attention over runs ----
 
 
-def loss_and_gradients(model, batch):
-    model.zero_grad()
-    model.requires_grad_(True)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    logits = model(**inputs).logits.float()
-    loss = logits.log_softmax(-1)[..., 5].mean()
-    loss.backward()
-    return loss.item(), {name: p.grad.float() for name, p in model.named_parameters() if "self_attn" in name}
+def values_and_gradients(function, dtype, *tensors):
+    """What a function makes of tensors, and the gradients for the last one as upstream gradient, in fp64."""
+    *inputs, upstream = (t.to(dtype) for t in tensors)
+    inputs = [t.requires_grad_() for t in inputs]
+    values = function(*inputs)
+    values.backward(upstream)
+    return [values.detach().double(), *(t.grad.double() for t in inputs)]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-@pytest.mark.parametrize("blocks", [False, True])
-def test_cpu_attention_has_the_librarys_gradients(family, blocks):
-    batch = lay_out_pairs(random_pairs(6, longest=40), shared=False)
-    if blocks:
-        length = batch["input_ids"].shape[1]
-        mask = torch.ones(length, length, dtype=torch.bool).tril() & (torch.rand(12, 1, length, length) < 0.7)
-        batch["attention_mask"] = mask | torch.eye(length, dtype=torch.bool)
-    model = random_model(family).bfloat16()
-    loss, expected = loss_and_gradients(model, batch)
-    use_cpu_attention(model)
-    assert model.config._attn_implementation == CPU_ATTENTION
-    found_loss, found = loss_and_gradients(model, batch)
-    assert found_loss == pytest.approx(loss, rel=1e-2)
-    for name, gradient in found.items():
-        difference = (gradient - expected[name]).norm() / expected[name].norm()
-        assert difference < 5e-2, name
+def random_states(length, heads=6, keys=2, width=16):
+    """Query, key, value and upstream gradient (T, H, D), rounded to bf16."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(length, heads, width), *[(length, keys, width)] * 2, (length, heads, width)]
+    return [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+
+
+def library(mask):
+    def attend(*states):
+        q, k, v = (t.transpose(0, 1)[None] for t in states)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    return attend
+
+
+# A prompt with its first answer, a second answer, and another group whose third answer sees its prompt alone.
+RUNS = [[0, 70, 0, 0], [70, 25, 0, 50], [95, 300, 0, 0], [395, 1, 95, 270], [396, 40, 95, 270]]
+
+
+@pytest.mark.parametrize("block", [32, 256])
+def test_attention_over_runs_has_the_librarys_gradients(block, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "_BLOCK_ROWS", block)
+    states, mask = random_states(436), _mask_of(RUNS, 436)
+    exact = values_and_gradients(library(mask), torch.float64, *states)
+    for dtype, rounding in ((torch.float32, 1e-6), (torch.bfloat16, 0.0)):
+        found = values_and_gradients(lambda *inputs: _Attention.apply(*inputs, RUNS, 16**-0.5), dtype, *states)
+        others = values_and_gradients(library(mask), dtype, *states)
+        for ours, theirs, right in zip(found, others, exact, strict=True):
+            assert (ours - right).norm() <= 1.5 * (theirs - right).norm() + rounding * right.norm()
 
 
 def test_keys_with_a_large_mean_do_not_spoil_the_gradients():
     """Key biases, as in Qwen2, do not change the attention; of the query's gradient little must be left of them."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, g = (torch.randn(1, 2, 200, 64, generator=generator) for _ in range(4))
-    k = k + 10 * torch.randn(1, 2, 1, 64, generator=generator)
-    mask = torch.ones(1, 1, 200, 200, dtype=torch.bool).tril()
+    q, k, v, g = random_states(200, heads=2, width=64)
+    k = k + 10 * torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    causal = torch.ones(200, 200, dtype=torch.bool).tril()
 
-    def gradient(function, dtype):
-        inputs = [t.bfloat16().to(dtype).requires_grad_() for t in (q, k, v)]
-        function(*inputs).backward(g.bfloat16().to(dtype))
-        return inputs[0].grad.double()
+    def ours(*inputs):
+        return _Attention.apply(*inputs, [[0, 200, 0, 0]], 64**-0.5)
 
-    def library(*inputs):
-        return torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask)
-
-    exact = gradient(library, torch.float64)
-    ours = gradient(lambda *inputs: _Attention.apply(*inputs, mask, 64**-0.5), torch.bfloat16)
-    theirs = gradient(library, torch.bfloat16)
-    errors = [float((found - exact).norm() / exact.norm()) for found in (ours, theirs)]
+    exact = values_and_gradients(library(causal), torch.float64, q, k, v, g)[1]
+    errors = [
+        float((values_and_gradients(function, torch.bfloat16, q, k, v, g)[1] - exact).norm())
+        for function in (ours, library(causal))
+    ]
     assert errors[0] < 2 * errors[1]
 
 
-def test_fp32_and_eager_models_keep_their_attention():
+def test_runs_say_what_the_layout_says():
+    batch = lay_out_pairs(random_pairs(6, longest=40), shared=True)
+    row = _in_one_row(batch)
+    padded, kept = block_mask(batch["segments"], batch["prefixes"]), (batch["segments"] > 0)
+    mask = _mask_of(row["runs"][0, 0].tolist(), row["input_ids"].shape[1])[0, 0]
+    start = 0
+    for allowed, tokens in zip(padded, kept, strict=True):
+        end = start + int(tokens.sum())
+        assert torch.equal(mask[start:end, start:end], allowed[0][tokens][:, tokens])
+        assert not mask[start:end, :start].any()
+        assert not mask[start:end, end:].any()
+        start = end
+    assert row["input_ids"].shape[1] % 64 == 0
+    assert torch.equal(row["input_ids"][0, :start], batch["input_ids"][kept])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 6e-2)])
+def test_policies_learn_the_same_with_the_librarys_attention(family, dtype, tolerance, monkeypatch):
+    batch = lay_out_pairs(random_pairs(6, longest=40), shared=True)
+
+    def results():
+        policy = Policy(random_model(family).to(dtype), 4, 8.0)
+        perturb(policy)
+        values = policy(batch)
+        (values * torch.linspace(-1, 2, len(values))).sum().backward()
+        return policy, values.detach(), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+
+    policy, values, gradients = results()
+    assert policy.peft.config._attn_implementation == CPU_ATTENTION
+    monkeypatch.setattr("everalign.modeling.policy.use_cpu_attention", lambda model: None)
+    _, expected, expected_gradients = results()
+    torch.testing.assert_close(values, expected, rtol=tolerance, atol=tolerance)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected_gradients[name]).norm() <= tolerance * expected_gradients[name].norm(), name
+
+
+def test_eager_models_and_models_that_ask_for_their_attention_by_name_keep_it():
     model = random_model("llama")
-    use_cpu_attention(model)
-    assert model.config._attn_implementation == "sdpa"
-    model = random_model("llama").bfloat16()
     model.set_attn_implementation("eager")
-    use_cpu_attention(model)
-    assert model.config._attn_implementation == "eager"
-
-
-def test_models_that_ask_for_their_attention_by_name_keep_it():
-    model = random_model("gpt2").bfloat16()
-    use_cpu_attention(model)
-    assert model.config._attn_implementation == "sdpa"
+    for other in (model, random_model("gpt2")):
+        before = other.config._attn_implementation
+        use_cpu_attention(other)
+        assert other.config._attn_implementation == before
 
 
 class Clamped(LlamaMLP):

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from everalign.data.layout import Batch
-from everalign.modeling.cpu_attention import CPU_ATTENTION
+from everalign.modeling.cpu_attention import CPU_ATTENTION, runs_of
 from everalign.modeling.flex_attention import FLEX, flex_block_mask
 from everalign.modeling.token_log_probs import HeadShape, rows_at_once, token_log_probs
 
@@ -26,6 +27,8 @@ _LAYERS: dict[MaskKind, str] = {
 _MASKED = ("sdpa", "eager", FLEX, CPU_ATTENTION)
 # Logits, what a model of its own makes of them on the way, and their log-softmax.
 _CHOICE_COPIES = 6
+# A processor's library prepares each product anew for a number of rows that it has not seen lately.
+_ROW_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ class LanguageHead:
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+        if "runs" in batch:
+            masks = {_LAYERS[kind]: batch["runs"] for kind in self._masks}
+            mask = masks if len(masks) > 1 else batch["runs"]
+            return {**inputs, "attention_mask": mask, "position_ids": batch["position_ids"]}
         if "attention_mask" in batch:
             return {**inputs, "attention_mask": batch["attention_mask"]}
         if "segments" not in batch:
@@ -117,6 +124,12 @@ class LanguageHead:
         hidden = torch.finfo(dtype).min if self._attention == "eager" else float("-inf")
         return torch.zeros_like(allowed, dtype=dtype).masked_fill_(allowed.logical_not_(), hidden)
 
+    def _whole(self, batch: Batch) -> bool:
+        """Whether every layer sees the whole past of every token of the batch, were it but for its length."""
+        longest = int(batch["position_ids"].max()) if "position_ids" in batch else batch["input_ids"].shape[1] - 1
+        sizes = {"window": "sliding_window", "chunk": "attention_chunk_size"}
+        return all(longest < int(getattr(self._config, sizes[kind])) for kind in self._masks if kind != "whole")
+
     @property
     def chunked(self) -> bool:
         """Whether logits can be computed of a few positions at a time; else all of a batch's exist at once."""
@@ -131,6 +144,8 @@ class LanguageHead:
 
         These are hidden states, or the logits themselves where they cannot be computed apart.
         """
+        if self._attention == CPU_ATTENTION and self.shared and self._whole(batch):
+            batch = _in_one_row(batch)
         decoded = self._decoded(batch) if self.chunked else self._model(**self._inputs(batch)).logits
         states: Tensor = decoded.flatten(0, 1)[batch["predictors"]]
         return states
@@ -214,6 +229,22 @@ def _decoder_gives(decoder: Any, states: Tensor) -> Iterator[None]:
             del decoder.forward
         else:
             decoder.forward = own
+
+
+def _in_one_row(batch: Batch) -> Batch:
+    """Put all rows of a batch into one, with little padding, and a table of runs in place of the layout."""
+    tokens = batch["input_ids"]
+    segments = batch.get("segments", batch.get("attention_mask", torch.ones_like(tokens)))
+    positions = batch.get("position_ids", torch.arange(tokens.shape[1]).expand_as(tokens))
+    kept = segments.flatten().nonzero()[:, 0]
+    padding = -len(kept) % _ROW_STEP
+    tokens, positions = (F.pad(t.flatten()[kept], (0, padding))[None] for t in (tokens, positions))
+    return {
+        "input_ids": tokens,
+        "position_ids": positions,
+        "predictors": torch.searchsorted(kept, batch["predictors"]),
+        "runs": runs_of(segments, batch.get("prefixes", segments)),
+    }
 
 
 def _choices(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
