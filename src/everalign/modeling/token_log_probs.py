@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Logits worked on at once: about a million stay near a processor's cache, while a GPU wants large operations. With a
-# large vocabulary the output matrix itself has to be read for every chunk, so that a product has no fewer rows than
-# this; what follows it goes on in blocks of the chunk.
-_BLOCK_LOGITS = {"cpu": 1_048_576, "cuda": 67_108_864}
+# Logits that are held at once. With a large vocabulary the output matrix itself has to be read for every chunk, so that
+# a product has no fewer rows than this. A processor takes further steps in blocks that stay near its cache.
+_CHUNK_LOGITS = {"cpu": 16_777_216, "cuda": 67_108_864}
 _CHUNK_ROWS = 128
+_BLOCK_LOGITS = {"cpu": 262_144, "cuda": 67_108_864}
+# Rows are filled up to a multiple of this: a processor's library prepares each product anew for another number.
+_ROW_STEP = 32
 # Where a distribution over the whole vocabulary is needed: numbers of (positions x vocabulary) held at once, all copies
 # and temporaries counted.
 _LIVE_LOGITS = 67_108_864
@@ -86,10 +89,12 @@ def token_log_probs(
     Returns:
         (K,) fp32, in nats. Differentiable with respect to `hidden` and to what learns in `head`.
     """
-    block = max(1, _BLOCK_LOGITS.get(hidden.device.type, _BLOCK_LOGITS["cuda"]) // _width(head, hidden))
-    rows = chunk_rows or max(_CHUNK_ROWS, block)
+    device, vocabulary = hidden.device.type, _width(head, hidden)
+    block, chunk = (sizes.get(device, sizes["cuda"]) // vocabulary for sizes in (_BLOCK_LOGITS, _CHUNK_LOGITS))
+    rows = chunk_rows or max(_CHUNK_ROWS, chunk - chunk % _ROW_STEP)
     if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
-        result: Tensor = _FrozenHead.apply(hidden, head, targets, shape, rows, block)  # type: ignore[no-untyped-call]
+        sizes = (rows, max(1, block))
+        result: Tensor = _FrozenHead.apply(hidden, head, targets, shape, *sizes)  # type: ignore[no-untyped-call]
         return result
     parts = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
     return torch.cat([checkpoint(_log_probs, part, head, wanted, shape, use_reentrant=False) for part, wanted in parts])
@@ -117,14 +122,17 @@ class _FrozenHead(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
         result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        filled = F.pad(hidden, (0, 0, 0, -len(hidden) % _ROW_STEP))
         for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = shape.apply(head(hidden[part]))
-            pieces = zip(*(torch.split(t, block) for t in (result[part], logits, targets[part])), strict=True)
-            for log_probs, piece, chosen in pieces:
-                _fill(log_probs, piece, chosen[:, None], shape, wanted)
+            part = slice(start, min(start + rows, len(hidden)))
+            logits = shape.apply(head(filled[start : start + rows]))
+            sums = torch.ones(len(logits), 1, dtype=torch.float32, device=hidden.device)
+            count = part.stop - start
+            pieces = (torch.split(t, block) for t in (result[part], logits[:count], targets[part], sums[:count]))
+            for log_probs, piece, chosen, total in zip(*pieces, strict=True):
+                _fill(log_probs, piece, chosen[:, None], total, shape, wanted)
             if gradient is not None:
-                gradient[part] = logits @ head.weight.to(logits.dtype)
+                gradient[part] = ((logits @ head.weight.to(logits.dtype)) / sums)[:count]
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return result
@@ -136,13 +144,15 @@ class _FrozenHead(torch.autograd.Function):
         return gradient * -upstream[:, None].to(gradient.dtype), None, None, None, None, None
 
 
-def _fill(log_probs: Tensor, logits: Tensor, chosen: Tensor, shape: HeadShape, wanted: bool) -> None:
-    """Write log-probabilities (K,) and, where wanted, over the logits (K, V) the slope of their negative."""
-    probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-    # log Σ exp from the largest logit, whose probability is at least 1/V: as exact as a log-softmax, and the
-    # probabilities are there for the gradient.
-    normaliser = logits.amax(dim=-1, keepdim=True).float() - probabilities.amax(dim=-1, keepdim=True).log()
-    log_probs.copy_((logits.gather(1, chosen).float() - normaliser)[:, 0])
+def _fill(
+    log_probs: Tensor, logits: Tensor, chosen: Tensor, sums: Tensor, shape: HeadShape, wanted: bool
+) -> None:
+    """Write log-probabilities (K,), Σ exp of the logits (K, V) over its largest term as `sums` (K, 1), and where
+    wanted, over the logits, the slope of the negative log-probability times that sum.
+    """
+    largest = logits.amax(dim=-1, keepdim=True).float()
+    exponentials = logits.to(torch.float32, copy=True).sub_(largest).exp_()
+    torch.sum(exponentials, dim=-1, keepdim=True, out=sums)
+    log_probs.copy_((logits.gather(1, chosen).float() - largest - sums.log())[:, 0])
     if wanted:
-        slope = probabilities.scatter_add_(1, chosen, -torch.ones_like(normaliser))
-        logits.copy_(shape.backward(slope, logits))
+        logits.copy_(shape.backward(exponentials.scatter_add_(1, chosen, -sums), logits))
