@@ -12,6 +12,7 @@ from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
 from everalign.data.encoding import EncodedPair
 from everalign.data.layout import lay_out_chosen, lay_out_groups, lay_out_pairs
 from everalign.modeling import token_log_probs
+from everalign.modeling.likelihood import _in_one_row
 from everalign.modeling.policy import Policy
 from everalign.training.teaching import OBJECTIVES, SCORED_OBJECTIVES, make_objective
 from models_for_tests import (
@@ -213,14 +214,15 @@ def test_what_a_model_does_behind_its_decoder_is_run_on_a_few_positions(family, 
     heights = []
     model.get_output_embeddings().register_forward_hook(lambda _, given, logits: heights.append(logits[..., 0].numel()))
     monkeypatch.setattr(token_log_probs, "_CHUNK_ROWS", 4)
-    monkeypatch.setattr(token_log_probs, "_BLOCK_LOGITS", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(token_log_probs, "_CHUNK_LOGITS", {"cpu": 1, "cuda": 1})
     chunked = gradients(policy, BATCH)
     # One row to learn of the vocabulary's size; forwards, and again in the backward pass.
     assert max(heights) == 4
     assert len(heights) == 1 + 2 * -(-len(BATCH["targets"]) // 4)
     monkeypatch.setattr(policy.head, "_resumable", False)
     assert_same_gradients(chunked, gradients(policy, BATCH))
-    assert max(heights) == BATCH["input_ids"].numel()
+    row = _in_one_row(BATCH) if family == "qwen2" else BATCH
+    assert max(heights) == row["input_ids"].numel()
 
 
 def test_a_model_without_a_decoder_of_its_own_runs_whole():

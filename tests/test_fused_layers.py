@@ -1,6 +1,7 @@
 """Fused norms, gated layers and attention against the models' own."""
 
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from everalign.modeling.cpu_attention import CPU_ATTENTION, _Attention, _mask_of
 from everalign.modeling.fused_layers import fuse_layers
 from everalign.modeling.likelihood import _in_one_row, block_mask
 from everalign.modeling.policy import Policy
-from models_for_tests import FAMILIES, perturb, random_model, random_pairs
+from models_for_tests import FAMILIES, perturb, random_model, random_pairs, random_updates
 
 DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 
@@ -151,22 +152,30 @@ def test_runs_say_what_the_layout_says():
     assert torch.equal(row["input_ids"][0, :start], batch["input_ids"][kept])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "mistral"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 6e-2)])
-def test_policies_learn_the_same_with_the_librarys_attention(family, dtype, tolerance, monkeypatch):
+@pytest.mark.parametrize("learned_before", [False, True])
+def test_policies_learn_what_plain_peft_does(family, dtype, tolerance, learned_before, monkeypatch):
     batch = lay_out_pairs(random_pairs(6, longest=40), shared=True)
 
     def results():
         policy = Policy(random_model(family).to(dtype), 4, 8.0)
+        if learned_before:
+            policy.write_long_term(random_updates(policy))
         perturb(policy)
         values = policy(batch)
         (values * torch.linspace(-1, 2, len(values))).sum().backward()
         return policy, values.detach(), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
 
     policy, values, gradients = results()
+    fused = {type(m).__name__[-3:] for m in policy.modules() if isinstance(vars(m).get("forward"), partial)}
+    # Gemma's norms and activations are others.
+    assert fused == {"ear", "ion", *(["MLP", "orm"] if family != "gemma3" else [])}
     assert policy.peft.config._attn_implementation == CPU_ATTENTION
-    monkeypatch.setattr("everalign.modeling.policy.use_cpu_attention", lambda model: None)
-    _, expected, expected_gradients = results()
+    for name in ("fuse", "fuse_layers", "use_cpu_attention"):
+        monkeypatch.setattr(f"everalign.modeling.policy.{name}", lambda model: None)
+    policy, expected, expected_gradients = results()
+    assert not any("forward" in vars(module) for module in policy.modules())
     torch.testing.assert_close(values, expected, rtol=tolerance, atol=tolerance)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():

@@ -95,14 +95,19 @@ def _attention(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output, None
-    runs: list[list[int]] = attention_mask[0, 0].tolist()
     if not plain or len({query.dtype, key.dtype, value.dtype}) > 1:
-        output, _ = sdpa_attention_forward(module, query, key, value, _mask_of(runs, query.shape[2]), **options)
+        mask = _mask_of(attention_mask[0, 0].tolist(), query.shape[2])
+        output, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
         return output, None
     scale = query.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"]
-    states = (tensor.transpose(1, 2)[0] for tensor in (query, key, value))
-    result: Tensor = _Attention.apply(*states, runs, scale)  # type: ignore[no-untyped-call]
-    return result[None], None
+    query, key, value = (tensor.transpose(1, 2)[0] for tensor in (query, key, value))
+    return attend(query, key, value, attention_mask, scale)[None], None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, runs: Tensor, scale: float) -> Tensor:
+    """Attend with query (T, H, D), key and value (T, H', D) over a table of runs: (T, H, D)."""
+    result: Tensor = _Attention.apply(query, key, value, runs[0, 0].tolist(), scale)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Attention(torch.autograd.Function):
@@ -144,15 +149,13 @@ class _Attention(torch.autograd.Function):
                 rows = slice(start, start - (start - end) // _ROUND_ROWS * _ROUND_ROWS)
                 seen = slice(first, rows.stop)
                 block_q, block_g = q[:, :, rows].flatten(1, 2), g[:, :, rows].flatten(1, 2)
-                p = torch.baddbmm(
-                    q.new_empty(()), block_q, k[:, seen].transpose(1, 2), beta=0, alpha=ctx.scale
-                ).exp_()
-                _hide(p.unflatten(1, (-1, rows.stop - start)), start - first, end - first, answers)
+                p = torch.baddbmm(q.new_empty(()), block_q, k[:, seen].transpose(1, 2), beta=0, alpha=ctx.scale).exp_()
+                _hide(p.view(heads, -1, rows.stop - start, p.shape[2]), start - first, end - first, answers)
                 dv[:, seen] += p.transpose(1, 2) @ block_g
                 ds = (block_g @ v[:, seen].transpose(1, 2)).mul_(p)
                 dk[:, seen] += ds.transpose(1, 2) @ block_q
-                own = (ds @ centred[:, seen]).unflatten(1, (-1, rows.stop - start))[:, :, : end - start]
-                dq[start:end] = own.permute(2, 0, 1, 3).flatten(1, 2)
+                own = (ds @ centred[:, seen]).view(heads, -1, rows.stop - start, query.shape[2])
+                dq[start:end] = own[:, :, : end - start].permute(2, 0, 1, 3).flatten(1, 2)
         dk, dv = (t[:, :length, :-2].transpose(0, 1) for t in (dk.mul_(ctx.scale), dv))
         return dq.mul_(ctx.scale), dk.to(key.dtype), dv.to(value.dtype), None, None
 

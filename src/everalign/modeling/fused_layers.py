@@ -5,6 +5,7 @@ re-read half a dozen tensors each; here they work on blocks of rows that stay in
 nothing but their inputs. A module is replaced only where the fused form gives what its own does, which is measured.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
+
+from everalign.modeling.cpu_attention import PLAIN_ATTENTION_MODELS, attend
+from everalign.modeling.fused_lora import (
+    Matrices,
+    factor_gradients,
+    input_gradient,
+    is_plain,
+    learned_adapters,
+    linears,
+    matrices_of,
+    products,
+)
 
 # Elements of a block: a few of them, with their temporaries, fit into a core's second-level cache.
 _BLOCK = 131_072
@@ -31,6 +44,8 @@ def fuse_layers(model: nn.Module) -> None:
         elif _gated(module):
             dtype = next(module.parameters()).dtype
             _replace(module, _gated_forward, _input_width(module.gate_proj), {dtype})
+        elif _attends(module) and _attention_agrees(module):
+            module.forward = partial(_attention_forward, module)
 
 
 def _plain_norm(module: Any) -> bool:
@@ -45,8 +60,9 @@ def _epsilon(module: Any) -> float | None:
 def _gated(module: Any) -> bool:
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     # Quantised and packed matrices have no weights that tell in which precision they compute.
-    plain = all(type(getattr(part, "base_layer", part)) is nn.Linear for part in parts)
-    return plain and isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
+    return all(is_plain(part) for part in parts) and isinstance(
+        getattr(module, "act_fn", None), nn.SiLU | SiLUActivation
+    )
 
 
 def _width(norm: Any) -> int:
@@ -79,9 +95,86 @@ def _norm_forward(module: Any, x: Tensor) -> Tensor:
 
 
 def _gated_forward(module: Any, x: Tensor) -> Tensor:
-    product = _SwiGLU.apply(module.gate_proj(x), module.up_proj(x))  # type: ignore[no-untyped-call]
-    result: Tensor = module.down_proj(product)
+    (gate, dtype), (up, _), (down, _) = (
+        matrices_of(m, x) for m in (module.gate_proj, module.up_proj, module.down_proj)
+    )
+    layers = (gate, up, down)
+    factors = (factor for layer in layers for factor in layer.factors)
+    result: Tensor = _Gated.apply(x, dtype, layers, *factors)  # type: ignore[no-untyped-call]
     return result
+
+
+def _attends(module: Any) -> bool:
+    """Whether a module has the parts of a Llama's attention."""
+    parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    config = getattr(module, "config", None)
+    if not all(is_plain(part) for part in parts) or getattr(config, "model_type", None) not in PLAIN_ATTENTION_MODELS:
+        return False
+    norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+    return config._attn_implementation == "sdpa" and all(
+        n is None or n.weight.shape == (module.head_dim,) for n in norms
+    )
+
+
+def _attention_agrees(module: Any) -> bool:
+    """Whether the fused attention gives what the module's own does, for six tokens at random angles."""
+    generator = torch.Generator().manual_seed(0)
+    dtype, width = module.o_proj.weight.dtype, module.head_dim
+    angles = torch.randn(1, 6, width // 2, generator=generator).repeat(1, 1, 2)
+    rows = torch.randn(1, 6, _input_width(module.q_proj), generator=generator).to(dtype)
+    positions = angles.cos().to(dtype), angles.sin().to(dtype)
+    with torch.no_grad():
+        own = module(hidden_states=rows, position_embeddings=positions, attention_mask=None)[0].float()
+        fused = _attention_forward(module, rows, positions, torch.tensor([[[[0, 6, 0, 0]]]]))[0].float()
+    return own.shape == fused.shape and bool((own - fused).abs().max() <= _TOLERANCES[dtype] * own.abs().max())
+
+
+def _attention_forward(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None,
+    past_key_values: Any = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend over runs (see `cpu_attention`); the module's own way where the mask is no table of them."""
+    if past_key_values is not None or attention_mask is None or attention_mask.dtype != torch.int64:
+        own: tuple[Tensor, Tensor | None] = type(module).forward(
+            module, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **options
+        )
+        return own
+    parts = (module.q_proj, module.k_proj, module.v_proj)
+    layers, dtype = [matrices_of(part, hidden_states)[0] for part in parts], matrices_of(parts[0], hidden_states)[1]
+    q, k, v = (t.view(t.shape[1], -1, module.head_dim) for t in linears(hidden_states, dtype, layers))
+    if getattr(module, "q_norm", None) is not None:
+        q, k = module.q_norm(q), module.k_norm(k)
+    cos, sin = position_embeddings
+    q, k = _Rotary.apply(q, k, cos[0], sin[0])  # type: ignore[no-untyped-call]
+    result: Tensor = module.o_proj(attend(q, k, v, attention_mask, module.scaling).flatten(1)[None])
+    return result, None
+
+
+class _Rotary(torch.autograd.Function):
+    """x·cos + (-x₂, x₁)·sin of queries and keys (T, H, D), for angles (T, D) (Su et al. 2021, "RoFormer")."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(query, cos, sin), _rotated(key, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        back = -sin.roll(sin.shape[1] // 2, dims=1)
+        return *(_rotated(gradient, cos, back) for gradient in gradients), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin, half = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype), x.shape[-1] // 2
+    y = x * cos
+    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return y
 
 
 def _blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -111,12 +204,13 @@ class _Norm(torch.autograd.Function):
         x, inverse, weight = ctx.saved_tensors
         dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
         for (block, upstream, out), root in zip(_blocks(x, gradient, dx), _roots(inverse, x), strict=True):
-            normed, g = block.float() * root, upstream.float()
+            wide, g = block.float(), upstream.to(torch.float32, copy=True)
             if ctx.needs_input_grad[1]:
-                dw += (g * normed).sum(0)
-            g = g * weight
-            mean = (g * normed).mean(-1, keepdim=True)
-            out.copy_(g.sub_(normed.mul_(mean)).mul_(root))
+                dw += (g * wide).mul_(root).sum(0)
+            g.mul_(weight)
+            # x̂ = x·r, and dx = r·(g - x̂·mean(g·x̂))
+            along = (g * wide).mean(-1, keepdim=True).mul_(root.pow(3)).neg_()
+            out.copy_(g.mul_(root).addcmul_(wide, along))
         return dx, dw.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
 
 
@@ -124,27 +218,29 @@ def _roots(inverse: Tensor, like: Tensor) -> list[Tensor]:
     return list(torch.split(inverse.view(-1, 1), max(1, _BLOCK // like.shape[-1])))
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(a) · b (Shazeer 2020, "GLU Variants Improve Transformer"), keeping a and b alone."""
+class _Gated(torch.autograd.Function):
+    """down(silu(gate(x)) · up(x)) (Shazeer 2020, "GLU Variants Improve Transformer"), keeping x, gate and up."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        y = torch.empty_like(gate)
-        for a, b, out in _blocks(gate, up, y):
-            torch.mul(F.silu(a), b, out=out)
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, layers: Sequence[Matrices], *factors: Tensor) -> Tensor:
+        (gate, up), outer = products(x.to(dtype), layers[:2])
+        (y,), inner = products(F.silu(gate).mul_(up), layers[2:])
+        ctx.learned = learned_adapters(layers, ctx.needs_input_grad[3:])
+        ctx.save_for_backward(x if any(map(any, ctx.learned)) else x.new_empty(0), gate, up, *outer, *inner)
+        ctx.layers, ctx.dtypes, ctx.outer = layers, (x.dtype, dtype), len(outer)
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        for a, b, g, da, db in _blocks(gate, up, gradient, d_gate, d_up):
-            sigmoid = torch.sigmoid(a)
-            silu = a * sigmoid
-            torch.mul(g, silu, out=db)
-            # d silu = σ + silu·(1 - σ)
-            slope = sigmoid.add_(silu.mul_(1 - sigmoid))
-            torch.mul(slope.mul_(g), b, out=da)
-        return d_gate, d_up
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, up, *kept = ctx.saved_tensors
+        layers, learned, (own, dtype) = ctx.layers, ctx.learned, ctx.dtypes
+        outer, inner = kept[: ctx.outer], kept[ctx.outer :]
+        upstream = [gradient.to(dtype)]
+        dy, narrow = input_gradient(upstream, layers[2:], inner)
+        silu = F.silu(gate)
+        down = factor_gradients(silu * up, upstream, layers[2:], inner, narrow, learned[2:]) if any(learned[2]) else []
+        down = down or [None] * len(layers[2].factors)
+        parts = [torch.ops.aten.silu_backward(dy * up, gate), silu.mul_(dy)]
+        dx, narrow = input_gradient(parts, layers[:2], outer)
+        factors = factor_gradients(x.to(dtype), parts, layers[:2], outer, narrow, learned[:2])
+        return (dx.to(own), None, None, *factors, *down)

@@ -1,15 +1,18 @@
 """Adapted linear layers in one step of the autograd graph: the update is added where the product is written.
 
 peft computes base(x) + B(A(x))·s as five operations with four results of the output's size, and as many again in the
-backward pass. Here y = x·Wᵀ + Σ s·(x·Aᵀ)·Bᵀ and dx = g·W + Σ s·(g·B)·A accumulate in place, W being frozen.
+backward pass. Here y = x·Wᵀ + Σ s·(x·Aᵀ)·Bᵀ and dx = g·W + Σ s·(g·B)·A accumulate in place, W being frozen. Layers of
+the same input share what is done with it: x·Aᵀ of all of them is one product, and so is what their As learn.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -18,10 +21,15 @@ from torch import Tensor, nn
 _WORTH_FOLDING = 0.05
 
 
+def is_plain(layer: Any) -> bool:
+    """Whether a layer, adapted or not, is an `nn.Linear` whose weights are numbers as they are."""
+    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    return type(base) is nn.Linear and base.weight.is_floating_point()
+
+
 def fuse(layer: LoraLayer) -> None:
     """Give an adapted `nn.Linear` the fused forward pass; any other kind of layer keeps peft's."""
-    base = layer.get_base_layer()
-    if type(base) is nn.Linear and base.weight.is_floating_point():
+    if is_plain(layer):
         layer.forward = partial(_forward, layer)
 
 
@@ -39,21 +47,46 @@ def resting(layers: Collection[Any]) -> Iterator[None]:
             layer.folded, layer.folded_parts = None, []
 
 
+@dataclass(frozen=True)
+class Matrices:
+    """A linear layer as its products need it.
+
+    Args:
+        weight: W (m, n), frozen.
+        bias: (m,) or None.
+        factors: A (r, n) and B (m, r) of each adapter in use, one after the other.
+        scales: what each B·A is multiplied by.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    factors: tuple[Tensor, ...] = ()
+    scales: tuple[float, ...] = ()
+
+
+def matrices_of(layer: Any, x: Tensor) -> tuple[Matrices, torch.dtype]:
+    """Return a plain layer's matrices for an input, and the dtype of the products."""
+    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
+    if base is layer or layer.disable_adapters or layer.merged:
+        return Matrices(base.weight, base.bias), dtype
+    weight, names = base.weight, [name for name in layer.active_adapters if name in layer.lora_A]
+    if dtype == torch.float32:
+        weight, names = _fold_frozen(layer, names)
+    factors = tuple(f[name].weight for name in names for f in (layer.lora_A, layer.lora_B))
+    return Matrices(weight, base.bias, factors, tuple(layer.scaling[name] for name in names)), dtype
+
+
 def _forward(layer: Any, x: Tensor) -> Tensor:
     result: Tensor
-    base = layer.base_layer
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or not names:
-        result = base(x)
-        return result
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.weight.dtype
-    weight, names = _fold_frozen(layer, names) if dtype == torch.float32 else (base.weight, names)
-    if not names:
-        return nn.functional.linear(x.to(dtype), weight, base.bias)
-    factors = [f[name].weight for name in names for f in (layer.lora_A, layer.lora_B)]
-    scales = tuple(layer.scaling[name] for name in names)
-    result = _Fused.apply(x, weight, base.bias, dtype, scales, *factors)  # type: ignore[no-untyped-call]
+    matrices, dtype = matrices_of(layer, x)
+    if matrices.factors:
+        (result,) = linears(x, dtype, [matrices])
+    elif matrices.weight is layer.base_layer.weight:
+        result = layer.base_layer(x)
+    else:
+        result = F.linear(x.to(dtype), matrices.weight, matrices.bias)
     return result
 
 
@@ -88,48 +121,119 @@ def _is_folded(layer: Any, parts: list[Tensor]) -> bool:
     return same and layer.folded.device == parts[0].device
 
 
-class _Fused(torch.autograd.Function):
+def linears(x: Tensor, dtype: torch.dtype, layers: Sequence[Matrices]) -> tuple[Tensor, ...]:
+    """Return what each of some layers makes of x (..., n): (..., m), computed in this dtype."""
+    factors = (factor for layer in layers for factor in layer.factors)
+    result: tuple[Tensor, ...] = _Linears.apply(x, dtype, layers, *factors)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        scales: tuple[float, ...],
-        *factors: Tensor,
-    ) -> Tensor:
-        """Compute y (..., m) from x (..., n), W (m, n) and the adapters' A (r, n), B (m, r), one after the other.
-
-        All adapters are two products: their As below one another, their Bs side by side.
-        """
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        A = torch.cat([a.to(dtype) for a in factors[::2]])
-        B = torch.cat([(b * scale).to(dtype) for b, scale in zip(factors[1::2], scales, strict=True)], dim=1)
-        # Of the shape that is returned: models may write into it, which a view made in here would forbid.
-        y = nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        inner = rows @ A.T
-        y.view(-1, len(weight)).addmm_(inner, B.T)
-        widths = [len(a) for a in factors[::2]]
-        learned = [i for i in range(len(scales)) if any(ctx.needs_input_grad[5 + 2 * i : 7 + 2 * i])]
-        parts = torch.split(inner, widths, dim=1)
-        ctx.save_for_backward(weight, A, B, *((rows, *(parts[i].contiguous() for i in learned)) if learned else ()))
-        ctx.scales, ctx.widths, ctx.learned = scales, widths, learned
-        ctx.shape, ctx.dtypes = x.shape, (x.dtype, [factor.dtype for factor in factors])
-        return y
+        ctx: Any, x: Tensor, dtype: torch.dtype, layers: Sequence[Matrices], *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs, kept = products(x.to(dtype), layers)
+        learned = learned_adapters(layers, ctx.needs_input_grad[3:])
+        ctx.save_for_backward(x if any(map(any, learned)) else x.new_empty(0), *kept)
+        ctx.layers, ctx.learned, ctx.dtypes = layers, learned, (x.dtype, dtype)
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and of the factors that learn."""
-        weight, A, B, *saved = ctx.saved_tensors
-        g = gradient.reshape(-1, gradient.shape[-1]).to(A.dtype)
-        narrow = g @ B
-        dx = None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        upstream = [g.to(ctx.dtypes[1]) for g in gradients]
         if ctx.needs_input_grad[0]:
-            dx = (g @ weight.to(g.dtype)).addmm_(narrow, A).view(ctx.shape).to(ctx.dtypes[0])
-        factors: list[Tensor | None] = [None] * (2 * len(ctx.scales))
-        parts = torch.split(narrow, ctx.widths, dim=1)
-        for i, inner in zip(ctx.learned, saved[1:], strict=True):
-            factors[2 * i] = (parts[i].T @ saved[0]).to(ctx.dtypes[1][2 * i])
-            factors[2 * i + 1] = (g.T @ inner).mul_(ctx.scales[i]).to(ctx.dtypes[1][2 * i + 1])
-        return (dx, None, None, None, None, *factors)
+            dx, narrow = input_gradient(upstream, ctx.layers, kept)
+        else:
+            dx, narrow = None, narrow_gradient(upstream, kept)
+        factors = factor_gradients(x.to(ctx.dtypes[1]), upstream, ctx.layers, kept, narrow, ctx.learned)
+        return (None if dx is None else dx.to(ctx.dtypes[0]), None, None, *factors)
+
+
+# ---- the products of layers of one input, forward and back ----
+
+
+def learned_adapters(layers: Sequence[Matrices], needed: Sequence[bool]) -> list[list[bool]]:
+    """Say of each adapter of each layer whether it learns, given which factors need gradients."""
+    flags = iter(needed)
+    return [[next(flags) | next(flags) for _ in layer.scales] for layer in layers]
+
+
+def products(x: Tensor, layers: Sequence[Matrices]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Return each layer's output (..., m) for x (..., n), and what the way back needs besides x.
+
+    These are x·Aᵀ (T, R) of all adapters of all layers, all As (R, n), and of each layer its Bs (m, r) side by side,
+    scaled; in the dtype of x. Nothing where no layer is adapted.
+    """
+    # Of the shape that is returned: models may write into it, which a view made in here would forbid.
+    outputs = tuple(
+        F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+        for layer in layers
+    )
+    if not any(layer.factors for layer in layers):
+        return outputs, []
+    A = torch.cat([a for layer in layers for a in layer.factors[::2]]).to(x.dtype)
+    inner = x.reshape(-1, x.shape[-1]) @ A.T
+    Bs, start = [], 0
+    for layer, y in zip(layers, outputs, strict=True):
+        parts = [b * scale for b, scale in zip(layer.factors[1::2], layer.scales, strict=True)]
+        Bs.append(torch.cat(parts, dim=1).to(x.dtype) if parts else x.new_empty(len(layer.weight), 0))
+        width = Bs[-1].shape[1]
+        if width:
+            y.view(-1, len(layer.weight)).addmm_(inner[:, start : start + width], Bs[-1].T)
+        start += width
+    return outputs, [inner, A, *Bs]
+
+
+def narrow_gradient(gradients: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor | None:
+    """Return the gradient of x·Aᵀ (T, R) for those (..., m) of the layers' outputs; None without adapters."""
+    if not kept:
+        return None
+    return torch.cat([g.reshape(-1, g.shape[-1]) @ B for g, B in zip(gradients, kept[2:], strict=True)], dim=1)
+
+
+def input_gradient(
+    gradients: Sequence[Tensor], layers: Sequence[Matrices], kept: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradient (..., n) of x, and what `narrow_gradient` does."""
+    flat, narrow = [g.reshape(-1, g.shape[-1]) for g in gradients], narrow_gradient(gradients, kept)
+    dx = flat[0] @ layers[0].weight.to(flat[0].dtype)
+    for g, layer in zip(flat[1:], layers[1:], strict=True):
+        dx.addmm_(g, layer.weight.to(g.dtype))
+    if narrow is not None:
+        dx.addmm_(narrow, kept[1])
+    return dx.view(*gradients[0].shape[:-1], -1), narrow
+
+
+def factor_gradients(
+    x: Tensor,
+    gradients: Sequence[Tensor],
+    layers: Sequence[Matrices],
+    kept: Sequence[Tensor],
+    narrow: Tensor | None,
+    learned: Sequence[Sequence[bool]],
+) -> list[Tensor | None]:
+    """Return the gradients of all layers' factors, in their order; None for those of adapters that do not learn."""
+    result: list[Tensor | None] = []
+    if narrow is None:
+        return result
+    ranks = [len(a) for layer in layers for a in layer.factors[::2]]
+    flags = [flag for flags in learned for flag in flags]
+    columns = [part.tolist() for part in torch.split(torch.arange(sum(ranks)), ranks)]
+    used = [column for flag, part in zip(flags, columns, strict=True) for column in part if flag]
+    if not used:
+        return [None] * (2 * len(ranks))
+    inner, part = kept[0], narrow
+    if len(used) < sum(ranks):
+        inner, part = inner[:, used], narrow[:, used]
+    dA, start = part.T @ x.reshape(-1, x.shape[-1]), 0
+    for layer, g, own in zip(layers, gradients, learned, strict=True):
+        widths = [len(a) if flag else 0 for a, flag in zip(layer.factors[::2], own, strict=True)]
+        dB = g.reshape(-1, g.shape[-1]).T @ inner[:, start : start + sum(widths)]
+        for a, b, scale, width, db in zip(
+            layer.factors[::2], layer.factors[1::2], layer.scales, widths, torch.split(dB, widths, dim=1), strict=True
+        ):
+            result += [dA[start : start + width].to(a.dtype), db.to(b.dtype).mul_(scale)] if width else [None, None]
+            start += width
+    return result

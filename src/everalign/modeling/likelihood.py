@@ -84,9 +84,9 @@ class LanguageHead:
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {"input_ids": batch["input_ids"], "use_cache": False}
         if "runs" in batch:
-            masks = {_LAYERS[kind]: batch["runs"] for kind in self._masks}
-            mask = masks if len(masks) > 1 else batch["runs"]
-            return {**inputs, "attention_mask": mask, "position_ids": batch["position_ids"]}
+            runs = batch["runs"]
+            table = {_LAYERS[kind]: runs for kind in self._masks} if len(self._masks) > 1 else runs
+            return {**inputs, "attention_mask": table, "position_ids": batch["position_ids"]}
         if "attention_mask" in batch:
             return {**inputs, "attention_mask": batch["attention_mask"]}
         if "segments" not in batch:
@@ -127,7 +127,7 @@ class LanguageHead:
     def _whole(self, batch: Batch) -> bool:
         """Whether every layer sees the whole past of every token of the batch, were it but for its length."""
         longest = int(batch["position_ids"].max()) if "position_ids" in batch else batch["input_ids"].shape[1] - 1
-        sizes = {"window": "sliding_window", "chunk": "attention_chunk_size"}
+        sizes: dict[str, str] = {"window": "sliding_window", "chunk": "attention_chunk_size"}
         return all(longest < int(getattr(self._config, sizes[kind])) for kind in self._masks if kind != "whole")
 
     @property

@@ -144,9 +144,7 @@ class _FrozenHead(torch.autograd.Function):
         return gradient * -upstream[:, None].to(gradient.dtype), None, None, None, None, None
 
 
-def _fill(
-    log_probs: Tensor, logits: Tensor, chosen: Tensor, sums: Tensor, shape: HeadShape, wanted: bool
-) -> None:
+def _fill(log_probs: Tensor, logits: Tensor, chosen: Tensor, sums: Tensor, shape: HeadShape, wanted: bool) -> None:
     """Write log-probabilities (K,), Σ exp of the logits (K, V) over its largest term as `sums` (K, 1), and where
     wanted, over the logits, the slope of the negative log-probability times that sum.
     """
