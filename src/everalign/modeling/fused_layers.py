@@ -107,13 +107,12 @@ def _gated_forward(module: Any, x: Tensor) -> Tensor:
 def _attends(module: Any) -> bool:
     """Whether a module has the parts of a Llama's attention."""
     parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if not all(is_plain(part) for part in parts) or getattr(config, "model_type", None) not in PLAIN_ATTENTION_MODELS:
         return False
     norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
-    return config._attn_implementation == "sdpa" and all(
-        n is None or n.weight.shape == (module.head_dim,) for n in norms
-    )
+    plain = all(norm is None or norm.weight.shape == (module.head_dim,) for norm in norms)
+    return plain and bool(config._attn_implementation == "sdpa")
 
 
 def _attention_agrees(module: Any) -> bool:
