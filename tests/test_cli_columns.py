@@ -95,3 +95,10 @@ def test_a_reward_model_carries_the_template_of_its_chats(work, capsys):
     assert AutoTokenizer.from_pretrained("reward").chat_template == DEFAULT_CHAT_TEMPLATE
     code, _, err = run(capsys, "reward", "score", "--model", "reward", "--data", "a.jsonl", "--output", "scored.jsonl")
     assert code == 0, err
+
+
+def test_columns_that_nothing_is_learned_from_are_named(work, capsys):
+    write_rows(work / "a.jsonl", chats(source="forum", score=3))
+    code, _, err = run(capsys, *learn("--task", "a=a.jsonl"))
+    assert code == 0, err
+    assert err.count("note: a.jsonl: columns that are not read: source, score") == 1

@@ -53,7 +53,7 @@ def test_all_kinds_of_file_give_the_same_rows(tmp_path, name):
     pairs = load_preferences(str(path))
     assert list(pairs) == EXPECTED
     assert [row.weight for row in pairs] == [2.5, 1.0]
-    assert (pairs.source, pairs.skipped) == (str(path), ())
+    assert (pairs.source, pairs.skipped, pairs.ignored) == (str(path), (), ("source",))
     assert load_preferences(path).fingerprint == pairs.fingerprint
 
 

@@ -8,7 +8,7 @@ import typer
 from everalign.cli import correct_data, correct_distill, correct_evaluate, correct_run, correct_steer
 from everalign.cli.display import Display
 from everalign.cli.output import say, show, show_json, show_line
-from everalign.cli.verbs import Json, TrustRemoteCode, option, phrases, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, TrustRemoteCode, option, phrases, report_unused, resumable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -137,7 +137,7 @@ def _load(source: str, skip_bad_rows: bool) -> "CorrectionSet":
     from everalign.data import CorrectionSet, load_edits
 
     rows = load_edits(source, skip_bad_rows=skip_bad_rows)
-    warn_of_bad_rows(rows)
+    report_unused(rows)
     if isinstance(rows, CorrectionSet):
         return rows
     say("note", f"{source} holds preferences: each rejected answer is corrected into the chosen one", "bold")

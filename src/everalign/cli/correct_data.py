@@ -11,7 +11,7 @@ import typer
 
 from everalign.cli.display import Display
 from everalign.cli.output import show_json, show_line
-from everalign.cli.verbs import Json, TrustRemoteCode, option, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, TrustRemoteCode, option, report_unused, resumable
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _make(
     from everalign.data.drafts import load_drafts
 
     rows = load_drafts(source, skip_bad_rows=skip_bad_rows)
-    warn_of_bad_rows(rows)
+    report_unused(rows)
     display.announce(f"{len(rows)} rows")
     return make_corrections(
         rows,

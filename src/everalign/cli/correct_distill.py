@@ -9,7 +9,7 @@ import typer
 from everalign.cli.correct_run import load_corrector
 from everalign.cli.display import Display
 from everalign.cli.output import show, show_json, show_line
-from everalign.cli.verbs import Json, TrustRemoteCode, flag, phrases, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, TrustRemoteCode, flag, phrases, report_unused, resumable
 from everalign.cli.weighting_flags import (
     DropConstant,
     Estimator,
@@ -126,7 +126,7 @@ def _distill(flags: dict[str, Any], options: "DistillOptions", display: Display)
 
     arguments = _learner_arguments(flags)
     drafts = load_drafts(flags["data"], skip_bad_rows=flags["skip_bad_rows"])
-    warn_of_bad_rows(drafts)
+    report_unused(drafts)
     prompts = PromptSet(tuple(PromptRow(row.question, row.weight) for row in drafts), drafts.source)
     test = None if flags["test"] is None else load_preferences(flags["test"])
     display.announce(f"{len(prompts)} prompts")

@@ -11,7 +11,7 @@ import typer
 from everalign.cli.correct_run import load_corrector, make_approver
 from everalign.cli.display import Display
 from everalign.cli.output import show, show_json
-from everalign.cli.verbs import Json, TrustRemoteCode, option, phrases, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, TrustRemoteCode, option, phrases, report_unused, resumable
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def evaluate(
     judge = (judge_instructions, concurrency, requests_per_minute, timeout)
     with resumable() if cache else nullcontext(), Display() as display:
         rows = load_answers(data, skip_bad_rows=skip_bad_rows)
-        warn_of_bad_rows(rows)
+        report_unused(rows)
         referee = _referee(scorer, cache, judge, display.announce)
         display.announce(f"{len(rows)} rows to correct")
         report = evaluate_corrector(

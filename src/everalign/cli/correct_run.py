@@ -8,7 +8,7 @@ import typer
 
 from everalign.cli.display import Display
 from everalign.cli.output import show_json, show_line
-from everalign.cli.verbs import Json, TrustRemoteCode, option, phrases, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, TrustRemoteCode, option, phrases, report_unused, resumable
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def run(
     # Before anything is loaded: a second process is told at once.
     with resumable(), Display() as display, alone(lock_of(output)):
         rows = load_uncorrected(data, skip_bad_rows=skip_bad_rows)
-        warn_of_bad_rows(rows)
+        report_unused(rows)
         display.announce(f"{len(rows)} rows to correct")
         done = correct_rows(
             rows,

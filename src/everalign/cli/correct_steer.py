@@ -7,7 +7,7 @@ import typer
 
 from everalign.cli.display import Display
 from everalign.cli.output import show, show_json, show_line
-from everalign.cli.verbs import Json, TrustRemoteCode, option, warn_of_bad_rows
+from everalign.cli.verbs import Json, TrustRemoteCode, option, report_unused
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def steer(
     local: dict[str, Any] = {"precision": precision, "tokens_per_batch": tokens_per_batch}
     with Display() as display:
         found = load_corrections(data, skip_bad_rows=skip_bad_rows)
-        warn_of_bad_rows(found)
+        report_unused(found)
         display.announce("steering")
         facts = steer_corrector(
             corrector,

@@ -9,7 +9,7 @@ import typer
 from everalign.cli.display import Display
 from everalign.cli.learn_feedback import FeedbackFlags, feedback_flags, learn_feedback
 from everalign.cli.output import show, show_json, show_line, show_yaml
-from everalign.cli.verbs import TrustRemoteCode, flag, resumable, warn_of_bad_rows
+from everalign.cli.verbs import TrustRemoteCode, flag, report_unused, resumable
 from everalign.cli.weighting_flags import (
     REWARDS,
     DropConstant,
@@ -211,7 +211,7 @@ def _announce_data(name: str, train: "RowSet[Any]", test: "RowSet[Any] | None", 
     display.announce(f"  {name}: {len(train)} rows to learn, {held_out}")
     for rows in (train, test):
         if rows is not None:
-            warn_of_bad_rows(rows)
+            report_unused(rows)
 
 
 def _write_report(run: Path) -> Path:

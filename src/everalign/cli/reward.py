@@ -9,7 +9,7 @@ import typer
 
 from everalign.cli.display import Display
 from everalign.cli.output import show, show_json, show_line
-from everalign.cli.verbs import Json, TrustRemoteCode, option, resumable, warn_of_bad_rows
+from everalign.cli.verbs import Json, TrustRemoteCode, option, report_unused, resumable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -127,7 +127,7 @@ def _load(source: str, skip_bad_rows: bool) -> "PreferenceSet":
     from everalign.data import load_preferences
 
     rows = load_preferences(source, skip_bad_rows=skip_bad_rows)
-    warn_of_bad_rows(rows)
+    report_unused(rows)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What the verbs have in common: how their flags look, how they end when interrupted, what is said of bad rows."""
+"""What the verbs have in common: how their flags look, how they end when interrupted, what they say of unused rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,8 +60,10 @@ def resumable(command: str = "the same command") -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def warn_of_bad_rows(rows: "RowSet[Any]") -> None:
-    """Say how many bad rows were left out, and what was wrong with the first."""
+def report_unused(rows: "RowSet[Any]") -> None:
+    """Say how many bad rows were left out and what was wrong with the first, and which columns are not read."""
     if rows.skipped:
         message = f"{rows.source}: {len(rows.skipped)} bad rows left out; the first: {rows.skipped[0]}"
         say("warning", message, "yellow")
+    if rows.ignored:
+        say("note", f"{rows.source}: columns that are not read: {', '.join(rows.ignored)}", "cyan")

@@ -89,7 +89,7 @@ class Answer:
 
     @classmethod
     def from_json(cls, obj: object, where: str) -> "Answer":
-        """Reads one row of columns; other columns are ignored.
+        """Reads one row of columns; others are not looked at.
 
         Args:
             obj: a mapping. In a CSV file `good` is `true` or `false`, and empty cells of `good` and `kind` say nothing.

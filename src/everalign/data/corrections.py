@@ -90,7 +90,7 @@ class Correction:
 
     @classmethod
     def from_json(cls, obj: object, where: str) -> "Correction":
-        """Reads one row of columns; other columns are ignored.
+        """Reads one row of columns; others are not looked at.
 
         Args:
             obj: a mapping. `answer` and `correction` are text or a list with one assistant message.

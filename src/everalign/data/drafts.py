@@ -87,7 +87,7 @@ class Draft:
 
     @classmethod
     def from_json(cls, obj: object, where: str) -> "Draft":
-        """Reads one row of columns; other columns are ignored.
+        """Reads one row of columns; others are not looked at.
 
         Args:
             obj: a mapping. A preference is read as `Preference.from_json` reads it.

@@ -59,7 +59,7 @@ class PromptRow:
 
     @classmethod
     def from_json(cls, obj: object, where: str) -> "PromptRow":
-        """Reads one row of columns; other columns are ignored.
+        """Reads one row of columns; others are not looked at.
 
         Raises:
             InputError: `where: field 'prompt': what is wrong; what to do`.

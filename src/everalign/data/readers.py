@@ -66,7 +66,7 @@ def load_preferences(
 
 def load_rows(kind: type[Set], schema: Schema, source: str | os.PathLike[str], split: str, skip_bad_rows: bool) -> Set:
     """Read any kind of rows as `load_preferences` reads preferences."""
-    return _collect(kind, _raw_rows(source, split, schema), str(source), skip_bad_rows)
+    return _collect(kind, schema, _raw_rows(source, split, schema), str(source), skip_bad_rows)
 
 
 def first_columns(source: str | os.PathLike[str], split: str, columns: tuple[str, ...]) -> set[str]:
@@ -104,10 +104,13 @@ def check_disjoint(train: Iterable[Row], test: Iterable[Row], allow: bool = Fals
     return shared
 
 
-def _collect(kind: type[Set], rows: RawRows, source: str, skip_bad_rows: bool) -> Set:
+def _collect(kind: type[Set], schema: Schema, rows: RawRows, source: str, skip_bad_rows: bool) -> Set:
     items: list[Any] = []
     skipped: list[str] = []
+    ignored: dict[str, None] = {}
     for where, value in rows:
+        if isinstance(value, Mapping):
+            ignored |= dict.fromkeys(name for name in value if name not in schema.columns)
         try:
             if isinstance(value, InputError):
                 raise value
@@ -119,7 +122,7 @@ def _collect(kind: type[Set], rows: RawRows, source: str, skip_bad_rows: bool) -
     if not items:
         found = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "no rows in it"
         raise InputError(f"{source}: {found}")
-    return kind(tuple(items), source, tuple(skipped))
+    return kind(tuple(items), source, tuple(skipped), tuple(map(str, ignored)))
 
 
 def _is_hub_name(source: str | os.PathLike[str]) -> bool:
@@ -160,7 +163,7 @@ def _hub_rows(name: str, split: str, schema: Schema) -> RawRows:
             f"split={split!r}) failed: {type(error).__name__}: {reason}; "
             "check the name, the split and the network, or give a file"
         ) from None
-    columns = check_table(dataset.column_names, f"{name}[{split}]", schema)
+    columns, others = check_table(dataset.column_names, f"{name}[{split}]", schema)
     for number, row in enumerate(dataset.select_columns(columns), start=1):
         where = f"{name}[{split}]: row {number}"
-        yield where, table_row(row, where, schema)
+        yield where, table_row({**row, **others}, where, schema)

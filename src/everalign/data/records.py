@@ -89,7 +89,7 @@ class Preference:
 
     @classmethod
     def from_json(cls, obj: object, where: str) -> "Preference":
-        """Reads one row of columns; other columns are ignored.
+        """Reads one row of columns; others are not looked at.
 
         Args:
             obj: a mapping. `chosen` and `rejected` are text, or a list of messages that begins and ends with one of the

@@ -42,6 +42,7 @@ class RowSet(Sequence[AnyRow], Generic[AnyRow]):
         items: the rows.
         source: where they came from, as the user named it.
         skipped: one message for each bad row that was left out on request; slices keep them.
+        ignored: columns of the source that nothing is learned from.
     """
 
     record: ClassVar[Any]
@@ -49,6 +50,7 @@ class RowSet(Sequence[AnyRow], Generic[AnyRow]):
     items: tuple[AnyRow, ...]
     source: str = "memory"
     skipped: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, rows: Iterable[AnyRow | Mapping[str, Any]], source: str = "memory") -> Self:

@@ -11,7 +11,7 @@ from everalign.errors import InputError
 
 @dataclass(frozen=True)
 class Schema:
-    """Columns that a record is made of; other columns are ignored.
+    """Columns that a record is made of; others are named in `RowSet.ignored`.
 
     Args:
         columns: all that are read; the first of them is the prompt.

@@ -103,7 +103,7 @@ class Scored:
 
     @classmethod
     def from_json(cls, obj: object, where: str) -> "Scored":
-        """Reads one row of columns; other columns are ignored.
+        """Reads one row of columns; others are not looked at.
 
         Args:
             obj: a mapping.

@@ -80,13 +80,13 @@ def parquet_rows(path: Path, schema: Schema) -> RawRows:
 
     try:
         with pq.ParquetFile(path) as file:
-            columns = check_table(file.schema_arrow.names, str(path), schema)
+            columns, others = check_table(file.schema_arrow.names, str(path), schema)
             number = 0
             for batch in file.iter_batches(columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     where = f"{path}: row {number}"
-                    yield where, table_row(row, where, schema)
+                    yield where, table_row({**row, **others}, where, schema)
     except pa.ArrowException as error:
         raise InputError(f"{path}: damaged, or no Parquet file: {error}") from None
     except OSError as error:
@@ -104,8 +104,8 @@ FORMATS: dict[str, Callable[[Path, Schema], RawRows]] = {
 """Reader by the end of the file's name."""
 
 
-def check_table(found: Iterable[str], where: str, schema: Schema) -> list[str]:
-    """Checks a table's columns once for all rows and returns those to be read."""
+def check_table(found: Iterable[str], where: str, schema: Schema) -> tuple[list[str], dict[str, None]]:
+    """Checks a table's columns once for all rows; returns those to be read, and the others as cells without a value."""
     names = list(found)
     try:
         schema.check(names)
@@ -115,7 +115,9 @@ def check_table(found: Iterable[str], where: str, schema: Schema) -> list[str]:
         if names.count(name) > 1:
             raise InputError(f"{where}: field {name!r}: {names.count(name)} columns have this name; keep one")
     # Without the prompt's column a row's error could not say which names the file does have.
-    return names if schema.columns[0] not in names else [name for name in schema.columns if name in names]
+    if schema.columns[0] not in names:
+        return names, {}
+    return [name for name in schema.columns if name in names], {n: None for n in names if n not in schema.columns}
 
 
 def table_row(row: dict[str, Any], where: str, schema: Schema, *, numbers_as_text: bool = False) -> object:

@@ -67,7 +67,7 @@ class Uncorrected:
 
     @classmethod
     def from_json(cls, obj: object, where: str) -> "Uncorrected":
-        """Reads one row of columns; other columns are ignored.
+        """Reads one row of columns; others are not looked at.
 
         Args:
             obj: a mapping with `question` and `answer`, or `prompt` and `completion`.

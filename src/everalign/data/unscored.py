@@ -74,7 +74,7 @@ class Unscored:
 
     @classmethod
     def from_json(cls, obj: object, where: str) -> "Unscored":
-        """Reads one row of columns; other columns are ignored.
+        """Reads one row of columns; others are not looked at.
 
         Args:
             obj: a mapping with completions, or a preference as `Preference.from_json` reads it.
