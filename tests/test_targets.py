@@ -11,6 +11,7 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from everalign import AdapterOptions
 from everalign.errors import InputError
 from everalign.modeling.policy import Policy
 from models_for_tests import SHAPE, perturb, random_model, random_policy, random_updates
@@ -51,6 +52,12 @@ def test_an_expression_that_fits_nothing_is_refused():
 
 def test_an_expression_means_the_linear_modules_that_it_fits():
     assert leaves(random_policy(targets=r".*mlp.*")) == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_options_tell_names_from_expressions():
+    assert AdapterOptions(targets="q_proj, layers.1.mlp.up_proj").module_names() == ["q_proj", "layers.1.mlp.up_proj"]
+    assert AdapterOptions(targets=r".*\.(q|v)_proj{1,2}").module_names() == r".*\.(q|v)_proj{1,2}"
+    assert AdapterOptions().module_names() == "all-linear"
 
 
 def test_what_is_no_expression_is_refused():

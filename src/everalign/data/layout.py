@@ -4,7 +4,7 @@ Every token is computed once. Position ids restart with each answer, and a block
 not see each other, so that each answer is computed as if it stood alone behind its prompt.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -218,6 +218,45 @@ def _joined(lists: Iterable[Sequence[int]]) -> list[int]:
 
 def _padded(rows: Sequence[list[int]], width: int) -> Tensor:
     return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+
+
+def rows_of_one_kind(batch: Batch, kind: Callable[[int], tuple[int, ...]]) -> list[tuple[Batch, Tensor]]:
+    """Cut a batch into batches whose sequences are of one kind each, by their number of tokens, prompt included.
+
+    Args:
+        batch: with or without shared prompts.
+        kind: of a sequence of this many tokens.
+
+    Returns:
+        Batches that cover the batch's sequences, with what their rows are computed from, and the numbers (K',) of the
+        response tokens in each. A batch of one kind is left as it is; the rows of others hold one sequence each.
+    """
+    tokens, starts = _tokens_of_sequences(batch)
+    kinds = [kind(len(prompt) + len(own)) for prompt, own in tokens]
+    if len(set(kinds)) < 2:
+        return [(batch, torch.arange(len(batch["targets"]), device=batch["targets"].device))]
+    found = []
+    for wanted in sorted(set(kinds)):
+        chosen = [i for i, own in enumerate(kinds) if own == wanted]
+        groups = [_group(prompt, [(place, own)]) for place, (prompt, own) in enumerate(tokens[i] for i in chosen)]
+        numbers = torch.cat([starts[i] for i in chosen])
+        part = {name: value.to(numbers.device) for name, value in _lay_out(groups, shared=False).items()}
+        found.append((part, numbers))
+    return found
+
+
+def _tokens_of_sequences(batch: Batch) -> tuple[list[tuple[list[int], list[int]]], list[Tensor]]:
+    """Return each sequence's prompt and response, and the numbers of its response tokens."""
+    flat, width = batch["input_ids"].flatten(), batch["input_ids"].shape[1]
+    positions = batch["position_ids"].flatten() if "position_ids" in batch else None
+    tokens, numbers = [], []
+    for sequence in range(len(batch["lengths"])):
+        own = (batch["sequences"] == sequence).nonzero()[:, 0]
+        last = batch["predictors"][own[0]]
+        place = last % width if positions is None else positions[last]
+        tokens.append((flat[last - place : last + 1].tolist(), batch["targets"][own].tolist()))
+        numbers.append(own)
+    return tokens, numbers
 
 
 def row_tokens(row: EncodedPair | EncodedGroup | TargetGroup, shared: bool) -> int:

@@ -1,6 +1,7 @@
 """What a user sets: the adapter, and how each task is trained."""
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,10 @@ Reference = Literal["base", "stage_start", "previous_task"]
 Scheduler = Literal["cosine", "linear", "constant_with_warmup"]
 Attention = Literal["sdpa", "flex"]
 Preset = Literal["default", "paper"]
+
+
+# What module names never hold.
+_EXPRESSION = re.compile(r"[*+?\[\](){}|^$\\]")
 
 
 def _require(holds: bool, name: str, what: str, found: Any) -> None:
@@ -37,7 +42,8 @@ class AdapterOptions:
     Args:
         rank: r.
         alpha: α; a module's update is (α/r)·B·A.
-        targets: module names separated by commas, or `all-linear`.
+        targets: module names (or their last parts) separated by commas, a regular expression for whole names, or
+            `all-linear`.
     """
 
     rank: int = 8
@@ -54,7 +60,9 @@ class AdapterOptions:
         return [name.strip() for name in self.targets.split(",")]
 
     def module_names(self) -> str | list[str]:
-        """Return the targets as peft takes them."""
+        """Return a list of names, or `all-linear` or a regular expression."""
+        if _EXPRESSION.search(self.targets):
+            return self.targets
         names = self._names()
         return names[0] if names == ["all-linear"] else names
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from everalign.data.encoding import EncodedPair
 from everalign.data.layout import Batch, lay_out_pairs
+from everalign.modeling.lengths import Lengths, probe_lengths
 from everalign.modeling.likelihood import Architecture, LanguageHead, MaskKind
 from everalign.modeling.shrinking import FIRST_SPECIAL, MODEL_ERRORS, shrunk_copy
 from everalign.modeling.targets import is_linear, kind_of
@@ -25,6 +26,7 @@ _KINDS_OF_LAYERS: dict[str, MaskKind] = {
 }
 
 _known: dict[tuple[type, str], Architecture] = {}
+_lengths: dict[tuple[type, str], Lengths] = {}
 _classes: dict[tuple[type, str], set[type]] = {}
 
 
@@ -36,15 +38,27 @@ def study(model: Any) -> Architecture:
     key = type(model), _configuration(model.config)
     if key not in _known:
         small = shrunk_copy(model)
-        _known[key] = _probe(model if small is None else small)
+        lengths = Lengths() if small is None else probe_lengths(small, model.config)
+        _known[key] = _probe(model if small is None else small, lengths)
         if small is not None:
             # It is asked for again where a whole path is tried on the copy.
             _known[type(small), _configuration(small.config)] = _known[key]
             _classes[key] = {type(part) for part in small.modules()}
     if key in _classes and any(not _is_linear(part) for part in model.modules() if type(part) not in _classes[key]):
         # Somebody has put parts of his own into the model, of which its configuration knows nothing.
-        return _probe(model)
+        return _probe(model, _known[key].lengths)
     return _known[key]
+
+
+def study_lengths(model: Any) -> Lengths:
+    """Return how long rows of a Hugging Face model may be, whatever its head."""
+    key = type(model), _configuration(model.config)
+    if key in _known:
+        return _known[key].lengths
+    if key not in _lengths:
+        small = shrunk_copy(model)
+        _lengths[key] = Lengths() if small is None else probe_lengths(small, model.config)
+    return _lengths[key]
 
 
 def _is_linear(part: nn.Module) -> bool:
@@ -59,7 +73,7 @@ def _configuration(config: Any) -> str:
     return json.dumps(settings, sort_keys=True, default=str)
 
 
-def _probe(model: Any) -> Architecture:
+def _probe(model: Any, lengths: Lengths) -> Architecture:
     with torch.no_grad():
         batch = _rows(model, shared=False)
         with _noting_linear_modules(model) as reached:
@@ -67,7 +81,7 @@ def _probe(model: Any) -> Architecture:
         separate = _is_apart(model, batch, whole)
         resumable = not separate and _is_resumable(model, batch, whole)
         masks, reason = _sharing(model, whole)
-    return Architecture(separate, masks, reason, frozenset(reached), resumable)
+    return Architecture(separate, masks, reason, frozenset(reached), resumable, lengths)
 
 
 @contextmanager

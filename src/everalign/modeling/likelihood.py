@@ -1,8 +1,8 @@
 """Log-probabilities of response tokens: every prompt computed once, the head on response positions only."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from everalign.data.layout import Batch
+from everalign.data.layout import Batch, rows_of_one_kind
 from everalign.modeling.cpu_attention import CPU_ATTENTION, runs_of
 from everalign.modeling.flex_attention import FLEX, flex_block_mask
+from everalign.modeling.lengths import Lengths, PositionState
 from everalign.modeling.token_log_probs import HeadShape, rows_at_once, token_log_probs
 
 MaskKind = Literal["whole", "window", "chunk"]
@@ -45,6 +46,7 @@ class Architecture:
         reached: kinds of the linear modules (see `targets.kind_of`) that a text passes through.
         resumable: what the model itself does behind its decoder can be run on given hidden states; asked for where
             `separate` is False.
+        lengths: how long rows may be, and which of them may be computed together.
     """
 
     separate: bool = False
@@ -52,6 +54,7 @@ class Architecture:
     unshared_because: str | None = None
     reached: frozenset[str] = frozenset()
     resumable: bool = False
+    lengths: Lengths = field(default_factory=Lengths)
 
 
 class LanguageHead:
@@ -68,6 +71,8 @@ class LanguageHead:
         self._config, self._shape = config, HeadShape.of(config)
         attention = getattr(config, "_attn_implementation", None) or "sdpa"
         self._attention, self._flex = attention, attention == FLEX
+        self._stretch = architecture.lengths.stretch
+        self._positions = PositionState(model)
         self.separate = architecture.separate and model.base_model is not model
         self._resumable = architecture.resumable and model.base_model is not model
         self.unshared_because = architecture.unshared_because
@@ -139,16 +144,38 @@ class LanguageHead:
         states: Tensor = self._model.base_model(**self._inputs(batch)).last_hidden_state
         return states
 
+    def _whole_logits(self, batch: Batch) -> Tensor:
+        logits: Tensor = self._model(**self._inputs(batch)).logits
+        return logits
+
+    def _at_predictors(self, compute: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """Return what `compute` gives (R, T, ...) at the batch's K predictors: (K, ...).
+
+        Where positions stretch with the longest row, sequences that would not agree on them are computed apart.
+        """
+        if self._stretch is None:
+            return self._of_rows(compute, batch)
+        parts = rows_of_one_kind(batch, self._stretch.kind)
+        found = []
+        for part, _ in parts:
+            self._positions.restore()
+            found.append(self._of_rows(compute, part))
+        if len(found) == 1:
+            return found[0]
+        order = torch.cat([tokens for _, tokens in parts])
+        return torch.cat(found)[order.argsort()]
+
+    def _of_rows(self, compute: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        if self._attention == CPU_ATTENTION and self.shared and self._whole(batch):
+            batch = _in_one_row(batch)
+        return compute(batch).flatten(0, 1)[batch["predictors"]]
+
     def states(self, batch: Batch) -> Tensor:
         """Return (K, d) of what `logits` makes the logits that predict the batch's K response tokens.
 
         These are hidden states, or the logits themselves where they cannot be computed apart.
         """
-        if self._attention == CPU_ATTENTION and self.shared and self._whole(batch):
-            batch = _in_one_row(batch)
-        decoded = self._decoded(batch) if self.chunked else self._model(**self._inputs(batch)).logits
-        states: Tensor = decoded.flatten(0, 1)[batch["predictors"]]
-        return states
+        return self._at_predictors(self._decoded if self.chunked else self._whole_logits, batch)
 
     def last(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return (R, d) of what `logits` makes the logits of each row's next token, for the model's own inputs."""

@@ -7,12 +7,15 @@ fp32 on the CPU in milliseconds. Windows and lengths shrink as well, so that a f
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from transformers.utils import logging
 
 from everalign.modeling.residual_stream import layer_list
 
@@ -41,7 +44,7 @@ _EXPERT_CHOICE = re.compile(r"^(num_experts_per_tok|moe_topk|moe_k|top_k_experts
 _WINDOWS = re.compile(
     r"(sliding_window|window_size|window_len|chunk_size|local_attention|index_topk|index_topk_blocks)$"
 )
-_LENGTHS = re.compile(
+LENGTH_NAMES = re.compile(
     r"^(max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|seq_length|max_target_positions|"
     r"context_length|model_max_length|max_context_length)$"
 )
@@ -59,13 +62,27 @@ def shrunk_copy(model: Any) -> Any | None:
     The same configuration gives the same copy, always; the global random state is left as it is.
     """
     depth = _depth_of_all_kinds(model)
-    for factor in _FACTORS:
-        for towers in (True, False):
-            config = _shrunk_config(model.config, factor, depth, towers)
-            small = None if config is None else _build(model, config)
-            if small is not None:
-                return small
+    with _quiet():
+        for factor in _FACTORS:
+            for towers in (True, False):
+                config = _shrunk_config(model.config, factor, depth, towers)
+                small = None if config is None else _build(model, config)
+                if small is not None:
+                    return small
     return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to ourselves what transformers says of configurations that nobody will ever use."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _build(model: Any, config: Any) -> Any | None:
@@ -220,7 +237,7 @@ def _shrunk_value(name: str, value: Any, factor: int, is_width: bool, experts: i
         return min(value, WINDOW) if value > 0 else value
     if name == "original_max_position_embeddings":
         return min(value, ORIGINAL)
-    return min(value, LONGEST) if _LENGTHS.search(name) else value
+    return min(value, LONGEST) if LENGTH_NAMES.search(name) else value
 
 
 def _shrunk_tokens(value: Any) -> Any:
