@@ -118,7 +118,7 @@ def test_a_vision_tower_is_not_adapted(targets):
     policy = Policy(gemma3(), 2, 4.0, targets)
     assert all(name.startswith("model.language_model.") for name in policy.factors())
     (note,) = policy.notes
-    assert "not adapted, since no text passes through them" in note
+    assert "not adapted, since no text passes through them as through a matrix" in note
     assert "vision_tower" in note
 
 

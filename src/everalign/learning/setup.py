@@ -28,13 +28,16 @@ from everalign.modeling.base_adapter import base_and_adapter
 from everalign.modeling.flex_attention import use_flex_attention
 from everalign.modeling.loading import (
     check_trainable,
+    check_vocabulary,
     load_model,
     load_tokenizer,
     model_fingerprint,
+    readable_length,
     resolve_model,
     resolve_precision,
 )
 from everalign.modeling.policy import Policy
+from everalign.modeling.rehearsal import rehearse
 from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.training.reference import ReferenceCache
 from everalign.training.stage import StageOptions
@@ -202,6 +205,9 @@ def make_setup(
         encoder = CorrectionEncoder(tokenizer, *chosen_template(model, correction.template, correction.words))
     base = load_model(model, options.precision, adapter=base_adapter, device=device)  # type: ignore[arg-type]
     check_trainable(base, model)
+    check_vocabulary(base, tokenizer, model)
+    rehearse(base, adapter.module_names())
+    options = replace(options, max_length=readable_length(options.max_length, base, model, announce))
     model_key = model_fingerprint(base)
     if options.attention == "flex":
         use_flex_attention(base)

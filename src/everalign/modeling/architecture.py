@@ -35,14 +35,14 @@ def study(model: Any) -> Architecture:
 
     A model of which no shrunk copy can be made is probed itself, in its own dtype.
     """
-    key = type(model), _configuration(model.config)
+    key = configuration_key(model)
     if key not in _known:
         small = shrunk_copy(model)
         lengths = Lengths() if small is None else probe_lengths(small, model.config)
         _known[key] = _probe(model if small is None else small, lengths)
         if small is not None:
             # It is asked for again where a whole path is tried on the copy.
-            _known[type(small), _configuration(small.config)] = _known[key]
+            _known[configuration_key(small)] = _known[key]
             _classes[key] = {type(part) for part in small.modules()}
     if key in _classes and any(not _is_linear(part) for part in model.modules() if type(part) not in _classes[key]):
         # Somebody has put parts of his own into the model, of which its configuration knows nothing.
@@ -52,7 +52,7 @@ def study(model: Any) -> Architecture:
 
 def study_lengths(model: Any) -> Lengths:
     """Return how long rows of a Hugging Face model may be, whatever its head."""
-    key = type(model), _configuration(model.config)
+    key = configuration_key(model)
     if key in _known:
         return _known[key].lengths
     if key not in _lengths:
@@ -66,11 +66,13 @@ def _is_linear(part: nn.Module) -> bool:
     return hasattr(part, "in_features") or type(part).__module__.startswith(("peft.", "torch.nn."))
 
 
-def _configuration(config: Any) -> str:
+def configuration_key(model: Any) -> tuple[type, str]:
+    """Return what models have in common whose classes do the same: class and configuration."""
+    config = model.config
     settings = {**config.to_dict(), "attention": getattr(config, "_attn_implementation", None)}
     for name in ("_name_or_path", "name_or_path", "dtype", "torch_dtype", "quantization_config"):
         settings.pop(name, None)
-    return json.dumps(settings, sort_keys=True, default=str)
+    return type(model), json.dumps(settings, sort_keys=True, default=str)
 
 
 def _probe(model: Any, lengths: Lengths) -> Architecture:
@@ -86,13 +88,24 @@ def _probe(model: Any, lengths: Lengths) -> Architecture:
 
 @contextmanager
 def _noting_linear_modules(model: Any) -> Iterator[set[str]]:
-    """Note the kinds of linear modules that are called inside of the `with` block."""
+    """Note the kinds of linear modules that are called inside of the `with` block, and do what a matrix does.
+
+    Some classes derive from `nn.Linear` and compute something else, such as one product for each group of heads.
+    """
     found: set[str] = set()
+
+    def note(kind: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if type(module) is nn.Linear or not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+            found.add(kind)
+            return
+        plain = nn.functional.linear(inputs[0], module.weight, module.bias)
+        if _close(output, plain, _TOLERANCES[output.dtype]):
+            found.add(kind)
+
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if is_linear(module):
-                note = partial(lambda kind, *_: found.add(kind), kind_of(name))
-                stack.callback(module.register_forward_hook(note).remove)
+                stack.callback(module.register_forward_hook(partial(note, kind_of(name))).remove)
         yield found
 
 

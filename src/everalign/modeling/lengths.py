@@ -5,6 +5,7 @@ length (LongRoPE, dynamic NTK) are computed for the longest row of a batch, so t
 depends on its neighbours, and in some on what it computed before. Both are found out on a shrunk copy.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,17 +142,19 @@ def _stretch(small: Any, state: PositionState, config: Any, longest: int | None)
     """Compare rows beside others with rows alone."""
     tried = [length for length in _TRIED if longest is None or length <= longest]
 
+    @functools.cache
     def alone(length: int) -> Tensor:
         state.restore()
         return _states(small, [_row(small, length)])[0]
 
     def agree(*lengths: int) -> bool:
-        if any(length not in tried for length in lengths):
-            return True
+        known = [length for length in lengths if length in tried]
         state.restore()
-        together = _states(small, [_row(small, length) for length in lengths])
-        return all(_close(alone(n), found) for n, found in zip(lengths, together, strict=True))
+        together = _states(small, [_row(small, length) for length in known])
+        return len(known) < 2 or all(_close(alone(n), found) for n, found in zip(known, together, strict=True))
 
+    if agree(10, 40, 70):
+        return None
     if not agree(10, 20):
         return Stretch((0,), by_length=True)
     original, named = _original_length(config), named_length(config)
@@ -159,7 +162,8 @@ def _stretch(small: Any, state: PositionState, config: Any, longest: int | None)
     if named is not None and named != original and not (agree(40, 70) and (limits or agree(10, 70))):
         limits.append(named)
     by_length = not (agree(40, 44) and agree(70, 74))
-    return Stretch(tuple(limits), by_length) if limits else None
+    # What no named length explains is computed with rows of the same length alone.
+    return Stretch(tuple(limits), by_length) if limits else Stretch((0,), by_length=True)
 
 
 def _states(model: Any, rows: Sequence[list[int]]) -> list[Tensor]:

@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from everalign.data.layout import Batch, rows_of_one_kind
+from everalign.errors import EveralignError, InputError
 from everalign.modeling.cpu_attention import CPU_ATTENTION, runs_of
 from everalign.modeling.flex_attention import FLEX, flex_block_mask
 from everalign.modeling.lengths import Lengths, PositionState
+from everalign.modeling.shrinking import MODEL_ERRORS
 from everalign.modeling.token_log_probs import HeadShape, rows_at_once, token_log_probs
 
 MaskKind = Literal["whole", "window", "chunk"]
@@ -71,6 +73,7 @@ class LanguageHead:
         self._config, self._shape = config, HeadShape.of(config)
         attention = getattr(config, "_attn_implementation", None) or "sdpa"
         self._attention, self._flex = attention, attention == FLEX
+        self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._stretch = architecture.lengths.stretch
         self._positions = PositionState(model)
         self.separate = architecture.separate and model.base_model is not model
@@ -86,7 +89,17 @@ class LanguageHead:
         """Whether a prompt and its answers can be one row."""
         return self.unshared_because is None
 
+    def check_tokens(self, batch: Batch) -> None:
+        """Raise InputError for tokens without embeddings, in a batch on the CPU, where it is cheap."""
+        largest = int(batch["input_ids"].max()) if batch["input_ids"].device.type == "cpu" else 0
+        if largest >= self._vocabulary:
+            raise InputError(
+                f"a row holds token {largest}, and {type(self._model).__name__} has embeddings for {self._vocabulary}: "
+                "use the tokenizer that the model was trained with, or resize its embeddings"
+            )
+
     def _inputs(self, batch: Batch) -> dict[str, Any]:
+        self.check_tokens(batch)
         inputs = {"input_ids": batch["input_ids"], "use_cache": False}
         if "runs" in batch:
             runs = batch["runs"]
@@ -277,6 +290,18 @@ def _in_one_row(batch: Batch) -> Batch:
 def _choices(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     log_probs = logits.log_softmax(dim=-1, dtype=torch.float32)
     return log_probs.gather(1, targets[:, None])[:, 0], logits.argmax(dim=-1)
+
+
+@contextmanager
+def naming(model: Any) -> Iterator[None]:
+    """Turn what a model raises inside of the `with` block into an error that names it; memory that ran out apart."""
+    try:
+        yield
+    except (EveralignError, torch.OutOfMemoryError):
+        raise
+    except MODEL_ERRORS as error:
+        said = str(error).strip().partition("\n")[0]
+        raise EveralignError(f"{type(model).__name__} failed: {type(error).__name__}: {said}") from error
 
 
 def block_mask(segments: Tensor, prefixes: Tensor) -> Tensor:

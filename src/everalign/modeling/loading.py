@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,10 @@ from transformers import (
 from transformers.quantizers.base import HfQuantizer
 
 from everalign.errors import InputError
+from everalign.modeling.architecture import study_lengths
 from everalign.modeling.base_adapter import base_and_adapter, merge_adapter, tokenizer_folder, without_adapter
 from everalign.modeling.gguf import SMOLLM2, smollm2_path, unpacked
+from everalign.modeling.lengths import named_length
 from everalign.modeling.tiny import tiny_assistant_path
 
 Precision = Literal["fp32", "bf16"]
@@ -308,13 +310,57 @@ def sequence_limit(wanted: int | None, default: int, model: Any, tokenizer: Any,
     Raises:
         InputError: more is wanted than the model can take.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    lengths, named = study_lengths(model), named_length(model.config) or math.inf
+    stretched = math.inf if lengths.stretch is None else lengths.stretch.limits[0]
+    limit = min(named, lengths.longest or math.inf)
     if wanted is None:
         # Some families keep positions for themselves; their tokenizer's limit says what is left.
-        return int(min(default, limit, tokenizer.model_max_length))
+        return int(min(default, limit, stretched, tokenizer.model_max_length))
     if wanted > limit:
         raise InputError(f"max_length: {name} takes at most {limit} tokens, found {wanted}")
+    if wanted > stretched:
+        what = "what it says of a row depends on the longest row beside it"
+        raise InputError(f"max_length: {name} stretches its positions beyond {stretched} tokens, where {what}")
     return wanted
+
+
+def readable_length(wanted: int, model: Any, name: str, announce: Callable[[str], None]) -> int:
+    """Return how many tokens of a row a language model learns from: what is wanted, or what it can read; says so.
+
+    Args:
+        wanted: tokens of prompt and answer together.
+        model: a loaded model.
+        name: the model's, as the user named it.
+        announce: called with a line where rows are cut, or longer than what the model was made for.
+    """
+    longest, named = study_lengths(model).longest, named_length(model.config)
+    if longest is not None and longest < wanted:
+        announce(f"max_length is {longest} instead of {wanted}, the most tokens that {name} can read")
+        return longest
+    if longest is None and named is not None and named < wanted:
+        announce(f"max_length is {wanted}, while {name} was made for rows of up to {named} tokens")
+    return wanted
+
+
+def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer with tokens that a model has no embeddings for, where its texts would hold them.
+
+    Tokens that stand for images and the like may lie beyond the embeddings.
+
+    Raises:
+        InputError: names the numbers of both.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    used = [token for token in beyond if token in ends or token in (tokenizer.chat_template or "")]
+    plain = [token for token, number in beyond.items() if number < tokenizer.vocab_size]
+    if used or plain:
+        token = (used or plain)[0]
+        raise InputError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens and the model embeddings for {rows}: {token!r} is "
+            f"number {beyond[token]}; use the tokenizer that the model was trained with, or resize its embeddings"
+        )
 
 
 def model_fingerprint(model: Any, dtype: torch.dtype | None = None) -> str:

@@ -82,7 +82,7 @@ def write_checked(model: Any, folder: Path, dtype: OutputDtype = "auto") -> Writ
 @torch.no_grad()
 def _logits(model: Any) -> Tensor:
     probe = torch.arange(_PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
-    logits: Tensor = model(input_ids=probe).logits.float()
+    logits: Tensor = model(input_ids=probe, use_cache=False).logits.float()
     return logits
 
 

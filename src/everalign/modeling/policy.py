@@ -25,7 +25,7 @@ from everalign.modeling.cpu_attention import use_cpu_attention
 from everalign.modeling.decoding import Decoder
 from everalign.modeling.fused_layers import fuse_layers
 from everalign.modeling.fused_lora import fuse, resting
-from everalign.modeling.likelihood import LanguageHead
+from everalign.modeling.likelihood import LanguageHead, naming
 from everalign.modeling.targets import ALL_LINEAR, choose_targets
 
 SHORT_TERM = "stm"
@@ -85,42 +85,46 @@ class Policy(nn.Module):
         Returns:
             (S,) fp32, in nats.
         """
-        with self._precision(batch["input_ids"]):
+        with self._computing(batch["input_ids"]):
             return self.head.response_log_probs(batch)
 
     def response_logits(self, batch: Batch) -> Tensor:
         """Return the logits (K, V) fp32 that predict the batch's K response tokens, in the order of its `targets`."""
-        with self._precision(batch["input_ids"]):
+        with self._computing(batch["input_ids"]):
             return self.head.response_logits(batch).float()
 
     def response_states(self, batch: Batch) -> Tensor:
         """Return what `logits` makes the batch's logits of: (K, d), a row for each of its K response tokens."""
-        with self._precision(batch["input_ids"]):
+        with self._computing(batch["input_ids"]):
             return self.head.states(batch)
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the logits (K, V) fp32 of some of the rows that `response_states` returned."""
-        with self._precision(states):
+        with self._computing(states):
             return self.head.logits(states).float()
 
     def response_choices(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return, of the batch's K response tokens, log-probabilities (K,) fp32 and the likeliest tokens (K,)."""
-        with self._precision(batch["input_ids"]):
+        with self._computing(batch["input_ids"]):
             return self.head.response_choices(batch)
 
     @contextmanager
     def decoding(self, batch: Batch) -> Iterator[Decoder]:
         """Yield a decoder of left-padded prompts; the policy must stay as it is inside the `with` block."""
-        with self._precision(batch["input_ids"]), resting(adapters.layers(self.peft).values()):
+        with self._computing(batch["input_ids"]), resting(adapters.layers(self.peft).values()):
             yield Decoder(self.peft.get_base_model(), batch, self.head)
 
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch on the policy's device."""
+        self.head.check_tokens(batch)
         device = next(self.parameters()).device
         return {name: value.to(device) for name, value in batch.items()}
 
-    def _precision(self, like: Tensor) -> torch.autocast:
-        return torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=self._mixed)
+    @contextmanager
+    def _computing(self, like: Tensor) -> Iterator[None]:
+        autocast = torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=self._mixed)
+        with naming(self.peft.get_base_model()), autocast:
+            yield
 
     def train(self, mode: bool = True) -> "Policy":
         """Note whether it is being trained; the base model never drops out, so that every switch compares."""

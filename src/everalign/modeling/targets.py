@@ -154,7 +154,7 @@ def _aside_note(names: Iterable[str]) -> list[str]:
     if not parts:
         return []
     counted = ", ".join(f"{part} ({count})" for part, count in parts.items())
-    return [f"not adapted, since no text passes through them: linear modules of {counted}"]
+    return [f"not adapted, since no text passes through them as through a matrix: linear modules of {counted}"]
 
 
 def _useless_note(names: Sequence[str]) -> list[str]:

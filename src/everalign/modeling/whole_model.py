@@ -1,6 +1,7 @@
 """A language model that learns with all of its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from everalign.data.layout import Batch
 from everalign.errors import InputError
 from everalign.modeling.architecture import study
-from everalign.modeling.likelihood import LanguageHead
+from everalign.modeling.likelihood import LanguageHead, naming
 from everalign.modeling.loading import Precision
 
 
@@ -30,12 +31,12 @@ class WholeModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum the log-probabilities of each sequence's response tokens: (S,) fp32, in nats."""
-        with self._autocast(batch["input_ids"]):
+        with self._computing(batch["input_ids"]):
             return self.head.response_log_probs(batch)
 
     def response_choices(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return, of the batch's K response tokens, log-probabilities (K,) fp32 and the likeliest tokens (K,)."""
-        with self._autocast(batch["input_ids"]):
+        with self._computing(batch["input_ids"]):
             return self.head.response_choices(batch)
 
     def on_device(self, batch: Batch) -> Batch:
@@ -65,5 +66,8 @@ class WholeModel(nn.Module):
         super().load_state_dict(state_dict, strict=False, assign=assign)
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
-    def _autocast(self, like: Tensor) -> torch.autocast:
-        return torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=self._mixed)
+    @contextmanager
+    def _computing(self, like: Tensor) -> Iterator[None]:
+        autocast = torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=self._mixed)
+        with naming(self.model), autocast:
+            yield
