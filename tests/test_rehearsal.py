@@ -65,7 +65,6 @@ def test_a_model_that_reads_what_comes_later_is_refused():
     ("part", "stage"),
     [
         ("_take_a_step", "a training step"),
-        ("merged_into", "merging it"),
         ("write_checked", "writing and loading the merged model"),
     ],
 )

@@ -345,15 +345,18 @@ def readable_length(wanted: int, model: Any, name: str, announce: Callable[[str]
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     """Refuse a tokenizer with tokens that a model has no embeddings for, where its texts would hold them.
 
-    Tokens that stand for images and the like may lie beyond the embeddings.
+    Tokens that no text holds, such as those for images or padding, may lie beyond the embeddings.
 
     Raises:
         InputError: names the numbers of both.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
-    ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
-    used = [token for token in beyond if token in ends or token in (tokenizer.chat_template or "")]
+    used = [
+        token
+        for token in beyond
+        if token in (tokenizer.bos_token, tokenizer.eos_token) or token in (tokenizer.chat_template or "")
+    ]
     plain = [token for token, number in beyond.items() if number < tokenizer.vocab_size]
     if used or plain:
         token = (used or plain)[0]
