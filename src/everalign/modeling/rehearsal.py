@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL_LM
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as IMAGE_TEXT_TO_TEXT
 
 from everalign.data.encoding import EncodedPair
 from everalign.data.layout import lay_out_pairs
@@ -18,7 +19,7 @@ from everalign.modeling.architecture import configuration_key, study
 from everalign.modeling.loading import load_model
 from everalign.modeling.merging import write_checked
 from everalign.modeling.policy import Policy
-from everalign.modeling.shrinking import FIRST_SPECIAL, MODEL_ERRORS, shrunk_copy
+from everalign.modeling.shrinking import FIRST_SPECIAL, MODEL_ERRORS, quiet, shrunk_copy
 from everalign.modeling.targets import choose_targets, is_linear, kind_of
 
 _TOLERANCE = 1e-4
@@ -55,7 +56,7 @@ def rehearse(model: Any, targets: str | Sequence[str]) -> None:
         return
     stage = ""
     try:
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, quiet():
             for doing in _stages(small, kinds, Path(folder)):
                 stage = doing
     except (EveralignError, *MODEL_ERRORS) as error:
@@ -116,7 +117,8 @@ def _is_written_and_loaded(small: Any, folder: Path) -> bool:
     Custom code is not written with it, nor the configuration of a larger model that it is the language model of; and
     some configurations cannot be read again once their layers are fewer.
     """
-    if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(small.config), None) is not type(small):
+    kind = type(small.config)
+    if type(small) not in (known.get(kind, None) for known in (CAUSAL_LM, IMAGE_TEXT_TO_TEXT)):
         return False
     small.save_pretrained(folder)
     try:

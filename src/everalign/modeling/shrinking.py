@@ -62,7 +62,7 @@ def shrunk_copy(model: Any) -> Any | None:
     The same configuration gives the same copy, always; the global random state is left as it is.
     """
     depth = _depth_of_all_kinds(model)
-    with _quiet():
+    with quiet():
         for factor in _FACTORS:
             for towers in (True, False):
                 config = _shrunk_config(model.config, factor, depth, towers)
@@ -73,16 +73,19 @@ def shrunk_copy(model: Any) -> Any | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep to ourselves what transformers says of configurations that nobody will ever use."""
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _build(model: Any, config: Any) -> Any | None:
