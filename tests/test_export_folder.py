@@ -387,3 +387,20 @@ def test_a_model_that_reads_images_learns_from_texts_and_stays_what_it_was(tmp_p
     assert 'pipeline("image-text-to-text"' in (out / "README.md").read_text()
     error = (logits(loaded(out)) - logits(adapter)).norm() / logits(adapter).norm()
     assert error <= 0.02
+
+
+def test_a_checkpoint_that_is_quantised_comes_out_in_plain_numbers(tmp_path):
+    """Its tensors on disk have no places for what was merged; the model in memory was turned back into numbers."""
+    folder = save(tmp_path / "model")
+    model = load_model(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    expected = logits(model)
+    for dtype, kind in (("auto", torch.bfloat16), ("fp32", torch.float32)):
+        (tmp_path / dtype).mkdir()
+        write_checked(load_model(str(tmp_path / "auto")) if dtype == "fp32" else model, tmp_path / dtype, dtype)
+        written = json.loads((tmp_path / dtype / "config.json").read_text())
+        assert "quantization_config" not in written
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / dtype).dtype == kind
+        torch.testing.assert_close(logits(loaded(tmp_path / dtype)), expected, rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "auto" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()

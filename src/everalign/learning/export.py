@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from everalign.correction.files import CorrectorFacts, write_corrector_facts
 from everalign.data.rendering import DEFAULT_CHAT_TEMPLATE, uses_default_template
@@ -21,7 +21,7 @@ from everalign.learning.promotion import check_version
 from everalign.learning.run_data import RunData, VersionData
 from everalign.modeling.base_adapter import tokenizer_folder
 from everalign.modeling.checkpoint import DTYPES, OutputDtype, source_folder
-from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, resolve_model
+from everalign.modeling.loading import load_config, load_model, load_tokenizer, model_fingerprint, resolve_model
 from everalign.modeling.merging import merged_into, write_checked
 from everalign.modeling.stops import write_ends
 from everalign.storage import alone, lock_of
@@ -128,7 +128,7 @@ def export_adapter(
         raise InputError(f"the adapter has values beyond the range of {kind}: choose --dtype bf16 or fp32")
     config = read_json(source / "adapter" / _CONFIG)
     if model is not None:
-        config["base_model_name_or_path"] = model
+        config["base_model_name_or_path"] = servable(model, base)
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     with _alone(folder), new_folder(folder) as temporary:
         tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
@@ -138,7 +138,7 @@ def export_adapter(
         for file in (base / file for file in (*_READING, "generation_config.json")):
             if file.is_file():
                 shutil.copyfile(file, temporary / file.name)
-        _finish(temporary, _generation_config(base), tokenizer, run, line)
+        _finish(temporary, _generation_config(base, name), tokenizer, run, line)
         write_text(temporary / "README.md", model_card(run, line, name, base, folder, kind, rank))
     command = vllm_command(servable(name, base), folder, rank)
     return Exported(folder, line[-1].id, False, kind, rank=rank, command=command)
@@ -170,11 +170,11 @@ def _finish(folder: Path, generation: Any, tokenizer: Any, run: RunData, line: l
     write_ends(folder, generation, tokenizer, chats)
 
 
-def _generation_config(base: Path) -> GenerationConfig:
+def _generation_config(base: Path, name: str) -> GenerationConfig:
     """Return a model's generation configuration without loading the model; what its configuration says without one."""
     if (base / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(base)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(base))
+    return GenerationConfig.from_model_config(load_config(str(base), "model", name))
 
 
 def _line_up_to(run: RunData, version: str | None) -> list[VersionData]:

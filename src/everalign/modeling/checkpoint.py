@@ -134,8 +134,12 @@ def _write_unquantised(model: Any, folder: Path, dtype: OutputDtype) -> torch.dt
     """Write a model in plain numbers whose checkpoint is quantised: its tensors on disk have no places for them."""
     named = getattr(model.config, "dtype", None)
     wanted = DTYPES[dtype] if dtype != "auto" else named if named == torch.float16 else torch.bfloat16
-    model.to(wanted).save_pretrained(folder)
-    model.float()
+    # Parameters alone: buffers, such as the frequencies of positions, are computed with in fp32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(wanted)
+    model.save_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
     return wanted
 
 
