@@ -6,8 +6,12 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from everalign import Learner, TrainingOptions
+from everalign.data import PreferenceSet
 from everalign.errors import InputError
+from everalign.learning.run_data import load_run
 from everalign.modeling import gguf as gguf_files
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, resolve_model
 from gguf_for_tests import TEMPLATE, tiny_llama, vocabulary, write_gguf
@@ -184,3 +188,30 @@ def test_smollm2_answers(smollm2):
 
 def test_the_test_vocabulary_holds_every_byte():
     assert len(set(vocabulary())) == 256 + 3 + 4
+
+
+@pytest.mark.real
+def test_smollm2_learns_resumes_and_is_exported(tmp_path, smollm2):
+    """Two pairs with one word of difference: what is preferred becomes likelier, and the export writes it."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Say the word for {number}."}],
+            "chosen": [{"role": "assistant", "content": "Ahoy!"}],
+            "rejected": [{"role": "assistant", "content": f"{number} is a number."}],
+        }
+        for number in ("one", "two", "three", "four")
+    ]
+    options = TrainingOptions(learning_rate=1e-3, epochs=3, batch_size=2, warmup=0.0, max_length=128)
+    arguments = {"objective": "dpo", "output": tmp_path / "run", "training": options, "announce": lambda _: None}
+    learner = Learner("smollm2", **arguments)
+    scores = learner.learn(PreferenceSet.of(rows[:3]), "ahoy", PreferenceSet.of(rows[3:]))
+    assert scores["ahoy"].accuracy == 1
+    facts = load_run(tmp_path / "run").facts
+    assert (facts.model, facts.model_fingerprint) == ("smollm2", model_fingerprint(smollm2[0]))
+    assert list(Learner("smollm2", **arguments, resume=True).run.versions)
+    folder = learner.export(tmp_path / "out")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(rows[3]["prompt"], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        answer = tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :])
+    assert answer.startswith("Ahoy")

@@ -1,18 +1,30 @@
 """Loading a base model and recognising it again; settings of the process."""
 
+import importlib.util
 import json
 import shutil
 import sys
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
+from transformers.quantizers.base import HfQuantizer
 
+from everalign import AdapterOptions
+from everalign.cli import main
 from everalign.errors import InputError
-from everalign.modeling import runtime
+from everalign.modeling import loading, runtime
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, resolve_model
 from everalign.modeling.tiny import tiny_assistant_path
+from learner_for_tests import held_out, make_learner, task_rows
 from models_for_tests import random_model, saved_model
 from tokenizers_for_tests import byte_tokenizer
 
@@ -186,3 +198,136 @@ def test_other_systems_keep_their_allocator(monkeypatch):
 def test_a_c_library_without_the_setting_is_left_alone(monkeypatch):
     monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: object())
     assert runtime.keep_freed_memory() is False
+
+
+# ---- code of their own, quantised weights ----
+
+MODELING = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OddConfig(LlamaConfig):
+    model_type = "odd_llama"
+
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+"""
+
+
+@pytest.fixture
+def odd(folder):
+    """A model that brings its own code along, which notes that it was run."""
+    (folder / "modeling_odd.py").write_text(f"{MODELING}\nopen({str(folder / 'was_run')!r}, 'w').close()\n")
+    classes = {"AutoConfig": "modeling_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddForCausalLM"}
+    edit_config(folder, model_type="odd_llama", architectures=["OddForCausalLM"], auto_map=classes)
+    yield folder
+    loading.allow_remote_code(False)
+
+
+def test_code_of_a_model_is_not_run_and_nobody_is_asked(odd, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    with pytest.raises(InputError, match=r"comes with Python code of its own.*give --trust-remote-code"):
+        load_model(str(odd))
+    # Its tokenizer has none.
+    assert load_tokenizer(str(odd)).eos_token == "</s>"
+    assert not (odd / "was_run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_code_that_is_trusted_is_run(odd):
+    loading.allow_remote_code()
+    model = load_model(str(odd))
+    assert type(model).__name__ == "OddForCausalLM"
+    assert (odd / "was_run").exists()
+    state = load_file(saved_model() / "model.safetensors")
+    assert all(torch.equal(value, dict(model.named_parameters())[name]) for name, value in state.items())
+    assert load_tokenizer(str(odd)).eos_token == "</s>"
+
+
+def test_the_flag_trusts(odd, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    flags = ["learn", "--model", str(odd), "--task", f"a={tmp_path / 'rows.jsonl'}", "--output", str(tmp_path / "run")]
+    assert main(flags) == 2
+    assert "give --trust-remote-code" in capsys.readouterr().err
+    assert main([*flags, "--no-report", "--trust-remote-code"]) == 0
+    assert "trust_remote_code" not in (tmp_path / "run" / "run.json").read_text()
+
+
+@pytest.mark.parametrize("broken", ["import a_package_that_is_not_there", "raise AttributeError('gone since 5.0')"])
+def test_code_that_does_not_run_here_is_named(odd, broken):
+    (odd / "modeling_odd.py").write_text(f"{MODELING}\n{broken}\n")
+    loading.allow_remote_code()
+    with pytest.raises(InputError, match=r"(a_package_that_is_not_there|gone since 5\.0)"):
+        load_model(str(odd))
+
+
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "pip install -U bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "pip install optimum"),
+        ({"quant_method": "awq", "bits": 4}, "pip install gptqmodel"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, "pip install compressed-tensors"),
+        ({"quant_method": "hqq", "quant_config": {}}, "hqq"),
+    ],
+)
+def test_a_missing_library_of_quantised_weights_is_named(folder, settings, hint):
+    packages = {"bitsandbytes": "bitsandbytes", "gptq": "optimum", "awq": "gptqmodel", "hqq": "hqq"}
+    package = packages.get(settings["quant_method"], "compressed_tensors")
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    edit_config(folder, quantization_config=settings)
+    with pytest.raises(InputError) as caught:
+        load_model(str(folder))
+    message = str(caught.value)
+    assert message.startswith(f"{folder} is quantised with {settings['quant_method']}, and cannot be loaded here: ")
+    assert hint in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"quant_method": "nonesuch"}, "nonesuch"), ({"bits": 4, "group_size": 64}, "a method that it does not name")],
+)
+def test_weights_of_an_unknown_kind_are_not_taken_for_plain_ones(folder, settings, name):
+    edit_config(folder, quantization_config=settings)
+    with pytest.raises(InputError, match=f"is quantised with {name}, which transformers does not know"):
+        load_model(str(folder))
+
+
+def test_an_unfit_quantiser_is_refused_before_training(folder):
+    model = load_model(str(folder))
+    model.config.quantization_config = {"quant_method": "spqr"}
+    model.hf_quantizer = type("Quantizer", (HfQuantizer,), {"__init__": lambda self: None, "is_trainable": False})
+    with pytest.raises(InputError, match="is quantised with spqr, through which transformers trains no adapter"):
+        loading.check_trainable(model, "m")
+    with pytest.raises(InputError, match=r"its own weights cannot be trained: give --lora-rank"):
+        loading.check_all_weights(model, "m")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_learns_and_is_exported(bits, tmp_path):
+    """As its dequantised self, which is what the export holds."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer = byte_tokenizer()
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "plain")
+    how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=torch.float32)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=how)
+    packed.save_pretrained(tmp_path / "packed")
+    tokenizer.save_pretrained(tmp_path / "packed")
+    assert model_fingerprint(load_model(str(tmp_path / "packed"))) == model_fingerprint(
+        load_model(str(tmp_path / "packed"))
+    )
+    learner = make_learner(tmp_path / "packed", tmp_path / "run", adapter=AdapterOptions(rank=4, alpha=8.0))
+    scores = learner.learn(task_rows("warm"), "warm", held_out("warm"))
+    assert scores["warm"].accuracy > 0.9
+    assert make_learner(tmp_path / "packed", tmp_path / "run", adapter=AdapterOptions(rank=4, alpha=8.0), resume=True)
+    exported = load_model(str(learner.export(tmp_path / "out")))
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    dequantised = load_model(str(tmp_path / "packed")).dequantize().float()
+    adapter = PeftModel.from_pretrained(dequantised, str(tmp_path / "run" / "versions" / "001-warm" / "adapter"))
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        found, expected = exported(input_ids=ids).logits, adapter(input_ids=ids).logits
+    assert (found - expected).norm() < 0.05 * expected.norm()

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DistilBertConfig,
@@ -82,6 +84,68 @@ def test_the_same_arguments_give_the_same_weights_and_another_seed_others(tmp_pa
         weights.append(load_file(trained.path / "model.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not torch.equal(weights[0]["score.weight"], weights[2]["score.weight"])
+
+
+def test_an_adapter_learns_it_too_and_leaves_a_plain_classifier(tmp_path):
+    options = replace(FAST, lora_rank=8, learning_rate=1e-2)
+    trained = train_reward_model(str(saved_model()), pairs(), tmp_path / "reward", test=pairs(20, 100), options=options)
+    assert trained.report.accuracy > 0.9
+    before, after = (load_file(folder / "model.safetensors") for folder in (saved_model(), trained.path))
+    # What no adapter sits on stays as it was; the head is trained as a whole.
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    update = after["model.layers.0.mlp.up_proj.weight"] - before["model.layers.0.mlp.up_proj.weight"]
+    assert torch.linalg.matrix_rank(update, rtol=1e-4) == 8
+    fresh = load_classifier(str(saved_model()), fresh_head=True)
+    assert not torch.equal(after["score.weight"], fresh.score.weight)
+    assert not any("lora" in name for name in after)
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_bf16_learns_it_and_its_rewards_are_computed_so(rank, tmp_path):
+    rate = 1e-2 if rank else FAST.learning_rate
+    options = replace(FAST, precision="bf16", lora_rank=rank, learning_rate=rate)
+    lines = []
+    trained = train_reward_model(
+        str(saved_model()), pairs(), tmp_path / "reward", test=pairs(20, 100), options=options, announce=lines.append
+    )
+    what = "an adapter of rank 8" if rank else "all weights, which stay fp32,"
+    assert lines[0] == f"  trains {what} in bf16 on the CPU"
+    assert trained.report.accuracy > 0.9
+    assert {value.dtype for value in load_file(trained.path / "model.safetensors").values()} == {torch.float32}
+    prompts, completions = answers()
+    mixed = torch.tensor(RewardModelScorer.from_folder(trained.path).score(prompts, completions))
+    edit(trained.path / FACTS_FILE, settings={**trained.facts.settings, "precision": "fp32"})
+    exact = torch.tensor(RewardModelScorer.from_folder(trained.path).score(prompts, completions))
+    assert not torch.equal(mixed, exact)
+    assert (mixed - exact).abs().max() < 0.05 * exact.std()
+    # The head computes in fp32: bf16 would give only a few hundred different numbers.
+    assert (mixed.bfloat16().double() != mixed.double()).float().mean() > 0.9
+
+
+def test_an_adapter_as_model_starts_from_what_it_has_learned(tmp_path):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(saved_model(), dtype=torch.float32), config)
+    adapted.save_pretrained(tmp_path)
+    classifier, merged = load_classifier(str(tmp_path), fresh_head=True), adapted.merge_and_unload()
+    assert all(
+        torch.equal(value, dict(classifier.named_parameters())[name])
+        for name, value in merged.named_parameters()
+        if name.startswith("model.")
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp16"}, "precision must be auto, fp32 or bf16, found 'fp16'"),
+        ({"lora_rank": -1}, "lora_rank must be at least 0"),
+        ({"lora_alpha": 8.0}, "lora_alpha belongs to an adapter: set lora_rank too"),
+    ],
+)
+def test_adapter_and_precision_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        RewardOptions(**options)
 
 
 def classifier_of(family="llama", seed=0):

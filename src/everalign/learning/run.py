@@ -47,7 +47,8 @@ from everalign.modeling.policy import Policy
 
 FORMAT = 1
 _ZERO_SHOT = "zero_shot.json"
-_SAME = ("format", "model_fingerprint", "template", "objective", "method", "settings", "seed")
+# In the order in which differences are named: a model in another precision has another fingerprint too.
+_SAME = ("format", "objective", "method", "settings", "seed", "model_fingerprint", "template")
 # Settings that came later, with the values they had before.
 _SETTINGS_SINCE = {"attention": "sdpa"}
 # Settings that change no result, so that a run may go on with other ones.

@@ -19,7 +19,9 @@ from transformers import (
     AutoTokenizer,
     modeling_utils,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationMethod
 
 from everalign.errors import InputError
 from everalign.modeling.architecture import study_lengths
@@ -160,6 +162,10 @@ def load_weights(
     Raises:
         InputError: it cannot be loaded.
     """
+    method = quantisation(config)
+    if method is not None and method not in {*QuantizationMethod, *AUTO_QUANTIZATION_CONFIG_MAPPING}:
+        # transformers would take such weights for plain numbers.
+        raise InputError(f"{name} is quantised with {method}, which transformers does not know: take the plain model")
     # Quantised weights cannot be moved later, some of them, and others need not take the way over the CPU either.
     place = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
     try:
@@ -173,7 +179,7 @@ def load_weights(
                 **place,
             )
     except UNLOADABLE as error:
-        raise InputError(cannot_load(what, name, error, quantisation(config))) from error
+        raise InputError(cannot_load(what, name, error, method)) from error
     return model, loaded
 
 
@@ -184,8 +190,11 @@ def quantisation(config: Any) -> str | None:
         found = getattr(config.get_text_config(), "quantization_config", None)
     if not found:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    return str(getattr(method, "value", method))
+    settings = found if isinstance(found, dict) else vars(found)
+    method = settings.get("quant_method")
+    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        method = "bitsandbytes"  # as it was written before there were others
+    return str(getattr(method, "value", method or "a method that it does not name"))
 
 
 def check_trainable(model: Any, name: str, merged: bool = False) -> None:
@@ -225,6 +234,8 @@ def plain_weights(model: Any) -> Any:
             f"the base model is quantised with {method}, whose weights transformers cannot turn back into plain "
             f"numbers ({str(error).splitlines()[0]}), so nothing can be merged into it: use the adapter beside it"
         ) from error
+    # How packed weights were read says nothing of how plain ones are written.
+    model._weight_conversions = None
     _cast(model, torch.float32)
     return model
 
