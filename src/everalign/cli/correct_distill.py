@@ -149,7 +149,7 @@ def _learner_arguments(flags: dict[str, Any]) -> dict[str, Any]:
     given = {name: flags[name] for name in (*_LEARNING, "model", "output", "seed")}
     task = {"name": "round-1", "train": flags["data"]}
     found = Recipe.from_flags({**given, "objective": flags["labels"], "tasks": [task]}).learner_arguments()
-    return {name: value for name, value in found.items() if name != "objective"}
+    return {name: value for name, value in found.items() if name not in ("objective", "sample_answers")}
 
 
 def _show_json(done: "Distillation", seconds: float) -> None:

@@ -84,6 +84,9 @@ def learn(
     cache: Annotated[
         str | None, flag("Encoded rows and reference log-probabilities; runs may share it.", _DATA, "DIR")
     ] = None,
+    sample_answers: Annotated[
+        int | None, flag("Held-out prompts of a task that the policy answers for the report; 4.", _DATA)
+    ] = None,
     report: Annotated[bool | None, flag("Write DIR/report.html at the end; on unless refused.", _DATA, "")] = None,
     gamma: Annotated[float | None, flag("Focusing exponent of fpo (lifealign).", _METHOD)] = None,
     energy: Annotated[float | None, flag("Share of an update's energy to keep (lifealign).", _METHOD)] = None,
@@ -226,7 +229,8 @@ def _show_json(run: "RunData", refusal: GateRefusedError | None, report: Path | 
 
     facts = {"output": str(run.path), "report": None if report is None else str(report), "seconds": round(seconds, 3)}
     refused = None if refusal is None else refusal.version
-    show_json({**results.scores(run), "versions": version_rows(run), "refused": refused, **facts})
+    shown = {"answers": results.answers(run), "versions": version_rows(run), "refused": refused}
+    show_json({**results.scores(run), **shown, **facts})
 
 
 def _show(run: "RunData", report: Path | None, seconds: float) -> None:

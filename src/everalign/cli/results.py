@@ -1,6 +1,7 @@
 """What a run came to, as the command line tells it: texts and tables for people, plain values for `--json`."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import RenderableType
@@ -11,6 +12,7 @@ from everalign.learning.gate import what_fell
 from everalign.learning.run_data import RunData, run_labels
 from everalign.learning.version_rows import version_rows
 from everalign.reporting import comparison_table, score_table
+from everalign.reporting.answers import answer_pairs
 from everalign.reporting.formats import METRICS
 from everalign.reporting.headline import cautions, headline
 
@@ -27,6 +29,11 @@ def scores(run: RunData) -> dict[str, Any]:
         "matrix": [list(row) for row in found.matrix],
         **found.summary,
     }
+
+
+def answers(run: RunData) -> dict[str, list[dict[str, Any]]]:
+    """Return, by task, what the base model and what the promoted policy wrote to each sampled prompt."""
+    return {task: [asdict(pair) for pair in pairs] for task, pairs in answer_pairs(run).items()}
 
 
 def summary(runs: Sequence[RunData]) -> list[RenderableType]:

@@ -84,6 +84,7 @@ def run_demo(output: Path, announce: Announce, progress: Progress, seed: int = 0
                     adapter=ADAPTER,
                     seed=seed,
                     resume=True,
+                    sample_answers=2,
                     announce=announce,
                     progress=progress,
                 )

@@ -9,6 +9,7 @@ from everalign.errors import InputError
 from everalign.evaluation import HeldOut, PreferenceScore, score_preferences
 from everalign.learning.run import RunDirectory, data_facts
 from everalign.learning.run_data import RunData
+from everalign.learning.sample_answers import Answers, SampleAnswers
 from everalign.learning.setup import Setup
 from everalign.memory import LowRankUpdate
 from everalign.training.reference import policy_key
@@ -24,11 +25,13 @@ class HeldOutTests:
         setup: the learner's parts.
         run: where the base model's scores are kept.
         allow_overlap: let pairs occur in training and test data.
+        sample_answers: prompts of each test set that answers are written to, for the report.
     """
 
-    def __init__(self, setup: Setup, run: RunDirectory, allow_overlap: bool) -> None:
+    def __init__(self, setup: Setup, run: RunDirectory, allow_overlap: bool, sample_answers: int = 0) -> None:
         self._setup, self._run, self._allow_overlap = setup, run, allow_overlap
-        self._zero_shot, self._facts = run.read_zero_shot()
+        self._samples = SampleAnswers(setup, sample_answers)
+        self._zero_shot, self._facts, self._first_answers = run.read_zero_shot()
         self._sets: dict[str, RowSet[Any]] = {}
         self._held_out: dict[str, HeldOut] = {}
         self._trained: dict[str, RowSet[Any]] = {}
@@ -87,7 +90,8 @@ class HeldOutTests:
             self._run.write_test(test)
             with self._setup.policy.as_base():
                 self._zero_shot[name] = self._score(self._held_out[name], None)
-            self._run.write_zero_shot(self._zero_shot, self._facts)
+                self._first_answers |= self._samples.first(name, test)
+            self._run.write_zero_shot(self._zero_shot, self._facts, self._first_answers)
 
     def restore(self) -> None:
         """Take from the run directory the test sets that were not given again, as after a resume."""
@@ -99,6 +103,10 @@ class HeldOutTests:
     def scores(self, previous: Mapping[str, LowRankUpdate]) -> dict[str, PreferenceScore]:
         """Score the policy on every test set; `previous` is the policy before this task."""
         return {name: self._score(held_out, previous) for name, held_out in self._held_out.items()}
+
+    def answers(self) -> Answers:
+        """Write the policy's answers to the prompts that the base model has answered."""
+        return self._samples.again(self._first_answers, self._sets)
 
     def accuracies(self, tasks: Sequence[str], run: RunData) -> dict[str, float]:
         """Return the accuracies of the run's current version, which the policy is, on those of the tasks with a test.

@@ -69,6 +69,8 @@ class Learner:
         resume: continue the run that `output` holds: finished tasks are taken as they are, and one that was
             interrupted goes on from its newest checkpoint. A run with other settings is refused.
         allow_overlap: let pairs occur in training and test data.
+        sample_answers: held-out prompts of each task that the policy answers, greedily, before the first task and after
+            each; the report shows the answers. Those of a run that goes on are the prompts it was begun with.
         cache: folder for encoded rows and reference log-probabilities, which runs may share; in `output` when None.
         announce: called with one line for each thing that happens; standard error when None.
         progress: called with (stage, steps done, steps in all).
@@ -95,6 +97,7 @@ class Learner:
         seed: int = 0,
         resume: bool = False,
         allow_overlap: bool = False,
+        sample_answers: int = 0,
         cache: str | Path | None = None,
         announce: Announce = _print,
         progress: Progress = _silent,
@@ -128,7 +131,7 @@ class Learner:
             # Again: loading a model takes long, and another process may have begun a run here meanwhile.
             self._run.check_usable(resume)
             self._line = Line(self._setup, self._run)
-        self._tests = HeldOutTests(self._setup, self._run, allow_overlap)
+        self._tests = HeldOutTests(self._setup, self._run, allow_overlap, sample_answers)
         self._learning = False
 
     # ---- learning ----
@@ -265,7 +268,10 @@ class Learner:
             "stages": [report.facts() for report in lesson.reports],
             "replay_ids": [] if self.method.buffer is None else self.method.buffer.ids(),
         }
-        self._run.write_version(version, manifest, self.policy, self.method, lesson.reports, records, scores, before)
+        answers = self._tests.answers()
+        self._run.write_version(
+            version, manifest, self.policy, self.method, lesson.reports, records, scores, before, answers
+        )
         return version, scores, verdict
 
     def _already_learned(self, rows: AnySet, name: str) -> dict[str, PreferenceScore]:

@@ -48,6 +48,9 @@ _IGNORED = {
     "snkl": (("beta",), "takes log-ratios as they are"),
 }
 
+SAMPLE_ANSWERS = 4
+"""Held-out prompts of each task that a run from the command line answers for its report."""
+
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -127,6 +130,7 @@ class Recipe(_Keys):
     gate: float | None = None
     cache: Text | None = None
     allow_overlap: bool | None = None
+    sample_answers: Annotated[int, Field(ge=0)] | None = None
     skip_bad_rows: bool | None = None
     report: bool | None = None
 
@@ -209,6 +213,7 @@ class Recipe(_Keys):
         self._refuse_ignored()
         plain = ("model", "base_adapter", "objective", "output", "seed", "reward", "gate", "allow_overlap", "cache")
         return {
+            "sample_answers": SAMPLE_ANSWERS if self.sample_answers is None else self.sample_answers,
             **{name: given[name] for name in plain if name in given},
             "method": self.make_method(),
             "training": self.training_options(),
@@ -228,6 +233,7 @@ class Recipe(_Keys):
         training = {name: value for name, value in training.items() if name not in ignored}
         return {
             **{name: learner[name].default for name in ("objective", "seed")},
+            "sample_answers": SAMPLE_ANSWERS,
             **{key: value for key, value in self._given().items() if key != "preset"},
             "method": {"name": method.name, **gamma, **method.settings()},
             "training": training,

@@ -39,6 +39,7 @@ from everalign.learning import run_files
 from everalign.learning.options import TrainingOptions
 from everalign.learning.promotion import LOCK, alone_in, check_version, is_settled, promote
 from everalign.learning.run_data import BASE, BASE_ADAPTER, RunData, work_folder
+from everalign.learning.sample_answers import Answers
 from everalign.learning.task_training import StageReport
 from everalign.methods import Method
 from everalign.methods.base import ModuleRecord
@@ -117,7 +118,7 @@ class RunDirectory:
             with new_folder(self.path / BASE_ADAPTER) as folder:
                 for file in adapter_files(facts["base_adapter"]):
                     shutil.copyfile(file, folder / file.name)
-        self.write_zero_shot({}, {})
+        self.write_zero_shot({}, {}, {})
         write_json(self.path / "run.json", {"format": FORMAT, **facts, "created": now()})
 
     def with_its_precision(self, training: TrainingOptions) -> TrainingOptions:
@@ -147,15 +148,18 @@ class RunDirectory:
         """Return the folder for checkpoints of the task that becomes version `name`."""
         return work_folder(self.path, name)
 
-    def write_zero_shot(self, scores: Mapping[str, PreferenceScore], tests: Mapping[str, Any]) -> None:
-        """Write the base model's scores by task, and what identifies the test sets (see `data_facts`)."""
-        write_json(self.path / _ZERO_SHOT, {"scores": _as_json(scores), "tests": dict(tests)})
+    def write_zero_shot(
+        self, scores: Mapping[str, PreferenceScore], tests: Mapping[str, Any], answers: Answers
+    ) -> None:
+        """Write the base model's scores and answers by task, and what identifies the test sets (see `data_facts`)."""
+        write_json(self.path / _ZERO_SHOT, {"scores": _as_json(scores), "tests": dict(tests), "answers": answers})
 
-    def read_zero_shot(self) -> tuple[dict[str, PreferenceScore], dict[str, Any]]:
+    def read_zero_shot(self) -> tuple[dict[str, PreferenceScore], dict[str, Any], Answers]:
         """Read what `write_zero_shot` wrote."""
         written = run_files.read_json(self.path / _ZERO_SHOT, run_files.ZeroShotFile)
         scores = {task: PreferenceScore(**score.model_dump()) for task, score in written.scores.items()}
-        return scores, {task: test.model_dump() for task, test in written.tests.items()}
+        answers = {task: [one.model_dump() for one in found] for task, found in written.answers.items()}
+        return scores, {task: test.model_dump() for task, test in written.tests.items()}, answers
 
     def write_test(self, rows: RowSet[Any]) -> None:
         """Keep a test set's rows."""
@@ -191,6 +195,7 @@ class RunDirectory:
         consolidation: Sequence[ModuleRecord],
         scores: Mapping[str, PreferenceScore],
         before: Mapping[str, PreferenceScore] | None,
+        answers: Answers,
     ) -> None:
         """Write a finished task as a version, promote it unless its gate refused it, and drop its checkpoints."""
         with new_folder(self.path / "versions" / name) as folder:
@@ -205,6 +210,7 @@ class RunDirectory:
                 {
                     "scores": _as_json(scores),
                     "before_consolidation": None if before is None else _as_json(before),
+                    "answers": answers,
                 },
             )
             points = [{"stage": report.stage, **point} for report in reports for point in report.curve]

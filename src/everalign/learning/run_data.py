@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from everalign.learning.run_files import (
     Manifest,
     ModuleConsolidation,
     RunFile,
+    SampleAnswer,
     Score,
     ScoresFile,
     TrainingStep,
@@ -43,6 +44,7 @@ class VersionData:
     before: Mapping[str, Score] | None
     training: Sequence[TrainingStep]
     consolidation: Sequence[ModuleConsolidation] | None
+    answers: Mapping[str, Sequence[SampleAnswer]] = field(default_factory=dict)
 
     @property
     def task(self) -> str:
@@ -61,7 +63,7 @@ class RunData:
 
     `current` is the promoted version, "000" for the base model, None before the first promotion. `versions` is the
     run's line: the current version and its parents. `beside` are the others: rolled back, or refused by the gate.
-    Where each task starts from the base model (STL), all versions are the line.
+    Where each task starts from the base model (STL), all versions are the line. `first_answers` are the base model's.
     """
 
     path: Path
@@ -70,6 +72,7 @@ class RunData:
     versions: Sequence[VersionData]
     beside: Sequence[VersionData]
     current: str | None
+    first_answers: Mapping[str, Sequence[SampleAnswer]] = field(default_factory=dict)
 
     @property
     def base_adapter(self) -> str | None:
@@ -146,11 +149,13 @@ def load_run(path: str | Path) -> RunData:
     versions = _load_versions(path / "versions")
     facts = read_json(path / "run.json", RunFile)
     current = _current(path, versions)
+    base = read_json(path / "zero_shot.json", ScoresFile)
     kept = versions if facts.method.name == "stl" else _lineage(versions, current)
     run = RunData(
         path=path,
         facts=facts,
-        zero_shot=read_json(path / "zero_shot.json", ScoresFile).scores,
+        zero_shot=base.scores,
+        first_answers=base.answers,
         versions=kept,
         beside=[version for version in versions if version not in kept],
         current=current,
@@ -197,6 +202,7 @@ def _load_version(directory: Path) -> VersionData:
         manifest=manifest,
         scores=scores.scores,
         before=scores.before_consolidation,
+        answers=scores.answers,
         training=read_json_lines(directory / "training.jsonl", TrainingStep),
         consolidation=read_json(optional, list[ModuleConsolidation]) if optional.exists() else None,
     )

@@ -42,11 +42,30 @@ class DataSource(_Record):
     fingerprint: str
 
 
+class SampleAnswer(_Record):
+    """What a policy wrote, greedily, to a held-out prompt.
+
+    Args:
+        row: id of the held-out row.
+        prompt: text, or chat messages.
+        draft: of a corrector, the answer that it was given; else None.
+        answer: what it wrote, without its end.
+        ended: whether it has ended, or was cut at the limit of tokens.
+    """
+
+    row: str
+    prompt: str | list[dict[str, Any]]
+    draft: str | None = None
+    answer: str
+    ended: bool
+
+
 class ScoresFile(_Record):
-    """scores.json of a version, and the scores in zero_shot.json."""
+    """scores.json of a version, and what zero_shot.json tells of the base model: scores and answers by task."""
 
     scores: dict[str, Score]
     before_consolidation: dict[str, Score] | None = None
+    answers: dict[str, list[SampleAnswer]] = {}
 
 
 class ZeroShotFile(ScoresFile):

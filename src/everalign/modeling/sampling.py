@@ -1,6 +1,6 @@
 """Completions sampled from a policy, many prompts at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -113,6 +113,51 @@ def sample_completions(
     return [found[row] for row in range(len(prompts))]
 
 
+def greedy_answers(
+    policy: Policy, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], options: SamplingOptions
+) -> list[tuple[str, bool]]:
+    """Write the likeliest answer to every prompt, token by token, with the policy as it is switched now.
+
+    Args:
+        policy: in evaluation mode or not; it is put there for the while.
+        tokenizer: the model's.
+        prompts: as in `sample_completions`.
+        options: their limits of tokens count, and nothing else.
+
+    Returns:
+        Of each prompt, what was answered, without its end; and whether it has ended at all.
+
+    Raises:
+        InputError: as in `sample_completions`.
+    """
+    tokens = _checked(ChatFormat(tokenizer), prompts, options)
+    ends = _Ends(tokenizer, stop_token_ids(policy.peft, tokenizer), turn_end(tokenizer))
+    written = greedy_continuations(
+        policy, tokens, ends.tokens, options.max_new_tokens, lambda number, ids: ends.over(prompts[number], ids)
+    )
+    found = []
+    for prompt, before, ids in zip(prompts, tokens, written, strict=True):
+        text = ends.text(prompt, before, ids)
+        found.append((ends.behind(before, ids), False) if text is None else (text, True))
+    return found
+
+
+def greedy_continuations(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    ends: Collection[int],
+    limit: int,
+    over: Callable[[int, list[int]], bool] = lambda number, ids: False,
+) -> list[list[int]]:
+    """Write the likeliest token behind each prompt's tokens, again and again; all else as in `continue_rows`."""
+    was_training = policy.training
+    policy.eval()
+    with torch.no_grad(), policy.decoding(policy.on_device(pad_left(prompts, min(ends)))) as decoder:
+        found = continue_rows(decoder, lambda logits: logits.argmax(-1), ends, limit, over)
+    policy.train(was_training)
+    return found
+
+
 def check_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], options: SamplingOptions) -> None:
     """Refuse prompts that `sample_completions` would refuse, before any are answered."""
     _checked(ChatFormat(tokenizer), prompts, options)
@@ -155,7 +200,7 @@ class _Ends:
         length = next((i for i, token in enumerate(ids) if token in self.tokens), None)
         said = ids if length is None else ids[:length]
         if isinstance(prompt, str):
-            return None if length is None else self._behind(prompt_ids, said)
+            return None if length is None else self.behind(prompt_ids, said)
         text = self._as_learned(prompt, prompt_ids, said)
         if self.turn.text and self.turn.text in text:
             return text.partition(self.turn.text)[0]
@@ -168,7 +213,7 @@ class _Ends:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def _behind(self, prompt_ids: list[int], ids: list[int]) -> str:
+    def behind(self, prompt_ids: list[int], ids: list[int]) -> str:
         """Return the text of tokens that follow a prompt; some tokenizers drop a text's first space."""
         before, both = self.read(prompt_ids), self.read(prompt_ids + ids)
         return both[len(before) :] if both.startswith(before) else self.read(ids)
@@ -178,7 +223,7 @@ class _Ends:
 
         Whether the white space that begins an answer is its own depends on the template and on the tokenizer.
         """
-        behind, alone = self._behind(prompt_ids, ids), self.read(ids)
+        behind, alone = self.behind(prompt_ids, ids), self.read(ids)
         texts = [behind.removeprefix(self.turn.opening), alone, behind]
         if len(set(texts)) > 1:
             read = [*prompt_ids, *ids]

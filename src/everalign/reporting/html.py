@@ -14,6 +14,7 @@ from everalign.files import write_text
 from everalign.learning.run_data import RunData, load_run, run_labels
 from everalign.learning.scores import Scores
 from everalign.reporting import views
+from everalign.reporting.answers import AnswerPair, answer_pairs
 from everalign.reporting.corrections import CorrectorShow
 from everalign.reporting.formats import METRICS, Metric
 from everalign.reporting.headline import cautions, headline
@@ -45,6 +46,7 @@ class RunView:
     rollouts: Sequence[views.Row]
     gate: Sequence[views.Row]
     data: Sequence[views.Row]
+    answers: Mapping[str, Sequence[AnswerPair]]
 
 
 def write_report(runs: Sequence[Path], output: Path, corrector: CorrectorShow | None = None) -> Path:
@@ -139,6 +141,7 @@ def _run_view(run: RunData, label: str, anchor: str, heat: tuple[float, float], 
         rollouts=views.rollout_view(run),
         gate=views.gate_view(run),
         data=views.data_view(run),
+        answers=answer_pairs(run),
     )
 
 
