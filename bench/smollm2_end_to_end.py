@@ -63,7 +63,7 @@ def read(path: Path, most: int | None = None) -> list[dict[str, Any]]:
 
 
 def choose_rate(folder: Path, seed: int) -> tuple[float, dict[str, float]]:
-    """Return the rate whose policy ranks most validation pairs rightly (the lowest of equals), and what each came to."""
+    """Return the rate whose policy ranks most validation pairs rightly (of equals, the lowest), and all that was tried."""
     train = [row for name in TASKS for row in read(folder / f"{name}.jsonl", MIXED)]
     test = [row for name in TASKS for row in read(folder / f"{name}.validation.jsonl")]
     found = {}
