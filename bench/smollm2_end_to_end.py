@@ -2,8 +2,8 @@
 
     python bench/smollm2_end_to_end.py
 
-Harmless (hh), truthful (TruthfulQA) and helpful (hh) pairs, one after another, with the defaults of `everalign learn`
-but for the learning rate: it is the one of three whose policy, trained on a mixture of the tasks, ranks most of the
+Harmless (hh), truthful (TruthfulQA) and helpful (hh) pairs, one after another, in bf16, with the defaults of
+`everalign learn` but for the batches, which are smaller, and the learning rate: it is the one of three whose policy, trained on a mixture of the tasks, ranks most of the
 validation pairs rightly; these are cut from the training part. The rest is the one command that is printed.
 
 Started again it goes on where it was. Everything stands in bench/out/smollm2: data, the tuning runs, the run with its
@@ -31,9 +31,9 @@ RATES = (1e-4, 3e-4, 1e-3)
 VALIDATION = 48
 # Of each of the tasks, in the mixture that the rate is chosen on.
 MIXED = 40
-# Characters of a prompt with its longer answer: about 350 tokens, so that nothing is cut.
-LONGEST = 1400
-SETTINGS = {"max_length": 512, "batch_size": 8}
+# Characters of a prompt with its longer answer: about 200 tokens, so that nothing is cut.
+LONGEST = 800
+SETTINGS = {"max_length": 512, "batch_size": 8, "precision": "bf16"}
 
 
 def fitting(name: str, split: str, seed: int) -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ def read(path: Path, most: int | None = None) -> list[dict[str, Any]]:
 
 
 def choose_rate(folder: Path, seed: int) -> tuple[float, dict[str, float]]:
-    """Return the rate whose policy ranks most validation pairs rightly (of equals, the lowest), and all that was tried."""
+    """Return the rate whose policy ranks most validation pairs rightly, and all that was tried."""
     train = [row for name in TASKS for row in read(folder / f"{name}.jsonl", MIXED)]
     test = [row for name in TASKS for row in read(folder / f"{name}.validation.jsonl")]
     found = {}

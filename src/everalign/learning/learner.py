@@ -18,7 +18,7 @@ from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, Ro
 from everalign.learning.promotion import Rollback, roll_back
 from everalign.learning.row_kinds import AnySet, Rows, as_set, as_tests
 from everalign.learning.run import RunDirectory, data_facts, version_name
-from everalign.learning.run_data import BASE, RunData, load_run
+from everalign.learning.run_data import BASE, RunData
 from everalign.learning.run_files import Verdict
 from everalign.learning.scores import Scores
 from everalign.learning.setup import Announce, Progress, make_setup
@@ -322,8 +322,8 @@ class Learner:
 
     @property
     def run(self) -> RunData:
-        """The run directory as it is on disk."""
-        return load_run(self._run.path)
+        """The run directory as it is on disk; what has not changed since it was read last is not read again."""
+        return self._run.data
 
     @property
     def scores(self) -> Scores:

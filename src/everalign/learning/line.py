@@ -4,7 +4,7 @@ import copy
 
 from everalign.errors import InputError
 from everalign.learning.run import RunDirectory
-from everalign.learning.run_data import BASE, RunData, load_run
+from everalign.learning.run_data import BASE
 from everalign.learning.setup import Setup
 
 
@@ -29,15 +29,10 @@ class Line:
         if not run.exists:
             run.begin(setup.facts())
             return
-        found = self.on_disk
+        found = run.data
         run.check_same(setup.facts())
         run.settle(found)
         self.restore()
-
-    @property
-    def on_disk(self) -> RunData:
-        """The run directory as it is."""
-        return load_run(self._run.path)
 
     @property
     def tip(self) -> str:
@@ -46,11 +41,11 @@ class Line:
 
     def restore(self) -> None:
         """Bring policy and method to where the version left them that is current on disk."""
-        found = self.on_disk
+        found = self._run.data
         self._run.restore(found.tip, self._setup.policy, self._setup.method, self._setup.seed, self._at_first)
         self.versions = {version.task: version.id for version in found.versions}
 
     def check_up_to_date(self) -> None:
         """Refuse to go on where another learner, or a rollback, has changed the line on disk."""
-        if [version.id for version in self.on_disk.versions] != list(self.versions.values()):
+        if [version.id for version in self._run.data.versions] != list(self.versions.values()):
             raise InputError(f"{self._run.path} was continued by another learner: open it again, with resume")

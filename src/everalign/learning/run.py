@@ -38,7 +38,7 @@ from everalign.files import (
 from everalign.learning import run_files
 from everalign.learning.options import TrainingOptions
 from everalign.learning.promotion import LOCK, alone_in, check_version, is_settled, promote
-from everalign.learning.run_data import BASE, BASE_ADAPTER, RunData, work_folder
+from everalign.learning.run_data import BASE, BASE_ADAPTER, RunData, RunReader, work_folder
 from everalign.learning.sample_answers import Answers
 from everalign.learning.task_training import StageReport
 from everalign.methods import Method
@@ -81,6 +81,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cache = path / "cache"
+        self._reader = RunReader(path)
 
     def alone(self) -> AbstractContextManager[None]:
         """Keep other processes from writing into this run for the while; may be nested.
@@ -89,6 +90,11 @@ class RunDirectory:
             InputError: another one is at it.
         """
         return alone_in(self.path)
+
+    @property
+    def data(self) -> RunData:
+        """The run as it is on disk; what has not changed since it was asked for last is not read again."""
+        return self._reader.read()
 
     @property
     def exists(self) -> bool:

@@ -24,6 +24,7 @@ from everalign.learning.run_files import (
 from everalign.learning.scores import Regime, Scores
 
 _VERSION = re.compile(r"\d{3,}-.+(?<!\.partial)")  # a folder being written ends in .partial
+_VERSION_FILES = ("manifest.json", "scores.json", "training.jsonl", "consolidation.json")
 BASE = "000"
 """The parent of a version that started from the base model."""
 BASE_ADAPTER = "base_adapter"
@@ -144,24 +145,73 @@ class RunData:
 
 def load_run(path: str | Path) -> RunData:
     """Read a run directory; a damaged or missing file is an `InputError` that names it."""
-    path = Path(path)
-    check_is_run(path)
-    versions = _load_versions(path / "versions")
-    facts = read_json(path / "run.json", RunFile)
-    current = _current(path, versions)
-    base = read_json(path / "zero_shot.json", ScoresFile)
-    kept = versions if facts.method.name == "stl" else _lineage(versions, current)
-    run = RunData(
-        path=path,
-        facts=facts,
-        zero_shot=base.scores,
-        first_answers=base.answers,
-        versions=kept,
-        beside=[version for version in versions if version not in kept],
-        current=current,
-    )
-    _check_scores(run)
-    return run
+    return RunReader(path).read()
+
+
+class RunReader:
+    """Reads a run directory again and again: a file that is as it was is neither read nor hashed a second time.
+
+    That it is as it was is told by its inode, size and times, which every writer changes, also one in another process.
+
+    Args:
+        path: the run directory.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._stamp: tuple[object, ...] = ()
+        self._run: RunData | None = None
+        self._versions: dict[str, tuple[tuple[object, ...], VersionData]] = {}
+
+    def read(self) -> RunData:
+        """Return the run as it is on disk; errors as in `load_run`."""
+        check_is_run(self.path)
+        folders = _version_folders(self.path / "versions")
+        # Before anything is read: what is written meanwhile is read the next time.
+        stamps = {folder.name: _stamps(folder, _VERSION_FILES) for folder in folders}
+        # A version that is not settled yet has its checkpoints still.
+        unsettled = [work_folder(self.path, folder.name).exists() for folder in folders]
+        stamp = (*_stamps(self.path, ("run.json", "zero_shot.json", "current")), *stamps.items(), *unsettled)
+        if self._run is None or stamp != self._stamp:
+            self._run, self._stamp = self._load(folders, stamps), stamp
+        return self._run
+
+    def _load(self, folders: Sequence[Path], stamps: Mapping[str, tuple[object, ...]]) -> RunData:
+        known, self._versions = self._versions, {}
+        for folder in folders:
+            stamp, version = known.get(folder.name, ((), None))
+            if version is None or stamp != stamps[folder.name]:
+                version = _load_version(folder)
+            self._versions[folder.name] = stamps[folder.name], version
+        versions = sorted((version for _, version in self._versions.values()), key=lambda v: v.manifest.index)
+        facts = read_json(self.path / "run.json", RunFile)
+        current = _current(self.path, versions)
+        base = read_json(self.path / "zero_shot.json", ScoresFile)
+        kept = versions if facts.method.name == "stl" else _lineage(versions, current)
+        run = RunData(
+            path=self.path,
+            facts=facts,
+            zero_shot=base.scores,
+            first_answers=base.answers,
+            versions=kept,
+            beside=[version for version in versions if version not in kept],
+            current=current,
+        )
+        _check_scores(run)
+        return run
+
+
+def _stamps(folder: Path, names: Sequence[str]) -> tuple[object, ...]:
+    """Return what changes when one of these files is written: of each its inode, size and times, None without it."""
+    found: list[object] = []
+    for name in names:
+        try:
+            stat = (folder / name).stat()
+        except FileNotFoundError:
+            found.append(None)
+        else:
+            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return tuple(found)
 
 
 def check_is_run(path: Path) -> None:
@@ -186,16 +236,15 @@ def run_labels(runs: Sequence[RunData]) -> list[str]:
     raise InputError(f"the same run is given twice: {', '.join(str(run.path) for run in runs)}")
 
 
-def _load_versions(directory: Path) -> list[VersionData]:
+def _version_folders(directory: Path) -> list[Path]:
     found = sorted(directory.iterdir()) if directory.is_dir() else []
-    versions = [_load_version(entry) for entry in found if entry.is_dir() and _VERSION.fullmatch(entry.name)]
-    return sorted(versions, key=lambda version: version.manifest.index)
+    return [entry for entry in found if entry.is_dir() and _VERSION.fullmatch(entry.name)]
 
 
 def _load_version(directory: Path) -> VersionData:
     manifest = read_json(directory / "manifest.json", Manifest)
     optional = directory / "consolidation.json"
-    check_hashes(directory, manifest.files, ["scores.json", "training.jsonl", optional.name])
+    check_hashes(directory, manifest.files, _VERSION_FILES[1:])
     scores = read_json(directory / "scores.json", ScoresFile)
     return VersionData(
         id=directory.name,

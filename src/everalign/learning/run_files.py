@@ -6,6 +6,7 @@ Every problem is an `InputError` that names the file and, where there is one, th
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -187,7 +188,7 @@ def read_json_lines(path: Path, kind: type[T]) -> list[T]:
     ]
 
 
-def check_hashes(directory: Path, hashes: dict[str, str], names: list[str]) -> None:
+def check_hashes(directory: Path, hashes: dict[str, str], names: Sequence[str]) -> None:
     """Those of `names` that the manifest lists must be there with the SHA-256 it lists."""
     wrong = files.differing_files(directory, {name: hashes[name] for name in names if name in hashes})
     if wrong:
