@@ -2,9 +2,10 @@
 
     python bench/smollm2_end_to_end.py
 
-Harmless (hh), truthful (TruthfulQA) and helpful (hh) pairs, one after another, in bf16, with the defaults of
-`everalign learn` but for the batches, which are smaller, and the learning rate: it is the one of three whose policy, trained on a mixture of the tasks, ranks most of the
-validation pairs rightly; these are cut from the training part. The rest is the one command that is printed.
+Harmless (hh), truthful (TruthfulQA) and helpful (hh) pairs, one after another, in bf16 and steps of 8 pairs, else with
+the defaults of `everalign learn` but for the learning rate: it is the one of three whose policy, trained on a mixture
+of the tasks, ranks most of the validation pairs rightly; these are cut from the training part. The rest is the one
+command that is printed.
 
 Started again it goes on where it was. Everything stands in bench/out/smollm2: data, the tuning runs, the run with its
 report.html, and result.json.
