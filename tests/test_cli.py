@@ -163,7 +163,7 @@ def test_an_overlap_is_learned_on_request(work, capsys):
 
 def test_reference_log_probabilities_go_into_the_named_cache(work, capsys):
     assert run(capsys, *learn(*task("warm"), "--cache", "shared"))[0] == 0
-    assert list(Path("shared").glob("*.safetensors"))
+    assert list(Path("shared").glob("reference-*.sqlite"))
     assert not Path("run/cache").exists()
 
 

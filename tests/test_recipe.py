@@ -62,6 +62,7 @@ def test_a_full_recipe(read):
         "seed": 4,
         "cache": "cache",
         "allow_overlap": True,
+        "sample_answers": 4,
         "training": TrainingOptions.preset("paper", learning_rate=1e-4, epochs=2.0, reference="base"),
         "adapter": AdapterOptions(rank=16, alpha=PAPER_ADAPTER.alpha, targets=PAPER_ADAPTER.targets),
     }
@@ -81,7 +82,7 @@ def test_a_full_recipe(read):
 def test_what_is_not_given_is_left_to_the_learner(read):
     recipe = read("{model: tiny, output: x, tasks: [{name: a, train: b}]}")
     arguments = recipe.learner_arguments()
-    assert arguments.keys() == {"model", "output", "method", "training", "adapter"}
+    assert arguments.keys() == {"model", "output", "method", "training", "adapter", "sample_answers"}
     assert arguments["training"] == TrainingOptions()
     assert arguments["adapter"] == AdapterOptions()
     assert arguments["method"].settings() == METHODS["lifealign"]().settings()

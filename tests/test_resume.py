@@ -193,8 +193,6 @@ WORST = [
     ("replace", "zero_shot.json", 1),
     ("replace", "run.json", 1),
     ("replace", "zero_shot.json", 2),
-    ("replace", ".safetensors", 1),  # encoded rows
-    ("replace", ".safetensors", 2),  # the reference cache
     ("replace", "checkpoint-2/complete.json", 1),
     ("replace", "done", 1),
     ("replace", "done", 2),
