@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from everalign.data.layout import Batch, rows_of_one_kind
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.cpu_attention import CPU_ATTENTION, runs_of
-from everalign.modeling.flex_attention import FLEX, flex_block_mask
+from everalign.modeling.flex_attention import FLEX, flex_inputs
 from everalign.modeling.lengths import Lengths, PositionState
 from everalign.modeling.shrinking import MODEL_ERRORS
 from everalign.modeling.token_log_probs import HeadShape, rows_at_once, token_log_probs
@@ -107,12 +107,11 @@ class LanguageHead:
             return {**inputs, "attention_mask": table, "position_ids": batch["position_ids"]}
         if "attention_mask" in batch:
             return {**inputs, "attention_mask": batch["attention_mask"]}
+        if self._flex and self.shared:
+            return flex_inputs(batch)
         if "segments" not in batch:
             return inputs
-        positions, layout = batch["position_ids"], (batch["segments"], batch["prefixes"])
-        if self._flex:
-            return {**inputs, "attention_mask": flex_block_mask(*layout), "position_ids": positions}
-        whole = block_mask(*layout)
+        positions, whole = batch["position_ids"], block_mask(batch["segments"], batch["prefixes"])
         narrowed = {kind: self._narrowed(whole, positions, kind) for kind in self._masks}
         masks = {kind: self._finished(allowed) for kind, allowed in narrowed.items()}
         mask = {_LAYERS[kind]: mask for kind, mask in masks.items()} if len(masks) > 1 else masks[self._masks[0]]
