@@ -259,6 +259,11 @@ def _tokens_of_sequences(batch: Batch) -> tuple[list[tuple[list[int], list[int]]
     return tokens, numbers
 
 
+def largest_token(row: EncodedPair | EncodedGroup | TargetGroup) -> int:
+    """Return the largest number of a token in a row's prompt and answers."""
+    return max(max(tokens, default=0) for tokens in (row.prompt, *_answers(row)))
+
+
 def row_tokens(row: EncodedPair | EncodedGroup | TargetGroup, shared: bool) -> int:
     """Return the tokens that a row takes in a batch: its prompt once where it is shared, else once an answer."""
     answers = _answers(row)

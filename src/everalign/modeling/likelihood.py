@@ -89,9 +89,8 @@ class LanguageHead:
         """Whether a prompt and its answers can be one row."""
         return self.unshared_because is None
 
-    def check_tokens(self, batch: Batch) -> None:
-        """Raise InputError for tokens without embeddings, in a batch on the CPU, where it is cheap."""
-        largest = int(batch["input_ids"].max()) if batch["input_ids"].device.type == "cpu" else 0
+    def check_token(self, largest: int) -> None:
+        """Raise InputError where rows hold a token, their largest, that the model has no embedding for."""
         if largest >= self._vocabulary:
             raise InputError(
                 f"a row holds token {largest}, and {type(self._model).__name__} has embeddings for {self._vocabulary}: "
@@ -99,7 +98,6 @@ class LanguageHead:
             )
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        self.check_tokens(batch)
         inputs = {"input_ids": batch["input_ids"], "use_cache": False}
         if "runs" in batch:
             runs = batch["runs"]

@@ -116,7 +116,7 @@ class Policy(nn.Module):
 
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch on the policy's device."""
-        self.head.check_tokens(batch)
+        self.head.check_token(int(batch["input_ids"].max()))
         device = next(self.parameters()).device
         return {name: value.to(device) for name, value in batch.items()}
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from everalign.data.batches import TrainingPlan, training_plan
 from everalign.data.encoding import EncodedPair
 from everalign.data.groups import EncodedGroup, TargetGroup
-from everalign.data.layout import row_tokens
+from everalign.data.layout import largest_token, row_tokens
 from everalign.errors import InputError
 from everalign.modeling.checkpointing import (
     Checkpointing,
@@ -114,9 +114,12 @@ def run_stage(
         announce: called with a line where activations are computed again because memory is short.
 
     Raises:
-        InputError: checkpointing is on, and nobody knows the model's layers.
+        InputError: checkpointing is on, and nobody knows the model's layers; or a row holds a token that the model has
+            no embedding for.
     """
     shared = policy.head.shared
+    # Before any of it is on a GPU, where such a token ends the process.
+    policy.head.check_token(max((largest_token(pair) for pair in pairs), default=0))
     return train_rows(
         policy,
         objective,
