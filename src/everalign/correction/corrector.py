@@ -132,12 +132,12 @@ class Corrector:
         """
         files = load_corrector_files(folder, template)
         encoder = files.encoder(load_tokenizer(str(folder)))
-        model = load_model(str(folder), precision)
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            model.to(place)
+            torch.empty(1, device=place)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {place!r}: cannot be used: {str(error).splitlines()[0]}") from error
+        model = load_model(str(folder), precision, device=torch.device(place))
         return cls(LocalEngine(model, encoder, tokens_per_batch, str(folder)), options, approver)
 
     @classmethod

@@ -40,6 +40,7 @@ from everalign.data.corrections import Correction, CorrectionSet
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.loading import Precision, load_model, load_tokenizer
 from everalign.modeling.residual_stream import decoder_layers, residuals
+from everalign.modeling.runtime import training_device
 from everalign.storage import alone, lock_of
 
 Direction = Literal["principal", "mean"]
@@ -141,9 +142,7 @@ def steer_corrector(
         files = load_corrector_files(path)
         parts = _divided(rows, options, seed)
         encoder = files.encoder(load_tokenizer(str(path)))
-        model = load_model(str(path), precision)
-        if torch.cuda.is_available():
-            model.cuda()
+        model = load_model(str(path), precision, device=training_device())
         count = len(decoder_layers(model))
         candidates = _candidates(count, options.layers)
         extracted, chosen_on, held = (len(part) for part in (parts.extract, parts.choose, parts.report))
