@@ -1,6 +1,7 @@
 """What is held in memory at most while something is computed, counted by tensors and not by the machine."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,18 @@ class LiveTensors(TorchDispatchMode):
     def _forget(self, key: int, size: float) -> None:
         self._known.discard(key)
         self._now -= size
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations inside the `with` block, by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[function._opname] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def saved_bytes(compute: Callable[[], Tensor], parameters: Any) -> tuple[Tensor, int]:

@@ -32,6 +32,9 @@ class Table(torch.nn.Module):
     def on_device(self, batch):
         return batch
 
+    def evaluating(self):
+        return torch.no_grad()
+
 
 def pair(chosen, rejected):
     return EncodedPair("x", [3], chosen, rejected, 1.0)

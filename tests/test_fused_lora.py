@@ -5,10 +5,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from everalign.data.layout import lay_out_pairs
 from everalign.modeling import adapters
+from everalign.modeling.decoding import Decoder, continue_rows
+from everalign.modeling.decoding_cache import pad_left
 from everalign.modeling.fused_lora import fuse
 from everalign.modeling.policy import Policy
-from models_for_tests import perturb, random_model, random_policy, random_updates
+from memory_for_tests import Operations
+from models_for_tests import perturb, random_model, random_pairs, random_policy, random_updates
 
 SETTINGS = [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)]
 
@@ -136,3 +140,73 @@ def test_beside_a_large_weight_it_stays_apart():
     layer._active_adapter = ["ltm", "stm"]
     layer(torch.randn(2, 600))
     assert not hasattr(layer, "folded")
+
+
+# ---- adapters at rest ----
+
+
+def two_tasks(family="llama"):
+    """A bf16 policy in its second task: two adapters, one of them frozen."""
+    policy = Policy(random_model(family).bfloat16(), 4, 8.0)
+    policy.write_long_term(random_updates(policy))
+    return perturb(policy).eval()
+
+
+def operations(compute):
+    with torch.no_grad(), Operations() as seen:
+        compute()
+    return {name: seen.counts[name] for name in ("_to_copy", "cat", "mul")}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neo"])
+def test_a_token_is_written_with_no_cast_more_than_the_base_model_s(family):
+    policy, step = two_tasks(family), torch.tensor([3, 4])
+    with policy.decoding(pad_left([[5, 6], [7]], 0)) as decoder:
+        decoder.write(step)
+        adapted = operations(lambda: decoder.write(step))
+    with policy.as_base(), policy.decoding(pad_left([[5, 6], [7]], 0)) as decoder:
+        decoder.write(step)
+        assert operations(lambda: decoder.write(step)) == adapted
+
+
+def test_evaluating_casts_once_however_many_batches_and_switches_there_are():
+    policy, batch = two_tasks(), lay_out_pairs(random_pairs(4), shared=True)
+    with policy.as_base():
+        plain = operations(lambda: policy(batch))
+    with torch.no_grad():
+        expected = policy(batch)
+    anew = operations(lambda: policy(batch))
+    assert all(anew[name] > plain[name] for name in plain)
+    with policy.as_snapshot(random_updates(policy, seed=9)) as switched, policy.evaluating():
+        with switched():
+            other = policy(batch)
+        assert torch.equal(policy(batch), expected)
+        assert operations(lambda: policy(batch)) == plain
+        with switched():
+            assert operations(lambda: policy(batch)) == plain
+            assert torch.equal(policy(batch), other)
+    assert not torch.equal(other, expected)
+    # Forgotten afterwards: what an optimiser changes counts.
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B.stm" in name:
+                parameter.data.zero_()
+    with policy.evaluating():
+        assert not torch.equal(policy(batch), expected)
+
+
+def test_tokens_are_those_of_adapters_that_are_cast_anew():
+    policy = two_tasks()
+    prompt = [5, 6, 7]
+    with policy.decoding(pad_left([prompt], 0)) as decoder:
+        found = continue_rows(decoder, greedy, [], 12)[0]
+        assert any(layer.ready for layer in adapters.layers(policy.peft).values())
+        for layer in adapters.layers(policy.peft).values():
+            layer.ready = None
+        again = continue_rows(Decoder(policy.peft.get_base_model(), pad_left([prompt], 0), policy.head), greedy, [], 12)
+    assert [found] == again
+    assert all(layer.ready is None for layer in adapters.layers(policy.peft).values())
+
+
+def greedy(logits):
+    return logits.argmax(-1)

@@ -107,16 +107,13 @@ def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequen
     Positions are those of the given responses, not of the policy's own samples: an estimate of drift, not of the
     sequence-level KL.
     """
-    was_training = policy.training
-    policy.eval()
     total, positions = 0.0, 0
-    with torch.no_grad(), policy.as_snapshot(previous) as switched:
+    with policy.as_snapshot(previous) as switched, policy.evaluating():
         lengths = [len(pair.prompt) + len(pair.chosen) for pair in pairs]
         for rows in batches_by_length(lengths, _KL_TOKENS):
             kl = _token_kl(policy, switched, [pairs[row] for row in rows])
             total += kl.sum().item()
             positions += kl.numel()
-    policy.train(was_training)
     # Rounding may leave equal distributions just below zero.
     return max(total / positions, 0.0)
 

@@ -34,17 +34,24 @@ def fuse(layer: LoraLayer) -> None:
 
 
 @contextmanager
-def resting(layers: Collection[Any]) -> Iterator[None]:
-    """Take all adapters of these layers for frozen inside the `with` block: nothing is trained there."""
+def resting(layers: Collection[Any], folding: bool) -> Iterator[None]:
+    """Take all adapters of these layers for frozen inside the `with` block: what they are cast to is kept there.
+
+    Args:
+        layers: adapted ones; blocks of the same layers are not nested.
+        folding: whether adapters may be added to copies of the weights, which pays where the same ones stay switched
+            on, and rounds otherwise than training does.
+    """
     for layer in layers:
-        layer.resting = True
+        layer.ready, layer.folding = {}, folding
     try:
         yield
     finally:
         for layer in layers:
-            layer.resting = False
-            # An optimiser may change an adapter without its version telling.
-            layer.folded, layer.folded_parts = None, []
+            layer.ready, layer.folding = None, False
+            if folding:
+                # An optimiser may change an adapter without its version telling.
+                layer.folded, layer.folded_parts = None, []
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,16 @@ class Matrices:
         bias: (m,) or None.
         factors: A (r, n) and B (m, r) of each adapter in use, one after the other.
         scales: what each B·A is multiplied by.
+        adapters: their names.
+        ready: where a layer that rests keeps what was made of its factors; None for one that does not.
     """
 
     weight: Tensor
     bias: Tensor | None
     factors: tuple[Tensor, ...] = ()
     scales: tuple[float, ...] = ()
+    adapters: tuple[str, ...] = ()
+    ready: dict[Any, tuple[Tensor, list[Tensor]]] | None = None
 
 
 def matrices_of(layer: Any, x: Tensor) -> tuple[Matrices, torch.dtype]:
@@ -75,7 +86,9 @@ def matrices_of(layer: Any, x: Tensor) -> tuple[Matrices, torch.dtype]:
     if dtype == torch.float32:
         weight, names = _fold_frozen(layer, names)
     factors = tuple(f[name].weight for name in names for f in (layer.lora_A, layer.lora_B))
-    return Matrices(weight, base.bias, factors, tuple(layer.scaling[name] for name in names)), dtype
+    scales = tuple(layer.scaling[name] for name in names)
+    ready = None if torch.is_grad_enabled() else getattr(layer, "ready", None)
+    return Matrices(weight, base.bias, factors, scales, tuple(names), ready), dtype
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
@@ -97,7 +110,7 @@ def _fold_frozen(layer: Any, names: list[str]) -> tuple[Tensor, list[str]]:
     small beside the weight, so that frozen adapters stay apart there.
     """
     weight: Tensor = layer.base_layer.weight
-    rests = getattr(layer, "resting", False)
+    rests = getattr(layer, "folding", False)
     frozen = [name for name in names if rests or not layer.lora_B[name].weight.requires_grad]
     rank = sum(len(layer.lora_A[name].weight) for name in frozen)
     if rank * sum(weight.shape) <= _WORTH_FOLDING * weight.numel():
@@ -173,17 +186,32 @@ def products(x: Tensor, layers: Sequence[Matrices]) -> tuple[tuple[Tensor, ...],
     )
     if not any(layer.factors for layer in layers):
         return outputs, []
-    A = torch.cat([a for layer in layers for a in layer.factors[::2]]).to(x.dtype)
-    inner = x.reshape(-1, x.shape[-1]) @ A.T
-    Bs, start = [], 0
-    for layer, y in zip(layers, outputs, strict=True):
-        parts = [b * scale for b, scale in zip(layer.factors[1::2], layer.scales, strict=True)]
-        Bs.append(torch.cat(parts, dim=1).to(x.dtype) if parts else x.new_empty(len(layer.weight), 0))
-        width = Bs[-1].shape[1]
+    A, Bs = _side_by_side(layers, x.dtype)
+    inner, start = x.reshape(-1, x.shape[-1]) @ A.T, 0
+    for B, y in zip(Bs, outputs, strict=True):
+        width = B.shape[1]
         if width:
-            y.view(-1, len(layer.weight)).addmm_(inner[:, start : start + width], Bs[-1].T)
+            y.view(-1, len(B)).addmm_(inner[:, start : start + width], B.T)
         start += width
     return outputs, [inner, A, *Bs]
+
+
+def _side_by_side(layers: Sequence[Matrices], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Return all As (R, n) below one another, and of each layer its Bs (m, r) side by side, scaled; once while at rest.
+
+    Casting and joining them anew takes longer than the products of a few rows.
+    """
+    ready = next(layer.ready for layer in layers if layer.factors)
+    key = dtype, tuple(layer.adapters for layer in layers)
+    if ready is not None and key in ready:
+        return ready[key]
+    A, Bs = torch.cat([a for layer in layers for a in layer.factors[::2]]).to(dtype), []
+    for layer in layers:
+        parts = [b * scale for b, scale in zip(layer.factors[1::2], layer.scales, strict=True)]
+        Bs.append(torch.cat(parts, dim=1).to(dtype) if parts else A.new_empty(len(layer.weight), 0))
+    if ready is not None:
+        ready[key] = A, Bs
+    return A, Bs
 
 
 def narrow_gradient(gradients: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor | None:

@@ -111,8 +111,19 @@ class Policy(nn.Module):
     @contextmanager
     def decoding(self, batch: Batch) -> Iterator[Decoder]:
         """Yield a decoder of left-padded prompts; the policy must stay as it is inside the `with` block."""
-        with self._computing(batch["input_ids"]), resting(adapters.layers(self.peft).values()):
+        with self._computing(batch["input_ids"]), resting(adapters.layers(self.peft).values(), folding=True):
             yield Decoder(self.peft.get_base_model(), batch, self.head)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Compute batches without gradients, in evaluation mode; no adapter may change inside the `with` block."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad(), resting(adapters.layers(self.peft).values(), folding=False):
+                yield
+        finally:
+            self.train(was_training)
 
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch on the policy's device."""

@@ -75,15 +75,13 @@ def _log_probs(
     """Compute batches of similar length; `of_a_batch` gives `counts` values for each row, row after row."""
     order: list[int] = []
     parts: list[Tensor] = []
-    was_training, shared = policy.training, policy.head.shared
-    policy.eval()
-    for numbers in batches_by_length([row_tokens(row, shared) for row in rows], tokens_per_batch):
-        with torch.no_grad():
+    shared = policy.head.shared
+    with policy.evaluating():
+        for numbers in batches_by_length([row_tokens(row, shared) for row in rows], tokens_per_batch):
             parts.append(of_a_batch([rows[number] for number in numbers], shared))
-        order += numbers
-        if progress is not None:
-            progress(len(numbers))
-    policy.train(was_training)
+            order += numbers
+            if progress is not None:
+                progress(len(numbers))
     if not parts:
         return []
     values = torch.cat(parts).cpu()  # the device is waited for once
