@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from everalign.data.layout import lay_out_pairs
 from everalign.modeling import cpu_attention
@@ -182,6 +182,17 @@ def test_policies_learn_what_plain_peft_does(family, dtype, tolerance, learned_b
         assert (gradient - expected_gradients[name]).norm() <= tolerance * expected_gradients[name].norm(), name
 
 
+def test_attention_is_fused_by_what_it_computes_and_not_by_its_rounding():
+    """Weights so large that in bf16 rounding alone gives another softmax; layers without angles are others."""
+    model = random_model("llama").bfloat16()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_proj.weight, std=20.0)
+    other = model.model.layers[1].self_attn
+    other.__class__ = Unrotated
+    fuse_layers(model)
+    assert [isinstance(vars(layer.self_attn).get("forward"), partial) for layer in model.model.layers] == [True, False]
+
+
 def test_eager_models_and_models_that_ask_for_their_attention_by_name_keep_it():
     model = random_model("llama")
     model.set_attn_implementation("eager")
@@ -189,6 +200,15 @@ def test_eager_models_and_models_that_ask_for_their_attention_by_name_keep_it():
         before = other.config._attn_implementation
         use_cpu_attention(other)
         assert other.config._attn_implementation == before
+
+
+class Unrotated(LlamaAttention):
+    """An attention that knows no positions, as some layers of SmolLM3."""
+
+    def forward(self, hidden_states, position_embeddings, *arguments, **keywords):
+        cos, sin = position_embeddings
+        angles = torch.ones_like(cos), torch.zeros_like(sin)
+        return super().forward(hidden_states, angles, *arguments, **keywords)
 
 
 class Clamped(LlamaMLP):
