@@ -339,7 +339,7 @@ def test_rows_without_rewards_need_somebody_who_gives_them(model, tmp_path):
 
 def test_answers_that_never_end_are_an_error_with_advice(tmp_path):
     endless = save_model(tmp_path / "endless")
-    with pytest.raises(EveralignError, match=r"no prompt has 2 that say .* within max_new_tokens 1"):
+    with pytest.raises(EveralignError, match=r"\d+ of \d+ sampled answers did not end .* raise --max-new-tokens"):
         learner(endless, tmp_path / "run", rollouts=RolloutOptions(samples=2, max_new_tokens=1)).learn(prompts(2), "a")
 
 

@@ -8,6 +8,7 @@ from everalign.data.corrections import Correction
 from everalign.data.encoding import check_max_length
 from everalign.data.groups import EncodedGroup
 from everalign.errors import InputError
+from everalign.shortfall import check_shortfall
 
 Texts = Callable[[Correction], tuple[str, ...]]
 
@@ -25,6 +26,17 @@ class EncodedCorrections:
     groups: tuple[EncodedGroup, ...]
     dropped: int
     shortened: int
+
+    def warnings(self, max_length: int) -> tuple[str, ...]:
+        """Return what the limit cost where that is much.
+
+        Raises:
+            InputError: most rows are left out.
+        """
+        total, remedy = len(self.groups) + self.dropped, f"raise --max-length (max_length), {max_length} now"
+        dropped = check_shortfall(self.dropped, total, "rows are too long and left out", remedy)
+        what = "rows have their question or answer cut"
+        return (*dropped, *check_shortfall(self.shortened, total, what, remedy, refuse=False))
 
 
 def taught(row: Correction) -> tuple[str, ...]:

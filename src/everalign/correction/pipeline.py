@@ -23,6 +23,7 @@ from everalign.data.corrections import Correction, CorrectionSet
 from everalign.data.drafts import Draft, DraftSet
 from everalign.errors import EveralignError, InputError
 from everalign.files import check_new_file, write_text
+from everalign.shortfall import check_shortfall
 from everalign.storage import alone, json_line, lock_of
 
 UNEDITED = "no correction in the row"
@@ -98,6 +99,10 @@ class _Run:
         cost = found.cost
         if cost.earlier:
             self.announce(f"  {cost.earlier} of {cost.replies} {stage} were had by an earlier run")
+        remedy = "raise --max-new-tokens, or take a model that answers shorter"
+        what = f"{stage} are unfinished or empty, and left out"
+        for warning in check_shortfall(len(found.lost), len(items), what, remedy, refuse=False):
+            self.announce(f"  warning: {warning}")
         self.dropped.update(f"{reason} {stage[:-1]}" for reason in found.lost.values())
         self.failed += [_failure(items[i], stage, message) for i, message in found.failures.items()]
         return [(item, text) for item, text in zip(items, found.texts, strict=True) if text is not None]
@@ -235,6 +240,10 @@ def _filtered(items: Sequence[_Item], source: str, filters: Filters, run: _Run) 
     rows = CorrectionSet(tuple(row for row, _ in found), source)
     kept = filter_corrections(rows, template=filters.template, longest=filters.longest, near=filters.near)
     run.dropped.update(kept.dropped)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in kept.dropped.items() if count)
+    what = f"corrections are left out by the filters ({reasons})"
+    for warning in check_shortfall(len(rows) - len(kept.rows), len(rows), what, "look at the rows", refuse=False):
+        run.announce(f"  warning: {warning}")
     if not kept.rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in run.dropped.items()) or "all failed"
         raise EveralignError(f"{source}: no correction is left ({reasons}); what was answered is kept")

@@ -19,9 +19,16 @@ from everalign.data.row_set import RowSet
 from everalign.data.uncorrected import Uncorrected, UncorrectedSet
 from everalign.errors import EveralignError, InputError
 from everalign.files import check_new_file, write_text
+from everalign.shortfall import check_shortfall
 from everalign.storage import Journal, alone, json_line, lock_of
 
 ROWS_PER_BATCH = 64
+
+# Reasons for an answer to be returned that say nothing of the answer.
+_NOT_CORRECTED = (
+    ("unfinished", "corrections did not end, and the answers are returned", "raise --max-new-tokens (max_new_tokens)"),
+    ("too_long", "answers are too long for the corrector, and returned", "train it with more --max-length"),
+)
 
 
 class Answered(Protocol):
@@ -111,7 +118,7 @@ def correct_batches(
         options: how; the corrector's own when None.
         rows_per_batch: rows handed to the corrector at once.
         journal: where corrections are kept by row, named by `journal_facts`; None to keep none.
-        announce: told how many rows the journal had.
+        announce: told how many rows the journal had, and if many could not be corrected.
         progress: called with ("correcting", rows done, rows in all).
 
     Returns:
@@ -138,6 +145,10 @@ def correct_batches(
             journal.put({number: asdict(one) for number, one in new.items()})
         done |= new
         progress("correcting", len(done), len(rows))
+    for reason, what, remedy in _NOT_CORRECTED:
+        lost = sum(one.reason == reason for one in done.values())
+        for warning in check_shortfall(lost, len(rows), what, remedy, refuse=False):
+            announce(f"  warning: {warning}")
     return [done[number] for number in range(len(rows))], resumed
 
 

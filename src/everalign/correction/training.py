@@ -212,6 +212,12 @@ def _encode(
     left_out = f"; {encoded.dropped} left out, too long for {limit} tokens" if encoded.dropped else ""
     shortened = f"; {encoded.shortened} prompts shortened" if encoded.shortened else ""
     announce(f"  {len(encoded.groups)} {name} rows{left_out}{shortened}")
+    try:
+        warnings = encoded.warnings(limit)
+    except InputError as error:
+        raise InputError(f"{rows.source}: {error}") from None
+    for warning in warnings:
+        announce(f"  warning: {rows.source}: {warning}")
     return encoded.groups
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, overload
 from everalign.data.records import Preference
 from everalign.data.templating import ChatFormat
 from everalign.errors import InputError
+from everalign.shortfall import check_shortfall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +59,25 @@ class EncodedPairs(Sequence[EncodedPair]):
     def altered(self) -> bool:
         """Whether the limit cost anything."""
         return bool(self.truncated_prompts or self.truncated_responses or self.identical_after_truncation)
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return what the limit cost where that is much: cut answers, cut prompts, pairs with nothing left to learn.
+
+        Raises:
+            InputError: most pairs have identical answers.
+        """
+        pairs, remedy = len(self), f"raise --max-length (max_length), {self.max_length} now"
+        same = check_shortfall(
+            self.identical_after_truncation,
+            pairs,
+            "pairs have identical answers as tokens",
+            f"{remedy}, or mend them",
+        )
+        answers = check_shortfall(
+            self.truncated_responses, 2 * pairs, "answers are cut and lose their end", remedy, refuse=False
+        )
+        prompts = check_shortfall(self.truncated_prompts, pairs, "prompts lose their beginning", remedy, refuse=False)
+        return (*same, *answers, *prompts)
 
     def followed_by(self, others: "EncodedPairs") -> "EncodedPairs":
         """Return these rows and then others of the same length limit."""

@@ -22,6 +22,7 @@ from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge import JudgeOptions, JudgeScorer
 from everalign.evaluation.scorers import CallableScorer, RewardModelScorer, Scorer, make_scorer
 from everalign.files import check_new_file, write_text
+from everalign.shortfall import check_shortfall
 from everalign.storage import Journal, alone, json_line, lock_of
 
 __all__ = [
@@ -88,13 +89,20 @@ def score_rows(
         asked = scorer.with_cache(beside) if _is_unkept(scorer) else scorer
         done = _kept(journal, rows)
         resumed = len(done)
+        fresh = frozenset(range(len(rows))) - done.keys()
+        cut = scorer.cut if isinstance(scorer, RewardModelScorer) else 0
         if done:
             announce(f"  {resumed} of {len(rows)} rows were scored by an earlier run")
-        for batch in _batches(rows, [number for number in range(len(rows)) if number not in done], answers_per_batch):
+        for batch in _batches(rows, sorted(fresh), answers_per_batch):
             found = _score_batch(asked, rows, batch)
             journal.put(found)
             done |= found
             progress("scoring", len(done), len(rows))
+        if isinstance(scorer, RewardModelScorer):
+            answers = sum(len(row.completions) for number, row in enumerate(rows) if number in fresh)
+            what, remedy = "answers with their prompts were cut before they were scored", "train with more --max-length"
+            for warning in check_shortfall(scorer.cut - cut, answers, what, remedy, refuse=False):
+                announce(f"  warning: {rows.source}: {warning}")
         scored = tuple(row.scored(done[number]) for number, row in enumerate(rows))
         write_text(path, "".join(json_line(row.to_json()) for row in scored))
         journal.remove()

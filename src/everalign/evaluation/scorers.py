@@ -49,13 +49,16 @@ class RewardModelScorer:
         tokenizer: its tokenizer.
         facts: what is known of it.
         tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
+
+    Attributes:
+        cut: how many answers were too long with their prompts, and scored without their ends.
     """
 
     def __init__(
         self, model: RewardModel, tokenizer: Any, facts: RewardFacts, tokens_per_batch: int = TOKENS_PER_BATCH
     ) -> None:
         self._model, self._tokenizer, self._facts = model.eval(), tokenizer, facts
-        self._tokens_per_batch = tokens_per_batch
+        self._tokens_per_batch, self.cut = tokens_per_batch, 0
         content = f"{model_fingerprint(model)} {facts.mean!r} {facts.max_length} {facts.template}"
         self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
@@ -82,6 +85,7 @@ class RewardModelScorer:
             EveralignError: a reward is NaN or infinite.
         """
         encoded = encode_answers(prompts, completions, self._tokenizer, self._facts.max_length)
+        self.cut += encoded.cut
         rewards = sequence_rewards(self._model, encoded.sequences, self._tokens_per_batch)
         return [reward - self._facts.mean for reward in rewards.double().tolist()]
 

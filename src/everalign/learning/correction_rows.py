@@ -15,8 +15,8 @@ from everalign.errors import InputError
 
 def learned_corrections(
     rows: CorrectionSet, encoder: CorrectionEncoder, max_length: int, identity: float, seed: int
-) -> tuple[CorrectionSet, tuple[str, ...]]:
-    """Return the rows that are learned of those given, and what is to be announced of that.
+) -> tuple[CorrectionSet, tuple[str, ...], tuple[str, ...]]:
+    """Return the rows that are learned of those given, what is to be announced of that, and warnings.
 
     Args:
         rows: a task's rows.
@@ -40,7 +40,7 @@ def learned_corrections(
         lines.append(f"  {copies} corrections are learned as answers that stay as they are, too")
     if encoded.dropped:
         lines.append(f"  {encoded.dropped} of {len(made)} rows are left out, too long for {max_length} tokens")
-    return replace(rows, items=kept), tuple(lines)
+    return replace(rows, items=kept), tuple(lines), encoded.warnings(max_length)
 
 
 def encode_learned(rows: Sequence[Any], encoder: CorrectionEncoder, max_length: int) -> EncodedGroups:
@@ -62,6 +62,8 @@ def encode_held_out(
         raise InputError(f"no held-out correction fits max_length, {max_length} tokens with its prompt; raise it")
     if encoded.dropped:
         announce(f"  {encoded.dropped} of {len(rows)} held-out rows are left out, too long for {max_length} tokens")
+    for warning in encoded.warnings(max_length):
+        announce(f"  warning: held-out: {warning}")
     pairs = tuple(map(_pair, encoded.groups))
     same = sum(pair.chosen == pair.rejected for pair in pairs)
     return EncodedPairs(pairs, max_length, encoded.shortened, 0, same)

@@ -30,6 +30,7 @@ from everalign.learning.setup import Announce, Progress
 from everalign.methods import LifeAlign, Method
 from everalign.modeling.kept_samples import sample_kept
 from everalign.modeling.sampling import SamplingOptions
+from everalign.shortfall import check_shortfall
 from everalign.storage import Journal, json_line
 from everalign.training.weighing import FROM_REFERENCE_REWARDS, WeightOptions
 
@@ -119,10 +120,11 @@ def distill(
         arguments: further ones of `Learner`, such as `adapter` and `resume`.
 
     Raises:
-        InputError: the method forgets between tasks or pools them, `max_length` leaves no room for a prompt, the
+        InputError: most answers of the first round did not end, the method forgets between tasks or pools them,
+            `max_length` leaves no room for a prompt, the
             labels have no use for `weighting` or its estimator needs what corrections do not have, or the run in
             `output` was begun with another corrector, other prompts or other options.
-        EveralignError: no answer ended, or the first round's answers were all good as they are.
+        EveralignError: the first round's answers were all good as they are.
     """
     options, method = options or DistillOptions(), LifeAlign() if method is None else method
     training = training or TrainingOptions()
@@ -252,7 +254,14 @@ class _Run:
         ]
         if not answered:
             limit = f"max_new_tokens {sampling.max_new_tokens}"
-            raise EveralignError(f"{self.prompts.source}: no sampled answer ends within {limit}: raise it")
+            raise InputError(
+                f"{self.prompts.source}: no sampled answer ends within {limit}: raise it (--max-new-tokens)"
+            )
+        lost, what = len(self.prompts) - len(answered), "sampled answers did not end or say nothing, and are left out"
+        remedy = f"raise --max-new-tokens (max_new_tokens), {sampling.max_new_tokens} now"
+        # What earlier rounds have taught stands, however long the policy has come to write.
+        for warning in check_shortfall(lost, len(self.prompts), what, remedy, refuse=number == 1):
+            self.announce(f"  warning: {self.prompts.source}: {warning}")
         return answered
 
     def _corrected(self, answers: Sequence[tuple[Any, str, float]], journal: Journal) -> CorrectionSet:

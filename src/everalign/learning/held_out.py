@@ -124,6 +124,12 @@ class HeldOutTests:
         setup = self._setup
         limit = setup.options.test_limit or len(test)
         pairs = setup.encode_held_out(test[:: max(1, len(test) // limit)][:limit])
+        try:
+            warnings = pairs.warnings()
+        except InputError as error:
+            raise InputError(f"{test.source}: {error}") from error
+        for warning in warnings:
+            setup.announce(f"  warning: {test.source}: {warning}")
         base_key = policy_key(setup.model_key, {})
         with setup.policy.as_base():
             base = setup.cache.log_probs(setup.policy, base_key, pairs, setup.options.tokens_per_batch)

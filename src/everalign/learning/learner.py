@@ -266,6 +266,7 @@ class Learner:
             "gate": None if verdict is None else verdict.model_dump(mode="json"),
             "seed": task.seed,
             "stages": [report.facts() for report in lesson.reports],
+            "warnings": list(lesson.warnings),
             "replay_ids": [] if self.method.buffer is None else self.method.buffer.ids(),
         }
         answers = self._tests.answers()

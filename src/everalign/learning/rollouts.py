@@ -11,11 +11,13 @@ from statistics import fmean
 from everalign.data.prompts import PromptSet
 from everalign.data.scored import ScoredSet, load_scored
 from everalign.data.unscored import UnscoredSet
-from everalign.errors import EveralignError, InputError
+from everalign.errors import InputError
 from everalign.evaluation.rewards import score_rows
+from everalign.learning.options import RolloutOptions
 from everalign.learning.setup import Setup
 from everalign.modeling.kept_samples import sample_kept
 from everalign.modeling.sampling import SamplingOptions, check_prompts
+from everalign.shortfall import ShortfallError, check_shortfall
 from everalign.storage import Journal
 
 
@@ -26,10 +28,12 @@ class Rollout:
     Attributes:
         rows: the prompts that have enough finished answers.
         facts: what was sampled, for the manifest.
+        warnings: what was lost where that is much.
     """
 
     rows: ScoredSet
     facts: dict[str, float]
+    warnings: tuple[str, ...] = ()
 
     @property
     def settled(self) -> bool:
@@ -59,8 +63,9 @@ def roll_out(setup: Setup, prompts: PromptSet, folder: Path, number: int, fewest
         seed: seeds the draw.
 
     Raises:
+        ShortfallError: most answers did not end, or most prompts have too few that did.
         InputError: nobody gives rewards, or a prompt is too long.
-        EveralignError: no prompt has enough finished answers, or the scorer fails.
+        EveralignError: the scorer fails.
     """
     options, stem = setup.rollouts, f"round-{number}-{prompts.fingerprint[:16]}"
     asked = [row.prompt for row in prompts]
@@ -75,11 +80,9 @@ def roll_out(setup: Setup, prompts: PromptSet, folder: Path, number: int, fewest
         progress=setup.progress,
     )
     answered = [row.answered(s.texts) for row, s in zip(prompts, found, strict=True) if len(s.texts) >= fewest]
-    if not answered:
-        raise EveralignError(
-            f"{prompts.source}: of {options.samples} answers sampled to each prompt, no prompt has {fewest} that say "
-            f"something and end within max_new_tokens {options.max_new_tokens}: raise it"
-        )
+    unfinished = sum(samples.unfinished for samples in found)
+    # Before anybody is asked, and perhaps paid, for rewards.
+    warnings = _losses(prompts.source, options, len(prompts), unfinished, len(answered), fewest)
     rows = score(setup, UnscoredSet(tuple(answered), prompts.source), folder / f"{stem}.scored.jsonl")
     rewards = [reward for row in rows for reward in row.rewards]
     facts = {
@@ -87,11 +90,28 @@ def roll_out(setup: Setup, prompts: PromptSet, folder: Path, number: int, fewest
         "prompts": len(rows),
         "dropped_prompts": len(prompts) - len(rows),
         "answers": len(rewards),
-        "unfinished": sum(samples.unfinished for samples in found),
+        "unfinished": unfinished,
         "sampling_temperature": options.sampling_temperature,
         "mean_reward": fmean(rewards),
     }
-    return Rollout(ScoredSet(rows.items, prompts.source), facts)
+    return Rollout(ScoredSet(rows.items, prompts.source), facts, warnings)
+
+
+def _losses(
+    source: str, options: RolloutOptions, prompts: int, unfinished: int, answered: int, fewest: int
+) -> tuple[str, ...]:
+    """Return what was lost where that is much; refuse where most is."""
+    longer = f"raise --max-new-tokens (max_new_tokens), {options.max_new_tokens} now"
+    few = f"prompts have fewer than {fewest} answers that ended, and are left out"
+    try:
+        return (
+            *check_shortfall(
+                unfinished, options.samples * prompts, "sampled answers did not end or say nothing", longer
+            ),
+            *check_shortfall(prompts - answered, prompts, few, longer),
+        )
+    except ShortfallError as error:
+        raise ShortfallError(f"{source}: {error}") from error
 
 
 def check_lengths(setup: Setup, prompts: PromptSet) -> None:

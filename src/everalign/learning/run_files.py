@@ -140,6 +140,7 @@ class Manifest(_Record):
     chats: bool | None = None
     weights: dict[str, float | None] | None = None
     rollouts: list[dict[str, float]] = []
+    warnings: list[str] = []
     gate: Verdict | None = None
     stages: list[Stage]
     files: dict[str, str]

@@ -27,6 +27,7 @@ from everalign.errors import InputError
 from everalign.learning.correction_rows import encode_learned, learned_corrections
 from everalign.learning.rollouts import check_lengths, score
 from everalign.learning.setup import Setup
+from everalign.shortfall import check_shortfall
 from everalign.storage import alone
 from everalign.training.reference import policy_key
 from everalign.training.teaching import SCORED_OBJECTIVES
@@ -43,12 +44,14 @@ class TaskRows:
             as rows of two completions, where the objective learns from scored rows.
         facts: what was done to get them, for the manifest; None where nothing was.
         lines: what is to be announced of it.
+        warnings: what of it costs much of what was given.
     """
 
     given: RowSet[Any]
     rows: RowSet[Any]
     facts: dict[str, Any] | None = None
     lines: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def prompts(self) -> bool:
@@ -62,10 +65,13 @@ def prepare_rows(setup: Setup, rows: RowSet[Any]) -> TaskRows:
     Answers without rewards get them here; prompts alone are left to be sampled.
 
     Raises:
-        InputError: the objective does not learn from this kind of rows, or there are no rewards or weights for them.
+        InputError: the objective does not learn from this kind of rows, there are no rewards or weights for them, or
+            most of them are lost on the way (see `everalign.shortfall`).
         EveralignError: scoring failed.
     """
     prepared = _prepared(setup, rows)
+    for warning in prepared.warnings:
+        setup.announce(f"  warning: {rows.source}: {warning}")
     return replace(prepared, lines=(*setup.notes(rows), *prepared.lines))
 
 
@@ -83,7 +89,15 @@ def _prepared(setup: Setup, rows: RowSet[Any]) -> TaskRows:
         if name in SCORED_OBJECTIVES:
             wanted = "scored rows (prompt, completions, rewards), or, given reward, from answers and from prompts alone"
         raise InputError(f"{rows.source}: the objective {name} learns from {wanted}")
-    return replace(weigh_rows(setup, scored), given=rows) if name in SCORED_OBJECTIVES else TaskRows(rows, rows)
+    return replace(weigh_rows(setup, scored), given=rows) if name in SCORED_OBJECTIVES else _preferences(setup, rows)
+
+
+def _preferences(setup: Setup, rows: RowSet[Any]) -> TaskRows:
+    """Look at the tokens before anything is trained, the first task's as the last one's."""
+    try:
+        return TaskRows(rows, rows, warnings=setup.encode(rows).warnings())
+    except InputError as error:
+        raise InputError(f"{rows.source}: {error}") from error
 
 
 def _corrections(setup: Setup, rows: RowSet[Any]) -> TaskRows:
@@ -93,12 +107,12 @@ def _corrections(setup: Setup, rows: RowSet[Any]) -> TaskRows:
         )
         raise InputError(f"{rows.source}: the objective {setup.objective.name} learns from {wanted}")
     try:
-        learned, lines = learned_corrections(
+        learned, lines, warnings = learned_corrections(
             rows, setup.encoder, setup.options.max_length, setup.correction.identity, setup.seed
         )
     except InputError as error:
         raise InputError(f"{rows.source}: {error}") from error
-    return TaskRows(rows, learned, lines=lines)
+    return TaskRows(rows, learned, lines=lines, warnings=warnings)
 
 
 def _pairs(rows: RowSet[Any]) -> bool:
@@ -173,7 +187,13 @@ def _weigh(setup: Setup, rows: RowSet[Any], scale: float | None) -> TaskRows:
     lines.append(f"  {'targets' if snkl else 'weights'}: {weighed.summary()}")
     lines += [f"  warning: {warning}" for warning in weighed.statistics.warnings(can_cap=not snkl)]
     learned = ScoredSet(weighed.rows, rows.source, rows.skipped)
-    return TaskRows(rows, learned, {**facts, **weighed.facts()}, tuple(lines))
+    remedy = f"raise --max-length (max_length), {setup.options.max_length} now"
+    total = sum(len(row.completions) for row in judged)
+    warnings = (
+        *check_shortfall(fit.dropped_rows, len(judged), "rows are too long and left out", remedy),
+        *check_shortfall(fit.dropped_completions, total, "completions are too long and left out", remedy),
+    )
+    return TaskRows(rows, learned, {**facts, **weighed.facts()}, tuple(lines), warnings)
 
 
 def _usable(setup: Setup, rows: Sequence[Scored]) -> tuple[Fitting, int | None]:

@@ -27,6 +27,7 @@ def version_rows(run: RunData) -> list[dict[str, Any]]:
             "now": None if run.regime == "separate" else _accuracy(promoted, version.task),
             "promoted": version.id == run.current,
             "status": run.status(version),
+            "warnings": version.manifest.warnings,
             "gate": None if version.manifest.gate is None else version.manifest.gate.model_dump(mode="json"),
         }
         for version in run.everything

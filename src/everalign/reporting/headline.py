@@ -32,6 +32,9 @@ def cautions(runs: Sequence[RunData], labels: Sequence[str]) -> list[str]:
         ("The final score", _last, _last_error),
     ):
         found.extend(_too_close(runs, labels, name, value, error))
+    for label, run in zip(labels, runs, strict=True):
+        for version in run.versions:
+            found += [f"{label}, {version.task}: {warning}." for warning in version.manifest.warnings]
     if len(runs) > 1:
         found.append("Each run is one seed; a claim about methods needs several.")
     return found

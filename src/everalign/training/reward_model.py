@@ -48,6 +48,7 @@ from everalign.modeling.reward_model import (
 from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.objectives import bradley_terry_loss
 from everalign.objectives.rewards import DEFAULT_CENTRING
+from everalign.shortfall import check_shortfall
 from everalign.storage import alone, lock_of
 from everalign.training.reward_report import RewardReport, reward_report
 from everalign.training.stage import TOKENS_PER_BATCH, StageOptions, StageResult, train_rows
@@ -276,6 +277,14 @@ def _encode(
     same = sum(pair.chosen == pair.rejected for pair in pairs)
     altered = f"; {cut} answers with their prompts cut to {max_length} tokens, {same} pairs with identical answers"
     announce(f"  {len(pairs)} {name} pairs{altered if cut or same else ''}")
+    remedy = f"raise --max-length (max_length), {max_length} now"
+    try:
+        warnings = check_shortfall(same, len(pairs), "pairs have identical answers as tokens", remedy)
+    except InputError as error:
+        raise InputError(f"{rows.source}: {error}") from None
+    what = "answers with their prompts are cut"
+    for warning in (*warnings, *check_shortfall(cut, 2 * len(pairs), what, remedy, refuse=False)):
+        announce(f"  warning: {rows.source}: {warning}")
     return pairs
 
 
