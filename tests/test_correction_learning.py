@@ -81,7 +81,7 @@ def test_the_loss_is_the_cross_entropy_of_the_weighted_corrections():
 def test_identity_rows_are_made_of_corrections_as_far_as_they_are_missing():
     rows = edits("warm", 20)  # 16 edits, 4 identities
     for share, made in ((0.0, 0), (0.25, 0), (0.5, 4), (1.0, 12)):
-        learned, lines = learned_corrections(rows, encoder(), 200, share, seed=1)
+        learned, lines, _ = learned_corrections(rows, encoder(), 200, share, seed=1)
         assert len(learned) == 20 + made
         assert sum(row.is_identity for row in learned) == 4 + made
         new = learned.items[20:]
@@ -94,7 +94,7 @@ def test_identity_rows_are_made_of_corrections_as_far_as_they_are_missing():
 
 def test_rows_that_do_not_fit_are_left_out_and_counted():
     long = Correction("q?", "a", "x" * 150)
-    learned, lines = learned_corrections(CorrectionSet.of([*edits("warm", 3), long]), encoder(), 190, 0.0, 0)
+    learned, lines, _ = learned_corrections(CorrectionSet.of([*edits("warm", 3), long]), encoder(), 190, 0.0, 0)
     assert len(learned) == 3
     assert "  1 of 4 rows are left out, too long for 190 tokens" in lines
     with pytest.raises(InputError, match="no correction fits max_length, 190 tokens"):

@@ -253,10 +253,8 @@ class _Run:
             if sample.texts
         ]
         if not answered:
-            limit = f"max_new_tokens {sampling.max_new_tokens}"
-            raise InputError(
-                f"{self.prompts.source}: no sampled answer ends within {limit}: raise it (--max-new-tokens)"
-            )
+            limit = f"max_new_tokens {sampling.max_new_tokens}: raise it (--max-new-tokens)"
+            raise InputError(f"{self.prompts.source}: no sampled answer ends within {limit}")
         lost, what = len(self.prompts) - len(answered), "sampled answers did not end or say nothing, and are left out"
         remedy = f"raise --max-new-tokens (max_new_tokens), {sampling.max_new_tokens} now"
         # What earlier rounds have taught stands, however long the policy has come to write.

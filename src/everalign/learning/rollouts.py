@@ -102,12 +102,11 @@ def _losses(
 ) -> tuple[str, ...]:
     """Return what was lost where that is much; refuse where most is."""
     longer = f"raise --max-new-tokens (max_new_tokens), {options.max_new_tokens} now"
+    what = "sampled answers did not end or say nothing"
     few = f"prompts have fewer than {fewest} answers that ended, and are left out"
     try:
         return (
-            *check_shortfall(
-                unfinished, options.samples * prompts, "sampled answers did not end or say nothing", longer
-            ),
+            *check_shortfall(unfinished, options.samples * prompts, what, longer),
             *check_shortfall(prompts - answered, prompts, few, longer),
         )
     except ShortfallError as error:
