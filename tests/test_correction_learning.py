@@ -101,7 +101,9 @@ def test_rows_that_do_not_fit_are_left_out_and_counted():
         learned_corrections(CorrectionSet.of([long]), encoder(), 190, 0.0, 0)
     said = []
     assert len(encode_held_out([*edits("warm", 3), long], encoder(), 190, said.append)) == 3
-    assert said == ["  1 of 4 held-out rows are left out, too long for 190 tokens"]
+    assert said[0] == "  1 of 4 held-out rows are left out, too long for 190 tokens"
+    assert said[1].startswith("  warning: held-out: 1 of 4 rows are too long and left out: raise --max-length")
+    assert len(said) == 2
     with pytest.raises(InputError, match="no held-out correction fits"):
         encode_held_out([long], encoder(), 190, said.append)
 
