@@ -136,7 +136,9 @@ def test_report_and_json_show_them(tmp_path, monkeypatch, capsys):
     assert set(found[0]) == {"prompt", "draft", "before", "after", "ended_before", "ended_after"}
     page = (tmp_path / "run" / "report.html").read_text()
     section = page[page.index('id="answers"') :].partition("</section>")[0]
-    assert section.count("<h5>Before</h5>") == section.count("<h5>After</h5>") == 2
+    changed = sum(pair["before"] != pair["after"] for pair in found)
+    assert section.count("<h5>Before</h5>") == section.count("<h5>After</h5>") == changed
+    assert section.count("<h5>Before and after</h5>") == 2 - changed
     assert "ended within the limit of tokens" in section
     assert '<a href="#answers">' in page
 
@@ -154,4 +156,6 @@ def test_marks_in_answers_are_escaped_and_belong_to_their_side():
     assert pair.after_html == "<ins>a new</ins> word …"
     assert (pair.question, pair.note) == ("q?", "after 2 earlier messages; one of the answers was cut at the limit")
     same = AnswerPair("q", None, "x", "x", False, False)
+    anew = AnswerPair("q", None, "All of this is gone now.", "Nothing here stays as it was before", True, True)
+    assert (anew.before_html, anew.note) == ("All of this is gone now.", "written anew, so no words are marked")
     assert same.note == "neither answer ended within the limit of tokens; unchanged"

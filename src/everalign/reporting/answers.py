@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from everalign.correction.word_diff import Segment, diff_html, word_diff
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 _CUT = " \u2026"
+# Where less is common to both texts, marks would cover nearly all of them and help nobody.
+_LEAST_COMMON = 0.2
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,16 @@ class AnswerPair:
         if not (self.ended_before and self.ended_after):
             who = "neither answer" if self.ended_before == self.ended_after else "one of the answers"
             notes.append(f"{who} ended within the limit of tokens" if who[0] == "n" else f"{who} was cut at the limit")
-        if self.before == self.after:
+        if self.unchanged:
             notes.append("unchanged")
+        elif not self._is_edit:
+            notes.append("written anew, so no words are marked")
         return "; ".join(notes)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether both answers are the same."""
+        return (self.before, self.ended_before) == (self.after, self.ended_after)
 
     @property
     def before_html(self) -> Markup:
@@ -65,8 +75,20 @@ class AnswerPair:
         """The second answer with what the first does not have marked as added."""
         return diff_html([*self._segments("added"), *_cut(self.ended_after)])
 
+    @cached_property
+    def _diff(self) -> tuple[Segment, ...]:
+        return word_diff(self.before, self.after)
+
+    @property
+    def _is_edit(self) -> bool:
+        """Whether enough of the one text is in the other for the rest to be called a change."""
+        common = sum(len(segment.text) for segment in self._diff if segment.kind == "same")
+        return common >= _LEAST_COMMON * max(len(self.before), len(self.after))
+
     def _segments(self, kind: str) -> list[Segment]:
-        return [segment for segment in word_diff(self.before, self.after) if segment.kind in ("same", kind)]
+        if not self._is_edit:
+            return [Segment("same", self.before if kind == "removed" else self.after)]
+        return [segment for segment in self._diff if segment.kind in ("same", kind)]
 
 
 def answer_pairs(run: RunData) -> dict[str, list[AnswerPair]]:
