@@ -95,6 +95,8 @@ def _noting_linear_modules(model: Any) -> Iterator[set[str]]:
     found: set[str] = set()
 
     def note(kind: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor):
+            return
         if type(module) is nn.Linear or not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
             found.add(kind)
             return

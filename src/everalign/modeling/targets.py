@@ -3,18 +3,21 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from everalign.errors import InputError
 
 ALL_LINEAR = "all-linear"
+_PREFIX = "base_model.model."
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -64,7 +67,15 @@ def choose_targets(model: Any, targets: str | Sequence[str], reached: frozenset[
             raise InputError(
                 f"cannot adapt {targets}: {type(model).__name__} has no linear modules that a text reaches"
             )
-        return Targets(names, [*_aside_note(aside), *_expert_notes(modules)])
+        tied = _tied(modules, names)
+        lost = _not_found_again(model, [name for name in names if name not in tied])
+        kept = [name for name in names if name not in {*tied, *lost}]
+        notes = [
+            *_note("no text passes through them as through a matrix", aside, _part),
+            *_note("modules share their weights", tied, kind_of),
+            *_note("peft would not find them again in a saved adapter", lost, kind_of),
+        ]
+        return Targets(kept, [*notes, *_expert_notes(modules)])
     wanted = [targets] if isinstance(targets, str) else list(targets)
     found: set[str] = set()
     aside = []
@@ -81,8 +92,13 @@ def choose_targets(model: Any, targets: str | Sequence[str], reached: frozenset[
             kind = type(modules[name]).__name__
             raise InputError(f"cannot adapt {name}, which is of type {kind}: only linear modules can be targets")
         _check_compatible(model, name)
+    if lost := _not_found_again(model, sorted(found)):
+        raise InputError(f"cannot adapt {lost[0]}: peft would not find its matrices again in a saved adapter")
     useless = [name for name in found if kind_of(name) not in reached]
-    return Targets([name for name in modules if name in found], [*_aside_note(aside), *_useless_note(useless)])
+    return Targets(
+        [name for name in modules if name in found],
+        [*_note("no text passes through them as through a matrix", aside, _part), *_useless_note(useless)],
+    )
 
 
 def _all_linear(model: Any, modules: dict[str, nn.Module], reached: frozenset[str]) -> tuple[list[str], list[str]]:
@@ -148,13 +164,26 @@ def _what_there_is(model: Any, modules: dict[str, nn.Module], pattern: str) -> s
     return f"no module of {type(model).__name__} has this name; {hint}Modules of this model: {', '.join(leaves)}"
 
 
-def _aside_note(names: Iterable[str]) -> list[str]:
-    """Tell of modules outside of the language model by the parts of the model they are in."""
-    parts = Counter(_part(name) for name in names)
-    if not parts:
+def _not_found_again(model: Any, names: Sequence[str]) -> list[str]:
+    """Return the modules whose matrices peft takes for others when it loads an adapter, as for a renamed checkpoint."""
+    keys = {f"{_PREFIX}{name}.lora_A.weight": name for name in names}
+    config = LoraConfig(target_modules=["as listed"], task_type="CAUSAL_LM")
+    found = convert_peft_adapter_state_dict_for_transformers(model, config, {key: torch.empty(1, 1) for key in keys})
+    return [name for key, name in keys.items() if key not in found]
+
+
+def _tied(modules: dict[str, nn.Module], names: Sequence[str]) -> list[str]:
+    """Return the modules whose weights others have too: what is learned for one would be added to all once merged."""
+    users = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
+    return [name for name in names if any(users[id(p)] > 1 for p in modules[name].parameters(recurse=False))]
+
+
+def _note(reason: str, names: Sequence[str], place: Callable[[str], str]) -> list[str]:
+    """Tell of linear modules that stay frozen by where they are."""
+    if not names:
         return []
-    counted = ", ".join(f"{part} ({count})" for part, count in parts.items())
-    return [f"not adapted, since no text passes through them as through a matrix: linear modules of {counted}"]
+    counted = ", ".join(f"{part} ({count})" for part, count in Counter(place(name) for name in names).items())
+    return [f"not adapted, since {reason}: linear modules of {counted}"]
 
 
 def _useless_note(names: Sequence[str]) -> list[str]:
