@@ -260,13 +260,23 @@ def test_a_head_that_is_tied_to_the_embeddings_is_no_target(targets):
         random_policy("qwen3", targets=targets)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["v_proj"]])
-def test_weights_that_layers_share_are_no_target(targets):
+def with_shared_weights():
     model = random_model()
     first, second = (layer.self_attn for layer in model.model.layers)
     second.v_proj.weight = first.v_proj.weight
+    return model
+
+
+def test_weights_that_layers_share_are_no_target():
     with pytest.raises(InputError, match=r"cannot adapt model\.layers\.0\.self_attn\.v_proj: .* tied to .*layers\.1"):
-        Policy(model, 4, 8.0, targets)
+        Policy(with_shared_weights(), 4, 8.0, ["v_proj"])
+
+
+def test_weights_that_layers_share_stay_frozen_where_all_are_meant():
+    policy = Policy(with_shared_weights(), 4, 8.0)
+    assert not any("v_proj" in name for name in policy.factors())
+    expected = "not adapted, since modules share their weights: linear modules of model.layers.#.self_attn.v_proj (2)"
+    assert expected in policy.notes
 
 
 def test_the_head_can_be_a_target():
