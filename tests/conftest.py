@@ -6,11 +6,16 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from stores_for_tests import address, cluster, quick_processes  # noqa: F401  # fixtures of every test of the store
 
 # Nothing that a test does may need the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# How long an example takes says more about the machine's other work than about the code.
+settings.register_profile("everalign", deadline=None)
+settings.load_profile("everalign")
 
 
 @pytest.fixture(autouse=True)
