@@ -18,11 +18,15 @@ from transformers import (
 
 from everalign.data.encoding import EncodedPair
 from everalign.data.layout import lay_out_pairs, rows_of_one_kind
+from everalign.errors import InputError
 from everalign.modeling.architecture import study
 from everalign.modeling.lengths import Stretch
 from everalign.modeling.policy import Policy
+from everalign.modeling.ragged_decoding import RaggedModel, RaggedRows
+from everalign.modeling.sampling import SamplingOptions, sample_completions
 from everalign.training.reference import pair_log_probs
 from models_for_tests import SHAPE, perturb
+from tokenizers_for_tests import byte_tokenizer
 
 SMALL = {**SHAPE, "vocab_size": 96}
 FACTORS = {"short_factor": [1.0, 1.02, 1.05, 1.1], "long_factor": [1.3, 4.0, 20.0, 60.0]}
@@ -166,3 +170,31 @@ def test_kinds_are_cut_apart_and_cover_every_token():
     for part, numbers in parts:
         assert torch.equal(part["targets"], batch["targets"][numbers])
     assert [int(part["attention_mask"].sum(1).max()) for part, _ in parts] == [32, 72]
+
+
+# ---- rows that are written ----
+
+
+def test_answers_that_would_change_their_positions_are_refused_before_they_are_sampled():
+    tokenizer = byte_tokenizer()
+    config = longrope(40, 512)
+    config.vocab_size = len(tokenizer)
+    policy = Policy(model_of(config), 2, 4.0)
+    short = SamplingOptions(completions=2, max_new_tokens=8)
+    assert len(sample_completions(policy, tokenizer, ["abc"], short, seed=0)) == 1
+    with pytest.raises(InputError, match=r"may grow to .* tokens, and beyond 40 the model's positions stretch"):
+        sample_completions(policy, tokenizer, ["abc"], SamplingOptions(max_new_tokens=60), seed=0)
+
+
+def test_answers_longer_than_a_table_of_positions_are_refused_before_they_are_sampled():
+    tokenizer = byte_tokenizer()
+    policy = Policy(model_of(GPT2Config(**{**OLD, "vocab_size": len(tokenizer)}, n_positions=64)), 2, 4.0)
+    with pytest.raises(InputError, match=r"may grow to .* tokens, and the model can read 64: lower max_new_tokens"):
+        sample_completions(policy, tokenizer, ["abc"], SamplingOptions(max_new_tokens=64), seed=0)
+
+
+def test_drafts_are_verified_up_to_where_positions_stretch():
+    rows = RaggedRows(RaggedModel(model_of(longrope(32, 512))), 1)
+    rows.feed([[5] * 30], [1])
+    with pytest.raises(InputError, match="a row may grow to 33 tokens, and beyond 32"):
+        rows.feed([[5] * 3], [1])

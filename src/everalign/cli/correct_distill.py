@@ -85,7 +85,7 @@ def distill(
     max_length: Annotated[int | None, flag("Longest prompt plus answer, in tokens.", _TRAINING)] = None,
     rank: Annotated[int | None, flag("Rank of a round's LoRA adapter.", _TRAINING)] = None,
     alpha: Annotated[float | None, flag("LoRA's α: an update is (α/rank)·B·A.", _TRAINING)] = None,
-    targets: Annotated[str | None, flag("Modules to adapt, with commas, or all-linear.", _TRAINING)] = None,
+    targets: Annotated[str | None, flag("Modules: names with commas, an expression, all-linear.", _TRAINING)] = None,
     batch_size: Annotated[int | None, flag("Rows of an optimiser step.", _TRAINING)] = None,
     tokens_per_batch: Annotated[int | None, flag("Tokens computed at once.", _TRAINING)] = None,
     precision: Annotated[str | None, flag("auto, fp32 or bf16, for the base model.", _TRAINING)] = None,

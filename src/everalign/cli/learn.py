@@ -104,7 +104,7 @@ def learn(
     max_length: Annotated[int | None, flag("Longest prompt plus response, in tokens.", _TRAINING)] = None,
     rank: Annotated[int | None, flag("Rank of a task's LoRA adapter.", _TRAINING)] = None,
     alpha: Annotated[float | None, flag("LoRA's α: an update is (α/rank)·B·A.", _TRAINING)] = None,
-    targets: Annotated[str | None, flag("Modules to adapt, with commas, or all-linear.", _TRAINING)] = None,
+    targets: Annotated[str | None, flag("Modules: names with commas, an expression, all-linear.", _TRAINING)] = None,
     estimator: Estimator = None,
     temperature: Temperature = None,
     target_ess: TargetEss = None,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from everalign.errors import InputError
 from everalign.modeling.shrinking import FIRST_SPECIAL, LENGTH_NAMES, MODEL_ERRORS
 
 # Tokens of the rows that are tried, in a copy whose positions stretch from 32 on and whose tables have 64 rows.
@@ -50,6 +51,23 @@ class Lengths:
 
     longest: int | None = None
     stretch: Stretch | None = None
+
+    def check_written(self, tokens: int, advice: str) -> None:
+        """Raise InputError where a row that is written token by token may become longer than all of it can be.
+
+        Args:
+            tokens: what it may have in the end.
+            advice: what to do.
+        """
+        if self.longest is not None and tokens > self.longest:
+            raise InputError(f"a row may grow to {tokens} tokens, and the model can read {self.longest}: {advice}")
+        if self.stretch is not None and tokens > self.stretch.limits[0]:
+            # What was written of it would have been written under other positions than it is read again.
+            limit = self.stretch.limits[0]
+            raise InputError(
+                f"a row may grow to {tokens} tokens, and beyond {limit} the model's positions stretch with its length, "
+                f"those of what is written already as well: {advice}"
+            )
 
 
 class PositionState:

@@ -74,7 +74,7 @@ class LanguageHead:
         attention = getattr(config, "_attn_implementation", None) or "sdpa"
         self._attention, self._flex = attention, attention == FLEX
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
-        self._stretch = architecture.lengths.stretch
+        self.lengths, self._stretch = architecture.lengths, architecture.lengths.stretch
         self._positions = PositionState(model)
         self.separate = architecture.separate and model.base_model is not model
         self._resumable = architecture.resumable and model.base_model is not model

@@ -156,7 +156,10 @@ class RaggedRows:
 
         Raises:
             EveralignError: a logit is NaN.
+            InputError: a row becomes longer than the model can read, or can write with the same positions throughout.
         """
+        longest = max(length + len(new) for length, new in zip(self.lengths, tokens, strict=True))
+        self._model.head.lengths.check_written(longest, "shorten it")
         hidden, places = self._states(tokens, wanted)
         numbers: list[list[int]] = [[] for _ in tokens]
         for number, (row, _) in enumerate(places):

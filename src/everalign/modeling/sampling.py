@@ -91,9 +91,12 @@ def sample_completions(
         The samples of each prompt, in the prompts' order.
 
     Raises:
-        InputError: a prompt cannot be rendered or is too long; names its number.
+        InputError: a prompt cannot be rendered or is too long; names its number. Or prompt and answer may become longer
+            than the model can read or write.
     """
     tokens = _checked(ChatFormat(tokenizer), prompts, options)
+    longest = max((len(ids) for ids in tokens), default=0) + options.max_new_tokens
+    policy.head.lengths.check_written(longest, "lower max_new_tokens, or shorten the prompts")
     ends = _Ends(tokenizer, stop_token_ids(policy.peft, tokenizer), turn_end(tokenizer))
     lengths = [options.completions * (len(ids) + options.max_new_tokens) for ids in tokens]
     found: dict[int, Samples] = {}
