@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -269,3 +270,11 @@ def test_a_journal_holds_what_json_holds(tmp_path):
     journal, value = Journal(tmp_path / "kept"), {"a": [1, 2.5, None, True, "ü"], "b": {}}
     journal.put({"k": value})
     assert journal.read(["k"])["k"] == json.loads(json.dumps(value))
+
+
+@pytest.mark.parametrize("output", [".", ".."])
+def test_the_folder_one_stands_in_has_a_lock_beside_it(output, tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    folder = Path(output).resolve()
+    assert lock_of(Path(output)) == folder.with_name(f"{folder.name}.lock")

@@ -134,7 +134,8 @@ _held: dict[tuple[str, int, int], tuple[int, int]] = {}
 
 def lock_of(output: Path) -> Path:
     """Return the lock file of an output file or folder; it stands beside it for as long as somebody writes there."""
-    return output.with_name(f"{output.name}.lock")
+    named = Path(os.path.abspath(output)) if output.name in ("", "..") else output
+    return named.with_name(f"{named.name}.lock")
 
 
 @contextmanager
