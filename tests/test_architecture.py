@@ -136,3 +136,10 @@ def test_parts_that_somebody_put_in_are_probed_where_they_are():
 class Backwards(torch.nn.Module):
     def forward(self, states):
         return states + states.cumsum(dim=1)
+
+
+def test_experts_of_odd_widths_are_computed_one_by_one_in_the_copy():
+    config = MixtralConfig(**{**LARGE, "intermediate_size": 32 * 9}, num_hidden_layers=2, num_local_experts=4)
+    small = shrunk_copy(model_of(config))
+    assert small is not None
+    assert study(model_of(config)).unshared_because is None

@@ -19,7 +19,7 @@ from everalign.modeling.architecture import configuration_key, study
 from everalign.modeling.loading import load_model
 from everalign.modeling.merging import write_checked
 from everalign.modeling.policy import Policy
-from everalign.modeling.shrinking import FIRST_SPECIAL, MODEL_ERRORS, quiet, shrunk_copy
+from everalign.modeling.shrinking import FIRST_SPECIAL, MODEL_ERRORS, ONE_BY_ONE, quiet, shrunk_copy
 from everalign.modeling.targets import choose_targets, is_linear, kind_of
 
 _TOLERANCE = 1e-4
@@ -114,10 +114,12 @@ def _stages(small: Any, kinds: set[str], folder: Path) -> Iterator[str]:
 def _is_written_and_loaded(small: Any, folder: Path) -> bool:
     """Whether the copy itself can be written and is loaded again as what it is.
 
-    Custom code is not written with it, nor the configuration of a larger model that it is the language model of; and
-    some configurations cannot be read again once their layers are fewer.
+    Custom code is not written with it, nor the configuration of a larger model that it is the language model of, nor
+    that its experts are computed one by one; and some configurations cannot be read again once their layers are fewer.
     """
     kind = type(small.config)
+    if getattr(small.config, "_experts_implementation", None) == ONE_BY_ONE:
+        return False
     if type(small) not in (known.get(kind, None) for known in (CAUSAL_LM, IMAGE_TEXT_TO_TEXT)):
         return False
     small.save_pretrained(folder)

@@ -6,6 +6,7 @@ fp32 on the CPU in milliseconds. Windows and lengths shrink as well, so that a f
 """
 
 import copy
+import itertools
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from transformers.utils import logging
 from everalign.modeling.residual_stream import layer_list
 
 VOCABULARY = 256
+ONE_BY_ONE = "eager"
 WINDOW = 5
 # Positions that stretch with the length do so from ORIGINAL tokens on; a table of positions has LONGEST rows.
 ORIGINAL, LONGEST = 32, 64
@@ -63,12 +65,16 @@ def shrunk_copy(model: Any) -> Any | None:
     """
     depth = _depth_of_all_kinds(model)
     with quiet():
-        for factor in _FACTORS:
-            for towers in (True, False):
-                config = _shrunk_config(model.config, factor, depth, towers)
-                small = None if config is None else _build(model, config)
-                if small is not None:
-                    return small
+        # Some classes refuse to be as shallow, since their layers lean on one another; and experts that are computed
+        # together want widths that are multiples of some number.
+        ways = itertools.product(dict.fromkeys((depth, None)), (False, True), _FACTORS, (True, False))
+        for layers, one_by_one, factor, towers in ways:
+            config = _shrunk_config(model.config, factor, layers, towers)
+            if config is not None and one_by_one:
+                config._experts_implementation = ONE_BY_ONE
+            small = None if config is None else _build(model, config)
+            if small is not None:
+                return small
     return None
 
 
