@@ -19,7 +19,7 @@ from everalign.modeling.architecture import configuration_key, study
 from everalign.modeling.loading import load_model
 from everalign.modeling.merging import write_checked
 from everalign.modeling.policy import Policy
-from everalign.modeling.shrinking import FIRST_SPECIAL, MODEL_ERRORS, ONE_BY_ONE, quiet, shrunk_copy
+from everalign.modeling.shrinking import FIRST_SPECIAL, MODEL_ERRORS, quiet, shrunk_copy
 from everalign.modeling.targets import choose_targets, is_linear, kind_of
 
 _TOLERANCE = 1e-4
@@ -118,16 +118,15 @@ def _is_written_and_loaded(small: Any, folder: Path) -> bool:
     that its experts are computed one by one; and some configurations cannot be read again once their layers are fewer.
     """
     kind = type(small.config)
-    if getattr(small.config, "_experts_implementation", None) == ONE_BY_ONE:
-        return False
     if type(small) not in (known.get(kind, None) for known in (CAUSAL_LM, IMAGE_TEXT_TO_TEXT)):
         return False
     small.save_pretrained(folder)
     try:
-        load_model(str(folder), "fp32")
+        loaded = load_model(str(folder), "fp32")
     except InputError:
         return False
-    return True
+    ways = [getattr(each.config, "_experts_implementation", None) for each in (small, loaded)]
+    return ways[0] == ways[1]
 
 
 def _tokens(small: Any) -> list[int]:

@@ -21,7 +21,6 @@ from transformers.utils import logging
 from everalign.modeling.residual_stream import layer_list
 
 VOCABULARY = 256
-ONE_BY_ONE = "eager"
 WINDOW = 5
 # Positions that stretch with the length do so from ORIGINAL tokens on; a table of positions has LONGEST rows.
 ORIGINAL, LONGEST = 32, 64
@@ -71,7 +70,7 @@ def shrunk_copy(model: Any) -> Any | None:
         for layers, one_by_one, factor, towers in ways:
             config = _shrunk_config(model.config, factor, layers, towers)
             if config is not None and one_by_one:
-                config._experts_implementation = ONE_BY_ONE
+                config._experts_implementation = "eager"
             small = None if config is None else _build(model, config)
             if small is not None:
                 return small
