@@ -76,7 +76,8 @@ def test_gradients_losses_and_weights_are_those_of_one_process(both, alone, name
         assert expected.abs().max() > 1e-2
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
     assert losses == pytest.approx(expected_losses, rel=1e-4)
-    assert difference(weights, expected_weights) < 1e-5
+    # Batches of other shapes are rounded another way, and Adam makes whole steps of the smallest gradients.
+    assert difference(weights, expected_weights) < 3e-5
 
 
 def test_a_checkpoint_of_both_is_complete(folder):
