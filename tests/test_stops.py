@@ -1,6 +1,7 @@
 """An answer ends where the model's configuration, its tokenizer or its chat template says so, and nowhere else."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from everalign.correction.encoder import CorrectionEncoder
 from everalign.correction.engines import LocalEngine
 from everalign.correction.templates import get_template
 from everalign.data.templating import DEFAULT_CHAT_TEMPLATE, encode_prompt, encode_response
+from everalign.modeling.lengths import Lengths
 from everalign.modeling.policy import Policy
 from everalign.modeling.sampling import SamplingOptions, sample_completions
 from everalign.modeling.stops import TurnEnd, special_stop_ids, stop_token_ids, turn_end
@@ -118,6 +120,7 @@ class Scripted:
     def __init__(self, tokens, generation=None):
         self.peft, self.tokens, self.training = random_model(vocabulary=len(tokens) + 400), tokens, False
         self.peft.generation_config = GenerationConfig(eos_token_id=generation)
+        self.head = SimpleNamespace(lengths=Lengths())
         self.peft.config.eos_token_id, self.place = None, 0
 
     def eval(self):
