@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from stores_for_tests import address, cluster, quick_processes  # noqa: F401  # fixtures of every test of the store
+from processes_for_tests import quick_processes  # noqa: F401
+from stores_for_tests import address, cluster  # noqa: F401  # fixtures of every test of the store
 
 # Nothing that a test does may need the network.
 os.environ["HF_HUB_OFFLINE"] = "1"

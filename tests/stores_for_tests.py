@@ -1,6 +1,5 @@
 """Records for tests, and a new address of a database of each kind."""
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from itertools import count
@@ -65,14 +64,6 @@ def cluster() -> Iterator[Cluster]:
     pytest.importorskip("psycopg")
     with running_cluster() as running:
         yield running
-
-
-@pytest.fixture(scope="session")
-def quick_processes():
-    """Processes that begin with the store imported: they are forked from one that only did that."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stores_for_tests", "everalign.serving.store.store", "alembic.command", "psycopg"])
-    return context
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

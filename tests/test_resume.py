@@ -1,13 +1,10 @@
 """A run that is killed, wherever and how often, ends with the same weights and scores as one that is not."""
 
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -72,23 +69,12 @@ def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Starts children that share one import of the libraries, by forking a server that has nothing but them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["test_resume"])
-        yield context
-
-
 class Child:
     """A learning process that may be killed, or left to end."""
 
-    def __init__(self, processes, *arguments, crash=None, teach=learn):
-        self.started = processes.Event()
-        self.process = processes.Process(target=teach, args=(*arguments, self.started, crash), daemon=True)
+    def __init__(self, quick_processes, *arguments, crash=None, teach=learn):
+        self.started = quick_processes.Event()
+        self.process = quick_processes.Process(target=teach, args=(*arguments, self.started, crash), daemon=True)
         self.process.start()
 
     def ended(self):
@@ -106,10 +92,10 @@ class Child:
 
 
 @pytest.fixture(scope="module")
-def whole(processes, model, tmp_path_factory):
+def whole(quick_processes, model, tmp_path_factory):
     """An uninterrupted run: its folder, and the seconds it took."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    child = Child(processes, model, output)
+    child = Child(quick_processes, model, output)
     assert child.started.wait(LIMIT)
     began = time.perf_counter()
     assert child.ended() == 0
@@ -140,33 +126,33 @@ def check_same_run(whole, run):
     assert sorted(leftovers) == ["cache", "current", "run.json", "tests", "versions", "zero_shot.json"]
 
 
-def test_an_uninterrupted_run_in_another_process_is_the_same(processes, whole, model, tmp_path):
+def test_an_uninterrupted_run_in_another_process_is_the_same(quick_processes, whole, model, tmp_path):
     """What the others rest on: a second process gives the same bits."""
     expected, _ = whole
-    assert Child(processes, model, tmp_path / "run").ended() == 0
+    assert Child(quick_processes, model, tmp_path / "run").ended() == 0
     check_same_run(expected, tmp_path / "run")
 
 
-def killed_and_resumed(processes, model, run, whole, rng):
+def killed_and_resumed(quick_processes, model, run, whole, rng):
     """Kill at random moments, one to three times, then let it end; returns how many kills met a living child."""
     expected, seconds = whole
     kills = 0
     for _ in range(rng.randint(1, 3)):
-        kills += Child(processes, model, run).kill_after(rng.uniform(0.0, seconds))
-    assert Child(processes, model, run).ended() == 0
+        kills += Child(quick_processes, model, run).kill_after(rng.uniform(0.0, seconds))
+    assert Child(quick_processes, model, run).ended() == 0
     check_same_run(expected, run)
     return kills
 
 
-def test_killed_at_random_moments(processes, whole, model, tmp_path):
+def test_killed_at_random_moments(quick_processes, whole, model, tmp_path):
     rng = random.Random(1)
-    assert sum(killed_and_resumed(processes, model, tmp_path / str(i), whole, rng) for i in range(2)) >= 1
+    assert sum(killed_and_resumed(quick_processes, model, tmp_path / str(i), whole, rng) for i in range(2)) >= 1
 
 
 @pytest.mark.slow
-def test_killed_at_many_random_moments(processes, whole, model, tmp_path):
+def test_killed_at_many_random_moments(quick_processes, whole, model, tmp_path):
     rng = random.Random(2)
-    assert sum(killed_and_resumed(processes, model, tmp_path / str(i), whole, rng) for i in range(10)) >= 8
+    assert sum(killed_and_resumed(quick_processes, model, tmp_path / str(i), whole, rng) for i in range(10)) >= 8
 
 
 @pytest.mark.parametrize(("stop", "steps"), [(("fpo", 3), [("fpo", 3), ("fpo", 4)]), (("fpo", 1), None)])
@@ -208,11 +194,11 @@ WORST = [
 
 @pytest.mark.parametrize(("call", "target", "count"), WORST, ids=[f"{target}-{count}" for _, target, count in WORST])
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_killed_at_the_worst_places(processes, whole, model, tmp_path, call, target, count, moment):
+def test_killed_at_the_worst_places(quick_processes, whole, model, tmp_path, call, target, count, moment):
     expected, _ = whole
-    crashed = Child(processes, model, tmp_path / "run", crash=(call, target, moment, count))
+    crashed = Child(quick_processes, model, tmp_path / "run", crash=(call, target, moment, count))
     assert crashed.ended() == 9
-    assert Child(processes, model, tmp_path / "run").ended() == 0
+    assert Child(quick_processes, model, tmp_path / "run").ended() == 0
     check_same_run(expected, tmp_path / "run")
 
 
@@ -220,10 +206,10 @@ def test_killed_at_the_worst_places(processes, whole, model, tmp_path, call, tar
 
 
 @pytest.fixture(scope="module")
-def gated(processes, model, tmp_path_factory):
+def gated(quick_processes, model, tmp_path_factory):
     """An uninterrupted run in which the gate has refused a task."""
     output = tmp_path_factory.mktemp("gated") / "run"
-    assert Child(processes, model, output, teach=learn_past_a_refusal).ended() == 0
+    assert Child(quick_processes, model, output, teach=learn_past_a_refusal).ended() == 0
     assert load_run(output).left_out == ["002-poison"]
     return output
 
@@ -238,13 +224,13 @@ AROUND_A_REFUSAL = [
 
 
 @pytest.mark.parametrize(("call", "target", "count", "moment"), AROUND_A_REFUSAL)
-def test_killed_around_a_refusal(processes, gated, model, tmp_path, call, target, count, moment):
+def test_killed_around_a_refusal(quick_processes, gated, model, tmp_path, call, target, count, moment):
     """The refused task may be learned, and refused, once more; what is learned after it is the same."""
     run = tmp_path / "run"
-    crashed = Child(processes, model, run, crash=(call, target, moment, count), teach=learn_past_a_refusal)
+    crashed = Child(quick_processes, model, run, crash=(call, target, moment, count), teach=learn_past_a_refusal)
     assert crashed.ended() == 9
     assert load_run(run).current == ("003-calm" if "calm" in target else "001-warm")
-    assert Child(processes, model, run, teach=learn_past_a_refusal).ended() == 0
+    assert Child(quick_processes, model, run, teach=learn_past_a_refusal).ended() == 0
     expected, found = load_run(gated), load_run(run)
     assert [version.task for version in found.versions] == ["warm", "calm"]
     assert {version.task for version in found.beside} == {"poison"}

@@ -1,0 +1,30 @@
+"""Child processes that begin with what they need imported: they are forked from a server that did nothing else."""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# A process has one such server, and the first child that is started decides what it imports: so this is all of it.
+IMPORTED = ["test_resume", "stores_for_tests", "everalign.serving.store.store", "alembic.command", "psycopg"]
+
+
+@pytest.fixture(scope="session")
+def quick_processes():
+    """The context whose `Process` is forked from the server."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
+        process = context.Process(target=_nothing)
+        process.start()
+        process.join()
+    assert process.exitcode == 0
+    return context
+
+
+def _nothing() -> None:
+    """Start the server, while the environment is the one that it needs."""
