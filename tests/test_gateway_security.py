@@ -16,7 +16,7 @@ from upstream_for_tests import HTTP, Fake, Script, UpstreamServer, serving
 
 BODY = {"model": "small", "messages": [{"role": "user", "content": "?"}]}
 KEY = "sk-client-one"
-ROUTES = ["/v1/chat/completions", "/v1/models", "/v1/models/small", "/v1/feedback", "/health", "/ready", "/metrics",
+ROUTES = ["/v1/chat/completions", "/v1/models", "/v1/models/small", "/v1/feedback", "/ready", "/metrics",
           "/openapi.json", "/nowhere", "/"]  # fmt: skip
 
 
@@ -112,12 +112,12 @@ def test_neither_side_s_secrets_cross(mode, stream, locked, upstream):
         headers={"set-cookie": "a=b", "x-echo": "upstream-key", "x-ratelimit-remaining-requests": "9",
                  "openai-processing-ms": "5", "access-control-allow-origin": "*"},
     )  # fmt: skip
-    headers = {"authorization": f"Bearer {KEY}", "x-everalign-mode": mode, "x-custom": "kept", **secrets}
+    headers = {"authorization": f"Bearer {KEY}", "x-everalign-mode": mode, "x-title": "kept", **secrets}
     reply = post(locked, body={**BODY, "stream": stream}, headers=headers)
     assert reply.status_code == 200
     got = upstream.requests[-1].headers
     assert got["authorization"] == "Bearer upstream-key"
-    assert got["x-custom"] == "kept"
+    assert got["x-title"] == "kept"
     assert not any(name in got for name in (*secrets, "x-everalign-mode", "x-forwarded-for"))
     assert KEY not in str(got)
     assert "upstream-key" not in reply.text + str(reply.headers)

@@ -6,6 +6,7 @@ import pytest
 
 from everalign.serving.pages.forms import parsed
 from everalign.serving.sessions import Sessions
+from everalign.serving.settings import Access
 from everalign.serving.store.store import FeedbackStore
 from pages_for_tests import Browser, form_action, hidden, read
 from upstream_for_tests import Fake, Script, UpstreamServer, serving
@@ -52,7 +53,7 @@ def test_a_key_opens_the_pages_and_nothing_else(browser, locked):
     reply = browser.sign_in(KEY)
     assert (reply.status_code, reply.headers["location"]) == (303, "/")
     assert [browser.get(path).status_code for path in PAGES] == [200, 200, 404]
-    for path in ("/v1/models", "/metrics", "/health", "/openapi.json"):
+    for path in ("/v1/models", "/metrics", "/ready", "/openapi.json"):
         assert browser.get(path).status_code == 401
     assert browser.post("/v1/feedback", json={"id": "x", "rating": 1}).status_code == 401
     assert KEY not in str(browser.cookies)
@@ -66,10 +67,12 @@ def test_the_session_s_cookie(browser):
     assert "Secure" not in cookie
 
 
-def test_by_https_the_cookie_goes_over_nothing_else(locked):
-    with Browser(locked) as browser:
+@pytest.mark.parametrize(("trusted", "secure"), [((), False), (("10.0.0.0/8",), False), (("127.0.0.1",), True)])
+def test_by_https_the_cookie_goes_over_nothing_else(upstream, trusted, secure):
+    access = Access(trusted_proxies=trusted)
+    with serving(upstream, keys=(KEY,), access=access) as gateway, Browser(gateway) as browser:
         reply = browser.get("/login", headers={"x-forwarded-proto": "https"})
-    assert "Secure" in reply.headers["set-cookie"].split("; ")
+    assert ("Secure" in reply.headers["set-cookie"].split("; ")) == secure
 
 
 @pytest.mark.parametrize("key", ["", "sk-other", "sk-client-onë", " "])

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from corrections_for_tests import corrections
 from everalign.correction.encoder import CorrectionEncoder
-from everalign.correction.engines import LocalEngine
+from everalign.correction.local_engine import LocalEngine
 from everalign.correction.templates import get_template
 from everalign.data.templating import DEFAULT_CHAT_TEMPLATE, encode_prompt, encode_response
 from everalign.modeling.lengths import Lengths

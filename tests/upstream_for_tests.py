@@ -197,7 +197,12 @@ class _Running:
         self._socket.listen(512)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"
         config = uvicorn.Config(
-            app, log_level="critical", interface="asgi3", lifespan=lifespan, timeout_graceful_shutdown=1
+            app,
+            log_level="critical",
+            interface="asgi3",
+            lifespan=lifespan,
+            timeout_graceful_shutdown=1,
+            proxy_headers=False,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)

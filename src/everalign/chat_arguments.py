@@ -8,7 +8,7 @@ import httpx
 from everalign.errors import InputError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-"""The environment variable that holds the key."""
+"""The environment variable that holds the key of the server that is asked alone."""
 
 
 def checked_url(text: str) -> str:
@@ -38,11 +38,11 @@ def checked_model(model: str) -> str:
     return model
 
 
-def checked_key(key: str) -> str:
-    """A key as a header can hold it; a header's own error would print it."""
+def checked_key(key: str, variable: str = KEY_VARIABLE) -> str:
+    """A key, from an environment variable, as a header can hold it; a header's own error would print it."""
     key = key.strip()
     if re.search(r"[^\x21-\x7e]", key):
-        raise InputError(f"the API key ({KEY_VARIABLE}) has characters other than letters, digits and signs of ASCII")
+        raise InputError(f"the API key ({variable}) has characters other than letters, digits and signs of ASCII")
     return key
 
 

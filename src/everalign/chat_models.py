@@ -21,12 +21,13 @@ class ChatOptions:
     requests_per_minute: float | None = None
     timeout: float | None = None
 
-    def client(self, name: str, whom: str) -> ChatClient:
+    def client(self, name: str, whom: str, api_key: str | None = None) -> ChatClient:
         """Return a client for a name such as `http://127.0.0.1:8000/v1#qwen2.5`: the server's address, # and the model.
 
         Args:
             name: address and model.
             whom: who is named, such as `a judge`, for messages.
+            api_key: what the server asks for, empty for nothing; OPENAI_API_KEY when None.
 
         Raises:
             InputError: the name lacks a part, or an option cannot be used.
@@ -39,6 +40,7 @@ class ChatOptions:
         return ChatClient(
             address,
             model,
+            api_key,
             timeout=TIMEOUT if self.timeout is None else self.timeout,
             concurrency=CONCURRENCY if self.concurrency is None else self.concurrency,
             requests_per_minute=self.requests_per_minute or 0,

@@ -1,5 +1,6 @@
 """The verb `correct run`: a file of answers, corrected."""
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "Example: everalign correct run --corrector runs/corrector --data answers.jsonl --output corrections.jsonl; "
-    "from a server, whose key is read from OPENAI_API_KEY: --corrector http://127.0.0.1:8000/v1#aligner "
-    "--template aligner-1"
+    "from a server, whose key is read from CORRECTOR_API_KEY: --corrector http://127.0.0.1:8000/v1#aligner "
+    "--template aligner-1; a judge's key is read from APPROVER_API_KEY"
 )
 
 
@@ -90,17 +91,31 @@ def run(
 def make_approver(name: str | None, margin: float | None) -> "Approver | None":
     """Return who approves of corrections: a scorer of that name, or nobody.
 
+    A judge's key comes from APPROVER_API_KEY: what opens another server is not for its eyes.
+
     Raises:
         InputError: there is no such scorer, or a margin that nobody would heed.
     """
     from everalign.evaluation.comparing import ScorerApproval
-    from everalign.evaluation.scorers import make_scorer
 
     if name is None:
         if margin is not None:
             raise InputError("margin: is for a scorer; name one with --approve, or leave it out")
         return None
+    if "://" in name:
+        from everalign.evaluation.judge import JudgeScorer
+
+        return ScorerApproval(JudgeScorer.from_name(name, api_key=_key("APPROVER_API_KEY")), margin or 0.0)
+    from everalign.evaluation.scorers import make_scorer
+
     return ScorerApproval(make_scorer(name), margin or 0.0)
+
+
+def _key(variable: str) -> str:
+    """The key of one server, which no other one is sent."""
+    from everalign.chat_arguments import checked_key
+
+    return checked_key(os.environ.get(variable, ""), variable)
 
 
 def load_corrector(
@@ -114,7 +129,7 @@ def load_corrector(
     """Return the corrector of a name.
 
     Args:
-        name: a folder, or URL#MODEL.
+        name: a folder, or URL#MODEL; the server's key comes from CORRECTOR_API_KEY.
         template: what it reads, if it does not say so itself.
         local: `device`, `precision` and `tokens_per_batch` of one in this process; None where not given.
         approver: asked whether each correction may take the answer's place.
@@ -139,8 +154,9 @@ def load_corrector(
     if given:
         flag = next(iter(given)).replace("_", "-")
         raise InputError(f"--{flag}: is for a corrector in this process; a server decides for itself")
+    key = _key("CORRECTOR_API_KEY")
     return Corrector.from_endpoint(
-        url, model, template=template, objectives=objectives or (), approver=approver, options=options
+        url, model, template=template, objectives=objectives or (), approver=approver, options=options, api_key=key
     )
 
 

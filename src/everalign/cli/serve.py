@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 EPILOG = (
     "Example: everalign serve --upstream http://127.0.0.1:8000/v1 --corrector runs/corrector "
     "--store sqlite:///feedback.db; clients' keys are read from EVERALIGN_API_KEYS, the upstream's from OPENAI_API_KEY "
-    "(of one with a name from NAME_API_KEY)"
+    "(of one with a name from NAME_API_KEY), those of a corrector and a judge on a server from CORRECTOR_API_KEY and "
+    "APPROVER_API_KEY: no server is sent another one's key"
 )
 
 # A server computes by itself what comes at once; the model in this process has all its cores for one batch.
@@ -63,6 +64,26 @@ def serve(
     retention_days: Annotated[int | None, option("Remove what is older; kept for ever if not given.", "DAYS")] = None,
     host: Annotated[str, typer.Option(help="Where to listen; others than this machine's need keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8080,
+    keys_file: Annotated[
+        Path | None,
+        option("Further keys, one a line, each with what it may use; read again when it changes.", "FILE"),
+    ] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", metavar="", help="Without keys, serve whoever reaches the port.")
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None, option("A site whose pages may use the API, or * for all; may be repeated.", "ORIGIN")
+    ] = None,
+    trusted_proxy: Annotated[
+        list[str] | None, option("Whose X-Forwarded-For and -Proto are believed; may be repeated.", "ADDRESS|NETWORK")
+    ] = None,
+    root_path: Annotated[str | None, option("What a proxy has in front of the gateway's paths.", "/PATH")] = None,
+    forward_header: Annotated[
+        list[str] | None, option("A client's header that the upstream gets too; may be repeated.", "NAME|PREFIX*")
+    ] = None,
+    return_header: Annotated[
+        list[str] | None, option("An upstream's header that clients get too; may be repeated.", "NAME|PREFIX*")
+    ] = None,
     timeout: Annotated[float | None, option("Seconds for a whole answer of the upstream; 600.", "SECONDS")] = None,
     correction_timeout: Annotated[float | None, option("Seconds for a correction; 60.", "SECONDS")] = None,
     keepalive: Annotated[float | None, option("Seconds of silence before a comment; 15.", "SECONDS")] = None,
@@ -75,20 +96,31 @@ def serve(
     Clients change their base URL, and nothing else.
     """
     _check_installed()
-    from everalign.serving.server import address_of, bound_socket, check_host, read_keys, read_upstream
+    from everalign.serving.headers import HeaderRules
+    from everalign.serving.server import address_of, bound_socket, check_host, read_keys, read_upstreams
     from everalign.serving.server import serve as run
+    from everalign.serving.settings import Access
 
     keys = read_keys(os.environ)
-    check_host(host, keys)
+    check_host(host, not keys and keys_file is None, no_auth)
     _check_heeded(corrector, {"template": template, "gate": gate, "approve": approve, "margin": margin})
     _check_heeded(corrector, {"precision": precision, "device": device, "on-failure": on_failure})
     for name, value in (("keep", keep), ("redact", redact), ("retention-days", retention_days)):
         if value is not None and store is None:
             raise InputError(f"--{name}: there is nothing to keep exchanges in; name it with --store sqlite:///FILE")
     given = {"mode": mode, "on_failure": on_failure, "keep": keep, "keepalive": keepalive, "retries": retries}
+    access = Access(
+        keys_file=keys_file,
+        no_auth=no_auth,
+        cors_origins=tuple(cors_origin or ()),
+        trusted_proxies=tuple(trusted_proxy or ()),
+        root_path=root_path or "",
+        headers=HeaderRules(tuple(forward_header or ()), tuple(return_header or ())),
+    )
     settings = _settings(
         {
-            "upstreams": tuple(read_upstream(text, os.environ) for text in upstream),
+            "access": access,
+            "upstreams": read_upstreams(upstream, os.environ),
             "keys": keys,
             **{name: value for name, value in given.items() if value is not None},
         },

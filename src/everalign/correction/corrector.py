@@ -10,19 +10,19 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from everalign.chat_client import ChatClient
-from everalign.correction.engines import TOKENS_PER_BATCH, EndpointEngine, Engine, Gate, LocalEngine, Pair, Written
-from everalign.correction.files import load_corrector_files
+from everalign.correction.engines import TOKENS_PER_BATCH, EndpointEngine, Engine, Gate, Pair, Written
 from everalign.correction.guards import Approver, Guards
 from everalign.correction.templates import Question, Template, get_template
 from everalign.data.fields import check_text
 from everalign.data.messages import checked_prompt
 from everalign.errors import EveralignError, InputError
-from everalign.modeling.draft_decoding import Verified
-from everalign.modeling.loading import Precision, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from everalign.modeling.draft_decoding import Verified
+    from everalign.modeling.loading import Precision
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class CorrectionOptions:
             return gate
         least = float(gate)
 
-        def likely(verified: Verified) -> bool:
+        def likely(verified: "Verified") -> bool:
             return verified.log_likelihood >= least
 
         return likely
@@ -111,7 +111,7 @@ class Corrector:
         *,
         template: str | None = None,
         device: str | None = None,
-        precision: Precision = "fp32",
+        precision: "Precision" = "fp32",
         tokens_per_batch: int = TOKENS_PER_BATCH,
         options: CorrectionOptions | None = None,
         approver: Approver | None = None,
@@ -130,6 +130,13 @@ class Corrector:
         Raises:
             InputError: nothing loadable is there, it does not say which template it reads, or the device is none.
         """
+        # Here: a process that asks a server for its corrections needs none of this.
+        import torch
+
+        from everalign.correction.files import load_corrector_files
+        from everalign.correction.local_engine import LocalEngine
+        from everalign.modeling.loading import load_model, load_tokenizer
+
         files = load_corrector_files(folder, template)
         encoder = files.encoder(load_tokenizer(str(folder)))
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,18 +157,21 @@ class Corrector:
         objectives: Sequence[str] = (),
         options: CorrectionOptions | None = None,
         approver: Approver | None = None,
+        api_key: str | None = None,
     ) -> "Corrector":
         """Use a corrector behind an OpenAI-compatible server's `/v1/completions`.
 
         Args:
-            url: of the server; its key is read from OPENAI_API_KEY.
+            url: of the server.
             model: its name there.
             template: id of the template it was trained behind.
             objectives: those it was trained with.
             options: how, unless a call says otherwise; a gate is refused.
             approver: asked whether each correction may take the answer's place.
+            api_key: what the server asks for, empty for nothing; OPENAI_API_KEY when None.
         """
-        return cls(EndpointEngine(ChatClient(url, model), get_template(template), objectives), options, approver)
+        client = ChatClient(url, model, api_key)
+        return cls(EndpointEngine(client, get_template(template), objectives), options, approver)
 
     @property
     def template(self) -> Template:

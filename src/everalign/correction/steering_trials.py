@@ -9,8 +9,8 @@ from torch import Tensor
 
 from everalign.correction.edits import edit_share
 from everalign.correction.encoder import CorrectionEncoder
-from everalign.correction.engines import LocalEngine
 from everalign.correction.guards import Guards
+from everalign.correction.local_engine import LocalEngine
 from everalign.correction.steering_files import Steering, SteeringSetting
 from everalign.data.corrections import Correction
 from everalign.errors import EveralignError

@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from everalign.data.messages import Prompt
 from everalign.errors import InputError
+from everalign.evaluation.checked_rewards import checked_rewards
 from everalign.evaluation.judge import JudgeScorer
-from everalign.evaluation.rewards import Scorer, checked_rewards
+
+if TYPE_CHECKING:
+    from everalign.evaluation.scorers import Scorer
 
 _SECOND = 2.0
 
@@ -22,7 +26,7 @@ class ScorerApproval:
         InputError: the margin is below 0 or not finite, or given for a judge.
     """
 
-    def __init__(self, scorer: Scorer, margin: float = 0.0) -> None:
+    def __init__(self, scorer: "Scorer", margin: float = 0.0) -> None:
         _check_margin(scorer, margin)
         self._scorer, self._margin = scorer, margin
 
@@ -37,7 +41,7 @@ class ScorerApproval:
 
 
 def compare_answers(
-    scorer: Scorer,
+    scorer: "Scorer",
     prompts: Sequence[Prompt],
     before: Sequence[str],
     after: Sequence[str],
@@ -78,7 +82,7 @@ def compare_answers(
     return verdicts
 
 
-def _check_margin(scorer: Scorer, margin: float) -> None:
+def _check_margin(scorer: "Scorer", margin: float) -> None:
     if not (math.isfinite(margin) and margin >= 0):
         raise InputError(f"margin: must be a finite number of at least 0, found {margin}")
     if margin and isinstance(scorer, JudgeScorer):

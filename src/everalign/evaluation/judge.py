@@ -96,15 +96,17 @@ class JudgeScorer:
         self._fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @classmethod
-    def from_name(cls, name: str, options: JudgeOptions | None = None) -> "JudgeScorer":
+    def from_name(cls, name: str, options: JudgeOptions | None = None, api_key: str | None = None) -> "JudgeScorer":
         """Return the judge of a name such as `http://127.0.0.1:8000/v1#qwen2.5`: the server's address, # and the model.
+
+        Its key is `api_key`, empty for none; OPENAI_API_KEY when None.
 
         Raises:
             InputError: the name lacks a part, or an option or a file cannot be used.
         """
         options = options or JudgeOptions()
         asking = ChatOptions(options.concurrency, options.requests_per_minute, options.timeout)
-        client = asking.client(name, "a judge")
+        client = asking.client(name, "a judge", api_key)
         instructions = INSTRUCTIONS if options.instructions is None else _instructions(options.instructions)
         cache = None if options.cache is None else reward_cache(options.cache)
         return cls(client, instructions=instructions, cache=cache)

@@ -8,11 +8,14 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from everalign.serving.auth import Keys
 from everalign.serving.correcting import CorrectionService
@@ -66,22 +69,42 @@ def create_app(
                     await following
             await gateway.close()
 
+    servers: dict[str, Any] = {"servers": [{"url": settings.access.root_path}]} if settings.access.root_path else {}
     # The pages of the documentation would be fetched from elsewhere.
-    app = FastAPI(title="Everalign gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Everalign gateway", lifespan=lifespan, docs_url=None, redoc_url=None, **servers)
     app.state.gateway, app.state.ready = gateway, lambda: None
     for routes in (chat_routes, model_routes, feedback_routes, status_routes):
         app.include_router(routes(gateway))
-    keys, sessions = Keys(settings.keys), Sessions()
+    access = settings.access
+    keys = Keys(settings.keys, access.keys_file, access.no_auth, access.cors_origins)
+    sessions = Sessions()
     app.include_router(page_routes(gateway, keys, sessions, None if followed is None else followed.path))
     app.add_exception_handler(GatewayError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_path)
     app.add_exception_handler(Exception, _fail)
-    app.add_middleware(_front, keys=keys, sessions=sessions)
+    app.add_middleware(_front, keys=keys, sessions=sessions, root=access.root_path)
+    if access.cors_origins:
+        # Outside of the front: a browser asks without a key what it may send. No cookie: keys are sent by pages.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=access.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+            max_age=600,
+        )
+    if access.trusted_proxies:
+        app.add_middleware(_proxied, trusted=list(access.trusted_proxies))
     return app
 
 
-def _front(app: ASGIApp, keys: Keys, sessions: Sessions) -> ASGIApp:
-    return Front(app, keys, sessions)
+def _front(app: ASGIApp, keys: Keys, sessions: Sessions, root: str) -> ASGIApp:
+    return Front(app, keys, sessions, root)
+
+
+def _proxied(app: ASGIApp, trusted: list[str]) -> ASGIApp:
+    """Take from these alone, and from nobody else, what they say of who came by them."""
+    return ProxyHeadersMiddleware(app, trusted)  # type: ignore[arg-type,return-value]
 
 
 async def _refuse(_: Request, error: Exception) -> Response:

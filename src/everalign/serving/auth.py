@@ -1,14 +1,21 @@
 """Who may use the gateway.
 
-With keys, whoever sends one as `Authorization: Bearer KEY`. Without any, whoever sits at the same machine: the
-connection must come from a loopback address and not through a proxy, and the request must be for a loopback name,
-since a web page can make a browser's own name lead here (DNS rebinding).
+With keys, whoever sends one: as `Authorization: Bearer KEY`, or in `api-key` or `x-api-key` as Azure's and Anthropic's
+clients do. Keys may come from a file, which is read again when it changes. Without keys, whoever sits at the same
+machine and came by no proxy; with `--no-auth`, whoever reaches the port.
 """
 
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Iterable, Mapping
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from everalign.errors import InputError
 from everalign.serving.errors import INVALID, GatewayError
@@ -16,66 +23,202 @@ from everalign.serving.errors import INVALID, GatewayError
 LOCAL = "local"
 """What the key is called where none is needed."""
 
+_log = logging.getLogger(__name__)
 _ID_DIGITS = 12
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+_LOOK_SECONDS = 1.0
+# Anything that says that a request came by way of somebody else. A proxy that says nothing at all and calls by the
+# name 127.0.0.1 cannot be told from a client; the oldest of them, which speak HTTP/1.0, can.
+_RELAYED = re.compile(
+    r"forwarded|(client|real|user|remote|source|socket|connecting|originating)-?(ip|addr)|original-(url|host)|^via$"
+    r"|^cdn-loop$|^(cf|fly|x-envoy|x-goog-iap|x-amzn|x-amz-cf|x-ms-client-principal|x-azure|x-arr|x-appgw|x-vercel|x-nf"
+    r"|x-cloud-trace|x-appengine|x-akamai|fastly|x-tailscale|tailscale|x-auth-request|remote)-"
+)
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What one key may use; None for as much as there is.
+
+    Args:
+        requests_per_minute: begun in a minute.
+        tokens_per_day: of prompts and answers, from midnight UTC on; a request that passes the limit is the last one.
+    """
+
+    requests_per_minute: int | None = None
+    tokens_per_day: int | None = None
+
+
+UNLIMITED = Allowance()
 
 
 class Keys:
     """The clients' keys, of which only hashes are held.
 
     Args:
-        keys: the keys; none for loopback alone.
+        keys: the keys; none for this machine alone.
+        file: has further ones; see `read_key_file`.
+        no_auth: serve whoever comes, where there are no keys.
+        origins: of web pages that may use a gateway without keys, besides those of this machine.
+        clock: seconds that only grow.
 
     Raises:
-        InputError: a key is empty, or no header could hold it.
+        InputError: a key is empty, or no header could hold it; the file cannot be read; or `no_auth` has no sense
+            beside keys.
     """
 
-    def __init__(self, keys: Iterable[str] = ()) -> None:
-        given = list(keys)
-        if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in given):
-            raise InputError("EVERALIGN_API_KEYS: a key is empty or has other than letters, digits and signs")
-        self._digests = [hashlib.sha256(key.encode()).hexdigest() for key in given]
+    def __init__(
+        self,
+        keys: Iterable[str] = (),
+        file: Path | None = None,
+        no_auth: bool = False,
+        origins: Iterable[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._given = dict.fromkeys(_digest(_checked(key, "EVERALIGN_API_KEYS")) for key in keys)
+        self._file, self._open, self._origins, self._clock = file, no_auth, frozenset(origins), clock
+        self._looked, self._changed = clock(), _state_of(file)
+        self._known: dict[str, Allowance | None] = {**self._given, **({} if file is None else read_key_file(file))}
+        if no_auth and self._known:
+            raise InputError("--no-auth: there are keys; leave it out, or unset EVERALIGN_API_KEYS and --keys-file")
 
     @property
     def needed(self) -> bool:
         """Whether there are any."""
-        return bool(self._digests)
+        return bool(self._known)
 
-    def identify(self, headers: Mapping[str, str], peer: str | None) -> str:
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._known)
+
+    def allowance(self, key_id: str) -> Allowance | None:
+        """Return what the file of keys says that a key may use; None where it says nothing."""
+        return next((own for digest, own in self._known.items() if own and digest.startswith(key_id)), None)
+
+    def identify(self, headers: Mapping[str, str], peer: str | None, http_version: str = "1.1") -> str:
         """Return the id of the key that a request came with.
 
         Args:
             headers: of the request, names in small letters.
             peer: the address that the connection comes from.
+            http_version: of the request.
 
         Raises:
             GatewayError: 401 or 403.
         """
-        if not self._digests:
-            _check_local(headers, peer)
+        self._read_again()
+        if not self._known:
+            if not self._open:
+                self._check_local(headers, peer, http_version)
             return LOCAL
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        key_id = self.id_of(key.strip())
-        if scheme.lower() != "bearer" or key_id is None:
-            message = "no valid API key: send one that the gateway knows as Authorization: Bearer KEY"
-            advice = {"www-authenticate": "Bearer", "x-should-retry": "false"}
-            raise GatewayError(401, message, INVALID, "invalid_api_key", headers=advice)
-        return key_id
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        bearer = bearer if scheme.lower() == "bearer" else ""
+        for key in (bearer, headers.get("api-key", ""), headers.get("x-api-key", "")):
+            if key.strip() and (key_id := self.id_of(key.strip())) is not None:
+                return key_id
+        message = "no valid API key: send one that the gateway knows as Authorization: Bearer KEY, or as x-api-key"
+        advice = {"www-authenticate": "Bearer", "x-should-retry": "false"}
+        raise GatewayError(401, message, INVALID, "invalid_api_key", headers=advice)
+
+    def knows(self, key_id: str) -> bool:
+        """Whether there still is a key of an id."""
+        self._read_again()
+        return any(digest.startswith(key_id) for digest in self._known)
 
     def id_of(self, key: str) -> str | None:
         """Return the id of a key; None for one that is not known."""
-        digest = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
+        digest = _digest(key)
         # All are compared, so that the time tells nothing about which one it was.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        matches = [hmac.compare_digest(digest, known) for known in self._known]
         return digest[:_ID_DIGITS] if any(matches) else None
 
+    def _read_again(self) -> None:
+        """Read the file anew if it has changed; one that cannot be read leaves the keys that were."""
+        now = self._clock()
+        if self._file is None or now < self._looked + _LOOK_SECONDS:
+            return
+        self._looked = now
+        if (state := _state_of(self._file)) == self._changed:
+            return
+        self._changed = state
+        try:
+            self._known = {**self._given, **read_key_file(self._file)}
+            _log.warning("%s: has changed; %d keys are known now", self._file, len(self._known))
+        except InputError as error:
+            _log.error("%s; the keys are those of before", error)
 
-def _check_local(headers: Mapping[str, str], peer: str | None) -> None:
-    """Refuse whoever does not sit at this machine; raises GatewayError 403."""
-    proxied = any(name in headers for name in _FORWARDED)
-    if proxied or not is_loopback(peer or "") or not is_loopback(_host(headers.get("host", ""))):
-        message = "no keys are set (EVERALIGN_API_KEYS), so that only this machine itself is served, as 127.0.0.1"
-        raise GatewayError(403, message, INVALID, "not_local", headers={"x-should-retry": "false"})
+    def _check_local(self, headers: Mapping[str, str], peer: str | None, http_version: str) -> None:
+        """Refuse whoever does not sit at this machine, and what came by a proxy; raises GatewayError 403."""
+        relayed = any(_RELAYED.search(name) for name in headers)
+        origin = headers.get("origin")
+        # A page of another site can send forms here without asking; its browser says where it is from.
+        foreign = origin is not None and origin not in self._origins and not is_loopback(_host_of_origin(origin))
+        here = is_loopback(peer or "") and is_loopback(_host(headers.get("host", "")))
+        if relayed or foreign or not here or http_version == "1.0":
+            message = (
+                "no keys are set, so that only this machine itself is served, as 127.0.0.1 and by no proxy; the "
+                "operator can set EVERALIGN_API_KEYS, or open the gateway to everybody with --no-auth"
+            )
+            raise GatewayError(403, message, INVALID, "not_local", headers={"x-should-retry": "false"})
+
+
+def read_key_file(path: Path) -> dict[str, Allowance | None]:
+    """Return the hashes of a file's keys, and what each may use.
+
+    A line is a key, and behind it what it may use: `requests_per_minute=60 tokens_per_day=100000`. Behind `#` is a
+    comment.
+
+    Raises:
+        InputError: it cannot be read, a line is wrong (its number is named, never the key), or it has no key.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8"
+        raise InputError(f"--keys-file {path}: cannot be read: {reason}") from None
+    found: dict[str, Allowance | None] = {}
+    for number, line in enumerate(lines, start=1):
+        key, *limits = line.partition("#")[0].split() or [""]
+        if not key:
+            continue
+        digest = _digest(_checked(key, f"--keys-file {path}, line {number}"))
+        if digest in found:
+            raise InputError(f"--keys-file {path}, line {number}: is the key of an earlier line; leave one of them out")
+        found[digest] = _read_allowance(limits, f"--keys-file {path}, line {number}") if limits else None
+    if not found:
+        raise InputError(f"--keys-file {path}: has no keys; write one a line")
+    return found
+
+
+def _read_allowance(limits: list[str], where: str) -> Allowance:
+    values: dict[str, int] = {}
+    for text in limits:
+        name, _, number = text.partition("=")
+        if name not in Allowance.__dataclass_fields__ or name in values:
+            raise InputError(f"{where}: behind a key stand requests_per_minute=N and tokens_per_day=N, each once")
+        if not (number.isascii() and number.isdigit() and int(number) > 0):
+            raise InputError(f"{where}: {name} must be a whole number of at least 1")
+        values[name] = int(number)
+    return Allowance(**values)
+
+
+def _checked(key: str, where: str) -> str:
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(f"{where}: a key is empty or has other than letters, digits and signs")
+    return key
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
+
+
+def _state_of(file: Path | None) -> tuple[int, int, int] | None:
+    """What tells a file that was written again from what it was."""
+    try:
+        found = None if file is None else os.stat(file)
+    except OSError:
+        return None
+    return None if found is None else (found.st_mtime_ns, found.st_size, found.st_ino)
 
 
 def is_loopback(host: str) -> bool:
@@ -95,3 +238,10 @@ def _host(text: str) -> str:
     if text.startswith("["):
         return text[1:].partition("]")[0]
     return text.partition(":")[0]
+
+
+def _host_of_origin(origin: str) -> str:
+    try:
+        return urlsplit(origin).hostname or ""
+    except ValueError:
+        return ""

@@ -1,4 +1,4 @@
-"""What every request passes first: who it comes from, and what every reply has."""
+"""What every request passes first: where it leads, who it comes from, and what every reply has."""
 
 import uuid
 from collections.abc import MutableMapping
@@ -10,7 +10,8 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from everalign.serving.auth import Keys
-from everalign.serving.errors import GatewayError
+from everalign.serving.errors import GatewayError, refused
+from everalign.serving.paths import meant
 from everalign.serving.sessions import Session, Sessions
 from everalign.serving.sse import json_bytes
 
@@ -23,6 +24,8 @@ _ALWAYS = {
 }
 
 SIGN_IN = "/login"
+HEALTH = "/health"
+"""Says that the process answers, and nothing else: probes have no key."""
 # All that is told without a key: how to sign in, and what that page looks like.
 _UNLOCKED = (SIGN_IN, "/assets/style.css", "/assets/script.js")
 _PAGES = ("/", "/dashboard", "/logout")
@@ -38,10 +41,11 @@ class Front:
         app: what is behind it.
         keys: the clients'.
         sessions: of browsers.
+        root: what a proxy has in front of the gateway's paths; empty for nothing.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, sessions: Sessions) -> None:
-        self._app, self._keys, self._sessions = app, keys, sessions
+    def __init__(self, app: ASGIApp, keys: Keys, sessions: Sessions, root: str = "") -> None:
+        self._app, self._keys, self._sessions, self._root = app, keys, sessions, root
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection, as ASGI has it."""
@@ -51,19 +55,27 @@ class Front:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
+        state: MutableMapping[str, Any] = scope.setdefault("state", {})
+        found = meant(scope["path"], self._root)
+        # GET's answer without its body is what HEAD asks for; whoever asks others in its turn does so by HEAD.
+        state["head"] = scope["method"] == "HEAD"
+        state["deployment"], state["azure"], state["root"] = found.model, found.azure, self._root
+        scope = {**scope, "path": found.path, "method": "GET" if state["head"] else scope["method"]}
 
         async def sent(message: Message) -> None:
             if message["type"] == "http.response.start":
                 _complete(message)
+            elif state["head"] and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
-        state: MutableMapping[str, Any] = scope.setdefault("state", {})
         headers = Headers(scope=scope)
         try:
+            _check_preflight(scope["method"], headers)
             state["session"] = self._session(scope, headers)
             state["key_id"] = self._key_id(scope, headers, state["session"])
         except GatewayError as error:
-            await _turned_away(scope, headers, error)(scope, receive, sent)
+            await self._turned_away(scope, headers, error)(scope, receive, sent)
             return
         await self._app(scope, receive, sent)
 
@@ -74,12 +86,30 @@ class Front:
 
     def _key_id(self, scope: Scope, headers: Headers, session: Session | None) -> str:
         peer = scope.get("client")
+        if scope["path"] == HEALTH:
+            return ""
         if self._keys.needed:
-            if session is not None and session.key_id:
+            if session is not None and session.key_id and self._keys.knows(session.key_id):
                 return session.key_id
             if scope["path"] in _UNLOCKED:
                 return ""
-        return self._keys.identify(headers, peer[0] if peer else None)
+        return self._keys.identify(headers, peer[0] if peer else None, scope.get("http_version", "1.1"))
+
+    def _turned_away(self, scope: Scope, headers: Headers, error: GatewayError) -> Response:
+        reads = "text/html" in headers.get("accept", "")
+        if error.status == 401 and reads and is_page(scope["path"]):
+            return RedirectResponse(self._root + SIGN_IN, 303)
+        return error_response(error)
+
+
+def _check_preflight(method: str, headers: Headers) -> None:
+    """Answer a browser that asks what a page of another site may do here, if nobody has before: nothing.
+
+    It has no key, and could not be given one.
+    """
+    if method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers:
+        message = "pages of other sites may not use this gateway; its operator can let them, with --cors-origin"
+        raise refused(message, code="origin_refused", status=403)
 
 
 def is_page(path: str) -> bool:
@@ -91,13 +121,6 @@ def cookie_name(scope: Scope) -> str:
     """Return what a session's cookie is called: browsers have one set of cookies for all ports of a machine."""
     server = scope.get("server")
     return f"everalign_session_{server[1] if server else 0}"
-
-
-def _turned_away(scope: Scope, headers: Headers, error: GatewayError) -> Response:
-    reads = "text/html" in headers.get("accept", "")
-    if error.status == 401 and reads and is_page(scope["path"]):
-        return RedirectResponse(SIGN_IN, 303)
-    return error_response(error)
 
 
 def _complete(message: Message) -> None:

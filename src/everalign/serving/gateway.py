@@ -78,6 +78,7 @@ class Gateway:
                 longest_wait=settings.longest_wait,
                 breaker=CircuitBreaker(settings.breaker_failures, settings.breaker_seconds),
                 largest=limits.answer_bytes,
+                headers=settings.access.headers,
             )
             for one in settings.upstreams
         }
@@ -91,7 +92,7 @@ class Gateway:
             corrections=corrections,
             metrics=metrics,
             limiter=limiter,
-            desk=Desk(upstreams, mode, settings.keep, limits),
+            desk=Desk(upstreams, mode, settings.keep, limits, settings.access.headers),
             judge=judge,
             recorder=recorder,
             streams=Streams(judge, corrections, recorder),

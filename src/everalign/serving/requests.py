@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from everalign.serving.errors import not_found, refused
-from everalign.serving.headers import forwarded
+from everalign.serving.headers import USUAL, HeaderRules
 from everalign.serving.policy import chosen_mode, offers_tools, question_of, request_rule
 from everalign.serving.settings import Keep, Limits, Mode
 
@@ -83,16 +83,26 @@ class Desk:
         mode: the server's.
         keep: which exchanges are kept.
         limits: of requests.
+        headers: that cross.
     """
 
     upstreams: "Mapping[str, Upstream]"
     mode: Mode
     keep: Keep
     limits: Limits
+    headers: HeaderRules = USUAL
 
-    def call(self, content: bytes, headers: Iterable[tuple[str, str]], key_id: str, has_corrector: bool) -> ChatCall:
-        """Return a request; raises GatewayError that names the field."""
+    def call(
+        self,
+        content: bytes,
+        headers: Iterable[tuple[str, str]],
+        key_id: str,
+        has_corrector: bool,
+        model: str | None = None,
+    ) -> ChatCall:
+        """Return a request, of a `model` if the path names one; raises GatewayError that names the field."""
         body, given = read_json(content), list(headers)
+        body = body if model is None else {**body, "model": model}
         _check(body, self.limits)
         upstream, model, aligned = self.routed(body["model"], has_corrector)
         asked = next((value for name, value in given if name == "x-everalign-mode"), None)
@@ -107,7 +117,7 @@ class Desk:
             body=body,
             upstream=upstream,
             mode=mode,
-            headers=forwarded(given),
+            headers=self.headers.forwarded(given),
             keep=self._keeps(body.get("store")),
             question=None if rule or mode == "off" else question_of(body["messages"]),
             rule=rule,

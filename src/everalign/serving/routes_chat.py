@@ -33,7 +33,8 @@ def chat_routes(gateway: Gateway) -> APIRouter:
         try:
             content = await read_body(request, gateway.settings.limits.body_bytes)
             headers = request.headers.items()
-            call = gateway.desk.call(content, headers, request.state.key_id, gateway.has_corrector)
+            key_id, model = request.state.key_id, request.state.deployment
+            call = gateway.desk.call(content, headers, key_id, gateway.has_corrector, model)
             if call.streams:
                 return await unless_gone(request.receive, _streamed(gateway, call, ticket.release))
             answering = whole_answer(call, gateway.judge, gateway.recorder)

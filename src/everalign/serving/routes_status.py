@@ -16,7 +16,7 @@ _READY_SECONDS = 3.0
 
 
 def status_routes(gateway: Gateway) -> APIRouter:
-    """Return the routes; they need a key like all others."""
+    """Return the routes; all but `/health` need a key."""
     router = APIRouter()
 
     @router.get("/health", responses=replies(), summary="Whether the process answers")

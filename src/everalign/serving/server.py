@@ -2,7 +2,7 @@
 
 import errno
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from everalign.errors import EveralignError, InputError
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 KEYS_VARIABLE = "EVERALIGN_API_KEYS"
+_OWN_VARIABLES = ("CORRECTOR_API_KEY", "APPROVER_API_KEY", "FALLBACK_API_KEY")
 _UNNAMED = "default"
 _BACKLOG = 2048
 _LAST_SECONDS = 30  # for requests under way when the server is told to end
@@ -36,15 +37,37 @@ def read_upstream(text: str, environment: Mapping[str, str]) -> UpstreamSettings
     if not found or not url.startswith(("http://", "https://")):
         raise InputError(f"--upstream {text}: must be URL or NAME=URL, such as http://127.0.0.1:8000/v1")
     # The operator's key goes to the server that it is meant for, and to no other.
-    return UpstreamSettings(name, url, environment.get(f"{name.upper().replace('-', '_')}_API_KEY", ""))
+    variable = key_variable(name)
+    if variable in _OWN_VARIABLES:
+        raise InputError(f"--upstream {name}=...: {variable} is another server's key; choose another name")
+    return UpstreamSettings(name, url, environment.get(variable, ""))
 
 
-def check_host(host: str, keys: tuple[str, ...]) -> None:
-    """Refuse to serve a network without keys; raises InputError."""
-    if not keys and not is_loopback(host):
+def read_upstreams(texts: Iterable[str], environment: Mapping[str, str]) -> tuple[UpstreamSettings, ...]:
+    """Return the upstreams of all flags; raises InputError also where two would be sent the same key."""
+    found = tuple(read_upstream(text, environment) for text in texts)
+    named: dict[str, str] = {}
+    for one in found:
+        former = named.setdefault(key_variable(one.name), one.name)
+        if former != one.name:
+            raise InputError(
+                f"--upstream {one.name}=...: its key would be read from {key_variable(one.name)}, which is that of the "
+                f"upstream {former!r}; choose another name"
+            )
+    return found
+
+
+def key_variable(name: str) -> str:
+    """Return the environment variable that holds an upstream's key."""
+    return "OPENAI_API_KEY" if name == _UNNAMED else f"{name.upper().replace('-', '_')}_API_KEY"
+
+
+def check_host(host: str, keyless: bool, no_auth: bool) -> None:
+    """Refuse to serve a network without keys unless that is meant; raises InputError."""
+    if keyless and not no_auth and not is_loopback(host):
         raise InputError(
-            f"--host {host}: without keys only this machine is served, as 127.0.0.1; "
-            f"set {KEYS_VARIABLE} to the clients' keys, divided by commas"
+            f"--host {host}: without keys only this machine is served, as 127.0.0.1; set {KEYS_VARIABLE} to the "
+            "clients' keys, divided by commas, or serve whoever comes with --no-auth"
         )
 
 

@@ -1,18 +1,23 @@
 """How a gateway is set up; everything is checked where it is made."""
 
+import ipaddress
 import math
 import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from everalign.chat_arguments import checked_key
 from everalign.errors import InputError
-from everalign.serving.auth import Keys
+from everalign.serving.auth import UNLIMITED, Allowance, Keys
+from everalign.serving.headers import USUAL, HeaderRules
 from everalign.serving.ssrf import Resolve, checked_upstream, resolved
 
 Mode = Literal["off", "shadow", "correct", "strict"]
 OnFailure = Literal["open", "closed"]
 Keep = Literal["all", "opted-in", "none"]
+StrictStructured = Literal["refuse", "pass", "correct-strings"]
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
@@ -44,6 +49,47 @@ class UpstreamSettings:
         if not _NAME.fullmatch(self.name):
             raise InputError(f"upstream {self.name!r}: a name is a letter and up to 31 letters, digits, - and _")
         return UpstreamSettings(self.name, checked_upstream(self.url, resolve), checked_key(self.key))
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who comes in, and how the gateway is reached.
+
+    Args:
+        keys_file: has keys besides those that are given, one a line, and is read again when it changes.
+        no_auth: serve whoever comes, where there are no keys.
+        cors_origins: of web pages that may use the API, such as `https://app.example`; `*` for all.
+        trusted_proxies: addresses and networks whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed.
+        root_path: what a proxy has in front of the gateway's own paths, such as `/everalign`.
+        allowance: what each key may use for which the file says nothing else.
+        headers: that cross besides the usual ones.
+    """
+
+    keys_file: Path | None = None
+    no_auth: bool = False
+    cors_origins: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
+    root_path: str = ""
+    allowance: Allowance = UNLIMITED
+    headers: HeaderRules = USUAL
+
+    def __post_init__(self) -> None:
+        for origin in self.cors_origins:
+            parts = urlsplit(origin)
+            if origin != "*" and (origin != f"{parts.scheme}://{parts.netloc}" or not parts.scheme or not parts.netloc):
+                raise InputError(f"--cors-origin {origin}: must be as browsers send it, such as https://app.example")
+        for proxy in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError:
+                raise InputError(f"--trusted-proxy {proxy}: must be an address or a network, as 10.0.0.0/8") from None
+        path = self.root_path.rstrip("/")
+        if path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", path):
+            raise InputError(f"--root-path {self.root_path}: must be a path of letters and digits, such as /everalign")
+        object.__setattr__(self, "root_path", path)
+        for name, most in _values(self.allowance):
+            if most is not None and most < 1:
+                raise InputError(f"--{name.replace('_', '-')}: must be at least 1, found {most}")
 
 
 @dataclass(frozen=True)
@@ -120,6 +166,12 @@ class GatewaySettings:
         keepalive: seconds of silence in a stream before a comment is sent.
         breaker_failures: failures in a row after which an upstream, or the corrector, is left alone.
         breaker_seconds: for how long.
+        access: who comes in, and how.
+        passthrough: which endpoints besides chat are passed on to the upstream: `all`, `none`, or their first words,
+            divided by commas, such as `embeddings,files`.
+        strict_structured: what `strict` does with requests for JSON and with tools; see `policy`.
+        fallback: answers what an upstream cannot; None for nobody.
+        fallback_model: what the fallback calls the model; None for the same name.
     """
 
     upstreams: tuple[UpstreamSettings, ...]
@@ -134,6 +186,11 @@ class GatewaySettings:
     keepalive: float = 15.0
     breaker_failures: int = 5
     breaker_seconds: float = 30.0
+    access: Access = Access()
+    passthrough: str = "all"
+    strict_structured: StrictStructured = "refuse"
+    fallback: UpstreamSettings | None = None
+    fallback_model: str | None = None
 
     def __post_init__(self) -> None:
         if not self.upstreams:
@@ -142,8 +199,11 @@ class GatewaySettings:
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(f"upstream {twice[0]!r}: is given twice; names tell upstreams apart, as NAME=URL")
         object.__setattr__(self, "upstreams", tuple(upstream.checked() for upstream in self.upstreams))
-        Keys(self.keys)
-        for name, known in (("mode", (*MODES, None)), ("on_failure", get_args(OnFailure)), ("keep", get_args(Keep))):
+        if self.fallback is not None:
+            object.__setattr__(self, "fallback", self.fallback.checked())
+        self._check_openings()
+        choices = (("mode", (*MODES, None)), ("on_failure", get_args(OnFailure)), ("keep", get_args(Keep)))
+        for name, known in (*choices, ("strict_structured", get_args(StrictStructured))):
             if getattr(self, name) not in known:
                 words = ", ".join(word for word in known if word)
                 raise InputError(f"{name.replace('_', '-')}: must be one of {words}, found {getattr(self, name)!r}")
@@ -152,6 +212,20 @@ class GatewaySettings:
                 raise InputError(f"{name}: must be above 0 seconds, found {getattr(self, name)}")
         if self.retries < 0 or self.breaker_failures < 1:
             raise InputError("retries must be at least 0, and breaker_failures at least 1")
+
+    def _check_openings(self) -> None:
+        """Check who is let in, and to what."""
+        keys = Keys(self.keys, self.access.keys_file, self.access.no_auth)
+        for flag, value in (("trusted-proxy", self.access.trusted_proxies), ("root-path", self.access.root_path)):
+            if value and not keys.needed and not self.access.no_auth:
+                raise InputError(
+                    f"--{flag}: whoever reaches the proxy would be served without a key; set EVERALIGN_API_KEYS or "
+                    "--keys-file, or say that this is meant with --no-auth"
+                )
+
+        for name in self.passthrough.split(","):
+            if not re.fullmatch(r"[a-z][a-z0-9_-]*", name.strip()):
+                raise InputError(f"--passthrough {self.passthrough}: must be all, none, or words as embeddings,files")
 
     def __repr__(self) -> str:
         return f"GatewaySettings({self.upstreams!r}, mode={self.mode!r})"  # never the keys

@@ -14,7 +14,7 @@ from everalign.chat_reply import asked_wait
 from everalign.serving.circuit import CircuitBreaker
 from everalign.serving.connections import Connections
 from everalign.serving.errors import GatewayError, bad_upstream, overloaded
-from everalign.serving.headers import returned
+from everalign.serving.headers import USUAL, HeaderRules
 from everalign.serving.settings import Timeouts, UpstreamSettings
 from everalign.serving.sse import EventParser, json_bytes
 from everalign.serving.upstream_reading import event_of, follow, inflated, json_object, parsed
@@ -52,6 +52,7 @@ class Upstream:
         longest_wait: seconds; where a longer pause is asked for, the request is not repeated.
         breaker: counts failures.
         largest: bytes of an answer.
+        headers: of its replies that clients get.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Upstream:
         longest_wait: float,
         breaker: CircuitBreaker,
         largest: int,
+        headers: HeaderRules = USUAL,
     ) -> None:
+        self._headers = headers
         self.name, self.breaker = settings.name, breaker
         self.reports_usage = True
         self._url, self._key, self._timeouts = settings.url, settings.key, timeouts
@@ -103,7 +106,7 @@ class Upstream:
             reply = self._reply("POST", "chat/completions", payload, headers, self._timeouts.total, quoted)
             async with reply as response:
                 content = json_object(await self._whole(response))
-                return Answered(content, returned(response.headers, self._key))
+                return Answered(content, self._headers.returned(response.headers, self._key))
 
     @asynccontextmanager
     async def stream(
@@ -119,7 +122,7 @@ class Upstream:
                     raise bad_upstream("the upstream does not stream: its reply is no text/event-stream", again=False)
                 # The dictionary is the one that the connection reads its limits from.
                 response.extensions["limits"]["read"] = self._timeouts.idle
-                yield Streamed(self._events(response, quoted), returned(response.headers, self._key))
+                yield Streamed(self._events(response, quoted), self._headers.returned(response.headers, self._key))
 
     async def _events(self, response: httpx.Response, quoted: bool) -> AsyncIterator[list[dict[str, Any]]]:
         parser, ended = EventParser(), False

@@ -44,6 +44,7 @@ class Pages:
         common = {
             "token": self.sessions.token(session),
             "path": request.url.path,
+            "root": request.state.root,
             "may_leave": self._locked and bool(session.key_id),
         }
         text = self._templates.get_template(template).render({**common, **values})
@@ -56,13 +57,11 @@ class Pages:
 
     def send_cookie(self, request: Request, response: Response, session: Session) -> None:
         """Give a browser its session; where it came by https, over nothing else from then on."""
-        # A proxy's word is enough here: what it can do is to make the cookie stricter.
-        schemes = request.url.scheme, request.headers.get("x-forwarded-proto", "")
         response.set_cookie(
             cookie_name(request.scope),
             self.sessions.cookie(session),
             max_age=self.sessions.seconds,
             httponly=True,
             samesite="strict",
-            secure="https" in schemes,
+            secure=request.url.scheme == "https",
         )

@@ -25,7 +25,7 @@ def signing_routes(pages: Pages, keys: Keys) -> APIRouter:
     @router.get(SIGN_IN)
     async def ask_for_key(request: Request) -> Response:
         if not keys.needed or request.state.key_id:
-            return RedirectResponse("/", 303)
+            return RedirectResponse(f"{request.state.root}/", 303)
         return pages.page(request, "login.html.j2", {"error": None})
 
     @router.post(SIGN_IN)
@@ -41,7 +41,7 @@ def signing_routes(pages: Pages, keys: Keys) -> APIRouter:
         if key_id is None:
             message = "This key is not known here. Keys are set by whoever runs the gateway."
             return pages.page(request, "login.html.j2", {"error": message}, 401)
-        response = RedirectResponse("/", 303)
+        response = RedirectResponse(f"{request.state.root}/", 303)
         # A new session, not the former one raised: nobody can know its cookie from before.
         pages.send_cookie(request, response, pages.sessions.begin(key_id))
         return response
@@ -50,7 +50,7 @@ def signing_routes(pages: Pages, keys: Keys) -> APIRouter:
     async def sign_out(request: Request) -> Response:
         await read_form(request, pages.sessions, _MOST_BYTES)
         pages.sessions.end(request.state.session)
-        response = RedirectResponse(SIGN_IN if keys.needed else "/", 303)
+        response = RedirectResponse(request.state.root + (SIGN_IN if keys.needed else "/"), 303)
         response.delete_cookie(cookie_name(request.scope), httponly=True, samesite="strict")
         return response
 
