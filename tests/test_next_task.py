@@ -248,6 +248,64 @@ def test_keys_that_contradict_one_another_vote(votes, rows, reasons):
         assert list(task_of(found).rows) == [Preference(PROMPT, YES, NO)]
 
 
+VARIANTS = (
+    "is the SEA salty?",
+    "Is\u200b the sea\ufeff salty?",
+    "Is the se\u00ada salty",
+    "Ｉｓ the\u00a0sea  salty ?",
+    "Is the sea salty\U000e0041?!",
+    "Is the sea salty\ufe0f?",
+)
+
+
+@pytest.mark.parametrize("kind", ["preferences", "corrections"])
+def test_a_question_in_other_letters_or_with_signs_unseen_is_the_same(kind):
+    found = [said(question=text, at=i, edited_text=EDIT) for i, text in enumerate((QUESTION, *VARIANTS))]
+    task = task_of(found, kind)
+    assert len(task.rows) == 1
+    assert task.report.left_out == {"duplicate": len(VARIANTS)}
+
+
+@pytest.mark.parametrize("question", VARIANTS)
+def test_votes_on_a_question_in_other_letters_count(question):
+    poison = said(A, question, edited_text="Bitter, always.")
+    good = [said(key, rating=1) for key in (B, C)]
+    assert left_out([poison, *good], "corrections")["outvoted"] == 1
+    # Nor does an answer become another one by a sign that nobody sees.
+    hidden = said(A, question, returned=f"{YES}\u200b", edited_text="Bitter, always.")
+    assert left_out([hidden, *good], "corrections")["outvoted"] == 1
+
+
+@pytest.mark.parametrize("kind", ["preferences", "corrections"])
+@pytest.mark.parametrize(
+    ("edits_by_key", "rows", "reasons"),
+    [
+        ([(A, "35 grams."), (B, "350 grams.")], [], {"contradictory": 2}),
+        ([(A, "35 grams."), (B, "350 grams."), (C, "350 GRAMS")], ["350 grams."], {"outvoted": 1, "duplicate": 1}),
+        ([(A, "One."), (B, "Two."), (C, "Three.")], [], {"contradictory": 3}),
+        ([(A, "One.")] * 5 + [(B, "Two."), (C, "Two.")], ["Two."], {"outvoted": 5, "duplicate": 1}),
+        ([(A, "One."), (B, "One\u200b.")], ["One."], {"duplicate": 1}),
+    ],
+)
+def test_edits_of_one_answer_into_different_ones_are_a_disagreement_of_keys(kind, edits_by_key, rows, reasons):
+    found = [said(key, at=i, returned=NO, edited_text=text) for i, (key, text) in enumerate(edits_by_key)]
+    made = [one.correction if kind == "corrections" else one.chosen for one in rows_or_none(found, kind)]
+    assert made == rows
+    assert left_out(found, kind) == reasons
+
+
+def rows_or_none(found, kind):
+    try:
+        return list(task_of(found, kind).rows)
+    except NotEnoughFeedback:
+        return []
+
+
+def test_an_edit_and_an_answer_left_as_it_is_are_a_disagreement_of_keys():
+    found = [said(A, preferred="original"), said(B, edited_text=EDIT)]
+    assert left_out(found, "corrections") == {"contradictory": 2}
+
+
 def test_an_edit_of_an_answer_that_others_found_good_is_outvoted():
     poison = said(A, original=YES, edited_text="Buy our salt!")
     good = [said(key, original=YES, rating=1) for key in (B, C)]
@@ -295,13 +353,13 @@ def test_a_minimum_counts_what_is_left():
 
 
 def test_questions_are_held_out_once_and_for_all():
-    found = edits(200) + edits(200, B)
+    found = edits(200)
     task = task_of(found, held_out=0.2)
     train, test = ({row.prompt[0]["content"] for row in rows} for rows in (task.rows, task.test))
     assert train.isdisjoint(test)
     assert len(train | test) == 200
     assert 20 <= len(test) <= 60
-    assert len(task.feedback_ids) == 400
+    assert len(task.feedback_ids) == 200
     assert (task.report.rows, task.report.held_out) == (len(task.rows), len(task.test))
     # The same questions, asked later and by another key in other letters, are on the same side.
     upper = [

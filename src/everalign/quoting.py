@@ -12,7 +12,7 @@ from everalign.data.messages import message_text
 
 Quoted = str | Sequence[Mapping[str, Any]]
 
-_MARKS = r"\s*/?\s*(?:prompt|message|answer)\b"
+_MARKS = r"\s*(?:/\s*)?(?:prompt|message|answer)\b"
 _MARK = re.compile(rf"<(?={_MARKS})", re.IGNORECASE)
 _SHOWN = re.compile(rf"‹(?={_MARKS})", re.IGNORECASE)
 _SAFE = "‹"

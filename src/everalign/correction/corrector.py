@@ -252,7 +252,7 @@ class Corrector:
             ended = self._ended(pair, found, options) if isinstance(found, Written) else None
             text = ended.text if ended else str(found)
             if guarded and ended is None:
-                text = _common_beginning(text, answer)
+                text = _common_beginning(text, answer, len(given))
             if ended is not None and not text.startswith(given):
                 raise EveralignError("the tokenizer changes text that was yielded already; use `correct` instead")
             if len(text) > len(given) and text.startswith(given):
@@ -301,6 +301,10 @@ def _checked(pair: Pair, where: str) -> Pair:
     return asked, answer
 
 
-def _common_beginning(first: str, second: str) -> str:
-    pairs = enumerate(zip(first, second, strict=False))
-    return first[: next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))]
+def _common_beginning(first: str, second: str, known: int) -> str:
+    """Return what two texts begin with alike, of which the first `known` characters are known already."""
+    if not first.startswith(second[:known]):
+        known = 0
+    while known < min(len(first), len(second)) and first[known] == second[known]:
+        known += 1
+    return first[:known]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from everalign.correction.templates import DEFAULT_TEMPLATE, Template, get_template, question_text
 from everalign.data.corrections import Correction, CorrectionSet
 from everalign.errors import InputError
+from everalign.plain_text import folded as folded_text
 
 LONGEST_CORRECTION = 16_384
 NEAR = 0.9
@@ -105,13 +106,7 @@ _Folded = tuple[str, str, str]
 
 
 def _folded_row(row: Correction) -> _Folded:
-    return _folded(question_text(row.question)), _folded(row.answer), _folded(row.correction)
-
-
-def _folded(text: str) -> str:
-    """Return a text without case, punctuation and differences of white space."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(" " if unicodedata.category(char)[0] == "P" else char for char in plain).split())
+    return folded_text(question_text(row.question)), folded_text(row.answer), folded_text(row.correction)
 
 
 def _mark_duplicates(folded: Sequence[_Folded], reasons: list[str | None]) -> None:

@@ -9,7 +9,8 @@ from typing import Protocol
 from everalign.correction.templates import Question, Template
 from everalign.errors import InputError
 
-_CODE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n]*\n.*?^[ \t]*\1[ \t]*$", re.MULTILINE | re.DOTALL)
+# What may begin or end a block of code; matched against one line.
+_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})(.*)")
 _URL = re.compile(r"https?://[^\s<>\"'`)\]}]+")
 # What ends a sentence is no part of an address in it.
 _BEHIND_URL = ".,;:!?"
@@ -76,7 +77,7 @@ class Guards:
             "empty": self.empty and not correction.strip(),
             "echo": self.echo and not {*template.marks_in(correction)} <= {*template.marks_in(answer)},
             "growth": self._has_grown(len(answer), len(correction)),
-            "code": self.code and any(block not in correction for block in _blocks(answer)),
+            "code": self.code and not _blocks(answer) <= _blocks(correction),
             "url": self.url and not _urls(answer) <= _urls(correction),
         }
         return next((name for name, is_so in refused.items() if is_so), None)
@@ -89,8 +90,24 @@ NO_GUARDS = Guards(unfinished=False, empty=False, echo=False, growth=None, code=
 """Every correction is returned, whatever it is."""
 
 
-def _blocks(text: str) -> list[str]:
-    return [found[0].strip() for found in _CODE.finditer(text)]
+def _blocks(text: str) -> set[str]:
+    """Return a text's fenced blocks of code, in one pass over its lines; one that is never closed is none.
+
+    As in CommonMark, a fence is closed by one of the same sign that is at least as long and has nothing behind it, and
+    what opens a block of backticks has none further on in its line.
+    """
+    found: set[str] = set()
+    fence, block = "", [""]
+    for line in text.split("\n"):
+        match = _FENCE.fullmatch(line.rstrip())
+        if fence:
+            block.append(line)
+            if match is not None and match[1].startswith(fence) and not match[2]:
+                found.add("\n".join(block).strip())
+                fence = ""
+        elif match is not None and not (match[1][0] == "`" and "`" in match[2]):
+            fence, block = match[1], [line]
+    return found
 
 
 def _urls(text: str) -> set[str]:

@@ -18,14 +18,13 @@ mark's last character; a bar that stands alone in a question, where the bar divi
 
 import difflib
 import re
-import sys
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 from everalign.data.messages import Message, message_text
 from everalign.errors import InputError
+from everalign.plain_text import nfkc, without_invisible
 
 Question = str | Sequence[Message]
 
@@ -139,14 +138,7 @@ def question_text(question: Question) -> str:
 
 def _plain(text: str) -> str:
     """Return a text as a normalising tokenizer may see it: compatible characters replaced, invisible ones removed."""
-    return unicodedata.normalize("NFKC", text).translate(_invisible())
-
-
-@cache
-def _invisible() -> dict[int, None]:
-    """Control and format characters, but for white space."""
-    codes = (code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in ("Cc", "Cf"))
-    return {code: None for code in codes if chr(code) not in "\n\t\r"}
+    return without_invisible(nfkc(text))
 
 
 _ROLES = ("BEGINNING OF CONVERSATION:", "USER:", "ASSISTANT:")

@@ -16,7 +16,7 @@ Group = TypeVar("Group", bound=Hashable)
 
 def agreed(
     items: Sequence[Item],
-    vote: Callable[[Item], tuple[Hashable, bool] | None],
+    vote: Callable[[Item], tuple[Hashable, Hashable] | None],
     key: Callable[[Item], str],
     least: float,
 ) -> tuple[list[Item], list[tuple[Item, str]]]:
@@ -33,7 +33,7 @@ def agreed(
     Returns:
         Those kept, and the others with the reason: contradictory where there is no such majority, else outvoted.
     """
-    votes: dict[Hashable, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    votes: dict[Hashable, dict[str, list[Hashable]]] = defaultdict(lambda: defaultdict(list))
     cast = [vote(item) for item in items]
     for item, said in zip(items, cast, strict=True):
         if said is not None:
@@ -77,15 +77,12 @@ def first_of_each(
     return kept, left
 
 
-def _verdict(keys: Iterable[Sequence[bool]], least: float) -> bool | None:
+def _verdict(keys: Iterable[Sequence[Hashable]], least: float) -> Hashable | None:
     found = [_majority(votes, least) for votes in keys]
     return _majority([vote for vote in found if vote is not None], least)
 
 
-def _majority(votes: Sequence[bool], least: float) -> bool | None:
+def _majority(votes: Sequence[Hashable], least: float) -> Hashable | None:
     """What most say, where these are at least a share of all and no tie."""
-    good = sum(votes)
-    most = max(good, len(votes) - good)
-    if 2 * good == len(votes) or most < least * len(votes):
-        return None
-    return good == most
+    first, second = [*Counter(votes).most_common(2), (None, 0), (None, 0)][:2]
+    return first[0] if first[1] > second[1] and first[1] >= least * len(votes) else None

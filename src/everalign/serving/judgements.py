@@ -18,6 +18,7 @@ from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
 from everalign.data.scored import Scored, ScoredSet
 from everalign.errors import InputError
+from everalign.plain_text import topic_of
 from everalign.serving.store.records import Exchange, Feedback
 
 KINDS = ("preferences", "corrections", "scored")
@@ -43,7 +44,7 @@ class Judgement:
         exchange: what was answered.
         feedback: what was said of it.
         question: the messages as rows have them.
-        topic: the question without case and differences of white space: what is asked once or many times.
+        topic: what the question asks, however it is written (see `topic_of`): asked once or many times.
         good: whether what the client got is good; None where that is not said.
     """
 
@@ -103,8 +104,7 @@ def judgement_of(exchange: Exchange, feedback: Feedback) -> Judgement | None:
     # The tools themselves are not on record, and without them the template would not render what the model read.
     if isinstance(prompt, str) or any(m["role"] == "tool" or m.get("tool_calls") for m in prompt):
         return None
-    topic = " ".join(question_text(prompt).casefold().split())
-    return Judgement(exchange, feedback, tuple(prompt), topic, _good(exchange, feedback))
+    return Judgement(exchange, feedback, tuple(prompt), topic_of(question_text(prompt)), _good(exchange, feedback))
 
 
 def candidates_of(judgements: Iterable[Judgement], kind: str) -> tuple[list[Candidate], list[tuple[Judgement, str]]]:

@@ -1,6 +1,7 @@
 """What is done with an upstream's answer: given as it is, replaced by its correction, or kept back."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ from everalign.serving.requests import ChatCall
 from everalign.serving.settings import OnFailure
 
 _OUTCOMES = ("applied", "skipped", "unchanged")
-# Beyond so many characters, counting edits would hold up other requests.
-_COUNTED_AT_ONCE = 20_000
+# Up to so many characters edits are counted exactly, which takes time that grows with the square of them.
+_COUNTED_EXACTLY = 20_000
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,16 @@ class Judge:
 
 
 async def edited(answer: str, correction: str) -> float:
-    """Return the words put in, taken out or replaced, per word of the answer."""
-    from everalign.correction.edits import edit_ratio
-
+    """Return the words put in, taken out or replaced, per word of the answer; of long texts whatever their order."""
     if answer == correction:
         return 0.0
-    words = answer.split(), correction.split()
-    if len(answer) + len(correction) < _COUNTED_AT_ONCE:
-        return edit_ratio(*words)
-    return await asyncio.to_thread(edit_ratio, *words)
+    if len(answer) + len(correction) <= _COUNTED_EXACTLY:
+        from everalign.correction.edits import edit_ratio
+
+        return edit_ratio(answer.split(), correction.split())
+    return await asyncio.to_thread(_exchanged, answer, correction)
+
+
+def _exchanged(answer: str, correction: str) -> float:
+    before, after = Counter(answer.split()), Counter(correction.split())
+    return (max(before.total(), after.total()) - (before & after).total()) / max(1, before.total())

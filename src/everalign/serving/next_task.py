@@ -18,6 +18,7 @@ from everalign.data.corrections import Correction, CorrectionSet, correction_of
 from everalign.data.records import Preference
 from everalign.data.row_set import RowSet
 from everalign.errors import InputError
+from everalign.plain_text import folded
 from everalign.serving.guards import agreed, first_of_each, most_of_each
 from everalign.serving.judgements import KINDS, NO_QUESTION, SETS, Candidate, Judgement, candidates_of, judgement_of
 from everalign.serving.store.records import Exchange, Feedback
@@ -104,8 +105,9 @@ class _Building:
         kept, left = agreed(judgements, _verdict, lambda one: one.feedback.key_id, self._options.agreement)
         made, nothing = candidates_of(kept, self._options.kind)
         self._left.update(reason for _, reason in (*left, *nothing))
-        made, reversed_ones = agreed(made, _direction, lambda one: one.key_id, self._options.agreement)
-        self._left.update(reason for _, reason in reversed_ones)
+        for vote in (_direction, _Targets(made)):
+            made, divided = agreed(made, vote, lambda one: one.key_id, self._options.agreement)
+            self._left.update(reason for _, reason in divided)
         by_id: dict[str, list[Candidate]] = defaultdict(list)
         for one in made:
             by_id[one.row.id].append(one)
@@ -184,7 +186,7 @@ _ANY_LENGTH = 1 << 62  # lengths are checked for every kind of row before
 
 def _verdict(judgement: Judgement) -> tuple[Hashable, bool] | None:
     """Whether the answer that the client got is good."""
-    subject = (judgement.topic, judgement.exchange.returned.strip())
+    subject = (judgement.topic, folded(judgement.exchange.returned))
     return None if judgement.good is None else (subject, judgement.good)
 
 
@@ -193,8 +195,26 @@ def _direction(one: Candidate) -> tuple[Hashable, bool] | None:
     if one.origin in ("identity", "group"):
         return None
     row = _as_correction(one)
-    better, worse = row.correction.strip(), row.answer.strip()
+    better, worse = folded(row.correction), folded(row.answer)
     return (one.topic, frozenset((better, worse))), better < worse
+
+
+class _Targets:
+    """What an answer is to become, where several keys say so: edits that differ contradict each other."""
+
+    def __init__(self, made: Sequence[Candidate]) -> None:
+        self._keys: dict[Hashable, set[str]] = defaultdict(set)
+        for one in made:
+            if one.origin != "group":
+                self._keys[self._subject(one)].add(one.key_id)
+
+    def __call__(self, one: Candidate) -> tuple[Hashable, str] | None:
+        if one.origin == "group" or len(self._keys[self._subject(one)]) < 2:
+            return None
+        return self._subject(one), folded(_as_correction(one).correction)
+
+    def _subject(self, one: Candidate) -> Hashable:
+        return one.topic, folded(_as_correction(one).answer)
 
 
 def _as_correction(one: Candidate) -> Correction:

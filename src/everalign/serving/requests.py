@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from everalign.serving.errors import not_found, refused
 from everalign.serving.headers import USUAL, HeaderRules
+from everalign.serving.json_size import MOST_VALUES, too_many_values
 from everalign.serving.policy import chosen_mode, offers_tools, question_of, request_rule
 from everalign.serving.settings import Keep, Limits, Mode
 
@@ -147,10 +148,15 @@ class Desk:
 
 
 def read_json(content: bytes) -> dict[str, Any]:
-    """Return a request's JSON object; raises GatewayError for anything that could be read in two ways."""
+    """Return a request's JSON object; raises GatewayError for anything that could be read in two ways, or takes long.
+
+    Called in the event loop for small bodies alone (see `aside`).
+    """
+    if too_many_values(content):
+        raise refused(f"the body has more than {MOST_VALUES} values", code="too_many_values", status=413)
     try:
         # Written anew, it has each key once: what is decided here and what the upstream reads are the same.
-        body = json.loads(content, parse_constant=_no_number, parse_float=_finite)
+        body = json.loads(content.decode("utf-8-sig"), parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise refused(f"the body is no JSON that can be read{where}", code="invalid_json") from None

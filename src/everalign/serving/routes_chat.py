@@ -1,6 +1,7 @@
 """`POST /v1/chat/completions`."""
 
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,6 +11,7 @@ from everalign.serving.delivery import Channel, deliver, unless_gone
 from everalign.serving.exchanges import origin, whole_answer
 from everalign.serving.front import json_response
 from everalign.serving.gateway import Gateway
+from everalign.serving.json_size import aside
 from everalign.serving.limits import read_body
 from everalign.serving.openapi import ANSWER, CHAT, MODE, body, replies
 from everalign.serving.requests import ChatCall
@@ -34,7 +36,8 @@ def chat_routes(gateway: Gateway) -> APIRouter:
             content = await read_body(request, gateway.settings.limits.body_bytes)
             headers = request.headers.items()
             key_id, model = request.state.key_id, request.state.deployment
-            call = gateway.desk.call(content, headers, key_id, gateway.has_corrector, model)
+            reading = partial(gateway.desk.call, content, headers, key_id, gateway.has_corrector, model)
+            call = await aside(content, reading)
             if call.streams:
                 return await unless_gone(request.receive, _streamed(gateway, call, ticket.release))
             answering = whole_answer(call, gateway.judge, gateway.recorder)

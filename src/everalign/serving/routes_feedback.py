@@ -11,6 +11,7 @@ from everalign.errors import EveralignError
 from everalign.serving.errors import GatewayError, not_found, overloaded, refused
 from everalign.serving.front import json_response
 from everalign.serving.gateway import Gateway
+from everalign.serving.json_size import aside
 from everalign.serving.limits import read_body
 from everalign.serving.openapi import body, replies
 from everalign.serving.requests import read_json
@@ -68,7 +69,8 @@ def feedback_routes(gateway: Gateway) -> APIRouter:
     async def feedback(request: Request) -> Response:
         ticket = gateway.limiter.enter(request.state.key_id)
         try:
-            said = read_feedback(read_json(await read_body(request, _MOST_BYTES)), request.state.key_id)
+            content = await read_body(request, _MOST_BYTES)
+            said = await aside(content, lambda: read_feedback(read_json(content), request.state.key_id))
             return json_response({"id": said.exchange, "new": await keep_feedback(gateway, said)})
         finally:
             ticket.release()

@@ -17,7 +17,7 @@ from everalign.serving.errors import GatewayError, bad_upstream, overloaded
 from everalign.serving.headers import USUAL, HeaderRules
 from everalign.serving.settings import Timeouts, UpstreamSettings
 from everalign.serving.sse import EventParser, json_bytes
-from everalign.serving.upstream_reading import event_of, follow, inflated, json_object, parsed
+from everalign.serving.upstream_reading import event_of, follow, inflated, parsed, whole_object
 from everalign.serving.upstream_replies import failure
 
 _REPEATED = (429, 502, 503, 504)
@@ -84,7 +84,7 @@ class Upstream:
     async def models(self) -> list[dict[str, Any]]:
         """Return its models as it lists them; raises GatewayError."""
         async with self._reply("GET", "models", None, {}, self._timeouts.first_byte, quoted=True) as response:
-            content = json_object(await self._whole(response))
+            content = await whole_object(await self._whole(response))
         data = content.get("data")
         if not isinstance(data, list):
             raise bad_upstream("the upstream's list of models has no data", "upstream_malformed")
@@ -105,7 +105,7 @@ class Upstream:
             # A server that does not stream sends its first byte when all is done.
             reply = self._reply("POST", "chat/completions", payload, headers, self._timeouts.total, quoted)
             async with reply as response:
-                content = json_object(await self._whole(response))
+                content = await whole_object(await self._whole(response))
                 return Answered(content, self._headers.returned(response.headers, self._key))
 
     @asynccontextmanager

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from everalign.serving.errors import bad_upstream
+from everalign.serving.json_size import MOST_VALUES, aside, too_many_values
 from everalign.serving.sse import BrokenEvents, EventParser
 from everalign.serving.upstream_replies import stream_failure
 
@@ -44,8 +45,16 @@ def follow(event: Mapping[str, Any], finished: dict[Any, bool]) -> None:
         finished[index] = finished.get(index, False) or choice.get("finish_reason") is not None
 
 
+async def whole_object(content: bytes) -> dict[str, Any]:
+    """Return JSON that is an object, read beside the event loop where it is large."""
+    return await aside(content, lambda: json_object(content))
+
+
 def json_object(content: bytes | str) -> dict[str, Any]:
     """Return JSON that is an object."""
+    encoded = content.encode(errors="replace") if isinstance(content, str) else content
+    if too_many_values(encoded):
+        raise bad_upstream(f"the upstream's reply has more than {MOST_VALUES} values", "upstream_too_large")
     try:
         found = json.loads(content, parse_constant=_no_number)
     except (ValueError, RecursionError):

@@ -5,6 +5,7 @@ from urllib.parse import parse_qsl
 from fastapi import Request
 
 from everalign.serving.errors import GatewayError, refused
+from everalign.serving.json_size import aside
 from everalign.serving.limits import FORM, read_body
 from everalign.serving.sessions import Sessions
 
@@ -22,7 +23,8 @@ async def read_form(request: Request, sessions: Sessions, most: int) -> dict[str
     Raises:
         GatewayError: it cannot be read, or it comes from elsewhere or from a session that is over (403).
     """
-    fields = parsed(await read_body(request, most, FORM))
+    content = await read_body(request, most, FORM)
+    fields = await aside(content, lambda: parsed(content))
     session = request.state.session
     own = session is not None and session.key_id == request.state.key_id
     if not own or not sessions.is_token(session, fields.get("token", "")):

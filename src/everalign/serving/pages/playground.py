@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,6 +17,7 @@ from everalign.serving.delivery import unless_gone
 from everalign.serving.errors import GatewayError, not_found, overloaded, refused
 from everalign.serving.exchanges import whole_answer
 from everalign.serving.gateway import Gateway
+from everalign.serving.json_size import aside
 from everalign.serving.pages.answers import AnswerView, digest, view_of, view_of_kept
 from everalign.serving.pages.forms import read_form
 from everalign.serving.pages.rendering import Pages
@@ -132,12 +134,9 @@ class Playground:
             messages.insert(0, {"role": "system", "content": fields["system"]})
         body = {"model": fields["model"].strip(), "messages": messages, "store": True}
         headers = [(name, value) for name, value in request.headers.items() if name in _SENT_ALONG]
-        call = self._gateway.desk.call(
-            json.dumps(body).encode(),
-            [*headers, ("x-everalign-mode", self._mode)],
-            request.state.key_id,
-            self._gateway.has_corrector,
-        )
+        content, headers = json.dumps(body).encode(), [*headers, ("x-everalign-mode", self._mode)]
+        reading = partial(self._gateway.desk.call, content, headers, request.state.key_id, self._gateway.has_corrector)
+        call = await aside(content, reading)
         answered = await whole_answer(call, self._gateway.judge, self._gateway.recorder)
         return await asyncio.to_thread(view_of, answered)
 

@@ -29,7 +29,7 @@ _KEYS = (
     r"\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bhf_\w{16,}",
     r"\bxox[abposr]-[\w-]{10,}",
     r"\bA(?:KIA|SIA)[A-Z0-9]{16}\b|\bAIza[\w-]{30,}",
-    r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}",
+    r"(?<![\w-])eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}",
     r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----[\w\s+/=]{0,20000}(?:-----END [A-Z ]{0,30}PRIVATE KEY-----)?",
     r"(?P<named>\b(?:api[_-]?key|secret|token|password|passwd)[\"']?\s{0,4}[:=]\s{0,4}[\"']?)[^\s\"',;]{6,}",
 )
