@@ -8,7 +8,7 @@ import time
 import openai
 import pytest
 
-from everalign.serving.circuit import CircuitBreaker
+from everalign.serving.circuit import CircuitBreaker, Circuits
 from everalign.serving.settings import Limits, Timeouts
 from upstream_for_tests import HTTP, QUICK, Fake, Script, UpstreamServer, serving
 
@@ -195,21 +195,62 @@ def test_a_corrector_that_hangs_or_has_too_much_to_do(upstream):
         release.set()
 
 
-def test_a_circuit_breaker_admits_one_attempt_at_a_time_when_its_pause_is_over():
+def opened(breaker, *keys):
+    for key in keys:
+        breaker.enter(key).failed()
+
+
+def test_a_circuit_is_tried_once_a_second_when_its_pause_is_over_and_closed_by_a_good_beginning():
     now = [0.0]
     breaker = CircuitBreaker(2, 10, lambda: now[0])
-    assert breaker.admits()
-    breaker.failed()
-    breaker.failed()
-    assert (breaker.state, breaker.wait, breaker.admits()) == ("open", 10, False)
+    opened(breaker, "a", "a")
+    assert (breaker.state, breaker.wait, breaker.enter("a")) == ("open", 10, None)
     now[0] = 10
     assert breaker.state == "half-open"
-    assert [breaker.admits(), breaker.admits()] == [True, False]
-    breaker.abandoned()
-    assert breaker.admits()
-    breaker.failed()
+    trial = breaker.enter("a")
+    assert breaker.enter("a") is None
+    trial.abandoned()
+    trial = breaker.enter("a")
+    assert breaker.enter("a") is None
+    now[0] = 11.5
+    another = breaker.enter("a")  # the first may take minutes
+    another.failed()
     assert breaker.state == "open"
-    now[0] = 20
-    assert breaker.admits()
-    breaker.succeeded()
-    assert (breaker.state, breaker.admits()) == ("closed", True)
+    now[0] = 22
+    breaker.enter("a").answered()  # its body may take minutes, too
+    assert breaker.state == "closed"
+    trial.failed()  # of the time before
+    assert breaker.state == "closed"
+
+
+def test_a_server_that_begins_well_and_breaks_off_is_left_alone_too():
+    breaker = CircuitBreaker(2, 10, lambda: 0.0)
+    for _ in range(2):
+        permit = breaker.enter()
+        permit.answered()
+        permit.failed()
+        permit.failed()
+    assert breaker.state == "open"
+
+
+def test_one_key_s_failures_close_nobody_else_out():
+    breaker = CircuitBreaker(3, 10, lambda: 0.0)
+    opened(breaker, "a", "a", "a")
+    assert breaker.enter("a") is None
+    assert breaker.enter("b") is not None
+    opened(breaker, "b", "b")
+    assert breaker.enter("c") is None  # it was not the key's requests
+    unreachable = CircuitBreaker(3, 10, lambda: 0.0)
+    for _ in range(3):
+        unreachable.enter("a").failed(everybody=True)
+    assert unreachable.enter("b") is None
+
+
+def test_circuits_of_models_are_apart_and_bounded():
+    circuits = Circuits(lambda: CircuitBreaker(1, 10))
+    circuits.of("broken").enter().failed()
+    assert (circuits.of("broken").state, circuits.of("works").state, circuits.state) == ("open", "closed", "open")
+    for number in range(3000):
+        circuits.of(f"invented {number}")
+    assert circuits.of("broken").state == "open"
+    assert len(circuits._known) <= 1001

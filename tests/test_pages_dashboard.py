@@ -110,7 +110,7 @@ def test_feedback_requests_and_circuits(upstream, tmp_path):
         assert "applied correct – 1" in text
         assert "upstream default closed works corrector closed works" in text
         for _ in range(5):
-            gateway.gateway.corrections.breaker.failed()
+            gateway.gateway.corrections.breaker.enter().failed()
         assert "corrector open failed again and again" in read(browser.get("/dashboard"))
 
 

@@ -53,7 +53,7 @@ class Script:
 
     text: Any = "ok"
     status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, Any] = field(default_factory=dict)
     message: dict[str, Any] = field(default_factory=dict)
     choice: dict[str, Any] = field(default_factory=dict)
     finish: str = "stop"
@@ -129,7 +129,7 @@ class UpstreamServer:
             content += message["body"]
             if not message["more_body"]:
                 break
-        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
         if scope["path"] == "/v1/models":
             models = {"object": "list", "data": [{"id": "small", "object": "model", "created": 1, "owned_by": "me"}]}
             await _reply(send, 200, "application/json", json.dumps(models).encode(), {})
@@ -176,7 +176,11 @@ async def _gone(receive) -> None:
 def _start(status: int, kind: str, headers: dict[str, str], length: int | None = None) -> dict[str, Any]:
     found = {"content-type": kind, **headers, **({} if length is None else {"content-length": str(length)})}
     return {"type": "http.response.start", "status": status,
-            "headers": [(name.encode(), value.encode()) for name, value in found.items()]}  # fmt: skip
+            "headers": [(name.encode(), _bytes(value)) for name, value in found.items()]}  # fmt: skip
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
 
 
 async def _reply(send, status: int, kind: str, content: bytes, headers: dict[str, str], cut: bool = False) -> None:
@@ -271,7 +275,7 @@ class Serving:
         return self.app.state.gateway
 
 
-QUICK = Timeouts(connect=0.5, first_byte=0.6, idle=0.4, total=1.5, correction=1.0)
+QUICK = Timeouts(connect=0.5, total=0.8, models=0.5, correction=1.0)
 
 
 @contextmanager

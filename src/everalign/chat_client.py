@@ -12,12 +12,14 @@ else. Requests run in a thread's event loop, so that Ctrl-C ends them at once an
 import json
 import os
 import random
+import ssl
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import anyio
@@ -25,7 +27,8 @@ import httpx
 from anyio.from_thread import start_blocking_portal
 
 from everalign.chat_arguments import KEY_VARIABLE, check_limits, checked_key, checked_model, checked_url
-from everalign.chat_reply import Completion, TryAgain, failure, read_completion, shortened
+from everalign.chat_reply import Completion, Refused, TryAgain, failure, read_completion, shortened
+from everalign.deadlines import Deadline, DeadlineOver, current
 from everalign.errors import EveralignError, InputError
 
 __all__ = ["ChatClient", "ChatError", "Completion", "Usage"]
@@ -48,11 +51,12 @@ class ChatError(EveralignError):
     Args:
         message: what failed.
         index: which conversation of `complete_many` it was.
+        refused: whether the server refused it, with a status from 400 to 499; else the server failed.
     """
 
-    def __init__(self, message: str, index: int = 0) -> None:
+    def __init__(self, message: str, index: int = 0, refused: bool = False) -> None:
         super().__init__(message)
-        self.index = index
+        self.index, self.refused = index, refused
 
 
 _Found = tuple[int, Completion | ChatError]
@@ -112,6 +116,7 @@ class ChatClient:
         self._spacing = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._next_start = 0.0
         self._lock = threading.Lock()
+        self._trusted: ssl.SSLContext | None = None
 
     def __repr__(self) -> str:
         return f"ChatClient({self.base_url!r}, {self.model!r})"
@@ -162,37 +167,46 @@ class ChatClient:
     def _answers(self, path: str, bodies: Sequence[bytes], *, go_on: bool) -> Iterator[_Found]:
         """Yield what becomes of each request; unless it is to `go_on`, none is begun after a failure."""
         finished: SimpleQueue[_Found | None] = SimpleQueue()
+        deadline = current()
+        retries = self._retries if deadline is None else min(self._retries, deadline.retries)
         # Leaving this block early, as Ctrl-C or a caller's break does, cancels what is under way.
         with start_blocking_portal() as portal:
-            running = portal.start_task_soon(self._run, path, deque(enumerate(bodies)), finished, go_on)
+            running = portal.start_task_soon(self._run, path, deque(enumerate(bodies)), finished, go_on, retries)
             running.add_done_callback(lambda _: finished.put(None))
-            while (item := finished.get()) is not None:
-                yield item
+            with nullcontext() if deadline is None else deadline.calling(running.cancel):
+                while (item := _next_of(finished, deadline)) is not None:
+                    yield item
+            if deadline is not None:
+                deadline.check()
             running.result()
 
-    async def _run(self, path: str, waiting: deque[tuple[int, bytes]], finished: SimpleQueue[Any], go_on: bool) -> None:
+    async def _run(
+        self, path: str, waiting: deque[tuple[int, bytes]], finished: SimpleQueue[Any], go_on: bool, retries: int
+    ) -> None:
         async def work() -> None:
             while waiting:
                 index, body = waiting.popleft()
                 try:
-                    finished.put((index, await self._ask(session, path, body)))
+                    finished.put((index, await self._ask(session, path, body, retries)))
                 except EveralignError as error:
                     if not go_on:
                         waiting.clear()
-                    failed = ChatError(self._clean(f"{self.base_url} ({self.model}): {error}"), index)
-                    finished.put((index, failed))
+                    said = self._clean(f"{self.base_url} ({self.model}): {error}")
+                    finished.put((index, ChatError(said, index, isinstance(error, Refused))))
 
         key = {"authorization": f"Bearer {self._key}"} if self._key else {}
         headers = {"content-type": "application/json", **key}
         limits = httpx.Limits(max_connections=self._concurrency)
         async with (
-            httpx.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=False) as session,
+            httpx.AsyncClient(
+                headers=headers, timeout=None, limits=limits, follow_redirects=False, verify=self._certificates()
+            ) as session,
             anyio.create_task_group() as group,
         ):
             for _ in range(min(self._concurrency, len(waiting))):
                 group.start_soon(work)
 
-    async def _ask(self, session: httpx.AsyncClient, path: str, body: bytes) -> Completion:
+    async def _ask(self, session: httpx.AsyncClient, path: str, body: bytes, retries: int) -> Completion:
         attempt = 0
         while True:
             await self._turn()
@@ -205,8 +219,9 @@ class ChatClient:
                 again = TryAgain(f"cannot be reached ({shortened(str(error)) or type(error).__name__})")
             except TryAgain as error:
                 again = error
-            if attempt == self._retries:
-                raise EveralignError(f"{again}; {attempt + 1} attempts made")
+            if attempt == retries:
+                family = Refused if again.refused else EveralignError
+                raise family(f"{again}; {attempt + 1} attempts made")
             await anyio.sleep(_backoff(attempt) if again.wait is None else again.wait)
             attempt += 1
 
@@ -224,6 +239,15 @@ class ChatClient:
             completion = read_completion(self._masked(content), kind, path == _CHAT)
         self._count(completion)
         return completion
+
+    def _certificates(self) -> ssl.SSLContext | bool:
+        """What https trusts. To read it takes longer than a request, and http needs none."""
+        if not self.base_url.startswith("https://"):
+            return False
+        with self._lock:
+            if self._trusted is None:
+                self._trusted = httpx.create_ssl_context()
+            return self._trusted
 
     async def _turn(self) -> None:
         """Wait until the next request may begin."""
@@ -264,6 +288,14 @@ class ChatClient:
     def _masked(self, content: bytes) -> bytes:
         """A reply to be quoted, without the key; an excerpt could end in the middle of it."""
         return content.replace(self._key.encode(), b"***") if self._key else content
+
+
+def _next_of(finished: SimpleQueue[_Found | None], deadline: Deadline | None) -> _Found | None:
+    """Return what is finished next, None at the end; raises DeadlineOver."""
+    try:
+        return finished.get(timeout=None if deadline is None else deadline.left)
+    except Empty:
+        raise DeadlineOver("the time for this work is over") from None
 
 
 def _until_failure(found: Iterator[_Found]) -> Iterator[tuple[int, Completion]]:

@@ -38,12 +38,22 @@ class Completion:
     finish_reason: str | None
 
 
-class TryAgain(Exception):  # noqa: N818 (no error as long as attempts are left)
-    """An attempt failed in a way that may pass; `wait` is the pause in seconds that the server asked for, if any."""
+class Refused(EveralignError):  # noqa: N818 (what is wrong is in the name)
+    """A request that its server refused, with a status from 400 to 499: it is there, and it is not its fault."""
 
-    def __init__(self, message: str, wait: float | None = None) -> None:
+
+class TryAgain(Exception):  # noqa: N818 (no error as long as attempts are left)
+    """An attempt failed in a way that may pass.
+
+    Args:
+        message: how.
+        wait: the pause in seconds that the server asked for, if any.
+        refused: whether the server refused, as in `Refused`.
+    """
+
+    def __init__(self, message: str, wait: float | None = None, refused: bool = False) -> None:
         super().__init__(message)
-        self.wait = wait
+        self.wait, self.refused = wait, refused
 
 
 def read_completion(body: bytes, content_type: str, chat: bool = True) -> Completion:
@@ -81,7 +91,9 @@ def failure(status: int, headers: Mapping[str, str], body: bytes) -> TryAgain | 
         target = shortened(headers.get("location", "nowhere"))
         return EveralignError(f"status {status} leads to {target}, which is not followed; give the final address")
     message = f"status {status}: {_said(body)}"
-    return TryAgain(message, asked_wait(headers)) if _may_retry(status, headers) else EveralignError(message)
+    if _may_retry(status, headers):
+        return TryAgain(message, asked_wait(headers), refused=status < 500)
+    return Refused(message) if status < 500 else EveralignError(message)
 
 
 def asked_wait(headers: Mapping[str, str], now: datetime | None = None) -> float | None:

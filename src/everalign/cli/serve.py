@@ -26,7 +26,7 @@ EPILOG = (
 )
 
 # A server computes by itself what comes at once; the model in this process has all its cores for one batch.
-_THREADS_OF_A_SERVER = 8
+_THREADS_OF_A_SERVER = 32
 
 
 def serve(

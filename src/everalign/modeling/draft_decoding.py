@@ -14,6 +14,7 @@ Source: speculative edits, as in EfficientEdit (Wang et al., arXiv 2506.02780).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from everalign.deadlines import check_deadline
 from everalign.errors import InputError
 from everalign.modeling.draft_proposals import Proposals
 from everalign.modeling.ragged_decoding import Predicted, RaggedModel, RaggedRows
@@ -142,7 +143,12 @@ class DraftDecoder:
         return self.rows
 
     def step(self) -> None:
-        """Verify the drafts, or what is guessed of each row: every row that is not over grows, or is kept."""
+        """Verify the drafts, or what is guessed of each row: every row that is not over grows, or is kept.
+
+        Raises:
+            DeadlineOver: this thread's work has a deadline, and it is over.
+        """
+        check_deadline()
         if self._cache.passes == 0:
             first = self._first_slice()
             verified = [self._cut(row, row.draft)[:first] for row, _ in self._batch]

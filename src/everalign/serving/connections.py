@@ -25,10 +25,7 @@ class Connections(httpx.AsyncBaseTransport):
         self._free: deque[tuple[float, httpx.AsyncHTTPTransport]] = deque()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request; its connection is free again when the response is closed.
-
-        The response's extension `limits` is the dictionary from which the seconds of the next read are taken.
-        """
+        """Send a request; its connection is free again when the response is closed."""
         if self._free:
             _, transport = self._free.pop()
         else:
@@ -40,7 +37,6 @@ class Connections(httpx.AsyncBaseTransport):
             raise
         assert isinstance(response.stream, httpx.AsyncByteStream)
         response.stream = _Released(response.stream, transport, self)
-        response.extensions["limits"] = request.extensions.get("timeout", {})
         await self._forget()
         return response
 

@@ -5,21 +5,26 @@
     service.swap(better, "v4")          # those that wait already are still corrected by v3
 
 A corrector blocks, so it works in threads. Answers that wait are corrected together; one that waits alone, and whose
-client reads a stream, is given in pieces while it is written.
+client reads a stream, is given in pieces while it is written. Keys take turns, and none has all the threads. What
+takes too long, or nobody waits for any more, is told to end; a thread that does not is left, and another takes its
+place.
 """
 
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from everalign.deadlines import Deadline, DeadlineOver
+from everalign.errors import InputError
 from everalign.serving.answers import Effort
-from everalign.serving.circuit import CircuitBreaker
+from everalign.serving.circuit import CircuitBreaker, Permit
+from everalign.serving.fair_queue import FairQueue
+from everalign.serving.threads import call_in_thread
 
 if TYPE_CHECKING:
     from everalign.correction.corrector import Corrected
@@ -29,6 +34,9 @@ _log = logging.getLogger(__name__)
 
 # With these the corrector, or who approves of corrections, has found that the answer may stay as it is.
 _VERDICTS = (None, "gate", "not_better")
+
+_GRACE = 2.0  # seconds in which a thread that is told to end may do so
+_MOST_STUCK = 8  # threads that did not end, and in whose place others work
 
 
 class AnyCorrector(Protocol):
@@ -79,22 +87,45 @@ class CorrectionFailed(Exception):  # noqa: N818 (what is wrong is in the name)
         self.reason = reason
 
 
+class _NotInTime(Exception):  # noqa: N818 (what is wrong is in the name)
+    """A corrector that nobody waits for any more."""
+
+
 @dataclass(frozen=True)
 class _Loaded:
     corrector: AnyCorrector
     version: str
     template: str
+    breaker: CircuitBreaker
 
 
 @dataclass
 class _Job:
+    key: str
     question: "Question"
     answer: str
     loaded: _Loaded
+    permit: Permit
     wants_pieces: bool
     until: float
     events: "asyncio.Queue[str | Correction | CorrectionFailed]" = field(default_factory=asyncio.Queue)
+    batch: "_Batch | None" = None
     gone: bool = False
+    alone: bool = False
+
+
+class _Batch:
+    """Answers that are corrected together, and until when."""
+
+    def __init__(self, jobs: list[_Job]) -> None:
+        self.jobs = jobs
+        self.deadline = Deadline(max(job.until for job in jobs) - time.monotonic())
+        self.left = asyncio.Event()
+
+    def leave(self) -> None:
+        """End where nobody waits for any of them."""
+        if all(job.gone for job in self.jobs):
+            self.left.set()
 
 
 class CorrectionService:
@@ -103,11 +134,11 @@ class CorrectionService:
     Args:
         corrector: the first one; None to begin without.
         version: what it is called.
-        timeout: seconds for one correction, waiting included.
+        timeout: seconds for one correction, waiting and all attempts included.
         waiting: most answers that wait.
         batch: most answers corrected together.
         threads: corrections under way at once: one for a model in this process, more for one on a server.
-        breaker: counts failures; a corrector that only fails is left alone for a while.
+        breaker: makes what counts a corrector's failures: one that only fails is left alone for a while.
     """
 
     def __init__(
@@ -119,14 +150,15 @@ class CorrectionService:
         waiting: int = 256,
         batch: int = 16,
         threads: int = 1,
-        breaker: CircuitBreaker | None = None,
+        breaker: Callable[[], CircuitBreaker] = CircuitBreaker,
     ) -> None:
         self._loaded: _Loaded | None = None
-        self._timeout, self._most, self._batch, self._threads = timeout, waiting, batch, threads
-        self._breaker = breaker or CircuitBreaker()
-        self._waiting: deque[_Job] = deque()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="everalign-corrector")
+        self._timeout, self._batch, self._threads = timeout, batch, threads
+        self._make_breaker, self._no_breaker = breaker, breaker()
+        self._waiting = FairQueue[_Job](waiting)
         self._working: set[asyncio.Task[None]] = set()
+        self._held: Counter[str] = Counter()  # by key, answers that are being corrected
+        self._stuck = 0
         if corrector is not None:
             self.swap(corrector, version)
 
@@ -136,7 +168,7 @@ class CorrectionService:
         Answers that wait or are being corrected are finished by the former one.
         """
         # One assignment: a request sees the former or the new one, never half of each.
-        self._loaded = _Loaded(corrector, version, corrector.template.id)
+        self._loaded = _Loaded(corrector, version, corrector.template.id, self._make_breaker())
 
     @property
     def version(self) -> str | None:
@@ -158,19 +190,22 @@ class CorrectionService:
     @property
     def breaker(self) -> CircuitBreaker:
         """Counts the corrector's failures."""
-        return self._breaker
+        loaded = self._loaded
+        return loaded.breaker if loaded else self._no_breaker
 
-    async def correct(self, question: "Question", answer: str) -> Correction:
-        """Return an answer corrected; raises CorrectionFailed. Cancelled, it gives up its place."""
-        job = self._submit(question, answer, False)
+    async def correct(self, question: "Question", answer: str, key: str = "") -> Correction:
+        """Return an answer of a key corrected; raises CorrectionFailed. Cancelled, it gives up its place."""
+        job = self._submit(question, answer, key, False)
         with self._attended(job):
             while not isinstance(event := await self._event(job), Correction):
                 pass
             return event
 
-    async def follow(self, question: "Question", answer: str) -> AsyncGenerator["str | Correction", None]:
+    async def follow(
+        self, question: "Question", answer: str, key: str = ""
+    ) -> AsyncGenerator["str | Correction", None]:
         """Yield a correction in pieces, as far as they come, and at last all of it; raises CorrectionFailed."""
-        job = self._submit(question, answer, True)
+        job = self._submit(question, answer, key, True)
         with self._attended(job):
             while not isinstance(event := await self._event(job), Correction):
                 yield event
@@ -180,7 +215,10 @@ class CorrectionService:
         try:
             event = await asyncio.wait_for(job.events.get(), job.until - time.monotonic())
         except asyncio.TimeoutError:
-            self._breaker.failed()
+            if job.batch is None:
+                job.permit.abandoned()  # it waited for others all the time
+            else:
+                job.permit.failed()
             raise CorrectionFailed("corrector_timeout") from None
         if isinstance(event, CorrectionFailed):
             raise event
@@ -192,75 +230,140 @@ class CorrectionService:
         try:
             yield
         except (asyncio.CancelledError, GeneratorExit):
-            self._breaker.abandoned()
+            job.permit.abandoned()
             raise
         finally:
             job.gone = True
+            if job.batch is not None:
+                job.batch.leave()
 
     async def close(self) -> None:
-        """Take no more; what is being corrected in a thread is not waited for."""
+        """Take no more; what is being corrected in a thread is told to end, and not waited for."""
         for task in tuple(self._working):
             task.cancel()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        await asyncio.gather(*self._working, return_exceptions=True)
 
-    def _submit(self, question: "Question", answer: str, pieces: bool) -> _Job:
+    def _submit(self, question: "Question", answer: str, key: str, pieces: bool) -> _Job:
         loaded = self._loaded
         if loaded is None:
             raise CorrectionFailed("no_corrector")
-        if len(self._waiting) >= self._most:
-            self._waiting = deque(job for job in self._waiting if not job.gone)
-        if len(self._waiting) >= self._most:
-            raise CorrectionFailed("queue_full")
-        if not self._breaker.admits():
+        permit = loaded.breaker.enter(key)
+        if permit is None:
             raise CorrectionFailed("corrector_down")
-        job = _Job(question, answer, loaded, pieces, time.monotonic() + self._timeout)
-        self._waiting.append(job)
-        if len(self._working) < self._threads:
-            task = asyncio.get_running_loop().create_task(self._work())
-            self._working.add(task)
-            task.add_done_callback(self._working.discard)
+        job = _Job(key, question, answer, loaded, permit, pieces, time.monotonic() + self._timeout)
+        given_way = self._waiting.put(job)
+        if given_way is not None:
+            given_way.permit.abandoned()
+        if given_way is job:
+            raise CorrectionFailed("queue_full")
+        if given_way is not None:
+            given_way.events.put_nowait(CorrectionFailed("queue_full"))
+        self._dispatch()
         return job
 
-    async def _work(self) -> None:
-        while jobs := self._next():
-            try:
-                await self._run(jobs)
-                self._breaker.succeeded()
-            except Exception as error:  # noqa: BLE001 (whatever a model raises, its requests must be answered)
-                await self._failed(jobs, error)
+    def _dispatch(self) -> None:
+        """Begin as much of what waits as there are threads for."""
+        while len(self._working) + max(0, self._stuck - _MOST_STUCK) < self._threads and (jobs := self._next()):
+            task = asyncio.get_running_loop().create_task(self._work(jobs))
+            self._working.add(task)
+            self._held.update(job.key for job in jobs)
+            task.add_done_callback(lambda task, jobs=jobs: self._worked(task, jobs))  # type: ignore[misc]
 
-    async def _failed(self, jobs: list[_Job], error: Exception) -> None:
+    def _worked(self, task: "asyncio.Task[None]", jobs: list[_Job]) -> None:
+        self._working.discard(task)
+        for job in jobs:
+            self._held[job.key] -= 1
+        self._held = +self._held
+        if not task.cancelled():
+            task.result()
+            self._dispatch()
+
+    def _next(self) -> list[_Job]:
+        """Take those that wait for the same corrector, each key's in their order; what spoilt others, alone."""
+        free = self._threads - len(self._working)
+        found: list[_Job] = []
+
+        def may(job: _Job) -> bool:
+            # A key has no more threads than are free: however many answers of it hang, others find some.
+            if self._threads > 1 and self._held[job.key] >= free:
+                return False
+            return not found or (job.loaded is found[0].loaded and not job.alone)
+
+        while len(found) < self._batch and not (found and found[0].alone):
+            job = self._waiting.take(may)
+            if job is None:
+                break
+            found.append(job)
+        return found
+
+    async def _work(self, jobs: list[_Job]) -> None:
+        batch = _Batch(jobs)
+        for job in jobs:
+            job.batch = batch
+        batch.leave()  # who is gone by now
+        try:
+            found = await self._corrected(batch)
+        except (_NotInTime, DeadlineOver):
+            return  # each is told when its own time is over
+        except Exception as error:  # noqa: BLE001 (whatever a model raises, its requests must be answered)
+            self._failed(jobs, error)
+            return
+        for job, correction in zip(jobs, found, strict=True):
+            job.permit.succeeded()
+            job.events.put_nowait(correction)
+
+    async def _corrected(self, batch: _Batch) -> list[Correction]:
+        """Return corrections; raises what the corrector raises, and _NotInTime where it does not end in time."""
+        loop = asyncio.get_running_loop()
+        first = batch.jobs[0]
+
+        def call() -> list[Correction]:
+            with batch.deadline.held():
+                in_pieces = len(batch.jobs) == 1 and first.wants_pieces
+                return [_followed(first, loop)] if in_pieces else _all(batch.jobs)
+
+        working = call_in_thread(call, "everalign-corrector")
+        left = asyncio.ensure_future(batch.left.wait())
+        try:
+            timeout = batch.deadline.left
+            either: set[asyncio.Future[Any]] = {working, left}
+            await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                batch.deadline.cancel()
+                await asyncio.wait({working}, timeout=_GRACE)
+        finally:
+            batch.deadline.cancel()
+            left.cancel()
+        if working.done() and all(job.gone for job in batch.jobs):
+            working.exception()  # nobody is left who could be told
+            raise _NotInTime
+        if working.done():
+            return working.result()
+        _log.error("a corrector does not end in time on %d answers, and its thread is left", len(batch.jobs))
+        self._stuck += 1
+        working.add_done_callback(self._unstuck)
+        raise _NotInTime
+
+    def _unstuck(self, working: "asyncio.Future[list[Correction]]") -> None:
+        self._stuck -= 1
+        if not working.cancelled():
+            working.exception()  # it is too late for it
+        self._dispatch()
+
+    def _failed(self, jobs: list[_Job], error: Exception) -> None:
         """One answer may have spoilt it for the others: each is tried alone."""
         # No message: it may quote what was asked.
         _log.error("the corrector failed on %d answers: %s", len(jobs), type(error).__name__)
-        if len(jobs) == 1:
-            self._breaker.failed()
-            jobs[0].events.put_nowait(CorrectionFailed("corrector_error"))
-            return
         for job in jobs:
-            try:
-                await self._run([job])
-                self._breaker.succeeded()
-            except Exception as own:  # noqa: BLE001 (as above)
-                await self._failed([job], own)
-
-    def _next(self) -> list[_Job]:
-        """Take those that wait for the same corrector, in their order; a lone one whose pieces are wanted, alone."""
-        found: list[_Job] = []
-        while self._waiting and len(found) < self._batch:
-            if found and self._waiting[0].loaded is not found[0].loaded:
-                break
-            job = self._waiting.popleft()
-            if not job.gone:
-                found.append(job)
-        return found
-
-    async def _run(self, jobs: list[_Job]) -> None:
-        loop = asyncio.get_running_loop()
-        alone = len(jobs) == 1 and jobs[0].wants_pieces
-        call: Callable[[], list[Correction]] = (lambda: [_followed(jobs[0], loop)]) if alone else (lambda: _all(jobs))
-        for job, correction in zip(jobs, await loop.run_in_executor(self._pool, call), strict=True):
-            job.events.put_nowait(correction)
+            if len(jobs) > 1:
+                job.alone, job.batch = True, None
+                self._waiting.put_back(job)
+                continue
+            if isinstance(error, InputError) or getattr(error, "refused", False):
+                job.permit.succeeded()  # it is there, and finds that this request cannot be answered
+            else:
+                job.permit.failed()
+            job.events.put_nowait(CorrectionFailed("corrector_error"))
 
 
 def _all(jobs: list[_Job]) -> list[Correction]:
@@ -278,7 +381,8 @@ def _followed(job: _Job, loop: asyncio.AbstractEventLoop) -> Correction:
             return _correction(event, job.loaded, time.perf_counter() - started)
         if job.gone:
             return Correction(job.answer, "skipped", "gone", job.loaded.version, job.loaded.template, Effort(), 0.0)
-        loop.call_soon_threadsafe(job.events.put_nowait, event)
+        with suppress(RuntimeError):  # the loop is closed: nobody reads
+            loop.call_soon_threadsafe(job.events.put_nowait, event)
     raise RuntimeError("the corrector ended without a correction")
 
 

@@ -24,6 +24,7 @@ class GatewayError(EveralignError):
         code: names it for programs.
         param: the field of the request that it is about.
         headers: besides the usual ones.
+        content: the upstream's own JSON, which is given instead; its `error` has at least the fields above.
     """
 
     def __init__(
@@ -34,14 +35,17 @@ class GatewayError(EveralignError):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        content: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.type, self.code, self.param = status, message, type, code, param
-        self.headers = dict(headers or {})
+        self.headers, self.content = dict(headers or {}), content or {}
 
     def body(self) -> dict[str, Any]:
         """The reply's JSON."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        said = self.content.get("error")
+        return {**self.content, "error": {**error, **said} if isinstance(said, Mapping) else error}
 
     def frame(self) -> bytes:
         """The same as an event, for streams that have begun."""

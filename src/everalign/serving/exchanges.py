@@ -90,7 +90,7 @@ async def whole_answer(call: ChatCall, judge: Judge, recorder: Recorder) -> Answ
     """
     with recorder.counted(call) as record:
         with record.in_upstream():
-            answered = await call.upstream.chat(call.body, call.headers, quoted=call.mode != "strict")
+            answered = await call.upstream.chat(call.asked())
         gathering = Gathering()
         if not gathering.add(answered.body) or not (choices := gathering.choices()):
             raise malformed()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from everalign.serving.circuit import CircuitBreaker
+from everalign.serving.circuit import CircuitBreaker, Circuits
 from everalign.serving.correcting import AnyCorrector, CorrectionService
 from everalign.serving.judging import Judge
 from everalign.serving.keeping import Keeper, Store
@@ -24,16 +24,17 @@ def make_corrections(
         settings: of the gateway.
         corrector: the first one.
         version: what it is called.
-        threads: corrections under way at once: one for a model in this process, more for one on a server.
+        threads: corrections under way at once: one for a model in this process; more for one on a server, which is
+            asked for each answer by itself, so that none waits for or fails with others.
     """
     return CorrectionService(
         corrector,
         version,
         timeout=settings.timeouts.correction,
         waiting=settings.limits.waiting,
-        batch=settings.limits.batch,
+        batch=settings.limits.batch if threads == 1 else 1,
         threads=threads,
-        breaker=CircuitBreaker(settings.breaker_failures, settings.breaker_seconds),
+        breaker=lambda: CircuitBreaker(settings.breaker_failures, settings.breaker_seconds),
     )
 
 
@@ -76,7 +77,7 @@ class Gateway:
                 settings.timeouts,
                 retries=settings.retries,
                 longest_wait=settings.longest_wait,
-                breaker=CircuitBreaker(settings.breaker_failures, settings.breaker_seconds),
+                circuits=Circuits(lambda: CircuitBreaker(settings.breaker_failures, settings.breaker_seconds)),
                 largest=limits.answer_bytes,
                 headers=settings.access.headers,
             )
@@ -109,8 +110,8 @@ class Gateway:
         return self.corrections.version is not None
 
     def circuits(self) -> dict[str, str]:
-        """Return the states of the circuit breakers, by upstream, and the corrector's."""
-        found: dict[str, str] = {f"upstream:{name}": one.breaker.state for name, one in self.upstreams.items()}
+        """Return the states of the circuits: of each upstream the worst of its models', and the corrector's."""
+        found: dict[str, str] = {f"upstream:{name}": one.circuits.state for name, one in self.upstreams.items()}
         return {**found, "corrector": self.corrections.breaker.state}
 
     async def close(self) -> None:

@@ -118,7 +118,7 @@ class Judge:
     async def _corrected(self, call: ChatCall, choice: Choice) -> Verdict:
         assert call.question is not None  # else a rule holds
         try:
-            correction = await self._corrections.correct(call.question, choice.text)
+            correction = await self._corrections.correct(call.question, choice.text, call.key_id)
         except CorrectionFailed as failed:
             return self.failed(call, failed.reason)
         return await self.decided(call, choice, correction)

@@ -143,7 +143,7 @@ class Recorder:
         assert call.question is not None  # else a rule holds
         started = time.perf_counter()
         try:
-            found = await self._corrections.correct(call.question, choice.text)
+            found = await self._corrections.correct(call.question, choice.text, call.key_id)
         except CorrectionFailed as failed:
             self._metrics.shadow.labels("failed", failed.reason).inc()
             return

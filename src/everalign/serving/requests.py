@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 import uuid
 from collections.abc import Iterable, Mapping
@@ -16,9 +17,10 @@ from everalign.serving.settings import Keep, Limits, Mode
 
 if TYPE_CHECKING:
     from everalign.data.messages import Message
-    from everalign.serving.upstream import Upstream
+    from everalign.serving.upstream import Asked, Upstream
 
 ALIGNED = ":aligned"
+_REPEATING = re.compile(r"\b(openai|ai-sdk|litellm)\b", re.IGNORECASE)
 _FLAGS = ("stream", "store", "logprobs")
 
 
@@ -36,6 +38,7 @@ class ChatCall:
         keep: whether the exchange is kept.
         question: its conversation as a corrector reads it; None where answers are not corrected.
         rule: why they are not.
+        repeated: whether its client repeats what failed by itself.
         started: when it began, in seconds that only grow.
     """
 
@@ -48,6 +51,7 @@ class ChatCall:
     keep: bool
     question: "tuple[Message, ...] | None"
     rule: str | None
+    repeated: bool = False
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -66,13 +70,25 @@ class ChatCall:
         """Whether the answer waits for its correction."""
         return self.mode in ("correct", "strict")
 
-    def payload(self, with_usage: bool) -> dict[str, Any]:
+    def asked(self, with_usage: bool = False) -> "Asked":
         """Return what the upstream is asked; for its usage too, if that is of use."""
-        if not (with_usage and self.streams):
-            return self.body
-        options = self.body.get("stream_options")
-        known = options if isinstance(options, Mapping) else {}
-        return {**self.body, "stream_options": {**known, "include_usage": True}}
+        from everalign.serving.upstream import Asked
+
+        payload = self.body
+        if with_usage and self.streams:
+            options = self.body.get("stream_options")
+            known = options if isinstance(options, Mapping) else {}
+            payload = {**self.body, "stream_options": {**known, "include_usage": True}}
+        return Asked(
+            "POST",
+            "chat/completions",
+            payload,
+            self.headers,
+            model=self.body["model"],
+            key_id=self.key_id,
+            repeated=self.repeated,
+            quoted=self.mode != "strict",
+        )
 
 
 @dataclass(frozen=True)
@@ -122,6 +138,7 @@ class Desk:
             keep=self._keeps(body.get("store")),
             question=None if rule or mode == "off" else question_of(body["messages"]),
             rule=rule,
+            repeated=repeats_itself(given),
         )
 
     def routed(self, name: str, has_corrector: bool) -> "tuple[Upstream, str, bool]":
@@ -145,6 +162,14 @@ class Desk:
         if store is False or self.keep == "none":
             return False
         return store is True or self.keep == "all"
+
+
+def repeats_itself(headers: Iterable[tuple[str, str]]) -> bool:
+    """Whether a request's client repeats what failed, as OpenAI's SDKs and those built on them do."""
+    return any(
+        name.startswith("x-stainless-") or (name == "user-agent" and _REPEATING.search(value))
+        for name, value in headers
+    )
 
 
 def read_json(content: bytes) -> dict[str, Any]:

@@ -98,17 +98,23 @@ class Timeouts:
 
     Args:
         connect: until a connection to the upstream stands.
-        first_byte: until a stream begins.
-        idle: between two pieces of it.
-        total: for a whole answer of the upstream; streamed or not.
-        correction: for one correction, waiting for its turn included.
+        total: for a whole answer of the upstream, streamed or not, all attempts together.
+        models: for its list of models.
+        correction: for one correction, waiting for its turn and all attempts included.
+        store: until an exchange or feedback is kept, or read.
+        headers: until the head of a client's request is there.
+        body: until its body is there.
+        stalled: for a client that reads nothing of what is sent to it.
     """
 
     connect: float = 5.0
-    first_byte: float = 120.0
-    idle: float = 60.0
     total: float = 600.0
+    models: float = 10.0
     correction: float = 60.0
+    store: float = 5.0
+    headers: float = 10.0
+    body: float = 60.0
+    stalled: float = 60.0
 
     def __post_init__(self) -> None:
         for name, value in _values(self):
@@ -181,7 +187,7 @@ class GatewaySettings:
     keep: Keep = "opted-in"
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
-    retries: int = 2
+    retries: int = 1
     longest_wait: float = 5.0
     keepalive: float = 15.0
     breaker_failures: int = 5

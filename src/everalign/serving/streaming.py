@@ -88,7 +88,7 @@ class Streams:
         assert call.question is not None  # else a rule holds
         choice = writer.choices[0]
         try:
-            async with aclosing(self._corrections.follow(call.question, choice.text)) as events:
+            async with aclosing(self._corrections.follow(call.question, choice.text, call.key_id)) as events:
                 async for event in events:
                     if not isinstance(event, str):
                         return await self._judge.decided(call, choice, event)
@@ -176,14 +176,12 @@ class _Writer:
 async def _opened(call: ChatCall, asks_usage: bool) -> AsyncIterator[Streamed]:
     """Open the upstream's stream, asking for its usage too; some upstreams refuse to be asked."""
     asks = asks_usage and not call.wants_usage and call.upstream.reports_usage
-    quoted = call.mode != "strict"
     async with AsyncExitStack() as stack:
         try:
-            opening = call.upstream.stream(call.payload(asks), call.headers, quoted)
-            streamed = await stack.enter_async_context(opening)
+            streamed = await stack.enter_async_context(call.upstream.stream(call.asked(asks)))
         except UsageRefused:
             if not asks:
                 raise
             call.upstream.reports_usage = False
-            streamed = await stack.enter_async_context(call.upstream.stream(call.body, call.headers, quoted))
+            streamed = await stack.enter_async_context(call.upstream.stream(call.asked()))
         yield streamed

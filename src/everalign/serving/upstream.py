@@ -1,29 +1,55 @@
-"""One upstream: requests with its own key, time limits, bounded repetition, and a circuit breaker."""
+"""One upstream: requests with its own key, a time limit over all attempts, and a circuit for each model."""
 
 import random
 import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 import httpx
 
 from everalign.chat_reply import asked_wait
-from everalign.serving.circuit import CircuitBreaker
+from everalign.serving.circuit import CircuitBreaker, Circuits, Permit
 from everalign.serving.connections import Connections
-from everalign.serving.errors import GatewayError, bad_upstream, overloaded
+from everalign.serving.errors import GatewayError, bad_upstream, overloaded, refused
 from everalign.serving.headers import USUAL, HeaderRules
 from everalign.serving.settings import Timeouts, UpstreamSettings
 from everalign.serving.sse import EventParser, json_bytes
-from everalign.serving.upstream_reading import event_of, follow, inflated, parsed, whole_object
+from everalign.serving.upstream_reading import answer_of, event_of, follow, inflated, parsed, whole_object
 from everalign.serving.upstream_replies import failure
 
-_REPEATED = (429, 502, 503, 504)
+# 429 is the client's to repeat: it knows how long it can wait, and its own repetitions would multiply with these.
+_REPEATED = (502, 503, 504)
 _FIRST_WAIT = 0.25  # seconds, doubled from attempt to attempt
 _QUOTED_BYTES = 64 << 10  # of the body of an error
 _DONE = "[DONE]"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request to an upstream.
+
+    Args:
+        method: of HTTP.
+        path: behind the upstream's address.
+        payload: its JSON; None for no body.
+        headers: of the client, as they may be passed on; text of latin-1, as ASGI has it.
+        model: whose circuit counts it.
+        key_id: the client's.
+        repeated: whether the client repeats requests by itself.
+        quoted: whether the upstream's messages of errors may be passed on.
+    """
+
+    method: str
+    path: str
+    payload: Mapping[str, Any] | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""
+    key_id: str = ""
+    repeated: bool = False
+    quoted: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,7 +76,7 @@ class Upstream:
         timeouts: how long things may take.
         retries: how often a request is repeated, as long as no byte of its reply has come.
         longest_wait: seconds; where a longer pause is asked for, the request is not repeated.
-        breaker: counts failures.
+        circuits: count the failures of each model.
         largest: bytes of an answer.
         headers: of its replies that clients get.
     """
@@ -62,12 +88,12 @@ class Upstream:
         *,
         retries: int,
         longest_wait: float,
-        breaker: CircuitBreaker,
+        circuits: Circuits,
         largest: int,
         headers: HeaderRules = USUAL,
     ) -> None:
         self._headers = headers
-        self.name, self.breaker = settings.name, breaker
+        self.name, self.circuits = settings.name, circuits
         self.reports_usage = True
         self._url, self._key, self._timeouts = settings.url, settings.key, timeouts
         self._retries, self._longest_wait, self._largest = retries, longest_wait, largest
@@ -82,47 +108,54 @@ class Upstream:
         await self._connections.aclose()
 
     async def models(self) -> list[dict[str, Any]]:
-        """Return its models as it lists them; raises GatewayError."""
-        async with self._reply("GET", "models", None, {}, self._timeouts.first_byte, quoted=True) as response:
-            content = await whole_object(await self._whole(response))
+        """Return its models as it lists them; raises GatewayError. What comes of it says nothing of its answers."""
+        permit = CircuitBreaker().enter()
+        assert permit is not None  # a new one is closed
+        with _deadline(self._timeouts.models):
+            async with self._reply(Asked("GET", "models"), permit) as response:
+                content = await whole_object(await self._whole(response))
         data = content.get("data")
         if not isinstance(data, list):
             raise bad_upstream("the upstream's list of models has no data", "upstream_malformed")
         return [model for model in data if isinstance(model, dict) and isinstance(model.get("id"), str)]
 
-    async def chat(self, payload: Mapping[str, Any], headers: Mapping[str, str], quoted: bool = True) -> Answered:
-        """Return a whole answer.
-
-        Args:
-            payload: the request's JSON.
-            headers: of the client, as they may be passed on.
-            quoted: whether the upstream's messages of errors may be passed on.
-
-        Raises:
-            GatewayError: it did not come; or is no JSON object.
-        """
-        with _deadline(self._timeouts.total, self.breaker):
-            # A server that does not stream sends its first byte when all is done.
-            reply = self._reply("POST", "chat/completions", payload, headers, self._timeouts.total, quoted)
-            async with reply as response:
-                content = await whole_object(await self._whole(response))
+    async def chat(self, asked: Asked) -> Answered:
+        """Return a whole answer; raises GatewayError where it did not come, is an error, or is no JSON object."""
+        permit = self._admitted(asked)
+        with _deadline(self._timeouts.total, permit):
+            async with self._reply(asked, permit) as response:
+                content = answer_of(await whole_object(await self._whole(response)), self._key, asked.quoted)
                 return Answered(content, self._headers.returned(response.headers, self._key))
 
     @asynccontextmanager
-    async def stream(
-        self, payload: Mapping[str, Any], headers: Mapping[str, str], quoted: bool = True
-    ) -> AsyncIterator[Streamed]:
-        """Open a streamed answer; arguments and errors as in `chat`, and also where the stream breaks off."""
-        # A slow client can be why a stream takes too long, and must not speak against the upstream.
-        with _deadline(self._timeouts.total):
-            reply = self._reply("POST", "chat/completions", payload, headers, self._timeouts.first_byte, quoted)
-            async with reply as response:
-                kind = response.headers.get("content-type", "")
-                if kind.partition(";")[0].strip().lower() != "text/event-stream":
-                    raise bad_upstream("the upstream does not stream: its reply is no text/event-stream", again=False)
-                # The dictionary is the one that the connection reads its limits from.
-                response.extensions["limits"]["read"] = self._timeouts.idle
-                yield Streamed(self._events(response, quoted), self._headers.returned(response.headers, self._key))
+    async def stream(self, asked: Asked) -> AsyncIterator[Streamed]:
+        """Open a streamed answer; errors as in `chat`, and also where the stream breaks off."""
+        permit = self._admitted(asked)
+        silent = True
+
+        async def heard(events: AsyncIterator[list[dict[str, Any]]]) -> AsyncIterator[list[dict[str, Any]]]:
+            nonlocal silent
+            async for found in events:
+                silent = False
+                yield found
+
+        try:
+            with _deadline(self._timeouts.total):
+                async with self._reply(asked, permit) as response:
+                    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+                    if kind == "application/json":
+                        answer_of(await whole_object(await self._whole(response)), self._key, asked.quoted)
+                    if kind != "text/event-stream":
+                        raise bad_upstream(
+                            "the upstream does not stream: its reply is no text/event-stream", again=False
+                        )
+                    events = heard(self._events(response, asked.quoted))
+                    yield Streamed(events, self._headers.returned(response.headers, self._key))
+        except GatewayError as error:
+            # Behind the first event, a slow client can be why a stream takes too long.
+            if error.code == "upstream_timeout" and silent:
+                permit.failed()
+            raise
 
     async def _events(self, response: httpx.Response, quoted: bool) -> AsyncIterator[list[dict[str, Any]]]:
         parser, ended = EventParser(), False
@@ -142,96 +175,104 @@ class Upstream:
         if not finished or not all(finished.values()):
             raise bad_upstream("the upstream's answer breaks off in the middle", "upstream_cut")
 
+    def _admitted(self, asked: Asked) -> Permit:
+        """Return leave to send a request, all its attempts together; raises GatewayError."""
+        breaker = self.circuits.of(asked.model)
+        permit = breaker.enter(asked.key_id)
+        if permit is None:
+            message = f"the upstream {self.name!r} failed again and again and is left alone for a while"
+            raise overloaded(message, "upstream_unavailable", max(1.0, breaker.wait), 503)
+        return permit
+
     @asynccontextmanager
-    async def _reply(
-        self,
-        method: str,
-        path: str,
-        payload: Mapping[str, Any] | None,
-        headers: Mapping[str, str],
-        first_byte: float,
-        quoted: bool,
-    ) -> AsyncIterator[httpx.Response]:
+    async def _reply(self, asked: Asked, permit: Permit) -> AsyncIterator[httpx.Response]:
         """Open a successful reply; what goes wrong while it is read counts as the upstream's failure too."""
-        content = None if payload is None else json_bytes(payload)
-        response = await self._opened(method, path, content, {**headers, **self._own}, first_byte, quoted)
         try:
+            response = await self._opened(asked, permit)
+        except BaseException:
+            permit.abandoned()
+            raise
+        try:
+            permit.answered()
             yield response
         except httpx.TimeoutException:
-            self.breaker.failed()
+            permit.failed()
             raise bad_upstream("the upstream's answer stopped coming", "upstream_timeout", 504) from None
         except httpx.HTTPError:
-            self.breaker.failed()
+            permit.failed()
             raise bad_upstream("the upstream's answer breaks off in the middle", "upstream_cut") from None
         except GatewayError as error:
             # What is too large, or refused in the middle, is so because of what was asked.
             if error.code in ("upstream_cut", "upstream_malformed"):
-                self.breaker.failed()
+                permit.failed()
             else:
-                self.breaker.succeeded()
+                permit.succeeded()
             raise
         except BaseException:
-            self.breaker.abandoned()
+            permit.abandoned()
             raise
         else:
-            self.breaker.succeeded()
+            permit.succeeded()
         finally:
             await response.aclose()
 
-    async def _opened(
-        self, method: str, path: str, content: bytes | None, headers: dict[str, str], first_byte: float, quoted: bool
-    ) -> httpx.Response:
-        """Return a reply whose status is success, after as many attempts as are allowed."""
+    async def _opened(self, asked: Asked, permit: Permit) -> httpx.Response:
+        """Return a reply whose status is success, after as many attempts as are allowed; raises GatewayError.
+
+        Where the client repeats by itself, its repetitions would multiply with these: only a connection that failed is
+        made once more.
+        """
+        content = None if asked.payload is None else json_bytes(asked.payload)
+        # Bytes as they came: HTTP's headers are no text of any encoding, and ASGI gives them in this one.
+        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in asked.headers.items()]
+        headers += [(name.encode(), value.encode()) for name, value in self._own.items()]
+        most = min(self._retries, 1) if asked.repeated else self._retries
         attempt = 0
         while True:
-            self._admit()
-            failed = await self._attempt(method, path, content, headers, first_byte, quoted)
+            failed = await self._attempt(asked, content, headers)
             if isinstance(failed, httpx.Response):
                 return failed
-            if attempt == self._retries or failed.wait > self._longest_wait or not failed.again:
+            again = attempt < most and failed.again and not (asked.repeated and failed.status)
+            if not again or failed.wait > self._longest_wait:
+                # Refusals are no failures: who refuses is there.
+                if failed.status is None or failed.status >= 500:
+                    permit.failed(everybody=failed.status is None and failed.again)
+                else:
+                    permit.succeeded()
                 raise failed.error
             await anyio.sleep(max(failed.wait, _FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0)))
             attempt += 1
 
-    def _admit(self) -> None:
-        if not self.breaker.admits():
-            message = f"the upstream {self.name!r} failed again and again and is left alone for a while"
-            raise overloaded(message, "upstream_unavailable", max(1.0, self.breaker.wait), 503)
-
     async def _attempt(
-        self, method: str, path: str, content: bytes | None, headers: dict[str, str], first_byte: float, quoted: bool
+        self, asked: Asked, content: bytes | None, headers: list[tuple[bytes, bytes]]
     ) -> "httpx.Response | _Failed":
         """Return a successful reply, whose body is not read; or what came instead."""
-        limits = httpx.Timeout(first_byte, connect=self._timeouts.connect, pool=self._timeouts.connect)
+        limits = httpx.Timeout(self._timeouts.total, connect=self._timeouts.connect)
         request = httpx.Request(
-            method, f"{self._url}/{path}", content=content, headers=headers, extensions={"timeout": limits.as_dict()}
+            asked.method,
+            f"{self._url}/{asked.path}",
+            content=content,
+            headers=headers,
+            extensions={"timeout": limits.as_dict()},
         )
         try:
             response = await self._connections.handle_async_request(request)
+            response.headers.encoding = "latin-1"  # as ASGI wants them back
             if response.is_success:
                 return response
             body = await self._beginning(response)
+        except httpx.LocalProtocolError:
+            message = "a header of the request has characters that HTTP does not allow; leave it out"
+            raise refused(message, code="invalid_header") from None
         except (httpx.ReadTimeout, httpx.WriteTimeout):
-            self.breaker.failed()
-            raise bad_upstream("the upstream did not begin to answer in time", "upstream_timeout", 504) from None
+            return _Failed(bad_upstream("the upstream did not begin to answer in time", "upstream_timeout", 504), None)
         except httpx.HTTPError:
             # Nothing of an answer has come: also the way in which an idle connection turns out to be closed.
-            self.breaker.failed()
-            return _Failed(bad_upstream("the upstream cannot be reached", "upstream_unreachable"), 0.0, True)
-        except BaseException:
-            self.breaker.abandoned()
-            raise
-        self._count(response.status_code)
-        error = failure(response.status_code, response.headers, body, self._key, quoted)
+            return _Failed(bad_upstream("the upstream cannot be reached", "upstream_unreachable"), None, again=True)
+        status = response.status_code
+        error = failure(status, self._headers.returned(response.headers, self._key), body, self._key, asked.quoted)
         wanted = response.headers.get("x-should-retry", "").lower() != "false"
-        return _Failed(error, asked_wait(response.headers) or 0.0, wanted and response.status_code in _REPEATED)
-
-    def _count(self, status: int) -> None:
-        """Refusals are no failures: who refuses is there."""
-        if status >= 500:
-            self.breaker.failed()
-        else:
-            self.breaker.succeeded()
+        return _Failed(error, status, asked_wait(response.headers) or 0.0, wanted and status in _REPEATED)
 
     async def _beginning(self, response: httpx.Response) -> bytes:
         """Return the first bytes of an error's body, as far as they can be had at once."""
@@ -269,21 +310,29 @@ class Upstream:
 
 @dataclass(frozen=True)
 class _Failed:
-    """An attempt that came to nothing; `wait` are the seconds that the upstream asks for, `again` whether it may be."""
+    """An attempt that came to nothing.
+
+    Args:
+        error: what the client is told.
+        status: that came; None where none did.
+        wait: seconds that the upstream asks for.
+        again: whether it may be repeated.
+    """
 
     error: GatewayError
-    wait: float
-    again: bool
+    status: int | None
+    wait: float = 0.0
+    again: bool = False
 
 
 @contextmanager
-def _deadline(seconds: float, breaker: CircuitBreaker | None = None) -> Iterator[None]:
-    """Bound what happens inside, however slowly it goes on."""
+def _deadline(seconds: float, permit: Permit | None = None) -> Iterator[None]:
+    """Bound what happens inside, all attempts together, however slowly it goes on."""
     try:
         with anyio.fail_after(seconds):
             yield
     except TimeoutError:
-        if breaker is not None:
-            breaker.failed()
+        if permit is not None:
+            permit.failed()
         message = f"the upstream's answer was not whole after {seconds:g} seconds"
         raise bad_upstream(message, "upstream_timeout", 504) from None

@@ -8,7 +8,7 @@ from typing import Any
 from everalign.serving.errors import bad_upstream
 from everalign.serving.json_size import MOST_VALUES, aside, too_many_values
 from everalign.serving.sse import BrokenEvents, EventParser
-from everalign.serving.upstream_replies import stream_failure
+from everalign.serving.upstream_replies import told_failure
 
 
 def inflated(inflater: Any, part: bytes, most: int) -> bytes:
@@ -29,9 +29,13 @@ def parsed(parser: EventParser, part: bytes) -> list[str]:
 
 def event_of(data: str, key: str, quoted: bool) -> dict[str, Any]:
     """Return an event's JSON; raises the upstream's own error where the event is one."""
-    content = json_object(data)
+    return answer_of(json_object(data), key, quoted)
+
+
+def answer_of(content: dict[str, Any], key: str, quoted: bool) -> dict[str, Any]:
+    """Return an answer's JSON; raises the upstream's own error where it is one, whatever the status says."""
     if content.get("error"):
-        raise stream_failure(content, key, quoted)
+        raise told_failure(content, key, quoted)
     return content
 
 

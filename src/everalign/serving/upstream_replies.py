@@ -1,4 +1,8 @@
-"""What an upstream's failures mean to the gateway's client; pure functions over status, headers and body."""
+"""What an upstream's failures mean to the gateway's client; pure functions over status, headers and body.
+
+An error keeps what it carries: its status, all fields of its JSON, and the headers that say when to come again. Only
+the upstream's key is taken out, and what it says of that key.
+"""
 
 import json
 from collections.abc import Mapping
@@ -9,39 +13,58 @@ from everalign.serving.errors import FAILED, INVALID, OVERLOADED, GatewayError, 
 
 _LONGEST_MESSAGE = 1000
 _LONGEST_WORD = 100
-_PASSED = (500, 502, 503, 504)
+_DEEPEST = 20
 _ADVICE = ("retry-after", "retry-after-ms", "x-should-retry")
+_ABOUT_KEY = (401, 407)
 
 
 def failure(status: int, headers: Mapping[str, str], body: bytes, key: str, quoted: bool = True) -> GatewayError:
     """Return what a reply other than success comes to.
 
-    The message is passed on only if it stands in an error object as OpenAI's; shortened, and without the key.
-
     Args:
         status: of HTTP.
-        headers: of the reply.
+        headers: of the reply, as they may be passed on.
         body: its content, or as much of it as was read.
         key: the upstream's.
         quoted: whether anything that the upstream wrote may be passed on.
     """
-    advice = {name: headers[name] for name in _ADVICE if name in headers and len(headers[name]) < _LONGEST_WORD}
-    if 300 <= status < 400 or status < 200:
+    if status < 400:
         return bad_upstream(f"the upstream redirects (status {status}), which is not followed", again=False)
-    if status in (401, 403, 407):
+    content = _json(body)
+    passed = dict(headers)
+    if not quoted:
+        passed = {name: headers[name] for name in _ADVICE if 0 < len(headers.get(name, "")) < _LONGEST_WORD}
+    about_usage = status in (400, 422) and b"stream_options" in body
+    found = _error(status, content, key, quoted, UsageRefused if about_usage else GatewayError)
+    if found.status < 500 and found.status not in (408, 409, 425, 429):
+        passed["x-should-retry"] = "false"
+    found.headers = {**passed, **found.headers}
+    return found
+
+
+def told_failure(content: Mapping[str, Any], key: str, quoted: bool) -> GatewayError:
+    """Return what an error comes to that is told with the status of success, whole or in a stream."""
+    error = content.get("error")
+    code = error.get("code") if isinstance(error, Mapping) else None
+    number = int(code) if isinstance(code, str) and code.isascii() and code.isdigit() and len(code) == 3 else code
+    status = number if isinstance(number, int) and 400 <= number < 600 else 502
+    return _error(status, content, key, quoted, GatewayError)
+
+
+def _error(status: int, content: Any, key: str, quoted: bool, family: type[GatewayError]) -> GatewayError:
+    error = content.get("error") if isinstance(content, Mapping) else None
+    # A moderation is about what was asked; any other refusal of this kind is about the gateway's key.
+    moderated = status == 403 and isinstance(error, Mapping) and isinstance(error.get("metadata"), Mapping)
+    if status in _ABOUT_KEY or (status == 403 and not moderated):
         # Its key is the operator's: the client can do nothing about it, and is not to learn what the upstream says.
         message = "the upstream refuses the gateway's own key; tell the gateway's operator"
         return bad_upstream(message, "upstream_auth", again=False)
-    said = error_of(_json(body), key) if quoted else {}
+    said = error_of(content, key) if quoted else {}
     message = said.get("message") or f"the upstream answered with status {status} and no message that can be passed on"
-    kind = OVERLOADED if status == 429 else INVALID if status < 500 else FAILED
-    passed = status if status < 500 or status in _PASSED else 502
-    about_usage = status in (400, 422) and b"stream_options" in body
-    family = UsageRefused if about_usage else GatewayError
-    found = family(passed, message, said.get("type") or kind, said.get("code"), said.get("param"), advice)
-    if passed < 500 and passed not in (408, 409, 425, 429):
-        found.headers["x-should-retry"] = "false"
-    return found
+    kind = said.get("type") or (OVERLOADED if status == 429 else INVALID if status < 500 else FAILED)
+    code = said.get("code") or ("upstream_error" if status >= 500 else None)
+    whole = scrubbed_json(content, key) if quoted and isinstance(content, Mapping) else None
+    return family(status, message, kind, code, said.get("param"), content=whole)
 
 
 def error_of(content: Any, key: str) -> dict[str, str]:
@@ -64,17 +87,26 @@ def scrubbed(text: str, key: str) -> str:
     return text.replace(key, "***") if key else text
 
 
-def stream_failure(content: Any, key: str, quoted: bool) -> GatewayError:
-    """Return what an error inside of a stream comes to."""
-    said = error_of(content, key) if quoted else {}
-    message = said.get("message") or "the upstream failed in the middle of its answer"
-    return GatewayError(
-        502, message, said.get("type") or FAILED, said.get("code") or "upstream_error", said.get("param")
-    )
+def scrubbed_json(value: Any, key: str, depth: int = 0) -> Any:
+    """Return JSON without the upstream's key; what is nested too deeply is left out."""
+    if isinstance(value, str):
+        return scrubbed(value, key)
+    if not isinstance(value, Mapping | list):
+        return value
+    if depth == _DEEPEST:
+        return None
+    if isinstance(value, list):
+        return [scrubbed_json(one, key, depth + 1) for one in value]
+    return {scrubbed(name, key): scrubbed_json(one, key, depth + 1) for name, one in value.items()}
 
 
 def _json(body: bytes) -> Any:
     try:
-        return json.loads(body)
+        return json.loads(body, parse_constant=_no_number)
     except (ValueError, RecursionError):
         return None
+
+
+def _no_number(text: str) -> float:
+    """Refuse NaN and infinities, which JSON does not have."""
+    raise ValueError(text)

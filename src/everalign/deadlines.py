@@ -1,0 +1,93 @@
+"""A time limit on blocking work, over everything that the work asks others for.
+
+    deadline = Deadline(60.0)
+    with deadline.held():                   # in the thread that works
+        corrector.correct_batch(pairs)      # requests to servers and decoding give up when it is over
+    deadline.cancel()                       # from any thread: nobody waits for it any more
+
+Work in between need not know of it; what takes long asks for `current()`.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from everalign.errors import EveralignError
+
+_current: ContextVar["Deadline | None"] = ContextVar("everalign_deadline", default=None)
+
+
+class DeadlineOver(EveralignError):  # noqa: N818 (what is wrong is in the name)
+    """Work that came to its time limit, or that nobody waits for any more."""
+
+
+class Deadline:
+    """When work has to be done.
+
+    Args:
+        seconds: from now on.
+        retries: how often a request that failed may be repeated meanwhile: somebody waits.
+    """
+
+    def __init__(self, seconds: float, retries: int = 1) -> None:
+        self.retries = retries
+        self._until = time.monotonic() + seconds
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._calls: list[Callable[[], object]] = []
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left; 0 when it is over."""
+        return 0.0 if self._cancelled else max(0.0, self._until - time.monotonic())
+
+    def check(self) -> None:
+        """Raise DeadlineOver when it is over."""
+        if not self.left:
+            raise DeadlineOver("the time for this work is over")
+
+    def cancel(self) -> None:
+        """Let it be over now."""
+        with self._lock:
+            self._cancelled = True
+            calls, self._calls = self._calls, []
+        for call in calls:
+            call()
+
+    @contextmanager
+    def calling(self, call: Callable[[], object]) -> Iterator[None]:
+        """Have something called when it is cancelled meanwhile; at once where it is already."""
+        with self._lock:
+            cancelled = self._cancelled
+            if not cancelled:
+                self._calls.append(call)
+        if cancelled:
+            call()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls = [one for one in self._calls if one is not call]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Bound what this thread does inside."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+
+def current() -> Deadline | None:
+    """Return the deadline of what this thread does; None where there is none."""
+    return _current.get()
+
+
+def check_deadline() -> None:
+    """Raise DeadlineOver where this thread's work has a deadline, and it is over."""
+    deadline = _current.get()
+    if deadline is not None:
+        deadline.check()
