@@ -62,7 +62,8 @@ def test_it_still_works_afterwards(gateway):
 
 
 def test_unknown_paths_and_methods_are_said_in_the_clients_own_words(gateway):
-    for reply in (HTTP.get(f"{gateway.url}/nowhere"), HTTP.get(f"{gateway.url}/chat/completions")):
+    root = gateway.url.removesuffix("/v1")
+    for reply in (HTTP.get(f"{root}/nowhere"), HTTP.post(f"{root}/health")):
         assert reply.json()["error"]["code"] == "unknown_url"
 
 

@@ -108,7 +108,7 @@ class UpstreamServer:
 
     def __init__(self, answer: Callable[[dict[str, Any]], Script] = lambda _: Script()) -> None:
         self.answer, self.requests, self.abandoned = answer, list[Seen](), 0
-        self._server = _Running(self._app)
+        self._server = Running(self._app)
 
     def __enter__(self) -> "UpstreamServer":
         self._server.start()
@@ -191,7 +191,7 @@ async def _reply(send, status: int, kind: str, content: bytes, headers: dict[str
         raise ConnectionError("cut by the test")
 
 
-class _Running:
+class Running:
     """A uvicorn in a thread, on a free port."""
 
     def __init__(self, app: Any, lifespan: str = "off") -> None:
@@ -298,7 +298,7 @@ def serving(
     if corrections is None and corrector is not None:
         corrections = make_corrections(made, corrector, "v1")
     app = create_app(made, store=store, corrections=corrections, followed=followed)
-    running = _Running(app, "on")
+    running = Running(app, "on")
     running.start()
     try:
         yield Serving(running.url, app)

@@ -64,6 +64,10 @@ def serve(
     retention_days: Annotated[int | None, option("Remove what is older; kept for ever if not given.", "DAYS")] = None,
     host: Annotated[str, typer.Option(help="Where to listen; others than this machine's need keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8080,
+    passthrough: Annotated[
+        str | None,
+        option("Endpoints besides chat that are passed on as they are; all.", "all|none|NAME,NAME.."),
+    ] = None,
     keys_file: Annotated[
         Path | None,
         option("Further keys, one a line, each with what it may use; read again when it changes.", "FILE"),
@@ -109,6 +113,7 @@ def serve(
         if value is not None and store is None:
             raise InputError(f"--{name}: there is nothing to keep exchanges in; name it with --store sqlite:///FILE")
     given = {"mode": mode, "on_failure": on_failure, "keep": keep, "keepalive": keepalive, "retries": retries}
+    given |= {"passthrough": passthrough}
     access = Access(
         keys_file=keys_file,
         no_auth=no_auth,

@@ -26,6 +26,7 @@ from everalign.serving.front import Front, error_response
 from everalign.serving.gateway import Gateway
 from everalign.serving.keeping import Store
 from everalign.serving.pages.routes import page_routes
+from everalign.serving.passthrough import passthrough_routes
 from everalign.serving.routes_chat import chat_routes
 from everalign.serving.routes_feedback import feedback_routes
 from everalign.serving.routes_models import model_routes
@@ -79,6 +80,7 @@ def create_app(
     keys = Keys(settings.keys, access.keys_file, access.no_auth, access.cors_origins)
     sessions = Sessions()
     app.include_router(page_routes(gateway, keys, sessions, None if followed is None else followed.path))
+    app.include_router(passthrough_routes(gateway))
     app.add_exception_handler(GatewayError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_path)
     app.add_exception_handler(Exception, _fail)

@@ -138,4 +138,6 @@ def json_response(content: Any, headers: dict[str, str] | None = None, status: i
 
 def error_response(error: GatewayError) -> Response:
     """Return an error as OpenAI's clients read it."""
-    return json_response(error.body(), error.headers, error.status)
+    # What is left of a body that is too large or too slow would be read, and thrown away, as long as it comes.
+    close = {"connection": "close"} if error.status in (408, 413) else {}
+    return json_response(error.body(), {**error.headers, **close}, error.status)

@@ -1,6 +1,8 @@
 """How much at once, and how large."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import anyio
 from starlette.requests import ClientDisconnect, Request
@@ -76,13 +78,21 @@ async def read_body(request: Request, most: int, expected: str = JSON) -> bytes:
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise refused("a compressed body is not read; send it as it is", code="unsupported_encoding", status=415)
     try:
-        with anyio.fail_after(_BODY_SECONDS):
+        with body_deadline():
             return await _read(request, most)
+    except ClientDisconnect:
+        raise GatewayError(499, "the client is gone", code="client_gone") from None
+
+
+@contextmanager
+def body_deadline() -> Iterator[None]:
+    """Bound how long a body, or a piece of a large one, is waited for; raises GatewayError 408."""
+    try:
+        with anyio.fail_after(_BODY_SECONDS):
+            yield
     except TimeoutError:
         message = f"the body did not come within {_BODY_SECONDS:g} seconds"
         raise GatewayError(408, message, "invalid_request_error", "body_timeout") from None
-    except ClientDisconnect:
-        raise GatewayError(499, "the client is gone", code="client_gone") from None
 
 
 async def _read(request: Request, most: int) -> bytes:

@@ -130,6 +130,7 @@ class Limits:
         concurrency: requests under way.
         per_key: of them with the same key.
         body_bytes: of a request.
+        upload_bytes: of one that is passed on and is no JSON, such as a file.
         messages: of a request.
         choices: answers to one request (`n`).
         answer_bytes: of an upstream's answer, decompressed.
@@ -141,6 +142,7 @@ class Limits:
     concurrency: int = 1000
     per_key: int = 500
     body_bytes: int = 32 << 20
+    upload_bytes: int = 512 << 20
     messages: int = 2000
     choices: int = 16
     answer_bytes: int = 16 << 20

@@ -2,7 +2,7 @@
 
 import random
 import zlib
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,10 @@ _REPEATED = (502, 503, 504)
 _FIRST_WAIT = 0.25  # seconds, doubled from attempt to attempt
 _QUOTED_BYTES = 64 << 10  # of the body of an error
 _DONE = "[DONE]"
+_CONTENT = (
+    *("content-type", "content-encoding", "content-length", "content-disposition", "content-range", "content-language"),
+    *("accept-ranges", "etag", "last-modified"),
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,16 @@ class Streamed:
     headers: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Passed:
+    """A reply that is passed on: its status, its headers as the client gets them, its bytes, and how to end it."""
+
+    status: int
+    headers: dict[str, str]
+    parts: AsyncIterator[bytes]
+    aclose: Callable[[], Awaitable[None]]
+
+
 class Upstream:
     """A server that answers. Used in one event loop.
 
@@ -106,6 +120,56 @@ class Upstream:
     async def close(self) -> None:
         """Close all connections."""
         await self._connections.aclose()
+
+    async def send(
+        self, method: str, path: str, headers: Mapping[str, str], content: bytes | AsyncIterator[bytes]
+    ) -> Passed:
+        """Return the reply to a request that is passed on as it is, whatever its status.
+
+        It is sent once, and counts for no circuit: what comes of it says nothing of answers to chats.
+
+        Args:
+            method: of HTTP.
+            path: behind the upstream's address, with its query.
+            headers: that the upstream gets besides its key.
+            content: the body, at once or in pieces.
+
+        Raises:
+            GatewayError: no reply came, or one that is about the gateway's own key or leads elsewhere.
+        """
+        limits = httpx.Timeout(self._timeouts.total, connect=self._timeouts.connect)
+        own = [(name.encode(), value.encode()) for name, value in self._own.items() if name != "content-type"]
+        request = httpx.Request(
+            method,
+            f"{self._url}/{path}",
+            content=content,
+            headers=[*((name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()), *own],
+            extensions={"timeout": limits.as_dict()},
+        )
+        try:
+            response = await self._connections.handle_async_request(request)
+        except (httpx.ReadTimeout, httpx.WriteTimeout):
+            raise bad_upstream("the upstream did not begin to answer in time", "upstream_timeout", 504) from None
+        except httpx.LocalProtocolError:
+            message = "the request has a header that HTTP does not allow, or a body of another length than it says"
+            raise refused(message, code="invalid_request") from None
+        except httpx.HTTPError:
+            raise bad_upstream("the upstream cannot be reached", "upstream_unreachable") from None
+        response.headers.encoding = "latin-1"  # as ASGI wants them back
+        status, back = response.status_code, self._headers.returned(response.headers, self._key)
+        back |= {name: response.headers[name] for name in _CONTENT if name in response.headers}
+        if status < 400 and (status < 300 or status == 304):
+            return Passed(status, back, response.aiter_raw(), response.aclose)
+        body = await self._beginning(response)
+        if status < 400 or status in (401, 403, 407):
+            raise failure(status, back, body, self._key)
+
+        async def scrubbed_body() -> AsyncIterator[bytes]:
+            yield body.replace(self._key.encode(), b"***") if self._key else body
+
+        for name in ("content-length", "content-encoding"):
+            back.pop(name, None)
+        return Passed(status, back, scrubbed_body(), response.aclose)
 
     async def models(self) -> list[dict[str, Any]]:
         """Return its models as it lists them; raises GatewayError. What comes of it says nothing of its answers."""
