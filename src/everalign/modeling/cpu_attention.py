@@ -5,10 +5,10 @@ tokens its start, its length, and the start and length of the prefix that all of
 attention is causal, so that a prompt with its first answer is a run, and each further answer, right after the one
 before, a run that sees the prompt. Positions in no run are padding, whose attention is zero.
 
-The forward pass is the library's, run by run. Its backward pass works in blocks so small that the processor's matrix
-units idle (bf16: 21 ns a score for 180 tokens). Here each gradient is a batched product, the probabilities being
-computed again from the row's log Σ exp; what is subtracted from a row of scores, or of their slopes, is a further
-column of the product. Registered with transformers under a name of its own.
+The forward pass is the library's, run by run, and so is the backward pass in fp32. In bf16 the library's works in
+blocks so small that the processor's matrix units idle (21 ns a score for 180 tokens). Here each gradient is a batched
+product, the probabilities being computed again from the row's log Σ exp; what is subtracted from a row of scores, or of
+their slopes, is a further column of the product. Registered with transformers under a name of its own.
 """
 
 from typing import Any
@@ -116,14 +116,11 @@ class _Attention(torch.autograd.Function):
         """Attend with query (T, H, D), key and value (T, H', D) over runs: (T, H, D)."""
         output = query.new_zeros(query.shape)
         log_sums = query.new_zeros(query.shape[:2], dtype=torch.float32)
-        for start, length, behind, size in runs:
-            own, mask = slice(start, start + length), None
-            k, v = key[own], value[own]
-            if size:
-                k, v = (torch.cat([t[behind : behind + size], t[own]]) for t in (key, value))
-                mask = k.new_full((length, len(k)), float("-inf")).triu_(size + 1)
+        for run in runs:
+            own = slice(run[0], run[0] + run[1])
+            k, v, mask = _seen_by(run, key, value)
             found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *(t.transpose(0, 1)[None] for t in (query[own], k, v)), 0.0, mask is None, attn_mask=mask, scale=scale
+                *_by_head(query[own], k, v), 0.0, mask is None, attn_mask=mask, scale=scale
             )
             output[own], log_sums[own] = found[0].transpose(0, 1), sums[0].transpose(0, 1)
         ctx.save_for_backward(query, key, value, output, log_sums)
@@ -132,6 +129,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.saved_tensors[0].dtype.itemsize > 2:
+            return *_library_gradients(gradient, *ctx.saved_tensors, ctx.runs, ctx.scale), None, None
         query, key, value, output, log_sums = ctx.saved_tensors
         length, heads, _ = key.shape
         # Σ dp·p of a row is its gradient times its output (Dao et al. 2022, "FlashAttention", appendix B.2).
@@ -158,6 +157,50 @@ class _Attention(torch.autograd.Function):
                 dq[start:end] = own[:, :, : end - start].permute(2, 0, 1, 3).flatten(1, 2)
         dk, dv = (t[:, :length, :-2].transpose(0, 1) for t in (dk.mul_(ctx.scale), dv))
         return dq.mul_(ctx.scale), dk.to(key.dtype), dv.to(value.dtype), None, None
+
+
+def _by_head(*tensors: Tensor) -> list[Tensor]:
+    """View (T, H, D) as the library's (1, H, T, D)."""
+    return [tensor.transpose(0, 1)[None] for tensor in tensors]
+
+
+def _seen_by(run: list[int], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what a run sees of keys and values, its prefix first, and the mask where that is not causal alone."""
+    start, length, behind, size = run
+    own = slice(start, start + length)
+    if not size:
+        return key[own], value[own], None
+    k, v = (torch.cat([tensor[behind : behind + size], tensor[own]]) for tensor in (key, value))
+    return k, v, k.new_full((length, len(k)), float("-inf")).triu_(size + 1)
+
+
+def _library_gradients(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sums: Tensor,
+    runs: list[list[int]],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value, run by run, by the library's backward pass."""
+    dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for run in runs:
+        start, length, behind, size = run
+        own, prefix = slice(start, start + length), slice(behind, behind + size)
+        k, v, mask = _seen_by(run, key, value)
+        upstream, q, k, v, found = _by_head(gradient[own], query[own], k, v, output[own])
+        sums = log_sums[own].T[None]
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            upstream, q, k, v, found, sums, 0.0, mask is None, attn_mask=mask, scale=scale
+        )
+        of_query, *of_seen = (part[0].transpose(0, 1) for part in parts)
+        dq[own] = of_query
+        for total, part in zip((dk, dv), of_seen, strict=True):
+            total[prefix] += part[:size]
+            total[own] += part[size:]
+    return dq, dk, dv
 
 
 def _groups(runs: list[list[int]]) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
