@@ -130,7 +130,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.saved_tensors[0].dtype.itemsize > 2:
-            return *_library_gradients(gradient, *ctx.saved_tensors, ctx.runs, ctx.scale), None, None
+            return *_library_gradients(gradient, ctx.saved_tensors, ctx.runs, ctx.scale), None, None
         query, key, value, output, log_sums = ctx.saved_tensors
         length, heads, _ = key.shape
         # Σ dp·p of a row is its gradient times its output (Dao et al. 2022, "FlashAttention", appendix B.2).
@@ -175,16 +175,10 @@ def _seen_by(run: list[int], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 
 def _library_gradients(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sums: Tensor,
-    runs: list[list[int]],
-    scale: float,
+    gradient: Tensor, saved: tuple[Tensor, ...], runs: list[list[int]], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, run by run, by the library's backward pass."""
+    query, key, value, output, log_sums = saved
     dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for run in runs:
         start, length, behind, size = run
