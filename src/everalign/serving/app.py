@@ -30,6 +30,7 @@ from everalign.serving.passthrough import passthrough_routes
 from everalign.serving.routes_chat import chat_routes
 from everalign.serving.routes_feedback import feedback_routes
 from everalign.serving.routes_models import model_routes
+from everalign.serving.routes_responses import response_routes
 from everalign.serving.routes_status import status_routes
 from everalign.serving.sessions import Sessions
 from everalign.serving.settings import GatewaySettings
@@ -74,7 +75,7 @@ def create_app(
     # The pages of the documentation would be fetched from elsewhere.
     app = FastAPI(title="Everalign gateway", lifespan=lifespan, docs_url=None, redoc_url=None, **servers)
     app.state.gateway, app.state.ready = gateway, lambda: None
-    for routes in (chat_routes, model_routes, feedback_routes, status_routes):
+    for routes in (chat_routes, response_routes, model_routes, feedback_routes, status_routes):
         app.include_router(routes(gateway))
     access = settings.access
     keys = Keys(settings.keys, access.keys_file, access.no_auth, access.cors_origins)

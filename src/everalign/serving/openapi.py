@@ -77,6 +77,22 @@ CHAT: dict[str, Any] = {
     "additionalProperties": True,
     "description": "As OpenAI's; fields that are not named here are passed on as they are.",
 }
+RESPONSE_REQUEST: dict[str, Any] = {
+    "type": "object",
+    "required": ["model"],
+    "properties": {
+        "model": {"type": "string", "pattern": r"\S", "description": "Of /v1/models; MODEL:aligned is corrected."},
+        "input": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]},
+        "instructions": {"type": ["string", "null"]},
+        "stream": _FLAG,
+        "store": {**_FLAG, "description": "Whether the exchange may be kept for feedback."},
+        "background": _FLAG,
+        "text": {"type": ["object", "null"]},
+        "reasoning": {"type": ["object", "null"]},
+    },
+    "additionalProperties": True,
+    "description": "As OpenAI's; fields that are not named here are passed on as they are.",
+}
 MODE = {
     "name": "x-everalign-mode",
     "in": "header",
@@ -84,18 +100,18 @@ MODE = {
     "schema": {"type": "string", "enum": ["off", "shadow", "correct", "strict"]},
 }
 
-ANSWER: dict[str, Any] = {
-    "description": "The answer; or with `stream`, events with its chunks, at last `[DONE]`.",
-    "content": {
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["id", "choices"],
-                "properties": {"id": {"type": "string"}, "choices": {"type": "array", "items": {"type": "object"}}},
-            }
-        },
-        "text/event-stream": {
-            "schema": {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
-        },
-    },
-}
+
+def _answer(description: str, items: str) -> dict[str, Any]:
+    """An answer whole, with a list of `items`, and in events."""
+    whole = {
+        "type": "object",
+        "required": ["id", items],
+        "properties": {"id": {"type": "string"}, items: {"type": "array", "items": {"type": "object"}}},
+    }
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+    content = {"application/json": {"schema": whole}, "text/event-stream": {"schema": event}}
+    return {"description": description, "content": content}
+
+
+ANSWER = _answer("The answer; or with `stream`, events with its chunks, at last `[DONE]`.", "choices")
+RESPONSE = _answer("The answer; or with `stream`, events, at last one with the whole answer.", "output")

@@ -10,6 +10,7 @@ nothing unchecked leaves, makes of it stands beside it.
 | `audio` | it asks for audio | refused (400) |
 | `tools` | strict only: it offers tools, whose calls nobody could check | refused (400) |
 | `prefill` | its last message is the beginning of the answer | refused (400) |
+| `background` | a response that is asked for in the background, and given later | refused (400) |
 | `no_question` | it has no text that could be asked | refused (400) |
 | `tool_calls` | the answer calls tools | refused (422) |
 | `refusal` | the answer is a refusal in its own field | given as it is |
@@ -31,7 +32,7 @@ from everalign.serving.answers import Choice
 from everalign.serving.errors import refused
 from everalign.serving.settings import MODES, Mode
 
-_GRAMMARS = (
+GRAMMARS = (
     "guided_json",
     "guided_regex",
     "guided_choice",
@@ -70,18 +71,19 @@ def chosen_mode(asked: str | None, default: Mode, aligned: bool, has_corrector: 
 
 
 def request_rule(body: Mapping[str, Any]) -> str | None:
-    """Return why the answers to a request are not corrected, whatever they are; None where they may be."""
+    """Return why the answers to a request are not corrected, whatever they are; None where they may be.
+
+    Besides these, a request without a question (`question_of`) is `no_question`.
+    """
     form = body.get("response_format")
-    if (isinstance(form, Mapping) and form.get("type") != "text") or any(body.get(name) for name in _GRAMMARS):
+    if (isinstance(form, Mapping) and form.get("type") != "text") or any(body.get(name) for name in GRAMMARS):
         return "json"
     if body.get("logprobs") or body.get("top_logprobs"):
         return "logprobs"
     modalities = body.get("modalities")
     if body.get("audio") or (isinstance(modalities, list) and "audio" in modalities):
         return "audio"
-    if body["messages"][-1].get("role") == "assistant":
-        return "prefill"
-    return None if question_of(body["messages"]) else "no_question"
+    return "prefill" if body["messages"][-1].get("role") == "assistant" else None
 
 
 def offers_tools(body: Mapping[str, Any]) -> bool:

@@ -118,15 +118,32 @@ class Desk:
         model: str | None = None,
     ) -> ChatCall:
         """Return a request, of a `model` if the path names one; raises GatewayError that names the field."""
-        body, given = read_json(content), list(headers)
+        body = read_json(content)
         body = body if model is None else {**body, "model": model}
         _check(body, self.limits)
+        return self.read(body, headers, key_id, has_corrector, request_rule(body), offers_tools(body))
+
+    def read(
+        self,
+        body: dict[str, Any],
+        headers: Iterable[tuple[str, str]],
+        key_id: str,
+        has_corrector: bool,
+        rule: str | None,
+        tools: bool,
+    ) -> ChatCall:
+        """Return a request that is checked: its conversation, why it is not corrected, whether it offers tools."""
+        given = list(headers)
+        if len(body["messages"]) > self.limits.messages:
+            found = len(body["messages"])
+            raise refused(f"messages: at most {self.limits.messages}, found {found}", "messages", "too_many_messages")
         upstream, model, aligned = self.routed(body["model"], has_corrector)
         asked = next((value for name, value in given if name == "x-everalign-mode"), None)
         mode = chosen_mode(asked, self.mode, aligned, has_corrector)
-        rule = request_rule(body)
+        question = question_of(body["messages"])
+        rule = rule or (None if question else "no_question")
         if mode == "strict":
-            _check_strict(rule or ("tools" if offers_tools(body) else None))
+            _check_strict(rule or ("tools" if tools else None))
         body = {**body, "model": model}
         return ChatCall(
             id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -136,7 +153,7 @@ class Desk:
             mode=mode,
             headers=self.headers.forwarded(given),
             keep=self._keeps(body.get("store")),
-            question=None if rule or mode == "off" else question_of(body["messages"]),
+            question=None if rule or mode == "off" else question,
             rule=rule,
             repeated=repeats_itself(given),
         )
@@ -205,8 +222,6 @@ def _check(body: Mapping[str, Any], limits: Limits) -> None:
         raise refused("model: must be the name of a model", "model", "invalid_value")
     if not isinstance(messages, list) or not messages:
         raise refused("messages: must be a list of at least one message", "messages", "invalid_value")
-    if len(messages) > limits.messages:
-        raise refused(f"messages: at most {limits.messages}, found {len(messages)}", "messages", "too_many_messages")
     for i, message in enumerate(messages):
         _check_message(message, f"messages[{i}]")
     for name in _FLAGS:

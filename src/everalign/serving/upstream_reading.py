@@ -10,6 +10,9 @@ from everalign.serving.json_size import MOST_VALUES, aside, too_many_values
 from everalign.serving.sse import BrokenEvents, EventParser
 from everalign.serving.upstream_replies import told_failure
 
+RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed", "response.cancelled", "error")
+"""The events that may be the last one of a streamed response."""
+
 
 def inflated(inflater: Any, part: bytes, most: int) -> bytes:
     """Return at most so many bytes of what compressed ones hold."""
@@ -34,13 +37,16 @@ def event_of(data: str, key: str, quoted: bool) -> dict[str, Any]:
 
 def answer_of(content: dict[str, Any], key: str, quoted: bool) -> dict[str, Any]:
     """Return an answer's JSON; raises the upstream's own error where it is one, whatever the status says."""
-    if content.get("error"):
+    # A response that failed is an answer all the same: it says what it came to in its own fields.
+    if content.get("error") and content.get("object") != "response":
         raise told_failure(content, key, quoted)
     return content
 
 
 def follow(event: Mapping[str, Any], finished: dict[Any, bool]) -> None:
-    """Note which choices have ended."""
+    """Note which choices have ended, or whether a response has."""
+    if str(event.get("type")).startswith("response.") or event.get("type") == "error":
+        finished["response"] = finished.get("response", False) or event["type"] in RESPONSE_ENDS
     choices = event.get("choices")
     for choice in choices if isinstance(choices, list) else ():
         if not isinstance(choice, dict) or not isinstance(choice.get("index", 0), int):
