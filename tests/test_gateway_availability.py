@@ -16,6 +16,7 @@ from everalign.correction.templates import get_template
 from everalign.deadlines import Deadline, DeadlineOver
 from everalign.serving.correcting import CorrectionFailed, CorrectionService
 from everalign.serving.fair_queue import FairQueue
+from everalign.serving.settings import Timeouts
 from upstream_for_tests import HTTP, Fake, Script, UpstreamServer, serving
 
 QUESTION = [{"role": "user", "content": "?"}]
@@ -92,7 +93,8 @@ def test_refusals_open_no_circuit(status, upstream):
         assert gateway.gateway.circuits()["upstream:default"] == "closed"
 
 
-def test_a_request_counts_once_however_often_it_is_repeated(upstream):
+def test_a_request_counts_once_however_often_it_is_repeated(upstream, monkeypatch):
+    monkeypatch.setattr("everalign.serving.upstream._FIRST_WAIT", 0.01)
     upstream.answer = lambda _: Script(raw=b"", status=503)
     with serving(upstream, retries=3, breaker_failures=2, longest_wait=1) as gateway:
         assert post(gateway).status_code == 503
@@ -298,3 +300,141 @@ def test_an_error_inside_of_a_stream_keeps_what_it_carries(mode, upstream):
     said = reply.json() if reply.status_code != 200 else json.loads(reply.text.strip().split("\n\n")[-1][6:])
     assert said == KEPT
     assert "[DONE]" not in reply.text
+
+
+STREAMED = {"stream": True}
+
+
+def events_of(reply):
+    return [json.loads(event[6:]) for event in reply.text.strip().split("\n\n") if event.startswith("data: {")]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"logprobs": True},
+        {"response_format": {"type": "json_object"}},
+        {"messages": [*QUESTION, {"role": "assistant", "content": "I"}]},
+    ],
+)
+def test_a_stream_that_stays_as_it_is_is_passed_on_from_its_first_byte(asked, upstream):
+    upstream.answer = lambda _: Script("abcdef", drip=0.2)
+    body = {"model": "small", "messages": QUESTION, **STREAMED, **asked}
+    with serving(upstream, corrector=Fake()) as gateway:
+        started = time.monotonic()
+        with httpx.stream("POST", f"{gateway.url}/chat/completions", json=body) as reply:
+            assert reply.headers["x-everalign-correction"].startswith("skipped; reason=")
+            lines = reply.iter_lines()
+            next(line for line in lines if line.startswith("data:"))
+            assert time.monotonic() - started < 0.6
+            last = [line for line in lines if "everalign" in line]
+        assert len(last) == 1
+        assert json.loads(last[0][6:])["everalign"]["correction"] == "skipped"
+
+
+@pytest.mark.parametrize("remotely", [False, True])
+def test_a_streamed_correction_says_what_it_is_before_it_comes_and_comes_in_pieces(remotely, upstream):
+    upstream.answer = lambda _: Script("It is five.")
+    text = "It is four, since two and two are four, as everybody can count on their fingers."
+    with ChatServer(lambda _: corrected(text)) as server:
+        corrector = remote(server) if remotely else Fake(lambda _: text)
+        with serving(upstream, corrector=corrector) as gateway:
+            reply = post(gateway, **STREAMED)
+    assert reply.headers["x-everalign-correction"] == "applied"
+    pieces = [event["choices"][0]["delta"].get("content") for event in events_of(reply)]
+    assert "".join(piece for piece in pieces if piece) == text
+    assert len([piece for piece in pieces if piece]) > 3
+
+
+def test_silence_before_the_first_event_is_like_silence_before_a_whole_answer(upstream):
+    quick = Timeouts(total=0.6)
+    with serving(upstream, timeouts=quick, breaker_failures=100) as gateway:
+        for delay, status in ((0.3, 200), (2, 504)):
+            upstream.answer = lambda _, delay=delay: Script(delay=delay)
+            assert [post(gateway, stream=stream).status_code for stream in (False, True)] == [status, status]
+        upstream.answer = lambda _: Script("ab", drip=0.12)  # no limit between two events but that of all
+        assert "[DONE]" in post(gateway, **STREAMED).text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("finish", "reason"),
+    [("error", "finish_reason"), (None, "finish_reason"), ("max_tokens", "length"), ("weird", "finish_reason")],
+)
+def test_what_did_not_end_well_is_not_corrected_and_not_said_to_have_stopped(finish, reason, stream, upstream):
+    upstream.answer = lambda _: Script("It is", finish=finish)
+    with serving(upstream, corrector=Fake()) as gateway:
+        reply = post(gateway, stream=stream)
+        assert reply.headers["x-everalign-correction"] == f"skipped; reason={reason}"
+        found = events_of(reply)[-1] if stream else reply.json()
+        assert found["choices"][0]["finish_reason"] == finish
+        assert "fake" not in reply.text
+        strict = post(gateway, stream=stream, headers=[("x-everalign-mode", "strict")])
+        assert (strict.status_code, strict.json()["error"]["code"]) == (422, f"uncorrected_{reason}")
+
+
+class SlowStore:
+    """A store that hangs while it is told to."""
+
+    def __init__(self):
+        self.hangs, self.kept = threading.Event(), []
+
+    def add_exchange(self, exchange):
+        self._hang()
+        self.kept.append(exchange.id)
+
+    def add_feedback(self, feedback):
+        self._hang()
+        return True
+
+    def exchange(self, id, key_id=None):
+        self._hang()
+
+    def stats(self):
+        self._hang()
+
+    def close(self):
+        self._hang()
+
+    def _hang(self):
+        until = time.monotonic() + 5
+        while self.hangs.is_set() and time.monotonic() < until:
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("mode", ["off", "correct"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_store_that_hangs_hangs_no_answer_and_it_is_said(stream, mode, upstream):
+    upstream.answer = lambda _: Script("It is 4.")
+    store = SlowStore()
+    given = {"store": True, "stream": stream, "headers": [("x-everalign-mode", mode)]}
+
+    def stored(reply):
+        assert reply.status_code == 200
+        assert not stream or reply.text.endswith("data: [DONE]\n\n")
+        told = reply.headers.get("x-everalign-stored")
+        if stream:
+            (told_at_last,) = [event["everalign"]["stored"] for event in events_of(reply) if "everalign" in event]
+            assert told in (None, str(told_at_last).lower())
+            return told_at_last
+        return told == "true"
+
+    with serving(upstream, corrector=Fake(), store=store, timeouts=Timeouts(store=0.2)) as gateway:
+        assert stored(post(gateway, **given))
+        store.hangs.set()
+        started = time.monotonic()
+        assert [stored(post(gateway, **given)) for _ in range(8)] == [False] * 8
+        assert time.monotonic() - started < 1.5  # it is left alone after three
+        feedback = HTTP.post(f"{gateway.url}/feedback", json={"id": "x", "rating": 1})
+        assert (feedback.status_code, feedback.json()["error"]["code"]) == (503, "store_failed")
+        assert HTTP.get(f"{gateway.url[:-3]}/dashboard").status_code == 200
+        store.hangs.clear()
+        time.sleep(0.3)
+        assert stored(post(gateway, **given))
+
+
+def test_without_a_store_a_client_that_asks_for_it_is_told(upstream):
+    upstream.answer = lambda _: Script("It is 4.")
+    with serving(upstream) as gateway:
+        assert post(gateway, store=True).headers["x-everalign-stored"] == "false"
+        assert "x-everalign-stored" not in post(gateway).headers

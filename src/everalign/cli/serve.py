@@ -137,7 +137,7 @@ def serve(
         raise InputError(f"--mode {settings.mode}: needs a corrector; name one with --corrector")
     # The port comes first: a corrector takes long to load, and a port in use is found out at once.
     with bound_socket(host, port) as listening:
-        kept = _open_store(store, redact, retention_days)
+        kept = _open_store(store, redact, retention_days, settings.timeouts.store)
         local = {"device": device, "precision": precision}
         corrections, followed = _corrections(corrector, template, gate, make_approval(approve, margin), local, settings)
         from everalign.serving.app import create_app
@@ -177,7 +177,7 @@ def _settings(
     return GatewaySettings(timeouts=timeouts, limits=limits, **given)
 
 
-def _open_store(url: str | None, redact: str | None, retention_days: int | None) -> "Store | None":
+def _open_store(url: str | None, redact: str | None, retention_days: int | None, wait: float) -> "Store | None":
     if url is None:
         return None
     from everalign.serving.store.redaction import KINDS, Redaction
@@ -185,7 +185,7 @@ def _open_store(url: str | None, redact: str | None, retention_days: int | None)
 
     kinds = KINDS if redact == "all" else tuple(kind.strip() for kind in (redact or "").split(","))
     redaction = None if redact is None else Redaction(kinds)
-    opened: Store = FeedbackStore.open(url, retention_days=retention_days, redaction=redaction)
+    opened: Store = FeedbackStore.open(url, retention_days=retention_days, redaction=redaction, wait=wait)
     return opened
 
 

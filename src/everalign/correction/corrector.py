@@ -252,7 +252,8 @@ class Corrector:
             ended = self._ended(pair, found, options) if isinstance(found, Written) else None
             text = ended.text if ended else str(found)
             if guarded and ended is None:
-                text = _common_beginning(text, answer, len(given))
+                # What is behind may yet be refused, and then the answer is what is returned.
+                text = text[: _same_until(text, answer, len(given))] if text.startswith(given) else given
             if ended is not None and not text.startswith(given):
                 raise EveralignError("the tokenizer changes text that was yielded already; use `correct` instead")
             if len(text) > len(given) and text.startswith(given):
@@ -301,10 +302,8 @@ def _checked(pair: Pair, where: str) -> Pair:
     return asked, answer
 
 
-def _common_beginning(first: str, second: str, known: int) -> str:
-    """Return what two texts begin with alike, of which the first `known` characters are known already."""
-    if not first.startswith(second[:known]):
-        known = 0
-    while known < min(len(first), len(second)) and first[known] == second[known]:
-        known += 1
-    return first[:known]
+def _same_until(first: str, second: str, start: int) -> int:
+    """Where two texts begin to differ, which are the same up to a place."""
+    pairs = zip(first[start:], second[start:], strict=False)
+    least = min(len(first), len(second))
+    return next((start + i for i, (one, other) in enumerate(pairs) if one != other), least)

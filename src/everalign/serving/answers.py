@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-FINISH_REASONS = ("stop", "length", "content_filter", "tool_calls", "function_call")
+WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
+"""Reasons with which an answer has ended by itself: OpenAI's, and what other servers call it."""
+
+CUT = ("length", "max_tokens", "MAX_TOKENS", "model_length")
+"""Reasons with which it was cut at a limit of tokens."""
+
+_KNOWN = (*WHOLE, *CUT, "content_filter", "tool_calls", "function_call")
 _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 _TOP = ("created", "model", "system_fingerprint", "service_tier")
 
@@ -131,9 +137,9 @@ def with_effort(usage: Mapping[str, Any] | None, effort: Effort | None) -> dict[
     return {**(usage or {}), "corrector": own}
 
 
-def finish_reason(choice: Choice) -> str:
-    """Why an answer ended, in a word that is known."""
-    return choice.finish_reason if choice.finish_reason in FINISH_REASONS else "stop"
+def finish_reason(choice: Choice) -> str | None:
+    """Why an answer ended, in a word that is known; never that it ended well where nobody said so."""
+    return choice.finish_reason if choice.finish_reason in _KNOWN else None
 
 
 def rewritten(choice: Choice, text: str | None) -> dict[str, Any]:

@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 # With these the corrector, or who approves of corrections, has found that the answer may stay as it is.
 _VERDICTS = (None, "gate", "not_better")
 
+_MOMENT = 0.1  # seconds
 _GRACE = 2.0  # seconds in which a thread that is told to end may do so
 _MOST_STUCK = 8  # threads that did not end, and in whose place others work
 
@@ -204,17 +205,34 @@ class CorrectionService:
     async def follow(
         self, question: "Question", answer: str, key: str = ""
     ) -> AsyncGenerator["str | Correction", None]:
-        """Yield a correction in pieces, as far as they come, and at last all of it; raises CorrectionFailed."""
+        """Yield a correction in pieces, as far as they come, and at last all of it; raises CorrectionFailed.
+
+        Where all of it is there a moment after the first piece, there are no pieces: the verdict is known at once.
+        """
         job = self._submit(question, answer, key, True)
         with self._attended(job):
+            event: str | Correction | None = await self._event(job)
+            held, until = "", time.monotonic() + _MOMENT
+            while isinstance(event, str):
+                held += event
+                event = await self._event(job, until)
+            if isinstance(event, Correction):
+                yield event
+                return
+            yield held
             while not isinstance(event := await self._event(job), Correction):
+                assert event is not None  # without another time limit
                 yield event
             yield event
 
-    async def _event(self, job: _Job) -> "str | Correction":
+    async def _event(self, job: _Job, until: float | None = None) -> "str | Correction | None":
+        """Return what comes next; None where nothing has come until then."""
+        least = job.until if until is None else min(until, job.until)
         try:
-            event = await asyncio.wait_for(job.events.get(), job.until - time.monotonic())
+            event = await asyncio.wait_for(job.events.get(), max(0.0, least - time.monotonic()))
         except asyncio.TimeoutError:
+            if until is not None and time.monotonic() < job.until:
+                return None
             if job.batch is None:
                 job.permit.abandoned()  # it waited for others all the time
             else:

@@ -1,7 +1,7 @@
 """One request from its question to its whole answer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from everalign.serving.answers import Choice, Gathering, counts_of, rewritten, with_effort
@@ -24,18 +24,24 @@ def passed_on(call: ChatCall, headers: Mapping[str, str]) -> dict[str, str]:
 
 def origin(call: ChatCall, found: Summary) -> dict[str, str]:
     """Return the headers that say what became of an answer."""
-    return provenance(call.id, call.mode, found.outcome, found.reason, found.version, found.template)
+    return provenance(call.id, call.mode, found.outcome, found.reason, found.version, found.template, found.stored)
 
 
 def report(call: ChatCall, found: Summary) -> dict[str, Any]:
     """Return the same for an answer's own JSON."""
-    return {
+    about = {
         "mode": call.mode,
         "correction": found.outcome,
         "reason": found.reason,
         "corrector": found.version,
         "template": found.template,
     }
+    return about if found.stored is None else {**about, "stored": found.stored}
+
+
+def said_stored(call: ChatCall, found: Summary, kept: bool) -> Summary:
+    """Return it with whether the exchange is kept, where somebody asked for that."""
+    return replace(found, stored=kept) if call.wants_storing else found
 
 
 def returned_text(choice: Choice, verdict: Verdict) -> str:
@@ -99,13 +105,15 @@ async def whole_answer(call: ChatCall, judge: Judge, recorder: Recorder) -> Answ
                 verdicts = await judge.judge(call, choices)
             found = summary(verdicts)
             usage = told_usage(call, gathering.usage, found)
-            body = _corrected(call, answered.body, choices, verdicts)
-            body |= {"usage": usage, "everalign": report(call, found)}
+            body = {**_corrected(call, answered.body, choices, verdicts), "usage": usage}
             returned = returned_text(choices[0], verdicts[0])
         else:
             found, usage, returned = Summary("skipped", call.mode), gathering.usage, choices[0].text
             body = {**answered.body, "id": call.id}
         kept = await recorder.keep(call, choices, returned, found, usage)
+        found = said_stored(call, found, kept)
+        if call.corrects:
+            body["everalign"] = report(call, found)
         if call.mode == "shadow":
             recorder.shadow(call, choices)
         record.end(found)

@@ -70,7 +70,7 @@ class Gateway:
     def make(cls, settings: GatewaySettings, store: Store | None, corrections: CorrectionService) -> "Gateway":
         """Put a gateway together; the arguments are those of `create_app`."""
         limits, metrics = settings.limits, Metrics()
-        keeper = Keeper(store, metrics.unkept.inc) if store is not None else None
+        keeper = Keeper(store, metrics.unkept.inc, settings.timeouts.store) if store is not None else None
         upstreams = {
             one.name: Upstream(
                 one,
@@ -101,6 +101,8 @@ class Gateway:
         )
         metrics.watch("in_flight", "Requests under way.", lambda: limiter.in_flight)
         metrics.watch("correction_queue", "Answers that wait for the corrector.", lambda: corrections.depth)
+        if keeper is not None:
+            metrics.watch("store_queue", "Writes that wait for the store.", lambda: keeper.waiting)
         metrics.watch_circuits(made.circuits)
         return made
 

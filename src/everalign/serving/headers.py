@@ -82,7 +82,13 @@ USUAL = HeaderRules()
 
 
 def provenance(
-    id: str, mode: str, outcome: str, reason: str | None, corrector: str | None, template: str | None
+    id: str,
+    mode: str,
+    outcome: str,
+    reason: str | None,
+    corrector: str | None,
+    template: str | None,
+    stored: bool | None = None,
 ) -> dict[str, str]:
     """Return the headers that say what became of an answer.
 
@@ -93,6 +99,7 @@ def provenance(
         reason: why, where there is one.
         corrector: version of the corrector that was asked, if any.
         template: id of its template.
+        stored: whether the exchange is kept; None where nobody asked for that, or where it is not known yet.
     """
     found = {
         "x-everalign-id": id,
@@ -103,4 +110,6 @@ def provenance(
         found["x-everalign-corrector"] = re.sub(r"[^\x20-\x7e]", "?", corrector)
     if template is not None:
         found["x-everalign-template"] = template
+    if stored is not None:
+        found["x-everalign-stored"] = str(stored).lower()
     return found

@@ -37,13 +37,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of all answers to a request: `applied` where one was, else `skipped` where one was."""
+    """What became of all answers to a request: `applied` where one was, else `skipped` where one was.
+
+    `stored` is whether the exchange is kept, None where nobody asked for that.
+    """
 
     outcome: str
     reason: str | None
     version: str | None = None
     template: str | None = None
     effort: Effort | None = None
+    stored: bool | None = None
 
 
 def summary(verdicts: Sequence[Verdict]) -> Summary:

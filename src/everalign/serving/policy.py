@@ -16,6 +16,7 @@ nothing unchecked leaves, makes of it stands beside it.
 | `refusal` | the answer is a refusal in its own field | given as it is |
 | `content` | its content is something else than text | refused (422) |
 | `empty` | there is no text in it | given, empty |
+| `finish_reason` | it ended in another way than by itself, such as `error`, or without one | refused (422) |
 | `length` | it was cut at the limit of tokens | refused (422) |
 | `content_filter` | the upstream's filter cut it | refused (422) |
 | `too_long` | it is longer than the corrector is given | refused (422) |
@@ -28,7 +29,7 @@ from typing import Any
 from everalign.data.fields import check_text
 from everalign.data.messages import Message, checked_prompt
 from everalign.errors import InputError
-from everalign.serving.answers import Choice
+from everalign.serving.answers import CUT, WHOLE, Choice
 from everalign.serving.errors import refused
 from everalign.serving.settings import MODES, Mode
 
@@ -105,9 +106,10 @@ def answer_rule(choice: Choice, longest: int) -> str | None:
         "logprobs": choice.logprobs,
         "content": choice.parts,
         "content_filter": choice.finish_reason == "content_filter" and bool(choice.text.strip()),
+        "finish_reason": choice.finish_reason not in (*WHOLE, *CUT, "content_filter"),
         "refusal": bool(choice.refusal) and not choice.text.strip(),
         "empty": not choice.text.strip(),
-        "length": choice.finish_reason == "length",
+        "length": choice.finish_reason in CUT,
         "too_long": len(choice.text) > longest,
         "unreadable": not _is_text(choice.text),
     }

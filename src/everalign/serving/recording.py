@@ -175,7 +175,8 @@ _CODES = {
     *(
         f"uncorrected_{reason}"
         for reason in (
-            *("tool_calls", "audio", "logprobs", "content", "content_filter", "length", "too_long", "unreadable"),
+            *("tool_calls", "audio", "logprobs", "content", "content_filter", "finish_reason", "length", "too_long"),
+            *("unreadable",),
             *("corrector_error", "corrector_timeout", "corrector_down", "queue_full", "no_corrector"),
             *("unfinished", "empty", "echo", "growth", "code", "url"),
         )

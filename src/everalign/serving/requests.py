@@ -66,6 +66,11 @@ class ChatCall:
         return isinstance(options, Mapping) and bool(options.get("include_usage"))
 
     @property
+    def wants_storing(self) -> bool:
+        """Whether somebody asked for the exchange to be kept: then it is said whether it is."""
+        return self.keep or self.body.get("store") is True
+
+    @property
     def corrects(self) -> bool:
         """Whether the answer waits for its correction."""
         return self.mode in ("correct", "strict")

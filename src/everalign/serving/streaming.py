@@ -1,9 +1,11 @@
 """One request from its question to its streamed answer.
 
-An answer that is corrected is first read whole, and not a byte of it leaves before it is judged. Then the correction is
-written: in pieces as the corrector finds them, if it is a single one; in strict mode only when all of it is there.
+What stays as it is, because of the mode or of what was asked for, is handed on from its first byte. An answer that is
+corrected is first read whole, and not a byte of it leaves before it is judged. Then the correction is written: in
+pieces as the corrector finds them, if it is a single one; in strict mode only when all of it is there.
 """
 
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any
@@ -12,12 +14,24 @@ from everalign.serving.answers import Choice, Gathering, chunk, finish_reason, h
 from everalign.serving.correcting import CorrectionFailed, CorrectionService
 from everalign.serving.delivery import Channel
 from everalign.serving.errors import UsageRefused, uncorrected
-from everalign.serving.exchanges import malformed, origin, passed_on, report, returned_text, strict_head, told_usage
+from everalign.serving.exchanges import (
+    malformed,
+    origin,
+    passed_on,
+    report,
+    returned_text,
+    said_stored,
+    strict_head,
+    told_usage,
+)
 from everalign.serving.judging import Judge, Summary, Verdict, summary
 from everalign.serving.recording import Record, Recorder
 from everalign.serving.requests import ChatCall
 from everalign.serving.sse import DONE, data_frame
 from everalign.serving.upstream import Streamed
+
+_PIECE = 16  # characters, at least
+_WORD = re.compile(r"\s+|\S{1,64}\s*")
 
 PENDING = Summary("pending", None)
 """What the headers say of a stream that began before its answer was judged; its last chunk says what became of it."""
@@ -38,31 +52,36 @@ class Streams:
     async def write(self, call: ChatCall, channel: Channel) -> None:
         """Write the whole answer to a channel; raises GatewayError where it fails or may not leave."""
         with self._recorder.counted(call) as record:
-            if call.corrects:
+            # In strict mode nothing leaves unseen: there a rule is found to hold when the answer is judged.
+            if call.mode == "strict" or (call.mode == "correct" and call.rule is None):
                 await self._corrected(call, channel, record)
             else:
                 await self._relayed(call, channel, record)
 
     async def _relayed(self, call: ChatCall, channel: Channel, record: Record) -> None:
         """Hand on an answer while it comes."""
-        found, gathering = Summary("skipped", call.mode), Gathering()
+        found, gathering = Summary("skipped", call.rule if call.corrects else call.mode), Gathering()
         asked = call.keep and self._recorder.keeps
         remembers = asked or call.mode == "shadow"
+        relay = _Relay(call, drops_usage=asked and not call.wants_usage)
         with record.in_upstream():
             async with _opened(call, asked) as streamed:
                 channel.open({**streamed.headers, **origin(call, found)})
                 async for events in streamed.events:
                     if remembers and not all(gathering.add(event) for event in events):
                         raise malformed()
-                    kept = [event if call.wants_usage or not asked else without_usage(event) for event in events]
-                    await channel.send(b"".join(data_frame({**event, "id": call.id}) for event in kept if event))
+                    if frames := relay.passed(events):
+                        await channel.send(_frames(frames))
         if remembers:
             choices = gathering.choices()
-            await self._recorder.keep(call, choices, choices[0].text if choices else "", found, gathering.usage)
+            kept = await self._recorder.keep(call, choices, choices[0].text if choices else "", found, gathering.usage)
             if call.mode == "shadow":
                 self._recorder.shadow(call, choices)
+        else:
+            kept = False
+        found = said_stored(call, found, kept)
         record.end(found)
-        await channel.send(DONE)
+        await channel.send(_frames(relay.rest(found)) + DONE)
 
     async def _corrected(self, call: ChatCall, channel: Channel, record: Record) -> None:
         """Read an answer whole, and write what becomes of it."""
@@ -79,7 +98,8 @@ class Streams:
             verdicts = [await self._live(call, writer)] if live else await self._judge.judge(call, choices)
         about = summary(verdicts)
         usage = told_usage(call, gathering.usage, about)
-        await self._recorder.keep(call, choices, returned_text(choices[0], verdicts[0]), about, usage)
+        kept = await self._recorder.keep(call, choices, returned_text(choices[0], verdicts[0]), about, usage)
+        about = said_stored(call, about, kept)
         record.end(about)
         await writer.finish(verdicts, about, usage)
 
@@ -100,6 +120,49 @@ class Streams:
                 raise uncorrected(failed.reason, 503, again=True) from None
             return verdict
         raise malformed()
+
+
+class _Relay:
+    """Events of an answer that stays as it is.
+
+    The last ones are held back where they say whether the answer is stored, which is known when all of it is there.
+    """
+
+    def __init__(self, call: ChatCall, drops_usage: bool) -> None:
+        self._call, self._drops_usage = call, drops_usage
+        self._holds = call.wants_storing
+        self._tells = call.corrects or call.wants_storing
+        choices = call.body.get("n")
+        self._running = choices if isinstance(choices, int) else 1
+        self._held: list[dict[str, Any]] = []
+
+    def passed(self, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return what may leave now."""
+        found = []
+        for event in events:
+            kept = without_usage(event) if self._drops_usage else event
+            if kept is None:
+                continue
+            self._running -= sum(choice.get("finish_reason") is not None for choice in event.get("choices") or ())
+            if self._tells and (self._held or self._running <= 0):
+                self._held.append({**kept, "id": self._call.id})
+            else:
+                found.append({**kept, "id": self._call.id})
+        if self._held and not self._holds:
+            return found + self._told(Summary("skipped", self._call.rule))
+        return found
+
+    def rest(self, about: Summary) -> list[dict[str, Any]]:
+        """Return what was held back, with what became of the answer."""
+        if not self._held and self._holds:  # no choice has said that it ended
+            common = strict_head(self._call, {})
+            self._held = [{**common, "object": "chat.completion.chunk", "choices": []}]
+        return self._told(about) if self._held else []
+
+    def _told(self, about: Summary) -> list[dict[str, Any]]:
+        first, *others = self._held
+        self._held, self._tells = [], False
+        return [{**first, "everalign": report(self._call, about)}, *others]
 
 
 class _Writer:
@@ -124,7 +187,7 @@ class _Writer:
             self._channel.open({**self._headers, **origin(self._call, PENDING)})
             await self._send([self._begun(self.choices[0])])
         self.given += text
-        await self._send([chunk(self._head, self.choices[0].index, {"content": text})])
+        await self._send(self._chunks(self.choices[0], text))
 
     async def finish(self, verdicts: Sequence[Verdict], found: Summary, usage: dict[str, Any] | None) -> None:
         """Write the rest, and the end."""
@@ -138,8 +201,7 @@ class _Writer:
 
     def _rest(self, verdict: Verdict) -> list[dict[str, Any]]:
         choice = self.choices[0]
-        text = returned_text(choice, verdict)[len(self.given) :]
-        more = [chunk(self._head, choice.index, {"content": text})] if text else []
+        more = self._chunks(choice, returned_text(choice, verdict)[len(self.given) :])
         return [*more, chunk(self._head, choice.index, {}, finish_reason(choice))]
 
     def _all(self, verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
@@ -149,9 +211,11 @@ class _Writer:
         frames = list(self._replayed(as_they_are)) if as_they_are else []
         for choice, verdict in pairs:
             if choice.index not in as_they_are:
-                delta = {"refusal": choice.refusal} if verdict.text is None else {"content": verdict.text}
                 frames.append(self._begun(choice))
-                frames.append(chunk(self._head, choice.index, delta))
+                if verdict.text is None:
+                    frames.append(chunk(self._head, choice.index, {"refusal": choice.refusal}))
+                else:
+                    frames += self._chunks(choice, verdict.text)
                 frames.append(chunk(self._head, choice.index, {}, finish_reason(choice)))
         return frames
 
@@ -165,11 +229,24 @@ class _Writer:
                 found.append({**plain, "id": self._call.id, "choices": choices})
         return found
 
+    def _chunks(self, choice: Choice, text: str) -> list[dict[str, Any]]:
+        """Return a text in pieces of a few words, which clients show one after the other."""
+        found, begun = [], 0
+        for word in _WORD.finditer(text):
+            if word.end() - begun >= _PIECE or word.end() == len(text):
+                found.append(chunk(self._head, choice.index, {"content": text[begun : word.end()]}))
+                begun = word.end()
+        return found
+
     def _begun(self, choice: Choice) -> dict[str, Any]:
         return chunk(self._head, choice.index, {"role": "assistant", "content": ""})
 
     async def _send(self, frames: Sequence[Mapping[str, Any]]) -> None:
-        await self._channel.send(b"".join(data_frame(frame) for frame in frames))
+        await self._channel.send(_frames(frames))
+
+
+def _frames(events: Sequence[Mapping[str, Any]]) -> bytes:
+    return b"".join(data_frame(event) for event in events)
 
 
 @asynccontextmanager

@@ -24,10 +24,14 @@ _READING = "everalign_reading"
 _POOL = 10
 
 
-def open_database(address: str) -> tuple[Engine, str]:
+def open_database(address: str, wait: float | None = None) -> tuple[Engine, str]:
     """Open the database of an address, made or migrated where needed.
 
     Two processes may open the same one at once: one of them migrates, the other waits.
+
+    Args:
+        address: of `FeedbackStore.open`.
+        wait: seconds for a lock that another process holds, and for a connection; a minute when None.
 
     Returns:
         The engine, and the database's name for messages.
@@ -38,7 +42,7 @@ def open_database(address: str) -> tuple[Engine, str]:
     """
     url = checked_address(address)
     name = shown(url)
-    engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
+    engine = (_sqlite if url.get_backend_name() == "sqlite" else _postgresql)(url, wait or _WAIT)
     try:
         with told(name, "opening"), _one_at_a_time(engine, url) as connection:
             _migrate(connection, name)
@@ -53,17 +57,24 @@ def reading(engine: Engine) -> Engine:
     return engine.execution_options(**{_READING: True})
 
 
-def _postgresql(url: URL) -> Engine:
+def _postgresql(url: URL, wait: float = _WAIT) -> Engine:
     try:
         import psycopg  # noqa: F401
     except ModuleNotFoundError as error:
         raise not_installed("a store in PostgreSQL", "psycopg", "serve,postgres") from error
-    return create_engine(url, pool_pre_ping=True, hide_parameters=True, pool_size=_POOL)
+    # A machine that is gone is found out by who waits for it, and not by the kernel in a quarter of an hour.
+    alive = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
+    limits = {"connect_timeout": max(2, round(wait)), **alive}
+    return create_engine(
+        url, pool_pre_ping=True, hide_parameters=True, pool_size=_POOL, pool_timeout=wait, connect_args=limits
+    )
 
 
-def _sqlite(url: URL) -> Engine:
+def _sqlite(url: URL, wait: float = _WAIT) -> Engine:
     _make_file(Path(str(url.database)))
-    engine = create_engine(url, hide_parameters=True, pool_size=_POOL, connect_args={"timeout": _WAIT})
+    engine = create_engine(
+        url, hide_parameters=True, pool_size=_POOL, connect_args={"timeout": wait}, pool_timeout=wait
+    )
 
     @event.listens_for(engine, "connect")
     def _connected(connection: sqlite3.Connection, _: Any) -> None:

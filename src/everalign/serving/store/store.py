@@ -48,17 +48,30 @@ class FeedbackStore:
         name: what messages call it.
         retention_days: as in `open`.
         redaction: as in `open`.
+        wait: as in `open`.
     """
 
-    def __init__(self, engine: Engine, name: str, retention_days: int | None, redaction: Redaction | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        retention_days: int | None,
+        redaction: Redaction | None,
+        wait: float | None = None,
+    ) -> None:
         self.name = name
         self._engine, self._reading = engine, reading(engine)
         self._retention_days, self._redaction = retention_days, redaction
-        self._writer = Writer(engine, name, daily=self._purge)
+        self._writer = Writer(engine, name, daily=self._purge, wait=wait)
 
     @classmethod
     def open(
-        cls, url: str, *, retention_days: int | None = None, redaction: Redaction | None = None
+        cls,
+        url: str,
+        *,
+        retention_days: int | None = None,
+        redaction: Redaction | None = None,
+        wait: float | None = None,
     ) -> "FeedbackStore":
         """Open a store, made where there is none, and remove what is too old, now and once a day.
 
@@ -66,6 +79,8 @@ class FeedbackStore:
             url: `sqlite:///path` or `postgresql://user:password@host/database`.
             retention_days: exchanges are removed, with their feedback, when they are older; None keeps them.
             redaction: what is taken out of texts before they are written; None writes them as they are.
+            wait: seconds for one write; what cannot be written by then fails, and is not written later unless that has
+                begun. None waits a minute for a database that is locked, and for ever for one that does not answer.
 
         Raises:
             InputError: the address or the number of days is none, the file is damaged or of something else, or the
@@ -74,7 +89,7 @@ class FeedbackStore:
         """
         if retention_days is not None and retention_days < 1:
             raise InputError(f"retention: must be at least 1 day, found {retention_days}; leave it out to keep all")
-        store = cls(*open_database(url), retention_days, redaction)
+        store = cls(*open_database(url, wait), retention_days, redaction, wait)
         store.purge()
         return store
 

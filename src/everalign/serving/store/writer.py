@@ -5,7 +5,7 @@ import queue
 import sqlite3
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, TypeVar
@@ -41,10 +41,13 @@ class Writer:
         engine: whose connections begin transactions that may write.
         name: the store, for messages.
         daily: called in the writing thread once a day, in transactions of its own; None for nothing.
+        wait: seconds for a write, waiting included; None for any time.
     """
 
-    def __init__(self, engine: Engine, name: str, daily: Callable[[], object] | None = None) -> None:
-        self._engine, self._name, self._daily = engine, name, daily
+    def __init__(
+        self, engine: Engine, name: str, daily: Callable[[], object] | None = None, wait: float | None = None
+    ) -> None:
+        self._engine, self._name, self._daily, self._wait = engine, name, daily, wait
         self._waiting: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
@@ -60,13 +63,16 @@ class Writer:
             work: is given the connection; where it raises, only what it did itself is undone.
 
         Raises:
-            EveralignError: it could not be written; what else waited is not affected.
+            EveralignError: it could not be written, or not in time; what else waited is not affected.
         """
         write = _Write(order, work)
         with self._closing:
             if self._closed:
                 raise EveralignError(f"{self._name}: the store is closed; open it again")
             self._waiting.put(write)
+        # To cancel it fails where it is being written already; then it may yet be kept.
+        if not wait([write.done], self._wait).done and (write.done.cancel() or not write.done.done()):
+            raise EveralignError(f"{self._name}: not written within {self._wait:g} seconds; see that it answers")
         result: Result = write.done.result()
         return result
 
@@ -102,7 +108,8 @@ class Writer:
         """Return what waits, in the order of its locks, and whether nothing comes after it."""
         found, item = [], first
         while item is not None:
-            found.append(item)
+            if item.done.set_running_or_notify_cancel():
+                found.append(item)
             if len(found) == _AT_ONCE:
                 break
             try:
