@@ -11,12 +11,15 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MistralConfig,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import is_mistral_common_available
 
 from everalign import AdapterOptions
 from everalign.cli import main
@@ -26,6 +29,7 @@ from everalign.modeling.loading import load_model, load_tokenizer, model_fingerp
 from everalign.modeling.tiny import tiny_assistant_path
 from learner_for_tests import held_out, make_learner, task_rows
 from models_for_tests import random_model, saved_model
+from tokenizer_kinds_for_tests import mistral_file
 from tokenizers_for_tests import byte_tokenizer
 
 
@@ -123,6 +127,33 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     byte_tokenizer(eos=None).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"the tokenizer of {tmp_path} has no end-of-text token: set `eos_token`"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("named", [5, [5, 6]])
+def test_a_tokenizer_without_an_end_has_its_models(tmp_path, named):
+    byte_tokenizer(eos=None).save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=300, eos_token_id=named).save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).eos_token_id == 5
+
+
+@pytest.mark.parametrize("named", [None, 100_000])
+def test_what_no_tokenizer_has_is_no_end(tmp_path, named):
+    byte_tokenizer(eos=None).save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=300, eos_token_id=named).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has no end-of-text token"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.skipif(not is_mistral_common_available(), reason="needs mistral-common as new as transformers wants it")
+def test_a_tekken_file_alone_is_a_tokenizer(tmp_path):
+    """Read as transformers' own, with the tokens of Mistral's."""
+    shutil.copy(mistral_file("tekken_240911.json"), tmp_path / "tekken.json")
+    MistralConfig(eos_token_id=2).save_pretrained(tmp_path)
+    tokenizer, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.is_fast
+    assert tokenizer.eos_token == "</s>"
+    for text in ("I'm 'tis café 1234567 x=3;\n\n\tdef f():", "日本語 🙂", "   lead  trail   "):
+        assert tokenizer.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
 
 
 def test_a_tokenizer_is_loaded():

@@ -107,7 +107,7 @@ def _wordpiece():
     return _finished(core, "<s> $A </s>")
 
 
-def _mistral(name):
+def mistral_file(name):
     if importlib.util.find_spec("mistral_common") is None:
         pytest.skip("needs Mistral's tokenizers: pip install mistral-common sentencepiece protobuf")
     import mistral_common
@@ -117,7 +117,7 @@ def _mistral(name):
 
 def _mistral_fast(name, **settings):
     folder = Path(mkdtemp())
-    shutil.copy(_mistral(name), folder / "tokenizer.model")
+    shutil.copy(mistral_file(name), folder / "tokenizer.model")
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",
@@ -155,7 +155,7 @@ KINDS = {
     "mistral v1": lambda: _mistral_fast("tokenizer.model.v1", legacy=True),
     "mistral v3": lambda: _mistral_fast("mistral_instruct_tokenizer_240323.model.v3", legacy=True),
     "mistral v1, not legacy": lambda: _mistral_fast("tokenizer.model.v1", legacy=False),
-    "mistral v1, slow": lambda: _sentencepiece(_mistral("tokenizer.model.v1")),
+    "mistral v1, slow": lambda: _sentencepiece(mistral_file("tokenizer.model.v1")),
     "gpt2": lambda: _byte_level([]),
     "gpt2, space before each text": lambda: _byte_level([], prefix_space=True),
     "roberta": lambda: _byte_level([], prefix_space=True, trim=True),

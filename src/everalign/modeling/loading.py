@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -276,17 +276,27 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 def load_tokenizer(name: str, *, adapter: str | None = None) -> Any:
     """Load the model's tokenizer, or the one that comes with the adapter.
 
+    One that names no end-of-text token has the one that its model's configuration names.
+
     Raises:
         InputError: there is none, it has no end-of-text token, or it needs code of its own that was not allowed.
     """
     base, adapter = base_and_adapter(name, resolve_model(name), adapter)
     source = tokenizer_folder(resolve_model(adapter)) if adapter is not None else None
     try:
+        # mistral-common's own tokenizers, which transformers prefers for folders with a tekken.json, know nothing of
+        # templates and places in a text; transformers reads the same file into one of its own.
         tokenizer = AutoTokenizer.from_pretrained(
-            source or resolve_model(base), trust_remote_code=_process["remote code"]
+            source or resolve_model(base), trust_remote_code=_process["remote code"], mistral_format=False
         )
     except UNLOADABLE as error:
         raise InputError(cannot_load("tokenizer", name, error)) from error
+    if tokenizer.eos_token_id is None:
+        with suppress(InputError):  # a folder of a tokenizer alone, of which the next lines say what it lacks
+            ids = load_config(resolve_model(base), "model", name).get_text_config().eos_token_id
+            first = ids[0] if isinstance(ids, list) else ids
+            if first is not None and first < len(tokenizer):
+                tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no end-of-text token: set `eos_token` in its config")
     return tokenizer
