@@ -86,7 +86,8 @@ class Gateway:
         mode: Mode = settings.mode or ("off" if corrections.version is None else "correct")
         recorder = Recorder(metrics, keeper, corrections, limits.correction_characters)
         judge = Judge(corrections, settings.on_failure, limits.correction_characters, metrics)
-        limiter = Limiter(limits.concurrency, limits.per_key)
+        shared = len(settings.keys) > 1 or settings.access.keys_file is not None
+        limiter = Limiter(limits.concurrency, limits.per_key, shared)
         made = cls(
             settings=settings,
             upstreams=upstreams,

@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from everalign.serving.errors import GatewayError, overloaded, refused
 
-_BODY_SECONDS = 60.0
+BODY_SECONDS = 60.0
 
 
 class Ticket:
@@ -28,13 +28,17 @@ class Ticket:
 class Limiter:
     """Counts requests under way, streams until they end.
 
+    Shared, a key has no more places than are free: alone it gets half of them, two that want all a third each, and so
+    on. Whoever comes finds some, without anybody knowing how many will.
+
     Args:
         concurrency: most of them.
         per_key: most of them with the same key.
+        shared: whether several keys share them.
     """
 
-    def __init__(self, concurrency: int, per_key: int) -> None:
-        self._most, self._per_key = concurrency, per_key
+    def __init__(self, concurrency: int, per_key: int, shared: bool = False) -> None:
+        self._most, self._per_key, self._shared = concurrency, per_key, shared
         self._held: Counter[str] = Counter()
         self.in_flight = 0
 
@@ -42,8 +46,9 @@ class Limiter:
         """Return a place; raises GatewayError 429 for a key that has too many, 503 where all have."""
         if self.in_flight >= self._most:
             raise overloaded(f"{self._most} requests are under way already", "overloaded", status=503)
-        if self._held[key_id] >= self._per_key:
-            raise overloaded(f"{self._per_key} requests with this key are under way already", "too_many_requests")
+        held = self._held[key_id]
+        if held >= self._per_key or (self._shared and held >= self._most - self.in_flight):
+            raise overloaded(f"{held} requests with this key are under way already", "too_many_requests")
         self._held[key_id] += 1
         self.in_flight += 1
         return Ticket(self, key_id)
@@ -59,7 +64,7 @@ class Limiter:
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"
 
 
-async def read_body(request: Request, most: int, expected: str = JSON) -> bytes:
+async def read_body(request: Request, most: int, expected: str = JSON, seconds: float = BODY_SECONDS) -> bytes:
     """Return a request's body.
 
     Args:
@@ -67,6 +72,7 @@ async def read_body(request: Request, most: int, expected: str = JSON) -> bytes:
         most: bytes.
         expected: its content type. Web pages may send any but JSON to other servers without asking, so that a form
             needs a token that they do not know.
+        seconds: within which it has to be there.
 
     Raises:
         GatewayError: it is something else by its header (415), compressed (415), too large (413) or too slow (408), or
@@ -78,20 +84,20 @@ async def read_body(request: Request, most: int, expected: str = JSON) -> bytes:
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise refused("a compressed body is not read; send it as it is", code="unsupported_encoding", status=415)
     try:
-        with body_deadline():
+        with body_deadline(seconds):
             return await _read(request, most)
     except ClientDisconnect:
         raise GatewayError(499, "the client is gone", code="client_gone") from None
 
 
 @contextmanager
-def body_deadline() -> Iterator[None]:
+def body_deadline(seconds: float = BODY_SECONDS) -> Iterator[None]:
     """Bound how long a body, or a piece of a large one, is waited for; raises GatewayError 408."""
     try:
-        with anyio.fail_after(_BODY_SECONDS):
+        with anyio.fail_after(seconds):
             yield
     except TimeoutError:
-        message = f"the body did not come within {_BODY_SECONDS:g} seconds"
+        message = f"the body did not come within {seconds:g} seconds"
         raise GatewayError(408, message, "invalid_request_error", "body_timeout") from None
 
 

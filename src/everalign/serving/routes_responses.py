@@ -17,7 +17,7 @@ from everalign.serving.answers import Choice, with_effort
 from everalign.serving.correcting import CorrectionFailed
 from everalign.serving.delivery import Channel, deliver, unless_gone
 from everalign.serving.errors import uncorrected
-from everalign.serving.exchanges import malformed, origin, passed_on, report, returned_text
+from everalign.serving.exchanges import malformed, origin, passed_on, report, returned_text, said_stored
 from everalign.serving.front import json_response
 from everalign.serving.gateway import Gateway
 from everalign.serving.json_size import aside
@@ -130,7 +130,7 @@ class _Responding:
                 answered = await call.upstream.chat(call.asked())
             if not call.corrects:
                 found = Summary("skipped", call.mode)
-                await self._remember(call, answered.body, found)
+                found = await self._remember(call, answered.body, found)
                 told = answered.body
             else:
                 judged = _Judged(call, answered.body)
@@ -150,17 +150,28 @@ class _Responding:
 
     async def _relayed(self, call: ResponsesCall, channel: Channel, record: Record) -> None:
         found = Summary("skipped", call.rule if call.corrects else call.mode)
-        events = list[dict[str, Any]]()
+        events, held = list[dict[str, Any]](), list[dict[str, Any]]()
         remembers = (call.keep and self._recorder.keeps) or call.mode == "shadow"
         with record.in_upstream():
             async with call.upstream.stream(call.asked()) as streamed:
                 channel.open({**streamed.headers, **origin(call, found)})
                 async for some in streamed.events:
                     events += some if remembers else ()
-                    await channel.send(b"".join(frame_of(event) for event in some))
-        if remembers and isinstance(end_of(events).get("output"), list):
-            await self._remember(call, end_of(events), found)
+                    ends = [
+                        event for event in some if held or (call.wants_storing and event.get("type") in RESPONSE_ENDS)
+                    ]
+                    held += ends
+                    await channel.send(b"".join(frame_of(event) for event in some[: len(some) - len(ends)]))
+        found = await self._remember(call, end_of(events) if remembers else {}, found)
         record.end(found)
+        # The last event says whether the answer is stored, and so waits for that.
+        told = [
+            {**event, "response": {**event["response"], "everalign": report(call, found)}}
+            if isinstance(event.get("response"), dict)
+            else event
+            for event in held
+        ]
+        await channel.send(b"".join(frame_of(event) for event in told))
 
     async def _corrected(self, call: ResponsesCall, channel: Channel, record: Record) -> None:
         events = list[dict[str, Any]]()
@@ -204,18 +215,21 @@ class _Responding:
         judged.found = found
         usage = with_effort(judged.usage, found.effort)
         returned = returned_text(judged.choices[0], judged.verdicts[0])
-        await self._recorder.keep(call, judged.choices, returned, found, usage)
-        return found
+        kept = await self._recorder.keep(call, judged.choices, returned, found, usage)
+        judged.found = said_stored(call, found, kept)
+        return judged.found
 
-    async def _remember(self, call: ResponsesCall, response: Mapping[str, Any], found: Summary) -> None:
-        if not isinstance(response.get("output"), list):
-            return  # what is passed on as it is need not be an answer
-        choices = [choice for _, choice in choices_of(response)]
-        usage = response.get("usage")
-        known = usage if isinstance(usage, dict) else None
-        await self._recorder.keep(call, choices, choices[0].text, found, known)
-        if call.mode == "shadow":
-            self._recorder.shadow(call, choices)
+    async def _remember(self, call: ResponsesCall, response: Mapping[str, Any], found: Summary) -> Summary:
+        """Return what is told of an answer that is passed on as it is, having remembered it."""
+        kept = False
+        if isinstance(response.get("output"), list):  # what is passed on as it is need not be an answer
+            choices = [choice for _, choice in choices_of(response)]
+            usage = response.get("usage")
+            known = usage if isinstance(usage, dict) else None
+            kept = await self._recorder.keep(call, choices, choices[0].text, found, known)
+            if call.mode == "shadow":
+                self._recorder.shadow(call, choices)
+        return said_stored(call, found, kept)
 
 
 class _Judged:

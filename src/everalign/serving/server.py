@@ -10,6 +10,7 @@ from everalign.serving.auth import is_loopback
 from everalign.serving.settings import UpstreamSettings
 
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI
 
 KEYS_VARIABLE = "EVERALIGN_API_KEYS"
@@ -116,18 +117,7 @@ def serve(app: "FastAPI", listening: socket.socket, ready: Callable[[], None]) -
     Raises:
         EveralignError: the server ended by itself.
     """
-    import uvicorn
-
-    # No access log: it would name every client. X-Forwarded-For is anyone's word for who they are.
-    config = uvicorn.Config(
-        app,
-        access_log=False,
-        log_level="warning",
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=_LAST_SECONDS,
-    )
-    server = uvicorn.Server(config)
+    server = make_server(app)
     app.state.ready = ready
     try:
         server.run(sockets=[listening])
@@ -135,3 +125,30 @@ def serve(app: "FastAPI", listening: socket.socket, ready: Callable[[], None]) -
         return  # how a server is meant to end: what was under way is finished
     if not server.started:
         raise EveralignError("the server could not start; what is printed above says why")
+
+
+def make_server(app: "FastAPI") -> "uvicorn.Server":
+    """Return a server of a gateway, with the limits of its settings on connections."""
+    import uvicorn
+
+    from everalign.serving.client_connections import ConnectionLimits, client_protocol, spare_files
+
+    settings = app.state.gateway.settings
+    limits = ConnectionLimits(
+        most=spare_files(settings.limits.concurrency),
+        per_address=settings.limits.connections_per_address,
+        head_seconds=settings.timeouts.head,
+        stalled_seconds=settings.timeouts.stalled,
+        exempt=settings.access.trusted_proxies,
+    )
+    # No access log: it would name every client. X-Forwarded-For is anyone's word for who they are.
+    config = uvicorn.Config(
+        app,
+        http=client_protocol(limits),
+        access_log=False,
+        log_level="warning",
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_SECONDS,
+    )
+    return uvicorn.Server(config)

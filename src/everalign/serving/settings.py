@@ -102,9 +102,8 @@ class Timeouts:
         models: for its list of models.
         correction: for one correction, waiting for its turn and all attempts included.
         store: until an exchange or feedback is kept, or read.
-        headers: until the head of a client's request is there.
-        body: until its body is there.
-        stalled: for a client that reads nothing of what is sent to it.
+        head: until the head of a client's request is there.
+        stalled: for a client that reads too little of what is sent to it.
     """
 
     connect: float = 5.0
@@ -112,8 +111,7 @@ class Timeouts:
     models: float = 10.0
     correction: float = 60.0
     store: float = 5.0
-    headers: float = 10.0
-    body: float = 60.0
+    head: float = 10.0
     stalled: float = 60.0
 
     def __post_init__(self) -> None:
@@ -129,6 +127,7 @@ class Limits:
     Args:
         concurrency: requests under way.
         per_key: of them with the same key.
+        connections_per_address: connections of clients from one address.
         body_bytes: of a request.
         upload_bytes: of one that is passed on and is no JSON, such as a file.
         messages: of a request.
@@ -141,6 +140,7 @@ class Limits:
 
     concurrency: int = 1000
     per_key: int = 500
+    connections_per_address: int = 1000
     body_bytes: int = 32 << 20
     upload_bytes: int = 512 << 20
     messages: int = 2000

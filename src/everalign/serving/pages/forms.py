@@ -6,24 +6,25 @@ from fastapi import Request
 
 from everalign.serving.errors import GatewayError, refused
 from everalign.serving.json_size import aside
-from everalign.serving.limits import FORM, read_body
+from everalign.serving.limits import BODY_SECONDS, FORM, read_body
 from everalign.serving.sessions import Sessions
 
 _MOST_FIELDS = 40
 
 
-async def read_form(request: Request, sessions: Sessions, most: int) -> dict[str, str]:
+async def read_form(request: Request, sessions: Sessions, most: int, seconds: float = BODY_SECONDS) -> dict[str, str]:
     """Return a form's fields.
 
     Args:
         request: whose body has not been read.
         sessions: that its token must be of.
         most: bytes.
+        seconds: within which it has to be there.
 
     Raises:
         GatewayError: it cannot be read, or it comes from elsewhere or from a session that is over (403).
     """
-    content = await read_body(request, most, FORM)
+    content = await read_body(request, most, FORM, seconds)
     fields = await aside(content, lambda: parsed(content))
     session = request.state.session
     own = session is not None and session.key_id == request.state.key_id

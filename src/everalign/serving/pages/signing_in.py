@@ -13,14 +13,15 @@ from everalign.serving.pages.forms import read_form
 from everalign.serving.pages.rendering import Pages
 
 _MOST_BYTES = 10_000
-# Whoever has no key must not take the places of those who have one.
+# Whoever has no key must not take the places of those who have one, nor one address those of all others.
 _AT_ONCE = 20
+_SECONDS = 5.0  # for a form with nothing but a key
 _ASSETS = {"style.css": "text/css; charset=utf-8", "script.js": "text/javascript; charset=utf-8"}
 
 
 def signing_routes(pages: Pages, keys: Keys) -> APIRouter:
     """Return the routes."""
-    router, places = APIRouter(include_in_schema=False), Limiter(_AT_ONCE, _AT_ONCE)
+    router, places = APIRouter(include_in_schema=False), Limiter(_AT_ONCE, _AT_ONCE, shared=True)
 
     @router.get(SIGN_IN)
     async def ask_for_key(request: Request) -> Response:
@@ -30,9 +31,9 @@ def signing_routes(pages: Pages, keys: Keys) -> APIRouter:
 
     @router.post(SIGN_IN)
     async def sign_in(request: Request) -> Response:
-        ticket = places.enter("")
+        ticket = places.enter(request.client.host if request.client else "")
         try:
-            fields = await read_form(request, pages.sessions, _MOST_BYTES)
+            fields = await read_form(request, pages.sessions, _MOST_BYTES, _SECONDS)
         except GatewayError as error:
             return pages.page(request, "login.html.j2", {"error": error.message}, error.status)
         finally:
