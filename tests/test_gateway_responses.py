@@ -294,3 +294,28 @@ def test_odd_items_break_nothing():
         for items in (odd, [*odd, {"role": "user", "content": "?"}]):
             reply = HTTP.post(f"{gateway.url}/responses", json={"model": "m", "input": items})
             assert reply.status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_structured_responses_in_strict_mode(stream):
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    form = {"text": {"format": {"type": "json_schema", "name": "n", "schema": schema}}}
+    tools = {"tools": [{"type": "function", "name": "look", "parameters": {"type": "object", "required": ["a"]}}]}
+    told = {**MESSAGE, "content": [{**TEXT, "text": '{"a": "one two three"}'}]}
+    other = {**MESSAGE, "content": [{**TEXT, "text": f'{{"b": "{SECRET}"}}'}]}
+    how = {"mode": "strict", "strict_structured": "correct-strings"}
+    for items, more, status, part in (
+        ([told], form, 200, "one two three, really"),
+        ([other], form, 422, ""),
+        ([REASONING, MESSAGE, CALL], tools, 200, "call_1"),
+        ([{**CALL, "name": SECRET}], tools, 422, ""),
+        ([{**CALL, "type": "custom_tool_call"}], tools, 422, ""),
+    ):
+        with (
+            Upstream(*items) as up,
+            serving(up.settings, corrector=Fake(lambda text: f"{text}, really"), **how) as gateway,
+        ):
+            reply = HTTP.post(f"{gateway.url}/responses", json={"model": "m", "input": "?", "stream": stream, **more})
+            assert reply.status_code == status, reply.text
+            assert part in reply.text
+            assert SECRET not in reply.text

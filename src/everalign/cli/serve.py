@@ -64,6 +64,10 @@ def serve(
     retention_days: Annotated[int | None, option("Remove what is older; kept for ever if not given.", "DAYS")] = None,
     host: Annotated[str, typer.Option(help="Where to listen; others than this machine's need keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8080,
+    strict_structured: Annotated[
+        str | None,
+        option("What strict does with JSON and tools: refuse (default), pass, correct-strings.", "HOW"),
+    ] = None,
     passthrough: Annotated[
         str | None,
         option("Endpoints besides chat that are passed on as they are; all.", "all|none|NAME,NAME.."),
@@ -108,12 +112,13 @@ def serve(
     keys = read_keys(os.environ)
     check_host(host, not keys and keys_file is None, no_auth)
     _check_heeded(corrector, {"template": template, "gate": gate, "approve": approve, "margin": margin})
+    _check_heeded(corrector, {"strict-structured": strict_structured})
     _check_heeded(corrector, {"precision": precision, "device": device, "on-failure": on_failure})
     for name, value in (("keep", keep), ("redact", redact), ("retention-days", retention_days)):
         if value is not None and store is None:
             raise InputError(f"--{name}: there is nothing to keep exchanges in; name it with --store sqlite:///FILE")
     given = {"mode": mode, "on_failure": on_failure, "keep": keep, "keepalive": keepalive, "retries": retries}
-    given |= {"passthrough": passthrough}
+    given |= {"passthrough": passthrough, "strict_structured": strict_structured}
     access = Access(
         keys_file=keys_file,
         no_auth=no_auth,
@@ -155,7 +160,7 @@ def make_approval(approve: str | None, margin: float | None) -> Any:
 def _check_installed() -> None:
     from importlib.util import find_spec
 
-    for name in ("fastapi", "uvicorn", "prometheus_client"):
+    for name in ("fastapi", "uvicorn", "prometheus_client", "jsonschema"):
         if find_spec(name) is None:
             raise InputError(f"serving needs {name}, which is not installed: pip install 'everalign[serve]'")
 

@@ -14,6 +14,7 @@ CUT = ("length", "max_tokens", "MAX_TOKENS", "model_length")
 """Reasons with which it was cut at a limit of tokens."""
 
 _KNOWN = (*WHOLE, *CUT, "content_filter", "tool_calls", "function_call")
+_CALL = ("id", "type", "name", "arguments")
 _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 _TOP = ("created", "model", "system_fingerprint", "service_tier")
 
@@ -31,6 +32,7 @@ class Choice:
         logprobs: whether it has its tokens' log-probabilities.
         parts: whether its content is something else than text.
         finish_reason: why it ended.
+        calls: of tools, by their number: `id`, `type`, `name` and `arguments`.
     """
 
     index: int
@@ -41,6 +43,7 @@ class Choice:
     logprobs: bool = False
     parts: bool = False
     finish_reason: str | None = None
+    calls: dict[int, dict[str, str]] = field(default_factory=dict, repr=False, compare=False)
     pieces: list[str] = field(default_factory=list, repr=False, compare=False)
     refusals: list[str] = field(default_factory=list, repr=False, compare=False)
 
@@ -53,11 +56,24 @@ class Choice:
             self.parts = True
         if isinstance(content.get("refusal"), str):
             self.refusals.append(content["refusal"])
+        for number, call in enumerate(_list(content.get("tool_calls"))):
+            self._add_call(call, number)
         self.tools |= bool(content.get("tool_calls") or content.get("function_call"))
         self.audio |= bool(content.get("audio"))
         self.logprobs |= bool(choice.get("logprobs"))
         reason = choice.get("finish_reason")
         self.finish_reason = reason if isinstance(reason, str) else self.finish_reason
+
+    def _add_call(self, call: Any, number: int) -> None:
+        """Take in a call of a tool, or a part of one; what cannot be read is a call of nothing."""
+        call = call if isinstance(call, dict) else {}
+        index = call.get("index", number)
+        known = self.calls.setdefault(index if isinstance(index, int) else number, dict.fromkeys(_CALL, ""))
+        function = call.get("function")
+        told = {**call, **(function if isinstance(function, dict) else {})}
+        for name in _CALL:
+            if isinstance(told.get(name), str):
+                known[name] += told[name]
 
 
 class Gathering:
@@ -142,8 +158,11 @@ def finish_reason(choice: Choice) -> str | None:
     return choice.finish_reason if choice.finish_reason in _KNOWN else None
 
 
-def rewritten(choice: Choice, text: str | None) -> dict[str, Any]:
-    """Return a choice of a whole answer that has a text and nothing of the original; or its refusal alone."""
+def rewritten(choice: Choice, text: str | None, calls: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Return a choice of a whole answer that has a text, a refusal, or calls, and nothing else of the original."""
+    if calls:
+        called = {"role": "assistant", "content": None, "refusal": None, "tool_calls": list(calls)}
+        return {"index": choice.index, "message": called, "logprobs": None, "finish_reason": "tool_calls"}
     refusal = choice.refusal if text is None else None
     message = {"role": "assistant", "content": text, "refusal": refusal}
     return {"index": choice.index, "message": message, "logprobs": None, "finish_reason": finish_reason(choice)}

@@ -129,7 +129,9 @@ def _corrected(
     strict = call.mode == "strict"
     originals = {choice.get("index", 0): choice for choice in answer["choices"]}
     texts = [
-        originals[choice.index] if verdict.text is None and not strict else rewritten(choice, verdict.text)
+        originals[choice.index]
+        if verdict.text is None and not strict
+        else rewritten(choice, verdict.text, verdict.calls)
         for choice, verdict in zip(choices, verdicts, strict=True)
     ]
     common = strict_head(call, answer) if strict else answer

@@ -94,7 +94,7 @@ class Gateway:
             corrections=corrections,
             metrics=metrics,
             limiter=limiter,
-            desk=Desk(upstreams, mode, settings.keep, limits, settings.access.headers),
+            desk=Desk(upstreams, mode, settings.keep, limits, settings.access.headers, settings.strict_structured),
             judge=judge,
             recorder=recorder,
             streams=Streams(judge, corrections, recorder),

@@ -1,9 +1,11 @@
 """What is done with an upstream's answer: given as it is, replaced by its correction, or kept back."""
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from everalign.serving.answers import Choice, Effort
 from everalign.serving.correcting import Correction, CorrectionFailed, CorrectionService
@@ -12,6 +14,7 @@ from everalign.serving.metrics import Metrics
 from everalign.serving.policy import GIVEN_IN_STRICT, answer_rule
 from everalign.serving.requests import ChatCall
 from everalign.serving.settings import OnFailure
+from everalign.serving.structured import Structure, prose_of, with_prose
 
 _OUTCOMES = ("applied", "skipped", "unchanged")
 # Up to so many characters edits are counted exactly, which takes time that grows with the square of them.
@@ -27,12 +30,14 @@ class Verdict:
         outcome: `applied`, `unchanged` or `skipped`.
         reason: why, where there is one.
         correction: what the corrector made of it, if it was asked.
+        calls: of tools, that a strict answer is instead of a text.
     """
 
     text: str | None
     outcome: str
     reason: str | None
     correction: Correction | None = None
+    calls: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Judge:
     async def judge(self, call: ChatCall, choices: Sequence[Choice]) -> list[Verdict]:
         """Return what becomes of each answer; raises GatewayError where one may not leave."""
         # Before any is corrected: one that may not leave spares the others' correction.
-        ruled = [self.rule(call, choice) for choice in choices]
+        ruled = [await self._structured(call, choice) or self.rule(call, choice) for choice in choices]
         if len(choices) == 1:
             return [ruled[0] or await self._corrected(call, choices[0])]
         tasks = [
@@ -92,9 +97,44 @@ class Judge:
                 task.cancel()
         return [verdict or next(found) for verdict in ruled]
 
+    async def _structured(self, call: ChatCall, choice: Choice) -> Verdict | None:
+        """Return what becomes of a strict answer that is JSON or calls tools; None for any other."""
+        structure = call.structure
+        if structure is None:
+            return None
+        reason = answer_rule(choice, self._longest)
+        if reason == "tool_calls":
+            # In a thread: a schema and an answer may be large.
+            calls = await asyncio.to_thread(structure.calls_of, choice.calls)
+            return Verdict("", "skipped", reason, calls=tuple(calls))
+        if not structure.is_json or reason is not None:
+            return None
+        value = await asyncio.to_thread(structure.json_of, choice.text)
+        if not structure.corrects:
+            return Verdict(choice.text, "skipped", "json")
+        return await self._with_prose(call, choice, structure, value)
+
+    async def _with_prose(self, call: ChatCall, choice: Choice, structure: Structure, value: Any) -> Verdict:
+        """Return a strict answer in JSON with its texts corrected, each by itself."""
+        found = prose_of(value, structure.schema)
+        pieces = [Choice(0, text, finish_reason="stop") for _, text in found]
+        tasks = [asyncio.ensure_future(self._corrected(call, piece)) for piece in pieces]
+        try:
+            verdicts = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        if not any(verdict.outcome == "applied" for verdict in verdicts):
+            return Verdict(choice.text, "unchanged" if verdicts else "skipped", None if verdicts else "json")
+        texts = {path: verdict.text or "" for (path, _), verdict in zip(found, verdicts, strict=True)}
+        text = json.dumps(with_prose(value, texts), ensure_ascii=False)
+        await asyncio.to_thread(structure.json_of, text)
+        return Verdict(text, "applied", None, next(one.correction for one in verdicts if one.outcome == "applied"))
+
     def rule(self, call: ChatCall, choice: Choice) -> Verdict | None:
         """Return what a rule makes of an answer, None where it is to be corrected; raises GatewayError."""
-        reason = call.rule or answer_rule(choice, self._longest)
+        own = answer_rule(choice, self._longest)
+        reason = own if call.structure is not None else call.rule or own
         if reason is None:
             return None
         if call.mode == "strict" and reason not in GIVEN_IN_STRICT:

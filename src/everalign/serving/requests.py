@@ -5,15 +5,17 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from everalign.serving.errors import not_found, refused
 from everalign.serving.headers import USUAL, HeaderRules
 from everalign.serving.json_size import MOST_VALUES, too_many_values
-from everalign.serving.policy import chosen_mode, offers_tools, question_of, request_rule
-from everalign.serving.settings import Keep, Limits, Mode
+from everalign.serving.policy import GRAMMARS, chosen_mode, offers_tools, question_of, request_rule
+from everalign.serving.settings import Keep, Limits, Mode, StrictStructured
+from everalign.serving.structured import Structure, structure_of
 
 if TYPE_CHECKING:
     from everalign.data.messages import Message
@@ -39,6 +41,7 @@ class ChatCall:
         question: its conversation as a corrector reads it; None where answers are not corrected.
         rule: why they are not.
         repeated: whether its client repeats what failed by itself.
+        structure: what a strict answer may be besides prose; None for nothing else.
         started: when it began, in seconds that only grow.
     """
 
@@ -52,6 +55,7 @@ class ChatCall:
     question: "tuple[Message, ...] | None"
     rule: str | None
     repeated: bool = False
+    structure: Structure | None = None
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -106,6 +110,7 @@ class Desk:
         keep: which exchanges are kept.
         limits: of requests.
         headers: that cross.
+        structured: what strict mode does with requests for JSON and with tools.
     """
 
     upstreams: "Mapping[str, Upstream]"
@@ -113,6 +118,7 @@ class Desk:
     keep: Keep
     limits: Limits
     headers: HeaderRules = USUAL
+    structured: StrictStructured = "refuse"
 
     def call(
         self,
@@ -126,7 +132,9 @@ class Desk:
         body = read_json(content)
         body = body if model is None else {**body, "model": model}
         _check(body, self.limits)
-        return self.read(body, headers, key_id, has_corrector, request_rule(body), offers_tools(body))
+        form, grammars = body.get("response_format"), any(body.get(name) for name in GRAMMARS)
+        structure = partial(structure_of, body, form, grammars, body.get("tools"))
+        return self.read(body, headers, key_id, has_corrector, request_rule(body), offers_tools(body), structure)
 
     def read(
         self,
@@ -136,8 +144,19 @@ class Desk:
         has_corrector: bool,
         rule: str | None,
         tools: bool,
+        structure: Callable[[bool], Structure | None],
     ) -> ChatCall:
-        """Return a request that is checked: its conversation, why it is not corrected, whether it offers tools."""
+        """Return a request that is checked; raises GatewayError.
+
+        Args:
+            body: its model and conversation.
+            headers: of the client.
+            key_id: of the client's key.
+            has_corrector: whether answers can be corrected.
+            rule: why answers are not corrected; None where they may be.
+            tools: whether they may call tools.
+            structure: tells what they may be, by whether texts in JSON are corrected.
+        """
         given = list(headers)
         if len(body["messages"]) > self.limits.messages:
             found = len(body["messages"])
@@ -147,7 +166,10 @@ class Desk:
         mode = chosen_mode(asked, self.mode, aligned, has_corrector)
         question = question_of(body["messages"])
         rule = rule or (None if question else "no_question")
-        if mode == "strict":
+        allowed = None
+        if mode == "strict" and (rule in (None, "json") and (rule or tools)):
+            allowed = None if self.structured == "refuse" else structure(self.structured == "correct-strings")
+        if mode == "strict" and allowed is None:
             _check_strict(rule or ("tools" if tools else None))
         body = {**body, "model": model}
         return ChatCall(
@@ -158,9 +180,10 @@ class Desk:
             mode=mode,
             headers=self.headers.forwarded(given),
             keep=self._keeps(body.get("store")),
-            question=None if rule or mode == "off" else question,
+            question=None if (rule and not allowed) or mode == "off" else question,
             rule=rule,
             repeated=repeats_itself(given),
+            structure=allowed,
         )
 
     def routed(self, name: str, has_corrector: bool) -> "tuple[Upstream, str, bool]":

@@ -96,6 +96,7 @@ def choices_of(response: Mapping[str, Any]) -> list[tuple[Place, Choice]]:
     cut = details.get("reason") if isinstance(details, Mapping) else None
     finish = "content_filter" if cut == "content_filter" else _FINISHED.get(str(response.get("status")), "stop")
     calls = any(item.get("type") in _CALLS for item in output)
+    called = {i: _call(item) for i, item in enumerate(output) if item.get("type") in _CALLS}
     found: list[tuple[Place, Choice]] = []
     for i, item in enumerate(output):
         if item.get("type") != "message":
@@ -103,7 +104,17 @@ def choices_of(response: Mapping[str, Any]) -> list[tuple[Place, Choice]]:
         content = item.get("content")
         for k, part in enumerate(content if isinstance(content, list) else ()):
             found.append((Place(i, k), _choice(len(found), part, calls, finish)))
-    return found or [(Place(-1, -1), Choice(0, tools=calls, finish_reason=finish))]
+    found = found or [(Place(-1, -1), Choice(0, tools=calls, finish_reason=finish))]
+    for _, choice in found:
+        choice.calls = called
+    return found
+
+
+def _call(item: Mapping[str, Any]) -> dict[str, str]:
+    """Return a call as chat has it."""
+    kind = "function" if item.get("type") == "function_call" else str(item.get("type"))
+    told = {"id": item.get("call_id"), "name": item.get("name"), "arguments": item.get("arguments")}
+    return {"type": kind, **{name: value if isinstance(value, str) else "" for name, value in told.items()}}
 
 
 def _choice(index: int, part: Any, calls: bool, finish: str) -> Choice:
@@ -138,13 +149,18 @@ def _whole_text(output: Sequence[Mapping[str, Any]]) -> str:
 
 
 def strict_response(
-    response: Mapping[str, Any], texts: Mapping[Place, str], refusals: Mapping[Place, str], id: str, model: str
+    response: Mapping[str, Any],
+    texts: Mapping[Place, str],
+    refusals: Mapping[Place, str],
+    id: str,
+    model: str,
+    calls: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Return an answer written anew, of which nothing is the upstream's own words but its refusals."""
+    """Return an answer written anew, of which nothing is the upstream's own words but its refusals, and calls."""
     output: list[dict[str, Any]] = []
     for i, item in enumerate(response["output"]):
         kind, name = item.get("type"), _known(item.get("id"), f"item_{i}")
-        if kind == "message":
+        if kind == "message" and not calls:
             content = [_part({}, text) for place, text in texts.items() if place.item == i]
             content += [{"type": "refusal", "refusal": text} for place, text in refusals.items() if place.item == i]
             output.append({"id": name, "type": kind, "role": "assistant", "status": "completed", "content": content})
@@ -153,6 +169,16 @@ def strict_response(
             secret = item.get("encrypted_content")
             sealed = {"encrypted_content": secret} if isinstance(secret, str) and _OPAQUE.fullmatch(secret) else {}
             output.append({"id": name, "type": kind, "summary": [], **sealed})
+    output += [
+        {
+            "id": f"fc_{one['id']}",
+            "type": "function_call",
+            "status": "completed",
+            "call_id": one["id"],
+            **one["function"],
+        }
+        for one in calls
+    ]
     created = response.get("created_at")
     usage = response.get("usage")
     return {

@@ -24,6 +24,7 @@ from everalign.serving.json_size import aside
 from everalign.serving.judging import Summary, Verdict, summary
 from everalign.serving.limits import read_body
 from everalign.serving.openapi import MODE, RESPONSE, RESPONSE_REQUEST, body, replies
+from everalign.serving.policy import GRAMMARS
 from everalign.serving.recording import Record
 from everalign.serving.requests import ChatCall, read_json
 from everalign.serving.responses import (
@@ -44,6 +45,7 @@ from everalign.serving.responses import (
     with_texts,
 )
 from everalign.serving.streaming import PENDING
+from everalign.serving.structured import structure_of
 from everalign.serving.upstream import Asked
 from everalign.serving.upstream_reading import RESPONSE_ENDS
 
@@ -105,6 +107,7 @@ def read_call(
     given = read_json(content)
     given = given if model is None else {**given, "model": model}
     check_request(given)
+    form = (given.get("text") or {}).get("format")
     meant = gateway.desk.read(
         {"model": given["model"], "messages": messages_of(given), "store": given.get("store")},
         headers,
@@ -112,6 +115,7 @@ def read_call(
         gateway.has_corrector,
         response_rule(given),
         bool(given.get("tools")) and given.get("tool_choice") != "none",
+        partial(structure_of, given, form, any(given.get(name) for name in GRAMMARS), given.get("tools")),
     )
     facts = {name: getattr(meant, name) for name in meant.__dataclass_fields__}
     return ResponsesCall(**facts, request={**given, "model": meant.body["model"]})
@@ -265,7 +269,8 @@ class _Judged:
             refusals = {
                 place: choice.refusal for place, choice, verdict in triples if verdict.text is None and choice.refusal
             }
-            made = strict_response(self.response, texts, refusals, call.id, call.body["model"])
+            calls = next((verdict.calls for verdict in self.verdicts if verdict.calls), ())
+            made = strict_response(self.response, texts, refusals, call.id, call.body["model"], calls)
         else:
             made = with_texts(self.response, texts)
         known = made.get("usage")

@@ -210,7 +210,12 @@ class _Writer:
         as_they_are = {choice.index for choice, verdict in pairs if verdict.text is None and not strict}
         frames = list(self._replayed(as_they_are)) if as_they_are else []
         for choice, verdict in pairs:
-            if choice.index not in as_they_are:
+            if verdict.calls:
+                calls = [{"index": i, **one} for i, one in enumerate(verdict.calls)]
+                called = {"role": "assistant", "content": None, "tool_calls": calls}
+                frames.append(chunk(self._head, choice.index, called))
+                frames.append(chunk(self._head, choice.index, {}, "tool_calls"))
+            elif choice.index not in as_they_are:
                 frames.append(self._begun(choice))
                 if verdict.text is None:
                     frames.append(chunk(self._head, choice.index, {"refusal": choice.refusal}))
