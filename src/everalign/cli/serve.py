@@ -92,11 +92,25 @@ def serve(
     return_header: Annotated[
         list[str] | None, option("An upstream's header that clients get too; may be repeated.", "NAME|PREFIX*")
     ] = None,
-    timeout: Annotated[float | None, option("Seconds for a whole answer of the upstream; 600.", "SECONDS")] = None,
-    correction_timeout: Annotated[float | None, option("Seconds for a correction; 60.", "SECONDS")] = None,
+    timeout: Annotated[
+        float | None, option("Seconds for an answer of the upstream, streamed or not; 600.", "SECONDS")
+    ] = None,
+    correction_timeout: Annotated[
+        float | None, option("Seconds for a correction, waiting and all attempts included; 60.", "SECONDS")
+    ] = None,
+    store_timeout: Annotated[
+        float | None, option("Seconds for the store; then an answer goes out unkept, and says so; 5.", "SECONDS")
+    ] = None,
     keepalive: Annotated[float | None, option("Seconds of silence before a comment; 15.", "SECONDS")] = None,
-    retries: Annotated[int | None, option("Of a request to the upstream, before its first byte; 2.")] = None,
-    concurrency: Annotated[int | None, option("Most requests under way; 1000.")] = None,
+    retries: Annotated[
+        int | None, option("Of a request to the upstream that was not answered, for clients that do not retry; 1.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, option("Most requests under way; 1000. A key never has more than are free.")
+    ] = None,
+    connections_per_address: Annotated[
+        int | None, option("Most connections of one client's address; 1000. Idle ones make room.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve an OpenAI-compatible gateway, which corrects the upstream's answers and collects feedback.
@@ -114,7 +128,8 @@ def serve(
     _check_heeded(corrector, {"template": template, "gate": gate, "approve": approve, "margin": margin})
     _check_heeded(corrector, {"strict-structured": strict_structured})
     _check_heeded(corrector, {"precision": precision, "device": device, "on-failure": on_failure})
-    for name, value in (("keep", keep), ("redact", redact), ("retention-days", retention_days)):
+    of_store = (("keep", keep), ("redact", redact), ("retention-days", retention_days))
+    for name, value in (*of_store, ("store-timeout", store_timeout)):
         if value is not None and store is None:
             raise InputError(f"--{name}: there is nothing to keep exchanges in; name it with --store sqlite:///FILE")
     given = {"mode": mode, "on_failure": on_failure, "keep": keep, "keepalive": keepalive, "retries": retries}
@@ -134,9 +149,12 @@ def serve(
             "keys": keys,
             **{name: value for name, value in given.items() if value is not None},
         },
-        timeout,
-        correction_timeout,
-        concurrency,
+        {"total": timeout, "correction": correction_timeout, "store": store_timeout},
+        {
+            "concurrency": concurrency,
+            "per_key": concurrency,
+            "connections_per_address": connections_per_address,
+        },
     )
     if settings.mode not in (None, "off") and corrector is None:
         raise InputError(f"--mode {settings.mode}: needs a corrector; name one with --corrector")
@@ -172,13 +190,12 @@ def _check_heeded(corrector: str | None, flags: dict[str, Any]) -> None:
 
 
 def _settings(
-    given: dict[str, Any], timeout: float | None, correction_timeout: float | None, concurrency: int | None
+    given: dict[str, Any], seconds: dict[str, float | None], numbers: dict[str, int | None]
 ) -> "GatewaySettings":
     from everalign.serving.settings import GatewaySettings, Limits, Timeouts
 
-    seconds = {"total": timeout, "correction": correction_timeout}
     timeouts = Timeouts(**{name: value for name, value in seconds.items() if value is not None})
-    limits = Limits() if concurrency is None else Limits(concurrency=concurrency, per_key=concurrency)
+    limits = Limits(**{name: value for name, value in numbers.items() if value is not None})
     return GatewaySettings(timeouts=timeouts, limits=limits, **given)
 
 
