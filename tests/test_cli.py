@@ -18,7 +18,7 @@ from everalign.cli import display, main
 from everalign.cli.display import Display
 from everalign.cli.learn import parse_task
 from everalign.errors import EveralignError
-from learner_for_tests import adapter_weights, same_weights, swapped, task_rows
+from learner_for_tests import adapter_weights, held_out, same_weights, swapped, task_rows
 from runs_for_tests import LIFEALIGN, SEQUENTIAL, write_run
 
 TASKS = [*task("warm"), *task("brief")]
@@ -177,6 +177,8 @@ def poison(work):
 
 
 def test_a_task_that_the_gate_refuses_exits_3_after_the_report_and_those_behind_it_are_not_learned(work, capsys):
+    for name in ("warm", "calm"):
+        write_rows(work / f"{name}.test.jsonl", held_out(name, 12))
     given = [*task("warm"), *poison(work), *task("calm")]
     gate = ["--objective", "dpo", "--warmup", "0", "--gate", "0.25"]
     code, out, err = run(capsys, *learn(*given, *gate, "--report"))
@@ -197,12 +199,17 @@ def test_a_task_that_the_gate_refuses_exits_3_after_the_report_and_those_behind_
         ("002-poison", "refused by the gate"),
         ("003-poison", "refused by the gate"),
     ]
-    assert result["versions"][1]["gate"] == {"tolerance": 0.25, "promoted": False, "fell": {"warm": [1.0, 0.0]}}
+    verdict = result["versions"][1]["gate"]
+    assert (verdict["outcome"], verdict["fell"], verdict["compared"]["warm"]["rows"]) == (
+        "refused",
+        {"warm": [1.0, 0.0]},
+        12,
+    )
 
     code, out, _ = run(capsys, *learn(*task("warm"), *task("calm"), *gate, "--resume", "--json"))
     assert (code, json.loads(out)["refused"]) == (0, None)
     out = run(capsys, "versions", "run")[1]
-    assert "002-poison: warm fell from 100.0% to 0.0%." in out
+    assert "002-poison: warm fell from 100.0% to 0.0% (change" in out
 
 
 @pytest.mark.parametrize("tolerance", ["-0.1", "2", "nan"])

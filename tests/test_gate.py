@@ -1,17 +1,24 @@
 """The gate: what made earlier tasks worse is refused and leaves no trace in what is learned afterwards."""
 
 import json
+import math
 import os
+import random
 
 import pytest
 from safetensors.torch import load_file
+from scipy.optimize import minimize_scalar
 
-from everalign.errors import EveralignError, GateRefusedError, InputError
-from everalign.learning.gate import judge
+from everalign.errors import EveralignError, GateRefusedError, InputError, NotEnoughEvidenceError
+from everalign.learning.gate import announcement, compare_shares, judge, rows_needed
+from everalign.learning.promotion import rollback
 from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
 from everalign.methods import METHODS, ExperienceReplay, LifeAlign, MultiTask, SequentialFineTuning, SingleTask
 from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, swapped, task_rows
+
+PAIRS = 12
+"""Held-out pairs of a task: with a tolerance of 0.25, the fewest that can show anything are 9."""
 
 SEQUENTIAL = {
     "lifealign": LifeAlign,
@@ -36,7 +43,7 @@ def gated(model, output, method=None, **arguments):
 
 
 def learn(learner, name):
-    return learner.learn(task_rows(name), name, held_out(name))
+    return learner.learn(task_rows(name), name, held_out(name, PAIRS))
 
 
 def poison(learner, rows=None):
@@ -81,21 +88,82 @@ def check_as_if_never_seen(run, clean):
 # ---- the verdict ----
 
 
+def outcomes(right, wrong=0):
+    return [1.0] * right + [0.0] * wrong
+
+
 @pytest.mark.parametrize(
-    ("tolerance", "before", "after", "fell"),
+    ("tolerance", "before", "after", "outcome"),
     [
-        (0.02, {"a": 0.96}, {"a": 0.94}, {}),  # 0.02000000000000002 in binary
-        (0.02, {"a": 0.96}, {"a": 0.93}, {"a": (0.96, 0.93)}),
-        (0.0, {"a": 0.9, "b": 0.5}, {"a": 0.9, "b": 0.6}, {}),
-        (0.0, {"a": 0.9, "b": 0.5}, {"a": 0.89, "b": 1.0}, {"a": (0.9, 0.89)}),
-        (0.1, {"a": 0.9}, {"a": 0.9, "future": 0.0}, {}),
-        (1.0, {"a": 1.0}, {"a": 0.0}, {}),
-        (0.5, {}, {"a": 0.0}, {}),
+        (0.02, outcomes(200), outcomes(200), "promoted"),
+        (0.02, outcomes(3), outcomes(3), "not enough evidence"),  # 100 % before and after say nothing
+        (0.02, outcomes(132), outcomes(132), "not enough evidence"),
+        (0.02, outcomes(133), outcomes(133), "promoted"),
+        (0.02, outcomes(40), outcomes(38, 2), "not enough evidence"),  # 2 of 40 may be chance
+        (0.02, outcomes(40), outcomes(20, 20), "refused"),
+        (0.02, outcomes(400), outcomes(380, 20), "refused"),
+        (0.02, outcomes(20, 20), outcomes(40), "promoted"),  # what is better fell for certain by no more
+        (0.1, outcomes(100), outcomes(96, 4), "promoted"),
+        (0.1, outcomes(100), outcomes(92, 8), "not enough evidence"),
+        (0.1, outcomes(100), outcomes(75, 25), "refused"),
+        (0.0, outcomes(1000), outcomes(1000), "not enough evidence"),
+        (0.0, outcomes(10, 90), outcomes(90, 10), "promoted"),
+        (1.0, outcomes(1), outcomes(0, 1), "promoted"),
     ],
 )
-def test_a_task_is_promoted_unless_something_fell_by_more_than_the_tolerance(tolerance, before, after, fell):
-    verdict = judge(tolerance, before, after)
-    assert (verdict.promoted, verdict.fell) == (not fell, fell)
+def test_held_out_rows_say_promoted_refused_or_not_enough(tolerance, before, after, outcome):
+    verdict = judge(tolerance, {"a": compare_shares(before, after)})
+    assert (verdict.outcome, verdict.promoted) == (outcome, outcome == "promoted")
+    assert (verdict.fell == {"a": (sum(before) / len(before), sum(after) / len(after))}) == (outcome == "refused")
+    assert "rows)" in announcement(verdict)  # with its interval
+
+
+def test_one_task_that_fell_and_one_that_is_not_sure_count_whatever_the_others_say():
+    sure = compare_shares(outcomes(300), outcomes(300))
+    unsure, fell = compare_shares(outcomes(5), outcomes(5)), compare_shares(outcomes(50), outcomes(0, 50))
+    assert judge(0.02, {"a": sure}).promoted
+    assert judge(0.02, {"a": sure, "b": unsure}).outcome == "not enough evidence"
+    assert judge(0.02, {"a": sure, "b": unsure, "c": fell}).outcome == "refused"
+    assert judge(0.02, {}).outcome == "not enough evidence"
+    assert judge(0.02, {"a": sure}, unchanged=True).outcome == "not enough evidence"
+
+
+@pytest.mark.parametrize(("lost", "won", "n"), [(5, 1, 40), (0, 7, 30), (12, 12, 60), (3, 0, 100), (2, 9, 20)])
+def test_intervals_end_where_the_score_test_does(lost, won, n):
+    """The restricted likelihood is maximised numerically, and the statistic set up as it is defined."""
+    before = outcomes(lost, won) + outcomes(n - lost - won)
+    after = outcomes(0, lost) + outcomes(won) + outcomes(n - lost - won)
+    found = compare_shares(before, after)
+    for end, z in ((found.low, 1.6448536), (found.high, -1.6448536)):
+
+        def against(share, end=end):
+            cells = ((lost, share + end), (won, share), (n - lost - won, 1 - 2 * share - end))
+            return -sum(count * math.log(max(p, 1e-300)) for count, p in cells if count)
+
+        bounds = (max(0.0, -end), (1 - end) / 2)
+        share = minimize_scalar(against, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
+        statistic = (lost - won - n * end) / math.sqrt(n * (2 * share + end - end**2))
+        assert statistic == pytest.approx(z, abs=2e-3)
+
+
+@pytest.mark.parametrize(("fall", "discordant", "n"), [(0.0, 0.1, 40), (0.05, 0.1, 60), (-0.1, 0.3, 25)])
+def test_a_fall_is_below_the_interval_or_above_it_one_time_in_twenty(fall, discordant, n):
+    rng = random.Random(0)
+    lost, won = (discordant + fall) / 2, (discordant - fall) / 2
+    missed = 0
+    for _ in range(1000):
+        drawn = rng.choices([(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)], [lost, won, 1 - discordant], k=n)
+        found = compare_shares(*zip(*drawn, strict=True))
+        missed += not found.low <= fall <= found.high
+    assert 0.06 < missed / 1000 < 0.14
+
+
+def test_rows_that_a_tolerance_needs():
+    assert [rows_needed(tolerance) for tolerance in (0.02, 0.05, 0.25, 1.0)] == [133, 52, 9, 1]
+    for tolerance in (0.02, 0.1):
+        rows = rows_needed(tolerance)
+        assert judge(tolerance, {"a": compare_shares(outcomes(rows), outcomes(rows))}).promoted
+        assert not judge(tolerance, {"a": compare_shares(outcomes(rows - 1), outcomes(rows - 1))}).promoted
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, 2, 1.5, float("nan"), float("inf"), True, "0.1"])
@@ -159,12 +227,16 @@ def test_the_verdict_is_on_record_and_announced(model, output):
     learn(learner, "warm")
     refusal = poison(learner)
     first, second = load_run(output).everything
-    assert first.manifest.gate.model_dump() == {"tolerance": 0.25, "promoted": True, "fell": {}}
+    gate = first.manifest.gate
+    assert (gate.tolerance, gate.promoted, gate.fell, gate.outcome) == (0.25, True, {}, "promoted")
+    assert gate.compared.keys() == {"warm"}
+    assert gate.compared["warm"].rows == PAIRS
     assert second.manifest.gate.promoted is False
     assert second.manifest.gate.fell == {"warm": (1.0, 0.0)} == refusal.fell
     assert [load_run(output).status(version) for version in (first, second)] == ["promoted", "refused by the gate"]
-    assert "  gate: promoted, no held-out accuracy of 1 fell by more than 25.0%" in lines
-    assert "  gate: refused, warm fell from 100.0% to 0.0%" in lines
+    said = [line for line in lines if "gate:" in line]
+    assert said[0].startswith("  gate: promoted, nothing fell by more than 25.0%: warm +")
+    assert said[1] == "  gate: refused, warm fell from 100.0% to 0.0% (change −100.0% to −63.2% in 12 rows)"
 
 
 def test_without_a_gate_everything_is_promoted(model, output):
@@ -176,11 +248,21 @@ def test_without_a_gate_everything_is_promoted(model, output):
     assert [version.manifest.gate for version in run.versions] == [None, None]
 
 
-def test_without_held_out_rows_the_gate_says_that_it_has_seen_nothing(model, output):
-    lines = []
-    gated(model, output, lines=lines).learn(task_rows("warm"), "warm")
-    assert lines[-1] == "  gate: promoted unseen, because no task has held-out rows"
-    assert load_run(output).current == "001-warm"
+def test_without_held_out_rows_nothing_is_promoted(model, output):
+    with pytest.raises(NotEnoughEvidenceError, match="no task has held-out rows") as caught:
+        gated(model, output).learn(task_rows("warm"), "warm")
+    assert caught.value.exit_code == 4
+    run = load_run(output)
+    assert (run.current, run.status(run.everything[0])) == ("000", "not enough evidence")
+    with pytest.raises(InputError, match="001-warm was not promoted for want of evidence"):
+        rollback(output, "001-warm")
+    assert rollback(output, "001-warm", force=True).current == "001-warm"
+
+
+def test_a_task_that_changes_nothing_is_not_promoted(model, output):
+    learner = gated(model, output, options={"learning_rate": 1e-30})
+    with pytest.raises(NotEnoughEvidenceError, match="nothing differs from the version before"):
+        learn(learner, "warm")
 
 
 def test_a_task_that_is_new_to_the_tests_is_compared_with_the_policy_before_it(model, output):
@@ -210,9 +292,9 @@ def test_a_refused_task_can_be_learned_again_from_other_rows_or_without_a_gate(m
 def test_learn_all_stops_at_a_refused_task(model, output):
     learner = gated(model, output)
     given = [
-        ("warm", task_rows("warm"), held_out("warm")),
+        ("warm", task_rows("warm"), held_out("warm", PAIRS)),
         ("poison", swapped("warm"), None),
-        ("calm", task_rows("calm"), held_out("calm")),
+        ("calm", task_rows("calm"), held_out("calm", PAIRS)),
     ]
     with pytest.raises(GateRefusedError):
         learner.learn_all(given)
@@ -226,7 +308,7 @@ def test_rows_of_a_refused_task_may_be_tested_on(model, output):
     learner = gated(model, output)
     learn(learner, "warm")
     poison(learner)
-    learner.learn(task_rows("calm"), "calm", swapped("warm", 3))
+    learner.learn(task_rows("calm"), "calm", swapped("warm", PAIRS))
     with pytest.raises(InputError, match="in both the training and the test set"):
         learner.announce_test("brief", task_rows("calm"))
 

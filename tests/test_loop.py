@@ -49,7 +49,7 @@ def learner(path, **arguments):
         training=TRAINING,
         adapter=ADAPTER,
         announce=lambda _: None,
-        gate=0.3,
+        gate=0.45,
         **arguments,
     )
 
@@ -151,7 +151,9 @@ def quick_learner(path, **arguments):
 def filled(store, count=30, start=0):
     """Edited answers of four keys."""
     for i in range(start, start + count):
-        made = exchange(f"chatcmpl-{i}", key_id=f"{i % 4:012d}", question=f"q{i}?", original=f"no {i}", returned="no")
+        key, answer = f"{i % 4:012d}", f"no {i}"
+        asked = {"question": f"q{i}?", "corrector": None, "template": None}
+        made = exchange(f"chatcmpl-{i}", key_id=key, original=answer, returned="no", **asked)
         store.add_exchange(made)
         store.add_feedback(feedback(made.id, key_id=made.key_id, edited_text=f"yes {i}"))
 
@@ -193,7 +195,9 @@ def test_a_damaged_task_is_named(tmp_path, store, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(FeedbackStore, "mark_learned", killed)
         with pytest.raises(KeyboardInterrupt):
-            learn_from_feedback(store, quick_learner(tmp_path / "run"), NextTaskOptions(minimum=10))
+            learn_from_feedback(
+                store, quick_learner(tmp_path / "run"), NextTaskOptions(minimum=10, held_out=0.3, key_share=1.0)
+            )
     folder = tmp_path / "run/feedback/feedback-1"
     (folder / "task.json").write_text('{"kind": "corrections"}')
     with pytest.raises(InputError, match=r"task.json: was changed since it was written .*restore the file"):
@@ -208,7 +212,9 @@ def test_a_run_that_is_no_corrector_is_not_followed(tmp_path):
 
 def test_a_version_that_cannot_be_loaded_leaves_the_former_one_in_service(tmp_path, store):
     filled(store)
-    learn_from_feedback(store, quick_learner(tmp_path / "run"), NextTaskOptions(minimum=10))
+    learn_from_feedback(
+        store, quick_learner(tmp_path / "run"), NextTaskOptions(minimum=10, held_out=0.3, key_share=1.0)
+    )
     lines, loaded = [], []
 
     def load(folder):
@@ -224,7 +230,11 @@ def test_a_version_that_cannot_be_loaded_leaves_the_former_one_in_service(tmp_pa
         corrections = make_corrections(settings, corrector, version)
         with serving(upstream, corrections=corrections, followed=followed) as served:
             filled(store, start=100)
-            learn_from_feedback(store, quick_learner(tmp_path / "run", resume=True), NextTaskOptions(minimum=10))
+            learn_from_feedback(
+                store,
+                quick_learner(tmp_path / "run", resume=True),
+                NextTaskOptions(minimum=10, held_out=0.3, key_share=1.0),
+            )
             until = time.monotonic() + 20
             while not lines and time.monotonic() < until:
                 time.sleep(0.02)
@@ -235,14 +245,21 @@ def test_a_version_that_cannot_be_loaded_leaves_the_former_one_in_service(tmp_pa
 
 def test_the_command_line(tmp_path, store, capsys):
     filled(store)
-    flags = ["learn", "--model", str(saved_model()), "--objective", "correction", "--output", str(tmp_path / "run")]
+    flags = ["learn", "--model", str(saved_model()), "--objective", "dpo", "--output", str(tmp_path / "run")]
     flags += ["--from-feedback", f"sqlite:///{tmp_path}/feedback.db", "--no-report", "--json"]
     small = ["--max-length", "200", "--tokens-per-batch", "1200", "--minimum", "10"]
-    code, out, _ = run(capsys, *flags, *small)
+    # Eight held-out rows show nothing, and it is said before anything is learned.
+    code, _, error = run(capsys, *flags, *small)
+    assert code == 4
+    assert "not enough evidence: with 8 held-out rows" in error
+    assert "could not be told from chance, which 52 could at best" in error
+    assert not load_run(tmp_path / "run").everything
+    assert store.stats().waiting == 30
+    code, out, _ = run(capsys, *flags[:1], *flags[5:], *small, "--gate", "1")
     assert code == 0
     assert [version["task"] for version in json.loads(out)["versions"]] == ["feedback-1"]
     for more, status, said in (
-        ((), 1, "feedback"),
+        ((), 4, "feedback"),
         (("--task", "a=b.jsonl"), 2, "--task: what is learned from feedback is the only task"),
         (("--from-feedback", f"sqlite:///{tmp_path}/none.db"), 2, "no such store"),
         (("--minimum", "0"), 2, "minimum: must be at least 1"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from everalign.errors import GateRefusedError
 from everalign.learning.run_data import load_run
 from everalign.methods import LifeAlign
-from learner_for_tests import adapter_weights, make_learner, same_weights, save_model, swapped, tasks
+from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, swapped, tasks
 
 OPTIONS = {"sft_epochs": 1.0, "epochs": 1.5, "checkpoint_steps": 1, "reference": "base"}
 LIMIT = 120.0
@@ -38,7 +38,7 @@ def learn_past_a_refusal(model, output, started, crash=None):
     options = {"checkpoint_steps": 1}
     learner = make_learner(model, output, LifeAlign(), resume=True, options=options, gate=0.25)
     started.set()
-    warm, calm = tasks("warm", "calm")
+    warm, calm = ((name, rows, held_out(name, 12)) for name, rows, _ in tasks("warm", "calm"))
     for name, rows, test in (warm, ("poison", swapped("warm"), None), calm):
         with suppress(GateRefusedError):
             learner.learn(rows, name, test)

@@ -29,3 +29,9 @@ class GateRefusedError(EveralignError):
     def __init__(self, message: str, version: str, fell: Mapping[str, tuple[float, float]]) -> None:
         super().__init__(message)
         self.version, self.fell = version, fell
+
+
+class NotEnoughEvidenceError(GateRefusedError):
+    """A finished task was neither shown to be harmless nor harmful by its held-out rows: exit code 4."""
+
+    exit_code = 4

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from everalign.learning.run_data import RunData
 
 # These say how this one command behaves; every other flag is a recipe's key.
-_FROM_FEEDBACK = ("minimum", "key_share", "agreement")
+_FROM_FEEDBACK = ("minimum", "key_share", "agreement", "held_out")
 _NOT_IN_A_RECIPE = (
     "recipe",
     "resume",
@@ -60,7 +60,9 @@ def learn(
     objective: Annotated[str | None, flag("fpo, dpo or sft; var for scored rows; snkl for both; correction.")] = None,
     output: Annotated[str | None, flag("The run directory.", metavar="DIR")] = None,
     seed: Annotated[int | None, flag("Seeds everything random.")] = None,
-    resume: Annotated[bool, flag("Go on with the run that DIR holds.", None, "", "--resume")] = False,
+    resume: Annotated[
+        bool, flag("Go on with the run that DIR holds; what it knows need not be said again.", None, "", "--resume")
+    ] = False,
     recipe: Annotated[str | None, flag("Read settings from a file; flags win.", metavar="FILE.yaml")] = None,
     preset: Annotated[str | None, flag("default, or paper (LifeAlign's scripts).")] = None,
     print_recipe: Annotated[
@@ -68,15 +70,24 @@ def learn(
     ] = False,
     gate: Annotated[
         float | None,
-        flag("Refuse a task (exit code 3) that lowers a held-out accuracy by more than this."),
+        flag(
+            "Promote a task only where its held-out rows show that no accuracy fell by more than this; "
+            "exit code 3 where one did, 4 where they do not suffice to tell."
+        ),
+    ] = None,
+    gate_scorer: Annotated[
+        str | None, flag("Whom the gate asks about a corrector's corrections, too.", None, "DIR|MODULE:F|URL#MODEL")
     ] = None,
     from_feedback: Annotated[
         str | None,
-        flag("Learn a gateway's feedback as the next task; the gate is 0.02 unless given.", _FEEDBACK, "DATABASE_URL"),
+        flag("Learn a gateway's feedback as the next task; the gate is 0.05 unless given.", _FEEDBACK, "DATABASE_URL"),
     ] = None,
     minimum: Annotated[int | None, flag("Fewest rows of a task; 50.", _FEEDBACK)] = None,
     key_share: Annotated[float | None, flag("Most of it from one key, as a share; 0.5.", _FEEDBACK)] = None,
     agreement: Annotated[float | None, flag("Share of the keys that must agree on an answer.", _FEEDBACK)] = None,
+    held_out: Annotated[
+        float | None, flag("Share of the questions to test on, now and in all later tasks; 0.2.", _FEEDBACK)
+    ] = None,
     as_json: Annotated[bool, flag("Print the result as one JSON object.", None, "", "--json")] = False,
     trust_remote_code: TrustRemoteCode = False,
     skip_bad_rows: Annotated[bool | None, flag("Leave bad rows out, and say so.", _DATA, "")] = None,
@@ -166,6 +177,12 @@ def _recipe(flags: dict[str, Any]) -> "Recipe":
     return given if flags["recipe"] is None else given.over(Recipe.read(Path(flags["recipe"])))
 
 
+def _completed(recipe: "Recipe") -> "Recipe":
+    from everalign.learning.known_recipe import completed
+
+    return completed(recipe)
+
+
 def _print_recipe(flags: dict[str, Any]) -> None:
     show_yaml(_recipe(flags).complete())
 
@@ -174,6 +191,8 @@ def _learn(flags: dict[str, Any]) -> None:
     started = time.perf_counter()
     with Display() as display:
         recipe = _recipe(flags)
+        if flags["resume"] and flags["from_feedback"] is None:
+            recipe = _completed(recipe)
         run, refusal = _run(recipe, flags["resume"], feedback_flags(flags), display)
         report = None if recipe.report is False else _write_report(run.path)
     seconds = time.perf_counter() - started
@@ -189,12 +208,15 @@ def _run(
     recipe: "Recipe", resume: bool, feedback: FeedbackFlags | None, display: Display
 ) -> tuple["RunData", GateRefusedError | None]:
     """Learn; what the gate has refused ends it, and is told of after the results."""
+    from everalign.learning.known_recipe import nothing_left, write_recipe
     from everalign.learning.learner import Learner
     from everalign.learning.promotion import alone_in
     from everalign.learning.task_files import load_tasks
 
     if feedback is not None:
         return learn_feedback(feedback, recipe, display)
+    if resume and recipe.tasks is None and (Path(recipe.output or "") / "run.json").exists():
+        raise nothing_left(recipe)
     arguments = recipe.learner_arguments()
     with alone_in(Path(arguments["output"])):
         tasks = load_tasks(recipe)
@@ -202,6 +224,7 @@ def _run(
         for name, train, test in tasks:
             _announce_data(name, train, test, display)
         learner = Learner(**arguments, resume=resume, announce=display.announce, progress=display.progress)
+        write_recipe(learner.run.path, recipe)
         try:
             learner.learn_all(tasks)
         except GateRefusedError as refusal:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from everalign.learning.recipe import Recipe
     from everalign.learning.run_data import RunData
 
-_OPTIONS = ("minimum", "key_share", "agreement")
+_OPTIONS = ("minimum", "key_share", "agreement", "held_out")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,12 @@ def feedback_flags(flags: dict[str, Any]) -> FeedbackFlags | None:
 def learn_feedback(
     flags: FeedbackFlags, recipe: "Recipe", display: Display
 ) -> tuple["RunData", GateRefusedError | None]:
-    """Learn feedback as the next task of the run that is there, or the first of a new one."""
+    """Learn feedback as the next task of the run that is there, or the first of a new one.
+
+    Such a run starts from the corrector in service: its promoted version, or for a new run the model that is named.
+    """
+    from everalign.correction.files import FACTS_FILE, is_corrector
+    from everalign.learning.known_recipe import completed, write_recipe
     from everalign.learning.learner import Learner
     from everalign.learning.promotion import alone_in
     from everalign.serving.loop import GATE, learn_from_feedback
@@ -54,9 +59,20 @@ def learn_feedback(
         raise InputError("tasks: what is learned from feedback is the only task; leave them out of the recipe")
     check_is_there(flags.store)
     options = NextTaskOptions(**flags.options)
+    # Unfinished tasks of the run's own wait for a command that names them, or says --resume alone.
+    recipe = completed(recipe).model_copy(update={"tasks": None})
+    output = Path(recipe.output or "")
+    resume = (output / "run.json").exists()
+    if not resume and recipe.output is not None and (output / FACTS_FILE).exists():
+        raise InputError(
+            f"--output {output}: is a corrector, and what is learned from feedback goes into a run: name another "
+            f"folder, and begin with this corrector by --model {output}"
+        )
+    if recipe.objective is None and recipe.model is not None and is_corrector(recipe.model):
+        recipe = recipe.model_copy(update={"objective": "correction"})
     arguments = {"gate": GATE, **recipe.learner_arguments(needs_tasks=False)}
-    resume = (Path(arguments["output"]) / "run.json").exists()
     with alone_in(Path(arguments["output"])), FeedbackStore.open(flags.store) as store:
         learner = Learner(**arguments, resume=resume, announce=display.announce, progress=display.progress)
+        write_recipe(learner.run.path, recipe)
         learned = learn_from_feedback(store, learner, options, display.announce)
     return learner.run, learned.refusal

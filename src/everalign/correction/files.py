@@ -118,6 +118,11 @@ def load_corrector_files(folder: str | os.PathLike[str], template: str | None = 
     return CorrectorFiles(str(folder), stored, facts.objectives, facts)
 
 
+def is_corrector(model: str) -> bool:
+    """Whether a model (a folder, a Hub name, `tiny`, ...) says by its `corrector.json` that it is a corrector."""
+    return (Path(resolve_model(model)) / FACTS_FILE).is_file()
+
+
 def chosen_template(
     model: str, template: str | None, objectives: Sequence[str] | None
 ) -> tuple[Template, tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,8 @@ class PreferenceScore:
         kl_previous: mean over response positions of KL(policy now ‖ policy before this task) of the next-token
             distributions, on chosen held-out responses, nats per token; None where there was no policy before.
         pairs: number of pairs scored.
+        outcomes: of each pair whose two responses differ, 1 where the chosen one has the higher likelihood per token,
+            else 0; ties ½. What two policies make of the same pairs is compared by them; they are not kept on disk.
     """
 
     accuracy: float
@@ -55,6 +57,7 @@ class PreferenceScore:
     reward_accuracy: float
     kl_previous: float | None
     pairs: int
+    outcomes: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
 
 def score_preferences(
@@ -94,6 +97,11 @@ def score_preferences(
         reward_accuracy=_share_positive(gain[:, 0] - gain[:, 1]),
         kl_previous=kl,
         pairs=len(held_out.pairs),
+        outcomes=tuple(
+            _share_positive(one)
+            for one, pair in zip(margin, held_out.pairs, strict=True)
+            if pair.chosen != pair.rejected
+        ),
     )
 
 

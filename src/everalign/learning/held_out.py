@@ -8,7 +8,6 @@ from everalign.data.row_set import RowSet
 from everalign.errors import InputError
 from everalign.evaluation import HeldOut, PreferenceScore, score_preferences
 from everalign.learning.run import RunDirectory, data_facts
-from everalign.learning.run_data import RunData
 from everalign.learning.sample_answers import Answers, SampleAnswers
 from everalign.learning.setup import Setup
 from everalign.memory import LowRankUpdate
@@ -108,17 +107,13 @@ class HeldOutTests:
         """Write the policy's answers to the prompts that the base model has answered."""
         return self._samples.again(self._first_answers, self._sets)
 
-    def accuracies(self, tasks: Sequence[str], run: RunData) -> dict[str, float]:
-        """Return the accuracies of the run's current version, which the policy is, on those of the tasks with a test.
+    def outcomes(self, tasks: Sequence[str]) -> dict[str, PreferenceScore]:
+        """Score the policy as it is on those of the tasks that have a test set, for a comparison pair by pair."""
+        return {task: self._score(self._held_out[task], None) for task in tasks if task in self._held_out}
 
-        What it was not scored on, because that test set came later, is scored now.
-        """
-        known = run.versions[-1].scores if run.versions else run.zero_shot
-        return {
-            task: known[task].accuracy if task in known else self._score(self._held_out[task], None).accuracy
-            for task in tasks
-            if task in self._facts
-        }
+    def rows(self, tasks: Sequence[str]) -> dict[str, RowSet[Any]]:
+        """Return the held-out rows of those of the tasks that have some."""
+        return {task: self._sets[task] for task in tasks if task in self._sets}
 
     def _prepare(self, test: RowSet[Any]) -> HeldOut:
         setup = self._setup

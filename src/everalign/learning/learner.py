@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from everalign.correction.files import is_corrector
 from everalign.data.prompts import PromptSet
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
 from everalign.learning.export import export_adapter, export_version
-from everalign.learning.gate import announcement, check_tolerance, judge, refusal
+from everalign.learning.gate import announcement, check_tolerance, compare_shares, judge, refusal
+from everalign.learning.generated import Written, compare_written, write_corrections
 from everalign.learning.held_out import HeldOutTests
 from everalign.learning.lesson import task_seed, teach
 from everalign.learning.line import Line
@@ -64,7 +66,9 @@ class Learner:
         rollouts: how answers are sampled to prompts alone.
         correction: how corrections are learned, for `correction`.
         gate: how far the held-out accuracy of a learned task, or of the new one, may fall for a task to be promoted, as
-            a share: 0.02 for two points. With None every task is.
+            a share: 0.02 for two points. Held-out rows have to show it, beyond doubt (see `everalign.learning.gate`);
+            of a corrector also by the corrections that it writes. With None every task is promoted.
+        gate_scorer: whom the gate asks, too, whether a corrector's corrections got better; named as `reward` is.
         seed: seeds everything random.
         resume: continue the run that `output` holds: finished tasks are taken as they are, and one that was
             interrupted goes on from its newest checkpoint. A run with other settings is refused.
@@ -94,6 +98,7 @@ class Learner:
         rollouts: RolloutOptions | None = None,
         correction: CorrectionTaskOptions | None = None,
         gate: float | None = None,
+        gate_scorer: str | Scorer | None = None,
         seed: int = 0,
         resume: bool = False,
         allow_overlap: bool = False,
@@ -106,7 +111,12 @@ class Learner:
             raise InputError(f"weighting is for rewards, and the objective {objective} has none: leave it out")
         method = LifeAlign() if method is None else method
         check_tolerance(gate, method.name, method.regime)
+        if gate_scorer is not None and (gate is None or objective != "correction"):
+            raise InputError(
+                "gate_scorer rates what a corrector writes for a gate: give gate, and objective correction"
+            )
         self._gate = gate
+        self._gate_scorer = make_scorer(gate_scorer) if isinstance(gate_scorer, str) else gate_scorer
         self._run = RunDirectory(Path(output))
         with self._run.alone():
             self._run.check_usable(resume)
@@ -162,7 +172,8 @@ class Learner:
 
         Raises:
             InputError: the name is taken by other rows, the task has no rows, or it mixes training and test rows.
-            GateRefusedError: accuracies fell. The version stays on disk, and the learner is as it was before the task.
+            GateRefusedError: accuracies fell; or, as NotEnoughEvidenceError, nothing shows that none did. The version
+                stays on disk, and the learner is as it was before the task.
             EveralignError: training diverged, or an earlier call was broken off in the middle.
         """
         with self._run.alone():
@@ -246,14 +257,15 @@ class Learner:
         number = max((version.manifest.index for version in self.run.everything), default=0) + 1
         version = version_name(number, task.name)
         guarded = [] if self._gate is None else [*self._line.versions, task.name]
-        before_task = self._tests.accuracies(guarded, self.run)
+        before_task = self._tests.outcomes(guarded)
+        written = self._written(guarded)
         previous = self.policy.total()
         self.method.begin_task(self.policy, task)
         lesson = teach(self._setup, task, rows, self._run.work(version))
         before = self._tests.scores(previous) if self.method.consolidates else None
         records = self.method.end_task(self.policy, lesson.task)
         scores = self._tests.scores(previous)
-        verdict = self._verdict(before_task, scores)
+        verdict = self._verdict(before_task, scores, written, self._written(guarded))
         manifest = {
             "index": number,
             "name": task.name,
@@ -282,11 +294,32 @@ class Learner:
         self._setup.announce(f"task {[*self._line.versions].index(name) + 1}: {name} (learned already)")
         return {task: PreferenceScore(**score.model_dump()) for task, score in done.scores.items()}
 
-    def _verdict(self, before: Mapping[str, float], after: Mapping[str, PreferenceScore]) -> Verdict | None:
+    def _written(self, tasks: Sequence[str]) -> dict[str, Written]:
+        """What a corrector's policy writes for the tasks' held-out rows; nothing of other policies."""
+        return write_corrections(self._setup, self._tests.rows(tasks)) if self._setup.encoder is not None else {}
+
+    def _verdict(
+        self,
+        before: Mapping[str, PreferenceScore],
+        after: Mapping[str, PreferenceScore],
+        written: Mapping[str, Written],
+        written_now: Mapping[str, Written],
+    ) -> Verdict | None:
         if self._gate is None:
             return None
-        verdict = judge(self._gate, before, {task: score.accuracy for task, score in after.items()})
-        self._setup.announce(f"  {announcement(verdict, len(before))}")
+        compared = {
+            task: compare_shares(score.outcomes, after[task].outcomes)
+            for task, score in before.items()
+            if score.outcomes
+        }
+        for task, now in written_now.items():
+            self._setup.announce(f"  {task}: {now.summary}; before, {written[task].summary}")
+        compared |= compare_written(written, written_now, self._gate_scorer)
+        same = all(score.margin == after[task].margin for task, score in before.items())
+        if written:
+            same = all(written[task].texts == now.texts for task, now in written_now.items())
+        verdict = judge(self._gate, compared, bool(compared) and same)
+        self._setup.announce(f"  {announcement(verdict)}")
         return verdict
 
     # ---- going back ----
@@ -320,6 +353,16 @@ class Learner:
             )
 
     # ---- what came of it ----
+
+    @property
+    def gate(self) -> float | None:
+        """How far a held-out accuracy may fall; None for as far as it likes."""
+        return self._gate
+
+    @property
+    def starts_from_corrector(self) -> bool:
+        """Whether the run's base model is a corrector already."""
+        return is_corrector(self._setup.model_name)
 
     @property
     def run(self) -> RunData:

@@ -122,7 +122,12 @@ def _check(run: RunData, version: VersionData, force: bool) -> None:
     check_version(folder, version.manifest.files)
     verdict = version.manifest.gate
     if verdict is not None and version.refused and not force:
-        raise InputError(f"{version.id} was refused by the gate ({what_fell(verdict)}): force it, or choose another")
+        why = (
+            "was not promoted for want of evidence"
+            if verdict.outcome == "not enough evidence"
+            else "was refused by the gate"
+        )
+        raise InputError(f"{version.id} {why} ({what_fell(verdict)}): force it, or choose another")
 
 
 def check_version(folder: Path, files: dict[str, str]) -> None:

@@ -128,6 +128,7 @@ class Recipe(_Keys):
     rollouts: RolloutKeys | None = None  # type: ignore[valid-type]  # its keys are those of RolloutOptions
     correction: CorrectionKeys | None = None  # type: ignore[valid-type]  # its keys are CorrectionTaskOptions' own
     gate: float | None = None
+    gate_scorer: Text | None = None
     cache: Text | None = None
     allow_overlap: bool | None = None
     sample_answers: Annotated[int, Field(ge=0)] | None = None
@@ -214,7 +215,7 @@ class Recipe(_Keys):
         plain = ("model", "base_adapter", "objective", "output", "seed", "reward", "gate", "allow_overlap", "cache")
         return {
             "sample_answers": SAMPLE_ANSWERS if self.sample_answers is None else self.sample_answers,
-            **{name: given[name] for name in plain if name in given},
+            **{name: given[name] for name in (*plain, "gate_scorer") if name in given},
             "method": self.make_method(),
             "training": self.training_options(),
             "adapter": self.adapter_options(),

@@ -268,4 +268,7 @@ def _difference(key: str, written: Any, expected: Any) -> str:
 
 
 def _as_json(scores: Mapping[str, PreferenceScore]) -> dict[str, Any]:
-    return {task: asdict(score) for task, score in scores.items()}
+    return {
+        task: {name: value for name, value in asdict(score).items() if name != "outcomes"}
+        for task, score in scores.items()
+    }

@@ -30,7 +30,7 @@ BASE = "000"
 BASE_ADAPTER = "base_adapter"
 """Folder of the adapter that was merged into the base model."""
 _METRICS = ("accuracy", "margin", "reward_accuracy")
-Status = Literal["promoted", "", "refused by the gate", "rolled back"]
+Status = Literal["promoted", "", "refused by the gate", "not enough evidence", "rolled back"]
 """What became of a version: it is current, one of the current one's parents, or beside that line."""
 _REGIMES: dict[str, Regime] = {"mtl": "joint", "stl": "separate"}
 
@@ -54,7 +54,7 @@ class VersionData:
 
     @property
     def refused(self) -> bool:
-        """Whether the gate refused it."""
+        """Whether the gate did not promote it, because it is worse or for want of evidence that it is not."""
         return self.manifest.gate is not None and not self.manifest.gate.promoted
 
 
@@ -101,7 +101,11 @@ class RunData:
             return "promoted"
         if version in self.versions:
             return ""
-        return "refused by the gate" if version.refused else "rolled back"
+        if not version.refused:
+            return "rolled back"
+        gate = version.manifest.gate
+        unsure = gate is not None and gate.outcome == "not enough evidence"
+        return "not enough evidence" if unsure else "refused by the gate"
 
     @property
     def regime(self) -> Regime:

@@ -113,18 +113,45 @@ class Stage(_Record):
     replayed: Count
 
 
+class Comparison(_Record):
+    """What a version and something else came to on the same held-out rows.
+
+    Args:
+        before: mean of the other, a share.
+        after: of the version.
+        low: lower end of the fall's 90 % interval, above 0 where it fell, as a share: 95 % certain on either side.
+        high: upper end.
+        rows: that were compared.
+    """
+
+    before: FiniteFloat
+    after: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+    rows: Count
+
+
+Outcome = Literal["promoted", "refused", "not enough evidence"]
+
+
 class Verdict(_Record):
     """What the gate made of a finished task.
 
     Args:
         tolerance: how far a held-out accuracy may fall, a share.
-        promoted: whether none fell further.
-        fell: those that did: before and after, by task.
+        promoted: whether none fell further, beyond doubt.
+        fell: those that did, beyond doubt: before and after, by task.
+        outcome: the same in one of three words; None in files from before there were three.
+        compared: what was compared, by task, or by what else it was.
+        unchanged: whether nothing differs from the version before.
     """
 
     tolerance: Annotated[float, Field(ge=0, le=1)]
     promoted: bool
     fell: dict[str, tuple[FiniteFloat, FiniteFloat]]
+    outcome: Outcome | None = None
+    compared: dict[str, Comparison] = {}
+    unchanged: bool = False
 
 
 class Manifest(_Record):

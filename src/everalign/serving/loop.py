@@ -4,7 +4,8 @@
     learned.promoted, learned.version
 
 A task's rows are written into the run before they are learned, so that a killed call goes on with the same rows,
-whatever feedback has come since, and marks them as learned once the gate has decided.
+whatever feedback has come since, and marks them as learned once the gate has decided. What the gate could not decide,
+for want of held-out rows, is not marked: it is learned again when more has come.
 """
 
 from collections.abc import Callable
@@ -12,18 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from everalign.data import load_corrections, load_preferences, load_scored
+from everalign.data import Correction, load_corrections, load_preferences, load_scored
 from everalign.data.row_set import RowSet
-from everalign.errors import GateRefusedError, InputError
+from everalign.errors import GateRefusedError, InputError, NotEnoughEvidenceError
 from everalign.files import is_partial, new_folder, read_json, write_json, write_text
+from everalign.learning.gate import rows_needed
 from everalign.learning.learner import Learner
+from everalign.learning.run_data import BASE
 from everalign.serving.next_task import build_task
 from everalign.serving.store import FeedbackStore
-from everalign.serving.task_options import NextTask, NextTaskOptions, TaskReport
+from everalign.serving.task_options import NextTask, NextTaskOptions, NotEnoughFeedback, TaskReport
 from everalign.storage import json_line
 
-GATE = 0.02
-"""How far a held-out accuracy may fall, unless something else is said: two points."""
+GATE = 0.05
+"""How far a held-out accuracy may fall, unless something else is said: five points, which 52 held-out rows can show."""
 
 _KINDS = {"correction": "corrections", "var": "scored"}
 _LOADERS: dict[str, Callable[[Path], RowSet[Any]]] = {
@@ -42,7 +45,7 @@ class LearnedFeedback:
     Args:
         name: of the task.
         version: that it has led to.
-        refusal: why the gate refused it; None where it was promoted.
+        refusal: why the gate did not promote it (NotEnoughEvidenceError: it could not tell); None where it did.
         report: what the task was made of, and what was left out.
     """
 
@@ -70,7 +73,8 @@ def learn_from_feedback(
 ) -> LearnedFeedback:
     """Learn what was not learned yet as one task, and note in the store that it is learned.
 
-    What the gate refuses is noted too, as learned by a refused task: it would only be refused again.
+    What the gate refuses is noted too, as learned by a refused task: it would only be refused again. What it cannot
+    decide for want of held-out rows is not.
 
     Args:
         store: where feedback is.
@@ -79,15 +83,20 @@ def learn_from_feedback(
         announce: called with one line for each thing that happens.
 
     Raises:
-        NotEnoughFeedback: there is no task yet.
-        InputError: the run's files were changed.
+        NotEnoughFeedback: there is no task yet, or its held-out rows could not show the gate that nothing fell.
+        InputError: the run's files were changed, or it starts from a model that is no corrector, while the feedback is
+            on answers of one.
     """
     kind = kind_of(learner.run.facts.objective)
     options = replace(options or NextTaskOptions(), kind=kind)
     with learner.alone():
         pending = _Pending.find(learner.run.path)
         if pending is None:
-            task = build_task(store.feedback(unlearned=True), options)
+            found = list(store.feedback(unlearned=True))
+            task = build_task(found, options)
+            _check_evidence(task, learner)
+            if kind == "corrections":
+                _check_start(learner, {exchange.corrector for exchange, _ in found} - {None})
             pending = _Pending.write(learner, task, kind)
         else:
             announce(f"{pending.name}: an interrupted call goes on")
@@ -99,9 +108,39 @@ def learn_from_feedback(
         except GateRefusedError as error:
             refusal = error
         version = learner.run.tip if refusal is None else refusal.version
-        store.mark_learned(task.feedback_ids, pending.name if refusal is None else f"{pending.name} (refused)")
+        if not isinstance(refusal, NotEnoughEvidenceError):
+            store.mark_learned(task.feedback_ids, pending.name if refusal is None else f"{pending.name} (refused)")
         pending.done(version, refusal is None)
     return LearnedFeedback(pending.name, version, refusal, task.report)
+
+
+def _check_evidence(task: NextTask, learner: Learner) -> None:
+    """Refuse to learn for hours what no gate could promote: with so few held-out rows nothing can be shown."""
+    if learner.gate is None:
+        return
+    needed, held_out = rows_needed(learner.gate), sum(map(_tells, task.test or ()))
+    if held_out < needed:
+        raise NotEnoughFeedback(
+            f"not enough evidence: with {held_out} held-out rows that have a better and a worse answer, a fall by "
+            f"{learner.gate:.1%} could not be told from chance, which {needed} could at best; wait for more, hold out "
+            f"a larger share, or let accuracies fall further (gate); {task.report.summary()}",
+            task.report,
+        )
+
+
+def _tells(row: Any) -> bool:
+    return not isinstance(row, Correction) or not row.is_identity
+
+
+def _check_start(learner: Learner, correctors: set[str | None]) -> None:
+    """Refuse to begin with a model that has never corrected in the place of the corrector that people judged."""
+    known = {version.id for version in learner.run.everything}
+    if learner.run.tip == BASE and not correctors <= known and not learner.starts_from_corrector:
+        raise InputError(
+            f"the feedback is on answers of the corrector {', '.join(sorted(map(str, correctors)))}, and the run "
+            f"starts from {learner.run.facts.model}, which is none: name the corrector in service as the model, or its "
+            "run as the output"
+        )
 
 
 @dataclass(frozen=True)

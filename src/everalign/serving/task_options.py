@@ -13,7 +13,9 @@ from everalign.serving.judgements import KINDS
 
 
 class NotEnoughFeedback(EveralignError):  # noqa: N818  # it is a state, which passes as feedback comes
-    """There is no task yet: `report` says what there is and why the rest was left out."""
+    """There is no task yet: `report` says what there is and why the rest was left out; exit code 4."""
+
+    exit_code = 4
 
     def __init__(self, message: str, report: "TaskReport") -> None:
         super().__init__(message)
@@ -44,7 +46,7 @@ class NextTaskOptions:
     agreement: float = 2 / 3
     balance: float = 2.0
     identity: float = 0.5
-    held_out: float = 0.1
+    held_out: float = 0.2
     longest: int = LONGEST_CORRECTION
 
     def __post_init__(self) -> None:
