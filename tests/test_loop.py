@@ -17,6 +17,7 @@ from everalign.errors import EveralignError, GateRefusedError, InputError
 from everalign.learning.promotion import rollback
 from everalign.learning.run_data import load_run
 from everalign.methods import LifeAlign
+from everalign.serving.correcting import CorrectionService
 from everalign.serving.following import FollowedRun
 from everalign.serving.gateway import make_corrections
 from everalign.serving.loop import learn_from_feedback
@@ -241,6 +242,61 @@ def test_a_version_that_cannot_be_loaded_leaves_the_former_one_in_service(tmp_pa
             time.sleep(0.1)
             assert version_in_service(served) == "001-feedback-1"
     assert lines == ["002-feedback-2 cannot be served, 001-feedback-1 goes on: the disk is gone"]
+
+
+def promoted_run(path, store):
+    """A quick run with one promoted version, and what loads it."""
+    filled(store)
+    learn_from_feedback(store, quick_learner(path), NextTaskOptions(minimum=10, held_out=0.3, key_share=1.0))
+    return lambda _: Fake()
+
+
+@pytest.mark.parametrize(("on_rollback", "reason"), [("uncorrected", "rolled_back"), ("stop", "stopped")])
+def test_a_rollback_to_the_base_model_reaches_the_gateway(tmp_path, store, on_rollback, reason):
+    load, lines = promoted_run(tmp_path / "run", store), []
+    followed = FollowedRun(tmp_path / "run", load, on_rollback, seconds=0.02, announce=lines.append)
+
+    def waited(line):
+        until = time.monotonic() + 20
+        while not lines and time.monotonic() < until:
+            time.sleep(0.01)
+        assert lines.pop() == line
+
+    def asked_once(served, mode="correct"):
+        body = {"model": "small", "messages": [{"role": "user", "content": "hi"}]}
+        return HTTP.post(f"{served.url}/chat/completions", json=body, headers={"x-everalign-mode": mode})
+
+    with UpstreamServer() as upstream:
+        settings = GatewaySettings((UpstreamSettings("default", upstream.url),))
+        corrections = make_corrections(settings, *followed.load())
+        with serving(upstream, corrections=corrections, followed=followed) as served:
+            assert asked_once(served).headers["x-everalign-correction"] == "applied"
+            assert rollback(tmp_path / "run").current == "000"
+            outcome = {"uncorrected": "answers are given uncorrected", "stop": "no answers are given"}[on_rollback]
+            waited(f"000 is current, the base model, which corrects nothing: {outcome}")
+            found, strict = asked_once(served), asked_once(served, "strict")
+            if on_rollback == "uncorrected":
+                assert found.headers["x-everalign-correction"] == f"skipped; reason={reason}"
+                assert found.json()["choices"][0]["message"]["content"] == "ok"
+            else:
+                assert (found.status_code, found.json()["error"]["code"]) == (503, f"uncorrected_{reason}")
+            assert (strict.status_code, strict.json()["error"]["code"]) == (503, f"uncorrected_{reason}")
+            assert asked_once(served, "off").status_code == 200
+            rollback(tmp_path / "run", "001-feedback-1")
+            waited("001-feedback-1 is in service")
+            assert asked_once(served).headers["x-everalign-correction"] == "applied"
+
+
+def test_a_gateway_that_starts_with_the_base_model_current_is_one_that_was_rolled_back(tmp_path, store):
+    load = promoted_run(tmp_path / "run", store)
+    rollback(tmp_path / "run")
+    followed = FollowedRun(tmp_path / "run", load)
+    assert followed.is_rolled_back
+    service = CorrectionService()
+    followed.withdraw(service)
+    assert (service.version, service.withdrawn) == ("000", True)
+    with pytest.raises(InputError, match="on-rollback: must be uncorrected or stop, found 'halt'"):
+        FollowedRun(tmp_path / "run", load, "halt")
 
 
 def test_the_command_line(tmp_path, store, capsys):

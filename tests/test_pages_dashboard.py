@@ -7,6 +7,7 @@ import pytest
 
 from everalign.learning.run_data import load_run
 from everalign.learning.scores import Scores
+from everalign.serving.correcting import CorrectionService
 from everalign.serving.pages.run_views import SHADES, forgetting_views, heat_rows, version_views
 from everalign.serving.store.store import FeedbackStore
 from pages_for_tests import Browser, form_action, hidden, read
@@ -50,7 +51,7 @@ def test_a_run_is_drawn(upstream, run):
     assert cells[3] == [("shade-2", "60.0"), ("shade-8", "90.0"), ("shade-9 own", "100.0")]
     assert "the stronger the colour, the higher, from 47.0 to 100.0" in text
     assert '<td class="lost">−20.0</td>' in found.text
-    assert '<span class="status promoted">promoted</span>' in found.text
+    assert '<span class="status promoted">promoted, not in service yet</span>' in found.text
 
 
 def test_what_became_of_versions(tmp_path, upstream):
@@ -61,6 +62,29 @@ def test_what_became_of_versions(tmp_path, upstream):
         ("100.0", "50.0"), ("90.0", "90.0"), ("80.0", "75.0"),
     ]  # fmt: skip
     assert "rolled back" in read(page(upstream, followed=Followed(run)))
+
+
+def test_a_version_is_said_to_be_in_service_where_it_is(tmp_path):
+    run = write_run(tmp_path / "run", ACCURACIES)
+    (run / "current").write_text("002-2\n")
+    data = load_run(run)
+    served = [one.status for one in version_views(data, "001-1")]
+    assert served == ["rolled back", "promoted, not in service yet", "in the line, in service"]
+    assert version_views(data, "002-2")[1].status == "promoted, in service"
+    assert [one.status for one in version_views(data, "000")] == [
+        "rolled back", "promoted, not in service yet", "in the line",
+    ]  # fmt: skip
+
+
+def test_a_dashboard_of_a_run_rolled_back_to_its_base_says_that_nothing_corrects(tmp_path, upstream):
+    run = write_run(tmp_path / "run", ACCURACIES)
+    (run / "current").write_text("000\n")
+    corrections = CorrectionService(Fake(), "003-3")
+    corrections.withdraw("000", "rolled_back")
+    with serving(upstream, corrections=corrections, followed=Followed(run)) as gateway, Browser(gateway) as browser:
+        text = read(browser.get("/dashboard"))
+    assert "none (000, the base model, is current)" in text
+    assert "in service" not in text.split("The corrector's run")[1]
 
 
 def test_scores_that_were_not_measured_have_no_colour():

@@ -52,6 +52,12 @@ def serve(
     on_failure: Annotated[
         str | None, option("Without a correction, give the answer (open) or an error (closed).", "open|closed")
     ] = None,
+    on_rollback: Annotated[
+        str | None,
+        option(
+            "While a run is rolled back to its base model: uncorrected answers, or none (stop).", "uncorrected|stop"
+        ),
+    ] = None,
     store: Annotated[
         str | None, option("Keeps exchanges and feedback: sqlite:///FILE or postgresql://...", "DATABASE_URL")
     ] = None,
@@ -128,6 +134,7 @@ def serve(
     _check_heeded(corrector, {"template": template, "gate": gate, "approve": approve, "margin": margin})
     _check_heeded(corrector, {"strict-structured": strict_structured})
     _check_heeded(corrector, {"precision": precision, "device": device, "on-failure": on_failure})
+    _check_heeded(corrector, {"on-rollback": on_rollback})
     of_store = (("keep", keep), ("redact", redact), ("retention-days", retention_days))
     for name, value in (*of_store, ("store-timeout", store_timeout)):
         if value is not None and store is None:
@@ -162,7 +169,8 @@ def serve(
     with bound_socket(host, port) as listening:
         kept = _open_store(store, redact, retention_days, settings.timeouts.store)
         local = {"device": device, "precision": precision}
-        corrections, followed = _corrections(corrector, template, gate, make_approval(approve, margin), local, settings)
+        approval = make_approval(approve, margin)
+        corrections, followed = _corrections(corrector, template, gate, approval, local, settings, on_rollback)
         from everalign.serving.app import create_app
 
         app = create_app(settings, store=kept, corrections=corrections, followed=followed)
@@ -218,6 +226,7 @@ def _corrections(
     approver: Any,
     local: dict[str, Any],
     settings: "GatewaySettings",
+    on_rollback: str | None,
 ) -> tuple["CorrectionService | None", "FollowedRun | None"]:
     """Return the corrector in service, None for feedback alone; and the run that its versions come from, if any."""
     if name is None:
@@ -230,10 +239,16 @@ def _corrections(
     if on_server and gate is not None:
         raise InputError("--gate: a server does not say how likely an answer is; leave it out, or load the model")
     load = partial(load_corrector, template=template, local=local, approver=approver, options=CorrectionOptions(gate))
-    followed = FollowedRun(Path(name), lambda folder: load(str(folder)), announce=notes.print) if is_run(name) else None
-    if followed is not None:
-        corrector, version = followed.load()
-    else:
+    if not is_run(name):
+        if on_rollback is not None:
+            raise InputError(f"--on-rollback: is for a run, which can be rolled back, and {name} is none; leave it out")
         corrector = load(name)
-        version = corrector.fingerprint[:12]
-    return make_corrections(settings, corrector, version, _THREADS_OF_A_SERVER if on_server else 1), followed
+        threads = _THREADS_OF_A_SERVER if on_server else 1
+        return make_corrections(settings, corrector, corrector.fingerprint[:12], threads), None
+    chosen: Any = on_rollback or "uncorrected"
+    followed = FollowedRun(Path(name), lambda folder: load(str(folder)), chosen, announce=notes.print)
+    if followed.is_rolled_back:
+        service = make_corrections(settings, None, "")
+        followed.withdraw(service)
+        return service, followed
+    return make_corrections(settings, *followed.load()), followed

@@ -81,7 +81,10 @@ class Correction:
 
 
 class CorrectionFailed(Exception):  # noqa: N818 (what is wrong is in the name)
-    """No correction came: `corrector_error`, `corrector_timeout`, `corrector_down`, `queue_full` or `no_corrector`."""
+    """No correction came: `corrector_error`, `corrector_timeout`, `corrector_down`, `queue_full` or `no_corrector`.
+
+    `rolled_back` and `stopped` where a corrector was withdrawn (see `CorrectionService.withdraw`).
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -154,6 +157,7 @@ class CorrectionService:
         breaker: Callable[[], CircuitBreaker] = CircuitBreaker,
     ) -> None:
         self._loaded: _Loaded | None = None
+        self._withdrawn: tuple[str, str] | None = None
         self._timeout, self._batch, self._threads = timeout, batch, threads
         self._make_breaker, self._no_breaker = breaker, breaker()
         self._waiting = FairQueue[_Job](waiting)
@@ -170,12 +174,27 @@ class CorrectionService:
         """
         # One assignment: a request sees the former or the new one, never half of each.
         self._loaded = _Loaded(corrector, version, corrector.template.id, self._make_breaker())
+        self._withdrawn = None
+
+    def withdraw(self, version: str, reason: str) -> None:
+        """Correct nothing from now on, until another corrector comes; what waits is finished by the former one.
+
+        Args:
+            version: what the state without a corrector is called.
+            reason: why there are no corrections: `rolled_back`, or `stopped` where no answer may leave without.
+        """
+        self._withdrawn, self._loaded = (version, reason), None
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether the corrector was taken out of service."""
+        return self._withdrawn is not None
 
     @property
     def version(self) -> str | None:
-        """What the corrector is called; None where there is none."""
-        loaded = self._loaded
-        return loaded.version if loaded else None
+        """What the corrector is called, or the state without one that was withdrawn; None where there is none."""
+        loaded, withdrawn = self._loaded, self._withdrawn
+        return loaded.version if loaded else withdrawn[0] if withdrawn else None
 
     @property
     def template(self) -> str | None:
@@ -264,7 +283,7 @@ class CorrectionService:
     def _submit(self, question: "Question", answer: str, key: str, pieces: bool) -> _Job:
         loaded = self._loaded
         if loaded is None:
-            raise CorrectionFailed("no_corrector")
+            raise CorrectionFailed(self._withdrawn[1] if self._withdrawn else "no_corrector")
         permit = loaded.breaker.enter(key)
         if permit is None:
             raise CorrectionFailed("corrector_down")

@@ -5,13 +5,14 @@
     await followed.follow(service)     # until it is cancelled
 
 Versions are exported once, into the run's folder `serving`; one that cannot be loaded leaves the former one at work.
+A run that is rolled back to its base model has no corrector: answers go out as they are, or not at all.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from filelock import FileLock
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 SECONDS = 2.0
 """How often a run is looked at, unless something else is said."""
 
+OnRollback = Literal["uncorrected", "stop"]
+"""What becomes of answers while the base model is current: given as they are, or an error."""
+
+_REASONS = {"uncorrected": "rolled_back", "stop": "stopped"}
 _FOLDER = "serving"
 _log = logging.getLogger(__name__)
 
@@ -39,30 +44,35 @@ class FollowedRun:
     Args:
         path: the run directory.
         load: loads an exported corrector's folder.
+        on_rollback: what becomes of answers while the run is rolled back to its base model.
         seconds: between two looks at the run.
         announce: called with one line whenever another version is in service, or could not be.
 
     Raises:
-        InputError: it is no run, it has learned no corrections, or none of its versions is promoted.
+        InputError: it is no run, it has learned no corrections, or none of its versions was ever promoted.
     """
 
     def __init__(
         self,
         path: Path,
         load: Callable[[Path], "Corrector"],
+        on_rollback: OnRollback = "uncorrected",
         seconds: float = SECONDS,
         announce: Callable[[str], None] = _log.warning,
     ) -> None:
         from everalign.learning.run_data import load_run
 
+        if on_rollback not in get_args(OnRollback):
+            raise InputError(f"on-rollback: must be uncorrected or stop, found {on_rollback!r}")
         run = load_run(path)
         if run.facts.objective != "correction":
             raise InputError(
                 f"{path}: learns {run.facts.objective}, so it is no corrector: serve its export as the upstream "
                 "(everalign export, then transformers serve or vLLM)"
             )
-        if not run.versions:
+        if all(version.refused for version in run.everything):
             raise InputError(f"{path}: no version of it is promoted: learn corrections first")
+        self._on_rollback: OnRollback = on_rollback
         self._path, self._load, self._seconds, self._announce = path, load, seconds, announce
         self._served: str | None = None
         self._refused: str | None = None
@@ -92,6 +102,18 @@ class FollowedRun:
         self._served = version
         return found, version
 
+    @property
+    def is_rolled_back(self) -> bool:
+        """Whether the base model is current, which corrects nothing."""
+        from everalign.learning.run_data import BASE
+
+        return self.current() == BASE
+
+    def withdraw(self, service: "CorrectionService") -> None:
+        """Take the corrector out of service, because the run is rolled back to its base model."""
+        self._served = self.current()
+        service.withdraw(self._served, _REASONS[self._on_rollback])
+
     async def follow(self, service: "CorrectionService") -> None:
         """Exchange the corrector in service whenever another version is promoted, until cancelled.
 
@@ -106,6 +128,11 @@ class FollowedRun:
         try:
             name = self.current()
             if name in (self._served, self._refused):
+                return
+            if self.is_rolled_back:
+                self.withdraw(service)
+                told = "answers are given uncorrected" if self._on_rollback == "uncorrected" else "no answers are given"
+                self._announce(f"{name} is current, the base model, which corrects nothing: {told}")
                 return
             corrector, version = await asyncio.to_thread(self.load)
         except (EveralignError, OSError) as error:

@@ -16,13 +16,13 @@ from everalign.serving.upstream import Upstream
 
 
 def make_corrections(
-    settings: GatewaySettings, corrector: AnyCorrector, version: str, threads: int = 1
+    settings: GatewaySettings, corrector: AnyCorrector | None, version: str, threads: int = 1
 ) -> CorrectionService:
     """Return a corrector in service, with the settings' limits.
 
     Args:
         settings: of the gateway.
-        corrector: the first one.
+        corrector: the first one; None to begin without.
         version: what it is called.
         threads: corrections under way at once: one for a model in this process; more for one on a server, which is
             asked for each answer by itself, so that none waits for or fails with others.

@@ -145,7 +145,7 @@ class Judge:
 
     def failed(self, call: ChatCall, reason: str) -> Verdict:
         """Return what becomes of an answer whose correction failed; raises GatewayError."""
-        if call.mode == "strict" or self._closed:
+        if call.mode == "strict" or self._closed or reason == "stopped":
             raise uncorrected(reason, 503, again=True)
         return Verdict(None, "skipped", reason)
 

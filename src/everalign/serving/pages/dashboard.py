@@ -39,7 +39,7 @@ def dashboard_routes(gateway: Gateway, pages: Pages, run: Path | None) -> APIRou
             **_service(gateway),
             **_requests(gateway),
             "feedback": await _feedback(gateway),
-            "run": await asyncio.to_thread(_run, run),
+            "run": await asyncio.to_thread(_run, run, gateway.corrections.version),
         }
         return pages.page(request, "dashboard.html.j2", values)
 
@@ -51,13 +51,19 @@ def _service(gateway: Gateway) -> dict[str, Any]:
     if not gateway.has_corrector:
         del circuits["corrector"]
     return {
-        "version": gateway.corrections.version,
+        "version": _in_service(gateway),
         "template": gateway.corrections.template,
         "mode": gateway.desk.mode,
         "in_flight": gateway.limiter.in_flight,
         "waiting": gateway.corrections.depth,
         "circuits": [(name.replace(":", " "), state, _CIRCUITS[state]) for name, state in circuits.items()],
     }
+
+
+def _in_service(gateway: Gateway) -> str | None:
+    """What corrects, in words; None where nothing ever did."""
+    corrections = gateway.corrections
+    return f"none ({corrections.version}, the base model, is current)" if corrections.withdrawn else corrections.version
 
 
 def _requests(gateway: Gateway) -> dict[str, Any]:
@@ -79,7 +85,7 @@ async def _feedback(gateway: Gateway) -> dict[str, Any]:
         return {"stats": None, "trouble": f"The store cannot be read ({type(error).__name__}); the log says more."}
 
 
-def _run(path: Path | None) -> dict[str, Any]:
+def _run(path: Path | None, served: str | None) -> dict[str, Any]:
     """What a run has learned, or why nothing is known of it; blocks while its files are read."""
     if path is None:
         text = "The corrector in service is not from a run, so its versions are not known here. Serve a run's folder"
@@ -96,7 +102,7 @@ def _run(path: Path | None) -> dict[str, Any]:
         "name": path.resolve().name,
         "trouble": None,
         "method": run.facts.method.name,
-        "versions": version_views(run),
+        "versions": version_views(run, served),
         "tasks": scores.tasks,
         "heat": heat_rows(scores)
         if any(s is not None for row in (scores.zero_shot, *scores.matrix) for s in row)

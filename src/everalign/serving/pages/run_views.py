@@ -47,14 +47,16 @@ class ForgettingView:
     direction: str
 
 
-def version_views(run: RunData) -> list[VersionView]:
-    """Return the versions, the newest first."""
+def version_views(run: RunData, served: str | None = None) -> list[VersionView]:
+    """Return the versions, the newest first; `served` is the one in the gateway's service, None where it is unknown."""
     verdicts = {one.id: one.manifest.gate for one in run.everything}
     found = []
     for row in version_rows(run):
         verdict = verdicts[row["version"]]
         note = "" if verdict is None or verdict.promoted else what_fell(verdict)
         status = _STATUS.get(row["status"], row["status"])
+        if served is not None and (row["version"] == served or row["promoted"]):
+            status += ", in service" if row["version"] == served else ", not in service yet"
         learned = row["created"][:16].replace("T", " ")
         found.append(
             VersionView(row["version"], row["task"], learned, share(row["then"]), share(row["now"]), status, note)
