@@ -1,6 +1,7 @@
 """Runs are read faithfully, shown with their own numbers, and damaged ones are refused by name."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from everalign.learning.scores import Scores
 from everalign.reporting import comparison_table, load_run, score_table, write_report
 from everalign.reporting.formats import METRICS, percent, seconds, shortened, signed, significant
 from everalign.reporting.headline import cautions, headline
+from everalign.reporting.plots import change_bar, change_lines, progress_lines
+from everalign.reporting.sampling_error import error_matrix, standard_error
 from runs_for_tests import LIFEALIGN, SEQUENTIAL, module, score, write_run, write_version
 
 HOSTILE = "<script>alert('x')</script> & \"$\\frac{1}{2}$\" --> ]]>"
@@ -270,11 +273,56 @@ def test_headline_names_the_run_that_kept_more(tmp_path):
 def test_headline_of_one_run_and_of_a_draw(tmp_path):
     one = load_run(write_run(tmp_path / "a"))
     assert headline([one], ["lifealign"]) == (
-        "After 3 tasks, lifealign prefers the chosen response in 79.2% of held-out pairs; its earlier tasks "
-        "lost 2.3 points on average since they were learned (most on harmless: 3.0 points below its best)."
+        "After 3 tasks, lifealign prefers the chosen response in 79.2% of held-out pairs (± 3.2 points); whether its "
+        "earlier tasks gained or lost since they were learned cannot be told from chance with 600 pairs "
+        "(−2.3 ± 5.4 points on average)."
     )
+    lost = load_run(write_run(tmp_path / "lost", SEQUENTIAL))
+    assert "; its earlier tasks lost 17.2 points (± 5.8 points) on average since they were learned" in headline(
+        [lost], ["seqft"]
+    )
+    assert "(most on harmless: 22.5 points below its best)" in headline([lost], ["seqft"])
     two = load_run(write_run(tmp_path / "b"))
     assert headline([one, two], ["x", "y"]).startswith("All runs kept equally much: their earlier tasks lost 2.3")
+
+
+def test_no_headline_stands_on_one_pair_of_sixty(tmp_path):
+    one_pair = {"a": [0.5, [1.0, 59 / 60]], "b": [0.5, [0.5, 1.0]]}
+    run = load_run(write_run(tmp_path / "run", one_pair, pairs=60))
+    assert "cannot be told from chance with 120 pairs (−1.7 ± " in headline([run], ["x"])
+    none_lost = {"a": [0.5, [1.0, 1.0]], "b": [0.5, [0.5, 1.0]]}
+    other = load_run(write_run(tmp_path / "other", none_lost, pairs=60))
+    assert headline([run, other], ["x", "y"]).startswith("Which run kept more cannot be told from chance:")
+
+
+def test_every_curve_of_held_out_scores_has_error_bars(tmp_path):
+    run = load_run(write_run(tmp_path / "run", pairs=50))
+    errors = error_matrix(run)
+    share = (0.78 * 50 + 2) / 54
+    assert errors[2][0] == pytest.approx(math.sqrt(share * (1 - share) / 54))
+    assert standard_error(run.versions[0].scores["harmless"], "margin") is None
+    assert change_bar(errors, 3, 0) == pytest.approx(1.96 * math.hypot(errors[2][0], errors[0][0]))
+    scores, none = run.scores(), [[0.0] * 3] * 3
+
+    def heights(drawn):
+        """Of the vertical strokes in a figure, as they are written: M x y1 L x y2."""
+        strokes = re.findall(r'd="M ([\d.]+) ([\d.]+) \nL ([\d.]+) ([\d.]+) \n"', drawn)
+        return sorted(abs(float(b) - float(d)) for a, b, c, d in strokes if a == c and b != d)
+
+    limits = (-0.5, 0.5)
+    for drawn, bare, bars in (
+        (
+            change_lines(scores, errors, METRICS["accuracy"], limits, "n", "x"),
+            change_lines(scores, none, METRICS["accuracy"], limits, "n", "x"),
+            3,
+        ),
+        (
+            progress_lines({"x": scores}, {"x": errors}, METRICS["accuracy"], "n"),
+            progress_lines({"x": scores}, {"x": none}, METRICS["accuracy"], "n"),
+            3,
+        ),
+    ):
+        assert len(heights(drawn)) == len(heights(bare)) + bars
 
 
 def test_small_differences_and_unlike_runs_are_pointed_out(tmp_path):

@@ -48,6 +48,7 @@ class PreferenceScore:
         kl_previous: mean over response positions of KL(policy now ‖ policy before this task) of the next-token
             distributions, on chosen held-out responses, nats per token; None where there was no policy before.
         pairs: number of pairs scored.
+        margin_error: standard error of the margin; None of a single pair.
         outcomes: of each pair whose two responses differ, 1 where the chosen one has the higher likelihood per token,
             else 0; ties ½. What two policies make of the same pairs is compared by them; they are not kept on disk.
     """
@@ -57,6 +58,7 @@ class PreferenceScore:
     reward_accuracy: float
     kl_previous: float | None
     pairs: int
+    margin_error: float | None = None
     outcomes: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
 
@@ -97,6 +99,7 @@ def score_preferences(
         reward_accuracy=_share_positive(gain[:, 0] - gain[:, 1]),
         kl_previous=kl,
         pairs=len(held_out.pairs),
+        margin_error=(margin.std() / len(margin) ** 0.5).item() if len(margin) > 1 else None,
         outcomes=tuple(
             _share_positive(one)
             for one, pair in zip(margin, held_out.pairs, strict=True)

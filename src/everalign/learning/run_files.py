@@ -32,6 +32,7 @@ class Score(_Record):
     margin: FiniteFloat
     reward_accuracy: Annotated[float, Field(ge=0, le=1)]
     kl_previous: FiniteFloat | None = None
+    margin_error: FiniteFloat | None = None
     pairs: Annotated[int, Field(ge=1)]
 
 

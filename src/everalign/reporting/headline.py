@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from everalign.learning.run_data import RunData
 from everalign.reporting.formats import METRICS, count
+from everalign.reporting.sampling_error import WIDTH, of_last, of_transfer
 
 _ACCURACY = METRICS["accuracy"]
 
@@ -28,8 +29,8 @@ def cautions(runs: Sequence[RunData], labels: Sequence[str]) -> list[str]:
     if _other_test_sets(runs):
         found.append("The runs were tested on different held-out pairs.")
     for name, value, error in (
-        ("What was kept", _kept, _kept_error),
-        ("The final score", _last, _last_error),
+        ("What was kept", _kept, of_transfer),
+        ("The final score", _last, of_last),
     ):
         found.extend(_too_close(runs, labels, name, value, error))
     for label, run in zip(labels, runs, strict=True):
@@ -48,13 +49,21 @@ def _one_run(run: RunData, label: str) -> str:
     n = len(scores.learned)
     start = (
         f"After {n} {'task' if n == 1 else 'tasks'}, {label} prefers the chosen response in "
-        f"{_ACCURACY.full(last)} of held-out pairs"
+        f"{_ACCURACY.full(last)} of held-out pairs (± {_half(of_last(run))})"
     )
     if transfer is None or not lost:
         return f"{start}."
+    error = of_transfer(run) or 0.0
+    if abs(transfer) < WIDTH * error:
+        return (
+            f"{start}; whether its earlier tasks gained or lost since they were learned cannot be told from chance "
+            f"with {count(_pairs(run))} pairs ({_ACCURACY.change(transfer)} ± {_half(error)} on average)."
+        )
     worst = max(lost, key=lambda task: lost[task])
     detail = f" (most on {worst}: {_ACCURACY.amount(lost[worst])} below its best)" if lost[worst] > 0 else ""
-    return f"{start}; its earlier tasks {_moved(transfer)} on average since they were learned{detail}."
+    return (
+        f"{start}; its earlier tasks {_moved(transfer)} (± {_half(error)}) on average since they were learned{detail}."
+    )
 
 
 def _who_kept_more(runs: Sequence[RunData], labels: Sequence[str]) -> str:
@@ -64,6 +73,12 @@ def _who_kept_more(runs: Sequence[RunData], labels: Sequence[str]) -> str:
     order = sorted(kept, key=lambda label: -kept[label])
     if len({_ACCURACY.change(value) for value in kept.values()}) == 1:
         return f"All runs kept equally much: their earlier tasks {_moved(kept[order[0]])} on average."
+    by_label = dict(zip(labels, runs, strict=True))
+    first, second = (by_label[label] for label in order[:2])
+    spread = math.hypot(of_transfer(first) or 0.0, of_transfer(second) or 0.0)
+    if kept[order[0]] - kept[order[1]] < WIDTH * spread:
+        each = _listing([f"{label}'s {_moved(kept[label])}" for label in order])
+        return f"Which run kept more cannot be told from chance: of their earlier tasks, {each} on average."
     others = _listing([f"{label}'s {_moved(kept[label])}" for label in order[1:]])
     return (
         f"{order[0]} kept more of what it had learned: its earlier tasks {_moved(kept[order[0]])} on average "
@@ -97,43 +112,12 @@ def _last(run: RunData) -> float | None:
     return run.scores().last
 
 
-def _last_error(run: RunData) -> float:
-    """Standard error of Last: the mean over tasks of independent shares p with variance p(1-p)/pairs."""
-    scores = run.scores()
-    final = len(run.versions) - 1
-    rows = range(len(scores.learned)) if run.regime == "separate" else [final] * len(scores.learned)
-    variances = [_variance(run, i, task) for i, task in zip(rows, scores.learned, strict=True)]
-    return _error_of_mean(variances)
-
-
-def _kept_error(run: RunData) -> float:
-    """Standard error of BWT, taking a task's two scores as independent (they share pairs: an upper bound)."""
-    earlier = list(enumerate(run.scores().learned))[:-1]
-    final = len(run.versions) - 1
-    return _error_of_mean(
-        [
-            None if (now := _variance(run, final, task)) is None else now + (_variance(run, j, task) or 0.0)
-            for j, task in earlier
-        ]
-    )
-
-
-def _variance(run: RunData, version: int, task: str) -> float | None:
-    score = run.versions[version].scores.get(task)
-    return None if score is None else score.accuracy * (1 - score.accuracy) / score.pairs
-
-
-def _error_of_mean(variances: Sequence[float | None]) -> float:
-    measured = [variance for variance in variances if variance is not None]
-    return math.sqrt(sum(measured)) / len(measured)
-
-
 def _too_close(
     runs: Sequence[RunData],
     labels: Sequence[str],
     name: str,
     value: Callable[[RunData], float | None],
-    error: Callable[[RunData], float],
+    error: Callable[[RunData], float | None],
 ) -> list[str]:
     """A sentence if the best two runs differ by less than twice the sampling error of their difference."""
     known = [
@@ -142,14 +126,19 @@ def _too_close(
     if len(known) < 2:
         return []
     (best, first, one), (second_best, second, two) = sorted(known, key=lambda entry: -entry[0])[:2]
-    spread = math.hypot(error(one), error(two))
-    if best - second_best >= 2 * spread:
+    spread = math.hypot(error(one) or 0.0, error(two) or 0.0)
+    if best - second_best >= WIDTH * spread:
         return []
     return [
         f"{name} differs between {first} and {second} by {_ACCURACY.amount(best - second_best)}, less than "
         f"twice the sampling error of that difference ({_ACCURACY.amount(spread)} with {count(_pairs(one))} "
         "held-out pairs): too close to call."
     ]
+
+
+def _half(error: float | None) -> str:
+    """Half the width of the 95 % interval."""
+    return _ACCURACY.amount(WIDTH * (error or 0.0))
 
 
 def _pairs(run: RunData) -> int:

@@ -18,7 +18,15 @@ from everalign.reporting.answers import AnswerPair, answer_pairs
 from everalign.reporting.corrections import CorrectorShow
 from everalign.reporting.formats import METRICS, Metric
 from everalign.reporting.headline import cautions, headline
-from everalign.reporting.plots import change_lines, change_series, matrix_rows, progress_lines, score_heatmap
+from everalign.reporting.plots import (
+    change_bar,
+    change_lines,
+    change_series,
+    matrix_rows,
+    progress_lines,
+    score_heatmap,
+)
+from everalign.reporting.sampling_error import error_matrix
 from everalign.reporting.tables import SUMMARY_TITLES, best_values, summary_cells
 from everalign.reporting.training_plots import training_curves
 
@@ -82,7 +90,7 @@ def render_report(runs: Sequence[RunData], corrector: CorrectorShow | None = Non
         cautions=cautions(runs, labels),
         summary_titles=SUMMARY_TITLES,
         summaries={metric: _summaries(runs, labels, METRICS[metric]) for metric in METRICS},
-        progress=progress_lines(scores, _ACCURACY, "progress"),
+        progress=progress_lines(scores, _errors(runs, labels), _ACCURACY, "progress"),
         metrics=METRICS,
         runs=_run_views(runs, labels),
         corrector=corrector,
@@ -113,7 +121,7 @@ def _summaries(runs: Sequence[RunData], labels: Sequence[str], metric: Metric) -
 
 def _run_views(runs: Sequence[RunData], labels: Sequence[str]) -> list[RunView]:
     scores = [run.scores() for run in runs]
-    heat, change = _heat_limits(scores), _change_limits(scores)
+    heat, change = _heat_limits(scores), _change_limits(runs)
     return [
         _run_view(run, label, f"run-{i}", heat, change)
         for i, (run, label) in enumerate(zip(runs, labels, strict=True), 1)
@@ -129,7 +137,7 @@ def _run_view(run: RunData, label: str, anchor: str, heat: tuple[float, float], 
         tasks=run.tasks,
         regime=run.regime,
         heatmap=score_heatmap(scores, _ACCURACY, heat, f"{anchor}-heatmap", label),
-        changes=change_lines(scores, _ACCURACY, change, f"{anchor}-changes", label),
+        changes=change_lines(scores, error_matrix(run), _ACCURACY, change, f"{anchor}-changes", label),
         curves=training_curves(training, f"{anchor}-curves", label),
         matrices={key: views.matrix_view(run.scores(key), metric) for key, metric in METRICS.items()},
         forgetting=views.forgetting_view(scores, _ACCURACY),
@@ -151,9 +159,18 @@ def _heat_limits(scores: Sequence[Scores]) -> tuple[float, float]:
     return (min(found), max(found)) if found else (0.0, 1.0)
 
 
-def _change_limits(scores: Sequence[Scores]) -> tuple[float, float]:
-    """Axis limits that hold every run's changes and zero, with some room."""
-    found = [change for one in scores for line in change_series(one).values() for _, change in line]
-    low, high = min(found, default=0.0), max(found, default=0.0)
-    room = max(0.08 * (high - low), 0.01)
-    return min(low, 0.0) - room, max(high, 0.0) + room
+def _change_limits(runs: Sequence[RunData]) -> tuple[float, float]:
+    """Axis limits that hold every run's changes with their bars, and zero, with some room."""
+    found = [0.0]
+    for run in runs:
+        scores, errors = run.scores(), error_matrix(run)
+        for task, line in change_series(scores).items():
+            for rows, change in line:
+                bar = change_bar(errors, rows, scores.learned.index(task))
+                found += [change - bar, change + bar]
+    room = max(0.08 * (max(found) - min(found)), 0.01)
+    return min(found) - room, max(found) + room
+
+
+def _errors(runs: Sequence[RunData], labels: Sequence[str]) -> dict[str, list[list[float | None]]]:
+    return {label: error_matrix(run) for label, run in zip(labels, runs, strict=True)}

@@ -9,6 +9,7 @@ from markupsafe import Markup
 from matplotlib.patches import Rectangle
 
 from everalign.learning.scores import Scores
+from everalign.reporting import sampling_error
 from everalign.reporting.formats import Metric, shortened
 from everalign.reporting.svg import HEAT, INK, MUTED, SERIES, drawing, figure, inline_svg
 
@@ -49,8 +50,17 @@ def matrix_rows(scores: Scores) -> list[tuple[str, Sequence[float | None]]]:
     return rows
 
 
-def change_lines(scores: Scores, metric: Metric, limits: tuple[float, float], name: str, label: str) -> Markup | None:
-    """How each task's score moved since it was learned, as later tasks came; None with nothing to show."""
+Errors = Sequence[Sequence[float | None]]
+"""Standard errors of a score matrix, in its shape; None where a score's is unknown."""
+
+
+def change_lines(
+    scores: Scores, errors: Errors, metric: Metric, limits: tuple[float, float], name: str, label: str
+) -> Markup | None:
+    """How each task's score moved since it was learned, as later tasks came; None with nothing to show.
+
+    Bars are 95 % intervals of each change.
+    """
     lines, names = change_series(scores), _numbered_if_long(scores.learned)
     if not lines:
         return None
@@ -60,7 +70,8 @@ def change_lines(scores: Scores, metric: Metric, limits: tuple[float, float], na
         axes.axhline(0, color=MUTED, linewidth=1)
         for i, (task, points) in enumerate(lines.items()):
             xs, ys = zip(*points, strict=True)
-            axes.plot(xs, [y * metric.scale for y in ys], label=shortened(names[task], 28), **_line_style(i))
+            bars = [change_bar(errors, rows, scores.learned.index(task)) * metric.scale for rows in xs]
+            _line(axes, xs, [y * metric.scale for y in ys], bars, shortened(names[task], 28), i)
         axes.set_ylim(limits[0] * metric.scale, limits[1] * metric.scale)
         axes.set_ylabel(f"change, {metric.change_unit}")
         _task_ticks(axes, scores.learned)
@@ -68,6 +79,17 @@ def change_lines(scores: Scores, metric: Metric, limits: tuple[float, float], na
         ends = ", ".join(f"{task} {metric.change(points[-1][1])}" for task, points in lines.items())
         description = f"Change of each score since its task was learned, {metric.change_unit}; at the end: {ends}"
         return inline_svg(drawn, name, f"Forgetting of {label}", description)
+
+
+def change_bar(errors: Errors, rows: int, task: int) -> float:
+    """Half the 95 % interval of a task's change by the time that so many tasks were learned; 0 where it is learned."""
+    if rows - 1 == task:
+        return 0.0
+    return sampling_error.WIDTH * (sampling_error.of_change(errors[rows - 1][task], errors[task][task]) or 0.0)
+
+
+def _line(axes: Any, xs: Sequence[int], ys: Sequence[float], bars: Sequence[float], label: str, number: int) -> None:
+    axes.errorbar(xs, ys, yerr=bars, label=label, capsize=3, elinewidth=1, **_line_style(number))
 
 
 def change_series(scores: Scores) -> dict[str, list[tuple[int, float]]]:
@@ -82,8 +104,13 @@ def change_series(scores: Scores) -> dict[str, list[tuple[int, float]]]:
     return {task: points for task, points in series.items() if len(points) > 1}
 
 
-def progress_lines(runs: Mapping[str, Scores], metric: Metric, name: str) -> Markup | None:
-    """Each run's mean score over the tasks learned so far, as tasks come; None below two moments."""
+def progress_lines(
+    runs: Mapping[str, Scores], errors: Mapping[str, Errors], metric: Metric, name: str
+) -> Markup | None:
+    """Each run's mean score over the tasks learned so far, as tasks come; None below two moments.
+
+    Bars are 95 % intervals of each mean.
+    """
     series = {label: progress_series(scores) for label, scores in runs.items()}
     series = {label: points for label, points in series.items() if len(points) > 1}
     if not series:
@@ -93,7 +120,9 @@ def progress_lines(runs: Mapping[str, Scores], metric: Metric, name: str) -> Mar
         axes = drawn.subplots()
         for i, (label, points) in enumerate(series.items()):
             xs, ys = zip(*points, strict=True)
-            axes.plot(xs, [y * metric.scale for y in ys], label=shortened(label, 28), **_line_style(i))
+            means = [sampling_error.of_mean(errors[label][rows - 1][:rows]) or 0.0 for rows in xs]
+            bars = [sampling_error.WIDTH * error * metric.scale for error in means]
+            _line(axes, xs, [y * metric.scale for y in ys], bars, shortened(label, 28), i)
         axes.set_ylabel(f"{metric.title.lower()}, {metric.unit.strip()}")
         _count_ticks(axes, max(points[-1][0] for points in series.values()))
         legend_above(drawn)
