@@ -16,7 +16,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -41,6 +41,7 @@ CONCURRENCY = 8
 _FIRST_WAIT = 1.0  # seconds, doubled from attempt to attempt
 _LONGEST_BACKOFF = 60.0
 _LARGEST_REPLY = 16 << 20  # bytes
+_LARGEST_STREAM = 64 << 20  # each token has its own JSON around it
 _CHAT = "chat/completions"
 _RESERVED = ("model", "messages", "prompt", "stream", "n")
 
@@ -164,9 +165,29 @@ class ChatClient:
         contents = [{"prompt": prompt} for prompt in prompts]
         return _until_failure(self._answers("completions", self._bodies("prompt", contents, parameters), go_on=False))
 
-    def _answers(self, path: str, bodies: Sequence[bytes], *, go_on: bool) -> Iterator[_Found]:
-        """Yield what becomes of each request; unless it is to `go_on`, none is begun after a failure."""
-        finished: SimpleQueue[_Found | None] = SimpleQueue()
+    def continue_in_pieces(self, prompt: str, **parameters: Any) -> Iterator[str | Completion]:
+        """Yield what the model writes behind a text while it comes, and at last all of it.
+
+        A server that does not stream gives it at once. Errors as in `complete_many`; a stream that has begun is not
+        asked for again.
+        """
+        (body,) = self._bodies("prompt", [{"prompt": prompt}], parameters)
+        usage = {"stream": True, "stream_options": {"include_usage": True}}
+        streamed = json.dumps({**json.loads(body), **usage}, ensure_ascii=False).encode()
+        for item in self._answers("completions", [streamed], go_on=False):
+            if isinstance(item, str):
+                yield item
+            elif isinstance(item[1], ChatError):
+                raise item[1]
+            else:
+                yield item[1]
+
+    def _answers(self, path: str, bodies: Sequence[bytes], *, go_on: bool) -> Iterator[Any]:
+        """Yield what becomes of each request; unless it is to `go_on`, none is begun after a failure.
+
+        Of one that is streamed also the pieces, as text.
+        """
+        finished: SimpleQueue[_Found | str | None] = SimpleQueue()
         deadline = current()
         retries = self._retries if deadline is None else min(self._retries, deadline.retries)
         # Leaving this block early, as Ctrl-C or a caller's break does, cancels what is under way.
@@ -187,7 +208,7 @@ class ChatClient:
             while waiting:
                 index, body = waiting.popleft()
                 try:
-                    finished.put((index, await self._ask(session, path, body, retries)))
+                    finished.put((index, await self._ask(session, path, body, retries, finished)))
                 except EveralignError as error:
                     if not go_on:
                         waiting.clear()
@@ -206,13 +227,15 @@ class ChatClient:
             for _ in range(min(self._concurrency, len(waiting))):
                 group.start_soon(work)
 
-    async def _ask(self, session: httpx.AsyncClient, path: str, body: bytes, retries: int) -> Completion:
+    async def _ask(
+        self, session: httpx.AsyncClient, path: str, body: bytes, retries: int, pieces: SimpleQueue[Any]
+    ) -> Completion:
         attempt = 0
         while True:
             await self._turn()
             try:
                 with anyio.fail_after(self._timeout):
-                    return await self._attempt(session, path, body)
+                    return await self._attempt(session, path, body, pieces)
             except TimeoutError:
                 again = TryAgain(f"no answer within {self._timeout:g} seconds")
             except httpx.RequestError as error:
@@ -225,10 +248,15 @@ class ChatClient:
             await anyio.sleep(_backoff(attempt) if again.wait is None else again.wait)
             attempt += 1
 
-    async def _attempt(self, session: httpx.AsyncClient, path: str, body: bytes) -> Completion:
+    async def _attempt(
+        self, session: httpx.AsyncClient, path: str, body: bytes, pieces: SimpleQueue[Any]
+    ) -> Completion:
         with self._lock:
             self.usage.requests += 1
         async with session.stream("POST", f"{self.base_url}/{path}", content=body) as response:
+            streams = response.headers.get("content-type", "").startswith("text/event-stream")
+            if response.is_success and streams:
+                return await self._read_stream(response, pieces)
             content = await _read(response)
         if not response.is_success:
             raise failure(response.status_code, response.headers, self._masked(content))
@@ -237,6 +265,36 @@ class ChatClient:
             completion = read_completion(content, kind, path == _CHAT)
         except EveralignError:
             completion = read_completion(self._masked(content), kind, path == _CHAT)
+        self._count(completion)
+        return completion
+
+    async def _read_stream(self, response: httpx.Response, pieces: SimpleQueue[Any]) -> Completion:
+        """Hand on the pieces of a text, and return all of it; raises EveralignError where it breaks off."""
+        text, reason = list[str](), None
+        usage: dict[str, Any] = {}
+        try:
+            async for event in _events(response):
+                error = event.get("error")
+                if error:
+                    raise EveralignError(f"the stream holds an error: {shortened(self._clean(str(error)))}")
+                known = event.get("usage")
+                usage = known if isinstance(known, dict) else usage
+                choices = event.get("choices")
+                for choice in choices if isinstance(choices, list) else ():
+                    if not isinstance(choice, dict):
+                        raise EveralignError("the stream has a choice that is none")
+                    if isinstance(choice.get("text"), str) and choice["text"]:
+                        text.append(choice["text"])
+                        pieces.put(choice["text"])
+                    reason = choice.get("finish_reason") or reason
+        except (httpx.RequestError, TryAgain) as error:
+            if text:
+                raise EveralignError("the stream breaks off in the middle") from error
+            raise
+        if reason is None:
+            raise EveralignError("the stream ends before the text does")
+        told = {"choices": [{"text": "".join(text), "finish_reason": reason}], "usage": usage}
+        completion = read_completion(json.dumps(told).encode(), "text/event-stream", chat=False)
         self._count(completion)
         return completion
 
@@ -290,7 +348,7 @@ class ChatClient:
         return content.replace(self._key.encode(), b"***") if self._key else content
 
 
-def _next_of(finished: SimpleQueue[_Found | None], deadline: Deadline | None) -> _Found | None:
+def _next_of(finished: SimpleQueue[Any], deadline: Deadline | None) -> Any:
     """Return what is finished next, None at the end; raises DeadlineOver."""
     try:
         return finished.get(timeout=None if deadline is None else deadline.left)
@@ -308,6 +366,29 @@ def _until_failure(found: Iterator[_Found]) -> Iterator[tuple[int, Completion]]:
             yield index, item
     if failures:
         raise failures[0]
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """Yield the JSON of a stream's events, one line each as all servers write them, until it ends."""
+    waiting, size = b"", 0
+    async for part in response.aiter_bytes():
+        size += len(part)
+        if size > _LARGEST_STREAM:
+            raise EveralignError(f"the stream is larger than {_LARGEST_STREAM >> 20} MiB; ask for fewer tokens")
+        *lines, waiting = (waiting + part).split(b"\n")
+        for line in lines:
+            data = line.removeprefix(b"data:").strip()
+            if not line.startswith(b"data:") or not data:
+                continue
+            if data == b"[DONE]":
+                return
+            try:
+                event = json.loads(data)
+            except (ValueError, RecursionError):
+                event = None
+            if not isinstance(event, dict):
+                raise EveralignError("the stream has an event that is no JSON object")
+            yield event
 
 
 async def _read(response: httpx.Response) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from everalign.chat_client import ChatClient
+from everalign.chat_client import ChatClient, ChatError, Completion
 from everalign.correction.templates import Question, Template
 from everalign.errors import InputError
 
@@ -23,6 +23,8 @@ TOKENS_PER_BATCH = 4096
 # How long a correction may become if nothing is said: so many times the answer, and so many tokens more.
 TIMES_LONGER, LONGER = 2, 256
 _BYTES_PER_TOKEN = 4
+_STEP = 16  # characters
+_ENDED = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,7 @@ class EndpointEngine:
         self, pairs: Sequence[Pair], gate: Gate | None, limit: int | None, strength: float = 0.0
     ) -> list[Written]:
         """Return the server's corrections, a few asked for at once; ChatError where a request fails for good."""
-        if strength != 0:
-            raise InputError("strength: a corrector on a server cannot be steered; leave it out, or load the model")
-        if gate is not None:
-            raise InputError("gate: a server does not say how likely an answer is; leave it out, or load the model")
+        _check(gate, strength)
         found: dict[int, Written] = {}
         # Requests have one limit each: those with the same one are sent together.
         limits = [_limit(answer) if limit is None else limit for _, answer in pairs]
@@ -123,15 +122,44 @@ class EndpointEngine:
             chosen = [i for i, own in enumerate(limits) if own == most]
             prompts = [self._template.render(*pairs[i], self._objectives) for i in chosen]
             for place, reply in self._client.continue_many(prompts, temperature=0, max_tokens=most):
-                finished = reply.finish_reason != "length"
-                found[chosen[place]] = Written(reply.text, finished, tokens=reply.completion_tokens)
+                found[chosen[place]] = _written(reply)
         return [found[i] for i in range(len(pairs))]
 
     def follow(
         self, pair: Pair, gate: Gate | None, limit: int | None, strength: float = 0.0
     ) -> Iterator[str | Written]:
-        """Yield what was written when all of it is there."""
+        """Yield the text while it comes; what was written when all of it is there, from a server that cannot stream."""
+        _check(gate, strength)
+        most = _limit(pair[1]) if limit is None else limit
+        prompt = self._template.render(*pair, self._objectives)
+        text = given = ""
+        try:
+            for item in self._client.continue_in_pieces(prompt, temperature=0, max_tokens=most):
+                if not isinstance(item, str):
+                    yield _written(item)
+                    return
+                text += item
+                # Each step compares all of it: the longer the text is, the fewer of them.
+                if len(text) - len(given) >= max(_STEP, len(text) >> 6):
+                    yield text
+                    given = text
+        except ChatError as error:
+            if not error.refused or text:
+                raise
+        # It refuses the request, or only to stream it.
         yield from self.write([pair], gate, limit, strength)
+
+
+def _check(gate: Gate | None, strength: float) -> None:
+    if strength != 0:
+        raise InputError("strength: a corrector on a server cannot be steered; leave it out, or load the model")
+    if gate is not None:
+        raise InputError("gate: a server does not say how likely an answer is; leave it out, or load the model")
+
+
+def _written(reply: Completion) -> Written:
+    # Whoever does not say why it ended is taken to be at the end; any other word than these is no good end.
+    return Written(reply.text, reply.finish_reason in (None, *_ENDED), tokens=reply.completion_tokens)
 
 
 def _limit(answer: str) -> int:
