@@ -1,6 +1,8 @@
 """`everalign serve`: what it refuses, what it says, and how it ends."""
 
+import asyncio
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -11,6 +13,9 @@ import httpx
 import pytest
 
 from cli_for_tests import run
+from everalign.serving.app import create_app
+from everalign.serving.server import description
+from everalign.serving.settings import Access, GatewaySettings, UpstreamSettings
 from upstream_for_tests import Script, UpstreamServer
 
 URL = "http://127.0.0.1:9/v1"
@@ -37,6 +42,15 @@ def _no_keys(monkeypatch):
         (["--upstream", URL, "--mode", "loud"], "mode: must be one of off, shadow, correct, strict, found 'loud'"),
         (["--upstream", URL, "--template", "aligner-1"], "--template: is for a corrector"),
         (["--upstream", URL, "--on-failure", "closed"], "--on-failure: is for a corrector"),
+        (["--upstream", URL, "--fallback", "elsewhere"], "--fallback elsewhere: must be URL or URL#MODEL"),
+        (["--upstream", URL, "--requests-per-minute", "0"], "--requests-per-minute: must be at least 1"),
+        (["--upstream", URL, "--root-path", "/x"], "--root-path: whoever reaches the proxy"),
+        (["--upstream", URL, "--passthrough", "a b"], "--passthrough a b: must be"),
+        (["--upstream", URL, "--forward-header", "cookie"], "--forward-header cookie: must be"),
+        (["--upstream", URL, "--cors-origin", "app"], "--cors-origin app: must be as browsers send it"),
+        (["--upstream", URL, "--keys-file", "none"], "--keys-file none: cannot be read"),
+        (["--upstream", URL, "--strict-structured", "pass"], "--strict-structured: is for a corrector"),
+        (["--upstream", URL, "--port", "0", "--access-log", "no/such/file"], "--access-log no/such/file: cannot be"),
         (["--upstream", URL, "--keep", "all"], "--keep: there is nothing to keep exchanges in"),
         (["--upstream", URL, "--redact", "all"], "--redact: there is nothing to keep exchanges in"),
         (["--upstream", URL, "--retention-days", "9"], "--retention-days: there is nothing to keep exchanges in"),
@@ -102,4 +116,71 @@ def test_a_real_process_says_its_address_answers_and_ends_in_peace(end):
             rest = process.stderr.read()
             assert process.wait(20) == (0 if end == signal.SIGINT else -end)
     assert "Traceback" not in rest
-    assert end != signal.SIGINT or rest == "ended: all requests are finished\n"
+    assert end != signal.SIGINT or rest.endswith("ended: all requests are finished\n")
+    root = url[1].removesuffix("/v1")
+    for told in (f"playground: {root}/", f"dashboard: {root}/dashboard", "mode: off", "corrector: none", "store: none",
+                 "keys: 2 keys", f"upstream: default, {upstream.url}"):  # fmt: skip
+        assert f"{told}\n" in rest
+    assert "upstream-key" not in line + rest
+    assert "warning" not in rest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_gateway_whose_corrector_is_elsewhere_is_small():
+    environment = {**os.environ, "CORRECTOR_API_KEY": "corrector-key", "HF_HUB_OFFLINE": "1"}
+    body = {"model": "small", "messages": [{"role": "user", "content": "?"}]}
+    # As a server of corrections, the scripted one answers completions too.
+    raw = b'{"choices": [{"index": 0, "text": "It is four.", "finish_reason": "stop"}]}'
+    with UpstreamServer(lambda asked: Script(raw=raw) if "prompt" in asked else Script("It is 4.")) as upstream:
+        command = [sys.executable, "-m", "everalign", "serve", "--upstream", upstream.url, "--port", "0"]
+        command += ["--corrector", f"{upstream.url}#fixer", "--template", "everalign-1"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            assert process.stderr is not None
+            url = process.stderr.readline().split()[1].rstrip(",")
+            reply = httpx.post(f"{url}/chat/completions", json=body, trust_env=False)
+            maps = pathlib.Path(f"/proc/{process.pid}/maps").read_text()
+            status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+            process.send_signal(signal.SIGINT)
+            rest = process.stderr.read()
+            process.wait(20)
+    assert reply.headers["x-everalign-correction"] == "applied"
+    assert [seen.headers.get("authorization") for seen in upstream.requests] == [None, "Bearer corrector-key"]
+    assert "libtorch" not in maps
+    resident = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+    print(f"{resident:.0f} MB resident")
+    assert resident < 120
+    assert "warning: without keys only this machine is served" in rest
+
+
+def test_a_judge_elsewhere_needs_no_torch_either():
+    code = (
+        "import sys\nfrom everalign.cli.correct_run import load_corrector, make_approver\n"
+        "approver = make_approver('http://127.0.0.1:9/v1#judge', None)\n"
+        "load_corrector('http://127.0.0.1:9/v1#m', 'everalign-1', {}, approver)\n"
+        "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_what_is_said_at_the_start():
+    access = Access(no_auth=True, root_path="/x")
+    gateway = create_app(GatewaySettings((UpstreamSettings("default", URL),), access=access)).state.gateway
+    told = dict(description(gateway, "http://127.0.0.1:1/v1", "runs/c", "postgresql://me:secret@host/db"))
+    assert told["playground"] == "http://127.0.0.1:1/x/"
+    assert told["store"] == "postgresql://me:***@host/db"
+    assert told["keys"] == "none; whoever reaches the port is served"
+    assert told["upstream"] == f"default, {URL}, without a key"
+
+
+def test_an_upstream_that_is_away_is_said_at_the_start():
+    warned = []
+    app = create_app(GatewaySettings((UpstreamSettings("far", URL),)))
+    app.state.warn = warned.append
+
+    async def begin():
+        async with app.router.lifespan_context(app):
+            while not warned:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(begin(), 5))
+    assert warned == [f"the upstream 'far', {URL}, does not answer: the upstream cannot be reached"]

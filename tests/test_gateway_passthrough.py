@@ -47,7 +47,8 @@ class Echo:
                 "headers": headers, "sha256": digest.hexdigest(), "size": size}  # fmt: skip
         if message["type"] == "http.disconnect":
             return
-        self.seen.append(seen)
+        if scope["path"] != "/v1/models":  # asked for when a gateway begins
+            self.seen.append(seen)
         kind = scope["path"].rpartition("/")[2]
         special = {"hang": self.hang, "sse": self.stream, "cut": self.cut, "binary": self.binary}
         if kind in special:

@@ -25,6 +25,12 @@ EPILOG = (
     "APPROVER_API_KEY: no server is sent another one's key"
 )
 
+_KEYLESS = "without keys whoever reaches this port is served, and uses the upstream's key; set EVERALIGN_API_KEYS"
+_LOCAL = (
+    "without keys only this machine is served; put no proxy in front, which some could reach through, before "
+    "EVERALIGN_API_KEYS is set"
+)
+
 # A server computes by itself what comes at once; the model in this process has all its cores for one batch.
 _THREADS_OF_A_SERVER = 32
 
@@ -78,6 +84,14 @@ def serve(
         str | None,
         option("Endpoints besides chat that are passed on as they are; all.", "all|none|NAME,NAME.."),
     ] = None,
+    fallback: Annotated[
+        str | None, option("Answers where the upstream is away or fails; its key is FALLBACK_API_KEY.", "URL[#MODEL]")
+    ] = None,
+    access_log: Annotated[
+        Path | None, option("A line of JSON for each request, without what was said; - for standard error.", "FILE|-")
+    ] = None,
+    requests_per_minute: Annotated[int | None, option("That each key may begin; its line in --keys-file wins.")] = None,
+    tokens_per_day: Annotated[int | None, option("That each key may use; its line in --keys-file wins.")] = None,
     keys_file: Annotated[
         Path | None,
         option("Further keys, one a line, each with what it may use; read again when it changes.", "FILE"),
@@ -124,8 +138,17 @@ def serve(
     Clients change their base URL, and nothing else.
     """
     _check_installed()
+    from everalign.serving.auth import Allowance
     from everalign.serving.headers import HeaderRules
-    from everalign.serving.server import address_of, bound_socket, check_host, read_keys, read_upstreams
+    from everalign.serving.server import (
+        address_of,
+        bound_socket,
+        check_host,
+        description,
+        read_fallback,
+        read_keys,
+        read_upstreams,
+    )
     from everalign.serving.server import serve as run
     from everalign.serving.settings import Access
 
@@ -139,16 +162,19 @@ def serve(
     for name, value in (*of_store, ("store-timeout", store_timeout)):
         if value is not None and store is None:
             raise InputError(f"--{name}: there is nothing to keep exchanges in; name it with --store sqlite:///FILE")
-    given = {"mode": mode, "on_failure": on_failure, "keep": keep, "keepalive": keepalive, "retries": retries}
-    given |= {"passthrough": passthrough, "strict_structured": strict_structured}
+    given: dict[str, Any] = {"mode": mode, "on_failure": on_failure, "keep": keep, "keepalive": keepalive}
+    given |= {"retries": retries, "passthrough": passthrough, "strict_structured": strict_structured}
     access = Access(
         keys_file=keys_file,
         no_auth=no_auth,
         cors_origins=tuple(cors_origin or ()),
         trusted_proxies=tuple(trusted_proxy or ()),
         root_path=root_path or "",
+        allowance=Allowance(requests_per_minute, tokens_per_day),
         headers=HeaderRules(tuple(forward_header or ()), tuple(return_header or ())),
     )
+    if fallback is not None:
+        given["fallback"], given["fallback_model"] = read_fallback(fallback, os.environ)
     settings = _settings(
         {
             "access": access,
@@ -171,10 +197,21 @@ def serve(
         local = {"device": device, "precision": precision}
         approval = make_approval(approve, margin)
         corrections, followed = _corrections(corrector, template, gate, approval, local, settings, on_rollback)
+        from everalign.serving.access_log import write_access_log
         from everalign.serving.app import create_app
 
         app = create_app(settings, store=kept, corrections=corrections, followed=followed)
-        run(app, listening, lambda: notes.print(f"serving {address_of(listening)}, Ctrl-C ends it"))
+
+        def announce() -> None:
+            notes.print(f"serving {address_of(listening)}, Ctrl-C ends it")
+            for label, text in description(app.state.gateway, address_of(listening), corrector, store):
+                say(label, text, "dim")
+            if not app.state.gateway.keys.needed:
+                say("warning", _KEYLESS if no_auth else _LOCAL, "yellow")
+
+        if access_log is not None:
+            write_access_log(str(access_log))
+        run(app, listening, announce, lambda text: say("warning", text, "yellow"))
     say("ended", "all requests are finished", "bold")
 
 

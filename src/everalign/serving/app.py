@@ -6,7 +6,7 @@ uvicorn.run(app)
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from everalign.serving.access_log import AccessLog
 from everalign.serving.auth import Keys
 from everalign.serving.correcting import CorrectionService
 from everalign.serving.delivery import INTERNAL
@@ -33,9 +34,11 @@ from everalign.serving.routes_models import model_routes
 from everalign.serving.routes_responses import response_routes
 from everalign.serving.routes_status import status_routes
 from everalign.serving.sessions import Sessions
-from everalign.serving.settings import GatewaySettings
+from everalign.serving.settings import GatewaySettings, UpstreamSettings
 
 _log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 3.0
 
 
 def create_app(
@@ -62,9 +65,13 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         following = None if followed is None else asyncio.create_task(followed.follow(gateway.corrections))
         app.state.ready()
+        looking = asyncio.create_task(_look_for_upstreams(gateway, app.state.warn))
         try:
             yield
         finally:
+            looking.cancel()
+            with suppress(asyncio.CancelledError):
+                await looking
             if following is not None:
                 following.cancel()
                 with suppress(asyncio.CancelledError):
@@ -74,12 +81,11 @@ def create_app(
     servers: dict[str, Any] = {"servers": [{"url": settings.access.root_path}]} if settings.access.root_path else {}
     # The pages of the documentation would be fetched from elsewhere.
     app = FastAPI(title="Everalign gateway", lifespan=lifespan, docs_url=None, redoc_url=None, **servers)
-    app.state.gateway, app.state.ready = gateway, lambda: None
+    app.state.gateway, app.state.ready, app.state.warn = gateway, lambda: None, _log.warning
     for routes in (chat_routes, response_routes, model_routes, feedback_routes, status_routes):
         app.include_router(routes(gateway))
     access = settings.access
-    keys = Keys(settings.keys, access.keys_file, access.no_auth, access.cors_origins)
-    sessions = Sessions()
+    keys, sessions = gateway.keys, Sessions()
     app.include_router(page_routes(gateway, keys, sessions, None if followed is None else followed.path))
     app.include_router(passthrough_routes(gateway))
     app.add_exception_handler(GatewayError, _refuse)
@@ -96,9 +102,29 @@ def create_app(
             expose_headers=["*"],
             max_age=600,
         )
+    app.add_middleware(AccessLog)
     if access.trusted_proxies:
         app.add_middleware(_proxied, trusted=list(access.trusted_proxies))
     return app
+
+
+async def _look_for_upstreams(gateway: Gateway, warn: Callable[[str], None]) -> None:
+    """Say at the start which upstreams do not answer: a server may be started before them, or with a wrong address."""
+
+    async def look(settings: UpstreamSettings) -> None:
+        try:
+            await asyncio.wait_for(gateway.upstreams[settings.name].models(), _LOOK_SECONDS)
+            return
+        except asyncio.TimeoutError:
+            trouble = f"it did not answer within {_LOOK_SECONDS:g} seconds"
+        except GatewayError as error:
+            # One without a list of models is there too.
+            if error.status < 500 or error.code == "upstream_malformed":
+                return
+            trouble = error.message
+        warn(f"the upstream {settings.name!r}, {settings.url}, does not answer: {trouble}")
+
+    await asyncio.gather(*(look(one) for one in gateway.settings.upstreams))
 
 
 def _front(app: ASGIApp, keys: Keys, sessions: Sessions, root: str) -> ASGIApp:

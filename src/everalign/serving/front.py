@@ -77,7 +77,11 @@ class Front:
         except GatewayError as error:
             await self._turned_away(scope, headers, error)(scope, receive, sent)
             return
-        await self._app(scope, receive, sent)
+        try:
+            await self._app(scope, receive, sent)
+        finally:
+            # Of the route, not of the request: nobody's words are in it.
+            state.setdefault("route", getattr(scope.get("route"), "path", None))
 
     def _session(self, scope: Scope, headers: Headers) -> Session | None:
         if not is_page(scope["path"]) or "cookie" not in headers:

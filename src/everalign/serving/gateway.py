@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from everalign.serving.allowances import Allowances
+from everalign.serving.answering import Answering
+from everalign.serving.auth import Keys
 from everalign.serving.circuit import CircuitBreaker, Circuits
 from everalign.serving.correcting import AnyCorrector, CorrectionService
 from everalign.serving.judging import Judge
@@ -10,7 +13,7 @@ from everalign.serving.limits import Limiter
 from everalign.serving.metrics import Metrics
 from everalign.serving.recording import Recorder
 from everalign.serving.requests import Desk
-from everalign.serving.settings import GatewaySettings, Mode
+from everalign.serving.settings import GatewaySettings, Mode, UpstreamSettings
 from everalign.serving.streaming import Streams
 from everalign.serving.upstream import Upstream
 
@@ -44,7 +47,10 @@ class Gateway:
 
     Args:
         settings: how it is set up.
+        keys: the clients'.
+        allowances: what each of them may use.
         upstreams: by name.
+        fallback: answers what they cannot; None for nobody.
         corrections: the corrector in service.
         metrics: what is counted.
         limiter: requests under way.
@@ -56,7 +62,10 @@ class Gateway:
     """
 
     settings: GatewaySettings
-    upstreams: dict[str, Upstream]
+    keys: Keys
+    allowances: Allowances
+    upstreams: dict[str, Answering]
+    fallback: Upstream | None
     corrections: CorrectionService
     metrics: Metrics
     limiter: Limiter
@@ -71,26 +80,25 @@ class Gateway:
         """Put a gateway together; the arguments are those of `create_app`."""
         limits, metrics = settings.limits, Metrics()
         keeper = Keeper(store, metrics.unkept.inc, settings.timeouts.store) if store is not None else None
+        access = settings.access
+        keys = Keys(settings.keys, access.keys_file, access.no_auth, access.cors_origins)
+        allowances = Allowances(keys.allowance, access.allowance)
+        fallback = None if settings.fallback is None else _upstream(settings, settings.fallback)
         upstreams = {
-            one.name: Upstream(
-                one,
-                settings.timeouts,
-                retries=settings.retries,
-                longest_wait=settings.longest_wait,
-                circuits=Circuits(lambda: CircuitBreaker(settings.breaker_failures, settings.breaker_seconds)),
-                largest=limits.answer_bytes,
-                headers=settings.access.headers,
-            )
+            one.name: Answering(_upstream(settings, one), allowances, fallback, settings.fallback_model)
             for one in settings.upstreams
         }
         mode: Mode = settings.mode or ("off" if corrections.version is None else "correct")
         recorder = Recorder(metrics, keeper, corrections, limits.correction_characters)
         judge = Judge(corrections, settings.on_failure, limits.correction_characters, metrics)
         shared = len(settings.keys) > 1 or settings.access.keys_file is not None
-        limiter = Limiter(limits.concurrency, limits.per_key, shared)
+        limiter = Limiter(limits.concurrency, limits.per_key, shared, allowances)
         made = cls(
             settings=settings,
+            keys=keys,
+            allowances=allowances,
             upstreams=upstreams,
+            fallback=fallback,
             corrections=corrections,
             metrics=metrics,
             limiter=limiter,
@@ -115,6 +123,8 @@ class Gateway:
     def circuits(self) -> dict[str, str]:
         """Return the states of the circuits: of each upstream the worst of its models', and the corrector's."""
         found: dict[str, str] = {f"upstream:{name}": one.circuits.state for name, one in self.upstreams.items()}
+        if self.fallback is not None:
+            found["fallback"] = self.fallback.circuits.state
         return {**found, "corrector": self.corrections.breaker.state}
 
     async def close(self) -> None:
@@ -123,3 +133,17 @@ class Gateway:
         await self.corrections.close()
         for upstream in self.upstreams.values():
             await upstream.close()
+        if self.fallback is not None:
+            await self.fallback.close()
+
+
+def _upstream(settings: GatewaySettings, one: UpstreamSettings) -> Upstream:
+    return Upstream(
+        one,
+        settings.timeouts,
+        retries=settings.retries,
+        longest_wait=settings.longest_wait,
+        circuits=Circuits(lambda: CircuitBreaker(settings.breaker_failures, settings.breaker_seconds)),
+        largest=settings.limits.answer_bytes,
+        headers=settings.access.headers,
+    )

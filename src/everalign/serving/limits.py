@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import anyio
 from starlette.requests import ClientDisconnect, Request
 
+from everalign.serving.allowances import Allowances
 from everalign.serving.errors import GatewayError, overloaded, refused
 
 BODY_SECONDS = 60.0
@@ -35,9 +36,13 @@ class Limiter:
         concurrency: most of them.
         per_key: most of them with the same key.
         shared: whether several keys share them.
+        allowances: what each key may use besides; None for as much as there is.
     """
 
-    def __init__(self, concurrency: int, per_key: int, shared: bool = False) -> None:
+    def __init__(
+        self, concurrency: int, per_key: int, shared: bool = False, allowances: Allowances | None = None
+    ) -> None:
+        self._allowances = allowances
         self._most, self._per_key, self._shared = concurrency, per_key, shared
         self._held: Counter[str] = Counter()
         self.in_flight = 0
@@ -49,6 +54,8 @@ class Limiter:
         held = self._held[key_id]
         if held >= self._per_key or (self._shared and held >= self._most - self.in_flight):
             raise overloaded(f"{held} requests with this key are under way already", "too_many_requests")
+        if self._allowances is not None:
+            self._allowances.enter(key_id)
         self._held[key_id] += 1
         self.in_flight += 1
         return Ticket(self, key_id)

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -17,15 +18,16 @@ from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from everalign.serving.answering import Answering, Passed
 from everalign.serving.delivery import ended, unless_gone, until_gone
 from everalign.serving.errors import GatewayError, refused
 from everalign.serving.gateway import Gateway
 from everalign.serving.limits import JSON, body_deadline, read_body
+from everalign.serving.paths import ENDPOINTS
 from everalign.serving.policy import chosen_mode
 from everalign.serving.requests import read_json
 from everalign.serving.settings import Mode
 from everalign.serving.sse import json_bytes
-from everalign.serving.upstream import Passed, Upstream
 
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 # What an operator does with the upstream is not for whoever has a client's key.
@@ -48,6 +50,10 @@ def passthrough_routes(gateway: Gateway) -> APIRouter:
         ticket = gateway.limiter.enter(request.state.key_id)
         try:
             passed = await _passed(gateway, path, request)
+            if gateway.allowances.counts_tokens(request.state.key_id):
+                sent = request.headers.get("content-length", "0")
+                size = int(sent) if sent.isascii() and sent.isdigit() else 0
+                passed = replace(passed, parts=gateway.allowances.metered(request.state.key_id, passed.parts, size))
             about = {"x-everalign-mode": mode, "x-everalign-correction": "skipped; reason=passthrough"}
             gateway.metrics.requests.labels(mode, "skipped", "passthrough").inc()
             return _Relayed(passed, about, gateway.settings.timeouts.total, ticket.release)
@@ -62,6 +68,7 @@ def _checked(gateway: Gateway, path: str, request: Request) -> Mode:
     """Return the mode of a request that may pass; raises GatewayError for one that may not."""
     settings = gateway.settings
     first = path.partition("/")[0]
+    request.state.route = f"/v1/{first}" if first in ENDPOINTS else "/v1/..."
     offered = settings.passthrough == "all" or first in {one.strip() for one in settings.passthrough.split(",")}
     odd = any(part in ("", ".", "..") for part in path.split("/")) or re.search(r"[\x00-\x20\x7f\\]", path)
     if odd or not offered or first in _ADMINISTRATION:
@@ -95,7 +102,7 @@ async def _passed(gateway: Gateway, path: str, request: Request) -> Passed:
     return await upload.sent(upstream.send(method, target, headers, upload.parts()))
 
 
-async def _routed(gateway: Gateway, request: Request) -> tuple[Upstream, bytes | None]:
+async def _routed(gateway: Gateway, request: Request) -> tuple[Answering, bytes | None]:
     """Return who is asked, and the body if it had to be read, since the model's name is in it; raises GatewayError.
 
     Several upstreams are told apart by the model's name, as in chat; where there is none, by a header, else the first

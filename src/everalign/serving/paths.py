@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 # The first words of OpenAI's paths, and of those that servers like it have; the gateway's own pages are none of them.
-_ENDPOINTS = (
+ENDPOINTS = (
     *("assistants", "audio", "batches", "chat", "classify", "completions", "containers", "conversations", "embeddings"),
     *("evals", "feedback", "files", "fine_tuning", "images", "messages", "models", "moderations", "realtime", "rerank"),
     *("responses", "score", "threads", "tokenize", "uploads", "vector_stores", "videos"),
@@ -54,4 +54,4 @@ def meant(path: str, root: str = "") -> Meant:
     if found := _AZURE.fullmatch(path):
         return Meant(f"/v1/{found['rest']}", azure=True)
     path = _REPEATED.sub("/v1", path, count=1) if path.startswith("/v1/v1/") else path
-    return Meant(f"/v1{path}" if path[1:].partition("/")[0] in _ENDPOINTS else path)
+    return Meant(f"/v1{path}" if path[1:].partition("/")[0] in ENDPOINTS else path)

@@ -19,7 +19,8 @@ from everalign.serving.structured import Structure, structure_of
 
 if TYPE_CHECKING:
     from everalign.data.messages import Message
-    from everalign.serving.upstream import Asked, Upstream
+    from everalign.serving.answering import Answering
+    from everalign.serving.upstream import Asked
 
 ALIGNED = ":aligned"
 _REPEATING = re.compile(r"\b(openai|ai-sdk|litellm)\b", re.IGNORECASE)
@@ -48,7 +49,7 @@ class ChatCall:
     id: str
     key_id: str
     body: dict[str, Any]
-    upstream: "Upstream"
+    upstream: "Answering"
     mode: Mode
     headers: dict[str, str]
     keep: bool
@@ -113,7 +114,7 @@ class Desk:
         structured: what strict mode does with requests for JSON and with tools.
     """
 
-    upstreams: "Mapping[str, Upstream]"
+    upstreams: "Mapping[str, Answering]"
     mode: Mode
     keep: Keep
     limits: Limits
@@ -186,7 +187,7 @@ class Desk:
             structure=allowed,
         )
 
-    def routed(self, name: str, has_corrector: bool) -> "tuple[Upstream, str, bool]":
+    def routed(self, name: str, has_corrector: bool) -> "tuple[Answering, str, bool]":
         """Return upstream, its name of the model, and whether `:aligned` was asked for; raises GatewayError."""
         model, aligned = name.removesuffix(ALIGNED), name.endswith(ALIGNED)
         if aligned and not has_corrector:

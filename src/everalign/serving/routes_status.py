@@ -5,12 +5,12 @@ import asyncio
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from everalign.serving.answering import Answering
 from everalign.serving.errors import GatewayError
 from everalign.serving.front import json_response
 from everalign.serving.gateway import Gateway
 from everalign.serving.metrics import CONTENT_TYPE
 from everalign.serving.openapi import replies
-from everalign.serving.upstream import Upstream
 
 _READY_SECONDS = 3.0
 
@@ -43,7 +43,7 @@ def status_routes(gateway: Gateway) -> APIRouter:
     return router
 
 
-async def _answers(upstream: Upstream) -> bool:
+async def _answers(upstream: Answering) -> bool:
     """Whether an upstream says anything but that it fails; one without a list of models is there too."""
     try:
         await asyncio.wait_for(upstream.models(), _READY_SECONDS)

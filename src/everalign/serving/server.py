@@ -1,6 +1,7 @@
 """The gateway's process: its socket, its server, and how both end."""
 
 import errno
+import re
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from everalign.serving.settings import UpstreamSettings
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
+
+    from everalign.serving.gateway import Gateway
 
 KEYS_VARIABLE = "EVERALIGN_API_KEYS"
 _OWN_VARIABLES = ("CORRECTOR_API_KEY", "APPROVER_API_KEY", "FALLBACK_API_KEY")
@@ -56,6 +59,43 @@ def read_upstreams(texts: Iterable[str], environment: Mapping[str, str]) -> tupl
                 f"upstream {former!r}; choose another name"
             )
     return found
+
+
+def read_fallback(text: str, environment: Mapping[str, str]) -> tuple[UpstreamSettings, str | None]:
+    """Return the server of --fallback, URL or URL#MODEL, and the model, if one is named; raises InputError."""
+    url, _, model = text.partition("#")
+    if not url.startswith(("http://", "https://")):
+        raise InputError(f"--fallback {text}: must be URL or URL#MODEL, such as http://127.0.0.1:8000/v1#qwen2.5")
+    return UpstreamSettings("fallback", url, environment.get("FALLBACK_API_KEY", "")), model or None
+
+
+def description(gateway: "Gateway", address: str, corrector: str | None, store: str | None) -> list[tuple[str, str]]:
+    """Return what is in service, line by line, each with its label.
+
+    Args:
+        gateway: as it is set up.
+        address: that clients give as their base URL.
+        corrector: as it was named.
+        store: its address, which may hold a password.
+    """
+    settings, root = gateway.settings, address.removesuffix("/v1")
+    access = settings.access
+    shown = root + access.root_path
+    keys = {1: "1 key"}.get(gateway.keys.count, f"{gateway.keys.count} keys")
+    if not gateway.keys.needed:
+        keys = "none; whoever reaches the port is served" if access.no_auth else "none; only this machine is served"
+    lines = [
+        ("playground", f"{shown}/"),
+        ("dashboard", f"{shown}/dashboard"),
+        ("mode", gateway.desk.mode),
+        ("corrector", "none" if corrector is None else f"{corrector}, version {gateway.corrections.version}"),
+        ("store", "none" if store is None else re.sub(r"(?<=//)([^/@]*):[^/@]*(?=@)", r"\1:***", store)),
+        ("keys", keys),
+    ]
+    lines += [
+        ("upstream", f"{one.name}, {one.url}{'' if one.key else ', without a key'}") for one in settings.upstreams
+    ]
+    return lines if settings.fallback is None else [*lines, ("fallback", settings.fallback.url)]
 
 
 def key_variable(name: str) -> str:
@@ -106,19 +146,20 @@ def address_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
-def serve(app: "FastAPI", listening: socket.socket, ready: Callable[[], None]) -> None:
+def serve(app: "FastAPI", listening: socket.socket, ready: Callable[[], None], warn: Callable[[str], None]) -> None:
     """Serve until a signal ends it; requests under way are finished, as far as they can in 30 seconds.
 
     Args:
         app: the gateway.
         listening: its socket.
         ready: called when requests are answered.
+        warn: called with what is wrong then.
 
     Raises:
         EveralignError: the server ended by itself.
     """
     server = make_server(app)
-    app.state.ready = ready
+    app.state.ready, app.state.warn = ready, warn
     try:
         server.run(sockets=[listening])
     except KeyboardInterrupt:
