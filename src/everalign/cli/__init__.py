@@ -1,7 +1,7 @@
 """The command line: `everalign VERB ...`.
 
 Results go to standard output (with `--json` one JSON object and nothing else), all the rest to standard error.
-Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 4 not enough evidence for one, 130 interrupted.
 """
 
 import warnings
@@ -27,7 +27,7 @@ _UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])
 app = typer.Typer(
     help="Keeps a language model aligned while preferences keep changing.",
     epilog="Every verb explains itself: everalign learn --help. "
-    "Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate.",
+    "Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 4 not enough evidence for one.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )

@@ -1,5 +1,6 @@
 """What a run knows of how it was begun, so that nobody has to say it again: `RUN/recipe.yaml`, or else `run.json`."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from everalign.errors import InputError
 from everalign.files import write_text
 from everalign.learning.recipe import SECTIONS, Recipe, TaskKeys
 from everalign.learning.run_data import RunData, load_run
+from everalign.methods import METHODS
 
 _FILE = "recipe.yaml"
 
@@ -73,6 +75,6 @@ def _from_facts(run: RunData) -> Recipe:
         if keys and (section != "correction" or facts.objective == "correction"):
             given[section] = keys
     method = facts.method.model_dump()
-    known = SECTIONS["method"].model_fields
+    known = ["name", *inspect.signature(METHODS[facts.method.name]).parameters]
     given["method"] = {name: value for name, value in method.items() if name in known and value is not None}
     return Recipe.model_validate(given)
