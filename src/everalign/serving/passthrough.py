@@ -22,6 +22,7 @@ from everalign.serving.answering import Answering, Passed
 from everalign.serving.delivery import ended, unless_gone, until_gone
 from everalign.serving.errors import GatewayError, refused
 from everalign.serving.gateway import Gateway
+from everalign.serving.json_size import aside
 from everalign.serving.limits import JSON, body_deadline, read_body
 from everalign.serving.paths import ENDPOINTS
 from everalign.serving.policy import chosen_mode
@@ -119,7 +120,8 @@ async def _routed(gateway: Gateway, request: Request) -> tuple[Answering, bytes 
         return upstreams[named], b""
     if kind != JSON or (len(upstreams) == 1 and request.state.deployment is None):
         return upstreams[named], None
-    body: dict[str, Any] = read_json(await read_body(request, limits.body_bytes))
+    content = await read_body(request, limits.body_bytes)
+    body: dict[str, Any] = await aside(content, lambda: read_json(content))
     model = request.state.deployment or body.get("model")
     if not isinstance(model, str):
         return upstreams[named], json_bytes(body)

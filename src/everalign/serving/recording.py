@@ -6,12 +6,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
+
+from anyio import to_thread
 
 from everalign.errors import InputError
 from everalign.serving.answers import Choice
 from everalign.serving.correcting import CorrectionFailed, CorrectionService
 from everalign.serving.errors import GatewayError
+from everalign.serving.json_size import AT_ONCE
 from everalign.serving.judging import Summary
 from everalign.serving.keeping import Keeper
 from everalign.serving.metrics import Metrics
@@ -102,23 +106,28 @@ class Recorder:
         """Keep an exchange, if it is to be; of several answers the first one. Return whether it is kept."""
         if self._keeper is None or not call.keep or not choices:
             return False
+        make = partial(
+            Exchange,
+            id=call.id,
+            created=datetime.now(timezone.utc),
+            key_id=call.key_id,
+            upstream=call.upstream.name,
+            model=call.body["model"],
+            messages=tuple(call.body["messages"]),
+            original=choices[0].text,
+            returned=returned,
+            outcome=found.outcome,
+            reason=found.reason,
+            mode=call.mode,
+            corrector=found.version,
+            template=found.template,
+            usage=usage or {},
+        )
+        # Each text in it is looked at, which takes long where they are.
+        contents = [returned, *(message.get("content") or "" for message in call.body["messages"])]
+        short = all(isinstance(one, str) for one in contents) and sum(map(len, contents)) <= AT_ONCE
         try:
-            exchange = Exchange(
-                id=call.id,
-                created=datetime.now(timezone.utc),
-                key_id=call.key_id,
-                upstream=call.upstream.name,
-                model=call.body["model"],
-                messages=tuple(call.body["messages"]),
-                original=choices[0].text,
-                returned=returned,
-                outcome=found.outcome,
-                reason=found.reason,
-                mode=call.mode,
-                corrector=found.version,
-                template=found.template,
-                usage=usage or {},
-            )
+            exchange = make() if short else await to_thread.run_sync(make)
         except InputError as error:
             # Texts may hold what no database keeps: U+0000, half a surrogate pair. They are delivered all the same.
             _log.error("exchange %s could not be kept: %s", call.id, type(error).__name__)
