@@ -40,8 +40,21 @@ def test_two_servers_make_data_and_their_cost_is_told(work, capsys):
         "output  out.jsonl",
     ]
     assert first.requests[0].headers["authorization"] == f"Bearer {KEY}"
+    assert "authorization" not in second.requests[0].headers
     assert not any(KEY in path.read_text() for path in work.iterdir())
     assert len(load_corrections("out.jsonl")) == 3
+
+
+def test_a_second_server_is_sent_its_own_key_and_one_server_only_one(work, capsys, monkeypatch):
+    monkeypatch.setenv("CORRECTIONS_API_KEY", "sk-other")
+    with ChatServer(small) as first, ChatServer(large) as second:
+        asked = ("--answers-from", f"{first.url}#small", "--corrections-from", f"{second.url}#large")
+        assert run(capsys, *data("questions.jsonl", *asked))[0] == 0
+        asked = ("--corrections-from", f"{second.url}#large", "--overwrite")
+        assert run(capsys, *data("answers.jsonl", *asked))[0] == 0
+    assert {seen.headers["authorization"] for seen in first.requests} == {f"Bearer {KEY}"}
+    found = [seen.headers["authorization"] for seen in second.requests]
+    assert (found[0], found[-1]) == ("Bearer sk-other", f"Bearer {KEY}")
 
 
 def test_json_is_one_object(work, capsys):

@@ -274,6 +274,10 @@ def test_ways_in_that_cannot_be(access):
         ("/v1/chat/completions", Meant("/v1/chat/completions")),
         ("/chat/completions", Meant("/v1/chat/completions")),
         ("/embeddings", Meant("/v1/embeddings")),
+        ("/v1//models", Meant("/v1/models")),
+        ("//v1/chat/completions/", Meant("/v1/chat/completions")),
+        ("/", Meant("/")),
+        ("/behind/proxy/", Meant("/")),
         ("/v1/v1/models", Meant("/v1/models")),
         ("/openai/v1/responses", Meant("/v1/responses", azure=True)),
         ("/openai/files/f-1", Meant("/v1/files/f-1", azure=True)),
@@ -289,6 +293,13 @@ def test_ways_in_that_cannot_be(access):
 )
 def test_what_paths_mean(path, expected):
     assert meant(path, "/behind/proxy") == expected
+
+
+def test_long_paths_are_read_in_no_time():
+    started = time.process_time()
+    for path in ("/openai/deployments/" + "audio/" * 10_000 + "\n", "/v1" * 20_000, "/" * 60_000, "/openai/" * 8000):
+        meant(path, "/behind")
+    assert time.process_time() - started < 0.1
 
 
 def test_chat_by_azure_s_path_and_without_v1(locked, upstream):

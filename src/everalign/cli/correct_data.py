@@ -1,11 +1,13 @@
 """The verb `correct data`: questions in, question-answer-correction rows out."""
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 
 DATA_EPILOG = (
     "Example: everalign correct data --data questions.jsonl --answers-from http://127.0.0.1:8000/v1#small "
-    "--corrections-from http://127.0.0.1:8000/v1#large --output corrections.jsonl; servers' keys are read from "
-    "OPENAI_API_KEY"
+    "--corrections-from http://127.0.0.1:8000/v1#large --output corrections.jsonl; the key is read from "
+    "OPENAI_API_KEY, and that of another server that corrects from CORRECTIONS_API_KEY"
 )
 _URL = "://"
 
@@ -79,7 +81,7 @@ def data(
     options = ChatOptions(**asking)  # type: ignore[arg-type]  # each under its own name
     sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
     answerer = _answerer(answers_from, sampling, options)
-    editor = _editor(corrections_from, instructions, options)
+    editor = _editor(corrections_from, instructions, options, _editor_key(answers_from, corrections_from))
     with resumable(), Display() as display:
         done = _make(
             data, output, answerer, editor, _filters(template, longest, near), keep_going, overwrite,
@@ -132,14 +134,25 @@ def _answerer(name: str | None, sampling: dict[str, Any], options: "ChatOptions"
     return EndpointAnswers(options.client(name, "who answers"), **given)
 
 
-def _editor(name: str | None, instructions: Path | None, options: "ChatOptions") -> "Editor | None":
+def _editor_key(answers_from: str | None, corrections_from: str | None) -> str | None:
+    """Return the key of who corrects; None for that of OPENAI_API_KEY, which no second server is sent."""
+    names = [name for name in (answers_from, corrections_from) if name is not None and _URL in name]
+    hosts = {urlsplit(name)[:2] for name in names}
+    if len(hosts) < 2:
+        return None
+    from everalign.chat_arguments import checked_key
+
+    return checked_key(os.environ.get("CORRECTIONS_API_KEY", ""), "CORRECTIONS_API_KEY")
+
+
+def _editor(name: str | None, instructions: Path | None, options: "ChatOptions", key: str | None) -> "Editor | None":
     from everalign.chat_models import read_instructions
     from everalign.correction.answering import Editor
 
     if name is None:
         _refuse({"instructions": instructions}, "they are for a model that corrects (--corrections-from)")
         return None
-    client = options.client(name, "who corrects")
+    client = options.client(name, "who corrects", key)
     if instructions is None:
         return Editor(client)
     return Editor(client, read_instructions(instructions, "the", "how answers are to be corrected"))

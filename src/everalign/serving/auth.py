@@ -77,7 +77,7 @@ class Keys:
         self._given = dict.fromkeys(_digest(_checked(key, "EVERALIGN_API_KEYS")) for key in keys)
         self._file, self._open, self._origins, self._clock = file, no_auth, frozenset(origins), clock
         self._looked, self._changed = clock(), _state_of(file)
-        self._known: dict[str, Allowance | None] = {**self._given, **({} if file is None else read_key_file(file))}
+        self._hold({} if file is None else read_key_file(file))
         if no_auth and self._known:
             raise InputError("--no-auth: there are keys; leave it out, or unset EVERALIGN_API_KEYS and --keys-file")
 
@@ -93,7 +93,7 @@ class Keys:
 
     def allowance(self, key_id: str) -> Allowance | None:
         """Return what the file of keys says that a key may use; None where it says nothing."""
-        return next((own for digest, own in self._known.items() if own and digest.startswith(key_id)), None)
+        return self._by_id.get(key_id)
 
     def identify(self, headers: Mapping[str, str], peer: str | None, http_version: str = "1.1") -> str:
         """Return the id of the key that a request came with.
@@ -123,7 +123,7 @@ class Keys:
     def knows(self, key_id: str) -> bool:
         """Whether there still is a key of an id."""
         self._read_again()
-        return any(digest.startswith(key_id) for digest in self._known)
+        return key_id in self._by_id
 
     def id_of(self, key: str) -> str | None:
         """Return the id of a key; None for one that is not known."""
@@ -131,6 +131,10 @@ class Keys:
         # All are compared, so that the time tells nothing about which one it was.
         matches = [hmac.compare_digest(digest, known) for known in self._known]
         return digest[:_ID_DIGITS] if any(matches) else None
+
+    def _hold(self, of_file: Mapping[str, Allowance | None]) -> None:
+        self._known: dict[str, Allowance | None] = {**self._given, **of_file}
+        self._by_id = {digest[:_ID_DIGITS]: own for digest, own in self._known.items()}
 
     def _read_again(self) -> None:
         """Read the file anew if it has changed; one that cannot be read leaves the keys that were."""
@@ -142,7 +146,7 @@ class Keys:
             return
         self._changed = state
         try:
-            self._known = {**self._given, **read_key_file(self._file)}
+            self._hold(read_key_file(self._file))
             _log.warning("%s: has changed; %d keys are known now", self._file, len(self._known))
         except InputError as error:
             _log.error("%s; the keys are those of before", error)

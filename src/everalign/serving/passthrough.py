@@ -50,7 +50,7 @@ def passthrough_routes(gateway: Gateway) -> APIRouter:
         mode = _checked(gateway, path, request)
         ticket = gateway.limiter.enter(request.state.key_id)
         try:
-            passed = await _passed(gateway, path, request)
+            passed = await _passed(gateway, path, request, quoted=mode != "strict")
             if gateway.allowances.counts_tokens(request.state.key_id):
                 sent = request.headers.get("content-length", "0")
                 size = int(sent) if sent.isascii() and sent.isdigit() else 0
@@ -85,7 +85,7 @@ def _checked(gateway: Gateway, path: str, request: Request) -> Mode:
     return mode
 
 
-async def _passed(gateway: Gateway, path: str, request: Request) -> Passed:
+async def _passed(gateway: Gateway, path: str, request: Request, quoted: bool) -> Passed:
     """Return the upstream's reply, whose body is not read; raises GatewayError."""
     upstream, content = await _routed(gateway, request)
     headers = gateway.settings.access.headers.forwarded(request.headers.items())
@@ -96,11 +96,11 @@ async def _passed(gateway: Gateway, path: str, request: Request) -> Passed:
     target = quote(path, safe="/:@!$&'()*+,;=~") + (f"?{query}" if query else "")
     method = "HEAD" if request.state.head else request.method
     if content is not None:
-        return await unless_gone(request.receive, upstream.send(method, target, headers, content))
+        return await unless_gone(request.receive, upstream.send(method, target, headers, content, quoted))
     if "content-length" in request.headers:
         headers["content-length"] = request.headers["content-length"]
     upload = _Upload(request, gateway.settings.limits.upload_bytes, gateway.settings.limits.body_bytes)
-    return await upload.sent(upstream.send(method, target, headers, upload.parts()))
+    return await upload.sent(upstream.send(method, target, headers, upload.parts(), quoted))
 
 
 async def _routed(gateway: Gateway, request: Request) -> tuple[Answering, bytes | None]:

@@ -6,6 +6,7 @@
 | `/v1/v1/...`, as where a client adds `/v1` to a base URL that has it | `/v1/...` |
 | `/openai/v1/...`, `/openai/...?api-version=...` (Azure) | `/v1/...` |
 | `/openai/deployments/NAME/chat/completions?api-version=...` (Azure) | `/v1/chat/completions` of the model NAME |
+| one with `//`, or a `/` at its end, as clients make them of a base URL that ends so | the same without |
 | any of them behind the path of `--root-path` | the same without it |
 """
 
@@ -19,7 +20,7 @@ ENDPOINTS = (
     *("responses", "score", "threads", "tokenize", "uploads", "vector_stores", "videos"),
 )
 _DEPLOYMENT = re.compile(
-    r"/openai/deployments/(?P<model>.+?)/(?P<rest>(?:chat/)?completions|(?:embeddings|images|audio)(?:/.*)?)"
+    r"/openai/deployments/(?P<model>.+?)/(?P<rest>(?:chat/)?completions|(?:embeddings|images|audio)(?:/.*)?)", re.DOTALL
 )
 _AZURE = re.compile(r"/openai(?:/v1)?/(?P<rest>.+)")
 _REPEATED = re.compile(r"(?:/v1){2,}(?=/)")
@@ -47,6 +48,11 @@ def meant(path: str, root: str = "") -> Meant:
         path: of the request, without its query.
         root: what a proxy has in front; a proxy may have taken it away.
     """
+    plain = re.sub(r"//+", "/", path).rstrip("/")
+    if root and plain.startswith(f"{root}/"):
+        plain = plain[len(root) :]
+    if plain.startswith(("/v1/", "/openai/")) or plain[1:].partition("/")[0] in ENDPOINTS:
+        path = plain
     if root and (path == root or path.startswith(f"{root}/")):
         path = path[len(root) :] or "/"
     if found := _DEPLOYMENT.fullmatch(path):

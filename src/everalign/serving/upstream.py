@@ -122,7 +122,12 @@ class Upstream:
         await self._connections.aclose()
 
     async def send(
-        self, method: str, path: str, headers: Mapping[str, str], content: bytes | AsyncIterator[bytes]
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        content: bytes | AsyncIterator[bytes],
+        quoted: bool = True,
     ) -> Passed:
         """Return the reply to a request that is passed on as it is, whatever its status.
 
@@ -133,6 +138,7 @@ class Upstream:
             path: behind the upstream's address, with its query.
             headers: that the upstream gets besides its key.
             content: the body, at once or in pieces.
+            quoted: whether what the upstream says of itself may be passed on: its headers, and messages of errors.
 
         Raises:
             GatewayError: no reply came, or one that is about the gateway's own key or leads elsewhere.
@@ -156,13 +162,14 @@ class Upstream:
         except httpx.HTTPError:
             raise bad_upstream("the upstream cannot be reached", "upstream_unreachable") from None
         response.headers.encoding = "latin-1"  # as ASGI wants them back
-        status, back = response.status_code, self._headers.returned(response.headers, self._key)
+        status = response.status_code
+        back = self._headers.returned(response.headers, self._key) if quoted else {}
         back |= {name: response.headers[name] for name in _CONTENT if name in response.headers}
         if status < 400 and (status < 300 or status == 304):
             return Passed(status, back, response.aiter_raw(), response.aclose)
         body = await self._beginning(response)
-        if status < 400 or status in (401, 403, 407):
-            raise failure(status, back, body, self._key)
+        if status < 400 or status in (401, 403, 407) or not quoted:
+            raise failure(status, back, body, self._key, quoted)
 
         async def scrubbed_body() -> AsyncIterator[bytes]:
             yield body.replace(self._key.encode(), b"***") if self._key else body
