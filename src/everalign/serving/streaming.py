@@ -247,6 +247,8 @@ class _Writer:
         return chunk(self._head, choice.index, {"role": "assistant", "content": ""})
 
     async def _send(self, frames: Sequence[Mapping[str, Any]]) -> None:
+        if self._call.wants_usage:  # every other chunk says that it has none
+            frames = [{"usage": None, **frame} for frame in frames]
         await self._channel.send(_frames(frames))
 
 
