@@ -17,6 +17,8 @@ from everalign.reporting.formats import METRICS, percent, seconds, shortened, si
 from everalign.reporting.headline import cautions, headline
 from everalign.reporting.plots import change_bar, change_lines, progress_lines
 from everalign.reporting.sampling_error import error_matrix, standard_error
+from everalign.reporting.views import forgetting_view, matrix_view
+from everalign.serving.pages.run_views import forgetting_views
 from runs_for_tests import LIFEALIGN, SEQUENTIAL, module, score, write_run, write_version
 
 HOSTILE = "<script>alert('x')</script> & \"$\\frac{1}{2}$\" --> ]]>"
@@ -293,6 +295,17 @@ def test_no_headline_stands_on_one_pair_of_sixty(tmp_path):
     none_lost = {"a": [0.5, [1.0, 1.0]], "b": [0.5, [0.5, 1.0]]}
     other = load_run(write_run(tmp_path / "other", none_lost, pairs=60))
     assert headline([run, other], ["x", "y"]).startswith("Which run kept more cannot be told from chance:")
+
+
+def test_a_change_that_may_be_chance_has_no_colour(tmp_path):
+    few, many = (load_run(write_run(tmp_path / str(pairs), SEQUENTIAL, pairs=pairs)) for pairs in (8, 2000))
+    for run, directions in ((few, {""}), (many, {"lost"})):
+        errors = error_matrix(run)
+        cells = forgetting_view(run.scores(), METRICS["accuracy"], errors)[0].cells
+        assert {cell.direction for cell in cells[3:]} == directions
+        assert matrix_view(run.scores(), METRICS["accuracy"], errors)[-1].cells[0].direction == "".join(directions)
+        assert forgetting_views(run.scores(), errors)[0].direction == "".join(directions)
+        assert ("\x1b[31m" in printed(score_table(run.scores(), errors=errors), colour=True)) == (run is many)
 
 
 def test_every_curve_of_held_out_scores_has_error_bars(tmp_path):

@@ -26,6 +26,7 @@ def demo(
     from everalign.learning.run_data import load_run
     from everalign.reporting import score_table
     from everalign.reporting.corrections import corrector_texts
+    from everalign.reporting.sampling_error import error_matrix
 
     with Display() as display:
         result = run_demo(output, display.announce, display.progress, seed)
@@ -36,7 +37,7 @@ def demo(
         show_json({**facts, "runs": values, "corrector": result.corrector.facts()})
         return
     for name, run in zip(result.runs, runs, strict=True):
-        show(score_table(run.scores(), title=name))
+        show(score_table(run.scores(), title=name, errors=error_matrix(run)))
     show(*results.summary(runs))
     show(*corrector_texts(result.corrector, marks=not has_colours()))
     show_line("time", f"{result.seconds:.0f} s")

@@ -15,6 +15,7 @@ from everalign.reporting import comparison_table, score_table
 from everalign.reporting.answers import answer_pairs
 from everalign.reporting.formats import METRICS
 from everalign.reporting.headline import cautions, headline
+from everalign.reporting.sampling_error import error_matrix
 
 _ACCURACY = METRICS["accuracy"]
 _COLOURS = {"gained": "green", "lost": "red", "": "dim"}
@@ -40,7 +41,8 @@ def summary(runs: Sequence[RunData]) -> list[RenderableType]:
     """Return one run's score table, or a comparison of several, and what follows from it in words."""
     labels = run_labels(runs)
     found = {label: run.scores() for label, run in zip(labels, runs, strict=True)}
-    table = score_table(found[labels[0]]) if len(runs) == 1 else comparison_table(found)
+    alone = len(runs) == 1
+    table = score_table(found[labels[0]], errors=error_matrix(runs[0])) if alone else comparison_table(found)
     warnings = [Text(caution, style="dim") for caution in cautions(runs, labels)]
     return [table, Text(""), Text(headline(runs, labels)), *warnings, Text("")]
 

@@ -139,8 +139,10 @@ def _run_view(run: RunData, label: str, anchor: str, heat: tuple[float, float], 
         heatmap=score_heatmap(scores, _ACCURACY, heat, f"{anchor}-heatmap", label),
         changes=change_lines(scores, error_matrix(run), _ACCURACY, change, f"{anchor}-changes", label),
         curves=training_curves(training, f"{anchor}-curves", label),
-        matrices={key: views.matrix_view(run.scores(key), metric) for key, metric in METRICS.items()},
-        forgetting=views.forgetting_view(scores, _ACCURACY),
+        matrices={
+            key: views.matrix_view(run.scores(key), metric, error_matrix(run, key)) for key, metric in METRICS.items()
+        },
+        forgetting=views.forgetting_view(scores, _ACCURACY, error_matrix(run)),
         drift=views.drift_view(run),
         consolidation=views.consolidation_view(run),
         effects=views.effect_view(run),

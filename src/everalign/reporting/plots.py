@@ -50,12 +50,8 @@ def matrix_rows(scores: Scores) -> list[tuple[str, Sequence[float | None]]]:
     return rows
 
 
-Errors = Sequence[Sequence[float | None]]
-"""Standard errors of a score matrix, in its shape; None where a score's is unknown."""
-
-
 def change_lines(
-    scores: Scores, errors: Errors, metric: Metric, limits: tuple[float, float], name: str, label: str
+    scores: Scores, errors: sampling_error.Errors, metric: Metric, limits: tuple[float, float], name: str, label: str
 ) -> Markup | None:
     """How each task's score moved since it was learned, as later tasks came; None with nothing to show.
 
@@ -81,7 +77,7 @@ def change_lines(
         return inline_svg(drawn, name, f"Forgetting of {label}", description)
 
 
-def change_bar(errors: Errors, rows: int, task: int) -> float:
+def change_bar(errors: sampling_error.Errors, rows: int, task: int) -> float:
     """Half the 95 % interval of a task's change by the time that so many tasks were learned; 0 where it is learned."""
     if rows - 1 == task:
         return 0.0
@@ -105,7 +101,7 @@ def change_series(scores: Scores) -> dict[str, list[tuple[int, float]]]:
 
 
 def progress_lines(
-    runs: Mapping[str, Scores], errors: Mapping[str, Errors], metric: Metric, name: str
+    runs: Mapping[str, Scores], errors: Mapping[str, sampling_error.Errors], metric: Metric, name: str
 ) -> Markup | None:
     """Each run's mean score over the tasks learned so far, as tasks come; None below two moments.
 

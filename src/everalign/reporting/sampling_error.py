@@ -14,6 +14,9 @@ from everalign.learning.run_files import Score
 WIDTH = 1.96
 """Standard errors to either side, for 95 %."""
 
+Errors = Sequence[Sequence[float | None]]
+"""Standard errors of a score matrix, in its shape; None where a score's is unknown."""
+
 _MORE = 4
 _SHARES = ("accuracy", "reward_accuracy")
 
@@ -42,6 +45,12 @@ def error_matrix(run: RunData, metric: str = "accuracy") -> list[list[float | No
         ]
         for found, row in zip(rows, matrix, strict=True)
     ]
+
+
+def is_chance(change: float | None, errors: Errors | None, i: int, j: int) -> bool:
+    """Whether task j's change from when it was learned to version i is within its 95 % interval around nothing."""
+    error = None if errors is None else of_change(errors[i][j], errors[j][j])
+    return change is not None and error is not None and abs(change) < WIDTH * error
 
 
 def of_change(first: float | None, second: float | None) -> float | None:

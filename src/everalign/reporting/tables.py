@@ -9,6 +9,7 @@ from rich.text import Text
 
 from everalign.learning.scores import Scores
 from everalign.reporting.formats import METRICS, UNMEASURED, Metric
+from everalign.reporting.sampling_error import Errors, is_chance
 
 SUMMARY_TITLES = {
     "last": "Last",
@@ -20,11 +21,12 @@ _CHANGES = ("backward_transfer", "forward_transfer")
 _COLOURS = {"gained": "green", "lost": "red", "": "dim"}
 
 
-def score_table(scores: Scores, metric: str = "accuracy", title: str = "") -> Table:
+def score_table(scores: Scores, metric: str = "accuracy", title: str = "", errors: Errors | None = None) -> Table:
     """The score matrix: a row for each moment, a column for each task.
 
     The score right after learning a task stands in brackets; later ones carry the change since then, green or
-    red; scores on tasks not learned yet are dim. The caption sums up.
+    red; scores on tasks not learned yet are dim, and so are changes that may be chance by the scores' standard errors.
+    The caption sums up.
     """
     kind = METRICS[metric]
     table = Table(title=Text(title) if title else None, caption=_caption(scores, kind), caption_justify="left")
@@ -35,7 +37,7 @@ def score_table(scores: Scores, metric: str = "accuracy", title: str = "") -> Ta
     for i, task in enumerate(scores.learned):
         if any(score is not None for score in scores.matrix[i]):
             name = Text("all tasks" if scores.regime == "joint" else task)
-            table.add_row(name, *(_cell(scores, i, j, kind) for j in range(len(scores.tasks))))
+            table.add_row(name, *(_cell(scores, i, j, kind, errors) for j in range(len(scores.tasks))))
     return table
 
 
@@ -74,7 +76,7 @@ def best_values(runs: Mapping[str, Scores], metric: Metric) -> dict[str, str]:
     return best
 
 
-def _cell(scores: Scores, i: int, j: int, metric: Metric) -> Text:
+def _cell(scores: Scores, i: int, j: int, metric: Metric, errors: Errors | None) -> Text:
     score = scores.matrix[i][j]
     if score is None:
         return Text(UNMEASURED, style="dim")
@@ -87,7 +89,8 @@ def _cell(scores: Scores, i: int, j: int, metric: Metric) -> Text:
         return Text(metric.value(score))
     change = score - learned
     text = Text(f"{metric.value(score)} ")
-    return text.append(metric.change(change), style=_COLOURS[metric.direction(change)])
+    direction = "" if is_chance(change, errors, i, j) else metric.direction(change)
+    return text.append(metric.change(change), style=_COLOURS[direction])
 
 
 def _caption(scores: Scores, metric: Metric) -> Text:

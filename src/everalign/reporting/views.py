@@ -15,6 +15,7 @@ from everalign.learning.run_files import DataSource, ModuleConsolidation
 from everalign.learning.scores import Scores
 from everalign.reporting.formats import METRICS, UNMEASURED, Metric, count, percent, seconds, significant
 from everalign.reporting.plots import matrix_rows
+from everalign.reporting.sampling_error import Errors, is_chance
 
 _ACCURACY = METRICS["accuracy"]
 
@@ -37,16 +38,21 @@ class Row:
     cells: Sequence[Any]
 
 
-def matrix_view(scores: Scores, metric: Metric) -> list[Row]:
-    """The score matrix with the zero-shot row; cells after learning carry the change since then."""
+def matrix_view(scores: Scores, metric: Metric, errors: Errors | None = None) -> list[Row]:
+    """The score matrix with the zero-shot row; cells after learning carry the change since then.
+
+    A change that may be chance by the scores' standard errors has no direction.
+    """
     order = {f"after {task}": i for i, task in enumerate(scores.learned)}
     return [
-        Row(name, [_matrix_cell(scores, metric, order.get(name), j, row[j]) for j in range(len(row))])
+        Row(name, [_matrix_cell(scores, metric, errors, order.get(name), j, row[j]) for j in range(len(row))])
         for name, row in matrix_rows(scores)
     ]
 
 
-def _matrix_cell(scores: Scores, metric: Metric, i: int | None, j: int, score: float | None) -> Cell:
+def _matrix_cell(
+    scores: Scores, metric: Metric, errors: Errors | None, i: int | None, j: int, score: float | None
+) -> Cell:
     text = metric.value(score)
     if score is None:
         return Cell(text, "unmeasured")
@@ -57,23 +63,29 @@ def _matrix_cell(scores: Scores, metric: Metric, i: int | None, j: int, score: f
     learned = scores.matrix[j][j]
     if learned is None:
         return Cell(text, "later")
-    return Cell(text, "later", metric.change(score - learned), metric.direction(score - learned))
+    change = score - learned
+    direction = "" if is_chance(change, errors, i, j) else metric.direction(change)
+    return Cell(text, "later", metric.change(change), direction)
 
 
-def forgetting_view(scores: Scores, metric: Metric) -> list[Row]:
-    """Per earlier task: score when learned, best since, last; change since learned; best minus last."""
-    rows = []
+def forgetting_view(scores: Scores, metric: Metric, errors: Errors | None = None) -> list[Row]:
+    """Per earlier task: score when learned, best since, last; change since learned; best minus last.
+
+    Where the change may be chance by the scores' standard errors, neither has a direction.
+    """
+    rows, final = [], len(scores.matrix) - 1
     for j, task in enumerate(scores.learned):
         if task not in scores.forgetting:
             continue
         lost, last, learned = scores.forgetting[task], scores.matrix[-1][j], scores.matrix[j][j]
         change = scores.changes[j]
+        chance = is_chance(change, errors, final, j)
         cells = [
             Cell(metric.value(learned), ""),
             Cell(metric.value(None if last is None else last + lost), ""),
             Cell(metric.value(last), ""),
-            Cell(metric.change(change), "", direction=metric.direction(change)),
-            Cell(metric.change(lost), "", direction=metric.direction(-lost)),
+            Cell(metric.change(change), "", direction="" if chance else metric.direction(change)),
+            Cell(metric.change(lost), "", direction="" if chance else metric.direction(-lost)),
         ]
         rows.append(Row(task, cells))
     return rows

@@ -91,6 +91,7 @@ def _run(path: Path | None, served: str | None) -> dict[str, Any]:
         text = "The corrector in service is not from a run, so its versions are not known here. Serve a run's folder"
         return {"name": None, "trouble": f"{text} (serve --corrector RUN) to see them."}
     from everalign.learning.run_data import load_run
+    from everalign.reporting.sampling_error import error_matrix
 
     try:
         run = load_run(path)
@@ -109,5 +110,5 @@ def _run(path: Path | None, served: str | None) -> dict[str, Any]:
         else [],
         "low": share(low),
         "high": share(high),
-        "forgetting": forgetting_views(scores),
+        "forgetting": forgetting_views(scores, error_matrix(run)),
     }

@@ -6,6 +6,7 @@ from everalign.learning.gate import what_fell
 from everalign.learning.run_data import RunData
 from everalign.learning.scores import Scores
 from everalign.learning.version_rows import version_rows
+from everalign.reporting.sampling_error import Errors, is_chance
 
 SHADES = 10
 """Colours of the heatmap, from the lowest score to the highest."""
@@ -87,15 +88,19 @@ def _shade(score: float | None, low: float, high: float) -> int | None:
     return SHADES - 1 if high == low else min(SHADES - 1, int((score - low) / (high - low) * SHADES))
 
 
-def forgetting_views(scores: Scores) -> list[ForgettingView]:
-    """Return how each task's score has moved since it was learned; those without scores are left out."""
+def forgetting_views(scores: Scores, errors: Errors | None = None) -> list[ForgettingView]:
+    """Return how each task's score has moved since it was learned; those without scores are left out.
+
+    A change that may be chance by the scores' standard errors has no direction.
+    """
     found = []
     for j, (task, change) in enumerate(zip(scores.learned, scores.changes, strict=True)):
         if change is None or scores.regime != "sequential" or j == len(scores.learned) - 1:
             continue
         points = f"{100 * change:+.1f}".replace("-", "−")
         points = "0.0" if points[1:] == "0.0" else points
-        direction = {"+": "gained", "−": "lost"}.get(points[0], "")
+        chance = is_chance(change, errors, len(scores.matrix) - 1, j)
+        direction = "" if chance else {"+": "gained", "−": "lost"}.get(points[0], "")
         found.append(ForgettingView(task, share(scores.matrix[j][j]), share(scores.matrix[-1][j]), points, direction))
     return found
 
