@@ -491,3 +491,32 @@ def test_a_corrector_that_refuses_to_stream_is_asked_for_all_of_it():
         (*_, found) = remote(server).follow("q", "It is five.")
         assert found.text == "It is four."
         assert "stream" not in server.requests[1].body
+
+
+def test_a_late_stream_says_what_was_known_of_it_all_the_time(upstream):
+    upstream.answer = lambda _: Script("It is 4.", delay=0.2)
+    with serving(upstream, corrector=Fake(), keepalive=0.05) as gateway:
+        told = [
+            post(gateway, stream=True, headers=[("x-everalign-mode", mode)], **more).headers["x-everalign-correction"]
+            for mode, more in (("off", {}), ("correct", {"logprobs": True}), ("correct", {}))
+        ]
+    assert told == ["skipped; reason=off", "skipped; reason=logprobs", "pending"]
+
+
+OTHER_ERRORS = [
+    ({"object": "error", "message": "too long", "type": "BadRequestError", "code": 400}, 200, 400),
+    ({"object": "error", "message": "too long", "type": "BadRequestError", "code": 400}, 400, 400),
+    ({"detail": "too long"}, 422, 422),
+    ({"error": "too long"}, 413, 413),
+    ({"error": {"message": "too long", "code": "insufficient_quota"}}, 200, 502),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "expected"), OTHER_ERRORS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_of_other_shapes_say_what_they_say(body, status, expected, stream, upstream):
+    upstream.answer = lambda _: Script(raw=json.dumps(body).encode(), status=status, kind="application/json")
+    with serving(upstream, retries=0) as gateway:
+        reply = post(gateway, stream=stream)
+    assert (reply.status_code, reply.json()["error"]["message"]) == (expected, "too long")
+    assert all(reply.json()[name] == value for name, value in body.items() if name != "error")

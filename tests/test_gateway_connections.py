@@ -1,5 +1,6 @@
 """Connections that are of no use: slow heads and bodies, silence, clients that read nothing, and too many of them."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -12,6 +13,7 @@ from everalign.serving.errors import GatewayError
 from everalign.serving.limits import Limiter
 from everalign.serving.server import bound_socket, make_server
 from everalign.serving.settings import GatewaySettings, Limits, Timeouts, UpstreamSettings
+from everalign.serving.upstream import Upstream
 from upstream_for_tests import HTTP, Script, UpstreamServer
 
 QUESTION = {"model": "small", "messages": [{"role": "user", "content": "?"}]}
@@ -175,3 +177,44 @@ def test_places_are_shared_between_keys():
     alone = Limiter(9, 9)
     for _ in range(9):
         alone.enter("a")
+
+
+def test_a_refusal_is_read_by_who_is_still_sending(upstream):
+    body = b"x" * 3_000_000
+    with serving(upstream, keys=("one",)) as base, connected(base) as connection:
+        connection.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body))
+        time.sleep(0.1)
+        connection.sendall(body)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 401")
+
+
+def test_connections_that_change_their_protocol_are_let_go(upstream):
+    upgrade = b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+    upgrade += b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    with serving(upstream, connections_per_address=2) as base:
+        for _ in range(5):
+            with connected(base) as connection:
+                connection.sendall(upgrade)
+                connection.recv(4096)
+        # Two that nobody let go would be all that this address may have.
+        answers = [HTTP.get(f"{base}/health", headers={"connection": "close"}).status_code for _ in range(5)]
+        assert answers == [200] * 5
+
+
+def test_many_who_ask_for_the_models_are_one_question(upstream, monkeypatch):
+    asked = []
+    whole = Upstream._models
+
+    async def counted(self):
+        asked.append(1)
+        await asyncio.sleep(0.1)
+        return await whole(self)
+
+    monkeypatch.setattr(Upstream, "_models", counted)
+    with serving(upstream) as base:
+        threads = [threading.Thread(target=HTTP.get, args=(f"{base}/ready",)) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert 1 <= len(asked) < 6

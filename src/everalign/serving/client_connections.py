@@ -103,8 +103,14 @@ class Door:
         now = time.monotonic()
         for of_address in tuple(self._addresses.values()):
             for client in tuple(of_address):
-                head, stalled = client.waits_since, client.stalled_since
-                if client.transport.is_closing() and client.transport.get_write_buffer_size() and stalled is None:
+                head, stalled, unread = (
+                    client.waits_since,
+                    client.stalled_since,
+                    client.transport.get_write_buffer_size(),
+                )
+                if client.transport.is_closing() and not unread:
+                    self.leave(client)  # also one that became another protocol's
+                elif client.transport.is_closing() and stalled is None:
                     client.stalled_since = now
                 elif head is not None and now >= head + self._limits.head_seconds:
                     client.end()
@@ -136,7 +142,7 @@ class _Client:
     address = ""
     waits_since: float | None = None
     stalled_since: float | None = None
-    _head = 0
+    _head: int | None = 0  # bytes of a head that is not whole
 
     @property
     def busy(self) -> bool:
@@ -158,18 +164,19 @@ class _Client:
             return
         super().data_received(data)  # type: ignore[misc]
         if self.busy:
-            self.waits_since, self._head = None, 0
+            self.waits_since, self._head = None, None
             return
         # The beginning of a request, or the rest of a body that nobody waits for.
-        self._head += len(data)
         if self.waits_since is None:
             self.waits_since = time.monotonic()
-        if self._head > _LARGEST_HEAD and not self.transport.is_closing():
-            self._reply(b"431 Request Header Fields Too Large", b"")
+        if self._head is not None:
+            self._head += len(data)
+            if self._head > _LARGEST_HEAD and not self.transport.is_closing():
+                self._reply(b"431 Request Header Fields Too Large", b"")
 
-    def on_response_complete(self) -> None:
-        """A request is answered."""
-        super().on_response_complete()  # type: ignore[misc]
+    def on_message_begin(self) -> None:
+        """The head of a request begins; only httptools says so, and h11 has a limit of its own."""
+        super().on_message_begin()  # type: ignore[misc]
         self._head = 0
 
     def connection_lost(self, error: Exception | None) -> None:

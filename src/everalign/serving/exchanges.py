@@ -39,6 +39,13 @@ def report(call: ChatCall, found: Summary) -> dict[str, Any]:
     return about if found.stored is None else {**about, "stored": found.stored}
 
 
+def known_before(call: ChatCall) -> Summary | None:
+    """Return what becomes of an answer whatever it is; None for one that is to be seen first, as all are in strict."""
+    if not call.corrects:
+        return Summary("skipped", call.mode)
+    return Summary("skipped", call.rule) if call.mode == "correct" and call.rule is not None else None
+
+
 def said_stored(call: ChatCall, found: Summary, kept: bool) -> Summary:
     """Return it with whether the exchange is kept, where somebody asked for that."""
     return replace(found, stored=kept) if call.wants_storing else found

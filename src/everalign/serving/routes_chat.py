@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from everalign.serving.delivery import Channel, deliver, unless_gone
-from everalign.serving.exchanges import origin, whole_answer
+from everalign.serving.exchanges import known_before, origin, whole_answer
 from everalign.serving.front import json_response
 from everalign.serving.gateway import Gateway
 from everalign.serving.json_size import aside
@@ -55,4 +55,4 @@ async def _streamed(gateway: Gateway, call: ChatCall, released: Callable[[], Non
     def write(channel: Channel) -> Coroutine[Any, Any, None]:
         return gateway.streams.write(call, channel)
 
-    return await deliver(write, origin(call, PENDING), gateway.settings.keepalive, released)
+    return await deliver(write, origin(call, known_before(call) or PENDING), gateway.settings.keepalive, released)

@@ -17,7 +17,7 @@ from everalign.serving.answers import Choice, with_effort
 from everalign.serving.correcting import CorrectionFailed
 from everalign.serving.delivery import Channel, deliver, unless_gone
 from everalign.serving.errors import uncorrected
-from everalign.serving.exchanges import malformed, origin, passed_on, report, returned_text, said_stored
+from everalign.serving.exchanges import known_before, malformed, origin, passed_on, report, returned_text, said_stored
 from everalign.serving.front import json_response
 from everalign.serving.gateway import Gateway
 from everalign.serving.json_size import aside
@@ -88,7 +88,8 @@ def response_routes(gateway: Gateway) -> APIRouter:
             if call.streams:
                 write = partial(responding.write, call)
                 keepalive = gateway.settings.keepalive
-                delivering = deliver(write, origin(call, PENDING), keepalive, ticket.release)
+                late = origin(call, known_before(call) or PENDING)
+                delivering = deliver(write, late, keepalive, ticket.release)
                 return await unless_gone(request.receive, delivering)
             answered, told = await unless_gone(request.receive, responding.answer(call))
         except BaseException:
@@ -147,13 +148,12 @@ class _Responding:
     async def write(self, call: ResponsesCall, channel: Channel) -> None:
         """Write a streamed answer to a channel; raises GatewayError where it fails or may not leave."""
         with self._recorder.counted(call) as record:
-            if not call.corrects or (call.rule is not None and call.mode == "correct"):
-                await self._relayed(call, channel, record)
+            if (known := known_before(call)) is not None:
+                await self._relayed(call, channel, record, known)
             else:
                 await self._corrected(call, channel, record)
 
-    async def _relayed(self, call: ResponsesCall, channel: Channel, record: Record) -> None:
-        found = Summary("skipped", call.rule if call.corrects else call.mode)
+    async def _relayed(self, call: ResponsesCall, channel: Channel, record: Record, found: Summary) -> None:
         events, held = list[dict[str, Any]](), list[dict[str, Any]]()
         remembers = (call.keep and self._recorder.keeps) or call.mode == "shadow"
         with record.in_upstream():

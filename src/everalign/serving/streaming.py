@@ -15,6 +15,7 @@ from everalign.serving.correcting import CorrectionFailed, CorrectionService
 from everalign.serving.delivery import Channel
 from everalign.serving.errors import UsageRefused, uncorrected
 from everalign.serving.exchanges import (
+    known_before,
     malformed,
     origin,
     passed_on,
@@ -52,15 +53,15 @@ class Streams:
     async def write(self, call: ChatCall, channel: Channel) -> None:
         """Write the whole answer to a channel; raises GatewayError where it fails or may not leave."""
         with self._recorder.counted(call) as record:
-            # In strict mode nothing leaves unseen: there a rule is found to hold when the answer is judged.
-            if call.mode == "strict" or (call.mode == "correct" and call.rule is None):
+            known = known_before(call)
+            if known is None:
                 await self._corrected(call, channel, record)
             else:
-                await self._relayed(call, channel, record)
+                await self._relayed(call, channel, record, known)
 
-    async def _relayed(self, call: ChatCall, channel: Channel, record: Record) -> None:
+    async def _relayed(self, call: ChatCall, channel: Channel, record: Record, found: Summary) -> None:
         """Hand on an answer while it comes."""
-        found, gathering = Summary("skipped", call.rule if call.corrects else call.mode), Gathering()
+        gathering = Gathering()
         asked = call.keep and self._recorder.keeps
         remembers = asked or call.mode == "shadow"
         relay = _Relay(call, drops_usage=asked and not call.wants_usage)

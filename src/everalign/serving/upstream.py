@@ -1,5 +1,6 @@
 """One upstream: requests with its own key, a time limit over all attempts, and a circuit for each model."""
 
+import asyncio
 import random
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -109,6 +110,7 @@ class Upstream:
         self._headers = headers
         self.name, self.circuits = settings.name, circuits
         self.reports_usage = True
+        self._listing: asyncio.Task[list[dict[str, Any]]] | None = None
         self._url, self._key, self._timeouts = settings.url, settings.key, timeouts
         self._retries, self._longest_wait, self._largest = retries, longest_wait, largest
         key = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
@@ -119,6 +121,8 @@ class Upstream:
 
     async def close(self) -> None:
         """Close all connections."""
+        if self._listing is not None:
+            self._listing.cancel()
         await self._connections.aclose()
 
     async def send(
@@ -179,7 +183,14 @@ class Upstream:
         return Passed(status, back, scrubbed_body(), response.aclose)
 
     async def models(self) -> list[dict[str, Any]]:
-        """Return its models as it lists them; raises GatewayError. What comes of it says nothing of its answers."""
+        """Return its models as it lists them; raises GatewayError. Whoever asks meanwhile gets the same list."""
+        if self._listing is None or self._listing.done():
+            self._listing = asyncio.ensure_future(self._models())
+            self._listing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(self._listing)
+
+    async def _models(self) -> list[dict[str, Any]]:
+        # What comes of it says nothing of answers: it counts for no circuit.
         permit = CircuitBreaker().enter()
         assert permit is not None  # a new one is closed
         with _deadline(self._timeouts.models):

@@ -38,7 +38,7 @@ def event_of(data: str, key: str, quoted: bool) -> dict[str, Any]:
 def answer_of(content: dict[str, Any], key: str, quoted: bool) -> dict[str, Any]:
     """Return an answer's JSON; raises the upstream's own error where it is one, whatever the status says."""
     # A response that failed is an answer all the same: it says what it came to in its own fields.
-    if content.get("error") and content.get("object") != "response":
+    if content.get("object") == "error" or (content.get("error") and content.get("object") != "response"):
         raise told_failure(content, key, quoted)
     return content
 

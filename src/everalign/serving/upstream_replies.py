@@ -44,7 +44,7 @@ def failure(status: int, headers: Mapping[str, str], body: bytes, key: str, quot
 
 def told_failure(content: Mapping[str, Any], key: str, quoted: bool) -> GatewayError:
     """Return what an error comes to that is told with the status of success, whole or in a stream."""
-    error = content.get("error")
+    error = content.get("error", content)
     code = error.get("code") if isinstance(error, Mapping) else None
     number = int(code) if isinstance(code, str) and code.isascii() and code.isdigit() and len(code) == 3 else code
     status = number if isinstance(number, int) and 400 <= number < 600 else 502
@@ -68,8 +68,13 @@ def _error(status: int, content: Any, key: str, quoted: bool, family: type[Gatew
 
 
 def error_of(content: Any, key: str) -> dict[str, str]:
-    """Return what is said in an error object: `message`, `type`, `code`, `param`, as far as they are there."""
+    """Return what is said in an error object: `message`, `type`, `code`, `param`, as far as they are there.
+
+    Servers that have no such object say the same beside it, or in a `detail`.
+    """
     error = content.get("error") if isinstance(content, Mapping) else None
+    if isinstance(content, Mapping) and not error:
+        error = content if "message" in content else content.get("detail")
     if isinstance(error, str):
         error = {"message": error}
     if not isinstance(error, Mapping):
