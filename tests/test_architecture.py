@@ -121,6 +121,12 @@ UNSHARED = {
 }  # fmt: skip
 
 
+def test_a_copy_without_heads_keeps_more_than_the_order_of_two_numbers():
+    for width in (16, 32, 128):
+        small = shrunk_copy(model_of(RwkvConfig(vocab_size=300, hidden_size=width, num_hidden_layers=2)))
+        assert small.config.hidden_size == 8
+
+
 @pytest.mark.parametrize("config", UNSHARED.values(), ids=UNSHARED)
 def test_what_a_mask_does_not_reach_is_found(config):
     assert study(model_of(config)).unshared_because

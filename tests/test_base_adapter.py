@@ -50,6 +50,7 @@ KINDS = {
     "one layer": lambda: LoraConfig(r=4, layers_to_transform=[1], target_modules=QUERY),
     "saved modules": lambda: LoraConfig(r=4, target_modules=QUERY, modules_to_save=["lm_head", "norm"]),
     "embedding": lambda: LoraConfig(r=4, target_modules=["lm_head", "embed_tokens"]),
+    "embedding, by an expression": lambda: LoraConfig(r=4, target_modules=r".*\.(q_proj|embed_tokens)|lm_head"),
     "tokens": lambda: LoraConfig(r=4, target_modules=QUERY, trainable_token_indices=[5, 6]),
     "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "loha": lambda: peft.LoHaConfig(r=4, target_modules=QUERY),
@@ -67,7 +68,7 @@ def test_every_kind_of_adapter_is_what_peft_makes_of_it(kind, tmp_path):
         assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["lora", "saved modules", "embedding"])
+@pytest.mark.parametrize("kind", ["lora", "saved modules", "embedding", "embedding, by an expression"])
 def test_a_tied_head_is_untied_where_the_adapter_changes_it(kind, tmp_path):
     base, folder = saved_model("qwen3"), tmp_path / "adapter"
     expected = save_adapter(folder, base, KINDS[kind]())

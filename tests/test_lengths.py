@@ -129,7 +129,11 @@ def alone(config, prompt, response, updates):
     return sum(logits[len(prompt) + i - 1, token].item() for i, token in enumerate(response))
 
 
-@pytest.mark.parametrize("config", [longrope(32, 512), rotary("dynamic", 32)], ids=["longrope", "dynamic"])
+@pytest.mark.parametrize(
+    "config",
+    [longrope(32, 512), longrope(8, 512), rotary("dynamic", 32)],
+    ids=["longrope", "longrope of few tokens", "dynamic"],
+)
 def test_a_row_is_what_it_is_alone_whatever_stands_beside_it(config):
     policy = perturb(Policy(model_of(config), 2, 4.0)).eval()
     expected = torch.tensor(

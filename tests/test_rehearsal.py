@@ -79,6 +79,20 @@ def test_what_fails_is_named(part, stage, monkeypatch):
         rehearse(random_model(), "all-linear")
 
 
+def test_gradients_that_are_no_numbers_are_named(monkeypatch):
+    model = random_model()
+    # The root of nothing has no derivative.
+    monkeypatch.setattr(type(model.model.norm), "forward", lambda self, x: x + ((x - x) ** 2).sum(-1, True).sqrt())
+    monkeypatch.setattr(rehearsal, "_done", set())
+    with pytest.raises(InputError, match=r"a training step fails \(its gradients are not finite\)"):
+        rehearse(model, "all-linear")
+
+
+@pytest.mark.parametrize("original", [6, 10])
+def test_positions_that_stretch_early_are_no_look_ahead(original):
+    rehearse(model_of(longrope(original, 64)), "all-linear")
+
+
 def test_a_refused_model_leaves_no_version(tmp_path):
     config = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     with pytest.raises(InputError, match="BertLMHeadModel"):

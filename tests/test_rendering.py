@@ -53,6 +53,9 @@ REFUSES_CHANNELS = (
 PREFACES = (
     "{% for m in messages %}" + _TURN + "{% endfor %}" + _ASKS + "{% if short %}{{ 'short: ' }}{% endif %}{% endif %}"
 )
+REFUSES_TEXT = (
+    "{% for m in messages %}{% if m['content'] is string %}{{ raise_exception('parts only') }}{% endif %}{% endfor %}"
+)
 CALLS = (
     "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ('=' + m['name'] if m['name'] is defined else '') + '\n' }}"
@@ -179,7 +182,7 @@ def test_tools_have_a_template_of_their_own_where_the_tokenizer_has_one():
     assert tokenizer.decode(encode_prompt(tokenizer, named)) == "<U>Hi<A><think>\n"
 
 
-@pytest.mark.parametrize("template", [CHATML, PARTS_ONLY, CALLS])
+@pytest.mark.parametrize("template", [CHATML, PARTS_ONLY, REFUSES_TEXT + PARTS_ONLY, CALLS])
 def test_content_in_parts_is_read_by_every_template_and_text_by_those_that_want_parts(template):
     parts = {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}
     assert said(template, "Yes", (parts,)) == said(template, "Yes", (USER,))

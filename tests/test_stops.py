@@ -36,6 +36,14 @@ LLAMA = (
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 PLAIN = turns("</s>")
+# Of models that read images: content is a list of parts, and a text is none.
+PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ':' }}{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
+)
+NO_TEXT = PARTS.replace("{{ '<", "{% if m['content'] is string %}{{ raise_exception('no') }}{% endif %}{{ '<", 1)
+NEEDS_SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no') }}{% endif %}"
 REFUSING = "{{ raise_exception('no') }}"
 
 
@@ -53,6 +61,10 @@ REFUSING = "{{ raise_exception('no') }}"
         (turns(r"\n### End\n", "</s>"), TurnEnd(EOS, "\n### End")),
         (turns(r"\n<|im_end|>\n"), TurnEnd(IM_END, lead="\n")),
         (turns(r"\n"), TurnEnd(text="\n<user>")),
+        (PARTS, TurnEnd(IM_END)),
+        (NO_TEXT, TurnEnd(IM_END)),
+        (NEEDS_SYSTEM + CHATML, TurnEnd(IM_END)),
+        (NEEDS_SYSTEM + NO_TEXT, TurnEnd(IM_END)),
         (REFUSING, TurnEnd()),
         ("{{ messages[0]['content'] | upper }}", TurnEnd()),
     ],

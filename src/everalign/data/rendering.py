@@ -6,7 +6,7 @@ what a model writes by itself: the answer as it stands behind the prompt, and th
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ class Renderer:
 
     def prompt(self, prompt: Sequence[Message]) -> str:
         """Return messages as text, up to the answer's first character."""
-        return self._render(prompt, (), opens_answer=True)
+        return self.render(prompt, (), opens_answer=True)
 
     def completion(self, prompt: Sequence[Message], prompt_text: str, completion: Completion) -> Rendered:
         """Return the conversation with its answer; `prompt_text` is what `prompt` returns for these messages.
@@ -86,7 +86,7 @@ class Renderer:
         """
         reply = ({"role": "assistant", "content": completion},) if isinstance(completion, str) else completion
         try:
-            whole = self._render(prompt, reply, opens_answer=False)
+            whole = self.render(prompt, reply, opens_answer=False)
         except InputError:
             as_written = self._as_written(prompt, prompt_text, completion)
             if as_written is None:
@@ -123,7 +123,7 @@ class Renderer:
         if not isinstance(completion, str):
             return None
         try:
-            whole = self._render(prompt, ({"role": "assistant", "content": _SENTINEL},), opens_answer=False)
+            whole = self.render(prompt, ({"role": "assistant", "content": _SENTINEL},), opens_answer=False)
         except InputError:
             return None
         shared, opened = _alike(whole, prompt_text), self._opened(prompt, prompt_text)
@@ -149,7 +149,7 @@ class Renderer:
 
     def _opened(self, prompt: Sequence[Message], prompt_text: str) -> int:
         """Return where a prompt's messages end and the assistant's turn is opened."""
-        closed = self._render(prompt, (), opens_answer=False)
+        closed = self.render(prompt, (), opens_answer=False)
         return _alike(closed, prompt_text)
 
     def _lost(self, body: str, reply: Sequence[Message]) -> str:
@@ -200,7 +200,7 @@ class Renderer:
         beside = (prompt.tools, prompt.chat_template_kwargs) if isinstance(prompt, ChatPrompt) else ()
         key = repr(([message["role"] for message in prompt], beside))
         if key not in self._endings:
-            whole = self._render(prompt, ({"role": "assistant", "content": _SENTINEL},), opens_answer=False)
+            whole = self.render(prompt, ({"role": "assistant", "content": _SENTINEL},), opens_answer=False)
             self._endings[key] = whole[whole.rfind(_SENTINEL) + len(_SENTINEL) :] if _SENTINEL in whole else ""
         return self._endings[key]
 
@@ -211,7 +211,12 @@ class Renderer:
 
     # ---- the template ----
 
-    def _render(self, prompt: Sequence[Message], reply: Sequence[Message], *, opens_answer: bool) -> str:
+    def render(self, prompt: Sequence[Message], reply: Sequence[Message] = (), *, opens_answer: bool) -> str:
+        """Return a prompt and what was replied as text, and what opens the assistant's turn if asked.
+
+        Raises:
+            InputError: the template refuses the conversation; says with what words.
+        """
         tools: Sequence[Any] = prompt.tools if isinstance(prompt, ChatPrompt) else ()
         variables: Mapping[str, Any] = prompt.chat_template_kwargs if isinstance(prompt, ChatPrompt) else {}
         messages = [*prompt, *reply]
@@ -245,7 +250,8 @@ class Renderer:
     def _readable(self, messages: Sequence[Message], template: str) -> list[Message]:
         """Return messages with their content as the template reads it: as text, or as a list of parts."""
         if template not in self._reads:
-            self._reads[template] = self._shows(template, _SENTINEL), self._shows(template, _parts(_SENTINEL))
+            parts = self._shows(template, _parts)
+            self._reads[template] = self._shows(template, str) or not parts, parts
         reads_text, reads_parts = self._reads[template]
         if reads_text and (reads_parts or not any(isinstance(message.get("content"), list) for message in messages)):
             return list(messages)
@@ -259,18 +265,19 @@ class Renderer:
                 found.append(message)
         return found
 
-    def _shows(self, template: str, content: Any) -> bool:
+    def _shows(self, template: str, form: Callable[[str], Any]) -> bool:
         """Whether a template renders a user's content of this form as its text."""
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except _REFUSALS:
-            return isinstance(content, str)
-        return _SENTINEL in text and f"'{_SENTINEL}'" not in text and f'"{_SENTINEL}"' not in text
+        user = {"role": "user", "content": form(_SENTINEL)}
+        system = {"role": "system", "content": form("Be brief.")}
+        for messages in ([user], [system, user]):  # some want a system message before all
+            try:
+                text: str = self._tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=True
+                )
+            except _REFUSALS:
+                continue
+            return _SENTINEL in text and f"'{_SENTINEL}'" not in text and f'"{_SENTINEL}"' not in text
+        return False
 
 
 def _parts(text: str) -> list[dict[str, str]]:

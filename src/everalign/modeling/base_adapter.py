@@ -5,6 +5,7 @@ What follows then knows one base model: it is the reference `base`, task adapter
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -213,10 +214,13 @@ def _untie(model: Any, config: Any) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or embedding is None or head.weight is not embedding.weight:
         return
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module in (head, embedding)}
-    targets = config.target_modules if isinstance(getattr(config, "target_modules", None), list | set) else ()
-    touched = {name.rsplit(".", 1)[-1] for name in (*targets, *(getattr(config, "modules_to_save", None) or ()))}
-    if names & touched:
+    names = [name for name, module in model.named_modules() if module in (head, embedding)]
+    targets = getattr(config, "target_modules", None) or ()
+    # One text is a regular expression, as in peft.
+    matched = isinstance(targets, str) and any(re.fullmatch(targets, name) for name in names)
+    listed = () if isinstance(targets, str) else targets
+    touched = {name.rsplit(".", 1)[-1] for name in (*listed, *(getattr(config, "modules_to_save", None) or ()))}
+    if matched or touched & {name.rsplit(".", 1)[-1] for name in names}:
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 

@@ -17,7 +17,7 @@ from everalign.errors import InputError
 from everalign.modeling.shrinking import FIRST_SPECIAL, LENGTH_NAMES, MODEL_ERRORS
 
 # Tokens of the rows that are tried, in a copy whose positions stretch from 32 on and whose tables have 64 rows.
-_TRIED = (10, 20, 40, 44, 70, 74)
+_TRIED = (4, 20, 40, 44, 70, 74)
 _BEYOND = 16
 _TOLERANCE = 1e-4
 
@@ -171,13 +171,13 @@ def _stretch(small: Any, state: PositionState, config: Any, longest: int | None)
         together = _states(small, [_row(small, length) for length in known])
         return len(known) < 2 or all(_close(alone(n), found) for n, found in zip(known, together, strict=True))
 
-    if agree(10, 40, 70):
+    if agree(4, 40, 70):
         return None
-    if not agree(10, 20):
+    if not agree(4, 20):
         return Stretch((0,), by_length=True)
     original, named = _original_length(config), named_length(config)
-    limits = [] if original is None or agree(10, 40) else [original]
-    if named is not None and named != original and not (agree(40, 70) and (limits or agree(10, 70))):
+    limits = [] if original is None or agree(4, 40) else [original]
+    if named is not None and named != original and not (agree(40, 70) and (limits or agree(4, 70))):
         limits.append(named)
     by_length = not (agree(40, 44) and agree(70, 74))
     # What no named length explains is computed with rows of the same length alone.

@@ -135,8 +135,9 @@ def _tokens(small: Any) -> list[int]:
 
 
 def _check_causal(small: Any, tokens: list[int]) -> None:
-    whole, beginning = _logits(small, tokens)[:, :8], _logits(small, tokens[:8])
-    if not _differ(whole, beginning) <= _TOLERANCE:
+    # With as many tokens, since positions may stretch with the length.
+    one, other = (_logits(small, [*tokens[:8], *end])[:, :8] for end in (tokens[8:], tokens[:-8]))
+    if not _differ(one, other) <= _TOLERANCE:
         raise InputError("what it says of a token depends on later ones: it is no causal language model")
 
 
@@ -146,6 +147,8 @@ def _take_a_step(policy: Policy, tokens: list[int]) -> None:
     chosen, rejected = policy.train()(lay_out_pairs([pair], policy.head.shared)).unbind()
     (chosen - rejected).backward()
     learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    if not all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in learning):
+        raise InputError("its gradients are not finite")
     with torch.no_grad():
         for parameter in learning:
             if parameter.grad is not None:

@@ -176,9 +176,14 @@ def _shrunk_config(config: Any, factor: int, depth: int | None, towers: bool) ->
 
 
 def _wide_enough(text: Any, factor: int) -> bool:
-    """Whether a head keeps four numbers, so that its positions can turn at two speeds."""
+    """Whether a head keeps four numbers, so that its positions can turn at two speeds.
+
+    Without heads the width keeps eight: of two numbers a layer norm leaves no more than their order, so that whatever
+    changes them may change nothing.
+    """
     heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
-    return factor == 1 or not (isinstance(heads, int) and isinstance(hidden, int)) or hidden // factor >= 4 * heads
+    least = 4 * heads if isinstance(heads, int) else 8
+    return factor == 1 or not isinstance(hidden, int) or hidden // factor >= least
 
 
 def _parts(config: Any) -> Iterator[Any]:

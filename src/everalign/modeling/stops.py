@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2.exceptions import TemplateError
-
-from everalign.data.rendering import template_in_use
+from everalign.data.rendering import Renderer, template_in_use
+from everalign.errors import InputError
 from everalign.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SYSTEM = "You are polite."
 _QUESTION, _ANSWER, _NEXT = "How are you?", "Very well, thanks.", "Good to hear."
 
 
@@ -36,19 +36,18 @@ class TurnEnd:
 
 def turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
     """Find out how the tokenizer's chat template ends an assistant's turn; an empty one where it refuses to say."""
-    template = template_in_use(tokenizer)
-    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-
-    def render(messages: list[dict[str, str]], asks: bool = False) -> str:
-        text: str = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=asks
-        )
-        return text
-
-    try:
-        prompt, whole = render(turns[:1], asks=True), render(turns)
-        longer = render([*turns, {"role": "user", "content": _NEXT}])
-    except TemplateError:
+    renderer = Renderer(tokenizer)
+    asked, answered, next_one = (
+        {"role": role, "content": text} for role, text in (("user", _QUESTION), ("assistant", _ANSWER), ("user", _NEXT))
+    )
+    for start in ([asked], [{"role": "system", "content": _SYSTEM}, asked]):  # some want a system message
+        try:
+            prompt, whole = renderer.prompt(start), renderer.render([*start, answered], opens_answer=False)
+            longer = renderer.render([*start, answered, next_one], opens_answer=False)
+        except InputError:
+            continue
+        break
+    else:
         return TurnEnd()
     before, answer, tail = whole.rpartition(_ANSWER)
     if not answer:  # rewritten
