@@ -246,7 +246,7 @@ def test_who_is_open_to_everybody_has_said_so():
     check_host("0.0.0.0", keyless=True, no_auth=True)
     check_host("0.0.0.0", keyless=False, no_auth=False)
     upstreams = (UpstreamSettings("default", "http://127.0.0.1:1/v1"),)
-    for access in ({"trusted_proxies": ("10.0.0.1",)}, {"root_path": "/x"}):
+    for access in ({"trusted_proxies": ("10.0.0.1",)}, {"root_path": "/x"}, {"cors_origins": ("*",)}):
         with pytest.raises(InputError, match="--no-auth"):
             GatewaySettings(upstreams, access=Access(**access))
         GatewaySettings(upstreams, access=Access(**access, no_auth=True))

@@ -5,7 +5,8 @@ import json
 import openai
 import pytest
 
-from everalign.serving.settings import Limits, UpstreamSettings
+from everalign.serving.auth import Allowance
+from everalign.serving.settings import Access, Limits, UpstreamSettings
 from everalign.serving.store.store import FeedbackStore
 from upstream_for_tests import HTTP, SECRET, Fake, Running, serving
 
@@ -319,3 +320,21 @@ def test_structured_responses_in_strict_mode(stream):
             assert reply.status_code == status, reply.text
             assert part in reply.text
             assert SECRET not in reply.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("mode", ["off", "correct"])
+def test_a_response_s_tokens_are_counted(stream, mode):
+    access = Access(allowance=Allowance(None, 7))
+    with Upstream(MESSAGE) as up, serving(up.settings, corrector=Fake(mended), mode=mode, access=access) as gateway:
+        body = {"model": "m", "input": "?", "stream": stream}
+        assert [HTTP.post(f"{gateway.url}/responses", json=body).status_code for _ in range(2)] == [200, 429]
+
+
+def test_another_server_s_response_where_the_upstream_is_away():
+    away = UpstreamSettings("default", "http://127.0.0.1:9/v1")
+    with Upstream(MESSAGE) as up:
+        fallback = UpstreamSettings("fallback", up.running.url, "fallback-key")
+        with serving(away, corrector=Fake(mended), fallback=fallback, fallback_model="far") as gateway:
+            final, deltas, _ = read_stream(gateway)
+            assert (final.output_text, deltas, final.model) == ("It is four.", "It is four.", "far")

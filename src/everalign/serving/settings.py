@@ -231,6 +231,11 @@ class GatewaySettings:
                     "--keys-file, or say that this is meant with --no-auth"
                 )
 
+        if "*" in self.access.cors_origins and not keys.needed and not self.access.no_auth:
+            raise InputError(
+                "--cors-origin *: without keys every page that a browser here opens could use the gateway; name the "
+                "sites, set EVERALIGN_API_KEYS, or say that this is meant with --no-auth"
+            )
         for name in self.passthrough.split(","):
             if not re.fullmatch(r"[a-z][a-z0-9_-]*", name.strip()):
                 raise InputError(f"--passthrough {self.passthrough}: must be all, none, or words as embeddings,files")
