@@ -16,7 +16,7 @@ from everalign.correction.templates import get_template
 from everalign.deadlines import Deadline, DeadlineOver
 from everalign.serving.correcting import CorrectionFailed, CorrectionService
 from everalign.serving.fair_queue import FairQueue
-from everalign.serving.settings import Timeouts
+from everalign.serving.settings import Timeouts, UpstreamSettings
 from upstream_for_tests import HTTP, Fake, Script, UpstreamServer, serving
 
 QUESTION = [{"role": "user", "content": "?"}]
@@ -102,8 +102,6 @@ def test_a_request_counts_once_however_often_it_is_repeated(upstream, monkeypatc
 
 
 def test_polls_of_readiness_open_no_circuit(upstream):
-    from everalign.serving.settings import UpstreamSettings
-
     with serving(UpstreamSettings("default", "http://127.0.0.1:9/v1"), breaker_failures=1, retries=0) as gateway:
         for _ in range(3):
             ready = HTTP.get(f"{gateway.url[:-3]}/ready")
@@ -520,3 +518,15 @@ def test_errors_of_other_shapes_say_what_they_say(body, status, expected, stream
         reply = post(gateway, stream=stream)
     assert (reply.status_code, reply.json()["error"]["message"]) == (expected, "too long")
     assert all(reply.json()[name] == value for name, value in body.items() if name != "error")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fallback_has_what_is_left_of_the_time(stream, upstream):
+    upstream.answer = lambda _: Script(raw=b"", status=500, delay=0.3)
+    with UpstreamServer(lambda _: Script(delay=5)) as instead:
+        fallback = UpstreamSettings("fallback", instead.url)
+        with serving(upstream, timeouts=Timeouts(total=0.6), retries=0, fallback=fallback) as gateway:
+            started = time.monotonic()
+            assert post(gateway, stream=stream).json()["error"]["code"] == "upstream_timeout"
+            assert 0.5 < time.monotonic() - started < 0.85
+            assert len(instead.requests) == 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -45,6 +46,7 @@ class Asked:
         key_id: the client's.
         repeated: whether the client repeats requests by itself.
         quoted: whether the upstream's messages of errors may be passed on.
+        begun: when its time began, in seconds that only grow; another upstream that is asked instead has what is left.
     """
 
     method: str
@@ -55,6 +57,7 @@ class Asked:
     key_id: str = ""
     repeated: bool = False
     quoted: bool = True
+    begun: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ class Upstream:
     async def chat(self, asked: Asked) -> Answered:
         """Return a whole answer; raises GatewayError where it did not come, is an error, or is no JSON object."""
         permit = self._admitted(asked)
-        with _deadline(self._timeouts.total, permit):
+        with _deadline(self._timeouts.total, permit, asked.begun):
             async with self._reply(asked, permit) as response:
                 content = answer_of(await whole_object(await self._whole(response)), self._key, asked.quoted)
                 return Answered(content, self._headers.returned(response.headers, self._key))
@@ -222,7 +225,7 @@ class Upstream:
                 yield found
 
         try:
-            with _deadline(self._timeouts.total):
+            with _deadline(self._timeouts.total, begun=asked.begun):
                 async with self._reply(asked, permit) as response:
                     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
                     if kind == "application/json":
@@ -408,10 +411,11 @@ class _Failed:
 
 
 @contextmanager
-def _deadline(seconds: float, permit: Permit | None = None) -> Iterator[None]:
+def _deadline(seconds: float, permit: Permit | None = None, begun: float | None = None) -> Iterator[None]:
     """Bound what happens inside, all attempts together, however slowly it goes on."""
+    spent = 0.0 if begun is None else time.monotonic() - begun
     try:
-        with anyio.fail_after(seconds):
+        with anyio.fail_after(max(0.0, seconds - spent)):
             yield
     except TimeoutError:
         if permit is not None:
