@@ -2,7 +2,9 @@
 
 import json
 import logging
+import time
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 
@@ -122,24 +124,30 @@ def test_a_file_s_line_wins(upstream, tmp_path):
 # --- the log of requests
 
 
-def test_a_line_says_who_and_how_and_never_what(upstream, tmp_path):
-    file = tmp_path / "access.jsonl"
+@contextmanager
+def written(file):
+    """Let requests be logged to a file."""
     write_access_log(str(file))
-    upstream.answer = lambda _: Script(SECRET)
+    log = logging.getLogger("everalign.access")
     try:
-        with serving(upstream, keys=("one",), corrector=Fake()) as gateway:
-            ask(gateway)
-            ask(gateway, stream=True)
-            ask(gateway, key="nobody")
-            ask(gateway, path=f"files/{SECRET}?x={SECRET}")
-            HTTP.get(f"{gateway.url}/models/{SECRET}", headers={"authorization": "Bearer one"})
-            HTTP.get(f"{gateway.url[:-3]}/{SECRET}", headers={"authorization": "Bearer one"})
-            HTTP.get(f"{gateway.url[:-3]}/health")
+        yield
     finally:
-        log = logging.getLogger("everalign.access")
         log.handlers.clear()
         log.setLevel(logging.NOTSET)
         log.propagate = True
+
+
+def test_a_line_says_who_and_how_and_never_what(upstream, tmp_path):
+    file = tmp_path / "access.jsonl"
+    upstream.answer = lambda _: Script(SECRET)
+    with written(file), serving(upstream, keys=("one",), corrector=Fake()) as gateway:
+        ask(gateway)
+        ask(gateway, stream=True)
+        ask(gateway, key="nobody")
+        ask(gateway, path=f"files/{SECRET}?x={SECRET}")
+        HTTP.get(f"{gateway.url}/models/{SECRET}", headers={"authorization": "Bearer one"})
+        HTTP.get(f"{gateway.url[:-3]}/{SECRET}", headers={"authorization": "Bearer one"})
+        HTTP.get(f"{gateway.url[:-3]}/health")
     text = file.read_text()
     assert SECRET not in text
     assert "Bearer" not in text
@@ -157,6 +165,18 @@ def test_a_line_says_who_and_how_and_never_what(upstream, tmp_path):
     assert first["sent"] > 50
     assert first["seconds"] >= 0
     assert next(line for line in lines if line["status"] == 401)["key"] is None
+
+
+@pytest.mark.parametrize(("trusted", "expected"), [((), "127.0.0.1"), (("127.0.0.0/8",), "203.0.113.9")])
+def test_only_a_trusted_proxy_says_who_the_client_is(upstream, tmp_path, trusted, expected):
+    file = tmp_path / "access.jsonl"
+    with serving(upstream, keys=("one",), access=Access(trusted_proxies=trusted)) as gateway, written(file):
+        headers = {"authorization": "Bearer one", "x-forwarded-for": "198.51.100.1, 203.0.113.9"}
+        assert HTTP.get(f"{gateway.url}/models", headers=headers).status_code == 200
+        until = time.monotonic() + 2
+        while not file.read_text() and time.monotonic() < until:
+            time.sleep(0.01)
+    assert json.loads(file.read_text())["client"] == expected
 
 
 # --- who answers when the upstream is away

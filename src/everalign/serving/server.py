@@ -182,7 +182,8 @@ def make_server(app: "FastAPI") -> "uvicorn.Server":
         stalled_seconds=settings.timeouts.stalled,
         exempt=settings.access.trusted_proxies,
     )
-    # No access log: it would name every client. X-Forwarded-For is anyone's word for who they are.
+    # Uvicorn's log of requests would have their whole paths, and X-Forwarded-For is anyone's word for who they are;
+    # see access_log and --trusted-proxy.
     config = uvicorn.Config(
         app,
         http=client_protocol(limits),
