@@ -29,6 +29,7 @@ from everalign.demo.correcting import OPTIONS, demo_answers, keeps_rule
 from everalign.demo.world import answer, questions
 from everalign.errors import EveralignError
 from everalign.evaluation.scorers import CallableScorer
+from everalign.learning.options import CorrectionTaskOptions
 from everalign.methods import LifeAlign
 from everalign.modeling.loading import TINY
 from everalign.serving.following import FollowedRun
@@ -90,8 +91,14 @@ def call(store: FeedbackStore, learner: Learner) -> dict[str, Any]:
     return {"outcome": outcome, "said": said, "seconds": time.perf_counter() - started}
 
 
-def run_seed(seed: int, folder: Path) -> list[dict[str, Any]]:
-    """The three calls of one seed, each with the score of what is in service after it."""
+def run_seed(seed: int, folder: Path, scored: bool) -> list[dict[str, Any]]:
+    """The three calls of one seed, each with the score of what is in service after it.
+
+    Args:
+        seed: seeds rows and training.
+        folder: of corrector, run and store; emptied first.
+        scored: whether the gate asks the scorer, too.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     taught = [Correction(row.question.text, *row[1:]) for row in demo_answers("train", FIRST_ROWS, seed)]
     first, run = folder / "corrector", folder / "run"
@@ -114,7 +121,8 @@ def run_seed(seed: int, folder: Path) -> list[dict[str, Any]]:
                 training=TRAINING,
                 adapter=AdapterOptions(rank=16, alpha=32.0),
                 gate=GATE,
-                gate_scorer=CallableScorer(rate, "keeps the rule"),
+                gate_scorer=CallableScorer(rate, "keeps the rule") if scored else None,
+                correction=CorrectionTaskOptions(identity=OPTIONS.identity),
                 seed=seed,
                 resume=run.exists(),
                 announce=print,
@@ -136,18 +144,19 @@ def main() -> None:
     """Run all seeds, print what became of each call, and fail where the loop did not do what it is for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--no-scorer", dest="scorer", action="store_false", help="the gate asks no scorer")
     arguments = parser.parse_args()
     table = Table(title="feedback on the embedded assistant as corrector")
     for column in ("seed", "feedback", "the gate says", "in service", "answers that keep the rule", "seconds"):
         table.add_column(column, justify="left" if column in ("feedback", "the gate says", "in service") else "right")
     found: dict[str, Any] = {}
     for seed in arguments.seeds:
-        found[str(seed)] = results = run_seed(seed, OUT / "loop" / f"seed-{seed}")
+        found[str(seed)] = results = run_seed(seed, OUT / "loop" / f"seed-{seed}", arguments.scorer)
         for one in results:
             cells = (one["call"], one["outcome"], one.get("version", ""), f"{one['score']:.1%}")
             table.add_row(str(seed), *cells, f"{one.get('seconds', 0):.0f}")
     Console(width=120).print(table)
-    write_result(OUT / "loop.json", {"seeds": found, "gate": GATE})
+    write_result(OUT / "loop.json", {"seeds": found, "gate": GATE, "scorer": arguments.scorer})
     for seed, (before, little, good, bad) in found.items():
         outcomes = [one["outcome"] for one in (little, good, bad)]
         assert outcomes == ["not enough evidence", "promoted", "refused"], (seed, outcomes)

@@ -40,6 +40,19 @@ def test_corrections_are_compared_with_those_before_and_with_answers_left_alone(
     assert verdict_on(before, after).outcome == outcome
 
 
+def test_good_answers_that_are_no_longer_left_alone_are_forgotten():
+    before, after = ({"a": Written(ROWS, RIGHT, 0, kept)} for kept in (RIGHT, LEFT))
+    verdict = judge(0.05, compare_written(before, after, None))
+    assert verdict.fell.keys() == {"a: good answers kept, against those before"}
+    assert judge(0.05, compare_written(before, before, None)).promoted
+
+
+def test_rows_that_are_too_long_are_not_compared():
+    none = {"a": Written([], [], 0)}
+    assert compare_written(none, none, None) == {}
+    assert none["a"].summary.startswith("no held-out row is short enough")
+
+
 def test_a_scorer_is_heard_too():
     def likes(texts):
         return CallableScorer(lambda _, answers: [float(answer in texts) for answer in answers], "likes")

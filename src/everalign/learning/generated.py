@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from everalign.correction.edits import edit_share, words
+from everalign.correction.encoder import CorrectionEncoder
 from everalign.correction.guards import Guards
 from everalign.data.corrections import Correction
 from everalign.data.row_set import RowSet
@@ -35,17 +36,21 @@ class Written:
         rows: the N rows.
         texts: what a gateway would return: the corrections, and the answers instead of those that a guard refuses.
         refused: how many a guard has refused.
+        kept: what it would return where people's corrections were the answers: best, they themselves.
     """
 
     rows: Sequence[Correction]
     texts: Sequence[str]
     refused: int
+    kept: Sequence[str] = ()
 
     @property
     def summary(self) -> str:
         """What was written, in words."""
         copied = sum(text == row.answer for row, text in zip(self.rows, self.texts, strict=True)) - self.refused
         n = len(self.rows)
+        if not n:
+            return "no held-out row is short enough for a correction to be written"
         shares = f"{copied / n:.0%} left the answer as it was, guards refused {self.refused / n:.0%}"
         return f"{n} corrections written, {shares}"
 
@@ -60,6 +65,8 @@ def compare_written(
 ) -> dict[str, Comparison]:
     """Compare corrections by task, as a gate reads it: how near they are to people's, and what a scorer finds better.
 
+    People's corrections are good answers: what used to be left alone and no longer is has been forgotten, too.
+
     Args:
         before: of the policy before the task.
         after: of the policy that has learned it.
@@ -67,6 +74,11 @@ def compare_written(
     """
     found: dict[str, Comparison] = {}
     for name, new in after.items():
+        if not new.rows:
+            continue
+        if len(new.kept) > 1:
+            kept = (_nearness(new.rows, texts) for texts in (before[name].kept, new.kept))
+            found[f"{name}: good answers kept, against those before"] = compare_values(*kept)
         answers = [row.answer for row in new.rows]
         for what, texts in (("those before", before[name].texts), ("the answers as they are", answers)):
             if len(new.rows) > 1:
@@ -84,25 +96,34 @@ def _write(setup: Setup, test: RowSet[Correction]) -> Written:
     if encoder is None:
         raise InputError(f"{setup.objective.name} learns no corrections, so none can be written")
     step = max(1, len(test) // MOST_WRITTEN)
-    rows = [row for row in test[::step][:MOST_WRITTEN] if _fits(setup, row)]
+    rows = [row for row in test[::step][:MOST_WRITTEN] if _fits(setup, encoder, row)]
+    texts, refused = _corrected(setup, encoder, [(row, row.answer) for row in rows])
+    kept, _ = _corrected(setup, encoder, [(row, row.correction) for row in rows])
+    return Written(rows, texts, refused, kept)
+
+
+def _corrected(
+    setup: Setup, encoder: CorrectionEncoder, pairs: Sequence[tuple[Correction, str]]
+) -> tuple[list[str], int]:
+    """Return what becomes of answers to the rows' questions, and how many corrections a guard has refused."""
     texts, refused = [], 0
-    for start in range(0, len(rows), _AT_ONCE):
-        batch = rows[start : start + _AT_ONCE]
-        lengths = [len(encoder.response(text)) for row in batch for text in (row.answer, row.correction)]
-        prompts = [encoder.prompt(row.question, row.answer) for row in batch]
-        room = setup.options.max_length - max(map(len, prompts))
-        written = greedy_continuations(setup.policy, prompts, encoder.ends, min(room, _TIMES * max(lengths) + _MORE))
-        for row, ids in zip(batch, written, strict=True):
+    for start in range(0, len(pairs), _AT_ONCE):
+        batch = pairs[start : start + _AT_ONCE]
+        longest = max(len(encoder.response(text)) for row, _ in batch for text in (row.answer, row.correction))
+        prompts = [encoder.prompt(row.question, answer) for row, answer in batch]
+        limit = min(setup.options.max_length - max(map(len, prompts)), _TIMES * longest + _MORE)
+        written = greedy_continuations(setup.policy, prompts, encoder.ends, limit)
+        for (_, answer), ids in zip(batch, written, strict=True):
             text, finished = encoder.decode(ids), ids[-1] in encoder.ends
-            objection = text != row.answer and Guards().objection(row.answer, text, finished, encoder.template)
+            objection = text != answer and Guards().objection(answer, text, finished, encoder.template)
             refused += bool(objection)
-            texts.append(row.answer if objection else text)
-    return Written(rows, texts, refused)
+            texts.append(answer if objection else text)
+    return texts, refused
 
 
-def _fits(setup: Setup, row: Correction) -> bool:
-    assert setup.encoder is not None
-    return len(setup.encoder.prompt(row.question, row.answer)) < setup.options.max_length
+def _fits(setup: Setup, encoder: CorrectionEncoder, row: Correction) -> bool:
+    prompts = (encoder.prompt(row.question, answer) for answer in (row.answer, row.correction))
+    return max(map(len, prompts)) < setup.options.max_length
 
 
 def _nearness(rows: Sequence[Correction], texts: Sequence[str]) -> list[float]:
