@@ -362,3 +362,47 @@ def test_a_quantised_base_learns_and_is_exported(bits, tmp_path):
     with torch.no_grad():
         found, expected = exported(input_ids=ids).logits, adapter(input_ids=ids).logits
     assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def save_fp8(folder):
+    """A model whose projections are kept in 8 bits with a scale for each block, and the rest in bf16; its weights."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    kept, plain = {}, {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if "proj" in name:
+            scale = weight.abs().max() / 448
+            kept[name] = (weight / scale).to(torch.float8_e4m3fn)
+            kept[f"{name}_scale_inv"] = scale.reshape(1, 1)
+            plain[name] = kept[name].float() * scale
+        else:
+            kept[name] = weight.bfloat16()
+            plain[name] = kept[name].float()
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    how = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    edit_config(folder, dtype="bfloat16", quantization_config=how)
+    return plain
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, fp8 may stay fp8")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_that_are_turned_back_into_numbers_are_all_of_one_precision(precision, tmp_path):
+    """Without a GPU, transformers does that to fp8, and leaves what was bf16 as it is."""
+    expected = save_fp8(tmp_path / "model")
+    model = load_model(str(tmp_path / "model"), precision)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name].to(dtype))
+    learner = make_learner(tmp_path / "model", tmp_path / "run", options={"precision": precision})
+    learner.learn(task_rows("warm"), "warm")
+    assert type(load_model(str(learner.export(tmp_path / "out")))) is LlamaForCausalLM
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_a_damaged_generation_config_is_refused(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, ')
+    with pytest.raises(InputError, match=r"generation_config.json: damaged JSON .*restore the file"):
+        load_model(str(folder))

@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from everalign.errors import InputError
+from everalign.files import read_json
 from everalign.modeling.architecture import study_lengths
 from everalign.modeling.base_adapter import base_and_adapter, merge_adapter, tokenizer_folder, without_adapter
 from everalign.modeling.gguf import SMOLLM2, smollm2_path, unpacked
@@ -107,6 +108,8 @@ def load_model(
     source = resolve_model(base)
     dtype = DTYPES["fp32" if adapter else precision]
     config, place = load_config(source, "model", base), None if adapter else device
+    if (ends := Path(source) / "generation_config.json").is_file():
+        read_json(ends)  # transformers would go on without it where it is damaged, and never stop at its end tokens
     with without_adapter(source) as weights:
         model, loaded = load_weights(language_model_class(config), "model", base, weights, config, dtype, place)
     if missing := sorted(loaded["missing_keys"]):
@@ -180,6 +183,10 @@ def load_weights(
             )
     except UNLOADABLE as error:
         raise InputError(cannot_load(what, name, error, method)) from error
+    if method is not None and getattr(model, "hf_quantizer", None) is None:
+        # transformers has turned them back into plain numbers, in another precision than those that were plain.
+        _cast(model, dtype)
+        model._weight_conversions = None
     return model, loaded
 
 
