@@ -150,7 +150,7 @@ def test_without_thoughts_the_prompt_closes_them():
         (
             CHATML.replace("message['content']", "(message['content'] or '')"),
             (CALL,),
-            "does not render the call of 'add' in 'tool_calls' of the answer",
+            "does not render every call of 'add' in 'tool_calls' of the answer",
         ),
         (NO_END, (CALL,), "the chat template refuses a conversation of user, assistant"),
     ],
@@ -170,6 +170,27 @@ def test_tools_calls_and_names_are_rendered_as_the_template_renders_them():
     assert asked + learned == rendered(CALLS, [*CHAT, *answer], tools=TOOLS).removesuffix("\n")
     assert learned.startswith("<call>")
     assert said(CALLS, (CALL,))[1] == '<call>{"name": "add", "arguments": {"a": 1}}</call><|im_end|>'
+
+
+def test_every_call_of_an_answer_is_rendered_or_it_is_refused():
+    twice = ({**CALL, "tool_calls": CALL["tool_calls"] * 2},)
+    assert said(CALLS, twice)[1].count("<call>") == 2
+    first_only = CALLS.replace("m['tool_calls'] or []", "(m['tool_calls'] or [])[:1]")
+    assert said(first_only, (CALL,))[1].count("<call>") == 1
+    with pytest.raises(InputError, match="does not render every call of 'add'"):
+        said(first_only, twice)
+
+
+def test_arguments_that_a_template_quotes_once_more_are_told():
+    function = {"name": "add", "arguments": '{"a": 1}'}
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+    raw = CALLS.replace("call['function'] | tojson", "call['function']['name'] + call['function']['arguments']")
+    in_prompt, in_answer = PromptRow((USER, call, RESULT)), Preference(CHAT, (call,), "No")
+    for row in (in_prompt, in_answer):
+        (line,) = template_notes(byte_tokenizer(CALLS), [row])
+        assert "'arguments' of tool calls are text" in line
+        assert template_notes(byte_tokenizer(raw), [row]) == ()
+    assert template_notes(byte_tokenizer(CALLS), [Preference(CHAT, (CALL,), "No")]) == ()
 
 
 def test_tools_have_a_template_of_their_own_where_the_tokenizer_has_one():

@@ -1,11 +1,13 @@
 """What a chat template does with rows that their user should know of: what it does not render, and what it adds."""
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from everalign.data.messages import ChatPrompt, Completion, Message, Prompt, message_text
 from everalign.data.rendering import Renderer, opens_thoughts, uses_default_template
+from everalign.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +42,7 @@ def template_notes(tokenizer: "PreTrainedTokenizerBase", rows: Iterable[Any]) ->
     renderer = Renderer(tokenizer)
     lines += _unread(renderer, chats)
     lines += _left_out(renderer, [prompt for prompt, _ in chats])
+    lines += _quoted_arguments(renderer, chats)
     return (*lines, *_opening(renderer, chats[0][0]))
 
 
@@ -75,6 +78,29 @@ def _left_out(renderer: Renderer, prompts: Sequence[Sequence[Message]]) -> list[
             if message["role"] != "assistant" and message_text(message).strip() not in text:
                 roles[message["role"]] = None
     return [f"the chat template leaves out or rewrites messages of the role {role!r}" for role in roles]
+
+
+def _quoted_arguments(renderer: Renderer, chats: Sequence[tuple[Sequence[Message], Sequence[Completion]]]) -> list[str]:
+    """Tell of arguments of calls that are JSON as text, as OpenAI has them, where a template quotes them once more."""
+    for prompt, answers in chats:
+        for reply in ((), *(answer for answer in answers if not isinstance(answer, str))):
+            calls = [call for message in (*prompt, *reply) for call in message.get("tool_calls", ())]
+            texts = [call.get("function", call).get("arguments") for call in calls]
+            quoted = [json.dumps(text, ensure_ascii=False) for text in texts if isinstance(text, str) and '"' in text]
+            if not quoted:
+                continue
+            try:
+                rendered = renderer.render(prompt, reply, opens_answer=False)
+            except InputError:
+                continue  # said with the row's name when it is encoded
+            # As the template writes one row's arguments, it writes those of all.
+            if not any(text in rendered for text in quoted):
+                return []
+            return [
+                "'arguments' of tool calls are text, which the chat template writes as a text in quotes: where the "
+                "model is to write an object, give an object"
+            ]
+    return []
 
 
 def _opening(renderer: Renderer, prompt: Sequence[Message]) -> list[str]:
