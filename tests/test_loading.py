@@ -406,3 +406,18 @@ def test_a_damaged_generation_config_is_refused(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, ')
     with pytest.raises(InputError, match=r"generation_config.json: damaged JSON .*restore the file"):
         load_model(str(folder))
+
+
+def test_a_template_that_only_the_processor_has_is_the_tokenizers_too(folder):
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    assert load_tokenizer(str(folder)).chat_template is None
+    template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_tokenizer(str(folder)).chat_template == template
+    (folder / "chat_template.json").write_text(json.dumps({"template": template}))
+    with pytest.raises(InputError, match=r"chat_template.json: holds no 'chat_template'"):
+        load_tokenizer(str(folder))
+    byte_tokenizer("{{ messages }}").save_pretrained(folder)
+    assert load_tokenizer(str(folder)).chat_template == "{{ messages }}"

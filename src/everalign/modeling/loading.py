@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationMethod
 
 from everalign.errors import InputError
@@ -298,6 +299,8 @@ def load_tokenizer(name: str, *, adapter: str | None = None) -> Any:
         )
     except UNLOADABLE as error:
         raise InputError(cannot_load("tokenizer", name, error)) from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processor_template(source or resolve_model(base))
     if tokenizer.eos_token_id is None:
         with suppress(InputError):  # a folder of a tokenizer alone, of which the next lines say what it lacks
             ids = load_config(resolve_model(base), "model", name).get_text_config().eos_token_id
@@ -307,6 +310,21 @@ def load_tokenizer(name: str, *, adapter: str | None = None) -> Any:
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no end-of-text token: set `eos_token` in its config")
     return tokenizer
+
+
+def _processor_template(source: str) -> Any:
+    """Return the template that older models which read images keep for their processor alone; None without one."""
+    file = cached_file(
+        source, "chat_template.json",
+        _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    if file is None:
+        return None
+    found = read_json(Path(file))
+    if not isinstance(found, dict) or not isinstance(found.get("chat_template"), str | dict):
+        raise InputError(f"{file}: holds no 'chat_template'; restore the file")
+    return found["chat_template"]
 
 
 def cannot_load(what: str, name: str, error: Exception, quantised: str | None = None) -> str:
