@@ -129,9 +129,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.saved_tensors[0].dtype.itemsize > 2:
-            return *_library_gradients(gradient, ctx.saved_tensors, ctx.runs, ctx.scale), None, None
-        query, key, value, output, log_sums = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint computes it anew at each look
+        query, key, value, output, log_sums = saved
+        if query.dtype.itemsize > 2:
+            return *_library_gradients(gradient, saved, ctx.runs, ctx.scale), None, None
         length, heads, _ = key.shape
         # Σ dp·p of a row is its gradient times its output (Dao et al. 2022, "FlashAttention", appendix B.2).
         inner = (gradient * output).sum(-1, dtype=torch.float32)
