@@ -2,9 +2,10 @@
 
     python bench/gateway.py
     python bench/gateway.py --litellm /path/to/venv/bin/litellm     # a peer beside it
+    python bench/gateway.py --clients 500 --answer-seconds 20       # 500 streams at once
 
-The upstream is scripted: it answers after a second, or in twenty pieces during one. Nothing is corrected (mode off).
-Each contender is a process of its own, as are the upstream and the clients.
+The upstream is scripted: it answers after a second, or in twenty pieces during one (`--answer-seconds`). Nothing is
+corrected (mode off). Each contender is a process of its own, as are the upstream and the clients.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from rich.table import Table
 
 from common import OUT, write_result
 
-PIECES, SECONDS = 20, 1.0
+PIECES = 20
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 KINDS = {"whole": False, "stream": True}
 LITELLM = """
@@ -41,7 +43,7 @@ general_settings: {{dangerously_permit_weak_or_unset_master_key: true}}
 # ---- the upstream ----
 
 
-async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def answer(seconds: float, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Answer the requests of one connection."""
     head = {"id": "c1", "created": 1, "model": "m"}
     message = {"role": "assistant", "content": "word " * PIECES}
@@ -60,7 +62,7 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
             length = int(headers.split(b"content-length:")[1].split(b"\r\n")[0])
             asked = json.loads(await reader.readexactly(length))
             if not asked.get("stream"):
-                await asyncio.sleep(SECONDS)
+                await asyncio.sleep(seconds)
                 body = json.dumps(whole).encode()
                 writer.write(
                     b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
@@ -69,16 +71,16 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
                 continue
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
             for event in events:
-                await asyncio.sleep(SECONDS / len(events))
+                await asyncio.sleep(seconds / len(events))
                 writer.write(b"%x\r\n%s\r\n" % (len(event), event))
             writer.write(b"0\r\n\r\n")
     except (asyncio.IncompleteReadError, ConnectionError):
         writer.close()
 
 
-async def upstream(port: int) -> None:
+async def upstream(port: int, seconds: float) -> None:
     """Serve until killed."""
-    async with await asyncio.start_server(answer, "127.0.0.1", port, backlog=1024) as server:
+    async with await asyncio.start_server(partial(answer, seconds), "127.0.0.1", port, backlog=1024) as server:
         await server.serve_forever()
 
 
@@ -103,20 +105,21 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stream
     return time.perf_counter() - began
 
 
-async def client(port: int, until: float, stream: bool, found: list[float]) -> None:
+async def client(port: int, until: float, pause: float, stream: bool, found: list[float]) -> None:
     """Ask again and again, with pauses, so that clients do not march in step."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     while time.perf_counter() < until:
-        await asyncio.sleep(random.random() * SECONDS / 2)
+        await asyncio.sleep(random.random() * pause)
         found.append(await ask(reader, writer, stream))
     writer.close()
 
 
-async def load(port: int, clients: int, seconds: float, stream: bool) -> list[float]:
+async def load(port: int, arguments: argparse.Namespace, seconds: float, stream: bool) -> list[float]:
     """Return the seconds of all requests of many clients, the quickest first."""
     found: list[float] = []
     until = time.perf_counter() + seconds
-    await asyncio.gather(*(client(port, until, stream, found) for _ in range(clients)))
+    pause = arguments.answer_seconds / 2
+    await asyncio.gather(*(client(port, until, pause, stream, found) for _ in range(arguments.clients)))
     return sorted(found)
 
 
@@ -171,15 +174,17 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=60.0, help="of load for each contender and kind")
     parser.add_argument("--rounds", type=int, default=3, help="in which the seconds are divided, contenders in turn")
+    parser.add_argument("--answer-seconds", type=float, default=1.0, help="that the upstream takes for an answer")
     parser.add_argument("--litellm", help="its command, in an environment of its own")
     parser.add_argument("--upstream", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.upstream:
-        asyncio.run(upstream(arguments.upstream))
+        asyncio.run(upstream(arguments.upstream, arguments.answer_seconds))
         return
     with ExitStack() as stack:
         behind = free_port()
-        stack.enter_context(running(sys.executable, __file__, "--upstream", str(behind), port=behind))
+        scripted = ("--upstream", str(behind), "--answer-seconds", str(arguments.answer_seconds))
+        stack.enter_context(running(sys.executable, __file__, *scripted, port=behind))
         contenders: dict[str, tuple[int, int | None]] = {"direct": (behind, None)}
         port = free_port()
         serve = (sys.executable, "-m", "everalign", "serve", "--upstream", f"http://127.0.0.1:{behind}/v1")
@@ -203,11 +208,11 @@ def measure(arguments: argparse.Namespace, contenders: dict[str, tuple[int, int 
         found: dict[str, list[float]] = {name: [] for name in contenders}
         spent, memory = dict.fromkeys(contenders, 0.0), {name: resident(p) for name, (_, p) in contenders.items() if p}
         for port, _ in contenders.values():
-            asyncio.run(load(port, arguments.clients, 1.0, stream))
+            asyncio.run(load(port, arguments, 1.0, stream))
         for _ in range(arguments.rounds):
             for name, (port, process) in contenders.items():
                 before = processor(process) if process else 0.0
-                found[name] += asyncio.run(load(port, arguments.clients, arguments.seconds / arguments.rounds, stream))
+                found[name] += asyncio.run(load(port, arguments, arguments.seconds / arguments.rounds, stream))
                 spent[name] += (processor(process) if process else 0.0) - before
         direct = sorted(found["direct"])
         for name, (_, process) in contenders.items():
