@@ -190,6 +190,7 @@ def test_the_test_vocabulary_holds_every_byte():
     assert len(set(vocabulary())) == 256 + 3 + 4
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_smollm2_learns_resumes_and_is_exported(tmp_path, smollm2):
     """Two pairs with one word of difference: what is preferred becomes likelier, and the export writes it."""

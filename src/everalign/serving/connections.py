@@ -8,6 +8,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from functools import cache
 from types import TracebackType
 
 import httpx
@@ -16,12 +17,17 @@ _KEEP_SECONDS = 4.0  # uvicorn, and so vLLM, closes idle connections after 5
 _ONE = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_KEEP_SECONDS)
 
 
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Return those of all connections: reading them takes longer than a request. None from the environment."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
 class Connections(httpx.AsyncBaseTransport):
     """A transport that sends every request through a free connection, or a new one. Used in one event loop."""
 
     def __init__(self) -> None:
-        # One for all: reading the certificates takes longer than a request. None from the environment.
-        self._certificates: ssl.SSLContext = httpx.create_ssl_context(trust_env=False)
+        self._certificates = _certificates()
         self._free: deque[tuple[float, httpx.AsyncHTTPTransport]] = deque()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
