@@ -31,7 +31,7 @@ def output(tmp_path):
 # ---- the contract of every method with every objective ----
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", "fpo"])
+@pytest.mark.parametrize("objective", ["fpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "dpo"))])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_every_method_learns_writes_versions_and_goes_on_after_a_resume(model, tmp_path, make, objective):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

@@ -193,7 +193,7 @@ WORST = [
 
 
 @pytest.mark.parametrize(("call", "target", "count"), WORST, ids=[f"{target}-{count}" for _, target, count in WORST])
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_killed_at_the_worst_places(quick_processes, whole, model, tmp_path, call, target, count, moment):
     expected, _ = whole
     crashed = Child(quick_processes, model, tmp_path / "run", crash=(call, target, moment, count))
