@@ -26,10 +26,7 @@ EPILOG = (
 )
 
 _KEYLESS = "without keys whoever reaches this port is served, and uses the upstream's key; set EVERALIGN_API_KEYS"
-_LOCAL = (
-    "without keys only this machine is served; put no proxy in front, which some could reach through, before "
-    "EVERALIGN_API_KEYS is set"
-)
+_LOCAL = "without keys only this machine is served; set EVERALIGN_API_KEYS before you put a proxy in front"
 
 # A server computes by itself what comes at once; the model in this process has all its cores for one batch.
 _THREADS_OF_A_SERVER = 32
