@@ -11,29 +11,18 @@ import pytest
 
 from everalign.errors import InputError
 from everalign.serving.settings import Access, GatewaySettings, Limits, UpstreamSettings
-from upstream_for_tests import HTTP, Fake, Running, serving
+from upstream_for_tests import HTTP, Fake, ServedUpstream, serving
 
 KEY = "sk-client-one"
 BEARER = {"authorization": f"Bearer {KEY}"}
 
 
-class Echo:
+class Echo(ServedUpstream):
     """An upstream that says what reached it; by its path it also fails, streams, hangs or breaks off."""
 
     def __init__(self):
         self.seen, self.gone = [], threading.Event()
-        self.running = Running(self.app)
-
-    def __enter__(self):
-        self.running.start()
-        return self
-
-    def __exit__(self, *_):
-        self.running.stop()
-
-    @property
-    def settings(self):
-        return UpstreamSettings("default", self.running.url, "upstream-key")
+        super().__init__()
 
     async def app(self, scope, receive, send):
         digest, size = hashlib.sha256(), 0

@@ -8,7 +8,7 @@ import pytest
 from everalign.serving.auth import Allowance
 from everalign.serving.settings import Access, Limits, UpstreamSettings
 from everalign.serving.store.store import FeedbackStore
-from upstream_for_tests import HTTP, SECRET, Fake, Running, serving
+from upstream_for_tests import HTTP, SECRET, Fake, ServedUpstream, serving
 
 KEY = "sk-client-one"
 TEXT = {"type": "output_text", "text": f"It is {SECRET}.", "annotations": [{"type": "url_citation", "url": "u"}]}
@@ -21,23 +21,12 @@ SEARCH = {"id": "ws_1", "type": "web_search_call", "status": "completed", "actio
 REFUSAL = {**MESSAGE, "content": [{"type": "refusal", "refusal": "I will not."}]}
 
 
-class Upstream:
+class Upstream(ServedUpstream):
     """Answers with the items it is given, whole or as OpenAI streams them."""
 
     def __init__(self, *items, **response):
         self.items, self.response, self.seen, self.cut, self.extra = list(items), response, [], None, []
-        self.running = Running(self.app)
-
-    def __enter__(self):
-        self.running.start()
-        return self
-
-    def __exit__(self, *_):
-        self.running.stop()
-
-    @property
-    def settings(self):
-        return UpstreamSettings("default", self.running.url, "upstream-key")
+        super().__init__()
 
     def whole(self, body):
         return {"id": "resp_up", "object": "response", "created_at": 11.0, "status": "completed", "error": None,

@@ -115,6 +115,24 @@ class Seen:
     body: dict[str, Any]
 
 
+class ServedUpstream:
+    """What every upstream of a test is: an ASGI `app` that runs while the `with` block does."""
+
+    def __init__(self) -> None:
+        self.running = Running(self.app)
+
+    def __enter__(self):
+        self.running.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.running.stop()
+
+    @property
+    def settings(self) -> UpstreamSettings:
+        return UpstreamSettings("default", self.running.url, "upstream-key")
+
+
 class UpstreamServer:
     """Answers chat completions by a function from a request's JSON to a `Script`."""
 

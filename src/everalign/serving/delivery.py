@@ -172,7 +172,12 @@ async def deliver(
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
     """Return what work comes to; when the client is gone before, cancel it and raise GatewayError."""
-    task, gone = asyncio.create_task(work), asyncio.ensure_future(until_gone(receive))
+    return await unless(until_gone(receive), work)
+
+
+async def unless(leaving: Coroutine[Any, Any, None], work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Return what work comes to; when `leaving`, which waits for the client to go, ends before: as `unless_gone`."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(leaving)
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():

@@ -105,7 +105,7 @@ class Gateway:
             desk=Desk(upstreams, mode, settings.keep, limits, settings.access.headers, settings.strict_structured),
             judge=judge,
             recorder=recorder,
-            streams=Streams(judge, corrections, recorder),
+            streams=Streams(judge, recorder),
             keeper=keeper,
         )
         metrics.watch("in_flight", "Requests under way.", lambda: limiter.in_flight)

@@ -4,8 +4,9 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from everalign.serving.answers import Choice, Effort
 from everalign.serving.correcting import Correction, CorrectionFailed, CorrectionService
@@ -63,6 +64,16 @@ def summary(verdicts: Sequence[Verdict]) -> Summary:
         return Summary(first.outcome, first.reason)
     effort = sum((one.effort for one in asked), Effort())
     return Summary(first.outcome, first.reason, asked[0].version, asked[0].template, effort)
+
+
+class Writer(Protocol):
+    """Writes the answer to a client as it comes; `given` is what the client has of it."""
+
+    given: str
+
+    async def piece(self, text: str) -> None:
+        """Write a further part of the text."""
+        ...
 
 
 class Judge:
@@ -158,6 +169,23 @@ class Judge:
         if call.mode == "strict":
             raise uncorrected(correction.reason or "refused", 503, again=False)
         return Verdict(None, "skipped", correction.reason, correction)
+
+    async def follow(self, call: ChatCall, choice: Choice, writer: Writer) -> Verdict:
+        """Return what becomes of a single answer, having written the beginning of its correction meanwhile."""
+        assert call.question is not None  # else a rule holds
+        try:
+            async with aclosing(self._corrections.follow(call.question, choice.text, call.key_id)) as pieces:
+                async for piece in pieces:
+                    if not isinstance(piece, str):
+                        return await self.decided(call, choice, piece)
+                    await writer.piece(piece)
+        except CorrectionFailed as failed:
+            verdict = self.failed(call, failed.reason)
+            if not choice.text.startswith(writer.given):
+                # What the client has can be continued neither with the answer nor with a correction.
+                raise uncorrected(failed.reason, 503, again=True) from None
+            return verdict
+        raise AssertionError("a correction ends with what it is, or with CorrectionFailed")
 
     async def _corrected(self, call: ChatCall, choice: Choice) -> Verdict:
         assert call.question is not None  # else a rule holds

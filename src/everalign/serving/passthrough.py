@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from everalign.serving.answering import Answering, Passed
-from everalign.serving.delivery import ended, unless_gone, until_gone
+from everalign.serving.delivery import ended, unless, unless_gone, until_gone
 from everalign.serving.errors import GatewayError, refused
 from everalign.serving.gateway import Gateway
 from everalign.serving.json_size import aside
@@ -175,14 +175,7 @@ class _Upload:
             await self._over.wait()  # as long as the body comes, its reader sees that the client goes
             await until_gone(self._request.receive)
 
-        task, leaving = asyncio.ensure_future(sending), asyncio.ensure_future(gone())
-        try:
-            await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            raise GatewayError(499, "the client is gone", code="client_gone")
-        finally:
-            await ended(leaving, task)
+        return await unless(gone(), sending)
 
 
 class _Relayed(Response):

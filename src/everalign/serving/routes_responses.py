@@ -5,7 +5,6 @@ upstream's, and the one for feedback stands in `x-everalign-id` and in the answe
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,10 +13,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from everalign.serving.answers import Choice, with_effort
-from everalign.serving.correcting import CorrectionFailed
 from everalign.serving.delivery import Channel, deliver, unless_gone
-from everalign.serving.errors import uncorrected
-from everalign.serving.exchanges import known_before, malformed, origin, passed_on, report, returned_text, said_stored
+from everalign.serving.exchanges import known_before, origin, passed_on, report, returned_text, said_stored
 from everalign.serving.front import json_response
 from everalign.serving.gateway import Gateway
 from everalign.serving.json_size import aside
@@ -126,7 +123,7 @@ class _Responding:
     """Answers; the arguments are the gateway's parts."""
 
     def __init__(self, gateway: Gateway) -> None:
-        self._judge, self._recorder, self._corrections = gateway.judge, gateway.recorder, gateway.corrections
+        self._judge, self._recorder = gateway.judge, gateway.recorder
 
     async def answer(self, call: ResponsesCall) -> tuple[dict[str, Any], dict[str, str]]:
         """Return a whole answer and its headers; raises GatewayError where there is none, or none that may leave."""
@@ -188,30 +185,12 @@ class _Responding:
         with record.in_corrector():
             alone = len(judged.choices) == 1 and call.mode == "correct"
             if alone and self._judge.rule(call, judged.choices[0]) is None:
-                judged.verdicts = [await self._live(judged, writer)]
+                judged.verdicts = [await self._judge.follow(call, judged.choices[0], writer)]
             else:
                 judged.verdicts = await self._judge.judge(call, judged.choices)
         found = await self._found(judged)
         record.end(found)
         await writer.finish(found)
-
-    async def _live(self, judged: "_Judged", writer: "_Writer") -> Verdict:
-        """Return what becomes of a single text, having written the beginning of its correction meanwhile."""
-        call, choice = judged.call, judged.choices[0]
-        assert call.question is not None  # else a rule holds
-        try:
-            async with aclosing(self._corrections.follow(call.question, choice.text, call.key_id)) as pieces:
-                async for piece in pieces:
-                    if not isinstance(piece, str):
-                        return await self._judge.decided(call, choice, piece)
-                    await writer.piece(piece)
-        except CorrectionFailed as failed:
-            verdict = self._judge.failed(call, failed.reason)
-            if not choice.text.startswith(writer.given):
-                # What the client has can be continued neither with the answer nor with a correction.
-                raise uncorrected(failed.reason, 503, again=True) from None
-            return verdict
-        raise malformed()
 
     async def _found(self, judged: "_Judged") -> Summary:
         """Return what became of an answer, and remember it."""

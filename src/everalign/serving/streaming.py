@@ -7,13 +7,12 @@ pieces as the corrector finds them, if it is a single one; in strict mode only w
 
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from everalign.serving.answers import Choice, Gathering, chunk, finish_reason, head_of, without_usage
-from everalign.serving.correcting import CorrectionFailed, CorrectionService
 from everalign.serving.delivery import Channel
-from everalign.serving.errors import UsageRefused, uncorrected
+from everalign.serving.errors import UsageRefused
 from everalign.serving.exchanges import (
     known_before,
     malformed,
@@ -43,12 +42,11 @@ class Streams:
 
     Args:
         judge: decides what becomes of them.
-        corrections: corrects them.
         recorder: remembers.
     """
 
-    def __init__(self, judge: Judge, corrections: CorrectionService, recorder: Recorder) -> None:
-        self._judge, self._corrections, self._recorder = judge, corrections, recorder
+    def __init__(self, judge: Judge, recorder: Recorder) -> None:
+        self._judge, self._recorder = judge, recorder
 
     async def write(self, call: ChatCall, channel: Channel) -> None:
         """Write the whole answer to a channel; raises GatewayError where it fails or may not leave."""
@@ -96,31 +94,15 @@ class Streams:
         writer = _Writer(call, channel, events, choices, passed_on(call, streamed.headers))
         with record.in_corrector():
             live = len(choices) == 1 and call.mode == "correct" and self._judge.rule(call, choices[0]) is None
-            verdicts = [await self._live(call, writer)] if live else await self._judge.judge(call, choices)
+            verdicts = (
+                [await self._judge.follow(call, choices[0], writer)] if live else await self._judge.judge(call, choices)
+            )
         about = summary(verdicts)
         usage = told_usage(call, gathering.usage, about)
         kept = await self._recorder.keep(call, choices, returned_text(choices[0], verdicts[0]), about, usage)
         about = said_stored(call, about, kept)
         record.end(about)
         await writer.finish(verdicts, about, usage)
-
-    async def _live(self, call: ChatCall, writer: "_Writer") -> Verdict:
-        """Return what becomes of a single answer, having written the beginning of its correction meanwhile."""
-        assert call.question is not None  # else a rule holds
-        choice = writer.choices[0]
-        try:
-            async with aclosing(self._corrections.follow(call.question, choice.text, call.key_id)) as events:
-                async for event in events:
-                    if not isinstance(event, str):
-                        return await self._judge.decided(call, choice, event)
-                    await writer.piece(event)
-        except CorrectionFailed as failed:
-            verdict = self._judge.failed(call, failed.reason)
-            if not choice.text.startswith(writer.given):
-                # What the client has can be continued neither with the answer nor with a correction.
-                raise uncorrected(failed.reason, 503, again=True) from None
-            return verdict
-        raise malformed()
 
 
 class _Relay:
