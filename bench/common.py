@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from everalign.files import write_json
-from everalign.learning.environment import library_versions, machine_facts
+from everalign.learning.context import library_versions, machine_facts
+from everalign.storage import write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUT = Path(__file__).resolve().parent / "out"

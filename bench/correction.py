@@ -21,11 +21,9 @@ from rich.table import Table
 
 from common import OUT, write_result
 from correction_rows import KINDS, Rows, Tokens
-from everalign.modeling.decoding import Decoder, continue_rows
-from everalign.modeling.decoding_cache import pad_left
-from everalign.modeling.draft_decoding import DraftDecoder
-from everalign.modeling.ragged_decoding import RaggedModel
+from everalign.modeling.decoding import Decoder, RaggedModel, continue_rows, pad_left
 from everalign.modeling.runtime import prepare_process
+from everalign.modeling.speculative import DraftDecoder
 
 
 class Contenders:

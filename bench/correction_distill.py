@@ -23,12 +23,11 @@ from scipy.stats import bootstrap
 from common import OUT, data_folder, write_result
 from correction_task import FOLDER, LONGEST, approving, corrector_folder, judge, pairs, smaller, training_rows
 from everalign.correction import Corrector
-from everalign.data.prompts import PromptRow, PromptSet
-from everalign.evaluation.comparing import ScorerApproval
+from everalign.data.records import PromptRow, PromptSet
+from everalign.evaluation.pairwise import ScorerApproval
 from everalign.evaluation.scorers import RewardModelScorer
-from everalign.learning.distill import distill
-from everalign.learning.distill_options import DistillOptions
-from everalign.learning.options import TrainingOptions
+from everalign.learning.options import DistillOptions, TrainingOptions
+from everalign.learning.self_training import distill
 from everalign.modeling.runtime import prepare_process
 from everalign.modeling.sampling import SamplingOptions, sample_completions
 

@@ -22,14 +22,12 @@ from rich.table import Table
 from common import OUT, REPOSITORY, data_folder, write_result
 from correction_task import corrector_folder, pairs, training_rows
 from everalign.correction import load_corrector_files
-from everalign.data.batches import batches_by_length
-from everalign.data.templating import ChatFormat
-from everalign.modeling.decoding import Decoder, continue_rows
-from everalign.modeling.decoding_cache import pad_left
-from everalign.modeling.draft_decoding import DraftDecoder
+from everalign.data.chat_tokens import ChatFormat
+from everalign.data.collate import batches_by_length
+from everalign.modeling.decoding import Decoder, RaggedModel, continue_rows, pad_left
 from everalign.modeling.loading import load_model, load_tokenizer
-from everalign.modeling.ragged_decoding import RaggedModel
 from everalign.modeling.runtime import prepare_process
+from everalign.modeling.speculative import DraftDecoder
 
 sys.path.append(str(REPOSITORY / "tests"))
 from models_for_tests import FAMILIES, SCALED, random_model

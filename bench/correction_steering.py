@@ -17,7 +17,7 @@ from correction_task import approving, corrector_folder, is_short, judge, pairs,
 from everalign.correction import CorrectionOptions, Corrector, SteeringFacts, SteeringOptions, steer_corrector
 from everalign.correction.edits import edit_share, words
 from everalign.data import CorrectionSet
-from everalign.data.corrections import correction_of
+from everalign.data.records import correction_of
 from everalign.modeling.runtime import prepare_process
 
 

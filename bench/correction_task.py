@@ -12,11 +12,9 @@ from typing import Any
 import torch
 
 from common import OUT, data_folder, preference_rows
-from everalign.correction.options import CorrectorOptions
-from everalign.correction.training import train_corrector
+from everalign.correction.training import CorrectorOptions, train_corrector
 from everalign.data import Correction, CorrectionSet, PreferenceSet
-from everalign.data.answers import Answer, AnswerSet
-from everalign.data.corrections import correction_of
+from everalign.data.records import Answer, AnswerSet, correction_of
 from everalign.evaluation.scorers import RewardModelScorer
 from everalign.modeling.loading import load_model, load_tokenizer
 from var_real import reward_model

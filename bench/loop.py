@@ -25,17 +25,17 @@ from everalign import AdapterOptions, Learner, TrainingOptions
 from everalign.correction.corrector import Corrector
 from everalign.correction.training import train_corrector
 from everalign.data import Correction, CorrectionSet
-from everalign.demo.correcting import OPTIONS, demo_answers, keeps_rule
+from everalign.demo.corrector import OPTIONS, demo_answers, keeps_rule
 from everalign.demo.world import answer, questions
 from everalign.errors import EveralignError
 from everalign.evaluation.scorers import CallableScorer
 from everalign.learning.options import CorrectionTaskOptions
 from everalign.methods import LifeAlign
 from everalign.modeling.loading import TINY
-from everalign.serving.following import FollowedRun
-from everalign.serving.loop import GATE, learn_from_feedback
+from everalign.serving.corrector_reload import FollowedRun
+from everalign.serving.feedback.loop import GATE, learn_from_feedback
+from everalign.serving.feedback.task import NextTaskOptions
 from everalign.serving.store import Exchange, Feedback, FeedbackStore
-from everalign.serving.task_options import NextTaskOptions
 
 KEYS = tuple(f"{i:012d}" for i in range(4))
 FIRST_ROWS = 40

@@ -89,7 +89,7 @@ def _policy(settings: dict[str, Any], precision: str) -> Any:
 
 
 def _pair(rng: random.Random, prompt: int, answers: tuple[int, int], vocabulary: int = 1000) -> Any:
-    from everalign.data.encoding import EncodedPair
+    from everalign.data.tokenization import EncodedPair
 
     def tokens(count: int) -> list[int]:
         return [rng.randrange(10, vocabulary) for _ in range(count)]
@@ -101,8 +101,8 @@ def steps(settings: dict[str, Any]) -> dict[str, Any]:
     """Train on one pair a step, of up to 256 tokens; tell the resident memory at ten places."""
     import torch
 
-    from everalign.modeling import likelihood
-    from everalign.training.teaching import make_objective
+    from everalign.modeling import logprobs as likelihood
+    from everalign.training.objectives import make_objective
 
     likelihood._ROW_STEP = settings["padding"]
     policy, rng = _policy(settings, "bf16"), random.Random(0)
@@ -128,7 +128,7 @@ def kl(settings: dict[str, Any]) -> dict[str, Any]:
     import torch.nn.functional as F
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from everalign.data.layout import lay_out_chosen
+    from everalign.data.collate import lay_out_chosen
     from everalign.evaluation.preference import mean_kl
     from everalign.modeling.policy import Policy
 
@@ -164,11 +164,11 @@ def checkpointing(settings: dict[str, Any]) -> dict[str, Any]:
     """Compute two steps' gradients; tell what is kept for them, the peak, and the time of the second."""
     import torch
 
-    from everalign.modeling.checkpointing import SavedBytes, recomputable_layers, recomputing
+    from everalign.modeling.runtime import SavedBytes, recomputable_layers, recomputing
 
     policy, rng = _policy(settings, settings["precision"]), random.Random(0)
     policy.train()
-    from everalign.data.layout import lay_out_pairs
+    from everalign.data.collate import lay_out_pairs
 
     count, prompt, answer = {"4": (4, 150, 100), "2": (2, 1024, 128)}[settings["shape"][0]]
     batch = lay_out_pairs([_pair(rng, prompt, (answer, answer)) for _ in range(count)], policy.head.shared)
@@ -193,9 +193,8 @@ def decoding(settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from everalign.memory import LowRankUpdate
-    from everalign.modeling import adapters
-    from everalign.modeling.decoding import continue_rows
-    from everalign.modeling.decoding_cache import pad_left
+    from everalign.modeling import lora as adapters
+    from everalign.modeling.decoding import continue_rows, pad_left
 
     policy, generator = _policy(settings, "bf16"), torch.Generator().manual_seed(0)
 

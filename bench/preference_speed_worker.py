@@ -76,8 +76,8 @@ def _load(settings: Settings) -> Any:
 def load_pairs(settings: Settings, tokenizer: Any) -> list[Any]:
     """The same token ids for every contender."""
     from everalign.data import encode_pairs
-    from everalign.data.encoding import EncodedPair
     from everalign.data.records import Preference
+    from everalign.data.tokenization import EncodedPair
 
     if settings["shape"]:
         prompt, response = map(int, settings["shape"].split("x"))
@@ -143,9 +143,9 @@ def remember_tasks(policy: Any, tasks: int) -> None:
 def run_everalign(settings: Settings, model: Any, base: int, pairs: list[Any], tasks: int) -> None:
     """Epochs of our Trainer; the reference is computed once, and again after each epoch only to be timed."""
     from everalign.modeling.policy import Policy
+    from everalign.training.objectives import make_objective
     from everalign.training.reference import pair_log_probs
     from everalign.training.stage import StageOptions, run_stage
-    from everalign.training.teaching import make_objective
 
     tokens = settings["tokens_per_batch"]
     model.requires_grad_(False)

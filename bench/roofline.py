@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from everalign.data.encoding import EncodedPair
-from everalign.data.layout import lay_out_pairs
+from everalign.data.collate import lay_out_pairs
+from everalign.data.tokenization import EncodedPair
 from everalign.modeling.policy import Policy
 
 

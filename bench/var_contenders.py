@@ -15,16 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from everalign.data import Preference, Scored
-from everalign.data.encoding import encode_pairs
-from everalign.data.groups import EncodedGroup, TargetGroup, encode_groups, encode_targets
-from everalign.data.layout import Batch, lay_out_groups
+from everalign.data.collate import Batch, lay_out_groups
+from everalign.data.tokenization import EncodedGroup, TargetGroup, encode_groups, encode_pairs, encode_targets
 from everalign.demo.world import Question
 from everalign.modeling.loading import load_model
 from everalign.modeling.policy import Policy
+from everalign.training.objectives import make_objective
 from everalign.training.reference import group_log_probs, pair_log_probs
+from everalign.training.reward_weights import WeightOptions, weigh
 from everalign.training.stage import StageOptions, run_stage
-from everalign.training.teaching import make_objective
-from everalign.training.weighing import WeightOptions, weigh
 from var_task import LONGEST, encoded, prompt, reward, sample
 
 RANK, ALPHA = 16, 32.0
@@ -129,7 +128,7 @@ def scored_answers(
 
 
 def var(temperature: float, estimator: str = "group", floor: float = 0.0, varied: bool = False) -> Any:
-    """Reward-weighted likelihood; see `everalign.training.weighing.WeightOptions`."""
+    """Reward-weighted likelihood; see `everalign.training.reward_weights.WeightOptions`."""
     options = WeightOptions(
         estimator,  # type: ignore[arg-type]  # one of them
         temperature=temperature,

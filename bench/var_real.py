@@ -19,8 +19,7 @@ from rich.table import Table
 
 from common import OUT, data_folder, mean_and_deviation, preference_rows, write_result
 from everalign.data import PreferenceSet, Scored, Unscored
-from everalign.data.encoding import encode_pairs
-from everalign.data.groups import fitting
+from everalign.data.tokenization import encode_pairs, fitting
 from everalign.evaluation import HeldOut, score_preferences
 from everalign.evaluation.scorers import RewardModelScorer
 from everalign.modeling.loading import load_model, load_tokenizer

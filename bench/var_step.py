@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from common import OUT, write_result
-from everalign.data.encoding import EncodedPair
-from everalign.data.groups import EncodedGroup
+from everalign.data.tokenization import EncodedGroup, EncodedPair
 from everalign.modeling.loading import load_tokenizer
 from everalign.modeling.runtime import prepare_process
-from everalign.training.teaching import make_objective
+from everalign.training.objectives import make_objective
 from var_contenders import start
 from var_task import draw_questions, encoded, prompt, right_answers
 

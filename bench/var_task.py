@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from everalign.data.groups import EncodedGroup
-from everalign.data.layout import lay_out_groups
-from everalign.data.templating import ChatFormat, Prompt
+from everalign.data.chat_tokens import ChatFormat, Prompt
+from everalign.data.collate import lay_out_groups
+from everalign.data.tokenization import EncodedGroup
 from everalign.demo.world import TOPICS, Question, answer, questions, styles
 from everalign.modeling.policy import Policy
 from everalign.modeling.sampling import Samples, SamplingOptions, sample_completions

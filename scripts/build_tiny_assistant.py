@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from everalign.demo.world import Question, conversations
-from everalign.modeling.tiny import tiny_assistant_path
+from everalign.modeling.loading import tiny_assistant_path
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = """\

@@ -31,9 +31,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from everalign.data.encoding import EncodedPair
-from everalign.data.groups import EncodedGroup, TargetGroup
-from everalign.data.layout import lay_out_pairs
+from everalign.data.collate import lay_out_pairs
+from everalign.data.tokenization import EncodedGroup, EncodedPair, TargetGroup
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
 from tokenizers_for_tests import byte_tokenizer

@@ -7,12 +7,12 @@ import pytest
 from chat_server_for_tests import ChatServer
 from cli_for_tests import run, write_rows
 from corrections_for_tests import corrections, corrector
-from everalign.chat_client import ChatClient
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector
 from everalign.errors import EveralignError, InputError
-from everalign.evaluation.comparing import ScorerApproval, compare_answers
 from everalign.evaluation.judge import JudgeScorer
+from everalign.evaluation.pairwise import ScorerApproval, compare_answers
 from everalign.evaluation.scorers import CallableScorer
+from everalign.llm_client import ChatClient
 
 FREE = CorrectionOptions(guards=NO_GUARDS)
 PAIRS = [(row.question, row.answer) for row in corrections(12, 200)]

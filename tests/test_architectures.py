@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
-from everalign.data.encoding import EncodedPair
-from everalign.data.layout import lay_out_pairs
+from everalign.data.collate import lay_out_pairs
+from everalign.data.tokenization import EncodedPair
 from everalign.errors import InputError
 from everalign.modeling.loading import language_model_class
 from models_for_tests import SHAPE, random_pairs
@@ -257,7 +257,7 @@ def same(found, expected, size=1e-4):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_two_tasks_are_learned_versioned_reloaded_and_exported(name, tmp_path, monkeypatch):
     if name not in REHEARSED:
-        monkeypatch.setattr("everalign.learning.setup.rehearse", lambda *_: None)
+        monkeypatch.setattr("everalign.learning.context.rehearse", lambda *_: None)
     write(ARCHITECTURES[name](), tmp_path / "model")
     said = []
     learner = learn(tmp_path / "model", tmp_path / "run", said)

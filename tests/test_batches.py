@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everalign.data.batches import batches_by_length, training_plan
+from everalign.data.collate import batches_by_length, training_plan
 
 
 def rows_of(plan):

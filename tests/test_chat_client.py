@@ -10,10 +10,9 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from chat_server_for_tests import ChatServer, Reply, answer, in_turn, refused
-from everalign import chat_client
-from everalign.chat_client import ChatClient, ChatError, Completion
-from everalign.chat_reply import asked_wait, shortened
+from everalign import llm_client as chat_client
 from everalign.errors import EveralignError, InputError
+from everalign.llm_client import ChatClient, ChatError, Completion, asked_wait, shortened
 
 ASKED = [{"role": "user", "content": "hello"}]
 KEY = "sk-very-secret-0123456789"

@@ -5,15 +5,15 @@ import sys
 import pytest
 import torch
 
-from everalign.data.layout import lay_out_groups, lay_out_pairs
+from everalign.data.collate import lay_out_groups, lay_out_pairs
 from everalign.errors import InputError
-from everalign.modeling import checkpointing as checkpointing_module
 from everalign.modeling import runtime
-from everalign.modeling.checkpointing import SavedBytes, check_checkpointing, recomputable_layers, recomputing
+from everalign.modeling import runtime as checkpointing_module
+from everalign.modeling.full_model import WholeModel
 from everalign.modeling.policy import Policy
-from everalign.modeling.whole_model import WholeModel
+from everalign.modeling.runtime import SavedBytes, check_checkpointing, recomputable_layers, recomputing
 from everalign.training import stage
-from everalign.training.teaching import make_objective
+from everalign.training.objectives import make_objective
 from memory_for_tests import saved_bytes
 from models_for_tests import FAMILIES, perturb, random_groups, random_model, random_pairs, random_updates
 

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from cli_for_tests import learn, make_workspace, run, settings, task, write_rows
 from everalign import __version__
-from everalign.cli import display, main
-from everalign.cli.display import Display
+from everalign.cli import console as display
+from everalign.cli import main
+from everalign.cli.console import Display
 from everalign.cli.learn import parse_task
 from everalign.errors import EveralignError
 from learner_for_tests import adapter_weights, held_out, same_weights, swapped, task_rows

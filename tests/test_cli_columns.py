@@ -7,8 +7,8 @@ from transformers import AutoTokenizer
 
 from cli_for_tests import learn, make_workspace, run, write_rows
 from everalign import load_preferences
-from everalign.data.encoding import encode_pairs
-from everalign.data.rendering import DEFAULT_CHAT_TEMPLATE
+from everalign.data.chat_template import DEFAULT_CHAT_TEMPLATE
+from everalign.data.tokenization import encode_pairs
 
 SIDES = ("chosen", "rejected")
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}]

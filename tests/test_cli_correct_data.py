@@ -122,7 +122,7 @@ def test_a_failure_exits_1_and_the_same_command_goes_on(work, capsys):
 
 
 def test_an_interruption_exits_130(work, capsys, monkeypatch):
-    from everalign.correction import pipeline
+    from everalign.correction import make_data as pipeline
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt

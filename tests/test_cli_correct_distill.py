@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cli_for_tests import run, settings, write_rows
-from everalign.cli import correct_distill
+from everalign.cli import correct_data as correct_distill
 from everalign.errors import InputError
 from learner_for_tests import held_out, save_answering_model
 from test_distill import Fake

@@ -7,7 +7,7 @@ import pytest
 from cli_for_tests import run
 from everalign import load_corrections, load_preferences
 from everalign.data import load_scored
-from everalign.serving.next_task import rows_of
+from everalign.serving.feedback.task import rows_of
 from everalign.serving.store import FeedbackStore
 from stores_for_tests import OTHER_KEY, exchange, feedback, later
 

@@ -8,7 +8,7 @@ import pytest
 
 from cli_for_tests import run, write_rows
 from everalign.data import load_scored
-from everalign.evaluation import rewards
+from everalign.evaluation import score_rows as rewards
 from models_for_tests import saved_model
 from rewards_for_tests import pairs, reward_model
 

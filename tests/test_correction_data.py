@@ -8,14 +8,22 @@ import sqlite3
 import pytest
 
 from chat_server_for_tests import ChatServer, Reply, answer, refused
-from everalign.chat_client import ChatClient
-from everalign.correction.answering import EMPTY, UNFINISHED, Editor, EndpointAnswers, SampledAnswers
-from everalign.correction.asking import PATIENCE
-from everalign.correction.editing import INSTRUCTIONS, editing_messages, read_correction
-from everalign.correction.pipeline import Filters, make_corrections
+from everalign.correction.generators import (
+    EMPTY,
+    INSTRUCTIONS,
+    PATIENCE,
+    UNFINISHED,
+    Editor,
+    EndpointAnswers,
+    SampledAnswers,
+    editing_messages,
+    read_correction,
+)
+from everalign.correction.make_data import Filters, make_corrections
 from everalign.data import load_corrections
-from everalign.data.drafts import DraftSet
+from everalign.data.records import DraftSet
 from everalign.errors import EveralignError, InputError
+from everalign.llm_client import ChatClient
 
 QUESTIONS = [
     {"question": "one?", "id": "first"},
@@ -162,7 +170,7 @@ def test_edits_and_preferences_need_no_model(tmp_path):
 
 
 def test_a_model_in_this_process_answers_the_same_after_a_kill(tmp_path, monkeypatch):
-    from everalign.modeling import kept_samples
+    from everalign.modeling import sampling as kept_samples
 
     monkeypatch.setattr(kept_samples, "_CHUNK", 2)
     rows = questions([{"question": [{"role": "user", "content": f"How do I cook {i} eggs?"}]} for i in range(5)])
@@ -294,7 +302,7 @@ def test_going_on_writes_what_failed_and_asks_it_no_more(tmp_path):
 
 
 def test_a_kill_between_the_two_files_is_made_up_for(tmp_path, monkeypatch):
-    from everalign.correction import pipeline
+    from everalign.correction import make_data as pipeline
 
     path, write = tmp_path / "out.jsonl", pipeline.write_text
 

@@ -9,16 +9,17 @@ import pytest
 from chat_server_for_tests import ChatServer, in_turn
 from cli_for_tests import run, write_rows
 from corrections_for_tests import corrections, corrector
-from everalign.chat_client import ChatClient
 from everalign.correction import NO_GUARDS, Corrected, CorrectionOptions, Corrector, evaluate_corrector
 from everalign.correction.edits import words
 from everalign.correction.evaluation import evaluation_report, win_rate
-from everalign.data.answers import Answer, AnswerSet, load_answers
+from everalign.data.readers import load_answers
+from everalign.data.records import Answer, AnswerSet
 from everalign.errors import EveralignError, InputError
-from everalign.evaluation.comparing import compare_answers
 from everalign.evaluation.judge import JudgeScorer
-from everalign.evaluation.judge_messages import pair_messages, read_verdict
+from everalign.evaluation.judge_prompts import pair_messages, read_verdict
+from everalign.evaluation.pairwise import compare_answers
 from everalign.evaluation.scorers import CallableScorer
+from everalign.llm_client import ChatClient
 from everalign.storage import Journal
 
 

@@ -9,19 +9,18 @@ from cli_for_tests import FAST as FAST_FLAGS
 from cli_for_tests import run, write_rows
 from everalign import CorrectionTaskOptions, Learner
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, get_template, load_corrector_files
-from everalign.correction.encoder import CorrectionEncoder
+from everalign.correction.tokenization import CorrectionEncoder, encode_held_out, learned_corrections
 from everalign.data import CorrectionSet, PreferenceSet
-from everalign.data.corrections import Correction
-from everalign.data.groups import EncodedGroup
-from everalign.data.layout import lay_out_groups
+from everalign.data.collate import lay_out_groups
+from everalign.data.records import Correction
 from everalign.data.replay import ReplayBuffer
+from everalign.data.tokenization import EncodedGroup
 from everalign.errors import InputError
-from everalign.learning.correction_rows import encode_held_out, learned_corrections
 from everalign.learning.recipe import Recipe
 from everalign.methods import METHODS, ExperienceReplay, LifeAlign, MultiTask
+from everalign.modeling.full_model import WholeModel
 from everalign.modeling.loading import load_model, load_tokenizer
-from everalign.modeling.whole_model import WholeModel
-from everalign.training.teaching import make_objective
+from everalign.training.objectives import make_objective
 from learner_for_tests import adapter_weights, make_learner, same_weights, task_rows
 from models_for_tests import saved_model
 

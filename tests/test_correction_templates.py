@@ -18,7 +18,7 @@ from everalign.correction import (
     write_corrector_facts,
 )
 from everalign.errors import InputError
-from everalign.modeling.tiny import tiny_assistant_path
+from everalign.modeling.loading import tiny_assistant_path
 from tokenizers_for_tests import byte_tokenizer, piece_tokenizer
 
 TEXTS = {

@@ -9,11 +9,12 @@ from chat_server_for_tests import ChatServer, Reply
 from cli_for_tests import run, write_rows
 from corrections_for_tests import corrections, corrector
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, Guards
-from everalign.correction.running import correct_rows
-from everalign.data.uncorrected import UncorrectedSet, load_uncorrected
+from everalign.correction.batch import correct_rows
+from everalign.data.readers import load_uncorrected
+from everalign.data.records import UncorrectedSet
 from everalign.errors import EveralignError, InputError
-from everalign.modeling.draft_decoding import DraftDecoder
 from everalign.modeling.loading import load_model, load_tokenizer
+from everalign.modeling.speculative import DraftDecoder
 from everalign.storage import Journal
 from models_for_tests import saved_model
 

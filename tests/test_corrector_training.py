@@ -16,15 +16,15 @@ from everalign.correction import (
     load_corrector_files,
     train_corrector,
 )
-from everalign.correction.encoding import compared, copied, encode_corrections, taught
-from everalign.correction.report import corrector_report
+from everalign.correction.tokenization import compared, copied, encode_corrections, taught
+from everalign.correction.training import corrector_report
 from everalign.data import Correction, CorrectionSet
-from everalign.data.layout import lay_out_groups
+from everalign.data.collate import lay_out_groups
 from everalign.errors import EveralignError, InputError
+from everalign.modeling.full_model import WholeModel
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.policy import Policy
-from everalign.modeling.whole_model import WholeModel
-from everalign.training.teaching import RewardWeightedObjective
+from everalign.training.objectives import RewardWeightedObjective
 from models_for_tests import random_groups, random_model, random_policy, saved_model
 
 QUICK = replace(FAST, epochs=1, checkpoint_steps=0)

@@ -6,9 +6,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from everalign.errors import InputError
-from everalign.modeling import token_log_probs
-from everalign.modeling.decoding import Decoder, continue_rows, pick
-from everalign.modeling.decoding_cache import new_cache, pad_left
+from everalign.modeling import logprobs as token_log_probs
+from everalign.modeling.decoding import Decoder, continue_rows, new_cache, pad_left, pick
 from everalign.modeling.policy import Policy
 from memory_for_tests import LiveTensors
 from models_for_tests import FAMILIES, SCALED, perturb, random_model, scaled_by_itself

@@ -8,12 +8,13 @@ from rich.console import Console
 
 from everalign.cli import main
 from everalign.correction import Corrected
-from everalign.demo import correcting, run
-from everalign.demo.correcting import OPTIONS, demo_answers, keeps_rule, show_corrector
+from everalign.demo import corrector as correcting
+from everalign.demo import run
+from everalign.demo.corrector import OPTIONS, demo_answers, keeps_rule, show_corrector
 from everalign.errors import InputError
 from everalign.learning.scores import Scores
-from everalign.reporting.corrections import CorrectedAnswer, CorrectorShow, corrector_texts
-from everalign.reporting.html import write_report
+from everalign.reporting.answers import CorrectedAnswer, CorrectorShow, corrector_texts
+from everalign.reporting.report import write_report
 from runs_for_tests import write_run
 from test_reporting import HOSTILE, Page
 

@@ -12,9 +12,9 @@ from everalign.data import PromptSet, load_corrections
 from everalign.demo.world import questions
 from everalign.errors import EveralignError, InputError
 from everalign.learning import task_training
-from everalign.learning.distill import HELD_OUT, distill
-from everalign.learning.distill_options import DistillOptions, edit_share
+from everalign.learning.options import DistillOptions, edit_share
 from everalign.learning.run_data import load_run
+from everalign.learning.self_training import HELD_OUT, distill
 from everalign.methods import ExperienceReplay, MultiTask, SingleTask
 from everalign.storage import Journal
 from learner_for_tests import (
@@ -219,7 +219,7 @@ def interrupt_training(monkeypatch):
 
 @pytest.mark.parametrize("where", ["first correction", "later batch", "training", "second round"])
 def test_a_run_interrupted_anywhere_ends_the_same(where, model, tmp_path, monkeypatch):
-    from everalign.learning import distill as module
+    from everalign.learning import self_training as module
 
     monkeypatch.setattr(module, "_PER_BATCH", 2)
     whole = Fake()

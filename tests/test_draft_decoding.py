@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from everalign.errors import EveralignError, InputError
-from everalign.modeling import draft_decoding, ragged_decoding
-from everalign.modeling.draft_decoding import DraftDecoder, best_width
-from everalign.modeling.draft_proposals import Proposals
-from everalign.modeling.grouped_attention import GROUPED_ATTENTION, grouped_attention
-from everalign.modeling.ragged_decoding import RaggedModel, RaggedRows
+from everalign.modeling import decoding as ragged_decoding
+from everalign.modeling import speculative as draft_decoding
+from everalign.modeling.cpu_kernels import GROUPED_ATTENTION, grouped_attention
+from everalign.modeling.decoding import RaggedModel, RaggedRows
+from everalign.modeling.prompt_lookup import Proposals
+from everalign.modeling.speculative import DraftDecoder, best_width
 from models_for_tests import FAMILIES, SCALED, random_model
 
 END, LIMIT, VOCABULARY = 2, 24, 40

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from everalign.data.drafts import DraftSet, load_drafts
+from everalign.data.readers import load_drafts
+from everalign.data.records import DraftSet
 from everalign.errors import InputError
 
 USER = {"role": "user", "content": "hello"}

@@ -4,15 +4,10 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
-from everalign.data.encoding import EncodedPair, encode_pairs, truncate_pair
+from everalign.data.chat_template import keep_template
+from everalign.data.chat_tokens import ChatFormat, encode_prompt, encode_response, template_fingerprint
 from everalign.data.records import Preference
-from everalign.data.templating import (
-    ChatFormat,
-    encode_prompt,
-    encode_response,
-    keep_template,
-    template_fingerprint,
-)
+from everalign.data.tokenization import EncodedPair, encode_pairs, truncate_pair
 from everalign.errors import InputError
 from tokenizers_for_tests import CHATML, FORGETFUL, NO_END, NO_SYSTEM, SHOUTING, byte_tokenizer
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from everalign.data.encoding import EncodedPair
-from everalign.data.layout import lay_out_chosen
+from everalign.data.collate import lay_out_chosen
+from everalign.data.tokenization import EncodedPair
 from everalign.errors import EveralignError
 from everalign.evaluation import HeldOut, score_preferences
 from everalign.evaluation.preference import mean_kl
-from everalign.modeling import token_log_probs
+from everalign.modeling import logprobs as token_log_probs
 from everalign.modeling.policy import Policy
 from everalign.training.reference import pair_log_probs
 from memory_for_tests import LiveTensors

@@ -19,11 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cli_for_tests import run as cli
 from everalign import AdapterOptions
 from everalign.errors import InputError
-from everalign.files import checksums, write_json
-from everalign.learning.export import export_adapter, export_version
-from everalign.learning.model_card import max_lora_rank, model_card
+from everalign.learning.export import export_adapter, export_version, max_lora_rank, model_card
 from everalign.learning.run_data import load_run
 from everalign.methods import LifeAlign
+from everalign.storage import checksums, write_json
 from learner_for_tests import make_learner, save_model, tasks
 
 PROBE = torch.tensor([[5, 17, 80, 3, 3, 42, 9]])

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from everalign import AdapterOptions
 from everalign.data import PreferenceSet
-from everalign.data.rendering import DEFAULT_CHAT_TEMPLATE
+from everalign.data.chat_template import DEFAULT_CHAT_TEMPLATE
 from everalign.methods import SequentialFineTuning
-from everalign.modeling.stops import write_ends
+from everalign.modeling.stopping import write_ends
 from learner_for_tests import make_learner, task_rows
 from models_for_tests import random_model
 from tokenizers_for_tests import CHATML, NO_END, byte_tokenizer

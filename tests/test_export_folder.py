@@ -28,9 +28,9 @@ from transformers import (
 
 from everalign import AdapterOptions
 from everalign.errors import EveralignError, InputError
-from everalign.modeling import checkpoint
+from everalign.modeling import model_files as checkpoint
 from everalign.modeling.loading import load_model
-from everalign.modeling.merging import merged_into, write_checked
+from everalign.modeling.model_files import merged_into, write_checked
 from learner_for_tests import make_learner, task_rows
 from models_for_tests import SHAPE
 from tokenizers_for_tests import byte_tokenizer

@@ -9,12 +9,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
-from everalign.data.encoding import EncodedPair
-from everalign.data.layout import lay_out_chosen, lay_out_groups, lay_out_pairs
-from everalign.modeling import token_log_probs
-from everalign.modeling.likelihood import _in_one_row
+from everalign.data.collate import lay_out_chosen, lay_out_groups, lay_out_pairs
+from everalign.data.tokenization import EncodedPair
+from everalign.modeling import logprobs as token_log_probs
+from everalign.modeling.logprobs import _in_one_row
 from everalign.modeling.policy import Policy
-from everalign.training.teaching import OBJECTIVES, SCORED_OBJECTIVES, make_objective
+from everalign.training.objectives import OBJECTIVES, SCORED_OBJECTIVES, make_objective
 from models_for_tests import (
     FAMILIES,
     SCALED,

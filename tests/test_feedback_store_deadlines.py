@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from everalign.errors import EveralignError
-from everalign.serving.keeping import Keeper, StoreLate
+from everalign.serving.request_log import Keeper, StoreLate
 from everalign.serving.store import FeedbackStore
 from stores_for_tests import KEY, cluster, exchange, feedback, new_address  # noqa: F401 (a fixture)
 
@@ -112,7 +112,7 @@ class Hanging:
 
 
 def test_what_waits_for_a_store_is_bounded_and_ends_with_the_gateway(monkeypatch):
-    monkeypatch.setattr("everalign.serving.keeping._MOST_WAITING", 20)
+    monkeypatch.setattr("everalign.serving.request_log._MOST_WAITING", 20)
     store = Hanging()
 
     async def work():

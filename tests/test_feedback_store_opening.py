@@ -16,9 +16,8 @@ from sqlalchemy import event, inspect, text
 
 from everalign.errors import EveralignError, InputError
 from everalign.serving.store import FeedbackStore
-from everalign.serving.store.addresses import checked_address
-from everalign.serving.store.opening import MIGRATIONS, _postgresql, _sqlite
-from everalign.serving.store.tables import VERSION, VERSION_TABLE, metadata
+from everalign.serving.store.engine import MIGRATIONS, _postgresql, _sqlite, checked_address
+from everalign.serving.store.records import VERSION, VERSION_TABLE, metadata
 from stores_for_tests import exchange, feedback
 
 

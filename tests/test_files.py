@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from everalign import files
+from everalign import storage as files
 from everalign.errors import InputError
-from everalign.tensor_files import write_tensors
+from everalign.storage import write_tensors
 
 
 def fail_to_rename(*_):

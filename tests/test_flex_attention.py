@@ -5,12 +5,12 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask
 
-from everalign.data.layout import lay_out_pairs
+from everalign.data.collate import lay_out_pairs
 from everalign.errors import InputError
 from everalign.modeling import flex_attention
 from everalign.modeling.architecture import study
 from everalign.modeling.flex_attention import FLEX, bucket, compile_once, flex_inputs, use_flex_attention
-from everalign.modeling.likelihood import Architecture, LanguageHead, block_mask
+from everalign.modeling.logprobs import Architecture, LanguageHead, block_mask
 from everalign.modeling.policy import Policy
 from memory_for_tests import LiveTensors
 from models_for_tests import perturb, random_model, random_pairs

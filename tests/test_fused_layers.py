@@ -8,11 +8,10 @@ import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
-from everalign.data.layout import lay_out_pairs
-from everalign.modeling import cpu_attention
-from everalign.modeling.cpu_attention import CPU_ATTENTION, _Attention, _mask_of, use_cpu_attention
-from everalign.modeling.fused_layers import fuse_layers
-from everalign.modeling.likelihood import _in_one_row, block_mask
+from everalign.data.collate import lay_out_pairs
+from everalign.modeling import cpu_kernels as cpu_attention
+from everalign.modeling.cpu_kernels import CPU_ATTENTION, _Attention, _mask_of, fuse_layers, use_cpu_attention
+from everalign.modeling.logprobs import _in_one_row, block_mask
 from everalign.modeling.policy import Policy
 from models_for_tests import FAMILIES, perturb, random_model, random_pairs, random_updates
 

@@ -5,11 +5,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from everalign.data.layout import lay_out_pairs
-from everalign.modeling import adapters
-from everalign.modeling.decoding import Decoder, continue_rows
-from everalign.modeling.decoding_cache import pad_left
-from everalign.modeling.fused_lora import fuse
+from everalign.data.collate import lay_out_pairs
+from everalign.modeling import lora as adapters
+from everalign.modeling.decoding import Decoder, continue_rows, pad_left
+from everalign.modeling.lora import fuse
 from everalign.modeling.policy import Policy
 from memory_for_tests import Operations
 from models_for_tests import perturb, random_model, random_pairs, random_policy, random_updates

@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from scipy.optimize import minimize_scalar
 
 from everalign.errors import EveralignError, GateRefusedError, InputError, NotEnoughEvidenceError
-from everalign.learning.gate import announcement, compare_shares, judge, rows_needed
-from everalign.learning.promotion import rollback
+from everalign.learning.promotion import announcement, compare_shares, judge, rollback, rows_needed
 from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
 from everalign.methods import METHODS, ExperienceReplay, LifeAlign, MultiTask, SequentialFineTuning, SingleTask

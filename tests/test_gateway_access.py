@@ -6,10 +6,10 @@ import pytest
 
 from everalign.cli.correct_run import load_corrector, make_approver
 from everalign.errors import EveralignError, InputError
-from everalign.serving.auth import Keys, read_key_file
 from everalign.serving.errors import GatewayError
 from everalign.serving.headers import HeaderRules
-from everalign.serving.paths import Meant, meant
+from everalign.serving.middleware import Meant, meant
+from everalign.serving.security import Keys, read_key_file
 from everalign.serving.server import check_host, read_upstreams
 from everalign.serving.settings import Access, GatewaySettings, UpstreamSettings
 from pages_for_tests import Browser

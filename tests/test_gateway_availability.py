@@ -9,13 +9,13 @@ import httpx
 import pytest
 
 from chat_server_for_tests import ChatServer, Reply, refused
-from everalign.chat_client import ChatClient, ChatError
 from everalign.correction.corrector import Corrector
 from everalign.correction.engines import EndpointEngine
 from everalign.correction.templates import get_template
 from everalign.deadlines import Deadline, DeadlineOver
-from everalign.serving.correcting import CorrectionFailed, CorrectionService
-from everalign.serving.fair_queue import FairQueue
+from everalign.llm_client import ChatClient, ChatError
+from everalign.serving.corrector_service import CorrectionFailed, CorrectionService
+from everalign.serving.limits import FairQueue
 from everalign.serving.settings import Timeouts, UpstreamSettings
 from upstream_for_tests import HTTP, Fake, Script, UpstreamServer, serving
 
@@ -219,7 +219,7 @@ def test_what_nobody_waits_for_is_not_corrected():
 
 
 def test_a_thread_that_never_ends_is_left(monkeypatch):
-    monkeypatch.setattr("everalign.serving.correcting._GRACE", 0.05)
+    monkeypatch.setattr("everalign.serving.corrector_service._GRACE", 0.05)
     release = threading.Event()
 
     def rewrite(answer):

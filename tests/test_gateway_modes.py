@@ -10,7 +10,7 @@ import pytest
 from corrections_for_tests import corrector
 from everalign.correction import Corrector
 from everalign.errors import EveralignError
-from everalign.serving.correcting import CorrectionService
+from everalign.serving.corrector_service import CorrectionService
 from everalign.serving.settings import MODES
 from everalign.serving.store.records import UnknownExchange
 from upstream_for_tests import HTTP, Fake, Script, UpstreamServer, serving

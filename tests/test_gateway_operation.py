@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from everalign.serving.access_log import write_access_log
-from everalign.serving.allowances import Allowances, tokens_of
-from everalign.serving.auth import Allowance
 from everalign.serving.errors import GatewayError
+from everalign.serving.limits import Allowances, tokens_of
+from everalign.serving.security import Allowance
 from everalign.serving.settings import Access, UpstreamSettings
+from everalign.serving.telemetry import write_access_log
 from upstream_for_tests import HTTP, SECRET, USAGE, Fake, Script, UpstreamServer, serving
 
 BODY = {"model": "small", "messages": [{"role": "user", "content": SECRET}]}

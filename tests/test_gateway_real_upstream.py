@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from everalign.modeling.tiny import tiny_assistant_path
+from everalign.modeling.loading import tiny_assistant_path
 from everalign.serving.settings import UpstreamSettings
 from upstream_for_tests import Fake, serving
 

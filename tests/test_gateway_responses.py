@@ -5,9 +5,9 @@ import json
 import openai
 import pytest
 
-from everalign.serving.auth import Allowance
+from everalign.serving.security import Allowance
 from everalign.serving.settings import Access, Limits, UpstreamSettings
-from everalign.serving.store.store import FeedbackStore
+from everalign.serving.store.database import FeedbackStore
 from upstream_for_tests import HTTP, SECRET, Fake, ServedUpstream, serving
 
 KEY = "sk-client-one"

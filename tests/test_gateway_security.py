@@ -8,10 +8,9 @@ import time
 import pytest
 
 from everalign.errors import InputError
-from everalign.serving.auth import Keys
 from everalign.serving.errors import GatewayError
-from everalign.serving.settings import GatewaySettings, Limits, UpstreamSettings
-from everalign.serving.ssrf import checked_upstream
+from everalign.serving.security import Keys
+from everalign.serving.settings import GatewaySettings, Limits, UpstreamSettings, checked_upstream
 from upstream_for_tests import HTTP, Fake, Script, UpstreamServer, serving
 
 BODY = {"model": "small", "messages": [{"role": "user", "content": "?"}]}

@@ -5,8 +5,8 @@ import pytest
 from everalign.data import Correction
 from everalign.errors import InputError
 from everalign.evaluation.scorers import CallableScorer
-from everalign.learning.gate import compare_values, judge
-from everalign.learning.generated import Written, compare_written
+from everalign.learning.generated_corrections import Written, compare_written
+from everalign.learning.promotion import compare_values, judge
 from everalign.methods import LifeAlign
 from learner_for_tests import make_learner
 from models_for_tests import saved_model

@@ -8,13 +8,13 @@ import pytest
 
 from chat_server_for_tests import ChatServer, Reply, answer, in_turn, refused
 from cli_for_tests import run, write_rows
-from everalign import chat_client
-from everalign.chat_client import ChatClient
+from everalign import llm_client as chat_client
 from everalign.data import UnscoredSet, load_scored
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge import JudgeOptions, JudgeScorer, reward_cache, reward_key
-from everalign.evaluation.judge_messages import INSTRUCTIONS, asked_again, judge_messages, read_score
-from everalign.evaluation.rewards import make_scorer, score_rows
+from everalign.evaluation.judge_prompts import INSTRUCTIONS, asked_again, judge_messages, read_score
+from everalign.evaluation.score_rows import make_scorer, score_rows
+from everalign.llm_client import ChatClient
 from everalign.storage import Journal
 
 SCALE = (1.0, 10.0)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everalign.data.encoding import EncodedPair
-from everalign.data.layout import lay_out_chosen, lay_out_pairs, row_tokens
+from everalign.data.collate import lay_out_chosen, lay_out_pairs, row_tokens
+from everalign.data.tokenization import EncodedPair
 
 SHORT = EncodedPair("a", [5], [6], [7, 8], 1.0)
 LONG = EncodedPair("b", [11, 12, 13], [14, 15], [16], 0.5)

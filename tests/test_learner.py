@@ -8,10 +8,10 @@ from filelock import FileLock
 
 from everalign import AdapterOptions, Learner, TrainingOptions, load_preferences
 from everalign.errors import EveralignError, InputError
-from everalign.files import checksums
 from everalign.learning.run_data import load_run
 from everalign.methods import METHODS, LifeAlign, SequentialFineTuning, SingleTask
 from everalign.methods.base import Method
+from everalign.storage import checksums
 from everalign.training.reference import pair_log_probs
 from learner_for_tests import FAST, adapter_weights, held_out, make_learner, same_weights, save_model, task_rows, tasks
 

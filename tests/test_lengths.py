@@ -16,13 +16,13 @@ from transformers import (
     XGLMConfig,
 )
 
-from everalign.data.encoding import EncodedPair
-from everalign.data.layout import lay_out_pairs, rows_of_one_kind
+from everalign.data.collate import lay_out_pairs, rows_of_one_kind
+from everalign.data.tokenization import EncodedPair
 from everalign.errors import InputError
 from everalign.modeling.architecture import study
-from everalign.modeling.lengths import Stretch
+from everalign.modeling.decoding import RaggedModel, RaggedRows
 from everalign.modeling.policy import Policy
-from everalign.modeling.ragged_decoding import RaggedModel, RaggedRows
+from everalign.modeling.positions import Stretch
 from everalign.modeling.sampling import SamplingOptions, sample_completions
 from everalign.training.reference import pair_log_probs
 from models_for_tests import SHAPE, perturb

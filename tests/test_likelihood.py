@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from everalign.data.encoding import EncodedPair
-from everalign.data.layout import lay_out_chosen, lay_out_pairs
+from everalign.data.collate import lay_out_chosen, lay_out_pairs
+from everalign.data.tokenization import EncodedPair
 from everalign.modeling.architecture import study
-from everalign.modeling.likelihood import LanguageHead
+from everalign.modeling.logprobs import LanguageHead
 from models_for_tests import VOCABULARY, perturb, random_model, random_pairs, random_policy
 
 

@@ -8,16 +8,15 @@ from contextlib import suppress
 import pytest
 
 from everalign.correction import Guards, get_template
-from everalign.correction.word_diff import word_diff
-from everalign.evaluation.judge_messages import read_score
-from everalign.plain_text import folded, nfkc, topic_of
-from everalign.quoting import shown
+from everalign.correction.edits import word_diff
+from everalign.evaluation.judge_prompts import read_score
+from everalign.serving.chat_request import read_json
+from everalign.serving.decide import _exchanged
 from everalign.serving.errors import GatewayError
-from everalign.serving.json_size import AT_ONCE, aside
-from everalign.serving.judging import _exchanged
-from everalign.serving.requests import read_json
+from everalign.serving.limits import AT_ONCE, aside
 from everalign.serving.sse import EventParser
 from everalign.serving.store import Redaction
+from everalign.text import folded, nfkc, shown, topic_of
 
 TEMPLATE = get_template("everalign-1")
 LARGE = 100_000

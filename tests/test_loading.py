@@ -25,8 +25,7 @@ from everalign import AdapterOptions
 from everalign.cli import main
 from everalign.errors import InputError
 from everalign.modeling import loading, runtime
-from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, resolve_model
-from everalign.modeling.tiny import tiny_assistant_path
+from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, resolve_model, tiny_assistant_path
 from learner_for_tests import held_out, make_learner, task_rows
 from models_for_tests import random_model, saved_model
 from tokenizer_kinds_for_tests import mistral_file

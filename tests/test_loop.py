@@ -11,19 +11,19 @@ from cli_for_tests import run
 from everalign import AdapterOptions, Learner, TrainingOptions
 from everalign.correction import Corrector
 from everalign.data import Correction, CorrectionSet, load_corrections
-from everalign.demo.correcting import demo_answers
+from everalign.demo.corrector import demo_answers
 from everalign.demo.world import answer, questions
 from everalign.errors import EveralignError, GateRefusedError, InputError
 from everalign.learning.promotion import rollback
 from everalign.learning.run_data import load_run
 from everalign.methods import LifeAlign
-from everalign.serving.correcting import CorrectionService
-from everalign.serving.following import FollowedRun
+from everalign.serving.corrector_reload import FollowedRun
+from everalign.serving.corrector_service import CorrectionService
+from everalign.serving.feedback.loop import learn_from_feedback
+from everalign.serving.feedback.task import NextTaskOptions, NotEnoughFeedback
 from everalign.serving.gateway import make_corrections
-from everalign.serving.loop import learn_from_feedback
 from everalign.serving.settings import GatewaySettings, UpstreamSettings
 from everalign.serving.store import FeedbackStore
-from everalign.serving.task_options import NextTaskOptions, NotEnoughFeedback
 from learner_for_tests import make_learner, task_rows
 from models_for_tests import saved_model
 from stores_for_tests import exchange, feedback

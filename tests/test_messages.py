@@ -4,15 +4,11 @@ import json
 
 import pytest
 
-from everalign.data.corrections import Correction, CorrectionSet
-from everalign.data.encoding import encode_pairs
 from everalign.data.messages import ChatPrompt, completion_text
-from everalign.data.prompts import PromptRow
-from everalign.data.readers import load_preferences
-from everalign.data.records import Preference
+from everalign.data.readers import load_preferences, load_scored
+from everalign.data.records import Correction, CorrectionSet, Preference, PromptRow, Scored, Unscored
 from everalign.data.replay import ReplayBuffer
-from everalign.data.scored import Scored, load_scored
-from everalign.data.unscored import Unscored
+from everalign.data.tokenization import encode_pairs
 from everalign.errors import InputError
 from tables_for_tests import write_table
 from tokenizers_for_tests import byte_tokenizer

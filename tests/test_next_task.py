@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from everalign.data import Correction, CorrectionSet, Preference, PreferenceSet, Scored, ScoredSet
 from everalign.errors import InputError
-from everalign.serving.guards import most_of_each
-from everalign.serving.next_task import NextTaskOptions, NotEnoughFeedback, build_task, rows_of
+from everalign.serving.feedback.task import NextTaskOptions, NotEnoughFeedback, build_task, most_of_each, rows_of
 from everalign.serving.store import FeedbackStore
 from stores_for_tests import KEY, OTHER_KEY, exchange, feedback, later
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from everalign.serving.store.store import FeedbackStore
+from everalign.serving.store.database import FeedbackStore
 from runs_for_tests import write_run
 from upstream_for_tests import Fake, Followed, Script, UpstreamServer, serving
 

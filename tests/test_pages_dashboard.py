@@ -7,9 +7,9 @@ import pytest
 
 from everalign.learning.run_data import load_run
 from everalign.learning.scores import Scores
-from everalign.serving.correcting import CorrectionService
-from everalign.serving.pages.run_views import SHADES, forgetting_views, heat_rows, version_views
-from everalign.serving.store.store import FeedbackStore
+from everalign.serving.corrector_service import CorrectionService
+from everalign.serving.pages.dashboard import SHADES, forgetting_views, heat_rows, version_views
+from everalign.serving.store.database import FeedbackStore
 from pages_for_tests import Browser, form_action, hidden, read
 from runs_for_tests import write_run
 from upstream_for_tests import Fake, Followed, Script, UpstreamServer, serving

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from everalign.serving.pages.forms import parsed
-from everalign.serving.sessions import Sessions
+from everalign.serving.pages.base import parsed
+from everalign.serving.security import Sessions
 from everalign.serving.settings import Access
-from everalign.serving.store.store import FeedbackStore
+from everalign.serving.store.database import FeedbackStore
 from pages_for_tests import Browser, form_action, hidden, read
 from upstream_for_tests import Fake, Script, UpstreamServer, serving
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from everalign.data.layout import lay_out_pairs
+from everalign.data.collate import lay_out_pairs
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy

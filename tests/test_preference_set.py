@@ -2,8 +2,8 @@
 
 import pytest
 
-from everalign.data.readers import PreferenceSet, check_disjoint
-from everalign.data.records import Preference
+from everalign.data.readers import check_disjoint
+from everalign.data.records import Preference, PreferenceSet
 from everalign.errors import InputError
 
 CHAT = [{"role": "user", "content": "Hello?"}]

@@ -17,12 +17,11 @@ from everalign.learning.options import (
     RolloutOptions,
     TrainingOptions,
 )
-from everalign.learning.recipe import SECTIONS, Recipe
-from everalign.learning.task_files import load_tasks
+from everalign.learning.recipe import SECTIONS, Recipe, load_tasks
 from everalign.methods import METHODS
 from everalign.objectives import Estimator
-from everalign.training.teaching import OBJECTIVES
-from everalign.training.weighing import WeightOptions
+from everalign.training.objectives import OBJECTIVES
+from everalign.training.reward_weights import WeightOptions
 
 FULL = """
 model: tiny

@@ -7,8 +7,8 @@ from contextlib import closing
 import pytest
 import torch
 
-from everalign.data.groups import TargetGroup
-from everalign.data.layout import lay_out_pairs, lay_out_targets
+from everalign.data.collate import lay_out_pairs, lay_out_targets
+from everalign.data.tokenization import TargetGroup
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
 from everalign.training.reference import ReferenceCache, group_log_probs, pair_log_probs, policy_key

@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
-from everalign.data.layout import lay_out_pairs
+from everalign.data.collate import lay_out_pairs
 from everalign.errors import EveralignError, InputError
 from everalign.modeling import rehearsal
 from everalign.modeling.loading import check_vocabulary, sequence_limit

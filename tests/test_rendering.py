@@ -2,12 +2,11 @@
 
 import pytest
 
-from everalign.data.encoding import encode_pairs
+from everalign.data.chat_template import template_notes
+from everalign.data.chat_tokens import ChatFormat, encode_prompt
 from everalign.data.messages import ChatPrompt
-from everalign.data.prompts import PromptRow
-from everalign.data.records import Preference
-from everalign.data.template_notes import template_notes
-from everalign.data.templating import ChatFormat, encode_prompt
+from everalign.data.records import Preference, PromptRow
+from everalign.data.tokenization import encode_pairs
 from everalign.errors import InputError
 from tokenizers_for_tests import CHATML, NO_END, SHOUTING, THINKING, byte_tokenizer
 

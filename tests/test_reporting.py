@@ -16,9 +16,9 @@ from everalign.reporting import comparison_table, load_run, score_table, write_r
 from everalign.reporting.formats import METRICS, percent, seconds, shortened, signed, significant
 from everalign.reporting.headline import cautions, headline
 from everalign.reporting.plots import change_bar, change_lines, progress_lines
+from everalign.reporting.report_views import forgetting_view, matrix_view
 from everalign.reporting.sampling_error import error_matrix, standard_error
-from everalign.reporting.views import forgetting_view, matrix_view
-from everalign.serving.pages.run_views import forgetting_views
+from everalign.serving.pages.dashboard import forgetting_views
 from runs_for_tests import LIFEALIGN, SEQUENTIAL, module, score, write_run, write_version
 
 HOSTILE = "<script>alert('x')</script> & \"$\\frac{1}{2}$\" --> ]]>"

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from everalign.training.checkpoints import latest_checkpoint
+from everalign.training.stage import latest_checkpoint
 from models_for_tests import random_pairs, random_policy, random_updates
 from stages_for_tests import difference, train, weights
 

@@ -18,14 +18,19 @@ from transformers import (
 )
 
 from everalign.data import PreferenceSet
-from everalign.data.comparisons import encode_answers, encode_comparisons, pad_right
+from everalign.data.tokenization import encode_answers, encode_comparisons, pad_right
 from everalign.errors import EveralignError, InputError
-from everalign.evaluation.rewards import RewardModelScorer
+from everalign.evaluation.score_rows import RewardModelScorer
 from everalign.modeling.loading import load_tokenizer
-from everalign.modeling.reward_files import FACTS_FILE, load_reward_model
-from everalign.modeling.reward_model import RewardModel, load_classifier, sequence_rewards, set_padding
-from everalign.training.reward_model import BradleyTerryObjective, RewardOptions, train_reward_model
-from everalign.training.reward_report import reward_report
+from everalign.modeling.reward_model import (
+    FACTS_FILE,
+    RewardModel,
+    load_classifier,
+    load_reward_model,
+    sequence_rewards,
+    set_padding,
+)
+from everalign.training.reward_model import BradleyTerryObjective, RewardOptions, reward_report, train_reward_model
 from models_for_tests import random_model, saved_model
 from rewards_for_tests import FAST, pairs, reward_model
 from tokenizers_for_tests import CHATML, byte_tokenizer

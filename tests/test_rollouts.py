@@ -11,17 +11,16 @@ from everalign.data import PromptSet, Scored, Unscored, load_prompts
 from everalign.demo.world import questions
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.scorers import CallableScorer
-from everalign.learning import lesson
-from everalign.learning.recipe import Recipe
+from everalign.learning import task_training as lesson
+from everalign.learning.recipe import Recipe, load_tasks
 from everalign.learning.run_data import load_run
 from everalign.learning.run_files import TrainingStep
-from everalign.learning.task_files import load_tasks
 from everalign.learning.task_rows import prepare_rows
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
-from everalign.reporting.html import render_report
-from everalign.reporting.training_plots import _stages
+from everalign.reporting.plots import _stages
+from everalign.reporting.report import render_report
 from everalign.storage import Journal
-from everalign.training.weighing import WeightOptions
+from everalign.training.reward_weights import WeightOptions
 from learner_for_tests import (
     adapter_weights,
     held_out,

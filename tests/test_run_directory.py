@@ -7,10 +7,10 @@ import shutil
 import pytest
 
 from everalign import AdapterOptions
-from everalign.data.templating import DEFAULT_CHAT_TEMPLATE
+from everalign.data.chat_tokens import DEFAULT_CHAT_TEMPLATE
 from everalign.errors import InputError
-from everalign.learning.run import version_name
 from everalign.learning.run_data import load_run
+from everalign.learning.run_store import version_name
 from everalign.methods import ExperienceReplay, LifeAlign
 from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows, tasks
 

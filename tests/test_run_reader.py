@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from everalign import files
+from everalign import storage as files
 from everalign.errors import InputError
 from everalign.learning.promotion import rollback
 from everalign.learning.run_data import RunReader, load_run

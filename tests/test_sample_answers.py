@@ -7,14 +7,14 @@ import torch
 
 from cli_for_tests import FAST, make_workspace, run, task
 from everalign.data import PreferenceSet
-from everalign.data.templating import encode_prompt
+from everalign.data.chat_tokens import encode_prompt
 from everalign.errors import InputError
 from everalign.learning.run_data import load_run
 from everalign.learning.sample_answers import LONGEST_ANSWER
 from everalign.methods import SingleTask
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.reporting.answers import answer_pairs
-from everalign.reporting.html import render_report
+from everalign.reporting.report import render_report
 from learner_for_tests import make_learner, save_answering_model, task_rows
 
 SHORT = {"max_length": 64}

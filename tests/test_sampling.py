@@ -6,13 +6,13 @@ from collections import Counter
 import pytest
 import torch
 
-from everalign.data.encoding import EncodedPair
-from everalign.data.layout import lay_out_chosen
+from everalign.data.collate import lay_out_chosen
+from everalign.data.tokenization import EncodedPair
 from everalign.errors import InputError
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.policy import Policy
 from everalign.modeling.sampling import Samples, SamplingOptions, _draw, _Ends, _samples, sample_completions
-from everalign.modeling.stops import TurnEnd
+from everalign.modeling.stopping import TurnEnd
 from models_for_tests import perturb, random_model
 from tokenizers_for_tests import byte_tokenizer
 

@@ -11,7 +11,7 @@ import pytest
 
 from everalign.data import Preference, UnscoredSet, load_scored, load_unscored
 from everalign.errors import EveralignError, InputError
-from everalign.evaluation.rewards import CallableScorer, RewardModelScorer, make_scorer, score_rows
+from everalign.evaluation.score_rows import CallableScorer, RewardModelScorer, make_scorer, score_rows
 from everalign.storage import Journal
 from rewards_for_tests import reward_model
 

@@ -14,7 +14,7 @@ from everalign.memory import (
     consolidate_into,
     integrate,
 )
-from everalign.memory.shared_basis import _leading
+from everalign.memory.bank import _leading
 
 M, N, RANK, TASKS = 40, 33, 3, 7
 SETTINGS = [(0.9, 0.5), (0.7, 0.0), (1.0, 0.25), (0.0, 0.5), (1.0, 1.0)]

@@ -7,14 +7,13 @@ import pytest
 from cli_for_tests import FAST, make_workspace, run, write_rows
 from corrections_for_tests import corrections
 from everalign.data import PreferenceSet, UnscoredSet
-from everalign.errors import InputError
-from everalign.evaluation.rewards import RewardModelScorer, score_rows
-from everalign.learning import lesson
+from everalign.errors import InputError, ShortfallError, check_shortfall
+from everalign.evaluation.score_rows import RewardModelScorer, score_rows
+from everalign.learning import task_training as lesson
 from everalign.learning.options import RolloutOptions
 from everalign.learning.rollouts import _losses
 from everalign.learning.run_data import load_run
-from everalign.reporting.html import render_report
-from everalign.shortfall import ShortfallError, check_shortfall
+from everalign.reporting.report import render_report
 from everalign.training.reward_model import RewardOptions, train_reward_model
 from learner_for_tests import make_learner, save_answering_model, save_model
 from models_for_tests import saved_model

@@ -8,12 +8,12 @@ import torch
 from cli_for_tests import run
 from everalign import PreferenceSet
 from everalign.data import Preference, Scored, ScoredSet, load_judged
-from everalign.data.groups import encode_targets
+from everalign.data.tokenization import encode_targets
 from everalign.errors import InputError
 from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask, SequentialFineTuning, SingleTask
-from everalign.training.weighing import WeightOptions
+from everalign.training.reward_weights import WeightOptions
 from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows
 from tokenizers_for_tests import byte_tokenizer
 

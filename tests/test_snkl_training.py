@@ -6,12 +6,11 @@ import itertools
 import pytest
 import torch
 
-from everalign.data.encoding import EncodedPair
-from everalign.data.groups import TargetGroup
-from everalign.data.layout import lay_out_pairs, lay_out_targets, row_tokens
+from everalign.data.collate import lay_out_pairs, lay_out_targets, row_tokens
+from everalign.data.tokenization import EncodedPair, TargetGroup
 from everalign.modeling.policy import Policy
+from everalign.training.objectives import make_objective
 from everalign.training.reference import group_log_probs, pair_log_probs
-from everalign.training.teaching import make_objective
 from models_for_tests import perturb, random_model, random_pairs, random_policy, random_targets
 from stages_for_tests import difference, train, weights
 

@@ -11,15 +11,22 @@ from safetensors.torch import load_file, save_file
 
 from cli_for_tests import run, write_rows
 from corrections_for_tests import corrections, corrector
+from everalign.contrib.activations import decoder_layers, residuals, shifted
+from everalign.contrib.steering import (
+    SteeringOptions,
+    common_direction,
+    followed,
+    mirrored,
+    prefix_differences,
+    rank_correlation,
+    well_formed,
+)
+from everalign.contrib.steering_vectors import Steering, SteeringSetting, fingerprints, read_steering
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, load_corrector_files, steer_corrector
 from everalign.correction.edits import edit_ratio, edit_share, kept_share
-from everalign.correction.steering import SteeringOptions, common_direction, prefix_differences
-from everalign.correction.steering_files import Steering, SteeringSetting, fingerprints, read_steering
-from everalign.correction.steering_trials import followed, mirrored, rank_correlation, well_formed
 from everalign.data import CorrectionSet
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
-from everalign.modeling.residual_stream import decoder_layers, residuals, shifted
 from models_for_tests import FAMILIES, random_model, saved_model
 
 FREE = CorrectionOptions(guards=NO_GUARDS, max_new_tokens=14)

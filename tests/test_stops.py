@@ -8,14 +8,14 @@ import torch
 from transformers import GenerationConfig
 
 from corrections_for_tests import corrections
-from everalign.correction.encoder import CorrectionEncoder
-from everalign.correction.local_engine import LocalEngine
+from everalign.correction.engines import LocalEngine
 from everalign.correction.templates import get_template
-from everalign.data.templating import DEFAULT_CHAT_TEMPLATE, encode_prompt, encode_response
-from everalign.modeling.lengths import Lengths
+from everalign.correction.tokenization import CorrectionEncoder
+from everalign.data.chat_tokens import DEFAULT_CHAT_TEMPLATE, encode_prompt, encode_response
 from everalign.modeling.policy import Policy
+from everalign.modeling.positions import Lengths
 from everalign.modeling.sampling import SamplingOptions, sample_completions
-from everalign.modeling.stops import TurnEnd, special_stop_ids, stop_token_ids, turn_end
+from everalign.modeling.stopping import TurnEnd, special_stop_ids, stop_token_ids, turn_end
 from models_for_tests import random_model
 from tokenizers_for_tests import CHATML, NO_END, NO_SYSTEM, byte_tokenizer, piece_tokenizer
 

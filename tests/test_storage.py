@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from everalign.errors import EveralignError, InputError
-from everalign.modeling.kept_samples import sample_kept
-from everalign.modeling.sampling import SamplingOptions
+from everalign.modeling.sampling import SamplingOptions, sample_kept
 from everalign.storage import Journal, alone, lock_of
 
 # ---- the journal ----

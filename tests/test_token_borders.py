@@ -2,14 +2,11 @@
 
 import pytest
 
-from everalign.correction.encoder import CorrectionEncoder
 from everalign.correction.templates import TEMPLATES as CORRECTOR_TEMPLATES
-from everalign.data.comparisons import encode_answers
-from everalign.data.encoding import encode_pairs
-from everalign.data.groups import encode_groups
-from everalign.data.records import Preference
-from everalign.data.scored import Scored
-from everalign.data.templating import encode_prompt
+from everalign.correction.tokenization import CorrectionEncoder
+from everalign.data.chat_tokens import encode_prompt
+from everalign.data.records import Preference, Scored
+from everalign.data.tokenization import encode_answers, encode_groups, encode_pairs
 from everalign.errors import InputError
 from everalign.modeling.loading import load_tokenizer
 from tokenizer_kinds_for_tests import KINDS, REWRITING, TEMPLATES, tokenizer_of

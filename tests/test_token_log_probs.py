@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from everalign.modeling.token_log_probs import HeadShape, token_log_probs
+from everalign.modeling.logprobs import HeadShape, token_log_probs
 
 ROWS, WIDTH, VOCABULARY = 23, 16, 50
 SHAPES = [HeadShape(), HeadShape(scale=0.5), HeadShape(softcap=3.0), HeadShape(2.0, 5.0)]

@@ -8,11 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
-from everalign.data.batches import TrainingPlan
-from everalign.data.layout import lay_out_pairs
+from everalign.data.collate import TrainingPlan, lay_out_pairs
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.policy import Policy
-from everalign.training.teaching import make_objective
+from everalign.training.objectives import make_objective
 from everalign.training.trainer import Steps, Trainer, training_arguments
 from models_for_tests import (
     perturb,

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from everalign.data.encoding import encode_pairs
-from everalign.data.layout import lay_out_pairs
+from everalign.data.collate import lay_out_pairs
 from everalign.data.records import Preference
+from everalign.data.tokenization import encode_pairs
 from everalign.modeling.policy import Policy
+from everalign.training.objectives import make_objective
 from everalign.training.reference import pair_log_probs
 from everalign.training.stage import StageOptions, run_stage
-from everalign.training.teaching import make_objective
 from models_for_tests import perturb, random_model
 from tokenizers_for_tests import byte_tokenizer
 

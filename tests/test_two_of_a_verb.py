@@ -17,10 +17,10 @@ import pytest
 from chat_server_for_tests import ChatServer
 from cli_for_tests import FAST, make_workspace, run, write_rows
 from corrections_for_tests import corrections
+from everalign.correction.batch import ROWS_PER_BATCH
 from everalign.correction.corrector import Corrector
-from everalign.correction.running import ROWS_PER_BATCH
-from everalign.learning import distill
-from everalign.modeling import kept_samples
+from everalign.learning import self_training as distill
+from everalign.modeling import sampling as kept_samples
 from learner_for_tests import adapter_weights, same_weights, save_answering_model
 from models_for_tests import saved_model
 from verbs_for_tests import Verb

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from everalign.training.checkpoints import latest_checkpoint
+from everalign.training.stage import latest_checkpoint
 from stages_for_tests import difference
 from two_processes_for_tests import STAGES, run_stages
 

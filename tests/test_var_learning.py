@@ -15,8 +15,8 @@ from everalign.learning.run_data import load_run
 from everalign.learning.task_rows import prepare_rows
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
 from everalign.objectives import var_weights
-from everalign.reporting.html import render_report
-from everalign.training.weighing import WeightOptions, weigh
+from everalign.reporting.report import render_report
+from everalign.training.reward_weights import WeightOptions, weigh
 from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows
 
 ANSWERS = {"warm": ("yes, gladly!", "no.", "hm"), "brief": ("ok", "well, let me see", "ah, so")}

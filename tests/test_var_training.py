@@ -6,12 +6,11 @@ import itertools
 import pytest
 import torch
 
-from everalign.data.encoding import EncodedPair
-from everalign.data.groups import EncodedGroup
-from everalign.data.layout import lay_out_pairs, row_tokens
+from everalign.data.collate import lay_out_pairs, row_tokens
+from everalign.data.tokenization import EncodedGroup, EncodedPair
 from everalign.modeling.policy import Policy
 from everalign.objectives import var_weights
-from everalign.training.teaching import make_objective
+from everalign.training.objectives import make_objective
 from models_for_tests import perturb, random_groups, random_model, random_pairs, random_policy
 from stages_for_tests import difference, train, weights
 

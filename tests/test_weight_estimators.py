@@ -8,14 +8,14 @@ import torch
 
 from cli_for_tests import run
 from everalign.data import ReplayBuffer, Scored, ScoredSet, load_scored
-from everalign.data.groups import distinct, encode_targets
+from everalign.data.tokenization import distinct, encode_targets
 from everalign.errors import InputError
 from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
 from everalign.methods import ExperienceReplay
 from everalign.objectives import var_weights
 from everalign.training.reference import group_log_probs
-from everalign.training.weighing import WeightOptions, weigh
+from everalign.training.reward_weights import WeightOptions, weigh
 from learner_for_tests import adapter_weights, make_learner, same_weights, save_model
 from tokenizers_for_tests import byte_tokenizer
 

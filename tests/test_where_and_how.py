@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from everalign.correction import CorrectorOptions
 from everalign.errors import InputError
-from everalign.learning import TrainingOptions, setup
+from everalign.learning import TrainingOptions
+from everalign.learning import context as setup
 from everalign.modeling import runtime
 from everalign.modeling.loading import resolve_precision
 from everalign.training.reward_model import RewardOptions

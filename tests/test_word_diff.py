@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from everalign.correction.word_diff import Segment, diff_html, diff_text, word_diff
+from everalign.correction.edits import Segment, diff_html, diff_text, word_diff
 
 CASES = {
     "a word": ("Boil them now.", "Boil them later."),

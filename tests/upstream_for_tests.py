@@ -22,7 +22,7 @@ import uvicorn
 from everalign.correction.corrector import Corrected
 from everalign.correction.templates import get_template
 from everalign.serving.app import create_app
-from everalign.serving.correcting import CorrectionService
+from everalign.serving.corrector_service import CorrectionService
 from everalign.serving.gateway import make_corrections
 from everalign.serving.settings import GatewaySettings, Limits, Timeouts, UpstreamSettings
 

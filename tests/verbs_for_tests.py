@@ -16,7 +16,7 @@ from pathlib import Path
 from everalign.cli import main
 from everalign.correction.corrector import Corrector
 from everalign.evaluation.scorers import CallableScorer
-from everalign.modeling import kept_samples
+from everalign.modeling import sampling as kept_samples
 from everalign.training.trainer import Trainer
 
 _PATIENCE = 60.0

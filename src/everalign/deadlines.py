@@ -1,18 +1,13 @@
-"""A time limit on blocking work, over everything that the work asks others for.
+"""Time limits on blocking work, and threads that never keep the process from ending."""
 
-    deadline = Deadline(60.0)
-    with deadline.held():                   # in the thread that works
-        corrector.correct_batch(pairs)      # requests to servers and decoding give up when it is over
-    deadline.cancel()                       # from any thread: nobody waits for it any more
-
-Work in between need not know of it; what takes long asks for `current()`.
-"""
-
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from threading import Thread
+from typing import TypeVar
 
 from everalign.errors import EveralignError
 
@@ -91,3 +86,35 @@ def check_deadline() -> None:
     deadline = _current.get()
     if deadline is not None:
         deadline.check()
+
+
+_Result = TypeVar("_Result")
+
+
+def call_in_thread(call: Callable[[], _Result], name: str) -> "asyncio.Future[_Result]":
+    """Begin a call in a thread of its own, and return what will have its result. To cancel that does not end the call.
+
+    Executors of the standard library wait for their threads at the end of the process.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_Result] = loop.create_future()
+
+    def finish(result: _Result | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]  # there is a result where there is no error
+
+    def run() -> None:
+        result, failed = None, None
+        try:
+            result = call()
+        except BaseException as error:  # noqa: BLE001 (it is given to who waits)
+            failed = error
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(finish, result, failed)
+
+    Thread(target=run, name=name, daemon=True).start()
+    return future

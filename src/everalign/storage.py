@@ -1,28 +1,24 @@
-"""Work that survives a kill and a second process: results by key in a journal, and one process at a time on an output.
-
-    with alone(lock_of(output)):
-        journal = Journal.beside(output, scorer.fingerprint, rows.fingerprint)
-        found = journal.read(range(len(rows)))
-        ...
-        journal.put({number: rewards})
-
-Everything here rests on the locks of the file system: `flock` for outputs, SQLite's for journals. On one machine they
-hold whatever happens. Between machines they hold where the file system passes locks on: NFS from version 4, or with
-its lock daemon, and not when mounted with `nolock` or `local_lock`; Lustre when mounted with `flock`. Where nothing
-locks at all, `alone` is an error. Over NFS a journal is slow, and its SQLite file is best written by one machine.
-"""
+"""Files, folders, tensors and journals that survive a kill: written whole or not at all, checked when read."""
 
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 import sqlite3
+import stat
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from everalign.errors import EveralignError, InputError
 
@@ -218,3 +214,167 @@ def json_line(value: Any) -> str:
 
 def _digest(*texts: str) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+_PARTIAL = ".partial"
+_BLOCK = 1 << 20
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hex sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_partial(path: Path) -> bool:
+    """Whether this is what a kill left of `write_text` or `new_folder`."""
+    return path.name.endswith(_PARTIAL)
+
+
+def checksums(folder: Path, exclude: frozenset[str] = frozenset()) -> dict[str, str]:
+    """Return the sha256 of every file below `folder` by its relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): sha256_of(path)
+        for path in files
+        if path.relative_to(folder).as_posix() not in exclude
+    }
+
+
+def differing_files(folder: Path, expected: dict[str, str]) -> list[str]:
+    """Return the names of expected files that are missing or changed."""
+    return [
+        name for name, digest in expected.items() if not (folder / name).is_file() or sha256_of(folder / name) != digest
+    ]
+
+
+def check_new_file(path: Path, suffix: str, overwrite: bool) -> None:
+    """Refuse an output whose name does not end in `suffix`, or that exists and may not be replaced."""
+    if path.suffix != suffix:
+        raise InputError(f"{path}: the output's name must end in {suffix}")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise InputError(f"{path} exists: choose another output, or ask for --overwrite to replace a file")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by `text` in one step that survives a crash; of several processes, the last one's text stands."""
+    temporary = path.with_name(path.name + _PARTIAL)
+    # Locked: two processes that wrote into the same temporary file would mix their texts.
+    handle = lock_file(temporary, wait=lambda _: None)
+    with os.fdopen(handle, "r+", encoding="utf-8") as file:
+        file.truncate(0)
+        file.write(text)
+        file.flush()
+        os.fsync(handle)
+        os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by `value` as indented JSON in one step that survives a crash."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours; a missing or damaged one is an InputError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; is this an Everalign run directory?") from error
+    except ValueError as error:
+        raise InputError(f"{path}: damaged JSON ({error}); restore the file") from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends without an error.
+
+    What an earlier, broken-off attempt left of the temporary folder is dropped. Callers hold a lock, of `path` or of
+    something around it: see `everalign.storage.alone`.
+    """
+    temporary = path.with_name(path.name + _PARTIAL)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        # It may be as large as a model.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    follow_umask(temporary)
+    for entry in [temporary, *temporary.rglob("*")]:
+        _sync(entry)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file, or every file below a folder, the mode that a new file gets there.
+
+    safetensors and `tempfile` make files that only their owner reads, whatever the umask says.
+    """
+    probe = (path if path.is_dir() else path.parent) / f".mode-{os.getpid()}{_PARTIAL}"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+_CHECKSUM = "sha256"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Replace a file by named tensors in one step; several processes may write it at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    os.close(handle)
+    try:
+        save_file({**tensors, _CHECKSUM: _checksum(tensors)}, temporary)
+        follow_umask(Path(temporary))
+        os.replace(temporary, path)
+    except BaseException:  # a full disk or Ctrl-C: nobody else would ever remove the file
+        os.unlink(temporary)
+        raise
+
+
+def read_tensors(path: Path, names: tuple[str, ...], what: str) -> dict[str, Tensor] | None:
+    """Return the tensors of `write_tensors`, None where there is no file.
+
+    Args:
+        path: the file.
+        names: the tensors that it has to hold.
+        what: names the file's role in an error.
+
+    Raises:
+        InputError: the file is damaged; the message says to delete it.
+    """
+    if not path.exists():
+        return None
+    try:
+        stored = load_file(path)
+        tensors = {name: stored[name] for name in names}
+        intact = torch.equal(stored[_CHECKSUM], _checksum(tensors))
+    except (SafetensorError, KeyError) as error:
+        raise InputError(f"{path}: the {what} is damaged ({error}): delete this file") from error
+    if not intact:
+        raise InputError(f"{path}: the {what} is damaged (its values changed): delete this file")
+    return tensors
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> Tensor:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)

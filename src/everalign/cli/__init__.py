@@ -10,11 +10,11 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from everalign.cli.console import say
 from everalign.cli.correct import correct
 from everalign.cli.demo import demo
 from everalign.cli.feedback import feedback
 from everalign.cli.learn import learn
-from everalign.cli.output import say
 from everalign.cli.reward import reward
 from everalign.cli.runs import export, report, rollback, versions
 from everalign.cli.serve import EPILOG as SERVE_EPILOG

@@ -5,10 +5,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everalign.cli import correct_data, correct_distill, correct_evaluate, correct_run, correct_steer
-from everalign.cli.display import Display
-from everalign.cli.output import say, show, show_json, show_line
-from everalign.cli.verbs import Json, TrustRemoteCode, option, phrases, report_unused, resumable
+from everalign.cli import (
+    correct_data,
+    correct_run,
+    correct_steer,
+)
+from everalign.cli import (
+    correct_data as correct_distill,
+)
+from everalign.cli import (
+    correct_run as correct_evaluate,
+)
+from everalign.cli.console import Display, say, show, show_json, show_line
+from everalign.cli.options import Json, TrustRemoteCode, option, phrases, report_unused, resumable
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""The verb `correct data`: questions in, question-answer-correction rows out."""
+"""The verbs `correct data` and `correct distill`: make correction data, and teach a model what a corrector does."""
 
 import math
 import os
@@ -11,16 +11,35 @@ from urllib.parse import urlsplit
 
 import typer
 
-from everalign.cli.display import Display
-from everalign.cli.output import show_json, show_line
-from everalign.cli.verbs import Json, TrustRemoteCode, option, report_unused, resumable
+from everalign.cli.console import Display, show, show_json, show_line
+from everalign.cli.correct_run import load_corrector
+from everalign.cli.options import (
+    DropConstant,
+    Estimator,
+    Json,
+    LengthNormalize,
+    ScaleRewards,
+    TargetEss,
+    Temperature,
+    TrustRemoteCode,
+    WeightCap,
+    WeightFloor,
+    flag,
+    option,
+    phrases,
+    report_unused,
+    resumable,
+)
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
-    from everalign.chat_models import ChatOptions
-    from everalign.correction.answering import Answerer, Editor
-    from everalign.correction.asking import Cost
-    from everalign.correction.pipeline import CorrectionData, Filters
+    from rich.table import Table
+
+    from everalign.correction.generators import Answerer, Cost, Editor
+    from everalign.correction.make_data import CorrectionData, Filters
+    from everalign.learning.options import DistillOptions
+    from everalign.learning.self_training import Distillation
+    from everalign.llm_client import ChatOptions
 
 DATA_EPILOG = (
     "Example: everalign correct data --data questions.jsonl --answers-from http://127.0.0.1:8000/v1#small "
@@ -76,7 +95,7 @@ def data(
     asking = {"concurrency": concurrency, "requests_per_minute": requests_per_minute, "timeout": timeout}
     if not servers:
         _refuse(asking, "only a server (URL#MODEL) has it")
-    from everalign.chat_models import ChatOptions
+    from everalign.llm_client import ChatOptions
 
     options = ChatOptions(**asking)  # type: ignore[arg-type]  # each under its own name
     sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
@@ -102,8 +121,8 @@ def _make(
     skip_bad_rows: bool,
     display: Display,
 ) -> "CorrectionData":
-    from everalign.correction.pipeline import make_corrections
-    from everalign.data.drafts import load_drafts
+    from everalign.correction.make_data import make_corrections
+    from everalign.data.readers import load_drafts
 
     rows = load_drafts(source, skip_bad_rows=skip_bad_rows)
     report_unused(rows)
@@ -122,7 +141,7 @@ def _make(
 
 
 def _answerer(name: str | None, sampling: dict[str, Any], options: "ChatOptions") -> "Answerer | None":
-    from everalign.correction.answering import EndpointAnswers, SampledAnswers
+    from everalign.correction.generators import EndpointAnswers, SampledAnswers
 
     given = {flag: value for flag, value in sampling.items() if value is not None}
     if name is None:
@@ -140,14 +159,14 @@ def _editor_key(answers_from: str | None, corrections_from: str | None) -> str |
     hosts = {urlsplit(name)[:2] for name in names}
     if len(hosts) < 2:
         return None
-    from everalign.chat_arguments import checked_key
+    from everalign.llm_client import checked_key
 
     return checked_key(os.environ.get("CORRECTIONS_API_KEY", ""), "CORRECTIONS_API_KEY")
 
 
 def _editor(name: str | None, instructions: Path | None, options: "ChatOptions", key: str | None) -> "Editor | None":
-    from everalign.chat_models import read_instructions
-    from everalign.correction.answering import Editor
+    from everalign.correction.generators import Editor
+    from everalign.llm_client import read_instructions
 
     if name is None:
         _refuse({"instructions": instructions}, "they are for a model that corrects (--corrections-from)")
@@ -159,7 +178,7 @@ def _editor(name: str | None, instructions: Path | None, options: "ChatOptions",
 
 
 def _filters(template: str | None, longest: int | None, near: float | None) -> "Filters":
-    from everalign.correction.pipeline import Filters
+    from everalign.correction.make_data import Filters
     from everalign.correction.templates import get_template
 
     given = {"longest": longest, "near": near, "template": None if template is None else get_template(template)}
@@ -248,3 +267,162 @@ def _told(stage: dict[str, Any]) -> str:
     price = f", cost {stage['cost']:.4g}" if "cost" in stage else ""
     tokens = f"{stage['prompt_tokens']} + {stage['completion_tokens']} tokens read and written{untold}{price}"
     return f"{told}: {stage['requests']} requests, {tokens}"
+
+
+DISTILL_EPILOG = (
+    "Example: everalign correct distill --model Qwen/Qwen2.5-7B-Instruct --corrector runs/corrector "
+    "--data prompts.jsonl --output runs/distilled --rounds 2"
+)
+_TRAINING, _ROUNDS = "Training", "Rounds"
+# A recipe's keys that `everalign learn` has as flags too.
+_LEARNING = (
+    "method",
+    "learning_rate",
+    "epochs",
+    "beta",
+    "reference",
+    "max_length",
+    "rank",
+    "alpha",
+    "targets",
+    "batch_size",
+    "tokens_per_batch",
+    "checkpointing",
+    "precision",
+    "replay",
+    "estimator",
+    "temperature",
+    "target_ess",
+    "scale_rewards",
+    "weight_cap",
+    "length_normalize",
+    "weight_floor",
+    "drop_constant",
+)
+
+
+def distill(
+    context: typer.Context,
+    model: Annotated[
+        str, flag("The stronger model: a Hugging Face folder, a Hub name, a .gguf file, `tiny` or `smollm2`.")
+    ],
+    corrector: Annotated[str, flag("A corrector's folder, or one on a server.", None, "DIR|URL#MODEL")],
+    data: Annotated[str, flag("Prompts; other columns are not looked at.", None, "ROWS")],
+    output: Annotated[str, flag("The run directory.", None, "DIR")],
+    labels: Annotated[str, flag("What is learned: sft, dpo, fpo or var.", None, "LABELS", "--as")] = "sft",
+    test: Annotated[str | None, flag("Held-out preferences, scored after every round.", None, "PAIRS")] = None,
+    template: Annotated[str | None, flag("What the corrector reads, if it does not say so.", None, "ID")] = None,
+    objectives: Annotated[str | None, flag("Those that one on a server was trained with.", None, "WORDS")] = None,
+    seed: Annotated[int, flag("Seeds everything random.")] = 0,
+    resume: Annotated[bool, flag("Go on with the run that DIR holds.", None, "", "--resume")] = False,
+    rounds: Annotated[int, flag("How often the model answers anew.", _ROUNDS)] = 1,
+    sampling_temperature: Annotated[float, flag("What logits are divided by; 1.", _ROUNDS)] = 1.0,
+    max_new_tokens: Annotated[int, flag("Longest answer, in tokens; 256.", _ROUNDS)] = 256,
+    method: Annotated[str | None, flag("lifealign, er or seqft.", _TRAINING)] = None,
+    replay: Annotated[float | None, flag("Share of a round's rows to replay later.", _TRAINING)] = None,
+    learning_rate: Annotated[float | None, flag("Peak of the learning rate.", _TRAINING)] = None,
+    epochs: Annotated[float | None, flag("Passes over a round's rows; fractions allowed.", _TRAINING)] = None,
+    beta: Annotated[float | None, flag("Inverse temperature of dpo and fpo.", _TRAINING)] = None,
+    reference: Annotated[str | None, flag("base, stage_start or previous_task (dpo, fpo).", _TRAINING)] = None,
+    max_length: Annotated[int | None, flag("Longest prompt plus answer, in tokens.", _TRAINING)] = None,
+    rank: Annotated[int | None, flag("Rank of a round's LoRA adapter.", _TRAINING)] = None,
+    alpha: Annotated[float | None, flag("LoRA's α: an update is (α/rank)·B·A.", _TRAINING)] = None,
+    targets: Annotated[str | None, flag("Modules: names with commas, an expression, all-linear.", _TRAINING)] = None,
+    batch_size: Annotated[int | None, flag("Rows of an optimiser step.", _TRAINING)] = None,
+    tokens_per_batch: Annotated[int | None, flag("Tokens computed at once.", _TRAINING)] = None,
+    precision: Annotated[str | None, flag("auto, fp32 or bf16, for the base model.", _TRAINING)] = None,
+    checkpointing: Annotated[
+        str | None, flag("Compute activations twice to save memory: auto, on or off.", _TRAINING, "WHEN")
+    ] = None,
+    estimator: Estimator = None,
+    temperature: Temperature = None,
+    target_ess: TargetEss = None,
+    scale_rewards: ScaleRewards = None,
+    weight_cap: WeightCap = None,
+    length_normalize: LengthNormalize = None,
+    weight_floor: WeightFloor = None,
+    drop_constant: DropConstant = None,
+    skip_bad_rows: Annotated[bool, flag("Leave bad rows out, and say so.", None, "", "--skip-bad-rows")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Let a small corrector teach a stronger model: it rewrites the model's answers, and the model learns from that.
+
+    Each round is a task of one run, so that LifeAlign keeps what was learned before. Killed in the middle, the same
+    command with --resume goes on.
+    """
+    from everalign.learning.options import DistillOptions
+
+    options = DistillOptions(labels, rounds, sampling_temperature, max_new_tokens)  # type: ignore[arg-type]  # checked
+    started = time.perf_counter()
+    with resumable("the same command with --resume"), Display() as display:
+        done = _distill(context.params, options, display)
+    (_show_json if as_json else _show_distillation)(done, time.perf_counter() - started)
+
+
+def _distill(flags: dict[str, Any], options: "DistillOptions", display: Display) -> "Distillation":
+    from everalign.data.readers import load_drafts, load_preferences
+    from everalign.data.records import PromptRow, PromptSet
+    from everalign.learning.self_training import distill
+
+    arguments = _learner_arguments(flags)
+    drafts = load_drafts(flags["data"], skip_bad_rows=flags["skip_bad_rows"])
+    report_unused(drafts)
+    prompts = PromptSet(tuple(PromptRow(row.question, row.weight) for row in drafts), drafts.source)
+    test = None if flags["test"] is None else load_preferences(flags["test"])
+    display.announce(f"{len(prompts)} prompts")
+    return distill(
+        corrector=load_corrector(flags["corrector"], flags["template"], {}, None, phrases(flags["objectives"])),
+        prompts=prompts,
+        options=options,
+        test=test,
+        resume=flags["resume"],
+        announce=display.announce,
+        progress=display.progress,
+        **arguments,
+    )
+
+
+def _learner_arguments(flags: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe with these flags makes of them, checks included; its one task stands for the rounds."""
+    from everalign.learning.recipe import Recipe
+
+    given = {name: flags[name] for name in (*_LEARNING, "model", "output", "seed")}
+    task = {"name": "round-1", "train": flags["data"]}
+    found = Recipe.from_flags({**given, "objective": flags["labels"], "tasks": [task]}).learner_arguments()
+    return {name: value for name, value in found.items() if name not in ("objective", "sample_answers")}
+
+
+def _show_json(done: "Distillation", seconds: float) -> None:
+    from everalign.cli import results
+
+    run = done.learner.run
+    rounds = [asdict(found) for found in done.rounds]
+    scored = results.scores(run) if run.tasks else {}
+    show_json({"output": str(run.path), "rounds": rounds, "scores": scored, "seconds": round(seconds, 3)})
+
+
+def _show_distillation(done: "Distillation", seconds: float) -> None:
+    from everalign.cli import results
+    from everalign.reporting.formats import seconds as duration
+
+    run = done.learner.run
+    show(_table(done))
+    if run.zero_shot:
+        show(*results.summary([run]))
+    show_line("time", duration(seconds))
+    show_line("run", run.path)
+
+
+def _table(done: "Distillation") -> "Table":
+    from rich.table import Table
+
+    from everalign.reporting.formats import percent
+
+    table = Table()
+    for title in ("round", "answers", "unanswered", "changed", "of their words", "rows"):
+        table.add_column(title, justify="right")
+    for found in done.rounds:
+        counts = (str(found.round), str(found.answers), str(found.unanswered), percent(found.changed_share))
+        table.add_row(*counts, percent(found.edit), str(found.rows))
+    return table

@@ -5,15 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everalign.cli.display import Display
-from everalign.cli.output import show, show_json, show_line
-from everalign.cli.verbs import Json, TrustRemoteCode, option, report_unused
+from everalign.cli.console import Display, show, show_json, show_line
+from everalign.cli.options import Json, TrustRemoteCode, option, report_unused
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from everalign.correction.steering_files import SteeringFacts
+    from everalign.contrib.steering_vectors import SteeringFacts
 
 EPILOG = (
     "Example: everalign correct steer --corrector runs/corrector --data edits.test.jsonl; then "
@@ -41,7 +40,7 @@ def steer(
     as_json: Json = False,
 ) -> None:
     """Find the direction between copying and correcting, and report what each strength does to held-out answers."""
-    from everalign.correction.steering import SteeringOptions, steer_corrector
+    from everalign.contrib.steering import SteeringOptions, steer_corrector
     from everalign.data import load_corrections
 
     given = {
@@ -90,7 +89,7 @@ def _show_json(folder: Path, facts: "SteeringFacts") -> None:
 
 
 def _show(folder: Path, facts: "SteeringFacts") -> None:
-    from everalign.correction.steering_files import FACTS_FILE
+    from everalign.contrib.steering_vectors import FACTS_FILE
 
     show(_table(facts))
     show_line("layers", ", ".join(map(str, facts.layers)))

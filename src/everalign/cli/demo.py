@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from everalign.cli.display import Display
-from everalign.cli.output import has_colours, show, show_json, show_line
-from everalign.cli.verbs import Json
+from everalign.cli.console import Display, has_colours, show, show_json, show_line
+from everalign.cli.options import Json
 
 
 def demo(
@@ -25,7 +24,7 @@ def demo(
     from everalign.demo.run import run_demo
     from everalign.learning.run_data import load_run
     from everalign.reporting import score_table
-    from everalign.reporting.corrections import corrector_texts
+    from everalign.reporting.answers import corrector_texts
     from everalign.reporting.sampling_error import error_matrix
 
     with Display() as display:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from everalign.cli.output import show_json, show_line
-from everalign.cli.verbs import Json, option
+from everalign.cli.console import show_json, show_line
+from everalign.cli.options import Json, option
 from everalign.errors import InputError
 
 feedback = typer.Typer(help="Count the feedback that a gateway stored, and write it as rows.", no_args_is_help=True)
@@ -70,10 +70,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write feedback as rows that learn, reward train and correct train read; all of it, without a task's guards."""
-    from everalign.files import check_new_file, write_text
-    from everalign.serving.next_task import rows_of
+    from everalign.serving.feedback.task import rows_of
     from everalign.serving.store import FeedbackStore
-    from everalign.storage import json_line
+    from everalign.storage import check_new_file, json_line, write_text
 
     check_new_file(output, ".jsonl", overwrite)
     check_is_there(store)
@@ -96,7 +95,7 @@ def check_is_there(url: str) -> None:
     Raises:
         InputError: there is no such file, or the address is none.
     """
-    from everalign.serving.store.addresses import checked_address, shown
+    from everalign.serving.store.engine import checked_address, shown
 
     address = checked_address(url)
     if address.get_backend_name() == "sqlite" and not Path(str(address.database)).exists():

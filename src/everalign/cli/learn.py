@@ -1,16 +1,15 @@
 """The verb `learn`: tasks in, a run directory out. Its flags are the keys of a recipe (`everalign.learning.recipe`)."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everalign.cli.display import Display
-from everalign.cli.learn_feedback import FeedbackFlags, feedback_flags, learn_feedback
-from everalign.cli.output import show, show_json, show_line, show_yaml
-from everalign.cli.verbs import TrustRemoteCode, flag, report_unused, resumable
-from everalign.cli.weighting_flags import (
+from everalign.cli.console import Display, show, show_json, show_line, show_yaml
+from everalign.cli.feedback import check_is_there
+from everalign.cli.options import (
     REWARDS,
     DropConstant,
     Estimator,
@@ -18,13 +17,17 @@ from everalign.cli.weighting_flags import (
     ScaleRewards,
     TargetEss,
     Temperature,
+    TrustRemoteCode,
     WeightCap,
     WeightFloor,
+    flag,
+    report_unused,
+    resumable,
 )
 from everalign.errors import GateRefusedError, InputError
 
 if TYPE_CHECKING:
-    from everalign.data.row_set import RowSet
+    from everalign.data.rows import RowSet
     from everalign.learning.recipe import Recipe
     from everalign.learning.run_data import RunData
 
@@ -178,7 +181,7 @@ def _recipe(flags: dict[str, Any]) -> "Recipe":
 
 
 def _completed(recipe: "Recipe") -> "Recipe":
-    from everalign.learning.known_recipe import completed
+    from everalign.learning.recipe import completed
 
     return completed(recipe)
 
@@ -205,13 +208,12 @@ def _learn(flags: dict[str, Any]) -> None:
 
 
 def _run(
-    recipe: "Recipe", resume: bool, feedback: FeedbackFlags | None, display: Display
+    recipe: "Recipe", resume: bool, feedback: "FeedbackFlags | None", display: Display
 ) -> tuple["RunData", GateRefusedError | None]:
     """Learn; what the gate has refused ends it, and is told of after the results."""
-    from everalign.learning.known_recipe import nothing_left, write_recipe
     from everalign.learning.learner import Learner
     from everalign.learning.promotion import alone_in
-    from everalign.learning.task_files import load_tasks
+    from everalign.learning.recipe import load_tasks, nothing_left, write_recipe
 
     if feedback is not None:
         return learn_feedback(feedback, recipe, display)
@@ -248,7 +250,7 @@ def _write_report(run: Path) -> Path:
 
 def _show_json(run: "RunData", refusal: GateRefusedError | None, report: Path | None, seconds: float) -> None:
     from everalign.cli import results
-    from everalign.learning.version_rows import version_rows
+    from everalign.learning.run_data import version_rows
 
     facts = {"output": str(run.path), "report": None if report is None else str(report), "seconds": round(seconds, 3)}
     refused = None if refusal is None else refusal.version
@@ -265,3 +267,69 @@ def _show(run: "RunData", report: Path | None, seconds: float) -> None:
     show_line("run", run.path)
     if report is not None:
         show_line("report", report)
+
+
+_OPTIONS = ("minimum", "key_share", "agreement", "held_out")
+
+
+@dataclass(frozen=True)
+class FeedbackFlags:
+    """Where feedback is, and how it becomes a task.
+
+    Args:
+        store: the store's address.
+        options: of `NextTaskOptions`, as far as they are given.
+    """
+
+    store: str
+    options: dict[str, Any]
+
+
+def feedback_flags(flags: dict[str, Any]) -> FeedbackFlags | None:
+    """Return what is said of feedback; None where nothing is to be learned from it."""
+    given = {name: flags[name] for name in _OPTIONS if flags[name] is not None}
+    if flags["from_feedback"] is None:
+        for name in given:
+            raise InputError(f"--{name.replace('_', '-')}: is for feedback; name its store with --from-feedback")
+        return None
+    if flags["task"]:
+        raise InputError("--task: what is learned from feedback is the only task; leave --task out")
+    return FeedbackFlags(flags["from_feedback"], given)
+
+
+def learn_feedback(
+    flags: FeedbackFlags, recipe: "Recipe", display: Display
+) -> tuple["RunData", GateRefusedError | None]:
+    """Learn feedback as the next task of the run that is there, or the first of a new one.
+
+    Such a run starts from the corrector in service: its promoted version, or for a new run the model that is named.
+    """
+    from everalign.correction.corrector_files import FACTS_FILE, is_corrector
+    from everalign.learning.learner import Learner
+    from everalign.learning.promotion import alone_in
+    from everalign.learning.recipe import completed, write_recipe
+    from everalign.serving.feedback.loop import GATE, learn_from_feedback
+    from everalign.serving.feedback.task import NextTaskOptions
+    from everalign.serving.store import FeedbackStore
+
+    if recipe.tasks:
+        raise InputError("tasks: what is learned from feedback is the only task; leave them out of the recipe")
+    check_is_there(flags.store)
+    options = NextTaskOptions(**flags.options)
+    # Unfinished tasks of the run's own wait for a command that names them, or says --resume alone.
+    recipe = completed(recipe).model_copy(update={"tasks": None})
+    output = Path(recipe.output or "")
+    resume = (output / "run.json").exists()
+    if not resume and recipe.output is not None and (output / FACTS_FILE).exists():
+        raise InputError(
+            f"--output {output}: is a corrector, and what is learned from feedback goes into a run: name another "
+            f"folder, and begin with this corrector by --model {output}"
+        )
+    if recipe.objective is None and recipe.model is not None and is_corrector(recipe.model):
+        recipe = recipe.model_copy(update={"objective": "correction"})
+    arguments = {"gate": GATE, **recipe.learner_arguments(needs_tasks=False)}
+    with alone_in(Path(arguments["output"])), FeedbackStore.open(flags.store) as store:
+        learner = Learner(**arguments, resume=resume, announce=display.announce, progress=display.progress)
+        write_recipe(learner.run.path, recipe)
+        learned = learn_from_feedback(store, learner, options, display.announce)
+    return learner.run, learned.refusal

@@ -8,9 +8,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from everalign.learning.gate import what_fell
-from everalign.learning.run_data import RunData, run_labels
-from everalign.learning.version_rows import version_rows
+from everalign.learning.promotion import what_fell
+from everalign.learning.run_data import RunData, run_labels, version_rows
 from everalign.reporting import comparison_table, score_table
 from everalign.reporting.answers import answer_pairs
 from everalign.reporting.formats import METRICS

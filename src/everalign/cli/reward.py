@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everalign.cli.display import Display
-from everalign.cli.output import show, show_json, show_line
-from everalign.cli.verbs import Json, TrustRemoteCode, option, report_unused, resumable
+from everalign.cli.console import Display, show, show_json, show_line
+from everalign.cli.options import Json, TrustRemoteCode, option, report_unused, resumable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from everalign.data import PreferenceSet
-    from everalign.evaluation.rewards import JudgeOptions, Scorer, ScoringResult
-    from everalign.training.reward_model import TrainedRewardModel
-    from everalign.training.reward_report import RewardReport
+    from everalign.evaluation.score_rows import JudgeOptions, Scorer, ScoringResult
+    from everalign.training.reward_model import RewardReport, TrainedRewardModel
 
 reward = typer.Typer(help="Train a reward model on preferences, and score answers.", no_args_is_help=True)
 
@@ -117,7 +115,7 @@ def score(
     Killed in the middle, the same command goes on where it was.
     """
     with resumable():
-        from everalign.evaluation.rewards import JudgeOptions
+        from everalign.evaluation.score_rows import JudgeOptions
 
         judge = JudgeOptions(judge_instructions, cache, concurrency, requests_per_minute, timeout)
         _score(model, data, output, overwrite, batch_size, tokens_per_batch, judge, as_json)
@@ -142,7 +140,7 @@ def _score(
     as_json: bool,
 ) -> None:
     from everalign.data import load_unscored
-    from everalign.evaluation.rewards import ANSWERS_PER_BATCH, make_scorer, score_rows
+    from everalign.evaluation.score_rows import ANSWERS_PER_BATCH, make_scorer, score_rows
     from everalign.storage import alone, lock_of
 
     started = time.perf_counter()
@@ -190,7 +188,7 @@ def _judging_cost(scorer: "Scorer") -> dict[str, int]:
     """What a judge has used; nothing for other scorers."""
     from dataclasses import asdict
 
-    from everalign.evaluation.rewards import JudgeScorer
+    from everalign.evaluation.score_rows import JudgeScorer
 
     return asdict(scorer.client.usage) if isinstance(scorer, JudgeScorer) else {}
 

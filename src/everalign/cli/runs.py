@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from everalign.cli.output import show, show_json, show_line
-from everalign.cli.verbs import Json, TrustRemoteCode, option
+from everalign.cli.console import show, show_json, show_line
+from everalign.cli.options import Json, TrustRemoteCode, option
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as `learn` writes it.")]
 
@@ -37,8 +37,7 @@ def versions(
 ) -> None:
     """List a run's versions with their scores, then and now, and what became of each."""
     from everalign.cli import results
-    from everalign.learning.run_data import load_run
-    from everalign.learning.version_rows import version_rows
+    from everalign.learning.run_data import load_run, version_rows
 
     loaded = load_run(run)
     if as_json:
@@ -96,7 +95,7 @@ def export(
     """
     from everalign.learning.export import export_adapter, export_version
     from everalign.learning.run_data import load_run
-    from everalign.modeling.checkpoint import checked_dtype
+    from everalign.modeling.model_files import checked_dtype
     from everalign.modeling.runtime import prepare_process
 
     kind = checked_dtype(dtype)

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from everalign.cli.console import notes, say
 from everalign.cli.correct_run import load_corrector, make_approver
-from everalign.cli.output import notes, say
-from everalign.cli.verbs import TrustRemoteCode, option
+from everalign.cli.options import TrustRemoteCode, option
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
-    from everalign.serving.correcting import CorrectionService
-    from everalign.serving.following import FollowedRun
-    from everalign.serving.keeping import Store
+    from everalign.serving.corrector_reload import FollowedRun
+    from everalign.serving.corrector_service import CorrectionService
+    from everalign.serving.request_log import Store
     from everalign.serving.settings import GatewaySettings
 
 EPILOG = (
@@ -135,8 +135,8 @@ def serve(
     Clients change their base URL, and nothing else.
     """
     _check_installed()
-    from everalign.serving.auth import Allowance
     from everalign.serving.headers import HeaderRules
+    from everalign.serving.security import Allowance
     from everalign.serving.server import (
         address_of,
         bound_socket,
@@ -194,8 +194,8 @@ def serve(
         local = {"device": device, "precision": precision}
         approval = make_approval(approve, margin)
         corrections, followed = _corrections(corrector, template, gate, approval, local, settings, on_rollback)
-        from everalign.serving.access_log import write_access_log
         from everalign.serving.app import create_app
+        from everalign.serving.telemetry import write_access_log
 
         app = create_app(settings, store=kept, corrections=corrections, followed=followed)
 
@@ -244,8 +244,8 @@ def _settings(
 def _open_store(url: str | None, redact: str | None, retention_days: int | None, wait: float) -> "Store | None":
     if url is None:
         return None
+    from everalign.serving.store.database import FeedbackStore
     from everalign.serving.store.redaction import KINDS, Redaction
-    from everalign.serving.store.store import FeedbackStore
 
     kinds = KINDS if redact == "all" else tuple(kind.strip() for kind in (redact or "").split(","))
     redaction = None if redact is None else Redaction(kinds)
@@ -266,7 +266,7 @@ def _corrections(
     if name is None:
         return None, None
     from everalign.correction import CorrectionOptions
-    from everalign.serving.following import FollowedRun, is_run
+    from everalign.serving.corrector_reload import FollowedRun, is_run
     from everalign.serving.gateway import make_corrections
 
     on_server = name.startswith(("http://", "https://"))

@@ -12,17 +12,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from everalign.chat_client import ChatClient
 from everalign.correction.engines import TOKENS_PER_BATCH, EndpointEngine, Engine, Gate, Pair, Written
-from everalign.correction.guards import Approver, Guards
+from everalign.correction.output_checks import Approver, Guards
 from everalign.correction.templates import Question, Template, get_template
-from everalign.data.fields import check_text
 from everalign.data.messages import checked_prompt
+from everalign.data.rows import check_text
 from everalign.errors import EveralignError, InputError
+from everalign.llm_client import ChatClient
 
 if TYPE_CHECKING:
-    from everalign.modeling.draft_decoding import Verified
     from everalign.modeling.loading import Precision
+    from everalign.modeling.speculative import Verified
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ class Corrector:
         # Here: a process that asks a server for its corrections needs none of this.
         import torch
 
-        from everalign.correction.files import load_corrector_files
-        from everalign.correction.local_engine import LocalEngine
+        from everalign.correction.corrector_files import load_corrector_files
+        from everalign.correction.engines import LocalEngine
         from everalign.modeling.loading import load_model, load_tokenizer
 
         files = load_corrector_files(folder, template)

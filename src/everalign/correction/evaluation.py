@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from everalign.correction.batch import ROWS_PER_BATCH, check_batches, correct_batches, journal_facts
 from everalign.correction.corrector import Corrected, CorrectionOptions, Corrector
 from everalign.correction.edits import edit_ratio, kept_share, words
-from everalign.correction.running import ROWS_PER_BATCH, check_batches, correct_batches, journal_facts
 from everalign.correction.templates import Question
-from everalign.data.answers import Answer, AnswerSet
+from everalign.data.records import Answer, AnswerSet
 from everalign.errors import EveralignError
 from everalign.storage import Journal, alone, lock_of
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from everalign.correction.templates import DEFAULT_TEMPLATE, Template, get_template, question_text
-from everalign.data.corrections import Correction, CorrectionSet
+from everalign.data.records import Correction, CorrectionSet
 from everalign.errors import InputError
-from everalign.plain_text import folded as folded_text
+from everalign.text import folded as folded_text
 
 LONGEST_CORRECTION = 16_384
 NEAR = 0.9

@@ -24,7 +24,7 @@ from functools import cached_property
 
 from everalign.data.messages import Message, message_text
 from everalign.errors import InputError
-from everalign.plain_text import nfkc, without_invisible
+from everalign.text import nfkc, without_invisible
 
 Question = str | Sequence[Message]
 

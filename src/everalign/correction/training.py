@@ -12,32 +12,32 @@ arguments give the same weights on the same machine.
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from everalign.correction.encoder import CorrectionEncoder
-from everalign.correction.encoding import Texts, compared, copied, encode_corrections, taught
-from everalign.correction.files import CorrectorFacts, chosen_template, write_corrector_facts
-from everalign.correction.options import CorrectorOptions
-from everalign.correction.report import CorrectorReport, corrector_report
-from everalign.correction.stages import train_stage
+from everalign.correction.corrector_files import CorrectorFacts, chosen_template, write_corrector_facts
 from everalign.correction.templates import get_template
-from everalign.data.corrections import CorrectionSet
-from everalign.data.groups import EncodedGroup
+from everalign.correction.tokenization import CorrectionEncoder, Texts, compared, copied, encode_corrections, taught
+from everalign.data.collate import Batch, batches_by_length, lay_out_groups, row_tokens
 from everalign.data.readers import check_disjoint
+from everalign.data.records import CorrectionSet
+from everalign.data.tokenization import SHORTEST_MAX_LENGTH, EncodedGroup
 from everalign.errors import InputError
-from everalign.files import new_folder
 from everalign.modeling.base_adapter import base_and_adapter, tokenizer_folder
+from everalign.modeling.full_model import WholeModel
 from everalign.modeling.loading import (
     Precision,
+    PrecisionChoice,
     check_all_weights,
     check_trainable,
     load_model,
@@ -47,14 +47,242 @@ from everalign.modeling.loading import (
     resolve_precision,
     sequence_limit,
 )
-from everalign.modeling.merging import merged_into, write_checked
+from everalign.modeling.model_files import merged_into, write_checked
 from everalign.modeling.policy import Policy
-from everalign.modeling.reward_files import check_free
-from everalign.modeling.runtime import place_name, prepare_process, training_device
-from everalign.modeling.stops import write_ends
-from everalign.modeling.whole_model import WholeModel
-from everalign.storage import alone, lock_of
-from everalign.training.stage import StageResult
+from everalign.modeling.reward_model import check_free
+from everalign.modeling.runtime import Checkpointing, check_checkpointing, place_name, prepare_process, training_device
+from everalign.modeling.stopping import write_ends
+from everalign.storage import alone, lock_of, new_folder
+from everalign.training.objectives import RewardWeightedObjective
+from everalign.training.stage import (
+    TOKENS_PER_BATCH,
+    StageOptions,
+    StageResult,
+    keep_finished,
+    load_finished,
+    train_rows,
+)
+
+LEARNING_RATE = 2e-5
+# An adapter starts at 0 and has far to go.
+LORA_LEARNING_RATE = 2e-4
+
+
+@dataclass(frozen=True)
+class CorrectorOptions:
+    """How a corrector is trained; the defaults are the paper's where it states any.
+
+    Args:
+        template: id of the template; None for the one of the corrector that is trained on, or `everalign-1`.
+        objectives: named in every prompt, where the template has a place for them; None for those of the corrector
+            that is trained on, or none.
+        identity: share of the rows that the warm-up learns to copy, between 0 (no warm-up) and 1.
+        identity_epochs: passes over them.
+        identity_learning_rate: peak learning rate of the warm-up; None for that of the second stage.
+        learning_rate: peak learning rate; None for 2e-5, or 2e-4 of an adapter.
+        epochs: passes over the corrections, fractions allowed.
+        batch_size: rows of an optimiser step.
+        max_length: longest prompt plus correction, in tokens; None for 2,048, or for what the model can take if it is
+            less.
+        tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
+        checkpointing: `on` keeps only what goes into each layer and computes the rest again in the backward pass,
+            `auto` does so where memory would not do otherwise; changes no result.
+        warmup: share of a stage's steps in which the learning rate rises.
+        lora_rank: rank of an adapter that is trained instead of all weights, and merged at the end; 0 for all weights.
+        lora_alpha: LoRA's α; None for twice the rank.
+        precision: `bf16` computes in bf16, `auto` does so on a GPU that has it. An adapter's base is then kept in bf16
+            too; what is learned is fp32, whether it is an adapter or all weights.
+        checkpoint_steps: steps between two checkpoints, from which a killed training goes on; 0 for none.
+
+    Raises:
+        InputError: an option is out of its range, or would be ignored.
+    """
+
+    template: str | None = None
+    objectives: tuple[str, ...] | None = None
+    identity: float = 0.2
+    identity_epochs: float = 1.0
+    identity_learning_rate: float | None = None
+    learning_rate: float | None = None
+    epochs: float = 3.0
+    batch_size: int = 32
+    max_length: int | None = None
+    tokens_per_batch: int = TOKENS_PER_BATCH
+    checkpointing: Checkpointing = "auto"
+    warmup: float = 0.03
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    precision: PrecisionChoice = "auto"
+    checkpoint_steps: int = 200
+
+    def __post_init__(self) -> None:
+        least = {"batch_size": 1, "tokens_per_batch": 1, "max_length": SHORTEST_MAX_LENGTH, "lora_rank": 0}
+        for name, smallest in {**least, "checkpoint_steps": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise InputError(f"{name} must be at least {smallest}, found {value}")
+        for name in ("learning_rate", "epochs", "identity_learning_rate", "identity_epochs", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name} must be a finite number above 0, found {value}")
+        for name in ("identity", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise InputError(f"precision must be auto, fp32 or bf16, found {self.precision!r}")
+        check_checkpointing(self.checkpointing)
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise InputError("lora_alpha belongs to an adapter: set lora_rank too, or leave it out")
+
+    @property
+    def alpha(self) -> float:
+        """LoRA's α in use."""
+        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    def stage(self, warming_up: bool) -> StageOptions:
+        """Return how a stage is optimised."""
+        rate = self.learning_rate or (LORA_LEARNING_RATE if self.lora_rank else LEARNING_RATE)
+        return StageOptions(
+            learning_rate=(self.identity_learning_rate or rate) if warming_up else rate,
+            epochs=self.identity_epochs if warming_up else self.epochs,
+            batch_size=self.batch_size,
+            tokens_per_batch=self.tokens_per_batch,
+            checkpointing=self.checkpointing,
+            warmup=self.warmup,
+            checkpoint_steps=self.checkpoint_steps,
+        )
+
+
+@dataclass(frozen=True)
+class CorrectorReport:
+    """What a corrector makes of N held-out rows, every token counting the same.
+
+    Args:
+        rows: N, the rows whose correction and answer both fit.
+        perplexity: exp of the mean negative log-likelihood per token of the corrections, ends included.
+        copy_log_likelihood: mean log-likelihood per token of the original answers as output, in nats; 0 would be
+            certain to copy.
+        starts_by_copying: share of rows where greedy decoding would begin with the answer's first token.
+        copies: share of rows where greedy decoding would return the whole answer unchanged.
+        identities: rows whose answer is its own correction.
+        keeps: share of these where it would be returned unchanged; None where there are none.
+    """
+
+    rows: int
+    perplexity: float
+    copy_log_likelihood: float
+    starts_by_copying: float
+    copies: float
+    identities: int
+    keeps: float | None
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of S sequences: log-likelihood in nats, tokens, and whether greedy decoding gives the first token and all."""
+
+    log_probs: Tensor
+    lengths: Tensor
+    first: Tensor
+    all: Tensor
+
+
+def corrector_report(
+    model: Policy | WholeModel, rows: Sequence[EncodedGroup], tokens_per_batch: int
+) -> CorrectorReport:
+    """Judge a corrector.
+
+    Args:
+        model: in evaluation mode.
+        rows: N of them, each with two responses: the correction and the answer.
+        tokens_per_batch: tokens computed at once, padding included.
+    """
+    shared, order, parts = model.head.shared, [], []
+    for numbers in batches_by_length([row_tokens(row, shared) for row in rows], tokens_per_batch):
+        batch = model.on_device(lay_out_groups([rows[number] for number in numbers], shared))
+        parts.append(_sums(batch, *model.response_choices(batch)))
+        order += numbers
+    correction, answer = (_of_response(parts, place) for place in (0, 1))
+    same = torch.tensor([rows[number].responses[0] == rows[number].responses[1] for number in order])
+    return CorrectorReport(
+        rows=len(rows),
+        perplexity=math.exp(-(correction.log_probs.sum() / correction.lengths.sum()).item()),
+        copy_log_likelihood=(answer.log_probs.sum() / answer.lengths.sum()).item(),
+        starts_by_copying=answer.first.mean().item(),
+        copies=answer.all.mean().item(),
+        identities=int(same.sum()),
+        keeps=answer.all[same].mean().item() if same.any() else None,
+    )
+
+
+def _sums(batch: Batch, log_probs: Tensor, tokens: Tensor) -> _Sums:
+    """Return the sums (2B,) fp64 on the CPU of a batch of B rows."""
+    lengths, sequences = batch["lengths"], batch["sequences"]
+    total = torch.zeros(len(lengths), device=log_probs.device, dtype=torch.float64)
+    right = (tokens == batch["targets"]).double()
+    # A sequence's tokens stand in their order, though not together.
+    firsts = sequences.argsort(stable=True)[lengths.cumsum(0) - lengths]
+    found = (
+        total.index_add(0, sequences, log_probs.double()),
+        lengths.double(),
+        right[firsts],
+        (total.index_add(0, sequences, right) == lengths).double(),
+    )
+    return _Sums(*(values.cpu() for values in found))
+
+
+def _of_response(parts: Sequence[_Sums], place: int) -> _Sums:
+    """Return the sums of every row's response at a place."""
+    names = ("log_probs", "lengths", "first", "all")
+    return _Sums(*(torch.cat([getattr(part, name)[place::2] for part in parts]) for name in names))
+
+
+def train_stage(
+    model: Policy | WholeModel,
+    rows: Sequence[EncodedGroup],
+    options: StageOptions,
+    folder: Path,
+    *,
+    seed: int,
+    announce: Callable[[str], None],
+    progress: Callable[[int, int], None],
+) -> tuple[StageResult, bool]:
+    """Train `model` in place, or load what an earlier call had finished.
+
+    Args:
+        model: a policy, whose adapter is trained, or a whole model.
+        rows: prompts, each with the one text that is to follow it, and its weight.
+        options: how.
+        folder: holds checkpoints and then the finished stage.
+        seed: seeds the order of the rows.
+        announce: called with a line where activations are computed again because memory is short.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        What the stage did, and whether an earlier call had finished it.
+
+    Raises:
+        EveralignError: the loss or the weights became NaN or infinite.
+    """
+    finished = load_finished(model, folder)
+    if finished is not None:
+        return StageResult(**finished), True
+    shared = model.head.shared
+    result = train_rows(
+        model,
+        RewardWeightedObjective(),
+        rows,
+        [row_tokens(row, shared) for row in rows],
+        options,
+        folder / "checkpoints",
+        seed=seed,
+        shared=shared,
+        progress=progress,
+        announce=announce,
+    )
+    keep_finished(model, asdict(result), folder, "training")
+    return result, False
+
 
 Progress = Callable[[str, int, int], None]
 

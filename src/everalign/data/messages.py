@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
-from everalign.data.fields import check_text, kind
+from everalign.data.rows import check_text, kind
 from everalign.errors import InputError
 
 Message = dict[str, Any]

@@ -7,10 +7,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from everalign.data.corrections import Correction
-from everalign.data.records import Preference
-from everalign.data.scored import Scored
-from everalign.data.tables import jsonl_rows
+from everalign.data.readers import jsonl_rows
+from everalign.data.records import Correction, Preference, Scored
 from everalign.errors import InputError
 
 AnyRow = Preference | Scored | Correction

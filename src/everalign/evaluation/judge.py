@@ -11,13 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from everalign.chat_client import ChatClient, ChatError, Completion
-from everalign.chat_models import ChatOptions, read_instructions
-from everalign.chat_reply import shortened
 from everalign.data.messages import Completion as Answered
 from everalign.data.messages import Message, Prompt, completion_text
 from everalign.errors import EveralignError, InputError
-from everalign.evaluation.judge_messages import (
+from everalign.evaluation.judge_prompts import (
     FORMAT,
     INSTRUCTIONS,
     Scale,
@@ -30,6 +27,7 @@ from everalign.evaluation.judge_messages import (
     read_score,
     read_verdict,
 )
+from everalign.llm_client import ChatClient, ChatError, ChatOptions, Completion, read_instructions, shortened
 from everalign.storage import Journal
 
 SCALE: Scale = (1.0, 10.0)

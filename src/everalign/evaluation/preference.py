@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from everalign.data.batches import batches_by_length
-from everalign.data.encoding import EncodedPair
-from everalign.data.layout import lay_out_chosen
+from everalign.data.collate import batches_by_length, lay_out_chosen
+from everalign.data.tokenization import EncodedPair
 from everalign.errors import EveralignError
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy

@@ -9,15 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from everalign.data.comparisons import encode_answers
 from everalign.data.messages import Completion, Prompt, completion_column
+from everalign.data.tokenization import encode_answers
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge import JudgeOptions, JudgeScorer
-from everalign.files import sha256_of
 from everalign.modeling.loading import model_fingerprint
-from everalign.modeling.reward_files import RewardFacts, load_reward_model
-from everalign.modeling.reward_model import RewardModel, sequence_rewards
+from everalign.modeling.reward_model import RewardFacts, RewardModel, load_reward_model, sequence_rewards
 from everalign.modeling.runtime import prepare_process
+from everalign.storage import sha256_of
 from everalign.training.stage import TOKENS_PER_BATCH
 
 RewardFunction = Callable[[list[Any], list[Any]], list[float]]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from everalign.learning.learner import Learner
     from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
     from everalign.learning.scores import Scores
-    from everalign.training.weighing import WeightOptions
+    from everalign.training.reward_weights import WeightOptions
 
 __all__ = [
     "AdapterOptions",
@@ -29,7 +29,7 @@ _HOMES = {
     "RolloutOptions": "everalign.learning.options",
     "Scores": "everalign.learning.scores",
     "TrainingOptions": "everalign.learning.options",
-    "WeightOptions": "everalign.training.weighing",
+    "WeightOptions": "everalign.training.reward_weights",
 }
 
 

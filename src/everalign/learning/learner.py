@@ -1,34 +1,83 @@
-"""The learner: takes tasks one after another and keeps what it learned."""
+"""The line of versions that a learner goes on from: the current one and its parents."""
 
+import copy
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from everalign.correction.files import is_corrector
-from everalign.data.prompts import PromptSet
+from everalign.correction.corrector_files import is_corrector
+from everalign.data.records import PromptSet
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
+from everalign.learning.context import Announce, Progress, Setup, make_setup
+from everalign.learning.evaluation_suite import HeldOutTests
 from everalign.learning.export import export_adapter, export_version
-from everalign.learning.gate import announcement, check_tolerance, compare_shares, judge, refusal
-from everalign.learning.generated import Written, compare_written, write_corrections
-from everalign.learning.held_out import HeldOutTests
-from everalign.learning.lesson import task_seed, teach
-from everalign.learning.line import Line
+from everalign.learning.generated_corrections import Written, compare_written, write_corrections
 from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
-from everalign.learning.promotion import Rollback, roll_back
-from everalign.learning.row_kinds import AnySet, Rows, as_set, as_tests
-from everalign.learning.run import RunDirectory, data_facts, version_name
+from everalign.learning.promotion import (
+    Rollback,
+    announcement,
+    check_tolerance,
+    compare_shares,
+    judge,
+    refusal,
+    roll_back,
+)
 from everalign.learning.run_data import BASE, RunData
 from everalign.learning.run_files import Verdict
+from everalign.learning.run_store import RunDirectory, data_facts, version_name
 from everalign.learning.scores import Scores
-from everalign.learning.setup import Announce, Progress, make_setup
-from everalign.learning.task_rows import TaskRows, prepare_rows
+from everalign.learning.task_rows import AnySet, Rows, TaskRows, as_set, as_tests, prepare_rows
+from everalign.learning.task_training import task_seed, teach
 from everalign.methods import LifeAlign, Method, Task
-from everalign.modeling.checkpoint import OutputDtype
-from everalign.training.teaching import SCORED_OBJECTIVES
-from everalign.training.weighing import WeightOptions
+from everalign.modeling.model_files import OutputDtype
+from everalign.training.objectives import SCORED_OBJECTIVES
+from everalign.training.reward_weights import WeightOptions
+
+
+class Line:
+    """What a learner has in memory of its run's line; begins the run, or takes up what its current version had learned.
+
+    Args:
+        setup: the learner's parts.
+        run: where versions are.
+
+    Attributes:
+        versions: the line's versions by task, oldest first.
+
+    Raises:
+        InputError: the run was begun with other settings, or a file of its current version is missing or changed.
+    """
+
+    def __init__(self, setup: Setup, run: RunDirectory) -> None:
+        self._setup, self._run = setup, run
+        self._at_first = copy.deepcopy(setup.method.state_dict())
+        self.versions: dict[str, str] = {}
+        if not run.exists:
+            run.begin(setup.facts())
+            return
+        found = run.data
+        run.check_same(setup.facts())
+        run.settle(found)
+        self.restore()
+
+    @property
+    def tip(self) -> str:
+        """The version that learning goes on from; "000" for the base model."""
+        return [BASE, *self.versions.values()][-1]
+
+    def restore(self) -> None:
+        """Bring policy and method to where the version left them that is current on disk."""
+        found = self._run.data
+        self._run.restore(found.tip, self._setup.policy, self._setup.method, self._setup.seed, self._at_first)
+        self.versions = {version.task: version.id for version in found.versions}
+
+    def check_up_to_date(self) -> None:
+        """Refuse to go on where another learner, or a rollback, has changed the line on disk."""
+        if [version.id for version in self._run.data.versions] != list(self.versions.values()):
+            raise InputError(f"{self._run.path} was continued by another learner: open it again, with resume")
 
 
 def _print(message: str) -> None:
@@ -66,7 +115,7 @@ class Learner:
         rollouts: how answers are sampled to prompts alone.
         correction: how corrections are learned, for `correction`.
         gate: how far the held-out accuracy of a learned task, or of the new one, may fall for a task to be promoted, as
-            a share: 0.02 for two points. Held-out rows have to show it, beyond doubt (see `everalign.learning.gate`);
+            a share: 0.02 for two points. Held-out rows have to show it, beyond doubt (see `learning.promotion`);
             of a corrector also by the corrections that it writes. With None every task is promoted.
         gate_scorer: whom the gate asks, too, whether a corrector's corrections got better; named as `reward` is.
         seed: seeds everything random.

@@ -1,29 +1,30 @@
-"""A recipe: everything that `everalign learn` can be told, from a YAML file or from flags.
-
-    model: tiny
-    method: {name: lifealign, keep: 0.5}      # or just `method: lifealign`
-    objective: fpo
-    output: runs/assistant
-    tasks:
-      - {name: harmless, train: harmless.jsonl, test: harmless.test.jsonl}
-    training: {learning_rate: 1e-4}
-    adapter: {rank: 8}
-
-What a recipe leaves out keeps the preset's value, or else the library's own. Paths are relative to the working
-directory, as on the command line.
-"""
+"""Recipes: every option of `everalign learn`, from a YAML file or from flags."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
+from everalign.data.readers import (
+    check_disjoint,
+    first_columns,
+    load_corrections,
+    load_judged,
+    load_preferences,
+    load_prompts,
+    load_scored,
+    load_unscored,
+)
+from everalign.data.records import UNSCORED_SCHEMA
+from everalign.data.rows import RowSet
 from everalign.errors import InputError
 from everalign.learning.learner import Learner
 from everalign.learning.options import (
@@ -33,10 +34,53 @@ from everalign.learning.options import (
     RolloutOptions,
     TrainingOptions,
 )
-from everalign.learning.yaml_file import read_yaml
+from everalign.learning.run_data import RunData, load_run
 from everalign.methods import METHODS, LifeAlign, Method, make_method
-from everalign.training.teaching import SCORED_OBJECTIVES
-from everalign.training.weighing import WeightOptions, check_names
+from everalign.storage import write_text
+from everalign.training.objectives import SCORED_OBJECTIVES
+from everalign.training.reward_weights import WeightOptions, check_names
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader without two of its surprises."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build a mapping; PyYAML itself would keep the last of two equal keys and not say so."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, (key, (key_node, _)) in enumerate(zip(keys, node.value, strict=True)):
+            if key in keys[:index]:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# To PyYAML, which reads YAML 1.1, a number in this notation without a point is text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping.
+
+    Raises:
+        InputError: the file is missing, is no YAML (names the line), holds something else than a mapping, or gives
+            a key twice.
+    """
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: no text file in UTF-8 ({error})") from None
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
+        raise InputError(f"{path}{line}: broken YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: broken YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: must hold keys and values, such as `model: tiny`")
+    return value
+
 
 # A preset's supervised stage stands before a preference stage; these have none.
 _WITHOUT_SFT_STAGE = ("sft", "correction", *SCORED_OBJECTIVES)
@@ -329,3 +373,143 @@ def _flag(where: Location) -> str:
 
 def _section_of(flag: str) -> str:
     return next(section for section in _FLAT if flag in SECTIONS[section].model_fields)
+
+
+_FILE = "recipe.yaml"
+
+
+def write_recipe(run: Path, recipe: Recipe) -> None:
+    """Keep a run's recipe with the tasks of earlier ones, by paths that hold wherever the next command is given."""
+    path = run / _FILE
+    before = Recipe.read(path).tasks or [] if path.exists() else []
+    tasks = {task.name: task for task in (*before, *map(_absolute, recipe.tasks or []))}
+    kept = recipe.model_dump(exclude_none=True, exclude={"tasks", "output"})
+    kept = {name: value for name, value in kept.items() if value != {}}
+    if tasks:
+        kept["tasks"] = [task.model_dump(exclude_none=True) for task in tasks.values()]
+    write_text(path, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+
+
+def completed(recipe: Recipe) -> Recipe:
+    """Return a recipe with what the run that its output holds was begun with, wherever it says nothing itself.
+
+    Without tasks of its own it gets those that the run was given and has not finished.
+    """
+    path = Path(recipe.output or "")
+    if recipe.output is None or not (path / "run.json").exists():
+        return recipe
+    run = load_run(path)
+    known = Recipe.read(path / _FILE) if (path / _FILE).exists() else _from_facts(run)
+    whole = recipe.over(known)
+    if recipe.tasks is not None:
+        return whole
+    done = {version.task for version in run.everything}
+    left = [task for task in known.tasks or [] if task.name not in done]
+    return whole.model_copy(update={"tasks": None if run.regime == "joint" and done else left or None})
+
+
+def nothing_left(recipe: Recipe) -> InputError:
+    """Return the error that a run was to go on without any task to learn."""
+    return InputError(
+        f"{recipe.output}: every task that it was given is learned, or was not promoted: name the next with --task, or "
+        "feedback with --from-feedback"
+    )
+
+
+def _absolute(task: TaskKeys) -> TaskKeys:
+    """A task whose files are named from the root; names on the Hub stay."""
+    files = {name: getattr(task, name) for name in ("train", "test")}
+    found = {name: str(Path(file).resolve()) for name, file in files.items() if file and Path(file).exists()}
+    return task.model_copy(update=found)
+
+
+def _from_facts(run: RunData) -> Recipe:
+    """The recipe of a run that Python code has begun; who gave rewards is not on record by name."""
+    facts = run.facts
+    given: dict[str, Any] = {"model": facts.model, "objective": facts.objective, "seed": facts.seed}
+    if run.base_adapter is not None:
+        given["base_adapter"] = run.base_adapter
+    gates = [version.manifest.gate for version in run.everything]
+    if gates and gates[-1] is not None:
+        given["gate"] = gates[-1].tolerance
+    settings = {name: value for name, value in facts.settings.items() if value not in (None, "")}
+    for section in ("training", "adapter", "weighting", "correction"):
+        keys = {name: settings[name] for name in SECTIONS[section].model_fields if name in settings}
+        if keys and (section != "correction" or facts.objective == "correction"):
+            given[section] = keys
+    method = facts.method.model_dump()
+    known = ["name", *inspect.signature(METHODS[facts.method.name]).parameters]
+    given["method"] = {name: value for name, value in method.items() if name in known and value is not None}
+    return Recipe.model_validate(given)
+
+
+LoadedTask = tuple[str, RowSet[Any], RowSet[Any] | None]
+
+
+def load_tasks(recipe: Recipe) -> list[LoadedTask]:
+    """Read the tasks' files, all of them before anything is trained.
+
+    Returns:
+        Name, training rows and test rows (None where the task has none) of every task.
+
+    Raises:
+        InputError: a file cannot be read, a row is bad, or a test set shares rows with any task's training set.
+    """
+    skip, tasks = bool(recipe.skip_bad_rows), recipe.tasks or []
+    load = load_test = _loader(recipe.objective)
+    if recipe.objective in SCORED_OBJECTIVES:
+        # Held-out rows are judged as preferences, whichever way they are written.
+        load_test = load_judged
+    if recipe.reward is not None:
+        load = _load_unrewarded
+    loaded: list[LoadedTask] = [
+        (
+            task.name,
+            load(task.train, skip_bad_rows=skip),
+            None if task.test is None else load_test(task.test, skip_bad_rows=skip),
+        )
+        for task in tasks
+    ]
+    for _, train, _ in loaded:
+        for _, _, test in loaded:
+            check_disjoint(train, test or (), allow=bool(recipe.allow_overlap))
+    return loaded
+
+
+def _loader(objective: str | None) -> Callable[..., RowSet[Any]]:
+    """Return what reads an objective's files."""
+    if objective == "correction":
+        return load_corrections
+    if objective == "snkl":
+        return load_judged
+    return _load_rewarded if objective in SCORED_OBJECTIVES else load_preferences
+
+
+def _load_rewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
+    """Read scored rows; preferences are what people give most often in their place."""
+    first = first_columns(source, "train", ("completions", "chosen", "rejected"))
+    if first and "completions" not in first:
+        raise InputError(
+            f"{source}: preferences have no rewards: name who gives them with reward, or learn them with fpo or snkl"
+        )
+    return load_scored(source, skip_bad_rows=skip_bad_rows)
+
+
+def _load_unrewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
+    """Read rows that somebody gives rewards to: answers, pairs or prompts alone; rows that have rewards keep them."""
+    first = first_columns(source, "train", ("completions", "chosen", "rejected", "rewards"))
+    if "rewards" in first:
+        return load_scored(source, skip_bad_rows=skip_bad_rows)
+    if not first:
+        _refuse_other_names(source)
+    return (load_unscored if first else load_prompts)(source, skip_bad_rows=skip_bad_rows)
+
+
+def _refuse_other_names(source: str) -> None:
+    """Refuse what would be taken for prompts alone, its answers unread, because their column has another name."""
+    others = UNSCORED_SCHEMA.other_names["completions"]
+    if found := [name for name in others if name in first_columns(source, "train", others)]:
+        raise InputError(
+            f"{source}: field {found[0]!r}: answers stand in 'completions', a list; rename it, or, to have answers "
+            "sampled to the prompts alone, remove it"
+        )

@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from everalign.data.prompts import PromptSet
-from everalign.data.scored import ScoredSet, load_scored
-from everalign.data.unscored import UnscoredSet
-from everalign.errors import InputError
-from everalign.evaluation.rewards import score_rows
+from everalign.data.readers import load_scored
+from everalign.data.records import PromptSet, ScoredSet, UnscoredSet
+from everalign.errors import InputError, ShortfallError, check_shortfall
+from everalign.evaluation.score_rows import score_rows
+from everalign.learning.context import Setup
 from everalign.learning.options import RolloutOptions
-from everalign.learning.setup import Setup
-from everalign.modeling.kept_samples import sample_kept
-from everalign.modeling.sampling import SamplingOptions, check_prompts
-from everalign.shortfall import ShortfallError, check_shortfall
+from everalign.modeling.sampling import SamplingOptions, check_prompts, sample_kept
 from everalign.storage import Journal
 
 

@@ -1,4 +1,4 @@
-"""A run directory in memory: what the tables, the plots and the report read."""
+"""A run's versions as plain values: what each has learned, its score then and now, and what became of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from everalign.errors import InputError
 from everalign.learning.run_files import (
@@ -305,3 +305,32 @@ def _check_scores(run: RunData) -> None:
 def _field(scores: Mapping[str, Score], task: str, metric: str) -> float | None:
     value: float | None = getattr(scores[task], metric) if task in scores else None
     return value
+
+
+def version_rows(run: RunData) -> list[dict[str, Any]]:
+    """Return all versions in the order of learning, those beside the run's line too.
+
+    `then` is a version's accuracy on its own task, `now` the promoted version's on that task; null where it was not
+    measured, or where versions do not build on each other (STL). `status` is what became of a version, `gate` the
+    gate's verdict where there was one.
+    """
+    promoted = next((version.scores for version in run.versions if version.id == run.current), run.zero_shot)
+    return [
+        {
+            "index": version.manifest.index,
+            "version": version.id,
+            "task": version.task,
+            "created": version.manifest.created,
+            "then": _accuracy(version.scores, version.task),
+            "now": None if run.regime == "separate" else _accuracy(promoted, version.task),
+            "promoted": version.id == run.current,
+            "status": run.status(version),
+            "warnings": version.manifest.warnings,
+            "gate": None if version.manifest.gate is None else version.manifest.gate.model_dump(mode="json"),
+        }
+        for version in run.everything
+    ]
+
+
+def _accuracy(scores: Mapping[str, Score], task: str) -> float | None:
+    return scores[task].accuracy if task in scores else None

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
-from everalign import files
+from everalign import storage as files
 from everalign.errors import InputError
 
 T = TypeVar("T")

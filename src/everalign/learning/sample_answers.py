@@ -6,11 +6,11 @@ Greedy, so that they say the same whenever they are written; and of the same pro
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from everalign.data.chat_tokens import encode_prompt
 from everalign.data.messages import ChatPrompt
-from everalign.data.row_set import RowSet
-from everalign.data.templating import encode_prompt
+from everalign.data.rows import RowSet
 from everalign.errors import InputError
-from everalign.learning.setup import Setup
+from everalign.learning.context import Setup
 from everalign.modeling.sampling import SamplingOptions, greedy_answers, greedy_continuations
 
 LONGEST_ANSWER = 160

@@ -1,37 +1,85 @@
-"""A task's rows on their way to training: the right kind for the objective, weighed, and as tokens."""
+"""A task's rows on their way to training: checked against the objective, weighted and tokenised."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from everalign.data.corrections import CorrectionSet
-from everalign.data.encoding import EncodedPairs, encode_pairs
-from everalign.data.groups import (
+from everalign.correction.tokenization import encode_learned, learned_corrections
+from everalign.data.records import (
+    Correction,
+    CorrectionSet,
+    Preference,
+    PreferenceSet,
+    PromptRow,
+    PromptSet,
+    Scored,
+    ScoredSet,
+    Unscored,
+    UnscoredSet,
+)
+from everalign.data.rows import RowSet
+from everalign.data.tokenization import (
     EncodedGroups,
+    EncodedPairs,
     Fitting,
     TargetGroup,
     distinct,
     encode_groups,
+    encode_pairs,
     encode_targets,
     fitting,
 )
-from everalign.data.prompts import PromptRow, PromptSet
-from everalign.data.records import Preference
-from everalign.data.row_set import RowSet
-from everalign.data.scored import Scored, ScoredSet
-from everalign.data.unscored import Unscored, UnscoredSet
-from everalign.errors import InputError
-from everalign.learning.correction_rows import encode_learned, learned_corrections
+from everalign.errors import InputError, check_shortfall
+from everalign.learning.context import Setup
 from everalign.learning.rollouts import check_lengths, score
-from everalign.learning.setup import Setup
-from everalign.shortfall import check_shortfall
 from everalign.storage import alone
+from everalign.training.objectives import SCORED_OBJECTIVES
 from everalign.training.reference import policy_key
-from everalign.training.teaching import SCORED_OBJECTIVES
-from everalign.training.weighing import TAKE_ONE_COMPLETION, check_comparable, check_completions, weigh
+from everalign.training.reward_weights import TAKE_ONE_COMPLETION, check_comparable, check_completions, weigh
+
+Rows = Sequence[Preference] | Sequence[Scored] | Sequence[Unscored] | Sequence[PromptRow] | Sequence[Correction]
+AnySet = RowSet[Any]
+
+_SETS: tuple[type[AnySet], ...] = (ScoredSet, UnscoredSet, PromptSet, CorrectionSet)
+
+
+def as_set(rows: Rows) -> AnySet:
+    """Return rows as a set of their kind."""
+    if isinstance(rows, RowSet):
+        return rows
+    kind = next((kind for kind in _SETS if any(isinstance(row, kind.record) for row in rows[:1])), PreferenceSet)
+    return kind.of(rows)  # type: ignore[arg-type]  # told by the first
+
+
+def as_tests(rows: Rows, corrections: bool, announce: Callable[[str], None]) -> AnySet:
+    """Return held-out rows as what they are judged as: preferences, or corrections that change anything.
+
+    Of a scored row, the best completion over the worst is a preference.
+
+    Args:
+        rows: the rows.
+        corrections: whether they are judged as corrections.
+        announce: is told how many rows have nothing better and worse in them and are left out.
+
+    Raises:
+        InputError: corrections are wanted, and the rows are none.
+    """
+    found = as_set(rows)
+    if corrections and not isinstance(found, CorrectionSet):
+        raise InputError(f"{found.source}: held-out rows of a corrector must be corrections (question, answer, ...)")
+    if isinstance(found, PreferenceSet):
+        return found
+    kept = [(row, pair) for row in found if (pair := row.preference()) is not None]
+    if len(kept) < len(found):
+        left = f"{len(found) - len(kept)} of {len(found)} held-out rows"
+        what = "change nothing" if isinstance(found, CorrectionSet) else "have no better and worse completion"
+        announce(f"  {found.source}: {left} {what} and are left out")
+    if corrections:
+        return CorrectionSet(tuple(row for row, _ in kept), found.source, found.skipped)
+    return PreferenceSet.of([pair for _, pair in kept], found.source)
 
 
 @dataclass(frozen=True)
@@ -66,7 +114,7 @@ def prepare_rows(setup: Setup, rows: RowSet[Any]) -> TaskRows:
 
     Raises:
         InputError: the objective does not learn from this kind of rows, there are no rewards or weights for them, or
-            most of them are lost on the way (see `everalign.shortfall`).
+            most of them are lost on the way (see `everalign.errors`).
         EveralignError: scoring failed.
     """
     prepared = _prepared(setup, rows)

@@ -1,16 +1,15 @@
 """What a model keeps from task to task: low-rank updates, their history, and how a new one joins the old."""
 
-from everalign.memory.bank import MemoryBank, Projection
+from everalign.memory.bank import MemoryBank, Projection, SharedBasisBank
 from everalign.memory.consolidation import (
     Consolidation,
     consolidate,
     consolidate_factors,
     consolidate_into,
+    for_each_weight,
     integrate,
 )
 from everalign.memory.low_rank import LowRankUpdate
-from everalign.memory.parallel import for_each_weight
-from everalign.memory.shared_basis import SharedBasisBank
 
 __all__ = [
     "Consolidation",

@@ -7,16 +7,40 @@ learnt; `consolidate_factors` does it to each LoRA factor separately, which is t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from everalign.memory.bank import MemoryBank
+from everalign.memory.bank import Addition, MemoryBank, SharedBasisBank, project_core
 from everalign.memory.low_rank import LowRankUpdate, check_share, energy_share, numerical_rank
-from everalign.memory.shared_basis import Addition, SharedBasisBank, project_core
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def for_each_weight(work: Callable[[Item], Result], weights: Sequence[Item]) -> list[Result]:
+    """Return `work` of every item, in their order, as many at a time as torch has threads.
+
+    Decompositions of small matrices run on one processor whatever torch is told, so that the others would wait. Every
+    item is computed with one thread: results do not depend on the number of processors.
+
+    Args:
+        work: takes no lock and shares nothing that it writes with its other calls; its first error is raised.
+        weights: the items.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(max_workers=threads) as pool:
+            return list(pool.map(work, weights))
+    finally:
+        torch.set_num_threads(threads)
+
 
 # Share of the long-term memory's norm that the bases of its bank hold, but for the rounding of stored factors.
 _HELD = 1 - 1e-5

@@ -6,11 +6,9 @@ from typing import Any
 
 from everalign.errors import InputError
 from everalign.methods.base import Method, Task
+from everalign.methods.baselines import MultiTask, SequentialFineTuning, SingleTask
 from everalign.methods.lifealign import LifeAlign
-from everalign.methods.multi_task import MultiTask
 from everalign.methods.replay import ExperienceReplay
-from everalign.methods.sequential import SequentialFineTuning
-from everalign.methods.single_task import SingleTask
 
 __all__ = [
     "METHODS",

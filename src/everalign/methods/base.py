@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from everalign.data.replay import AnyRow, ReplayBuffer
-from everalign.data.row_set import RowSet
+from everalign.data.rows import RowSet
 from everalign.modeling.policy import Policy
 
 

@@ -1,4 +1,4 @@
-"""What a model's classes can do: found out on a shrunk copy of them (see `shrinking`), once for each configuration."""
+"""Find out what a model's classes can do, on a shrunk copy with random weights."""
 
 import json
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everalign.data.encoding import EncodedPair
-from everalign.data.layout import Batch, lay_out_pairs
-from everalign.modeling.lengths import Lengths, probe_lengths
-from everalign.modeling.likelihood import Architecture, LanguageHead, MaskKind
+from everalign.data.collate import Batch, lay_out_pairs
+from everalign.data.tokenization import EncodedPair
+from everalign.modeling.logprobs import Architecture, LanguageHead, MaskKind
+from everalign.modeling.lora_targets import is_linear, kind_of
+from everalign.modeling.positions import Lengths, probe_lengths
 from everalign.modeling.shrinking import FIRST_SPECIAL, MODEL_ERRORS, shrunk_copy
-from everalign.modeling.targets import is_linear, kind_of
 
 # How far logits that should be the same may differ, relative to the largest, in the dtype of what is probed.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}

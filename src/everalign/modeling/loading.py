@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer, and recognise the same model again."""
+"""The tiny assistant: a small chat model that comes with the package, for the demo and the tests."""
 
 import hashlib
 import math
@@ -25,12 +25,17 @@ from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationMethod
 
 from everalign.errors import InputError
-from everalign.files import read_json
 from everalign.modeling.architecture import study_lengths
 from everalign.modeling.base_adapter import base_and_adapter, merge_adapter, tokenizer_folder, without_adapter
 from everalign.modeling.gguf import SMOLLM2, smollm2_path, unpacked
-from everalign.modeling.lengths import named_length
-from everalign.modeling.tiny import tiny_assistant_path
+from everalign.modeling.positions import named_length
+from everalign.storage import read_json
+
+
+def tiny_assistant_path() -> Path:
+    """The embedded assistant's folder, a Hugging Face model (built by `scripts/build_tiny_assistant.py`)."""
+    return Path(__file__).resolve().parent / "tiny_assistant"
+
 
 Precision = Literal["fp32", "bf16"]
 PrecisionChoice = Literal["auto", "fp32", "bf16"]

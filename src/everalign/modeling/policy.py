@@ -16,17 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everalign.data.layout import Batch
+from everalign.data.collate import Batch
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
-from everalign.modeling import adapters
+from everalign.modeling import lora as adapters
 from everalign.modeling.architecture import study
-from everalign.modeling.cpu_attention import use_cpu_attention
+from everalign.modeling.cpu_kernels import fuse_layers, use_cpu_attention
 from everalign.modeling.decoding import Decoder
-from everalign.modeling.fused_layers import fuse_layers
-from everalign.modeling.fused_lora import fuse, resting
-from everalign.modeling.likelihood import LanguageHead, naming
-from everalign.modeling.targets import ALL_LINEAR, choose_targets
+from everalign.modeling.logprobs import LanguageHead, naming
+from everalign.modeling.lora import fuse, resting
+from everalign.modeling.lora_targets import ALL_LINEAR, choose_targets
 
 SHORT_TERM = "stm"
 LONG_TERM = "ltm"
@@ -80,7 +79,7 @@ class Policy(nn.Module):
         """Sum the log-probabilities of each sequence's response tokens.
 
         Args:
-            batch: what `everalign.data.layout` made of encoded rows: S sequences with K response tokens in all.
+            batch: what `everalign.data.collate` made of encoded rows: S sequences with K response tokens in all.
 
         Returns:
             (S,) fp32, in nats.

@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL_LM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as IMAGE_TEXT_TO_TEXT
 
-from everalign.data.encoding import EncodedPair
-from everalign.data.layout import lay_out_pairs
+from everalign.data.collate import lay_out_pairs
+from everalign.data.tokenization import EncodedPair
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.architecture import configuration_key, study
 from everalign.modeling.loading import load_model
-from everalign.modeling.merging import write_checked
+from everalign.modeling.lora_targets import choose_targets, is_linear, kind_of
+from everalign.modeling.model_files import write_checked
 from everalign.modeling.policy import Policy
 from everalign.modeling.shrinking import FIRST_SPECIAL, MODEL_ERRORS, quiet, shrunk_copy
-from everalign.modeling.targets import choose_targets, is_linear, kind_of
 
 _TOLERANCE = 1e-4
 # What may get lost of the change that was learned, in models that are as sensitive as their random weights make them.

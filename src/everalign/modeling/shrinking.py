@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers.utils import logging
 
-from everalign.modeling.residual_stream import layer_list
+from everalign.contrib.activations import layer_list
 
 VOCABULARY = 256
 WINDOW = 5

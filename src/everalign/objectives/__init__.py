@@ -1,12 +1,17 @@
 """What one batch teaches: pure, un-reduced functions of small tensors, on top of torch alone."""
 
-from everalign.objectives.likelihood import token_nll
+from everalign.objectives.bradley_terry import bradley_terry_loss, calibrating_temperature, pair_calibration_error
 from everalign.objectives.preference import dpo_loss, fpo_loss, implicit_margin
-from everalign.objectives.rewards import bradley_terry_loss, calibrating_temperature, pair_calibration_error
-from everalign.objectives.temperature import global_scale, solve_temperature
-from everalign.objectives.weight_monitoring import WeightStatistics, weight_statistics
-from everalign.objectives.weighted import snkl_loss, weighted_nll
-from everalign.objectives.weighting import Estimator, VarWeights, cross_weights, var_weights
+from everalign.objectives.var_weights import (
+    Estimator,
+    VarWeights,
+    cross_weights,
+    global_scale,
+    solve_temperature,
+    var_weights,
+)
+from everalign.objectives.weight_diagnostics import WeightStatistics, weight_statistics
+from everalign.objectives.weighted import snkl_loss, token_nll, weighted_nll
 
 __all__ = [
     "Estimator",

@@ -13,7 +13,7 @@ import math
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from everalign.objectives.checks import finite_rows, full_precision, positive, same_shapes
+from everalign.objectives.segments import finite_rows, full_precision, positive, same_shapes
 
 
 def implicit_margin(

@@ -11,15 +11,39 @@ Rewards", arXiv 2402.05369.
 import torch
 from torch import Tensor
 
-from everalign.objectives.checks import finite_or_minus_inf, finite_rows, full_precision, positive, same_shapes
-from everalign.objectives.likelihood import token_nll
 from everalign.objectives.segments import (
     Segments,
+    finite_or_minus_inf,
+    finite_rows,
+    full_precision,
+    positive,
+    same_shapes,
     segment_logsumexp,
     segment_sum,
     segments_of,
     warn_of_dead_groups,
 )
+
+
+def token_nll(sequence_logprobs: Tensor, normaliser: float | Tensor, check_finite: bool = True) -> Tensor:
+    """Each response's share of the mean negative log-likelihood per token, `(B,)` -> `(B,)`, in nats.
+
+    With `normaliser` the number of response tokens in the whole optimiser step, the sum of all the step's
+    shares is its mean NLL per token, however the step was cut into micro-batches: every token counts the
+    same, and eight accumulated batches teach what one batch of their rows does.
+
+    Args:
+        sequence_logprobs: `(B,)` log-probabilities of whole responses, in nats, summed over their tokens.
+        normaliser: number of response tokens to divide by, above 0.
+        check_finite: look at the values; without it nothing waits for a GPU to compute them.
+
+    Raises:
+        ValueError: a log-probability is NaN or infinite (names the rows), or `normaliser` is not above 0.
+    """
+    if check_finite:
+        positive(float(normaliser), "normaliser")
+        finite_rows(sequence_logprobs, "log-probability")
+    return -full_precision(sequence_logprobs) / normaliser
 
 
 def weighted_nll(

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from everalign.learning.run_data import RunData, load_run
-    from everalign.reporting.html import write_report
-    from everalign.reporting.tables import comparison_table, score_table
+    from everalign.reporting.formats import comparison_table, score_table
+    from everalign.reporting.report import write_report
 
 __all__ = ["RunData", "comparison_table", "load_run", "score_table", "write_report"]
 
 _HOMES = {
     "RunData": "everalign.learning.run_data",
-    "comparison_table": "everalign.reporting.tables",
+    "comparison_table": "everalign.reporting.formats",
     "load_run": "everalign.learning.run_data",
-    "score_table": "everalign.reporting.tables",
-    "write_report": "everalign.reporting.html",
+    "score_table": "everalign.reporting.formats",
+    "write_report": "everalign.reporting.report",
 }
 
 

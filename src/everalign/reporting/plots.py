@@ -1,17 +1,110 @@
-"""The report's figures, each a pure function from numbers to inline SVG."""
+"""Plots as inline SVG that takes its colours and font from the page."""
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from everalign.learning.run_files import TrainingStep
 from everalign.learning.scores import Scores
 from everalign.reporting import sampling_error
 from everalign.reporting.formats import Metric, shortened
-from everalign.reporting.svg import HEAT, INK, MUTED, SERIES, drawing, figure, inline_svg
+
+INK = "#0a0b01"
+MUTED = "#0a0b02"
+GRID = "#0a0b03"
+HEAT = "#0a0b04"
+SERIES = tuple(f"#0a0b1{i}" for i in range(8))
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", HEAT: "--heat"} | {
+    colour: f"--series-{i}" for i, colour in enumerate(SERIES)
+}
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.image_inline": True,
+    "text.parse_math": False,  # a task name may hold a dollar sign
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 13,
+    "axes.facecolor": "none",
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 13,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GRID,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 13,
+    "ytick.labelsize": 13,
+    "legend.fontsize": 13,
+    "legend.frameon": False,
+}
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty transparent figure of `width` x `height` CSS pixels at full size."""
+    with matplotlib.rc_context(_STYLE):
+        made = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    made.patch.set_alpha(0)
+    return made
+
+
+def drawing() -> Any:
+    """The context in which to fill a figure, so that its text and axes take the page's style."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def inline_svg(drawn: Any, name: str, title: str, description: str) -> Markup:
+    """The figure as an `<svg>` element that screen readers announce by `title` and `description`.
+
+    `name` must differ between the figures of one page: it keeps the ids inside them apart.
+    """
+    text = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        FigureCanvasSVG(drawn).print_svg(text, metadata=metadata)
+    return Markup(_labelled(_themed(text.getvalue()), name, title, description))
+
+
+def _themed(svg: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg)  # "axes_1" would repeat in every figure of the page
+    svg = re.sub(r"font: (?:(\d+) )?([\d.]+)px [^;\"]*", _font, svg)
+    svg = svg.replace("xlink:href", "href")
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg
+
+
+def _font(match: re.Match[str]) -> str:
+    weight, size = match.groups()
+    return f"font-size: {size}px" + (f"; font-weight: {weight}" if weight else "")
+
+
+def _labelled(svg: str, name: str, title: str, description: str) -> str:
+    opening = re.search(r"<svg[^>]*>", svg)
+    box = re.search(r'viewBox="0 0 ([\d.]+) [\d.]+"', svg)
+    if opening is None or box is None:
+        raise ValueError("matplotlib wrote an SVG without a view box")
+    head = (
+        f'<svg {box.group(0)} class="plot" style="max-width: {box.group(1)}px" role="img" '
+        f'aria-labelledby="{name}-title {name}-description">'
+        f'<title id="{name}-title">{escape(title)}</title>'
+        f'<desc id="{name}-description">{escape(description)}</desc>'
+    )
+    return head + svg[opening.end() :]
+
 
 PLOT_WIDTH = 560.0
 _MARKERS = "osD^vPX*"
@@ -220,3 +313,81 @@ def legend_above(drawn: Any) -> None:
     once = dict(zip(names, handles, strict=True))
     columns = max(1, int(PLOT_WIDTH / (60 + 8 * max(map(len, once)))))
     drawn.legend(once.values(), once.keys(), loc="outside upper left", ncols=min(columns, len(once)))
+
+
+def training_curves(training: Sequence[tuple[str, Sequence[TrainingStep]]], name: str, label: str) -> Markup | None:
+    """Loss above, margin below, over the steps of all tasks in a row; None where no step was logged.
+
+    Each stage has its colour and counts its steps from 1; a rule stands between tasks.
+    """
+    if not any(steps for _, steps in training):
+        return None
+    stages = list(dict.fromkeys(step.stage for _, steps in training for step in steps))
+    fields = [field for field in ("loss", "margin") if any(_points(steps, field) for _, steps in training)]
+    if not fields:
+        return None
+    with drawing():
+        drawn = figure(PLOT_WIDTH, 70 + 170 * len(fields))
+        panels = drawn.subplots(len(fields), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, field in zip(panels, fields, strict=True):
+            _training_panel(axes, training, field, stages)
+        panels[-1].set_xlabel("training step, all tasks in a row")
+        _name_spans(panels[0], training)
+        legend_above(drawn)
+        tasks = ", ".join(task for task, _ in training)
+        description = f"{' and '.join(fields)} by step; stages {', '.join(stages)}; tasks {tasks}"
+        return inline_svg(drawn, name, f"Training curves of {label}", description)
+
+
+def _training_panel(
+    axes: Any, training: Sequence[tuple[str, Sequence[TrainingStep]]], field: str, stages: Sequence[str]
+) -> None:
+    offset = 0
+    for _, steps in training:
+        if offset:
+            axes.axvline(offset, color=GRID, linewidth=1)
+        for lines in _stages(steps):
+            stage = lines[0].stage
+            points = [(offset + x, y) for x, y in _points(lines, field)]
+            if points:
+                xs, ys = zip(*points, strict=True)
+                dots = "o" if len(points) == 1 else ""
+                axes.plot(xs, ys, color=SERIES[stages.index(stage) % 8], linewidth=1.8, marker=dots, label=stage)
+            offset += _length(lines)
+    axes.set_ylabel(field if field == "loss" else "margin, nats")
+
+
+def _stages(steps: Sequence[TrainingStep]) -> list[list[TrainingStep]]:
+    """The steps stage by stage; rounds of one objective begin anew at the first step."""
+    stages: list[list[TrainingStep]] = []
+    for step in steps:
+        if not stages or step.stage != stages[-1][-1].stage or step.step <= stages[-1][-1].step:
+            stages.append([])
+        stages[-1].append(step)
+    return stages
+
+
+def _points(steps: Sequence[TrainingStep], field: str) -> list[tuple[int, float]]:
+    return [(step.step, value) for step in steps if (value := getattr(step, field)) is not None]
+
+
+def _length(steps: Sequence[TrainingStep]) -> int:
+    return max((step.step for step in steps), default=0)
+
+
+def _name_spans(axes: Any, training: Sequence[tuple[str, Sequence[TrainingStep]]]) -> None:
+    """The tasks above the panel, each in the middle of its steps."""
+    offset = 0
+    names = tick_names([task for task, _ in training])
+    for name, (_, steps) in zip(names, training, strict=True):
+        span = sum(_length(lines) for lines in _stages(steps))
+        axes.annotate(
+            name,
+            (offset + span / 2, 1),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+        )
+        offset += span

@@ -17,24 +17,21 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from everalign.serving.access_log import AccessLog
-from everalign.serving.auth import Keys
-from everalign.serving.correcting import CorrectionService
-from everalign.serving.delivery import INTERNAL
+from everalign.serving.corrector_reload import FollowedRun
+from everalign.serving.corrector_service import CorrectionService
 from everalign.serving.errors import GatewayError, refused
-from everalign.serving.following import FollowedRun
-from everalign.serving.front import Front, error_response
+from everalign.serving.feedback_route import feedback_routes
 from everalign.serving.gateway import Gateway
-from everalign.serving.keeping import Store
+from everalign.serving.middleware import Front, error_response
 from everalign.serving.pages.routes import page_routes
 from everalign.serving.passthrough import passthrough_routes
-from everalign.serving.routes_chat import chat_routes
-from everalign.serving.routes_feedback import feedback_routes
-from everalign.serving.routes_models import model_routes
-from everalign.serving.routes_responses import response_routes
-from everalign.serving.routes_status import status_routes
-from everalign.serving.sessions import Sessions
+from everalign.serving.request_log import Store
+from everalign.serving.responses_route import response_routes
+from everalign.serving.routes import chat_routes, model_routes, status_routes
+from everalign.serving.security import Keys, Sessions
 from everalign.serving.settings import GatewaySettings, UpstreamSettings
+from everalign.serving.stream_response import INTERNAL
+from everalign.serving.telemetry import AccessLog
 
 _log = logging.getLogger(__name__)
 

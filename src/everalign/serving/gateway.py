@@ -2,20 +2,18 @@
 
 from dataclasses import dataclass
 
-from everalign.serving.allowances import Allowances
-from everalign.serving.answering import Answering
-from everalign.serving.auth import Keys
-from everalign.serving.circuit import CircuitBreaker, Circuits
-from everalign.serving.correcting import AnyCorrector, CorrectionService
-from everalign.serving.judging import Judge
-from everalign.serving.keeping import Keeper, Store
-from everalign.serving.limits import Limiter
-from everalign.serving.metrics import Metrics
-from everalign.serving.recording import Recorder
-from everalign.serving.requests import Desk
+from everalign.serving.chat_request import Desk
+from everalign.serving.corrector_service import AnyCorrector, CorrectionService
+from everalign.serving.decide import Judge
+from everalign.serving.fallback import Answering
+from everalign.serving.limits import Allowances, Limiter
+from everalign.serving.request_log import Keeper, Recorder, Store
+from everalign.serving.security import Keys
 from everalign.serving.settings import GatewaySettings, Mode, UpstreamSettings
-from everalign.serving.streaming import Streams
+from everalign.serving.stream import Streams
+from everalign.serving.telemetry import Metrics
 from everalign.serving.upstream import Upstream
+from everalign.serving.upstream_transport import CircuitBreaker, Circuits
 
 
 def make_corrections(

@@ -18,17 +18,16 @@ from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from everalign.serving.answering import Answering, Passed
-from everalign.serving.delivery import ended, unless, unless_gone, until_gone
+from everalign.serving.chat_request import read_json
+from everalign.serving.eligibility import chosen_mode
 from everalign.serving.errors import GatewayError, refused
+from everalign.serving.fallback import Answering, Passed
 from everalign.serving.gateway import Gateway
-from everalign.serving.json_size import aside
-from everalign.serving.limits import JSON, body_deadline, read_body
-from everalign.serving.paths import ENDPOINTS
-from everalign.serving.policy import chosen_mode
-from everalign.serving.requests import read_json
+from everalign.serving.limits import JSON, aside, body_deadline, read_body
+from everalign.serving.middleware import ENDPOINTS
 from everalign.serving.settings import Mode
 from everalign.serving.sse import json_bytes
+from everalign.serving.stream_response import ended, unless, unless_gone, until_gone
 
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 # What an operator does with the upstream is not for whoever has a client's key.

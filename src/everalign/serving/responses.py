@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from everalign.serving.answers import Choice
+from everalign.serving.completion_json import Choice
+from everalign.serving.eligibility import GRAMMARS
 from everalign.serving.errors import GatewayError, bad_upstream, refused
-from everalign.serving.policy import GRAMMARS
 from everalign.serving.sse import json_bytes
-from everalign.serving.upstream_reading import RESPONSE_ENDS
+from everalign.serving.upstream_errors import RESPONSE_ENDS
 
 # Calls that the client carries out; what the server's own tools did is told beside the answer's text.
 _CALLS = (

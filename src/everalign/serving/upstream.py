@@ -12,15 +12,13 @@ from typing import Any
 import anyio
 import httpx
 
-from everalign.chat_reply import asked_wait
-from everalign.serving.circuit import CircuitBreaker, Circuits, Permit
-from everalign.serving.connections import Connections
+from everalign.llm_client import asked_wait
 from everalign.serving.errors import GatewayError, bad_upstream, overloaded, refused
 from everalign.serving.headers import USUAL, HeaderRules
 from everalign.serving.settings import Timeouts, UpstreamSettings
 from everalign.serving.sse import EventParser, json_bytes
-from everalign.serving.upstream_reading import answer_of, event_of, follow, inflated, parsed, whole_object
-from everalign.serving.upstream_replies import failure
+from everalign.serving.upstream_errors import answer_of, event_of, failure, follow, inflated, parsed, whole_object
+from everalign.serving.upstream_transport import CircuitBreaker, Circuits, Connections, Permit
 
 # 429 is the client's to repeat: it knows how long it can wait, and its own repetitions would multiply with these.
 _REPEATED = (502, 503, 504)

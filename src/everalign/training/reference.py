@@ -14,10 +14,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from everalign.data.batches import batches_by_length
-from everalign.data.encoding import EncodedPair
-from everalign.data.groups import TargetGroup
-from everalign.data.layout import lay_out_pairs, lay_out_targets, row_tokens
+from everalign.data.collate import batches_by_length, lay_out_pairs, lay_out_targets, row_tokens
+from everalign.data.tokenization import EncodedPair, TargetGroup
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
 from everalign.storage import Journal

@@ -1,30 +1,34 @@
-"""Train one stage of one task: an objective over rows, with a fresh optimiser, resumable inside."""
+"""A finished stage of training: its weights and its report, kept so that a killed run need not train it again."""
 
+import json
+import shutil
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from everalign.data.batches import TrainingPlan, training_plan
-from everalign.data.encoding import EncodedPair
-from everalign.data.groups import EncodedGroup, TargetGroup
-from everalign.data.layout import largest_token, row_tokens
-from everalign.errors import InputError
-from everalign.modeling.checkpointing import (
+from everalign.data.collate import TrainingPlan, largest_token, row_tokens, training_plan
+from everalign.data.tokenization import EncodedGroup, EncodedPair, TargetGroup
+from everalign.errors import EveralignError, InputError
+from everalign.modeling.policy import Policy
+from everalign.modeling.runtime import (
     Checkpointing,
     SavedBytes,
+    free_memory,
     language_model,
     recomputable_layers,
     recomputing,
 )
-from everalign.modeling.policy import Policy
-from everalign.modeling.runtime import free_memory
-from everalign.training.checkpoints import MarkComplete, latest_checkpoint
-from everalign.training.teaching import Objective
+from everalign.storage import checksums, differing_files, new_folder, read_json, write_json
+from everalign.training.objectives import Objective
 from everalign.training.trainer import (
     EncodedRow,
     GradientHook,
@@ -34,6 +38,80 @@ from everalign.training.trainer import (
     Trainer,
     training_arguments,
 )
+
+_WEIGHTS, _REPORT, _FILES = "policy.safetensors", "report.json", "files.json"
+
+
+def keep_finished(model: nn.Module, report: Mapping[str, Any], folder: Path, stage: str) -> None:
+    """Keep a stage's result in `folder`, whole or not at all, and drop the checkpoints there.
+
+    Args:
+        model: what was trained; its `state_dict` is kept.
+        report: what JSON can hold.
+        folder: the stage's.
+        stage: its name, for messages.
+
+    Raises:
+        EveralignError: weights are NaN or infinite. The trainer sees a loss only before each step, so nobody has
+            looked at what the last one left.
+    """
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    if not all(torch.isfinite(value).all() for value in weights.values()):
+        raise EveralignError(f"{stage} left NaN or infinite weights: lower the learning rate, or train in fp32")
+    with new_folder(folder / "done") as done:
+        save_file(weights, done / _WEIGHTS)
+        write_json(done / _REPORT, report)
+        write_json(done / _FILES, checksums(done))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def load_finished(model: nn.Module, folder: Path) -> dict[str, Any] | None:
+    """Load what `keep_finished` kept into the model and return its report; None where there is nothing whole."""
+    done = folder / "done"
+    if not done.exists() or differing_files(done, read_json(done / _FILES)):
+        shutil.rmtree(done, ignore_errors=True)
+        return None
+    model.load_state_dict(load_file(done / _WEIGHTS))
+    report: dict[str, Any] = read_json(done / _REPORT)
+    return report
+
+
+_MARK = "complete.json"
+_PREFIX = "checkpoint-"
+
+
+class MarkComplete(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+    """Writes the checksums of a checkpoint's files into it once all of them are written."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark the checkpoint that was just saved."""
+        PartialState().wait_for_everyone()  # each process writes files of its own
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"{_PREFIX}{state.global_step}"
+        write_json(folder / _MARK, checksums(folder, exclude=frozenset({_MARK})))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of a stage, or None.
+
+    One that a kill or a full disk left incomplete is passed over with a warning that names it.
+    """
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    for path in sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)), reverse=True):
+        if not (reason := _incomplete(path)):
+            return path
+        warnings.warn(f"{path} is no complete checkpoint ({reason}): resuming from before it", stacklevel=2)
+    return None
+
+
+def _incomplete(path: Path) -> str:
+    try:
+        expected = json.loads((path / _MARK).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return f"{_MARK} is missing or cut"
+    return ", ".join(f"{name} is cut or missing" for name in differing_files(path, expected))
+
 
 Progress = Callable[[int, int], None]
 

@@ -13,14 +13,11 @@ from transformers import Trainer as TransformersTrainer
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from everalign.data.batches import TrainingPlan
-from everalign.data.comparisons import Comparison
-from everalign.data.encoding import EncodedPair
-from everalign.data.groups import EncodedGroup, TargetGroup
-from everalign.data.layout import Batch
+from everalign.data.collate import Batch, TrainingPlan
+from everalign.data.tokenization import Comparison, EncodedGroup, EncodedPair, TargetGroup
 from everalign.errors import EveralignError
 from everalign.modeling.policy import Policy
-from everalign.training.teaching import Objective
+from everalign.training.objectives import Objective
 
 Penalty = Callable[[Policy], Tensor | None]
 GradientHook = Callable[[Policy], None]

@@ -1,16 +1,71 @@
-"""All pages of a gateway."""
+"""All pages of a gateway, and signing in and out."""
 
+from importlib.resources import files
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from fastapi.responses import RedirectResponse, Response
 
-from everalign.serving.auth import Keys
+from everalign.serving.errors import GatewayError
 from everalign.serving.gateway import Gateway
+from everalign.serving.limits import Limiter
+from everalign.serving.middleware import SIGN_IN, cookie_name
+from everalign.serving.pages.base import Pages, read_form
 from everalign.serving.pages.dashboard import dashboard_routes
 from everalign.serving.pages.playground import playground_routes
-from everalign.serving.pages.rendering import Pages
-from everalign.serving.pages.signing_in import signing_routes
-from everalign.serving.sessions import Sessions
+from everalign.serving.security import Keys, Sessions
+
+_MOST_BYTES = 10_000
+# Whoever has no key must not take the places of those who have one, nor one address those of all others.
+_AT_ONCE = 20
+_SECONDS = 5.0  # for a form with nothing but a key
+_ASSETS = {"style.css": "text/css; charset=utf-8", "script.js": "text/javascript; charset=utf-8"}
+
+
+def signing_routes(pages: Pages, keys: Keys) -> APIRouter:
+    """Return the routes."""
+    router, places = APIRouter(include_in_schema=False), Limiter(_AT_ONCE, _AT_ONCE, shared=True)
+
+    @router.get(SIGN_IN)
+    async def ask_for_key(request: Request) -> Response:
+        if not keys.needed or request.state.key_id:
+            return RedirectResponse(f"{request.state.root}/", 303)
+        return pages.page(request, "login.html.j2", {"error": None})
+
+    @router.post(SIGN_IN)
+    async def sign_in(request: Request) -> Response:
+        ticket = places.enter(request.client.host if request.client else "")
+        try:
+            fields = await read_form(request, pages.sessions, _MOST_BYTES, _SECONDS)
+        except GatewayError as error:
+            return pages.page(request, "login.html.j2", {"error": error.message}, error.status)
+        finally:
+            ticket.release()
+        key_id = keys.id_of(fields.get("key", "").strip()) if keys.needed else None
+        if key_id is None:
+            message = "This key is not known here. Keys are set by whoever runs the gateway."
+            return pages.page(request, "login.html.j2", {"error": message}, 401)
+        response = RedirectResponse(f"{request.state.root}/", 303)
+        # A new session, not the former one raised: nobody can know its cookie from before.
+        pages.send_cookie(request, response, pages.sessions.begin(key_id))
+        return response
+
+    @router.post("/logout")
+    async def sign_out(request: Request) -> Response:
+        await read_form(request, pages.sessions, _MOST_BYTES)
+        pages.sessions.end(request.state.session)
+        response = RedirectResponse(request.state.root + (SIGN_IN if keys.needed else "/"), 303)
+        response.delete_cookie(cookie_name(request.scope), httponly=True, samesite="strict")
+        return response
+
+    @router.get("/assets/{name}")
+    async def asset(name: str) -> Response:
+        if name not in _ASSETS:
+            raise GatewayError(404, "there is no such file", "invalid_request_error", "unknown_url")
+        content = (files("everalign.serving.pages") / "assets" / name).read_bytes()
+        return Response(content, media_type=_ASSETS[name])
+
+    return router
 
 
 def page_routes(gateway: Gateway, keys: Keys, sessions: Sessions, run: Path | None) -> APIRouter:

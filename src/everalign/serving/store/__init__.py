@@ -6,22 +6,21 @@ Names are loaded when first used; records need nothing but Python, the store its
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from everalign.serving.store.extras import not_installed
+from everalign.serving.store.engine import not_installed
 
 if TYPE_CHECKING:
+    from everalign.serving.store.database import FeedbackStore, StoreStats
     from everalign.serving.store.records import Exchange, Feedback, UnknownExchange
     from everalign.serving.store.redaction import Redaction
-    from everalign.serving.store.statistics import StoreStats
-    from everalign.serving.store.store import FeedbackStore
 
 __all__ = ["Exchange", "Feedback", "FeedbackStore", "Redaction", "StoreStats", "UnknownExchange"]
 
 _HOMES = {
     "Exchange": "records",
     "Feedback": "records",
-    "FeedbackStore": "store",
+    "FeedbackStore": "database",
     "Redaction": "redaction",
-    "StoreStats": "statistics",
+    "StoreStats": "database",
     "UnknownExchange": "records",
 }
 

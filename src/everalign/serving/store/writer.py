@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from everalign.errors import EveralignError
-from everalign.serving.store.failures import told_error
+from everalign.serving.store.engine import told_error
 
 Result = TypeVar("Result")
 

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from everalign.serving.store.tables import VERSION_TABLE, metadata
+from everalign.serving.store.records import VERSION_TABLE, metadata
 
 context.configure(
     connection=context.config.attributes["connection"], target_metadata=metadata, version_table=VERSION_TABLE

@@ -1,0 +1,1 @@
+"""Extras that the package does not depend on: steering of correctors."""

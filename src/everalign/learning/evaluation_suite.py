@@ -1,0 +1,135 @@
+"""Held-out rows of all tasks: scored after every task, with sample answers; never trained on."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from everalign.data.readers import check_disjoint
+from everalign.data.rows import RowSet
+from everalign.errors import InputError
+from everalign.evaluation import HeldOut, PreferenceScore, score_preferences
+from everalign.learning.context import Setup
+from everalign.learning.run_store import RunDirectory, data_facts
+from everalign.learning.sample_answers import Answers, SampleAnswers
+from everalign.memory import LowRankUpdate
+from everalign.training.reference import policy_key
+
+
+class HeldOutTests:
+    """Every known test set with what the base model makes of it.
+
+    A run keeps the rows it is tested on: a score column never mixes two test sets, and a later task is scored on all
+    of them without anybody giving them again.
+
+    Args:
+        setup: the learner's parts.
+        run: where the base model's scores are kept.
+        allow_overlap: let pairs occur in training and test data.
+        sample_answers: prompts of each test set that answers are written to, for the report.
+    """
+
+    def __init__(self, setup: Setup, run: RunDirectory, allow_overlap: bool, sample_answers: int = 0) -> None:
+        self._setup, self._run, self._allow_overlap = setup, run, allow_overlap
+        self._samples = SampleAnswers(setup, sample_answers)
+        self._zero_shot, self._facts, self._first_answers = run.read_zero_shot()
+        self._sets: dict[str, RowSet[Any]] = {}
+        self._held_out: dict[str, HeldOut] = {}
+        self._trained: dict[str, RowSet[Any]] = {}
+
+    def facts(self, name: str) -> dict[str, object] | None:
+        """Return what identifies a task's test set, None where it has none."""
+        return self._facts.get(name)
+
+    def check(self, tasks: Sequence[tuple[str, RowSet[Any] | None, RowSet[Any] | None]]) -> None:
+        """Refuse (name, rows, test) tasks without a name or rows, or that mix training and test rows.
+
+        They are compared with all rows that this learner was given before, of whatever task.
+        """
+        for name, rows, test in tasks:
+            if not name.strip():
+                raise InputError("a task needs a name: found an empty one")
+            for what, found in (("training", rows), ("test", test)):
+                if found is not None and not len(found):
+                    raise InputError(f"task {name!r}: its {what} set {found.source} has no rows")
+        tests = {**self._sets, **{name: test for name, _, test in tasks if test is not None}}
+        for rows in [*self._trained.values(), *(rows for _, rows, _ in tasks if rows is not None)]:
+            for test in tests.values():
+                check_disjoint(rows, test, allow=self._allow_overlap)
+
+    def trained_on(self, rows: RowSet[Any]) -> None:
+        """Remember training rows for test sets still to come."""
+        self._trained[rows.fingerprint] = rows
+
+    def forget_trained(self, kept: Collection[str]) -> None:
+        """Forget training rows but those of these fingerprints: what the policy has not learned leaks nothing."""
+        self._trained = {fingerprint: rows for fingerprint, rows in self._trained.items() if fingerprint in kept}
+
+    def announce(self, name: str, test: RowSet[Any], learned: Collection[str]) -> None:
+        """Make a task's test set known and score the base model on it, unless the run holds that score.
+
+        Args:
+            name: the task.
+            test: its held-out rows: preferences, or corrections.
+            learned: names of the tasks learned so far.
+
+        Raises:
+            InputError: the run knows other test rows of this task, or some of them were trained on.
+        """
+        self.check([(name, None, test)])
+        known = self._facts.get(name)
+        if known is None and name in learned:
+            raise InputError(f"task {name!r} was learned without a test set: it cannot get one now")
+        if known is not None and known["fingerprint"] != test.fingerprint:
+            raise InputError(f"task {name!r} has other test rows in this run ({known['source']}): use those")
+        if name in self._sets:
+            return
+        self._held_out[name] = self._prepare(test)
+        self._sets[name] = test
+        if name not in self._zero_shot:
+            self._facts[name] = data_facts(test)
+            self._run.write_test(test)
+            with self._setup.policy.as_base():
+                self._zero_shot[name] = self._score(self._held_out[name], None)
+                self._first_answers |= self._samples.first(name, test)
+            self._run.write_zero_shot(self._zero_shot, self._facts, self._first_answers)
+
+    def restore(self) -> None:
+        """Take from the run directory the test sets that were not given again, as after a resume."""
+        for name, facts in self._facts.items():
+            if name not in self._sets:
+                self._sets[name] = self._run.read_test(facts, self._setup.read_held_out)
+                self._held_out[name] = self._prepare(self._sets[name])
+
+    def scores(self, previous: Mapping[str, LowRankUpdate]) -> dict[str, PreferenceScore]:
+        """Score the policy on every test set; `previous` is the policy before this task."""
+        return {name: self._score(held_out, previous) for name, held_out in self._held_out.items()}
+
+    def answers(self) -> Answers:
+        """Write the policy's answers to the prompts that the base model has answered."""
+        return self._samples.again(self._first_answers, self._sets)
+
+    def outcomes(self, tasks: Sequence[str]) -> dict[str, PreferenceScore]:
+        """Score the policy as it is on those of the tasks that have a test set, for a comparison pair by pair."""
+        return {task: self._score(self._held_out[task], None) for task in tasks if task in self._held_out}
+
+    def rows(self, tasks: Sequence[str]) -> dict[str, RowSet[Any]]:
+        """Return the held-out rows of those of the tasks that have some."""
+        return {task: self._sets[task] for task in tasks if task in self._sets}
+
+    def _prepare(self, test: RowSet[Any]) -> HeldOut:
+        setup = self._setup
+        limit = setup.options.test_limit or len(test)
+        pairs = setup.encode_held_out(test[:: max(1, len(test) // limit)][:limit])
+        try:
+            warnings = pairs.warnings()
+        except InputError as error:
+            raise InputError(f"{test.source}: {error}") from error
+        for warning in warnings:
+            setup.announce(f"  warning: {test.source}: {warning}")
+        base_key = policy_key(setup.model_key, {})
+        with setup.policy.as_base():
+            base = setup.cache.log_probs(setup.policy, base_key, pairs, setup.options.tokens_per_batch)
+        return HeldOut(pairs, base)
+
+    def _score(self, held_out: HeldOut, previous: Mapping[str, LowRankUpdate] | None) -> PreferenceScore:
+        tokens = self._setup.options.tokens_per_batch
+        return score_preferences(self._setup.policy, held_out, tokens_per_batch=tokens, previous=previous)

@@ -1,0 +1,267 @@
+"""The run directory on the writing side: settings, zero-shot scores, versions. See `run_data` for reading.
+
+    run.json  zero_shot.json  current  versions/001-NAME/{manifest, scores, training, consolidation, adapter, ...}
+    current   names the version that learning goes on from; versions beside its line were refused or rolled back
+    work/     checkpoints of the task being learned; empty between tasks
+    base_adapter/  the adapter that was merged into the base model, if there was one
+    cache/    encoded rows and reference log-probabilities
+    tests/    the held-out rows that every version is scored on
+
+A version is written to a temporary folder, synced, and renamed: it is there whole or not at all.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from everalign.data.replay import ReplayBuffer
+from everalign.data.rows import RowSet
+from everalign.errors import InputError
+from everalign.evaluation import PreferenceScore
+from everalign.learning import run_files
+from everalign.learning.options import TrainingOptions
+from everalign.learning.promotion import LOCK, alone_in, check_version, is_settled, promote
+from everalign.learning.run_data import BASE, BASE_ADAPTER, RunData, RunReader, work_folder
+from everalign.learning.sample_answers import Answers
+from everalign.learning.task_training import StageReport
+from everalign.methods import Method
+from everalign.methods.base import ModuleRecord
+from everalign.modeling.base_adapter import adapter_files
+from everalign.modeling.policy import Policy
+from everalign.storage import checksums, is_partial, new_folder, read_json, write_json, write_text
+
+FORMAT = 1
+_ZERO_SHOT = "zero_shot.json"
+# In the order in which differences are named: a model in another precision has another fingerprint too.
+_SAME = ("format", "objective", "method", "settings", "seed", "model_fingerprint", "template")
+# Settings that came later, with the values they had before.
+_SETTINGS_SINCE = {"attention": "sdpa"}
+# Settings that change no result, so that a run may go on with other ones.
+_FREE_SETTINGS = ("checkpointing",)
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def version_name(index: int, task: str) -> str:
+    """Return the folder name of a version: its number and what of the task's name a file system takes."""
+    return f"{index:03d}-{re.sub('[^A-Za-z0-9_-]+', '-', task).strip('-')[:60] or 'task'}"
+
+
+def data_facts(rows: RowSet[Any]) -> dict[str, Any]:
+    """Return what identifies a set of rows: where it came from, how many, and a hash of their ids."""
+    return {"source": rows.source, "rows": len(rows), "fingerprint": rows.fingerprint}
+
+
+class RunDirectory:
+    """Writes a run and restores its state.
+
+    Args:
+        path: created when missing; anything else than a run of ours in it is refused.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cache = path / "cache"
+        self._reader = RunReader(path)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other processes from writing into this run for the while; may be nested.
+
+        Raises:
+            InputError: another one is at it.
+        """
+        return alone_in(self.path)
+
+    @property
+    def data(self) -> RunData:
+        """The run as it is on disk; what has not changed since it was asked for last is not read again."""
+        return self._reader.read()
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / "run.json").exists()
+
+    def check_usable(self, resume: bool) -> None:
+        """Refuse a folder that holds a run, unless it is to be resumed, or other files.
+
+        What a begin leaves that was killed (the file before run.json, or half of one) counts as nothing.
+        """
+        if self.exists and not resume:
+            raise InputError(f"{self.path} holds a run already: resume it, or choose another output directory")
+        if self.exists or not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise InputError(f"{self.path} is no directory: choose another output directory")
+        ours = (_ZERO_SHOT, LOCK, BASE_ADAPTER)
+        if any(entry.name not in ours and not is_partial(entry) for entry in self.path.iterdir()):
+            raise InputError(f"{self.path} is not empty and holds no run: choose another output directory")
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Begin a run; run.json comes last, because it is what makes the folder one."""
+        if facts.get("base_adapter") is not None:
+            # Versions mean nothing without it, and the user's may be gone one day.
+            shutil.rmtree(self.path / BASE_ADAPTER, ignore_errors=True)
+            with new_folder(self.path / BASE_ADAPTER) as folder:
+                for file in adapter_files(facts["base_adapter"]):
+                    shutil.copyfile(file, folder / file.name)
+        self.write_zero_shot({}, {}, {})
+        write_json(self.path / "run.json", {"format": FORMAT, **facts, "created": now()})
+
+    def with_its_precision(self, training: TrainingOptions) -> TrainingOptions:
+        """Return the options with `auto` as what it was when the run was begun, on whatever machine that was."""
+        if training.precision != "auto" or not self.exists:
+            return training
+        settings = run_files.read_json(self.path / "run.json", run_files.RunFile).settings
+        return replace(training, precision=settings.get("precision", "fp32"))
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Refuse to continue a run with other settings, naming the first that differs."""
+        written = read_json(self.path / "run.json")
+        now_given = json.loads(json.dumps({"format": FORMAT, **facts}))
+        for key in _SAME:
+            then = written.get(key)
+            if key == "settings" and isinstance(then, dict):
+                then = {**_SETTINGS_SINCE, **then}
+                for name in _FREE_SETTINGS:
+                    then[name] = now_given[key].get(name)
+            if then != now_given[key]:
+                raise InputError(
+                    f"{self.path} was begun with another {_difference(key, then, now_given[key])}: "
+                    "use the same settings, or another output directory"
+                )
+
+    def work(self, name: str) -> Path:
+        """Return the folder for checkpoints of the task that becomes version `name`."""
+        return work_folder(self.path, name)
+
+    def write_zero_shot(
+        self, scores: Mapping[str, PreferenceScore], tests: Mapping[str, Any], answers: Answers
+    ) -> None:
+        """Write the base model's scores and answers by task, and what identifies the test sets (see `data_facts`)."""
+        write_json(self.path / _ZERO_SHOT, {"scores": _as_json(scores), "tests": dict(tests), "answers": answers})
+
+    def read_zero_shot(self) -> tuple[dict[str, PreferenceScore], dict[str, Any], Answers]:
+        """Read what `write_zero_shot` wrote."""
+        written = run_files.read_json(self.path / _ZERO_SHOT, run_files.ZeroShotFile)
+        scores = {task: PreferenceScore(**score.model_dump()) for task, score in written.scores.items()}
+        answers = {task: [one.model_dump() for one in found] for task, found in written.answers.items()}
+        return scores, {task: test.model_dump() for task, test in written.tests.items()}, answers
+
+    def write_test(self, rows: RowSet[Any]) -> None:
+        """Keep a test set's rows."""
+        lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows]
+        write_text(self._test_path(rows.fingerprint), "".join(lines))
+
+    def read_test(self, facts: Mapping[str, Any], read: Callable[[Path], RowSet[Any]]) -> RowSet[Any]:
+        """Read the test set that `data_facts` identifies.
+
+        Args:
+            facts: what identifies it.
+            read: reads rows of its kind.
+
+        Raises:
+            InputError: its file is missing or was changed.
+        """
+        path = self._test_path(facts["fingerprint"])
+        rows = read(path)
+        if rows.fingerprint != facts["fingerprint"]:
+            raise InputError(f"{path}: changed since it was written; restore the file")
+        return replace(rows, source=facts["source"])
+
+    def _test_path(self, fingerprint: str) -> Path:
+        return self.path / "tests" / f"{fingerprint[:16]}.jsonl"
+
+    def write_version(
+        self,
+        name: str,
+        manifest: Mapping[str, Any],
+        policy: Policy,
+        method: Method,
+        reports: Sequence[StageReport],
+        consolidation: Sequence[ModuleRecord],
+        scores: Mapping[str, PreferenceScore],
+        before: Mapping[str, PreferenceScore] | None,
+        answers: Answers,
+    ) -> None:
+        """Write a finished task as a version, promote it unless its gate refused it, and drop its checkpoints."""
+        with new_folder(self.path / "versions" / name) as folder:
+            policy.save_adapter(folder / "adapter")
+            save_file(method.state_dict(), folder / "method.safetensors")
+            if method.buffer is not None:
+                method.buffer.to_jsonl(folder / "replay.jsonl")
+            if consolidation:
+                write_json(folder / "consolidation.json", [asdict(record) for record in consolidation])
+            write_json(
+                folder / "scores.json",
+                {
+                    "scores": _as_json(scores),
+                    "before_consolidation": None if before is None else _as_json(before),
+                    "answers": answers,
+                },
+            )
+            points = [{"stage": report.stage, **point} for report in reports for point in report.curve]
+            write_text(folder / "training.jsonl", "".join(json.dumps(point) + "\n" for point in points))
+            full = {"format": FORMAT, **manifest, "created": now(), "files": checksums(folder)}
+            write_json(folder / "manifest.json", full)
+        gate = manifest["gate"]
+        promote(self.path, name if gate is None or gate["promoted"] else manifest["parent"])
+
+    def settle(self, run: RunData) -> None:
+        """Make up for what a kill prevented between writing a version and promoting or refusing it."""
+        if not is_settled(run):
+            with self.alone():
+                promote(self.path, run.tip)
+
+    def restore(self, name: str, policy: Policy, method: Method, seed: int, at_first: Mapping[str, Tensor]) -> None:
+        """Bring policy and method back to where version `name` left them.
+
+        Args:
+            name: the version; "000" is the base model.
+            policy: what learns.
+            method: what is carried from task to task.
+            seed: seeds the policy.
+            at_first: the method's state before the first task, for the base model.
+
+        Raises:
+            InputError: a file of the version is missing or was changed.
+        """
+        if name == BASE:
+            policy.reset(seed)
+            method.load_state_dict(at_first)
+            if method.buffer is not None:
+                method.buffer = ReplayBuffer(method.buffer.capacity)
+            return
+        folder = self.path / "versions" / name
+        check_version(folder, read_json(folder / "manifest.json")["files"])
+        policy.load_adapter(folder / "adapter", method.long_term, seed)
+        method.load_state_dict(load_file(folder / "method.safetensors"))
+        if method.buffer is not None:
+            method.buffer = ReplayBuffer.from_jsonl(folder / "replay.jsonl", method.buffer.capacity)
+
+
+def _difference(key: str, written: Any, expected: Any) -> str:
+    if isinstance(written, dict) and isinstance(expected, dict):
+        for name in {**written, **expected}:
+            if written.get(name) != expected.get(name):
+                return f"{key} ({name}: {written.get(name)!r} then, {expected.get(name)!r} now)"
+    return f"{key} ({written!r} then, {expected!r} now)"
+
+
+def _as_json(scores: Mapping[str, PreferenceScore]) -> dict[str, Any]:
+    return {
+        task: {name: value for name, value in asdict(score).items() if name != "outcomes"}
+        for task, score in scores.items()
+    }

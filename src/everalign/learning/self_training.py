@@ -1,0 +1,298 @@
+"""Weak to strong: a small corrector rewrites a stronger model's own answers, and the stronger model learns from that.
+
+    distill("Qwen/Qwen2.5-7B-Instruct", Corrector.from_pretrained("runs/corrector"), load_prompts("prompts.jsonl"),
+            "runs/distilled", options=DistillOptions(rounds=2))
+
+Round after round (Ji et al., NeurIPS 2024, arXiv 2402.02416, §4 and appendix A): the policy answers, the corrector
+rewrites, and the policy learns the rewritten answers as one task of a run, so that a method keeps what earlier rounds
+and tasks taught; the next round samples from the policy that this one left. Everything passes as text: the two models
+may have different tokenizers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol
+
+from everalign.data.records import Correction, CorrectionSet, PreferenceSet, PromptSet, Scored, ScoredSet
+from everalign.data.rows import RowSet
+from everalign.errors import EveralignError, InputError, check_shortfall
+from everalign.learning.context import Announce, Progress
+from everalign.learning.learner import Learner
+from everalign.learning.options import DistillOptions, Round, TrainingOptions, edit_share
+from everalign.learning.promotion import alone_in
+from everalign.methods import LifeAlign, Method
+from everalign.modeling.sampling import SamplingOptions, sample_kept
+from everalign.storage import Journal, json_line, read_json, write_json, write_text
+from everalign.training.reward_weights import FROM_REFERENCE_REWARDS, WeightOptions
+
+HELD_OUT = "held-out"
+"""The name under which held-out preferences are scored after every round."""
+
+_FACTS = "distill.json"
+_PER_BATCH = 64
+# Rounds sample this far apart, and runs of neighbouring seeds further.
+_ROUND_STRIDE, _RUN_STRIDE, _SEEDS = 7919, 1_000_003, 2**31
+
+
+class Rewritten(Protocol):
+    """An answer after a corrector has seen it."""
+
+    @property
+    def text(self) -> str:
+        """The correction; the answer itself where it is not changed."""
+        ...
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is another text than the answer."""
+        ...
+
+
+class Rewriter(Protocol):
+    """Corrects answers, as `everalign.Corrector` does."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what corrections depend on."""
+        ...
+
+    def correct_batch(self, pairs: Sequence[tuple[Any, str]]) -> Sequence[Rewritten]:
+        """Return the answers of (question, answer) pairs corrected, in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A finished run.
+
+    Args:
+        learner: with the policy that the last round left.
+        rounds: those that were learned, and the last one if nothing was left to learn in it.
+    """
+
+    learner: Learner
+    rounds: tuple[Round, ...]
+
+
+def distill(
+    model: str,
+    corrector: Rewriter,
+    prompts: PromptSet,
+    output: str | Path,
+    *,
+    options: DistillOptions | None = None,
+    test: PreferenceSet | None = None,
+    method: Method | None = None,
+    training: TrainingOptions | None = None,
+    weighting: WeightOptions | None = None,
+    seed: int = 0,
+    announce: Announce = lambda _: None,
+    progress: Progress = lambda *_: None,
+    **arguments: Any,
+) -> Distillation:
+    """Teach a model what a corrector makes of its own answers, round after round, each a task of one run.
+
+    Killed in the middle, the same call with `resume` keeps finished rounds, sampled answers and their corrections, and
+    ends with the same weights. With more rounds it goes on.
+
+    Args:
+        model: the stronger model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`.
+        corrector: rewrites its answers.
+        prompts: what the policy answers.
+        output: the run directory; beside the run's own files it has `distill/round-N.jsonl`, the corrections.
+        options: what is learned from them; the defaults when None.
+        test: held-out preferences, scored before the first round and after each.
+        method: what is carried from round to round; LifeAlign when None.
+        training: how each round is trained.
+        weighting: how the rewards of the labels `var` become weights; the defaults when None.
+        seed: seeds everything random.
+        announce: called with one line for each thing that happens.
+        progress: called with (stage, done, all).
+        arguments: further ones of `Learner`, such as `adapter` and `resume`.
+
+    Raises:
+        InputError: most answers of the first round did not end, the method forgets between tasks or pools them,
+            `max_length` leaves no room for a prompt, the
+            labels have no use for `weighting` or its estimator needs what corrections do not have, or the run in
+            `output` was begun with another corrector, other prompts or other options.
+        EveralignError: the first round's answers were all good as they are.
+    """
+    options, method = options or DistillOptions(), LifeAlign() if method is None else method
+    training = training or TrainingOptions()
+    room = training.max_length - options.max_new_tokens
+    _check(prompts, method, room, options)
+    _check_weighting(weighting, options)
+    with alone_in(Path(output)):
+        learner = Learner(
+            model,
+            method,
+            options.objective,
+            output,
+            training=training,
+            weighting=weighting,
+            seed=seed,
+            announce=announce,
+            progress=progress,
+            **arguments,
+        )
+        facts = {**asdict(options), "corrector": corrector.fingerprint, "prompts": prompts.fingerprint}
+        run = _Run(learner, corrector, prompts, options, Path(output) / "distill", seed, announce, progress)
+        run.begin({name: value for name, value in facts.items() if name != "rounds"})
+        if test is not None:
+            learner.announce_test(HELD_OUT, test)
+        rounds: list[Round] = []
+        for number in range(1, options.rounds + 1):
+            rounds.append(run.round(number, options.sampling(room)))
+            if not rounds[-1].rows:
+                break
+    return Distillation(learner, tuple(rounds))
+
+
+def _check(prompts: PromptSet, method: Method, room: int, options: DistillOptions) -> None:
+    if not prompts:
+        raise InputError(f"{prompts.source}: no rows in it")
+    if method.regime != "sequential":
+        raise InputError(f"{method.name} does not go on from round to round: choose a method that learns task by task")
+    if room < 1:
+        limits = f"max_new_tokens is {options.max_new_tokens} and max_length {room + options.max_new_tokens}"
+        raise InputError(f"{limits}, which leaves no room for a prompt: raise max_length")
+
+
+def _check_weighting(weighting: WeightOptions | None, options: DistillOptions) -> None:
+    """Refuse, before anything is sampled, what cannot be learned with or would be ignored."""
+    if weighting is None:
+        return
+    if options.labels != "var":
+        raise InputError(f"weighting is for the labels var, found {options.labels}: leave it out")
+    if weighting.estimator in FROM_REFERENCE_REWARDS:
+        raise InputError(
+            f"the estimator {weighting.estimator} needs reference_rewards, which corrections do not have: "
+            "choose another estimator"
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The rounds' files and what they are made with."""
+
+    learner: Learner
+    corrector: Rewriter
+    prompts: PromptSet
+    options: DistillOptions
+    folder: Path
+    seed: int
+    announce: Announce
+    progress: Progress
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Note what the rounds are made with, or refuse to go on with something else."""
+        path = self.folder / _FACTS
+        if not path.exists():
+            if self.learner.run.versions:
+                raise InputError(f"{self.folder.parent} holds a run of other tasks: choose another output directory")
+            write_json(path, facts)
+        written = read_json(path)
+        for name, value in facts.items():
+            if written.get(name) != value:
+                raise InputError(
+                    f"{path}: was begun with another {name} ({written.get(name)!r} then, {value!r} now): use the same, "
+                    "or another output directory"
+                )
+
+    def round(self, number: int, sampling: SamplingOptions) -> Round:
+        """Sample, correct and learn; a finished round is taken as it is."""
+        name, path = f"round-{number}", self.folder / f"round-{number}.json"
+        if any(version.task == name for version in self.learner.run.versions):
+            self.announce(f"{name} (learned already)")
+            return Round(**read_json(path))
+        if path.exists() and not (last := Round(**read_json(path))).rows and number > 1:
+            self.announce(f"{name}: an earlier call found nothing left to learn")
+            return last
+        self.announce(name)
+        samples = Journal(self.folder / f"{name}.samples.partial")
+        rewritten = Journal(self.folder / f"{name}.corrected.partial")
+        rows = self._corrected(self._answers(number, sampling, samples), rewritten)
+        learned = self._rows(rows)
+        facts = self._facts(number, rows, len(learned))
+        self.announce(f"  {facts.summary()}")
+        write_text(self.folder / f"{name}.jsonl", "".join(json_line(row.to_json()) for row in rows))
+        write_json(path, asdict(facts))
+        if learned:
+            self.learner.learn(learned, name)
+        elif number == 1:
+            raise EveralignError(f"{self.prompts.source}: the corrector changed none of {len(rows)} answers")
+        else:
+            self.announce("  the corrector changed no answer: there is nothing left to learn from it")
+        samples.remove()
+        rewritten.remove()
+        return facts
+
+    def _answers(self, number: int, sampling: SamplingOptions, journal: Journal) -> list[tuple[Any, str, float]]:
+        """Return the prompts that the policy answers, with its answers and their weights."""
+        found = sample_kept(
+            self.learner.policy,
+            self.learner.tokenizer,
+            [row.prompt for row in self.prompts],
+            sampling,
+            journal,
+            seed=(self.seed * _RUN_STRIDE + number * _ROUND_STRIDE) % _SEEDS,
+            progress=self.progress,
+        )
+        answered = [
+            (row.prompt, sample.texts[0], row.weight)
+            for row, sample in zip(self.prompts, found, strict=True)
+            if sample.texts
+        ]
+        if not answered:
+            limit = f"max_new_tokens {sampling.max_new_tokens}: raise it (--max-new-tokens)"
+            raise InputError(f"{self.prompts.source}: no sampled answer ends within {limit}")
+        lost, what = len(self.prompts) - len(answered), "sampled answers did not end or say nothing, and are left out"
+        remedy = f"raise --max-new-tokens (max_new_tokens), {sampling.max_new_tokens} now"
+        # What earlier rounds have taught stands, however long the policy has come to write.
+        for warning in check_shortfall(lost, len(self.prompts), what, remedy, refuse=number == 1):
+            self.announce(f"  warning: {self.prompts.source}: {warning}")
+        return answered
+
+    def _corrected(self, answers: Sequence[tuple[Any, str, float]], journal: Journal) -> CorrectionSet:
+        """Return the answers with their corrections, which are on disk as they come."""
+        texts: dict[int, str] = journal.read(range(len(answers)))
+        if not all(isinstance(text, str) for text in texts.values()):
+            raise journal.damaged()
+        missing = [number for number in range(len(answers)) if number not in texts]
+        for start in range(0, len(missing), _PER_BATCH):
+            numbers = missing[start : start + _PER_BATCH]
+            batch = [answers[number][:2] for number in numbers]
+            found = self.corrector.correct_batch(batch)
+            # Whatever an unchanged one's text says, it is the answer, letter by letter.
+            new = [one.text if one.changed else answer for one, (_, answer) in zip(found, batch, strict=True)]
+            journal.put(dict(zip(numbers, new, strict=True)))
+            texts |= zip(numbers, new, strict=True)
+            self.progress("correcting", len(texts), len(answers))
+        rows = (Correction(*row[:2], texts[number], row[2]) for number, row in enumerate(answers))
+        return CorrectionSet(tuple(rows), self.prompts.source)
+
+    def _rows(self, rows: CorrectionSet) -> RowSet[Any]:
+        """Return what is learned of a round's corrections; nothing where the corrector has changed nothing."""
+        source = self.prompts.source
+        pairs = [pair for row in rows if (pair := row.preference()) is not None]
+        if not pairs or self.options.labels in ("dpo", "fpo"):
+            return PreferenceSet(tuple(pairs), source)
+        if self.options.labels == "var":
+            return ScoredSet(tuple(map(Scored.from_preference, pairs)), source)
+        labels = (Scored(row.question, (row.correction,), (1.0,), row.weight, (1.0,)) for row in rows)
+        return ScoredSet(tuple(labels), source)
+
+    def _facts(self, number: int, rows: CorrectionSet, learned: int) -> Round:
+        changed = [row for row in rows if not row.is_identity]
+        return Round(
+            round=number,
+            prompts=len(self.prompts),
+            unanswered=len(self.prompts) - len(rows),
+            answers=len(rows),
+            changed=len(changed),
+            changed_share=len(changed) / len(rows),
+            edit=fmean(edit_share(row.answer, row.correction) for row in changed) if changed else 0.0,
+            rows=learned,
+        )

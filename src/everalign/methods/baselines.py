@@ -1,0 +1,62 @@
+"""Baselines without memory: sequential, single-task and multi-task fine-tuning."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from everalign.data.replay import AnyRow, ReplayBuffer
+from everalign.data.rows import RowSet
+from everalign.methods.base import Method, ModuleRecord, Task
+from everalign.modeling.policy import Policy
+
+
+class SequentialFineTuning(Method):
+    """Train the same adapter on task after task: the control that shows how much there is to forget."""
+
+    name = "seqft"
+
+
+class SingleTask(Method):
+    """Learn each task in a fresh adapter on the base model; only the score on the own task counts."""
+
+    name = "stl"
+    regime = "separate"
+
+    def begin_task(self, policy: Policy, task: Task) -> None:
+        """Go back to the base model."""
+        policy.reset(task.seed)
+
+
+_EVERYTHING = 10**9
+_POOLED = "all-tasks"
+
+
+class MultiTask(Method):
+    """Learn the union of all tasks from the base model.
+
+    Given all tasks at once, trains once. Given one after another, it trains from the base model on everything seen so
+    far each time, and keeps all rows for that.
+    """
+
+    name = "mtl"
+    regime = "joint"
+
+    def __init__(self) -> None:
+        self.buffer: ReplayBuffer = ReplayBuffer(_EVERYTHING)
+
+    def pool(self, tasks: Sequence[tuple[str, RowSet[Any]]]) -> list[tuple[str, RowSet[Any]]]:
+        """Make one task of all."""
+        source = " + ".join(rows.source for _, rows in tasks)
+        return [(_POOLED, type(tasks[0][1]).of([row for _, rows in tasks for row in rows], source))]
+
+    def begin_task(self, policy: Policy, task: Task) -> None:
+        """Go back to the base model."""
+        policy.reset(task.seed)
+
+    def rows(self, task: Task) -> list[AnyRow]:
+        """Return all rows of all earlier tasks."""
+        return self.buffer.rows(exclude_task=task.name)
+
+    def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
+        """Keep all of the task's rows."""
+        self.buffer.add(task.name, task.rows, fraction=1.0, seed=task.seed)
+        return []

@@ -1,0 +1,185 @@
+"""The feedback loop: what was not learned yet becomes a run's next task, and the run's gate decides."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from everalign.data import Correction, load_corrections, load_preferences, load_scored
+from everalign.data.rows import RowSet
+from everalign.errors import GateRefusedError, InputError, NotEnoughEvidenceError
+from everalign.learning.learner import Learner
+from everalign.learning.promotion import rows_needed
+from everalign.learning.run_data import BASE
+from everalign.serving.feedback.task import NextTask, NextTaskOptions, NotEnoughFeedback, TaskReport, build_task
+from everalign.serving.store import FeedbackStore
+from everalign.storage import is_partial, json_line, new_folder, read_json, write_json, write_text
+
+GATE = 0.05
+"""How far a held-out accuracy may fall, unless something else is said: five points, which 52 held-out rows can show."""
+
+_KINDS = {"correction": "corrections", "var": "scored"}
+_LOADERS: dict[str, Callable[[Path], RowSet[Any]]] = {
+    "corrections": load_corrections,
+    "preferences": load_preferences,
+    "scored": load_scored,
+}
+_PREFIX = "feedback-"
+_FOLDER = "feedback"
+
+
+@dataclass(frozen=True)
+class LearnedFeedback:
+    """What became of feedback.
+
+    Args:
+        name: of the task.
+        version: that it has led to.
+        refusal: why the gate did not promote it (NotEnoughEvidenceError: it could not tell); None where it did.
+        report: what the task was made of, and what was left out.
+    """
+
+    name: str
+    version: str
+    refusal: GateRefusedError | None
+    report: TaskReport
+
+    @property
+    def promoted(self) -> bool:
+        """Whether the version is the run's current one."""
+        return self.refusal is None
+
+
+def kind_of(objective: str) -> str:
+    """Return what feedback has to become for an objective: `corrections`, `preferences` or `scored`."""
+    return _KINDS.get(objective, "preferences")
+
+
+def learn_from_feedback(
+    store: FeedbackStore,
+    learner: Learner,
+    options: NextTaskOptions | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+) -> LearnedFeedback:
+    """Learn what was not learned yet as one task, and note in the store that it is learned.
+
+    What the gate refuses is noted too, as learned by a refused task: it would only be refused again. What it cannot
+    decide for want of held-out rows is not.
+
+    Args:
+        store: where feedback is.
+        learner: of the run, best with a gate; one that was begun or resumed.
+        options: how the task is made; its kind is that of the learner's objective, whatever they say.
+        announce: called with one line for each thing that happens.
+
+    Raises:
+        NotEnoughFeedback: there is no task yet, or its held-out rows could not show the gate that nothing fell.
+        InputError: the run's files were changed, or it starts from a model that is no corrector, while the feedback is
+            on answers of one.
+    """
+    kind = kind_of(learner.run.facts.objective)
+    options = replace(options or NextTaskOptions(), kind=kind)
+    with learner.alone():
+        pending = _Pending.find(learner.run.path)
+        if pending is None:
+            found = list(store.feedback(unlearned=True))
+            task = build_task(found, options)
+            _check_evidence(task, learner)
+            if kind == "corrections":
+                _check_start(learner, {exchange.corrector for exchange, _ in found} - {None})
+            pending = _Pending.write(learner, task, kind)
+        else:
+            announce(f"{pending.name}: an interrupted call goes on")
+        task = pending.read()
+        announce(f"{pending.name}: {task.report.summary()}")
+        refusal = None
+        try:
+            learner.learn(task.rows, pending.name, task.test)
+        except GateRefusedError as error:
+            refusal = error
+        version = learner.run.tip if refusal is None else refusal.version
+        if not isinstance(refusal, NotEnoughEvidenceError):
+            store.mark_learned(task.feedback_ids, pending.name if refusal is None else f"{pending.name} (refused)")
+        pending.done(version, refusal is None)
+    return LearnedFeedback(pending.name, version, refusal, task.report)
+
+
+def _check_evidence(task: NextTask, learner: Learner) -> None:
+    """Refuse to learn for hours what no gate could promote: with so few held-out rows nothing can be shown."""
+    if learner.gate is None:
+        return
+    needed, held_out = rows_needed(learner.gate), sum(map(_tells, task.test or ()))
+    if held_out < needed:
+        raise NotEnoughFeedback(
+            f"not enough evidence: with {held_out} held-out rows that have a better and a worse answer, a fall by "
+            f"{learner.gate:.1%} could not be told from chance, which {needed} could at best; wait for more, hold out "
+            f"a larger share, or let accuracies fall further (gate); {task.report.summary()}",
+            task.report,
+        )
+
+
+def _tells(row: Any) -> bool:
+    return not isinstance(row, Correction) or not row.is_identity
+
+
+def _check_start(learner: Learner, correctors: set[str | None]) -> None:
+    """Refuse to begin with a model that has never corrected in the place of the corrector that people judged."""
+    known = {version.id for version in learner.run.everything}
+    if learner.run.tip == BASE and not correctors <= known and not learner.starts_from_corrector:
+        raise InputError(
+            f"the feedback is on answers of the corrector {', '.join(sorted(map(str, correctors)))}, and the run "
+            f"starts from {learner.run.facts.model}, which is none: name the corrector in service as the model, or its "
+            "run as the output"
+        )
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A task on its way: its rows, and the feedback they come from."""
+
+    folder: Path
+    name: str
+
+    @classmethod
+    def find(cls, run: Path) -> "_Pending | None":
+        """Return the task that an interrupted call has left; there is one at most."""
+        begun = (path.parent for path in (run / _FOLDER).glob("*/task.json") if not is_partial(path.parent))
+        left = next((folder for folder in begun if not (folder / "done.json").exists()), None)
+        return None if left is None else cls(left, left.name)
+
+    @classmethod
+    def write(cls, learner: Learner, task: NextTask, kind: str) -> "_Pending":
+        """Write a new task, under a name that no version and no earlier task has."""
+        tasks = learner.run.path / _FOLDER
+        taken = {version.task for version in learner.run.everything} | {folder.name for folder in tasks.glob("*")}
+        name = next(f"{_PREFIX}{i}" for i in range(1, len(taken) + 2) if f"{_PREFIX}{i}" not in taken)
+        with new_folder(tasks / name) as folder:
+            for file, rows in (("train.jsonl", task.rows), ("test.jsonl", task.test)):
+                if rows is not None:
+                    write_text(folder / file, "".join(json_line(row.to_json()) for row in rows))
+            facts = {"kind": kind, "feedback": list(task.feedback_ids), "report": task.report.facts()}
+            write_json(folder / "task.json", facts)
+        return cls(tasks / name, name)
+
+    def read(self) -> NextTask:
+        """Read the task again; an InputError names what cannot be read."""
+        path = self.folder / "task.json"
+        facts: dict[str, Any] = read_json(path)
+        try:
+            kind, ids, report = facts["kind"], tuple(facts["feedback"]), TaskReport(**facts["report"])
+            rows = self._rows(kind, "train.jsonl")
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: was changed since it was written ({error}); restore the file") from None
+        if rows is None:
+            raise InputError(f"{self.folder / 'train.jsonl'}: is missing; restore the file")
+        return NextTask(rows, self._rows(kind, "test.jsonl"), ids, report)
+
+    def _rows(self, kind: str, file: str) -> RowSet[Any] | None:
+        path = self.folder / file
+        if not path.exists():
+            return None
+        return replace(_LOADERS[kind](path), source=f"feedback ({self.name})")
+
+    def done(self, version: str, promoted: bool) -> None:
+        """Note what became of it."""
+        write_json(self.folder / "done.json", {"version": version, "promoted": promoted})

@@ -1,0 +1,104 @@
+"""Rendering of pages and reading of forms."""
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qsl
+
+from fastapi import Request
+from fastapi.responses import Response
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from everalign.serving.errors import GatewayError, refused
+from everalign.serving.limits import BODY_SECONDS, FORM, aside, read_body
+from everalign.serving.middleware import cookie_name
+from everalign.serving.security import Session, Sessions
+
+# All of a page comes from here, and so does what it may send: nothing of another site, nothing inline.
+_POLICY = (
+    "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+class Pages:
+    """Makes pages.
+
+    Args:
+        sessions: whose tokens stand in forms.
+        locked: whether one has to sign in.
+    """
+
+    def __init__(self, sessions: Sessions, locked: bool) -> None:
+        self.sessions, self._locked = sessions, locked
+        self._templates = Environment(
+            loader=PackageLoader("everalign.serving.pages"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+
+    def page(self, request: Request, template: str, values: Mapping[str, Any], status: int = 200) -> Response:
+        """Return a page; a browser without a session gets one."""
+        session = request.state.session
+        known = session is not None and session.key_id == request.state.key_id
+        if not known:
+            session = self.sessions.begin(request.state.key_id)
+        common = {
+            "token": self.sessions.token(session),
+            "path": request.url.path,
+            "root": request.state.root,
+            "may_leave": self._locked and bool(session.key_id),
+        }
+        text = self._templates.get_template(template).render({**common, **values})
+        # An upstream may have sent what no encoding has: half a surrogate pair.
+        content = text.encode(errors="replace")
+        response = Response(content, status, {"content-security-policy": _POLICY}, "text/html; charset=utf-8")
+        if not known:
+            self.send_cookie(request, response, session)
+        return response
+
+    def send_cookie(self, request: Request, response: Response, session: Session) -> None:
+        """Give a browser its session; where it came by https, over nothing else from then on."""
+        response.set_cookie(
+            cookie_name(request.scope),
+            self.sessions.cookie(session),
+            max_age=self.sessions.seconds,
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
+        )
+
+
+_MOST_FIELDS = 40
+
+
+async def read_form(request: Request, sessions: Sessions, most: int, seconds: float = BODY_SECONDS) -> dict[str, str]:
+    """Return a form's fields.
+
+    Args:
+        request: whose body has not been read.
+        sessions: that its token must be of.
+        most: bytes.
+        seconds: within which it has to be there.
+
+    Raises:
+        GatewayError: it cannot be read, or it comes from elsewhere or from a session that is over (403).
+    """
+    content = await read_body(request, most, FORM, seconds)
+    fields = await aside(content, lambda: parsed(content))
+    session = request.state.session
+    own = session is not None and session.key_id == request.state.key_id
+    if not own or not sessions.is_token(session, fields.get("token", "")):
+        message = "this form is too old, or is not from here; nothing was done: please send it again"
+        raise GatewayError(403, message, "invalid_request_error", "form_expired")
+    return fields
+
+
+def parsed(content: bytes) -> dict[str, str]:
+    """Return the fields of a form's body, ends of lines as one sign; raises GatewayError."""
+    try:
+        found = parse_qsl(content.decode(), keep_blank_values=True, errors="strict", max_num_fields=_MOST_FIELDS)
+    except ValueError:
+        raise refused("the form cannot be read", code="invalid_form") from None
+    return {name: value.replace("\r\n", "\n") for name, value in found}

@@ -1,0 +1,293 @@
+"""From rewards to weights: how much each completion of a dataset counts, computed once before training."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from everalign.data.records import Scored
+from everalign.errors import InputError
+from everalign.objectives import Estimator, WeightStatistics, global_scale, var_weights, weight_statistics
+
+_ROWS_NAMED = 3
+# Need rewards of answers of the reference, which every row then has to hold.
+FROM_REFERENCE_REWARDS = ("reference", "quantile")
+# Can tell what a completion is worth that is its prompt's only one.
+TAKE_ONE_COMPLETION = ("in_batch", *FROM_REFERENCE_REWARDS)
+# Within a prompt snkl is its own normaliser; what it takes from the options is how sharp the rewards are.
+_OF_SNKL = ("temperature", "target_ess", "scale_rewards", "drop_constant")
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """How rewards become weights (see `everalign.objectives.var_weights`).
+
+    Args:
+        estimator: where a prompt's normaliser comes from: `group`, its own completions; `group_loo`, the other
+            ones, which aims at the optimum exactly but with weights of any size; `in_batch`, the other prompts', for
+            data with one completion a prompt. There a reward is compared with the mean of the prompt's other
+            completions, or, where some prompt has but one, with that of the dataset. `reference`, the row's
+            `reference_rewards`, which aims at the optimum with any number of completions; `quantile`, nothing: a
+            reward becomes its rank among the `reference_rewards`, whose normaliser is known. `support`, the
+            completions' probabilities under the base model times their exponentiated rewards, for distinct
+            completions that were listed and not sampled.
+        temperature: reward that is worth one nat, in units of the dataset's standard deviation of rewards, or as
+            they are without `scale_rewards`. None for 1, or for 0.25 with `quantile`, where the unit is all ranks.
+        target_ess: share of the responses, between 0 and 1, that the weights shall be worth; the temperature is
+            found. 0 for a given temperature.
+        scale_rewards: divide all rewards by their standard deviation over the dataset. None for True, but for
+            `quantile`, whose ranks have no scale.
+        weight_cap: largest weight; 0 for none.
+        length_normalize: with `support`, divide log-probabilities by the completion's tokens, because summed ones let
+            length decide; a heuristic, whose weights no longer aim at the optimum.
+
+    Raises:
+        InputError: a value is out of its range, or the estimator would ignore it.
+    """
+
+    estimator: Estimator = "group"
+    temperature: float | None = None
+    target_ess: float = 0.0
+    scale_rewards: bool | None = None
+    weight_cap: float = 0.0
+    length_normalize: bool = False
+    weight_floor: float = 0.0
+    drop_constant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.estimator not in get_args(Estimator):
+            raise InputError(f"estimator must be one of {', '.join(get_args(Estimator))}, found {self.estimator!r}")
+        ranks = self.estimator == "quantile"
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", 0.25 if ranks else 1.0)
+        if self.scale_rewards is None:
+            object.__setattr__(self, "scale_rewards", not ranks)
+        self._check_numbers()
+        for name, ignored in (
+            ("scale_rewards", ranks and self.scale_rewards),
+            ("length_normalize", self.estimator != "support" and self.length_normalize),
+            ("drop_constant", False),
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be true or false, found {getattr(self, name)!r}")
+            if ignored:
+                raise InputError(f"the estimator {self.estimator} would ignore {name}: leave it out")
+
+    def _check_numbers(self) -> None:
+        for name in ("temperature", "target_ess", "weight_cap", "weight_floor"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+                raise InputError(f"{name} must be a number of at least 0, found {value!r}")
+        if self.temperature == 0:
+            raise InputError("temperature must be above 0: towards 0 only the best completion counts")
+        if self.target_ess >= 1:
+            raise InputError(f"target_ess must be below 1, found {self.target_ess!r}: at 1 all completions count alike")
+        if self.weight_floor >= 1:
+            raise InputError(f"weight_floor must be below 1, found {self.weight_floor!r}: weights are 1 on average")
+
+    def settings(self, objective: str) -> dict[str, Any]:
+        """Return the options that mean something to an objective, with their values."""
+        found = asdict(self)
+        if self.estimator != "support":
+            del found["length_normalize"]
+        # Those that came later are told of where they do something, so that older runs can be continued.
+        for name in ("weight_floor", "drop_constant"):
+            if not found[name]:
+                del found[name]
+        return {name: found[name] for name in _OF_SNKL if name in found} if objective == "snkl" else found
+
+    def check_for(self, objective: str) -> None:
+        """Refuse what the objective would ignore."""
+        usual = asdict(WeightOptions())
+        check_names(objective, [name for name, value in asdict(self).items() if value != usual[name]])
+
+
+def check_names(objective: str, given: Iterable[str]) -> None:
+    """Refuse options by their names that the objective would ignore."""
+    ignored = [name for name in given if name not in _OF_SNKL]
+    if objective == "snkl" and ignored:
+        what = f"the objective snkl compares the completions of a prompt and would ignore {ignored[0]}"
+        raise InputError(f"{what}: leave it out")
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Rows with weights, and what was done to get them.
+
+    Attributes:
+        rows: the rows that are learned, each completion with its weight.
+        statistics: figures of the weights, over all rows, before any are left out.
+        temperature: given or found; None where the rows brought their weights.
+        scale: what rewards were divided by.
+        left_out: completions below the floor, or all of whose prompt have one reward.
+        left_out_weight: share of all weight that they had.
+    """
+
+    rows: tuple[Scored, ...]
+    statistics: WeightStatistics
+    temperature: float | None
+    scale: float
+    left_out: int = 0
+    left_out_weight: float = 0.0
+
+    def summary(self) -> str:
+        """One line of text for a log."""
+        given = (
+            "as given, weighting options do not apply"
+            if self.temperature is None
+            else f"temperature {self.temperature:.3g}"
+        )
+        s = self.statistics
+        line = f"{given}, worth {s.effective_share:.0%} of {s.rows} completions, the largest {s.largest_weight:.3g}"
+        if self.left_out:
+            line += f"; {self.left_out} completions with {self.left_out_weight:.1%} of the weight are left out"
+        return line
+
+    def facts(self) -> dict[str, Any]:
+        """Return the figures, for a manifest; what does not exist is None."""
+        figures = {name: None if value != value else value for name, value in asdict(self.statistics).items()}
+        left_out = {"left_out": self.left_out, "left_out_weight": self.left_out_weight} if self.left_out else {}
+        return {"temperature": self.temperature, "scale": self.scale, **figures, **left_out}
+
+
+def weigh(
+    rows: Sequence[Scored],
+    lengths: Sequence[Sequence[int]],
+    options: WeightOptions,
+    reference: Sequence[Tensor] | None = None,
+    scale: float | None = None,
+) -> Weighed:
+    """Give every completion of a dataset its weight.
+
+    Args:
+        rows: all rows of a task, of which either all or none have weights already.
+        lengths: tokens of each row's completions, for the statistics and for `length_normalize`.
+        options: how.
+        reference: for `support`, log-probabilities of each row's completions under the reference, in nats, summed
+            over their tokens.
+        scale: what rewards are divided by, where `scale_rewards` asks for it; their own standard deviation when None.
+
+    Raises:
+        InputError: rewards do not differ, a row has too few completions or no reference rewards for the estimator, or
+            only some rows have weights; names the rows.
+    """
+    given = [row for row in rows if row.weights is not None]
+    if given and len(given) < len(rows):
+        number = next(i for i, row in enumerate(rows, start=1) if row.weights is None)
+        raise InputError(f"row {number} has no weights, while others have: give all rows weights, or none")
+    groups = torch.tensor([number for number, row in enumerate(rows) for _ in row.completions])
+    rewards = torch.tensor([reward for row in rows for reward in row.rewards], dtype=torch.float64)
+    tokens = torch.tensor([length for row in lengths for length in row])
+    cap = options.weight_cap or None
+    if given:
+        weights = torch.tensor([weight for row in given for weight in row.weights or ()], dtype=torch.float64)
+        return Weighed(tuple(rows), weight_statistics(weights, groups, rewards, tokens), None, 1.0)
+    check_completions(rows, options)
+    try:
+        scale = (scale or global_scale(rewards)) if options.scale_rewards else 1.0
+        found = var_weights(
+            rewards,
+            groups,
+            estimator=options.estimator,
+            temperature=None if options.target_ess else options.temperature,
+            target_ess=options.target_ess or None,
+            reward_scale=scale,
+            weight_cap=cap,
+            **_beside(rows, rewards, tokens, options, reference),
+        )
+        statistics = weight_statistics(found.weights, groups, rewards, tokens, weight_cap=cap)
+    except ValueError as error:
+        raise InputError(f"rewards: {error}") from error
+    kept = _kept(rows, found.weights, options)
+    parts = torch.split(found.weights * kept, [len(row.completions) for row in rows])
+    weighed = tuple(_with_weights(row, part.tolist()) for row, part in zip(rows, parts, strict=True) if part.any())
+    if not weighed:
+        raise InputError(_nothing_left(options))
+    lost = (found.weights * ~kept).sum() / found.weights.sum()
+    return Weighed(weighed, statistics, found.temperature, scale, int((~kept).sum()), lost.item())
+
+
+def _kept(rows: Sequence[Scored], weights: Tensor, options: WeightOptions) -> Tensor:
+    """Which completions (N,) are learned."""
+    kept = weights >= options.weight_floor
+    if options.drop_constant:
+        kept &= torch.tensor([len(set(row.rewards)) > 1 for row in rows for _ in row.completions])
+    return kept
+
+
+def _nothing_left(options: WeightOptions) -> str:
+    if options.drop_constant:
+        return "no row has rewards that differ, and drop_constant leaves all others out: do without it"
+    return f"every completion weighs less than weight_floor, {options.weight_floor:g}: lower it"
+
+
+def _with_weights(row: Scored, weights: list[float]) -> Scored:
+    try:
+        return replace(row, weights=tuple(weights))
+    except InputError as error:
+        raise InputError(f"the row {row.id} would get the weights {weights}: raise the temperature") from error
+
+
+def _beside(
+    rows: Sequence[Scored],
+    rewards: Tensor,
+    tokens: Tensor,
+    options: WeightOptions,
+    reference: Sequence[Tensor] | None,
+) -> dict[str, Any]:
+    """What an estimator looks at beside rewards, by its name in `var_weights`."""
+    if options.estimator == "in_batch" and any(len(row.completions) == 1 for row in rows):
+        return {"baselines": rewards.mean().expand(len(rows))}
+    if options.estimator in FROM_REFERENCE_REWARDS:
+        return {"reference_rewards": torch.tensor([row.reference_rewards for row in rows], dtype=torch.float64)}
+    if options.estimator == "support" and reference is not None:
+        return {
+            "reference_logprobs": torch.cat(list(reference)),
+            "lengths": tokens if options.length_normalize else None,
+        }
+    return {}
+
+
+def check_completions(rows: Sequence[Scored], options: WeightOptions) -> None:
+    """Refuse rows without weights that lack what the estimator needs; names them by their place."""
+    unweighed = [(number, row) for number, row in enumerate(rows, start=1) if row.weights is None]
+    if options.estimator in FROM_REFERENCE_REWARDS:
+        _check_reference_rewards(unweighed, options.estimator)
+    alone = [number for number, row in unweighed if len(row.completions) == 1]
+    if alone and options.estimator not in TAKE_ONE_COMPLETION:
+        raise InputError(
+            f"{len(alone)} rows have one completion only ({_named(alone)}), whose weight would be 1 whatever its "
+            "reward: sample more, leave these rows out, or use the estimator in_batch (or, with reference_rewards, "
+            "reference)"
+        )
+
+
+def check_comparable(rows: Sequence[Scored]) -> None:
+    """Refuse rows with one completion, also where they have weights; names them by their place."""
+    alone = [number for number, row in enumerate(rows, start=1) if len(row.completions) == 1]
+    if alone:
+        raise InputError(
+            f"{len(alone)} rows have one completion only ({_named(alone)}), with nothing to compare it to: sample "
+            "more, or leave these rows out"
+        )
+
+
+def _check_reference_rewards(rows: Sequence[tuple[int, Scored]], estimator: str) -> None:
+    counts = [(number, len(row.reference_rewards or ())) for number, row in rows]
+    for number, count in counts:
+        if count == 0:
+            raise InputError(
+                f"row {number}: field 'reference_rewards': no such column in this row, from which the estimator "
+                f"{estimator} takes what is usual for a prompt; give rewards of the reference's own answers to it"
+            )
+        if count != counts[0][1]:
+            raise InputError(
+                f"row {number}: field 'reference_rewards': {count} numbers, while row {counts[0][0]} has "
+                f"{counts[0][1]}; give every row as many"
+            )
+
+
+def _named(rows: Sequence[int]) -> str:
+    return "rows " + ", ".join(map(str, rows[:_ROWS_NAMED])) + (", ..." if len(rows) > _ROWS_NAMED else "")
