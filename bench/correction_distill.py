@@ -24,7 +24,7 @@ from common import OUT, data_folder, write_result
 from correction_task import FOLDER, LONGEST, approving, corrector_folder, judge, pairs, smaller, training_rows
 from everalign.correction import Corrector
 from everalign.data.records import PromptRow, PromptSet
-from everalign.evaluation.pairwise import ScorerApproval
+from everalign.evaluation.pairwise import ScorerApprover
 from everalign.evaluation.scorers import RewardModelScorer
 from everalign.learning.options import DistillOptions, TrainingOptions
 from everalign.learning.self_training import distill
@@ -87,7 +87,7 @@ def main() -> None:
     prepare_process()
     base = str(data_folder() / "base-model")
     folder = corrector_folder("corrector-small", str(smaller((0, 1, 3, 5))), training_rows())
-    approver = ScorerApproval(approving()[0]) if arguments.approved else None
+    approver = ScorerApprover(approving()[0]) if arguments.approved else None
     corrector, (scorer, accuracy) = Corrector.from_pretrained(folder, approver=approver), judge()
     held_out = [row.prompt for row in pairs("safe_rlhf", "test")]
     table = Table(title=f"answers to {len(held_out)} held-out questions; judge of held-out accuracy {accuracy:.3f}")
@@ -132,7 +132,7 @@ def main() -> None:
                 training=training,
                 seed=arguments.seed,
                 resume=number > 1,
-                announce=print,
+                log=print,
             )
             referee = Referee(scorer, done.learner.tokenizer, held_out, arguments.samples)
             if not start:

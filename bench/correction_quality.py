@@ -19,7 +19,7 @@ from common import OUT, data_folder, write_result
 from correction_task import approving, corrector_folder, held_out, judge, training_rows
 from everalign.correction import CorrectionOptions, Corrector
 from everalign.correction.evaluation import CorrectionScores, evaluate_corrector
-from everalign.evaluation.pairwise import ScorerApproval, compare_answers
+from everalign.evaluation.pairwise import ScorerApprover, compare_answers
 from everalign.modeling.runtime import prepare_process
 
 # By so much have rewards to differ, or else neither answer wins; the judge's rewards deviate by about 1.
@@ -49,7 +49,7 @@ def main() -> None:
     answers, results = held_out(arguments.count), {}
     ways = {"as it is": (CorrectionOptions(), None)}
     ways |= {f"gate {gate:g}": (CorrectionOptions(gate=gate), None) for gate in arguments.gates}
-    ways |= {f"approved, {m:g}": (CorrectionOptions(), ScorerApproval(approver, m)) for m in arguments.approvals}
+    ways |= {f"approved, {m:g}": (CorrectionOptions(), ScorerApprover(approver, m)) for m in arguments.approvals}
     table = Table(title=f"corrections judged by a reward model of held-out accuracy {accuracy:.3f}")
     columns = ("corrector", "answers", "rows", "net win rate", "95 %", "p", "edited", "kept", "edits per token")
     for column in columns:

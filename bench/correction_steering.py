@@ -39,7 +39,7 @@ def main() -> None:
     if written.exists():
         facts = SteeringFacts.model_validate_json(written.read_text())
     else:
-        facts = steer_corrector(folder, CorrectionSet(tuple(known), "hh"), options=options, announce=print)
+        facts = steer_corrector(folder, CorrectionSet(tuple(known), "hh"), options=options, log=print)
     rows = [row for row in pairs("safe_rlhf", "test") if is_short(row.rejected)][: arguments.count]
     asked = [(row.prompt, row.rejected) for row in rows]
     corrector, ((judging, _), (approving_, _)) = Corrector.from_pretrained(folder), (judge(), approving())

@@ -71,7 +71,7 @@ def corrector_folder(name: str, base: str, rows: CorrectionSet, **options: Any) 
             "max_length": LONGEST,
             "precision": "bf16",
         }
-        train_corrector(base, rows, folder, options=CorrectorOptions(**(settings | options)), announce=print)
+        train_corrector(base, rows, folder, options=CorrectorOptions(**(settings | options)), log=print)
     return folder
 
 

@@ -19,7 +19,7 @@ SMALLEST_GAIN_IN_BWT = 0.05
 
 def run_seed(seed: int, output: Path) -> dict[str, Any]:
     """Run the demo with one seed and return both methods' numbers."""
-    result = run_demo(output / f"seed-{seed}", announce=print, progress=lambda *_: None, seed=seed)
+    result = run_demo(output / f"seed-{seed}", log=print, progress=lambda *_: None, seed=seed)
     return {"seed": seed, "seconds": result.seconds, **{name: s.summary for name, s in result.scores.items()}}
 
 

@@ -126,7 +126,7 @@ def run(name: str, contender: Contender, tasks: Tasks, arguments: argparse.Names
         seed=seed,
         resume=True,
         cache=Path(arguments.output) / "reference",
-        announce=lambda line: print(f"{time.strftime('%H:%M:%S')} {name}-{seed} {line}", flush=True),
+        log=lambda line: print(f"{time.strftime('%H:%M:%S')} {name}-{seed} {line}", flush=True),
     )
     learner.learn_all(list(tasks))
     return summary(learner)

@@ -32,7 +32,7 @@ from everalign.evaluation.scorers import CallableScorer
 from everalign.learning.options import CorrectionTaskOptions
 from everalign.methods import LifeAlign
 from everalign.modeling.loading import TINY
-from everalign.serving.corrector_reload import FollowedRun
+from everalign.serving.corrector_reload import CorrectorReloader
 from everalign.serving.feedback.loop import GATE, learn_from_feedback
 from everalign.serving.feedback.task import NextTaskOptions
 from everalign.serving.store import Exchange, Feedback, FeedbackStore
@@ -103,7 +103,7 @@ def run_seed(seed: int, folder: Path, scored: bool) -> list[dict[str, Any]]:
     taught = [Correction(row.question.text, *row[1:]) for row in demo_answers("train", FIRST_ROWS, seed)]
     first, run = folder / "corrector", folder / "run"
     few = replace(OPTIONS, epochs=2.0)
-    train_corrector(TINY, CorrectionSet(tuple(taught), "few"), first, options=few, seed=seed, announce=print)
+    train_corrector(TINY, CorrectionSet(tuple(taught), "few"), first, options=few, seed=seed, log=print)
     judged = {row.question.text for row in demo_answers("test", JUDGED, seed)} | {row.question for row in taught}
     texts = [text for text in WORLD if text not in judged]
     random.Random(seed).shuffle(texts)
@@ -125,7 +125,7 @@ def run_seed(seed: int, folder: Path, scored: bool) -> list[dict[str, Any]]:
                 correction=CorrectionTaskOptions(identity=OPTIONS.identity),
                 seed=seed,
                 resume=run.exists(),
-                announce=print,
+                log=print,
             )
             edit(store, edited, *style, version=learner.run.tip)
             found = {"call": name, **call(store, learner), "version": learner.run.tip}
@@ -137,7 +137,7 @@ def run_seed(seed: int, folder: Path, scored: bool) -> list[dict[str, Any]]:
 
 def in_service(run: Path) -> Corrector:
     """The corrector that a gateway of this run has in service."""
-    return FollowedRun(run, Corrector.from_pretrained).load()[0]
+    return CorrectorReloader(run, Corrector.from_pretrained).load()[0]
 
 
 def main() -> None:

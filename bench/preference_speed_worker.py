@@ -75,22 +75,22 @@ def _load(settings: Settings) -> Any:
 
 def load_pairs(settings: Settings, tokenizer: Any) -> list[Any]:
     """The same token ids for every contender."""
-    from everalign.data import encode_pairs
+    from everalign.data import tokenize_pairs
     from everalign.data.records import Preference
-    from everalign.data.tokenization import EncodedPair
+    from everalign.data.tokenization import TokenizedPair
 
     if settings["shape"]:
         prompt, response = map(int, settings["shape"].split("x"))
         rng, top = random.Random(0), min(settings["vocabulary"] or len(tokenizer), 8192)
         sizes = (prompt, response, response)
         return [
-            EncodedPair(str(i), *([rng.randrange(10, top) for _ in range(size)] for size in sizes), 1.0)
+            TokenizedPair(str(i), *([rng.randrange(10, top) for _ in range(size)] for size in sizes), 1.0)
             for i in range(settings["pairs"])
         ]
     rows = [*preference_rows("hh_harmless", "train"), *preference_rows("hh_helpful", "train")]
     random.Random(0).shuffle(rows)
     chosen = [Preference(row["prompt"], row["chosen"], row["rejected"]) for row in rows[: settings["pairs"]]]
-    return list(encode_pairs(chosen, tokenizer, settings["max_length"]))
+    return list(tokenize_pairs(chosen, tokenizer, settings["max_length"]))
 
 
 def clocks() -> tuple[float, float]:

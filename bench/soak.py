@@ -127,7 +127,7 @@ class Seen:
         self.seconds: list[float] = []
         self.late: list[str] = []
         self.acknowledged: list[tuple[str, str]] = []
-        self.unkept = self.refused_feedback = 0
+        self.store_failures = self.refused_feedback = 0
 
 
 async def client(base: str, number: int, until: float, seen: Seen) -> None:
@@ -152,7 +152,7 @@ async def client(base: str, number: int, until: float, seen: Seen) -> None:
                 if taken > DEADLINE:
                     seen.late.append(f"{fault}, {'streamed' if stream else 'whole'}: {taken:.1f} s, {outcome}")
             if answer is not None and not stored:
-                seen.unkept += 1
+                seen.store_failures += 1
             if answer is not None and stored:
                 await give(http, answer, key, draw, seen)
             await asyncio.sleep(draw.random() * 0.2)
@@ -274,7 +274,7 @@ async def soak(seconds: float, clients: int, base: str, store: Path, process: in
         "late": seen.late,
         "left_at_the_end": left,
         "store_locked": locks,
-        "answers_said_not_to_be_kept": seen.unkept,
+        "answers_said_not_to_be_kept": seen.store_failures,
         "feedback_acknowledged": len(seen.acknowledged),
         "feedback_refused": seen.refused_feedback,
         "feedback_lost": sum(answer not in kept for answer, _ in seen.acknowledged),

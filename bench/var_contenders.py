@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from everalign.data import Preference, Scored
-from everalign.data.collate import Batch, lay_out_groups
-from everalign.data.tokenization import EncodedGroup, TargetGroup, encode_groups, encode_pairs, encode_targets
+from everalign.data.collate import Batch, collate_groups
+from everalign.data.tokenization import TargetGroup, TokenizedGroup, tokenize_groups, tokenize_pairs, tokenize_targets
 from everalign.demo.world import Question
 from everalign.modeling.loading import load_model
 from everalign.modeling.policy import Policy
@@ -165,7 +165,7 @@ def dpo(beta: float) -> Any:
 
     def teach(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
         pairs: list[Preference] = [pair for row in rows if (pair := row.preference()) is not None]
-        found = encode_pairs(pairs, tokenizer, LONGEST)
+        found = tokenize_pairs(pairs, tokenizer, LONGEST)
         reference = pair_log_probs(policy, found, stage.tokens_per_batch)
         run_stage(policy, make_objective("dpo", beta), found, stage, folder, seed=0, reference=reference)
 
@@ -178,7 +178,7 @@ def snkl(temperature: float) -> Any:
     def teach(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
         lengths = [tuple(len(text) for text in row.completions) for row in rows]
         weighed = weigh(rows, lengths, WeightOptions("group", temperature=temperature, scale_rewards=False))
-        found = encode_targets(weighed.rows, tokenizer, LONGEST)
+        found = tokenize_targets(weighed.rows, tokenizer, LONGEST)
         groups = [group for group in found if isinstance(group, TargetGroup)]
         reference = group_log_probs(policy, groups, stage.tokens_per_batch)
         run_stage(policy, make_objective("snkl"), found, stage, folder, seed=0, reference=reference)
@@ -191,10 +191,10 @@ class AdvantageLeftover:
 
     name, needs_reference, clip = "a-lol", False, 0.9
 
-    def collate(self, groups: Sequence[EncodedGroup], shared: bool) -> Batch:
+    def collate(self, groups: Sequence[TokenizedGroup], shared: bool) -> Batch:
         """Lay out the answers of positive advantage; the reference's log-probabilities come in as weights' fellows."""
         tokens = sum(len(response) for group in groups for response in group.responses)
-        return {**lay_out_groups(groups, shared), "count": torch.tensor(tokens)}
+        return {**collate_groups(groups, shared), "count": torch.tensor(tokens)}
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return Σ A · clip(π/π_ref) · NLL / count."""
@@ -213,12 +213,12 @@ def advantage(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOp
         mean = sum(row.rewards) / len(row.rewards)
         if max(row.rewards) > mean:
             weighed.append(_with_weights(row, tuple(max(0.0, worth - mean) for worth in row.rewards)))
-    found = encode_groups(weighed, tokenizer, LONGEST)
+    found = tokenize_groups(weighed, tokenizer, LONGEST)
     run_stage(policy, AdvantageLeftover(), found, stage, folder, seed=0)
 
 
 def _weighted(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
-    run_stage(policy, make_objective("var"), encode_groups(rows, tokenizer, LONGEST), stage, folder, seed=0)
+    run_stage(policy, make_objective("var"), tokenize_groups(rows, tokenizer, LONGEST), stage, folder, seed=0)
 
 
 def _best(row: Scored) -> int:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from common import OUT, data_folder, mean_and_deviation, preference_rows, write_result
 from everalign.data import PreferenceSet, Scored, Unscored
-from everalign.data.tokenization import encode_pairs, fitting
+from everalign.data.tokenization import fitting, tokenize_pairs
 from everalign.evaluation import HeldOut, score_preferences
 from everalign.evaluation.scorers import RewardModelScorer
 from everalign.modeling.loading import load_model, load_tokenizer
@@ -90,7 +90,7 @@ class Judge:
     ) -> None:
         self._tokenizer, self._scorers = tokenizer, {"reward": rewards, "judge": judge}
         self._prompts = [row.prompt for row in test]
-        self._pairs = encode_pairs(test, tokenizer, LONGEST)
+        self._pairs = tokenize_pairs(test, tokenizer, LONGEST)
         self._base = pair_log_probs(start(), self._pairs, BATCH_TOKENS)
         self.zero: dict[str, float] = {}
 

@@ -82,7 +82,7 @@ def make_learner(model: Path, output: Path, method=None, objective="dpo", *, lin
     arguments.setdefault("training", TrainingOptions(**{**FAST, **(options or {})}))
     arguments.setdefault("adapter", AdapterOptions(rank=4, alpha=8.0, targets="q_proj,v_proj"))
     say = (lambda _: None) if lines is None else lines.append
-    return Learner(str(model), method, objective, output, announce=say, **arguments)
+    return Learner(str(model), method, objective, output, log=say, **arguments)
 
 
 def adapter_weights(output: Path, index: int = -1):

@@ -10,7 +10,7 @@ from corrections_for_tests import corrections, corrector
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge import JudgeScorer
-from everalign.evaluation.pairwise import ScorerApproval, compare_answers
+from everalign.evaluation.pairwise import ScorerApprover, compare_answers
 from everalign.evaluation.scorers import CallableScorer
 from everalign.llm_client import ChatClient
 
@@ -20,7 +20,7 @@ PAIRS = [(row.question, row.answer) for row in corrections(12, 200)]
 
 def by_length(sign, margin=0.0):
     """Finds longer answers better, or shorter ones."""
-    return ScorerApproval(
+    return ScorerApprover(
         CallableScorer(lambda _, texts: [sign * float(len(text)) for text in texts], f"{sign}"), margin
     )
 
@@ -65,15 +65,15 @@ def test_margins():
     assert compare_answers(scorer, ["q"] * 3, ["a", "aa", "a"], ["bb", "b", "bbb"], 1.0) == [0, 0, 1]
     for margin in (-1.0, float("nan"), float("inf")):
         with pytest.raises(InputError, match="margin: must be a finite number of at least 0"):
-            ScorerApproval(scorer, margin)
+            ScorerApprover(scorer, margin)
     with ChatServer(lambda _: "") as server:
         judge = JudgeScorer(ChatClient(server.url, "m"))
         with pytest.raises(InputError, match="margin: a judge names the better answer"):
-            ScorerApproval(judge, 0.5)
+            ScorerApprover(judge, 0.5)
 
 
 def test_a_reward_that_is_no_number_is_told():
-    nan = ScorerApproval(CallableScorer(lambda _, texts: [float("nan")] * len(texts), "nan"))
+    nan = ScorerApprover(CallableScorer(lambda _, texts: [float("nan")] * len(texts), "nan"))
     with pytest.raises(EveralignError, match="the reward must be finite, found nan"):
         corrected(nan)
 

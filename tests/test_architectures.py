@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
-from everalign.data.collate import lay_out_pairs
-from everalign.data.tokenization import EncodedPair
+from everalign.data.collate import collate_pairs
+from everalign.data.tokenization import TokenizedPair
 from everalign.errors import InputError
 from everalign.modeling.loading import language_model_class
 from models_for_tests import SHAPE, random_pairs
@@ -195,7 +195,10 @@ REFUSED = {
     ),
 }
 
-PAIRS = [*random_pairs(3, seed=5, vocabulary=90), EncodedPair("alike", [3, 4, 5], [6, 7, 8, 9, 10], [6, 7, 8, 11], 1.0)]
+PAIRS = [
+    *random_pairs(3, seed=5, vocabulary=90),
+    TokenizedPair("alike", [3, 4, 5], [6, 7, 8, 9, 10], [6, 7, 8, 11], 1.0),
+]
 TOKENS = torch.tensor([[3 + 5 * i % 80 for i in range(14)]])
 
 
@@ -238,7 +241,7 @@ REHEARSED = {
 def learn(folder, output, said):
     training = TrainingOptions(learning_rate=1e-2, batch_size=2, max_length=40)
     adapter = AdapterOptions(2, 4.0)
-    learner = Learner(str(folder), output=output, training=training, adapter=adapter, announce=said.append)
+    learner = Learner(str(folder), output=output, training=training, adapter=adapter, log=said.append)
     for answer in ("yes", "maybe"):
         rows = [{"prompt": f"{answer} {i}?", "chosen": f"{answer} {i}", "rejected": f"no {i}"} for i in range(4)]
         learner.learn(PreferenceSet.of(rows, source="rows"), name=answer)
@@ -271,14 +274,14 @@ def test_two_tasks_are_learned_versioned_reloaded_and_exported(name, tmp_path, m
     has_experts = any("experts." in name and p.ndim == 3 for name, p in plain(tmp_path / "model").named_parameters())
     assert has_experts == any("routed experts are not adapted" in line for line in said)
     with torch.no_grad():
-        found = learner.policy(lay_out_pairs(PAIRS, learner.policy.head.shared)).view(2, -1)
+        found = learner.policy(collate_pairs(PAIRS, learner.policy.head.shared)).view(2, -1)
     for i, pair in enumerate(PAIRS):
         for side, response in enumerate((pair.chosen, pair.rejected)):
-            assert found[side, i].item() == pytest.approx(alone(served, pair.prompt, response), abs=2e-3)
+            assert found[side, i].item() == pytest.approx(exclusive(served, pair.prompt, response), abs=2e-3)
 
 
 @torch.no_grad()
-def alone(model, prompt, response):
+def exclusive(model, prompt, response):
     found = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0].double().log_softmax(-1)
     return sum(found[len(prompt) + i - 1, token].item() for i, token in enumerate(response))
 

@@ -424,7 +424,7 @@ def test_a_terminal_has_a_bar_with_steps_and_time_left_that_goes_away(terminal, 
     seconds = iter(range(10_000))
     with Display() as shown:
         monkeypatch.setattr(shown._bar, "get_time", lambda: float(next(seconds)))
-        shown.announce("task 1: warm")
+        shown.log("task 1: warm")
         for done in range(1, 6):
             shown.progress("fpo", done, 10)
         shown._bar.refresh()
@@ -452,7 +452,7 @@ def test_a_resumed_stage_does_not_count_the_steps_before_as_fast_ones(terminal, 
 
 def test_without_a_terminal_there_are_only_lines(capsys):
     with Display() as shown:
-        shown.announce("task 1: warm")
+        shown.log("task 1: warm")
         shown.progress("fpo", 1, 10)
     assert capsys.readouterr().err == "task 1: warm\n"
 

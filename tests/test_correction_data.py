@@ -15,7 +15,7 @@ from everalign.correction.generators import (
     UNFINISHED,
     Editor,
     EndpointAnswers,
-    SampledAnswers,
+    LocalModel,
     editing_messages,
     read_correction,
 )
@@ -116,7 +116,7 @@ def test_two_servers_answer_and_correct(tmp_path):
             path,
             answerer=EndpointAnswers(client(first), max_new_tokens=9),
             editor=Editor(client(second, "large")),
-            announce=lines.append,
+            log=lines.append,
         )
     whence = {"answer_model": "small", "correction_model": "large", "source": "questions"}
     one, two, three = rows_of(path)
@@ -145,7 +145,7 @@ def test_answers_that_rows_have_are_corrected(tmp_path):
     ]
     lines = []
     with ChatServer(large) as server:
-        make_corrections(questions(rows), tmp_path / "out.jsonl", editor=Editor(client(server)), announce=lines.append)
+        make_corrections(questions(rows), tmp_path / "out.jsonl", editor=Editor(client(server)), log=lines.append)
     found = rows_of(tmp_path / "out.jsonl")
     assert [(row["answer"], row["correction"]) for row in found] == [(f"bad {i}", f"good {i}") for i in range(1, 5)]
     assert {row["answer_model"] for row in found} == {None}
@@ -174,7 +174,7 @@ def test_a_model_in_this_process_answers_the_same_after_a_kill(tmp_path, monkeyp
 
     monkeypatch.setattr(kept_samples, "_CHUNK", 2)
     rows = questions([{"question": [{"role": "user", "content": f"How do I cook {i} eggs?"}]} for i in range(5)])
-    answerer = SampledAnswers("tiny", 1.0, 60, seed=3)
+    answerer = LocalModel("tiny", 1.0, 60, seed=3)
     with ChatServer(large) as server:
         whole = make_corrections(rows, tmp_path / "whole.jsonl", answerer=answerer, editor=Editor(client(server)))
         sample, calls = kept_samples.sample_completions, []
@@ -448,7 +448,7 @@ def test_outputs_that_cannot_be_used_are_refused(tmp_path):
         (lambda: Editor(ChatClient("http://h", "m"), " \n"), "the instructions are empty"),
         (lambda: Editor(ChatClient("http://h", "m"), max_new_tokens=0), "max_new_tokens must be"),
         (lambda: EndpointAnswers(ChatClient("http://h", "m"), -1.0), "temperature must be"),
-        (lambda: SampledAnswers("tiny", 0.0), "temperature must be a number above 0"),
+        (lambda: LocalModel("tiny", 0.0), "temperature must be a number above 0"),
     ],
 )
 def test_bad_settings_are_refused(make, message):
@@ -458,7 +458,7 @@ def test_bad_settings_are_refused(make, message):
 
 def test_questions_that_are_too_long_for_a_model_here(tmp_path):
     rows = questions([{"question": "word " * 3000}, {"question": [{"role": "user", "content": "How are you?"}]}])
-    answerer = SampledAnswers("tiny", 1.0, 60)
+    answerer = LocalModel("tiny", 1.0, 60)
     with ChatServer(large) as server:
         with pytest.raises(InputError, match=r"question 1: \d+ tokens leave no room for an answer"):
             make_corrections(rows, tmp_path / "o.jsonl", answerer=answerer, editor=Editor(client(server)))
@@ -466,7 +466,7 @@ def test_questions_that_are_too_long_for_a_model_here(tmp_path):
         made = make_corrections(rows, tmp_path / "o.jsonl", answerer=answerer, editor=editor, keep_going=True)
     assert (made.failed, len(made.rows)) == (1, 1)
     with pytest.raises(InputError, match="max_new_tokens: tiny takes"):
-        SampledAnswers("tiny", 1.0, 10**6).answer([], tmp_path / "o", keep_going=False, progress=print)
+        LocalModel("tiny", 1.0, 10**6).answer([], tmp_path / "o", keep_going=False, progress=print)
 
 
 def test_a_damaged_store_is_named(tmp_path):

@@ -60,7 +60,7 @@ def test_a_report_by_hand():
     assert list(found.kinds) == ["x", "y"]
     assert (found.kinds["x"].rows, found.kinds["x"].over_edit_rate, found.kinds["x"].win.net) == (2, 0, 0.5)
     assert (found.kinds["y"].win.low, found.kinds["y"].win.high, found.kinds["y"].win.p_value) == (None, None, 1)
-    json.dumps(found.facts(), allow_nan=False)
+    json.dumps(found.to_dict(), allow_nan=False)
     alone = evaluation_report([row("a")], [returned("b", "a")])
     assert (alone.overall.win, alone.overall.over_edit_rate, alone.kinds) == (None, None, {})
 
@@ -149,7 +149,7 @@ def test_a_killed_evaluation_goes_on_and_another_referee_needs_no_new_correction
     assert len(seen) == killed_at.pop()
     seen.clear()
     said = []
-    assert evaluate_corrector(rows, trained, longest_wins, **kept, announce=said.append) == expected
+    assert evaluate_corrector(rows, trained, longest_wins, **kept, log=said.append) == expected
     assert said == ["  8 of 10 rows were corrected by an earlier run"]
     assert seen == [(row.question, row.answer) for row in rows[8:]]
     seen.clear()

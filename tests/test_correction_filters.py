@@ -39,7 +39,7 @@ def test_each_fault_is_counted_by_its_reason(correction, reason):
     found = filter_corrections(rows(("q", "a", correction), ("q", "b", "fine")))
     assert dict(found.dropped) == {reason: 1}
     assert [row.answer for row in found.rows] == ["b"]
-    assert found.summary() == f"1 corrections kept, 1 left out (1 {reason})"
+    assert found.one_line() == f"1 corrections kept, 1 left out (1 {reason})"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_an_unchanged_answer_stays():
     found = filter_corrections(rows(("q", text, text), ("q", "a", "a")))
     assert len(found.rows) == 2
     assert found.rows.source == "mine"
-    assert found.summary() == "2 corrections kept, 0 left out"
+    assert found.one_line() == "2 corrections kept, 0 left out"
 
 
 def test_the_marks_are_those_of_the_template():

@@ -11,14 +11,14 @@ from everalign import CorrectionTaskOptions, Learner
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, get_template, load_corrector_files
 from everalign.correction.tokenization import CorrectionEncoder, encode_held_out, learned_corrections
 from everalign.data import CorrectionSet, PreferenceSet
-from everalign.data.collate import lay_out_groups
+from everalign.data.collate import collate_groups
 from everalign.data.records import Correction
 from everalign.data.replay import ReplayBuffer
-from everalign.data.tokenization import EncodedGroup
+from everalign.data.tokenization import TokenizedGroup
 from everalign.errors import InputError
 from everalign.learning.recipe import Recipe
 from everalign.methods import METHODS, ExperienceReplay, LifeAlign, MultiTask
-from everalign.modeling.full_model import WholeModel
+from everalign.modeling.full_model import FullModel
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.training.objectives import make_objective
 from learner_for_tests import adapter_weights, make_learner, same_weights, task_rows
@@ -63,7 +63,7 @@ def test_the_loss_is_the_cross_entropy_of_the_weighted_corrections():
     coded, groups, expected, tokens = encoder(), [], 0.0, 0
     for row in rows:
         prompt, target = coded.prompt(row.question, row.answer), coded.response(row.correction)
-        groups.append(EncodedGroup(row.id, prompt, (target,), (row.weight,)))
+        groups.append(TokenizedGroup(row.id, prompt, (target,), (row.weight,)))
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="sum")
@@ -72,9 +72,9 @@ def test_the_loss_is_the_cross_entropy_of_the_weighted_corrections():
     objective = make_objective("correction")
     batch = objective.collate(groups, shared=True)
     assert (objective.name, int(batch["count"])) == ("correction", tokens)
-    loss, _ = objective.loss(WholeModel(model), batch, batch["count"])
+    loss, _ = objective.loss(FullModel(model), batch, batch["count"])
     assert loss.item() == pytest.approx(expected / tokens, rel=1e-4)
-    assert batch.keys() >= lay_out_groups(groups, True).keys()
+    assert batch.keys() >= collate_groups(groups, True).keys()
 
 
 def test_identity_rows_are_made_of_corrections_as_far_as_they_are_missing():

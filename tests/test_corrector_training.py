@@ -16,12 +16,12 @@ from everalign.correction import (
     load_corrector_files,
     train_corrector,
 )
-from everalign.correction.tokenization import compared, copied, encode_corrections, taught
+from everalign.correction.tokenization import compared, copied, taught, tokenize_corrections
 from everalign.correction.training import corrector_report
 from everalign.data import Correction, CorrectionSet
-from everalign.data.collate import lay_out_groups
+from everalign.data.collate import collate_groups
 from everalign.errors import EveralignError, InputError
-from everalign.modeling.full_model import WholeModel
+from everalign.modeling.full_model import FullModel
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.policy import Policy
 from everalign.training.objectives import RewardWeightedObjective
@@ -35,7 +35,7 @@ def encoder(template="everalign-1"):
 
 
 def groups(rows, texts=taught):
-    return encode_corrections(rows, encoder(), 256, texts).groups
+    return tokenize_corrections(rows, encoder(), 256, texts).groups
 
 
 def train(output, rows=None, options=QUICK, model=None, **arguments):
@@ -63,7 +63,7 @@ def by_hand(model, group, response):
 def test_it_learns_to_correct_and_to_keep():
     trained = corrector()
     rows = groups(corrections(20, 100), compared)
-    before = corrector_report(WholeModel(load_model(str(saved_model()))).eval(), rows, 2000)
+    before = corrector_report(FullModel(load_model(str(saved_model()))).eval(), rows, 2000)
     assert trained.report.perplexity < before.perplexity / 5
     # Every correction begins like this, and half of the answers.
     assert trained.report.starts_by_copying == 0.5
@@ -113,7 +113,7 @@ def test_the_report_by_hand(family):
     for _ in range(3):
         greedy.append(by_hand(model, encoded[0], [*greedy, 0])[1][len(greedy)])
     encoded = (replace(encoded[0], responses=(greedy, greedy)), *encoded[1:])
-    report = corrector_report(WholeModel(model).eval(), encoded, 700)
+    report = corrector_report(FullModel(model).eval(), encoded, 700)
     logs, firsts, copies = ([], []), [], []
     for group in encoded:
         for place, response in enumerate(group.responses):
@@ -131,7 +131,7 @@ def test_the_report_by_hand(family):
 
 
 def test_without_identities_nothing_is_kept():
-    report = corrector_report(WholeModel(load_model(str(saved_model()))), groups(corrections(2)[1:], compared), 500)
+    report = corrector_report(FullModel(load_model(str(saved_model()))), groups(corrections(2)[1:], compared), 500)
     assert (report.identities, report.keeps) == (0, None)
 
 
@@ -155,7 +155,7 @@ def losses(model, rows, batches):
 
 def learner(kind):
     model = load_model(str(saved_model()))
-    return WholeModel(model) if kind == "whole" else Policy(model, 4, 8.0)
+    return FullModel(model) if kind == "whole" else Policy(model, 4, 8.0)
 
 
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
@@ -194,7 +194,7 @@ def test_the_weights_of_a_file_reach_the_model(tmp_path):
 
 def test_dropout_is_off_in_training():
     torch.manual_seed(0)
-    model = WholeModel(load_model(str(saved_model("gpt2"))))
+    model = FullModel(load_model(str(saved_model("gpt2"))))
     model.train()
     rows = corrections(2)
     assert torch.equal(losses(model, rows, [[0, 1]])[0], losses(model, rows, [[0, 1]])[0])
@@ -205,7 +205,7 @@ def test_dropout_is_off_in_training():
 
 def test_the_warm_up_learns_a_share_of_the_answers(tmp_path):
     lines = []
-    trained = train(tmp_path / "a", corrections(10), replace(QUICK, identity=0.5, batch_size=1), announce=lines.append)
+    trained = train(tmp_path / "a", corrections(10), replace(QUICK, identity=0.5, batch_size=1), log=lines.append)
     assert {name: stage.steps for name, stage in trained.stages.items()} == {"identity": 5, "correction": 10}
     weights = "  trains all weights in fp32 on the CPU"
     stages = ["  identity: 5 rows", "  correction: 10 rows"]
@@ -238,7 +238,7 @@ def test_families_with_tied_and_untied_embeddings(tmp_path, family, options):
     trained = train(tmp_path / "out", corrections(4), options, model=str(saved_model(family)), test=corrections(4, 50))
     model = AutoModelForCausalLM.from_pretrained(trained.path).eval()
     assert not any("lora" in name for name, _ in model.named_parameters())
-    again = corrector_report(WholeModel(model).eval(), groups(corrections(4, 50), compared), 1000)
+    again = corrector_report(FullModel(model).eval(), groups(corrections(4, 50), compared), 1000)
     assert again.perplexity == pytest.approx(trained.report.perplexity, rel=1e-3)
 
 
@@ -291,7 +291,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bits(uninterrupted, tm
         corrections(12),
         options,
         progress=lambda *step: steps.append(step),
-        announce=lines.append,
+        log=lines.append,
     )
     assert same(weights_of(trained.path), expected)
     assert len(steps) == left
@@ -349,17 +349,17 @@ def test_a_correction_is_never_cut_and_a_row_without_room_is_left_out(tmp_path):
         Correction("q", "a" * 200, "b"),
         Correction("q", "a", "b"),
     ]
-    encoded = encode_corrections(rows, encoder(), 240)
+    encoded = tokenize_corrections(rows, encoder(), 240)
     assert (encoded.dropped, encoded.shortened, len(encoded.groups)) == (1, 2, 3)
     for group, row in zip(encoded.groups, [rows[0], *rows[2:]], strict=True):
         assert len(group.prompt) + len(group.responses[0]) <= 240
         assert encoder().decode(group.responses[0]) == row.correction
     ids = [row.id for row in (rows[1], rows[3])]
-    assert [group.id for group in encode_corrections(rows, encoder(), 240, copied).groups] == ids
-    assert [group.id for group in encode_corrections(rows, encoder(), 240, copied, most=1).groups] == ids[:1]
-    assert [group.id for group in encode_corrections(rows, encoder(), 240, compared).groups] == ids[1:]
+    assert [group.id for group in tokenize_corrections(rows, encoder(), 240, copied).groups] == ids
+    assert [group.id for group in tokenize_corrections(rows, encoder(), 240, copied, most=1).groups] == ids[:1]
+    assert [group.id for group in tokenize_corrections(rows, encoder(), 240, compared).groups] == ids[1:]
     lines = []
-    train(tmp_path / "out", CorrectionSet.of(rows), replace(QUICK, max_length=240), announce=lines.append)
+    train(tmp_path / "out", CorrectionSet.of(rows), replace(QUICK, max_length=240), log=lines.append)
     assert lines[0] == "  3 training rows; 1 left out, too long for 240 tokens; 2 prompts shortened"
 
 
@@ -441,14 +441,14 @@ def test_a_diverged_loss_names_its_step(tmp_path, rank):
 
 
 def test_the_whole_model_refuses_another_model_s_checkpoint():
-    model = WholeModel(random_model())
+    model = FullModel(random_model())
     with pytest.raises(InputError, match="the checkpoint does not fit this model"):
-        model.load_state_dict(WholeModel(random_model("gpt2")).state_dict())
+        model.load_state_dict(FullModel(random_model("gpt2")).state_dict())
 
 
 def test_policy_and_whole_model_choose_alike():
-    policy, whole = random_policy(), WholeModel(random_model())
-    batch = lay_out_groups(random_groups(5), shared=True)
+    policy, whole = random_policy(), FullModel(random_model())
+    batch = collate_groups(random_groups(5), shared=True)
     (first, tokens), (second, others) = policy.response_choices(batch), whole.response_choices(batch)
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
     assert tokens.tolist() == others.tolist()
@@ -460,4 +460,4 @@ def test_a_row_that_cannot_be_tokenised_is_named(monkeypatch):
     made = encoder()
     monkeypatch.setattr(made, "_behind", lambda _, text: None if text == "yes 1" else [5])
     with pytest.raises(InputError, match=r"^row 2 \(id [0-9a-f]{16}\): .*'yes 1' cannot be tokenised"):
-        encode_corrections(corrections(4), made, 256)
+        tokenize_corrections(corrections(4), made, 256)

@@ -20,7 +20,7 @@ def greedy(logits):
     return logits.argmax(-1)
 
 
-def alone(model, prompt, ends, limit=LIMIT):
+def exclusive(model, prompt, ends, limit=LIMIT):
     """Greedy continuation of one prompt, computed anew from the start for every token."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + limit and (len(tokens) == len(prompt) or tokens[-1] not in ends):
@@ -33,17 +33,17 @@ def alone(model, prompt, ends, limit=LIMIT):
 def test_rows_of_a_batch_are_continued_as_if_alone(family):
     """Past a sliding window too, and with ends that come at different times."""
     model = random_model(family, vocabulary=40).eval()
-    whole = [alone(model, prompt, ()) for prompt in PROMPTS]
+    whole = [exclusive(model, prompt, ()) for prompt in PROMPTS]
     ends = [whole[0][2], whole[2][9]]
     found = continue_rows(Decoder(model, pad_left(PROMPTS, 0)), greedy, ends, LIMIT)
-    expected = [alone(model, prompt, ends) for prompt in PROMPTS]
+    expected = [exclusive(model, prompt, ends) for prompt in PROMPTS]
     assert len({len(tokens) for tokens in expected}) > 1
     assert found == expected
 
 
 def test_adapters_take_part_and_folding_them_is_undone():
     policy = perturb(Policy(random_model(vocabulary=40), 4, 8.0), size=0.3)
-    expected = [alone(policy.peft, prompt, ()) for prompt in PROMPTS]
+    expected = [exclusive(policy.peft, prompt, ()) for prompt in PROMPTS]
     with policy.decoding(pad_left(PROMPTS, 0)) as decoder:
         found = continue_rows(decoder, greedy, [], LIMIT)
     assert found == expected
@@ -54,7 +54,7 @@ def test_adapters_take_part_and_folding_them_is_undone():
     with policy.decoding(pad_left(PROMPTS, 0)) as decoder:
         found = continue_rows(decoder, greedy, [], LIMIT)
     with policy.as_base():
-        assert found == [alone(policy.peft, prompt, ()) for prompt in PROMPTS] != expected
+        assert found == [exclusive(policy.peft, prompt, ()) for prompt in PROMPTS] != expected
 
 
 def test_rows_taken_twice_go_on_apart():
@@ -62,7 +62,7 @@ def test_rows_taken_twice_go_on_apart():
     decoder = Decoder(model, pad_left(PROMPTS, 0))
     decoder.take(torch.tensor([2, 0, 2]))
     decoder.write(torch.tensor([1, 2, 3]))
-    expected = [alone(model, [*PROMPTS[row], token], (), 5) for row, token in ((2, 1), (0, 2), (2, 3))]
+    expected = [exclusive(model, [*PROMPTS[row], token], (), 5) for row, token in ((2, 1), (0, 2), (2, 3))]
     assert continue_rows(decoder, greedy, [], 5) == expected
 
 

@@ -82,7 +82,7 @@ def replayed(output, version="001-round-1"):
 def test_corrected_answers_are_labels_changed_or_not(model, tmp_path):
     corrector = Fake()
     lines = []
-    done = run(model, tmp_path / "run", corrector, method=ExperienceReplay(replay=1.0), announce=lines.append)
+    done = run(model, tmp_path / "run", corrector, method=ExperienceReplay(replay=1.0), log=lines.append)
     rows = load_corrections(tmp_path / "run/distill/round-1.jsonl")
     assert [(row.question, row.answer) for row in rows] == corrector.pairs
     (found,) = done.rounds
@@ -94,7 +94,7 @@ def test_corrected_answers_are_labels_changed_or_not(model, tmp_path):
     assert found.rows == found.answers
     learned = Counter((row["prompt"], *row["completions"], *row["weights"]) for row in replayed(tmp_path / "run"))
     assert learned == Counter((row.question, row.correction, 1.0) for row in rows)
-    assert f"  {found.summary()}" in lines
+    assert f"  {found.one_line()}" in lines
     assert json.loads((tmp_path / "run/distill/round-1.json").read_text())["changed"] == found.changed
     assert sorted(path.name for path in (tmp_path / "run/distill").iterdir()) == [
         "distill.json",
@@ -172,7 +172,7 @@ def test_rounds_end_when_the_corrector_changes_nothing_more(model, tmp_path):
             return found if self.calls == 1 else [Rewritten("ignored", False) for _ in pairs]
 
     tired, lines = Tired(), []
-    done = run(model, tmp_path / "run", tired, rounds=3, announce=lines.append)
+    done = run(model, tmp_path / "run", tired, rounds=3, log=lines.append)
     assert [found.rows > 0 for found in done.rounds] == [True, False]
     assert done.rounds[1].edit == 0.0
     assert len(load_run(tmp_path / "run").versions) == 1

@@ -7,7 +7,7 @@ import torch
 
 from everalign.errors import EveralignError, InputError
 from everalign.modeling import decoding as ragged_decoding
-from everalign.modeling import speculative as draft_decoding
+from everalign.modeling import speculative as speculative
 from everalign.modeling.cpu_kernels import GROUPED_ATTENTION, grouped_attention
 from everalign.modeling.decoding import RaggedModel, RaggedRows
 from everalign.modeling.prompt_lookup import Proposals
@@ -18,7 +18,7 @@ END, LIMIT, VOCABULARY = 2, 24, 40
 PROMPTS = [[1, 5, 9], [7], [3, 3, 8, 2, 11, 6, 9, 9, 30, 12, 4, 17], [4, 2]]
 
 
-def alone(model, prompt, limit=LIMIT, ends=(END,)):
+def exclusive(model, prompt, limit=LIMIT, ends=(END,)):
     """Greedy continuation, computed anew from the start for every token."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + limit and (len(tokens) == len(prompt) or tokens[-1] not in ends):
@@ -54,9 +54,9 @@ def decoded(model, prompts, drafts, limit=LIMIT, ends=(END,), **options):
 def test_every_draft_gives_the_tokens_of_greedy_decoding(family):
     """In batches of 1, 4 and 16 rows, past a sliding window, and with inputs that take several passes."""
     plain = random_model(family, vocabulary=VOCABULARY)
-    rows, ends = [], [alone(plain, PROMPTS[0], ends=())[2], alone(plain, PROMPTS[2], ends=())[9]]
+    rows, ends = [], [exclusive(plain, PROMPTS[0], ends=())[2], exclusive(plain, PROMPTS[2], ends=())[9]]
     for prompt in PROMPTS:
-        output = alone(plain, prompt, ends=ends)
+        output = exclusive(plain, prompt, ends=ends)
         rows += [(prompt, draft, output) for draft in drafts_of(output, ends)]
     random.Random(0).shuffle(rows)
     assert len({len(output) for _, _, output in rows}) > 1
@@ -73,18 +73,18 @@ def test_every_draft_gives_the_tokens_of_greedy_decoding(family):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_drafts_verified_in_slices_give_the_same_tokens(family, monkeypatch):
     """Of drafts a slice at first, and of a pass's head a few positions at a time; long drafts do so by themselves."""
-    monkeypatch.setattr(draft_decoding, "_FIRST_SLICE", 3)
-    monkeypatch.setattr(draft_decoding, "_SECOND_PASS_SHARE", 100.0)
+    monkeypatch.setattr(speculative, "_FIRST_SLICE", 3)
+    monkeypatch.setattr(speculative, "_SECOND_PASS_SHARE", 100.0)
     monkeypatch.setattr(ragged_decoding, "_FIRST_SLICE", 2)
     plain = random_model(family, vocabulary=VOCABULARY)
     for tokens_per_pass in (4096, 24):
         model = RaggedModel(plain, tokens_per_pass)
         for prompt in PROMPTS:
-            output = alone(plain, prompt)
+            output = exclusive(plain, prompt)
             drafts = drafts_of(output)
             decoder, rows = decoded(model, [prompt] * len(drafts), drafts)
             assert [row.tokens for row in rows] == [output] * len(drafts)
-    decoder, (row,) = decoded(RaggedModel(plain), PROMPTS[:1], [alone(plain, PROMPTS[0])])
+    decoder, (row,) = decoded(RaggedModel(plain), PROMPTS[:1], [exclusive(plain, PROMPTS[0])])
     assert decoder.passes > 1
     assert row.accepted >= len(row.tokens) - decoder.passes
 
@@ -96,7 +96,7 @@ def test_guesses_that_come_to_nothing_cost_little():
     draft = [rng.randrange(3, VOCABULARY) for _ in range(200)]
     _, (row,) = decoded(RaggedModel(plain), PROMPTS[:1], [draft], limit=200, ends=())
     right = row.accepted
-    price = draft_decoding._COSTS["cpu"][1] / (1 + draft_decoding._COSTS["cpu"][0])
+    price = speculative._COSTS["cpu"][1] / (1 + speculative._COSTS["cpu"][0])
     checked = row.accepted + row.rejected - len(draft)
     assert checked * price <= 1 + 0.02 * row.passes + right
 
@@ -118,7 +118,7 @@ def test_shared_keys_are_not_copied_and_give_the_same_numbers():
 def test_an_unchanged_draft_takes_one_pass_and_one_that_differs_only_as_many_as_it_needs():
     plain = random_model(vocabulary=VOCABULARY)
     model = RaggedModel(plain)
-    outputs = [alone(plain, prompt) for prompt in PROMPTS]
+    outputs = [exclusive(plain, prompt) for prompt in PROMPTS]
     decoder, rows = decoded(model, PROMPTS, outputs)
     assert decoder.passes == 1
     assert {(row.passes, row.rejected) for row in rows} == {(1, 0)}
@@ -135,7 +135,7 @@ def test_an_unchanged_draft_takes_one_pass_and_one_that_differs_only_as_many_as_
 def test_rows_stop_at_their_limit(limit):
     plain = random_model(vocabulary=VOCABULARY)
     model = RaggedModel(plain)
-    output = alone(plain, PROMPTS[0])
+    output = exclusive(plain, PROMPTS[0])
     for draft in drafts_of(output):
         _, (row,) = decoded(model, PROMPTS[:1], [draft], limit)
         assert row.tokens == output[:limit]
@@ -146,7 +146,7 @@ def test_a_model_s_last_position_can_be_used():
     """Padding beside a full row stands nowhere beyond it."""
     plain = random_model("gpt2", vocabulary=VOCABULARY)
     model, prompt = RaggedModel(plain), [5] * 250
-    expected, other = alone(plain, prompt, 6, ()), alone(plain, [7], LIMIT, ())
+    expected, other = exclusive(plain, prompt, 6, ()), exclusive(plain, [7], LIMIT, ())
     # The row beside it goes on with long guesses while this one is at its end.
     draft = [*other[:12], 1 + other[12], *other[13:]]
     rows = DraftDecoder(model, [prompt, [7]], [[3] * 6, draft], [], [6, LIMIT]).run()
@@ -186,7 +186,7 @@ def test_a_gate_sees_what_the_first_pass_found():
     assert verified.margin == pytest.approx((log_probs[0, 9] - others.max()).item(), abs=1e-5)
     assert [row.kept for row in rows] == [True, False]
     assert rows[0].tokens == []
-    assert rows[1].tokens == alone(plain, PROMPTS[0])
+    assert rows[1].tokens == exclusive(plain, PROMPTS[0])
 
 
 def test_little_is_checked_after_many_wrong_guesses():

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from everalign.data.collate import lay_out_chosen
-from everalign.data.tokenization import EncodedPair
+from everalign.data.collate import collate_chosen
+from everalign.data.tokenization import TokenizedPair
 from everalign.errors import EveralignError
 from everalign.evaluation import HeldOut, score_preferences
 from everalign.evaluation.preference import mean_kl
@@ -37,7 +37,7 @@ class Table(torch.nn.Module):
 
 
 def pair(chosen, rejected):
-    return EncodedPair("x", [3], chosen, rejected, 1.0)
+    return TokenizedPair("x", [3], chosen, rejected, 1.0)
 
 
 def score(policy, pairs, base=None, **arguments):
@@ -192,7 +192,7 @@ def test_a_nan_is_not_taken_for_no_drift():
 def test_kl_positions_predict_the_chosen_response():
     """Changing what follows the last response token's prediction changes nothing."""
     policy, (each,) = policy_in_task_two(), random_pairs(1)
-    last = EncodedPair("x", each.prompt, [*each.chosen[:-1], 7], each.rejected, 1.0)
+    last = TokenizedPair("x", each.prompt, [*each.chosen[:-1], 7], each.rejected, 1.0)
     assert mean_kl(policy, {}, [last]) == pytest.approx(mean_kl(policy, {}, [each]), rel=1e-5)
 
 
@@ -201,7 +201,7 @@ def test_kl_positions_predict_the_chosen_response():
 
 def whole_kl(policy, updates, pairs):
     """Mean KL over all response positions, with the logits of all of them at once."""
-    batch = lay_out_chosen(pairs, policy.head.shared)
+    batch = collate_chosen(pairs, policy.head.shared)
     with torch.no_grad(), policy.as_snapshot(updates) as switched:
         now = F.log_softmax(policy.response_logits(batch), -1)
         with switched():

@@ -9,8 +9,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
-from everalign.data.collate import lay_out_chosen, lay_out_groups, lay_out_pairs
-from everalign.data.tokenization import EncodedPair
+from everalign.data.collate import collate_chosen, collate_groups, collate_pairs
+from everalign.data.tokenization import TokenizedPair
 from everalign.modeling import logprobs as token_log_probs
 from everalign.modeling.logprobs import _in_one_row
 from everalign.modeling.policy import Policy
@@ -29,8 +29,8 @@ from models_for_tests import (
     scaled_by_itself,
 )
 
-PAIRS = [*random_pairs(5, seed=5), EncodedPair("alike", [3, 4, 5], [6, 7, 8, 9, 10], [6, 7, 8, 11], 1.0)]
-BATCH = lay_out_pairs(PAIRS, shared=False)
+PAIRS = [*random_pairs(5, seed=5), TokenizedPair("alike", [3, 4, 5], [6, 7, 8, 9, 10], [6, 7, 8, 11], 1.0)]
+BATCH = collate_pairs(PAIRS, shared=False)
 INPUTS = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -78,7 +78,7 @@ def test_bf16_products_of_another_number_of_rows_do_not_hide_the_head():
 
 def test_prompts_are_shared_also_where_layers_have_windows(policy):
     assert policy.head.shared
-    assert policy.head.unshared_because is None
+    assert policy.head.why_no_prefix_sharing is None
 
 
 def test_response_only_head_equals_the_whole_model(policy):
@@ -125,13 +125,13 @@ def test_gradients_are_those_of_the_whole_model(policy, monkeypatch):
 
 
 def test_shared_and_packed_rows_give_the_loss_and_gradients_of_separate_sequences(policy):
-    batch = lay_out_pairs(PAIRS, shared=True)
+    batch = collate_pairs(PAIRS, shared=True)
     assert len(batch["input_ids"]) < len(PAIRS)
     assert_same_gradients(gradients(policy, batch), gradients(policy, BATCH))
 
 
 def test_packed_chosen_sequences_give_those_of_separate_ones(policy):
-    packed, single = (lay_out_chosen(PAIRS, shared) for shared in (True, False))
+    packed, single = (collate_chosen(PAIRS, shared) for shared in (True, False))
     assert len(packed["input_ids"]) < len(single["input_ids"])
     assert_same_gradients(gradients(policy, packed), gradients(policy, single))
 
@@ -165,7 +165,7 @@ def test_accumulated_micro_batches_equal_the_big_batch(policy, name):
 
 def test_scored_groups_share_their_prompt_without_changing_anything(policy):
     groups = random_groups(6, seed=5)
-    shared, separate = (lay_out_groups(groups, shared) for shared in (True, False))
+    shared, separate = (collate_groups(groups, shared) for shared in (True, False))
     assert shared["input_ids"].numel() < separate["input_ids"].numel()
     assert_same_gradients(gradients(policy, shared), gradients(policy, separate))
 
@@ -173,10 +173,10 @@ def test_scored_groups_share_their_prompt_without_changing_anything(policy):
 def test_right_padding_changes_nothing(policy):
     for shared in {False, policy.head.shared}:
         alone = []
-        longer = lay_out_pairs([*PAIRS, *random_pairs(1, seed=1, longest=60)], shared)
+        longer = collate_pairs([*PAIRS, *random_pairs(1, seed=1, longest=60)], shared)
         with torch.no_grad():
             for pair in PAIRS:
-                alone.append(policy(lay_out_pairs([pair], shared)))
+                alone.append(policy(collate_pairs([pair], shared)))
             together = policy(longer).unflatten(0, (2, -1))[:, : len(PAIRS)]
         torch.testing.assert_close(torch.stack(alone, dim=1), together, rtol=0, atol=1e-5)
 
@@ -239,7 +239,7 @@ def test_a_saved_family_is_learned_and_served_by_plain_peft(family, tmp_path):
     folder = saved_model(family)
     options = TrainingOptions(learning_rate=1e-2, batch_size=4, tokens_per_batch=120, max_length=32)
     learner = Learner(
-        str(folder), objective="dpo", output=tmp_path, training=options, adapter=AdapterOptions(2), announce=str
+        str(folder), objective="dpo", output=tmp_path, training=options, adapter=AdapterOptions(2), log=str
     )
     for answer in ("yes", "perhaps"):
         rows = [{"prompt": f"{answer} {i}?", "chosen": f"{answer} {i}", "rejected": "no"} for i in range(4)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from everalign.errors import EveralignError
-from everalign.serving.request_log import Keeper, StoreLate
+from everalign.serving.request_log import AsyncStore, StoreLate
 from everalign.serving.store import FeedbackStore
 from stores_for_tests import KEY, cluster, exchange, feedback, new_address  # noqa: F401 (a fixture)
 
@@ -51,7 +51,7 @@ def test_a_store_that_hangs_is_waited_for_so_long_and_comes_back(kind, tmp_path,
 
     async def work():
         store = FeedbackStore.open(address, wait=0.4)
-        keeper = Keeper(store, seconds=0.4)
+        keeper = AsyncStore(store, seconds=0.4)
         assert await keeper.add_exchange(exchange("before"))
         with hung or stopped(request.getfixturevalue("cluster")):
             started = time.monotonic()
@@ -116,7 +116,7 @@ def test_what_waits_for_a_store_is_bounded_and_ends_with_the_gateway(monkeypatch
     store = Hanging()
 
     async def work():
-        keeper = Keeper(store, seconds=0.2)
+        keeper = AsyncStore(store, seconds=0.2)
         many = [asyncio.ensure_future(keeper.add_exchange(exchange(str(n)))) for n in range(50)]
         await asyncio.sleep(0.05)
         assert sum(one.done() for one in many) == 30

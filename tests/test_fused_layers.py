@@ -8,7 +8,7 @@ import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
-from everalign.data.collate import lay_out_pairs
+from everalign.data.collate import collate_pairs
 from everalign.modeling import cpu_kernels as cpu_attention
 from everalign.modeling.cpu_kernels import CPU_ATTENTION, _Attention, _mask_of, fuse_layers, use_cpu_attention
 from everalign.modeling.logprobs import _in_one_row, block_mask
@@ -65,7 +65,7 @@ def test_a_norm_of_another_formula_stays_as_it_is():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_compute_what_they_did(family):
-    batch = lay_out_pairs(random_pairs(4), shared=False)
+    batch = collate_pairs(random_pairs(4), shared=False)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     model = random_model(family)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_keys_with_a_large_mean_do_not_spoil_the_gradients():
 
 
 def test_runs_say_what_the_layout_says():
-    batch = lay_out_pairs(random_pairs(6, longest=40), shared=True)
+    batch = collate_pairs(random_pairs(6, longest=40), shared=True)
     row = _in_one_row(batch)
     padded, kept = block_mask(batch["segments"], batch["prefixes"]), (batch["segments"] > 0)
     mask = _mask_of(row["runs"][0, 0].tolist(), row["input_ids"].shape[1])[0, 0]
@@ -155,7 +155,7 @@ def test_runs_say_what_the_layout_says():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 6e-2)])
 @pytest.mark.parametrize("learned_before", [False, True])
 def test_policies_learn_what_plain_peft_does(family, dtype, tolerance, learned_before, monkeypatch):
-    batch = lay_out_pairs(random_pairs(6, longest=40), shared=True)
+    batch = collate_pairs(random_pairs(6, longest=40), shared=True)
 
     def results():
         policy = Policy(random_model(family).to(dtype), 4, 8.0)

@@ -309,7 +309,7 @@ def test_rows_of_a_refused_task_may_be_tested_on(model, output):
     poison(learner)
     learner.learn(task_rows("calm"), "calm", swapped("warm", PAIRS))
     with pytest.raises(InputError, match="in both the training and the test set"):
-        learner.announce_test("brief", task_rows("calm"))
+        learner.register_test("brief", task_rows("calm"))
 
 
 # ---- killed in between ----

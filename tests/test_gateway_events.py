@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everalign.serving.completion_json import Gathering
+from everalign.serving.completion_json import CompletionAccumulator
 from everalign.serving.sse import DONE, BrokenEvents, EventParser, data_frame
 from upstream_for_tests import Script
 
@@ -83,7 +83,7 @@ def test_whole_and_chunked_answers_are_found_to_be_the_same():
         calls = [{"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]}]
         message = draw.choice([{}, {"refusal": "No."}, {"audio": {"data": "x"}}, {"function_call": {}}, *calls])
         script = Script(texts, message=message, finish=draw.choice(["stop", "length"]))
-        whole, chunked = Gathering(), Gathering()
+        whole, chunked = CompletionAccumulator(), CompletionAccumulator()
         assert whole.add(script.whole({}))
         assert all([chunked.add(chunk) for chunk in script.chunks({"stream_options": {"include_usage": True}})])  # noqa: C419
         assert whole.choices() == chunked.choices()
@@ -97,4 +97,4 @@ def test_whole_and_chunked_answers_are_found_to_be_the_same():
      {"choices": [{"index": "0", "message": {}}]}, {"choices": [{"delta": []}]}],
 )  # fmt: skip
 def test_what_is_no_choice(answer):
-    assert not Gathering().add(answer)
+    assert not CompletionAccumulator().add(answer)

@@ -203,7 +203,7 @@ def test_smollm2_learns_resumes_and_is_exported(tmp_path, smollm2):
         for number in ("one", "two", "three", "four")
     ]
     options = TrainingOptions(learning_rate=1e-3, epochs=3, batch_size=2, warmup=0.0, max_length=128)
-    arguments = {"objective": "dpo", "output": tmp_path / "run", "training": options, "announce": lambda _: None}
+    arguments = {"objective": "dpo", "output": tmp_path / "run", "training": options, "log": lambda _: None}
     learner = Learner("smollm2", **arguments)
     scores = learner.learn(PreferenceSet.of(rows[:3]), "ahoy", PreferenceSet.of(rows[3:]))
     assert scores["ahoy"].accuracy == 1

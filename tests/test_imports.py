@@ -1,4 +1,4 @@
-"""Every module imports, alone and in any order: no name that is gone, no circle."""
+"""Every module imports, exclusive and in any order: no name that is gone, no circle."""
 
 import importlib
 import pkgutil

@@ -5,16 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everalign.data.collate import lay_out_chosen, lay_out_pairs, row_tokens
-from everalign.data.tokenization import EncodedPair
+from everalign.data.collate import collate_chosen, collate_pairs, row_tokens
+from everalign.data.tokenization import TokenizedPair
 
-SHORT = EncodedPair("a", [5], [6], [7, 8], 1.0)
-LONG = EncodedPair("b", [11, 12, 13], [14, 15], [16], 0.5)
-ALIKE = EncodedPair("c", [9], [1, 2, 3, 4], [1, 2, 5], 1.0)
+SHORT = TokenizedPair("a", [5], [6], [7, 8], 1.0)
+LONG = TokenizedPair("b", [11, 12, 13], [14, 15], [16], 0.5)
+ALIKE = TokenizedPair("c", [9], [1, 2, 3, 4], [1, 2, 5], 1.0)
 
 
 def test_separate_sequences_are_chosen_first_and_padded_on_the_right():
-    batch = lay_out_pairs([SHORT, LONG], shared=False)
+    batch = collate_pairs([SHORT, LONG], shared=False)
     assert batch["input_ids"].tolist() == [[5, 6, 0, 0, 0], [11, 12, 13, 14, 15], [5, 7, 8, 0, 0], [11, 12, 13, 16, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0, 0], [1] * 5, [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
     assert batch["predictors"].tolist() == [0, 7, 8, 10, 11, 17]
@@ -26,7 +26,7 @@ def test_separate_sequences_are_chosen_first_and_padded_on_the_right():
 
 
 def test_a_prompt_is_shared_and_positions_restart():
-    batch = lay_out_pairs([LONG], shared=True)
+    batch = collate_pairs([LONG], shared=True)
     assert batch["input_ids"].tolist() == [[11, 12, 13, 14, 15, 16]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3]]
     assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 3]]
@@ -37,7 +37,7 @@ def test_a_prompt_is_shared_and_positions_restart():
 
 
 def test_what_answers_begin_with_alike_is_computed_once_and_counted_for_both():
-    batch = lay_out_pairs([ALIKE], shared=True)
+    batch = collate_pairs([ALIKE], shared=True)
     assert batch["input_ids"].tolist() == [[9, 1, 2, 3, 4, 5]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3]]
     assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 3]]
@@ -48,14 +48,14 @@ def test_what_answers_begin_with_alike_is_computed_once_and_counted_for_both():
 
 @pytest.mark.parametrize(("chosen", "rejected"), [([1, 2], [1, 2]), ([1], [1, 2]), ([1, 2, 3], [1]), ([4], [4])])
 def test_every_answer_keeps_a_token_of_its_own(chosen, rejected):
-    batch = lay_out_pairs([EncodedPair("d", [9], chosen, rejected, 1.0)], shared=True)
+    batch = collate_pairs([TokenizedPair("d", [9], chosen, rejected, 1.0)], shared=True)
     assert {2, 3} <= set(batch["segments"].flatten().tolist())
     assert batch["targets"].tolist() == chosen + rejected
 
 
 def test_short_groups_fill_the_row_of_the_longest():
-    pairs = [EncodedPair("long", [1] * 4, [2] * 3, [3] * 3, 1.0)] + [SHORT] * 4
-    batch = lay_out_pairs(pairs, shared=True)
+    pairs = [TokenizedPair("long", [1] * 4, [2] * 3, [3] * 3, 1.0)] + [SHORT] * 4
+    batch = collate_pairs(pairs, shared=True)
     assert batch["input_ids"].shape == (3, 10)
     assert batch["input_ids"][1].tolist() == [5, 6, 7, 8, 5, 6, 7, 8, 0, 0]
     assert batch["segments"][1].tolist() == [1, 2, 3, 3, 4, 5, 6, 6, 0, 0]
@@ -64,24 +64,24 @@ def test_short_groups_fill_the_row_of_the_longest():
 
 
 def test_padded_rows_of_one_sequence_have_the_mask_that_their_model_takes():
-    pairs = [EncodedPair("long", [1] * 2, [2] * 2, [3], 1.0), EncodedPair("mid", [4] * 2, [5], [6], 1.0)]
-    assert lay_out_chosen(pairs, shared=True)["segments"].tolist() == [[1, 1, 2, 2], [1, 1, 2, 0]]
-    assert lay_out_chosen(pairs, shared=False)["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    pairs = [TokenizedPair("long", [1] * 2, [2] * 2, [3], 1.0), TokenizedPair("mid", [4] * 2, [5], [6], 1.0)]
+    assert collate_chosen(pairs, shared=True)["segments"].tolist() == [[1, 1, 2, 2], [1, 1, 2, 0]]
+    assert collate_chosen(pairs, shared=False)["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
 def test_rows_of_one_sequence_and_one_length_need_no_mask():
-    batch = lay_out_chosen([SHORT, SHORT], shared=True)
+    batch = collate_chosen([SHORT, SHORT], shared=True)
     assert batch["input_ids"].tolist() == [[5, 6], [5, 6]]
     assert not {"attention_mask", "position_ids", "segments", "prefixes"} & set(batch)
     assert batch["weight"].tolist() == [1.0, 1.0]
 
 
 def test_chosen_sequences_are_packed_where_they_fit():
-    pairs = [EncodedPair("long", [1] * 2, [2] * 2, [3], 1.0), SHORT, SHORT]
-    packed = lay_out_chosen(pairs, shared=True)
+    pairs = [TokenizedPair("long", [1] * 2, [2] * 2, [3], 1.0), SHORT, SHORT]
+    packed = collate_chosen(pairs, shared=True)
     assert packed["input_ids"].tolist() == [[1, 1, 2, 2], [5, 6, 5, 6]]
     assert packed["segments"].tolist() == [[1, 1, 2, 2], [1, 2, 3, 4]]
-    assert len(lay_out_chosen(pairs, shared=False)["input_ids"]) == 3
+    assert len(collate_chosen(pairs, shared=False)["input_ids"]) == 3
 
 
 def test_a_pair_costs_its_prompt_once_or_twice():
@@ -92,10 +92,10 @@ tokens = st.lists(st.integers(1, 3), min_size=1, max_size=9)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.builds(EncodedPair, st.just("x"), tokens, tokens, tokens, st.just(1.0)), min_size=1, max_size=6))
+@given(st.lists(st.builds(TokenizedPair, st.just("x"), tokens, tokens, tokens, st.just(1.0)), min_size=1, max_size=6))
 def test_every_token_sees_its_own_past_and_nothing_else(pairs):
     """Walking back from each predictor through what the mask allows gives the prompt and answer so far."""
-    batch = lay_out_pairs(pairs, shared=True)
+    batch = collate_pairs(pairs, shared=True)
     ids, positions = batch["input_ids"].flatten(), batch["position_ids"].flatten()
     width = batch["input_ids"].shape[1]
     sequences = [p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs]

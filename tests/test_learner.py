@@ -207,9 +207,9 @@ def mixed(name):
 
 def test_test_sets_may_be_announced_before_any_task(model, output):
     learner = make_learner(model, output)
-    learner.announce_test("brief", held_out("brief"))
+    learner.register_test("brief", held_out("brief"))
     assert set(learner.learn(task_rows("warm"), "warm", held_out("warm"))) == {"brief", "warm"}
-    learner.announce_test("brief", held_out("brief"))
+    learner.register_test("brief", held_out("brief"))
     learner.learn(task_rows("brief"), "brief")
     assert learner.run.versions[1].manifest.test.rows == 5
     assert learner.scores.forward_transfer is not None
@@ -261,7 +261,7 @@ def test_rows_in_both_training_and_test_set_are_refused_wherever_they_come_from(
     with pytest.raises(InputError, match="in both"):  # an earlier task's test rows
         learner.learn([*task_rows("brief"), held_out("warm")[0]], "brief")
     with pytest.raises(InputError, match="in both"):
-        learner.announce_test("brief", task_rows("warm"))
+        learner.register_test("brief", task_rows("warm"))
     learner.learn(task_rows("brief"), "brief", held_out("brief"))  # what was refused has left no trace
     assert learner.scores.learned == ["warm", "brief"]
 
@@ -292,7 +292,7 @@ def test_a_name_belongs_to_its_rows(model, output):
 
 def test_a_task_keeps_its_test_set(model, output):
     learner = make_learner(model, output)
-    learner.announce_test("warm", held_out("warm"))
+    learner.register_test("warm", held_out("warm"))
     with pytest.raises(InputError, match=r"task 'warm' has other test rows in this run \(warm\.jsonl\)"):
         learner.learn(task_rows("warm"), "warm", held_out("warm", 4))
 

@@ -16,8 +16,8 @@ from transformers import (
     XGLMConfig,
 )
 
-from everalign.data.collate import lay_out_pairs, rows_of_one_kind
-from everalign.data.tokenization import EncodedPair
+from everalign.data.collate import collate_pairs, rows_of_one_kind
+from everalign.data.tokenization import TokenizedPair
 from everalign.errors import InputError
 from everalign.modeling.architecture import study
 from everalign.modeling.decoding import RaggedModel, RaggedRows
@@ -110,7 +110,7 @@ def pairs(*lengths):
         return [rng.randrange(3, 96) for _ in range(count)]
 
     return [
-        EncodedPair(str(i), tokens(prompt), tokens(chosen), tokens(rejected), 1.0)
+        TokenizedPair(str(i), tokens(prompt), tokens(chosen), tokens(rejected), 1.0)
         for i, (prompt, chosen, rejected) in enumerate(lengths)
     ]
 
@@ -141,8 +141,8 @@ def test_a_row_is_what_it_is_alone_whatever_stands_beside_it(config):
     )
     for shared in (True, False):
         with torch.no_grad():
-            found = policy(lay_out_pairs(PAIRS, shared)).view(2, -1).T
-            short = policy(lay_out_pairs(PAIRS[:1], shared)).view(2, -1).T
+            found = policy(collate_pairs(PAIRS, shared)).view(2, -1).T
+            short = policy(collate_pairs(PAIRS[:1], shared)).view(2, -1).T
         torch.testing.assert_close(found, expected.float(), rtol=0, atol=2e-4)
         torch.testing.assert_close(short, expected[:1].float(), rtol=0, atol=2e-4)
     for budget in (60, 10_000):
@@ -152,22 +152,22 @@ def test_a_row_is_what_it_is_alone_whatever_stands_beside_it(config):
 def test_gradients_are_the_sum_of_those_of_each_row_alone():
     policy = perturb(Policy(model_of(rotary("dynamic", 32)), 2, 4.0)).train()
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    together = torch.autograd.grad(policy(lay_out_pairs(PAIRS, policy.head.shared)).sum(), parameters)
-    apart = [torch.autograd.grad(policy(lay_out_pairs([pair], False)).sum(), parameters) for pair in PAIRS]
+    together = torch.autograd.grad(policy(collate_pairs(PAIRS, policy.head.shared)).sum(), parameters)
+    apart = [torch.autograd.grad(policy(collate_pairs([pair], False)).sum(), parameters) for pair in PAIRS]
     for found, *parts in zip(together, *apart, strict=True):
         expected = sum(parts)
         torch.testing.assert_close(found / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-4)
 
 
 def test_short_rows_share_their_prompts_as_ever():
-    batch = lay_out_pairs(PAIRS[:1] + PAIRS[5:], shared=True)
+    batch = collate_pairs(PAIRS[:1] + PAIRS[5:], shared=True)
     ((same, numbers),) = rows_of_one_kind(batch, Stretch((32,), by_length=True).kind)
     assert same is batch
     assert numbers.tolist() == list(range(len(batch["targets"])))
 
 
 def test_kinds_are_cut_apart_and_cover_every_token():
-    batch = lay_out_pairs(PAIRS, shared=True)
+    batch = collate_pairs(PAIRS, shared=True)
     parts = rows_of_one_kind(batch, Stretch((32,), by_length=False).kind)
     assert len(parts) == 2
     assert torch.cat([numbers for _, numbers in parts]).sort().values.tolist() == list(range(len(batch["targets"])))

@@ -17,7 +17,7 @@ from everalign.errors import EveralignError, GateRefusedError, InputError
 from everalign.learning.promotion import rollback
 from everalign.learning.run_data import load_run
 from everalign.methods import LifeAlign
-from everalign.serving.corrector_reload import FollowedRun
+from everalign.serving.corrector_reload import CorrectorReloader
 from everalign.serving.corrector_service import CorrectionService
 from everalign.serving.feedback.loop import learn_from_feedback
 from everalign.serving.feedback.task import NextTaskOptions, NotEnoughFeedback
@@ -49,7 +49,7 @@ def learner(path, **arguments):
         path,
         training=TRAINING,
         adapter=ADAPTER,
-        announce=lambda _: None,
+        log=lambda _: None,
         gate=0.45,
         **arguments,
     )
@@ -93,7 +93,7 @@ def wait_for(served, version):
 def test_the_loop(tmp_path):
     path, style = tmp_path / "run", {"now": "plain"}
     first_version(path)
-    followed = FollowedRun(path, Corrector.from_pretrained, seconds=0.1, announce=lambda _: None)
+    followed = CorrectorReloader(path, Corrector.from_pretrained, seconds=0.1, log=lambda _: None)
     corrector, version = followed.load()
     assert version == "001-courtesy"
 
@@ -207,7 +207,7 @@ def test_a_damaged_task_is_named(tmp_path, store, monkeypatch):
 def test_a_run_that_is_no_corrector_is_not_followed(tmp_path):
     make_learner(saved_model(), tmp_path / "run").learn(task_rows("warm"), "warm")
     with pytest.raises(InputError, match="learns dpo, so it is no corrector: serve its export as the upstream"):
-        FollowedRun(tmp_path / "run", Corrector.from_pretrained)
+        CorrectorReloader(tmp_path / "run", Corrector.from_pretrained)
 
 
 def test_a_version_that_cannot_be_loaded_leaves_the_former_one_in_service(tmp_path, store):
@@ -223,7 +223,7 @@ def test_a_version_that_cannot_be_loaded_leaves_the_former_one_in_service(tmp_pa
         loaded.append(folder)
         return Fake()
 
-    followed = FollowedRun(tmp_path / "run", load, seconds=0.02, announce=lines.append)
+    followed = CorrectorReloader(tmp_path / "run", load, seconds=0.02, log=lines.append)
     corrector, version = followed.load()
     with UpstreamServer() as upstream:
         settings = GatewaySettings((UpstreamSettings("default", upstream.url),))
@@ -253,7 +253,7 @@ def promoted_run(path, store):
 @pytest.mark.parametrize(("on_rollback", "reason"), [("uncorrected", "rolled_back"), ("stop", "stopped")])
 def test_a_rollback_to_the_base_model_reaches_the_gateway(tmp_path, store, on_rollback, reason):
     load, lines = promoted_run(tmp_path / "run", store), []
-    followed = FollowedRun(tmp_path / "run", load, on_rollback, seconds=0.02, announce=lines.append)
+    followed = CorrectorReloader(tmp_path / "run", load, on_rollback, seconds=0.02, log=lines.append)
 
     def waited(line):
         until = time.monotonic() + 20
@@ -289,13 +289,13 @@ def test_a_rollback_to_the_base_model_reaches_the_gateway(tmp_path, store, on_ro
 def test_a_gateway_that_starts_with_the_base_model_current_is_one_that_was_rolled_back(tmp_path, store):
     load = promoted_run(tmp_path / "run", store)
     rollback(tmp_path / "run")
-    followed = FollowedRun(tmp_path / "run", load)
+    followed = CorrectorReloader(tmp_path / "run", load)
     assert followed.is_rolled_back
     service = CorrectionService()
     followed.withdraw(service)
     assert (service.version, service.withdrawn) == ("000", True)
     with pytest.raises(InputError, match="on-rollback: must be uncorrected or stop, found 'halt'"):
-        FollowedRun(tmp_path / "run", load, "halt")
+        CorrectorReloader(tmp_path / "run", load, "halt")
 
 
 def test_the_command_line(tmp_path, store, capsys):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from everalign.data import Correction, CorrectionSet, Preference, PreferenceSet, Scored, ScoredSet
 from everalign.errors import InputError
-from everalign.serving.feedback.task import NextTaskOptions, NotEnoughFeedback, build_task, most_of_each, rows_of
+from everalign.serving.feedback.task import NextTaskOptions, NotEnoughFeedback, build_task, cap_for_share, rows_of
 from everalign.serving.store import FeedbackStore
 from stores_for_tests import KEY, OTHER_KEY, exchange, feedback, later
 
@@ -428,12 +428,12 @@ def test_learned_feedback_gives_no_second_task(address):
 
 
 def test_the_most_of_each_is_the_largest_that_keeps_the_share():
-    assert most_of_each([100, 100, 100], 0.5) == 100
-    assert most_of_each([100, 10, 10], 0.5) == 20
-    assert most_of_each([100, 1], 0.5) == 1
-    assert most_of_each([100], 0.5) == 0
-    assert most_of_each([], 0.5) == 0
-    assert most_of_each([7], 1.0) == 7
+    assert cap_for_share([100, 100, 100], 0.5) == 100
+    assert cap_for_share([100, 10, 10], 0.5) == 20
+    assert cap_for_share([100, 1], 0.5) == 1
+    assert cap_for_share([100], 0.5) == 0
+    assert cap_for_share([], 0.5) == 0
+    assert cap_for_share([7], 1.0) == 7
 
 
 feedbacks = st.lists(

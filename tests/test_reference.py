@@ -7,7 +7,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from everalign.data.collate import lay_out_pairs, lay_out_targets
+from everalign.data.collate import collate_pairs, collate_targets
 from everalign.data.tokenization import TargetGroup
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
@@ -54,7 +54,7 @@ def close(first, second):
 def test_values_come_back_in_the_order_of_the_rows(policy):
     pairs = random_pairs(7)
     with torch.no_grad():
-        sums = policy.policy(lay_out_pairs(pairs, shared=False))
+        sums = policy.policy(collate_pairs(pairs, shared=False))
     for tokens in (1, 100, 10_000):
         values = pair_log_probs(policy, pairs, tokens)
         assert values.dtype == torch.float32
@@ -201,7 +201,7 @@ def test_two_that_compute_at_the_same_time_lose_nothing(policy, cache, tmp_path,
 def test_values_of_groups_come_back_in_the_order_of_the_rows(policy):
     groups = random_targets(7)
     with torch.no_grad():
-        sums = policy.policy(lay_out_targets(groups, shared=False))
+        sums = policy.policy(collate_targets(groups, shared=False))
     expected = torch.split(sums, [len(group.responses) for group in groups])
     for tokens in (1, 100, 10_000):
         values = group_log_probs(policy, groups, tokens)

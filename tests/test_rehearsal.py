@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
-from everalign.data.collate import lay_out_pairs
+from everalign.data.collate import collate_pairs
 from everalign.errors import EveralignError, InputError
 from everalign.modeling import rehearsal
 from everalign.modeling.loading import check_vocabulary, sequence_limit
@@ -29,7 +29,7 @@ def folder_of(config, path):
 def learn(path, output, **options):
     said = []
     training = TrainingOptions(learning_rate=1e-2, batch_size=4, **options)
-    learner = Learner(str(path), output=output, training=training, adapter=AdapterOptions(2), announce=said.append)
+    learner = Learner(str(path), output=output, training=training, adapter=AdapterOptions(2), log=said.append)
     rows = [{"prompt": f"{'word ' * 40}{i}?", "chosen": f"It is {i}.", "rejected": "no"} for i in range(4)]
     learner.learn(PreferenceSet.of(rows, source="rows"), name="a")
     return said
@@ -163,4 +163,4 @@ def test_an_exception_in_a_model_names_it():
 
     policy.peft.get_base_model().model.layers[1].mlp.forward = fails
     with pytest.raises(EveralignError, match=r"^LlamaForCausalLM failed: IndexError: index 7 is out of range$"):
-        policy(lay_out_pairs(random_pairs(2), True))
+        policy(collate_pairs(random_pairs(2), True))

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from everalign.data import PreferenceSet
-from everalign.data.tokenization import encode_answers, encode_comparisons, pad_right
+from everalign.data.tokenization import pad_right, tokenize_answers, tokenize_comparisons
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.score_rows import RewardModelScorer
 from everalign.modeling.loading import load_tokenizer
@@ -111,7 +111,7 @@ def test_bf16_learns_it_and_its_rewards_are_computed_so(rank, tmp_path):
     options = replace(FAST, precision="bf16", lora_rank=rank, learning_rate=rate)
     lines = []
     trained = train_reward_model(
-        str(saved_model()), pairs(), tmp_path / "reward", test=pairs(20, 100), options=options, announce=lines.append
+        str(saved_model()), pairs(), tmp_path / "reward", test=pairs(20, 100), options=options, log=lines.append
     )
     what = "an adapter of rank 8" if rank else "all weights, which stay fp32,"
     assert lines[0] == f"  trains {what} in bf16 on the CPU"
@@ -167,7 +167,7 @@ def test_a_weight_counts_like_repeated_rows():
     objective = BradleyTerryObjective(model.padding, 0.01)
     losses = []
     for items in (weighted, [rows[0], rows[1], rows[1], rows[2]]):
-        encoded, _ = encode_comparisons(items, tokenizer, 64)
+        encoded, _ = tokenize_comparisons(items, tokenizer, 64)
         losses.append(objective.loss(model, objective.collate(encoded, False), torch.tensor(4))[0])
     torch.testing.assert_close(losses[0], losses[1])
 
@@ -274,7 +274,7 @@ def test_pairs_that_the_limit_makes_equal_are_refused():
     tokenizer = load_tokenizer(str(saved_model()))
     rows = PreferenceSet.of([{"prompt": "p", "chosen": "same beginning a", "rejected": "same beginning b"}])
     with pytest.raises(InputError, match="identical"):
-        encode_comparisons(rows, tokenizer, 8)
+        tokenize_comparisons(rows, tokenizer, 8)
 
 
 # ---- one answer, one reward ----
@@ -286,7 +286,7 @@ def test_scoring_equals_an_unbatched_forward_by_plain_transformers():
     tokenizer = AutoTokenizer.from_pretrained(trained.path)
     prompts, completions = answers()
     found = RewardModelScorer.from_folder(trained.path, tokens_per_batch=200).score(prompts, completions)
-    sequences = encode_answers(prompts, completions, tokenizer, 64).sequences
+    sequences = tokenize_answers(prompts, completions, tokenizer, 64).sequences
     with torch.no_grad():
         alone = [classifier(torch.tensor([tokens])).logits.item() - trained.facts.mean for tokens in sequences]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(alone), rtol=0, atol=1e-5)
@@ -308,7 +308,7 @@ def test_the_side_of_the_padding_changes_no_reward(side):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_rewards_do_not_depend_on_the_batch(family):
     model, tokenizer = classifier_of(family)
-    sequences = encode_answers(*answers(), tokenizer, 64).sequences
+    sequences = tokenize_answers(*answers(), tokenizer, 64).sequences
     together = sequence_rewards(model, sequences, 10_000)
     alone = sequence_rewards(model, sequences, 1)
     backwards = sequence_rewards(model, sequences[::-1], 300).flip(0)
@@ -358,8 +358,8 @@ def test_the_reward_is_read_at_the_end_of_the_answer():
 
 def test_an_answer_is_cut_on_its_own_and_keeps_its_beginning():
     tokenizer = load_tokenizer(str(saved_model()))
-    both = encode_answers(["p" * 30] * 2, ["a" * 5, "b" * 40], tokenizer, 32)
-    alone = encode_answers(["p" * 30], ["a" * 5], tokenizer, 32)
+    both = tokenize_answers(["p" * 30] * 2, ["a" * 5, "b" * 40], tokenizer, 32)
+    alone = tokenize_answers(["p" * 30], ["a" * 5], tokenizer, 32)
     assert both.sequences[0] == alone.sequences[0]
     assert [len(tokens) for tokens in both.sequences] == [32, 32]
     assert both.answers == (6, 41)  # with the end mark
@@ -371,7 +371,7 @@ def test_an_answer_is_cut_on_its_own_and_keeps_its_beginning():
 def test_a_cut_that_ends_in_padding_is_refused():
     tokenizer = load_tokenizer(str(saved_model()))
     with pytest.raises(InputError, match="answer 2: ends in the padding token '<pad>'"):
-        encode_answers(["p"] * 2, ["fine", "aaaaaa<pad>tail"], tokenizer, 8)
+        tokenize_answers(["p"] * 2, ["fine", "aaaaaa<pad>tail"], tokenizer, 8)
 
 
 # ---- the folder ----

@@ -134,8 +134,8 @@ def test_rounds_end_when_nothing_is_left_to_learn(model, tmp_path):
 
 
 def test_a_round_with_the_answers_of_the_one_before_is_learned_too(model, tmp_path, monkeypatch):
-    draw = lesson.roll_out
-    monkeypatch.setattr(lesson, "roll_out", lambda *given: draw(*given[:3], 1, *given[4:]))
+    draw = lesson.sample_and_score
+    monkeypatch.setattr(lesson, "sample_and_score", lambda *given: draw(*given[:3], 1, *given[4:]))
     rollouts = RolloutOptions(samples=4, max_new_tokens=24, rounds=2)
     found = learner(model, tmp_path / "run", ExperienceReplay(), rollouts=rollouts, options={"learning_rate": 1e-2})
     found.learn(prompts(), "a")

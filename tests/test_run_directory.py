@@ -332,7 +332,7 @@ def test_a_new_version_never_takes_the_number_of_one_beside_the_line(model, run)
     again = resume(model, run)
     assert again.run.left_out == ["003-other"]
     for name in ("warm", "brief"):
-        again.announce_test(name, held_out(name))
+        again.register_test(name, held_out(name))
     again.learn(task_rows("calm"), "calm")
     newest = load_run(run).versions[-1]
     assert (newest.id, newest.manifest.parent) == ("004-calm", "002-brief")

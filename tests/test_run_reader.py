@@ -99,7 +99,7 @@ def model(tmp_path_factory):
 
 def test_a_learner_reads_each_of_its_versions_once(model, tmp_path, hashed):
     learner = make_learner(model, tmp_path / "run", gate=1.0)
-    learner.announce_test("warm", held_out("warm"))
+    learner.register_test("warm", held_out("warm"))
     learner.learn(task_rows("warm"), "warm")
     learner.learn(task_rows("brief"), "brief", held_out("brief"))
     assert (len(learner.run.versions), len(learner.scores.tasks)) == (2, 2)

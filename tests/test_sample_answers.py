@@ -81,7 +81,7 @@ def test_a_run_that_was_killed_has_the_same_answers(model, tmp_path, monkeypatch
         return learner.run
 
     whole = learn("whole")
-    owner = {"answers": "held_out.HeldOutTests", "write_version": "run.RunDirectory"}[moment]
+    owner = {"answers": "held_out.EvaluationSuite", "write_version": "run.RunDirectory"}[moment]
     with monkeypatch.context() as patch:
         patch.setattr(f"everalign.learning.{owner}.{moment}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -103,7 +103,7 @@ def test_prompts_are_distinct_and_short_enough(model, tmp_path, monkeypatch):
     monkeypatch.setattr("everalign.learning.sample_answers._LONGEST_PROMPT", 20)
     rows = [{"prompt": prompt, "chosen": f"a{i}", "rejected": "b"} for i, prompt in enumerate(["q"] * 4 + ["x" * 30])]
     learner = make_learner(model, tmp_path / "run", sample_answers=4)
-    learner.announce_test("warm", PreferenceSet.of(rows, "test"))
+    learner.register_test("warm", PreferenceSet.of(rows, "test"))
     assert [answer.prompt for answer in learner.run.first_answers["warm"]] == ["q"]
 
 

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from everalign.data.collate import lay_out_chosen
-from everalign.data.tokenization import EncodedPair
+from everalign.data.collate import collate_chosen
+from everalign.data.tokenization import TokenizedPair
 from everalign.errors import InputError
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.policy import Policy
@@ -42,9 +42,9 @@ def assistant():
 
 
 def exact(policy, prompt):
-    pairs = [EncodedPair("x", prompt, list(answer), [0], 1.0) for answer in ANSWERS]
+    pairs = [TokenizedPair("x", prompt, list(answer), [0], 1.0) for answer in ANSWERS]
     with torch.no_grad():
-        return policy(lay_out_chosen(pairs, shared=True)).double().exp()
+        return policy(collate_chosen(pairs, shared=True)).double().exp()
 
 
 def test_frequencies_are_the_policy_s_probabilities(small):

@@ -159,7 +159,7 @@ def test_a_killed_scoring_goes_on_and_asks_nothing_twice(tmp_path):
         score_rows(rows(), Lengths(fails=3), path, answers_per_batch=1)
     assert not path.exists()
     said, scorer = [], Lengths()
-    result = score_rows(rows(), scorer, path, answers_per_batch=1, announce=said.append)
+    result = score_rows(rows(), scorer, path, answers_per_batch=1, log=said.append)
     assert result.resumed == 2
     assert said == ["  2 of 4 rows were scored by an earlier run"]
     assert [text for call in scorer.calls for _, text in call] == ["good", "bad", "e", "e"]

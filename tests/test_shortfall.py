@@ -90,14 +90,14 @@ def test_what_counts_of_a_rollout():
 
 
 def test_a_later_round_that_writes_too_long_keeps_what_was_learned(here, tmp_path, capsys, monkeypatch):
-    roll_out = lesson.roll_out
+    sample_and_score = lesson.sample_and_score
 
     def longer(setup, prompts, folder, number, *arguments):
         if number == 2:
             raise ShortfallError("31 of 32 sampled answers did not end")
-        return roll_out(setup, prompts, folder, number, *arguments)
+        return sample_and_score(setup, prompts, folder, number, *arguments)
 
-    monkeypatch.setattr(lesson, "roll_out", longer)
+    monkeypatch.setattr(lesson, "sample_and_score", longer)
     code, _, err = sampled(capsys, tmp_path / "run", 24, "--rounds", "3")
     assert code == 0, err
     (version,) = load_run(tmp_path / "run").versions
@@ -129,7 +129,7 @@ def test_pairs_that_the_cut_makes_equal_are_refused_before_the_first_task_is_tra
         learner.learn_all([("fine", pairs(0, 0), None), ("cut", pairs(11, 0), None)])
     assert not learner.run.versions
     with pytest.raises(InputError, match=message):
-        learner.announce_test("cut", pairs(11, 0))
+        learner.register_test("cut", pairs(11, 0))
 
 
 def test_cut_answers_are_told_of(model, tmp_path):
@@ -147,14 +147,14 @@ def test_a_reward_model_refuses_equal_pairs_and_tells_of_cut_answers(tmp_path):
     with pytest.raises(InputError, match=r"pairs\.jsonl: 11 of 20 pairs have identical answers as tokens"):
         train_reward_model(str(saved_model()), pairs(11, 0), tmp_path / "reward", options=options)
     lines = []
-    train_reward_model(str(saved_model()), pairs(0, 12), tmp_path / "reward", options=options, announce=lines.append)
+    train_reward_model(str(saved_model()), pairs(0, 12), tmp_path / "reward", options=options, log=lines.append)
     assert any("warning: pairs.jsonl: 12 of 40 answers with their prompts are cut" in line for line in lines)
 
 
 def test_answers_that_are_scored_without_their_ends_are_told_of(tmp_path):
     lines, scorer = [], RewardModelScorer.from_folder(reward_model().path)
     rows = UnscoredSet.of([{"prompt": "q", "completions": ["short", "x" * 500]} for _ in range(3)], "answers")
-    score_rows(rows, scorer, tmp_path / "out.jsonl", announce=lines.append)
+    score_rows(rows, scorer, tmp_path / "out.jsonl", log=lines.append)
     assert any("warning: answers: 3 of 6 answers with their prompts were cut" in line for line in lines)
 
 

@@ -8,7 +8,7 @@ import torch
 from cli_for_tests import run
 from everalign import PreferenceSet
 from everalign.data import Preference, Scored, ScoredSet, load_judged
-from everalign.data.tokenization import encode_targets
+from everalign.data.tokenization import tokenize_targets
 from everalign.errors import InputError
 from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
@@ -139,7 +139,7 @@ def test_tasks_of_both_kinds_are_pooled(model, tmp_path):
 
 def test_weights_of_a_row_are_its_targets_in_proportion():
     row = Scored("q?", ("a", "b", "c"), (1.0, 2.0, 3.0), weight=2.0, weights=(0.0, 1.0, 3.0))
-    (group,) = encode_targets([row], byte_tokenizer(), 64)
+    (group,) = tokenize_targets([row], byte_tokenizer(), 64)
     assert (group.shares, group.weight) == ((0.0, 0.25, 0.75), 2.0)
 
 
@@ -178,7 +178,7 @@ def test_rows_that_cannot_be_compared_are_refused(model, tmp_path, rows, message
 def test_a_row_of_one_completion_has_no_shares():
     row = Scored("q?", ("a",), (1.0,), weights=(1.0,))
     with pytest.raises(InputError, match=rf"row 1 \(id {row.id}\): has one completion"):
-        encode_targets([row], byte_tokenizer(), 64)
+        tokenize_targets([row], byte_tokenizer(), 64)
 
 
 @pytest.mark.parametrize(

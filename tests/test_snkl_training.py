@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from everalign.data.collate import lay_out_pairs, lay_out_targets, row_tokens
-from everalign.data.tokenization import EncodedPair, TargetGroup
+from everalign.data.collate import collate_pairs, collate_targets, row_tokens
+from everalign.data.tokenization import TargetGroup, TokenizedPair
 from everalign.modeling.policy import Policy
 from everalign.training.objectives import make_objective
 from everalign.training.reference import group_log_probs, pair_log_probs
@@ -39,7 +39,7 @@ def close(found, expected, tolerance=1e-5):
 
 def alone(policy, prompt, response):
     """One sequence's log-probability, computed by itself."""
-    return policy(lay_out_pairs([EncodedPair("x", prompt, response, response, 1.0)], shared=False))[0]
+    return policy(collate_pairs([TokenizedPair("x", prompt, response, response, 1.0)], shared=False))[0]
 
 
 def written_out(policy, rows):
@@ -98,7 +98,7 @@ def test_all_responses_are_laid_out_also_those_never_to_be_given():
     assert (batch["best"].tolist(), batch["worst"].tolist()) == ([0, 3], [1, 2])
     assert batch["log_shares"].exp().tolist() == pytest.approx([1, 0, 0.25, 0.5, 0.25])
     assert [row_tokens(rows[0], shared) for shared in (True, False)] == [7, 10]
-    assert len(lay_out_targets(rows, False)["input_ids"]) == 5
+    assert len(collate_targets(rows, False)["input_ids"]) == 5
 
 
 def test_equal_shares_pull_towards_the_reference_and_have_no_margin():

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from everalign.errors import EveralignError, InputError
-from everalign.modeling.sampling import SamplingOptions, sample_kept
-from everalign.storage import Journal, alone, lock_of
+from everalign.modeling.sampling import SamplingOptions, sample_journalled
+from everalign.storage import Journal, exclusive, lock_of
 
 # ---- the journal ----
 
@@ -99,7 +99,7 @@ def test_samples_that_are_none_are_refused(chunk, tmp_path):
     journal = Journal(tmp_path / "samples")
     journal.put({0: chunk})
     with pytest.raises(InputError, match="samples: what an earlier run kept is damaged"):
-        sample_kept(None, None, ["p"], SamplingOptions(), journal, seed=0)
+        sample_journalled(None, None, ["p"], SamplingOptions(), journal, seed=0)
 
 
 WRITERS = """
@@ -145,8 +145,8 @@ def test_a_writer_that_is_killed_leaves_whole_values(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from everalign.storage import alone
-with alone(Path(sys.argv[1])):
+from everalign.storage import exclusive
+with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -165,12 +165,12 @@ def test_a_second_process_is_told_at_once_who_holds_it(tmp_path, holder):
     lock, started = lock_of(tmp_path / "out.jsonl"), time.perf_counter()
     message = rf"out\.jsonl\.lock: process {holder.pid} on {os.uname().nodename} is writing this output: wait for it"
     for _ in range(2):
-        with pytest.raises(InputError, match=message), alone(lock):
+        with pytest.raises(InputError, match=message), exclusive(lock):
             pass
     assert time.perf_counter() - started < 0.5
     holder.stdin.close()
     holder.wait()
-    with alone(lock):
+    with exclusive(lock):
         assert lock.read_text() == f"process {os.getpid()} on {os.uname().nodename}\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -179,11 +179,11 @@ def test_a_second_process_is_told_at_once_who_holds_it(tmp_path, holder):
 def test_a_lock_ends_with_its_process_and_not_before(tmp_path, holder, sign):
     holder.send_signal(sign)
     if sign == signal.SIGSTOP:
-        with pytest.raises(InputError, match=f"process {holder.pid} "), alone(lock_of(tmp_path / "out.jsonl")):
+        with pytest.raises(InputError, match=f"process {holder.pid} "), exclusive(lock_of(tmp_path / "out.jsonl")):
             pass
         holder.kill()
     holder.wait()
-    with alone(lock_of(tmp_path / "out.jsonl")):
+    with exclusive(lock_of(tmp_path / "out.jsonl")):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -196,7 +196,7 @@ def test_whoever_waits_goes_on_when_the_other_is_done(tmp_path, holder):
         threading.Timer(0.2, holder.stdin.close).start()
 
     started = time.perf_counter()
-    with alone(lock_of(tmp_path / "out.jsonl"), wait=end):
+    with exclusive(lock_of(tmp_path / "out.jsonl"), wait=end):
         assert time.perf_counter() - started > 0.15
     assert waited == [f"process {holder.pid} on {os.uname().nodename}"]
 
@@ -206,7 +206,7 @@ def test_the_same_thread_may_enter_again_and_another_may_not(tmp_path):
 
     def other():
         try:
-            with alone(lock, "at work"):
+            with exclusive(lock, "at work"):
                 found.append("in")
         except InputError as error:
             found.append(str(error))
@@ -216,8 +216,8 @@ def test_the_same_thread_may_enter_again_and_another_may_not(tmp_path):
         thread.start()
         thread.join()
 
-    with alone(lock):
-        with alone(lock):
+    with exclusive(lock):
+        with exclusive(lock):
             meanwhile()
         meanwhile()
     meanwhile()
@@ -231,7 +231,7 @@ def test_the_same_thread_may_enter_again_and_another_may_not(tmp_path):
 
 def test_a_block_that_fails_lets_the_next_one_in(tmp_path):
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt), alone(tmp_path / "lock"):
+        with pytest.raises(KeyboardInterrupt), exclusive(tmp_path / "lock"):
             raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
@@ -242,17 +242,17 @@ def test_a_file_system_without_locks_is_an_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     message = r"lock: cannot be locked \(Function not implemented\)"
-    with pytest.raises(EveralignError, match=message), alone(tmp_path / "lock"):
+    with pytest.raises(EveralignError, match=message), exclusive(tmp_path / "lock"):
         pass
 
 
 COUNT = """
 import sys
 from pathlib import Path
-from everalign.storage import alone
+from everalign.storage import exclusive
 lock, counter = Path(sys.argv[1]), Path(sys.argv[2])
 for _ in range(60):
-    with alone(lock, wait=lambda holder: None):
+    with exclusive(lock, wait=lambda holder: None):
         counter.write_text(str(int(counter.read_text()) + 1))
 """
 

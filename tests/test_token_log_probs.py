@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from everalign.modeling.logprobs import HeadShape, token_log_probs
+from everalign.modeling.logprobs import LogitTransform, token_log_probs
 
 ROWS, WIDTH, VOCABULARY = 23, 16, 50
-SHAPES = [HeadShape(), HeadShape(scale=0.5), HeadShape(softcap=3.0), HeadShape(2.0, 5.0)]
+SHAPES = [LogitTransform(), LogitTransform(scale=0.5), LogitTransform(softcap=3.0), LogitTransform(2.0, 5.0)]
 
 
 def inputs(dtype=torch.float32, spread=1.0):
@@ -48,7 +48,7 @@ def test_chunks_give_what_the_whole_gives(shape, rows, learns):
 
 def test_gradients_equal_finite_differences():
     hidden, head, targets = inputs()
-    shape = HeadShape(0.7, 4.0)
+    shape = LogitTransform(0.7, 4.0)
     head.double().requires_grad_(False)
     hidden = hidden.detach().double()
     found = token_log_probs(hidden.requires_grad_(), head, targets, shape)
@@ -66,7 +66,7 @@ def test_no_more_than_a_chunk_of_logits_exists(learns):
     head.weight.requires_grad_(learns)
     seen = []
     head.register_forward_hook(lambda module, given, logits: seen.append(logits.numel()))
-    token_log_probs(hidden, head, targets, HeadShape(), chunk_rows=4).sum().backward()
+    token_log_probs(hidden, head, targets, LogitTransform(), chunk_rows=4).sum().backward()
     assert max(seen) == 4 * VOCABULARY
     assert len(seen) == (12 if learns else 6)  # a head that learns is computed again in the backward pass
 
@@ -74,18 +74,18 @@ def test_no_more_than_a_chunk_of_logits_exists(learns):
 def test_extreme_logits_stay_finite_and_exact():
     hidden, head, targets = inputs(spread=1e3)
     head.requires_grad_(False)
-    found = token_log_probs(hidden, head, targets, HeadShape())
+    found = token_log_probs(hidden, head, targets, LogitTransform())
     (gradient,) = torch.autograd.grad(found.sum(), hidden)
-    torch.testing.assert_close(found, direct(hidden, head, targets, HeadShape()))
+    torch.testing.assert_close(found, direct(hidden, head, targets, LogitTransform()))
     assert torch.isfinite(gradient).all()
 
 
 def test_bf16_sums_its_probabilities_in_fp32():
     hidden, head, targets = inputs(torch.bfloat16)
     head.requires_grad_(False)
-    found = token_log_probs(hidden, head, targets, HeadShape())
+    found = token_log_probs(hidden, head, targets, LogitTransform())
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, direct(hidden, head, targets, HeadShape()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, direct(hidden, head, targets, LogitTransform()), rtol=0, atol=1e-5)
     assert torch.autograd.grad(found.sum(), hidden)[0].dtype == torch.bfloat16
 
 
@@ -93,4 +93,4 @@ def test_nothing_is_kept_without_gradients():
     hidden, head, targets = inputs()
     head.requires_grad_(False)
     with torch.no_grad():
-        assert token_log_probs(hidden, head, targets, HeadShape()).grad_fn is None
+        assert token_log_probs(hidden, head, targets, LogitTransform()).grad_fn is None

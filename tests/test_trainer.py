@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
-from everalign.data.collate import TrainingPlan, lay_out_pairs
+from everalign.data.collate import TrainingPlan, collate_pairs
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.policy import Policy
 from everalign.training.objectives import make_objective
@@ -34,7 +34,7 @@ def weighted_pairs(count=20):
 
 def direct_gradients(policy, name, pairs, penalty=None):
     """Gradients of the whole batch's loss, written out from the formulas in one go."""
-    batch = lay_out_pairs(pairs, shared=False)
+    batch = collate_pairs(pairs, shared=False)
     with torch.no_grad(), policy.as_base():
         base = policy(batch)
     policy.zero_grad()

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from everalign.data.collate import lay_out_pairs
+from everalign.data.collate import collate_pairs
 from everalign.data.records import Preference
-from everalign.data.tokenization import encode_pairs
+from everalign.data.tokenization import tokenize_pairs
 from everalign.modeling.policy import Policy
 from everalign.training.objectives import make_objective
 from everalign.training.reference import pair_log_probs
@@ -40,7 +40,7 @@ def policy(tokenizer):
 @pytest.fixture(scope="module")
 def pairs(tokenizer):
     rows = [Preference(prompt=prompt, chosen=chosen, rejected=rejected) for prompt, chosen, rejected in ROWS]
-    return encode_pairs(rows, tokenizer, max_length=256)
+    return tokenize_pairs(rows, tokenizer, max_length=256)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def our_batch(policy, pairs, objective):
 
 
 def test_the_tokens_are_the_same(theirs, pairs, tokenizer):
-    batch, ours = their_batch(theirs, tokenizer), lay_out_pairs(pairs, shared=False)
+    batch, ours = their_batch(theirs, tokenizer), collate_pairs(pairs, shared=False)
     mask = batch["attention_mask"]
     assert torch.equal(batch["input_ids"] * mask, ours["input_ids"])
     assert torch.equal(mask, ours["attention_mask"])

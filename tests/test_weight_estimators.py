@@ -8,7 +8,7 @@ import torch
 
 from cli_for_tests import run
 from everalign.data import ReplayBuffer, Scored, ScoredSet, load_scored
-from everalign.data.tokenization import distinct, encode_targets
+from everalign.data.tokenization import distinct, tokenize_targets
 from everalign.errors import InputError
 from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
@@ -206,12 +206,12 @@ def test_the_reference_of_support_is_the_base_model_whatever_was_learned(model, 
     weights = {row["prompt"]: row["weights"] for row in rows if row["task"] == "second"}
     alike = [dataclasses.replace(row, weights=(1.0,) * 3) for row in second]
     with found.policy.as_base():
-        reference = group_log_probs(found.policy, list(encode_targets(alike, found.tokenizer, 64)), 240)
-    lengths = [[len(response) for response in g.responses] for g in encode_targets(alike, found.tokenizer, 64)]
+        reference = group_log_probs(found.policy, list(tokenize_targets(alike, found.tokenizer, 64)), 240)
+    lengths = [[len(response) for response in g.responses] for g in tokenize_targets(alike, found.tokenizer, 64)]
     for row in weigh(second, lengths, WeightOptions("support"), reference).rows:
         assert weights[row.prompt] == pytest.approx(list(row.weights), rel=1e-5)
     # With the policy as it is now they would be others.
-    now = group_log_probs(found.policy, list(encode_targets(alike, found.tokenizer, 64)), 240)
+    now = group_log_probs(found.policy, list(tokenize_targets(alike, found.tokenizer, 64)), 240)
     assert max((a - b).abs().max() for a, b in zip(now, reference, strict=True)) > 0.1
 
 
@@ -328,9 +328,9 @@ def test_completions_below_the_floor_are_left_out_and_what_they_weighed_is_said(
     assert found.left_out == 1
     assert found.left_out_weight == pytest.approx(whole.rows[0].weights[2] / 5)
     assert found.statistics == whole.statistics
-    assert "; 1 completions with 0.1% of the weight are left out" in found.summary()
-    assert found.facts()["left_out"] == 1
-    assert "left_out" not in whole.facts()
+    assert "; 1 completions with 0.1% of the weight are left out" in found.one_line()
+    assert found.to_dict()["left_out"] == 1
+    assert "left_out" not in whole.to_dict()
 
 
 def test_prompts_whose_rewards_are_all_one_are_left_out():

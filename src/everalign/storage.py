@@ -135,7 +135,9 @@ def lock_of(output: Path) -> Path:
 
 
 @contextmanager
-def alone(lock: Path, doing: str = "writing this output", wait: Callable[[str], None] | None = None) -> Iterator[None]:
+def exclusive(
+    lock: Path, doing: str = "writing this output", wait: Callable[[str], None] | None = None
+) -> Iterator[None]:
     """Let no other process, and no other thread of this one, into the block as long as this one is in it.
 
     The lock is released when the process ends, whatever way. The same thread may enter it again.

@@ -91,7 +91,7 @@ class Display:
     ) -> None:
         self._bar.stop()
 
-    def announce(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """Print a line; those that open a section are not indented and stand out."""
         notes.print(Text(message, style="" if message.startswith(" ") else "bold"))
         self._wait()

@@ -121,13 +121,13 @@ def _train(
     from everalign.correction import filter_corrections, get_template, train_corrector
 
     with Display() as display:
-        display.announce("data")
+        display.log("data")
         rows = _load(data, skip_bad_rows)
         if filtered:
             kept = filter_corrections(
                 rows, template=None if options.template is None else get_template(options.template)
             )
-            display.announce(f"  {kept.summary()}")
+            display.log(f"  {kept.one_line()}")
             rows = kept.rows
         return train_corrector(
             model,
@@ -137,7 +137,7 @@ def _train(
             options=options,
             seed=seed,
             allow_overlap=allow_overlap,
-            announce=display.announce,
+            log=display.log,
             progress=display.progress,
         )
 

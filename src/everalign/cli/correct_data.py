@@ -35,7 +35,7 @@ from everalign.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from everalign.correction.generators import Answerer, Cost, Editor
+    from everalign.correction.generators import AnswerSource, Cost, Editor
     from everalign.correction.make_data import CorrectionData, Filters
     from everalign.learning.options import DistillOptions
     from everalign.learning.self_training import Distillation
@@ -113,7 +113,7 @@ def data(
 def _make(
     source: str,
     output: Path,
-    answerer: "Answerer | None",
+    answerer: "AnswerSource | None",
     editor: "Editor | None",
     filters: "Filters",
     keep_going: bool,
@@ -126,7 +126,7 @@ def _make(
 
     rows = load_drafts(source, skip_bad_rows=skip_bad_rows)
     report_unused(rows)
-    display.announce(f"{len(rows)} rows")
+    display.log(f"{len(rows)} rows")
     return make_corrections(
         rows,
         output,
@@ -135,20 +135,20 @@ def _make(
         filters=filters,
         keep_going=keep_going,
         overwrite=overwrite,
-        announce=display.announce,
+        log=display.log,
         progress=display.progress,
     )
 
 
-def _answerer(name: str | None, sampling: dict[str, Any], options: "ChatOptions") -> "Answerer | None":
-    from everalign.correction.generators import EndpointAnswers, SampledAnswers
+def _answerer(name: str | None, sampling: dict[str, Any], options: "ChatOptions") -> "AnswerSource | None":
+    from everalign.correction.generators import EndpointAnswers, LocalModel
 
     given = {flag: value for flag, value in sampling.items() if value is not None}
     if name is None:
         _refuse(sampling, "answers that the rows have are not sampled")
         return None
     if _URL not in name:
-        return SampledAnswers(name, **given)
+        return LocalModel(name, **given)
     _refuse({"seed": sampling["seed"]}, "a server draws by itself")
     return EndpointAnswers(options.client(name, "who answers"), **given)
 
@@ -370,14 +370,14 @@ def _distill(flags: dict[str, Any], options: "DistillOptions", display: Display)
     report_unused(drafts)
     prompts = PromptSet(tuple(PromptRow(row.question, row.weight) for row in drafts), drafts.source)
     test = None if flags["test"] is None else load_preferences(flags["test"])
-    display.announce(f"{len(prompts)} prompts")
+    display.log(f"{len(prompts)} prompts")
     return distill(
         corrector=load_corrector(flags["corrector"], flags["template"], {}, None, phrases(flags["objectives"])),
         prompts=prompts,
         options=options,
         test=test,
         resume=flags["resume"],
-        announce=display.announce,
+        log=display.log,
         progress=display.progress,
         **arguments,
     )

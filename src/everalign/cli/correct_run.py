@@ -69,16 +69,16 @@ def run(
     from everalign.correction import NO_GUARDS, CorrectionOptions, Guards
     from everalign.correction.batch import ROWS_PER_BATCH, correct_rows
     from everalign.data.readers import load_uncorrected
-    from everalign.storage import alone, lock_of
+    from everalign.storage import exclusive, lock_of
 
     options = CorrectionOptions(gate, Guards() if guards else NO_GUARDS, max_new_tokens, strength or 0.0)
     local = {"device": device, "precision": precision, "tokens_per_batch": tokens_per_batch}
     started = time.perf_counter()
     # Before anything is loaded: a second process is told at once.
-    with resumable(), Display() as display, alone(lock_of(output)):
+    with resumable(), Display() as display, exclusive(lock_of(output)):
         rows = load_uncorrected(data, skip_bad_rows=skip_bad_rows)
         report_unused(rows)
-        display.announce(f"{len(rows)} rows to correct")
+        display.log(f"{len(rows)} rows to correct")
         done = correct_rows(
             rows,
             load_corrector(corrector, template, local, make_approver(approve, margin), phrases(objectives)),
@@ -86,7 +86,7 @@ def run(
             options=options,
             overwrite=overwrite,
             rows_per_batch=ROWS_PER_BATCH if batch_size is None else batch_size,
-            announce=display.announce,
+            log=display.log,
             progress=display.progress,
         )
     facts = _facts(done, time.perf_counter() - started)
@@ -101,7 +101,7 @@ def make_approver(name: str | None, margin: float | None) -> "Approver | None":
     Raises:
         InputError: there is no such scorer, or a margin that nobody would heed.
     """
-    from everalign.evaluation.pairwise import ScorerApproval
+    from everalign.evaluation.pairwise import ScorerApprover
 
     if name is None:
         if margin is not None:
@@ -110,10 +110,10 @@ def make_approver(name: str | None, margin: float | None) -> "Approver | None":
     if "://" in name:
         from everalign.evaluation.judge import JudgeScorer
 
-        return ScorerApproval(JudgeScorer.from_name(name, api_key=_key("APPROVER_API_KEY")), margin or 0.0)
+        return ScorerApprover(JudgeScorer.from_name(name, api_key=_key("APPROVER_API_KEY")), margin or 0.0)
     from everalign.evaluation.scorers import make_scorer
 
-    return ScorerApproval(make_scorer(name), margin or 0.0)
+    return ScorerApprover(make_scorer(name), margin or 0.0)
 
 
 def _key(variable: str) -> str:
@@ -261,8 +261,8 @@ def evaluate(
     with resumable() if cache else nullcontext(), Display() as display:
         rows = load_answers(data, skip_bad_rows=skip_bad_rows)
         report_unused(rows)
-        referee = _referee(scorer, cache, judge, display.announce)
-        display.announce(f"{len(rows)} rows to correct")
+        referee = _referee(scorer, cache, judge, display.log)
+        display.log(f"{len(rows)} rows to correct")
         report = evaluate_corrector(
             rows,
             load_corrector(corrector, template, local, make_approver(approve, margin), phrases(objectives)),
@@ -270,17 +270,17 @@ def evaluate(
             options=options,
             seed=seed,
             cache=cache,
-            announce=display.announce,
+            log=display.log,
             progress=display.progress,
         )
     if as_json:
-        show_json({"corrector": corrector, "scorer": scorer, **report.facts()})
+        show_json({"corrector": corrector, "scorer": scorer, **report.to_dict()})
     else:
         show(_table(report))
 
 
 def _referee(
-    name: str | None, cache: Path | None, judge: tuple[Any, ...], announce: Callable[[str], None]
+    name: str | None, cache: Path | None, judge: tuple[Any, ...], log: Callable[[str], None]
 ) -> "Referee | None":
     from everalign.evaluation.judge import JudgeOptions
     from everalign.evaluation.pairwise import compare_answers
@@ -292,7 +292,7 @@ def _referee(
     if name is None:
         if options.given:
             raise InputError(f"{options.given[0]}: is for a judge; name one with --scorer URL#MODEL, or leave it out")
-        announce("no scorer, so whether answers get better is not measured")
+        log("no scorer, so whether answers get better is not measured")
         return None
     return partial(compare_answers, make_scorer(name, judge=options))
 

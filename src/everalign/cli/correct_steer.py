@@ -56,14 +56,14 @@ def steer(
     with Display() as display:
         found = load_corrections(data, skip_bad_rows=skip_bad_rows)
         report_unused(found)
-        display.announce("steering")
+        display.log("steering")
         facts = steer_corrector(
             corrector,
             found,
             options=options,
             seed=seed,
             overwrite=overwrite,
-            announce=display.announce,
+            log=display.log,
             progress=display.progress,
             **{name: value for name, value in local.items() if value is not None},
         )

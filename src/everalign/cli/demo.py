@@ -28,12 +28,12 @@ def demo(
     from everalign.reporting.sampling_error import error_matrix
 
     with Display() as display:
-        result = run_demo(output, display.announce, display.progress, seed)
+        result = run_demo(output, display.log, display.progress, seed)
     runs = [load_run(path) for path in result.runs.values()]
     if as_json:
         values = {name: results.scores(run) for name, run in zip(result.runs, runs, strict=True)}
         facts = {"report": str(result.report), "seconds": result.seconds}
-        show_json({**facts, "runs": values, "corrector": result.corrector.facts()})
+        show_json({**facts, "runs": values, "corrector": result.corrector.to_dict()})
         return
     for name, run in zip(result.runs, runs, strict=True):
         show(score_table(run.scores(), title=name, errors=error_matrix(run)))

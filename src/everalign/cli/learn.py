@@ -212,7 +212,7 @@ def _run(
 ) -> tuple["RunData", GateRefusedError | None]:
     """Learn; what the gate has refused ends it, and is told of after the results."""
     from everalign.learning.learner import Learner
-    from everalign.learning.promotion import alone_in
+    from everalign.learning.promotion import exclusive_run
     from everalign.learning.recipe import load_tasks, nothing_left, write_recipe
 
     if feedback is not None:
@@ -220,12 +220,12 @@ def _run(
     if resume and recipe.tasks is None and (Path(recipe.output or "") / "run.json").exists():
         raise nothing_left(recipe)
     arguments = recipe.learner_arguments()
-    with alone_in(Path(arguments["output"])):
+    with exclusive_run(Path(arguments["output"])):
         tasks = load_tasks(recipe)
-        display.announce("data")
+        display.log("data")
         for name, train, test in tasks:
             _announce_data(name, train, test, display)
-        learner = Learner(**arguments, resume=resume, announce=display.announce, progress=display.progress)
+        learner = Learner(**arguments, resume=resume, log=display.log, progress=display.progress)
         write_recipe(learner.run.path, recipe)
         try:
             learner.learn_all(tasks)
@@ -236,7 +236,7 @@ def _run(
 
 def _announce_data(name: str, train: "RowSet[Any]", test: "RowSet[Any] | None", display: Display) -> None:
     held_out = "no held-out rows, so it is not scored" if test is None else f"{len(test)} held out"
-    display.announce(f"  {name}: {len(train)} rows to learn, {held_out}")
+    display.log(f"  {name}: {len(train)} rows to learn, {held_out}")
     for rows in (train, test):
         if rows is not None:
             report_unused(rows)
@@ -306,7 +306,7 @@ def learn_feedback(
     """
     from everalign.correction.corrector_files import FACTS_FILE, is_corrector
     from everalign.learning.learner import Learner
-    from everalign.learning.promotion import alone_in
+    from everalign.learning.promotion import exclusive_run
     from everalign.learning.recipe import completed, write_recipe
     from everalign.serving.feedback.loop import GATE, learn_from_feedback
     from everalign.serving.feedback.task import NextTaskOptions
@@ -328,8 +328,8 @@ def learn_feedback(
     if recipe.objective is None and recipe.model is not None and is_corrector(recipe.model):
         recipe = recipe.model_copy(update={"objective": "correction"})
     arguments = {"gate": GATE, **recipe.learner_arguments(needs_tasks=False)}
-    with alone_in(Path(arguments["output"])), FeedbackStore.open(flags.store) as store:
-        learner = Learner(**arguments, resume=resume, announce=display.announce, progress=display.progress)
+    with exclusive_run(Path(arguments["output"])), FeedbackStore.open(flags.store) as store:
+        learner = Learner(**arguments, resume=resume, log=display.log, progress=display.progress)
         write_recipe(learner.run.path, recipe)
-        learned = learn_from_feedback(store, learner, options, display.announce)
+        learned = learn_from_feedback(store, learner, options, display.log)
     return learner.run, learned.refusal

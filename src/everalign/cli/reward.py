@@ -68,7 +68,7 @@ def train(
     }
     options = RewardOptions(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     with Display() as display:
-        display.announce("data")
+        display.log("data")
         trained = train_reward_model(
             model,
             _load(data, skip_bad_rows),
@@ -77,7 +77,7 @@ def train(
             options=options,
             seed=seed,
             allow_overlap=allow_overlap,
-            announce=display.announce,
+            log=display.log,
             progress=display.progress,
         )
     (_show_training_json if as_json else _show_training)(trained)
@@ -141,13 +141,13 @@ def _score(
 ) -> None:
     from everalign.data import load_unscored
     from everalign.evaluation.score_rows import ANSWERS_PER_BATCH, make_scorer, score_rows
-    from everalign.storage import alone, lock_of
+    from everalign.storage import exclusive, lock_of
 
     started = time.perf_counter()
     # Before anything is loaded: a second process is told at once.
-    with Display() as display, alone(lock_of(Path(output))):
+    with Display() as display, exclusive(lock_of(Path(output))):
         rows = load_unscored(data, overwrite=overwrite)
-        display.announce(f"{len(rows)} rows to score")
+        display.log(f"{len(rows)} rows to score")
         scorer = make_scorer(model, tokens_per_batch, judge)
         scored = score_rows(
             rows,
@@ -155,7 +155,7 @@ def _score(
             output,
             overwrite=overwrite,
             answers_per_batch=ANSWERS_PER_BATCH if batch_size is None else batch_size,
-            announce=display.announce,
+            log=display.log,
             progress=display.progress,
         )
     cost = _judging_cost(scorer)

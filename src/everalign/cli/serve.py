@@ -13,7 +13,7 @@ from everalign.cli.options import TrustRemoteCode, option
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
-    from everalign.serving.corrector_reload import FollowedRun
+    from everalign.serving.corrector_reload import CorrectorReloader
     from everalign.serving.corrector_service import CorrectionService
     from everalign.serving.request_log import Store
     from everalign.serving.settings import GatewaySettings
@@ -116,7 +116,8 @@ def serve(
         float | None, option("Seconds for a correction, waiting and all attempts included; 60.", "SECONDS")
     ] = None,
     store_timeout: Annotated[
-        float | None, option("Seconds for the store; then an answer goes out unkept, and says so; 5.", "SECONDS")
+        float | None,
+        option("Seconds for the store; then an answer goes out store_failures, and says so; 5.", "SECONDS"),
     ] = None,
     keepalive: Annotated[float | None, option("Seconds of silence before a comment; 15.", "SECONDS")] = None,
     retries: Annotated[
@@ -199,7 +200,7 @@ def serve(
 
         app = create_app(settings, store=kept, corrections=corrections, followed=followed)
 
-        def announce() -> None:
+        def log() -> None:
             notes.print(f"serving {address_of(listening)}, Ctrl-C ends it")
             for label, text in description(app.state.gateway, address_of(listening), corrector, store):
                 say(label, text, "dim")
@@ -208,7 +209,7 @@ def serve(
 
         if access_log is not None:
             write_access_log(str(access_log))
-        run(app, listening, announce, lambda text: say("warning", text, "yellow"))
+        run(app, listening, log, lambda text: say("warning", text, "yellow"))
     say("ended", "all requests are finished", "bold")
 
 
@@ -261,12 +262,12 @@ def _corrections(
     local: dict[str, Any],
     settings: "GatewaySettings",
     on_rollback: str | None,
-) -> tuple["CorrectionService | None", "FollowedRun | None"]:
+) -> tuple["CorrectionService | None", "CorrectorReloader | None"]:
     """Return the corrector in service, None for feedback alone; and the run that its versions come from, if any."""
     if name is None:
         return None, None
     from everalign.correction import CorrectionOptions
-    from everalign.serving.corrector_reload import FollowedRun, is_run
+    from everalign.serving.corrector_reload import CorrectorReloader, is_run
     from everalign.serving.gateway import make_corrections
 
     on_server = name.startswith(("http://", "https://"))
@@ -280,7 +281,7 @@ def _corrections(
         threads = _THREADS_OF_A_SERVER if on_server else 1
         return make_corrections(settings, corrector, corrector.fingerprint[:12], threads), None
     chosen: Any = on_rollback or "uncorrected"
-    followed = FollowedRun(Path(name), lambda folder: load(str(folder)), chosen, announce=notes.print)
+    followed = CorrectorReloader(Path(name), lambda folder: load(str(folder)), chosen, log=notes.print)
     if followed.is_rolled_back:
         service = make_corrections(settings, None, "")
         followed.withdraw(service)

@@ -30,7 +30,7 @@ from everalign.data.records import Correction, CorrectionSet
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.loading import Precision, load_model, load_tokenizer
 from everalign.modeling.runtime import training_device
-from everalign.storage import alone, lock_of
+from everalign.storage import exclusive, lock_of
 
 # What makes a correction well-formed; what it keeps of the answer is what the strength is to change.
 _WELL_FORMED = Guards(growth=None, code=False, url=False)
@@ -158,7 +158,7 @@ def best_layers(
     rows: Sequence[Correction],
     shifts: dict[int, Tensor],
     candidates: Sequence[tuple[int, ...]],
-    announce: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[Steering, tuple[int, ...]]:
     """Return the layers and the side along which edits follow the strength furthest, and how far they do."""
     scores = []
@@ -168,7 +168,7 @@ def best_layers(
             scores.append((kept[-1].edit_share - kept[0].edit_share, sign, kept, layers))
         score, _, kept, _ = max(scores[-2:], key=lambda found: found[0])
         ends = f"{kept[0].edit_share:.2f} at {kept[0].strength:g} to {kept[-1].edit_share:.2f} at {kept[-1].strength:g}"
-        announce(f"  layer {', '.join(map(str, layers))}: edited {ends}")
+        log(f"  layer {', '.join(map(str, layers))}: edited {ends}")
     score, sign, kept, layers = max(scores, key=lambda found: found[0])
     if score <= 0:
         raise EveralignError(
@@ -247,7 +247,7 @@ def steer_corrector(
     overwrite: bool = False,
     precision: Precision = "fp32",
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    announce: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> SteeringFacts:
     """Find out how a corrector is steered, and write it into the corrector's folder.
@@ -261,7 +261,7 @@ def steer_corrector(
         overwrite: replace a steering that is there.
         precision: of the weights; a steering found in fp32 is for bf16 too.
         tokens_per_batch: tokens computed at once.
-        announce: called with one line for each thing that happens.
+        log: called with one line for each thing that happens.
         progress: called with ("steering", trials done, trials in all).
 
     Returns:
@@ -272,7 +272,7 @@ def steer_corrector(
         EveralignError: no layer was found whose strength decides how much is edited.
     """
     options, path = options or SteeringOptions(), Path(folder)
-    with alone(lock_of(path / FACTS_FILE), "steering this corrector"):
+    with exclusive(lock_of(path / FACTS_FILE), "steering this corrector"):
         if (path / FACTS_FILE).exists() and not overwrite:
             raise InputError(f"{path / FACTS_FILE} exists: ask for overwrite to find a new direction")
         files = load_corrector_files(path)
@@ -282,11 +282,11 @@ def steer_corrector(
         count = len(decoder_layers(model))
         candidates = _candidates(count, options.layers)
         extracted, chosen_on, held = (len(part) for part in (parts.extract, parts.choose, parts.report))
-        announce(f"  {extracted} rows to extract from, {chosen_on} to choose on, {held} held")
+        log(f"  {extracted} rows to extract from, {chosen_on} to choose on, {held} held")
         differences = prefix_differences(model, encoder, parts.extract, options.prefix)
         shifts = {layer: _shift(differences[layer], options.direction) for layer in {n for c in candidates for n in c}}
         trials = Trials(model, encoder, tokens_per_batch, options.settings, len(candidates) + 1, progress)
-        steering, layers = best_layers(trials, parts.choose, shifts, candidates, announce)
+        steering, layers = best_layers(trials, parts.choose, shifts, candidates, log)
         found = trials.run(parts.report, steering)
         kept = well_formed([one for one in found if steering.lowest <= one.strength <= steering.highest])
         spearman = rank_correlation(kept)

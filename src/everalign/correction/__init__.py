@@ -35,7 +35,7 @@ _HOMES = {
     "CorrectionData": "make_data",
     "Editor": "generators",
     "EndpointAnswers": "generators",
-    "SampledAnswers": "generators",
+    "LocalModel": "generators",
     "make_corrections": "make_data",
 }
 

@@ -18,7 +18,7 @@ from everalign.correction.templates import Question
 from everalign.data.records import Uncorrected, UncorrectedSet
 from everalign.data.rows import RowSet
 from everalign.errors import EveralignError, InputError, check_shortfall
-from everalign.storage import Journal, alone, check_new_file, json_line, lock_of, write_text
+from everalign.storage import Journal, check_new_file, exclusive, json_line, lock_of, write_text
 
 ROWS_PER_BATCH = 64
 
@@ -66,7 +66,7 @@ def correct_rows(
     options: CorrectionOptions | None = None,
     overwrite: bool = False,
     rows_per_batch: int = ROWS_PER_BATCH,
-    announce: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> CorrectionRun:
     """Correct rows and write them as JSON Lines, whole or not at all.
@@ -80,7 +80,7 @@ def correct_rows(
         options: how; the defaults when None. A gate has to be a number.
         overwrite: replace `output` if it exists.
         rows_per_batch: rows handed to the corrector at once; after each batch its corrections are on disk.
-        announce: called with one line for each thing that happens.
+        log: called with one line for each thing that happens.
         progress: called with ("correcting", rows done, rows in all).
 
     Raises:
@@ -90,10 +90,10 @@ def correct_rows(
     """
     path, options = Path(output), options or CorrectionOptions()
     check_batches(rows, rows_per_batch)
-    with alone(lock_of(path)):
+    with exclusive(lock_of(path)):
         check_new_file(path, ".jsonl", overwrite)
         journal = Journal.beside(path, *journal_facts(corrector, options, rows))
-        done, resumed = correct_batches(rows, corrector, options, rows_per_batch, journal, announce, progress)
+        done, resumed = correct_batches(rows, corrector, options, rows_per_batch, journal, log, progress)
         write_text(path, "".join(json_line(_columns(row, one)) for row, one in zip(rows, done, strict=True)))
         journal.remove()
     return CorrectionRun(path, tuple(done), resumed)
@@ -105,7 +105,7 @@ def correct_batches(
     options: CorrectionOptions | None,
     rows_per_batch: int,
     journal: Journal | None,
-    announce: Callable[[str], None],
+    log: Callable[[str], None],
     progress: Callable[[str, int, int], None],
 ) -> tuple[list[Corrected], int]:
     """Correct rows batch by batch, and go on behind those that a store has.
@@ -116,7 +116,7 @@ def correct_batches(
         options: how; the corrector's own when None.
         rows_per_batch: rows handed to the corrector at once.
         journal: where corrections are kept by row, named by `journal_facts`; None to keep none.
-        announce: told how many rows the journal had, and if many could not be corrected.
+        log: told how many rows the journal had, and if many could not be corrected.
         progress: called with ("correcting", rows done, rows in all).
 
     Returns:
@@ -129,7 +129,7 @@ def correct_batches(
     done = {} if journal is None else _kept(journal, len(rows))
     resumed = len(done)
     if resumed:
-        announce(f"  {resumed} of {len(rows)} rows were corrected by an earlier run")
+        log(f"  {resumed} of {len(rows)} rows were corrected by an earlier run")
     missing = [number for number in range(len(rows)) if number not in done]
     for start in range(0, len(missing), rows_per_batch):
         batch = missing[start : start + rows_per_batch]
@@ -146,7 +146,7 @@ def correct_batches(
     for reason, what, remedy in _NOT_CORRECTED:
         lost = sum(one.reason == reason for one in done.values())
         for warning in check_shortfall(lost, len(rows), what, remedy, refuse=False):
-            announce(f"  warning: {warning}")
+            log(f"  warning: {warning}")
     return [done[number] for number in range(len(rows))], resumed
 
 

@@ -20,7 +20,7 @@ from everalign.correction.edits import edit_ratio, kept_share, words
 from everalign.correction.templates import Question
 from everalign.data.records import Answer, AnswerSet
 from everalign.errors import EveralignError
-from everalign.storage import Journal, alone, lock_of
+from everalign.storage import Journal, exclusive, lock_of
 
 Referee = Callable[[Sequence[Question], Sequence[str], Sequence[str]], Sequence[int]]
 """Given questions, answers and corrections: 1 where the correction is better, -1 where the answer is, 0 for neither."""
@@ -88,7 +88,7 @@ class EvaluationReport:
     overall: CorrectionScores
     kinds: dict[str, CorrectionScores]
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return asdict(self)
 
@@ -102,7 +102,7 @@ def evaluate_corrector(
     seed: int = 0,
     rows_per_batch: int = ROWS_PER_BATCH,
     cache: str | os.PathLike[str] | None = None,
-    announce: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> EvaluationReport:
     """Correct answers and report on what came of them.
@@ -117,7 +117,7 @@ def evaluate_corrector(
         cache: folder in which corrections are kept after each batch, in a file named after corrector, options and
             rows: the same call goes on where it was killed, and another referee needs no new corrections. A gate has
             to be a number then. Nothing is kept when None.
-        announce: called with one line for each thing that happens.
+        log: called with one line for each thing that happens.
         progress: called with ("correcting", rows done, rows in all).
 
     Raises:
@@ -126,16 +126,16 @@ def evaluate_corrector(
     """
     check_batches(rows, rows_per_batch)
     if cache is None:
-        found, _ = correct_batches(rows, corrector, options, rows_per_batch, None, announce, progress)
+        found, _ = correct_batches(rows, corrector, options, rows_per_batch, None, log, progress)
     else:
         options = options or CorrectionOptions()
         journal = Journal.within(Path(cache), "corrections", *journal_facts(corrector, options, rows))
 
         def waiting(holder: str) -> None:
-            announce(f"  {holder} is correcting the same answers: waiting for it")
+            log(f"  {holder} is correcting the same answers: waiting for it")
 
-        with alone(lock_of(journal.path), wait=waiting):
-            found, _ = correct_batches(rows, corrector, options, rows_per_batch, journal, announce, progress)
+        with exclusive(lock_of(journal.path), wait=waiting):
+            found, _ = correct_batches(rows, corrector, options, rows_per_batch, journal, log, progress)
     verdicts = None
     if referee is not None:
         columns = [row.question for row in rows], [row.answer for row in rows], [one.text for one in found]

@@ -45,7 +45,7 @@ class Filtered:
     rows: CorrectionSet
     dropped: Counter[str]
 
-    def summary(self) -> str:
+    def one_line(self) -> str:
         """One line of text for a log."""
         reasons = ", ".join(f"{self.dropped[reason]} {reason}" for reason in REASONS if self.dropped[reason])
         return f"{len(self.rows)} corrections kept, {self.dropped.total()} left out{f' ({reasons})' if reasons else ''}"

@@ -22,7 +22,7 @@ from everalign.modeling.loading import (
 )
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process, training_device
-from everalign.modeling.sampling import SamplingOptions, sample_kept
+from everalign.modeling.sampling import SamplingOptions, sample_journalled
 from everalign.storage import Journal, is_partial
 from everalign.text import as_written, quoted
 
@@ -66,7 +66,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Replies:
+class BatchResult:
     """What became of N questions.
 
     Args:
@@ -85,7 +85,7 @@ def reply_journal(output: Path) -> Journal:
     return Journal(output.with_name(f"{output.name}.replies.partial"))
 
 
-def ask_all(
+def complete_all(
     client: ChatClient,
     stage: str,
     conversations: Sequence[Sequence[Message]],
@@ -95,7 +95,7 @@ def ask_all(
     *,
     keep_going: bool,
     progress: Progress,
-) -> Replies:
+) -> BatchResult:
     """Ask all that the journal does not hold; equal conversations are asked once.
 
     Args:
@@ -121,7 +121,7 @@ def ask_all(
     earlier, before = len(found), client.usage.requests
     missing = [key for key in wanted if key not in found]
     labels = dict(zip(keys, named, strict=True))
-    passing = _Passing(journal, found)
+    passing = _InMemoryJournal(journal, found)
     try:
         for index, reply in _replies(client, [wanted[key] for key in missing], parameters, keep_going):
             key = missing[index]
@@ -139,7 +139,7 @@ def ask_all(
     replies = [found[key].completion for key in keys]
     failures = {i: found[key].failed for i, key in enumerate(keys) if found[key].completion is None}
     requests = client.usage.requests - before
-    return Replies(replies, failures, _cost(stage, client.model, found.values(), earlier, requests))
+    return BatchResult(replies, failures, _cost(stage, client.model, found.values(), earlier, requests))
 
 
 def _kept(journal: Journal, keys: Sequence[str]) -> dict[str, "_Reply"]:
@@ -174,7 +174,7 @@ class _Reply:
         return cls(None, value["failed"]) if "failed" in value else cls(Completion(**value))
 
 
-class _Passing:
+class _InMemoryJournal:
     """Passes over questions that failed, once another one shows that the server is there."""
 
     def __init__(self, journal: Journal, found: dict[str, _Reply]) -> None:
@@ -309,7 +309,7 @@ class Texts:
     cost: Cost
 
 
-class Answerer(Protocol):
+class AnswerSource(Protocol):
     """Answers questions."""
 
     name: str
@@ -340,8 +340,8 @@ class EndpointAnswers:
         self._parameters = _parameters(temperature, max_new_tokens)
 
     def answer(self, questions: Sequence[Question], output: Path, *, keep_going: bool, progress: Progress) -> Texts:
-        """Return an answer to each question; errors as in `ask_all`."""
-        found = ask_all(
+        """Return an answer to each question; errors as in `complete_all`."""
+        found = complete_all(
             self.client,
             ANSWERS,
             [_conversation(question) for question in questions],
@@ -383,7 +383,7 @@ class Editor:
             keep_going: whether one that fails for good is passed over.
             progress: called with (stage, done, all).
         """
-        found = ask_all(
+        found = complete_all(
             self.client,
             CORRECTIONS,
             [editing_messages(question, answer, self._instructions) for question, answer in pairs],
@@ -400,7 +400,7 @@ class Editor:
         return _read(found, texts)
 
 
-class SampledAnswers:
+class LocalModel:
     """A model in this process answers.
 
     Args:
@@ -439,7 +439,9 @@ class SampledAnswers:
         facts = [model_fingerprint(model), options.temperature, options.max_new_tokens, self._seed, asked]
         journal = Journal.beside(output, json.dumps(facts, default=json_form))
         earlier = sum(len(chunk) for chunk in journal.read(range(len(asked))).values())
-        found = sample_kept(_policy(model), tokenizer, asked, options, journal, seed=self._seed, progress=progress)
+        found = sample_journalled(
+            _policy(model), tokenizer, asked, options, journal, seed=self._seed, progress=progress
+        )
         samples = iter(found)
         drawn = [None if i in failures else next(samples) for i in range(len(questions))]
         texts = [sample.texts[0] if sample and sample.texts else None for sample in drawn]
@@ -480,7 +482,7 @@ def _parameters(temperature: float, max_new_tokens: int | None) -> dict[str, Any
     return {"temperature": temperature, **({} if max_new_tokens is None else {"max_tokens": max_new_tokens})}
 
 
-def _read(found: Replies, texts: Sequence[str]) -> Texts:
+def _read(found: BatchResult, texts: Sequence[str]) -> Texts:
     """Tell what was said from what was cut or is nothing."""
     lost: dict[int, str] = {}
     kept: list[str | None] = []

@@ -19,7 +19,7 @@ from everalign.correction.filters import LONGEST_CORRECTION, NEAR, filter_correc
 from everalign.correction.generators import (
     ANSWERS,
     CORRECTIONS,
-    Answerer,
+    AnswerSource,
     Cost,
     Editor,
     Progress,
@@ -30,7 +30,7 @@ from everalign.correction.generators import (
 from everalign.correction.templates import Template
 from everalign.data.records import Correction, CorrectionSet, Draft, DraftSet
 from everalign.errors import EveralignError, InputError, check_shortfall
-from everalign.storage import alone, check_new_file, json_line, lock_of, write_text
+from everalign.storage import check_new_file, exclusive, json_line, lock_of, write_text
 
 UNEDITED = "no correction in the row"
 
@@ -93,7 +93,7 @@ class _Run:
 
     output: Path
     keep_going: bool
-    announce: Callable[[str], None]
+    log: Callable[[str], None]
     progress: Progress
     dropped: Counter[str]
     failed: list[dict[str, Any]]
@@ -104,11 +104,11 @@ class _Run:
         self.costs.append(found.cost)
         cost = found.cost
         if cost.earlier:
-            self.announce(f"  {cost.earlier} of {cost.replies} {stage} were had by an earlier run")
+            self.log(f"  {cost.earlier} of {cost.replies} {stage} were had by an earlier run")
         remedy = "raise --max-new-tokens, or take a model that answers shorter"
         what = f"{stage} are unfinished or empty, and left out"
         for warning in check_shortfall(len(found.lost), len(items), what, remedy, refuse=False):
-            self.announce(f"  warning: {warning}")
+            self.log(f"  warning: {warning}")
         self.dropped.update(f"{reason} {stage[:-1]}" for reason in found.lost.values())
         self.failed += [_failure(items[i], stage, message) for i, message in found.failures.items()]
         return [(item, text) for item, text in zip(items, found.texts, strict=True) if text is not None]
@@ -118,12 +118,12 @@ def make_corrections(
     rows: DraftSet,
     output: str | os.PathLike[str],
     *,
-    answerer: Answerer | None = None,
+    answerer: AnswerSource | None = None,
     editor: Editor | None = None,
     filters: Filters | None = None,
     keep_going: bool = False,
     overwrite: bool = False,
-    announce: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> CorrectionData:
     """Make correction data and write it as JSON Lines that `load_corrections` reads, whole or not at all.
@@ -142,7 +142,7 @@ def make_corrections(
         keep_going: pass over questions that fail for good, and write them into `NAME.failed.jsonl` beside `output`, a
             file that can be given again. Without it the first of them is an error.
         overwrite: replace `output` if it exists.
-        announce: called with one line for each thing that happens.
+        log: called with one line for each thing that happens.
         progress: called with (stage, done, all).
 
     Raises:
@@ -152,14 +152,14 @@ def make_corrections(
     """
     path, filters = Path(output), filters or Filters()
     failures = path.with_name(f"{path.stem}.failed.jsonl")
-    with alone(lock_of(path)):
+    with exclusive(lock_of(path)):
         _check(rows, path, failures, answerer, editor, keep_going, overwrite)
-        run = _Run(path, keep_going, announce, progress, Counter(), [], [])
+        run = _Run(path, keep_going, log, progress, Counter(), [], [])
         answered = _own_answers(rows, editor, run) if answerer is None else _ask_for_answers(rows, answerer, run)
         corrected = answered if editor is None else _ask_for_corrections(answered, editor, run)
         kept = _filtered(corrected, rows.source, filters, run)
         if run.failed:
-            announce(f"  {len(run.failed)} questions failed for good: {failures}")
+            log(f"  {len(run.failed)} questions failed for good: {failures}")
             write_text(failures, "".join(map(json_line, run.failed)))
         elif keep_going:
             failures.unlink(missing_ok=True)
@@ -174,7 +174,7 @@ def _check(
     rows: DraftSet,
     path: Path,
     failures: Path,
-    answerer: Answerer | None,
+    answerer: AnswerSource | None,
     editor: Editor | None,
     keep_going: bool,
     overwrite: bool,
@@ -209,15 +209,15 @@ def _own_answers(rows: DraftSet, editor: Editor | None, run: _Run) -> list[_Item
     return edits
 
 
-def _ask_for_answers(rows: DraftSet, answerer: Answerer, run: _Run) -> list[_Item]:
+def _ask_for_answers(rows: DraftSet, answerer: AnswerSource, run: _Run) -> list[_Item]:
     _note_unused(sum(bool(row.answers) for row in rows), "answers", run)
     first: dict[str, Draft] = {}
     for row in rows:
         first.setdefault(replace(row, answers=(), edit=None).id, row)
     if len(first) < len(rows):
-        run.announce(f"  {len(rows) - len(first)} of {len(rows)} questions are there more than once and asked once")
+        run.log(f"  {len(rows) - len(first)} of {len(rows)} questions are there more than once and asked once")
     items = [_Item(row) for row in first.values()]
-    run.announce(f"answers of {answerer.name} to {len(items)} questions")
+    run.log(f"answers of {answerer.name} to {len(items)} questions")
     found = answerer.answer(
         [item.draft.question for item in items], run.output, keep_going=run.keep_going, progress=run.progress
     )
@@ -226,7 +226,7 @@ def _ask_for_answers(rows: DraftSet, answerer: Answerer, run: _Run) -> list[_Ite
 
 
 def _ask_for_corrections(items: Sequence[_Item], editor: Editor, run: _Run) -> list[_Item]:
-    run.announce(f"corrections of {editor.name} of {len(items)} answers")
+    run.log(f"corrections of {editor.name} of {len(items)} answers")
     pairs = [(item.draft.question, item.answer or "") for item in items]
     found = editor.correct(pairs, run.output, keep_going=run.keep_going, progress=run.progress)
     through = run.through(items, CORRECTIONS, found)
@@ -235,7 +235,7 @@ def _ask_for_corrections(items: Sequence[_Item], editor: Editor, run: _Run) -> l
 
 def _note_unused(count: int, what: str, run: _Run) -> None:
     if count:
-        run.announce(f"  {count} rows have {what} of their own, which are not used: a model gives them")
+        run.log(f"  {count} rows have {what} of their own, which are not used: a model gives them")
 
 
 def _filtered(items: Sequence[_Item], source: str, filters: Filters, run: _Run) -> list[tuple[Correction, _Item]]:
@@ -249,7 +249,7 @@ def _filtered(items: Sequence[_Item], source: str, filters: Filters, run: _Run) 
     reasons = ", ".join(f"{count} {reason}" for reason, count in kept.dropped.items() if count)
     what = f"corrections are left out by the filters ({reasons})"
     for warning in check_shortfall(len(rows) - len(kept.rows), len(rows), what, "look at the rows", refuse=False):
-        run.announce(f"  warning: {warning}")
+        run.log(f"  warning: {warning}")
     if not kept.rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in run.dropped.items()) or "all failed"
         raise EveralignError(f"{source}: no correction is left ({reasons}); what was answered is kept")

@@ -17,7 +17,7 @@ _BEHIND_URL = ".,;:!?"
 
 
 class Approver(Protocol):
-    """Has the last word on corrections, such as `everalign.evaluation.ScorerApproval`."""
+    """Has the last word on corrections, such as `everalign.evaluation.ScorerApprover`."""
 
     @property
     def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from everalign.correction.templates import Question, Template, question_text
 from everalign.data.records import Correction, CorrectionSet
-from everalign.data.tokenization import EncodedGroup, EncodedGroups, EncodedPair, EncodedPairs, check_max_length
+from everalign.data.tokenization import TokenizedGroup, TokenizedGroups, TokenizedPair, TokenizedPairs, check_max_length
 from everalign.errors import InputError, check_shortfall
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class EncodedCorrections:
         shortened: rows of `groups` whose question or answer lost tokens.
     """
 
-    groups: tuple[EncodedGroup, ...]
+    groups: tuple[TokenizedGroup, ...]
     dropped: int
     shortened: int
 
@@ -237,7 +237,7 @@ def compared(row: Correction) -> tuple[str, ...]:
     return (row.correction, row.answer)
 
 
-def encode_corrections(
+def tokenize_corrections(
     rows: Iterable[Correction],
     encoder: CorrectionEncoder,
     max_length: int,
@@ -257,7 +257,7 @@ def encode_corrections(
         InputError: `max_length` is too small, or a text cannot be tokenised; names the row.
     """
     check_max_length(max_length)
-    groups: list[EncodedGroup] = []
+    groups: list[TokenizedGroup] = []
     dropped = shortened = 0
     for number, row in enumerate(rows, start=1):
         if len(groups) == most:
@@ -276,7 +276,7 @@ def encode_corrections(
 
 def _group(
     row: Correction, texts: tuple[str, ...], encoder: CorrectionEncoder, max_length: int
-) -> tuple[EncodedGroup | None, bool]:
+) -> tuple[TokenizedGroup | None, bool]:
     """Return a row, its prompt in the room that the longest text leaves, or None where that is too little."""
     responses = tuple(encoder.response(text) for text in texts)
     longest = max(responses, key=len)
@@ -286,7 +286,7 @@ def _group(
         if not (room := encoder.room(longest, max_length)):
             return None, False
         prompt = encoder.prompt(row.question, row.answer, room)
-    return EncodedGroup(row.id, prompt, responses, (row.weight,) * len(responses)), short
+    return TokenizedGroup(row.id, prompt, responses, (row.weight,) * len(responses)), short
 
 
 def learned_corrections(
@@ -306,7 +306,7 @@ def learned_corrections(
         InputError: no row fits.
     """
     made, copies = _with_identities(rows, identity, seed)
-    encoded = encode_corrections(made, encoder, max_length)
+    encoded = tokenize_corrections(made, encoder, max_length)
     fitting = {group.id for group in encoded.groups}
     kept = tuple(row for row in made if row.id in fitting)
     if not kept:
@@ -319,35 +319,35 @@ def learned_corrections(
     return replace(rows, items=kept), tuple(lines), encoded.warnings(max_length)
 
 
-def encode_learned(rows: Sequence[Any], encoder: CorrectionEncoder, max_length: int) -> EncodedGroups:
+def encode_learned(rows: Sequence[Any], encoder: CorrectionEncoder, max_length: int) -> TokenizedGroups:
     """Return corrections as tokens, each the one text that is to follow its prompt; rows are known to fit."""
-    encoded = encode_corrections(rows, encoder, max_length)
-    return EncodedGroups(encoded.groups, max_length, encoded.shortened)
+    encoded = tokenize_corrections(rows, encoder, max_length)
+    return TokenizedGroups(encoded.groups, max_length, encoded.shortened)
 
 
 def encode_held_out(
-    rows: Sequence[Correction], encoder: CorrectionEncoder, max_length: int, announce: Callable[[str], None]
-) -> EncodedPairs:
+    rows: Sequence[Correction], encoder: CorrectionEncoder, max_length: int, log: Callable[[str], None]
+) -> TokenizedPairs:
     """Return held-out corrections as pairs behind the template's prompt: the correction over the answer as it is.
 
     Raises:
         InputError: none fits.
     """
-    encoded = encode_corrections(rows, encoder, max_length, compared)
+    encoded = tokenize_corrections(rows, encoder, max_length, compared)
     if not encoded.groups:
         raise InputError(f"no held-out correction fits max_length, {max_length} tokens with its prompt; raise it")
     if encoded.dropped:
-        announce(f"  {encoded.dropped} of {len(rows)} held-out rows are left out, too long for {max_length} tokens")
+        log(f"  {encoded.dropped} of {len(rows)} held-out rows are left out, too long for {max_length} tokens")
     for warning in encoded.warnings(max_length):
-        announce(f"  warning: held-out: {warning}")
+        log(f"  warning: held-out: {warning}")
     pairs = tuple(map(_pair, encoded.groups))
     same = sum(pair.chosen == pair.rejected for pair in pairs)
-    return EncodedPairs(pairs, max_length, encoded.shortened, 0, same)
+    return TokenizedPairs(pairs, max_length, encoded.shortened, 0, same)
 
 
-def _pair(group: EncodedGroup) -> EncodedPair:
+def _pair(group: TokenizedGroup) -> TokenizedPair:
     correction, answer = group.responses
-    return EncodedPair(group.id, group.prompt, correction, answer, group.weights[0])
+    return TokenizedPair(group.id, group.prompt, correction, answer, group.weights[0])
 
 
 def _with_identities(rows: CorrectionSet, identity: float, seed: int) -> tuple[CorrectionSet, int]:

@@ -27,14 +27,14 @@ from torch import Tensor
 
 from everalign.correction.corrector_files import CorrectorFacts, chosen_template, write_corrector_facts
 from everalign.correction.templates import get_template
-from everalign.correction.tokenization import CorrectionEncoder, Texts, compared, copied, encode_corrections, taught
-from everalign.data.collate import Batch, batches_by_length, lay_out_groups, row_tokens
+from everalign.correction.tokenization import CorrectionEncoder, Texts, compared, copied, taught, tokenize_corrections
+from everalign.data.collate import Batch, batches_by_length, collate_groups, row_tokens
 from everalign.data.readers import check_disjoint
 from everalign.data.records import CorrectionSet
-from everalign.data.tokenization import SHORTEST_MAX_LENGTH, EncodedGroup
+from everalign.data.tokenization import SHORTEST_MAX_LENGTH, TokenizedGroup
 from everalign.errors import InputError
 from everalign.modeling.base_adapter import base_and_adapter, tokenizer_folder
-from everalign.modeling.full_model import WholeModel
+from everalign.modeling.full_model import FullModel
 from everalign.modeling.loading import (
     Precision,
     PrecisionChoice,
@@ -52,14 +52,14 @@ from everalign.modeling.policy import Policy
 from everalign.modeling.reward_model import check_free
 from everalign.modeling.runtime import Checkpointing, check_checkpointing, place_name, prepare_process, training_device
 from everalign.modeling.stopping import write_ends
-from everalign.storage import alone, lock_of, new_folder
+from everalign.storage import exclusive, lock_of, new_folder
 from everalign.training.objectives import RewardWeightedObjective
 from everalign.training.stage import (
     TOKENS_PER_BATCH,
     StageOptions,
     StageResult,
-    keep_finished,
     load_finished,
+    save_result,
     train_rows,
 )
 
@@ -188,7 +188,7 @@ class _Sums:
 
 
 def corrector_report(
-    model: Policy | WholeModel, rows: Sequence[EncodedGroup], tokens_per_batch: int
+    model: Policy | FullModel, rows: Sequence[TokenizedGroup], tokens_per_batch: int
 ) -> CorrectorReport:
     """Judge a corrector.
 
@@ -199,7 +199,7 @@ def corrector_report(
     """
     shared, order, parts = model.head.shared, [], []
     for numbers in batches_by_length([row_tokens(row, shared) for row in rows], tokens_per_batch):
-        batch = model.on_device(lay_out_groups([rows[number] for number in numbers], shared))
+        batch = model.on_device(collate_groups([rows[number] for number in numbers], shared))
         parts.append(_sums(batch, *model.response_choices(batch)))
         order += numbers
     correction, answer = (_of_response(parts, place) for place in (0, 1))
@@ -238,13 +238,13 @@ def _of_response(parts: Sequence[_Sums], place: int) -> _Sums:
 
 
 def train_stage(
-    model: Policy | WholeModel,
-    rows: Sequence[EncodedGroup],
+    model: Policy | FullModel,
+    rows: Sequence[TokenizedGroup],
     options: StageOptions,
     folder: Path,
     *,
     seed: int,
-    announce: Callable[[str], None],
+    log: Callable[[str], None],
     progress: Callable[[int, int], None],
 ) -> tuple[StageResult, bool]:
     """Train `model` in place, or load what an earlier call had finished.
@@ -255,7 +255,7 @@ def train_stage(
         options: how.
         folder: holds checkpoints and then the finished stage.
         seed: seeds the order of the rows.
-        announce: called with a line where activations are computed again because memory is short.
+        log: called with a line where activations are computed again because memory is short.
         progress: called with (steps done, steps in all).
 
     Returns:
@@ -278,9 +278,9 @@ def train_stage(
         seed=seed,
         shared=shared,
         progress=progress,
-        announce=announce,
+        log=log,
     )
-    keep_finished(model, asdict(result), folder, "training")
+    save_result(model, asdict(result), folder, "training")
     return result, False
 
 
@@ -315,7 +315,7 @@ def train_corrector(
     options: CorrectorOptions | None = None,
     seed: int = 0,
     allow_overlap: bool = False,
-    announce: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> TrainedCorrector:
     """Train a corrector and write its folder, whole or not at all.
@@ -332,7 +332,7 @@ def train_corrector(
         options: how; the defaults when None.
         seed: seeds the warm-up's rows, the order of the rows and an adapter.
         allow_overlap: let rows be in `rows` and `test`.
-        announce: called with one line for each thing that happens.
+        log: called with one line for each thing that happens.
         progress: called with (stage, done, all).
 
     Raises:
@@ -341,11 +341,11 @@ def train_corrector(
         EveralignError: the loss became NaN or infinite; the message says at which step.
     """
     folder = Path(output)
-    with alone(lock_of(folder), "training a corrector there"):
+    with exclusive(lock_of(folder), "training a corrector there"):
         _check_input(rows, test, folder, allow_overlap)
         options = _with_template(options or CorrectorOptions(), model)
         prepare_process()
-        device = training_device(announce)
+        device = training_device(log)
         options = replace(options, precision=resolve_precision(options.precision, device))
         tokenizer = load_tokenizer(model)
         encoder = CorrectionEncoder(tokenizer, get_template(str(options.template)), options.objectives or ())
@@ -354,17 +354,17 @@ def train_corrector(
             options,
             max_length=sequence_limit(options.max_length, LONGEST_BY_DEFAULT, _inner(learner), tokenizer, model),
         )
-        corrections = _encode("training", rows, encoder, options, taught, announce)
-        held_out = _encode("held-out", test, encoder, options, compared, announce) if test else ()
+        corrections = _encode("training", rows, encoder, options, taught, log)
+        held_out = _encode("held-out", test, encoder, options, compared, log) if test else ()
         named = f", objectives {', '.join(encoder.objectives)}" if encoder.objectives else ""
-        announce(f"  template {encoder.template.id}{named}")
-        announce(f"  trains {_what(options)} in {options.precision} on {place_name(device)}")
+        log(f"  template {encoder.template.id}{named}")
+        log(f"  trains {_what(options)} in {options.precision} on {place_name(device)}")
         identities = _warm_up_rows(rows, len(corrections), encoder, options, seed)
         stages = {"identity": identities, "correction": corrections}
 
         work = folder.with_name(folder.name + ".training")
         place = work / _work_key(base, encoder, stages, options, seed)
-        results = _train(learner, stages, options, place, seed, announce, progress)
+        results = _train(learner, stages, options, place, seed, log, progress)
         learner.eval()
         report = corrector_report(learner, held_out, options.tokens_per_batch) if held_out else None
         facts = CorrectorFacts(
@@ -406,19 +406,19 @@ def _what(options: CorrectorOptions) -> str:
     return "all weights" if options.precision == "fp32" else "all weights, which stay fp32,"
 
 
-def _load(model: str, options: CorrectorOptions, device: torch.device, seed: int) -> tuple[Policy | WholeModel, str]:
+def _load(model: str, options: CorrectorOptions, device: torch.device, seed: int) -> tuple[Policy | FullModel, str]:
     """Return what learns, and the fingerprint of the weights it starts from."""
     precision: Precision = "bf16" if options.precision == "bf16" else "fp32"
     loaded = load_model(model, precision if options.lora_rank else "fp32", device=device)
     fingerprint = model_fingerprint(loaded)
     if not options.lora_rank:
         check_all_weights(loaded, model)
-        return WholeModel(loaded, precision), fingerprint
+        return FullModel(loaded, precision), fingerprint
     check_trainable(loaded, model, merged=True)
     return Policy(loaded, options.lora_rank, options.alpha, seed=seed), fingerprint
 
 
-def _inner(learner: Policy | WholeModel) -> Any:
+def _inner(learner: Policy | FullModel) -> Any:
     return learner.peft if isinstance(learner, Policy) else learner.model
 
 
@@ -428,37 +428,37 @@ def _encode(
     encoder: CorrectionEncoder,
     options: CorrectorOptions,
     texts: Texts,
-    announce: Callable[[str], None],
-) -> tuple[EncodedGroup, ...]:
+    log: Callable[[str], None],
+) -> tuple[TokenizedGroup, ...]:
     limit = int(options.max_length or 0)
     try:
-        encoded = encode_corrections(rows, encoder, limit, texts)
+        encoded = tokenize_corrections(rows, encoder, limit, texts)
     except InputError as error:
         raise InputError(f"{rows.source}: {error}") from None
     if not encoded.groups:
         raise InputError(f"{rows.source}: no correction fits max_length, {limit} tokens with its prompt; raise it")
     left_out = f"; {encoded.dropped} left out, too long for {limit} tokens" if encoded.dropped else ""
     shortened = f"; {encoded.shortened} prompts shortened" if encoded.shortened else ""
-    announce(f"  {len(encoded.groups)} {name} rows{left_out}{shortened}")
+    log(f"  {len(encoded.groups)} {name} rows{left_out}{shortened}")
     try:
         warnings = encoded.warnings(limit)
     except InputError as error:
         raise InputError(f"{rows.source}: {error}") from None
     for warning in warnings:
-        announce(f"  warning: {rows.source}: {warning}")
+        log(f"  warning: {rows.source}: {warning}")
     return encoded.groups
 
 
 def _warm_up_rows(
     rows: CorrectionSet, corrections: int, encoder: CorrectionEncoder, options: CorrectorOptions, seed: int
-) -> tuple[EncodedGroup, ...]:
+) -> tuple[TokenizedGroup, ...]:
     """Draw the rows whose answers are learned as they are: a share of the number of corrections."""
     if options.identity == 0:
         return ()
     limit = int(options.max_length or 0)
     wanted = max(1, round(options.identity * corrections))
     order = random.Random(seed).sample(rows.items, len(rows))
-    drawn = encode_corrections(order, encoder, limit, copied, most=wanted).groups
+    drawn = tokenize_corrections(order, encoder, limit, copied, most=wanted).groups
     if not drawn:
         raise InputError(
             f"{rows.source}: no answer fits max_length, {limit} tokens with its prompt, so the warm-up has no rows; "
@@ -470,7 +470,7 @@ def _warm_up_rows(
 def _work_key(
     base: str,
     encoder: CorrectionEncoder,
-    stages: dict[str, tuple[EncodedGroup, ...]],
+    stages: dict[str, tuple[TokenizedGroup, ...]],
     options: CorrectorOptions,
     seed: int,
 ) -> str:
@@ -485,12 +485,12 @@ def _work_key(
 
 
 def _train(
-    learner: Policy | WholeModel,
-    stages: dict[str, tuple[EncodedGroup, ...]],
+    learner: Policy | FullModel,
+    stages: dict[str, tuple[TokenizedGroup, ...]],
     options: CorrectorOptions,
     place: Path,
     seed: int,
-    announce: Callable[[str], None],
+    log: Callable[[str], None],
     progress: Progress,
 ) -> dict[str, StageResult]:
     results = {}
@@ -501,7 +501,7 @@ def _train(
         def report(done: int, total: int, name: str = name) -> None:
             progress(name, done, total)
 
-        announce(f"  {name}: {len(groups)} rows")
+        log(f"  {name}: {len(groups)} rows")
         settings = options.stage(warming_up=name == "identity")
         found = train_stage(
             learner,
@@ -509,18 +509,18 @@ def _train(
             settings,
             place / f"{index}-{name}",
             seed=seed + index,
-            announce=announce,
+            log=log,
             progress=report,
         )
         results[name], earlier = found
         if earlier:
-            announce(f"  {name}: was finished by an earlier call")
+            log(f"  {name}: was finished by an earlier call")
     return results
 
 
-def _write(folder: Path, learner: Policy | WholeModel, model: str, tokenizer: Any, facts: CorrectorFacts) -> None:
+def _write(folder: Path, learner: Policy | FullModel, model: str, tokenizer: Any, facts: CorrectorFacts) -> None:
     """Write a Hugging Face model in the base model's dtype: the whole one, or the base with the adapter merged in."""
-    if isinstance(learner, WholeModel):
+    if isinstance(learner, FullModel):
         plain = learner.model.cpu()
     else:
         with tempfile.TemporaryDirectory() as trained:

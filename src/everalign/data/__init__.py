@@ -35,9 +35,9 @@ _HOMES = {
     "encode_prompt": "chat_tokens",
     "encode_response": "chat_tokens",
     "template_fingerprint": "chat_tokens",
-    "EncodedPair": "tokenization",
-    "EncodedPairs": "tokenization",
-    "encode_pairs": "tokenization",
+    "TokenizedPair": "tokenization",
+    "TokenizedPairs": "tokenization",
+    "tokenize_pairs": "tokenization",
     "ReplayBuffer": "replay",
 }
 

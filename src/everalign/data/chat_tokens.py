@@ -34,7 +34,7 @@ from everalign.errors import InputError
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-EncodedRow = tuple[list[int], tuple[list[int], ...]]
+TokenizedRow = tuple[list[int], tuple[list[int], ...]]
 """Tokens of a prompt, and of each of its answers."""
 
 _QUESTION: Prompt = ({"role": "user", "content": "Hi"},)
@@ -85,7 +85,7 @@ class ChatFormat:
         prompts: Sequence[Prompt],
         completions: Sequence[Sequence[Completion]],
         name: Callable[[int], str] = lambda i: f"row {i + 1}",
-    ) -> list[EncodedRow]:
+    ) -> list[TokenizedRow]:
         """Tokens of N prompts, and of the answers to each, ended by the end-of-turn mark or by EOS.
 
         A prompt and one of its answers together are the tokens of the whole conversation; no list is empty.
@@ -98,7 +98,7 @@ class ChatFormat:
         Raises:
             InputError: a conversation cannot be rendered; names its row.
         """
-        found: list[EncodedRow] = []
+        found: list[TokenizedRow] = []
         while len(found) < len(prompts):
             # Texts of a batch are held with where all their tokens stand.
             first, texts, last = len(found), 0, len(found)
@@ -114,7 +114,7 @@ class ChatFormat:
         completions: Sequence[Sequence[Completion]],
         name: Callable[[int], str],
         first: int,
-    ) -> list[EncodedRow]:
+    ) -> list[TokenizedRow]:
         texts: list[str] = []
         wholes: list[list[Rendered]] = []
         for i, (prompt, answers) in enumerate(zip(prompts, completions, strict=True)):
@@ -185,7 +185,7 @@ class ChatFormat:
         tokens: int,
         chars: int,
         tails: "Sequence[_Tokenized]",
-    ) -> EncodedRow:
+    ) -> TokenizedRow:
         rest = head[tokens:]
         bodies, borders = [], []
         for tail, whole in zip(tails, wholes, strict=True):
@@ -199,7 +199,7 @@ class ChatFormat:
 
     def _cut(
         self, prompt: Prompt, head: list[int], wholes: Sequence[Rendered], bodies: Sequence[list[int]], border: int
-    ) -> EncodedRow:
+    ) -> TokenizedRow:
         """Return a row whose prompt are `head` and what all bodies have in common before the border."""
         border = _alike([ids[:border] for ids in bodies])
         answers = tuple(
@@ -331,7 +331,7 @@ def template_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 
     Which token pads is left out: it reaches no prompt and no answer, and loading a model may change it.
     A template that prints today's date renders differently tomorrow under the same fingerprint; whoever
-    stores what was computed from tokens keys it by `EncodedPairs.fingerprint`.
+    stores what was computed from tokens keys it by `TokenizedPairs.fingerprint`.
     """
     facts: dict[str, Any] = {
         "template": template_in_use(tokenizer),

@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from everalign.data.tokenization import EncodedGroup, EncodedPair, TargetGroup
+from everalign.data.tokenization import TargetGroup, TokenizedGroup, TokenizedPair
 
 # Pairs are sorted by length within windows of this many batches: little padding, and still a random order.
 _WINDOW_BATCHES = 32
@@ -107,7 +107,7 @@ Batch = dict[str, Tensor]
 _PREFIX = 1  # segment number of a group's prompt; its answers follow
 
 
-def lay_out_pairs(pairs: Sequence[EncodedPair], shared: bool) -> Batch:
+def collate_pairs(pairs: Sequence[TokenizedPair], shared: bool) -> Batch:
     """Lay out B pairs; sequences 0 to B-1 are the chosen ones, B to 2B-1 the rejected ones.
 
     Args:
@@ -133,14 +133,14 @@ def lay_out_pairs(pairs: Sequence[EncodedPair], shared: bool) -> Batch:
     return {**_lay_out(groups, shared), "weight": _weights(pairs)}
 
 
-def lay_out_chosen(pairs: Sequence[EncodedPair], shared: bool) -> Batch:
-    """Lay out only the chosen sequences of B pairs, as `lay_out_pairs` does."""
+def collate_chosen(pairs: Sequence[TokenizedPair], shared: bool) -> Batch:
+    """Lay out only the chosen sequences of B pairs, as `collate_pairs` does."""
     groups = [_group(p.prompt, [(i, p.chosen)]) for i, p in enumerate(pairs)]
     return {**_lay_out(groups, shared), "weight": _weights(pairs)}
 
 
-def lay_out_groups(groups: Sequence[EncodedGroup], shared: bool) -> Batch:
-    """Lay out the responses that count of every group, as `lay_out_pairs` does; sequences go group by group.
+def collate_groups(groups: Sequence[TokenizedGroup], shared: bool) -> Batch:
+    """Lay out the responses that count of every group, as `collate_pairs` does; sequences go group by group.
 
     `weight` (S,) is fp32, one for each sequence. A response of weight 0 teaches nothing and is not computed.
     """
@@ -148,8 +148,8 @@ def lay_out_groups(groups: Sequence[EncodedGroup], shared: bool) -> Batch:
     return {**_lay_out_answers(groups, shared), "weight": torch.tensor(weights, dtype=torch.float32)}
 
 
-def lay_out_targets(groups: Sequence[TargetGroup], shared: bool) -> Batch:
-    """Lay out all responses of B groups, as `lay_out_pairs` does; sequences go group by group.
+def collate_targets(groups: Sequence[TargetGroup], shared: bool) -> Batch:
+    """Lay out all responses of B groups, as `collate_pairs` does; sequences go group by group.
 
     `weight` is (B,). Besides, `groups` (S,) int64 is the place of each sequence's group, `sizes` (B,) the sequences of
     each group, `log_shares` (S,) fp32 the logarithm of the share wanted of each, -inf for 0; `best` and `worst` (B,)
@@ -172,7 +172,7 @@ def lay_out_targets(groups: Sequence[TargetGroup], shared: bool) -> Batch:
     }
 
 
-def _lay_out_answers(groups: Sequence[EncodedGroup | TargetGroup], shared: bool) -> Batch:
+def _lay_out_answers(groups: Sequence[TokenizedGroup | TargetGroup], shared: bool) -> Batch:
     answers = [_answers(group) for group in groups]
     numbers = iter(range(sum(len(part) for part in answers)))
     parts = [[(next(numbers), tokens) for tokens in part] for part in answers]
@@ -183,16 +183,16 @@ def _lay_out_answers(groups: Sequence[EncodedGroup | TargetGroup], shared: bool)
     return _lay_out([_group(prompt, part) for prompt, part in zip(prompts, parts, strict=True)], shared)
 
 
-def _answers(row: EncodedPair | EncodedGroup | TargetGroup) -> Sequence[list[int]]:
+def _answers(row: TokenizedPair | TokenizedGroup | TargetGroup) -> Sequence[list[int]]:
     """Return the answers of a row that are computed."""
-    if isinstance(row, EncodedPair):
+    if isinstance(row, TokenizedPair):
         return [row.chosen, row.rejected]
     if isinstance(row, TargetGroup):
         return row.responses
     return [r for r, weight in zip(row.responses, row.weights, strict=True) if weight > 0]
 
 
-def _weights(rows: Sequence[EncodedPair] | Sequence[TargetGroup]) -> Tensor:
+def _weights(rows: Sequence[TokenizedPair] | Sequence[TargetGroup]) -> Tensor:
     return torch.tensor([row.weight for row in rows], dtype=torch.float32)
 
 
@@ -347,12 +347,12 @@ def _tokens_of_sequences(batch: Batch) -> tuple[list[tuple[list[int], list[int]]
     return tokens, numbers
 
 
-def largest_token(row: EncodedPair | EncodedGroup | TargetGroup) -> int:
+def largest_token(row: TokenizedPair | TokenizedGroup | TargetGroup) -> int:
     """Return the largest number of a token in a row's prompt and answers."""
     return max(max(tokens, default=0) for tokens in (row.prompt, *_answers(row)))
 
 
-def row_tokens(row: EncodedPair | EncodedGroup | TargetGroup, shared: bool) -> int:
+def row_tokens(row: TokenizedPair | TokenizedGroup | TargetGroup, shared: bool) -> int:
     """Return the tokens that a row takes in a batch: its prompt once where it is shared, else once an answer."""
     answers = _answers(row)
     if shared:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from everalign.data.chat_tokens import ChatFormat, EncodedRow
+from everalign.data.chat_tokens import ChatFormat, TokenizedRow
 from everalign.data.messages import Completion, Prompt
 from everalign.data.records import Preference, Scored
 from everalign.errors import InputError, check_shortfall
@@ -21,7 +21,7 @@ SHORTEST_MAX_LENGTH = 8
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedPair:
+class TokenizedPair:
     """Token ids of one preference; both answers follow the same prompt, and no list is empty."""
 
     id: str
@@ -32,7 +32,7 @@ class EncodedPair:
 
 
 @dataclass(frozen=True, repr=False)
-class EncodedPairs(Sequence[EncodedPair]):
+class TokenizedPairs(Sequence[TokenizedPair]):
     """Encoded rows in their order, and what the length limit cost.
 
     Args:
@@ -44,7 +44,7 @@ class EncodedPairs(Sequence[EncodedPair]):
             tokenizer or the template removes what told them apart. Such a pair has no margin.
     """
 
-    items: tuple[EncodedPair, ...]
+    items: tuple[TokenizedPair, ...]
     max_length: int
     truncated_prompts: int
     truncated_responses: int
@@ -82,13 +82,13 @@ class EncodedPairs(Sequence[EncodedPair]):
         prompts = check_shortfall(self.truncated_prompts, pairs, "prompts lose their beginning", remedy, refuse=False)
         return (*same, *answers, *prompts)
 
-    def followed_by(self, others: "EncodedPairs") -> "EncodedPairs":
+    def followed_by(self, others: "TokenizedPairs") -> "TokenizedPairs":
         """Return these rows and then others of the same length limit."""
         names = ("truncated_prompts", "truncated_responses", "identical_after_truncation")
         counts = {name: getattr(self, name) + getattr(others, name) for name in names}
-        return EncodedPairs(self.items + others.items, self.max_length, **counts)
+        return TokenizedPairs(self.items + others.items, self.max_length, **counts)
 
-    def summary(self) -> str:
+    def one_line(self) -> str:
         """One line of text for a log."""
         return (
             f"{len(self)} pairs of at most {self.max_length} tokens: {self.truncated_prompts} prompts and "
@@ -97,28 +97,28 @@ class EncodedPairs(Sequence[EncodedPair]):
         )
 
     @overload
-    def __getitem__(self, index: int) -> EncodedPair: ...
+    def __getitem__(self, index: int) -> TokenizedPair: ...
     @overload
-    def __getitem__(self, index: slice) -> tuple[EncodedPair, ...]: ...
-    def __getitem__(self, index: int | slice) -> EncodedPair | tuple[EncodedPair, ...]:
+    def __getitem__(self, index: slice) -> tuple[TokenizedPair, ...]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedPair | tuple[TokenizedPair, ...]:
         return self.items[index]
 
-    def __iter__(self) -> Iterator[EncodedPair]:
+    def __iter__(self) -> Iterator[TokenizedPair]:
         return iter(self.items)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __repr__(self) -> str:
-        return f"EncodedPairs({self.summary()})"
+        return f"TokenizedPairs({self.one_line()})"
 
 
-def encode_pairs(
+def tokenize_pairs(
     rows: Sequence[Preference],
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     allow_identical: bool = False,
-) -> EncodedPairs:
+) -> TokenizedPairs:
     """Tokenises preferences and cuts each pair to `max_length` tokens of prompt and longer answer.
 
     First the prompt loses tokens on its left (a leading BOS stays), down to a quarter of `max_length`; then
@@ -142,16 +142,16 @@ def encode_pairs(
         cut_answers += len(after.chosen) < len(before.chosen)
         cut_answers += len(after.rejected) < len(before.rejected)
     cut_prompts = sum(len(a.prompt) < len(b.prompt) for a, b in zip(pairs, whole, strict=True))
-    return EncodedPairs(pairs, max_length, cut_prompts, cut_answers, same)
+    return TokenizedPairs(pairs, max_length, cut_prompts, cut_answers, same)
 
 
-def truncate_pair(pair: EncodedPair, max_length: int, bos: int | None = None) -> EncodedPair:
-    """Cuts one pair as `encode_pairs` says; `max_length` is at least 8, `bos` the token to keep in front."""
+def truncate_pair(pair: TokenizedPair, max_length: int, bos: int | None = None) -> TokenizedPair:
+    """Cuts one pair as `tokenize_pairs` says; `max_length` is at least 8, `bos` the token to keep in front."""
     longest = max(len(pair.chosen), len(pair.rejected))
     room = max(max_length - longest, max_length // 4)
     prompt = cut_prompt(pair.prompt, room, bos)
     left = max_length - len(prompt)
-    return EncodedPair(pair.id, prompt, pair.chosen[:left], pair.rejected[:left], pair.weight)
+    return TokenizedPair(pair.id, prompt, pair.chosen[:left], pair.rejected[:left], pair.weight)
 
 
 def check_max_length(max_length: int) -> None:
@@ -169,20 +169,20 @@ def cut_prompt(prompt: list[int], room: int, bos: int | None) -> list[int]:
     return head + prompt[len(prompt) - room + len(head) :]
 
 
-def _encode_whole(rows: Sequence[Preference], form: ChatFormat) -> list[EncodedPair]:
+def _encode_whole(rows: Sequence[Preference], form: ChatFormat) -> list[TokenizedPair]:
     encoded = form.encode(
         [row.prompt for row in rows],
         [(row.chosen, row.rejected) for row in rows],
         lambda i: f"pair {i + 1} (id {rows[i].id})",
     )
     return [
-        EncodedPair(row.id, prompt, chosen, rejected, row.weight)
+        TokenizedPair(row.id, prompt, chosen, rejected, row.weight)
         for row, (prompt, (chosen, rejected)) in zip(rows, encoded, strict=True)
     ]
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedGroup:
+class TokenizedGroup:
     """Token ids of a prompt and its responses; no list is empty.
 
     Args:
@@ -218,11 +218,11 @@ class TargetGroup:
     weight: float
 
 
-AnyGroup = EncodedGroup | TargetGroup
+AnyGroup = TokenizedGroup | TargetGroup
 
 
 @dataclass(frozen=True)
-class EncodedGroups(Sequence[AnyGroup]):
+class TokenizedGroups(Sequence[AnyGroup]):
     """Encoded rows in their order.
 
     Args:
@@ -248,7 +248,7 @@ class EncodedGroups(Sequence[AnyGroup]):
         """Whether the limit cost anything."""
         return bool(self.truncated_prompts)
 
-    def summary(self) -> str:
+    def one_line(self) -> str:
         """One line of text for a log."""
         return f"{len(self)} prompts of at most {self.max_length} tokens: {self.truncated_prompts} truncated"
 
@@ -314,7 +314,7 @@ def distinct(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase") -> tu
     return tuple(kept)
 
 
-def encode_groups(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> EncodedGroups:
+def tokenize_groups(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> TokenizedGroups:
     """Tokenises weighted rows; prompts lose tokens on their left (a leading BOS stays) so that all responses fit.
 
     Args:
@@ -328,15 +328,15 @@ def encode_groups(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase", 
     groups, cut = [], 0
     for row, weights, prompt, responses, was_cut in _encode_weighted(rows, tokenizer, max_length):
         cut += was_cut
-        groups.append(EncodedGroup(row.id, prompt, responses, tuple(row.weight * weight for weight in weights)))
-    return EncodedGroups(tuple(groups), max_length, cut)
+        groups.append(TokenizedGroup(row.id, prompt, responses, tuple(row.weight * weight for weight in weights)))
+    return TokenizedGroups(tuple(groups), max_length, cut)
 
 
-def encode_targets(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> EncodedGroups:
-    """Tokenises weighted rows as `encode_groups` does, for comparison: a response's share is its part of the weights.
+def tokenize_targets(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> TokenizedGroups:
+    """Tokenises weighted rows as `tokenize_groups` does, for comparison: a response's share is its part of the weights.
 
     Raises:
-        InputError: as in `encode_groups`; or a row has one completion only, which compares with nothing.
+        InputError: as in `tokenize_groups`; or a row has one completion only, which compares with nothing.
     """
     groups: list[TargetGroup] = []
     cut = 0
@@ -346,7 +346,7 @@ def encode_targets(rows: Sequence[Scored], tokenizer: "PreTrainedTokenizerBase",
         cut += was_cut
         shares = tuple(weight / sum(weights) for weight in weights)
         groups.append(TargetGroup(row.id, prompt, responses, shares, row.weight))
-    return EncodedGroups(tuple(groups), max_length, cut)
+    return TokenizedGroups(tuple(groups), max_length, cut)
 
 
 _Encoded = tuple[Scored, tuple[float, ...], list[int], tuple[list[int], ...], bool]
@@ -368,7 +368,7 @@ def _encode_weighted(
         yield row, row.weights, short, responses, len(short) < len(prompt)
 
 
-def _encode_groups_whole(rows: Sequence[Scored], form: ChatFormat) -> list[EncodedRow]:
+def _encode_groups_whole(rows: Sequence[Scored], form: ChatFormat) -> list[TokenizedRow]:
     prompts, completions = [row.prompt for row in rows], [row.completions for row in rows]
     return form.encode(prompts, completions, lambda i: f"row {i + 1} (id {rows[i].id})")
 
@@ -393,7 +393,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class EncodedAnswers:
+class TokenizedAnswers:
     """Sequences in the order of their answers, and what the length limit cost.
 
     Args:
@@ -407,13 +407,13 @@ class EncodedAnswers:
     cut: int
 
 
-def encode_answers(
+def tokenize_answers(
     prompts: Sequence[Prompt],
     completions: Sequence[Completion],
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     name: Callable[[int], str] = lambda i: f"answer {i + 1}",
-) -> EncodedAnswers:
+) -> TokenizedAnswers:
     """Tokenises answers behind their prompts and cuts each sequence to `max_length` tokens.
 
     First the prompt loses tokens on its left (a leading BOS stays), down to a quarter of `max_length`; then the answer
@@ -438,23 +438,23 @@ def encode_answers(
         if tokens[-1] == tokenizer.pad_token_id:
             raise InputError(f"{name(i)}: ends in the padding token {tokenizer.pad_token!r}; remove it from the text")
     cut = sum(len(tokens) < len(p) + len(a) for tokens, (p, a) in zip(sequences, parts, strict=True))
-    return EncodedAnswers(tuple(sequences), tuple(len(answer) for _, answer in parts), cut)
+    return TokenizedAnswers(tuple(sequences), tuple(len(answer) for _, answer in parts), cut)
 
 
-def encode_comparisons(
+def tokenize_comparisons(
     rows: Sequence[Preference], tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> tuple[tuple[Comparison, ...], int]:
-    """Tokenises preferences for a reward model; arguments as in `encode_answers`.
+    """Tokenises preferences for a reward model; arguments as in `tokenize_answers`.
 
     Returns:
         One comparison a row, and how many sequences lost tokens.
 
     Raises:
-        InputError: as in `encode_answers`, naming the pair; or no pair's answers can be told apart.
+        InputError: as in `tokenize_answers`, naming the pair; or no pair's answers can be told apart.
     """
     prompts = [row.prompt for row in rows for _ in range(2)]
     completions = [text for row in rows for text in (row.chosen, row.rejected)]
-    encoded = encode_answers(
+    encoded = tokenize_answers(
         prompts, completions, tokenizer, max_length, lambda i: f"pair {i // 2 + 1} (id {rows[i // 2].id})"
     )
     sequences, answers = encoded.sequences, encoded.answers

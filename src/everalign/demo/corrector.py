@@ -15,7 +15,7 @@ from everalign.correction.training import CorrectorOptions, train_corrector
 from everalign.data.records import Correction, CorrectionSet
 from everalign.demo.world import Question, answer, questions, wordings
 from everalign.errors import InputError
-from everalign.learning.context import Announce, Progress
+from everalign.learning.context import Log, Progress
 from everalign.modeling.loading import TINY
 from everalign.reporting.answers import CorrectedAnswer, CorrectorShow
 
@@ -40,7 +40,7 @@ class DemoAnswer(NamedTuple):
 
 def show_corrector(
     folder: Path,
-    announce: Announce,
+    log: Log,
     progress: Progress,
     seed: int = 0,
     training_rows: int = TRAINING_ROWS,
@@ -51,7 +51,7 @@ def show_corrector(
 
     Args:
         folder: the corrector's; one that an earlier demo trained there on the same rows is taken as it is.
-        announce: called with one line for each thing that happens.
+        log: called with one line for each thing that happens.
         progress: called with (stage, steps done, steps in all).
         seed: seeds rows and training.
         training_rows: rows to learn; in every other one the answer is right already.
@@ -61,16 +61,16 @@ def show_corrector(
     Raises:
         InputError: the folder holds something else, or the world has fewer questions than asked for.
     """
-    announce("corrector")
+    log("corrector")
     rows = demo_answers("train", training_rows, seed)
     taught = CorrectionSet(tuple(Correction(row.question.text, *row[1:]) for row in rows), "demo")
     if folder.exists():
         _check_same(folder, taught, seed)
-        announce("  trained already")
+        log("  trained already")
     else:
-        train_corrector(TINY, taught, folder, options=options, seed=seed, announce=announce, progress=progress)
+        train_corrector(TINY, taught, folder, options=options, seed=seed, log=log, progress=progress)
     held_out = demo_answers("test", held_out_rows, seed)
-    announce(f"  correcting {len(held_out)} held-out answers")
+    log(f"  correcting {len(held_out)} held-out answers")
     corrector = Corrector.from_pretrained(folder)
     found = corrector.correct_batch([(row.question.text, row.answer) for row in held_out])
     return _show(folder, len(taught), held_out, found)

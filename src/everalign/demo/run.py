@@ -18,7 +18,7 @@ from everalign.data.records import Preference, PreferenceSet
 from everalign.demo.corrector import show_corrector
 from everalign.demo.world import Question, answer, questions
 from everalign.errors import InputError
-from everalign.learning.context import Announce, Progress
+from everalign.learning.context import Log, Progress
 from everalign.learning.learner import Learner
 from everalign.learning.options import AdapterOptions, TrainingOptions
 from everalign.learning.scores import Scores
@@ -26,7 +26,7 @@ from everalign.methods import LifeAlign, Method, SequentialFineTuning
 from everalign.modeling.loading import TINY
 from everalign.reporting import write_report
 from everalign.reporting.answers import CorrectorShow
-from everalign.storage import alone
+from everalign.storage import exclusive
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def run_demo(output: Path, announce: Announce, progress: Progress, seed: int = 0) -> DemoResult:
+def run_demo(output: Path, log: Log, progress: Progress, seed: int = 0) -> DemoResult:
     """Learn the demo's tasks with two methods, train a corrector, and write a report on all of it.
 
     Args:
         output: folder for the runs and the report; what an earlier demo learned there with this seed is taken as it is.
-        announce: called with one line for each thing that happens.
+        log: called with one line for each thing that happens.
         progress: called with (stage, steps done, steps in all).
         seed: seeds the tasks and the training.
     """
@@ -142,9 +142,9 @@ def run_demo(output: Path, announce: Announce, progress: Progress, seed: int = 0
     ]
     contenders: list[tuple[Method, str]] = [(SequentialFineTuning(), "dpo"), (LifeAlign(), "fpo")]
     runs, scores = {}, {}
-    with alone(output / ".lock", "writing this demo"):
+    with exclusive(output / ".lock", "writing this demo"):
         for method, objective in contenders:
-            announce(f"{method.name} with {objective}")
+            log(f"{method.name} with {objective}")
             runs[method.name] = output / method.name
             with _one_thread():
                 learner = Learner(
@@ -157,12 +157,12 @@ def run_demo(output: Path, announce: Announce, progress: Progress, seed: int = 0
                     seed=seed,
                     resume=True,
                     sample_answers=2,
-                    announce=announce,
+                    log=log,
                     progress=progress,
                 )
                 learner.learn_all(list(tasks))
             scores[method.name] = learner.scores
         with _one_thread():
-            corrector = show_corrector(output / "corrector", announce, progress, seed)
+            corrector = show_corrector(output / "corrector", log, progress, seed)
         report = write_report(list(runs.values()), output / "report.html", corrector)
     return DemoResult(report, runs, scores, corrector, time.perf_counter() - started)

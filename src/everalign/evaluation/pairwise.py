@@ -54,7 +54,7 @@ def _kind(value: Any) -> str:
 _SECOND = 2.0
 
 
-class ScorerApproval:
+class ScorerApprover:
     """Approves corrections that a scorer finds better than the answers: a `Corrector`'s `approver`.
 
     Args:

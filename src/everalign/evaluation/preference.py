@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from everalign.data.collate import batches_by_length, lay_out_chosen
-from everalign.data.tokenization import EncodedPair
+from everalign.data.collate import batches_by_length, collate_chosen
+from everalign.data.tokenization import TokenizedPair
 from everalign.errors import EveralignError
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
@@ -31,7 +31,7 @@ class HeldOut:
         base: (N, 2) summed log-probabilities of chosen and rejected under the base model, in nats.
     """
 
-    pairs: Sequence[EncodedPair]
+    pairs: Sequence[TokenizedPair]
     base: Tensor
 
 
@@ -111,7 +111,7 @@ def _share_positive(values: Tensor) -> float:
     return ((values > 0).double() + _TIE * (values == 0).double()).mean().item()
 
 
-def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequence[EncodedPair]) -> float:
+def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequence[TokenizedPair]) -> float:
     """Return the mean over response positions of KL(now ‖ previous), on the chosen responses, nats per token.
 
     Positions are those of the given responses, not of the policy's own samples: an estimate of drift, not of the
@@ -129,10 +129,10 @@ def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequen
 
 
 def _token_kl(
-    policy: Policy, switched: Callable[[], AbstractContextManager[None]], pairs: Sequence[EncodedPair]
+    policy: Policy, switched: Callable[[], AbstractContextManager[None]], pairs: Sequence[TokenizedPair]
 ) -> Tensor:
     """Return the KL (K,) fp64 of each response position: hidden states once, then the heads of a few positions."""
-    batch = policy.on_device(lay_out_chosen(pairs, policy.head.shared))
+    batch = policy.on_device(collate_chosen(pairs, policy.head.shared))
     states = policy.response_states(batch)
     with switched():
         states_before = policy.response_states(batch)

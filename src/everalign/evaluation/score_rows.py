@@ -19,7 +19,7 @@ from everalign.errors import EveralignError, InputError, check_shortfall
 from everalign.evaluation.judge import JudgeOptions, JudgeScorer
 from everalign.evaluation.pairwise import checked_rewards
 from everalign.evaluation.scorers import CallableScorer, RewardModelScorer, Scorer, make_scorer
-from everalign.storage import Journal, alone, check_new_file, json_line, lock_of, write_text
+from everalign.storage import Journal, check_new_file, exclusive, json_line, lock_of, write_text
 
 __all__ = [
     "CallableScorer",
@@ -57,7 +57,7 @@ def score_rows(
     *,
     overwrite: bool = False,
     answers_per_batch: int = ANSWERS_PER_BATCH,
-    announce: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> ScoringResult:
     """Score rows and write them as JSON Lines that `load_scored` reads, whole or not at all.
@@ -69,7 +69,7 @@ def score_rows(
         overwrite: replace `output` if it exists.
         answers_per_batch: answers handed to the scorer at once; a row is never divided. After each batch its rewards
             are on disk.
-        announce: called with one line for each thing that happens.
+        log: called with one line for each thing that happens.
         progress: called with ("scoring", rows done, rows in all).
 
     Raises:
@@ -78,7 +78,7 @@ def score_rows(
             row and the completion. What was scored before is kept.
     """
     path = Path(output)
-    with alone(lock_of(path)):
+    with exclusive(lock_of(path)):
         _check_output(rows, path, overwrite, answers_per_batch)
         journal = Journal.beside(path, scorer.fingerprint, rows.fingerprint)
         beside = Journal(path.with_name(f"{path.name}.judge.partial"))
@@ -88,7 +88,7 @@ def score_rows(
         fresh = frozenset(range(len(rows))) - done.keys()
         cut = scorer.cut if isinstance(scorer, RewardModelScorer) else 0
         if done:
-            announce(f"  {resumed} of {len(rows)} rows were scored by an earlier run")
+            log(f"  {resumed} of {len(rows)} rows were scored by an earlier run")
         for batch in _batches(rows, sorted(fresh), answers_per_batch):
             found = _score_batch(asked, rows, batch)
             journal.put(found)
@@ -98,7 +98,7 @@ def score_rows(
             answers = sum(len(row.completions) for number, row in enumerate(rows) if number in fresh)
             what, remedy = "answers with their prompts were cut before they were scored", "train with more --max-length"
             for warning in check_shortfall(scorer.cut - cut, answers, what, remedy, refuse=False):
-                announce(f"  warning: {rows.source}: {warning}")
+                log(f"  warning: {rows.source}: {warning}")
         scored = tuple(row.scored(done[number]) for number, row in enumerate(rows))
         write_text(path, "".join(json_line(row.to_json()) for row in scored))
         journal.remove()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from everalign.data.messages import Completion, Prompt, completion_column
-from everalign.data.tokenization import encode_answers
+from everalign.data.tokenization import tokenize_answers
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge import JudgeOptions, JudgeScorer
 from everalign.modeling.loading import model_fingerprint
@@ -83,7 +83,7 @@ class RewardModelScorer:
             InputError: an answer cannot be rendered by the chat template.
             EveralignError: a reward is NaN or infinite.
         """
-        encoded = encode_answers(prompts, completions, self._tokenizer, self._facts.max_length)
+        encoded = tokenize_answers(prompts, completions, self._tokenizer, self._facts.max_length)
         self.cut += encoded.cut
         rewards = sequence_rewards(self._model, encoded.sequences, self._tokens_per_batch)
         return [reward - self._facts.mean for reward in rewards.double().tolist()]

@@ -18,7 +18,7 @@ from everalign.data.messages import ChatPrompt
 from everalign.data.readers import load_corrections, load_preferences
 from everalign.data.records import Preference
 from everalign.data.rows import RowSet
-from everalign.data.tokenization import EncodedPairs, encode_pairs
+from everalign.data.tokenization import TokenizedPairs, tokenize_pairs
 from everalign.errors import InputError
 from everalign.evaluation.scorers import Scorer
 from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
@@ -71,12 +71,12 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-Announce = Callable[[str], None]
+Log = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Setup:
+class RunContext:
     """A learner's parts.
 
     Args:
@@ -97,7 +97,7 @@ class Setup:
         seed: seeds everything random.
         folder: of what may be computed once and used again.
         cache: reference log-probabilities.
-        announce: called with one line for each thing that happens.
+        log: called with one line for each thing that happens.
         progress: called with (stage, steps done, steps in all).
         said: lines that are said once a run, and have been.
     """
@@ -119,13 +119,13 @@ class Setup:
     seed: int
     folder: Path
     cache: ReferenceCache
-    announce: Announce
+    log: Log
     progress: Progress
     said: set[str] = field(default_factory=set)
 
-    def encode(self, rows: Sequence[Preference]) -> EncodedPairs:
+    def encode(self, rows: Sequence[Preference]) -> TokenizedPairs:
         """Return preferences as tokens, cut to the options' length."""
-        return encode_pairs(rows, self.tokenizer, self.options.max_length)
+        return tokenize_pairs(rows, self.tokenizer, self.options.max_length)
 
     def notes(self, rows: RowSet[Any]) -> tuple[str, ...]:
         """Return what is to be said of how rows are rendered, each line once a run."""
@@ -139,11 +139,11 @@ class Setup:
         self.said.update(found)
         return new
 
-    def encode_held_out(self, rows: RowSet[Any]) -> EncodedPairs:
+    def encode_held_out(self, rows: RowSet[Any]) -> TokenizedPairs:
         """Return held-out rows as tokens: preferences, or corrections behind the corrector's template."""
         if self.encoder is None:
             return self.encode(rows)
-        return encode_held_out(rows, self.encoder, self.options.max_length, self.announce)
+        return encode_held_out(rows, self.encoder, self.options.max_length, self.log)
 
     def read_held_out(self, path: Path) -> RowSet[Any]:
         """Read held-out rows of the kind that the objective is judged on."""
@@ -156,7 +156,7 @@ class Setup:
             return [main]
         return [(SupervisedObjective(), self.options.sft_stage()), main]
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return what run.json tells about the set-up."""
         exponent = DEFAULT_GAMMA if self.method.gamma is None else self.method.gamma
         gamma = {"gamma": exponent} if self.objective.name == "fpo" else {}
@@ -180,7 +180,7 @@ class Setup:
         }
 
 
-def make_setup(
+def make_context(
     model: str,
     base_adapter: str | None,
     method: Method,
@@ -193,9 +193,9 @@ def make_setup(
     correction: CorrectionTaskOptions | None,
     seed: int,
     cache: Path,
-    announce: Announce,
+    log: Log,
     progress: Progress,
-) -> Setup:
+) -> RunContext:
     """Load the model and put a learner's parts together; arguments as in `Learner`.
 
     Raises:
@@ -213,12 +213,12 @@ def make_setup(
         raise InputError(f"correction is for correctors, and the objective {objective} teaches none: leave it out")
     goal = make_objective(objective, options.beta, method.gamma)
     prepare_process()
-    device = training_device(announce)
+    device = training_device(log)
     options = replace(options, precision=resolve_precision(options.precision, device))
-    announce(f"the base model is computed in {options.precision} on {place_name(device)}")
+    log(f"the base model is computed in {options.precision} on {place_name(device)}")
     model, base_adapter = base_and_adapter(model, resolve_model(model), base_adapter)
     if base_adapter is not None:
-        announce(f"the base model is {model} with the adapter {base_adapter} merged into it")
+        log(f"the base model is {model} with the adapter {base_adapter} merged into it")
     tokenizer = load_tokenizer(model, adapter=base_adapter)
     correction = correction or CorrectionTaskOptions()
     encoder = None
@@ -228,14 +228,14 @@ def make_setup(
     check_trainable(base, model)
     check_vocabulary(base, tokenizer, model)
     rehearse(base, adapter.module_names())
-    options = replace(options, max_length=readable_length(options.max_length, base, model, announce))
+    options = replace(options, max_length=readable_length(options.max_length, base, model, log))
     model_key = model_fingerprint(base)
     if options.attention == "flex":
         use_flex_attention(base)
     policy = Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed)
     for line in (_path(policy), *policy.notes):
-        announce(line)
-    return Setup(
+        log(line)
+    return RunContext(
         model_name=model,
         base_adapter=base_adapter,
         model_key=model_key,
@@ -253,7 +253,7 @@ def make_setup(
         seed=seed,
         folder=cache,
         cache=ReferenceCache(cache),
-        announce=announce,
+        log=log,
         progress=progress,
     )
 
@@ -278,4 +278,4 @@ def _path(policy: Policy) -> str:
     head = "" if policy.head.chunked else "; the model's head cannot be called apart: all logits are computed"
     if policy.head.shared:
         return f"prompts are computed once for all their answers{head}"
-    return f"prompts are computed once for each answer: {policy.head.unshared_because}{head}"
+    return f"prompts are computed once for each answer: {policy.head.why_no_prefix_sharing}{head}"

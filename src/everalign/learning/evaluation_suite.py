@@ -7,14 +7,14 @@ from everalign.data.readers import check_disjoint
 from everalign.data.rows import RowSet
 from everalign.errors import InputError
 from everalign.evaluation import HeldOut, PreferenceScore, score_preferences
-from everalign.learning.context import Setup
+from everalign.learning.context import RunContext
 from everalign.learning.run_store import RunDirectory, data_facts
 from everalign.learning.sample_answers import Answers, SampleAnswers
 from everalign.memory import LowRankUpdate
 from everalign.training.reference import policy_key
 
 
-class HeldOutTests:
+class EvaluationSuite:
     """Every known test set with what the base model makes of it.
 
     A run keeps the rows it is tested on: a score column never mixes two test sets, and a later task is scored on all
@@ -27,7 +27,7 @@ class HeldOutTests:
         sample_answers: prompts of each test set that answers are written to, for the report.
     """
 
-    def __init__(self, setup: Setup, run: RunDirectory, allow_overlap: bool, sample_answers: int = 0) -> None:
+    def __init__(self, setup: RunContext, run: RunDirectory, allow_overlap: bool, sample_answers: int = 0) -> None:
         self._setup, self._run, self._allow_overlap = setup, run, allow_overlap
         self._samples = SampleAnswers(setup, sample_answers)
         self._zero_shot, self._facts, self._first_answers = run.read_zero_shot()
@@ -63,7 +63,7 @@ class HeldOutTests:
         """Forget training rows but those of these fingerprints: what the policy has not learned leaks nothing."""
         self._trained = {fingerprint: rows for fingerprint, rows in self._trained.items() if fingerprint in kept}
 
-    def announce(self, name: str, test: RowSet[Any], learned: Collection[str]) -> None:
+    def log(self, name: str, test: RowSet[Any], learned: Collection[str]) -> None:
         """Make a task's test set known and score the base model on it, unless the run holds that score.
 
         Args:
@@ -124,7 +124,7 @@ class HeldOutTests:
         except InputError as error:
             raise InputError(f"{test.source}: {error}") from error
         for warning in warnings:
-            setup.announce(f"  warning: {test.source}: {warning}")
+            setup.log(f"  warning: {test.source}: {warning}")
         base_key = policy_key(setup.model_key, {})
         with setup.policy.as_base():
             base = setup.cache.log_probs(setup.policy, base_key, pairs, setup.options.tokens_per_batch)

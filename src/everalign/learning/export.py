@@ -24,7 +24,7 @@ from everalign.modeling.base_adapter import tokenizer_folder
 from everalign.modeling.loading import load_config, load_model, load_tokenizer, model_fingerprint, resolve_model
 from everalign.modeling.model_files import DTYPES, OutputDtype, merged_into, source_folder, write_checked
 from everalign.modeling.stopping import write_ends
-from everalign.storage import alone, lock_of, new_folder, read_json, write_json, write_text
+from everalign.storage import exclusive, lock_of, new_folder, read_json, write_json, write_text
 
 # Ranks that vLLM makes room for; its default is 16.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -314,7 +314,7 @@ def _chosen(run: RunData, version: str | None) -> tuple[list[VersionData], Path]
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep other processes from exporting to a folder, which must not be there yet."""
-    with alone(lock_of(folder), "exporting there"):
+    with exclusive(lock_of(folder), "exporting there"):
         if folder.exists():
             raise InputError(f"{folder} exists: choose another folder to export to")
         yield

@@ -15,7 +15,7 @@ from everalign.data.rows import RowSet
 from everalign.errors import InputError
 from everalign.evaluation.pairwise import compare_answers
 from everalign.evaluation.scorers import Scorer
-from everalign.learning.context import Setup
+from everalign.learning.context import RunContext
 from everalign.learning.promotion import compare_shares, compare_values
 from everalign.learning.run_files import Comparison
 from everalign.modeling.sampling import greedy_continuations
@@ -45,7 +45,7 @@ class Written:
     kept: Sequence[str] = ()
 
     @property
-    def summary(self) -> str:
+    def one_line(self) -> str:
         """What was written, in words."""
         copied = sum(text == row.answer for row, text in zip(self.rows, self.texts, strict=True)) - self.refused
         n = len(self.rows)
@@ -55,7 +55,7 @@ class Written:
         return f"{n} corrections written, {shares}"
 
 
-def write_corrections(setup: Setup, tests: Mapping[str, RowSet[Correction]]) -> dict[str, Written]:
+def write_corrections(setup: RunContext, tests: Mapping[str, RowSet[Correction]]) -> dict[str, Written]:
     """Write the policy's corrections of held-out answers, greedily, as it is switched now."""
     return {name: _write(setup, test) for name, test in tests.items()}
 
@@ -91,7 +91,7 @@ def compare_written(
     return found
 
 
-def _write(setup: Setup, test: RowSet[Correction]) -> Written:
+def _write(setup: RunContext, test: RowSet[Correction]) -> Written:
     encoder = setup.encoder
     if encoder is None:
         raise InputError(f"{setup.objective.name} learns no corrections, so none can be written")
@@ -103,7 +103,7 @@ def _write(setup: Setup, test: RowSet[Correction]) -> Written:
 
 
 def _corrected(
-    setup: Setup, encoder: CorrectionEncoder, pairs: Sequence[tuple[Correction, str]]
+    setup: RunContext, encoder: CorrectionEncoder, pairs: Sequence[tuple[Correction, str]]
 ) -> tuple[list[str], int]:
     """Return what becomes of answers to the rows' questions, and how many corrections a guard has refused."""
     texts, refused = [], 0
@@ -121,7 +121,7 @@ def _corrected(
     return texts, refused
 
 
-def _fits(setup: Setup, encoder: CorrectionEncoder, row: Correction) -> bool:
+def _fits(setup: RunContext, encoder: CorrectionEncoder, row: Correction) -> bool:
     prompts = (encoder.prompt(row.question, answer) for answer in (row.answer, row.correction))
     return max(map(len, prompts)) < setup.options.max_length
 

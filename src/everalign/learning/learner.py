@@ -11,8 +11,8 @@ from everalign.data.records import PromptSet
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
-from everalign.learning.context import Announce, Progress, Setup, make_setup
-from everalign.learning.evaluation_suite import HeldOutTests
+from everalign.learning.context import Log, Progress, RunContext, make_context
+from everalign.learning.evaluation_suite import EvaluationSuite
 from everalign.learning.export import export_adapter, export_version
 from everalign.learning.generated_corrections import Written, compare_written, write_corrections
 from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
@@ -30,14 +30,14 @@ from everalign.learning.run_files import Verdict
 from everalign.learning.run_store import RunDirectory, data_facts, version_name
 from everalign.learning.scores import Scores
 from everalign.learning.task_rows import AnySet, Rows, TaskRows, as_set, as_tests, prepare_rows
-from everalign.learning.task_training import task_seed, teach
+from everalign.learning.task_training import task_seed, train_task
 from everalign.methods import LifeAlign, Method, Task
 from everalign.modeling.model_files import OutputDtype
 from everalign.training.objectives import SCORED_OBJECTIVES
 from everalign.training.reward_weights import WeightOptions
 
 
-class Line:
+class Lineage:
     """What a learner has in memory of its run's line; begins the run, or takes up what its current version had learned.
 
     Args:
@@ -51,16 +51,16 @@ class Line:
         InputError: the run was begun with other settings, or a file of its current version is missing or changed.
     """
 
-    def __init__(self, setup: Setup, run: RunDirectory) -> None:
+    def __init__(self, setup: RunContext, run: RunDirectory) -> None:
         self._setup, self._run = setup, run
         self._at_first = copy.deepcopy(setup.method.state_dict())
         self.versions: dict[str, str] = {}
         if not run.exists:
-            run.begin(setup.facts())
+            run.begin(setup.to_dict())
             return
         found = run.data
-        run.check_same(setup.facts())
-        run.settle(found)
+        run.check_same(setup.to_dict())
+        run.finish_promotion(found)
         self.restore()
 
     @property
@@ -125,7 +125,7 @@ class Learner:
         sample_answers: held-out prompts of each task that the policy answers, greedily, before the first task and after
             each; the report shows the answers. Those of a run that goes on are the prompts it was begun with.
         cache: folder for encoded rows and reference log-probabilities, which runs may share; in `output` when None.
-        announce: called with one line for each thing that happens; standard error when None.
+        log: called with one line for each thing that happens; standard error when None.
         progress: called with (stage, steps done, steps in all).
 
     Raises:
@@ -153,7 +153,7 @@ class Learner:
         allow_overlap: bool = False,
         sample_answers: int = 0,
         cache: str | Path | None = None,
-        announce: Announce = _print,
+        log: Log = _print,
         progress: Progress = _silent,
     ) -> None:
         if weighting is not None and objective not in SCORED_OBJECTIVES:
@@ -167,9 +167,9 @@ class Learner:
         self._gate = gate
         self._gate_scorer = make_scorer(gate_scorer) if isinstance(gate_scorer, str) else gate_scorer
         self._run = RunDirectory(Path(output))
-        with self._run.alone():
+        with self._run.exclusive():
             self._run.check_usable(resume)
-        self._setup = make_setup(
+        self._setup = make_context(
             str(model),
             None if base_adapter is None else str(base_adapter),
             method,
@@ -182,29 +182,29 @@ class Learner:
             correction,
             seed,
             self._run.cache if cache is None else Path(cache),
-            announce,
+            log,
             progress,
         )
         self.method, self.policy, self.tokenizer = self._setup.method, self._setup.policy, self._setup.tokenizer
-        with self._run.alone():
+        with self._run.exclusive():
             # Again: loading a model takes long, and another process may have begun a run here meanwhile.
             self._run.check_usable(resume)
-            self._line = Line(self._setup, self._run)
-        self._tests = HeldOutTests(self._setup, self._run, allow_overlap, sample_answers)
+            self._line = Lineage(self._setup, self._run)
+        self._tests = EvaluationSuite(self._setup, self._run, allow_overlap, sample_answers)
         self._learning = False
 
     # ---- learning ----
 
-    def alone(self) -> AbstractContextManager[None]:
+    def exclusive(self) -> AbstractContextManager[None]:
         """Keep other processes from writing into the run for the while; `learn` and `rollback` do so by themselves.
 
         Raises:
             InputError: another one is at it.
         """
-        return self._run.alone()
+        return self._run.exclusive()
 
     def _as_tests(self, rows: Rows) -> AnySet:
-        return as_tests(rows, self._setup.encoder is not None, self._setup.announce)
+        return as_tests(rows, self._setup.encoder is not None, self._setup.log)
 
     def learn(self, rows: Rows, name: str, test: Rows | None = None) -> dict[str, PreferenceScore]:
         """Learn one task, score the policy on every known test set, and write a version.
@@ -225,7 +225,7 @@ class Learner:
                 stays on disk, and the learner is as it was before the task.
             EveralignError: training diverged, or an earlier call was broken off in the middle.
         """
-        with self._run.alone():
+        with self._run.exclusive():
             return self._learn_alone(as_set(rows), name, None if test is None else self._as_tests(test))
 
     def _learn_alone(
@@ -236,12 +236,12 @@ class Learner:
         if name in self._line.versions:
             done = self._already_learned(rows, name)
             if test is not None:
-                self.announce_test(name, test)
+                self.register_test(name, test)
             self._tests.trained_on(rows)
             return done
         task = prepare_rows(self._setup, rows) if prepared is None else prepared
         if test is not None:
-            self.announce_test(name, test)
+            self.register_test(name, test)
         self._tests.restore()
         self._tests.trained_on(rows)
         return self._learn(task, name)
@@ -252,17 +252,15 @@ class Learner:
         A joint method learns them all at once. A task that the gate refuses ends it: those behind are not learned.
         """
         sets = [(name, as_set(rows), None if test is None else self._as_tests(test)) for name, rows, test in tasks]
-        with self._run.alone():
+        with self._run.exclusive():
             self._tests.check(sets)
             if self._setup.rollouts != RolloutOptions() and not any(isinstance(rows, PromptSet) for _, rows, _ in sets):
-                self._setup.announce(
-                    "no task has prompts alone: nothing is sampled, and the sampling options do nothing"
-                )
+                self._setup.log("no task has prompts alone: nothing is sampled, and the sampling options do nothing")
             for name, _, test in sets:
                 if test is not None:
-                    self.announce_test(name, test)
+                    self.register_test(name, test)
             if self.method.regime == "joint":
-                # Weighed task by task before they are pooled: rewards of different tasks have no common scale.
+                # WeightedRows task by task before they are pooled: rewards of different tasks have no common scale.
                 prepared = [(name, prepare_rows(self._setup, rows)) for name, rows, _ in sets]
                 if any(rows.prompts for _, rows in prepared):
                     raise InputError(f"{self.method.name} pools rows, not prompts: learn the tasks one after another")
@@ -275,22 +273,22 @@ class Learner:
             for name, rows in self.method.pool([(name, rows) for name, rows, _ in sets]):
                 self._learn_alone(rows, name, None, new.get(name))
 
-    def announce_test(self, name: str, test: Rows) -> None:
+    def register_test(self, name: str, test: Rows) -> None:
         """Make a task's held-out pairs known and score the base model on them (the zero-shot row).
 
         Raises:
             InputError: the run knows other test rows of this task, or rows that were trained on are among them.
         """
-        with self._run.alone():
-            self._tests.announce(name, self._as_tests(test), self._line.versions)
+        with self._run.exclusive():
+            self._tests.log(name, self._as_tests(test), self._line.versions)
 
     def _learn(self, rows: TaskRows, name: str) -> dict[str, PreferenceScore]:
         self._check_whole()
         self._learning = True
         index = len(self._line.versions) + 1
-        self._setup.announce(f"task {index}: {name}")
+        self._setup.log(f"task {index}: {name}")
         for line in rows.lines:
-            self._setup.announce(line)
+            self._setup.log(line)
         task = Task(name, rows.rows, index, task_seed(self._setup.seed, index))
         version, scores, verdict = self._learn_task(task, rows)
         if verdict is None or verdict.promoted:
@@ -310,7 +308,7 @@ class Learner:
         written = self._written(guarded)
         previous = self.policy.total()
         self.method.begin_task(self.policy, task)
-        lesson = teach(self._setup, task, rows, self._run.work(version))
+        lesson = train_task(self._setup, task, rows, self._run.work(version))
         before = self._tests.scores(previous) if self.method.consolidates else None
         records = self.method.end_task(self.policy, lesson.task)
         scores = self._tests.scores(previous)
@@ -326,7 +324,7 @@ class Learner:
             "rollouts": lesson.rollouts,
             "gate": None if verdict is None else verdict.model_dump(mode="json"),
             "seed": task.seed,
-            "stages": [report.facts() for report in lesson.reports],
+            "stages": [report.to_dict() for report in lesson.reports],
             "warnings": list(lesson.warnings),
             "replay_ids": [] if self.method.buffer is None else self.method.buffer.ids(),
         }
@@ -340,7 +338,7 @@ class Learner:
         done = next(version for version in self.run.versions if version.task == name)
         if done.manifest.train.fingerprint != rows.fingerprint:
             raise InputError(f"task {name!r} was learned from other rows already: give this task another name")
-        self._setup.announce(f"task {[*self._line.versions].index(name) + 1}: {name} (learned already)")
+        self._setup.log(f"task {[*self._line.versions].index(name) + 1}: {name} (learned already)")
         return {task: PreferenceScore(**score.model_dump()) for task, score in done.scores.items()}
 
     def _written(self, tasks: Sequence[str]) -> dict[str, Written]:
@@ -362,13 +360,13 @@ class Learner:
             if score.outcomes
         }
         for task, now in written_now.items():
-            self._setup.announce(f"  {task}: {now.summary}; before, {written[task].summary}")
+            self._setup.log(f"  {task}: {now.one_line}; before, {written[task].one_line}")
         compared |= compare_written(written, written_now, self._gate_scorer)
         same = all(score.margin == after[task].margin for task, score in before.items())
         if written:
             same = all(written[task].texts == now.texts for task, now in written_now.items())
         verdict = judge(self._gate, compared, bool(compared) and same)
-        self._setup.announce(f"  {announcement(verdict)}")
+        self._setup.log(f"  {announcement(verdict)}")
         return verdict
 
     # ---- going back ----
@@ -384,7 +382,7 @@ class Learner:
             InputError: there is no such version, it is damaged or was refused by the gate, or the method's versions do
                 not build on each other.
         """
-        with self._run.alone():
+        with self._run.exclusive():
             self._line.check_up_to_date()
             self._check_whole()
             done = roll_back(self.run, version, force)

@@ -305,7 +305,7 @@ class Round:
     edit: float
     rows: int
 
-    def summary(self) -> str:
+    def one_line(self) -> str:
         """One line of text for a log."""
         line = f"{self.answers} answers, {self.changed} of them changed ({self.changed_share:.1%})"
         if self.changed:

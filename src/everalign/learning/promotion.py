@@ -12,7 +12,7 @@ from typing import Any
 from everalign.errors import GateRefusedError, InputError, NotEnoughEvidenceError
 from everalign.learning.run_data import BASE, RunData, VersionData, check_is_run, load_run, work_folder
 from everalign.learning.run_files import Comparison, Outcome, Verdict
-from everalign.storage import alone, differing_files, write_text
+from everalign.storage import differing_files, exclusive, write_text
 
 CONFIDENCE = 0.95
 """Of each end of an interval."""
@@ -181,7 +181,7 @@ class Rollback:
     taken_back: tuple[str, ...]
 
 
-def alone_in(run: Path) -> AbstractContextManager[None]:
+def exclusive_run(run: Path) -> AbstractContextManager[None]:
     """Keep other processes from writing into a run for the while; may be nested.
 
     Raises:
@@ -189,7 +189,7 @@ def alone_in(run: Path) -> AbstractContextManager[None]:
     """
     if run.exists() and not run.is_dir():
         raise InputError(f"{run} is no directory: choose another output directory")
-    return alone(run / LOCK, "learning into this run")
+    return exclusive(run / LOCK, "learning into this run")
 
 
 def promote(path: Path, version: str) -> None:
@@ -216,7 +216,7 @@ def rollback(path: Path, version: str | None = None, force: bool = False) -> Rol
             into the run.
     """
     check_is_run(path)
-    with alone_in(path):
+    with exclusive_run(path):
         return roll_back(load_run(path), version, force)
 
 

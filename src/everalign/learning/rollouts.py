@@ -12,9 +12,9 @@ from everalign.data.readers import load_scored
 from everalign.data.records import PromptSet, ScoredSet, UnscoredSet
 from everalign.errors import InputError, ShortfallError, check_shortfall
 from everalign.evaluation.score_rows import score_rows
-from everalign.learning.context import Setup
+from everalign.learning.context import RunContext
 from everalign.learning.options import RolloutOptions
-from everalign.modeling.sampling import SamplingOptions, check_prompts, sample_kept
+from everalign.modeling.sampling import SamplingOptions, check_prompts, sample_journalled
 from everalign.storage import Journal
 
 
@@ -37,7 +37,7 @@ class Rollout:
         """Whether all answers have one reward."""
         return len({reward for row in self.rows for reward in row.rewards}) == 1
 
-    def summary(self) -> str:
+    def one_line(self) -> str:
         """One line of text for a log."""
         f = self.facts
         line = f"{f['answers']:.0f} answers to {f['prompts']:.0f} prompts, mean reward {f['mean_reward']:.4g}"
@@ -48,7 +48,9 @@ class Rollout:
         return line
 
 
-def roll_out(setup: Setup, prompts: PromptSet, folder: Path, number: int, fewest: int, seed: int) -> Rollout:
+def sample_and_score(
+    setup: RunContext, prompts: PromptSet, folder: Path, number: int, fewest: int, seed: int
+) -> Rollout:
     """Sample answers to every prompt from the policy as it stands, and score them.
 
     Args:
@@ -66,7 +68,7 @@ def roll_out(setup: Setup, prompts: PromptSet, folder: Path, number: int, fewest
     """
     options, stem = setup.rollouts, f"round-{number}-{prompts.fingerprint[:16]}"
     asked = [row.prompt for row in prompts]
-    found = sample_kept(
+    found = sample_journalled(
         setup.policy,
         setup.tokenizer,
         asked,
@@ -110,7 +112,7 @@ def _losses(
         raise ShortfallError(f"{source}: {error}") from error
 
 
-def check_lengths(setup: Setup, prompts: PromptSet) -> None:
+def check_lengths(setup: RunContext, prompts: PromptSet) -> None:
     """Refuse prompts that leave an answer too little room, before anything is sampled or trained.
 
     Raises:
@@ -123,7 +125,7 @@ def check_lengths(setup: Setup, prompts: PromptSet) -> None:
         raise InputError(f"{prompts.source}: {error} (max_prompt_tokens is {options})") from error
 
 
-def score(setup: Setup, rows: UnscoredSet, path: Path) -> ScoredSet:
+def score(setup: RunContext, rows: UnscoredSet, path: Path) -> ScoredSet:
     """Give answers their rewards, which stay in the file `path`.
 
     Raises:
@@ -134,10 +136,10 @@ def score(setup: Setup, rows: UnscoredSet, path: Path) -> ScoredSet:
         raise InputError(f"{rows.source}: the answers have no rewards: name who gives them with reward")
     if path.exists():
         return load_scored(path)
-    return score_rows(rows, setup.scorer, path, announce=setup.announce, progress=setup.progress).rows
+    return score_rows(rows, setup.scorer, path, log=setup.log, progress=setup.progress).rows
 
 
-def _sampling(setup: Setup) -> SamplingOptions:
+def _sampling(setup: RunContext) -> SamplingOptions:
     options = setup.rollouts
     room = setup.options.max_length - options.max_new_tokens
     return SamplingOptions(options.samples, options.sampling_temperature, options.max_new_tokens, room)

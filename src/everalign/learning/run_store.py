@@ -29,7 +29,7 @@ from everalign.errors import InputError
 from everalign.evaluation import PreferenceScore
 from everalign.learning import run_files
 from everalign.learning.options import TrainingOptions
-from everalign.learning.promotion import LOCK, alone_in, check_version, is_settled, promote
+from everalign.learning.promotion import LOCK, check_version, exclusive_run, is_settled, promote
 from everalign.learning.run_data import BASE, BASE_ADAPTER, RunData, RunReader, work_folder
 from everalign.learning.sample_answers import Answers
 from everalign.learning.task_training import StageReport
@@ -76,13 +76,13 @@ class RunDirectory:
         self.cache = path / "cache"
         self._reader = RunReader(path)
 
-    def alone(self) -> AbstractContextManager[None]:
+    def exclusive(self) -> AbstractContextManager[None]:
         """Keep other processes from writing into this run for the while; may be nested.
 
         Raises:
             InputError: another one is at it.
         """
-        return alone_in(self.path)
+        return exclusive_run(self.path)
 
     @property
     def data(self) -> RunData:
@@ -219,10 +219,10 @@ class RunDirectory:
         gate = manifest["gate"]
         promote(self.path, name if gate is None or gate["promoted"] else manifest["parent"])
 
-    def settle(self, run: RunData) -> None:
+    def finish_promotion(self, run: RunData) -> None:
         """Make up for what a kill prevented between writing a version and promoting or refusing it."""
         if not is_settled(run):
-            with self.alone():
+            with self.exclusive():
                 promote(self.path, run.tip)
 
     def restore(self, name: str, policy: Policy, method: Method, seed: int, at_first: Mapping[str, Tensor]) -> None:

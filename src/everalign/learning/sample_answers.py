@@ -10,7 +10,7 @@ from everalign.data.chat_tokens import encode_prompt
 from everalign.data.messages import ChatPrompt
 from everalign.data.rows import RowSet
 from everalign.errors import InputError
-from everalign.learning.context import Setup
+from everalign.learning.context import RunContext
 from everalign.modeling.sampling import SamplingOptions, greedy_answers, greedy_continuations
 
 LONGEST_ANSWER = 160
@@ -30,7 +30,7 @@ class SampleAnswers:
         count: prompts of each task; 0 for none.
     """
 
-    def __init__(self, setup: Setup, count: int) -> None:
+    def __init__(self, setup: RunContext, count: int) -> None:
         if count < 0:
             raise InputError(f"sample_answers must be at least 0, found {count}")
         self._setup, self._count = setup, count
@@ -45,7 +45,7 @@ class SampleAnswers:
             rows = [row for row in _spread(distinct, 4 * self._count) if len(self._tokens(row)) <= _LONGEST_PROMPT]
             return self._written([(name, row) for row in _spread(rows, self._count)])
         except InputError as error:
-            self._setup.announce(f"  no answers are written for the report: {error}")
+            self._setup.log(f"  no answers are written for the report: {error}")
             return {}
 
     def again(self, before: Answers, tests: Mapping[str, RowSet[Any]]) -> Answers:

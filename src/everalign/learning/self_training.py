@@ -18,12 +18,12 @@ from typing import Any, Protocol
 from everalign.data.records import Correction, CorrectionSet, PreferenceSet, PromptSet, Scored, ScoredSet
 from everalign.data.rows import RowSet
 from everalign.errors import EveralignError, InputError, check_shortfall
-from everalign.learning.context import Announce, Progress
+from everalign.learning.context import Log, Progress
 from everalign.learning.learner import Learner
 from everalign.learning.options import DistillOptions, Round, TrainingOptions, edit_share
-from everalign.learning.promotion import alone_in
+from everalign.learning.promotion import exclusive_run
 from everalign.methods import LifeAlign, Method
-from everalign.modeling.sampling import SamplingOptions, sample_kept
+from everalign.modeling.sampling import SamplingOptions, sample_journalled
 from everalign.storage import Journal, json_line, read_json, write_json, write_text
 from everalign.training.reward_weights import FROM_REFERENCE_REWARDS, WeightOptions
 
@@ -88,7 +88,7 @@ def distill(
     training: TrainingOptions | None = None,
     weighting: WeightOptions | None = None,
     seed: int = 0,
-    announce: Announce = lambda _: None,
+    log: Log = lambda _: None,
     progress: Progress = lambda *_: None,
     **arguments: Any,
 ) -> Distillation:
@@ -108,7 +108,7 @@ def distill(
         training: how each round is trained.
         weighting: how the rewards of the labels `var` become weights; the defaults when None.
         seed: seeds everything random.
-        announce: called with one line for each thing that happens.
+        log: called with one line for each thing that happens.
         progress: called with (stage, done, all).
         arguments: further ones of `Learner`, such as `adapter` and `resume`.
 
@@ -124,7 +124,7 @@ def distill(
     room = training.max_length - options.max_new_tokens
     _check(prompts, method, room, options)
     _check_weighting(weighting, options)
-    with alone_in(Path(output)):
+    with exclusive_run(Path(output)):
         learner = Learner(
             model,
             method,
@@ -133,15 +133,15 @@ def distill(
             training=training,
             weighting=weighting,
             seed=seed,
-            announce=announce,
+            log=log,
             progress=progress,
             **arguments,
         )
         facts = {**asdict(options), "corrector": corrector.fingerprint, "prompts": prompts.fingerprint}
-        run = _Run(learner, corrector, prompts, options, Path(output) / "distill", seed, announce, progress)
+        run = _Run(learner, corrector, prompts, options, Path(output) / "distill", seed, log, progress)
         run.begin({name: value for name, value in facts.items() if name != "rounds"})
         if test is not None:
-            learner.announce_test(HELD_OUT, test)
+            learner.register_test(HELD_OUT, test)
         rounds: list[Round] = []
         for number in range(1, options.rounds + 1):
             rounds.append(run.round(number, options.sampling(room)))
@@ -183,7 +183,7 @@ class _Run:
     options: DistillOptions
     folder: Path
     seed: int
-    announce: Announce
+    log: Log
     progress: Progress
 
     def begin(self, facts: dict[str, Any]) -> None:
@@ -205,18 +205,18 @@ class _Run:
         """Sample, correct and learn; a finished round is taken as it is."""
         name, path = f"round-{number}", self.folder / f"round-{number}.json"
         if any(version.task == name for version in self.learner.run.versions):
-            self.announce(f"{name} (learned already)")
+            self.log(f"{name} (learned already)")
             return Round(**read_json(path))
         if path.exists() and not (last := Round(**read_json(path))).rows and number > 1:
-            self.announce(f"{name}: an earlier call found nothing left to learn")
+            self.log(f"{name}: an earlier call found nothing left to learn")
             return last
-        self.announce(name)
+        self.log(name)
         samples = Journal(self.folder / f"{name}.samples.partial")
         rewritten = Journal(self.folder / f"{name}.corrected.partial")
         rows = self._corrected(self._answers(number, sampling, samples), rewritten)
         learned = self._rows(rows)
         facts = self._facts(number, rows, len(learned))
-        self.announce(f"  {facts.summary()}")
+        self.log(f"  {facts.one_line()}")
         write_text(self.folder / f"{name}.jsonl", "".join(json_line(row.to_json()) for row in rows))
         write_json(path, asdict(facts))
         if learned:
@@ -224,14 +224,14 @@ class _Run:
         elif number == 1:
             raise EveralignError(f"{self.prompts.source}: the corrector changed none of {len(rows)} answers")
         else:
-            self.announce("  the corrector changed no answer: there is nothing left to learn from it")
+            self.log("  the corrector changed no answer: there is nothing left to learn from it")
         samples.remove()
         rewritten.remove()
         return facts
 
     def _answers(self, number: int, sampling: SamplingOptions, journal: Journal) -> list[tuple[Any, str, float]]:
         """Return the prompts that the policy answers, with its answers and their weights."""
-        found = sample_kept(
+        found = sample_journalled(
             self.learner.policy,
             self.learner.tokenizer,
             [row.prompt for row in self.prompts],
@@ -252,7 +252,7 @@ class _Run:
         remedy = f"raise --max-new-tokens (max_new_tokens), {sampling.max_new_tokens} now"
         # What earlier rounds have taught stands, however long the policy has come to write.
         for warning in check_shortfall(lost, len(self.prompts), what, remedy, refuse=number == 1):
-            self.announce(f"  warning: {self.prompts.source}: {warning}")
+            self.log(f"  warning: {self.prompts.source}: {warning}")
         return answered
 
     def _corrected(self, answers: Sequence[tuple[Any, str, float]], journal: Journal) -> CorrectionSet:

@@ -22,20 +22,20 @@ from everalign.data.records import (
 )
 from everalign.data.rows import RowSet
 from everalign.data.tokenization import (
-    EncodedGroups,
-    EncodedPairs,
     Fitting,
     TargetGroup,
+    TokenizedGroups,
+    TokenizedPairs,
     distinct,
-    encode_groups,
-    encode_pairs,
-    encode_targets,
     fitting,
+    tokenize_groups,
+    tokenize_pairs,
+    tokenize_targets,
 )
 from everalign.errors import InputError, check_shortfall
-from everalign.learning.context import Setup
+from everalign.learning.context import RunContext
 from everalign.learning.rollouts import check_lengths, score
-from everalign.storage import alone
+from everalign.storage import exclusive
 from everalign.training.objectives import SCORED_OBJECTIVES
 from everalign.training.reference import policy_key
 from everalign.training.reward_weights import TAKE_ONE_COMPLETION, check_comparable, check_completions, weigh
@@ -54,7 +54,7 @@ def as_set(rows: Rows) -> AnySet:
     return kind.of(rows)  # type: ignore[arg-type]  # told by the first
 
 
-def as_tests(rows: Rows, corrections: bool, announce: Callable[[str], None]) -> AnySet:
+def as_tests(rows: Rows, corrections: bool, log: Callable[[str], None]) -> AnySet:
     """Return held-out rows as what they are judged as: preferences, or corrections that change anything.
 
     Of a scored row, the best completion over the worst is a preference.
@@ -62,7 +62,7 @@ def as_tests(rows: Rows, corrections: bool, announce: Callable[[str], None]) -> 
     Args:
         rows: the rows.
         corrections: whether they are judged as corrections.
-        announce: is told how many rows have nothing better and worse in them and are left out.
+        log: is told how many rows have nothing better and worse in them and are left out.
 
     Raises:
         InputError: corrections are wanted, and the rows are none.
@@ -76,7 +76,7 @@ def as_tests(rows: Rows, corrections: bool, announce: Callable[[str], None]) -> 
     if len(kept) < len(found):
         left = f"{len(found) - len(kept)} of {len(found)} held-out rows"
         what = "change nothing" if isinstance(found, CorrectionSet) else "have no better and worse completion"
-        announce(f"  {found.source}: {left} {what} and are left out")
+        log(f"  {found.source}: {left} {what} and are left out")
     if corrections:
         return CorrectionSet(tuple(row for row, _ in kept), found.source, found.skipped)
     return PreferenceSet.of([pair for _, pair in kept], found.source)
@@ -107,7 +107,7 @@ class TaskRows:
         return self.rows.record is PromptRow
 
 
-def prepare_rows(setup: Setup, rows: RowSet[Any]) -> TaskRows:
+def prepare_rows(setup: RunContext, rows: RowSet[Any]) -> TaskRows:
     """Make a task's rows ready; nothing is done to preferences that are learned as such.
 
     Answers without rewards get them here; prompts alone are left to be sampled.
@@ -119,11 +119,11 @@ def prepare_rows(setup: Setup, rows: RowSet[Any]) -> TaskRows:
     """
     prepared = _prepared(setup, rows)
     for warning in prepared.warnings:
-        setup.announce(f"  warning: {rows.source}: {warning}")
+        setup.log(f"  warning: {rows.source}: {warning}")
     return replace(prepared, lines=(*setup.notes(rows), *prepared.lines))
 
 
-def _prepared(setup: Setup, rows: RowSet[Any]) -> TaskRows:
+def _prepared(setup: RunContext, rows: RowSet[Any]) -> TaskRows:
     name = setup.objective.name
     if setup.encoder is not None or isinstance(rows, CorrectionSet):
         return _corrections(setup, rows)
@@ -140,7 +140,7 @@ def _prepared(setup: Setup, rows: RowSet[Any]) -> TaskRows:
     return replace(weigh_rows(setup, scored), given=rows) if name in SCORED_OBJECTIVES else _preferences(setup, rows)
 
 
-def _preferences(setup: Setup, rows: RowSet[Any]) -> TaskRows:
+def _preferences(setup: RunContext, rows: RowSet[Any]) -> TaskRows:
     """Look at the tokens before anything is trained, the first task's as the last one's."""
     try:
         return TaskRows(rows, rows, warnings=setup.encode(rows).warnings())
@@ -148,7 +148,7 @@ def _preferences(setup: Setup, rows: RowSet[Any]) -> TaskRows:
         raise InputError(f"{rows.source}: {error}") from error
 
 
-def _corrections(setup: Setup, rows: RowSet[Any]) -> TaskRows:
+def _corrections(setup: RunContext, rows: RowSet[Any]) -> TaskRows:
     if setup.encoder is None or not isinstance(rows, CorrectionSet):
         wanted = (
             "other rows than corrections" if setup.encoder is None else "corrections (question, answer, correction)"
@@ -167,7 +167,7 @@ def _pairs(rows: RowSet[Any]) -> bool:
     return rows.record is Preference
 
 
-def _check_sampling(setup: Setup) -> None:
+def _check_sampling(setup: RunContext) -> None:
     estimator = setup.weighting.estimator
     if estimator not in ("group", "group_loo", "in_batch"):
         raise InputError(f"the estimator {estimator} is not for sampled answers: use group, group_loo or in_batch")
@@ -179,30 +179,30 @@ def _check_sampling(setup: Setup) -> None:
         raise InputError(f"{limits}, which leaves no room for a prompt: raise max_length")
 
 
-def fewest_answers(setup: Setup) -> int:
+def fewest_answers(setup: RunContext) -> int:
     """Return how many answers a sampled prompt needs to be learned from."""
     return 1 if setup.objective.name == "var" and setup.weighting.estimator in TAKE_ONE_COMPLETION else 2
 
 
-def _rewarded(setup: Setup, rows: RowSet[Any]) -> RowSet[Any]:
+def _rewarded(setup: RunContext, rows: RowSet[Any]) -> RowSet[Any]:
     """Return rows with the rewards that the run's scorer gives them, if it has one and they have none."""
     if setup.scorer is None or rows.record not in (Preference, Unscored):
         return rows
     answers = [row if isinstance(row, Unscored) else Unscored.of_pair(row) for row in rows]
     unscored = UnscoredSet(tuple(answers), rows.source)
     key = hashlib.sha256(f"{setup.scorer.fingerprint} {unscored.fingerprint}".encode()).hexdigest()
-    setup.announce(f"scoring {rows.source}")
+    setup.log(f"scoring {rows.source}")
     path = setup.folder / f"{key[:32]}.scored.jsonl"
 
     def waiting(holder: str) -> None:
-        setup.announce(f"  {holder} is scoring the same answers: waiting for it")
+        setup.log(f"  {holder} is scoring the same answers: waiting for it")
 
     # Runs may share the folder: the second finds the file of the first, and asks for nothing again.
-    with alone(path.with_suffix(".lock"), wait=waiting):
+    with exclusive(path.with_suffix(".lock"), wait=waiting):
         return replace(score(setup, unscored, path), source=rows.source)
 
 
-def weigh_rows(setup: Setup, rows: RowSet[Any], scale: float | None = None) -> TaskRows:
+def weigh_rows(setup: RunContext, rows: RowSet[Any], scale: float | None = None) -> TaskRows:
     """Give every completion its weight; `scale` as in `weigh`, all else as in `prepare_rows`."""
     try:
         return _weigh(setup, rows, scale)
@@ -210,20 +210,20 @@ def weigh_rows(setup: Setup, rows: RowSet[Any], scale: float | None = None) -> T
         raise InputError(f"{rows.source}: {error}") from error
 
 
-def encode_rows(setup: Setup, rows: Sequence[Any], replayed: Sequence[Any]) -> EncodedPairs | EncodedGroups:
+def encode_rows(setup: RunContext, rows: Sequence[Any], replayed: Sequence[Any]) -> TokenizedPairs | TokenizedGroups:
     """Return a task's prepared rows and the replayed ones behind them as tokens, cut to the options' length."""
     if setup.encoder is not None:
         return encode_learned([*rows, *replayed], setup.encoder, setup.options.max_length)
     if setup.objective.name in SCORED_OBJECTIVES:
-        encode = encode_targets if setup.objective.name == "snkl" else encode_groups
+        encode = tokenize_targets if setup.objective.name == "snkl" else tokenize_groups
         return encode([*rows, *replayed], setup.tokenizer, setup.options.max_length)
     # Apart: that all of a task's pairs are alike is an error, and that all replayed ones are is not.
     pairs = setup.encode(rows)
-    old = encode_pairs(replayed, setup.tokenizer, setup.options.max_length, allow_identical=True)
+    old = tokenize_pairs(replayed, setup.tokenizer, setup.options.max_length, allow_identical=True)
     return pairs.followed_by(old)
 
 
-def _weigh(setup: Setup, rows: RowSet[Any], scale: float | None) -> TaskRows:
+def _weigh(setup: RunContext, rows: RowSet[Any], scale: float | None) -> TaskRows:
     judged = [row if isinstance(row, Scored) else Scored.from_preference(row) for row in rows]
     fit, merged = _usable(setup, judged)
     # Of rows with weights no probabilities are wanted.
@@ -232,7 +232,7 @@ def _weigh(setup: Setup, rows: RowSet[Any], scale: float | None) -> TaskRows:
     weighed = weigh(fit.rows, fit.lengths, setup.weighting, reference, scale)
     lines, facts = _losses(fit, judged, merged)
     snkl = setup.objective.name == "snkl"
-    lines.append(f"  {'targets' if snkl else 'weights'}: {weighed.summary()}")
+    lines.append(f"  {'targets' if snkl else 'weights'}: {weighed.one_line()}")
     lines += [f"  warning: {warning}" for warning in weighed.statistics.warnings(can_cap=not snkl)]
     learned = ScoredSet(weighed.rows, rows.source, rows.skipped)
     remedy = f"raise --max-length (max_length), {setup.options.max_length} now"
@@ -241,10 +241,10 @@ def _weigh(setup: Setup, rows: RowSet[Any], scale: float | None) -> TaskRows:
         *check_shortfall(fit.dropped_rows, len(judged), "rows are too long and left out", remedy),
         *check_shortfall(fit.dropped_completions, total, "completions are too long and left out", remedy),
     )
-    return TaskRows(rows, learned, {**facts, **weighed.facts()}, tuple(lines), warnings)
+    return TaskRows(rows, learned, {**facts, **weighed.to_dict()}, tuple(lines), warnings)
 
 
-def _usable(setup: Setup, rows: Sequence[Scored]) -> tuple[Fitting, int | None]:
+def _usable(setup: RunContext, rows: Sequence[Scored]) -> tuple[Fitting, int | None]:
     """Return the rows that can be learned from, and how many completions were merged (None where none should be)."""
     options, snkl = setup.weighting, setup.objective.name == "snkl"
     given, merged = any(row.weights is not None for row in rows), None
@@ -278,10 +278,10 @@ def _losses(fit: Fitting, rows: Sequence[Scored], merged: int | None) -> tuple[l
     return lines, facts
 
 
-def _base_log_probs(setup: Setup, rows: Sequence[Scored]) -> list[Tensor]:
+def _base_log_probs(setup: RunContext, rows: Sequence[Scored]) -> list[Tensor]:
     """Log-probabilities of each row's completions under the base model, whatever was learned by now."""
     alike = [replace(row, weights=(1.0,) * len(row.completions)) for row in rows]
-    groups = encode_targets(alike, setup.tokenizer, setup.options.max_length)
+    groups = tokenize_targets(alike, setup.tokenizer, setup.options.max_length)
     compared = [group for group in groups if isinstance(group, TargetGroup)]
     with setup.policy.as_base():
         return setup.cache.group_log_probs(

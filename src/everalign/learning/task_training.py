@@ -12,20 +12,20 @@ from torch import Tensor
 
 from everalign.data.records import PromptSet
 from everalign.data.replay import AnyRow
-from everalign.data.tokenization import EncodedGroups, EncodedPair, EncodedPairs, TargetGroup
+from everalign.data.tokenization import TargetGroup, TokenizedGroups, TokenizedPair, TokenizedPairs
 from everalign.errors import ShortfallError
-from everalign.learning.context import Setup
-from everalign.learning.rollouts import roll_out
+from everalign.learning.context import RunContext
+from everalign.learning.rollouts import sample_and_score
 from everalign.learning.task_rows import TaskRows, encode_rows, fewest_answers, weigh_rows
 from everalign.methods import Task
 from everalign.objectives import implicit_margin
 from everalign.training.objectives import Objective
 from everalign.training.reference import group_log_probs, pair_log_probs, policy_key
-from everalign.training.stage import StageOptions, keep_finished, load_finished, run_stage
+from everalign.training.stage import StageOptions, load_finished, run_stage, save_result
 
 _PROBE_ROWS = 16
 
-Encoded = EncodedPairs | EncodedGroups
+Encoded = TokenizedPairs | TokenizedGroups
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class StageReport:
     step0_margin: float | None = None
     step0_log_ratio: float | None = None
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return everything but the curve."""
         return {key: value for key, value in asdict(self).items() if key != "curve"}
 
@@ -69,11 +69,11 @@ class _Reference:
 
     name: str
     rows: Tensor | list[Tensor]
-    probe_rows: Sequence[EncodedPair | TargetGroup]
+    probe_rows: Sequence[TokenizedPair | TargetGroup]
     probe: Tensor
 
 
-def train_task(setup: Setup, pairs: Encoded, replayed: int, work: Path, seed: int) -> list[StageReport]:
+def train_stages(setup: RunContext, pairs: Encoded, replayed: int, work: Path, seed: int) -> list[StageReport]:
     """Train the policy in place on a task's rows.
 
     Args:
@@ -100,7 +100,7 @@ def train_task(setup: Setup, pairs: Encoded, replayed: int, work: Path, seed: in
 
 
 def _train_stage(
-    setup: Setup,
+    setup: RunContext,
     objective: Objective,
     options: StageOptions,
     pairs: Encoded,
@@ -114,7 +114,7 @@ def _train_stage(
     if reference is not None:
         start, what = _step0(setup, reference)
         against = f", reference = {reference.name}, {what}"
-    setup.announce(f"  {objective.name}: {len(pairs)} rows ({replayed} replayed){against}")
+    setup.log(f"  {objective.name}: {len(pairs)} rows ({replayed} replayed){against}")
     result = run_stage(
         setup.policy,
         objective,
@@ -126,7 +126,7 @@ def _train_stage(
         penalty=setup.method.penalty,
         gradient_hook=setup.method.adjust_gradients,
         progress=lambda done, total: setup.progress(objective.name, done, total),
-        announce=setup.announce,
+        log=setup.log,
     )
     report = StageReport(
         stage=objective.name,
@@ -139,15 +139,15 @@ def _train_stage(
         curve=result.curve,
         **start,
     )
-    keep_finished(setup.policy, asdict(report), folder, objective.name)
+    save_result(setup.policy, asdict(report), folder, objective.name)
     return report
 
 
-def _reference(setup: Setup, pairs: Encoded) -> _Reference:
+def _reference(setup: RunContext, pairs: Encoded) -> _Reference:
     """Compute or look up the reference, which at this moment is the base model or the policy as it is."""
-    preferences = [row for row in pairs if isinstance(row, EncodedPair)]
+    preferences = [row for row in pairs if isinstance(row, TokenizedPair)]
     groups = [row for row in pairs if isinstance(row, TargetGroup)]
-    everything: Sequence[EncodedPair | TargetGroup] = groups or preferences
+    everything: Sequence[TokenizedPair | TargetGroup] = groups or preferences
     base = setup.options.reference == "base"
     key = policy_key(setup.model_key, {} if base else setup.policy.total())
     tokens = setup.options.tokens_per_batch
@@ -162,16 +162,16 @@ def _reference(setup: Setup, pairs: Encoded) -> _Reference:
     return _Reference(setup.options.reference, rows, probe_rows, probe)
 
 
-def _probe_log_probs(setup: Setup, rows: Sequence[EncodedPair | TargetGroup]) -> Tensor:
+def _probe_log_probs(setup: RunContext, rows: Sequence[TokenizedPair | TargetGroup]) -> Tensor:
     """Of pairs (P, 2); of groups one for each of their responses, in a row."""
     groups = [row for row in rows if isinstance(row, TargetGroup)]
     if groups:
         return torch.cat(group_log_probs(setup.policy, groups, setup.options.tokens_per_batch))
-    pairs = [row for row in rows if isinstance(row, EncodedPair)]
+    pairs = [row for row in rows if isinstance(row, TokenizedPair)]
     return pair_log_probs(setup.policy, pairs, setup.options.tokens_per_batch)
 
 
-def _step0(setup: Setup, reference: _Reference) -> tuple[dict[str, float], str]:
+def _step0(setup: RunContext, reference: _Reference) -> tuple[dict[str, float], str]:
     """Measure on the probe, in the batches the reference was measured in, so that equal policies give exactly 0.
 
     Returns:
@@ -195,7 +195,7 @@ _TASK_STRIDE, _RUN_STRIDE = 1000, 1_000_003
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TaskResult:
     """What was taught.
 
     Attributes:
@@ -213,7 +213,7 @@ class Lesson:
     warnings: tuple[str, ...] = ()
 
 
-def teach(setup: Setup, task: Task, rows: TaskRows, work: Path) -> Lesson:
+def train_task(setup: RunContext, task: Task, rows: TaskRows, work: Path) -> TaskResult:
     """Train the policy in place on a task and on what the method replays beside it.
 
     Args:
@@ -228,37 +228,37 @@ def teach(setup: Setup, task: Task, rows: TaskRows, work: Path) -> Lesson:
     replayed = setup.method.rows(task)
     prompts = rows.rows
     if not isinstance(prompts, PromptSet):
-        return Lesson(task, _train(setup, rows, replayed, work, task.seed), rows.facts, [], rows.warnings)
+        return TaskResult(task, _train(setup, rows, replayed, work, task.seed), rows.facts, [], rows.warnings)
     reports: list[StageReport] = []
     rollouts: list[dict[str, float]] = []
     weighed, scale, warnings = rows, None, rows.warnings
     for number in range(1, setup.rollouts.rounds + 1):
         sampling, seed = (_seed(task, number, purpose) for purpose in ("sampling", "training"))
         try:
-            rollout = roll_out(setup, prompts, work / "rollouts", number, fewest_answers(setup), sampling)
+            rollout = sample_and_score(setup, prompts, work / "rollouts", number, fewest_answers(setup), sampling)
         except ShortfallError as error:
             if number == 1:
                 raise
             # What earlier rounds have taught stands: the policy has come to write longer.
             warnings += (f"round {number} is not learned: {error}",)
-            setup.announce(f"  warning: {warnings[-1]}")
+            setup.log(f"  warning: {warnings[-1]}")
             break
         rollouts.append(rollout.facts)
-        setup.announce(f"  round {number}: {rollout.summary()}")
+        setup.log(f"  round {number}: {rollout.one_line()}")
         for warning in rollout.warnings:
-            setup.announce(f"  warning: {prompts.source}: {warning}")
+            setup.log(f"  warning: {prompts.source}: {warning}")
             warnings += (f"round {number}: {warning}",)
         if number > 1 and rollout.settled:
-            setup.announce("  all answers have the same reward: there is nothing left to learn from them")
+            setup.log("  all answers have the same reward: there is nothing left to learn from them")
             break
         weighed = weigh_rows(setup, rollout.rows, scale)
         # The first round's, so that a reward is worth as many nats in every round.
         scale = weighed.facts["scale"] if weighed.facts else None
         for line in weighed.lines:
-            setup.announce(line)
+            setup.log(line)
         # Each in its own folder: where it samples what the round before did, that one's result is not its own.
         reports += _train(setup, weighed, replayed, work / f"round-{number}", seed)
-    return Lesson(replace(task, rows=weighed.rows), reports, weighed.facts, rollouts, warnings)
+    return TaskResult(replace(task, rows=weighed.rows), reports, weighed.facts, rollouts, warnings)
 
 
 def task_seed(run_seed: int, index: int) -> int:
@@ -271,8 +271,8 @@ def _seed(task: Task, number: int, purpose: str) -> int:
     return random.Random(f"{task.seed}/{number}/{purpose}").randrange(_SEEDS)
 
 
-def _train(setup: Setup, rows: TaskRows, replayed: list[AnyRow], work: Path, seed: int) -> list[StageReport]:
+def _train(setup: RunContext, rows: TaskRows, replayed: list[AnyRow], work: Path, seed: int) -> list[StageReport]:
     encoded = encode_rows(setup, rows.rows, replayed)
     if encoded.altered:
-        setup.announce(f"  {encoded.summary()}")
-    return train_task(setup, encoded, len(replayed), work, seed)
+        setup.log(f"  {encoded.one_line()}")
+    return train_stages(setup, encoded, len(replayed), work, seed)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everalign.data.collate import Batch, lay_out_pairs
-from everalign.data.tokenization import EncodedPair
-from everalign.modeling.logprobs import Architecture, LanguageHead, MaskKind
+from everalign.data.collate import Batch, collate_pairs
+from everalign.data.tokenization import TokenizedPair
+from everalign.modeling.logprobs import Architecture, MaskKind, SequenceLogProbs
 from everalign.modeling.lora_targets import is_linear, kind_of
 from everalign.modeling.positions import Lengths, probe_lengths
 from everalign.modeling.shrinking import FIRST_SPECIAL, MODEL_ERRORS, shrunk_copy
@@ -79,7 +79,7 @@ def _probe(model: Any, lengths: Lengths) -> Architecture:
     with torch.no_grad():
         batch = _rows(model, shared=False)
         with _noting_linear_modules(model) as reached:
-            whole = LanguageHead(model, Architecture()).response_logits(batch)
+            whole = SequenceLogProbs(model, Architecture()).response_logits(batch)
         separate = _is_apart(model, batch, whole)
         resumable = not separate and _is_resumable(model, batch, whole)
         masks, reason = _sharing(model, whole)
@@ -113,7 +113,7 @@ def _noting_linear_modules(model: Any) -> Iterator[set[str]]:
 
 def _is_apart(model: Any, batch: Batch, whole: Tensor) -> bool:
     """Whether decoder and head give the logits of the whole model, called one after the other."""
-    head = LanguageHead(model, Architecture(separate=True))
+    head = SequenceLogProbs(model, Architecture(separate=True))
     try:
         return head.separate and _close(whole, head.all_logits(batch), _HEAD_TOLERANCE)
     except MODEL_ERRORS:
@@ -125,7 +125,7 @@ def _is_resumable(model: Any, batch: Batch, whole: Tensor) -> bool:
 
     Each half of them is computed apart, so that nothing may look at other positions.
     """
-    head = LanguageHead(model, Architecture(resumable=True))
+    head = SequenceLogProbs(model, Architecture(resumable=True))
     try:
         halves = head.states(batch).chunk(2)
         return head.chunked and _close(whole, torch.cat([head.logits(half) for half in halves]), _HEAD_TOLERANCE)
@@ -142,7 +142,7 @@ def _sharing(model: Any, whole: Tensor) -> tuple[tuple[MaskKind, ...], str | Non
     batch, reason = _rows(model, shared=True), ""
     order = _rows(model, shared=False)["sequences"].argsort(stable=True)
     for masks in _candidates(config, kinds):
-        head = LanguageHead(model, Architecture(masks=masks))
+        head = SequenceLogProbs(model, Architecture(masks=masks))
         try:
             found = head.response_logits(batch)
         except MODEL_ERRORS as error:
@@ -174,10 +174,10 @@ def _rows(model: Any, shared: bool) -> Batch:
     """
     most = min(model.config.get_text_config().vocab_size, FIRST_SPECIAL)
     tokens = [[3 + (7 * i + 3 * k) % (most - 3) for i in range(2 + k)] for k in range(4)]
-    long = EncodedPair("probe", tokens[3] * 3, [most - 1, *tokens[1]], [most - 1, *tokens[2]], 1.0)
-    short = [EncodedPair("probe", tokens[k], tokens[k + 1], tokens[k + 2], 1.0) for k in range(2)]
+    long = TokenizedPair("probe", tokens[3] * 3, [most - 1, *tokens[1]], [most - 1, *tokens[2]], 1.0)
+    short = [TokenizedPair("probe", tokens[k], tokens[k + 1], tokens[k + 2], 1.0) for k in range(2)]
     device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in lay_out_pairs([long, *short], shared).items()}
+    return {name: value.to(device) for name, value in collate_pairs([long, *short], shared).items()}
 
 
 def _close(expected: Tensor, found: Tensor, tolerance: float) -> bool:

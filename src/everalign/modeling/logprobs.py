@@ -43,7 +43,7 @@ def rows_at_once(vocabulary: int, copies: int) -> int:
 
 
 @dataclass(frozen=True)
-class HeadShape:
+class LogitTransform:
     """What a model does to its logits after the output matrix.
 
     Args:
@@ -55,7 +55,7 @@ class HeadShape:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, config: Any) -> "HeadShape":
+    def of(cls, config: Any) -> "LogitTransform":
         """Read a model's configuration."""
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
@@ -79,7 +79,7 @@ class HeadShape:
 
 
 def token_log_probs(
-    hidden: Tensor, head: Head, targets: Tensor, shape: HeadShape, chunk_rows: int | None = None
+    hidden: Tensor, head: Head, targets: Tensor, shape: LogitTransform, chunk_rows: int | None = None
 ) -> Tensor:
     """Return log softmax(shape(head(hidden)))[targets].
 
@@ -112,7 +112,7 @@ def _width(head: Head, hidden: Tensor) -> int:
         return head(hidden[:1]).shape[-1]
 
 
-def _log_probs(hidden: Tensor, head: Head, targets: Tensor, shape: HeadShape) -> Tensor:
+def _log_probs(hidden: Tensor, head: Head, targets: Tensor, shape: LogitTransform) -> Tensor:
     logits = shape.apply(head(hidden))
     return logits.log_softmax(dim=-1, dtype=torch.float32).gather(1, targets[:, None])[:, 0]
 
@@ -120,7 +120,7 @@ def _log_probs(hidden: Tensor, head: Head, targets: Tensor, shape: HeadShape) ->
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, shape: HeadShape, rows: int, block: int
+        ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, shape: LogitTransform, rows: int, block: int
     ) -> Tensor:
         """Compute log-probabilities (K,) chunk by chunk, and their gradients (K, d) where they are wanted."""
         wanted = ctx.needs_input_grad[0]
@@ -148,7 +148,7 @@ class _FrozenHead(torch.autograd.Function):
         return gradient * -upstream[:, None].to(gradient.dtype), None, None, None, None, None
 
 
-def _fill(log_probs: Tensor, logits: Tensor, chosen: Tensor, sums: Tensor, shape: HeadShape, wanted: bool) -> None:
+def _fill(log_probs: Tensor, logits: Tensor, chosen: Tensor, sums: Tensor, shape: LogitTransform, wanted: bool) -> None:
     """Write log-probabilities (K,), Σ exp of the logits (K, V) over its largest term as `sums` (K, 1), and where
     wanted, over the logits, the slope of the negative log-probability times that sum.
     """
@@ -185,7 +185,7 @@ class Architecture:
             runs whole.
         masks: what layers see of a shared row, of which block attention masks with restarted positions are made: the
             `whole` past, a `window` of it or their `chunk` of it. One for all layers, or one for each kind of them.
-        unshared_because: why a prompt has to be computed for each answer anew; None where the masks reproduce
+        why_no_prefix_sharing: why a prompt has to be computed for each answer anew; None where the masks reproduce
             separate sequences.
         reached: kinds of the linear modules (see `targets.kind_of`) that a text passes through.
         resumable: what the model itself does behind its decoder can be run on given hidden states; asked for where
@@ -195,13 +195,13 @@ class Architecture:
 
     separate: bool = False
     masks: tuple[MaskKind, ...] = ("whole",)
-    unshared_because: str | None = None
+    why_no_prefix_sharing: str | None = None
     reached: frozenset[str] = frozenset()
     resumable: bool = False
     lengths: Lengths = field(default_factory=Lengths)
 
 
-class LanguageHead:
+class SequenceLogProbs:
     """Computes hidden states once and the head only where a response token is predicted.
 
     Args:
@@ -212,7 +212,7 @@ class LanguageHead:
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self._model, self._masks = model, architecture.masks
         config = model.config.get_text_config()
-        self._config, self._shape = config, HeadShape.of(config)
+        self._config, self._shape = config, LogitTransform.of(config)
         attention = getattr(config, "_attn_implementation", None) or "sdpa"
         self._attention, self._flex = attention, attention == FLEX
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -220,16 +220,16 @@ class LanguageHead:
         self._positions = PositionState(model)
         self.separate = architecture.separate and model.base_model is not model
         self._resumable = architecture.resumable and model.base_model is not model
-        self.unshared_because = architecture.unshared_because
+        self.why_no_prefix_sharing = architecture.why_no_prefix_sharing
         if attention not in _MASKED:
-            self.unshared_because = f"{attention} attention takes no block attention mask"
-        elif self._flex and self._masks != ("whole",) and self.unshared_because is None:
-            self.unshared_because = "flex attention is used for layers that attend to the whole past only"
+            self.why_no_prefix_sharing = f"{attention} attention takes no block attention mask"
+        elif self._flex and self._masks != ("whole",) and self.why_no_prefix_sharing is None:
+            self.why_no_prefix_sharing = "flex attention is used for layers that attend to the whole past only"
 
     @property
     def shared(self) -> bool:
         """Whether a prompt and its answers can be one row."""
-        return self.unshared_because is None
+        return self.why_no_prefix_sharing is None
 
     def check_token(self, largest: int) -> None:
         """Raise InputError where rows hold a token, their largest, that the model has no embedding for."""
@@ -365,7 +365,7 @@ class LanguageHead:
         if self.separate:
             log_probs = token_log_probs(states, self._model.get_output_embeddings(), targets, self._shape)
         elif self._resumable:
-            log_probs = token_log_probs(states, self.logits, targets, HeadShape())
+            log_probs = token_log_probs(states, self.logits, targets, LogitTransform())
         else:
             log_probs = torch.log_softmax(states.float(), dim=-1).gather(1, targets[:, None])[:, 0]
         sums = torch.zeros(len(batch["lengths"]), device=log_probs.device)

@@ -23,7 +23,7 @@ from everalign.modeling import lora as adapters
 from everalign.modeling.architecture import study
 from everalign.modeling.cpu_kernels import fuse_layers, use_cpu_attention
 from everalign.modeling.decoding import Decoder
-from everalign.modeling.logprobs import LanguageHead, naming
+from everalign.modeling.logprobs import SequenceLogProbs, naming
 from everalign.modeling.lora import fuse, resting
 from everalign.modeling.lora_targets import ALL_LINEAR, choose_targets
 
@@ -70,7 +70,7 @@ class Policy(nn.Module):
             fuse(layer)
         fuse_layers(model)
         use_cpu_attention(model)
-        self.head = LanguageHead(model, architecture)
+        self.head = SequenceLogProbs(model, architecture)
         self.reset(seed)
 
     # ---- what it computes ----

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL_LM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as IMAGE_TEXT_TO_TEXT
 
-from everalign.data.collate import lay_out_pairs
-from everalign.data.tokenization import EncodedPair
+from everalign.data.collate import collate_pairs
+from everalign.data.tokenization import TokenizedPair
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.architecture import configuration_key, study
 from everalign.modeling.loading import load_model
@@ -143,8 +143,8 @@ def _check_causal(small: Any, tokens: list[int]) -> None:
 
 def _take_a_step(policy: Policy, tokens: list[int]) -> None:
     """Learn from one pair."""
-    pair = EncodedPair("rehearsal", tokens[:4], tokens[4:8], tokens[8:11], 1.0)
-    chosen, rejected = policy.train()(lay_out_pairs([pair], policy.head.shared)).unbind()
+    pair = TokenizedPair("rehearsal", tokens[:4], tokens[4:8], tokens[8:11], 1.0)
+    chosen, rejected = policy.train()(collate_pairs([pair], policy.head.shared)).unbind()
     (chosen - rejected).backward()
     learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if not all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in learning):

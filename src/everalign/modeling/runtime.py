@@ -53,18 +53,18 @@ def allow_tf32() -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def training_device(announce: Callable[[str], None] = lambda _: None) -> torch.device:
+def training_device(log: Callable[[str], None] = lambda _: None) -> torch.device:
     """Return where one process trains: the current GPU, or the CPU where there is none.
 
     Args:
-        announce: called with a line where several GPUs are visible, of which one is used.
+        log: called with a line where several GPUs are visible, of which one is used.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", torch.cuda.current_device())
     if (count := torch.cuda.device_count()) > 1:
         use = f"one is used, {place_name(device)}"
-        announce(f"{count} GPUs are visible and {use}; set CUDA_VISIBLE_DEVICES to choose another")
+        log(f"{count} GPUs are visible and {use}; set CUDA_VISIBLE_DEVICES to choose another")
     return device
 
 

@@ -264,7 +264,7 @@ def _samples(ends: _Ends, prompt: Prompt, prompt_ids: list[int], answers: list[l
 _CHUNK = 256
 
 
-def sample_kept(
+def sample_journalled(
     policy: Policy,
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Prompt],

@@ -198,7 +198,7 @@ class CorrectorShow:
             ),
         ]
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return asdict(self)
 

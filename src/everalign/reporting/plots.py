@@ -65,7 +65,7 @@ def drawing() -> Any:
 
 
 def inline_svg(drawn: Any, name: str, title: str, description: str) -> Markup:
-    """The figure as an `<svg>` element that screen readers announce by `title` and `description`.
+    """The figure as an `<svg>` element that screen readers log by `title` and `description`.
 
     `name` must differ between the figures of one page: it keeps the ids inside them apart.
     """

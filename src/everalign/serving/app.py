@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from everalign.serving.corrector_reload import FollowedRun
+from everalign.serving.corrector_reload import CorrectorReloader
 from everalign.serving.corrector_service import CorrectionService
 from everalign.serving.errors import GatewayError, refused
 from everalign.serving.feedback_route import feedback_routes
@@ -43,7 +43,7 @@ def create_app(
     *,
     store: Store | None = None,
     corrections: CorrectionService | None = None,
-    followed: FollowedRun | None = None,
+    followed: CorrectorReloader | None = None,
 ) -> FastAPI:
     """Return a gateway; its parts are at `app.state.gateway`, and `app.state.ready` is called when it begins.
 

@@ -28,7 +28,7 @@ _FLAGS = ("stream", "store", "logprobs")
 
 
 @dataclass(frozen=True)
-class ChatCall:
+class ChatRequest:
     """A request.
 
     Args:
@@ -102,7 +102,7 @@ class ChatCall:
 
 
 @dataclass(frozen=True)
-class Desk:
+class RequestParser:
     """Reads requests.
 
     Args:
@@ -128,7 +128,7 @@ class Desk:
         key_id: str,
         has_corrector: bool,
         model: str | None = None,
-    ) -> ChatCall:
+    ) -> ChatRequest:
         """Return a request, of a `model` if the path names one; raises GatewayError that names the field."""
         body = read_json(content)
         body = body if model is None else {**body, "model": model}
@@ -146,7 +146,7 @@ class Desk:
         rule: str | None,
         tools: bool,
         structure: Callable[[bool], Structure | None],
-    ) -> ChatCall:
+    ) -> ChatRequest:
         """Return a request that is checked; raises GatewayError.
 
         Args:
@@ -173,7 +173,7 @@ class Desk:
         if mode == "strict" and allowed is None:
             _check_strict(rule or ("tools" if tools else None))
         body = {**body, "model": model}
-        return ChatCall(
+        return ChatRequest(
             id=f"chatcmpl-{uuid.uuid4().hex}",
             key_id=key_id,
             body=body,

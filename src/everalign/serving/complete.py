@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from everalign.serving.chat_request import ChatCall
-from everalign.serving.completion_json import Choice, Gathering, counts_of, rewritten, with_effort
+from everalign.serving.chat_request import ChatRequest
+from everalign.serving.completion_json import Choice, CompletionAccumulator, counts_of, rewritten, with_effort
 from everalign.serving.decide import Judge, Summary, Verdict, summary
 from everalign.serving.errors import GatewayError, bad_upstream
 from everalign.serving.headers import provenance
@@ -17,17 +17,17 @@ def malformed() -> GatewayError:
     return bad_upstream("the upstream's answer has no choices that could be read", "upstream_malformed")
 
 
-def passed_on(call: ChatCall, headers: Mapping[str, str]) -> dict[str, str]:
+def forwarded_headers(call: ChatRequest, headers: Mapping[str, str]) -> dict[str, str]:
     """Return the upstream's headers for the client; in strict mode none, since they could hold anything."""
     return {} if call.mode == "strict" else dict(headers)
 
 
-def origin(call: ChatCall, found: Summary) -> dict[str, str]:
+def origin(call: ChatRequest, found: Summary) -> dict[str, str]:
     """Return the headers that say what became of an answer."""
     return provenance(call.id, call.mode, found.outcome, found.reason, found.version, found.template, found.stored)
 
 
-def report(call: ChatCall, found: Summary) -> dict[str, Any]:
+def report(call: ChatRequest, found: Summary) -> dict[str, Any]:
     """Return the same for an answer's own JSON."""
     about = {
         "mode": call.mode,
@@ -39,14 +39,14 @@ def report(call: ChatCall, found: Summary) -> dict[str, Any]:
     return about if found.stored is None else {**about, "stored": found.stored}
 
 
-def known_before(call: ChatCall) -> Summary | None:
+def known_before(call: ChatRequest) -> Summary | None:
     """Return what becomes of an answer whatever it is; None for one that is to be seen first, as all are in strict."""
     if not call.corrects:
         return Summary("skipped", call.mode)
     return Summary("skipped", call.rule) if call.mode == "correct" and call.rule is not None else None
 
 
-def said_stored(call: ChatCall, found: Summary, kept: bool) -> Summary:
+def said_stored(call: ChatRequest, found: Summary, kept: bool) -> Summary:
     """Return it with whether the exchange is kept, where somebody asked for that."""
     return replace(found, stored=kept) if call.wants_storing else found
 
@@ -56,7 +56,7 @@ def returned_text(choice: Choice, verdict: Verdict) -> str:
     return choice.text if verdict.text is None else verdict.text
 
 
-def told_usage(call: ChatCall, usage: Mapping[str, Any] | None, found: Summary) -> dict[str, Any] | None:
+def reported_usage(call: ChatRequest, usage: Mapping[str, Any] | None, found: Summary) -> dict[str, Any] | None:
     """Return the usage that the client is told: the upstream's, and the corrector's beside it."""
     return with_effort(counts_of(usage) if call.mode == "strict" else usage, found.effort)
 
@@ -78,7 +78,7 @@ class Answered:
         corrector_seconds: spent in the corrector, waiting included.
     """
 
-    call: ChatCall
+    call: ChatRequest
     body: dict[str, Any]
     headers: dict[str, str]
     original: str
@@ -90,7 +90,7 @@ class Answered:
     corrector_seconds: float
 
 
-async def whole_answer(call: ChatCall, judge: Judge, recorder: Recorder) -> Answered:
+async def complete(call: ChatRequest, judge: Judge, recorder: Recorder) -> Answered:
     """Return a request's answer.
 
     Args:
@@ -104,14 +104,14 @@ async def whole_answer(call: ChatCall, judge: Judge, recorder: Recorder) -> Answ
     with recorder.counted(call) as record:
         with record.in_upstream():
             answered = await call.upstream.chat(call.asked())
-        gathering = Gathering()
+        gathering = CompletionAccumulator()
         if not gathering.add(answered.body) or not (choices := gathering.choices()):
             raise malformed()
         if call.corrects:
             with record.in_corrector():
                 verdicts = await judge.judge(call, choices)
             found = summary(verdicts)
-            usage = told_usage(call, gathering.usage, found)
+            usage = reported_usage(call, gathering.usage, found)
             body = {**_corrected(call, answered.body, choices, verdicts), "usage": usage}
             returned = returned_text(choices[0], verdicts[0])
         else:
@@ -124,13 +124,13 @@ async def whole_answer(call: ChatCall, judge: Judge, recorder: Recorder) -> Answ
         if call.mode == "shadow":
             recorder.shadow(call, choices)
         record.end(found)
-        headers = {**passed_on(call, answered.headers), **origin(call, found)}
+        headers = {**forwarded_headers(call, answered.headers), **origin(call, found)}
         spent = record.upstream_seconds, record.corrector_seconds
         return Answered(call, body, headers, choices[0].text, returned, found, usage, kept, *spent)
 
 
 def _corrected(
-    call: ChatCall, answer: dict[str, Any], choices: Sequence[Choice], verdicts: Sequence[Verdict]
+    call: ChatRequest, answer: dict[str, Any], choices: Sequence[Choice], verdicts: Sequence[Verdict]
 ) -> dict[str, Any]:
     """Return an answer with its texts replaced; in strict mode nothing of the original is in it."""
     strict = call.mode == "strict"
@@ -145,7 +145,7 @@ def _corrected(
     return {**common, "id": call.id, "object": "chat.completion", "choices": texts}
 
 
-def strict_head(call: ChatCall, answer: Mapping[str, Any]) -> dict[str, Any]:
+def strict_head(call: ChatRequest, answer: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an answer has besides its choices, of which nothing is the upstream's own words."""
     created = answer.get("created")
     return {"id": call.id, "created": created if isinstance(created, int) else 0, "model": call.body["model"]}

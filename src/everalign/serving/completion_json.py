@@ -76,7 +76,7 @@ class Choice:
                 known[name] += told[name]
 
 
-class Gathering:
+class CompletionAccumulator:
     """Takes in an answer, whole or chunk by chunk, and tells what is in it."""
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ def counts_of(usage: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class Effort:
+class CorrectorUsage:
     """What a corrector took; None where it does not tell.
 
     Args:
@@ -136,15 +136,15 @@ class Effort:
     rejected: int | None = None
     passes: int | None = None
 
-    def __add__(self, other: "Effort") -> "Effort":
-        return Effort(*(_sum(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
+    def __add__(self, other: "CorrectorUsage") -> "CorrectorUsage":
+        return CorrectorUsage(*(_sum(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__))
 
 
 def _sum(first: int | None, second: int | None) -> int | None:
     return second if first is None else first if second is None else first + second
 
 
-def with_effort(usage: Mapping[str, Any] | None, effort: Effort | None) -> dict[str, Any] | None:
+def with_effort(usage: Mapping[str, Any] | None, effort: CorrectorUsage | None) -> dict[str, Any] | None:
     """Return an upstream's usage, with the corrector's own as `corrector`; the two are not summed."""
     if effort is None:
         return None if usage is None else dict(usage)

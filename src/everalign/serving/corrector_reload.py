@@ -1,6 +1,6 @@
 """A run's promoted corrector in service: whenever another version becomes current, it takes the former one's place.
 
-    followed = FollowedRun(Path("runs/corrector"), load)
+    followed = CorrectorReloader(Path("runs/corrector"), load)
     corrector, version = followed.load()
     await followed.follow(service)     # until it is cancelled
 
@@ -38,7 +38,7 @@ def is_run(name: str) -> bool:
     return (Path(name) / "run.json").is_file()
 
 
-class FollowedRun:
+class CorrectorReloader:
     """A run that has learned corrections, and the version of it that is in service.
 
     Args:
@@ -46,7 +46,7 @@ class FollowedRun:
         load: loads an exported corrector's folder.
         on_rollback: what becomes of answers while the run is rolled back to its base model.
         seconds: between two looks at the run.
-        announce: called with one line whenever another version is in service, or could not be.
+        log: called with one line whenever another version is in service, or could not be.
 
     Raises:
         InputError: it is no run, it has learned no corrections, or none of its versions was ever promoted.
@@ -58,7 +58,7 @@ class FollowedRun:
         load: Callable[[Path], "Corrector"],
         on_rollback: OnRollback = "uncorrected",
         seconds: float = SECONDS,
-        announce: Callable[[str], None] = _log.warning,
+        log: Callable[[str], None] = _log.warning,
     ) -> None:
         from everalign.learning.run_data import load_run
 
@@ -73,7 +73,7 @@ class FollowedRun:
         if all(version.refused for version in run.everything):
             raise InputError(f"{path}: no version of it is promoted: learn corrections first")
         self._on_rollback: OnRollback = on_rollback
-        self._path, self._load, self._seconds, self._announce = path, load, seconds, announce
+        self._path, self._load, self._seconds, self._announce = path, load, seconds, log
         self._served: str | None = None
         self._refused: str | None = None
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from everalign.deadlines import Deadline, DeadlineOver, call_in_thread
 from everalign.errors import InputError
-from everalign.serving.completion_json import Effort
+from everalign.serving.completion_json import CorrectorUsage
 from everalign.serving.limits import FairQueue
 from everalign.serving.upstream_transport import CircuitBreaker, Permit
 
@@ -75,7 +75,7 @@ class Correction:
     reason: str | None
     version: str
     template: str
-    effort: Effort
+    effort: CorrectorUsage
     seconds: float
 
 
@@ -416,7 +416,9 @@ def _followed(job: _Job, loop: asyncio.AbstractEventLoop) -> Correction:
         if not isinstance(event, str):
             return _correction(event, job.loaded, time.perf_counter() - started)
         if job.gone:
-            return Correction(job.answer, "skipped", "gone", job.loaded.version, job.loaded.template, Effort(), 0.0)
+            return Correction(
+                job.answer, "skipped", "gone", job.loaded.version, job.loaded.template, CorrectorUsage(), 0.0
+            )
         with suppress(RuntimeError):  # the loop is closed: nobody reads
             loop.call_soon_threadsafe(job.events.put_nowait, event)
     raise RuntimeError("the corrector ended without a correction")
@@ -424,5 +426,7 @@ def _followed(job: _Job, loop: asyncio.AbstractEventLoop) -> Correction:
 
 def _correction(found: "Corrected", loaded: _Loaded, seconds: float) -> Correction:
     outcome = "applied" if found.changed else "unchanged" if found.reason in _VERDICTS else "skipped"
-    effort = Effort(found.output_tokens, found.accepted_draft_tokens, found.rejected_draft_tokens, found.forward_passes)
+    effort = CorrectorUsage(
+        found.output_tokens, found.accepted_draft_tokens, found.rejected_draft_tokens, found.forward_passes
+    )
     return Correction(found.text, outcome, found.reason, loaded.version, loaded.template, effort, seconds)

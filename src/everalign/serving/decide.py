@@ -8,10 +8,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from everalign.serving.chat_request import ChatCall
-from everalign.serving.completion_json import Choice, Effort
+from everalign.serving.chat_request import ChatRequest
+from everalign.serving.completion_json import Choice, CorrectorUsage
 from everalign.serving.corrector_service import Correction, CorrectionFailed, CorrectionService
-from everalign.serving.eligibility import GIVEN_IN_STRICT, answer_rule
+from everalign.serving.eligibility import GIVEN_IN_STRICT, why_not_corrected
 from everalign.serving.errors import uncorrected
 from everalign.serving.settings import OnFailure
 from everalign.serving.structured import Structure, prose_of, with_prose
@@ -52,7 +52,7 @@ class Summary:
     reason: str | None
     version: str | None = None
     template: str | None = None
-    effort: Effort | None = None
+    effort: CorrectorUsage | None = None
     stored: bool | None = None
 
 
@@ -62,7 +62,7 @@ def summary(verdicts: Sequence[Verdict]) -> Summary:
     asked = [verdict.correction for verdict in verdicts if verdict.correction is not None]
     if not asked:
         return Summary(first.outcome, first.reason)
-    effort = sum((one.effort for one in asked), Effort())
+    effort = sum((one.effort for one in asked), CorrectorUsage())
     return Summary(first.outcome, first.reason, asked[0].version, asked[0].template, effort)
 
 
@@ -90,7 +90,7 @@ class Judge:
         self._corrections, self._closed, self._longest = corrections, on_failure == "closed", longest
         self._metrics = metrics
 
-    async def judge(self, call: ChatCall, choices: Sequence[Choice]) -> list[Verdict]:
+    async def judge(self, call: ChatRequest, choices: Sequence[Choice]) -> list[Verdict]:
         """Return what becomes of each answer; raises GatewayError where one may not leave."""
         # Before any is corrected: one that may not leave spares the others' correction.
         ruled = [await self._structured(call, choice) or self.rule(call, choice) for choice in choices]
@@ -108,12 +108,12 @@ class Judge:
                 task.cancel()
         return [verdict or next(found) for verdict in ruled]
 
-    async def _structured(self, call: ChatCall, choice: Choice) -> Verdict | None:
+    async def _structured(self, call: ChatRequest, choice: Choice) -> Verdict | None:
         """Return what becomes of a strict answer that is JSON or calls tools; None for any other."""
         structure = call.structure
         if structure is None:
             return None
-        reason = answer_rule(choice, self._longest)
+        reason = why_not_corrected(choice, self._longest)
         if reason == "tool_calls":
             # In a thread: a schema and an answer may be large.
             calls = await asyncio.to_thread(structure.calls_of, choice.calls)
@@ -125,7 +125,7 @@ class Judge:
             return Verdict(choice.text, "skipped", "json")
         return await self._with_prose(call, choice, structure, value)
 
-    async def _with_prose(self, call: ChatCall, choice: Choice, structure: Structure, value: Any) -> Verdict:
+    async def _with_prose(self, call: ChatRequest, choice: Choice, structure: Structure, value: Any) -> Verdict:
         """Return a strict answer in JSON with its texts corrected, each by itself."""
         found = prose_of(value, structure.schema)
         pieces = [Choice(0, text, finish_reason="stop") for _, text in found]
@@ -142,9 +142,9 @@ class Judge:
         await asyncio.to_thread(structure.json_of, text)
         return Verdict(text, "applied", None, next(one.correction for one in verdicts if one.outcome == "applied"))
 
-    def rule(self, call: ChatCall, choice: Choice) -> Verdict | None:
+    def rule(self, call: ChatRequest, choice: Choice) -> Verdict | None:
         """Return what a rule makes of an answer, None where it is to be corrected; raises GatewayError."""
-        own = answer_rule(choice, self._longest)
+        own = why_not_corrected(choice, self._longest)
         reason = own if call.structure is not None else call.rule or own
         if reason is None:
             return None
@@ -154,13 +154,13 @@ class Judge:
         text = "" if call.mode == "strict" and reason == "empty" else None
         return Verdict(text, "skipped", reason)
 
-    def failed(self, call: ChatCall, reason: str) -> Verdict:
+    def failed(self, call: ChatRequest, reason: str) -> Verdict:
         """Return what becomes of an answer whose correction failed; raises GatewayError."""
         if call.mode == "strict" or self._closed or reason == "stopped":
             raise uncorrected(reason, 503, again=True)
         return Verdict(None, "skipped", reason)
 
-    async def decided(self, call: ChatCall, choice: Choice, correction: Correction) -> Verdict:
+    async def decided(self, call: ChatRequest, choice: Choice, correction: Correction) -> Verdict:
         """Return what becomes of an answer that the corrector has seen; raises GatewayError."""
         self._metrics.count_effort(correction.effort)
         self._metrics.edited.observe(await edited(choice.text, correction.text))
@@ -170,7 +170,7 @@ class Judge:
             raise uncorrected(correction.reason or "refused", 503, again=False)
         return Verdict(None, "skipped", correction.reason, correction)
 
-    async def follow(self, call: ChatCall, choice: Choice, writer: Writer) -> Verdict:
+    async def follow(self, call: ChatRequest, choice: Choice, writer: Writer) -> Verdict:
         """Return what becomes of a single answer, having written the beginning of its correction meanwhile."""
         assert call.question is not None  # else a rule holds
         try:
@@ -187,7 +187,7 @@ class Judge:
             return verdict
         raise AssertionError("a correction ends with what it is, or with CorrectionFailed")
 
-    async def _corrected(self, call: ChatCall, choice: Choice) -> Verdict:
+    async def _corrected(self, call: ChatRequest, choice: Choice) -> Verdict:
         assert call.question is not None  # else a rule holds
         try:
             correction = await self._corrections.correct(call.question, choice.text, call.key_id)

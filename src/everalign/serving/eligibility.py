@@ -93,7 +93,7 @@ def offers_tools(body: Mapping[str, Any]) -> bool:
     return bool(offered) and "none" not in (body.get("tool_choice"), body.get("function_call"))
 
 
-def answer_rule(choice: Choice, longest: int) -> str | None:
+def why_not_corrected(choice: Choice, longest: int) -> str | None:
     """Return why an answer is not corrected; None if it is.
 
     Args:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from everalign.serving.chat_request import Desk
+from everalign.serving.chat_request import RequestParser
 from everalign.serving.corrector_service import AnyCorrector, CorrectionService
 from everalign.serving.decide import Judge
 from everalign.serving.fallback import Answering
 from everalign.serving.limits import Allowances, Limiter
-from everalign.serving.request_log import Keeper, Recorder, Store
+from everalign.serving.request_log import AsyncStore, Recorder, Store
 from everalign.serving.security import Keys
 from everalign.serving.settings import GatewaySettings, Mode, UpstreamSettings
 from everalign.serving.stream import Streams
@@ -67,17 +67,17 @@ class Gateway:
     corrections: CorrectionService
     metrics: Metrics
     limiter: Limiter
-    desk: Desk
+    desk: RequestParser
     judge: Judge
     recorder: Recorder
     streams: Streams
-    keeper: Keeper | None
+    keeper: AsyncStore | None
 
     @classmethod
     def make(cls, settings: GatewaySettings, store: Store | None, corrections: CorrectionService) -> "Gateway":
         """Put a gateway together; the arguments are those of `create_app`."""
         limits, metrics = settings.limits, Metrics()
-        keeper = Keeper(store, metrics.unkept.inc, settings.timeouts.store) if store is not None else None
+        keeper = AsyncStore(store, metrics.store_failures.inc, settings.timeouts.store) if store is not None else None
         access = settings.access
         keys = Keys(settings.keys, access.keys_file, access.no_auth, access.cors_origins)
         allowances = Allowances(keys.allowance, access.allowance)
@@ -100,7 +100,9 @@ class Gateway:
             corrections=corrections,
             metrics=metrics,
             limiter=limiter,
-            desk=Desk(upstreams, mode, settings.keep, limits, settings.access.headers, settings.strict_structured),
+            desk=RequestParser(
+                upstreams, mode, settings.keep, limits, settings.access.headers, settings.strict_structured
+            ),
             judge=judge,
             recorder=recorder,
             streams=Streams(judge, recorder),

@@ -222,7 +222,7 @@ def tokens_of(usage: Any, characters: int) -> int:
 BODY_SECONDS = 60.0
 
 
-class Ticket:
+class Slot:
     """A place among the requests under way; given back once, however often `release` is called."""
 
     def __init__(self, limiter: "Limiter", key_id: str) -> None:
@@ -256,7 +256,7 @@ class Limiter:
         self._held: Counter[str] = Counter()
         self.in_flight = 0
 
-    def enter(self, key_id: str) -> Ticket:
+    def enter(self, key_id: str) -> Slot:
         """Return a place; raises GatewayError 429 for a key that has too many, 503 where all have."""
         if self.in_flight >= self._most:
             raise overloaded(f"{self._most} requests are under way already", "overloaded", status=503)
@@ -267,7 +267,7 @@ class Limiter:
             self._allowances.enter(key_id)
         self._held[key_id] += 1
         self.in_flight += 1
-        return Ticket(self, key_id)
+        return Slot(self, key_id)
 
     def leave(self, key_id: str) -> None:
         """One request less."""

@@ -27,7 +27,7 @@ from everalign.serving.limits import JSON, aside, body_deadline, read_body
 from everalign.serving.middleware import ENDPOINTS
 from everalign.serving.settings import Mode
 from everalign.serving.sse import json_bytes
-from everalign.serving.stream_response import ended, unless, unless_gone, until_gone
+from everalign.serving.stream_response import cancel_on_disconnect, ended, unless, until_gone
 
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 # What an operator does with the upstream is not for whoever has a client's key.
@@ -45,7 +45,7 @@ def passthrough_routes(gateway: Gateway) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     @router.api_route("/v1/{path:path}", methods=_METHODS)
-    async def passed_on(path: str, request: Request) -> Response:
+    async def forwarded_headers(path: str, request: Request) -> Response:
         mode = _checked(gateway, path, request)
         ticket = gateway.limiter.enter(request.state.key_id)
         try:
@@ -95,7 +95,7 @@ async def _passed(gateway: Gateway, path: str, request: Request, quoted: bool) -
     target = quote(path, safe="/:@!$&'()*+,;=~") + (f"?{query}" if query else "")
     method = "HEAD" if request.state.head else request.method
     if content is not None:
-        return await unless_gone(request.receive, upstream.send(method, target, headers, content, quoted))
+        return await cancel_on_disconnect(request.receive, upstream.send(method, target, headers, content, quoted))
     if "content-length" in request.headers:
         headers["content-length"] = request.headers["content-length"]
     upload = _Upload(request, gateway.settings.limits.upload_bytes, gateway.settings.limits.body_bytes)

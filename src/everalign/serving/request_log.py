@@ -14,11 +14,11 @@ from anyio import to_thread
 
 from everalign.deadlines import call_in_thread
 from everalign.errors import EveralignError, InputError
-from everalign.serving.chat_request import ChatCall
+from everalign.serving.chat_request import ChatRequest
 from everalign.serving.completion_json import Choice
 from everalign.serving.corrector_service import CorrectionFailed, CorrectionService
 from everalign.serving.decide import Summary
-from everalign.serving.eligibility import answer_rule
+from everalign.serving.eligibility import why_not_corrected
 from everalign.serving.errors import GatewayError
 from everalign.serving.limits import AT_ONCE
 from everalign.serving.store.records import Exchange, Feedback
@@ -109,7 +109,7 @@ class _Lane:
             working.exception()  # who gave up does not ask for it
 
 
-class Keeper:
+class AsyncStore:
     """A store, used from an event loop.
 
     Args:
@@ -201,7 +201,9 @@ class Recorder:
         longest: characters of an answer that the corrector is given.
     """
 
-    def __init__(self, metrics: Metrics, keeper: Keeper | None, corrections: CorrectionService, longest: int) -> None:
+    def __init__(
+        self, metrics: Metrics, keeper: AsyncStore | None, corrections: CorrectionService, longest: int
+    ) -> None:
         self._metrics, self._keeper, self._corrections, self._longest = metrics, keeper, corrections, longest
         self._background: set[asyncio.Task[None]] = set()
 
@@ -211,7 +213,7 @@ class Recorder:
         return self._keeper is not None
 
     @contextmanager
-    def counted(self, call: ChatCall) -> Iterator[Record]:
+    def counted(self, call: ChatRequest) -> Iterator[Record]:
         """Count a request, however it ends."""
         record = Record()
         try:
@@ -225,7 +227,7 @@ class Recorder:
         finally:
             self._count(call, record)
 
-    def _count(self, call: ChatCall, record: Record) -> None:
+    def _count(self, call: ChatRequest, record: Record) -> None:
         # Codes of upstreams are theirs to choose: as labels they could be without number.
         known = record.reason if record.outcome != "failed" or record.reason in _CODES else "other"
         self._metrics.requests.labels(call.mode, record.outcome, known).inc()
@@ -236,7 +238,7 @@ class Recorder:
         self._metrics.overhead_seconds.observe(max(0.0, spent))
 
     async def keep(
-        self, call: ChatCall, choices: Sequence[Choice], returned: str, found: Summary, usage: dict[str, Any] | None
+        self, call: ChatRequest, choices: Sequence[Choice], returned: str, found: Summary, usage: dict[str, Any] | None
     ) -> bool:
         """Keep an exchange, if it is to be; of several answers the first one. Return whether it is kept."""
         if self._keeper is None or not call.keep or not choices:
@@ -266,14 +268,14 @@ class Recorder:
         except InputError as error:
             # Texts may hold what no database keeps: U+0000, half a surrogate pair. They are delivered all the same.
             _log.error("exchange %s could not be kept: %s", call.id, type(error).__name__)
-            self._metrics.unkept.inc()
+            self._metrics.store_failures.inc()
             return False
         return await self._keeper.add_exchange(exchange)
 
-    def shadow(self, call: ChatCall, choices: Sequence[Choice]) -> None:
+    def shadow(self, call: ChatRequest, choices: Sequence[Choice]) -> None:
         """Correct answers in the background, for the numbers alone."""
         for choice in choices:
-            reason = call.rule or answer_rule(choice, self._longest)
+            reason = call.rule or why_not_corrected(choice, self._longest)
             if reason is not None:
                 self._metrics.shadow.labels("skipped", reason).inc()
                 continue
@@ -281,7 +283,7 @@ class Recorder:
             self._background.add(task)
             task.add_done_callback(self._background.discard)
 
-    async def _correct(self, call: ChatCall, choice: Choice) -> None:
+    async def _correct(self, call: ChatRequest, choice: Choice) -> None:
         from everalign.serving.decide import edited
 
         assert call.question is not None  # else a rule holds

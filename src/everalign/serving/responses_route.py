@@ -12,8 +12,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from everalign.serving.chat_request import ChatCall, read_json
-from everalign.serving.complete import known_before, origin, passed_on, report, returned_text, said_stored
+from everalign.serving.chat_request import ChatRequest, read_json
+from everalign.serving.complete import forwarded_headers, known_before, origin, report, returned_text, said_stored
 from everalign.serving.completion_json import Choice, with_effort
 from everalign.serving.decide import Summary, Verdict, summary
 from everalign.serving.eligibility import GRAMMARS
@@ -40,7 +40,7 @@ from everalign.serving.responses import (
     with_texts,
 )
 from everalign.serving.stream import PENDING
-from everalign.serving.stream_response import Channel, deliver, unless_gone
+from everalign.serving.stream_response import Channel, cancel_on_disconnect, deliver
 from everalign.serving.structured import structure_of
 from everalign.serving.upstream import Asked
 from everalign.serving.upstream_errors import RESPONSE_ENDS
@@ -49,7 +49,7 @@ _STATUSES = (400, 404, 408, 409, 413, 415, 422, 429, 499, 502, 503, 504)
 
 
 @dataclass(frozen=True)
-class ResponsesCall(ChatCall):
+class ResponsesCall(ChatRequest):
     """A request; `body` is the conversation that it means, and `request` its own JSON, which the upstream gets."""
 
     request: dict[str, Any] = field(default_factory=dict)
@@ -86,8 +86,8 @@ def response_routes(gateway: Gateway) -> APIRouter:
                 keepalive = gateway.settings.keepalive
                 late = origin(call, known_before(call) or PENDING)
                 delivering = deliver(write, late, keepalive, ticket.release)
-                return await unless_gone(request.receive, delivering)
-            answered, told = await unless_gone(request.receive, responding.answer(call))
+                return await cancel_on_disconnect(request.receive, delivering)
+            answered, told = await cancel_on_disconnect(request.receive, responding.answer(call))
         except BaseException:
             ticket.release()
             raise
@@ -139,7 +139,7 @@ class _Responding:
                     judged.verdicts = await self._judge.judge(call, judged.choices)
                 found, told = await self._found(judged), judged.rewritten()
             record.end(found)
-            return told, {**passed_on(call, answered.headers), **origin(call, found)}
+            return told, {**forwarded_headers(call, answered.headers), **origin(call, found)}
 
     async def write(self, call: ResponsesCall, channel: Channel) -> None:
         """Write a streamed answer to a channel; raises GatewayError where it fails or may not leave."""
@@ -180,7 +180,7 @@ class _Responding:
                 async for some in streamed.events:
                     events += some
         judged = _Judged(call, end_of(events))
-        writer = _Writer(judged, channel, events, passed_on(call, streamed.headers))
+        writer = _Writer(judged, channel, events, forwarded_headers(call, streamed.headers))
         with record.in_corrector():
             alone = len(judged.choices) == 1 and call.mode == "correct"
             if alone and self._judge.rule(call, judged.choices[0]) is None:

@@ -9,8 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from everalign.serving.chat_request import ALIGNED, ChatCall
-from everalign.serving.complete import known_before, origin, whole_answer
+from everalign.serving.chat_request import ALIGNED, ChatRequest
+from everalign.serving.complete import complete, known_before, origin
 from everalign.serving.errors import GatewayError, not_found
 from everalign.serving.fallback import Answering
 from everalign.serving.gateway import Gateway
@@ -18,7 +18,7 @@ from everalign.serving.limits import aside, read_body
 from everalign.serving.middleware import json_response
 from everalign.serving.openapi import ANSWER, CHAT, MODE, body, replies
 from everalign.serving.stream import PENDING
-from everalign.serving.stream_response import Channel, deliver, unless_gone
+from everalign.serving.stream_response import Channel, cancel_on_disconnect, deliver
 from everalign.serving.telemetry import CONTENT_TYPE
 
 _FRESH_SECONDS = 10.0
@@ -142,9 +142,9 @@ def chat_routes(gateway: Gateway) -> APIRouter:
             reading = partial(gateway.desk.call, content, headers, key_id, gateway.has_corrector, model)
             call = await aside(content, reading)
             if call.streams:
-                return await unless_gone(request.receive, _streamed(gateway, call, ticket.release))
-            answering = whole_answer(call, gateway.judge, gateway.recorder)
-            answered = await unless_gone(request.receive, answering)
+                return await cancel_on_disconnect(request.receive, _streamed(gateway, call, ticket.release))
+            answering = complete(call, gateway.judge, gateway.recorder)
+            answered = await cancel_on_disconnect(request.receive, answering)
         except BaseException:
             ticket.release()
             raise
@@ -154,7 +154,7 @@ def chat_routes(gateway: Gateway) -> APIRouter:
     return router
 
 
-async def _streamed(gateway: Gateway, call: ChatCall, released: Callable[[], None]) -> Response:
+async def _streamed(gateway: Gateway, call: ChatRequest, released: Callable[[], None]) -> Response:
     def write(channel: Channel) -> Coroutine[Any, Any, None]:
         return gateway.streams.write(call, channel)
 

@@ -10,19 +10,26 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-from everalign.serving.chat_request import ChatCall
+from everalign.serving.chat_request import ChatRequest
 from everalign.serving.complete import (
+    forwarded_headers,
     known_before,
     malformed,
     origin,
-    passed_on,
     report,
+    reported_usage,
     returned_text,
     said_stored,
     strict_head,
-    told_usage,
 )
-from everalign.serving.completion_json import Choice, Gathering, chunk, finish_reason, head_of, without_usage
+from everalign.serving.completion_json import (
+    Choice,
+    CompletionAccumulator,
+    chunk,
+    finish_reason,
+    head_of,
+    without_usage,
+)
 from everalign.serving.decide import Judge, Summary, Verdict, summary
 from everalign.serving.errors import UsageRefused
 from everalign.serving.request_log import Record, Recorder
@@ -48,7 +55,7 @@ class Streams:
     def __init__(self, judge: Judge, recorder: Recorder) -> None:
         self._judge, self._recorder = judge, recorder
 
-    async def write(self, call: ChatCall, channel: Channel) -> None:
+    async def write(self, call: ChatRequest, channel: Channel) -> None:
         """Write the whole answer to a channel; raises GatewayError where it fails or may not leave."""
         with self._recorder.counted(call) as record:
             known = known_before(call)
@@ -57,9 +64,9 @@ class Streams:
             else:
                 await self._relayed(call, channel, record, known)
 
-    async def _relayed(self, call: ChatCall, channel: Channel, record: Record, found: Summary) -> None:
+    async def _relayed(self, call: ChatRequest, channel: Channel, record: Record, found: Summary) -> None:
         """Hand on an answer while it comes."""
-        gathering = Gathering()
+        gathering = CompletionAccumulator()
         asked = call.keep and self._recorder.keeps
         remembers = asked or call.mode == "shadow"
         relay = _Relay(call, drops_usage=asked and not call.wants_usage)
@@ -82,23 +89,23 @@ class Streams:
         record.end(found)
         await channel.send(_frames(relay.rest(found)) + DONE)
 
-    async def _corrected(self, call: ChatCall, channel: Channel, record: Record) -> None:
+    async def _corrected(self, call: ChatRequest, channel: Channel, record: Record) -> None:
         """Read an answer whole, and write what becomes of it."""
-        gathering, events = Gathering(), list[dict[str, Any]]()
+        gathering, events = CompletionAccumulator(), list[dict[str, Any]]()
         with record.in_upstream():
             async with _opened(call, True) as streamed:
                 async for found in streamed.events:
                     events += found
         if not all(gathering.add(event) for event in events) or not (choices := gathering.choices()):
             raise malformed()
-        writer = _Writer(call, channel, events, choices, passed_on(call, streamed.headers))
+        writer = _Writer(call, channel, events, choices, forwarded_headers(call, streamed.headers))
         with record.in_corrector():
             live = len(choices) == 1 and call.mode == "correct" and self._judge.rule(call, choices[0]) is None
             verdicts = (
                 [await self._judge.follow(call, choices[0], writer)] if live else await self._judge.judge(call, choices)
             )
         about = summary(verdicts)
-        usage = told_usage(call, gathering.usage, about)
+        usage = reported_usage(call, gathering.usage, about)
         kept = await self._recorder.keep(call, choices, returned_text(choices[0], verdicts[0]), about, usage)
         about = said_stored(call, about, kept)
         record.end(about)
@@ -111,7 +118,7 @@ class _Relay:
     The last ones are held back where they say whether the answer is stored, which is known when all of it is there.
     """
 
-    def __init__(self, call: ChatCall, drops_usage: bool) -> None:
+    def __init__(self, call: ChatRequest, drops_usage: bool) -> None:
         self._call, self._drops_usage = call, drops_usage
         self._holds = call.wants_storing
         self._tells = call.corrects or call.wants_storing
@@ -153,7 +160,7 @@ class _Writer:
 
     def __init__(
         self,
-        call: ChatCall,
+        call: ChatRequest,
         channel: Channel,
         events: Sequence[dict[str, Any]],
         choices: Sequence[Choice],
@@ -240,7 +247,7 @@ def _frames(events: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 @asynccontextmanager
-async def _opened(call: ChatCall, asks_usage: bool) -> AsyncIterator[Streamed]:
+async def _opened(call: ChatRequest, asks_usage: bool) -> AsyncIterator[Streamed]:
     """Open the upstream's stream, asking for its usage too; some upstreams refuse to be asked."""
     asks = asks_usage and not call.wants_usage and call.upstream.reports_usage
     async with AsyncExitStack() as stack:

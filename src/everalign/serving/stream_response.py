@@ -170,13 +170,13 @@ async def deliver(
     return EventResponse(channel, task, headers, keepalive, released)
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
     """Return what work comes to; when the client is gone before, cancel it and raise GatewayError."""
     return await unless(until_gone(receive), work)
 
 
 async def unless(leaving: Coroutine[Any, Any, None], work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Return what work comes to; when `leaving`, which waits for the client to go, ends before: as `unless_gone`."""
+    """Return what work comes to; when `leaving`, which waits for the client to go, ends first: as `cancel_on_disconnect`."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(leaving)
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)

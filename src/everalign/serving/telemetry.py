@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from everalign.errors import InputError
-from everalign.serving.completion_json import Effort
+from everalign.serving.completion_json import CorrectorUsage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -59,7 +59,9 @@ class Metrics:
             registry=registry,
         )
         self.feedback = Counter("everalign_feedback", "Feedback kept.", ("new",), registry=registry)
-        self.unkept = Counter("everalign_unkept_exchanges", "Exchanges that the store refused.", registry=registry)
+        self.store_failures = Counter(
+            "everalign_unkept_exchanges", "Exchanges that the store refused.", registry=registry
+        )
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a number that is asked for whenever the metrics are read."""
@@ -71,7 +73,7 @@ class Metrics:
         for name in states():
             gauge.labels(name).set_function(lambda name=name: _STATES[states()[name]])  # type: ignore[misc]
 
-    def count_effort(self, effort: Effort) -> None:
+    def count_effort(self, effort: CorrectorUsage) -> None:
         """Count what a corrector tells of its draft."""
         for verdict, tokens in (("accepted", effort.accepted), ("rejected", effort.rejected)):
             if tokens:

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from everalign.data.collate import Batch, lay_out_chosen, lay_out_groups, lay_out_pairs, lay_out_targets
-from everalign.data.tokenization import EncodedGroup, EncodedPair, TargetGroup
+from everalign.data.collate import Batch, collate_chosen, collate_groups, collate_pairs, collate_targets
+from everalign.data.tokenization import TargetGroup, TokenizedGroup, TokenizedPair
 from everalign.errors import InputError
 from everalign.objectives import dpo_loss, fpo_loss, implicit_margin, snkl_loss, token_nll, weighted_nll
 from everalign.objectives.segments import Segments
@@ -48,9 +48,9 @@ class SupervisedObjective:
     name = "sft"
     needs_reference = False
 
-    def collate(self, pairs: Sequence[EncodedPair], shared: bool) -> Batch:
+    def collate(self, pairs: Sequence[TokenizedPair], shared: bool) -> Batch:
         """Lay out the chosen sequences; `count` is the number of their response tokens."""
-        batch = lay_out_chosen(pairs, shared)
+        batch = collate_chosen(pairs, shared)
         return {**batch, "count": batch["lengths"].sum()}
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
@@ -74,9 +74,9 @@ class PreferenceObjective:
     def __init__(self, name: str, margin_loss: Callable[[Tensor], Tensor], beta: float) -> None:
         self.name, self._margin_loss, self.beta = name, margin_loss, beta
 
-    def collate(self, pairs: Sequence[EncodedPair], shared: bool) -> Batch:
+    def collate(self, pairs: Sequence[TokenizedPair], shared: bool) -> Batch:
         """Lay out both sequences of every pair; `count` is the number of pairs."""
-        return {**lay_out_pairs(pairs, shared), "count": torch.tensor(len(pairs))}
+        return {**collate_pairs(pairs, shared), "count": torch.tensor(len(pairs))}
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
         """Return Σ weight·loss(margin) / count; metrics `margin` and `accuracy` per pair."""
@@ -104,10 +104,10 @@ class RewardWeightedObjective:
     def __init__(self, name: str = "var") -> None:
         self.name = name
 
-    def collate(self, groups: Sequence[EncodedGroup], shared: bool) -> Batch:
+    def collate(self, groups: Sequence[TokenizedGroup], shared: bool) -> Batch:
         """Lay out the responses that count; `count` is the number of all responses' tokens."""
         tokens = sum(len(response) for group in groups for response in group.responses)
-        return {**lay_out_groups(groups, shared), "count": torch.tensor(tokens)}
+        return {**collate_groups(groups, shared), "count": torch.tensor(tokens)}
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
         """Return Σ weight·NLL / count; metric `nll` is per token of each response that counts."""
@@ -127,7 +127,7 @@ class SelfNormalisedObjective:
 
     def collate(self, groups: Sequence[TargetGroup], shared: bool) -> Batch:
         """Lay out all responses of every row; `count` is the number of rows."""
-        return {**lay_out_targets(groups, shared), "count": torch.tensor(len(groups))}
+        return {**collate_targets(groups, shared), "count": torch.tensor(len(groups))}
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
         """Return Σ weight·KL / count; metrics by row: `kl` itself, and `margin` and `accuracy` of its best response.

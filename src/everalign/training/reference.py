@@ -14,19 +14,19 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from everalign.data.collate import batches_by_length, lay_out_pairs, lay_out_targets, row_tokens
-from everalign.data.tokenization import EncodedPair, TargetGroup
+from everalign.data.collate import batches_by_length, collate_pairs, collate_targets, row_tokens
+from everalign.data.tokenization import TargetGroup, TokenizedPair
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
 from everalign.storage import Journal
 
 Progress = Callable[[int], None]
-AnyRow = TypeVar("AnyRow", EncodedPair, TargetGroup)
+AnyRow = TypeVar("AnyRow", TokenizedPair, TargetGroup)
 
 
 def pair_log_probs(
     policy: Policy,
-    pairs: Sequence[EncodedPair],
+    pairs: Sequence[TokenizedPair],
     tokens_per_batch: int,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -42,8 +42,8 @@ def pair_log_probs(
         (N, 2) fp32 on the CPU: chosen, rejected, in nats.
     """
 
-    def of_a_batch(batch: Sequence[EncodedPair], shared: bool) -> Tensor:
-        return torch.stack(policy(policy.on_device(lay_out_pairs(batch, shared))).chunk(2), dim=1).flatten()
+    def of_a_batch(batch: Sequence[TokenizedPair], shared: bool) -> Tensor:
+        return torch.stack(policy(policy.on_device(collate_pairs(batch, shared))).chunk(2), dim=1).flatten()
 
     found = _log_probs(policy, pairs, of_a_batch, [2] * len(pairs), tokens_per_batch, progress)
     return torch.stack(found) if found else torch.empty(0, 2)
@@ -57,7 +57,7 @@ def group_log_probs(policy: Policy, groups: Sequence[TargetGroup], tokens_per_ba
     """
 
     def of_a_batch(batch: Sequence[TargetGroup], shared: bool) -> Tensor:
-        return cast(Tensor, policy(policy.on_device(lay_out_targets(batch, shared))))
+        return cast(Tensor, policy(policy.on_device(collate_targets(batch, shared))))
 
     return _log_probs(policy, groups, of_a_batch, [len(group.responses) for group in groups], tokens_per_batch, None)
 
@@ -113,7 +113,7 @@ class ReferenceCache:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def log_probs(self, policy: Policy, key: str, pairs: Sequence[EncodedPair], tokens_per_batch: int) -> Tensor:
+    def log_probs(self, policy: Policy, key: str, pairs: Sequence[TokenizedPair], tokens_per_batch: int) -> Tensor:
         """Return (N, 2) log-probabilities under `policy` as it is switched now, computing only what is missing.
 
         Args:

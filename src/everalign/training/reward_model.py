@@ -24,7 +24,7 @@ from everalign.data.chat_template import keep_template, template_notes
 from everalign.data.chat_tokens import template_fingerprint
 from everalign.data.readers import check_disjoint
 from everalign.data.records import PreferenceSet
-from everalign.data.tokenization import SHORTEST_MAX_LENGTH, Comparison, encode_comparisons, pad_right
+from everalign.data.tokenization import SHORTEST_MAX_LENGTH, Comparison, pad_right, tokenize_comparisons
 from everalign.errors import InputError, check_shortfall
 from everalign.modeling.loading import (
     Precision,
@@ -49,7 +49,7 @@ from everalign.modeling.reward_model import (
 from everalign.modeling.runtime import Checkpointing, check_checkpointing, place_name, prepare_process, training_device
 from everalign.objectives import bradley_terry_loss, calibrating_temperature, dpo_loss, pair_calibration_error
 from everalign.objectives.bradley_terry import DEFAULT_CENTRING
-from everalign.storage import alone, lock_of
+from everalign.storage import exclusive, lock_of
 from everalign.training.objectives import Metrics
 from everalign.training.stage import TOKENS_PER_BATCH, StageOptions, StageResult, train_rows
 
@@ -225,7 +225,7 @@ def train_reward_model(
     options: RewardOptions | None = None,
     seed: int = 0,
     allow_overlap: bool = False,
-    announce: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> TrainedRewardModel:
     """Train a reward model and write its folder, whole or not at all.
@@ -239,7 +239,7 @@ def train_reward_model(
         options: how; the defaults when None.
         seed: seeds the head and the order of the pairs.
         allow_overlap: let rows be in `train` and `test`.
-        announce: called with one line for each thing that happens.
+        log: called with one line for each thing that happens.
         progress: called with (stage, done, all).
 
     Raises:
@@ -247,23 +247,23 @@ def train_reward_model(
         EveralignError: the loss became NaN or infinite; the message says at which step.
     """
     options, folder = options or RewardOptions(), Path(output)
-    with alone(lock_of(folder), "training a reward model there"):
+    with exclusive(lock_of(folder), "training a reward model there"):
         _check_input(train, test, folder, allow_overlap)
         prepare_process()
-        device = training_device(announce)
+        device = training_device(log)
         precision = resolve_precision(options.precision, device)
         options = replace(options, precision=precision)
         what = f"an adapter of rank {options.lora_rank}" if options.lora_rank else "all weights, which stay fp32,"
-        announce(f"  trains {what} in {precision} on {place_name(device)}")
+        log(f"  trains {what} in {precision} on {place_name(device)}")
         tokenizer = load_tokenizer(model)
         classifier, base = _load(model, tokenizer, options, precision, device, seed)
         max_length = sequence_limit(options.max_length, LONGEST_BY_DEFAULT, classifier, tokenizer, model)
 
-        pairs = _encode("training", train, tokenizer, max_length, announce)
-        held_out = _encode("held-out", test, tokenizer, max_length, announce) if test else ()
+        pairs = _encode("training", train, tokenizer, max_length, log)
+        held_out = _encode("held-out", test, tokenizer, max_length, log) if test else ()
 
         rewards = RewardModel(classifier, precision)
-        training = _train(rewards, pairs, options, seed, announce, progress)
+        training = _train(rewards, pairs, options, seed, log, progress)
         if options.lora_rank:
             plain = load_classifier(model, fresh_head=True, seed=seed, device=device)
             set_padding(plain, tokenizer)
@@ -317,18 +317,18 @@ def _check_input(train: PreferenceSet, test: PreferenceSet | None, folder: Path,
 
 
 def _encode(
-    name: str, rows: PreferenceSet, tokenizer: Any, max_length: int, announce: Callable[[str], None]
+    name: str, rows: PreferenceSet, tokenizer: Any, max_length: int, log: Callable[[str], None]
 ) -> tuple[Comparison, ...]:
     try:
-        pairs, cut = encode_comparisons(rows, tokenizer, max_length)
+        pairs, cut = tokenize_comparisons(rows, tokenizer, max_length)
         notes = template_notes(tokenizer, rows) if name == "training" else ()
     except InputError as error:
         raise InputError(f"{rows.source}: {error}") from None
     for line in notes:
-        announce(f"  {line}")
+        log(f"  {line}")
     same = sum(pair.chosen == pair.rejected for pair in pairs)
     altered = f"; {cut} answers with their prompts cut to {max_length} tokens, {same} pairs with identical answers"
-    announce(f"  {len(pairs)} {name} pairs{altered if cut or same else ''}")
+    log(f"  {len(pairs)} {name} pairs{altered if cut or same else ''}")
     remedy = f"raise --max-length (max_length), {max_length} now"
     try:
         warnings = check_shortfall(same, len(pairs), "pairs have identical answers as tokens", remedy)
@@ -336,7 +336,7 @@ def _encode(
         raise InputError(f"{rows.source}: {error}") from None
     what = "answers with their prompts are cut"
     for warning in (*warnings, *check_shortfall(cut, 2 * len(pairs), what, remedy, refuse=False)):
-        announce(f"  warning: {rows.source}: {warning}")
+        log(f"  warning: {rows.source}: {warning}")
     return pairs
 
 
@@ -345,7 +345,7 @@ def _train(
     pairs: Sequence[Comparison],
     options: RewardOptions,
     seed: int,
-    announce: Callable[[str], None],
+    log: Callable[[str], None],
     progress: Progress,
 ) -> StageResult:
     # A batch holds both sequences of a pair, padded to the longest.
@@ -369,7 +369,7 @@ def _train(
             Path(folder),
             seed=seed,
             progress=lambda done, total: progress("reward", done, total),
-            announce=announce,
+            log=log,
         )
 
 

@@ -113,7 +113,7 @@ def check_names(objective: str, given: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Weighed:
+class WeightedRows:
     """Rows with weights, and what was done to get them.
 
     Attributes:
@@ -132,7 +132,7 @@ class Weighed:
     left_out: int = 0
     left_out_weight: float = 0.0
 
-    def summary(self) -> str:
+    def one_line(self) -> str:
         """One line of text for a log."""
         given = (
             "as given, weighting options do not apply"
@@ -145,7 +145,7 @@ class Weighed:
             line += f"; {self.left_out} completions with {self.left_out_weight:.1%} of the weight are left out"
         return line
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the figures, for a manifest; what does not exist is None."""
         figures = {name: None if value != value else value for name, value in asdict(self.statistics).items()}
         left_out = {"left_out": self.left_out, "left_out_weight": self.left_out_weight} if self.left_out else {}
@@ -158,7 +158,7 @@ def weigh(
     options: WeightOptions,
     reference: Sequence[Tensor] | None = None,
     scale: float | None = None,
-) -> Weighed:
+) -> WeightedRows:
     """Give every completion of a dataset its weight.
 
     Args:
@@ -183,7 +183,7 @@ def weigh(
     cap = options.weight_cap or None
     if given:
         weights = torch.tensor([weight for row in given for weight in row.weights or ()], dtype=torch.float64)
-        return Weighed(tuple(rows), weight_statistics(weights, groups, rewards, tokens), None, 1.0)
+        return WeightedRows(tuple(rows), weight_statistics(weights, groups, rewards, tokens), None, 1.0)
     check_completions(rows, options)
     try:
         scale = (scale or global_scale(rewards)) if options.scale_rewards else 1.0
@@ -206,7 +206,7 @@ def weigh(
     if not weighed:
         raise InputError(_nothing_left(options))
     lost = (found.weights * ~kept).sum() / found.weights.sum()
-    return Weighed(weighed, statistics, found.temperature, scale, int((~kept).sum()), lost.item())
+    return WeightedRows(weighed, statistics, found.temperature, scale, int((~kept).sum()), lost.item())
 
 
 def _kept(rows: Sequence[Scored], weights: Tensor, options: WeightOptions) -> Tensor:

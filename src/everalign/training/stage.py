@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from everalign.data.collate import TrainingPlan, largest_token, row_tokens, training_plan
-from everalign.data.tokenization import EncodedGroup, EncodedPair, TargetGroup
+from everalign.data.tokenization import TargetGroup, TokenizedGroup, TokenizedPair
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import (
@@ -30,11 +30,11 @@ from everalign.modeling.runtime import (
 from everalign.storage import checksums, differing_files, new_folder, read_json, write_json
 from everalign.training.objectives import Objective
 from everalign.training.trainer import (
-    EncodedRow,
     GradientHook,
     Penalty,
     Reference,
     Steps,
+    TokenizedRow,
     Trainer,
     training_arguments,
 )
@@ -42,7 +42,7 @@ from everalign.training.trainer import (
 _WEIGHTS, _REPORT, _FILES = "policy.safetensors", "report.json", "files.json"
 
 
-def keep_finished(model: nn.Module, report: Mapping[str, Any], folder: Path, stage: str) -> None:
+def save_result(model: nn.Module, report: Mapping[str, Any], folder: Path, stage: str) -> None:
     """Keep a stage's result in `folder`, whole or not at all, and drop the checkpoints there.
 
     Args:
@@ -66,7 +66,7 @@ def keep_finished(model: nn.Module, report: Mapping[str, Any], folder: Path, sta
 
 
 def load_finished(model: nn.Module, folder: Path) -> dict[str, Any] | None:
-    """Load what `keep_finished` kept into the model and return its report; None where there is nothing whole."""
+    """Load what `save_result` kept into the model and return its report; None where there is nothing whole."""
     done = folder / "done"
     if not done.exists() or differing_files(done, read_json(done / _FILES)):
         shutil.rmtree(done, ignore_errors=True)
@@ -165,7 +165,7 @@ class StageResult:
 def run_stage(
     policy: Policy,
     objective: Objective,
-    pairs: Sequence[EncodedPair | EncodedGroup | TargetGroup],
+    pairs: Sequence[TokenizedPair | TokenizedGroup | TargetGroup],
     options: StageOptions,
     folder: Path,
     *,
@@ -174,7 +174,7 @@ def run_stage(
     penalty: Penalty | None = None,
     gradient_hook: GradientHook | None = None,
     progress: Progress | None = None,
-    announce: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> StageResult:
     """Train `policy` in place; resumes from the newest complete checkpoint in `folder`.
 
@@ -189,7 +189,7 @@ def run_stage(
         penalty: the method's regulariser.
         gradient_hook: the method's hand on complete gradients.
         progress: called with (steps done, steps in all).
-        announce: called with a line where activations are computed again because memory is short.
+        log: called with a line where activations are computed again because memory is short.
 
     Raises:
         InputError: checkpointing is on, and nobody knows the model's layers; or a row holds a token that the model has
@@ -211,14 +211,14 @@ def run_stage(
         penalty=penalty,
         gradient_hook=gradient_hook,
         progress=progress,
-        announce=announce,
+        log=log,
     )
 
 
 def train_rows(
     model: nn.Module,
     objective: Objective,
-    rows: Sequence[EncodedRow],
+    rows: Sequence[TokenizedRow],
     lengths: Sequence[int],
     options: StageOptions,
     folder: Path,
@@ -229,7 +229,7 @@ def train_rows(
     penalty: Penalty | None = None,
     gradient_hook: GradientHook | None = None,
     progress: Progress | None = None,
-    announce: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> StageResult:
     """Train whatever an objective can teach; resumes from the newest complete checkpoint in `folder`.
 
@@ -246,7 +246,7 @@ def train_rows(
         penalty: a regulariser, for policies.
         gradient_hook: a hand on complete gradients, for policies.
         progress: called with (steps done, steps in all).
-        announce: called with a line where activations are computed again because memory is short.
+        log: called with a line where activations are computed again because memory is short.
 
     Raises:
         InputError: checkpointing is on, and nobody knows the model's layers.
@@ -269,7 +269,7 @@ def train_rows(
     )
     checkpoint = latest_checkpoint(folder)
     started = time.perf_counter()
-    with recomputing(_recomputed(model, objective, steps, lengths, options.checkpointing, announce)):
+    with recomputing(_recomputed(model, objective, steps, lengths, options.checkpointing, log)):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
@@ -282,7 +282,7 @@ def _recomputed(
     steps: Steps,
     lengths: Sequence[int],
     checkpointing: Checkpointing,
-    announce: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[nn.Module]:
     """Return the layers whose activations are computed again in the backward pass."""
     if checkpointing == "off":
@@ -298,9 +298,9 @@ def _recomputed(
         return []
     short = f"training needs about {needed / 2**30:.1f} GiB, of which {free / 2**30:.1f} are free"
     if layers:
-        announce(f"  {short}: activations are computed again in the backward pass (checkpointing)")
+        log(f"  {short}: activations are computed again in the backward pass (checkpointing)")
     else:
-        announce(f"  {short}, and this model's layers are not known: set a smaller tokens_per_batch if it fails")
+        log(f"  {short}, and this model's layers are not known: set a smaller tokens_per_batch if it fails")
     return layers
 
 

@@ -14,14 +14,14 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from everalign.data.collate import Batch, TrainingPlan
-from everalign.data.tokenization import Comparison, EncodedGroup, EncodedPair, TargetGroup
+from everalign.data.tokenization import Comparison, TargetGroup, TokenizedGroup, TokenizedPair
 from everalign.errors import EveralignError
 from everalign.modeling.policy import Policy
 from everalign.training.objectives import Objective
 
 Penalty = Callable[[Policy], Tensor | None]
 GradientHook = Callable[[Policy], None]
-EncodedRow = EncodedPair | EncodedGroup | TargetGroup | Comparison
+TokenizedRow = TokenizedPair | TokenizedGroup | TargetGroup | Comparison
 # Of pairs (N, 2); of N groups each one's own number of responses.
 Reference = Tensor | Sequence[Tensor]
 
@@ -40,7 +40,7 @@ class Steps(Dataset[list[Batch]]):
 
     def __init__(
         self,
-        pairs: Sequence[EncodedRow],
+        pairs: Sequence[TokenizedRow],
         plan: TrainingPlan,
         objective: Objective,
         shared: bool,

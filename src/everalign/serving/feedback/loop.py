@@ -59,7 +59,7 @@ def learn_from_feedback(
     store: FeedbackStore,
     learner: Learner,
     options: NextTaskOptions | None = None,
-    announce: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> LearnedFeedback:
     """Learn what was not learned yet as one task, and note in the store that it is learned.
 
@@ -70,7 +70,7 @@ def learn_from_feedback(
         store: where feedback is.
         learner: of the run, best with a gate; one that was begun or resumed.
         options: how the task is made; its kind is that of the learner's objective, whatever they say.
-        announce: called with one line for each thing that happens.
+        log: called with one line for each thing that happens.
 
     Raises:
         NotEnoughFeedback: there is no task yet, or its held-out rows could not show the gate that nothing fell.
@@ -79,7 +79,7 @@ def learn_from_feedback(
     """
     kind = kind_of(learner.run.facts.objective)
     options = replace(options or NextTaskOptions(), kind=kind)
-    with learner.alone():
+    with learner.exclusive():
         pending = _Pending.find(learner.run.path)
         if pending is None:
             found = list(store.feedback(unlearned=True))
@@ -89,9 +89,9 @@ def learn_from_feedback(
                 _check_start(learner, {exchange.corrector for exchange, _ in found} - {None})
             pending = _Pending.write(learner, task, kind)
         else:
-            announce(f"{pending.name}: an interrupted call goes on")
+            log(f"{pending.name}: an interrupted call goes on")
         task = pending.read()
-        announce(f"{pending.name}: {task.report.summary()}")
+        log(f"{pending.name}: {task.report.one_line()}")
         refusal = None
         try:
             learner.learn(task.rows, pending.name, task.test)
@@ -113,7 +113,7 @@ def _check_evidence(task: NextTask, learner: Learner) -> None:
         raise NotEnoughFeedback(
             f"not enough evidence: with {held_out} held-out rows that have a better and a worse answer, a fall by "
             f"{learner.gate:.1%} could not be told from chance, which {needed} could at best; wait for more, hold out "
-            f"a larger share, or let accuracies fall further (gate); {task.report.summary()}",
+            f"a larger share, or let accuracies fall further (gate); {task.report.one_line()}",
             task.report,
         )
 
@@ -157,7 +157,7 @@ class _Pending:
             for file, rows in (("train.jsonl", task.rows), ("test.jsonl", task.test)):
                 if rows is not None:
                     write_text(folder / file, "".join(json_line(row.to_json()) for row in rows))
-            facts = {"kind": kind, "feedback": list(task.feedback_ids), "report": task.report.facts()}
+            facts = {"kind": kind, "feedback": list(task.feedback_ids), "report": task.report.to_dict()}
             write_json(folder / "task.json", facts)
         return cls(tasks / name, name)
 

@@ -97,11 +97,11 @@ class TaskReport:
     keys: Mapping[str, int] = field(default_factory=Counter)
     left_out: Mapping[str, int] = field(default_factory=Counter)
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(self).items()}
 
-    def summary(self) -> str:
+    def one_line(self) -> str:
         """One line of text for a log."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
         total = sum(self.left_out.values())
@@ -170,7 +170,7 @@ def agreed(
     return kept, left
 
 
-def most_of_each(sizes: Iterable[int], share: float) -> int:
+def cap_for_share(sizes: Iterable[int], share: float) -> int:
     """Return the most members that each of several groups may have so that none has more than `share` of all kept.
 
     With `most`, a group of size n keeps min(n, most) of its members; the others then count for less, too. 0 where no
@@ -183,7 +183,7 @@ def most_of_each(sizes: Iterable[int], share: float) -> int:
     return 0
 
 
-def first_of_each(
+def cap_per_group(
     items: Sequence[Item], group: Callable[[Item], Group], most: Callable[[Group], int]
 ) -> tuple[list[Item], list[Item]]:
     """Return the first items of every group, at most so many of each, in their order; and the others."""
@@ -322,11 +322,11 @@ class _Building:
         """Bound unchanged answers, and every kind of row with the same tags."""
         share, others = self._options.identity, sum(one.origin != "identity" for one in candidates)
         most = {"identity": int(share / (1 - share) * others + 1e-9)}
-        kept, left = first_of_each(candidates, lambda one: one.origin, lambda origin: most.get(origin, len(candidates)))
+        kept, left = cap_per_group(candidates, lambda one: one.origin, lambda origin: most.get(origin, len(candidates)))
         self._drop(left, OVER_IDENTITY)
         groups = Counter(one.group for one in kept)
         mean = len(kept) / max(1, len(groups))
-        kept, left = first_of_each(kept, lambda one: one.group, lambda _: max(1, int(self._options.balance * mean)))
+        kept, left = cap_per_group(kept, lambda one: one.group, lambda _: max(1, int(self._options.balance * mean)))
         self._drop(left, OVER_GROUP)
         return kept
 
@@ -335,8 +335,8 @@ class _Building:
         keys = Counter(one.key_id for one in candidates)
         if set(keys) <= {WITHOUT_KEYS}:
             return list(candidates)
-        most = most_of_each(keys.values(), self._options.key_share)
-        kept, left = first_of_each(candidates, lambda one: one.key_id, lambda _: most)
+        most = cap_for_share(keys.values(), self._options.key_share)
+        kept, left = cap_per_group(candidates, lambda one: one.key_id, lambda _: most)
         self._drop(left, OVER_KEY)
         return kept
 
@@ -421,11 +421,11 @@ def _is_held_out(topic: str, share: float) -> bool:
 
 def _check(train: Sequence[Candidate], test: Sequence[Candidate], options: NextTaskOptions, report: TaskReport) -> None:
     keys = math.ceil(1 / options.key_share - 1e-9)
-    advice = f"wait for more, or ask for less; {report.summary()}"
+    advice = f"wait for more, or ask for less; {report.one_line()}"
     if report.left_out.get(OVER_KEY) and not train:
         advice = (
             f"with key_share {options.key_share:g} at least {keys} keys must have given some: "
-            f"raise it (1 trusts every key) or wait for others; {report.summary()}"
+            f"raise it (1 trusts every key) or wait for others; {report.one_line()}"
         )
     if len(train) < options.minimum:
         raise NotEnoughFeedback(

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from everalign.correction.edits import diff_html, word_diff
 from everalign.errors import EveralignError
 from everalign.serving.chat_request import ALIGNED
-from everalign.serving.complete import Answered, whole_answer
+from everalign.serving.complete import Answered, complete
 from everalign.serving.eligibility import question_of
 from everalign.serving.errors import GatewayError, not_found, overloaded, refused
 from everalign.serving.feedback_route import LONGEST_EDIT, keep_feedback, read_feedback
@@ -25,7 +25,7 @@ from everalign.serving.limits import aside
 from everalign.serving.pages.base import Pages, read_form
 from everalign.serving.routes import Catalogue
 from everalign.serving.store.records import Exchange, Feedback
-from everalign.serving.stream_response import unless_gone
+from everalign.serving.stream_response import cancel_on_disconnect
 
 _UNKNOWN = "–"
 _REASONS = {
@@ -263,7 +263,7 @@ class Playground:
         try:
             with self._place(request):
                 fields |= await read_form(request, self._pages.sessions, self._gateway.settings.limits.body_bytes)
-                view = await unless_gone(request.receive, self._answer(request, fields))
+                view = await cancel_on_disconnect(request.receive, self._answer(request, fields))
         except GatewayError as error:
             return await self._page(request, fields, error=error)
         return await self._page(request, fields, view=view)
@@ -313,7 +313,7 @@ class Playground:
         content, headers = json.dumps(body).encode(), [*headers, ("x-everalign-mode", self._mode)]
         reading = partial(self._gateway.desk.call, content, headers, request.state.key_id, self._gateway.has_corrector)
         call = await aside(content, reading)
-        answered = await whole_answer(call, self._gateway.judge, self._gateway.recorder)
+        answered = await complete(call, self._gateway.judge, self._gateway.recorder)
         return await asyncio.to_thread(view_of, answered)
 
     async def _exchange(self, request: Request, id: str) -> Exchange:
@@ -329,7 +329,7 @@ class Playground:
 
     async def _answer_page(self, request: Request, exchange: Exchange, said: Said, status: int = 200) -> Response:
         view = await asyncio.to_thread(view_of_kept, exchange, self._gateway.desk.mode == "strict")
-        values = {"view": view, "said": said, "unkept": None, "failed": None}
+        values = {"view": view, "said": said, "store_failures": None, "failed": None}
         return self._pages.page(request, "answer.html.j2", values, status)
 
     async def _page(
@@ -348,7 +348,7 @@ class Playground:
             "view": view,
             "said": Said({}),
             "failed": None if error is None else error.message,
-            "unkept": self._unkept,
+            "store_failures": self._unkept,
             "mode": self._mode,
         }
         return self._pages.page(request, "playground.html.j2", values, 200 if error is None else error.status)
