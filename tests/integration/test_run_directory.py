@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from everalign import AdapterOptions
-from everalign.data.chat_tokens import DEFAULT_CHAT_TEMPLATE
+from everalign.data.chat_template import DEFAULT_CHAT_TEMPLATE
 from everalign.errors import InputError
 from everalign.learning.run_data import load_run
 from everalign.learning.run_store import version_name

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
         "MASTER_PORT": str(_free_port()),
         "ACCELERATE_USE_CPU": "true",
     }
-    script = Path(__file__).with_name("two_processes_for_tests.py")
+    script = Path(__file__).parents[1] / "helpers" / "two_processes_for_tests.py"
     workers = [
         subprocess.Popen(
             [sys.executable, str(script), str(folder)],

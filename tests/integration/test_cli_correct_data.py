@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from test_correction_data import Ill, large, small
 
 from chat_server_for_tests import ChatServer, answer, refused
 from cli_for_tests import run, write_rows
 from everalign.data import load_corrections
-from test_correction_data import Ill, large, small
 
 KEY = "sk-secret"
 

@@ -219,7 +219,7 @@ def test_a_base_model_from_the_hub_s_cache(tmp_path):
         "learner.learn(task_rows('warm'), 'warm')\n"
         "learner.export('out'), learner.export_adapter('adapter')\n"
     )
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(Path(__file__).parents[1] / "helpers"), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env | {"PYTHONPATH": paths}, check=True)
     written = {file.name: file.is_symlink() for file in (tmp_path / "out").iterdir()}

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from test_distill import Fake
 
 from cli_for_tests import run, settings, write_rows
 from everalign.cli import correct_data as correct_distill
 from everalign.errors import InputError
 from learner_for_tests import held_out, save_answering_model
-from test_distill import Fake
 
 FAST = ["--learning-rate", "2e-2", "--batch-size", "4", "--max-length", "120", "--rank", "4", "--targets", "q_proj"]
 

@@ -19,7 +19,7 @@ from learner_for_tests import held_out, save_model, task_rows
 from models_for_tests import saved_model
 from stores_for_tests import exchange, feedback
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/serving.md")
 HUB = re.compile(r"Qwen/[\w.-]+")
 # A server answers, or a random model would have to end its answers.

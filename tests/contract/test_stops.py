@@ -11,7 +11,8 @@ from corrections_for_tests import corrections
 from everalign.correction.engines import LocalEngine
 from everalign.correction.templates import get_template
 from everalign.correction.tokenization import CorrectionEncoder
-from everalign.data.chat_tokens import DEFAULT_CHAT_TEMPLATE, encode_prompt, encode_response
+from everalign.data.chat_template import DEFAULT_CHAT_TEMPLATE
+from everalign.data.chat_tokens import encode_prompt, encode_response
 from everalign.modeling.policy import Policy
 from everalign.modeling.positions import Lengths
 from everalign.modeling.sampling import SamplingOptions, sample_completions

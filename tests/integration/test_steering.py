@@ -19,10 +19,11 @@ from everalign.contrib.steering import (
     mirrored,
     prefix_differences,
     rank_correlation,
+    steer_corrector,
     well_formed,
 )
 from everalign.contrib.steering_vectors import Steering, SteeringSetting, fingerprints, read_steering
-from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, load_corrector_files, steer_corrector
+from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, load_corrector_files
 from everalign.correction.edits import edit_ratio, edit_share, kept_share
 from everalign.data import CorrectionSet
 from everalign.errors import EveralignError, InputError
