@@ -267,7 +267,7 @@ class Fake:
         self.batches.append(len(pairs))
         return [self._one(*pair) for pair in pairs]
 
-    def follow(self, question: Any, answer: str) -> Iterator[Any]:
+    def stream_events(self, question: Any, answer: str) -> Iterator[Any]:
         found = self._one(question, answer)
         for start in range(0, len(found.text), 4):
             yield found.text[start : start + 4]

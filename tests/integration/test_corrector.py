@@ -84,10 +84,18 @@ def test_pieces_of_a_stream_are_the_correction(trained, wild, answer, guards):
         pieces = list(engine.stream("q7?", answer, options))
         assert "".join(pieces) == engine.correct("q7?", answer, options).text
         assert all(pieces)
-        *followed, last = engine.follow("q7?", answer, options)
-        assert (followed, last.text) == (pieces, "".join(pieces))
+        *begun, result = engine.stream_events("q7?", answer, options)
+        rest = result.text[len("".join(begun)) :]
+        assert ([*begun, rest] if rest else begun) == pieces
+        assert result.text == "".join(pieces)
     if guards is NO_GUARDS:
         assert len(list(wild.stream("q7?", answer, options))) > 3
+
+
+def test_a_stream_whose_first_token_differs_begins_with_its_result(wild):
+    for guards in (None, Guards(unfinished=False)):
+        options = CorrectionOptions(guards=guards, max_new_tokens=8)
+        assert list(wild.stream_events("q7?", "x", options)) == [wild.correct("q7?", "x", options)]
 
 
 def test_no_piece_ends_inside_of_a_character(wild, monkeypatch):

@@ -449,11 +449,11 @@ def stream_of(*texts, finish="stop", end=b"data: [DONE]\n\n"):
 def test_a_corrector_s_stream_is_followed_while_it_comes():
     words = [f"wörd{n}\u2028 " for n in range(40)]
     with ChatServer(lambda _: stream_of(*words)) as server:
-        found = list(remote(server).follow("q", "".join(words[:30]) + "another end"))
+        found = list(remote(server).stream_events("q", "".join(words[:30]) + "another end"))
         assert server.requests[0].body["stream"] is True
     assert found[-1].text == "".join(words)
     assert len(found) > 5
-    same = "".join(found[:-2])
+    same = "".join(found[:-1])
     assert "".join(words[:30]).startswith(same)  # what is behind may yet be refused
     assert len(same) > 100
 
@@ -470,13 +470,13 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_corrector_s_stream_that_breaks_off_is_no_correction(name):
     with ChatServer(lambda _: BROKEN[name]) as server, pytest.raises(ChatError):
-        list(remote(server, retries=0).follow("q", "another answer"))
+        list(remote(server, retries=0).stream_events("q", "another answer"))
 
 
 @pytest.mark.parametrize(("finish", "reason"), [("stop", None), ("length", "unfinished"), ("error", "unfinished")])
 def test_a_correction_that_did_not_end_by_itself_is_not_applied(finish, reason):
     with ChatServer(lambda _: stream_of("four, I think", finish=finish)) as server:
-        (*_, streamed) = remote(server).follow("q", "It is five, I think.")
+        (*_, streamed) = remote(server).stream_events("q", "It is five, I think.")
         assert streamed.reason == reason
     whole = Reply({"choices": [{"text": "four, I think", "finish_reason": finish}]})
     with ChatServer(lambda _: whole) as server:
@@ -486,7 +486,7 @@ def test_a_correction_that_did_not_end_by_itself_is_not_applied(finish, reason):
 def test_a_corrector_that_refuses_to_stream_is_asked_for_all_of_it():
     replies = iter([refused(400), corrected("It is four.")])
     with ChatServer(lambda _: next(replies)) as server:
-        (*_, found) = remote(server).follow("q", "It is five.")
+        (*_, found) = remote(server).stream_events("q", "It is five.")
         assert found.text == "It is four."
         assert "stream" not in server.requests[1].body
 

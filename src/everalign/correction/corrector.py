@@ -225,17 +225,15 @@ class Corrector:
         *,
         strength: float | None = None,
     ) -> Iterator[str]:
-        """Yield the text of `correct` in pieces, none of which ends inside of a character.
+        """Yield the text of `correct` in pieces that never split a character; see `stream_events`."""
+        given = 0
+        for event in self.stream_events(question, answer, options, strength=strength):
+            piece = event if isinstance(event, str) else event.text[given:]
+            given += len(piece)
+            if piece:
+                yield piece
 
-        As long as the correction is the answer's beginning, it is yielded as it is accepted. Behind the first
-        difference a guard may still refuse all of it and the answer be returned: there, pieces are yielded as they
-        come only without guards, else at the end.
-        """
-        for found in self.follow(question, answer, options, strength=strength):
-            if isinstance(found, str):
-                yield found
-
-    def follow(
+    def stream_events(
         self,
         question: Question,
         answer: str,
@@ -243,24 +241,29 @@ class Corrector:
         *,
         strength: float | None = None,
     ) -> Iterator[str | Corrected]:
-        """Yield the pieces of `stream`, and at last what `correct` returns."""
+        """Yield pieces of the text while it is decoded, and finally the result of `correct`, whose text they begin.
+
+        While the correction repeats the answer, each accepted stretch is yielded at once. After the first difference
+        a guard or the approver may still reject it and return the answer, so nothing more is yielded until the result,
+        unless there are neither guards nor approver. What no piece has yielded is `result.text[len(yielded):]`: a
+        caller that got no piece knows the result before the first character of the text.
+        """
         options = self._chosen(options, strength)
         pair = _checked((question, answer), "")
         guarded = (options.guards or Guards()).any or self._approver is not None
         given = ""
-        for found in self._engine.follow(pair, options.passes, options.max_new_tokens, options.strength):
-            ended = self._ended(pair, found, options) if isinstance(found, Written) else None
-            text = ended.text if ended else str(found)
-            if guarded and ended is None:
-                # What is behind may yet be refused, and then the answer is what is returned.
-                text = text[: _same_until(text, answer, len(given))] if text.startswith(given) else given
-            if ended is not None and not text.startswith(given):
-                raise EveralignError("the tokenizer changes text that was yielded already; use `correct` instead")
-            if len(text) > len(given) and text.startswith(given):
-                yield text[len(given) :]
-                given = text
-            if ended is not None:
-                yield ended
+        for event in self._engine.stream_events(pair, options.passes, options.max_new_tokens, options.strength):
+            if isinstance(event, Written):
+                (result,) = self._approved([pair], [self._judged(answer, event, options)])
+                if not result.text.startswith(given):
+                    raise EveralignError("the tokenizer changes text that was yielded already; use `correct` instead")
+                yield result
+            elif event.startswith(given):
+                # The rest may yet be rejected, and then the answer is what is returned.
+                text = event[: _same_until(event, answer, len(given))] if guarded else event
+                if len(text) > len(given):
+                    yield text[len(given) :]
+                    given = text
 
     def _chosen(self, options: CorrectionOptions | None, strength: float | None) -> CorrectionOptions:
         options = options or self._options
@@ -275,9 +278,6 @@ class Corrector:
         return Corrected(
             text, text != answer, reason, written.passes, written.accepted, written.rejected, written.tokens
         )
-
-    def _ended(self, pair: Pair, written: Written, options: CorrectionOptions) -> Corrected:
-        return self._approved([pair], [self._judged(pair[1], written, options)])[0]
 
     def _approved(self, pairs: Sequence[Pair], found: list[Corrected]) -> list[Corrected]:
         """Return corrections, and the answers instead of those that the approver refuses."""

@@ -85,7 +85,7 @@ class Engine(Protocol):
         """
         ...
 
-    def follow(
+    def stream_events(
         self, pair: Pair, gate: Gate | None, limit: int | None, strength: float = 0.0
     ) -> Iterator[str | Written]:
         """Yield the text of one correction whenever it has grown, as a whole, and what was written at last."""
@@ -134,7 +134,7 @@ class EndpointEngine:
                 found[chosen[place]] = _written(reply)
         return [found[i] for i in range(len(pairs))]
 
-    def follow(
+    def stream_events(
         self, pair: Pair, gate: Gate | None, limit: int | None, strength: float = 0.0
     ) -> Iterator[str | Written]:
         """Yield the text while it comes; what was written when all of it is there, from a server that cannot stream."""
@@ -236,7 +236,7 @@ class LocalEngine:
                 found[i] = self._written(row, pairs[i][1])
         return [found.get(i, Written(answer, reason="too_long", passes=0)) for i, (_, answer) in enumerate(pairs)]
 
-    def follow(
+    def stream_events(
         self, pair: Pair, gate: Gate | None, limit: int | None, strength: float = 0.0
     ) -> Iterator[str | Written]:
         """Yield the text so far after each forward pass, without a character that is not whole yet."""

@@ -51,8 +51,8 @@ class AnyCorrector(Protocol):
         """Return answers corrected, in the order given."""
         ...
 
-    def follow(self, question: "Question", answer: str, /) -> "Iterator[str | Corrected]":
-        """Yield a correction in pieces, and at last all of it."""
+    def stream_events(self, question: "Question", answer: str, /) -> "Iterator[str | Corrected]":
+        """Yield the beginning of a correction in pieces, and finally the result, whose text continues them."""
         ...
 
 
@@ -412,7 +412,7 @@ def _all(jobs: list[_Job]) -> list[Correction]:
 def _followed(job: _Job, loop: asyncio.AbstractEventLoop) -> Correction:
     """Hand on pieces as they come, as long as somebody reads them."""
     started = time.perf_counter()
-    for event in job.loaded.corrector.follow(job.question, job.answer):
+    for event in job.loaded.corrector.stream_events(job.question, job.answer):
         if not isinstance(event, str):
             return _correction(event, job.loaded, time.perf_counter() - started)
         if job.gone:
