@@ -1,6 +1,12 @@
-"""Errors that Everalign raises on purpose; every message names the file, line or field and what to do about it."""
+"""Exceptions of Everalign. Every message names the file, line or field, and what to do about it."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class EveralignError(Exception):
@@ -10,16 +16,34 @@ class EveralignError(Exception):
 
 
 class InputError(EveralignError, ValueError):
-    """The user's input (a file, a flag, a recipe) is wrong: exit code 2."""
+    """The user's input (a file, a flag, a recipe) is wrong: exit code 2.
+
+    Args:
+        message: the whole sentence, which `str()` gives.
+        where: the place, such as `pairs.jsonl:7` or `pairs.csv: row 7`.
+        field: the column, flag or key that is wrong.
+        hint: what to do about it.
+    """
 
     exit_code = 2
 
+    def __init__(
+        self, message: str, *, where: str | None = None, field: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.where, self.field, self.hint = where, field, hint
+
+    def at(self, where: str) -> Self:
+        """Returns the same error with its place in front of the message."""
+        place = where if self.where is None else f"{where}: {self.where}"
+        return type(self)(f"{where}: {self}", where=place, field=self.field, hint=self.hint)
+
 
 class GateRefusedError(EveralignError):
-    """A finished task was refused by the gate: exit code 3. What was learned before it stays current.
+    """The gate refused a finished task: exit code 3. The version before it stays current.
 
     Args:
-        message: what fell, and what to do.
+        message: which scores fell, and what to do.
         version: the refused version, which stays on disk.
         fell: held-out accuracy (a share) before and after, by task.
     """
@@ -32,31 +56,31 @@ class GateRefusedError(EveralignError):
 
 
 class NotEnoughEvidenceError(GateRefusedError):
-    """A finished task was neither shown to be harmless nor harmful by its held-out rows: exit code 4."""
+    """The held-out rows are too few to show whether a finished task does harm: exit code 4."""
 
     exit_code = 4
 
 
 WARN_ABOVE = 0.1
-"""Share that may be lost without a word, beyond what is logged anyway."""
+"""Share of lost rows above which a warning is given."""
 
 REFUSE_ABOVE = 0.5
-"""Share above which nothing is learned."""
+"""Share of lost rows above which training is refused."""
 
 
 class ShortfallError(InputError):
-    """More than half of what was given is lost on the way."""
+    """More than half of the given rows cannot be used."""
 
 
 def check_shortfall(lost: int, total: int, what: str, remedy: str, *, refuse: bool = True) -> tuple[str, ...]:
-    """Return a warning if more than a tenth is lost, else nothing.
+    """Returns a warning if more than a tenth is lost, else nothing.
 
     Args:
-        lost: how many.
-        total: of how many.
-        what: what they are and what became of them, as in "12 of 40 WHAT".
+        lost: number of rows, answers or tokens lost.
+        total: number given.
+        what: what was lost and why, for "12 of 40 WHAT".
         remedy: what to do about it; names the flag.
-        refuse: whether more than half is an error; where the rest is still as good as it was, it is not.
+        refuse: raise if more than half is lost. False where the rest is as good as before.
 
     Raises:
         ShortfallError: more than half is lost.
