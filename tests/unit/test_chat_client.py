@@ -1,6 +1,7 @@
 """The chat client: what it sends, what it tries again, what it says of bad replies, and never the key."""
 
 import asyncio
+import json
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ import pytest
 from chat_server_for_tests import ChatServer, Reply, answer, in_turn, refused
 from everalign import llm_client as chat_client
 from everalign.errors import EveralignError, InputError
-from everalign.llm_client import ChatClient, ChatError, Completion, asked_wait, shortened
+from everalign.llm_client import ChatClient, ChatError, Completion, retry_after, shortened
 
 ASKED = [{"role": "user", "content": "hello"}]
 KEY = "sk-very-secret-0123456789"
@@ -23,7 +24,7 @@ def _quick(monkeypatch):
     """No key or proxy of the machine's, and short pauses."""
     for name in ("OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(chat_client, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(chat_client, "_FIRST_BACKOFF", 0.01)
 
 
 def client(server, **arguments):
@@ -259,7 +260,7 @@ def test_the_pause_that_the_server_asks_for_is_kept(headers):
 )
 def test_pauses_are_read_and_bounded(headers, seconds):
     now = datetime(2015, 10, 21, 7, 28, tzinfo=timezone(timedelta(0)))
-    assert asked_wait(headers, now) == seconds
+    assert retry_after(headers, now) == seconds
 
 
 def test_the_servers_word_on_trying_again_counts():
@@ -268,6 +269,69 @@ def test_the_servers_word_on_trying_again_counts():
         client(server).complete(ASKED)
     with ChatServer(in_turn(refused(400, x_should_retry="true"), "fine")) as server:
         assert client(server).complete(ASKED).text == "fine"
+
+
+# ---- streams ----
+
+
+def stream(*events, **reply):
+    lines = "".join(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n" for event in events)
+    return Reply(lines.encode(), kind="text/event-stream", **reply)
+
+
+def piece(text, reason=None):
+    return {"choices": [{"text": text, "finish_reason": reason}]}
+
+
+def test_a_stream_is_yielded_in_pieces_and_counted():
+    usage = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
+    with ChatServer(lambda _: stream(piece("a½"), piece("b", "stop"), usage, "[DONE]", "ignored")) as server:
+        asked = client(server)
+        found = list(asked.stream_continuation("x", max_tokens=3))
+    assert found == ["a½", "b", Completion("a½b", 3, 2, "stop")]
+    assert asked.usage == chat_client.Usage(1, 3, 2, 0)
+    assert server.requests[0].path == "/v1/completions"
+    assert server.requests[0].body["stream_options"] == {"include_usage": True}
+
+
+def test_a_server_that_does_not_stream_gives_the_whole():
+    with ChatServer(lambda _: Reply({"choices": [{"text": "all"}]})) as server:
+        assert list(client(server).stream_continuation("x")) == [Completion("all", None, None, None)]
+
+
+@pytest.mark.parametrize("fault", [{"cut": 5}, {"drip": 0.02}], ids=["cut", "hangs"])
+def test_a_stream_is_asked_for_again_only_before_its_first_text(fault):
+    with ChatServer(in_turn(stream(piece(""), **fault), stream(piece("b", "stop")))) as server:
+        assert next(client(server, timeout=0.5).stream_continuation("x")) == "b"
+    begun = stream(piece("a"), piece("b" * 99), **fault)
+    with ChatServer(lambda _: begun) as server:
+        pieces = client(server, timeout=2.5).stream_continuation("x")
+        assert next(pieces) == "a"
+        with pytest.raises(ChatError, match="breaks off in the middle"):
+            next(pieces)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [
+        (["nothing"], "an event that is no JSON object"),
+        ([{"choices": [1]}], "a choice that is no JSON object"),
+        ([{"error": {"message": f"bad {KEY}"}}], r"holds an error: .*bad \*\*\*"),
+        ([piece("a"), "[DONE]"], "ends before the text does"),
+    ],
+)
+def test_a_bad_stream_is_told_and_not_asked_for_again(events, message):
+    with ChatServer(lambda _: stream(*events)) as server, pytest.raises(ChatError, match=message):
+        list(client(server, api_key=KEY).stream_continuation("x"))
+    assert len(server.requests) == 1
+
+
+def test_a_huge_stream_is_refused(monkeypatch):
+    monkeypatch.setattr(chat_client, "_LARGEST_STREAM", 1 << 20)
+    huge = stream(piece("x" * (2 << 20)))
+    with ChatServer(lambda _: huge) as server, pytest.raises(ChatError, match="larger than 1 MiB"):
+        list(client(server).stream_continuation("x"))
 
 
 # ---- bad replies ----

@@ -33,7 +33,7 @@ def _quick(monkeypatch):
     """No key or proxy of the machine's, and short pauses."""
     for name in ("OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(chat_client, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(chat_client, "_FIRST_BACKOFF", 0.01)
 
 
 def judged(messages):

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from everalign.correction.make_data import CorrectionData, Filters
     from everalign.learning.options import DistillOptions
     from everalign.learning.self_training import Distillation
-    from everalign.llm_client import ChatOptions
 
 DATA_EPILOG = (
     "Example: everalign correct data --data questions.jsonl --answers-from http://127.0.0.1:8000/v1#small "
@@ -95,12 +94,9 @@ def data(
     asking = {"concurrency": concurrency, "requests_per_minute": requests_per_minute, "timeout": timeout}
     if not servers:
         _refuse(asking, "only a server (URL#MODEL) has it")
-    from everalign.llm_client import ChatOptions
-
-    options = ChatOptions(**asking)  # type: ignore[arg-type]  # each under its own name
     sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-    answerer = _answerer(answers_from, sampling, options)
-    editor = _editor(corrections_from, instructions, options, _editor_key(answers_from, corrections_from))
+    answerer = _answerer(answers_from, sampling, asking)
+    editor = _editor(corrections_from, instructions, asking, _editor_key(answers_from, corrections_from))
     with resumable(), Display() as display:
         done = _make(
             data, output, answerer, editor, _filters(template, longest, near), keep_going, overwrite,
@@ -140,8 +136,9 @@ def _make(
     )
 
 
-def _answerer(name: str | None, sampling: dict[str, Any], options: "ChatOptions") -> "AnswerSource | None":
+def _answerer(name: str | None, sampling: dict[str, Any], limits: dict[str, Any]) -> "AnswerSource | None":
     from everalign.correction.generators import EndpointAnswers, LocalModel
+    from everalign.llm_client import ChatClient
 
     given = {flag: value for flag, value in sampling.items() if value is not None}
     if name is None:
@@ -150,7 +147,7 @@ def _answerer(name: str | None, sampling: dict[str, Any], options: "ChatOptions"
     if _URL not in name:
         return LocalModel(name, **given)
     _refuse({"seed": sampling["seed"]}, "a server draws by itself")
-    return EndpointAnswers(options.client(name, "who answers"), **given)
+    return EndpointAnswers(ChatClient.from_name(name, "who answers", **limits), **given)
 
 
 def _editor_key(answers_from: str | None, corrections_from: str | None) -> str | None:
@@ -164,14 +161,14 @@ def _editor_key(answers_from: str | None, corrections_from: str | None) -> str |
     return checked_key(os.environ.get("CORRECTIONS_API_KEY", ""), "CORRECTIONS_API_KEY")
 
 
-def _editor(name: str | None, instructions: Path | None, options: "ChatOptions", key: str | None) -> "Editor | None":
+def _editor(name: str | None, instructions: Path | None, limits: dict[str, Any], key: str | None) -> "Editor | None":
     from everalign.correction.generators import Editor
-    from everalign.llm_client import read_instructions
+    from everalign.llm_client import ChatClient, read_instructions
 
     if name is None:
         _refuse({"instructions": instructions}, "they are for a model that corrects (--corrections-from)")
         return None
-    client = options.client(name, "who corrects", key)
+    client = ChatClient.from_name(name, "who corrects", key, **limits)
     if instructions is None:
         return Editor(client)
     return Editor(client, read_instructions(instructions, "the", "how answers are to be corrected"))

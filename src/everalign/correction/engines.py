@@ -143,7 +143,7 @@ class EndpointEngine:
         prompt = self._template.render(*pair, self._objectives)
         text = given = ""
         try:
-            for item in self._client.continue_in_pieces(prompt, temperature=0, max_tokens=most):
+            for item in self._client.stream_continuation(prompt, temperature=0, max_tokens=most):
                 if not isinstance(item, str):
                     yield _written(item)
                     return

@@ -27,7 +27,7 @@ from everalign.evaluation.judge_prompts import (
     read_score,
     read_verdict,
 )
-from everalign.llm_client import ChatClient, ChatError, ChatOptions, Completion, read_instructions, shortened
+from everalign.llm_client import ChatClient, ChatError, Completion, read_instructions, shortened
 from everalign.storage import Journal
 
 SCALE: Scale = (1.0, 10.0)
@@ -103,8 +103,8 @@ class JudgeScorer:
             InputError: the name lacks a part, or an option or a file cannot be used.
         """
         options = options or JudgeOptions()
-        asking = ChatOptions(options.concurrency, options.requests_per_minute, options.timeout)
-        client = asking.client(name, "a judge", api_key)
+        limits = {name: getattr(options, name) for name in ("concurrency", "requests_per_minute", "timeout")}
+        client = ChatClient.from_name(name, "a judge", api_key, **limits)
         instructions = INSTRUCTIONS if options.instructions is None else _instructions(options.instructions)
         cache = None if options.cache is None else reward_cache(options.cache)
         return cls(client, instructions=instructions, cache=cache)

@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import httpx
 
-from everalign.llm_client import asked_wait
+from everalign.llm_client import retry_after
 from everalign.serving.errors import GatewayError, bad_upstream, overloaded, refused
 from everalign.serving.headers import USUAL, HeaderRules
 from everalign.serving.settings import Timeouts, UpstreamSettings
@@ -355,7 +355,7 @@ class Upstream:
         status = response.status_code
         error = failure(status, self._headers.returned(response.headers, self._key), body, self._key, asked.quoted)
         wanted = response.headers.get("x-should-retry", "").lower() != "false"
-        return _Failed(error, status, asked_wait(response.headers) or 0.0, wanted and status in _REPEATED)
+        return _Failed(error, status, retry_after(response.headers) or 0.0, wanted and status in _REPEATED)
 
     async def _beginning(self, response: httpx.Response) -> bytes:
         """Return the first bytes of an error's body, as far as they can be had at once."""
