@@ -128,10 +128,8 @@ def make_store():
     with FeedbackStore.open("sqlite:///feedback.db") as store:
         for i in range(20):
             if i == 16:
-                learn = f"learn --from-feedback sqlite:///feedback.db --model model --output learned {LEARN}"
-                run(
-                    f"{learn} --method er --objective dpo --minimum 6 --key-share 1 --gate 0.9 --held-out 0.25 --no-report"
-                )
+                learn = f"learn --from-feedback sqlite:///feedback.db --model model --objective dpo --no-report {LEARN}"
+                run(f"{learn} --output learned --method er --minimum 6 --key-share 1 --gate 0.9 --held-out 0.25")
             messages = ({"role": "user", "content": f"q{i}?"},)
             key, created = f"{i % 2:012d}", now + timedelta(minutes=i)
             said = {"rating": None, "preferred": None, "edited_text": f"yes, {i}"}
