@@ -14,9 +14,8 @@ from scipy.stats import spearmanr
 
 from common import OUT, data_folder, write_result
 from correction_task import approving, corrector_folder, is_short, judge, pairs, training_rows
-from everalign.contrib.steering import SteeringOptions, steer_corrector
-from everalign.contrib.steering_vectors import SteeringFacts
-from everalign.correction import CorrectionOptions, Corrector
+from everalign.contrib import SteeredEngine, SteeringFacts, SteeringOptions, steer_corrector
+from everalign.correction import Corrector
 from everalign.correction.edits import edit_share, words
 from everalign.data import CorrectionSet
 from everalign.data.records import correction_of
@@ -44,14 +43,14 @@ def main() -> None:
         facts = steer_corrector(folder, CorrectionSet(tuple(known), "hh"), options=options, log=print)
     rows = [row for row in pairs("safe_rlhf", "test") if is_short(row.rejected)][: arguments.count]
     asked = [(row.prompt, row.rejected) for row in rows]
-    corrector, ((judging, _), (approving_, _)) = Corrector.from_pretrained(folder), (judge(), approving())
-    plain = corrector.correct_batch(asked)
+    engine, ((judging, _), (approving_, _)) = SteeredEngine.from_pretrained(folder), (judge(), approving())
+    plain = Corrector.from_pretrained(folder).correct_batch(asked)
     table = Table(title=f"layers {facts.layers}, strengths {facts.lowest:g} to {facts.highest:g}")
     for column in ("strength", "edited", "changed", "judge", "other reward model"):
         table.add_column(column, justify="right")
     results = []
     for strength in numpy.linspace(facts.lowest, facts.highest, arguments.settings).tolist():
-        found = corrector.correct_batch(asked, CorrectionOptions(strength=strength))
+        found = Corrector(engine.at(strength)).correct_batch(asked)
         texts = [one.text for one in found]
         share = fmean(edit_share(words(row.rejected), words(text)) for row, text in zip(rows, texts, strict=True))
         rewards = [fmean(scorer.score([row.prompt for row in rows], texts)) for scorer in (judging, approving_)]
@@ -61,7 +60,7 @@ def main() -> None:
     correlation = float(
         spearmanr([row["strength"] for row in results], [row["edit_share"] for row in results]).statistic
     )
-    same = [one.text for one in corrector.correct_batch(asked, strength=0.0)] == [one.text for one in plain]
+    same = [one.text for one in Corrector(engine).correct_batch(asked)] == [one.text for one in plain]
     Console(width=120).print(table)
     print(f"Spearman {correlation:.3f}; strength 0 gives the unsteered texts: {same}")
     found_facts = {"facts": facts.model_dump(), "spearman": correlation, "zero_is_unsteered": same}

@@ -328,6 +328,7 @@ def test_a_server_is_told_the_objectives_of_its_corrector(tmp_path, capsys, verb
             ["http://127.0.0.1:1/v1#m", "--template", "aligner-1", "--tokens-per-batch", "9"],
             "--tokens-per-batch: is for",
         ),
+        (["http://127.0.0.1:1/v1#m", "--template", "aligner-1", "--strength", "0.5"], "--strength: is for"),
         (["nowhere"], "no corrector"),
     ],
 )

@@ -13,9 +13,11 @@ from cli_for_tests import run, write_rows
 from corrections_for_tests import corrections, corrector
 from everalign.contrib.activations import decoder_layers, residuals, shifted
 from everalign.contrib.steering import (
+    SteeredEngine,
     SteeringOptions,
     common_direction,
     followed,
+    load_steered_corrector,
     mirrored,
     prefix_differences,
     rank_correlation,
@@ -166,29 +168,32 @@ def test_a_strength_decides_how_much_is_edited(steered):
 
 def test_strength_0_is_the_corrector_as_it_is(steered):
     plain = Corrector.from_pretrained(corrector().path)
-    able = Corrector.from_pretrained(steered[0])
-    assert able.correct_batch(PAIRS, FREE) == plain.correct_batch(PAIRS, FREE)
-    assert able.correct_batch(PAIRS, FREE, strength=0) == plain.correct_batch(PAIRS, FREE)
-    assert able.fingerprint != plain.fingerprint
+    for able in (Corrector.from_pretrained(steered[0]), load_steered_corrector(steered[0], 0)):
+        assert able.correct_batch(PAIRS, FREE) == plain.correct_batch(PAIRS, FREE)
+        assert able.fingerprint == plain.fingerprint
+    engine, (low, high) = SteeredEngine.from_pretrained(steered[0]), (steered[1].lowest, steered[1].highest)
+    fingerprints_ = {engine.at(strength).fingerprint for strength in {0, low, high, high / 2}}
+    assert len(fingerprints_) == len({0, low, high, high / 2})
 
 
 def test_no_hook_is_there_at_strength_0_nor_between_the_pieces_of_a_stream(steered, monkeypatch):
     folder, facts = steered
-    able = Corrector.from_pretrained(folder)
-    layers = decoder_layers(able._engine._model.model)
-    pieces = able.stream(*PAIRS[0], FREE, strength=facts.highest or facts.lowest)
+    able = SteeredEngine.from_pretrained(folder)
+    layers = decoder_layers(able._model.model)
+    pieces = Corrector(able.at(facts.highest or facts.lowest)).stream(*PAIRS[0], FREE)
     while next(pieces, None) is not None:
         assert not any(layer._forward_hooks for layer in layers)
     monkeypatch.setattr(torch.nn.Module, "register_forward_hook", lambda *_: pytest.fail("a hook at strength 0"))
-    able.correct(*PAIRS[0], FREE)
+    Corrector(able.at(0)).correct(*PAIRS[0], FREE)
 
 
 def test_verified_drafts_are_what_steered_greedy_decoding_writes(steered):
     folder, facts = steered
-    able, model = Corrector.from_pretrained(folder), load_model(str(folder))
+    engine, model = SteeredEngine.from_pretrained(folder), load_model(str(folder))
     encoder = load_corrector_files(folder).encoder(load_tokenizer(str(folder)))
     for strength in (facts.lowest, facts.highest):
-        together = able.correct_batch(PAIRS, FREE, strength=strength)
+        able = Corrector(engine.at(strength))
+        together = able.correct_batch(PAIRS, FREE)
         shifts = read_steering(folder, model, "everalign-1").at(strength)
         for pair, corrected in zip(PAIRS, together, strict=True):
             prompt = torch.tensor([encoder.prompt(*pair)])
@@ -198,18 +203,17 @@ def test_verified_drafts_are_what_steered_greedy_decoding_writes(steered):
                     eos_token_id=sorted(encoder.ends), pad_token_id=0,
                 )  # fmt: skip
             assert corrected.text == encoder.decode(ids[0, prompt.shape[1] :].tolist())
-            assert able.correct(*pair, replace(FREE, strength=strength)).text == corrected.text
-            assert "".join(able.stream(*pair, FREE, strength=strength)) == corrected.text
+            assert able.correct(*pair, FREE).text == corrected.text
+            assert "".join(able.stream(*pair, FREE)) == corrected.text
 
 
 def test_steered_corrections_are_others(steered):
     folder, _ = steered
-    able = Corrector.from_pretrained(folder)
-    steering = read_steering(folder, able._engine._model.model, "everalign-1")
-    able._engine._steering = Steering(steering.shifts, -9.0, 9.0)
-    plain = [one.text for one in able.correct_batch(PAIRS, FREE)]
+    engine = SteeredEngine.from_pretrained(folder)
+    wide = Steering(engine.steering.shifts, -9.0, 9.0)
+    plain = [one.text for one in Corrector(engine).correct_batch(PAIRS, FREE)]
     for strength in (-4, 4):
-        assert [one.text for one in able.correct_batch(PAIRS, FREE, strength=strength)] != plain
+        assert [one.text for one in Corrector(engine.at(strength, wide)).correct_batch(PAIRS, FREE)] != plain
 
 
 def test_the_same_rows_and_seed_give_the_same_steering(steered, copied):
@@ -227,8 +231,8 @@ def test_given_layers_are_steered_together(copied):
 
 
 def test_a_steering_of_fp32_is_for_bf16_too_but_for_nothing_else(steered, copied):
-    exact = Corrector.from_pretrained(copied, precision="bf16")
-    exact.correct(*PAIRS[0], FREE, strength=steered[1].lowest or steered[1].highest)
+    exact = load_steered_corrector(copied, steered[1].lowest or steered[1].highest, precision="bf16")
+    exact.correct(*PAIRS[0], FREE)
     model = load_model(str(copied))
     assert list(fingerprints(model)) == ["torch.float32", "torch.bfloat16"]
     assert fingerprints(model)["torch.bfloat16"] == model_fingerprint(load_model(str(copied), "bf16"))
@@ -238,7 +242,7 @@ def test_a_steering_of_fp32_is_for_bf16_too_but_for_nothing_else(steered, copied
     with pytest.raises(
         InputError, match=r"was made for weights in torch\.float32, and the model is in torch\.bfloat16"
     ):
-        Corrector.from_pretrained(copied, precision="bf16").correct("q", "a", strength=0.1)
+        load_steered_corrector(copied, 0.1, precision="bf16")
 
 
 # ---- bad input ----
@@ -268,7 +272,7 @@ def other_vectors(folder):
         (changed_facts(template="aligner-1"), "was made for the template 'aligner-1', not 'everalign-1'"),
         (changed_facts(fingerprints={"torch.float32": "x"}), "was made for other weights than this corrector's"),
         (lambda folder: (folder / "steering.safetensors").unlink(), "is missing or not the one"),
-        (other_vectors, "is missing or not the one that steering.json tells of"),
+        (other_vectors, "is missing or not the one that steering.json names"),
     ],
 )
 def test_a_steering_that_is_not_the_corrector_s_is_refused(copied, damage, message):
@@ -276,22 +280,18 @@ def test_a_steering_that_is_not_the_corrector_s_is_refused(copied, damage, messa
     able = Corrector.from_pretrained(copied)
     assert able.correct(*PAIRS[0], FREE) == Corrector.from_pretrained(corrector().path).correct(*PAIRS[0], FREE)
     with pytest.raises(InputError, match=message):
-        able.correct("q", "a", strength=0.1)
+        load_steered_corrector(copied, 0.1)
 
 
 def test_strengths_that_cannot_be_are_refused(steered):
     folder, facts = steered
-    able = Corrector.from_pretrained(folder)
-    with pytest.raises(
-        InputError, match=f"well-formed corrections from {facts.lowest:g} to {facts.highest:g}, found 3"
-    ):
-        able.correct("q", "a", strength=3)
-    with pytest.raises(InputError, match="strength: must be a finite number"):
-        able.correct("q", "a", strength=float("nan"))
-    with pytest.raises(InputError, match="strength: a corrector on a server cannot be steered"):
-        Corrector.from_endpoint("http://127.0.0.1:1/v1", "m", template="aligner-1").correct("q", "a", strength=0.5)
+    for strength in (3, float("nan")):
+        with pytest.raises(
+            InputError, match=f"stay well-formed from {facts.lowest:g} to {facts.highest:g}, found {strength:g}"
+        ):
+            load_steered_corrector(folder, strength)
     with pytest.raises(InputError, match="cannot be steered yet"):
-        Corrector.from_pretrained(saved_model(), template="aligner-1").correct("q", "a", strength=0.5)
+        load_steered_corrector(saved_model(), 0.5, template="aligner-1")
 
 
 @pytest.mark.parametrize(
@@ -353,8 +353,8 @@ def test_the_command_line_steers_and_corrects_with_a_strength(copied, tmp_path, 
     output = ["--data", str(answers), "--output", str(tmp_path / "out.jsonl"), "--no-guards"]
     code, _, err = run(capsys, "correct", "run", "--corrector", str(copied), *output, f"--strength={strength}")
     assert code == 0, err
-    able = Corrector.from_pretrained(copied)
-    expected = [one.text for one in able.correct_batch(PAIRS, CorrectionOptions(guards=NO_GUARDS, strength=strength))]
+    able = load_steered_corrector(copied, strength)
+    expected = [one.text for one in able.correct_batch(PAIRS, CorrectionOptions(guards=NO_GUARDS))]
     assert [json.loads(line)["correction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == expected
 
 

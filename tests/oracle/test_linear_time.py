@@ -25,8 +25,8 @@ REDACTION = Redaction()
 
 
 def guarded(text):
-    Guards().objection(text, text + "x", True, TEMPLATE)
-    Guards().objection(text, "x" * len(text), True, TEMPLATE)
+    Guards().first_violation(text, text + "x", True, TEMPLATE)
+    Guards().first_violation(text, "x" * len(text), True, TEMPLATE)
 
 
 def compared(text):

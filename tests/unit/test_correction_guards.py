@@ -11,7 +11,7 @@ LINK = "See https://example.org/a?b=1. (or http://x.org)"
 
 
 def objection(answer, correction, finished=True, **guards):
-    return Guards(**guards).objection(answer, correction, finished, TEMPLATE)
+    return Guards(**guards).first_violation(answer, correction, finished, TEMPLATE)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_each_guard_refuses_what_it_is_for_and_can_be_switched_off(name, answer,
     assert objection(answer, correction, finished) == name
     off = {name: None if name == "growth" else False}
     assert objection(answer, correction, finished, **off) is None
-    assert NO_GUARDS.objection(answer, correction, finished, TEMPLATE) is None
+    assert NO_GUARDS.first_violation(answer, correction, finished, TEMPLATE) is None
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,9 @@ def run(
     from everalign.data.readers import load_uncorrected
     from everalign.storage import exclusive, lock_of
 
-    options = CorrectionOptions(gate, Guards() if guards else NO_GUARDS, max_new_tokens, strength or 0.0)
-    local = {"device": device, "precision": precision, "tokens_per_batch": tokens_per_batch}
+    options = CorrectionOptions(gate, Guards() if guards else NO_GUARDS, max_new_tokens)
+    local: dict[str, Any] = {"device": device, "precision": precision, "tokens_per_batch": tokens_per_batch}
+    local["strength"] = strength or None
     started = time.perf_counter()
     # Before anything is loaded: a second process is told at once.
     with resumable(), Display() as display, exclusive(lock_of(output)):
@@ -136,7 +137,7 @@ def load_corrector(
     Args:
         name: a folder, or URL#MODEL; the server's key comes from CORRECTOR_API_KEY.
         template: what it reads, if it does not say so itself.
-        local: `device`, `precision` and `tokens_per_batch` of one in this process; None where not given.
+        local: `device`, `precision`, `tokens_per_batch` and `strength` of one in this process; None where not given.
         approver: asked whether each correction may take the answer's place.
         objectives: those that one on a server was trained with; None where not given.
         options: how it corrects, unless a call says otherwise.
@@ -150,7 +151,10 @@ def load_corrector(
     if not name.startswith(("http://", "https://")):
         if objectives is not None:
             raise InputError("--objectives: is for a corrector on a server; a folder holds its own, so leave it out")
-        return Corrector.from_pretrained(name, template=template, approver=approver, options=options, **given)
+        load = Corrector.from_pretrained
+        if "strength" in given:
+            from everalign.contrib.steering import load_steered_corrector as load
+        return load(name, template=template, approver=approver, options=options, **given)
     url, _, model = name.partition("#")
     if not model:
         raise InputError(f"{name}: name the model behind the address, such as http://127.0.0.1:8000/v1#aligner")
@@ -255,8 +259,9 @@ def evaluate(
     from everalign.correction.evaluation import evaluate_corrector
     from everalign.data.readers import load_answers
 
-    options = CorrectionOptions(gate, Guards() if guards else NO_GUARDS, max_new_tokens, strength or 0.0)
-    local = {"device": device, "precision": precision, "tokens_per_batch": tokens_per_batch}
+    options = CorrectionOptions(gate, Guards() if guards else NO_GUARDS, max_new_tokens)
+    local: dict[str, Any] = {"device": device, "precision": precision, "tokens_per_batch": tokens_per_batch}
+    local["strength"] = strength or None
     judge = (judge_instructions, concurrency, requests_per_minute, timeout)
     with resumable() if cache else nullcontext(), Display() as display:
         rows = load_answers(data, skip_bad_rows=skip_bad_rows)

@@ -1,4 +1,4 @@
-"""A corrector's steering on disk: `steering.safetensors`, and `steering.json` that says whose and what it is."""
+"""Steering vectors on disk: `steering.safetensors`, and `steering.json` that describes them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,18 @@ from everalign.storage import read_json, read_tensors, sha256_of, write_json, wr
 VECTORS_FILE, FACTS_FILE = "steering.safetensors", "steering.json"
 
 _PRECISIONS = (torch.float32, torch.bfloat16)
+_AGAIN = "run everalign correct steer again"
 
 
 class SteeringSetting(BaseModel):
     """What corrections are like at one strength.
 
     Args:
-        strength: α.
-        edit_share: mean over the rows of the tokens edited, per token of the longer one of answer and correction.
+        strength: factor of the steering vectors; 0 for none.
+        edit_share: mean over the rows of `edit_share` between answer and correction, in tokens.
         changed: share of the answers that are changed.
         well_formed: share of the corrections that end by themselves, are not empty, repeat no mark of the template, and
-            have at most twice the tokens of the answer or of the correction it should get, whichever is longer.
+            have at most twice the tokens of the answer or of its known correction, whichever is longer.
     """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -37,21 +38,21 @@ class SteeringSetting(BaseModel):
 
 
 class SteeringFacts(BaseModel):
-    """What is known of a steering, as `steering.json` holds it.
+    """The content of `steering.json`.
 
     Args:
         format: of the file.
-        layers: the layers that are steered, 0 for the first one.
-        norms: of each of them, the length of what strength 1 adds: the mean distance of the states behind the
-            beginning of a correction from those behind the beginning of its answer.
+        layers: indices of the layers that are steered, 0 for the first one.
+        norms: length of each layer's vector: the mean distance between the states after the beginning of a correction
+            and those after the beginning of its answer.
         direction: how the direction was found, `principal` or `mean`.
         rows: rows it was extracted from.
         prefixes: pairs of beginnings in them.
         template: id of the corrector's template.
         fingerprints: of the model it was extracted from, by precision.
         vectors: sha256 of `steering.safetensors`.
-        lowest: the least strength that edits follow, and at which corrections stay well-formed.
-        highest: the greatest one.
+        lowest: the lowest strength down to which edits follow the strength and corrections stay well-formed.
+        highest: the highest one.
         spearman: rank correlation of strength and edit share over those of `settings` from `lowest` to `highest`.
         settings: what corrections of held-out rows are like, by strength.
         held_out: how many rows these are.
@@ -77,12 +78,12 @@ class SteeringFacts(BaseModel):
 
 @dataclass(frozen=True)
 class Steering:
-    """What moves a corrector between copying and correcting.
+    """Vectors that move a corrector between copying and correcting.
 
     Args:
-        shifts: by the layer's number, what strength 1 adds to its output, (d,) fp32.
-        lowest: the least strength that may be asked for.
-        highest: the greatest one.
+        shifts: by the layer's index, what strength 1 adds to its output, (d,) fp32.
+        lowest: the lowest strength that may be asked for.
+        highest: the highest one.
     """
 
     shifts: dict[int, Tensor]
@@ -93,12 +94,12 @@ class Steering:
         """Return what a strength adds to each layer.
 
         Raises:
-            InputError: it is outside of what was found to give well-formed corrections.
+            InputError: corrections are not known to stay well-formed at this strength.
         """
         if not self.lowest <= strength <= self.highest:
             raise InputError(
-                f"strength: is known to be followed by well-formed corrections from {self.lowest:g} to "
-                f"{self.highest:g}, found {strength:g}"
+                f"strength: corrections are known to stay well-formed from {self.lowest:g} to {self.highest:g}, "
+                f"found {strength:g}"
             )
         return {layer: strength * shift for layer, shift in self.shifts.items()}
 
@@ -111,7 +112,7 @@ def fingerprints(model: Any) -> dict[str, str]:
 
 
 def write_steering(folder: Path, steering: Steering, facts: SteeringFacts) -> None:
-    """Write a steering into its corrector's folder."""
+    """Write steering vectors into their corrector's folder."""
     vectors = torch.stack([steering.shifts[layer] for layer in facts.layers])
     write_tensors(folder / VECTORS_FILE, {"vectors": vectors})
     written = facts.model_copy(update={"vectors": sha256_of(folder / VECTORS_FILE)})
@@ -119,7 +120,7 @@ def write_steering(folder: Path, steering: Steering, facts: SteeringFacts) -> No
 
 
 def read_steering(folder: Path, model: Any, template: str) -> Steering:
-    """Read a corrector's steering, checked against the corrector.
+    """Read a corrector's steering vectors and check that they were made for it.
 
     Args:
         folder: the corrector's.
@@ -127,12 +128,18 @@ def read_steering(folder: Path, model: Any, template: str) -> Steering:
         template: id of its template.
 
     Raises:
-        InputError: there is none, a file is damaged, or it was made for another model, precision or template.
+        InputError: there are none, a file is damaged, or they were made for another model, precision or template.
     """
-    path = folder / FACTS_FILE
+    path, vectors_path = folder / FACTS_FILE, folder / VECTORS_FILE
     if not path.is_file():
         raise InputError(f"{folder}: this corrector cannot be steered yet; run everalign correct steer first")
-    facts = _read_facts(path)
+    content = read_json(path)
+    try:
+        facts = SteeringFacts.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(f"{path}: field {field!r}: {first['msg']}; {_AGAIN}") from None
     if facts.template != template:
         raise InputError(f"{path}: was made for the template {facts.template!r}, not {template!r}; {_AGAIN}")
     dtype = str(next(model.parameters()).dtype)
@@ -141,29 +148,12 @@ def read_steering(folder: Path, model: Any, template: str) -> Steering:
         raise InputError(f"{path}: was made for weights in {known}, and the model is in {dtype}; {_AGAIN}")
     if facts.fingerprints[dtype] != model_fingerprint(model):
         raise InputError(f"{path}: was made for other weights than this corrector's; {_AGAIN}")
-    vectors = _read_vectors(folder / VECTORS_FILE, facts, model.config.get_text_config())
+
+    if not vectors_path.is_file() or sha256_of(vectors_path) != facts.vectors:
+        raise InputError(f"{vectors_path}: is missing or not the one that {FACTS_FILE} names; {_AGAIN}")
+    tensors = read_tensors(vectors_path, ("vectors",), "steering") or {"vectors": torch.empty(0)}
+    vectors, config = tensors["vectors"], model.config.get_text_config()
+    fits = max(facts.layers) < config.num_hidden_layers and vectors.shape == (len(facts.layers), config.hidden_size)
+    if not fits or not bool(torch.isfinite(vectors).all()):
+        raise InputError(f"{vectors_path}: does not fit the corrector's layers; {_AGAIN}")
     return Steering(dict(zip(facts.layers, vectors, strict=True)), facts.lowest, facts.highest)
-
-
-_AGAIN = "run everalign correct steer again"
-
-
-def _read_facts(path: Path) -> SteeringFacts:
-    content = read_json(path)
-    try:
-        return SteeringFacts.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise InputError(f"{path}: field {field!r}: {first['msg']}; {_AGAIN}") from None
-
-
-def _read_vectors(path: Path, facts: SteeringFacts, config: Any) -> Tensor:
-    if not path.is_file() or sha256_of(path) != facts.vectors:
-        raise InputError(f"{path}: is missing or not the one that {FACTS_FILE} tells of; {_AGAIN}")
-    found = read_tensors(path, ("vectors",), "steering")
-    vectors = torch.empty(0) if found is None else found["vectors"]
-    fits = max(facts.layers) < config.num_hidden_layers and bool(torch.isfinite(vectors).all())
-    if vectors.shape != (len(facts.layers), config.hidden_size) or not fits:
-        raise InputError(f"{path}: does not fit the corrector's layers; {_AGAIN}")
-    return vectors

@@ -139,8 +139,8 @@ def _compared(before: str, after: str) -> list[_Step]:
         return whole
     old, new = before.splitlines(keepends=True), after.splitlines(keepends=True)
     # Where even lines are too many, all between the first and the last change is one.
-    first = _equal_at_first(old, new)
-    last = _equal_at_first(old[first:][::-1], new[first:][::-1])
+    first = common_prefix_length(old, new)
+    last = common_prefix_length(old[first:][::-1], new[first:][::-1])
     middle, same = (old[first : len(old) - last], new[first : len(new) - last]), "".join(old[:first])
     changed = _matched(*middle) or [_Step(False, *map("".join, middle))]
     steps: list[_Step] = []
@@ -155,7 +155,8 @@ def _compared(before: str, after: str) -> list[_Step]:
     return steps
 
 
-def _equal_at_first(old: Sequence[str], new: Sequence[str]) -> int:
+def common_prefix_length(old: Sequence[str], new: Sequence[str]) -> int:
+    """Return how many items two sequences (or characters two texts) have in common at the beginning."""
     return next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
 
 

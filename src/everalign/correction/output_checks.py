@@ -1,4 +1,4 @@
-"""When a correction is not to be trusted, so that the original answer is returned instead."""
+"""Checks of a correction (guards) and the approver: a correction that fails any of them is replaced by the answer."""
 
 import math
 import re
@@ -9,39 +9,42 @@ from typing import Protocol
 from everalign.correction.templates import Question, Template
 from everalign.errors import InputError
 
-# What may begin or end a block of code; matched against one line.
+# A line that may open or close a fenced block of code.
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})(.*)")
 _URL = re.compile(r"https?://[^\s<>\"'`)\]}]+")
-# What ends a sentence is no part of an address in it.
-_BEHIND_URL = ".,;:!?"
+# Punctuation after an address that ends the sentence, not the address.
+_AFTER_URL = ".,;:!?"
 
 
 class Approver(Protocol):
-    """Has the last word on corrections, such as `everalign.evaluation.ScorerApprover`."""
+    """Has the last word on corrections; see `everalign.evaluation.ScorerApprover`."""
 
     @property
     def fingerprint(self) -> str:
-        """Names what the approval depends on."""
+        """Digest of everything that approval depends on."""
         ...
 
     def approve(self, questions: Sequence[Question], answers: Sequence[str], corrections: Sequence[str]) -> list[bool]:
-        """Return, for each of N corrections that differ from their answers, whether it may be returned."""
+        """Say of each of N corrections, all of which change their answer, whether it may be returned."""
         ...
 
 
 @dataclass(frozen=True)
 class Guards:
-    """What a correction has to be like; each guard's name is the reason that is recorded.
+    """Conditions on a correction; the name of the guard that rejects it is recorded as the reason.
 
     Args:
-        unfinished: it has an end, instead of having been stopped at the length limit.
+        unfinished: it ends by itself, not at the length limit.
         empty: it is not empty.
-        echo: it has none of the template's marks, unless the answer has them.
-        growth: it has at most this many times the answer's characters; None for any number.
-        growth_characters: more than `growth` allows is no growth yet up to so many characters above the answer's:
-            the correction of a short refusal is long.
-        code: it has the answer's fenced code blocks, character by character.
-        url: it has the answer's addresses.
+        echo: it contains no mark of the template that the answer does not contain.
+        growth: it has at most this many times the answer's characters; None for no limit.
+        growth_characters: characters it may always add, whatever `growth` says: the correction of a short refusal is
+            long.
+        code: it contains the answer's fenced code blocks, character by character.
+        url: it contains the answer's addresses.
+
+    Raises:
+        InputError: `growth` or `growth_characters` is out of its range.
     """
 
     unfinished: bool = True
@@ -63,8 +66,8 @@ class Guards:
         """Whether any guard is on."""
         return self.growth is not None or any((self.unfinished, self.empty, self.echo, self.code, self.url))
 
-    def objection(self, answer: str, correction: str, finished: bool, template: Template) -> str | None:
-        """Return the name of the first guard that refuses a correction, None if none does.
+    def first_violation(self, answer: str, correction: str, finished: bool, template: Template) -> str | None:
+        """Return the name of the first guard that rejects a correction, None if all accept it.
 
         Args:
             answer: the original.
@@ -72,43 +75,42 @@ class Guards:
             finished: whether it ended by itself.
             template: the corrector's.
         """
-        refused = {
+        before, after = len(answer), len(correction)
+        allowed = None if self.growth is None else max(self.growth * before, before + self.growth_characters)
+        violations = {
             "unfinished": self.unfinished and not finished,
             "empty": self.empty and not correction.strip(),
             "echo": self.echo and not {*template.marks_in(correction)} <= {*template.marks_in(answer)},
-            "growth": self._has_grown(len(answer), len(correction)),
-            "code": self.code and not _blocks(answer) <= _blocks(correction),
+            "growth": allowed is not None and after > allowed,
+            "code": self.code and not _code_blocks(answer) <= _code_blocks(correction),
             "url": self.url and not _urls(answer) <= _urls(correction),
         }
-        return next((name for name, is_so in refused.items() if is_so), None)
-
-    def _has_grown(self, before: int, after: int) -> bool:
-        return self.growth is not None and after > max(self.growth * before, before + self.growth_characters)
+        return next((name for name, violated in violations.items() if violated), None)
 
 
 NO_GUARDS = Guards(unfinished=False, empty=False, echo=False, growth=None, code=False, url=False)
-"""Every correction is returned, whatever it is."""
+"""Accepts every correction."""
 
 
-def _blocks(text: str) -> set[str]:
-    """Return a text's fenced blocks of code, in one pass over its lines; one that is never closed is none.
+def _code_blocks(text: str) -> set[str]:
+    """Return a text's fenced code blocks, in one pass over its lines; a block that is never closed is none.
 
-    As in CommonMark, a fence is closed by one of the same sign that is at least as long and has nothing behind it, and
-    what opens a block of backticks has none further on in its line.
+    As in CommonMark, the closing fence repeats the opening one's character, is at least as long, and has nothing
+    after it; the line that opens a block of backticks contains no others.
     """
-    found: set[str] = set()
+    blocks: set[str] = set()
     fence, block = "", [""]
     for line in text.split("\n"):
         match = _FENCE.fullmatch(line.rstrip())
         if fence:
             block.append(line)
             if match is not None and match[1].startswith(fence) and not match[2]:
-                found.add("\n".join(block).strip())
+                blocks.add("\n".join(block).strip())
                 fence = ""
         elif match is not None and not (match[1][0] == "`" and "`" in match[2]):
             fence, block = match[1], [line]
-    return found
+    return blocks
 
 
 def _urls(text: str) -> set[str]:
-    return {found.rstrip(_BEHIND_URL) for found in _URL.findall(text)}
+    return {url.rstrip(_AFTER_URL) for url in _URL.findall(text)}

@@ -115,7 +115,7 @@ def _corrected(
         written = greedy_continuations(setup.policy, prompts, encoder.ends, limit)
         for (_, answer), ids in zip(batch, written, strict=True):
             text, finished = encoder.decode(ids), ids[-1] in encoder.ends
-            objection = text != answer and Guards().objection(answer, text, finished, encoder.template)
+            objection = text != answer and Guards().first_violation(answer, text, finished, encoder.template)
             refused += bool(objection)
             texts.append(answer if objection else text)
     return texts, refused

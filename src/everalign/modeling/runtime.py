@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from everalign.contrib.activations import layer_list
 from everalign.errors import InputError
+from everalign.modeling.shrinking import layer_list
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3

@@ -18,8 +18,6 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers.utils import logging
 
-from everalign.contrib.activations import layer_list
-
 VOCABULARY = 256
 WINDOW = 5
 # Positions that stretch with the length do so from ORIGINAL tokens on; a table of positions has LONGEST rows.
@@ -122,6 +120,14 @@ def _randomise(model: nn.Module) -> None:
                 parameter.copy_(noisy.nan_to_num(0.0, 0.0, 0.0))
             else:
                 parameter.normal_(0, _SPREAD / parameter.shape[-1] ** 0.5)
+
+
+def layer_list(model: Any) -> list[nn.Module] | None:
+    """Return a model's layers where it holds them in one list, the one nearest to the tokens first."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = (part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
+    found = next(lists, None)
+    return None if found is None else list(found)
 
 
 # ---- depth ----
