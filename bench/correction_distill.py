@@ -28,8 +28,9 @@ from everalign.evaluation.pairwise import ScorerApprover
 from everalign.evaluation.scorers import RewardModelScorer
 from everalign.learning.options import DistillOptions, TrainingOptions
 from everalign.learning.self_training import distill
+from everalign.modeling.options import SamplingOptions
 from everalign.modeling.runtime import prepare_process
-from everalign.modeling.sampling import SamplingOptions, sample_completions
+from everalign.modeling.sampling import sample_completions
 
 LONGEST_ANSWER = 96
 # The learning rate and the passes of each kind of label.
@@ -48,7 +49,9 @@ class Referee:
 
     def answers(self, policy: Any, seed: int) -> list[tuple[str, ...]]:
         """Finished answers to each question."""
-        options = SamplingOptions(self.samples, 1.0, LONGEST_ANSWER, LONGEST)
+        options = SamplingOptions(
+            completions=self.samples, temperature=1.0, max_new_tokens=LONGEST_ANSWER, max_prompt_tokens=LONGEST
+        )
         return [found.texts for found in sample_completions(policy, self.tokenizer, self.prompts, options, seed=seed)]
 
     def rewards(self, answers: list[tuple[str, ...]]) -> list[float | None]:
@@ -122,7 +125,7 @@ def main() -> None:
         output = FOLDER / f"distilled-{labels}-{arguments.seed}{'-approved' * arguments.approved}"
         shutil.rmtree(output, ignore_errors=True)
         for number in range(1, arguments.rounds + 1):
-            options = DistillOptions(labels, number, max_new_tokens=LONGEST_ANSWER)
+            options = DistillOptions(labels=labels, rounds=number, max_new_tokens=LONGEST_ANSWER)
             done = distill(
                 base,
                 corrector,

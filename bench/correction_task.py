@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from common import OUT, data_folder, preference_rows
-from everalign.correction.training import CorrectorOptions, train_corrector
+from everalign.correction.options import CorrectorOptions
+from everalign.correction.training import train_corrector
 from everalign.data import Correction, CorrectionSet, PreferenceSet
 from everalign.data.records import Answer, AnswerSet, correction_of
 from everalign.evaluation.scorers import RewardModelScorer

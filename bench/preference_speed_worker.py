@@ -144,8 +144,9 @@ def run_everalign(settings: Settings, model: Any, base: int, pairs: list[Any], t
     """Epochs of our Trainer; the reference is computed once, and again after each epoch only to be timed."""
     from everalign.modeling.policy import Policy
     from everalign.training.objectives import make_objective
+    from everalign.training.options import StageOptions
     from everalign.training.reference import pair_log_probs
-    from everalign.training.stage import StageOptions, run_stage
+    from everalign.training.stage import run_stage
 
     tokens = settings["tokens_per_batch"]
     model.requires_grad_(False)
@@ -161,7 +162,13 @@ def run_everalign(settings: Settings, model: Any, base: int, pairs: list[Any], t
     with policy.as_base():
         rows = pair_log_probs(policy, pairs, tokens)
     options = StageOptions(
-        LEARNING_RATE, EPOCHS, settings["batch_size"], tokens, scheduler="constant", warmup=0.0, checkpoint_steps=0
+        learning_rate=LEARNING_RATE,
+        epochs=EPOCHS,
+        batch_size=settings["batch_size"],
+        tokens_per_batch=tokens,
+        scheduler="constant",
+        warmup=0.0,
+        checkpoint_steps=0,
     )
     steps = -(-len(pairs) // settings["batch_size"])
 

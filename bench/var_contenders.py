@@ -21,9 +21,10 @@ from everalign.demo.world import Question
 from everalign.modeling.loading import load_model
 from everalign.modeling.policy import Policy
 from everalign.training.objectives import make_objective
+from everalign.training.options import StageOptions, WeightOptions
 from everalign.training.reference import group_log_probs, pair_log_probs
-from everalign.training.reward_weights import WeightOptions, weigh
-from everalign.training.stage import StageOptions, run_stage
+from everalign.training.reward_weights import weigh
+from everalign.training.stage import run_stage
 from var_task import LONGEST, encoded, prompt, reward, sample
 
 RANK, ALPHA = 16, 32.0
@@ -102,7 +103,11 @@ def learn(
             rows, tokens = scored_answers(policy, tokenizer, part, count, seed + number)
             spent.tokens += tokens
             options = StageOptions(
-                contender.learning_rate, contender.epochs, contender.batch_size, checkpoint_steps=0, logging_steps=1000
+                learning_rate=contender.learning_rate,
+                epochs=contender.epochs,
+                batch_size=contender.batch_size,
+                checkpoint_steps=0,
+                logging_steps=1000,
             )
             contender.teach(policy, tokenizer, rows, options, Path(folder))
         look(policy, spent)
@@ -130,7 +135,7 @@ def scored_answers(
 def var(temperature: float, estimator: str = "group", floor: float = 0.0, varied: bool = False) -> Any:
     """Reward-weighted likelihood; see `everalign.training.reward_weights.WeightOptions`."""
     options = WeightOptions(
-        estimator,  # type: ignore[arg-type]  # one of them
+        estimator=estimator,  # type: ignore[arg-type]  # one of them
         temperature=temperature,
         scale_rewards=False,
         weight_floor=floor,
@@ -177,7 +182,7 @@ def snkl(temperature: float) -> Any:
 
     def teach(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
         lengths = [tuple(len(text) for text in row.completions) for row in rows]
-        weighed = weigh(rows, lengths, WeightOptions("group", temperature=temperature, scale_rewards=False))
+        weighed = weigh(rows, lengths, WeightOptions(estimator="group", temperature=temperature, scale_rewards=False))
         found = tokenize_targets(weighed.rows, tokenizer, LONGEST)
         groups = [group for group in found if isinstance(group, TargetGroup)]
         reference = group_log_probs(policy, groups, stage.tokens_per_batch)

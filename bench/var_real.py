@@ -23,12 +23,13 @@ from everalign.data.tokenization import fitting, tokenize_pairs
 from everalign.evaluation import HeldOut, score_preferences
 from everalign.evaluation.scorers import RewardModelScorer
 from everalign.modeling.loading import load_model, load_tokenizer
+from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process
-from everalign.modeling.sampling import SamplingOptions, sample_completions
+from everalign.modeling.sampling import sample_completions
+from everalign.training.options import RewardOptions, StageOptions
 from everalign.training.reference import pair_log_probs
-from everalign.training.reward_model import RewardOptions, train_reward_model
-from everalign.training.stage import StageOptions
+from everalign.training.reward_model import train_reward_model
 from var_contenders import advantage, best_of, chosen, dpo, snkl, var
 from var_task import divergence, encoded
 
@@ -77,7 +78,9 @@ def scored(scorer: RewardModelScorer, rows: list[Unscored]) -> list[Scored]:
 
 def sampled(policy: Policy, tokenizer: Any, prompts: list[Any], count: int, seed: int) -> list[Unscored]:
     """Finished answers to each prompt; prompts without any are left out."""
-    options = SamplingOptions(count, 1.0, LONGEST_ANSWER, LONGEST)
+    options = SamplingOptions(
+        completions=count, temperature=1.0, max_new_tokens=LONGEST_ANSWER, max_prompt_tokens=LONGEST
+    )
     drawn = sample_completions(policy, tokenizer, prompts, options, seed=seed, tokens_per_batch=4 * BATCH_TOKENS)
     return [Unscored(prompt, s.texts) for prompt, s in zip(prompts, drawn, strict=True) if s.texts]
 
@@ -170,7 +173,7 @@ def learn(name: str, source: Source, tokenizer: Any, judge: Judge, seed: int) ->
     policy, began = start(), time.perf_counter()
     for number in range(rounds):
         rows = source.rows(kind, policy, number, rounds)
-        options = StageOptions(rate, epochs, 16, checkpoint_steps=0, logging_steps=1000)
+        options = StageOptions(learning_rate=rate, epochs=epochs, batch_size=16, checkpoint_steps=0, logging_steps=1000)
         with tempfile.TemporaryDirectory() as folder:
             teach(policy, tokenizer, rows, options, Path(folder))
     seconds = time.perf_counter() - began

@@ -16,8 +16,9 @@ from everalign.data.chat_tokens import ChatFormat, Prompt
 from everalign.data.collate import collate_groups
 from everalign.data.tokenization import TokenizedGroup
 from everalign.demo.world import TOPICS, Question, answer, questions, styles
+from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
-from everalign.modeling.sampling import Samples, SamplingOptions, sample_completions
+from everalign.modeling.sampling import Samples, sample_completions
 
 EVERYDAY = {"plain": 0.1, "courteous": 0.4, "plain-steps": 0.6, "courteous-steps": 1.0}
 RISKY = {
@@ -96,7 +97,9 @@ def prompt(question: Question) -> tuple[dict[str, str], ...]:
 
 def sample(policy: Policy, tokenizer: Any, asked: Sequence[Question], count: int, seed: int) -> list[Samples]:
     """`count` answers to each question."""
-    options = SamplingOptions(count, 1.0, LONGEST_ANSWER, LONGEST_PROMPT)
+    options = SamplingOptions(
+        completions=count, temperature=1.0, max_new_tokens=LONGEST_ANSWER, max_prompt_tokens=LONGEST_PROMPT
+    )
     prompts = [prompt(question) for question in asked]
     return sample_completions(policy, tokenizer, prompts, options, seed=seed, tokens_per_batch=TOKENS_PER_BATCH)
 

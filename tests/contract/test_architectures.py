@@ -240,7 +240,7 @@ REHEARSED = {
 
 def learn(folder, output, said):
     training = TrainingOptions(learning_rate=1e-2, batch_size=2, max_length=40)
-    adapter = AdapterOptions(2, 4.0)
+    adapter = AdapterOptions(rank=2, alpha=4.0)
     learner = Learner(str(folder), output=output, training=training, adapter=adapter, log=said.append)
     for answer in ("yes", "maybe"):
         rows = [{"prompt": f"{answer} {i}?", "chosen": f"{answer} {i}", "rejected": f"no {i}"} for i in range(4)]

@@ -165,7 +165,8 @@ def test_a_corrector_s_folder_names_the_end_of_corrections(tmp_path):
 
 
 def test_what_is_sampled_stops_at_the_same_tokens(chatting):
-    from everalign.modeling.sampling import SamplingOptions, sample_completions
+    from everalign.modeling.options import SamplingOptions
+    from everalign.modeling.sampling import sample_completions
 
     options = SamplingOptions(completions=2, temperature=0.01, max_new_tokens=20)
     with torch.no_grad():

@@ -239,7 +239,7 @@ def test_a_saved_family_is_learned_and_served_by_plain_peft(family, tmp_path):
     folder = saved_model(family)
     options = TrainingOptions(learning_rate=1e-2, batch_size=4, tokens_per_batch=120, max_length=32)
     learner = Learner(
-        str(folder), objective="dpo", output=tmp_path, training=options, adapter=AdapterOptions(2), log=str
+        str(folder), objective="dpo", output=tmp_path, training=options, adapter=AdapterOptions(rank=2), log=str
     )
     for answer in ("yes", "perhaps"):
         rows = [{"prompt": f"{answer} {i}?", "chosen": f"{answer} {i}", "rejected": "no"} for i in range(4)]

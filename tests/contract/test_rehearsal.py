@@ -29,7 +29,7 @@ def folder_of(config, path):
 def learn(path, output, **options):
     said = []
     training = TrainingOptions(learning_rate=1e-2, batch_size=4, **options)
-    learner = Learner(str(path), output=output, training=training, adapter=AdapterOptions(2), log=said.append)
+    learner = Learner(str(path), output=output, training=training, adapter=AdapterOptions(rank=2), log=said.append)
     rows = [{"prompt": f"{'word ' * 40}{i}?", "chosen": f"It is {i}.", "rejected": "no"} for i in range(4)]
     learner.learn(PreferenceSet.of(rows, source="rows"), name="a")
     return said

@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 from everalign.data import PreferenceSet
-from everalign.training.reward_model import RewardOptions, TrainedRewardModel, train_reward_model
+from everalign.training.options import RewardOptions
+from everalign.training.reward_model import TrainedRewardModel, train_reward_model
 from models_for_tests import saved_model
 
 FAST = RewardOptions(learning_rate=2e-3, epochs=3, batch_size=8, max_length=64)

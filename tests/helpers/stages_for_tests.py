@@ -7,8 +7,9 @@ import torch
 
 from everalign.modeling.policy import Policy
 from everalign.training.objectives import make_objective
+from everalign.training.options import StageOptions
 from everalign.training.reference import group_log_probs, pair_log_probs
-from everalign.training.stage import StageOptions, StageResult, run_stage
+from everalign.training.stage import StageResult, run_stage
 
 FAST = {"learning_rate": 1e-2, "batch_size": 8, "tokens_per_batch": 480, "warmup": 0.0, "logging_steps": 1}
 

@@ -264,7 +264,7 @@ def test_settings_that_would_be_ignored_or_cannot_be_are_refused(objective, argu
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True])
 def test_a_share_that_is_none_is_refused(share):
-    with pytest.raises(InputError, match="identity must be a share from 0 to 1"):
+    with pytest.raises(InputError, match="identity must be a number from 0 to 1"):
         CorrectionTaskOptions(identity=share)
 
 

@@ -27,7 +27,7 @@ from everalign.modeling.policy import Policy
 from everalign.training.objectives import RewardWeightedObjective
 from models_for_tests import random_groups, random_model, random_policy, saved_model
 
-QUICK = replace(FAST, epochs=1, checkpoint_steps=0)
+QUICK = FAST.replace(epochs=1, checkpoint_steps=0)
 
 
 def encoder(template="everalign-1"):
@@ -177,14 +177,14 @@ def test_the_loss_is_the_weighted_cross_entropy_of_the_corrections_alone(kind):
 
 
 def test_the_weights_of_a_file_reach_the_model(tmp_path):
-    options = replace(QUICK, identity=0, batch_size=100)
+    options = QUICK.replace(identity=0, batch_size=100)
     rows = corrections(6)
     found = {
         name: weights_of(train(tmp_path / name, CorrectionSet.of(items), changed).path)
         for name, items, changed in (
             ("plain", rows, options),
             ("heavy", heavy(rows, 1, 9, 1, 1, 1, 1), options),
-            ("heavy in pieces", heavy(rows, 1, 9, 1, 1, 1, 1), replace(options, tokens_per_batch=300)),
+            ("heavy in pieces", heavy(rows, 1, 9, 1, 1, 1, 1), options.replace(tokens_per_batch=300)),
         )
     }
     for name in found["heavy"]:
@@ -205,19 +205,19 @@ def test_dropout_is_off_in_training():
 
 def test_the_warm_up_learns_a_share_of_the_answers(tmp_path):
     lines = []
-    trained = train(tmp_path / "a", corrections(10), replace(QUICK, identity=0.5, batch_size=1), log=lines.append)
+    trained = train(tmp_path / "a", corrections(10), QUICK.replace(identity=0.5, batch_size=1), log=lines.append)
     assert {name: stage.steps for name, stage in trained.stages.items()} == {"identity": 5, "correction": 10}
     weights = "  trains all weights in fp32 on the CPU"
     stages = ["  identity: 5 rows", "  correction: 10 rows"]
     assert lines == ["  10 training rows", "  template everalign-1", weights, *stages]
-    alone = train(tmp_path / "b", corrections(10), replace(QUICK, identity=0.0))
+    alone = train(tmp_path / "b", corrections(10), QUICK.replace(identity=0.0))
     assert list(alone.stages) == ["correction"]
 
 
 def test_the_warm_up_alone_teaches_to_copy(tmp_path):
     rows = CorrectionSet.of([Correction(f"q{i}", f"no {i}", f"yes {i}") for i in range(24)])
-    options = replace(FAST, identity=1.0, identity_epochs=6, epochs=0.04, learning_rate=1e-9, batch_size=4)
-    options = replace(options, identity_learning_rate=3e-3)
+    options = FAST.replace(identity=1.0, identity_epochs=6, epochs=0.04, learning_rate=1e-9, batch_size=4)
+    options = options.replace(identity_learning_rate=3e-3)
     report = train(tmp_path / "out", rows, options, test=rows, allow_overlap=True).report
     assert report.starts_by_copying == 1.0
     assert report.copy_log_likelihood > -math.log(report.perplexity)
@@ -230,11 +230,11 @@ def test_the_same_arguments_give_the_same_weights_and_another_seed_others(tmp_pa
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma2"])
-@pytest.mark.parametrize("options", [QUICK, replace(QUICK, lora_rank=2)], ids=["whole", "adapter"])
+@pytest.mark.parametrize("options", [QUICK, QUICK.replace(lora_rank=2)], ids=["whole", "adapter"])
 def test_families_with_tied_and_untied_embeddings(tmp_path, family, options):
     if family == "gpt2" and options.lora_rank:
         pytest.skip("its layers are no linear modules of torch")
-    options = replace(options, checkpoint_steps=1)
+    options = options.replace(checkpoint_steps=1)
     trained = train(tmp_path / "out", corrections(4), options, model=str(saved_model(family)), test=corrections(4, 50))
     model = AutoModelForCausalLM.from_pretrained(trained.path).eval()
     assert not any("lora" in name for name, _ in model.named_parameters())
@@ -244,9 +244,9 @@ def test_families_with_tied_and_untied_embeddings(tmp_path, family, options):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_bf16_computes_roughly_the_same_and_keeps_fp32_weights(tmp_path, rank):
-    options = replace(QUICK, lora_rank=rank)
+    options = QUICK.replace(lora_rank=rank)
     exact = train(tmp_path / "fp32", options=options, test=corrections(8, 50))
-    rough = train(tmp_path / "bf16", options=replace(options, precision="bf16"), test=corrections(8, 50))
+    rough = train(tmp_path / "bf16", options=options.replace(precision="bf16"), test=corrections(8, 50))
     assert rough.report.perplexity == pytest.approx(exact.report.perplexity, rel=0.15)
     assert rough.report.perplexity != exact.report.perplexity
     assert {value.dtype for value in weights_of(rough.path).values()} == {torch.float32}
@@ -267,12 +267,12 @@ def stop_at(stage, step):
     return progress
 
 
-RESUMED = replace(FAST, identity=0.5, epochs=2, checkpoint_steps=2, batch_size=2)
+RESUMED = FAST.replace(identity=0.5, epochs=2, checkpoint_steps=2, batch_size=2)
 
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["whole", "adapter"])
 def uninterrupted(request, tmp_path_factory):
-    options = replace(RESUMED, lora_rank=request.param)
+    options = RESUMED.replace(lora_rank=request.param)
     return options, weights_of(train(tmp_path_factory.mktemp("whole") / "out", corrections(12), options).path)
 
 
@@ -301,7 +301,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bits(uninterrupted, tm
 
 
 def test_what_another_training_left_is_not_taken(tmp_path):
-    options = replace(RESUMED, identity=0)
+    options = RESUMED.replace(identity=0)
     with pytest.raises(StopError):
         train(tmp_path / "out", corrections(12), options, progress=stop_at("correction", 5))
     steps = []
@@ -323,19 +323,19 @@ def test_a_damaged_finished_stage_is_trained_again(tmp_path):
 
 
 def test_a_corrector_goes_on_with_its_own_template(tmp_path):
-    first = train(tmp_path / "a", options=replace(QUICK, template="aligner-2"))
+    first = train(tmp_path / "a", options=QUICK.replace(template="aligner-2"))
     again = train(tmp_path / "b", model=str(first.path))
     assert again.facts.template == "aligner-2"
-    same_one = train(tmp_path / "c", model=str(first.path), options=replace(QUICK, template="aligner-2"))
+    same_one = train(tmp_path / "c", model=str(first.path), options=QUICK.replace(template="aligner-2"))
     assert same(weights_of(again.path), weights_of(same_one.path))
     with pytest.raises(InputError, match="was trained behind the template 'aligner-2', not 'everalign-1'"):
-        train(tmp_path / "d", model=str(first.path), options=replace(QUICK, template="everalign-1"))
+        train(tmp_path / "d", model=str(first.path), options=QUICK.replace(template="everalign-1"))
 
 
 def test_objectives_are_kept_unless_others_are_named(tmp_path):
-    first = train(tmp_path / "a", options=replace(QUICK, objectives=("kind", "brief")))
+    first = train(tmp_path / "a", options=QUICK.replace(objectives=("kind", "brief")))
     assert train(tmp_path / "b", model=str(first.path)).facts.objectives == ("kind", "brief")
-    other = train(tmp_path / "c", model=str(first.path), options=replace(QUICK, objectives=("safe",)))
+    other = train(tmp_path / "c", model=str(first.path), options=QUICK.replace(objectives=("safe",)))
     assert other.facts.objectives == ("safe",)
 
 
@@ -359,7 +359,7 @@ def test_a_correction_is_never_cut_and_a_row_without_room_is_left_out(tmp_path):
     assert [group.id for group in tokenize_corrections(rows, encoder(), 240, copied, most=1).groups] == ids[:1]
     assert [group.id for group in tokenize_corrections(rows, encoder(), 240, compared).groups] == ids[1:]
     lines = []
-    train(tmp_path / "out", CorrectionSet.of(rows), replace(QUICK, max_length=240), log=lines.append)
+    train(tmp_path / "out", CorrectionSet.of(rows), QUICK.replace(max_length=240), log=lines.append)
     assert lines[0] == "  3 training rows; 1 left out, too long for 240 tokens; 2 prompts shortened"
 
 
@@ -391,25 +391,25 @@ def test_rows_that_are_all_too_long_are_refused(tmp_path):
     answers = CorrectionSet.of([Correction("q", "a" * 300, "b")], "answers.jsonl")
     with pytest.raises(InputError, match=r"answers.jsonl: no answer fits max_length, 256 tokens .* set identity to 0"):
         train(tmp_path / "out", answers)
-    train(tmp_path / "out", answers, replace(QUICK, identity=0))
+    train(tmp_path / "out", answers, QUICK.replace(identity=0))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"identity": 1.5}, "identity must be between 0 and 1, found 1.5"),
-        ({"identity": math.nan}, "identity must be between 0 and 1, found nan"),
-        ({"warmup": -0.1}, "warmup must be between 0 and 1"),
-        ({"learning_rate": 0}, "learning_rate must be a finite number above 0, found 0"),
-        ({"identity_learning_rate": math.inf}, "identity_learning_rate must be a finite number"),
-        ({"epochs": -1}, "epochs must be a finite number above 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, found 0"),
-        ({"max_length": 4}, "max_length must be at least 8, found 4"),
-        ({"lora_rank": -1}, "lora_rank must be at least 0, found -1"),
+        ({"identity": 1.5}, "identity must be a number from 0 to 1, found 1.5"),
+        ({"identity": math.nan}, "identity must be a number from 0 to 1, found nan"),
+        ({"warmup": -0.1}, "warmup must be a number from 0 to 1"),
+        ({"learning_rate": 0}, "learning_rate must be a number above 0, found 0"),
+        ({"identity_learning_rate": math.inf}, "identity_learning_rate must be a number"),
+        ({"epochs": -1}, "epochs must be a number above 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, found 0"),
+        ({"max_length": 4}, "max_length must be a whole number of at least 8, found 4"),
+        ({"lora_rank": -1}, "lora_rank must be a whole number of at least 0, found -1"),
         ({"lora_alpha": 8.0}, "lora_alpha belongs to an adapter: set lora_rank too"),
-        ({"precision": "fp16"}, "precision must be auto, fp32 or bf16, found 'fp16'"),
-        ({"checkpointing": "yes"}, "checkpointing must be auto, on or off, found 'yes'"),
-        ({"checkpoint_steps": -1}, "checkpoint_steps must be at least 0"),
+        ({"precision": "fp16"}, "precision must be one of auto, fp32, bf16, found 'fp16'"),
+        ({"checkpointing": "yes"}, "checkpointing must be one of auto, on, off, found 'yes'"),
+        ({"checkpoint_steps": -1}, "checkpoint_steps must be a whole number of at least 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -427,13 +427,13 @@ def test_options_out_of_range_are_refused(options, message):
 )
 def test_what_the_model_or_the_template_cannot_take_is_refused(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
-        train(tmp_path / "out", options=replace(QUICK, **options))
+        train(tmp_path / "out", options=QUICK.replace(**options))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_diverged_loss_names_its_step(tmp_path, rank):
-    options = replace(QUICK, learning_rate=1e30, lora_rank=rank, batch_size=2)
+    options = QUICK.replace(learning_rate=1e30, lora_rank=rank, batch_size=2)
     with pytest.raises(EveralignError, match=r"step \d+: the loss became (nan|inf)|left NaN or infinite") as caught:
         train(tmp_path / "out", options=options)
     assert caught.value.exit_code == 1

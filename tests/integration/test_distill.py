@@ -64,7 +64,7 @@ class Fake:
 
 
 def run(model, output, corrector=None, labels="sft", rounds=1, rows=None, **arguments):
-    options = DistillOptions(labels, rounds, max_new_tokens=24)
+    options = DistillOptions(labels=labels, rounds=rounds, max_new_tokens=24)
     arguments.setdefault("training", LONG)
     arguments.setdefault("adapter", AdapterOptions(rank=4, alpha=8.0, targets="q_proj,v_proj"))
     rows = prompts() if rows is None else rows

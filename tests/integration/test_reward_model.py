@@ -30,7 +30,8 @@ from everalign.modeling.reward_model import (
     sequence_rewards,
     set_padding,
 )
-from everalign.training.reward_model import BradleyTerryObjective, RewardOptions, reward_report, train_reward_model
+from everalign.training.options import RewardOptions
+from everalign.training.reward_model import BradleyTerryObjective, reward_report, train_reward_model
 from models_for_tests import random_model, saved_model
 from rewards_for_tests import FAST, pairs, reward_model
 from tokenizers_for_tests import CHATML, byte_tokenizer
@@ -80,7 +81,7 @@ def test_the_training_answers_are_centred():
 
 
 def test_the_same_arguments_give_the_same_weights_and_another_seed_others(tmp_path):
-    options = replace(FAST, epochs=1)
+    options = FAST.replace(epochs=1)
     weights = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         trained = train_reward_model(str(saved_model()), pairs(16), tmp_path / name, options=options, seed=seed)
@@ -92,7 +93,7 @@ def test_the_same_arguments_give_the_same_weights_and_another_seed_others(tmp_pa
 
 
 def test_an_adapter_learns_it_too_and_leaves_a_plain_classifier(tmp_path):
-    options = replace(FAST, lora_rank=8, learning_rate=1e-2)
+    options = FAST.replace(lora_rank=8, learning_rate=1e-2)
     trained = train_reward_model(str(saved_model()), pairs(), tmp_path / "reward", test=pairs(20, 100), options=options)
     assert trained.report.accuracy > 0.9
     before, after = (load_file(folder / "model.safetensors") for folder in (saved_model(), trained.path))
@@ -108,7 +109,7 @@ def test_an_adapter_learns_it_too_and_leaves_a_plain_classifier(tmp_path):
 @pytest.mark.parametrize("rank", [0, 8])
 def test_bf16_learns_it_and_its_rewards_are_computed_so(rank, tmp_path):
     rate = 1e-2 if rank else FAST.learning_rate
-    options = replace(FAST, precision="bf16", lora_rank=rank, learning_rate=rate)
+    options = FAST.replace(precision="bf16", lora_rank=rank, learning_rate=rate)
     lines = []
     trained = train_reward_model(
         str(saved_model()), pairs(), tmp_path / "reward", test=pairs(20, 100), options=options, log=lines.append
@@ -143,8 +144,8 @@ def test_an_adapter_as_model_starts_from_what_it_has_learned(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "fp16"}, "precision must be auto, fp32 or bf16, found 'fp16'"),
-        ({"lora_rank": -1}, "lora_rank must be at least 0"),
+        ({"precision": "fp16"}, "precision must be one of auto, fp32, bf16, found 'fp16'"),
+        ({"lora_rank": -1}, "lora_rank must be a whole number of at least 0"),
         ({"lora_alpha": 8.0}, "lora_alpha belongs to an adapter: set lora_rank too"),
     ],
 )
@@ -173,11 +174,11 @@ def test_a_weight_counts_like_repeated_rows():
 
 
 def test_smaller_micro_batches_change_no_weight(tmp_path):
-    options = replace(FAST, epochs=1)
+    options = FAST.replace(epochs=1)
     weights = []
     for tokens in (10_000, 130):
         folder = tmp_path / str(tokens)
-        changed = replace(options, tokens_per_batch=tokens)
+        changed = options.replace(tokens_per_batch=tokens)
         train_reward_model(str(saved_model()), pairs(16), folder, options=changed)
         weights.append(load_file(folder / "model.safetensors"))
     for name in weights[0]:
@@ -193,7 +194,7 @@ def test_dropout_is_off_in_training():
 
 def test_a_diverged_loss_names_its_step(tmp_path):
     with pytest.raises(EveralignError, match=r"step \d+: the loss became (nan|inf)") as caught:
-        train_reward_model(str(saved_model()), pairs(16), tmp_path / "out", options=replace(FAST, learning_rate=1e30))
+        train_reward_model(str(saved_model()), pairs(16), tmp_path / "out", options=FAST.replace(learning_rate=1e30))
     assert caught.value.exit_code == 1
     assert not (tmp_path / "out").exists()
 
@@ -209,7 +210,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
 
 
 def test_an_empty_folder_is_filled(tmp_path):
-    train_reward_model(str(saved_model()), pairs(4), tmp_path, options=replace(FAST, epochs=1))
+    train_reward_model(str(saved_model()), pairs(4), tmp_path, options=FAST.replace(epochs=1))
     assert (tmp_path / FACTS_FILE).is_file()
 
 
@@ -267,7 +268,7 @@ def test_an_option_out_of_range_is_named(option, value):
 
 def test_a_length_that_the_model_cannot_take_is_refused(tmp_path):
     with pytest.raises(InputError, match="takes at most 256 tokens, found 257"):
-        train_reward_model(str(saved_model()), pairs(2), tmp_path, options=replace(FAST, max_length=257))
+        train_reward_model(str(saved_model()), pairs(2), tmp_path, options=FAST.replace(max_length=257))
 
 
 def test_pairs_that_the_limit_makes_equal_are_refused():

@@ -20,7 +20,7 @@ from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
 from everalign.reporting.plots import _stages
 from everalign.reporting.report import render_report
 from everalign.storage import Journal
-from everalign.training.reward_weights import WeightOptions
+from everalign.training.options import WeightOptions
 from learner_for_tests import (
     adapter_weights,
     held_out,
@@ -299,7 +299,7 @@ def test_sampling_options_without_a_reward_are_refused(model, tmp_path, capsys):
     ("rollouts", "weighting", "message"),
     [
         (RolloutOptions(samples=1, max_new_tokens=24), None, "raise samples"),
-        (FEW, WeightOptions("quantile"), "quantile is not for sampled answers"),
+        (FEW, WeightOptions(estimator="quantile"), "quantile is not for sampled answers"),
         (RolloutOptions(max_new_tokens=48), None, "no room for a prompt: raise max_length"),
     ],
 )

@@ -14,7 +14,8 @@ from everalign.learning.options import RolloutOptions
 from everalign.learning.rollouts import _losses
 from everalign.learning.run_data import load_run
 from everalign.reporting.report import render_report
-from everalign.training.reward_model import RewardOptions, train_reward_model
+from everalign.training.options import RewardOptions
+from everalign.training.reward_model import train_reward_model
 from learner_for_tests import make_learner, save_answering_model, save_model
 from models_for_tests import saved_model
 from rewards_for_tests import reward_model

@@ -13,7 +13,7 @@ from everalign.errors import InputError
 from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask, SequentialFineTuning, SingleTask
-from everalign.training.reward_weights import WeightOptions
+from everalign.training.options import WeightOptions
 from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows
 from tokenizers_for_tests import byte_tokenizer
 
@@ -184,8 +184,8 @@ def test_a_row_of_one_completion_has_no_shares():
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        (WeightOptions("group_loo"), "estimator"),
-        (WeightOptions("support", length_normalize=True), "estimator"),
+        (WeightOptions(estimator="group_loo"), "estimator"),
+        (WeightOptions(estimator="support", length_normalize=True), "estimator"),
         (WeightOptions(weight_cap=2.0), "weight_cap"),
     ],
 )

@@ -16,7 +16,8 @@ from everalign.learning.task_rows import prepare_rows
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
 from everalign.objectives import var_weights
 from everalign.reporting.report import render_report
-from everalign.training.reward_weights import WeightOptions, weigh
+from everalign.training.options import WeightOptions
+from everalign.training.reward_weights import weigh
 from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows
 
 ANSWERS = {"warm": ("yes, gladly!", "no.", "hm"), "brief": ("ok", "well, let me see", "ah, so")}
@@ -126,7 +127,11 @@ def test_weights_are_those_of_the_estimator_over_the_whole_dataset():
     rows = scored("warm", 4)
     rewards = torch.tensor([reward for row in rows for reward in row.rewards], dtype=torch.float64)
     groups = torch.arange(4).repeat_interleave(3)
-    for options in (WeightOptions(), WeightOptions("group_loo", 0.7, weight_cap=2.5), WeightOptions("in_batch")):
+    for options in (
+        WeightOptions(),
+        WeightOptions(estimator="group_loo", temperature=0.7, weight_cap=2.5),
+        WeightOptions(estimator="in_batch"),
+    ):
         found = weigh(rows, [(1, 2, 3)] * 4, options)
         expected = var_weights(
             rewards,
@@ -178,7 +183,7 @@ def test_tasks_that_are_pooled_are_weighed_one_by_one(model, tmp_path):
 
 def test_one_completion_a_prompt_is_compared_with_the_dataset():
     rows = [Scored(f"q{i}", ("a",), (float(i),)) for i in range(6)]
-    weights = [row.weights[0] for row in weigh(rows, [(3,)] * 6, WeightOptions("in_batch")).rows]
+    weights = [row.weights[0] for row in weigh(rows, [(3,)] * 6, WeightOptions(estimator="in_batch")).rows]
     assert weights == sorted(weights)
     assert weights[-1] > 3 * weights[0]
     # exp of the standardised reward over the mean of the other rows'
@@ -274,10 +279,10 @@ def test_other_objectives_refuse_scored_rows(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "mean"}, "estimator must be one of group, group_loo, support, .*quantile, found 'mean'"),
-        ({"temperature": 0}, "temperature must be above 0"),
-        ({"temperature": float("nan")}, "temperature must be a number of at least 0, found nan"),
-        ({"target_ess": 1.0}, "target_ess must be below 1"),
+        ({"estimator": "mean"}, "estimator must be one of group, .*quantile, support, found 'mean'"),
+        ({"temperature": 0}, "temperature must be a number above 0"),
+        ({"temperature": float("nan")}, "temperature must be a number above 0, found nan"),
+        ({"target_ess": 1.0}, "target_ess must be a number from 0 to below 1"),
         ({"weight_cap": -1}, "weight_cap must be a number of at least 0, found -1"),
         ({"weight_cap": "2"}, "weight_cap must be a number of at least 0, found '2'"),
     ],

@@ -14,7 +14,7 @@ from everalign.learning import TrainingOptions
 from everalign.learning import context as setup
 from everalign.modeling import runtime
 from everalign.modeling.loading import resolve_precision
-from everalign.training.reward_model import RewardOptions
+from everalign.training.options import RewardOptions
 from learner_for_tests import FAST, held_out, make_learner, save_model, task_rows
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -11,9 +11,10 @@ from everalign.modeling import runtime
 from everalign.modeling import runtime as checkpointing_module
 from everalign.modeling.full_model import FullModel
 from everalign.modeling.policy import Policy
-from everalign.modeling.runtime import SavedBytes, check_checkpointing, recomputable_layers, recomputing
+from everalign.modeling.runtime import SavedBytes, recomputable_layers, recomputing
 from everalign.training import stage
 from everalign.training.objectives import make_objective
+from everalign.training.options import StageOptions
 from memory_for_tests import saved_bytes
 from models_for_tests import FAMILIES, perturb, random_groups, random_model, random_pairs, random_updates
 
@@ -114,7 +115,7 @@ def trained(checkpointing, folder, free=None, model=None):
         patch.setattr(checkpointing_module, "checkpoint", lambda *a, **k: again.append(1) or compute(*a, **k))
         if free is not None:
             patch.setattr(stage, "free_memory", lambda device: free)
-        options = stage.StageOptions(1e-2, batch_size=4, tokens_per_batch=200, checkpointing=checkpointing)
+        options = StageOptions(learning_rate=1e-2, batch_size=4, tokens_per_batch=200, checkpointing=checkpointing)
         result = stage.run_stage(policy, make_objective("sft"), long_pairs(8), options, folder, seed=0, log=said.append)
     return policy.factors(), [entry["loss"] for entry in result.curve], said, len(again)
 
@@ -148,8 +149,8 @@ def test_layers_that_nobody_knows_are_said_so(tmp_path, monkeypatch):
 
 
 def test_a_setting_that_does_not_exist_is_refused():
-    with pytest.raises(InputError, match="checkpointing must be auto, on or off, found 'yes'"):
-        check_checkpointing("yes")
+    with pytest.raises(InputError, match="checkpointing must be one of auto, on, off, found 'yes'"):
+        StageOptions(learning_rate=1e-2, checkpointing="yes")
 
 
 # ---- models that are trained whole ----

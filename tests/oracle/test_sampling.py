@@ -10,8 +10,9 @@ from everalign.data.collate import collate_chosen
 from everalign.data.tokenization import TokenizedPair
 from everalign.errors import InputError
 from everalign.modeling.loading import load_model, load_tokenizer
+from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
-from everalign.modeling.sampling import Samples, SamplingOptions, _draw, _Ends, _samples, sample_completions
+from everalign.modeling.sampling import Samples, _draw, _Ends, _samples, sample_completions
 from everalign.modeling.stopping import TurnEnd
 from models_for_tests import perturb, random_model
 from tokenizers_for_tests import byte_tokenizer

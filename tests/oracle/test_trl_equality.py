@@ -8,8 +8,9 @@ from everalign.data.records import Preference
 from everalign.data.tokenization import tokenize_pairs
 from everalign.modeling.policy import Policy
 from everalign.training.objectives import make_objective
+from everalign.training.options import StageOptions
 from everalign.training.reference import pair_log_probs
-from everalign.training.stage import StageOptions, run_stage
+from everalign.training.stage import run_stage
 from models_for_tests import perturb, random_model
 from tokenizers_for_tests import byte_tokenizer
 

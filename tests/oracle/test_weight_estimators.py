@@ -14,8 +14,9 @@ from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
 from everalign.methods import ExperienceReplay
 from everalign.objectives import var_weights
+from everalign.training.options import WeightOptions
 from everalign.training.reference import group_log_probs
-from everalign.training.reward_weights import WeightOptions, weigh
+from everalign.training.reward_weights import weigh
 from learner_for_tests import adapter_weights, make_learner, same_weights, save_model
 from tokenizers_for_tests import byte_tokenizer
 
@@ -54,12 +55,15 @@ def newest_version(output):
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [
-        (WeightOptions("reference"), {"estimator": "reference", "temperature": 1.0}),
-        (WeightOptions("reference", 0.5, weight_cap=1.5), {"temperature": 0.5, "weight_cap": 1.5}),
-        (WeightOptions("reference", scale_rewards=False), {"reward_scale": 1.0}),
-        (WeightOptions("reference", target_ess=0.7), {"target_ess": 0.7}),
-        (WeightOptions("quantile"), {"estimator": "quantile", "temperature": 0.25}),
-        (WeightOptions("quantile", 2.0), {"estimator": "quantile", "temperature": 2.0}),
+        (WeightOptions(estimator="reference"), {"estimator": "reference", "temperature": 1.0}),
+        (
+            WeightOptions(estimator="reference", temperature=0.5, weight_cap=1.5),
+            {"temperature": 0.5, "weight_cap": 1.5},
+        ),
+        (WeightOptions(estimator="reference", scale_rewards=False), {"reward_scale": 1.0}),
+        (WeightOptions(estimator="reference", target_ess=0.7), {"target_ess": 0.7}),
+        (WeightOptions(estimator="quantile"), {"estimator": "quantile", "temperature": 0.25}),
+        (WeightOptions(estimator="quantile", temperature=2.0), {"estimator": "quantile", "temperature": 2.0}),
     ],
 )
 def test_weights_are_those_of_the_estimator(rows, options, arguments):
@@ -78,14 +82,16 @@ def test_quantiles_do_not_depend_on_the_scale_of_rewards():
         dataclasses.replace(row, rewards=tuple(x**3 for x in row.rewards), reference_rewards=(0.0, 1.0, (i % 3) ** 3))
         for i, row in enumerate(SINGLE)
     ]
-    first, second = (weights_of(weigh(rows, [(3,)] * 8, WeightOptions("quantile"))) for rows in (SINGLE, bent))
+    first, second = (
+        weights_of(weigh(rows, [(3,)] * 8, WeightOptions(estimator="quantile"))) for rows in (SINGLE, bent)
+    )
     assert torch.equal(first, second)
     assert first.max() > 3 * first.min()
 
 
 def test_what_is_learned_are_these_weights(model, tmp_path):
     for estimator in ("reference", "quantile"):
-        options = WeightOptions(estimator)
+        options = WeightOptions(estimator=estimator)
         learner(model, tmp_path / estimator, options, ExperienceReplay(replay=1.0)).learn(SINGLE, "a")
         lines = (newest_version(tmp_path / estimator) / "replay.jsonl").read_text().splitlines()
         found = {row["prompt"]: row for row in map(json.loads, lines)}
@@ -112,13 +118,13 @@ def test_what_is_learned_are_these_weights(model, tmp_path):
 )
 def test_rows_without_their_reference_rewards_are_named(model, tmp_path, estimator, row, message):
     with pytest.raises(InputError, match=f"^memory: {message.format(estimator)}"):
-        learner(model, tmp_path, WeightOptions(estimator)).learn([*SINGLE, row], "a")
+        learner(model, tmp_path, WeightOptions(estimator=estimator)).learn([*SINGLE, row], "a")
 
 
 def test_rows_that_have_weights_need_no_reference_rewards():
     rows = [Scored("p", ("a", "b"), (1.0, 2.0), weights=(1.0, 1.0))]
     for estimator in ("reference", "quantile", "support"):
-        assert weigh(rows, [(1, 1)], WeightOptions(estimator)).temperature is None
+        assert weigh(rows, [(1, 1)], WeightOptions(estimator=estimator)).temperature is None
 
 
 # ---- the column ----
@@ -181,7 +187,7 @@ def test_support_weighs_with_the_reference_s_probabilities(normalize):
         reference_logprobs=torch.cat(reference),
         lengths=lengths if normalize else None,
     ).weights
-    options = WeightOptions("support", length_normalize=normalize)
+    options = WeightOptions(estimator="support", length_normalize=normalize)
     found = weights_of(weigh(LISTED, LENGTHS, options, reference))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     assert not torch.allclose(found, weights_of(weigh(LISTED, LENGTHS, WeightOptions())))
@@ -192,13 +198,13 @@ def test_length_that_decides_is_announced_unless_it_is_normalised(normalize):
     rows = [Scored(f"q{i}?", ("a", "b"), (float(i % 2), 1.0 - i % 2)) for i in range(20)]
     lengths = [(3 + i % 7, 9 - i % 5) for i in range(20)]
     reference = [-2.0 * torch.tensor(pair, dtype=torch.float64) for pair in lengths]
-    options = WeightOptions("support", length_normalize=normalize)
+    options = WeightOptions(estimator="support", length_normalize=normalize)
     told = weigh(rows, lengths, options, reference).statistics.warnings()
     assert any("Length decides the weights" in line and "length_normalize" in line for line in told) != normalize
 
 
 def test_the_reference_of_support_is_the_base_model_whatever_was_learned(model, tmp_path):
-    found = learner(model, tmp_path / "run", WeightOptions("support"), ExperienceReplay(replay=1.0))
+    found = learner(model, tmp_path / "run", WeightOptions(estimator="support"), ExperienceReplay(replay=1.0))
     found.learn(LISTED, "first")
     second = [dataclasses.replace(row, prompt=row.prompt + " ") for row in LISTED]
     found.learn(second, "second")
@@ -208,7 +214,7 @@ def test_the_reference_of_support_is_the_base_model_whatever_was_learned(model, 
     with found.policy.as_base():
         reference = group_log_probs(found.policy, list(tokenize_targets(alike, found.tokenizer, 64)), 240)
     lengths = [[len(response) for response in g.responses] for g in tokenize_targets(alike, found.tokenizer, 64)]
-    for row in weigh(second, lengths, WeightOptions("support"), reference).rows:
+    for row in weigh(second, lengths, WeightOptions(estimator="support"), reference).rows:
         assert weights[row.prompt] == pytest.approx(list(row.weights), rel=1e-5)
     # With the policy as it is now they would be others.
     now = group_log_probs(found.policy, list(tokenize_targets(alike, found.tokenizer, 64)), 240)
@@ -217,18 +223,20 @@ def test_the_reference_of_support_is_the_base_model_whatever_was_learned(model, 
 
 def test_a_resumed_run_weighs_alike(model, tmp_path):
     sets = [("first", LISTED, None), ("second", [dataclasses.replace(r, prompt=r.prompt + " ") for r in LISTED], None)]
-    learner(model, tmp_path / "whole", WeightOptions("support")).learn_all(sets)
-    learner(model, tmp_path / "cut", WeightOptions("support")).learn_all(sets[:1])
-    learner(model, tmp_path / "cut", WeightOptions("support"), resume=True).learn_all(sets)
+    learner(model, tmp_path / "whole", WeightOptions(estimator="support")).learn_all(sets)
+    learner(model, tmp_path / "cut", WeightOptions(estimator="support")).learn_all(sets[:1])
+    learner(model, tmp_path / "cut", WeightOptions(estimator="support"), resume=True).learn_all(sets)
     assert same_weights(*(adapter_weights(tmp_path / name) for name in ("whole", "cut")))
     with pytest.raises(InputError, match=r"begun with another settings \(length_normalize: False then, True now\)"):
-        learner(model, tmp_path / "cut", WeightOptions("support", length_normalize=True), resume=True)
+        learner(model, tmp_path / "cut", WeightOptions(estimator="support", length_normalize=True), resume=True)
 
 
 def test_equal_completions_are_listed_once(model, tmp_path):
     lines = []
     rows = [*LISTED, Scored("p?", ("a", "b", "a"), (1.0, 0.0, 1.0))]
-    learner(model, tmp_path, WeightOptions("support"), ExperienceReplay(replay=1.0), lines=lines).learn(rows, "a")
+    learner(model, tmp_path, WeightOptions(estimator="support"), ExperienceReplay(replay=1.0), lines=lines).learn(
+        rows, "a"
+    )
     assert "  1 of 21 completions are listed before with the same reward and left out" in lines
     assert load_run(tmp_path).versions[0].manifest.weights["merged_completions"] == 1
     rows = [json.loads(line) for line in (newest_version(tmp_path) / "replay.jsonl").read_text().splitlines()]
@@ -238,7 +246,7 @@ def test_equal_completions_are_listed_once(model, tmp_path):
 
 def test_the_same_answer_sampled_twice_stays_there_twice_elsewhere(model, tmp_path):
     rows = [*LISTED, Scored("p?", ("a", "b", "a"), (1.0, 0.0, 1.0))]
-    learner(model, tmp_path, WeightOptions("group"), ExperienceReplay(replay=1.0)).learn(rows, "a")
+    learner(model, tmp_path, WeightOptions(estimator="group"), ExperienceReplay(replay=1.0)).learn(rows, "a")
     text = (newest_version(tmp_path) / "replay.jsonl").read_text()
     assert '"completions": ["a", "b", "a"]' in text
 
@@ -246,13 +254,13 @@ def test_the_same_answer_sampled_twice_stays_there_twice_elsewhere(model, tmp_pa
 def test_equal_completions_with_different_rewards_are_named(model, tmp_path):
     rows = [*LISTED, Scored("p?", ("a", "b", "a"), (1.0, 0.0, 2.5))]
     with pytest.raises(InputError, match=r"^memory: row 7 .*completions\[0\] and completions\[2\] are .* 1 and 2.5"):
-        learner(model, tmp_path, WeightOptions("support")).learn(rows, "a")
+        learner(model, tmp_path, WeightOptions(estimator="support")).learn(rows, "a")
 
 
 def test_a_row_with_one_answer_listed_twice_has_one_completion(model, tmp_path):
     rows = [*LISTED, Scored("p?", ("a", "a"), (1.0, 1.0))]
     with pytest.raises(InputError, match=r"1 rows have one completion only \(rows 7\)"):
-        learner(model, tmp_path, WeightOptions("support")).learn(rows, "a")
+        learner(model, tmp_path, WeightOptions(estimator="support")).learn(rows, "a")
 
 
 def test_rows_without_equal_completions_are_left_as_they_are():
@@ -278,9 +286,17 @@ def test_options_that_an_estimator_would_ignore_are_refused(options, message):
 
 
 def test_a_quantile_has_its_own_temperature_and_no_scale():
-    assert (WeightOptions("quantile").temperature, WeightOptions("quantile").scale_rewards) == (0.25, False)
-    assert WeightOptions("quantile", scale_rewards=False) == WeightOptions("quantile", 0.25)
-    assert (WeightOptions("reference").temperature, WeightOptions("reference").scale_rewards) == (1.0, True)
+    assert (WeightOptions(estimator="quantile").temperature, WeightOptions(estimator="quantile").scale_rewards) == (
+        0.25,
+        False,
+    )
+    assert WeightOptions(estimator="quantile", scale_rewards=False) == WeightOptions(
+        estimator="quantile", temperature=0.25
+    )
+    assert (WeightOptions(estimator="reference").temperature, WeightOptions(estimator="reference").scale_rewards) == (
+        1.0,
+        True,
+    )
 
 
 @pytest.mark.parametrize("estimator", ["group", "reference", "quantile", "support"])
@@ -289,7 +305,7 @@ def test_a_printed_recipe_can_be_given_again(estimator):
     given = {"model": "tiny", "output": "run", "objective": "var", "tasks": tasks, "estimator": estimator}
     printed = Recipe.from_flags(given).complete()
     assert ("length_normalize" in printed["weighting"]) == (estimator == "support")
-    assert Recipe.model_validate(printed).learner_arguments()["weighting"] == WeightOptions(estimator)
+    assert Recipe.model_validate(printed).learner_arguments()["weighting"] == WeightOptions(estimator=estimator)
 
 
 def test_runs_from_before_an_option_go_on(model, tmp_path):
@@ -349,14 +365,14 @@ def test_prompts_whose_rewards_are_all_one_are_left_out():
 )
 def test_options_that_leave_no_row_are_refused(options, message):
     with pytest.raises(InputError, match=message):
-        weigh(SINGLE, [(4,)] * 8, WeightOptions("in_batch", **options))
+        weigh(SINGLE, [(4,)] * 8, WeightOptions(estimator="in_batch", **options))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight_floor": 1.0}, "weight_floor must be below 1"),
-        ({"weight_floor": -0.1}, "weight_floor must be a number of at least 0"),
+        ({"weight_floor": 1.0}, "weight_floor must be a number from 0 to below 1"),
+        ({"weight_floor": -0.1}, "weight_floor must be a number from 0 to below 1"),
         ({"drop_constant": 1}, "drop_constant must be true or false"),
     ],
 )

@@ -1,7 +1,6 @@
 """Options: the paper's values, and every bad value refused by name."""
 
 import math
-from dataclasses import asdict, fields
 
 import pytest
 
@@ -54,8 +53,8 @@ def test_bad_adapter_options_are_refused_by_name(name, value):
 
 
 def test_every_option_has_bad_values_here():
-    assert set(BAD_TRAINING) == {field.name for field in fields(TrainingOptions)}
-    assert set(BAD_ADAPTER) == {field.name for field in fields(AdapterOptions)}
+    assert set(BAD_TRAINING) == set(TrainingOptions.model_fields)
+    assert set(BAD_ADAPTER) == set(AdapterOptions.model_fields)
 
 
 def test_the_smallest_values_are_taken():
@@ -68,7 +67,7 @@ def test_the_smallest_values_are_taken():
 
 def test_the_paper_preset_has_the_scripts_values():
     paper = TrainingOptions.preset("paper")
-    assert asdict(paper) == asdict(TrainingOptions()) | {
+    assert paper.model_dump() == TrainingOptions().model_dump() | {
         "reference": "base",
         "learning_rate": 5e-6,
         "epochs": 3.0,
@@ -77,7 +76,7 @@ def test_the_paper_preset_has_the_scripts_values():
         "max_length": 2048,
     }
     assert (paper.beta, paper.scheduler, paper.warmup) == (0.1, "cosine", 0.1)
-    assert asdict(PAPER_ADAPTER) == {"rank": 8, "alpha": 16.0, "targets": "q_proj,v_proj"}
+    assert PAPER_ADAPTER.model_dump() == {"rank": 8, "alpha": 16.0, "targets": "q_proj,v_proj"}
     assert PAPER_ADAPTER.module_names() == ["q_proj", "v_proj"]
 
 
@@ -97,7 +96,7 @@ def test_presets_take_changes_and_refuse_unknown_names():
     assert TrainingOptions.preset("paper", beta=0.5).beta == 0.5
     with pytest.raises(InputError, match="unknown preset 'Paper': choose one of default, paper"):
         TrainingOptions.preset("Paper")
-    with pytest.raises(InputError, match=r"unknown training options \['lr'\]: choose from .*'learning_rate'"):
+    with pytest.raises(InputError, match="lr is no option of TrainingOptions: known are reference, learning_rate"):
         TrainingOptions.preset("paper", lr=1.0)
     with pytest.raises(InputError, match="epochs must be"):
         TrainingOptions.preset("paper", epochs=0)

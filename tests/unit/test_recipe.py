@@ -1,7 +1,6 @@
 """Recipes: what a YAML file may hold, what its mistakes are called, and what comes of it and of flags."""
 
 import inspect
-from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
@@ -21,7 +20,7 @@ from everalign.learning.recipe import SECTIONS, Recipe, load_tasks
 from everalign.methods import METHODS
 from everalign.objectives import Estimator
 from everalign.training.objectives import OBJECTIVES
-from everalign.training.reward_weights import WeightOptions
+from everalign.training.options import WeightOptions
 
 FULL = """
 model: tiny
@@ -199,7 +198,7 @@ OPTIONS = (TrainingOptions, AdapterOptions, WeightOptions, CorrectionTaskOptions
 def test_flags_are_the_keys_of_a_recipe_and_nothing_is_left_out():
     flags = set(inspect.signature(learn_verb).parameters) - {"context", *_NOT_IN_A_RECIPE}
     arguments = {name for method in METHODS.values() for name in inspect.signature(method).parameters}
-    options = {field.name for kind in OPTIONS for field in fields(kind)}
+    options = {name for kind in OPTIONS for name in kind.model_fields}
     keys = set(Recipe.model_fields) - {"tasks", "training", "adapter", "weighting", "rollouts", "correction"} | {"task"}
     assert flags == keys | arguments | options
     assert len(keys) + len(arguments) + len(options) == len(flags)  # no name means two things

@@ -350,7 +350,12 @@ def distill(
     """
     from everalign.learning.options import DistillOptions
 
-    options = DistillOptions(labels, rounds, sampling_temperature, max_new_tokens)  # type: ignore[arg-type]  # checked
+    options = DistillOptions(
+        labels=labels,  # type: ignore[arg-type]  # checked there
+        rounds=rounds,
+        sampling_temperature=sampling_temperature,
+        max_new_tokens=max_new_tokens,
+    )
     started = time.perf_counter()
     with resumable("the same command with --resume"), Display() as display:
         done = _distill(context.params, options, display)

@@ -52,7 +52,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a Bradley-Terry reward model on preferences: the whole model or an adapter, with one score per answer."""
-    from everalign.training.reward_model import RewardOptions, train_reward_model
+    from everalign.training.options import RewardOptions
+    from everalign.training.reward_model import train_reward_model
 
     given = {
         "learning_rate": learning_rate,

@@ -41,7 +41,8 @@ from everalign.correction.output_checks import Approver, Guards
 from everalign.correction.tokenization import CorrectionEncoder
 from everalign.data.records import Correction, CorrectionSet
 from everalign.errors import EveralignError, InputError
-from everalign.modeling.loading import Precision, load_model, load_tokenizer
+from everalign.modeling.loading import load_model, load_tokenizer
+from everalign.modeling.options import Precision
 from everalign.modeling.runtime import training_device
 from everalign.storage import exclusive, lock_of
 

@@ -25,7 +25,7 @@ _HOMES = {
     "filter_corrections": "filters",
     "load_corrector_files": "corrector_files",
     "write_corrector_facts": "corrector_files",
-    "CorrectorOptions": "training",
+    "CorrectorOptions": "options",
     "CorrectorReport": "training",
     "TrainedCorrector": "training",
     "train_corrector": "training",

@@ -30,7 +30,7 @@ from everalign.errors import EveralignError, InputError
 from everalign.llm_client import ChatClient
 
 if TYPE_CHECKING:
-    from everalign.modeling.loading import Precision
+    from everalign.modeling.options import Precision
 
 
 @dataclass(frozen=True)

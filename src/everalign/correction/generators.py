@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +20,10 @@ from everalign.modeling.loading import (
     resolve_precision,
     sequence_limit,
 )
+from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process, training_device
-from everalign.modeling.sampling import SamplingOptions, sample_journalled
+from everalign.modeling.sampling import sample_journalled
 from everalign.storage import Journal, is_partial
 from everalign.text import as_written, quoted
 
@@ -414,7 +415,11 @@ class LocalModel:
         self, name: str, temperature: float = TEMPERATURE, max_new_tokens: int | None = None, seed: int = 0
     ) -> None:
         longest = LONGEST_ANSWER if max_new_tokens is None else max_new_tokens
-        self.name, self._seed, self._options = name, seed, SamplingOptions(1, temperature, longest)
+        self.name, self._seed, self._options = (
+            name,
+            seed,
+            SamplingOptions(completions=1, temperature=temperature, max_new_tokens=longest),
+        )
 
     def answer(self, questions: Sequence[Question], output: Path, *, keep_going: bool, progress: Progress) -> Texts:
         """Return an answer to each question.
@@ -435,7 +440,7 @@ class LocalModel:
         if failures and not keep_going:
             raise InputError(f"question {min(failures) + 1}: {failures[min(failures)]}")
         asked = [question for i, question in enumerate(questions) if i not in failures]
-        options = replace(self._options, max_prompt_tokens=room)
+        options = self._options.replace(max_prompt_tokens=room)
         facts = [model_fingerprint(model), options.temperature, options.max_new_tokens, self._seed, asked]
         journal = Journal.beside(output, json.dumps(facts, default=json_form))
         earlier = sum(len(chunk) for chunk in journal.read(range(len(asked))).values())

@@ -18,7 +18,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,17 @@ import torch
 from torch import Tensor
 
 from everalign.correction.corrector_files import CorrectorFacts, chosen_template, write_corrector_facts
+from everalign.correction.options import CorrectorOptions
 from everalign.correction.templates import get_template
 from everalign.correction.tokenization import CorrectionEncoder, Texts, compared, copied, taught, tokenize_corrections
 from everalign.data.collate import Batch, batches_by_length, collate_groups, row_tokens
 from everalign.data.readers import check_disjoint
 from everalign.data.records import CorrectionSet
-from everalign.data.tokenization import SHORTEST_MAX_LENGTH, TokenizedGroup
+from everalign.data.tokenization import TokenizedGroup
 from everalign.errors import InputError
 from everalign.modeling.base_adapter import base_and_adapter, tokenizer_folder
 from everalign.modeling.full_model import FullModel
 from everalign.modeling.loading import (
-    Precision,
-    PrecisionChoice,
     check_all_weights,
     check_trainable,
     load_model,
@@ -48,109 +47,20 @@ from everalign.modeling.loading import (
     sequence_limit,
 )
 from everalign.modeling.model_files import merged_into, write_checked
+from everalign.modeling.options import Precision
 from everalign.modeling.policy import Policy
 from everalign.modeling.reward_model import check_free
-from everalign.modeling.runtime import Checkpointing, check_checkpointing, place_name, prepare_process, training_device
+from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.modeling.stopping import write_ends
 from everalign.storage import exclusive, lock_of, new_folder
 from everalign.training.objectives import RewardWeightedObjective
+from everalign.training.options import StageOptions
 from everalign.training.stage import (
-    TOKENS_PER_BATCH,
-    StageOptions,
     StageResult,
     load_finished,
     save_result,
     train_rows,
 )
-
-LEARNING_RATE = 2e-5
-# An adapter starts at 0 and has far to go.
-LORA_LEARNING_RATE = 2e-4
-
-
-@dataclass(frozen=True)
-class CorrectorOptions:
-    """How a corrector is trained; the defaults are the paper's where it states any.
-
-    Args:
-        template: id of the template; None for the one of the corrector that is trained on, or `everalign-1`.
-        objectives: named in every prompt, where the template has a place for them; None for those of the corrector
-            that is trained on, or none.
-        identity: share of the rows that the warm-up learns to copy, between 0 (no warm-up) and 1.
-        identity_epochs: passes over them.
-        identity_learning_rate: peak learning rate of the warm-up; None for that of the second stage.
-        learning_rate: peak learning rate; None for 2e-5, or 2e-4 of an adapter.
-        epochs: passes over the corrections, fractions allowed.
-        batch_size: rows of an optimiser step.
-        max_length: longest prompt plus correction, in tokens; None for 2,048, or for what the model can take if it is
-            less.
-        tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
-        checkpointing: `on` keeps only what goes into each layer and computes the rest again in the backward pass,
-            `auto` does so where memory would not do otherwise; changes no result.
-        warmup: share of a stage's steps in which the learning rate rises.
-        lora_rank: rank of an adapter that is trained instead of all weights, and merged at the end; 0 for all weights.
-        lora_alpha: LoRA's α; None for twice the rank.
-        precision: `bf16` computes in bf16, `auto` does so on a GPU that has it. An adapter's base is then kept in bf16
-            too; what is learned is fp32, whether it is an adapter or all weights.
-        checkpoint_steps: steps between two checkpoints, from which a killed training goes on; 0 for none.
-
-    Raises:
-        InputError: an option is out of its range, or would be ignored.
-    """
-
-    template: str | None = None
-    objectives: tuple[str, ...] | None = None
-    identity: float = 0.2
-    identity_epochs: float = 1.0
-    identity_learning_rate: float | None = None
-    learning_rate: float | None = None
-    epochs: float = 3.0
-    batch_size: int = 32
-    max_length: int | None = None
-    tokens_per_batch: int = TOKENS_PER_BATCH
-    checkpointing: Checkpointing = "auto"
-    warmup: float = 0.03
-    lora_rank: int = 0
-    lora_alpha: float | None = None
-    precision: PrecisionChoice = "auto"
-    checkpoint_steps: int = 200
-
-    def __post_init__(self) -> None:
-        least = {"batch_size": 1, "tokens_per_batch": 1, "max_length": SHORTEST_MAX_LENGTH, "lora_rank": 0}
-        for name, smallest in {**least, "checkpoint_steps": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise InputError(f"{name} must be at least {smallest}, found {value}")
-        for name in ("learning_rate", "epochs", "identity_learning_rate", "identity_epochs", "lora_alpha"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise InputError(f"{name} must be a finite number above 0, found {value}")
-        for name in ("identity", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise InputError(f"precision must be auto, fp32 or bf16, found {self.precision!r}")
-        check_checkpointing(self.checkpointing)
-        if self.lora_alpha is not None and not self.lora_rank:
-            raise InputError("lora_alpha belongs to an adapter: set lora_rank too, or leave it out")
-
-    @property
-    def alpha(self) -> float:
-        """LoRA's α in use."""
-        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
-
-    def stage(self, warming_up: bool) -> StageOptions:
-        """Return how a stage is optimised."""
-        rate = self.learning_rate or (LORA_LEARNING_RATE if self.lora_rank else LEARNING_RATE)
-        return StageOptions(
-            learning_rate=(self.identity_learning_rate or rate) if warming_up else rate,
-            epochs=self.identity_epochs if warming_up else self.epochs,
-            batch_size=self.batch_size,
-            tokens_per_batch=self.tokens_per_batch,
-            checkpointing=self.checkpointing,
-            warmup=self.warmup,
-            checkpoint_steps=self.checkpoint_steps,
-        )
 
 
 @dataclass(frozen=True)
@@ -346,12 +256,11 @@ def train_corrector(
         options = _with_template(options or CorrectorOptions(), model)
         prepare_process()
         device = training_device(log)
-        options = replace(options, precision=resolve_precision(options.precision, device))
+        options = options.replace(precision=resolve_precision(options.precision, device))
         tokenizer = load_tokenizer(model)
         encoder = CorrectionEncoder(tokenizer, get_template(str(options.template)), options.objectives or ())
         learner, base = _load(model, options, device, seed)
-        options = replace(
-            options,
+        options = options.replace(
             max_length=sequence_limit(options.max_length, LONGEST_BY_DEFAULT, _inner(learner), tokenizer, model),
         )
         corrections = _encode("training", rows, encoder, options, taught, log)
@@ -377,7 +286,7 @@ def train_corrector(
             data=rows.fingerprint,
             rows=len(corrections),
             held_out=None if report is None else asdict(report),
-            settings={**asdict(options), "objectives": list(encoder.objectives), "seed": seed},
+            settings={**options.model_dump(), "objectives": list(encoder.objectives), "seed": seed},
         )
         _write(folder, learner, model, tokenizer, facts)
         shutil.rmtree(work)
@@ -397,7 +306,7 @@ def _check_input(rows: CorrectionSet, test: CorrectionSet | None, folder: Path, 
 def _with_template(options: CorrectorOptions, model: str) -> CorrectorOptions:
     """Fill in template and objectives: those of the corrector that is trained on, or the defaults."""
     template, objectives = chosen_template(model, options.template, options.objectives)
-    return replace(options, template=template.id, objectives=objectives)
+    return options.replace(template=template.id, objectives=objectives)
 
 
 def _what(options: CorrectorOptions) -> str:
@@ -476,7 +385,7 @@ def _work_key(
 ) -> str:
     """Name a training, so that nothing that another one left is taken for its own."""
     # What changes no result may be another one when a killed training goes on.
-    settings = {name: value for name, value in asdict(options).items() if name != "checkpointing"}
+    settings = {name: value for name, value in options.model_dump().items() if name != "checkpointing"}
     facts = [base, encoder.fingerprint, settings, seed]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for group in (group for groups in stages.values() for group in groups):

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from everalign.correction.corrector import Corrected, Corrector
 from everalign.correction.corrector_files import load_corrector_files
-from everalign.correction.training import CorrectorOptions, train_corrector
+from everalign.correction.options import CorrectorOptions
+from everalign.correction.training import train_corrector
 from everalign.data.records import Correction, CorrectionSet
 from everalign.demo.world import Question, answer, questions, wordings
 from everalign.errors import InputError

@@ -17,7 +17,7 @@ from everalign.modeling.loading import model_fingerprint
 from everalign.modeling.reward_model import RewardFacts, RewardModel, load_reward_model, sequence_rewards
 from everalign.modeling.runtime import prepare_process
 from everalign.storage import sha256_of
-from everalign.training.stage import TOKENS_PER_BATCH
+from everalign.training.options import TOKENS_PER_BATCH
 
 RewardFunction = Callable[[list[Any], list[Any]], list[float]]
 

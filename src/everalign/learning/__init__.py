@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from everalign.learning.learner import Learner
     from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
     from everalign.learning.scores import Scores
-    from everalign.training.reward_weights import WeightOptions
+    from everalign.training.options import WeightOptions
 
 __all__ = [
     "AdapterOptions",

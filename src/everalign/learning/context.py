@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,8 @@ from everalign.training.objectives import (
     SupervisedObjective,
     make_objective,
 )
+from everalign.training.options import StageOptions, WeightOptions
 from everalign.training.reference import ReferenceCache
-from everalign.training.reward_weights import WeightOptions
-from everalign.training.stage import StageOptions
 
 _LIBRARIES = ("everalign", "torch", "transformers", "peft", "accelerate", "safetensors")
 
@@ -163,7 +162,7 @@ class RunContext:
         name = self.objective.name
         weighting = self.weighting.settings(name) if name in SCORED_OBJECTIVES else {}
         if self.scorer is not None:
-            weighting |= {"reward": self.scorer.fingerprint, **asdict(self.rollouts)}
+            weighting |= {"reward": self.scorer.fingerprint, **self.rollouts.model_dump()}
         corrector = {} if self.encoder is None else _reads(self.encoder, self.correction)
         return {
             "everalign": library_versions()["everalign"],
@@ -173,7 +172,7 @@ class RunContext:
             "template": template_fingerprint(self.tokenizer),
             "method": {"name": self.method.name, **gamma, **self.method.settings()},
             "objective": self.objective.name,
-            "settings": {**asdict(self.options), **asdict(self.adapter), **weighting, **corrector},
+            "settings": {**self.options.model_dump(), **self.adapter.model_dump(), **weighting, **corrector},
             "seed": self.seed,
             "libraries": library_versions(),
             "machine": {**machine_facts(), "threads": torch.get_num_threads()},
@@ -214,7 +213,7 @@ def make_context(
     goal = make_objective(objective, options.beta, method.gamma)
     prepare_process()
     device = training_device(log)
-    options = replace(options, precision=resolve_precision(options.precision, device))
+    options = options.replace(precision=resolve_precision(options.precision, device))
     log(f"the base model is computed in {options.precision} on {place_name(device)}")
     model, base_adapter = base_and_adapter(model, resolve_model(model), base_adapter)
     if base_adapter is not None:
@@ -228,7 +227,7 @@ def make_context(
     check_trainable(base, model)
     check_vocabulary(base, tokenizer, model)
     rehearse(base, adapter.module_names())
-    options = replace(options, max_length=readable_length(options.max_length, base, model, log))
+    options = options.replace(max_length=readable_length(options.max_length, base, model, log))
     model_key = model_fingerprint(base)
     if options.attention == "flex":
         use_flex_attention(base)

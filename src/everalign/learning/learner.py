@@ -34,7 +34,7 @@ from everalign.learning.task_training import task_seed, train_task
 from everalign.methods import LifeAlign, Method, Task
 from everalign.modeling.model_files import OutputDtype
 from everalign.training.objectives import SCORED_OBJECTIVES
-from everalign.training.reward_weights import WeightOptions
+from everalign.training.options import WeightOptions
 
 
 class Lineage:

@@ -1,119 +1,121 @@
-"""Options of a run: the adapter, training, rollouts and self-training."""
+"""Options of a run: method, adapter, training, rollouts and self-training. Importing them loads nothing heavy."""
 
-import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from everalign.data.tokenization import SHORTEST_MAX_LENGTH
+from pydantic import Field, field_validator
+
 from everalign.errors import InputError
-from everalign.modeling.loading import PrecisionChoice
-from everalign.modeling.runtime import Checkpointing
-from everalign.modeling.sampling import SamplingOptions
-from everalign.training.stage import TOKENS_PER_BATCH, StageOptions
+from everalign.modeling.options import PrecisionChoice, SamplingOptions
+from everalign.options import Options
+from everalign.training.options import (
+    TOKENS_PER_BATCH,
+    BatchSize,
+    CheckpointSteps,
+    Epochs,
+    LearningRate,
+    LoggingSteps,
+    MaxGradNorm,
+    MaxLength,
+    Recompute,
+    Scheduler,
+    StageOptions,
+    TokensPerBatch,
+    Warmup,
+)
 
 Reference = Literal["base", "stage_start", "previous_task"]
-Scheduler = Literal["cosine", "linear", "constant_with_warmup"]
 Attention = Literal["sdpa", "flex"]
 Preset = Literal["default", "paper"]
+Space = Literal["product", "factors"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
-
-# What module names never hold.
+# Characters of regular expressions that no module's name has.
 _EXPRESSION = re.compile(r"[*+?\[\](){}|^$\\]")
 
 
-def _require(holds: bool, name: str, what: str, found: Any) -> None:
-    if not holds:
-        raise InputError(f"{name} must be {what}, found {found!r}")
+class MethodOptions(Options, title="Method"):
+    """Arguments of the methods; None leaves one at the method's own default. See `everalign.methods`."""
+
+    gamma: float | None = Field(default=None, ge=0, description="Focusing exponent of fpo (lifealign).")
+    energy: Share | None = Field(default=None, description="Share of an update's energy to keep (lifealign).")
+    keep: Share | None = Field(default=None, description="Share of what overlaps earlier tasks to keep (lifealign).")
+    space: Space | None = Field(default=None, description="Space of the consolidation (lifealign).")
+    rank_cap: int | None = Field(default=None, ge=1, description="Highest rank of the long-term memory (lifealign).")
+    replay: Share | None = Field(default=None, description="Share of a task's rows to replay later (lifealign, er).")
+    capacity: int | None = Field(default=None, ge=0, description="Most rows kept for replay (lifealign, er).")
 
 
-def _require_whole(name: str, found: Any, least: int) -> None:
-    holds = isinstance(found, int) and not isinstance(found, bool) and found >= least
-    _require(holds, name, f"a whole number of at least {least}", found)
+class AdapterOptions(Options, title="Training"):
+    """Shape of the LoRA adapter that a task trains."""
 
+    rank: int = Field(default=8, ge=1, description="Rank of a task's LoRA adapter.")
+    alpha: float = Field(default=16.0, gt=0, description="LoRA's α: an update is (α/rank)·B·A.")
+    targets: str = Field(
+        default="all-linear",
+        description="Modules to adapt: names with commas, an expression, all-linear.\nNames may be last parts; a "
+        "regular expression matches whole names.",
+    )
 
-def _is_number(found: Any) -> bool:
-    return isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
-
-
-@dataclass(frozen=True)
-class AdapterOptions:
-    """Shape of the LoRA adapter a task trains.
-
-    Args:
-        rank: r.
-        alpha: α; a module's update is (α/r)·B·A.
-        targets: module names (or their last parts) separated by commas, a regular expression for whole names, or
-            `all-linear`.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    targets: str = "all-linear"
-
-    def __post_init__(self) -> None:
-        _require_whole("rank", self.rank, 1)
-        _require(_is_number(self.alpha) and self.alpha > 0, "alpha", "a number above 0", self.alpha)
-        named = isinstance(self.targets, str) and all(self._names())
-        _require(named, "targets", "module names separated by commas, or all-linear", self.targets)
-
-    def _names(self) -> list[str]:
-        return [name.strip() for name in self.targets.split(",")]
+    @field_validator("targets")
+    @classmethod
+    def _check_targets(cls, targets: str) -> str:
+        if not all(name.strip() for name in targets.split(",")):
+            raise ValueError("must be module names separated by commas, or all-linear")
+        return targets
 
     def module_names(self) -> str | list[str]:
-        """Return a list of names, or `all-linear` or a regular expression."""
+        """Returns a list of names, or `all-linear` or a regular expression."""
         if _EXPRESSION.search(self.targets):
             return self.targets
-        names = self._names()
+        names = [name.strip() for name in self.targets.split(",")]
         return names[0] if names == ["all-linear"] else names
 
 
-@dataclass(frozen=True)
-class RolloutOptions:
-    """How answers to prompts are sampled, where a task has prompts alone.
+class RolloutOptions(Options, title="Sampled answers (given --reward)"):
+    """How answers are sampled to the prompts of a task that has prompts alone.
 
-    Args:
-        samples: K, answers drawn independently for each prompt.
-        sampling_temperature: what logits are divided by; 1 draws from the policy itself. With any other value the
-            tempered policy is what rewards are traded against.
-        max_new_tokens: longest answer; what has not ended by then is left out.
-        rounds: how often answers are sampled anew, from what the policy has become by then. Each round moves towards
-            π ∝ π_before · exp(reward / temperature), so that R rounds are mirror descent on the KL divergence with
-            the temperature divided by R in all.
+    R rounds are mirror descent on the KL divergence: each moves towards π ∝ π_before · exp(reward / temperature), with
+    the temperature divided by R in all.
     """
 
-    samples: int = 8
-    sampling_temperature: float = 1.0
-    max_new_tokens: int = 256
-    rounds: int = 1
+    samples: int = Field(default=8, ge=1, description="Answers sampled to each prompt (K).")
+    sampling_temperature: float = Field(
+        default=1.0,
+        gt=0,
+        description="Divides the logits; 1 draws from the policy itself.\nWith any other value rewards are traded "
+        "against the tempered policy.",
+    )
+    max_new_tokens: int = Field(
+        default=256, ge=1, description="Longest answer, in tokens; unfinished answers are left out."
+    )
+    rounds: int = Field(default=1, ge=1, description="Times that answers are sampled anew, from what was learned.")
 
-    def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens", "rounds"):
-            _require_whole(name, getattr(self, name), 1)
-        value = self.sampling_temperature
-        _require(_is_number(value) and value > 0, "sampling_temperature", "a number above 0", value)
 
+class CorrectionTaskOptions(Options, title="Correctors (objective correction)"):
+    """How corrections are learned by the objective `correction`."""
 
-@dataclass(frozen=True)
-class CorrectionTaskOptions:
-    """How corrections are learned, by the objective `correction`.
-
-    Args:
-        template: id of what the corrector reads; None for that of the corrector that is trained on, or `everalign-1`.
-        objectives: in words separated by commas, named in every prompt, where the template has a place for them; None
-            for those of the corrector that is trained on, or none.
-        identity: share of a task's rows, those that change anything being all, that are to leave a good answer as it
-            is. Where a task has fewer such rows, some of its corrections are learned as their own corrections.
-    """
-
-    template: str | None = None
-    objectives: str | None = None
-    identity: float = 0.0
-
-    def __post_init__(self) -> None:
-        holds = _is_number(self.identity) and 0 <= self.identity <= 1
-        _require(holds, "identity", "a share from 0 to 1", self.identity)
+    template: str | None = Field(
+        default=None,
+        title="ID",
+        description="What the corrector reads: everalign-1, ...\nThat of the corrector that is trained on, or "
+        "everalign-1, if not given.",
+    )
+    objectives: str | None = Field(
+        default=None,
+        title="WORDS",
+        description='What answers should be more of: "helpful,harmless".\nNamed in every prompt, where the template '
+        "has a place for them. Those of the corrector that is trained on, or none, if not given.",
+    )
+    identity: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Rows that leave a good answer as it is, as a share of the others.\nWhere a task has fewer such "
+        "rows, some of its corrections are learned as their own corrections.",
+    )
 
     @property
     def words(self) -> tuple[str, ...] | None:
@@ -123,109 +125,61 @@ class CorrectionTaskOptions:
         return tuple(words.strip() for words in self.objectives.split(","))
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How every task is trained: an optional supervised stage on the chosen responses, then the preference stage.
+class TrainingOptions(Options, title="Training"):
+    """How every task is trained: an optional supervised stage on the chosen responses, then the preference stage."""
 
-    Args:
-        reference: the policy that implicit rewards are measured against. `base`: the base model, always.
-            `stage_start`: the policy as this stage begins. `previous_task`: the policy before this task.
-        learning_rate: peak learning rate of the preference stage.
-        epochs: passes over the rows in the preference stage.
-        sft_epochs: passes over the chosen responses before that; 0 leaves the stage out.
-        sft_learning_rate: peak learning rate of the supervised stage.
-        beta: inverse temperature of the implicit reward.
-        batch_size: pairs of an optimiser step.
-        tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
-        max_length: longest prompt plus response, in tokens.
-        precision: dtype of the base model and of the computation: `fp32`, `bf16`, or `auto` for bf16 on a GPU that has
-            it and fp32 elsewhere. Adapters are always fp32.
-        attention: `sdpa`, or `flex` for FlexAttention, which needs a GPU.
-        checkpointing: `on` keeps only what goes into each layer and computes the rest again in the backward pass,
-            `auto` does so where memory would not do otherwise; changes no result.
-        warmup: share of the steps in which the learning rate rises.
-        scheduler: course of the learning rate after the warm-up: `cosine`, `linear` (both down to 0) or
-            `constant_with_warmup`.
-        max_grad_norm: gradient clipping; 0 for none.
-        logging_steps: steps between two points of the training curve.
-        checkpoint_steps: steps between two checkpoints inside a stage; 0 for none.
-        test_limit: most held-out pairs of a task that are scored, evenly spaced; 0 for all.
-    """
-
-    reference: Reference = "stage_start"
-    learning_rate: float = 1e-4
-    epochs: float = 1.0
-    sft_epochs: float = 0.0
-    sft_learning_rate: float = 1e-4
-    beta: float = 0.1
-    batch_size: int = 16
-    tokens_per_batch: int = TOKENS_PER_BATCH
-    max_length: int = 1024
-    precision: PrecisionChoice = "auto"
-    attention: Attention = "sdpa"
-    checkpointing: Checkpointing = "auto"
-    warmup: float = 0.1
-    scheduler: Scheduler = "cosine"
-    max_grad_norm: float = 1.0
-    logging_steps: int = 5
-    checkpoint_steps: int = 200
-    test_limit: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "sft_learning_rate", "beta", "sft_epochs", "max_grad_norm"):
-            value, zero = getattr(self, name), name in ("sft_epochs", "max_grad_norm")
-            holds = _is_number(value) and (value > 0 or (zero and value == 0))
-            _require(holds, name, "a number of at least 0" if zero else "a number above 0", value)
-        for name, least in _WHOLE.items():
-            _require_whole(name, getattr(self, name), least)
-        holds = _is_number(self.warmup) and 0 <= self.warmup < 1
-        _require(holds, "warmup", "a share from 0 to below 1", self.warmup)
-        for name, kind in _CHOICES.items():
-            _require(getattr(self, name) in get_args(kind), name, f"one of {get_args(kind)}", getattr(self, name))
+    reference: Reference = Field(
+        default="stage_start",
+        description="Policy that implicit rewards are measured against.\n`base`: always the base model. "
+        "`stage_start`: the policy as this stage begins. `previous_task`: the policy before this task.",
+    )
+    learning_rate: LearningRate = Field(default=1e-4, description="Peak learning rate of the preference stage.")
+    epochs: Epochs = 1.0
+    sft_epochs: float = Field(
+        default=0.0, ge=0, description="Supervised passes over the chosen responses before that; 0 for none."
+    )
+    sft_learning_rate: LearningRate = Field(default=1e-4, description="Peak learning rate of the supervised stage.")
+    beta: float = Field(default=0.1, gt=0, description="Inverse temperature of the implicit reward (β).")
+    batch_size: BatchSize = 16
+    tokens_per_batch: TokensPerBatch = TOKENS_PER_BATCH
+    max_length: MaxLength = 1024
+    precision: PrecisionChoice = Field(
+        default="auto",
+        description="Precision of the base model and of the computation.\n`auto` is bf16 on a GPU that has it and "
+        "fp32 elsewhere. Adapters are always fp32.",
+    )
+    attention: Attention = Field(default="sdpa", description="Attention; flex (FlexAttention) needs a GPU.")
+    checkpointing: Recompute = "auto"
+    warmup: Warmup = 0.1
+    scheduler: Scheduler = Field(default="cosine", description="Course of the learning rate after the warm-up.")
+    max_grad_norm: MaxGradNorm = 1.0
+    logging_steps: LoggingSteps = 5
+    checkpoint_steps: CheckpointSteps = 200
+    test_limit: int = Field(
+        default=0, ge=0, description="Most held-out pairs of a task to score, evenly spaced; 0 for all."
+    )
 
     @classmethod
-    def preset(cls, name: Preset, **changes: Any) -> "TrainingOptions":
-        """Return a named set of values with some of them changed.
+    def preset(cls, name: str, **changes: Any) -> "TrainingOptions":
+        """Returns a named set of values with some of them changed.
 
         `paper` is the set-up of LifeAlign's scripts: three epochs of supervised training at 1e-4, three of preference
         training at 5e-6, β 0.1, cosine, warm-up 0.1, and the base model as reference.
         """
         if name not in _PRESETS:
-            raise InputError(f"unknown preset {name!r}: choose one of {', '.join(_PRESETS)}")
-        known = {field.name for field in fields(cls)}
-        if unknown := set(changes) - known:
-            raise InputError(f"unknown training options {sorted(unknown)}: choose from {sorted(known)}")
+            raise InputError(f"unknown preset {name!r}: choose one of {', '.join(_PRESETS)}", field="preset")
         return cls(**{**_PRESETS[name], **changes})
 
     def sft_stage(self) -> StageOptions:
-        """Return the supervised stage's options."""
-        return self._stage(self.sft_learning_rate, self.sft_epochs)
+        """Returns the supervised stage's options."""
+        own = {"learning_rate": self.sft_learning_rate, "epochs": self.sft_epochs}
+        return StageOptions(**{**self.shared_with(StageOptions), **own})
 
     def preference_stage(self) -> StageOptions:
-        """Return the preference stage's options."""
-        return self._stage(self.learning_rate, self.epochs)
-
-    def _stage(self, learning_rate: float, epochs: float) -> StageOptions:
-        shared = ("batch_size", "tokens_per_batch", "checkpointing", "warmup", "scheduler", "max_grad_norm")
-        steps = ("logging_steps", "checkpoint_steps")
-        return StageOptions(learning_rate, epochs, **{name: getattr(self, name) for name in (*shared, *steps)})
+        """Returns the preference stage's options."""
+        return StageOptions(**self.shared_with(StageOptions))
 
 
-_CHOICES = {
-    "reference": Reference,
-    "precision": PrecisionChoice,
-    "attention": Attention,
-    "checkpointing": Checkpointing,
-    "scheduler": Scheduler,
-}
-_WHOLE = {
-    "batch_size": 1,
-    "tokens_per_batch": 1,
-    "max_length": SHORTEST_MAX_LENGTH,
-    "logging_steps": 1,
-    "checkpoint_steps": 0,
-    "test_limit": 0,
-}
 _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
@@ -244,30 +198,20 @@ PAPER_ADAPTER = AdapterOptions(rank=8, alpha=16.0, targets="q_proj,v_proj")
 Labels = Literal["sft", "dpo", "fpo", "var"]
 
 
-@dataclass(frozen=True)
-class DistillOptions:
-    """What the policy learns from corrections.
+class DistillOptions(Options, title="Rounds"):
+    """What the policy learns from corrections."""
 
-    Args:
-        labels: `sft`: every corrected answer, those that are good as they are included, by plain negative
-            log-likelihood (the paper's safe choice). `dpo`, `fpo`: the correction is preferred to the answer. `var`:
-            the two are a scored group with rewards 1 and 0. These learn from changed answers alone.
-        rounds: how often the policy answers anew.
-        sampling_temperature: what logits are divided by.
-        max_new_tokens: longest answer; what has not ended by then is left out.
-    """
-
-    labels: Labels = "sft"
-    rounds: int = 1
-    sampling_temperature: float = 1.0
-    max_new_tokens: int = 256
-
-    def __post_init__(self) -> None:
-        if self.labels not in get_args(Labels):
-            raise InputError(f"labels must be one of {', '.join(get_args(Labels))}, found {self.labels!r}")
-        if not isinstance(self.rounds, int) or isinstance(self.rounds, bool) or self.rounds < 1:
-            raise InputError(f"rounds must be a whole number of at least 1, found {self.rounds!r}")
-        self.sampling(1)
+    labels: Labels = Field(
+        default="sft",
+        description="What is learned.\n`sft`: every corrected answer, unchanged ones included, by plain negative "
+        "log-likelihood (the paper's safe choice). `dpo`, `fpo`: the correction is preferred to the answer. `var`: the "
+        "two are a scored group with rewards 1 and 0. These learn from changed answers alone.",
+    )
+    rounds: int = Field(default=1, ge=1, description="Times that the model answers anew.")
+    sampling_temperature: float = Field(default=1.0, gt=0, description="Divides the logits.")
+    max_new_tokens: int = Field(
+        default=256, ge=1, description="Longest answer, in tokens; unfinished answers are left out."
+    )
 
     @property
     def objective(self) -> str:
@@ -275,8 +219,13 @@ class DistillOptions:
         return "var" if self.labels == "sft" else self.labels
 
     def sampling(self, room: int) -> SamplingOptions:
-        """Return how answers are sampled to prompts of at most `room` tokens."""
-        return SamplingOptions(1, self.sampling_temperature, self.max_new_tokens, room)
+        """Returns how answers are sampled to prompts of at most `room` tokens."""
+        return SamplingOptions(
+            completions=1,
+            temperature=self.sampling_temperature,
+            max_new_tokens=self.max_new_tokens,
+            max_prompt_tokens=room,
+        )
 
 
 @dataclass(frozen=True)

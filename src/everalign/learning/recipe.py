@@ -6,7 +6,6 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -36,9 +35,10 @@ from everalign.learning.options import (
 )
 from everalign.learning.run_data import RunData, load_run
 from everalign.methods import METHODS, LifeAlign, Method, make_method
+from everalign.options import Options
 from everalign.storage import write_text
 from everalign.training.objectives import SCORED_OBJECTIVES
-from everalign.training.reward_weights import WeightOptions, check_names
+from everalign.training.options import WeightOptions, check_names
 
 
 class _Loader(yaml.SafeLoader):
@@ -109,9 +109,8 @@ def _keys_of(title: str, hints: Mapping[str, Any]) -> type[_Keys]:
     return create_model(title, __base__=_Keys, **keys)
 
 
-def _field_types(options: type[Any]) -> dict[str, Any]:
-    hints = get_type_hints(options)
-    return {field.name: hints[field.name] for field in fields(options)}
+def _field_types(options: type[Options]) -> dict[str, Any]:
+    return {name: field.annotation for name, field in options.model_fields.items()}
 
 
 def _method_arguments() -> dict[str, Any]:
@@ -232,11 +231,11 @@ class Recipe(_Keys):
         given = self._given("training")
         if self.objective in _WITHOUT_SFT_STAGE:
             given = {"sft_epochs": 0.0, **given}
-        return TrainingOptions.preset(self.preset or "default", **given)  # type: ignore[arg-type]
+        return TrainingOptions.preset(self.preset or "default", **given)
 
     def adapter_options(self) -> AdapterOptions:
         """Return the preset's adapter options with the given ones in their place."""
-        return replace(PAPER_ADAPTER if self.preset == "paper" else AdapterOptions(), **self._given("adapter"))
+        return (PAPER_ADAPTER if self.preset == "paper" else AdapterOptions()).replace(**self._given("adapter"))
 
     def make_method(self) -> Method:
         """Build the method; an argument that it would ignore is refused."""
@@ -273,7 +272,7 @@ class Recipe(_Keys):
         method = self.make_method()
         learner = inspect.signature(Learner).parameters
         gamma = {} if method.gamma is None else {"gamma": method.gamma}
-        training = asdict(self.training_options())
+        training = self.training_options().model_dump()
         ignored, _ = _IGNORED.get(self.objective or "", ((), ""))
         training = {name: value for name, value in training.items() if name not in ignored}
         return {
@@ -282,10 +281,10 @@ class Recipe(_Keys):
             **{key: value for key, value in self._given().items() if key != "preset"},
             "method": {"name": method.name, **gamma, **method.settings()},
             "training": training,
-            "adapter": asdict(self.adapter_options()),
+            "adapter": self.adapter_options().model_dump(),
             **{name: options.settings(self.objective or "") for name, options in self._weighting().items()},
-            **{name: asdict(options) for name, options in self._rollouts().items()},
-            **{name: asdict(options) for name, options in self._correction().items()},
+            **{name: options.model_dump() for name, options in self._rollouts().items()},
+            **{name: options.model_dump() for name, options in self._correction().items()},
         }
 
     def _refuse_ignored(self) -> None:

@@ -14,7 +14,8 @@ from everalign.errors import InputError, ShortfallError, check_shortfall
 from everalign.evaluation.score_rows import score_rows
 from everalign.learning.context import RunContext
 from everalign.learning.options import RolloutOptions
-from everalign.modeling.sampling import SamplingOptions, check_prompts, sample_journalled
+from everalign.modeling.options import SamplingOptions
+from everalign.modeling.sampling import check_prompts, sample_journalled
 from everalign.storage import Journal
 
 
@@ -142,4 +143,9 @@ def score(setup: RunContext, rows: UnscoredSet, path: Path) -> ScoredSet:
 def _sampling(setup: RunContext) -> SamplingOptions:
     options = setup.rollouts
     room = setup.options.max_length - options.max_new_tokens
-    return SamplingOptions(options.samples, options.sampling_temperature, options.max_new_tokens, room)
+    return SamplingOptions(
+        completions=options.samples,
+        temperature=options.sampling_temperature,
+        max_new_tokens=options.max_new_tokens,
+        max_prompt_tokens=room,
+    )

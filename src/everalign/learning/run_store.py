@@ -125,7 +125,7 @@ class RunDirectory:
         if training.precision != "auto" or not self.exists:
             return training
         settings = run_files.read_json(self.path / "run.json", run_files.RunFile).settings
-        return replace(training, precision=settings.get("precision", "fp32"))
+        return training.replace(precision=settings.get("precision", "fp32"))
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Refuse to continue a run with other settings, naming the first that differs."""

@@ -11,7 +11,8 @@ from everalign.data.messages import ChatPrompt
 from everalign.data.rows import RowSet
 from everalign.errors import InputError
 from everalign.learning.context import RunContext
-from everalign.modeling.sampling import SamplingOptions, greedy_answers, greedy_continuations
+from everalign.modeling.options import SamplingOptions
+from everalign.modeling.sampling import greedy_answers, greedy_continuations
 
 LONGEST_ANSWER = 160
 """Tokens of an answer; what is longer is shown as cut off."""
@@ -59,7 +60,9 @@ class SampleAnswers:
         if not rows:
             return {}
         if setup.encoder is None:
-            options = SamplingOptions(1, 1.0, LONGEST_ANSWER, _LONGEST_PROMPT)
+            options = SamplingOptions(
+                completions=1, temperature=1.0, max_new_tokens=LONGEST_ANSWER, max_prompt_tokens=_LONGEST_PROMPT
+            )
             found = greedy_answers(setup.policy, setup.tokenizer, [row.prompt for _, row in rows], options)
         else:
             prompts = [self._tokens(row) for _, row in rows]

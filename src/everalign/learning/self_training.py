@@ -23,9 +23,11 @@ from everalign.learning.learner import Learner
 from everalign.learning.options import DistillOptions, Round, TrainingOptions, edit_share
 from everalign.learning.promotion import exclusive_run
 from everalign.methods import LifeAlign, Method
-from everalign.modeling.sampling import SamplingOptions, sample_journalled
+from everalign.modeling.options import SamplingOptions
+from everalign.modeling.sampling import sample_journalled
 from everalign.storage import Journal, json_line, read_json, write_json, write_text
-from everalign.training.reward_weights import FROM_REFERENCE_REWARDS, WeightOptions
+from everalign.training.options import WeightOptions
+from everalign.training.reward_weights import FROM_REFERENCE_REWARDS
 
 HELD_OUT = "held-out"
 """The name under which held-out preferences are scored after every round."""
@@ -137,7 +139,7 @@ def distill(
             progress=progress,
             **arguments,
         )
-        facts = {**asdict(options), "corrector": corrector.fingerprint, "prompts": prompts.fingerprint}
+        facts = {**options.model_dump(), "corrector": corrector.fingerprint, "prompts": prompts.fingerprint}
         run = _Run(learner, corrector, prompts, options, Path(output) / "distill", seed, log, progress)
         run.begin({name: value for name, value in facts.items() if name != "rounds"})
         if test is not None:

@@ -20,8 +20,9 @@ from everalign.learning.task_rows import TaskRows, encode_rows, fewest_answers, 
 from everalign.methods import Task
 from everalign.objectives import implicit_margin
 from everalign.training.objectives import Objective
+from everalign.training.options import StageOptions
 from everalign.training.reference import group_log_probs, pair_log_probs, policy_key
-from everalign.training.stage import StageOptions, load_finished, run_stage, save_result
+from everalign.training.stage import load_finished, run_stage, save_result
 
 _PROBE_ROWS = 16
 

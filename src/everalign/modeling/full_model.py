@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from everalign.data.collate import Batch
 from everalign.errors import InputError
 from everalign.modeling.architecture import study
-from everalign.modeling.loading import Precision
 from everalign.modeling.logprobs import SequenceLogProbs, naming
+from everalign.modeling.options import Precision
 
 
 class FullModel(nn.Module):

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,7 @@ from everalign.errors import InputError
 from everalign.modeling.architecture import study_lengths
 from everalign.modeling.base_adapter import base_and_adapter, merge_adapter, tokenizer_folder, without_adapter
 from everalign.modeling.gguf import SMOLLM2, smollm2_path, unpacked
+from everalign.modeling.options import Precision, PrecisionChoice
 from everalign.modeling.positions import named_length
 from everalign.storage import read_json
 
@@ -37,8 +38,6 @@ def tiny_assistant_path() -> Path:
     return Path(__file__).resolve().parent / "tiny_assistant"
 
 
-Precision = Literal["fp32", "bf16"]
-PrecisionChoice = Literal["auto", "fp32", "bf16"]
 TINY = "tiny"
 
 _SAMPLED_VALUES = 4096

@@ -23,7 +23,6 @@ from everalign.errors import EveralignError, InputError
 from everalign.modeling.base_adapter import base_and_adapter
 from everalign.modeling.loading import (
     DTYPES,
-    Precision,
     check_all_weights,
     check_trainable,
     load_config,
@@ -33,6 +32,7 @@ from everalign.modeling.loading import (
     plain_weights,
     resolve_model,
 )
+from everalign.modeling.options import Precision
 from everalign.modeling.runtime import training_device
 from everalign.storage import new_folder, read_json, write_json
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import psutil
 import torch
@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from everalign.errors import InputError
 from everalign.modeling.shrinking import layer_list
 
 _M_TRIM_THRESHOLD = -1
@@ -105,19 +104,6 @@ def _free_in_container(root: Path = Path("/sys/fs/cgroup")) -> int:
     except (OSError, ValueError, KeyError):
         return sys.maxsize
     return sys.maxsize if limit == "max" else max(0, int(limit) - used + int(cached))
-
-
-Checkpointing = Literal["auto", "on", "off"]
-
-
-def check_checkpointing(found: str) -> None:
-    """Refuse a setting that does not exist.
-
-    Raises:
-        InputError: it is none of `auto`, `on` and `off`.
-    """
-    if found not in get_args(Checkpointing):
-        raise InputError(f"checkpointing must be auto, on or off, found {found!r}")
 
 
 def recomputable_layers(model: nn.Module) -> list[nn.Module]:

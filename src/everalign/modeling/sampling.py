@@ -11,6 +11,7 @@ from everalign.data.collate import batches_by_length
 from everalign.data.messages import Prompt
 from everalign.errors import InputError
 from everalign.modeling.decoding import continue_rows, pad_left, pick
+from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.stopping import TurnEnd, stop_token_ids, turn_end
 from everalign.storage import Journal
@@ -22,32 +23,6 @@ Progress = Callable[[int], None]
 
 # Tokens that are read before those of a turn's end.
 _BEFORE = 8
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How completions are drawn.
-
-    Args:
-        completions: K, drawn independently for each prompt.
-        temperature: what logits are divided by; 1 draws from the policy itself.
-        max_new_tokens: longest completion, its end mark included.
-        max_prompt_tokens: longer prompts are an error, since an answer to half a question is no answer.
-    """
-
-    completions: int = 4
-    temperature: float = 1.0
-    max_new_tokens: int = 256
-    max_prompt_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        for name in ("completions", "max_new_tokens", "max_prompt_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, found {value!r}")
-        value = self.temperature
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise InputError(f"temperature must be a number above 0, found {value!r}")
 
 
 @dataclass(frozen=True)

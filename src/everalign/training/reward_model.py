@@ -9,11 +9,10 @@ The whole model, or an adapter on it, is fine-tuned with the Bradley-Terry loss 
 it is computed in bf16. The same arguments give the same weights on the same machine.
 """
 
-import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,10 @@ from everalign.data.chat_template import keep_template, template_notes
 from everalign.data.chat_tokens import template_fingerprint
 from everalign.data.readers import check_disjoint
 from everalign.data.records import PreferenceSet
-from everalign.data.tokenization import SHORTEST_MAX_LENGTH, Comparison, pad_right, tokenize_comparisons
+from everalign.data.tokenization import Comparison, pad_right, tokenize_comparisons
 from everalign.errors import InputError, check_shortfall
-from everalign.modeling.loading import (
-    Precision,
-    PrecisionChoice,
-    load_tokenizer,
-    model_fingerprint,
-    resolve_precision,
-    sequence_limit,
-)
+from everalign.modeling.loading import load_tokenizer, model_fingerprint, resolve_precision, sequence_limit
+from everalign.modeling.options import Precision
 from everalign.modeling.reward_model import (
     RewardFacts,
     RewardModel,
@@ -46,12 +39,12 @@ from everalign.modeling.reward_model import (
     set_padding,
     with_adapter_merged,
 )
-from everalign.modeling.runtime import Checkpointing, check_checkpointing, place_name, prepare_process, training_device
+from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.objectives import bradley_terry_loss, calibrating_temperature, dpo_loss, pair_calibration_error
-from everalign.objectives.bradley_terry import DEFAULT_CENTRING
 from everalign.storage import exclusive, lock_of
 from everalign.training.objectives import Metrics
-from everalign.training.stage import TOKENS_PER_BATCH, StageOptions, StageResult, train_rows
+from everalign.training.options import RewardOptions, StageOptions
+from everalign.training.stage import StageResult, train_rows
 
 
 @dataclass(frozen=True)
@@ -109,66 +102,6 @@ def _correlation(first: Tensor, second: Tensor) -> float | None:
 Progress = Callable[[str, int, int], None]
 
 LONGEST_BY_DEFAULT = 1024
-LEARNING_RATE = 2e-5
-# An adapter starts at 0 and has far to go.
-LORA_LEARNING_RATE = 2e-4
-
-
-@dataclass(frozen=True)
-class RewardOptions:
-    """How a reward model is trained.
-
-    Args:
-        learning_rate: peak learning rate; None for 2e-5, or 2e-4 of an adapter.
-        epochs: passes over the pairs, fractions allowed.
-        batch_size: pairs of an optimiser step.
-        max_length: longest prompt plus answer, in tokens; None for 1,024, or for what the model can take if it is less.
-        tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
-        checkpointing: `on` keeps only what goes into each layer and computes the rest again in the backward pass,
-            `auto` does so where memory would not do otherwise; changes no result.
-        centring: strength of the term that keeps a pair's rewards around 0.
-        lora_rank: rank of an adapter that is trained instead of all weights, and merged at the end; 0 for all weights.
-        lora_alpha: the adapter's α; None for twice the rank.
-        precision: `bf16` computes in bf16, `auto` does so on a GPU that has it; what is learned is fp32. The weights
-            under an adapter are then kept in bf16 too. Rewards are computed like this afterwards.
-
-    Raises:
-        InputError: an option is out of its range.
-    """
-
-    learning_rate: float | None = None
-    epochs: float = 1.0
-    batch_size: int = 32
-    max_length: int | None = None
-    tokens_per_batch: int = TOKENS_PER_BATCH
-    checkpointing: Checkpointing = "auto"
-    centring: float = DEFAULT_CENTRING
-    lora_rank: int = 0
-    lora_alpha: float | None = None
-    precision: PrecisionChoice = "auto"
-
-    def __post_init__(self) -> None:
-        least_values = {"batch_size": 1, "tokens_per_batch": 1, "max_length": SHORTEST_MAX_LENGTH, "lora_rank": 0}
-        for name, least in least_values.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} must be at least {least}, found {value}")
-        for name in ("learning_rate", "epochs", "lora_alpha"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise InputError(f"{name} must be a finite number above 0, found {value}")
-        check_checkpointing(self.checkpointing)
-        if not (math.isfinite(self.centring) and self.centring >= 0):
-            raise InputError(f"centring must be a finite number of at least 0, found {self.centring}")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise InputError(f"precision must be auto, fp32 or bf16, found {self.precision!r}")
-        if self.lora_alpha is not None and not self.lora_rank:
-            raise InputError("lora_alpha belongs to an adapter: set lora_rank too, or leave it out")
-
-    @property
-    def rate(self) -> float:
-        """The peak learning rate in use."""
-        return self.learning_rate or (LORA_LEARNING_RATE if self.lora_rank else LEARNING_RATE)
 
 
 @dataclass(frozen=True)
@@ -252,7 +185,7 @@ def train_reward_model(
         prepare_process()
         device = training_device(log)
         precision = resolve_precision(options.precision, device)
-        options = replace(options, precision=precision)
+        options = options.replace(precision=precision)
         what = f"an adapter of rank {options.lora_rank}" if options.lora_rank else "all weights, which stay fp32,"
         log(f"  trains {what} in {precision} on {place_name(device)}")
         tokenizer = load_tokenizer(model)
@@ -284,7 +217,7 @@ def train_reward_model(
             data=train.fingerprint,
             pairs=len(train),
             accuracy=None if report is None else report.accuracy,
-            settings={**asdict(options), "learning_rate": options.rate, "max_length": max_length, "seed": seed},
+            settings={**options.model_dump(), "learning_rate": options.rate, "max_length": max_length, "seed": seed},
         )
         if any(not isinstance(row.prompt, str) for row in train):
             keep_template(tokenizer)

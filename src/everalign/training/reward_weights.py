@@ -1,115 +1,22 @@
 """From rewards to weights: how much each completion of a dataset counts, computed once before training."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from everalign.data.records import Scored
 from everalign.errors import InputError
-from everalign.objectives import Estimator, WeightStatistics, global_scale, var_weights, weight_statistics
+from everalign.objectives import WeightStatistics, global_scale, var_weights, weight_statistics
+from everalign.training.options import WeightOptions
 
 _ROWS_NAMED = 3
 # Need rewards of answers of the reference, which every row then has to hold.
 FROM_REFERENCE_REWARDS = ("reference", "quantile")
 # Can tell what a completion is worth that is its prompt's only one.
 TAKE_ONE_COMPLETION = ("in_batch", *FROM_REFERENCE_REWARDS)
-# Within a prompt snkl is its own normaliser; what it takes from the options is how sharp the rewards are.
-_OF_SNKL = ("temperature", "target_ess", "scale_rewards", "drop_constant")
-
-
-@dataclass(frozen=True)
-class WeightOptions:
-    """How rewards become weights (see `everalign.objectives.var_weights`).
-
-    Args:
-        estimator: where a prompt's normaliser comes from: `group`, its own completions; `group_loo`, the other
-            ones, which aims at the optimum exactly but with weights of any size; `in_batch`, the other prompts', for
-            data with one completion a prompt. There a reward is compared with the mean of the prompt's other
-            completions, or, where some prompt has but one, with that of the dataset. `reference`, the row's
-            `reference_rewards`, which aims at the optimum with any number of completions; `quantile`, nothing: a
-            reward becomes its rank among the `reference_rewards`, whose normaliser is known. `support`, the
-            completions' probabilities under the base model times their exponentiated rewards, for distinct
-            completions that were listed and not sampled.
-        temperature: reward that is worth one nat, in units of the dataset's standard deviation of rewards, or as
-            they are without `scale_rewards`. None for 1, or for 0.25 with `quantile`, where the unit is all ranks.
-        target_ess: share of the responses, between 0 and 1, that the weights shall be worth; the temperature is
-            found. 0 for a given temperature.
-        scale_rewards: divide all rewards by their standard deviation over the dataset. None for True, but for
-            `quantile`, whose ranks have no scale.
-        weight_cap: largest weight; 0 for none.
-        length_normalize: with `support`, divide log-probabilities by the completion's tokens, because summed ones let
-            length decide; a heuristic, whose weights no longer aim at the optimum.
-
-    Raises:
-        InputError: a value is out of its range, or the estimator would ignore it.
-    """
-
-    estimator: Estimator = "group"
-    temperature: float | None = None
-    target_ess: float = 0.0
-    scale_rewards: bool | None = None
-    weight_cap: float = 0.0
-    length_normalize: bool = False
-    weight_floor: float = 0.0
-    drop_constant: bool = False
-
-    def __post_init__(self) -> None:
-        if self.estimator not in get_args(Estimator):
-            raise InputError(f"estimator must be one of {', '.join(get_args(Estimator))}, found {self.estimator!r}")
-        ranks = self.estimator == "quantile"
-        if self.temperature is None:
-            object.__setattr__(self, "temperature", 0.25 if ranks else 1.0)
-        if self.scale_rewards is None:
-            object.__setattr__(self, "scale_rewards", not ranks)
-        self._check_numbers()
-        for name, ignored in (
-            ("scale_rewards", ranks and self.scale_rewards),
-            ("length_normalize", self.estimator != "support" and self.length_normalize),
-            ("drop_constant", False),
-        ):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} must be true or false, found {getattr(self, name)!r}")
-            if ignored:
-                raise InputError(f"the estimator {self.estimator} would ignore {name}: leave it out")
-
-    def _check_numbers(self) -> None:
-        for name in ("temperature", "target_ess", "weight_cap", "weight_floor"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-                raise InputError(f"{name} must be a number of at least 0, found {value!r}")
-        if self.temperature == 0:
-            raise InputError("temperature must be above 0: towards 0 only the best completion counts")
-        if self.target_ess >= 1:
-            raise InputError(f"target_ess must be below 1, found {self.target_ess!r}: at 1 all completions count alike")
-        if self.weight_floor >= 1:
-            raise InputError(f"weight_floor must be below 1, found {self.weight_floor!r}: weights are 1 on average")
-
-    def settings(self, objective: str) -> dict[str, Any]:
-        """Return the options that mean something to an objective, with their values."""
-        found = asdict(self)
-        if self.estimator != "support":
-            del found["length_normalize"]
-        # Those that came later are told of where they do something, so that older runs can be continued.
-        for name in ("weight_floor", "drop_constant"):
-            if not found[name]:
-                del found[name]
-        return {name: found[name] for name in _OF_SNKL if name in found} if objective == "snkl" else found
-
-    def check_for(self, objective: str) -> None:
-        """Refuse what the objective would ignore."""
-        usual = asdict(WeightOptions())
-        check_names(objective, [name for name, value in asdict(self).items() if value != usual[name]])
-
-
-def check_names(objective: str, given: Iterable[str]) -> None:
-    """Refuse options by their names that the objective would ignore."""
-    ignored = [name for name in given if name not in _OF_SNKL]
-    if objective == "snkl" and ignored:
-        what = f"the objective snkl compares the completions of a prompt and would ignore {ignored[0]}"
-        raise InputError(f"{what}: leave it out")
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,12 @@ from transformers import TrainerCallback
 from everalign.data.collate import TrainingPlan, largest_token, row_tokens, training_plan
 from everalign.data.tokenization import TargetGroup, TokenizedGroup, TokenizedPair
 from everalign.errors import EveralignError, InputError
+from everalign.modeling.options import Checkpointing
 from everalign.modeling.policy import Policy
-from everalign.modeling.runtime import (
-    Checkpointing,
-    SavedBytes,
-    free_memory,
-    language_model,
-    recomputable_layers,
-    recomputing,
-)
+from everalign.modeling.runtime import SavedBytes, free_memory, language_model, recomputable_layers, recomputing
 from everalign.storage import checksums, differing_files, new_folder, read_json, write_json
 from everalign.training.objectives import Objective
+from everalign.training.options import StageOptions
 from everalign.training.trainer import (
     GradientHook,
     Penalty,
@@ -115,41 +110,10 @@ def _incomplete(path: Path) -> str:
 
 Progress = Callable[[int, int], None]
 
-TOKENS_PER_BATCH = 8192
 # Of the free memory, what activations, gradients and the optimiser may take: other things come and go beside them.
 _USABLE = 0.8
 # Of what is learned: a gradient and AdamW's two moments, in fp32.
 _BYTES_LEARNED = 12
-
-
-@dataclass(frozen=True)
-class StageOptions:
-    """How one stage is optimised (AdamW without weight decay).
-
-    Args:
-        learning_rate: peak learning rate.
-        epochs: passes over the stage's rows, fractions allowed.
-        batch_size: pairs of an optimiser step, over all processes.
-        tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
-        warmup: share of the steps in which the learning rate rises.
-        scheduler: transformers' name of the learning-rate schedule.
-        max_grad_norm: gradient clipping; 0 for none.
-        logging_steps: steps between two points of the training curve.
-        checkpoint_steps: steps between two checkpoints inside the stage; 0 for none.
-        checkpointing: `on` keeps only what goes into each layer, and computes the rest again in the backward pass;
-            `auto` where the free memory may not take it otherwise. It changes no result.
-    """
-
-    learning_rate: float
-    epochs: float = 1.0
-    batch_size: int = 16
-    tokens_per_batch: int = TOKENS_PER_BATCH
-    warmup: float = 0.1
-    scheduler: str = "cosine"
-    max_grad_norm: float = 1.0
-    logging_steps: int = 5
-    checkpoint_steps: int = 200
-    checkpointing: Checkpointing = "auto"
 
 
 @dataclass

@@ -1,0 +1,134 @@
+"""Base class of option models: one declaration gives validation, documentation, recipe keys and command-line flags.
+
+class AdapterOptions(Options, title="Adapter"):
+    \"\"\"Shape of the LoRA adapter.\"\"\"
+
+    rank: int = Field(default=8, ge=1, description="Rank of the adapter.")
+"""
+
+import difflib
+import types
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from everalign.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Exact types, finite numbers, no unknown names.
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Options(BaseModel):
+    """Immutable values, checked when they are made. A bad one is an `InputError` that names the option.
+
+    The first line of a field's `description` is its help on the command line; the docstring of the class gets all of
+    it. `title` is what a value is called there (`DIR`), and that of the class names its flags' panel.
+    """
+
+    model_config = STRICT
+
+    if not TYPE_CHECKING:  # type checkers know the arguments from the fields
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                problem = first_problem(type(self), error)
+                if isinstance(problem.cause, InputError):
+                    raise problem.cause from None
+                name = ".".join(map(str, problem.where))
+                raise InputError(f"{name}{problem.what}", field=name, hint=problem.hint) from None
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Appends the fields' descriptions to the docstring."""
+        super().__pydantic_init_subclass__(**kwargs)
+        lines = [f"    {name}: {declared(field).description}" for name, field in cls.model_fields.items()]
+        cls.__doc__ = "\n".join([cls.__doc__ or "", "Args:", *lines])
+
+    def replace(self, **changes: Any) -> "Self":
+        """Returns a copy with some values changed, checked like new ones."""
+        return type(self)(**{**dict(self), **changes})
+
+    def shared_with(self, other: type[BaseModel]) -> dict[str, Any]:
+        """Returns the values of those fields that another model has under the same names."""
+        return {name: value for name, value in self if name in other.model_fields}
+
+
+class Declared(NamedTuple):
+    """What a field declares, also inside `Annotated[...] | None`: its type without None, its bounds and its texts."""
+
+    type: Any
+    metadata: Sequence[Any]
+    description: str
+    title: str | None
+
+    @property
+    def allowed(self) -> str:
+        """The values that it takes, in words, such as "a whole number of at least 1"."""
+        if get_origin(self.type) is Literal:
+            return f"one of {', '.join(map(str, get_args(self.type)))}"
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "texts"}
+        kind = words.get(get_origin(self.type) or self.type, "a valid value")
+        bounds = {
+            word: getattr(item, name)
+            for name, word in (("ge", "of at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
+            for item in self.metadata
+            if getattr(item, name, None) is not None
+        }
+        if "of at least" in bounds and len(bounds) == 2:
+            low, (word, high) = bounds.pop("of at least"), bounds.popitem()
+            return f"{kind} from {low} to {'below ' * (word == 'below')}{high}"
+        return f"{kind} {' and '.join(f'{word} {value}' for word, value in bounds.items())}".rstrip()
+
+
+def declared(field: FieldInfo) -> Declared:
+    """Returns what a field of a model declares."""
+    kind, metadata, description, title = field.annotation, [*field.metadata], field.description, field.title
+    if get_origin(kind) in (Union, types.UnionType):
+        inner = [part for part in get_args(kind) if part is not types.NoneType]
+        kind = inner[0] if len(inner) == 1 else kind
+    if get_origin(kind) is Annotated:
+        kind, *extra = get_args(kind)
+        for item in extra:
+            metadata += item.metadata if isinstance(item, FieldInfo) else [item]
+            description = description or getattr(item, "description", None)
+            title = title or getattr(item, "title", None)
+    return Declared(kind, metadata, description or "", title)
+
+
+class Problem(NamedTuple):
+    """The first problem of a failed validation: the path to it, what is wrong, a hint, and the error that tells it."""
+
+    where: tuple[int | str, ...]
+    what: str
+    hint: str | None
+    cause: Exception | None
+
+
+def first_problem(model: type[BaseModel], error: ValidationError) -> Problem:
+    """Puts the first problem into words; an unknown name goes first, because it explains what is missing.
+
+    `what` continues the name of the place, as in "rank" + " must be a whole number of at least 1, found 0".
+    """
+    problems = error.errors(include_url=False)
+    found = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    where, kind = found["loc"], found["type"]
+    if kind == "extra_forbidden":
+        known = list(model.model_fields)
+        near = difflib.get_close_matches(str(where[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return Problem(where, f" is no option of {model.__name__}: {hint}", hint, None)
+    if kind == "value_error":
+        cause = found["ctx"]["error"]
+        return Problem(where, f" {cause}, found {found['input']!r}", None, cause)
+    if kind == "missing":
+        return Problem(where, " is missing", None, None)
+    field = model.model_fields.get(str(where[-1])) if where else None
+    allowed = found["msg"] if field is None else declared(field).allowed
+    return Problem(where, f" must be {allowed.replace('Input should be ', '')}, found {found['input']!r}", None, None)

@@ -1,0 +1,188 @@
+"""Options of training: stages, reward models, and the weights of VAR. Importing them loads nothing heavy."""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from everalign.errors import InputError
+from everalign.modeling.options import Checkpointing, PrecisionChoice
+from everalign.options import Options
+
+SHORTEST_MAX_LENGTH = 8
+LEARNING_RATE = 2e-5
+# An adapter starts at 0 and has far to go.
+LORA_LEARNING_RATE = 2e-4
+
+# Declared once, used by every section that has the option.
+LearningRate = Annotated[float, Field(gt=0, description="Peak learning rate.")]
+Epochs = Annotated[float, Field(gt=0, description="Passes over the rows; fractions allowed.")]
+BatchSize = Annotated[int, Field(ge=1, description="Rows of an optimiser step, over all processes.")]
+TokensPerBatch = Annotated[
+    int,
+    Field(
+        ge=1,
+        description="Tokens computed at once, padding included.\nFewer save memory and change no result.",
+    ),
+]
+MaxLength = Annotated[int, Field(ge=SHORTEST_MAX_LENGTH, description="Longest prompt plus response, in tokens.")]
+Recompute = Annotated[
+    Checkpointing,
+    Field(
+        description="Compute activations twice to save memory.\n`on` keeps only the inputs of each layer and computes "
+        "the rest again in the backward pass, `auto` does so where memory is short. It changes no result."
+    ),
+]
+Warmup = Annotated[float, Field(ge=0, lt=1, description="Share of the steps in which the learning rate rises.")]
+CheckpointSteps = Annotated[int, Field(ge=0, description="Steps between two checkpoints; 0 for none.")]
+LoraRank = Annotated[
+    int, Field(ge=0, description="Rank of an adapter to train and merge at the end; 0 trains all weights.")
+]
+LoraAlpha = Annotated[float, Field(gt=0, description="The adapter's α; twice its rank if not given.")]
+ComputePrecision = Annotated[
+    PrecisionChoice,
+    Field(
+        description="Precision of the computation; auto is bf16 on a GPU that has it.\nThe weights under an adapter "
+        "are kept in it too. What is learned is fp32."
+    ),
+]
+Scheduler = Literal["cosine", "linear", "constant_with_warmup"]
+MaxGradNorm = Annotated[float, Field(ge=0, description="Gradient clipping; 0 for none.")]
+LoggingSteps = Annotated[int, Field(ge=1, description="Steps between two points of the training curve.")]
+
+TOKENS_PER_BATCH = 8192
+
+
+class StageOptions(Options):
+    """How one stage is optimised (AdamW without weight decay)."""
+
+    learning_rate: LearningRate
+    epochs: Epochs = 1.0
+    batch_size: BatchSize = 16
+    tokens_per_batch: TokensPerBatch = TOKENS_PER_BATCH
+    warmup: Warmup = 0.1
+    scheduler: str = Field(default="cosine", description="Learning-rate schedule, by its name in transformers.")
+    max_grad_norm: MaxGradNorm = 1.0
+    logging_steps: LoggingSteps = 5
+    checkpoint_steps: CheckpointSteps = 200
+    checkpointing: Recompute = "auto"
+
+
+class RewardOptions(Options):
+    """How a reward model is trained."""
+
+    learning_rate: LearningRate | None = Field(
+        default=None, description="Peak learning rate; 2e-5, or 2e-4 of an adapter, if not given."
+    )
+    epochs: Epochs = 1.0
+    batch_size: BatchSize = 32
+    max_length: MaxLength | None = Field(
+        default=None,
+        description="Longest prompt plus answer, in tokens; 1,024 or the model's limit if not given.",
+    )
+    tokens_per_batch: TokensPerBatch = TOKENS_PER_BATCH
+    checkpointing: Recompute = "auto"
+    centring: float = Field(default=0.01, ge=0, description="Weight of the term that keeps a pair's rewards around 0.")
+    lora_rank: LoraRank = 0
+    lora_alpha: LoraAlpha | None = None
+    precision: ComputePrecision = "auto"
+
+    @model_validator(mode="after")
+    def _check_alpha(self) -> "RewardOptions":
+        check_alpha(self.lora_rank, self.lora_alpha)
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate in use."""
+        return self.learning_rate or (LORA_LEARNING_RATE if self.lora_rank else LEARNING_RATE)
+
+
+def check_alpha(rank: int, alpha: float | None) -> None:
+    """Refuses an adapter's α without an adapter."""
+    if alpha is not None and not rank:
+        raise InputError("lora_alpha belongs to an adapter: set lora_rank too, or leave it out", field="lora_alpha")
+
+
+Estimator = Literal["group", "group_loo", "in_batch", "reference", "quantile", "support"]
+# Within a prompt snkl is its own normaliser; what it takes from the options is how sharp the rewards are.
+_OF_SNKL = ("temperature", "target_ess", "scale_rewards", "drop_constant")
+
+
+class WeightOptions(Options, title="Rewards (objectives var, snkl)"):
+    """How rewards become weights (see `everalign.objectives.var_weights`)."""
+
+    estimator: Estimator = Field(
+        default="group",
+        description="Normaliser of var.\n`group`: the prompt's own completions. `group_loo`: the other ones, which "
+        "aims at the optimum exactly but with weights of any size. `in_batch`: the other prompts', for data with one "
+        "completion a prompt; a reward is compared with the mean of the prompt's other completions or, where some "
+        "prompt has but one, with that of the dataset. `reference`: the row's `reference_rewards`, which aims at the "
+        "optimum with any number of completions. `quantile`: none; a reward becomes its rank among the "
+        "`reference_rewards`, whose normaliser is known. `support`: the completions' probabilities under the base "
+        "model times their exponentiated rewards, for distinct completions that were listed and not sampled.",
+    )
+    temperature: float | None = Field(
+        default=None,
+        gt=0,
+        description="Reward that is worth one nat.\nIn units of the dataset's standard deviation of rewards, or as "
+        "they are without `scale_rewards`. 1 if not given, or 0.25 with `quantile`, where the unit is all ranks.",
+    )
+    target_ess: float = Field(
+        default=0.0,
+        ge=0,
+        description="Find the temperature for this effective share of the responses; 0 for none.",
+    )
+    scale_rewards: bool | None = Field(
+        default=None,
+        description="Divide rewards by their standard deviation over the dataset.\nOn if not given, but for "
+        "`quantile`, whose ranks have no scale.",
+    )
+    weight_cap: float = Field(default=0.0, ge=0, description="Largest weight; 0 for none.")
+    length_normalize: bool = Field(
+        default=False,
+        description="Divide log-probabilities by the completion's tokens (estimator support).\nSummed ones let length "
+        "decide; a heuristic, whose weights no longer aim at the optimum.",
+    )
+    weight_floor: float = Field(default=0.0, ge=0, lt=1, description="Completions with a smaller weight are left out.")
+    drop_constant: bool = Field(default=False, description="Leave out prompts whose rewards are all equal.")
+
+    @model_validator(mode="after")
+    def _resolve(self) -> "WeightOptions":
+        ranks = self.estimator == "quantile"
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", 0.25 if ranks else 1.0)
+        if self.scale_rewards is None:
+            object.__setattr__(self, "scale_rewards", not ranks)
+        ignored = {
+            "scale_rewards": ranks and self.scale_rewards,
+            "length_normalize": self.estimator != "support" and self.length_normalize,
+        }
+        for name, given in ignored.items():
+            if given:
+                raise InputError(f"the estimator {self.estimator} would ignore {name}: leave it out", field=name)
+        return self
+
+    def settings(self, objective: str) -> dict[str, Any]:
+        """Returns the values that mean something to an objective."""
+        found = self.model_dump()
+        if self.estimator != "support":
+            del found["length_normalize"]
+        # Recorded only where they do something.
+        for name in ("weight_floor", "drop_constant"):
+            if not found[name]:
+                del found[name]
+        return {name: found[name] for name in _OF_SNKL if name in found} if objective == "snkl" else found
+
+    def check_for(self, objective: str) -> None:
+        """Refuses values that the objective would ignore."""
+        usual = dict(WeightOptions())
+        check_names(objective, [name for name, value in self if value != usual[name]])
+
+
+def check_names(objective: str, given: Iterable[str]) -> None:
+    """Refuses options, by their names, that the objective would ignore."""
+    ignored = [name for name in given if name not in _OF_SNKL]
+    if objective == "snkl" and ignored:
+        what = f"the objective snkl compares the completions of a prompt and would ignore {ignored[0]}"
+        raise InputError(f"{what}: leave it out", field=ignored[0])
