@@ -13,14 +13,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from everalign.errors import EveralignError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Key = TypeVar("Key", int, str)
 
@@ -336,8 +334,10 @@ def _sync(path: Path) -> None:
 _CHECKSUM = "sha256"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
     """Replace a file by named tensors in one step; several processes may write it at the same time."""
+    from safetensors.torch import save_file  # here and below: reading a run needs no torch
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
     os.close(handle)
@@ -350,7 +350,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise
 
 
-def read_tensors(path: Path, names: tuple[str, ...], what: str) -> dict[str, Tensor] | None:
+def read_tensors(path: Path, names: tuple[str, ...], what: str) -> "dict[str, Tensor] | None":
     """Return the tensors of `write_tensors`, None where there is no file.
 
     Args:
@@ -361,6 +361,10 @@ def read_tensors(path: Path, names: tuple[str, ...], what: str) -> dict[str, Ten
     Raises:
         InputError: the file is damaged; the message says to delete it.
     """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     if not path.exists():
         return None
     try:
@@ -374,7 +378,9 @@ def read_tensors(path: Path, names: tuple[str, ...], what: str) -> dict[str, Ten
     return tensors
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> Tensor:
+def _checksum(tensors: Mapping[str, "Tensor"]) -> "Tensor":
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())

@@ -131,6 +131,7 @@ class WeightOptions(Options, title="Rewards (objectives var, snkl)"):
     target_ess: float = Field(
         default=0.0,
         ge=0,
+        lt=1,
         description="Find the temperature for this effective share of the responses; 0 for none.",
     )
     scale_rewards: bool | None = Field(
