@@ -17,7 +17,8 @@ from everalign.data.collate import batches_by_length
 from everalign.errors import InputError
 from everalign.llm_client import ChatClient, ChatError, Completion
 from everalign.modeling.decoding import RaggedModel
-from everalign.modeling.loading import Precision, load_model, load_tokenizer, model_fingerprint
+from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
+from everalign.modeling.options import Precision
 from everalign.modeling.speculative import DraftDecoder, DraftedRow, Verified
 from everalign.modeling.stopping import special_stop_ids
 
