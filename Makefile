@@ -25,6 +25,7 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/check_floors.py
 
 bench: $(VENV)/ready-dev
 	$(BIN)/python bench/demo_seeds.py

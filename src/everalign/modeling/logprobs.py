@@ -149,8 +149,9 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _fill(log_probs: Tensor, logits: Tensor, chosen: Tensor, sums: Tensor, shape: LogitTransform, wanted: bool) -> None:
-    """Write log-probabilities (K,), Σ exp of the logits (K, V) over its largest term as `sums` (K, 1), and where
-    wanted, over the logits, the slope of the negative log-probability times that sum.
+    """Write log-probabilities (K,) and the sums of exp(logit - largest logit) over the vocabulary (K, 1).
+
+    Where `wanted`, the logits (K, V) are replaced by the gradient of the negative log-probability times that sum.
     """
     largest = logits.amax(dim=-1, keepdim=True).float()
     exponentials = logits.to(torch.float32, copy=True).sub_(largest).exp_()

@@ -18,7 +18,7 @@ _QUESTION, _ANSWER, _NEXT = "How are you?", "Very well, thanks.", "Good to hear.
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """How a chat template ends an assistant's turn.
+    r"""How a chat template ends an assistant's turn.
 
     Args:
         token: the token that ends it; None where ordinary text does, or nothing.

@@ -43,7 +43,7 @@ class Metric:
         return f"{fixed(abs(difference) * self.scale, self.digits)} {self.change_unit}"
 
     def direction(self, difference: float | None) -> str:
-        """ "gained", "lost", or "" for a difference that rounds to nothing or was not measured."""
+        """Return `gained`, `lost`, or nothing for a difference that rounds to zero or was not measured."""
         text = self.change(difference)
         return {"+": "gained", "−": "lost"}.get(text[0], "")
 
