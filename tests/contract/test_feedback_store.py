@@ -90,7 +90,7 @@ def test_feedback_comes_in_the_order_of_time(store):
 
 
 def test_more_rows_than_are_fetched_at_once_all_come(store, monkeypatch):
-    monkeypatch.setattr("everalign.serving.store.database._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("everalign.serving.store.database._BATCH", 7)
     for i in range(20):
         store.add_exchange(exchange(f"c{i:02}"))
         store.add_feedback(feedback(f"c{i:02}", created=later(i)))
@@ -144,7 +144,7 @@ def test_stats_count(store):
 
 
 def test_what_is_older_than_the_retention_is_removed_with_all_feedback(address, monkeypatch):
-    monkeypatch.setattr("everalign.serving.store.database._ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("everalign.serving.store.database._BATCH", 2)
     now = datetime.now(timezone.utc)
     with FeedbackStore.open(address) as store:
         for i in range(5):

@@ -43,7 +43,7 @@ WORK = {
     "guards": guarded,
     "word diff": compared,
     "words counted": lambda text: _exchanged(text, text[::-1]),
-    "redaction": REDACTION.text,
+    "redaction": REDACTION,
     "what a judge is shown": shown,
     "what a judge says": lambda text: read_score(text, (1, 10)),
     "one way to write it": lambda text: (nfkc(text), folded(text), topic_of(text)),

@@ -95,11 +95,11 @@ def check_is_there(url: str) -> None:
     Raises:
         InputError: there is no such file, or the address is none.
     """
-    from everalign.serving.store.engine import checked_address, shown
+    from everalign.serving.store.engine import parse_url, safe_url
 
-    address = checked_address(url)
+    address = parse_url(url)
     if address.get_backend_name() == "sqlite" and not Path(str(address.database)).exists():
-        raise InputError(f"{shown(address)}: no such store; everalign serve --store makes one")
+        raise InputError(f"{safe_url(address)}: no such store; everalign serve --store makes one")
 
 
 def _with(total: int, parts: Mapping[str, int]) -> str:

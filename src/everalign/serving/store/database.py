@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, delete, exists, func, 
 from sqlalchemy.exc import IntegrityError
 
 from everalign.errors import InputError
-from everalign.serving.store.engine import open_database, reading, told
+from everalign.serving.store.engine import open_database, read_only, translate_errors
 from everalign.serving.store.records import (
     NOBODY,
     Exchange,
@@ -29,11 +29,13 @@ from everalign.serving.store.records import (
     feedback_values,
     learned,
 )
-from everalign.serving.store.redaction import Redaction
+from everalign.serving.store.redaction import Redact, redact_exchange, redact_feedback
 from everalign.serving.store.writer import Writer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_BATCH = 500  # rows deleted in one transaction, looked up by id, or fetched
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,15 @@ class StoreStats:
 
     Args:
         exchanges: answered requests.
-        outcomes: exchanges by what became of their answer.
-        correctors: exchanges by the corrector's version; those without one are not in it.
-        keys: how many keys gave feedback.
-        feedback: judgements that stand.
-        waiting: those of them that were not learned yet.
+        outcomes: exchanges by outcome.
+        correctors: exchanges by the corrector's version, those without a corrector left out.
+        keys: keys that gave feedback.
+        feedback: judgements, replaced ones left out.
+        waiting: judgements that were not learned yet.
         ratings: feedback by rating.
         preferred: feedback by preferred side.
         edits: feedback with an edited text.
-        oldest: when the oldest exchange was answered; None where there is none.
+        oldest: when the oldest exchange was answered; None in an empty store.
         newest: when the newest one was.
     """
 
@@ -67,52 +69,15 @@ class StoreStats:
     newest: datetime | None
 
 
-def not_learned() -> ColumnElement[bool]:
-    """The condition that feedback was not learned yet."""
-    return ~exists().where(learned.c.id == feedback.c.id)
-
-
-def read_stats(connection: Connection) -> StoreStats:
-    """Count."""
-    total, oldest, newest = connection.execute(
-        select(func.count(), func.min(exchanges.c.created), func.max(exchanges.c.created)).select_from(exchanges)
-    ).one()
-    given = select(func.count(), func.count(feedback.c.edited_text), func.count(feedback.c.key_id.distinct()))
-    judged, edits, keys = connection.execute(given.select_from(feedback)).one()
-    waiting = connection.execute(select(func.count()).select_from(feedback).where(not_learned())).scalar_one()
-    return StoreStats(
-        exchanges=total,
-        outcomes=_counts(connection, exchanges.c.outcome),
-        correctors=_counts(connection, exchanges.c.corrector),
-        keys=keys,
-        feedback=judged,
-        waiting=waiting,
-        ratings=_counts(connection, feedback.c.rating),
-        preferred=_counts(connection, feedback.c.preferred),
-        edits=edits,
-        oldest=oldest,
-        newest=newest,
-    )
-
-
-def _counts(connection: Connection, column: ColumnElement[Any]) -> dict[Any, int]:
-    """How often each value of a column is there, but for NULL."""
-    query = select(column, func.count()).where(column.is_not(None)).group_by(column).order_by(column)
-    return {row[0]: row[1] for row in connection.execute(query)}
-
-
-_ROWS_AT_ONCE = 500  # of what is deleted in one transaction, looked up by id, or fetched
-
-
 class FeedbackStore:
     """Exchanges and feedback in a database; threads may share it. Use `open`.
 
-    What a method has added is on disk, or with PostgreSQL's server, when it returns. Every method raises EveralignError
-    where the database fails, and InputError where it is damaged.
+    Whatever a method added is on disk, or with PostgreSQL's server, when it returns. Every method raises EveralignError
+    if the database fails, and InputError if it is damaged.
 
     Args:
-        engine: a database at this version.
-        name: what messages call it.
+        engine: a database of this version.
+        name: of the store, for messages.
         retention_days: as in `open`.
         redaction: as in `open`.
         wait: as in `open`.
@@ -123,11 +88,11 @@ class FeedbackStore:
         engine: Engine,
         name: str,
         retention_days: int | None,
-        redaction: Redaction | None,
+        redaction: Redact | None,
         wait: float | None = None,
     ) -> None:
         self.name = name
-        self._engine, self._reading = engine, reading(engine)
+        self._engine, self._read_only = engine, read_only(engine)
         self._retention_days, self._redaction = retention_days, redaction
         self._writer = Writer(engine, name, daily=self._purge, wait=wait)
 
@@ -137,22 +102,22 @@ class FeedbackStore:
         url: str,
         *,
         retention_days: int | None = None,
-        redaction: Redaction | None = None,
+        redaction: Redact | None = None,
         wait: float | None = None,
     ) -> "FeedbackStore":
-        """Open a store, made where there is none, and remove what is too old, now and once a day.
+        """Open or create a store, and remove old exchanges now and once a day.
 
         Args:
             url: `sqlite:///path` or `postgresql://user:password@host/database`.
-            retention_days: exchanges are removed, with their feedback, when they are older; None keeps them.
-            redaction: what is taken out of texts before they are written; None writes them as they are.
-            wait: seconds for one write; what cannot be written by then fails, and is not written later unless that has
-                begun. None waits a minute for a database that is locked, and for ever for one that does not answer.
+            retention_days: exchanges older than this are removed with their feedback; None keeps them.
+            redaction: applied to every text before it is written, such as `Redaction()`; None writes texts as they are.
+            wait: seconds for one write; one that fails for lack of time is not written later, unless it had begun. None
+                waits a minute for a locked database, and without limit for one that does not answer.
 
         Raises:
-            InputError: the address or the number of days is none, the file is damaged or of something else, or the
+            InputError: the address or the number of days is wrong, the file is damaged or something else, or the
                 database was written by a newer version.
-            EveralignError: it cannot be reached.
+            EveralignError: the database cannot be reached.
         """
         if retention_days is not None and retention_days < 1:
             raise InputError(f"retention: must be at least 1 day, found {retention_days}; leave it out to keep all")
@@ -168,147 +133,165 @@ class FeedbackStore:
     ) -> None:
         self.close()
 
-    def add_exchange(self, exchange: Exchange) -> None:
-        """Keep an answered request.
+    def close(self) -> None:
+        """Write what waits, and disconnect; further writes are refused."""
+        self._writer.close()
+        self._engine.dispose()
 
-        Raises:
-            InputError: there is one with this id.
-        """
-        kept = exchange if self._redaction is None else self._redaction.exchange(exchange)
-        self._writer.write(kept.id, lambda connection: _insert_exchange(connection, kept))
+    def add_exchange(self, exchange: Exchange) -> None:
+        """Add an answered request; raises InputError if its id is in the store already."""
+        stored = exchange if self._redaction is None else redact_exchange(exchange, self._redaction)
+
+        def add(connection: Connection) -> None:
+            try:
+                connection.execute(insert(exchanges).values(exchange_values(stored)))
+            except IntegrityError:
+                raise InputError(f"exchange {stored.id!r}: is in the store already; an id names one answer") from None
+
+        self._writer.write(stored.id, add)
 
     def add_feedback(self, given: Feedback) -> bool:
-        """Keep feedback; it replaces what the same user of the same key said of the same exchange.
+        """Add feedback; it replaces earlier feedback of the same user of the same key on the same exchange.
 
         Returns:
-            Whether it is new, and replaced nothing.
+            Whether it is new, that is, replaced nothing.
 
         Raises:
             UnknownExchange: there is no such exchange, or another key asked for it.
         """
-        kept = given if self._redaction is None else self._redaction.feedback(given)
-        return self._writer.write(kept.exchange, lambda connection: _put_feedback(connection, kept))
+        stored = given if self._redaction is None else redact_feedback(given, self._redaction)
+
+        def add(connection: Connection) -> bool:
+            # Locks the exchange: feedback on it in another replica waits for this transaction.
+            owner = select(exchanges.c.key_id).where(exchanges.c.id == stored.exchange).with_for_update(key_share=True)
+            if connection.execute(owner).scalar_one_or_none() != stored.key_id:
+                raise UnknownExchange(
+                    f"exchange {stored.exchange!r}: is not kept for this key; "
+                    "feedback takes the id of an answer that this key asked for and that was stored"
+                )
+            same = (
+                (feedback.c.exchange == stored.exchange)
+                & (feedback.c.key_id == stored.key_id)
+                & (feedback.c.user == (stored.user or NOBODY))
+            )
+            values = feedback_values(stored)
+            if connection.execute(update(feedback).where(same).values(values)).rowcount:
+                return False
+            connection.execute(insert(feedback).values(values))
+            return True
+
+        return self._writer.write(stored.exchange, add)
 
     def exchange(self, id: str, key_id: str | None = None) -> Exchange | None:
-        """Return an exchange; None where there is none, or another key than the given one asked for it."""
+        """Return an exchange; None if there is none, or another key than `key_id` asked for it."""
         query = select(exchanges).where(exchanges.c.id == id)
         if key_id is not None:
             query = query.where(exchanges.c.key_id == key_id)
-        with told(self.name, "reading"), self._reading.connect() as connection:
+        with translate_errors(self.name, "reading"), self._read_only.connect() as connection:
             row = connection.execute(query).one_or_none()
         return None if row is None else exchange_of(row)
 
     def feedback(
         self, *, unlearned: bool = False, since: datetime | None = None
     ) -> Iterator[tuple[Exchange, Feedback]]:
-        """Yield feedback with its exchange, the oldest first, as it stood when the first was asked for.
+        """Yield feedback with its exchange, the oldest first, as it stood when iteration began.
 
         Args:
             unlearned: leave out what was learned.
-            since: leave out what was said before; has a time zone.
-
-        Raises:
-            InputError: `since` has no time zone.
+            since: leave out what was given before; needs a time zone, else InputError.
         """
         if since is not None and since.utcoffset() is None:
             raise InputError("since: has no time zone; give it in UTC, as datetime.now(timezone.utc)")
         query = select(exchanges, feedback).join(feedback, feedback.c.exchange == exchanges.c.id)
         if unlearned:
-            query = query.where(not_learned())
+            query = query.where(_not_learned())
         if since is not None:
             query = query.where(feedback.c.created >= since)
         query = query.order_by(feedback.c.created, feedback.c.id)
-        with told(self.name, "reading"), self._reading.connect() as connection:
-            for row in connection.execution_options(yield_per=_ROWS_AT_ONCE).execute(query):
+        with translate_errors(self.name, "reading"), self._read_only.connect() as connection:
+            for row in connection.execution_options(yield_per=_BATCH).execute(query):
                 yield exchange_of(row), feedback_of(row)
 
     def mark_learned(self, feedback_ids: Iterable[str], task: str) -> None:
-        """Say that feedback was learned.
+        """Record that feedback was learned.
 
-        What was replaced in the meantime is passed over: what stands instead was not learned. What is marked already
-        keeps its task.
+        Feedback that was replaced in the meantime is skipped, because its replacement was not learned. Feedback that is
+        marked already keeps its task.
 
         Args:
             feedback_ids: of `Feedback.id`.
-            task: the task that it was learned in.
-
-        Raises:
-            InputError: the task has no name.
+            task: the task that it was learned in; InputError if empty.
         """
         if not task.strip():
             raise InputError("task: is empty; name the task that the feedback was learned in")
         ids = sorted(set(feedback_ids))
-        self._writer.write("", lambda connection: _mark(connection, ids, task))
+
+        def mark(connection: Connection) -> None:
+            now = datetime.now(timezone.utc)
+            for start in range(0, len(ids), _BATCH):
+                chosen = feedback.c.id.in_(ids[start : start + _BATCH])
+                query = select(feedback.c.id, feedback.c.exchange).where(chosen, _not_learned()).distinct()
+                found = connection.execute(query.order_by(feedback.c.exchange)).all()
+                rows = [{"id": id, "exchange": exchange, "task": task, "at": now} for id, exchange in found]
+                if rows:
+                    connection.execute(insert(learned), rows)
+
+        self._writer.write("", mark)
 
     def stats(self) -> StoreStats:
-        """Count what there is."""
-        with told(self.name, "reading"), self._reading.connect() as connection:
-            return read_stats(connection)
+        """Return the counts of the store."""
+        with translate_errors(self.name, "reading"), self._read_only.connect() as connection:
+
+            def counts(column: ColumnElement[Any]) -> dict[Any, int]:
+                query = select(column, func.count()).where(column.is_not(None)).group_by(column).order_by(column)
+                return {row[0]: row[1] for row in connection.execute(query)}
+
+            total, oldest, newest = connection.execute(
+                select(func.count(), func.min(exchanges.c.created), func.max(exchanges.c.created)).select_from(
+                    exchanges
+                )
+            ).one()
+            judged, edits, keys = connection.execute(
+                select(
+                    func.count(), func.count(feedback.c.edited_text), func.count(feedback.c.key_id.distinct())
+                ).select_from(feedback)
+            ).one()
+            waiting = select(func.count()).select_from(feedback).where(_not_learned())
+            return StoreStats(
+                exchanges=total,
+                outcomes=counts(exchanges.c.outcome),
+                correctors=counts(exchanges.c.corrector),
+                keys=keys,
+                feedback=judged,
+                waiting=connection.execute(waiting).scalar_one(),
+                ratings=counts(feedback.c.rating),
+                preferred=counts(feedback.c.preferred),
+                edits=edits,
+                oldest=oldest,
+                newest=newest,
+            )
 
     def purge(self) -> int:
-        """Remove exchanges that are older than the store's retention, with all feedback; return how many."""
-        with told(self.name, "removing what is old"):
+        """Remove exchanges that are older than the retention, with their feedback; return how many."""
+        with translate_errors(self.name, "removing what is old"):
             return self._purge()
 
     def _purge(self) -> int:
         if self._retention_days is None:
             return 0
         before = datetime.now(timezone.utc) - timedelta(days=self._retention_days)
+        # Rows that another replica is changing or removing right now are left to it.
+        old = select(exchanges.c.id).where(exchanges.c.created < before).limit(_BATCH).with_for_update(skip_locked=True)
         removed = 0
-        # In many small transactions, so that nobody who writes waits long.
-        while count := self._writer.in_transaction(lambda connection: _remove_some(connection, before)):
-            removed += count
-        return removed
-
-    def close(self) -> None:
-        """Write what waits, and let the database go; further writes are refused."""
-        self._writer.close()
-        self._engine.dispose()
-
-
-def _insert_exchange(connection: Connection, exchange: Exchange) -> None:
-    try:
-        connection.execute(insert(exchanges).values(exchange_values(exchange)))
-    except IntegrityError:
-        raise InputError(f"exchange {exchange.id!r}: is in the store already; an id names one answer") from None
+        while True:
+            # Small transactions, so that no writer waits long.
+            with self._engine.begin() as connection:
+                ids = connection.execute(old).scalars().all()
+                if not ids:
+                    return removed
+                connection.execute(delete(exchanges).where(exchanges.c.id.in_(ids)))
+            removed += len(ids)
 
 
-def _put_feedback(connection: Connection, given: Feedback) -> bool:
-    """Insert or replace; whoever judges the same exchange in another replica waits for this transaction."""
-    asked = select(exchanges.c.key_id).where(exchanges.c.id == given.exchange).with_for_update(key_share=True)
-    if connection.execute(asked).scalar_one_or_none() != given.key_id:
-        raise UnknownExchange(
-            f"exchange {given.exchange!r}: is not kept for this key; "
-            "feedback takes the id of an answer that this key asked for and that was stored"
-        )
-    same = (
-        (feedback.c.exchange == given.exchange)
-        & (feedback.c.key_id == given.key_id)
-        & (feedback.c.user == (given.user or NOBODY))
-    )
-    values = feedback_values(given)
-    if connection.execute(update(feedback).where(same).values(values)).rowcount:
-        return False
-    connection.execute(insert(feedback).values(values))
-    return True
-
-
-def _mark(connection: Connection, ids: list[str], task: str) -> None:
-    now = datetime.now(timezone.utc)
-    for start in range(0, len(ids), _ROWS_AT_ONCE):
-        some = ids[start : start + _ROWS_AT_ONCE]
-        query = select(feedback.c.id, feedback.c.exchange).where(feedback.c.id.in_(some), not_learned())
-        found = connection.execute(query.order_by(feedback.c.exchange).distinct()).all()
-        if found:
-            connection.execute(
-                insert(learned), [{"id": id, "exchange": exchange, "task": task, "at": now} for id, exchange in found]
-            )
-
-
-def _remove_some(connection: Connection, before: datetime) -> int:
-    old = select(exchanges.c.id).where(exchanges.c.created < before).limit(_ROWS_AT_ONCE)
-    # What a replica is just judging or removing itself is left to it.
-    ids = connection.execute(old.with_for_update(skip_locked=True)).scalars().all()
-    if ids:
-        connection.execute(delete(exchanges).where(exchanges.c.id.in_(ids)))
-    return len(ids)
+def _not_learned() -> ColumnElement[bool]:
+    return ~exists().where(learned.c.id == feedback.c.id)

@@ -1,4 +1,4 @@
-"""From an address to a database of this version: checked, created, migrated under a lock, or refused."""
+"""Open the feedback store's database (SQLite or PostgreSQL): check its URL, create or upgrade its tables, set it up."""
 
 import os
 import sqlite3
@@ -8,43 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, inspect, make_url, select, text, update
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from everalign.errors import EveralignError, InputError
-from everalign.serving.store.records import VERSION, VERSION_TABLE
+from everalign.serving.store.records import VERSION, metadata, version
+
+_EXAMPLES = "such as sqlite:///feedback.db or postgresql://user@host/database"
+_WAIT = 60  # seconds for another process that upgrades or writes
+_ADVISORY_LOCK = 0x45766572  # "Ever"; held in PostgreSQL during an upgrade
+_READ_ONLY = "everalign_read_only"
+_POOL = 10
 
 
 def not_installed(what: str, package: str, extras: str) -> InputError:
-    """Return the error for a package that an extra of ours would have brought."""
+    """Return the error for a missing package that one of our extras installs."""
     return InputError(f"{what} needs {package}, which is not installed: pip install 'everalign[{extras}]'")
 
 
-_DAMAGED = ("not a database", "malformed")
-
-
-@contextmanager
-def told(name: str, doing: str) -> Iterator[None]:
-    """Turn errors of the database into ours.
+def translated_error(error: SQLAlchemyError | sqlite3.Error, name: str, doing: str) -> EveralignError:
+    """Return our error for a database's: InputError if the file is damaged or no database.
 
     Args:
-        name: the store, as messages show it.
-        doing: what could not be done.
-
-    Raises:
-        InputError: the file is damaged, or no database.
-        EveralignError: everything else.
+        error: from SQLAlchemy or the driver.
+        name: of the store, for messages.
+        doing: what failed, such as `reading`.
     """
-    try:
-        yield
-    except (SQLAlchemyError, sqlite3.Error) as error:
-        raise told_error(error, name, doing) from error
-
-
-def told_error(error: SQLAlchemyError | sqlite3.Error, name: str, doing: str) -> EveralignError:
-    """Return the error for what a database reported."""
-    reason = _reason(error)
-    if any(sign in reason for sign in _DAMAGED):
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    # The first line only: the others repeat what was to be written.
+    reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    if "not a database" in reason or "malformed" in reason:
         return InputError(f"{name}: no SQLite database, or a damaged one ({reason}); restore it or name another file")
     advice = "see that its folder can be written to and has space"
     if name.startswith("postgresql://"):
@@ -52,72 +45,56 @@ def told_error(error: SQLAlchemyError | sqlite3.Error, name: str, doing: str) ->
     return EveralignError(f"{name}: {doing} failed: {reason}; {advice}, then try again")
 
 
-def _reason(error: SQLAlchemyError | sqlite3.Error) -> str:
-    """The first line of what the driver says; further ones repeat what was written."""
-    cause: BaseException = error
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        cause = error.orig
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+@contextmanager
+def translate_errors(name: str, doing: str) -> Iterator[None]:
+    """Turn errors of the database into ours, see `translated_error`."""
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        raise translated_error(error, name, doing) from error
 
 
-_EXAMPLES = "such as sqlite:///feedback.db or postgresql://user@host/database"
-_POSTGRESQL = ("postgresql", "postgres", "postgresql+psycopg")
-_SQLITE = ("sqlite", "sqlite+pysqlite")
-
-
-def checked_address(text: str) -> URL:
-    """Return an address as SQLAlchemy takes it; no error repeats a password.
+def parse_url(text: str) -> URL:
+    """Return a store's URL as SQLAlchemy takes it.
 
     Args:
-        text: `sqlite:///path` (a relative one; absolute with four slashes) or `postgresql://user:password@host/name`.
+        text: `sqlite:///path` (relative; absolute with four slashes) or `postgresql://user:password@host/name`.
 
     Raises:
-        InputError: it is neither, or names no file or database.
+        InputError: it is neither, or names no file or database; the message never shows a password.
     """
     if "://" not in text:
-        # Not repeated: without its beginning, nobody knows where a password may stand.
+        # Not repeated: without a scheme, the password could be anywhere.
         raise InputError(f"the store's address has no '://': write {_EXAMPLES}")
     try:
         url = make_url(text)
     except (ArgumentError, ValueError) as error:
         raise InputError(f"the store's address cannot be read: write {_EXAMPLES}") from error
-    if url.drivername in _SQLITE:
-        return _file(url)
-    if url.drivername not in _POSTGRESQL:
+    if url.drivername in ("sqlite", "sqlite+pysqlite"):
+        if url.host or url.username or url.query:
+            raise InputError(f"the address of a SQLite file is only its path behind three slashes: write {_EXAMPLES}")
+        if not url.database or url.database == ":memory:":
+            raise InputError(
+                "sqlite://: a store in memory is lost with the process; name a file, sqlite:///feedback.db"
+            )
+        return url.set(drivername="sqlite", database=str(Path(url.database).expanduser()))
+    if url.drivername not in ("postgresql", "postgres", "postgresql+psycopg"):
         raise InputError(f"{url.drivername}://: the store is kept by SQLite or PostgreSQL: write {_EXAMPLES}")
     if not url.database:
-        raise InputError(f"{shown(url)}: names no database; add it behind the host, {_EXAMPLES}")
+        raise InputError(f"{safe_url(url)}: names no database; add it behind the host, {_EXAMPLES}")
     return url.set(drivername="postgresql+psycopg")
 
 
-def shown(url: URL) -> str:
-    """Return an address for messages: without user, password and what follows a question mark."""
+def safe_url(url: URL) -> str:
+    """Return a URL for messages: a file's path, or a server's address without user, password and query."""
     if url.get_backend_name() == "sqlite":
         return str(url.database)
     port = f":{url.port}" if url.port else ""
     return f"postgresql://{url.host or ''}{port}/{url.database or ''}"
 
 
-def _file(url: URL) -> URL:
-    if url.host or url.username or url.query:
-        raise InputError(f"the address of a SQLite file is only its path behind three slashes: write {_EXAMPLES}")
-    if not url.database or url.database == ":memory:":
-        raise InputError("sqlite://: a store in memory is lost with the process; name a file, sqlite:///feedback.db")
-    return url.set(drivername="sqlite", database=str(Path(url.database).expanduser()))
-
-
-MIGRATIONS = Path(__file__).parent / "migrations"
-
-_WAIT = 60  # seconds for another process that migrates or writes
-_LOCK = 0x45766572  # "Ever": the advisory lock of PostgreSQL that migrations hold
-_READING = "everalign_reading"
-_POOL = 10
-
-
 def open_database(address: str, wait: float | None = None) -> tuple[Engine, str]:
-    """Open the database of an address, made or migrated where needed.
-
-    Two processes may open the same one at once: one of them migrates, the other waits.
+    """Open a database; create or upgrade its tables where needed, in one process at a time.
 
     Args:
         address: of `FeedbackStore.open`.
@@ -127,87 +104,83 @@ def open_database(address: str, wait: float | None = None) -> tuple[Engine, str]
         The engine, and the database's name for messages.
 
     Raises:
-        InputError: the address is none, the file is damaged or something else, or the database is of a newer version.
+        InputError: the address is wrong, the file is damaged or something else, or the database has a newer version.
         EveralignError: the database cannot be reached or written to.
     """
-    url = checked_address(address)
-    name = shown(url)
-    engine = (_sqlite if url.get_backend_name() == "sqlite" else _postgresql)(url, wait or _WAIT)
+    url = parse_url(address)
+    name = safe_url(url)
+    engine = make_engine(url, wait or _WAIT)
     try:
-        with told(name, "opening"), _one_at_a_time(engine, url) as connection:
-            _migrate(connection, name)
+        with translate_errors(name, "opening"), _exclusive(engine, url) as connection:
+            _upgrade(connection, name)
     except EveralignError:
         engine.dispose()
         raise
     return engine, name
 
 
-def reading(engine: Engine) -> Engine:
-    """Return the engine for connections that only read: these do not wait for who writes."""
-    return engine.execution_options(**{_READING: True})
+def read_only(engine: Engine) -> Engine:
+    """Return the engine for connections that only read, which do not wait for a writer."""
+    return engine.execution_options(**{_READ_ONLY: True})
 
 
-def _postgresql(url: URL, wait: float = _WAIT) -> Engine:
-    try:
-        import psycopg  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise not_installed("a store in PostgreSQL", "psycopg", "serve,postgres") from error
-    # A machine that is gone is found out by who waits for it, and not by the kernel in a quarter of an hour.
-    alive = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
-    limits = {"connect_timeout": max(2, round(wait)), **alive}
-    return create_engine(
-        url, pool_pre_ping=True, hide_parameters=True, pool_size=_POOL, pool_timeout=wait, connect_args=limits
-    )
-
-
-def _sqlite(url: URL, wait: float = _WAIT) -> Engine:
-    _make_file(Path(str(url.database)))
-    engine = create_engine(
-        url, hide_parameters=True, pool_size=_POOL, connect_args={"timeout": wait}, pool_timeout=wait
-    )
-
-    @event.listens_for(engine, "connect")
-    def _connected(connection: sqlite3.Connection, _: Any) -> None:
-        # The driver's own transactions begin too late for a lock, so it makes none.
-        connection.isolation_level = None
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-
-    @event.listens_for(engine, "begin")
-    def _begun(connection: Connection) -> None:
-        # Who will write takes the lock at once: a reader that turns into a writer may fail without waiting.
-        kind = "" if connection.get_execution_options().get(_READING) else " IMMEDIATE"
-        connection.exec_driver_sql(f"BEGIN{kind}")
-
-    return engine
-
-
-def _make_file(path: Path) -> None:
-    """Make a missing file, readable by its owner alone; the files that SQLite puts beside it get the same mode."""
+def make_engine(url: URL, wait: float = _WAIT) -> Engine:
+    """Return the engine of a URL of `parse_url`; a missing SQLite file is created."""
+    if url.get_backend_name() != "sqlite":
+        try:
+            import psycopg  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise not_installed("a store in PostgreSQL", "psycopg", "serve,postgres") from error
+        # Notice a server that is gone in seconds; the kernel alone takes a quarter of an hour.
+        alive = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
+        limits = {"connect_timeout": max(2, round(wait)), **alive}
+        return create_engine(
+            url, pool_pre_ping=True, hide_parameters=True, pool_size=_POOL, pool_timeout=wait, connect_args=limits
+        )
+    path = Path(str(url.database))
     if path.is_dir():
         raise InputError(f"{path}: is a folder; name a file in it for the store")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Readable by its owner alone; SQLite gives the files beside it the same mode.
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written to ({error.strerror}); name a file in a folder of your own"
         ) from error
+    engine = create_engine(
+        url, hide_parameters=True, pool_size=_POOL, connect_args={"timeout": wait}, pool_timeout=wait
+    )
+
+    @event.listens_for(engine, "connect")
+    def _set_up(connection: sqlite3.Connection, _: Any) -> None:
+        # No transactions by the driver: they begin too late to lock.
+        connection.isolation_level = None
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # A writer locks at once: a reader that turns into a writer can fail without waiting.
+        kind = "" if connection.get_execution_options().get(_READ_ONLY) else " IMMEDIATE"
+        connection.exec_driver_sql(f"BEGIN{kind}")
+
+    return engine
 
 
 @contextmanager
-def _one_at_a_time(engine: Engine, url: URL) -> Iterator[Connection]:
-    """Yield a connection in a transaction that no other process's opening can overlap."""
+def _exclusive(engine: Engine, url: URL) -> Iterator[Connection]:
+    """Yield a connection in a transaction that excludes every other process that opens the same database."""
     if url.get_backend_name() != "sqlite":
         with engine.begin() as connection:
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
             yield connection
         return
     path = Path(str(url.database))
     try:
         with FileLock(path.with_name(f"{path.name}.lock"), timeout=_WAIT, mode=0o600):
             with engine.connect() as connection:
-                # It is kept in the file; outside of a transaction, where alone it can be set.
+                # Stored in the file; can only be set outside a transaction.
                 connection.connection.cursor().execute("PRAGMA journal_mode = WAL")
             with engine.begin() as connection:
                 yield connection
@@ -215,24 +188,21 @@ def _one_at_a_time(engine: Engine, url: URL) -> Iterator[Connection]:
         raise EveralignError(f"{path}: another process has been opening it for {_WAIT} s; stop that one") from error
 
 
-def _migrate(connection: Connection, name: str) -> None:
-    found = inspect(connection).get_table_names()
-    if VERSION_TABLE in found:
-        version = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
-        if version == VERSION:
-            return
-        if version is not None and version > VERSION:
-            raise InputError(
-                f"{name}: was written by a newer Everalign (its version is {version}, this one knows {VERSION}): "
-                "upgrade Everalign, or name another database"
-            )
-    elif found and connection.dialect.name == "sqlite":
-        raise InputError(f"{name}: is another program's database (it has {found[0]!r}); name another file")
-    try:
-        from alembic import command
-        from alembic.config import Config
-    except ModuleNotFoundError as error:
-        raise not_installed("a new feedback store", "alembic", "serve") from error
-    config = Config(attributes={"connection": connection})
-    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-    command.upgrade(config, "head")
+def _upgrade(connection: Connection, name: str) -> None:
+    """Create what is missing and record the version.
+
+    Version 0002 only added a table, so that creating the missing tables upgrades version 0001 too.
+    """
+    tables = inspect(connection).get_table_names()
+    found = connection.execute(select(version.c.version_num)).scalar() if version.name in tables else None
+    if found == VERSION:
+        return
+    if found is not None and found > VERSION:
+        raise InputError(
+            f"{name}: was written by a newer Everalign (its version is {found}, this one knows {VERSION}): "
+            "upgrade Everalign, or name another database"
+        )
+    if version.name not in tables and tables and connection.dialect.name == "sqlite":
+        raise InputError(f"{name}: is another program's database (it has {tables[0]!r}); name another file")
+    metadata.create_all(connection)
+    connection.execute((insert if found is None else update)(version).values(version_num=VERSION))

@@ -1,4 +1,4 @@
-"""Records of the store, and the tables that hold them."""
+"""Records of the feedback store (exchanges, feedback) and the SQL tables that hold them."""
 
 import json
 from collections.abc import Mapping
@@ -31,15 +31,15 @@ MODES = ("off", "shadow", "correct", "strict")
 RATINGS = (-1, 0, 1)
 SIDES = ("original", "corrected", "neither")
 
-# Names stand in an index, whose entries databases bound.
+# Names are part of an index, and databases limit the size of its entries.
 LONGEST_NAME = 256
 LONGEST_COMMENT = 10_000
 LONGEST_TAG = 64
 MOST_TAGS = 16
 
 
-class UnknownExchange(InputError):  # noqa: N818  # a name that the gateway's answer to it goes by
-    """Feedback on an answer that is not kept, or that another key asked for: which of the two is not told."""
+class UnknownExchange(InputError):  # noqa: N818  # the gateway's error code has this name
+    """Feedback on an answer that is not stored, or that another key asked for; which of the two is not disclosed."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,19 @@ class Exchange:
 
     Args:
         id: the completion's id, as the client saw it.
-        created: when it was answered; has a time zone, and is kept in UTC.
-        key_id: who asked: the first 12 hexadecimal digits of the sha256 of the client's key, or "local".
+        created: when it was answered; needs a time zone, stored in UTC.
+        key_id: the first 12 hexadecimal digits of the sha256 of the client's key, or "local".
         upstream: name of the server that answered.
-        model: its model.
+        model: the upstream's model.
         messages: the conversation as it was sent, at least one message.
         original: the upstream's answer; may be empty.
-        returned: what the client got; may be empty.
+        returned: the answer that the client got; may be empty.
         outcome: one of `OUTCOMES`.
-        reason: why the correction was skipped or refused, None where there is nothing to say.
+        reason: why the correction was skipped or rejected; None if there is no reason.
         mode: one of `MODES`.
-        corrector: the corrector's version, None where none was asked.
-        template: what it reads, None where none was asked.
-        usage: tokens by whatever names.
+        corrector: the corrector's version; None without a corrector.
+        template: the corrector's template; None without a corrector.
+        usage: token counts, by any names.
 
     Raises:
         InputError: a field is wrong; the message names the field and says what to do.
@@ -87,12 +87,20 @@ class Exchange:
         for field in ("reason", "corrector", "template"):
             if getattr(self, field) is not None:
                 _check_name(getattr(self, field), field)
-        for field in ("original", "returned"):
-            _check_text(getattr(self, field), field)
+        _check_text(self.original, "original")
+        _check_text(self.returned, "returned")
         _check_one_of(self.outcome, OUTCOMES, "outcome")
         _check_one_of(self.mode, MODES, "mode")
         object.__setattr__(self, "created", _utc(self.created))
-        object.__setattr__(self, "messages", _checked_messages(self.messages))
+        if not isinstance(self.messages, list | tuple):
+            raise InputError(f"field 'messages': must be a list of messages, found {kind(self.messages)}")
+        if not self.messages:
+            raise InputError("field 'messages': the list is empty; give at least one message")
+        for i, message in enumerate(self.messages):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise InputError(f"field 'messages[{i}]': must be an object with 'role', found {kind(message)}")
+            _check_json(message, f"messages[{i}]")
+        object.__setattr__(self, "messages", tuple(dict(message) for message in self.messages))
         if not isinstance(self.usage, dict):
             raise InputError(f"field 'usage': must be an object, found {kind(self.usage)}")
         _check_json(self.usage, "usage")
@@ -100,18 +108,18 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What somebody said of an answer. The last feedback of a (exchange, key_id, user) stands.
+    """One user's judgement of an answer. Of several from the same (exchange, key_id, user), the last one counts.
 
     Args:
         exchange: id of the exchange.
-        key_id: as in `Exchange`; only the key that asked may judge.
-        user: who said so among the key's users; None where the key has one user only.
-        rating: of what the client got: 1 good, -1 bad, 0 neither; None where not given.
-        preferred: one of `SIDES`; None where not given.
-        edited_text: the answer as it should have been; None where not given.
-        tags: what it is about, at most `MOST_TAGS`; the same tag twice counts once.
-        comment: free text; None where not given.
-        created: when it was said; has a time zone, and is kept in UTC.
+        key_id: as in `Exchange`; only the key that asked may give feedback.
+        user: one of the key's users; None if the key has a single user.
+        rating: of the answer that the client got: 1 good, -1 bad, 0 neither; None if not given.
+        preferred: one of `SIDES`; None if not given.
+        edited_text: the answer as it should have been; None if not given.
+        tags: at most `MOST_TAGS`; repeated ones count once.
+        comment: free text; None if not given.
+        created: when it was given; needs a time zone, stored in UTC.
 
     Raises:
         InputError: a field is wrong, or all are empty; the message names the field and says what to do.
@@ -136,45 +144,50 @@ class Feedback:
             raise InputError(f"field 'rating': must be -1, 0 or 1, found {self.rating!r}")
         if self.preferred is not None:
             _check_one_of(self.preferred, SIDES, "preferred")
-        self._check_texts()
+        if self.edited_text is not None:
+            _check_text(self.edited_text, "edited_text")
+            if not self.edited_text.strip():
+                raise InputError("field 'edited_text': is empty; give the answer as it should be, or leave it out")
+        if self.comment is not None:
+            _check_text(self.comment, "comment", LONGEST_COMMENT)
         object.__setattr__(self, "tags", _checked_tags(self.tags))
         object.__setattr__(self, "created", _utc(self.created))
         given = (self.rating, self.preferred, self.edited_text, self.comment, self.tags or None)
         if all(value is None for value in given):
             raise InputError("feedback says nothing: give rating, preferred, edited_text, tags or comment")
 
-    def _check_texts(self) -> None:
-        if self.edited_text is not None:
-            _check_text(self.edited_text, "edited_text")
-            if not self.edited_text.strip():
-                raise InputError("field 'edited_text': is empty; give the answer as it should be, or leave it out")
-        if self.comment is not None:
-            _check_text(self.comment, "comment")
-            if len(self.comment) > LONGEST_COMMENT:
-                raise InputError(f"field 'comment': {len(self.comment)} characters; at most {LONGEST_COMMENT} are kept")
-
     @cached_property
     def id(self) -> str:
-        """16 hexadecimal digits that name who judged what and how; tags, comment and time make no other judgement."""
+        """16 hexadecimal digits that identify a judgement: who judged what and how; not tags, comment and time."""
         who = [self.exchange, self.key_id, self.user]
         return content_id([*who, self.rating, self.preferred, self.edited_text])
 
 
-def _check_name(value: Any, field: str) -> None:
-    _check_text(value, field)
+def _check_name(value: Any, field: str, longest: int = LONGEST_NAME) -> None:
+    _check_text(value, field, longest)
     if not value.strip():
         raise InputError(f"field {field!r}: is empty; fill it in")
-    if len(value) > LONGEST_NAME:
-        raise InputError(f"field {field!r}: {len(value)} characters; at most {LONGEST_NAME} are kept")
 
 
-def _check_text(value: Any, field: str) -> None:
+def _check_text(value: Any, field: str, longest: int | None = None) -> None:
     """Refuse what is no text, or text that a database or a trainer could not hold."""
     if not isinstance(value, str):
         raise InputError(f"field {field!r}: must be text, found {kind(value)}")
     _check_encodable(value, field)
     if "\0" in value:
         raise InputError(f"field {field!r}: has the character U+0000 at {value.index(chr(0)) + 1}; remove it")
+    if longest is not None and len(value) > longest:
+        raise InputError(f"field {field!r}: {len(value)} characters; at most {longest} are stored")
+
+
+def _checked_tags(tags: Any) -> tuple[str, ...]:
+    if not isinstance(tags, list | tuple):
+        raise InputError(f"field 'tags': must be a list of texts, found {kind(tags)}")
+    if len(tags) > MOST_TAGS:
+        raise InputError(f"field 'tags': {len(tags)} tags; at most {MOST_TAGS} are stored")
+    for i, tag in enumerate(tags):
+        _check_name(tag, f"tags[{i}]", LONGEST_TAG)
+    return tuple(dict.fromkeys(tags))
 
 
 def _check_encodable(text: str, field: str) -> None:
@@ -184,6 +197,14 @@ def _check_encodable(text: str, field: str) -> None:
         raise InputError(
             f"field {field!r}: half a surrogate pair at character {error.start + 1}; repair the text's encoding"
         ) from None
+
+
+def _check_json(value: Any, field: str) -> None:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"field {field!r}: is no JSON: {error}") from None
+    _check_encodable(text, field)
 
 
 def _check_one_of(value: Any, known: tuple[str, ...], field: str) -> None:
@@ -199,48 +220,15 @@ def _utc(value: Any) -> datetime:
     return value.astimezone(timezone.utc)
 
 
-def _checked_messages(value: Any) -> tuple[dict[str, Any], ...]:
-    if not isinstance(value, list | tuple):
-        raise InputError(f"field 'messages': must be a list of messages, found {kind(value)}")
-    if not value:
-        raise InputError("field 'messages': the list is empty; give at least one message")
-    for i, message in enumerate(value):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InputError(f"field 'messages[{i}]': must be an object with 'role', found {kind(message)}")
-        _check_json(message, f"messages[{i}]")
-    return tuple(dict(message) for message in value)
-
-
-def _check_json(value: Any, field: str) -> None:
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"field {field!r}: is no JSON: {error}") from None
-    _check_encodable(text, field)
-
-
-def _checked_tags(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple):
-        raise InputError(f"field 'tags': must be a list of texts, found {kind(value)}")
-    if len(value) > MOST_TAGS:
-        raise InputError(f"field 'tags': {len(value)} tags; at most {MOST_TAGS} are kept")
-    for i, tag in enumerate(value):
-        _check_name(tag, f"tags[{i}]")
-        if len(tag) > LONGEST_TAG:
-            raise InputError(f"field 'tags[{i}]': {len(tag)} characters; at most {LONGEST_TAG} are kept")
-    return tuple(dict.fromkeys(value))
-
-
 VERSION = "0002"
-"""The newest migration: what a database must be at for these tables."""
+"""The schema version of these tables; the first version had no `everalign_learned`."""
 
-VERSION_TABLE = "everalign_version"
 NOBODY = ""
-"""What stands for no user: NULL would not count as equal in a key."""
+"""Stands for no user: two NULLs would not be equal in a key."""
 
 
 class UtcTime(TypeDecorator[datetime]):
-    """A time in UTC, also where the database keeps no time zones."""
+    """A time in UTC, also in databases without time zones (SQLite)."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -257,6 +245,8 @@ class UtcTime(TypeDecorator[datetime]):
 
 
 metadata = MetaData()
+version = Table("everalign_version", metadata, Column("version_num", String(32), primary_key=True))
+
 _Name = String(LONGEST_NAME)
 
 exchanges = Table(
@@ -311,24 +301,24 @@ _FEEDBACK = ("exchange", "key_id", "user", "rating", "preferred", "edited_text",
 
 
 def exchange_values(exchange: Exchange) -> dict[str, Any]:
-    """An exchange as the columns of its row."""
+    """Return an exchange as the columns of its row."""
     return {**{name: getattr(exchange, name) for name in _EXCHANGE}, "messages": list(exchange.messages)}
 
 
 def feedback_values(given: Feedback) -> dict[str, Any]:
-    """Feedback as the columns of its row."""
+    """Return feedback as the columns of its row."""
     values = {name: getattr(given, name) for name in _FEEDBACK}
     return {**values, "id": given.id, "user": given.user or NOBODY, "tags": list(given.tags)}
 
 
 def exchange_of(row: Row[Any]) -> Exchange:
-    """The exchange in a row that begins with the columns of `exchanges`."""
+    """Return the exchange of a row that begins with the columns of `exchanges`."""
     values = dict(zip(_EXCHANGE, row, strict=False))
     return Exchange(**{**values, "messages": tuple(values["messages"])})
 
 
 def feedback_of(row: Row[Any]) -> Feedback:
-    """The feedback in a row that ends with the columns of `feedback`."""
+    """Return the feedback of a row that ends with the columns of `feedback`."""
     names = [column.name for column in feedback.columns]
     values = dict(zip(names, row[-len(names) :], strict=True))
     known = {name: values[name] for name in _FEEDBACK}

@@ -1,16 +1,20 @@
-"""What is taken out of texts before anything is written: addresses, numbers, keys, and patterns of one's own.
+"""Redaction of personal data: e-mail addresses, phone and card numbers, API keys, and patterns of your own.
 
-Patterns find what looks like personal data; they do not find names, and they may take out what only looks like it.
+A redaction is any function from text to text; `Redaction` is the built-in one. Its patterns find what looks like
+personal data: they find no names, and they may take out what only looks like it.
 """
 
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from everalign.errors import InputError
 from everalign.serving.store.records import Exchange, Feedback
+
+Redact = Callable[[str], str]
+_Rule = tuple[re.Pattern[str], Callable[[re.Match[str]], str]]
 
 KINDS = ("email", "phone", "card", "key")
 
@@ -34,94 +38,84 @@ _KEYS = (
     r"(?P<named>\b(?:api[_-]?key|secret|token|password|passwd)[\"']?\s{0,4}[:=]\s{0,4}[\"']?)[^\s\"',;]{6,}",
 )
 _KEY = tuple(re.compile(pattern, re.IGNORECASE if "named" in pattern else 0) for pattern in _KEYS)
-_USER_DIGITS = 12
 
 
-@dataclass(frozen=True)
 class Redaction:
-    """Replaces what it finds by the kind's name in brackets, such as `[email]`.
+    """Replaces what it finds by the kind's name in brackets, such as `[email]`. Call it with a text.
 
     Args:
         kinds: which of `KINDS` to look for: e-mail addresses; phone numbers; card numbers (13 to 19 digits with a
             right check digit); API keys, bearer tokens and passwords.
-        patterns: further (name, regular expression) pairs; what matches becomes `[name]`. They run on every text that
-            is kept: one that backtracks slows the gateway down.
+        patterns: further (name, regular expression) pairs; a match becomes `[name]`. They run on every stored text: one
+            that backtracks slows the gateway down.
 
     Raises:
-        InputError: there is no such kind, or a pattern is none or matches the empty text.
+        InputError: a kind is unknown, or a pattern is no regular expression or matches the empty text.
     """
 
-    kinds: Sequence[str] = KINDS
-    patterns: Sequence[tuple[str, str]] = ()
-    _rules: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = field(
-        init=False, repr=False, compare=False
-    )
-
-    def __post_init__(self) -> None:
-        for name in self.kinds:
-            if name not in KINDS:
-                raise InputError(f"redaction: there is no {name!r}; choose from {', '.join(KINDS)}")
-        own = tuple((_compiled(name, pattern), _constant(f"[{name}]")) for name, pattern in self.patterns)
-        # Keys first: a card's or a phone's digits may stand inside one.
-        built_in = {
-            "key": tuple((pattern, _without_key) for pattern in _KEY),
-            "email": ((_EMAIL, "[email]"),),
-            "card": ((_CARD, _without_card),),
-            "phone": ((_PHONE, _without_phone),),
+    def __init__(self, kinds: Sequence[str] = KINDS, patterns: Sequence[tuple[str, str]] = ()) -> None:
+        self._rules: list[_Rule] = []
+        for name, pattern in patterns:
+            try:
+                compiled = re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"redaction: the pattern of {name!r} is no regular expression: {error}") from None
+            if compiled.search("") is not None:
+                raise InputError(f"redaction: the pattern of {name!r} matches the empty text; make it find something")
+            self._rules.append((compiled, _marked(name)))
+        for kind in kinds:
+            if kind not in KINDS:
+                raise InputError(f"redaction: there is no {kind!r}; choose from {', '.join(KINDS)}")
+        # Keys first: the digits of a card or a phone may be part of one.
+        built_in: dict[str, list[_Rule]] = {
+            "key": [(pattern, _without_key) for pattern in _KEY],
+            "email": [(_EMAIL, _marked("email"))],
+            "card": [(_CARD, _without_card)],
+            "phone": [(_PHONE, _without_phone)],
         }
-        rules = tuple(rule for kind, found in built_in.items() if kind in self.kinds for rule in found)
-        object.__setattr__(self, "_rules", own + rules)
+        self._rules += [rule for kind, rules in built_in.items() if kind in kinds for rule in rules]
 
-    def text(self, text: str) -> str:
-        """Return a text without what the rules find."""
-        for pattern, put in self._rules:
-            text = pattern.sub(put, text)
+    def __call__(self, text: str) -> str:
+        """Return the text without what the patterns find."""
+        for pattern, replacement in self._rules:
+            text = pattern.sub(replacement, text)
         return text
 
-    def exchange(self, exchange: Exchange) -> Exchange:
-        """Return an exchange whose messages and answers are redacted."""
-        return replace(
-            exchange,
-            messages=tuple(self._message(message) for message in exchange.messages),
-            original=self.text(exchange.original),
-            returned=self.text(exchange.returned),
-        )
 
-    def feedback(self, feedback: Feedback) -> Feedback:
-        """Return feedback whose texts are redacted; a user whose name is personal data gets a digest for a name."""
-        user = feedback.user
-        if user is not None and self.text(user) != user:
-            user = f"user-{hashlib.sha256(user.encode()).hexdigest()[:_USER_DIGITS]}"
-        edited, comment = (
-            None if text is None else self.text(text) for text in (feedback.edited_text, feedback.comment)
-        )
-        tags = tuple(self.text(tag) for tag in feedback.tags)
-        return replace(feedback, user=user, edited_text=edited, comment=comment, tags=tags)
+def redact_exchange(exchange: Exchange, redact: Redact) -> Exchange:
+    """Return an exchange with redacted messages and answers."""
 
-    def _message(self, message: dict[str, Any]) -> dict[str, Any]:
-        return {key: value if key == "role" else self._value(value) for key, value in message.items()}
-
-    def _value(self, value: Any) -> Any:
+    def redacted(value: Any) -> Any:
         if isinstance(value, str):
-            return self.text(value)
+            return redact(value)
         if isinstance(value, dict):
-            return {key: self._value(item) for key, item in value.items()}
-        return [self._value(item) for item in value] if isinstance(value, list | tuple) else value
+            return {key: redacted(item) for key, item in value.items()}
+        return [redacted(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return replace(
+        exchange,
+        messages=tuple({**redacted(message), "role": message["role"]} for message in exchange.messages),
+        original=redact(exchange.original),
+        returned=redact(exchange.returned),
+    )
 
 
-def _compiled(name: str, pattern: str) -> re.Pattern[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"redaction: the pattern of {name!r} is no regular expression: {error}") from None
-    if compiled.search("") is not None:
-        raise InputError(f"redaction: the pattern of {name!r} matches the empty text; make it find something")
-    return compiled
+def redact_feedback(feedback: Feedback, redact: Redact) -> Feedback:
+    """Return feedback with redacted texts; a user name with personal data becomes a digest, so that users differ."""
+    user = feedback.user
+    if user is not None and redact(user) != user:
+        user = f"user-{hashlib.sha256(user.encode()).hexdigest()[:12]}"
+    return replace(
+        feedback,
+        user=user,
+        edited_text=None if feedback.edited_text is None else redact(feedback.edited_text),
+        comment=None if feedback.comment is None else redact(feedback.comment),
+        tags=tuple(map(redact, feedback.tags)),
+    )
 
 
-def _constant(text: str) -> Callable[[re.Match[str]], str]:
-    """Put a text as it is, whatever backslashes it has."""
-    return lambda _: text
+def _marked(name: str) -> Callable[[re.Match[str]], str]:
+    return lambda _: f"[{name}]"  # a function, because backslashes in a replacement text mean something
 
 
 def _without_key(match: re.Match[str]) -> str:
@@ -129,13 +123,11 @@ def _without_key(match: re.Match[str]) -> str:
 
 
 def _without_phone(match: re.Match[str]) -> str:
-    digits = sum(char.isdigit() for char in match[0])
-    return "[phone]" if digits >= _FEWEST_PHONE_DIGITS else match[0]
+    return "[phone]" if sum(char.isdigit() for char in match[0]) >= _FEWEST_PHONE_DIGITS else match[0]
 
 
 def _without_card(match: re.Match[str]) -> str:
-    digits = [int(char) for char in match[0] if char.isdigit()]
-    return "[card]" if passes_luhn(digits) else match[0]
+    return "[card]" if passes_luhn([int(char) for char in match[0] if char.isdigit()]) else match[0]
 
 
 def passes_luhn(digits: Sequence[int]) -> bool:

@@ -1,4 +1,4 @@
-"""One thread that writes for all: what waits is written in one transaction, so that many writes cost one sync."""
+"""Group commit: one thread writes for all others, many writes in one transaction, so that they share one disk sync."""
 
 import logging
 import queue
@@ -14,34 +14,31 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from everalign.errors import EveralignError
-from everalign.serving.store.engine import told_error
+from everalign.serving.store.engine import translated_error
 
 Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
-_AT_ONCE = 256
+_MOST_WRITES = 256  # in one transaction
 _DAY = 24 * 60 * 60.0
 
 
 @dataclass
 class _Write:
-    """What is to be done in a transaction, and who waits for it."""
-
-    order: str
+    lock_order: str
     work: Callable[[Connection], Any]
     done: Future[Any] = field(default_factory=Future)
-    result: Any = None
 
 
 class Writer:
     """Commits writes in groups.
 
     Args:
-        engine: whose connections begin transactions that may write.
-        name: the store, for messages.
-        daily: called in the writing thread once a day, in transactions of its own; None for nothing.
-        wait: seconds for a write, waiting included; None for any time.
+        engine: its connections begin transactions that may write.
+        name: of the store, for messages.
+        daily: called once a day in the writing thread, and opens its own transactions; None for nothing.
+        wait: seconds for a write, queueing included; None for no limit.
     """
 
     def __init__(
@@ -54,23 +51,23 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="everalign-store", daemon=True)
         self._thread.start()
 
-    def write(self, order: str, work: Callable[[Connection], Result]) -> Result:
-        """Do something in a transaction, and return its result once that is committed.
+    def write(self, lock_order: str, work: Callable[[Connection], Result]) -> Result:
+        """Run `work` in a transaction and return its result once that is committed.
 
         Args:
-            order: what it locks; writes of one transaction are done in this order, so that replicas that share a
-                database never wait for one another in a circle.
-            work: is given the connection; where it raises, only what it did itself is undone.
+            lock_order: names what it locks. The writes of one transaction run in this order, so that replicas with the
+                same database cannot deadlock.
+            work: is called with the connection; if it raises, only its own changes are rolled back.
 
         Raises:
-            EveralignError: it could not be written, or not in time; what else waited is not affected.
+            EveralignError: it could not be written, or not in time; other waiting writes are not affected.
         """
-        write = _Write(order, work)
+        write = _Write(lock_order, work)
         with self._closing:
             if self._closed:
                 raise EveralignError(f"{self._name}: the store is closed; open it again")
             self._waiting.put(write)
-        # To cancel it fails where it is being written already; then it may yet be kept.
+        # A write that has begun cannot be cancelled: it may still be committed after this error.
         if not wait([write.done], self._wait).done and (write.done.cancel() or not write.done.done()):
             raise EveralignError(f"{self._name}: not written within {self._wait:g} seconds; see that it answers")
         result: Result = write.done.result()
@@ -84,80 +81,61 @@ class Writer:
                 self._waiting.put(None)
         self._thread.join()
 
-    def in_transaction(self, work: Callable[[Connection], Result]) -> Result:
-        """Do something in a transaction of its own, in this thread."""
-        with self._engine.begin() as connection:
-            return work(connection)
-
     def _run(self) -> None:
         next_day = monotonic() + _DAY
         while True:
             try:
-                first = self._waiting.get(timeout=max(0.0, next_day - monotonic()))
+                group = [self._waiting.get(timeout=max(0.0, next_day - monotonic()))]
             except queue.Empty:
-                self._do_daily()
+                try:
+                    if self._daily is not None:
+                        self._daily()
+                except (SQLAlchemyError, sqlite3.Error) as error:
+                    _log.error("%s; will retry in a day", translated_error(error, self._name, "removing what is old"))
                 next_day = monotonic() + _DAY
                 continue
-            writes, ended = self._group(first)
+            while len(group) < _MOST_WRITES and not self._waiting.empty():
+                group.append(self._waiting.get())
+            # From here on a write cannot be cancelled.
+            writes = [write for write in group if write is not None and write.done.set_running_or_notify_cancel()]
             if writes:
-                self._commit(writes)
-            if ended:
+                self._commit(sorted(writes, key=lambda write: write.lock_order))
+            if group[-1] is None:
                 return
 
-    def _group(self, first: _Write | None) -> tuple[list[_Write], bool]:
-        """Return what waits, in the order of its locks, and whether nothing comes after it."""
-        found, item = [], first
-        while item is not None:
-            if item.done.set_running_or_notify_cancel():
-                found.append(item)
-            if len(found) == _AT_ONCE:
-                break
-            try:
-                item = self._waiting.get_nowait()
-            except queue.Empty:
-                break
-        return sorted(found, key=lambda write: write.order), item is None
-
     def _commit(self, writes: list[_Write]) -> None:
+        """Run writes in one transaction with a savepoint each; callers get their results after the commit."""
+        results = []
         try:
             with self._engine.begin() as connection:
-                done = [write for write in writes if self._do(write, connection)]
-        except Exception as error:  # noqa: BLE001  # it is given to those who wait
+                for write in writes:
+                    savepoint = connection.begin_nested()
+                    try:
+                        result = write.work(connection)
+                    except Exception as error:
+                        if not _in_transaction(connection):
+                            raise  # the whole transaction is gone, and with it what the others wrote
+                        savepoint.rollback()
+                        write.done.set_exception(self._translated(error))
+                    else:
+                        savepoint.commit()
+                        results.append((write, result))
+        except Exception as error:  # noqa: BLE001  # raised in the threads that wait
             for write in writes:
                 if not write.done.done():
-                    write.done.set_exception(self._told(error))
+                    write.done.set_exception(self._translated(error))
             return
-        for write in done:
-            write.done.set_result(write.result)
+        for write, result in results:
+            write.done.set_result(result)
 
-    def _do(self, write: _Write, connection: Connection) -> bool:
-        """Do one write; return whether it waits for the commit. One that fails takes only its own changes back."""
-        savepoint = connection.begin_nested()
-        try:
-            write.result = write.work(connection)
-        except Exception as error:
-            if not _in_transaction(connection):
-                raise  # the whole transaction is gone, and with it what the others wrote
-            savepoint.rollback()
-            write.done.set_exception(self._told(error))
-            return False
-        savepoint.commit()
-        return True
-
-    def _told(self, error: Exception) -> Exception:
-        ours = isinstance(error, SQLAlchemyError | sqlite3.Error)
-        return told_error(error, self._name, "writing") if ours else error  # type: ignore[arg-type]  # just checked
-
-    def _do_daily(self) -> None:
-        if self._daily is not None:
-            try:
-                self._daily()
-            except (SQLAlchemyError, sqlite3.Error) as error:
-                _log.error("%s; it is tried again in a day", told_error(error, self._name, "removing what is old"))
+    def _translated(self, error: Exception) -> Exception:
+        if isinstance(error, SQLAlchemyError | sqlite3.Error):
+            return translated_error(error, self._name, "writing")
+        return error
 
 
 def _in_transaction(connection: Connection) -> bool:
-    """Whether there still is a transaction: a full disk or a lost server ends it."""
+    """Whether the transaction is still open: a full disk or a lost server ends it."""
     if connection.invalidated:
         return False
     driver = connection.connection.driver_connection
