@@ -39,6 +39,11 @@ class InputError(EveralignError, ValueError):
         return type(self)(f"{where}: {self}", where=place, field=self.field, hint=self.hint)
 
 
+def not_installed(what: str, package: str, extras: str) -> InputError:
+    """Returns the error for a missing package that one of our extras installs."""
+    return InputError(f"{what} needs {package}, which is not installed: pip install 'everalign[{extras}]'")
+
+
 class GateRefusedError(EveralignError):
     """The gate refused a finished task: exit code 3. The version before it stays current.
 

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, inspect, make_url, select, text, update
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from everalign.errors import EveralignError, InputError
+from everalign.errors import EveralignError, InputError, not_installed
 from everalign.serving.store.records import VERSION, metadata, version
 
 _EXAMPLES = "such as sqlite:///feedback.db or postgresql://user@host/database"
@@ -19,11 +19,6 @@ _WAIT = 60  # seconds for another process that upgrades or writes
 _ADVISORY_LOCK = 0x45766572  # "Ever"; held in PostgreSQL during an upgrade
 _READ_ONLY = "everalign_read_only"
 _POOL = 10
-
-
-def not_installed(what: str, package: str, extras: str) -> InputError:
-    """Return the error for a missing package that one of our extras installs."""
-    return InputError(f"{what} needs {package}, which is not installed: pip install 'everalign[{extras}]'")
 
 
 def translated_error(error: SQLAlchemyError | sqlite3.Error, name: str, doing: str) -> EveralignError:
