@@ -16,11 +16,10 @@ from sqlalchemy.exc import IntegrityError
 
 from everalign.errors import InputError
 from everalign.serving.store.engine import open_database, read_only, translate_errors
-from everalign.serving.store.records import (
+from everalign.serving.store.records import Exchange, Feedback, UnknownExchange
+from everalign.serving.store.redaction import Redact, redact_exchange, redact_feedback
+from everalign.serving.store.tables import (
     NOBODY,
-    Exchange,
-    Feedback,
-    UnknownExchange,
     exchange_of,
     exchange_values,
     exchanges,
@@ -29,7 +28,6 @@ from everalign.serving.store.records import (
     feedback_values,
     learned,
 )
-from everalign.serving.store.redaction import Redact, redact_exchange, redact_feedback
 from everalign.serving.store.writer import Writer
 
 if TYPE_CHECKING:

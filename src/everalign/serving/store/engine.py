@@ -12,7 +12,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, in
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from everalign.errors import EveralignError, InputError, not_installed
-from everalign.serving.store.records import VERSION, metadata, version
+from everalign.serving.store.tables import VERSION, metadata, version
 
 _EXAMPLES = "such as sqlite:///feedback.db or postgresql://user@host/database"
 _WAIT = 60  # seconds for another process that upgrades or writes
