@@ -35,7 +35,7 @@ from everalign.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from everalign.correction.generators import AnswerSource, Cost, Editor
+    from everalign.correction.generators import AnswerSource, ApiUsage, LlmReviser
     from everalign.correction.make_data import CorrectionData, Filters
     from everalign.learning.options import DistillOptions
     from everalign.learning.self_training import Distillation
@@ -110,7 +110,7 @@ def _make(
     source: str,
     output: Path,
     answerer: "AnswerSource | None",
-    editor: "Editor | None",
+    editor: "LlmReviser | None",
     filters: "Filters",
     keep_going: bool,
     overwrite: bool,
@@ -161,8 +161,10 @@ def _editor_key(answers_from: str | None, corrections_from: str | None) -> str |
     return checked_key(os.environ.get("CORRECTIONS_API_KEY", ""), "CORRECTIONS_API_KEY")
 
 
-def _editor(name: str | None, instructions: Path | None, limits: dict[str, Any], key: str | None) -> "Editor | None":
-    from everalign.correction.generators import Editor
+def _editor(
+    name: str | None, instructions: Path | None, limits: dict[str, Any], key: str | None
+) -> "LlmReviser | None":
+    from everalign.correction.generators import LlmReviser
     from everalign.llm_client import ChatClient, read_instructions
 
     if name is None:
@@ -170,8 +172,8 @@ def _editor(name: str | None, instructions: Path | None, limits: dict[str, Any],
         return None
     client = ChatClient.from_name(name, "who corrects", key, **limits)
     if instructions is None:
-        return Editor(client)
-    return Editor(client, read_instructions(instructions, "the", "how answers are to be corrected"))
+        return LlmReviser(client)
+    return LlmReviser(client, read_instructions(instructions, "the", "how answers are to be corrected"))
 
 
 def _filters(template: str | None, longest: int | None, near: float | None) -> "Filters":
@@ -217,7 +219,7 @@ def _numbers(flag: str, text: str, count: int) -> list[float]:
     return numbers if len(numbers) == count else numbers * count
 
 
-def _by_stage(costs: "Sequence[Cost]", prices: Prices) -> list[dict[str, Any]]:
+def _by_stage(costs: "Sequence[ApiUsage]", prices: Prices) -> list[dict[str, Any]]:
     """What each stage took, with its price where it has one."""
     left = iter(prices)
     found = []

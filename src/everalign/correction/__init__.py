@@ -30,7 +30,7 @@ _HOMES = {
     "TrainedCorrector": "training",
     "train_corrector": "training",
     "CorrectionData": "make_data",
-    "Editor": "generators",
+    "LlmReviser": "generators",
     "EndpointAnswers": "generators",
     "LocalModel": "generators",
     "make_corrections": "make_data",

@@ -1,8 +1,11 @@
-"""Generate answers and corrections with models on servers or in this process, journalled and counted."""
+"""Generate answers and corrections with language models, on servers or in this process.
+
+What has been generated is journalled beside the output file, so that a killed run asks for nothing twice.
+"""
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,26 +32,37 @@ from everalign.text import as_written, quoted
 
 Progress = Callable[[str, int, int], None]
 
-PATIENCE = 10
-"""So many failures in a row are the server's and not the questions'."""
+ANSWERS, CORRECTIONS = "answers", "corrections"
+UNFINISHED, EMPTY, UNFINISHED_OR_EMPTY = "unfinished", "empty", "unfinished or empty"
 
-_SHOWN = 60
+PATIENCE = 10
+"""After this many failures in a row the server is to blame, not the questions."""
+
+TEMPERATURE = 0.5
+"""For sampling answers, as the Aligner's authors did (Ji et al., arXiv 2402.02416)."""
+
+LONGEST_ANSWER = 512
+_LONGEST_CONTEXT = 4096
+_SHOWN = 60  # characters of a question in a message
+
+
+# ---- requests to a server ----
 
 
 @dataclass(frozen=True)
-class Cost:
+class ApiUsage:
     """What one stage took.
 
     Args:
         stage: `answers` or `corrections`.
-        model: who was asked.
-        replies: how many came, those of an earlier, broken-off run included.
-        earlier: how many of them an earlier run had.
+        model: its name.
+        replies: number of replies, including those of an earlier run.
+        earlier: how many an earlier, interrupted run had.
         failed: questions that failed for good.
-        requests: sent by this run, repeated ones included; 0 for a model in this process.
-        prompt_tokens: read for all replies, as far as the server told; None for a model in this process.
-        completion_tokens: written in all replies, likewise.
-        untold: replies whose tokens the server did not tell.
+        requests: sent by this run, retries included; 0 for a model in this process.
+        prompt_tokens: of all replies, as far as the server reported them; None for a model in this process.
+        completion_tokens: likewise.
+        untold: replies whose tokens the server did not report.
     """
 
     stage: str
@@ -62,169 +76,131 @@ class Cost:
     untold: int = 0
 
     def price(self, of_input: float, of_output: float) -> float:
-        """Return what the tokens cost, at prices for a million tokens read and a million written."""
+        """Return the cost of the tokens, at prices for a million prompt tokens and a million completion tokens."""
         return ((self.prompt_tokens or 0) * of_input + (self.completion_tokens or 0) * of_output) / 1e6
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What became of N questions.
+    """Replies to N conversations.
 
     Args:
-        replies: one for each question; None where there is none.
-        failures: why, by the question's index.
-        cost: what it took.
+        replies: one for each; None where it failed.
+        failures: error messages by the conversation's index.
+        usage: what it took.
     """
 
     replies: list[Completion | None]
     failures: dict[int, str]
-    cost: Cost
+    usage: ApiUsage
 
 
 def reply_journal(output: Path) -> Journal:
-    """Return the journal of replies beside an output file, until that is written."""
+    """Return the journal of replies beside an output file."""
     return Journal(output.with_name(f"{output.name}.replies.partial"))
+
+
+def delete_journal(output: Path) -> None:
+    """Delete every journal beside an output file, once the file is complete."""
+    for path in output.parent.iterdir():
+        if is_partial(path) and path.name.startswith(f"{output.name}."):
+            Journal(path).remove()
 
 
 def complete_all(
     client: ChatClient,
     stage: str,
     conversations: Sequence[Sequence[Message]],
-    named: Sequence[str],
+    labels: Sequence[str],
     journal: Journal,
     parameters: Mapping[str, Any],
     *,
     keep_going: bool,
     progress: Progress,
 ) -> BatchResult:
-    """Ask all that the journal does not hold; equal conversations are asked once.
+    """Request a reply to each conversation that the journal has none for; equal conversations are sent once.
+
+    With `keep_going`, a failed conversation is journalled as failed once another one has succeeded after it, which
+    shows that the server was up.
 
     Args:
-        client: of the model.
-        stage: what this is called.
-        conversations: the N questions.
-        named: what they are about, for messages.
-        journal: keeps replies, and, with `keep_going`, failures.
+        client: for the model.
+        stage: `answers` or `corrections`.
+        conversations: N of them.
+        labels: names of the conversations in messages.
+        journal: keeps replies and failures.
         parameters: of the requests.
-        keep_going: whether a question that fails for good is kept as such, so that the others are asked.
-        progress: called with (stage, replies, questions).
+        keep_going: go on when a conversation fails for good.
+        progress: called with (stage, conversations done, conversations in all).
 
     Raises:
-        EveralignError: a question failed for good and `keep_going` is not set, all of them did, or `PATIENCE` of them
-            one after another. What was answered before is kept.
+        EveralignError: a conversation failed for good without `keep_going`, all of them failed, or `PATIENCE` in a
+            row. Replies received before are kept.
     """
-    keys = [_key(client, messages, parameters) for messages in conversations]
+    keys = []
+    for messages in conversations:
+        content = [client.base_url, client.model, [dict(message) for message in messages], dict(parameters)]
+        keys.append(hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
     wanted = dict(zip(keys, conversations, strict=True))
-    found = _kept(journal, list(wanted))
+    names = {key: f"'{shortened(label, _SHOWN)}'" for key, label in zip(keys, labels, strict=True)}
+
+    replies, failures = _journalled(journal, wanted)
     if not keep_going:
-        # They were passed over then, and nothing says that they are to be now.
-        found = {key: reply for key, reply in found.items() if reply.completion is not None}
-    earlier, before = len(found), client.usage.requests
-    missing = [key for key in wanted if key not in found]
-    labels = dict(zip(keys, named, strict=True))
-    passing = _InMemoryJournal(journal, found)
+        failures = {}  # what an earlier run passed over is tried again
+    earlier, requests_before = len(replies) + len(failures), client.usage.requests
+
+    missing = [key for key in wanted if key not in replies and key not in failures]
+    request = client.attempt_many if keep_going else client.complete_many
+    recent: dict[str, str] = {}  # failures since the last reply
     try:
-        for index, reply in _replies(client, [wanted[key] for key in missing], parameters, keep_going):
+        for index, reply in request([wanted[key] for key in missing], **parameters) if missing else ():
             key = missing[index]
             if isinstance(reply, ChatError):
-                passing.fail(key, _about(labels[key], reply))
+                recent[key] = f"{names[key]}: {reply}"
+                if len(recent) == PATIENCE:
+                    raise EveralignError(
+                        f"{recent[key]}; so did {PATIENCE - 1} others one after another, so it is hardly for the "
+                        "questions; what was answered before is kept"
+                    )
             else:
-                found[key] = _Reply(reply)
-                journal.put({key: found[key].to_json()})
-                passing.succeed()
-            progress(stage, len(found), len(wanted))
+                replies[key] = reply
+                journal.put({key: asdict(reply), **{other: {"failed": why} for other, why in recent.items()}})
+                failures, recent = failures | recent, {}
+            progress(stage, len(replies) + len(failures), len(wanted))
     except ChatError as error:
-        label = labels[missing[error.index]]
-        raise EveralignError(f"{_about(label, error)}; what was answered before is kept") from error
-    passing.finish()
-    replies = [found[key].completion for key in keys]
-    failures = {i: found[key].failed for i, key in enumerate(keys) if found[key].completion is None}
-    requests = client.usage.requests - before
-    return BatchResult(replies, failures, _cost(stage, client.model, found.values(), earlier, requests))
+        raise EveralignError(f"{names[missing[error.index]]}: {error}; what was answered before is kept") from error
+    if recent and not replies:
+        raise EveralignError(f"{next(iter(recent.values()))}; and there is no question that did not fail")
+    if recent:
+        journal.put({key: {"failed": why} for key, why in recent.items()})
+        failures |= recent
+
+    usage = ApiUsage(
+        stage=stage,
+        model=client.model,
+        replies=len(replies),
+        earlier=earlier,
+        failed=len(failures),
+        requests=client.usage.requests - requests_before,
+        prompt_tokens=sum(reply.prompt_tokens or 0 for reply in replies.values()),
+        completion_tokens=sum(reply.completion_tokens or 0 for reply in replies.values()),
+        untold=sum(None in (reply.prompt_tokens, reply.completion_tokens) for reply in replies.values()),
+    )
+    failed = {i: failures[key] for i, key in enumerate(keys) if key in failures}
+    return BatchResult([replies.get(key) for key in keys], failed, usage)
 
 
-def _kept(journal: Journal, keys: Sequence[str]) -> dict[str, "_Reply"]:
+def _journalled(journal: Journal, keys: Iterable[str]) -> tuple[dict[str, Completion], dict[str, str]]:
+    """Return the replies and the failures that an earlier run has journalled."""
+    values = journal.read(keys)
+    failures = {key: value["failed"] for key, value in values.items() if isinstance(value, dict) and "failed" in value}
     try:
-        return {key: _Reply.from_json(value) for key, value in journal.read(keys).items()}
+        return {key: Completion(**value) for key, value in values.items() if key not in failures}, failures
     except TypeError:
         raise journal.damaged() from None
 
 
-def _replies(
-    client: ChatClient, conversations: Sequence[Sequence[Message]], parameters: Mapping[str, Any], keep_going: bool
-) -> Iterable[tuple[int, Completion | ChatError]]:
-    if not conversations:
-        return ()
-    if keep_going:
-        return client.attempt_many(conversations, **parameters)
-    return client.complete_many(conversations, **parameters)
-
-
-@dataclass(frozen=True)
-class _Reply:
-    """What the journal holds of a question: a completion, or why there is none."""
-
-    completion: Completion | None
-    failed: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return {"failed": self.failed} if self.completion is None else asdict(self.completion)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "_Reply":
-        return cls(None, value["failed"]) if "failed" in value else cls(Completion(**value))
-
-
-class _InMemoryJournal:
-    """Passes over questions that failed, once another one shows that the server is there."""
-
-    def __init__(self, journal: Journal, found: dict[str, _Reply]) -> None:
-        self._journal, self._found, self._waiting = journal, found, dict[str, _Reply]()
-
-    def fail(self, key: str, message: str) -> None:
-        self._waiting[key] = _Reply(None, message)
-        if len(self._waiting) == PATIENCE:
-            raise EveralignError(
-                f"{message}; so did {PATIENCE - 1} others one after another, so it is hardly for the questions; "
-                "what was answered before is kept"
-            )
-
-    def succeed(self) -> None:
-        if self._waiting:
-            self._journal.put({key: reply.to_json() for key, reply in self._waiting.items()})
-        self._found |= self._waiting
-        self._waiting = {}
-
-    def finish(self) -> None:
-        if self._waiting and not any(reply.completion for reply in self._found.values()):
-            first = next(iter(self._waiting.values()))
-            raise EveralignError(f"{first.failed}; and there is no question that did not fail")
-        self.succeed()
-
-
-def _cost(stage: str, model: str, replies: Collection["_Reply"], earlier: int, requests: int) -> Cost:
-    came = [reply.completion for reply in replies if reply.completion is not None]
-    return Cost(
-        stage=stage,
-        model=model,
-        replies=len(came),
-        earlier=earlier,
-        failed=sum(reply.completion is None for reply in replies),
-        requests=requests,
-        prompt_tokens=sum(completion.prompt_tokens or 0 for completion in came),
-        completion_tokens=sum(completion.completion_tokens or 0 for completion in came),
-        untold=sum(completion.prompt_tokens is None or completion.completion_tokens is None for completion in came),
-    )
-
-
-def _key(client: ChatClient, messages: Sequence[Message], parameters: Mapping[str, Any]) -> str:
-    content = [client.base_url, client.model, [dict(message) for message in messages], dict(parameters)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _about(label: str, error: ChatError) -> str:
-    return f"'{shortened(label, _SHOWN)}': {error}"
-
+# ---- the revision prompt ----
 
 INSTRUCTIONS = """\
 You improve answers of an assistant by changing as little of them as possible.
@@ -236,10 +212,7 @@ Look for what is really wrong with the answer:
 Mend that, and nothing else. Every sentence that is right stays as it is: its words, its place, language and format. \
 Do not make the answer longer, more polite or more careful than mending it takes.
 Where nothing is really wrong, the best correction is the answer itself, letter by letter."""
-"""How answers are to be improved, where the user does not say it in their own words."""
-
-FORMAT = 1
-"""Changes when answers are shown to the model, or its replies are read, in another way than before."""
+"""Default instructions: how an answer is to be revised."""
 
 _RULES = """\
 The next message holds a prompt between <prompt> and </prompt>, and an answer to it between <answer> and </answer>. \
@@ -252,30 +225,25 @@ good as it is, repeat it unchanged."""
 _OPENS, _CLOSES = "<answer>", "</answer>"
 
 
-def instruction_text(instructions: str) -> str:
-    """Return a model's instructions: how to improve, what is data, and how to reply."""
-    return f"{instructions.strip()}\n\n{_RULES}\n\n{_REPLY}"
-
-
-def editing_messages(question: Question, answer: str, instructions: str) -> list[Message]:
-    """Return the conversation that asks for a correction.
+def revision_prompt(question: Question, answer: str, instructions: str) -> list[Message]:
+    """Return the conversation that asks a model to revise an answer.
 
     Args:
         question: text, or chat messages.
-        answer: the answer to correct.
-        instructions: how to improve it.
+        answer: the answer to revise.
+        instructions: how; the rules that keep question and answer apart from instructions are added.
     """
     return [
-        {"role": "system", "content": instruction_text(instructions)},
+        {"role": "system", "content": f"{instructions.strip()}\n\n{_RULES}\n\n{_REPLY}"},
         {"role": "user", "content": f"{quoted(question, answer)}\n\n{_REPLY}"},
     ]
 
 
-def read_correction(reply: str, answer: str) -> str:
-    """Return the correction that a reply holds; empty where it says nothing.
+def read_revision(reply: str, answer: str) -> str:
+    """Return the correction in a reply; empty where it contains nothing.
 
-    A reply that differs from the answer by no more than white space at the ends is the answer, letter by letter. Marks
-    around all of it, which it should not have, are taken off.
+    A reply that differs from the answer only in white space at the ends is the answer, letter by letter. Marks around
+    the whole reply, which it should not have, are removed.
     """
     text = as_written(reply.strip(), answer)
     if text.startswith(_OPENS) and text.endswith(_CLOSES) and not answer.strip().startswith(_OPENS):
@@ -283,31 +251,25 @@ def read_correction(reply: str, answer: str) -> str:
     return answer if text == answer.strip() else text
 
 
-TEMPERATURE = 0.5
-"""That of the answers which the Aligner's authors had corrected (Ji et al., arXiv 2402.02416)."""
-
-LONGEST_ANSWER = 512
-_LONGEST_CONTEXT = 4096
-
-ANSWERS, CORRECTIONS = "answers", "corrections"
-UNFINISHED, EMPTY, UNFINISHED_OR_EMPTY = "unfinished", "empty", "unfinished or empty"
+# ---- generators ----
 
 
 @dataclass(frozen=True)
-class Texts:
-    """What became of N questions.
+class Generations:
+    """Texts for N questions.
 
     Args:
         texts: one for each; None where there is none.
-        lost: why there is none, by the question's index: `UNFINISHED` (cut at the limit of tokens), `EMPTY`, or either.
-        failures: questions that failed for good, by their index, and why.
-        cost: what it took.
+        lost: why a text was discarded, by the question's index: `UNFINISHED` (cut at the token limit), `EMPTY`, or
+            either.
+        failures: error messages of questions that failed for good, by index.
+        usage: what it took.
     """
 
     texts: list[str | None]
     lost: dict[int, str]
     failures: dict[int, str]
-    cost: Cost
+    usage: ApiUsage
 
 
 class AnswerSource(Protocol):
@@ -315,52 +277,56 @@ class AnswerSource(Protocol):
 
     name: str
 
-    def answer(self, questions: Sequence[Question], output: Path, *, keep_going: bool, progress: Progress) -> Texts:
+    def answer(
+        self, questions: Sequence[Question], output: Path, *, keep_going: bool, progress: Progress
+    ) -> Generations:
         """Return an answer to each of N questions.
 
         Args:
             questions: text, or chat messages.
-            output: what is finished is kept beside this file.
-            keep_going: whether a question that fails for good is passed over.
-            progress: called with (stage, done, all).
+            output: the file that journals are kept beside.
+            keep_going: go on when a question fails for good.
+            progress: called with (stage, questions done, questions in all).
         """
         ...
 
 
 class EndpointAnswers:
-    """A model on a server answers.
+    """Answers of a model on a server.
 
     Args:
-        client: asks it.
-        temperature: what it samples at.
+        client: for the model.
+        temperature: for sampling.
         max_new_tokens: longest answer; the server's own limit when None.
     """
 
     def __init__(self, client: ChatClient, temperature: float = TEMPERATURE, max_new_tokens: int | None = None) -> None:
         self.client, self.name = client, client.model
-        self._parameters = _parameters(temperature, max_new_tokens)
+        self._parameters = _request_parameters(temperature, max_new_tokens)
 
-    def answer(self, questions: Sequence[Question], output: Path, *, keep_going: bool, progress: Progress) -> Texts:
+    def answer(
+        self, questions: Sequence[Question], output: Path, *, keep_going: bool, progress: Progress
+    ) -> Generations:
         """Return an answer to each question; errors as in `complete_all`."""
-        found = complete_all(
+        result = complete_all(
             self.client,
             ANSWERS,
-            [_conversation(question) for question in questions],
+            [[{"role": "user", "content": one}] if isinstance(one, str) else list(one) for one in questions],
             [question_text(question) for question in questions],
             reply_journal(output),
             self._parameters,
             keep_going=keep_going,
             progress=progress,
         )
-        return _read(found, [reply.text if reply else "" for reply in found.replies])
+        return _usable(result, [reply.text if reply else "" for reply in result.replies])
 
 
-class Editor:
-    """A stronger model on a server corrects answers, at temperature 0.
+class LlmReviser:
+    """Corrections by a stronger model on a server, at temperature 0.
 
     Args:
-        client: asks it.
-        instructions: how answers are to be improved; what is data and how to reply is said besides.
+        client: for the model.
+        instructions: how answers are to be revised.
         max_new_tokens: longest correction; the server's own limit when None.
 
     Raises:
@@ -371,62 +337,50 @@ class Editor:
         if not instructions.strip():
             raise InputError("the instructions are empty: say how answers are to be improved")
         self.client, self.name = client, client.model
-        self._instructions, self._parameters = instructions, _parameters(0, max_new_tokens)
+        self._instructions, self._parameters = instructions, _request_parameters(0, max_new_tokens)
 
     def correct(
         self, pairs: Sequence[tuple[Question, str]], output: Path, *, keep_going: bool, progress: Progress
-    ) -> Texts:
-        """Return a correction of each of N answers.
-
-        Args:
-            pairs: questions and their answers.
-            output: what is finished is kept beside this file.
-            keep_going: whether one that fails for good is passed over.
-            progress: called with (stage, done, all).
-        """
-        found = complete_all(
+    ) -> Generations:
+        """Return a correction of each of N pairs of question and answer; arguments as in `AnswerSource.answer`."""
+        result = complete_all(
             self.client,
             CORRECTIONS,
-            [editing_messages(question, answer, self._instructions) for question, answer in pairs],
+            [revision_prompt(question, answer, self._instructions) for question, answer in pairs],
             [question_text(question) for question, _ in pairs],
             reply_journal(output),
             self._parameters,
             keep_going=keep_going,
             progress=progress,
         )
-        texts = [
-            read_correction(reply.text, answer) if reply else ""
-            for reply, (_, answer) in zip(found.replies, pairs, strict=True)
-        ]
-        return _read(found, texts)
+        replies = zip(result.replies, pairs, strict=True)
+        return _usable(result, [read_revision(reply.text, answer) if reply else "" for reply, (_, answer) in replies])
 
 
 class LocalModel:
-    """A model in this process answers.
+    """Answers of a model in this process.
 
     Args:
         name: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`.
-        temperature: what it samples at.
+        temperature: for sampling.
         max_new_tokens: longest answer; `LONGEST_ANSWER` when None.
-        seed: seeds the draw.
+        seed: for sampling.
     """
 
     def __init__(
         self, name: str, temperature: float = TEMPERATURE, max_new_tokens: int | None = None, seed: int = 0
     ) -> None:
         longest = LONGEST_ANSWER if max_new_tokens is None else max_new_tokens
-        self.name, self._seed, self._options = (
-            name,
-            seed,
-            SamplingOptions(completions=1, temperature=temperature, max_new_tokens=longest),
-        )
+        self.name, self._seed = name, seed
+        self._options = SamplingOptions(completions=1, temperature=temperature, max_new_tokens=longest)
 
-    def answer(self, questions: Sequence[Question], output: Path, *, keep_going: bool, progress: Progress) -> Texts:
+    def answer(
+        self, questions: Sequence[Question], output: Path, *, keep_going: bool, progress: Progress
+    ) -> Generations:
         """Return an answer to each question.
 
         Raises:
-            InputError: the model cannot be used, or a question leaves no room for an answer and is not to be passed
-                over.
+            InputError: the model cannot be used, or a question leaves no room for an answer (without `keep_going`).
         """
         prepare_process()
         device = training_device()
@@ -436,7 +390,12 @@ class LocalModel:
         room = limit - self._options.max_new_tokens
         if room < 1:
             raise InputError(f"max_new_tokens: {self.name} takes {limit} tokens with the question; ask for fewer")
-        failures = _too_long(questions, tokenizer, room)
+        lengths = [len(encode_prompt(tokenizer, question)) for question in questions]
+        failures = {
+            i: f"{length} tokens leave no room for an answer, {room} at most; shorten the question"
+            for i, length in enumerate(lengths)
+            if length > room
+        }
         if failures and not keep_going:
             raise InputError(f"question {min(failures) + 1}: {failures[min(failures)]}")
         asked = [question for i, question in enumerate(questions) if i not in failures]
@@ -444,55 +403,33 @@ class LocalModel:
         facts = [model_fingerprint(model), options.temperature, options.max_new_tokens, self._seed, asked]
         journal = Journal.beside(output, json.dumps(facts, default=json_form))
         earlier = sum(len(chunk) for chunk in journal.read(range(len(asked))).values())
-        found = sample_journalled(
-            _policy(model), tokenizer, asked, options, journal, seed=self._seed, progress=progress
+        # An untrained adapter changes nothing.
+        policy = Policy(model, rank=1, alpha=1.0)
+        samples = iter(
+            sample_journalled(policy, tokenizer, asked, options, journal, seed=self._seed, progress=progress)
         )
-        samples = iter(found)
-        drawn = [None if i in failures else next(samples) for i in range(len(questions))]
-        texts = [sample.texts[0] if sample and sample.texts else None for sample in drawn]
-        lost = {i: UNFINISHED_OR_EMPTY for i, sample in enumerate(drawn) if sample and not sample.texts}
-        return Texts(texts, lost, failures, Cost(ANSWERS, self.name, len(asked), earlier, len(failures)))
+        texts: list[str | None] = []
+        lost: dict[int, str] = {}
+        for i in range(len(questions)):
+            found = () if i in failures else next(samples).texts
+            texts.append(found[0] if found else None)
+            if i not in failures and not found:
+                lost[i] = UNFINISHED_OR_EMPTY
+        return Generations(texts, lost, failures, ApiUsage(ANSWERS, self.name, len(asked), earlier, len(failures)))
 
 
-def forget(output: Path) -> None:
-    """Delete what is kept beside an output file, once it holds everything."""
-    for path in output.parent.iterdir():
-        if is_partial(path) and path.name.startswith(f"{output.name}."):
-            Journal(path).remove()
-
-
-def _policy(model: Any) -> Policy:
-    # An adapter that was not trained adds nothing.
-    return Policy(model, rank=1, alpha=1.0)
-
-
-def _too_long(questions: Sequence[Question], tokenizer: Any, room: int) -> dict[int, str]:
-    lengths = [len(encode_prompt(tokenizer, question)) for question in questions]
-    return {
-        i: f"{length} tokens leave no room for an answer, {room} at most; shorten the question"
-        for i, length in enumerate(lengths)
-        if length > room
-    }
-
-
-def _conversation(question: Question) -> list[Message]:
-    if isinstance(question, str):
-        return [{"role": "user", "content": question}]
-    return [dict(message) for message in question]
-
-
-def _parameters(temperature: float, max_new_tokens: int | None) -> dict[str, Any]:
-    """Fields of a request; temperature 0 is for servers only."""
+def _request_parameters(temperature: float, max_new_tokens: int | None) -> dict[str, Any]:
+    """Check and return the fields of a request; 0 is a temperature for servers only."""
     SamplingOptions(temperature=temperature or 1.0, max_new_tokens=1 if max_new_tokens is None else max_new_tokens)
     return {"temperature": temperature, **({} if max_new_tokens is None else {"max_tokens": max_new_tokens})}
 
 
-def _read(found: BatchResult, texts: Sequence[str]) -> Texts:
-    """Tell what was said from what was cut or is nothing."""
+def _usable(result: BatchResult, texts: Sequence[str]) -> Generations:
+    """Discard texts that are unfinished or empty."""
+    usable: list[str | None] = []
     lost: dict[int, str] = {}
-    kept: list[str | None] = []
-    for i, (reply, text) in enumerate(zip(found.replies, texts, strict=True)):
+    for i, (reply, text) in enumerate(zip(result.replies, texts, strict=True)):
         if reply is not None and (reply.finish_reason == "length" or not text.strip()):
             lost[i] = UNFINISHED if reply.finish_reason == "length" else EMPTY
-        kept.append(None if reply is None or i in lost else text)
-    return Texts(kept, lost, found.failures, found.cost)
+        usable.append(None if reply is None or i in lost else text)
+    return Generations(usable, lost, result.failures, result.usage)

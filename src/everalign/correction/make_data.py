@@ -2,7 +2,7 @@
 
     rows = load_drafts("questions.jsonl")
     client, stronger = ChatClient("http://127.0.0.1:8000/v1", "small"), ChatClient("http://127.0.0.1:8000/v1", "large")
-    make_corrections(rows, "corrections.jsonl", answerer=EndpointAnswers(client), editor=Editor(stronger))
+    make_corrections(rows, "corrections.jsonl", answerer=EndpointAnswers(client), editor=LlmReviser(stronger))
 
 What is asked for stands beside the output until that is written whole; the same call goes on from there and asks for
 nothing twice.
@@ -20,11 +20,11 @@ from everalign.correction.generators import (
     ANSWERS,
     CORRECTIONS,
     AnswerSource,
-    Cost,
-    Editor,
+    ApiUsage,
+    Generations,
+    LlmReviser,
     Progress,
-    Texts,
-    forget,
+    delete_journal,
     reply_journal,
 )
 from everalign.correction.templates import Template
@@ -68,7 +68,7 @@ class CorrectionData:
     dropped: Counter[str]
     failed: int
     failures: Path | None
-    costs: tuple[Cost, ...]
+    costs: tuple[ApiUsage, ...]
 
     @property
     def identities(self) -> int:
@@ -97,14 +97,14 @@ class _Run:
     progress: Progress
     dropped: Counter[str]
     failed: list[dict[str, Any]]
-    costs: list[Cost]
+    costs: list[ApiUsage]
 
-    def through(self, items: Sequence[_Item], stage: str, found: Texts) -> list[tuple[_Item, str]]:
+    def through(self, items: Sequence[_Item], stage: str, found: Generations) -> list[tuple[_Item, str]]:
         """Return the items that got a text, with it; note what became of the others."""
-        self.costs.append(found.cost)
-        cost = found.cost
-        if cost.earlier:
-            self.log(f"  {cost.earlier} of {cost.replies} {stage} were had by an earlier run")
+        self.costs.append(found.usage)
+        usage = found.usage
+        if usage.earlier:
+            self.log(f"  {usage.earlier} of {usage.replies} {stage} were had by an earlier run")
         remedy = "raise --max-new-tokens, or take a model that answers shorter"
         what = f"{stage} are unfinished or empty, and left out"
         for warning in check_shortfall(len(found.lost), len(items), what, remedy, refuse=False):
@@ -119,7 +119,7 @@ def make_corrections(
     output: str | os.PathLike[str],
     *,
     answerer: AnswerSource | None = None,
-    editor: Editor | None = None,
+    editor: LlmReviser | None = None,
     filters: Filters | None = None,
     keep_going: bool = False,
     overwrite: bool = False,
@@ -164,7 +164,7 @@ def make_corrections(
         elif keep_going:
             failures.unlink(missing_ok=True)
         write_text(path, "".join(json_line(_columns(row, item, rows.source)) for row, item in kept))
-        forget(path)
+        delete_journal(path)
     found = CorrectionSet(tuple(row for row, _ in kept), str(path))
     named = failures if run.failed else None
     return CorrectionData(path, found, run.dropped, len(run.failed), named, tuple(run.costs))
@@ -175,7 +175,7 @@ def _check(
     path: Path,
     failures: Path,
     answerer: AnswerSource | None,
-    editor: Editor | None,
+    editor: LlmReviser | None,
     keep_going: bool,
     overwrite: bool,
 ) -> None:
@@ -191,7 +191,7 @@ def _check(
         raise InputError("keep going: no model is asked, so no question can fail; leave it out")
 
 
-def _own_answers(rows: DraftSet, editor: Editor | None, run: _Run) -> list[_Item]:
+def _own_answers(rows: DraftSet, editor: LlmReviser | None, run: _Run) -> list[_Item]:
     """Return the answers that the rows have, with their corrections where nobody else gives any."""
     for number, row in enumerate(rows, start=1):
         if not row.answers:
@@ -225,7 +225,7 @@ def _ask_for_answers(rows: DraftSet, answerer: AnswerSource, run: _Run) -> list[
     return [replace(item, answer=text, answer_model=answerer.name) for item, text in through]
 
 
-def _ask_for_corrections(items: Sequence[_Item], editor: Editor, run: _Run) -> list[_Item]:
+def _ask_for_corrections(items: Sequence[_Item], editor: LlmReviser, run: _Run) -> list[_Item]:
     run.log(f"corrections of {editor.name} of {len(items)} answers")
     pairs = [(item.draft.question, item.answer or "") for item in items]
     found = editor.correct(pairs, run.output, keep_going=run.keep_going, progress=run.progress)
