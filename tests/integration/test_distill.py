@@ -12,7 +12,7 @@ from everalign.data import PromptSet, load_corrections
 from everalign.demo.world import questions
 from everalign.errors import EveralignError, InputError
 from everalign.learning import task_training
-from everalign.learning.options import DistillOptions, edit_share
+from everalign.learning.options import DistillOptions
 from everalign.learning.run_data import load_run
 from everalign.learning.self_training import HELD_OUT, distill
 from everalign.methods import ExperienceReplay, MultiTask, SingleTask
@@ -194,14 +194,6 @@ def test_weights_of_prompts_are_carried_along(model, tmp_path):
     rows = PromptSet.of([{"prompt": f"q{i}?", "weight": 2.0} for i in range(6)])
     run(model, tmp_path / "run", rows=rows, method=ExperienceReplay(replay=1.0))
     assert {row["weight"] for row in replayed(tmp_path / "run")} == {2.0}
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "share"),
-    [("a b c", "a b c", 0.0), ("a b", "c d", 1.0), ("a b c d", "a b c e", 0.25), ("a", "a b c", 0.5)],
-)
-def test_edits_are_measured_in_words(first, second, share):
-    assert edit_share(first, second) == pytest.approx(share)
 
 
 # ---- going on ----

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from everalign.correction.edits import Segment, diff_html, diff_text, word_diff
+from everalign.correction.edits import Segment, diff_html, diff_text, edit_share, word_diff, words
 
 CASES = {
     "a word": ("Boil them now.", "Boil them later."),
@@ -114,3 +114,11 @@ def test_long_texts_of_common_words_take_no_long_time():
     started = time.perf_counter()
     assert len(word_diff(" ".join(words), " ".join(changed))) > 100
     assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "share"),
+    [("a b c", "a b c", 0.0), ("a b", "c d", 1.0), ("a b c d", "a b c e", 0.25), ("a", "a b c", 2 / 3)],
+)
+def test_edits_are_measured_in_words(first, second, share):
+    assert edit_share(words(first), words(second)) == pytest.approx(share)

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -239,8 +238,7 @@ class Round:
         answers: that the corrector saw.
         changed: answers that it changed.
         changed_share: of the answers.
-        edit: mean share of the words of answer and correction that the other lacks, over changed answers; 0 where
-            none was changed.
+        edit: mean `everalign.correction.edits.edit_share` in words over the changed answers; 0 where none was changed.
         rows: that were given to the policy to learn, which leaves out those above max_length (the version's manifest
             counts them); 0 where there was nothing left to learn.
     """
@@ -262,11 +260,3 @@ class Round:
         if self.unanswered:
             line += f"; {self.unanswered} answers did not end within max_new_tokens and are left out"
         return line
-
-
-def edit_share(answer: str, correction: str) -> float:
-    """Return the share of the words of two texts that the other one lacks: 0 for equal ones, 1 for no word in common.
-
-    Words are matched in order, as `difflib` does.
-    """
-    return 1.0 - SequenceMatcher(None, answer.split(), correction.split(), autojunk=False).ratio()

@@ -15,12 +15,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
+from everalign.correction.edits import edit_share, words
 from everalign.data.records import Correction, CorrectionSet, PreferenceSet, PromptSet, Scored, ScoredSet
 from everalign.data.rows import RowSet
 from everalign.errors import EveralignError, InputError, check_shortfall
 from everalign.learning.context import Log, Progress
 from everalign.learning.learner import Learner
-from everalign.learning.options import DistillOptions, Round, TrainingOptions, edit_share
+from everalign.learning.options import DistillOptions, Round, TrainingOptions
 from everalign.learning.promotion import exclusive_run
 from everalign.methods import LifeAlign, Method
 from everalign.modeling.options import SamplingOptions
@@ -295,6 +296,6 @@ class _Run:
             answers=len(rows),
             changed=len(changed),
             changed_share=len(changed) / len(rows),
-            edit=fmean(edit_share(row.answer, row.correction) for row in changed) if changed else 0.0,
+            edit=fmean(edit_share(words(row.answer), words(row.correction)) for row in changed) if changed else 0.0,
             rows=learned,
         )
