@@ -23,7 +23,7 @@ from scipy.stats import bootstrap
 from common import OUT, data_folder, write_result
 from correction_task import FOLDER, LONGEST, approving, corrector_folder, judge, pairs, smaller, training_rows
 from everalign.correction import Corrector
-from everalign.data.records import PromptRow, PromptSet
+from everalign.data.records import Scored, ScoredSet
 from everalign.evaluation.pairwise import ScorerApprover
 from everalign.evaluation.scorers import RewardModelScorer
 from everalign.learning.options import DistillOptions, TrainingOptions
@@ -69,11 +69,11 @@ def gain(before: list[float | None], after: list[float | None]) -> dict[str, flo
     return {"gain": statistics.fmean(gains), "low": float(low), "high": float(high), "questions": len(gains)}
 
 
-def questions(count: int) -> PromptSet:
+def questions(count: int) -> ScoredSet:
     """Questions that the corrector's training has too, each once."""
     rows = [*pairs("safe_rlhf", "train")[::2], *pairs("pku_safe5k", "train")]
-    unique = {str(row.prompt): PromptRow(row.prompt) for row in rows}
-    return PromptSet(tuple(random.Random(0).sample(list(unique.values()), count)), "questions")
+    unique = {str(row.prompt): Scored(row.prompt) for row in rows}
+    return ScoredSet(tuple(random.Random(0).sample(list(unique.values()), count)), "questions")
 
 
 def main() -> None:

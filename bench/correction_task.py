@@ -15,7 +15,7 @@ from common import OUT, data_folder, preference_rows
 from everalign.correction.options import CorrectorOptions
 from everalign.correction.training import train_corrector
 from everalign.data import Correction, CorrectionSet, PreferenceSet
-from everalign.data.records import Answer, AnswerSet, correction_of
+from everalign.data.records import correction_of
 from everalign.evaluation.scorers import RewardModelScorer
 from everalign.modeling.loading import load_model, load_tokenizer
 from var_real import reward_model
@@ -91,7 +91,7 @@ def is_short(*texts: str, longest: int = LONGEST_ANSWER) -> bool:
     return all(text.strip() and len(text.split()) <= longest for text in texts)
 
 
-def other_models(count: int) -> list[Answer]:
+def other_models(count: int) -> list[Correction]:
     """Answers of chat models to questions that should not be answered, by whether people found them harmful."""
     with gzip.open(data_folder() / "data" / "outputs" / "do_not_answer.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
@@ -99,19 +99,19 @@ def other_models(count: int) -> list[Answer]:
     rest = [row for row in rows if not row["harmful"] and is_short(row["output"])]
     harmless = random.Random(0).sample(rest, count)
     return [
-        *(Answer(row["prompt"], row["output"], kind="others', harmful") for row in harmful),
-        *(Answer(row["prompt"], row["output"], good=True, kind="others', harmless") for row in harmless),
+        *(Correction(row["prompt"], row["output"], kind="others', harmful") for row in harmful),
+        *(Correction(row["prompt"], row["output"], good=True, kind="others', harmless") for row in harmless),
     ]
 
 
-def held_out(count: int) -> AnswerSet:
+def held_out(count: int) -> CorrectionSet:
     """What is corrected: rejected and chosen held-out answers, and answers of other models."""
     rows = [*pairs("safe_rlhf", "test"), *pairs("hh_harmless", "test")]
     short = [row for row in rows if is_short(row.chosen, row.rejected)][:count]
-    return AnswerSet(
+    return CorrectionSet(
         (
-            *(Answer(row.prompt, row.rejected, correction=row.chosen, kind="rejected") for row in short),
-            *(Answer(row.prompt, row.chosen, good=True, kind="chosen") for row in short),
+            *(Correction(row.prompt, row.rejected, correction=row.chosen, kind="rejected") for row in short),
+            *(Correction(row.prompt, row.chosen, good=True, kind="chosen") for row in short),
             *other_models(count),
         ),
         "held out",

@@ -10,6 +10,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import OUT, data_folder, mean_and_deviation, preference_rows, write_result
-from everalign.data import PreferenceSet, Scored, Unscored
+from everalign.data import PreferenceSet, Scored
 from everalign.data.tokenization import fitting, tokenize_pairs
 from everalign.evaluation import HeldOut, score_preferences
 from everalign.evaluation.scorers import RewardModelScorer
@@ -68,21 +69,21 @@ def reward_model(name: str, pairs: PreferenceSet, test: PreferenceSet) -> tuple[
     return RewardModelScorer.from_folder(folder), float(accuracy.read_text())
 
 
-def scored(scorer: RewardModelScorer, rows: list[Unscored]) -> list[Scored]:
+def scored(scorer: RewardModelScorer, rows: list[Scored]) -> list[Scored]:
     """Answers with their rewards, in units of the deviation over all of them."""
     prompts = [row.prompt for row in rows for _ in row.completions]
     rewards = scorer.score(prompts, [text for row in rows for text in row.completions])
     scale, found = statistics.pstdev(rewards), iter(rewards)
-    return [row.scored([next(found) / scale for _ in row.completions]) for row in rows]
+    return [replace(row, rewards=tuple(next(found) / scale for _ in row.completions)) for row in rows]
 
 
-def sampled(policy: Policy, tokenizer: Any, prompts: list[Any], count: int, seed: int) -> list[Unscored]:
+def sampled(policy: Policy, tokenizer: Any, prompts: list[Any], count: int, seed: int) -> list[Scored]:
     """Finished answers to each prompt; prompts without any are left out."""
     options = SamplingOptions(
         completions=count, temperature=1.0, max_new_tokens=LONGEST_ANSWER, max_prompt_tokens=LONGEST
     )
     drawn = sample_completions(policy, tokenizer, prompts, options, seed=seed, tokens_per_batch=4 * BATCH_TOKENS)
-    return [Unscored(prompt, s.texts) for prompt, s in zip(prompts, drawn, strict=True) if s.texts]
+    return [Scored(prompt, s.texts) for prompt, s in zip(prompts, drawn, strict=True) if s.texts]
 
 
 class Judge:
@@ -149,9 +150,10 @@ class Source:
     def __init__(self, part: PreferenceSet, rewards: RewardModelScorer, tokenizer: Any, count: int, seed: int) -> None:
         self._part, self._rewards, self._tokenizer, self._count, self._seed = part, rewards, tokenizer, count, seed
         judged = [Scored(row.prompt, (row.chosen, row.rejected), (1.0, 0.0)) for row in part]
+        unscored = [Scored.from_preference(row, rewards=None) for row in part]
         self._fixed = {
             "pairs": usable(judged, tokenizer),
-            "scored pairs": usable(scored(rewards, [Unscored.of_pair(row) for row in part]), tokenizer),
+            "scored pairs": usable(scored(rewards, unscored), tokenizer),
             "samples": self._sampled(start(), part, seed),
         }
 

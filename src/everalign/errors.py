@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,6 +43,15 @@ class InputError(EveralignError, ValueError):
 def not_installed(what: str, package: str, extras: str) -> InputError:
     """Returns the error for a missing package that one of our extras installs."""
     return InputError(f"{what} needs {package}, which is not installed: pip install 'everalign[{extras}]'")
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Puts a place in front of the message of every `InputError` raised inside."""
+    try:
+        yield
+    except InputError as error:
+        raise error.at(where) from error.__cause__
 
 
 class GateRefusedError(EveralignError):

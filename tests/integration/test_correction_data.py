@@ -21,7 +21,8 @@ from everalign.correction.generators import (
 )
 from everalign.correction.make_data import Filters, make_corrections
 from everalign.data import load_corrections
-from everalign.data.records import DraftSet
+from everalign.data.readers import read_draft
+from everalign.data.records import CorrectionSet
 from everalign.errors import EveralignError, InputError
 from everalign.llm_client import ChatClient
 
@@ -34,7 +35,7 @@ QUESTIONS = [
 
 
 def questions(rows=QUESTIONS):
-    return DraftSet.of(rows, "questions")
+    return CorrectionSet(tuple(found for row in rows for found in read_draft(row, "questions")), "questions")
 
 
 def client(server, model="small", **options):
@@ -298,7 +299,7 @@ def test_going_on_writes_what_failed_and_asks_it_no_more(tmp_path):
         assert (corrections["question"], corrections["answer"]) == ("three?", "three is fine")
         # What failed can be given again.
         first_ill.ill = second_ill.ill = False
-        rows = DraftSet.of(rows_of(failed), "failed")
+        rows = questions(rows_of(failed))
         more = make_corrections(rows, tmp_path / "more.jsonl", answerer=answerer, editor=LlmReviser(client(second)))
     assert [row.question for row in more.rows] == ["one?", "three?"]
 

@@ -13,7 +13,7 @@ from everalign.correction import NO_GUARDS, Corrected, CorrectionOptions, Correc
 from everalign.correction.edits import words
 from everalign.correction.evaluation import evaluation_report, win_rate
 from everalign.data.readers import load_answers
-from everalign.data.records import Answer, AnswerSet
+from everalign.data.records import Correction, CorrectionSet
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge import JudgeScorer
 from everalign.evaluation.judge_prompts import pair_messages, read_verdict
@@ -24,7 +24,7 @@ from everalign.storage import Journal
 
 
 def row(answer, **known):
-    return Answer("q?", answer, **known)
+    return Correction("q?", answer, **known)
 
 
 def returned(text, before, reason=None):
@@ -89,7 +89,7 @@ def test_the_sign_test_and_the_interval_are_the_exact_ones():
 
 def test_a_corrector_is_evaluated_on_what_it_returns():
     trained = Corrector.from_pretrained(corrector().path)
-    rows = AnswerSet.of([{**one.to_json(), "kind": f"k{i % 2}"} for i, one in enumerate(corrections(10, 300))])
+    rows = CorrectionSet.of([{**one.to_json(), "kind": f"k{i % 2}"} for i, one in enumerate(corrections(10, 300))])
     options = CorrectionOptions(guards=NO_GUARDS, max_new_tokens=12)
     done = []
     report = evaluate_corrector(
@@ -108,16 +108,16 @@ def test_a_corrector_is_evaluated_on_what_it_returns():
 @pytest.mark.parametrize("verdicts", [[1], [1, 2], [0.5, 0]])
 def test_a_referee_that_says_something_else_is_an_error(verdicts):
     trained = Corrector.from_pretrained(corrector().path)
-    rows = AnswerSet.of([{"question": "q", "answer": "a"}, {"question": "q", "answer": "b"}])
+    rows = CorrectionSet.of([{"question": "q", "answer": "a"}, {"question": "q", "answer": "b"}])
     with pytest.raises(EveralignError, match="must return 1, 0 or -1 for each of 2 rows"):
         evaluate_corrector(rows, trained, lambda *_: verdicts, options=CorrectionOptions(max_new_tokens=2))
 
 
 def test_nothing_to_evaluate_and_failures_are_told(monkeypatch):
     trained = Corrector.from_pretrained(corrector().path)
-    rows = AnswerSet.of([{"question": "q", "answer": "a"}] * 3)
+    rows = CorrectionSet.of([{"question": "q", "answer": "a"}] * 3)
     with pytest.raises(InputError, match="no rows in it"):
-        evaluate_corrector(AnswerSet.of([]), trained)
+        evaluate_corrector(CorrectionSet.of([]), trained)
     with pytest.raises(InputError, match="batch size"):
         evaluate_corrector(rows, trained, rows_per_batch=0)
 
@@ -131,7 +131,7 @@ def test_nothing_to_evaluate_and_failures_are_told(monkeypatch):
 
 def test_a_killed_evaluation_goes_on_and_another_referee_needs_no_new_corrections(tmp_path, monkeypatch):
     trained = Corrector.from_pretrained(corrector().path)
-    rows = AnswerSet.of([one.to_json() for one in corrections(10, 300)])
+    rows = CorrectionSet.of([one.to_json() for one in corrections(10, 300)])
     options = CorrectionOptions(guards=NO_GUARDS, max_new_tokens=12)
     expected = evaluate_corrector(rows, trained, longest_wins, options=options)
     seen, killed_at, correct_batch = [], [8], Corrector.correct_batch
@@ -161,7 +161,7 @@ def test_a_killed_evaluation_goes_on_and_another_referee_needs_no_new_correction
 
 def test_what_an_evaluation_keeps_is_checked(tmp_path):
     trained = Corrector.from_pretrained(corrector().path)
-    rows = AnswerSet.of([{"question": "q", "answer": "a"}])
+    rows = CorrectionSet.of([{"question": "q", "answer": "a"}])
     with pytest.raises(InputError, match="gate: must be a number here"):
         evaluate_corrector(rows, trained, options=CorrectionOptions(gate=lambda _: True), cache=tmp_path)
     evaluate_corrector(rows, trained, options=CorrectionOptions(gate=-1e9), cache=tmp_path)

@@ -11,7 +11,7 @@ from corrections_for_tests import corrections, corrector
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, Guards
 from everalign.correction.batch import correct_rows
 from everalign.data.readers import load_uncorrected
-from everalign.data.records import UncorrectedSet
+from everalign.data.records import CorrectionSet
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.speculative import DraftDecoder
@@ -217,7 +217,7 @@ def test_a_server_has_no_gate_and_may_fail():
 
 
 def rows_of(count):
-    return UncorrectedSet.of([{"question": f"q{i}?", "answer": f"no {i}"} for i in range(count)], "answers")
+    return CorrectionSet.of([{"question": f"q{i}?", "answer": f"no {i}"} for i in range(count)], "answers")
 
 
 def test_a_file_is_corrected_and_goes_on_after_a_kill(trained, tmp_path, monkeypatch):

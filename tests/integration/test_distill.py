@@ -8,7 +8,7 @@ import pytest
 
 from everalign import AdapterOptions, TrainingOptions
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector
-from everalign.data import PromptSet, load_corrections
+from everalign.data import ScoredSet, load_corrections
 from everalign.demo.world import questions
 from everalign.errors import EveralignError, InputError
 from everalign.learning import task_training
@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 
 
 def prompts(count=6):
-    return PromptSet.of([{"prompt": f"q{i}?"} for i in range(count)], "prompts.jsonl")
+    return ScoredSet.of([{"prompt": f"q{i}?"} for i in range(count)], "prompts.jsonl")
 
 
 @dataclass
@@ -137,7 +137,7 @@ def test_a_stronger_model_comes_to_answer_as_the_corrector_writes(tmp_path):
         return answer if "!" in answer else f"{answer.rstrip('.')}. Enjoy!"
 
     asked = [question.text for question in questions("kitchen") if not question.held_out][::30][:16]
-    rows = PromptSet.of([{"prompt": [{"role": "user", "content": text}]} for text in asked])
+    rows = ScoredSet.of([{"prompt": [{"role": "user", "content": text}]} for text in asked])
     training = {"learning_rate": 4e-3, "epochs": 4.0, "batch_size": 4, "max_length": 256}
     options = DistillOptions(rounds=2, max_new_tokens=64)
     done = distill(
@@ -191,7 +191,7 @@ def test_held_out_pairs_are_scored_before_and_after_every_round(model, tmp_path)
 
 
 def test_weights_of_prompts_are_carried_along(model, tmp_path):
-    rows = PromptSet.of([{"prompt": f"q{i}?", "weight": 2.0} for i in range(6)])
+    rows = ScoredSet.of([{"prompt": f"q{i}?", "weight": 2.0} for i in range(6)])
     run(model, tmp_path / "run", rows=rows, method=ExperienceReplay(replay=1.0))
     assert {row["weight"] for row in replayed(tmp_path / "run")} == {2.0}
 
@@ -282,7 +282,7 @@ def test_answers_that_never_end_are_an_error_with_advice(tmp_path):
         ({"method": MultiTask()}, "mtl does not go on from round to round"),
         ({"method": SingleTask()}, "stl does not go on"),
         ({"training": TrainingOptions(max_length=24)}, "max_new_tokens is 24 and max_length 24, which leaves no room"),
-        ({"rows": PromptSet.of([{"prompt": "q" * 100}])}, "prompt 1 has 100 tokens"),
+        ({"rows": ScoredSet.of([{"prompt": "q" * 100}])}, "prompt 1 has 100 tokens"),
         ({"test": task_rows("warm")[:0]}, "has no rows"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 
 from cli_for_tests import run
 from everalign import AdapterOptions, PreferenceSet, RolloutOptions
-from everalign.data import PromptSet, Scored, Unscored, load_prompts
+from everalign.data import Scored, ScoredSet, load_prompts
 from everalign.demo.world import questions
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.scorers import CallableScorer
@@ -41,7 +41,7 @@ def model(tmp_path_factory):
 
 
 def prompts(count=6, start=0):
-    return PromptSet.of([{"prompt": f"q{i}?"} for i in range(start, start + count)], "prompts.jsonl")
+    return ScoredSet.of([{"prompt": f"q{i}?"} for i in range(start, start + count)], "prompts.jsonl")
 
 
 class Scorer:
@@ -95,7 +95,7 @@ def test_each_round_samples_from_what_the_policy_has_become(tmp_path):
     """The assistant is courteous about half of the time; exclamation marks are rewarded, and become more."""
     courteous = CallableScorer(lambda _, texts: [float("!" in text) for text in texts], "courteous")
     asked = [question.text for question in questions("kitchen") if not question.held_out][::30][:16]
-    rows = PromptSet.of([{"prompt": [{"role": "user", "content": text}]} for text in asked])
+    rows = ScoredSet.of([{"prompt": [{"role": "user", "content": text}]} for text in asked])
     found = learner(
         "tiny",
         tmp_path / "run",
@@ -245,7 +245,7 @@ def test_runs_that_share_a_folder_score_one_after_the_other(model, tmp_path):
 
 
 def test_answers_are_scored(model, tmp_path):
-    rows = [Unscored(f"p{i}", ("short", "rather long", "x" * i)) for i in range(1, 8)]
+    rows = [Scored(f"p{i}", ("short", "rather long", "x" * i)) for i in range(1, 8)]
     learner(model, tmp_path / "run", MultiTask(), rollouts=None).learn(rows, "a")
     assert manifest(tmp_path / "run").weights["rows"] == 21
 
@@ -313,7 +313,7 @@ def test_samples_that_cannot_be_weighed_are_refused_before_they_are_drawn(
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_any_task_is_learned(model, tmp_path):
-    rows = PromptSet.of([{"prompt": "q?"}, {"prompt": "many words " * 9}], "prompts.jsonl")
+    rows = ScoredSet.of([{"prompt": "q?"}, {"prompt": "many words " * 9}], "prompts.jsonl")
     found = learner(model, tmp_path / "run")
     what = r"prompts.jsonl: prompt 2 has \d+ tokens, .*\(max_prompt_tokens is max_length 48 less max_new_tokens 24\)"
     with pytest.raises(InputError, match=what):
@@ -331,7 +331,7 @@ def test_answers_under_another_name_are_not_taken_for_no_answers(tmp_path, colum
 
 
 def test_rows_without_rewards_need_somebody_who_gives_them(model, tmp_path):
-    for rows in (prompts(), [Unscored("p", ("a", "b"))], PreferenceSet.of(task_rows("warm").items)):
+    for rows in (prompts(), [Scored("p", ("a", "b"))], PreferenceSet.of(task_rows("warm").items)):
         with pytest.raises(InputError, match="the objective var learns from scored rows"):
             make_learner(model, tmp_path / str(len(rows)), None, "var", options=LONG).learn(rows, "a")
 

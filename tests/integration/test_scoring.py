@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from everalign.data import Preference, UnscoredSet, load_scored, load_unscored
+from everalign.data import Preference, Scored, ScoredSet, load_scored, load_unscored
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.score_rows import CallableScorer, RewardModelScorer, make_scorer, score_rows
 from everalign.storage import Journal
@@ -25,7 +25,8 @@ LENGTHS = [(1.0, 2.0, 3.0), (4.0,), (4.0, 3.0), (1.0, 1.0)]
 
 
 def rows(items=ROWS):
-    return UnscoredSet.of(items, "answers")
+    pairs = [Scored.from_preference(Preference(**item), rewards=None) if "chosen" in item else item for item in items]
+    return ScoredSet.of(pairs, "answers")
 
 
 class Lengths:
@@ -139,7 +140,7 @@ def test_an_output_that_exists_is_replaced_only_on_request(tmp_path):
     ("change", "message"),
     [
         ({"output": "out.json"}, "must end in .jsonl"),
-        ({"rows": UnscoredSet((), "nothing")}, "nothing: no rows in it"),
+        ({"rows": ScoredSet((), "nothing")}, "nothing: no rows in it"),
         ({"answers_per_batch": 0}, "at least 1"),
     ],
 )

@@ -91,7 +91,7 @@ def test_an_edit_is_a_preference_and_a_scored_row():
 @pytest.mark.parametrize("correction", ["Hi", " Hi\n"])
 def test_an_unchanged_answer_is_neither(correction):
     row = Correction("Hello?", "Hi", correction)
-    assert (row.preference(), row.scored(), row.judgements) == (None, None, (row.id,))
+    assert (row.preference(), row.scored(), row.dedup_keys) == (None, None, (row.id,))
     assert row.is_identity == (correction == "Hi")
 
 

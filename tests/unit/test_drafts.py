@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from everalign.data.readers import load_drafts
-from everalign.data.records import DraftSet
+from everalign.data.readers import load_drafts, read_draft
 from everalign.errors import InputError
 
 USER = {"role": "user", "content": "hello"}
@@ -20,7 +19,7 @@ def load(tmp_path, *rows):
 def test_questions_alone(tmp_path):
     rows = load(tmp_path, {"question": "q", "id": 7}, {"prompt": "p", "answer": None}, {"prompt": [USER], "weight": 2})
     assert [row.question for row in rows] == ["q", "p", (USER,)]
-    assert [(row.answers, row.edit, row.name) for row in rows] == [((), None, "7"), ((), None, None), ((), None, None)]
+    assert [(row.answer, row.correction, row.name) for row in rows] == [(None, None, "7"), *[(None, None, None)] * 2]
     assert rows[2].weight == 2.0
 
 
@@ -31,9 +30,8 @@ def test_answers_and_edits(tmp_path):
         {"prompt": "q", "answer": [{"role": "assistant", "content": "a"}], "correction": "c"},
         {"prompt": "q", "answer": "a", "edited_text": "e", "correction": None, "weight": 3},
     )
-    assert [row.answers for row in rows] == [("a",)] * 3
-    assert [row.edit and row.edit.correction for row in rows] == [None, "c", "e"]
-    assert rows[2].edit.weight == 3.0
+    assert [(row.answer, row.correction) for row in rows] == [("a", None), ("a", "c"), ("a", "e")]
+    assert rows[2].weight == 3.0
 
 
 def test_preferences_and_scored_rows(tmp_path):
@@ -47,22 +45,25 @@ def test_preferences_and_scored_rows(tmp_path):
         {"prompt": "t", "completions": ["a", "b"], "rewards": [1, 1]},
         {"prompt": "u", "completions": ["a", "b"]},
     )
-    assert [row.answers for row in rows[:3]] == [("bad",), ("bad",), ("rejected",)]
-    assert [row.edit.correction for row in rows[:3]] == ["good", "good", "chosen"]
-    assert [row.question for row in rows] == ["p", "q", (USER,), "s", "t", "u"]
-    assert (rows[3].answers, rows[3].edit.answer, rows[3].edit.correction) == (("a", "b", "c"), "a", "b")
-    assert [row.edit for row in rows[4:]] == [None, None]
+    assert [(row.answer, row.correction) for row in rows[:3]] == [
+        ("bad", "good"), ("bad", "good"), ("rejected", "chosen"),
+    ]  # fmt: skip
+    assert [row.question for row in rows] == ["p", "q", (USER,), *"sss", *"tt", *"uu"]
+    # Each completion is an answer; the best is the correction of the worst.
+    assert [(row.answer, row.correction) for row in rows[3:6]] == [("a", "b"), ("b", None), ("c", None)]
+    assert [(row.answer, row.correction) for row in rows[6:]] == [("a", None), ("b", None)] * 2
 
 
 def test_csv_holds_completions_as_json(tmp_path):
     (tmp_path / "rows.csv").write_text('question,completions\nq,"[""a"", ""b""]"\n')
-    assert load_drafts(tmp_path / "rows.csv")[0].answers == ("a", "b")
+    assert [row.answer for row in load_drafts(tmp_path / "rows.csv")] == ["a", "b"]
 
 
 def test_ids_name_the_content():
     rows = [{"question": "q"}, {"question": "q", "answer": "a"}, {"question": "q", "answer": "a", "correction": "b"}]
-    assert len({row.id for row in DraftSet.of(rows)}) == 3
-    assert DraftSet.of([{"prompt": "q", "id": "x"}])[0].id == DraftSet.of(rows)[0].id
+    found = [row for given in rows for row in read_draft(given, "here")]
+    assert len({row.id for row in found}) == 3
+    assert read_draft({"prompt": "q", "id": "x"}, "here")[0].id == found[0].id
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from chat_server_for_tests import ChatServer, Reply, answer, in_turn, refused
 from cli_for_tests import run, write_rows
 from everalign import llm_client as chat_client
-from everalign.data import UnscoredSet, load_scored
+from everalign.data import ScoredSet, load_scored
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge import JudgeOptions, JudgeScorer, reward_cache, reward_key
 from everalign.evaluation.judge_prompts import INSTRUCTIONS, asked_again, judge_messages, read_score
@@ -61,7 +61,7 @@ def judge(server, cache=None, **arguments):
 
 
 def rows(items=ROWS):
-    return UnscoredSet.of(items, "answers")
+    return ScoredSet.of(items, "answers")
 
 
 def left(folder):

@@ -1,12 +1,13 @@
 """Rows with what TRL's have beside their texts: tools, template variables, calls, reasoning, parts; whole texts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from everalign.data.messages import ChatPrompt, completion_text
 from everalign.data.readers import load_preferences, load_scored
-from everalign.data.records import Correction, CorrectionSet, Preference, PromptRow, Scored, Unscored
+from everalign.data.records import Correction, CorrectionSet, Preference, Scored
 from everalign.data.replay import ReplayBuffer
 from everalign.data.tokenization import tokenize_pairs
 from everalign.errors import InputError
@@ -86,11 +87,11 @@ def test_all_kinds_of_row_keep_it(tmp_path):
     assert scored.preference() == pair
     path = write_table(tmp_path / "s.jsonl", [scored.to_json()])
     assert list(load_scored(path)) == [scored]
-    unscored = Unscored.of_pair(pair)
-    assert unscored.scored((1.0, 0.0)) == scored
-    again = Unscored.from_json({"prompt": [USER], "completions": ["Yes"], **BESIDE}, "x")
-    assert again == PromptRow.from_json({"prompt": [USER], **BESIDE}, "x").answered(["Yes"])
-    assert again.id != Unscored((USER,), ("Yes",)).id
+    unscored = Scored.from_preference(pair, rewards=None)
+    assert replace(unscored, rewards=(1.0, 0.0)) == scored
+    again = Scored.from_json({"prompt": [USER], "completions": ["Yes"], **BESIDE}, "x")
+    assert again == replace(Scored.from_json({"prompt": [USER], **BESIDE}, "x"), completions=("Yes",))
+    assert again.id != Scored((USER,), ("Yes",)).id
     correction = Correction(PROMPT, "No", "Yes")
     assert Correction.from_json(correction.to_json(), "x") == correction
     assert correction.preference() == Preference(PROMPT, "Yes", "No")

@@ -5,7 +5,7 @@ import pytest
 from everalign.data.chat_template import template_notes
 from everalign.data.chat_tokens import ChatFormat, encode_prompt
 from everalign.data.messages import ChatPrompt
-from everalign.data.records import Preference, PromptRow
+from everalign.data.records import Preference, Scored
 from everalign.data.tokenization import tokenize_pairs
 from everalign.errors import InputError
 from tokenizers_for_tests import CHATML, NO_END, SHOUTING, THINKING, byte_tokenizer
@@ -184,7 +184,7 @@ def test_arguments_that_a_template_quotes_once_more_are_told():
     function = {"name": "add", "arguments": '{"a": 1}'}
     call = {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
     raw = CALLS.replace("call['function'] | tojson", "call['function']['name'] + call['function']['arguments']")
-    in_prompt, in_answer = PromptRow((USER, call, RESULT)), Preference(CHAT, (call,), "No")
+    in_prompt, in_answer = Scored((USER, call, RESULT)), Preference(CHAT, (call,), "No")
     for row in (in_prompt, in_answer):
         (line,) = template_notes(byte_tokenizer(CALLS), [row])
         assert "'arguments' of tool calls are text" in line
@@ -228,16 +228,16 @@ def test_what_is_not_rendered_as_one_may_think_is_told():
         + "{% endif %}"
     )
     rows = [
-        PromptRow((system, developer, {**USER, "name": "ann"})),
-        PromptRow(ChatPrompt(CHAT, tuple(TOOLS), {"short": True})),
-        PromptRow(CHAT),
+        Scored((system, developer, {**USER, "name": "ann"})),
+        Scored(ChatPrompt(CHAT, tuple(TOOLS), {"short": True})),
+        Scored(CHAT),
     ]
     lines = "\n".join(template_notes(byte_tokenizer(only_users), rows))
     for name in ("name", "tools", "short"):
         assert f"does not read {name!r}, which 1 rows have" in lines
     for role in ("system", "developer"):
         assert f"leaves out or rewrites messages of the role {role!r}" in lines
-    assert template_notes(byte_tokenizer(CHATML), [PromptRow(CHAT), PromptRow((system, USER)), PromptRow("text")]) == ()
-    assert template_notes(byte_tokenizer(), [PromptRow("text")]) == ()
+    assert template_notes(byte_tokenizer(CHATML), [Scored(CHAT), Scored((system, USER)), Scored("text")]) == ()
+    assert template_notes(byte_tokenizer(), [Scored("text")]) == ()
     assert "no chat template" in template_notes(byte_tokenizer(), rows[2:])[0]
     assert "begins an answer with '<think>\\n'" in template_notes(byte_tokenizer(CUTS_REASONING), rows[2:])[0]

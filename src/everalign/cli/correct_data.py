@@ -366,13 +366,13 @@ def distill(
 
 def _distill(flags: dict[str, Any], options: "DistillOptions", display: Display) -> "Distillation":
     from everalign.data.readers import load_drafts, load_preferences
-    from everalign.data.records import PromptRow, PromptSet
+    from everalign.data.records import Scored, ScoredSet
     from everalign.learning.self_training import distill
 
     arguments = _learner_arguments(flags)
     drafts = load_drafts(flags["data"], skip_bad_rows=flags["skip_bad_rows"])
     report_unused(drafts)
-    prompts = PromptSet(tuple(PromptRow(row.question, row.weight) for row in drafts), drafts.source)
+    prompts = ScoredSet(tuple(Scored(row.question, weight=row.weight) for row in drafts), drafts.source)
     test = None if flags["test"] is None else load_preferences(flags["test"])
     display.log(f"{len(prompts)} prompts")
     return distill(

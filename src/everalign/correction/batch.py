@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from everalign.correction.corrector import Corrected, CorrectionOptions, Corrector
 from everalign.correction.templates import Question
-from everalign.data.records import Uncorrected, UncorrectedSet
+from everalign.data.records import Correction, CorrectionSet
 from everalign.data.rows import RowSet
 from everalign.errors import EveralignError, InputError, check_shortfall
 from everalign.storage import Journal, check_new_file, exclusive, json_line, lock_of, write_text
@@ -59,7 +59,7 @@ class CorrectionRun:
 
 
 def correct_rows(
-    rows: UncorrectedSet,
+    rows: CorrectionSet,
     corrector: Corrector,
     output: str | os.PathLike[str],
     *,
@@ -169,7 +169,7 @@ def journal_facts(corrector: Corrector, options: CorrectionOptions, rows: RowSet
     return corrector.fingerprint, repr(options), rows.fingerprint
 
 
-def _columns(row: Uncorrected, corrected: Corrected) -> dict[str, Any]:
+def _columns(row: Correction, corrected: Corrected) -> dict[str, Any]:
     return {
         "question": row.question,
         "answer": row.answer,

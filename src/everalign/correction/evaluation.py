@@ -18,7 +18,7 @@ from everalign.correction.batch import ROWS_PER_BATCH, check_batches, correct_ba
 from everalign.correction.corrector import Corrected, CorrectionOptions, Corrector
 from everalign.correction.edits import edit_ratio, kept_share, words
 from everalign.correction.templates import Question
-from everalign.data.records import Answer, AnswerSet
+from everalign.data.records import Correction, CorrectionSet
 from everalign.errors import EveralignError
 from everalign.storage import Journal, exclusive, lock_of
 
@@ -94,7 +94,7 @@ class EvaluationReport:
 
 
 def evaluate_corrector(
-    rows: AnswerSet,
+    rows: CorrectionSet,
     corrector: Corrector,
     referee: Referee | None = None,
     *,
@@ -144,7 +144,7 @@ def evaluate_corrector(
 
 
 def evaluation_report(
-    rows: Sequence[Answer], corrected: Sequence[Corrected], verdicts: Sequence[int] | None = None, seed: int = 0
+    rows: Sequence[Correction], corrected: Sequence[Corrected], verdicts: Sequence[int] | None = None, seed: int = 0
 ) -> EvaluationReport:
     """Report on N corrected answers, at least one; `verdicts` as a `Referee` gives them."""
     kinds = dict.fromkeys(row.kind for row in rows if row.kind is not None)
@@ -181,7 +181,7 @@ def win_rate(verdicts: Sequence[int], seed: int = 0) -> WinRate:
     return WinRate(wins, len(verdicts) - decided, losses, (wins - losses) / len(verdicts), low, high, p_value)
 
 
-def _scores(rows: Sequence[Answer], corrected: Sequence[Corrected], win: WinRate | None) -> CorrectionScores:
+def _scores(rows: Sequence[Correction], corrected: Sequence[Corrected], win: WinRate | None) -> CorrectionScores:
     before, after = [words(row.answer) for row in rows], [words(one.text) for one in corrected]
     pairs = list(zip(before, after, strict=True))
     good = [one.changed for row, one in zip(rows, corrected, strict=True) if row.is_good]

@@ -28,7 +28,7 @@ from everalign.correction.generators import (
     reply_journal,
 )
 from everalign.correction.templates import Template
-from everalign.data.records import Correction, CorrectionSet, Draft, DraftSet
+from everalign.data.records import Correction, CorrectionSet
 from everalign.errors import EveralignError, InputError, check_shortfall
 from everalign.storage import check_new_file, exclusive, json_line, lock_of, write_text
 
@@ -80,7 +80,7 @@ class CorrectionData:
 class _Item:
     """A question on its way, with where its parts came from."""
 
-    draft: Draft
+    draft: Correction
     answer: str | None = None
     correction: str | None = None
     answer_model: str | None = None
@@ -115,7 +115,7 @@ class _Run:
 
 
 def make_corrections(
-    rows: DraftSet,
+    rows: CorrectionSet,
     output: str | os.PathLike[str],
     *,
     answerer: AnswerSource | None = None,
@@ -171,7 +171,7 @@ def make_corrections(
 
 
 def _check(
-    rows: DraftSet,
+    rows: CorrectionSet,
     path: Path,
     failures: Path,
     answerer: AnswerSource | None,
@@ -191,29 +191,31 @@ def _check(
         raise InputError("keep going: no model is asked, so no question can fail; leave it out")
 
 
-def _own_answers(rows: DraftSet, editor: LlmReviser | None, run: _Run) -> list[_Item]:
+def _own_answers(rows: CorrectionSet, editor: LlmReviser | None, run: _Run) -> list[_Item]:
     """Return the answers that the rows have, with their corrections where nobody else gives any."""
     for number, row in enumerate(rows, start=1):
-        if not row.answers:
+        if not row.has("answer"):
             raise InputError(
                 f"{rows.source}: row {number}: has no answer: add 'answer' to every row, or name a model that answers"
             )
     if editor is not None:
-        _note_unused(sum(row.edit is not None for row in rows), "corrections", run)
-        return [_Item(row, answer) for row in rows for answer in row.answers]
-    edits = [_Item(row, row.edit.answer, row.edit.correction) for row in rows if row.edit is not None]
+        _note_unused(sum(row.has("correction") for row in rows), "corrections", run)
+        return [_Item(row, row.answer) for row in rows]
+    edits = [_Item(row, row.answer, row.correction) for row in rows if row.has("correction")]
     if not edits:
         raise InputError(f"{rows.source}: no row has a correction: name a stronger model that gives them")
-    if len(edits) < len(rows):
-        run.dropped[UNEDITED] = len(rows) - len(edits)
+    # Of one question's answers, those beside the corrected one need no correction.
+    questions, edited = ({Correction(row.question).id for row in part} for part in (rows, [one.draft for one in edits]))
+    if len(edited) < len(questions):
+        run.dropped[UNEDITED] = len(questions) - len(edited)
     return edits
 
 
-def _ask_for_answers(rows: DraftSet, answerer: AnswerSource, run: _Run) -> list[_Item]:
-    _note_unused(sum(bool(row.answers) for row in rows), "answers", run)
-    first: dict[str, Draft] = {}
+def _ask_for_answers(rows: CorrectionSet, answerer: AnswerSource, run: _Run) -> list[_Item]:
+    _note_unused(sum(row.has("answer") for row in rows), "answers", run)
+    first: dict[str, Correction] = {}
     for row in rows:
-        first.setdefault(replace(row, answers=(), edit=None).id, row)
+        first.setdefault(Correction(row.question).id, row)
     if len(first) < len(rows):
         run.log(f"  {len(rows) - len(first)} of {len(rows)} questions are there more than once and asked once")
     items = [_Item(row) for row in first.values()]

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from everalign.data.readers import jsonl_rows
+from everalign.data.file_formats import jsonl_rows
 from everalign.data.records import Correction, Preference, Scored
 from everalign.errors import InputError
 

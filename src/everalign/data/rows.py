@@ -1,4 +1,4 @@
-"""Typed rows: column schemas, field checks and the immutable row set."""
+"""Base of all training records: column schemas, field checks, ids, and the immutable row set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
 from everalign.errors import InputError
 
@@ -18,16 +18,22 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+def field_error(field: str, problem: str, hint: str | None = None) -> InputError:
+    """Returns the error `field 'NAME': PROBLEM; HINT`."""
+    message = f"field {field!r}: {problem}" + (f"; {hint}" if hint else "")
+    return InputError(message, field=field, hint=hint)
+
+
 @dataclass(frozen=True)
 class Schema:
-    """Columns that a record is made of; others are named in `RowSet.ignored`.
+    """The columns that a reader takes from a table. Others are listed in `RowSet.ignored`.
 
     Args:
-        columns: all that are read; the first of them is the prompt.
-        required: those that a table must have, whatever its rows hold.
-        expected: says so in an error.
-        other_names: what else people call a column, to suggest the right one.
-        lists: columns whose cells are lists, which a CSV file holds as JSON.
+        columns: all columns that are read, the prompt first.
+        required: columns without which no row can be read.
+        expected: describes the columns in error messages.
+        other_names: common other names of a column, which an error suggests to rename.
+        lists: columns of lists, which a CSV file holds as JSON.
     """
 
     columns: tuple[str, ...]
@@ -36,53 +42,56 @@ class Schema:
     other_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lists: frozenset[str] = frozenset()
 
-    def row(self, found: object) -> Mapping[Any, Any]:
-        """Return a raw row, once it is one with columns."""
-        if not isinstance(found, Mapping):
-            raise InputError(f"a row must be an object with columns, found {kind(found)}; {self.expected}")
-        return found
+    def checked_row(self, value: object) -> Mapping[Any, Any]:
+        """Returns a raw row if it is a mapping with all required columns."""
+        if not isinstance(value, Mapping):
+            raise InputError(f"a row must be an object with columns, found {kind(value)}; {self.expected}")
+        self.check_columns(value.keys())
+        return value
 
-    def check(self, found: Collection[Any]) -> None:
-        """Refuse columns without a required one, naming those found and the nearest ones."""
-        missing = [name for name in self.required if name not in found]
-        if missing:
-            raise self.missing(missing[0], found)
+    def check_columns(self, found: Collection[Any]) -> None:
+        """Raises an InputError if a required column is not among `found`."""
+        for name in self.required:
+            if name not in found:
+                raise self.missing_column(name, found)
 
-    def missing(self, name: str, found: Collection[Any]) -> InputError:
-        """Return the error for a column that is not among those found."""
+    def missing_column(self, name: str, found: Collection[Any]) -> InputError:
+        """Returns the error for a missing column; it suggests a column to rename if one looks right."""
         names = [column for column in found if isinstance(column, str)]
         free = [column for column in names if column not in self.columns]
         near = difflib.get_close_matches(name, free, n=1) or [n for n in self.other_names.get(name, ()) if n in free]
-        hint = f"; rename {near[0]!r}?" if near else ""
-        listed = ", ".join(repr(column) for column in names) or "none"
-        return InputError(f"field {name!r}: no such column{hint} (found: {listed}; {self.expected})")
+        hint = f"rename {near[0]!r}?" if near else None
+        listed = ", ".join(map(repr, names)) or "none"
+        problem = "no such column" + (f"; {hint}" if hint else "")
+        message = f"field {name!r}: {problem} (found: {listed}; {self.expected})"
+        return InputError(message, field=name, hint=hint)
 
 
 def check_text(value: Any, field: str) -> None:
-    """Refuse what is no text, empty, or not encodable."""
+    """Raises an InputError unless `value` is text that is not blank and can be encoded as UTF-8."""
     if not isinstance(value, str):
-        raise InputError(f"field {field!r}: must be text, found {kind(value)}")
+        raise field_error(field, f"must be text, found {kind(value)}")
     if not value.strip():
-        raise InputError(f"field {field!r}: is empty; fill it in or remove the row")
+        raise field_error(field, "is empty", "fill it in or remove the row")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"field {field!r}: half a surrogate pair at character {error.start + 1}; repair the text's encoding"
-        ) from None
+        problem = f"half a surrogate pair at character {error.start + 1}"
+        raise field_error(field, problem, "repair the text's encoding") from None
 
 
 def checked_weight(value: Any) -> float:
-    """Return a row's weight: a finite number above 0."""
+    """Returns a row's weight if it is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError(f"field 'weight': must be a number, found {kind(value)}")
+        raise field_error("weight", f"must be a number, found {kind(value)}")
     if not is_finite(value) or value <= 0:
-        raise InputError(f"field 'weight': must be positive and finite, found {shown(value)}; remove rows of no weight")
+        problem = f"must be positive and finite, found {shown(value)}"
+        raise field_error("weight", problem, "remove rows of no weight")
     return float(value)
 
 
 def is_finite(value: Real) -> bool:
-    """Whether a number is one that a float holds; JSON knows whole numbers of any size."""
+    """Whether a float can hold the number; JSON allows integers of any size."""
     try:
         return math.isfinite(value)
     except OverflowError:
@@ -90,7 +99,7 @@ def is_finite(value: Real) -> bool:
 
 
 def shown(value: Real) -> str:
-    """Return a number for a message, in a few digits."""
+    """Formats a number for a message."""
     try:
         return str(float(value))
     except OverflowError:
@@ -98,42 +107,74 @@ def shown(value: Real) -> str:
 
 
 def kind(value: object) -> str:
-    """What a JSON value is called, for messages."""
+    """Names the JSON type of a value for a message."""
     names: dict[type, str] = {type(None): "null", bool: "a boolean", int: "a number", float: "a number"}
     names |= {str: "text", list: "a list", tuple: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
 
 
 def content_id(content: Any) -> str:
-    """Name what a record holds by 16 hexadecimal digits; the same content has the same name in every kind of file."""
+    """Returns 16 hexadecimal digits of the sha256 of `content` as canonical JSON."""
     text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=json_form)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def json_form(value: Any) -> Any:
-    """Return a part that JSON does not know, such as a chat prompt with its tools, as its fields."""
+    """`default` for `json.dumps`: a dataclass, such as a `ChatPrompt`, becomes a dict of its fields."""
     if not is_dataclass(value) or isinstance(value, type):
         raise TypeError(f"{type(value).__name__} has no JSON form")
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
-class Row(Protocol):
-    """What every kind of row has: a name of its content, and how much it counts."""
+class Row:
+    """Base of the records. A record is a frozen dataclass whose optional columns are None or () where absent."""
 
-    @property
+    weight: float
+    # What an optional column must be, for the error of a row that lacks it.
+    column_types: ClassVar[Mapping[str, str]] = {}
+
+    def content(self) -> Any:
+        """What `id` is computed from: everything but weights."""
+        raise NotImplementedError
+
+    def preference(self) -> Row | None:
+        """The better and the worse answer in this row, if it has them."""
+        raise NotImplementedError
+
+    @cached_property
     def id(self) -> str:
-        """Name of the content, without the weight."""
-        ...
+        """16 hexadecimal digits that name the content, whatever the weights and the file format."""
+        return content_id(self.content())
+
+    @cached_property
+    def dedup_keys(self) -> tuple[str, ...]:
+        """The row's id and the id of the preference in it: rows that share a key are the same judgement."""
+        pair = self.preference()
+        return (self.id,) if pair is None or pair.id == self.id else (self.id, pair.id)
 
     @property
-    def judgements(self) -> tuple[str, ...]:
-        """Ids under which the same judgement may be found in another row, whatever its kind."""
-        ...
+    def fingerprint_line(self) -> str:
+        """The row's line in the fingerprint of its set: the id, and the weight if it is not 1."""
+        return self.id if self.weight == 1.0 else f"{self.id} {self.weight!r}"
 
-    @property
-    def weight(self) -> float:
-        """How much the row counts in a mean loss."""
-        ...
+    def has(self, column: str) -> bool:
+        """Whether an optional column is present."""
+        return getattr(self, column, None) not in (None, ())
+
+    def require(self, *columns: str) -> Self:
+        """Returns this row if it has all the columns.
+
+        Raises:
+            InputError: `row ID: field 'rewards': must be a list of numbers, found null`.
+        """
+        for column in columns:
+            if not self.has(column):
+                raise self.lacks(column).at(f"row {self.id}")
+        return self
+
+    def lacks(self, column: str) -> InputError:
+        """Returns the error for an absent column."""
+        return field_error(column, f"must be {self.column_types.get(column, 'present')}, found null")
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -141,16 +182,17 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 
 @dataclass(frozen=True, repr=False)
 class RowSet(Sequence[AnyRow], Generic[AnyRow]):
-    """An immutable sequence of rows; a slice is a set of the same kind.
+    """An immutable sequence of rows; a slice is a set of the same type.
 
     Args:
         items: the rows.
-        source: where they came from, as the user named it.
-        skipped: one message for each bad row that was left out on request; slices keep them.
-        ignored: columns of the source that nothing is learned from.
+        source: where the rows came from, as the user named it.
+        skipped: one message for each bad row that was skipped on request; slices keep them.
+        ignored: columns of the source that are not read.
     """
 
     record: ClassVar[Any]
+    prompts_alone: ClassVar[bool] = False
 
     items: tuple[AnyRow, ...]
     source: str = "memory"
@@ -159,7 +201,7 @@ class RowSet(Sequence[AnyRow], Generic[AnyRow]):
 
     @classmethod
     def of(cls, rows: Iterable[AnyRow | Mapping[str, Any]], source: str = "memory") -> Self:
-        """A set made in Python from records or from rows with the columns that files have."""
+        """Makes a set from records, or from mappings with the columns of a file."""
         items = (
             row if isinstance(row, cls.record) else cls.record.from_json(row, f"{source}: row {number}")
             for number, row in enumerate(rows, start=1)
@@ -168,12 +210,24 @@ class RowSet(Sequence[AnyRow], Generic[AnyRow]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the ids in order, with the weights that are not 1."""
-        return hashlib.sha256("\n".join(self._line(row) for row in self.items).encode()).hexdigest()
+        """sha256 over the rows' ids and weights, in order."""
+        return hashlib.sha256("\n".join(row.fingerprint_line for row in self.items).encode()).hexdigest()
 
-    @staticmethod
-    def _line(row: AnyRow) -> str:
-        return row.id if row.weight == 1.0 else f"{row.id} {row.weight!r}"
+    def has(self, column: str) -> bool:
+        """Whether every row has the optional column; False for an empty set."""
+        return bool(self.items) and all(row.has(column) for row in self.items)
+
+    def require(self, *columns: str) -> Self:
+        """Returns this set if every row has all the columns.
+
+        Raises:
+            InputError: `SOURCE: row 3: field 'rewards': must be a list of numbers, found null`.
+        """
+        for number, row in enumerate(self.items, start=1):
+            for column in columns:
+                if not row.has(column):
+                    raise row.lacks(column).at(f"{self.source}: row {number}")
+        return self
 
     @overload
     def __getitem__(self, index: int) -> AnyRow: ...

@@ -10,11 +10,11 @@ own cache, or else in one beside the output for as long.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from everalign.data.records import ScoredSet, Unscored, UnscoredSet
+from everalign.data.records import Scored, ScoredSet
 from everalign.errors import EveralignError, InputError, check_shortfall
 from everalign.evaluation.judge import JudgeOptions, JudgeScorer
 from everalign.evaluation.pairwise import checked_rewards
@@ -51,7 +51,7 @@ class ScoringResult:
 
 
 def score_rows(
-    rows: UnscoredSet,
+    rows: ScoredSet,
     scorer: Scorer,
     output: str | os.PathLike[str],
     *,
@@ -99,7 +99,7 @@ def score_rows(
             what, remedy = "answers with their prompts were cut before they were scored", "train with more --max-length"
             for warning in check_shortfall(scorer.cut - cut, answers, what, remedy, refuse=False):
                 log(f"  warning: {rows.source}: {warning}")
-        scored = tuple(row.scored(done[number]) for number, row in enumerate(rows))
+        scored = tuple(replace(row, rewards=tuple(done[number])) for number, row in enumerate(rows))
         write_text(path, "".join(json_line(row.to_json()) for row in scored))
         journal.remove()
         if asked is not scorer:
@@ -112,7 +112,7 @@ def _is_unkept(scorer: Scorer) -> TypeGuard[JudgeScorer]:
     return isinstance(scorer, JudgeScorer) and scorer.cache is None
 
 
-def _check_output(rows: UnscoredSet, path: Path, overwrite: bool, answers_per_batch: int) -> None:
+def _check_output(rows: ScoredSet, path: Path, overwrite: bool, answers_per_batch: int) -> None:
     if not rows:
         raise InputError(f"{rows.source}: no rows in it")
     check_new_file(path, ".jsonl", overwrite)
@@ -120,7 +120,7 @@ def _check_output(rows: UnscoredSet, path: Path, overwrite: bool, answers_per_ba
         raise InputError(f"batch size: must be at least 1, found {answers_per_batch}")
 
 
-def _batches(rows: Sequence[Unscored], numbers: Sequence[int], answers: int) -> Iterator[list[int]]:
+def _batches(rows: Sequence[Scored], numbers: Sequence[int], answers: int) -> Iterator[list[int]]:
     """Cut the rows of these numbers into batches of at most `answers` answers, or of one row that has more."""
     batch, count = list[int](), 0
     for number in numbers:
@@ -133,7 +133,7 @@ def _batches(rows: Sequence[Unscored], numbers: Sequence[int], answers: int) -> 
         yield batch
 
 
-def _score_batch(scorer: Scorer, rows: Sequence[Unscored], batch: Sequence[int]) -> dict[int, list[float]]:
+def _score_batch(scorer: Scorer, rows: Sequence[Scored], batch: Sequence[int]) -> dict[int, list[float]]:
     """Return the rewards of the rows of these numbers, by number."""
     prompts = [rows[number].prompt for number in batch for _ in rows[number].completions]
     completions = [text for number in batch for text in rows[number].completions]
@@ -147,7 +147,7 @@ def _score_batch(scorer: Scorer, rows: Sequence[Unscored], batch: Sequence[int])
     return {number: [next(rewards) for _ in rows[number].completions] for number in batch}
 
 
-def _kept(journal: Journal, rows: Sequence[Unscored]) -> dict[int, list[float]]:
+def _kept(journal: Journal, rows: Sequence[Scored]) -> dict[int, list[float]]:
     """Return the rewards of the rows that an earlier run has finished, by the rows' numbers."""
     found: dict[int, list[float]] = journal.read(range(len(rows)))
     if not all(_fits(rewards, rows[number]) for number, rewards in found.items()):
@@ -155,5 +155,5 @@ def _kept(journal: Journal, rows: Sequence[Unscored]) -> dict[int, list[float]]:
     return found
 
 
-def _fits(rewards: Any, row: Unscored) -> bool:
+def _fits(rewards: Any, row: Scored) -> bool:
     return isinstance(rewards, list) and len(rewards) == len(row.completions)

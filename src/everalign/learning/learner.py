@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from everalign.correction.corrector_files import is_corrector
-from everalign.data.records import PromptSet
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
@@ -254,7 +253,7 @@ class Learner:
         sets = [(name, as_set(rows), None if test is None else self._as_tests(test)) for name, rows, test in tasks]
         with self._run.exclusive():
             self._tests.check(sets)
-            if self._setup.rollouts != RolloutOptions() and not any(isinstance(rows, PromptSet) for _, rows, _ in sets):
+            if self._setup.rollouts != RolloutOptions() and not any(rows.prompts_alone for _, rows, _ in sets):
                 self._setup.log("no task has prompts alone: nothing is sampled, and the sampling options do nothing")
             for name, _, test in sets:
                 if test is not None:

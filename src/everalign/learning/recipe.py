@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from everalign.data.readers import (
+    UNSCORED_SCHEMA,
     check_disjoint,
     first_columns,
     load_corrections,
@@ -22,7 +23,6 @@ from everalign.data.readers import (
     load_scored,
     load_unscored,
 )
-from everalign.data.records import UNSCORED_SCHEMA
 from everalign.data.rows import RowSet
 from everalign.errors import InputError
 from everalign.learning.learner import Learner

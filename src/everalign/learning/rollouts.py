@@ -4,12 +4,12 @@ Both are on disk as they come, in the folder of the task that is being learned: 
 sampling or scoring goes on where it was.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
 from everalign.data.readers import load_scored
-from everalign.data.records import PromptSet, ScoredSet, UnscoredSet
+from everalign.data.records import ScoredSet
 from everalign.errors import InputError, ShortfallError, check_shortfall
 from everalign.evaluation.score_rows import score_rows
 from everalign.learning.context import RunContext
@@ -50,7 +50,7 @@ class Rollout:
 
 
 def sample_and_score(
-    setup: RunContext, prompts: PromptSet, folder: Path, number: int, fewest: int, seed: int
+    setup: RunContext, prompts: ScoredSet, folder: Path, number: int, fewest: int, seed: int
 ) -> Rollout:
     """Sample answers to every prompt from the policy as it stands, and score them.
 
@@ -79,11 +79,15 @@ def sample_and_score(
         tokens_per_batch=2 * setup.options.tokens_per_batch,  # nothing is kept for gradients
         progress=setup.progress,
     )
-    answered = [row.answered(s.texts) for row, s in zip(prompts, found, strict=True) if len(s.texts) >= fewest]
+    answered = [
+        replace(row, completions=tuple(s.texts))
+        for row, s in zip(prompts, found, strict=True)
+        if len(s.texts) >= fewest
+    ]
     unfinished = sum(samples.unfinished for samples in found)
     # Before anybody is asked, and perhaps paid, for rewards.
     warnings = _losses(prompts.source, options, len(prompts), unfinished, len(answered), fewest)
-    rows = score(setup, UnscoredSet(tuple(answered), prompts.source), folder / f"{stem}.scored.jsonl")
+    rows = score(setup, ScoredSet(tuple(answered), prompts.source), folder / f"{stem}.scored.jsonl")
     rewards = [reward for row in rows for reward in row.rewards]
     facts = {
         "round": number,
@@ -113,7 +117,7 @@ def _losses(
         raise ShortfallError(f"{source}: {error}") from error
 
 
-def check_lengths(setup: RunContext, prompts: PromptSet) -> None:
+def check_lengths(setup: RunContext, prompts: ScoredSet) -> None:
     """Refuse prompts that leave an answer too little room, before anything is sampled or trained.
 
     Raises:
@@ -126,7 +130,7 @@ def check_lengths(setup: RunContext, prompts: PromptSet) -> None:
         raise InputError(f"{prompts.source}: {error} (max_prompt_tokens is {options})") from error
 
 
-def score(setup: RunContext, rows: UnscoredSet, path: Path) -> ScoredSet:
+def score(setup: RunContext, rows: ScoredSet, path: Path) -> ScoredSet:
     """Give answers their rewards, which stay in the file `path`.
 
     Raises:

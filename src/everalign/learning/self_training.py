@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any, Protocol
 
 from everalign.correction.edits import edit_share, words
-from everalign.data.records import Correction, CorrectionSet, PreferenceSet, PromptSet, Scored, ScoredSet
+from everalign.data.records import Correction, CorrectionSet, PreferenceSet, Scored, ScoredSet
 from everalign.data.rows import RowSet
 from everalign.errors import EveralignError, InputError, check_shortfall
 from everalign.learning.context import Log, Progress
@@ -82,7 +82,7 @@ class Distillation:
 def distill(
     model: str,
     corrector: Rewriter,
-    prompts: PromptSet,
+    prompts: ScoredSet,
     output: str | Path,
     *,
     options: DistillOptions | None = None,
@@ -153,7 +153,7 @@ def distill(
     return Distillation(learner, tuple(rounds))
 
 
-def _check(prompts: PromptSet, method: Method, room: int, options: DistillOptions) -> None:
+def _check(prompts: ScoredSet, method: Method, room: int, options: DistillOptions) -> None:
     if not prompts:
         raise InputError(f"{prompts.source}: no rows in it")
     if method.regime != "sequential":
@@ -182,7 +182,7 @@ class _Run:
 
     learner: Learner
     corrector: Rewriter
-    prompts: PromptSet
+    prompts: ScoredSet
     options: DistillOptions
     folder: Path
     seed: int

@@ -13,12 +13,8 @@ from everalign.data.records import (
     CorrectionSet,
     Preference,
     PreferenceSet,
-    PromptRow,
-    PromptSet,
     Scored,
     ScoredSet,
-    Unscored,
-    UnscoredSet,
 )
 from everalign.data.rows import RowSet
 from everalign.data.tokenization import (
@@ -40,10 +36,10 @@ from everalign.training.objectives import SCORED_OBJECTIVES
 from everalign.training.reference import policy_key
 from everalign.training.reward_weights import TAKE_ONE_COMPLETION, check_comparable, check_completions, weigh
 
-Rows = Sequence[Preference] | Sequence[Scored] | Sequence[Unscored] | Sequence[PromptRow] | Sequence[Correction]
+Rows = Sequence[Preference] | Sequence[Scored] | Sequence[Correction]
 AnySet = RowSet[Any]
 
-_SETS: tuple[type[AnySet], ...] = (ScoredSet, UnscoredSet, PromptSet, CorrectionSet)
+_SETS: tuple[type[AnySet], ...] = (ScoredSet, CorrectionSet)
 
 
 def as_set(rows: Rows) -> AnySet:
@@ -72,6 +68,7 @@ def as_tests(rows: Rows, corrections: bool, log: Callable[[str], None]) -> AnySe
         raise InputError(f"{found.source}: held-out rows of a corrector must be corrections (question, answer, ...)")
     if isinstance(found, PreferenceSet):
         return found
+    found.require("correction" if isinstance(found, CorrectionSet) else "rewards")
     kept = [(row, pair) for row in found if (pair := row.preference()) is not None]
     if len(kept) < len(found):
         left = f"{len(found) - len(kept)} of {len(found)} held-out rows"
@@ -104,7 +101,7 @@ class TaskRows:
     @property
     def prompts(self) -> bool:
         """Whether the rows are prompts alone, whose answers are sampled when it is their turn."""
-        return self.rows.record is PromptRow
+        return self.rows.prompts_alone
 
 
 def prepare_rows(setup: RunContext, rows: RowSet[Any]) -> TaskRows:
@@ -127,12 +124,13 @@ def _prepared(setup: RunContext, rows: RowSet[Any]) -> TaskRows:
     name = setup.objective.name
     if setup.encoder is not None or isinstance(rows, CorrectionSet):
         return _corrections(setup, rows)
-    if isinstance(rows, PromptSet) and setup.scorer is not None:
+    if isinstance(rows, ScoredSet) and rows.prompts_alone and setup.scorer is not None:
         _check_sampling(setup)
         check_lengths(setup, rows)
         return TaskRows(rows, rows)
     scored = _rewarded(setup, rows)
-    if (scored.record is Scored) != (name in SCORED_OBJECTIVES) and not (name == "snkl" and _pairs(scored)):
+    learnable = scored.has("rewards") if name in SCORED_OBJECTIVES else _pairs(scored)
+    if not learnable and not (name == "snkl" and _pairs(scored)):
         wanted = "preferences (prompt, chosen, rejected)"
         if name in SCORED_OBJECTIVES:
             wanted = "scored rows (prompt, completions, rewards), or, given reward, from answers and from prompts alone"
@@ -186,10 +184,10 @@ def fewest_answers(setup: RunContext) -> int:
 
 def _rewarded(setup: RunContext, rows: RowSet[Any]) -> RowSet[Any]:
     """Return rows with the rewards that the run's scorer gives them, if it has one and they have none."""
-    if setup.scorer is None or rows.record not in (Preference, Unscored):
+    if setup.scorer is None or any(row.has("rewards") for row in rows):
         return rows
-    answers = [row if isinstance(row, Unscored) else Unscored.of_pair(row) for row in rows]
-    unscored = UnscoredSet(tuple(answers), rows.source)
+    answers = [row if isinstance(row, Scored) else Scored.from_preference(row, rewards=None) for row in rows]
+    unscored = ScoredSet(tuple(answers), rows.source).require("completions")
     key = hashlib.sha256(f"{setup.scorer.fingerprint} {unscored.fingerprint}".encode()).hexdigest()
     setup.log(f"scoring {rows.source}")
     path = setup.folder / f"{key[:32]}.scored.jsonl"

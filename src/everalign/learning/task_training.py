@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everalign.data.records import PromptSet
+from everalign.data.records import ScoredSet
 from everalign.data.replay import AnyRow
 from everalign.data.tokenization import TargetGroup, TokenizedGroups, TokenizedPair, TokenizedPairs
 from everalign.errors import ShortfallError
@@ -228,7 +228,7 @@ def train_task(setup: RunContext, task: Task, rows: TaskRows, work: Path) -> Tas
     """
     replayed = setup.method.rows(task)
     prompts = rows.rows
-    if not isinstance(prompts, PromptSet):
+    if not isinstance(prompts, ScoredSet) or not prompts.prompts_alone:
         return TaskResult(task, _train(setup, rows, replayed, work, task.seed), rows.facts, [], rows.warnings)
     reports: list[StageReport] = []
     rollouts: list[dict[str, float]] = []

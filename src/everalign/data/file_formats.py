@@ -1,0 +1,230 @@
+"""Raw rows of JSON, JSON Lines, CSV and Parquet files and of Hub datasets, each with its place for error messages.
+
+A row that cannot be read is yielded as an `InputError`, which the caller may skip; what makes the whole file unreadable
+is raised.
+"""
+
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from everalign.data.rows import Schema, field_error
+from everalign.errors import InputError, located
+
+RawRows = Iterator[tuple[str, object]]
+
+SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".parquet")
+"""Ends of the names of files that can be read."""
+
+_BOM = b"\xef\xbb\xbf"
+_MESSAGE_LIST = re.compile(
+    r"""\s*\[\s*\{\s*["'](role|content|name|tool_calls|tool_call_id|reasoning_content|reasoning|thinking)["']\s*:"""
+)
+_LIST = re.compile(r"\s*\[")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FILE_ENDINGS = (
+    ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zip", ".zst", ".bz2",
+)  # fmt: skip
+
+
+def raw_rows(source: str | os.PathLike[str], split: str, schema: Schema) -> RawRows:
+    """Reads a file, or a Hub dataset if no such file exists and the name can be that of a dataset."""
+    path = Path(source).expanduser()
+    # Unlike Path.exists, this is no error for names that no file can have.
+    exists = os.path.exists(path)
+    if not exists and isinstance(source, str) and _HUB_NAME.fullmatch(source):
+        owner, _, name = source.rpartition("/")
+        in_local_folder = bool(owner) and Path(owner).is_dir()
+        if Path(name).suffix.lower() not in _FILE_ENDINGS and not in_local_folder:
+            return _hub_rows(source, split, schema)
+    if not exists:
+        raise _error(path, "no such file")
+    if path.is_dir():
+        raise _error(path, f"is a directory; name one file in it ({', '.join(SUFFIXES)})")
+    if split != "train":
+        raise _error(path, f"split={split!r} means nothing for a file; name the file of that split")
+    name = path.name.lower()
+    if name.endswith((".json", ".json.gz")):
+        return _json_rows(path)
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return jsonl_rows(path)
+    if name.endswith(".csv"):
+        return _csv_rows(path, schema)
+    if name.endswith(".parquet"):
+        return _parquet_rows(path, schema)
+    raise _error(path, f"unknown kind of file; the name must end in {', '.join(SUFFIXES)}")
+
+
+def jsonl_rows(path: Path) -> RawRows:
+    """Reads one JSON object a line; blank lines are counted but hold no row."""
+    for number, line in enumerate(_lines(path), start=1):
+        content = line.removeprefix(_BOM) if number == 1 else line
+        if not content.strip():
+            continue
+        where = f"{path}:{number}"
+        value: object
+        try:
+            value = json.loads(content.decode().rstrip())
+        except UnicodeDecodeError as error:
+            value = _error(where, _not_utf8(content, error))
+        except json.JSONDecodeError as error:
+            hint = "; a file with one JSON list belongs in .json" if content.lstrip().startswith(b"[") else ""
+            value = _error(where, f"broken JSON at character {error.colno}: {error.msg}{hint}")
+        except (ValueError, RecursionError) as error:
+            value = _error(where, f"JSON that cannot be read: {error}")
+        yield where, value
+
+
+def _json_rows(path: Path) -> RawRows:
+    text = _text(path)
+    if not text.strip():
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "; one object a line belongs in a .jsonl file" if error.msg == "Extra data" else ""
+        raise _error(f"{path}:{error.lineno}", f"broken JSON: {error.msg}{hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise _error(path, f"JSON that cannot be read: {error}") from None
+    if not isinstance(rows, list):
+        raise _error(path, "must hold a list of rows, [{...}, ...]; one object a line belongs in .jsonl")
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}: row {number}", row
+
+
+def _csv_rows(path: Path, schema: Schema) -> RawRows:
+    """Reads comma-separated text with a header line; cells may hold lists as JSON."""
+    text = _text(path)
+    # Python refuses cells above 128 KiB by default, which long conversations exceed; the limit is global.
+    limit = csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        records = list(reader)
+    except csv.Error as error:
+        raise _error(f"{path}:{reader.line_num}", f"broken CSV: {error}; check the quotes") from None
+    finally:
+        csv.field_size_limit(limit)
+    if not records:
+        return
+    header = records[0]
+    _check_header(header, str(path), schema)
+    for number, record in enumerate(filter(None, records[1:]), start=1):
+        where = f"{path}: row {number}"
+        if len(record) != len(header):
+            found = f"{len(record)} cells under {len(header)} columns"
+            yield where, _error(where, f"{found}; quote the cells that hold commas or line breaks")
+            continue
+        cells: dict[str, Any] = dict(zip(header, record, strict=True))
+        if "weight" in cells:
+            # An empty cell is absent; text that is no number is left for the record to refuse.
+            with suppress(ValueError):
+                cells["weight"] = float(cells["weight"]) if cells["weight"].strip() else None
+        yield where, _table_row(cells, where, schema)
+
+
+def _parquet_rows(path: Path, schema: Schema) -> RawRows:
+    """Reads the schema's columns; messages are lists of structs, or JSON text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            columns, others = _check_header(file.schema_arrow.names, str(path), schema)
+            number = 0
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    where = f"{path}: row {number}"
+                    yield where, _table_row({**row, **others}, where, schema)
+    except pa.ArrowException as error:
+        raise _error(path, f"damaged, or no Parquet file: {error}") from None
+    except OSError as error:
+        raise _error(path, f"cannot be read: {error}") from None
+
+
+def _hub_rows(name: str, split: str, schema: Schema) -> RawRows:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    # The Hub client reports a missing name, a missing split and no network as one of these.
+    try:
+        dataset = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise _error(
+            name,
+            f"no such file, and from the Hugging Face Hub datasets.load_dataset({name!r}, "
+            f"split={split!r}) failed: {type(error).__name__}: {reason}; "
+            "check the name, the split and the network, or give a file",
+        ) from None
+    columns, others = _check_header(dataset.column_names, f"{name}[{split}]", schema)
+    for number, row in enumerate(dataset.select_columns(columns), start=1):
+        where = f"{name}[{split}]: row {number}"
+        yield where, _table_row({**row, **others}, where, schema)
+
+
+def _check_header(found: Iterable[str], where: str, schema: Schema) -> tuple[list[str], dict[str, None]]:
+    """Checks a table's columns once for all rows; returns those to read, and the others with None as their value."""
+    names = list(found)
+    with located(where):
+        schema.check_columns(names)
+        for name in schema.columns:
+            if names.count(name) > 1:
+                raise field_error(name, f"{names.count(name)} columns have this name", "keep one")
+    # Without the prompt's column a row's error could not say which names the file does have.
+    if schema.columns[0] not in names:
+        return names, {}
+    return [name for name in schema.columns if name in names], {n: None for n in names if n not in schema.columns}
+
+
+def _table_row(row: dict[str, Any], where: str, schema: Schema) -> object:
+    """Parses the cells that are evidently JSON lists; returns an InputError if one is broken."""
+    cells = dict(row)
+    for name, value in row.items():
+        pattern, what = (_LIST, "") if name in schema.lists else (_MESSAGE_LIST, " of messages")
+        if name not in schema.columns or not isinstance(value, str) or not pattern.match(value):
+            continue
+        try:
+            cells[name] = json.loads(value)
+        except ValueError:
+            problem = f"looks like a list{what} but is not JSON (Python's own notation?)"
+            return field_error(name, problem, "write the cell with json.dumps").at(where)
+    return cells
+
+
+def _text(path: Path) -> str:
+    data = b"".join(_lines(path)).removeprefix(_BOM)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise _error(f"{path}:{line}", _not_utf8(data, error)) from None
+
+
+def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
+    what = "looks like UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8"
+    return f"{what} (byte 0x{data[error.start]:02x}); save the file as UTF-8"
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            yield from stream
+    except EOFError:
+        raise _error(path, "the gzip archive is truncated; copy or download it again") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise _error(path, f"damaged, or not gzip: {error}; copy it again or drop the .gz") from None
+    except OSError as error:
+        raise _error(path, f"cannot be read: {error.strerror or error}") from None
+
+
+def _error(where: str | Path, problem: str) -> InputError:
+    return InputError(problem).at(str(where))
