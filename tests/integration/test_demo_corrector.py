@@ -18,7 +18,7 @@ from everalign.reporting.answers import CorrectedAnswer, CorrectorShow, correcto
 from everalign.reporting.report import write_report
 from runs_for_tests import write_run
 
-QUICK = replace(OPTIONS, epochs=1.0, identity=0.2)
+QUICK = OPTIONS.replace(epochs=1.0, identity=0.2)
 
 
 def silent(*_, **__):

@@ -16,7 +16,7 @@ from everalign.reporting import comparison_table, load_run, score_table, write_r
 from everalign.reporting.formats import METRICS, percent, seconds, shortened, signed, significant
 from everalign.reporting.headline import cautions, headline
 from everalign.reporting.plots import change_bar, change_lines, progress_lines
-from everalign.reporting.report_views import forgetting_view, matrix_view
+from everalign.reporting.report import forgetting_view, matrix_view
 from everalign.reporting.sampling_error import error_matrix, standard_error
 from everalign.serving.pages.dashboard import forgetting_views
 from runs_for_tests import LIFEALIGN, SEQUENTIAL, module, score, write_run, write_version
@@ -362,7 +362,7 @@ def test_report_shows_the_numbers_of_the_run(tmp_path):
     assert ["zero-shot", "52.0", "55.0", "48.0"] in page.rows
     assert ["after harmless", "0.310", "0.060", "−0.030"] in page.rows
     assert ["harmless", "81.0", "81.0", "78.0", "−3.0", "+3.0"] in page.rows
-    assert ["helpful", "3.5", "92.5%", "10.00%", "6.00", "4.00", "8.0", "0.15%", "0.00%"] in page.rows
+    assert ["helpful", "3.5", "92.5%", "10.00%", "6.00", "4.00", "8", "0.15%", "0.00%"] in page.rows
     assert [
         "model.layers.1.self_attn.v_proj",
         "5",

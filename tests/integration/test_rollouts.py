@@ -17,7 +17,7 @@ from everalign.learning.run_data import load_run
 from everalign.learning.run_files import TrainingStep
 from everalign.learning.task_rows import prepare_rows
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
-from everalign.reporting.plots import _stages
+from everalign.reporting.plots import stage_curves
 from everalign.reporting.report import render_report
 from everalign.storage import Journal
 from everalign.training.options import WeightOptions
@@ -141,7 +141,7 @@ def test_a_round_with_the_answers_of_the_one_before_is_learned_too(model, tmp_pa
     found.learn(prompts(), "a")
     first, second = load_run(tmp_path / "run").versions[0].manifest.stages
     assert first.rows == second.rows
-    losses = [[step.loss for step in stage] for stage in _stages(load_run(tmp_path / "run").versions[0].training)]
+    losses = [[step.loss for step in stage] for stage in stage_curves(load_run(tmp_path / "run").versions[0].training)]
     assert losses[1] != losses[0]
 
 
@@ -369,9 +369,9 @@ def test_several_tasks_of_prompts_cannot_be_pooled(model, tmp_path):
 
 def test_rounds_stand_one_behind_the_other_in_the_training_curve():
     steps = [TrainingStep(stage="var", step=step, epoch=0.1, loss=1.0) for step in (1, 3, 1, 3)]
-    assert [[step.step for step in stage] for stage in _stages([*steps, steps[-1]])] == [[1, 3], [1, 3], [3]]
+    assert [[step.step for step in stage] for stage in stage_curves([*steps, steps[-1]])] == [[1, 3], [1, 3], [3]]
     other = TrainingStep(stage="sft", step=5, epoch=0.1, loss=1.0)
-    assert [stage[0].stage for stage in _stages([*steps[:2], other])] == ["var", "sft"]
+    assert [stage[0].stage for stage in stage_curves([*steps[:2], other])] == ["var", "sft"]
 
 
 def test_sampling_options_that_do_nothing_are_announced(model, tmp_path):

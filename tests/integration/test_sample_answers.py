@@ -81,7 +81,7 @@ def test_a_run_that_was_killed_has_the_same_answers(model, tmp_path, monkeypatch
         return learner.run
 
     whole = learn("whole")
-    owner = {"answers": "held_out.EvaluationSuite", "write_version": "run.RunDirectory"}[moment]
+    owner = {"answers": "evaluation_suite.EvaluationSuite", "write_version": "run_store.RunDirectory"}[moment]
     with monkeypatch.context() as patch:
         patch.setattr(f"everalign.learning.{owner}.{moment}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Answers and corrections as reports show them: figures, and some texts with their word diffs."""
+"""Sampled answers before and after learning, and a corrector's corrections, with their word diffs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from rich.console import RenderableType
 
-_CUT = " \u2026"
-# Where less is common to both texts, marks would cover nearly all of them and help nobody.
+# With less text in common, marks would cover nearly everything and help nobody.
 _LEAST_COMMON = 0.2
 
 
@@ -30,8 +29,8 @@ class AnswerPair:
         draft: the answer that a corrector was given; None where the policy is none.
         before: the base model's answer.
         after: the policy's.
-        ended_before: whether the base model's answer has ended, or was cut at the limit of tokens.
-        ended_after: whether the policy's has.
+        ended_before: whether the base model's answer ended by itself, and not at the limit of tokens.
+        ended_after: whether the policy's did.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -43,22 +42,21 @@ class AnswerPair:
 
     @property
     def question(self) -> str:
-        """What was asked last."""
-        if isinstance(self.prompt, str):
-            return self.prompt
-        return str(self.prompt[-1].get("content") or "")
+        """The prompt, or the last message of a chat."""
+        return self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1].get("content") or "")
 
     @property
     def note(self) -> str:
-        """What the texts do not show by themselves."""
+        """What the two texts do not show: earlier messages, answers that were cut, and whether they are equal."""
         earlier = 0 if isinstance(self.prompt, str) else len(self.prompt) - 1
         notes = [f"after {earlier} earlier messages"] if earlier > 1 else ["after an earlier message"] * earlier
-        if not (self.ended_before and self.ended_after):
-            who = "neither answer" if self.ended_before == self.ended_after else "one of the answers"
-            notes.append(f"{who} ended within the limit of tokens" if who[0] == "n" else f"{who} was cut at the limit")
+        if not self.ended_before and not self.ended_after:
+            notes.append("neither answer ended within the limit of tokens")
+        elif not self.ended_before or not self.ended_after:
+            notes.append("one of the answers was cut at the limit")
         if self.unchanged:
             notes.append("unchanged")
-        elif not self._is_edit:
+        elif self._diff is None:
             notes.append("written anew, so no words are marked")
         return "; ".join(notes)
 
@@ -70,33 +68,30 @@ class AnswerPair:
     @property
     def before_html(self) -> Markup:
         """The first answer with what the second does not have marked as removed."""
-        return diff_html([*self._segments("removed"), *_cut(self.ended_before)])
+        return self._marked("removed", self.before, self.ended_before)
 
     @property
     def after_html(self) -> Markup:
         """The second answer with what the first does not have marked as added."""
-        return diff_html([*self._segments("added"), *_cut(self.ended_after)])
+        return self._marked("added", self.after, self.ended_after)
 
     @cached_property
-    def _diff(self) -> tuple[Segment, ...]:
-        return word_diff(self.before, self.after)
+    def _diff(self) -> Sequence[Segment] | None:
+        """The word diff; None where the second answer is no edit of the first."""
+        diff = word_diff(self.before, self.after)
+        common = sum(len(segment.text) for segment in diff if segment.kind == "same")
+        return diff if common >= _LEAST_COMMON * max(len(self.before), len(self.after)) else None
 
-    @property
-    def _is_edit(self) -> bool:
-        """Whether enough of the one text is in the other for the rest to be called a change."""
-        common = sum(len(segment.text) for segment in self._diff if segment.kind == "same")
-        return common >= _LEAST_COMMON * max(len(self.before), len(self.after))
-
-    def _segments(self, kind: str) -> list[Segment]:
-        if not self._is_edit:
-            return [Segment("same", self.before if kind == "removed" else self.after)]
-        return [segment for segment in self._diff if segment.kind in ("same", kind)]
+    def _marked(self, kind: str, text: str, ended: bool) -> Markup:
+        segments = [Segment("same", text)] if self._diff is None else self._diff
+        shown = [segment for segment in segments if segment.kind in ("same", kind)]
+        return diff_html(shown if ended else [*shown, Segment("same", " …")])
 
 
 def answer_pairs(run: RunData) -> dict[str, list[AnswerPair]]:
-    """Return, by task, the answers of the base model beside those of the policy that the run has come to.
+    """Return, by task, the base model's answers beside those of the run's current policy.
 
-    Where each task has a policy of its own, beside that one's.
+    Where each task has a policy of its own (regime `separate`), beside that policy's.
     """
     found: dict[str, list[AnswerPair]] = {}
     for task, first in run.first_answers.items():
@@ -104,19 +99,15 @@ def answer_pairs(run: RunData) -> dict[str, list[AnswerPair]]:
         for version in run.versions:
             if run.regime != "separate" or version.task == task:
                 last = version.answers.get(task, last)
-        after = {answer.row: answer for answer in last}
-        pairs = [_pair(answer, after[answer.row]) for answer in first if answer.row in after]
+        rows = {answer.row: answer for answer in last}
+        pairs = [
+            AnswerPair(old.prompt, old.draft, old.answer, rows[old.row].answer, old.ended, rows[old.row].ended)
+            for old in first
+            if old.row in rows
+        ]
         if pairs:
             found[task] = pairs
     return found
-
-
-def _pair(before: SampleAnswer, after: SampleAnswer) -> AnswerPair:
-    return AnswerPair(before.prompt, before.draft, before.answer, after.answer, before.ended, after.ended)
-
-
-def _cut(ended: bool) -> list[Segment]:
-    return [] if ended else [Segment("same", _CUT)]
 
 
 @dataclass(frozen=True)
@@ -131,8 +122,8 @@ class CorrectedAnswer:
 
     @property
     def effort(self) -> str:
-        """What became of the answer, and at which price."""
-        passes = _passes(self.forward_passes)
+        """Whether the answer was changed, and how many forward passes that took."""
+        passes = f"{count(self.forward_passes)} forward {'pass' if self.forward_passes == 1 else 'passes'}"
         if self.answer == self.correction:
             return f"left as it was: {'verified in' if self.forward_passes == 1 else 'after'} {passes}"
         return f"{passes} for {count(self.tokens)} tokens"
@@ -150,15 +141,15 @@ class CorrectorShow:
     Args:
         rule: what answers should be like, as a clause.
         path: the corrector's folder.
-        training_rows: that it learned from.
-        answers: held-out answers.
-        right: those of them that kept the rule before correction.
+        training_rows: number of rows that it was trained on.
+        answers: number of held-out answers.
+        right: how many of them kept the rule before correction.
         kept_before: share of the answers that keep the rule before correction.
         kept_after: the same after correction.
-        over_edit_rate: share of the right answers that were changed; None where there are none.
-        verified: answers that were returned as they are after a single forward pass.
+        over_edit_rate: share of the right answers that were changed; None without right answers.
+        verified: number of answers that were returned unchanged after a single forward pass.
         forward_passes: over all answers, each counted by itself.
-        tokens: of what is returned, for which plain decoding takes one forward pass each.
+        tokens: number of tokens returned; plain decoding takes one forward pass for each.
         examples: answers to show.
     """
 
@@ -177,7 +168,7 @@ class CorrectorShow:
 
     @property
     def headline(self) -> str:
-        """What it is worth, in a sentence."""
+        """How many answers keep the rule before and after, in a sentence."""
         return (
             f"{percent(self.kept_before)} of {count(self.answers)} held-out answers keep the rule as they are, "
             f"{percent(self.kept_after)} after correction."
@@ -186,16 +177,13 @@ class CorrectorShow:
     @property
     def figures(self) -> list[tuple[str, str, str]]:
         """Name, value and meaning of each figure."""
+        passes, tokens = count(self.forward_passes), count(self.tokens)
         return [
             ("keep the rule before", percent(self.kept_before), f"of {count(self.answers)} held-out answers"),
             ("keep the rule after", percent(self.kept_after), "of the same answers, corrected"),
             ("right answers changed", percent(self.over_edit_rate), f"of {count(self.right)} that kept the rule"),
             ("verified at once", count(self.verified), "answers left as they were after 1 forward pass"),
-            (
-                "forward passes",
-                count(self.forward_passes),
-                f"for {count(self.tokens)} tokens; plain decoding: one each",
-            ),
+            ("forward passes", passes, f"for {tokens} tokens; plain decoding: one each"),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,7 +192,7 @@ class CorrectorShow:
 
 
 def corrector_texts(show: CorrectorShow, *, marks: bool = False) -> list[RenderableType]:
-    """What the terminal shows: a table of the figures, then each example; `marks` as in `diff_text`."""
+    """Return what the terminal shows: a table of the figures, then each example; `marks` as in `diff_text`."""
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
@@ -222,7 +210,3 @@ def corrector_texts(show: CorrectorShow, *, marks: bool = False) -> list[Rendera
         effort = Text(example.effort, style="dim")
         lines += [Padding(text, (0, 0, 0, 2), expand=False) for text in (diff, effort)]
     return [*lines, Text("")]
-
-
-def _passes(number: int) -> str:
-    return f"{count(number)} forward {'pass' if number == 1 else 'passes'}"

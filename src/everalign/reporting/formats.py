@@ -1,4 +1,4 @@
-"""Numbers, tables and score matrices as text."""
+"""Numbers and score matrices as text, and the tables of scores in the terminal."""
 
 from __future__ import annotations
 
@@ -12,74 +12,13 @@ from everalign.learning.scores import Scores
 from everalign.reporting.sampling_error import Errors, is_chance
 
 UNMEASURED = "–"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One of a score's fields and how to print it: `scale` times the value, with `digits` decimals."""
-
-    key: str
-    title: str
-    unit: str
-    change_unit: str
-    scale: float
-    digits: int
-    meaning: str
-
-    def value(self, score: float | None) -> str:
-        """The bare number, without its unit, for tables whose head names the unit."""
-        return fixed(None if score is None else score * self.scale, self.digits)
-
-    def full(self, score: float | None) -> str:
-        """The number with its unit, for sentences."""
-        return self.value(score) if score is None else f"{self.value(score)}{self.unit}"
-
-    def change(self, difference: float | None) -> str:
-        """A difference with its sign, without its unit; one that rounds to nothing has no sign."""
-        return signed(None if difference is None else difference * self.scale, self.digits)
-
-    def amount(self, difference: float) -> str:
-        """A difference's size with its unit, for sentences."""
-        return f"{fixed(abs(difference) * self.scale, self.digits)} {self.change_unit}"
-
-    def direction(self, difference: float | None) -> str:
-        """Return `gained`, `lost`, or nothing for a difference that rounds to zero or was not measured."""
-        text = self.change(difference)
-        return {"+": "gained", "−": "lost"}.get(text[0], "")
-
-
-METRICS = {
-    metric.key: metric
-    for metric in (
-        Metric(
-            "accuracy",
-            "Accuracy",
-            "%",
-            "points",
-            100,
-            1,
-            "Share of held-out pairs whose chosen response has the higher likelihood per token.",
-        ),
-        Metric(
-            "margin",
-            "Margin",
-            " nats per token",
-            "nats per token",
-            1,
-            3,
-            "Mean log-likelihood per token of the chosen response minus that of the rejected one.",
-        ),
-        Metric(
-            "reward_accuracy",
-            "Reward accuracy",
-            "%",
-            "points",
-            100,
-            1,
-            "Share of held-out pairs with a positive margin against the base model; ties count half.",
-        ),
-    )
+SUMMARY_TITLES = {
+    "last": "Last",
+    "backward_transfer": "BWT",
+    "average_performance": "AP",
+    "forward_transfer": "FWT",
 }
+_COLOURS = {"gained": "green", "lost": "red", "": "dim"}
 
 
 def fixed(number: float | None, digits: int) -> str:
@@ -87,9 +26,7 @@ def fixed(number: float | None, digits: int) -> str:
     if number is None:
         return UNMEASURED
     text = f"{number:.{digits}f}"
-    if float(text) == 0:
-        text = text.removeprefix("-")
-    return text.replace("-", "−")
+    return (text.removeprefix("-") if float(text) == 0 else text).replace("-", "−")
 
 
 def signed(number: float | None, digits: int) -> str:
@@ -105,9 +42,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 def significant(number: float | None, digits: int = 3) -> str:
     """`digits` significant digits."""
-    if number is None:
-        return UNMEASURED
-    return f"{number:#.{digits}g}".removesuffix(".").replace("-", "−")
+    return UNMEASURED if number is None else f"{number:#.{digits}g}".removesuffix(".").replace("-", "−")
 
 
 def count(number: int) -> str:
@@ -132,33 +67,120 @@ def shortened(text: str, length: int) -> str:
     return f"{text[: length - 1 - tail]}…{text[len(text) - tail :]}"
 
 
-SUMMARY_TITLES = {
-    "last": "Last",
-    "backward_transfer": "BWT",
-    "average_performance": "AP",
-    "forward_transfer": "FWT",
+@dataclass(frozen=True)
+class Metric:
+    """A field of a held-out score, and how to print it: `scale` times the value, with `digits` decimals."""
+
+    key: str
+    title: str
+    unit: str
+    change_unit: str
+    scale: float
+    digits: int
+    meaning: str
+
+    def value(self, score: float | None) -> str:
+        """The bare number, for tables whose head names the unit."""
+        return fixed(None if score is None else score * self.scale, self.digits)
+
+    def full(self, score: float | None) -> str:
+        """The number with its unit, for sentences."""
+        return self.value(score) if score is None else f"{self.value(score)}{self.unit}"
+
+    def change(self, difference: float | None) -> str:
+        """A difference with its sign, without its unit; one that rounds to nothing has no sign."""
+        return signed(None if difference is None else difference * self.scale, self.digits)
+
+    def amount(self, difference: float) -> str:
+        """A difference's size with its unit, for sentences."""
+        return f"{fixed(abs(difference) * self.scale, self.digits)} {self.change_unit}"
+
+    def direction(self, difference: float | None) -> str:
+        """Return `gained`, `lost`, or nothing for a difference that rounds to zero or was not measured."""
+        return {"+": "gained", "−": "lost"}.get(self.change(difference)[0], "")
+
+
+_MARGIN = "Mean log-likelihood per token of the chosen response minus that of the rejected one."
+_ACCURACY = "Share of held-out pairs whose chosen response has the higher likelihood per token."
+_REWARD = "Share of held-out pairs with a positive margin against the base model; ties count half."
+METRICS = {
+    "accuracy": Metric("accuracy", "Accuracy", "%", "points", 100, 1, _ACCURACY),
+    "margin": Metric("margin", "Margin", " nats per token", "nats per token", 1, 3, _MARGIN),
+    "reward_accuracy": Metric("reward_accuracy", "Reward accuracy", "%", "points", 100, 1, _REWARD),
 }
-_CHANGES = ("backward_transfer", "forward_transfer")
-_COLOURS = {"gained": "green", "lost": "red", "": "dim"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a table.
+
+    Args:
+        text: the number.
+        kind: in a score matrix `learned` (just then), `later`, `future`, `base` or `unmeasured`; in a summary `best`.
+        change: since the task was learned.
+        direction: `gained` or `lost`; empty where the change may be chance.
+    """
+
+    text: str
+    kind: str = ""
+    change: str = ""
+    direction: str = ""
+
+
+def matrix_cell(scores: Scores, metric: Metric, errors: Errors | None, i: int, j: int) -> Cell:
+    """Return the score on task j after learning task i, with the change since task j was learned.
+
+    Args:
+        scores: of the run.
+        metric: of which they are.
+        errors: their standard errors; None to take every change for real.
+        i: row of the matrix; -1 for the base model.
+        j: column of the matrix.
+    """
+    score = scores.zero_shot[j] if i < 0 else scores.matrix[i][j]
+    text = metric.value(score)
+    if score is None:
+        return Cell(text, "unmeasured")
+    if i < 0 or scores.regime == "joint":
+        return Cell(text, "base")
+    if j >= i or scores.regime == "separate":
+        return Cell(text, "learned" if i == j else "future")
+    learned = scores.matrix[j][j]
+    if learned is None:
+        return Cell(text, "later")
+    direction = "" if is_chance(score - learned, errors, i, j) else metric.direction(score - learned)
+    return Cell(text, "later", metric.change(score - learned), direction)
 
 
 def score_table(scores: Scores, metric: str = "accuracy", title: str = "", errors: Errors | None = None) -> Table:
-    """The score matrix: a row for each moment, a column for each task.
+    """The score matrix: a row for each moment, a column for each task, and a summary below.
 
-    The score right after learning a task stands in brackets; later ones carry the change since then, green or
-    red; scores on tasks not learned yet are dim, and so are changes that may be chance by the scores' standard errors.
-    The caption sums up.
+    The score right after learning a task stands in brackets; later ones carry the change since then in green or red.
+    Scores on tasks not learned yet are dim, and so are changes that may be chance by the scores' standard errors.
     """
     kind = METRICS[metric]
-    table = Table(title=Text(title) if title else None, caption=_caption(scores, kind), caption_justify="left")
+    cells = summary_cells(scores, kind)
+    parts = [f"{title} {cells[name]}" for name, title in SUMMARY_TITLES.items() if cells[name] != UNMEASURED]
+    caption = Text("   ".join(parts) or "no held-out pairs were scored").append("\n").append_text(_unit_line(kind))
+    table = Table(title=Text(title) if title else None, caption=caption, caption_justify="left")
     table.add_column("after learning", style="bold")
     for task in scores.tasks:
         table.add_column(Text(task), justify="right")
-    table.add_row("nothing", *(Text(kind.value(score), style="dim") for score in scores.zero_shot), end_section=True)
-    for i, task in enumerate(scores.learned):
-        if any(score is not None for score in scores.matrix[i]):
-            name = Text("all tasks" if scores.regime == "joint" else task)
-            table.add_row(name, *(_cell(scores, i, j, kind, errors) for j in range(len(scores.tasks))))
+    for i, name in enumerate(["nothing", *scores.learned], -1):
+        row = [matrix_cell(scores, kind, errors, i, j) for j in range(len(scores.tasks))]
+        if i >= 0 and all(cell.kind == "unmeasured" for cell in row):
+            continue
+        texts = []
+        for cell in row:
+            if cell.change:
+                texts.append(Text(f"{cell.text} ").append(cell.change, style=_COLOURS[cell.direction]))
+            elif cell.kind == "learned":
+                texts.append(Text(f"[{cell.text}]", style="bold"))
+            else:
+                bright = cell.kind == "later" or (i >= 0 and scores.regime == "joint")
+                texts.append(Text(cell.text, style="" if bright and cell.kind != "unmeasured" else "dim"))
+        name = "all tasks" if i >= 0 and scores.regime == "joint" else name
+        table.add_row(Text(name), *texts, end_section=i < 0)
     return table
 
 
@@ -178,9 +200,9 @@ def comparison_table(runs: Mapping[str, Scores], metric: str = "accuracy", title
 
 
 def summary_cells(scores: Scores, metric: Metric) -> dict[str, str]:
-    """The four numbers as text; transfers are differences and carry a sign."""
+    """Last, BWT, AP and FWT as text; the transfers are differences and carry a sign."""
     return {
-        name: metric.change(value) if name in _CHANGES else metric.value(value)
+        name: metric.change(value) if name.endswith("transfer") else metric.value(value)
         for name, value in scores.summary.items()
     }
 
@@ -195,30 +217,6 @@ def best_values(runs: Mapping[str, Scores], metric: Metric) -> dict[str, str]:
             winner = max(known, key=lambda scores: scores.summary[name] or 0.0)
             best[name] = summary_cells(winner, metric)[name]
     return best
-
-
-def _cell(scores: Scores, i: int, j: int, metric: Metric, errors: Errors | None) -> Text:
-    score = scores.matrix[i][j]
-    if score is None:
-        return Text(UNMEASURED, style="dim")
-    if i == j and scores.regime != "joint":
-        return Text(f"[{metric.value(score)}]", style="bold")
-    if j > i:
-        return Text(metric.value(score), style="dim")
-    learned = scores.matrix[j][j]
-    if learned is None:
-        return Text(metric.value(score))
-    change = score - learned
-    text = Text(f"{metric.value(score)} ")
-    direction = "" if is_chance(change, errors, i, j) else metric.direction(change)
-    return text.append(metric.change(change), style=_COLOURS[direction])
-
-
-def _caption(scores: Scores, metric: Metric) -> Text:
-    cells = summary_cells(scores, metric)
-    parts = [f"{title} {cells[name]}" for name, title in SUMMARY_TITLES.items() if cells[name] != UNMEASURED]
-    summary = "   ".join(parts) or "no held-out pairs were scored"
-    return Text(f"{summary}\n").append_text(_unit_line(metric))
 
 
 def _unit_line(metric: Metric) -> Text:

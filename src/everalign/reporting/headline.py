@@ -1,9 +1,9 @@
-"""What a run or a comparison shows, in sentences computed from the numbers, and how far to trust them."""
+"""What a run or a comparison of runs shows, in sentences computed from its numbers, and how far to trust them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 from everalign.learning.run_data import RunData
 from everalign.reporting.formats import METRICS, count
@@ -13,32 +13,60 @@ _ACCURACY = METRICS["accuracy"]
 
 
 def headline(runs: Sequence[RunData], labels: Sequence[str]) -> str:
-    """Which run kept more of what it had learned; for one run, how much it kept."""
+    """Return how much a run kept of what it had learned, or which of several kept more and which ends higher."""
     if len(runs) == 1:
         return _one_run(runs[0], labels[0])
-    return " ".join(filter(None, (_who_kept_more(runs, labels), _who_ends_higher(runs, labels))))
+    scores = {label: run.scores() for label, run in zip(labels, runs, strict=True)}
+    last = {label: one.last for label, one in scores.items() if one.last is not None}
+    if not last:
+        return "No held-out pairs were scored, so nothing can be said about what was kept."
+    order = sorted(last, key=lambda label: -last[label])
+    listing = _listing([f"{_ACCURACY.full(last[label])} for {label}" for label in order])
+    ends = f"At the end, the chosen response is preferred in this share of held-out pairs: {listing}."
+    kept = {label: one.backward_transfer for label, one in scores.items() if one.backward_transfer is not None}
+    return f"{_who_kept_more(kept, dict(zip(labels, runs, strict=True)))} {ends}" if len(kept) > 1 else ends
 
 
 def cautions(runs: Sequence[RunData], labels: Sequence[str]) -> list[str]:
-    """Reasons to read the headline with care, each a sentence."""
+    """Return reasons to read the headline with care, each a sentence."""
     found = []
     if len({tuple(run.tasks) for run in runs}) > 1:
         found.append("The runs have different tasks, or another order of tasks.")
     if len({run.facts.model_fingerprint for run in runs}) > 1:
         found.append("The runs start from different base models.")
-    if _other_test_sets(runs):
+    tests = {(v.task, v.manifest.test.fingerprint) for run in runs for v in run.versions if v.manifest.test}
+    if len(tests) > len({task for task, _ in tests}):
         found.append("The runs were tested on different held-out pairs.")
-    for name, value, error in (
-        ("What was kept", _kept, of_transfer),
-        ("The final score", _last, of_last),
-    ):
-        found.extend(_too_close(runs, labels, name, value, error))
+    # (value, its standard error, label, held-out pairs) of each run, by what is compared.
+    compared: dict[str, list[tuple[float, float, str, int]]] = {"What was kept": [], "The final score": []}
+    for run, label in zip(runs, labels, strict=True):
+        scores = run.scores()
+        values = ((scores.backward_transfer, of_transfer(run)), (scores.last, of_last(run)))
+        for rows, (value, error) in zip(compared.values(), values, strict=True):
+            if value is not None:
+                rows.append((value, error or 0.0, label, _pairs(run)))
+    found += filter(None, (_too_close(name, rows) for name, rows in compared.items()))
     for label, run in zip(labels, runs, strict=True):
         for version in run.versions:
             found += [f"{label}, {version.task}: {warning}." for warning in version.manifest.warnings]
     if len(runs) > 1:
         found.append("Each run is one seed; a claim about methods needs several.")
     return found
+
+
+def _too_close(name: str, rows: list[tuple[float, float, str, int]]) -> str:
+    """Return a sentence if the best two runs differ by less than twice the sampling error of their difference."""
+    if len(rows) < 2:
+        return ""
+    (best, error, first, pairs), (other, other_error, second, _) = sorted(rows, key=lambda row: -row[0])[:2]
+    spread = math.hypot(error, other_error)
+    if best - other >= WIDTH * spread:
+        return ""
+    return (
+        f"{name} differs between {first} and {second} by {_ACCURACY.amount(best - other)}, less than "
+        f"twice the sampling error of that difference ({_ACCURACY.amount(spread)} with {count(pairs)} "
+        "held-out pairs): too close to call."
+    )
 
 
 def _one_run(run: RunData, label: str) -> str:
@@ -49,50 +77,38 @@ def _one_run(run: RunData, label: str) -> str:
     n = len(scores.learned)
     start = (
         f"After {n} {'task' if n == 1 else 'tasks'}, {label} prefers the chosen response in "
-        f"{_ACCURACY.full(last)} of held-out pairs (± {_half(of_last(run))})"
+        f"{_ACCURACY.full(last)} of held-out pairs (± {_ACCURACY.amount(WIDTH * (of_last(run) or 0.0))})"
     )
     if transfer is None or not lost:
         return f"{start}."
-    error = of_transfer(run) or 0.0
-    if abs(transfer) < WIDTH * error:
+    error = WIDTH * (of_transfer(run) or 0.0)
+    if abs(transfer) < error:
         return (
             f"{start}; whether its earlier tasks gained or lost since they were learned cannot be told from chance "
-            f"with {count(_pairs(run))} pairs ({_ACCURACY.change(transfer)} ± {_half(error)} on average)."
+            f"with {count(_pairs(run))} pairs ({_ACCURACY.change(transfer)} ± {_ACCURACY.amount(error)} on average)."
         )
     worst = max(lost, key=lambda task: lost[task])
     detail = f" (most on {worst}: {_ACCURACY.amount(lost[worst])} below its best)" if lost[worst] > 0 else ""
     return (
-        f"{start}; its earlier tasks {_moved(transfer)} (± {_half(error)}) on average since they were learned{detail}."
+        f"{start}; its earlier tasks {_moved(transfer)} (± {_ACCURACY.amount(error)}) on average "
+        f"since they were learned{detail}."
     )
 
 
-def _who_kept_more(runs: Sequence[RunData], labels: Sequence[str]) -> str:
-    kept = {label: value for run, label in zip(runs, labels, strict=True) if (value := _kept(run)) is not None}
-    if len(kept) < 2:
-        return ""
+def _who_kept_more(kept: Mapping[str, float], runs: Mapping[str, RunData]) -> str:
+    """Compare runs by their backward transfer, `kept`."""
     order = sorted(kept, key=lambda label: -kept[label])
+    best, second = order[:2]
     if len({_ACCURACY.change(value) for value in kept.values()}) == 1:
-        return f"All runs kept equally much: their earlier tasks {_moved(kept[order[0]])} on average."
-    by_label = dict(zip(labels, runs, strict=True))
-    first, second = (by_label[label] for label in order[:2])
-    spread = math.hypot(of_transfer(first) or 0.0, of_transfer(second) or 0.0)
-    if kept[order[0]] - kept[order[1]] < WIDTH * spread:
-        each = _listing([f"{label}'s {_moved(kept[label])}" for label in order])
-        return f"Which run kept more cannot be told from chance: of their earlier tasks, {each} on average."
-    others = _listing([f"{label}'s {_moved(kept[label])}" for label in order[1:]])
+        return f"All runs kept equally much: their earlier tasks {_moved(kept[best])} on average."
+    each = [f"{label}'s {_moved(kept[label])}" for label in order]
+    error = math.hypot(*(of_transfer(runs[label]) or 0.0 for label in (best, second)))
+    if kept[best] - kept[second] < WIDTH * error:
+        return f"Which run kept more cannot be told from chance: of their earlier tasks, {_listing(each)} on average."
     return (
-        f"{order[0]} kept more of what it had learned: its earlier tasks {_moved(kept[order[0]])} on average "
-        f"since they were learned, while {others}."
+        f"{best} kept more of what it had learned: its earlier tasks {_moved(kept[best])} on average "
+        f"since they were learned, while {_listing(each[1:])}."
     )
-
-
-def _who_ends_higher(runs: Sequence[RunData], labels: Sequence[str]) -> str:
-    last = {label: value for run, label in zip(runs, labels, strict=True) if (value := _last(run)) is not None}
-    if not last:
-        return "No held-out pairs were scored, so nothing can be said about what was kept."
-    order = sorted(last, key=lambda label: -last[label])
-    listing = _listing([f"{_ACCURACY.full(last[label])} for {label}" for label in order])
-    return f"At the end, the chosen response is preferred in this share of held-out pairs: {listing}."
 
 
 def _moved(change: float) -> str:
@@ -104,49 +120,5 @@ def _listing(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _kept(run: RunData) -> float | None:
-    return run.scores().backward_transfer
-
-
-def _last(run: RunData) -> float | None:
-    return run.scores().last
-
-
-def _too_close(
-    runs: Sequence[RunData],
-    labels: Sequence[str],
-    name: str,
-    value: Callable[[RunData], float | None],
-    error: Callable[[RunData], float | None],
-) -> list[str]:
-    """A sentence if the best two runs differ by less than twice the sampling error of their difference."""
-    known = [
-        (number, label, run) for run, label in zip(runs, labels, strict=True) if (number := value(run)) is not None
-    ]
-    if len(known) < 2:
-        return []
-    (best, first, one), (second_best, second, two) = sorted(known, key=lambda entry: -entry[0])[:2]
-    spread = math.hypot(error(one) or 0.0, error(two) or 0.0)
-    if best - second_best >= WIDTH * spread:
-        return []
-    return [
-        f"{name} differs between {first} and {second} by {_ACCURACY.amount(best - second_best)}, less than "
-        f"twice the sampling error of that difference ({_ACCURACY.amount(spread)} with {count(_pairs(one))} "
-        "held-out pairs): too close to call."
-    ]
-
-
-def _half(error: float | None) -> str:
-    """Half the width of the 95 % interval."""
-    return _ACCURACY.amount(WIDTH * (error or 0.0))
-
-
 def _pairs(run: RunData) -> int:
-    return sum(score.pairs for score in run.versions[-1].scores.values())
-
-
-def _other_test_sets(runs: Sequence[RunData]) -> bool:
-    """Whether a task's held-out pairs differ between two runs."""
-    seen: dict[str, str] = {}
-    sets = ((version.task, version.manifest.test) for run in runs for version in run.versions)
-    return any(test and seen.setdefault(task, test.fingerprint) != test.fingerprint for task, test in sets)
+    return sum(score.pairs for score in run.versions[-1].scores.values()) if run.versions else 0

@@ -1,20 +1,38 @@
-"""The report: one HTML file that needs nothing but itself."""
+"""The HTML report on one run or several side by side: one file that needs nothing but itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from everalign.errors import InputError
+from everalign.learning.promotion import what_fell
 from everalign.learning.run_data import RunData, load_run, run_labels
+from everalign.learning.run_files import ModuleConsolidation
 from everalign.learning.scores import Scores
-from everalign.reporting import report_views as views
-from everalign.reporting.answers import AnswerPair, CorrectorShow, answer_pairs
-from everalign.reporting.formats import METRICS, SUMMARY_TITLES, Metric, best_values, summary_cells
+from everalign.reporting.answers import CorrectorShow, answer_pairs
+from everalign.reporting.formats import (
+    METRICS,
+    SUMMARY_TITLES,
+    UNMEASURED,
+    Cell,
+    Metric,
+    best_values,
+    count,
+    matrix_cell,
+    percent,
+    seconds,
+    significant,
+    summary_cells,
+)
 from everalign.reporting.headline import cautions, headline
 from everalign.reporting.plots import (
     change_bar,
@@ -25,41 +43,56 @@ from everalign.reporting.plots import (
     score_heatmap,
     training_curves,
 )
-from everalign.reporting.sampling_error import error_matrix
+from everalign.reporting.sampling_error import Errors, error_matrix, is_chance
 from everalign.storage import write_text
 
 _ACCURACY = METRICS["accuracy"]
+_Show = Callable[[float | None], str]
+
+# Columns of tables: which number, and how it is printed; of consolidation also how modules are taken together.
+_WEIGHTS: dict[str, tuple[str, _Show]] = {
+    "temperature": ("temperature", significant),
+    "effective share": ("effective_share", percent),
+    "largest": ("largest_weight", significant),
+    "top tenth": ("top_decile_share", percent),
+    "with reward": ("reward_correlation", significant),
+    "with length": ("length_correlation", significant),
+    "one reward": ("constant_share", percent),
+    "capped": ("capped_share", percent),
+    "KL, nats": ("kl_to_reference", significant),
+}
+_percent2 = partial(percent, digits=2)
+_rank = "{:.3g}".format
+_CONSOLIDATION: dict[str, tuple[str, Callable[[list[float]], float], _Show]] = {
+    "rank": ("rank", fmean, _rank),
+    "energy kept": ("energy_kept", fmean, percent),
+    "projected energy": ("projected_energy", fmean, _percent2),
+    "norm before": ("norm_before", lambda norms: math.hypot(*norms), significant),
+    "norm after": ("norm_after", lambda norms: math.hypot(*norms), significant),
+    "memory rank": ("memory_rank", fmean, _rank),
+    "discarded energy": ("discarded_energy", fmean, _percent2),
+    "lost history": ("bank_lost_energy", fmean, _percent2),
+}
 
 
 @dataclass(frozen=True)
-class RunView:
-    """One run as the template prints it."""
+class Row:
+    """A named line of a table: cells, or texts."""
 
-    label: str
-    anchor: str
-    tasks: Sequence[str]
-    regime: str
-    heatmap: Markup | None
-    changes: Markup | None
-    curves: Markup | None
-    matrices: Mapping[str, Sequence[views.Row]]
-    forgetting: Sequence[views.Row]
-    drift: Sequence[views.Row]
-    consolidation: Sequence[views.ConsolidationView]
-    effects: Sequence[views.Row]
-    stages: Sequence[views.Row]
-    weights: Sequence[views.Row]
-    rollouts: Sequence[views.Row]
-    gate: Sequence[views.Row]
-    data: Sequence[views.Row]
-    answers: Mapping[str, Sequence[AnswerPair]]
+    name: str
+    cells: Sequence[Any]
 
 
 def write_report(runs: Sequence[Path], output: Path, corrector: CorrectorShow | None = None) -> Path:
-    """Write the report on one run, or on several side by side, to `output` and return its path.
+    """Write the report on some runs to `output`, whole or not at all, and return its path.
 
-    What a `corrector` did gets a section of its own. The file appears whole or not at all; one that was there before
-    is replaced.
+    Args:
+        runs: run directories.
+        output: the HTML file; one that was there before is replaced.
+        corrector: what a corrector did, for a section of its own.
+
+    Raises:
+        InputError: there are no runs, one cannot be read or is given twice, or the file cannot be written.
     """
     if not runs:
         raise InputError("a report needs at least one run directory")
@@ -72,9 +105,22 @@ def write_report(runs: Sequence[Path], output: Path, corrector: CorrectorShow | 
 
 
 def render_report(runs: Sequence[RunData], corrector: CorrectorShow | None = None) -> str:
-    """The report's HTML."""
+    """Return the report's HTML; arguments as in `write_report`."""
     labels = run_labels(runs)
-    scores = {label: run.scores() for label, run in zip(labels, runs, strict=True)}
+    by_label = dict(zip(labels, runs, strict=True))
+    scores = {label: run.scores() for label, run in by_label.items()}
+    errors = {label: error_matrix(run) for label, run in by_label.items()}
+    # One colour stands for one score in all heat maps, and all plots of changes have one axis.
+    found = [score for one in scores.values() for _, _, row in matrix_rows(one) for score in row if score is not None]
+    heat = (min(found), max(found)) if found else (0.0, 1.0)
+    ends = [0.0]
+    for label, one in scores.items():
+        for task, line in change_series(one).items():
+            for rows, change in line:
+                bar = change_bar(errors[label], rows, one.learned.index(task))
+                ends += [change - bar, change + bar]
+    room = max(0.08 * (max(ends) - min(ends)), 0.01)
+    limits = (min(ends) - room, max(ends) + room)
     environment = Environment(
         loader=PackageLoader("everalign.reporting"),
         autoescape=True,
@@ -87,90 +133,205 @@ def render_report(runs: Sequence[RunData], corrector: CorrectorShow | None = Non
         headline=headline(runs, labels),
         cautions=cautions(runs, labels),
         summary_titles=SUMMARY_TITLES,
-        summaries={metric: _summaries(runs, labels, METRICS[metric]) for metric in METRICS},
-        progress=progress_lines(scores, _errors(runs, labels), _ACCURACY, "progress"),
+        summaries={key: _summaries(by_label, metric) for key, metric in METRICS.items()},
+        progress=progress_lines(scores, errors, _ACCURACY, "progress"),
         metrics=METRICS,
-        runs=_run_views(runs, labels),
+        runs=[_run_view(run, label, f"run-{i}", heat, limits) for i, (label, run) in enumerate(by_label.items(), 1)],
         corrector=corrector,
-        facts=views.facts_view(runs),
-        consolidation_columns=views.CONSOLIDATION_COLUMNS,
-        stage_columns=views.STAGE_COLUMNS,
-        weight_columns=views.WEIGHT_COLUMNS,
-        rollout_columns=views.ROLLOUT_COLUMNS,
-        gate_columns=views.GATE_COLUMNS,
+        facts=facts_view(runs),
+        consolidation_columns=list(_CONSOLIDATION),
+        stage_columns=("stage", "reference policy", "step-0 margin", "rows", "replayed", "steps", "epochs", "time"),
+        weight_columns=list(_WEIGHTS),
+        rollout_columns=("round", "prompts", "answers", "unfinished", "temperature", "mean reward"),
+        gate_columns=("status", "tolerance", "what fell"),
     )
 
 
-def _summaries(runs: Sequence[RunData], labels: Sequence[str], metric: Metric) -> list[views.Row]:
-    """A row for each run: the four numbers, the best of each column marked."""
-    scores = {label: run.scores(metric.key) for label, run in zip(labels, runs, strict=True)}
+def _summaries(runs: Mapping[str, RunData], metric: Metric) -> list[Row]:
+    """Return a row for each run with its four numbers; the best of each column is marked."""
+    scores = {label: run.scores(metric.key) for label, run in runs.items()}
     best = best_values(scores, metric)
-    return [
-        views.Row(
-            label,
-            [
-                views.Cell(text, "best" if text == best.get(name) else "")
-                for name, text in summary_cells(one, metric).items()
-            ],
-        )
-        for label, one in scores.items()
+    rows = []
+    for label, one in scores.items():
+        cells = summary_cells(one, metric)
+        rows.append(Row(label, [Cell(text, "best" if text == best.get(name) else "") for name, text in cells.items()]))
+    return rows
+
+
+def _run_view(
+    run: RunData, label: str, anchor: str, heat: tuple[float, float], limits: tuple[float, float]
+) -> dict[str, Any]:
+    """Return what the template prints of one run; `anchor` keeps the ids of its plots apart from other runs'."""
+    scores, errors = run.scores(), error_matrix(run)
+    stages = [(version.task, stage) for version in run.versions for stage in version.manifest.stages]
+    rollouts = [(version.task, rollout) for version in run.versions for rollout in version.manifest.rollouts]
+    data = [
+        (version.task, use, rows)
+        for version in run.versions
+        for use, rows in (("train", version.manifest.train), ("test", version.manifest.test))
+        if rows
     ]
-
-
-def _run_views(runs: Sequence[RunData], labels: Sequence[str]) -> list[RunView]:
-    scores = [run.scores() for run in runs]
-    heat, change = _heat_limits(scores), _change_limits(runs)
-    return [
-        _run_view(run, label, f"run-{i}", heat, change)
-        for i, (run, label) in enumerate(zip(runs, labels, strict=True), 1)
-    ]
-
-
-def _run_view(run: RunData, label: str, anchor: str, heat: tuple[float, float], change: tuple[float, float]) -> RunView:
-    scores = run.scores()
-    training = [(version.task, version.training) for version in run.versions]
-    return RunView(
-        label=label,
-        anchor=anchor,
-        tasks=run.tasks,
-        regime=run.regime,
-        heatmap=score_heatmap(scores, _ACCURACY, heat, f"{anchor}-heatmap", label),
-        changes=change_lines(scores, error_matrix(run), _ACCURACY, change, f"{anchor}-changes", label),
-        curves=training_curves(training, f"{anchor}-curves", label),
-        matrices={
-            key: views.matrix_view(run.scores(key), metric, error_matrix(run, key)) for key, metric in METRICS.items()
+    drift = {
+        f"after {version.task}": [
+            version.scores[task].kl_previous if task in version.scores else None for task in run.tasks
+        ]
+        for version in run.versions
+    }
+    return {
+        "label": label,
+        "tasks": run.tasks,
+        "regime": run.regime,
+        "heatmap": score_heatmap(scores, _ACCURACY, heat, f"{anchor}-heatmap", label),
+        "changes": change_lines(scores, errors, _ACCURACY, limits, f"{anchor}-changes", label),
+        "curves": training_curves([(v.task, v.training) for v in run.versions], f"{anchor}-curves", label),
+        "matrices": {
+            key: matrix_view(run.scores(key), metric, error_matrix(run, key)) for key, metric in METRICS.items()
         },
-        forgetting=views.forgetting_view(scores, _ACCURACY, error_matrix(run)),
-        drift=views.drift_view(run),
-        consolidation=views.consolidation_view(run),
-        effects=views.effect_view(run),
-        stages=views.stage_view(run),
-        weights=views.weight_view(run),
-        rollouts=views.rollout_view(run),
-        gate=views.gate_view(run),
-        data=views.data_view(run),
-        answers=answer_pairs(run),
-    )
+        "forgetting": forgetting_view(scores, _ACCURACY, errors),
+        "drift": [
+            Row(name, [significant(value) for value in row])
+            for name, row in drift.items()
+            if any(value is not None for value in row)
+        ],
+        "consolidation": [
+            {
+                "task": version.task,
+                "total": _consolidation_cells(version.consolidation),
+                "modules": [Row(module.module, _consolidation_cells([module])) for module in version.consolidation],
+            }
+            for version in run.versions
+            if version.consolidation
+        ],
+        "effects": effect_view(run),
+        "stages": [
+            Row(
+                task,
+                [
+                    stage.stage,
+                    stage.reference or UNMEASURED,
+                    significant(stage.step0_margin),
+                    count(stage.rows),
+                    count(stage.replayed),
+                    count(stage.steps),
+                    f"{stage.epochs:g}",
+                    seconds(stage.seconds),
+                ],
+            )
+            for task, stage in stages
+        ],
+        "weights": [
+            Row(version.task, [show(version.manifest.weights.get(field)) for field, show in _WEIGHTS.values()])
+            for version in run.versions
+            if version.manifest.weights is not None
+        ],
+        "rollouts": [
+            Row(
+                task,
+                [
+                    *(f"{rollout[name]:.0f}" for name in ("round", "prompts", "answers", "unfinished")),
+                    *(significant(rollout[name]) for name in ("sampling_temperature", "mean_reward")),
+                ],
+            )
+            for task, rollout in rollouts
+        ],
+        "gate": gate_view(run),
+        "data": [Row(task, [use, rows.source, count(rows.rows), rows.fingerprint]) for task, use, rows in data],
+        "answers": answer_pairs(run),
+    }
 
 
-def _heat_limits(scores: Sequence[Scores]) -> tuple[float, float]:
-    """The lowest and the highest score of all runs, so that one colour means one score everywhere."""
-    found = [score for one in scores for _, row in matrix_rows(one) for score in row if score is not None]
-    return (min(found), max(found)) if found else (0.0, 1.0)
+def matrix_view(scores: Scores, metric: Metric, errors: Errors | None = None) -> list[Row]:
+    """Return the score matrix below the zero-shot row; cells after learning carry the change since then.
+
+    A change that may be chance by the scores' standard errors has no direction.
+    """
+    return [
+        Row(name, [matrix_cell(scores, metric, errors, i, j) for j in range(len(row))])
+        for name, i, row in matrix_rows(scores)
+    ]
 
 
-def _change_limits(runs: Sequence[RunData]) -> tuple[float, float]:
-    """Axis limits that hold every run's changes with their bars, and zero, with some room."""
-    found = [0.0]
+def forgetting_view(scores: Scores, metric: Metric, errors: Errors | None = None) -> list[Row]:
+    """Return a row for each earlier task: score when learned, best since, last; last minus learned; best minus last.
+
+    Where the change may be chance by the scores' standard errors, neither difference has a direction.
+    """
+    rows, final = [], len(scores.matrix) - 1
+    for j, task in enumerate(scores.learned):
+        if task not in scores.forgetting:
+            continue
+        lost, last, learned = scores.forgetting[task], scores.matrix[-1][j], scores.matrix[j][j]
+        change = scores.changes[j]
+        chance = is_chance(change, errors, final, j)
+        values = [metric.value(score) for score in (learned, None if last is None else last + lost, last)]
+        moved = ((metric.change(change), change), (metric.change(lost), -lost))
+        cells = [Cell(text, direction="" if chance else metric.direction(value)) for text, value in moved]
+        rows.append(Row(task, [*map(Cell, values), *cells]))
+    return rows
+
+
+def _consolidation_cells(modules: Sequence[ModuleConsolidation]) -> list[str]:
+    columns = _CONSOLIDATION.values()
+    return [show(over([getattr(module, field) for module in modules])) for field, over, show in columns]
+
+
+def effect_view(run: RunData) -> list[Row]:
+    """Return the accuracy right before and after consolidation, per version and task scored both times."""
+    rows = []
+    for version in run.versions:
+        scored_before = version.before or {}
+        for task in (task for task in run.tasks if task in scored_before and task in version.scores):
+            before, after = scored_before[task].accuracy, version.scores[task].accuracy
+            change = Cell(_ACCURACY.change(after - before), direction=_ACCURACY.direction(after - before))
+            texts = (task, _ACCURACY.value(before), _ACCURACY.value(after))
+            rows.append(Row(version.task, [*map(Cell, texts), change]))
+    return rows
+
+
+def gate_view(run: RunData) -> list[Row]:
+    """Return a row for each version with what became of it; nothing where there was no gate and no rollback."""
+    if not run.beside and all(version.manifest.gate is None for version in run.versions):
+        return []
+    rows = []
+    for version in run.everything:
+        verdict, status = version.manifest.gate, run.status(version) or "in the line"
+        cells = [UNMEASURED] * 2 if verdict is None else [percent(verdict.tolerance), what_fell(verdict) or "nothing"]
+        rows.append(Row(version.id, [status, *cells]))
+    return rows
+
+
+def facts_view(runs: Sequence[RunData]) -> list[Row]:
+    """Return a row for each fact on how the runs were set up, a cell for each run."""
+    tables = []
     for run in runs:
-        scores, errors = run.scores(), error_matrix(run)
-        for task, line in change_series(scores).items():
-            for rows, change in line:
-                bar = change_bar(errors, rows, scores.learned.index(task))
-                found += [change - bar, change + bar]
-    room = max(0.08 * (max(found) - min(found)), 0.01)
-    return min(found) - room, max(found) + room
+        facts = run.facts
+        left_out = {"versions left out": ", ".join(run.left_out)} if run.left_out else {}
+        tables.append(
+            {
+                "directory": str(run.path),
+                "model": facts.model,
+                "model fingerprint": facts.model_fingerprint,
+                "objective": facts.objective,
+                **_flat(facts.method.model_dump(), "method: "),
+                **_flat(facts.settings, "setting: "),
+                "seed": str(facts.seed),
+                "created": facts.created,
+                "promoted version": run.current or "none",
+                **left_out,
+                **_flat({"everalign": facts.everalign, **facts.libraries}, "version: "),
+                **_flat(facts.machine, "machine: "),
+            }
+        )
+    names = dict.fromkeys(name for table in tables for name in table)
+    return [Row(name, [table.get(name, UNMEASURED) for table in tables]) for name in names]
 
 
-def _errors(runs: Sequence[RunData], labels: Sequence[str]) -> dict[str, list[list[float | None]]]:
-    return {label: error_matrix(run) for label, run in zip(labels, runs, strict=True)}
+def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, str]:
+    """Return nested settings as printed values by dotted name, behind a prefix."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return flat
