@@ -213,7 +213,7 @@ def test_an_export_is_a_corrector(tmp_path, capsys):
     # What it learned goes on in the next run, behind the same template.
     again = make_learner(folder, tmp_path / "next", None, "correction", options=OPTIONS)
     assert again.run.facts.settings["objectives"] == "kind"
-    with pytest.raises(InputError, match="was trained behind the template 'everalign-1', not 'aligner-1'"):
+    with pytest.raises(InputError, match="was trained with the template 'everalign-1', not 'aligner-1'"):
         Learner(
             str(folder), objective="correction", output=tmp_path / "x", correction=CorrectionTaskOptions("aligner-1")
         )

@@ -328,7 +328,7 @@ def test_a_corrector_goes_on_with_its_own_template(tmp_path):
     assert again.facts.template == "aligner-2"
     same_one = train(tmp_path / "c", model=str(first.path), options=QUICK.replace(template="aligner-2"))
     assert same(weights_of(again.path), weights_of(same_one.path))
-    with pytest.raises(InputError, match="was trained behind the template 'aligner-2', not 'everalign-1'"):
+    with pytest.raises(InputError, match="was trained with the template 'aligner-2', not 'everalign-1'"):
         train(tmp_path / "d", model=str(first.path), options=QUICK.replace(template="everalign-1"))
 
 

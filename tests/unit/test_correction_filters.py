@@ -5,7 +5,7 @@ import random
 import pytest
 
 from everalign.correction import filter_corrections, get_template
-from everalign.correction.filters import REASONS, _jaccard, _near_duplicates
+from everalign.correction.filters import REASONS, jaccard, near_duplicates
 from everalign.data import CorrectionSet
 from everalign.errors import InputError
 
@@ -92,8 +92,8 @@ def test_comparing_few_sets_finds_what_comparing_all_would(near):
     sets = [frozenset(rng.sample("abcdefghijklmnopqrst", rng.randint(3, 20))) for _ in range(200)]
     kept, expected = [], []
     for i, members in enumerate(sets):
-        (expected if any(_jaccard(members, sets[j]) >= near for j in kept) else kept).append(i)
-    assert list(_near_duplicates(sets, near)) == expected
+        (expected if any(jaccard(members, sets[j]) >= near for j in kept) else kept).append(i)
+    assert list(near_duplicates(sets, near)) == expected
     assert expected
 
 

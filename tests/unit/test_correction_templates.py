@@ -318,7 +318,7 @@ def test_a_model_without_corrector_json_needs_its_template_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "template", "message"),
     [
-        ({}, "aligner-1", "was trained behind the template 'everalign-1', not 'aligner-1'; leave the template out"),
+        ({}, "aligner-1", "was trained with the template 'everalign-1', not 'aligner-1'; leave the template out"),
         ({}, "nothing", "unknown template 'nothing'"),
         (
             {"template": "everalign-9"},

@@ -1,4 +1,4 @@
-"""A corrector's folder: a plain Hugging Face language model, its tokenizer, and the template it was trained behind."""
+"""A corrector's folder: a Hugging Face language model, its tokenizer, and `corrector.json` with its template."""
 
 import os
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ FACTS_FILE = "corrector.json"
 
 
 class CorrectorFacts(BaseModel):
-    """What is known of a corrector, as `corrector.json` holds it.
+    """The content of `corrector.json`.
 
     Args:
         format: of the file.
-        template: id of the template it was trained behind.
+        template: id of the template it was trained with.
         objectives: those that the template named in training.
         encoding: fingerprint of template and tokenizer (see `CorrectionEncoder.fingerprint`).
         max_length: longest question, answer and correction together, in tokens; longer ones were cut or dropped.
-        base_model: what it was trained from, as the user named it.
+        base_model: the model it was trained from, as the user named it.
         base_fingerprint: of the weights it was trained from.
         data: fingerprint of the training rows.
         rows: number of rows it was trained on.
@@ -54,13 +54,13 @@ class CorrectorFacts(BaseModel):
 
 @dataclass(frozen=True)
 class CorrectorFiles:
-    """What decides how a corrector is read.
+    """How a corrector is prompted.
 
     Args:
         name: the corrector's folder, or its name on the Hub.
-        template: the one it was trained behind.
+        template: the one it was trained with.
         objectives: those it was trained with; others may be named where the template has a place for them.
-        facts: what its `corrector.json` says; None where it has none, and its user named the template.
+        facts: its `corrector.json`; None where it has none and the user named the template.
     """
 
     name: str
@@ -69,7 +69,7 @@ class CorrectorFiles:
     facts: CorrectorFacts | None
 
     def encoder(self, tokenizer: "PreTrainedTokenizerBase") -> CorrectionEncoder:
-        """Return the encoder of the corrector's template, with its own objectives.
+        """Return the corrector's encoder.
 
         Raises:
             InputError: this is not the tokenizer that the corrector was trained with.
@@ -89,7 +89,7 @@ def write_corrector_facts(folder: Path, facts: CorrectorFacts) -> None:
 
 
 def load_corrector_files(folder: str | os.PathLike[str], template: str | None = None) -> CorrectorFiles:
-    """Read how a corrector is to be used.
+    """Read how a corrector is prompted.
 
     Args:
         folder: a corrector's folder; or, where `template` is named, any language model's folder or Hub name.
@@ -98,7 +98,7 @@ def load_corrector_files(folder: str | os.PathLike[str], template: str | None = 
 
     Raises:
         InputError: there is no `corrector.json` and no template is named, the file is damaged, the template is unknown
-            or not the one the corrector was trained behind.
+            or not the one the corrector was trained with.
     """
     named = None if template is None else get_template(template)
     path = Path(folder) / FACTS_FILE
@@ -106,35 +106,44 @@ def load_corrector_files(folder: str | os.PathLike[str], template: str | None = 
         if named is None:
             raise InputError(
                 f"{folder}: no corrector (it has no {FACTS_FILE}); train one with everalign correct train, or name the "
-                f"template that it was trained behind: {', '.join(TEMPLATES)}"
+                f"template that it was trained with: {', '.join(TEMPLATES)}"
             )
         return CorrectorFiles(str(folder), named, (), None)
-    facts = _read_facts(path)
-    stored = _stored_template(path, facts)
+    content = read_json(path)
+    try:
+        facts = CorrectorFacts.model_validate(content)
+        stored = get_template(facts.template)
+        stored.check_objectives(facts.objectives)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(f"{path}: field {field!r}: {first['msg']}; restore the file") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}; restore the file, or use the version that wrote it") from None
     if named is not None and named != stored:
         raise InputError(
-            f"{folder}: was trained behind the template {stored.id!r}, not {named.id!r}; leave the template out"
+            f"{folder}: was trained with the template {stored.id!r}, not {named.id!r}; leave the template out"
         )
     return CorrectorFiles(str(folder), stored, facts.objectives, facts)
 
 
 def is_corrector(model: str) -> bool:
-    """Whether a model (a folder, a Hub name, `tiny`, ...) says by its `corrector.json` that it is a corrector."""
+    """Whether a model (a folder, a Hub name, `tiny`, ...) has a `corrector.json`."""
     return (Path(resolve_model(model)) / FACTS_FILE).is_file()
 
 
 def chosen_template(
     model: str, template: str | None, objectives: Sequence[str] | None
 ) -> tuple[Template, tuple[str, ...]]:
-    """Return what a corrector that is trained from a model reads: what its user names, or what it has read so far.
+    """Return template and objectives for training a corrector from a model.
 
     Args:
-        model: a corrector, which goes on with its own template, or any language model.
-        template: id of the template, if named.
-        objectives: if named; none, or the corrector's, when None.
+        model: a corrector, which keeps its template, or any language model.
+        template: id of the template; the corrector's or the default one when None.
+        objectives: the corrector's, or none, when None.
 
     Raises:
-        InputError: the template is unknown, cannot name the objectives, or is not the one the model was trained behind.
+        InputError: the template is unknown, cannot name the objectives, or is not the one the model was trained with.
     """
     source = resolve_model(model)
     if not (Path(source) / FACTS_FILE).is_file():
@@ -142,22 +151,3 @@ def chosen_template(
         return named, named.check_objectives(objectives or ())
     files = load_corrector_files(source, template)
     return files.template, files.template.check_objectives(files.objectives if objectives is None else objectives)
-
-
-def _read_facts(path: Path) -> CorrectorFacts:
-    content = read_json(path)
-    try:
-        return CorrectorFacts.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise InputError(f"{path}: field {field!r}: {first['msg']}; restore the file") from None
-
-
-def _stored_template(path: Path, facts: CorrectorFacts) -> Template:
-    try:
-        template = get_template(facts.template)
-        template.check_objectives(facts.objectives)
-    except InputError as error:
-        raise InputError(f"{path}: {error}; restore the file, or use the version that wrote it") from None
-    return template

@@ -1,4 +1,4 @@
-"""Which corrections are worth learning from: what is left out, for which reason, and how often.
+"""Filter correction data: leave out rows that teach a corrector nothing or something wrong, and count the reasons.
 
 A correction that equals its answer stays: it teaches a corrector to leave good answers alone.
 """
@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 from everalign.correction.templates import DEFAULT_TEMPLATE, Template, get_template, question_text
 from everalign.data.records import Correction, CorrectionSet
 from everalign.errors import InputError
-from everalign.text import folded as folded_text
+from everalign.text import folded
 
 LONGEST_CORRECTION = 16_384
 NEAR = 0.9
 
 REASONS = ("empty", "too long", "template echo", "refusal of the task", "duplicate", "near-duplicate")
 
-_SHINGLE = 5
-# An editor who speaks of the editing. A refusal to answer the question itself is a correction like any other.
+_SHINGLE = 5  # characters
+# A correction that talks about editing, near its beginning. A refusal to answer the question itself is a correction
+# like any other.
 _OPENING = 240
 _EDITING = r"(?:edit|correct|rewrit|revis|improv|modify|modif|rephras)\w*"
 _EDITED = r"(?:question[ -–]answer pair|answer|response|text|passage|content)"
@@ -35,7 +36,7 @@ _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Filtered:
-    """What a filter kept, and what it left out.
+    """The rows that a filter kept, and how many it left out.
 
     Args:
         rows: the kept rows in their order.
@@ -60,18 +61,20 @@ def filter_corrections(
 ) -> Filtered:
     """Leave out corrections that teach a corrector nothing or something wrong.
 
-    empty: not one letter, digit or symbol. too long: more than `longest` characters. template echo: the correction has
-    a mark of the template. refusal of the task: it says that it will not edit, or that there was nothing to edit.
-    duplicate: question, answer and correction are those of an earlier row but for case, punctuation and white space.
-    near-duplicate: the question is, and answer and correction together share at least `near` of their pieces of five
-    characters (Jaccard's index) with one earlier row that was kept.
+    * empty: no letter, digit or symbol.
+    * too long: more than `longest` characters.
+    * template echo: the correction contains a mark of the template.
+    * refusal of the task: it says that it will not edit, or that there was nothing to edit.
+    * duplicate: question, answer and correction are those of an earlier row except for case, punctuation and white
+      space.
+    * near-duplicate: the question is that of an earlier row that was kept, and the five-character shingles of answer
+      and correction have a Jaccard index of at least `near` with that row's.
 
     Args:
         rows: the corrections.
-        template: whose marks a correction must not have; the default one when None.
+        template: whose marks a correction must not contain; the default template when None.
         longest: most characters of a correction.
-        near: from what similarity on, above 0, a row is a near-duplicate; 1 leaves these out only where all pieces are
-            the same.
+        near: similarity from which a row is a near-duplicate; 1 leaves out only rows with the same shingles.
 
     Raises:
         InputError: `longest` is below 1, or `near` is not above 0 and at most 1.
@@ -80,17 +83,27 @@ def filter_corrections(
         raise InputError(f"longest: must be at least 1 character, found {longest}")
     if not 0 < near <= 1:
         raise InputError(f"near: must be above 0 and at most 1, found {near}")
-    marks = get_template(DEFAULT_TEMPLATE) if template is None else template
-    reasons = [_fault(row, marks, longest) for row in rows]
-    folded = [_folded_row(row) for row in rows]
-    _mark_duplicates(folded, reasons)
-    _mark_near_duplicates(folded, reasons, near)
+    template = template or get_template(DEFAULT_TEMPLATE)
+    reasons = [_fault(row, template, longest) for row in rows]
+    texts = [(folded(question_text(row.question)), folded(row.answer), folded(row.correction)) for row in rows]
+    seen: set[tuple[str, str, str]] = set()
+    by_question: dict[str, list[int]] = defaultdict(list)
+    for i, row in enumerate(texts):
+        if reasons[i] is None and row in seen:
+            reasons[i] = "duplicate"
+        elif reasons[i] is None:
+            seen.add(row)
+            by_question[row[0]].append(i)
+    for group in by_question.values():
+        if len(group) > 1:
+            for place in near_duplicates([_shingles(*texts[i][1:]) for i in group], near):
+                reasons[group[place]] = "near-duplicate"
     kept = tuple(row for row, reason in zip(rows, reasons, strict=True) if reason is None)
     return Filtered(replace(rows, items=kept), Counter(reason for reason in reasons if reason is not None))
 
 
 def _fault(row: Correction, template: Template, longest: int) -> str | None:
-    """Say what is wrong with a row alone."""
+    """Return why a row is left out whatever the others are."""
     if not any(unicodedata.category(char)[0] in "LNS" for char in row.correction):
         return "empty"
     if len(row.correction) > longest:
@@ -102,61 +115,36 @@ def _fault(row: Correction, template: Template, longest: int) -> str | None:
     return None
 
 
-_Folded = tuple[str, str, str]
-
-
-def _folded_row(row: Correction) -> _Folded:
-    return folded_text(question_text(row.question)), folded_text(row.answer), folded_text(row.correction)
-
-
-def _mark_duplicates(folded: Sequence[_Folded], reasons: list[str | None]) -> None:
-    seen: set[_Folded] = set()
-    for i, row in enumerate(folded):
-        if reasons[i] is None and row in seen:
-            reasons[i] = "duplicate"
-        seen |= {row} if reasons[i] is None else set()
-
-
-def _mark_near_duplicates(folded: Sequence[_Folded], reasons: list[str | None], near: float) -> None:
-    groups: dict[str, list[int]] = defaultdict(list)
-    for i, (question, _, _) in enumerate(folded):
-        if reasons[i] is None:
-            groups[question].append(i)
-    for group in groups.values():
-        if len(group) > 1:
-            for place in _near_duplicates([_shingles(folded[i]) for i in group], near):
-                reasons[group[place]] = "near-duplicate"
-
-
-def _shingles(row: _Folded) -> frozenset[str]:
-    """Return all pieces of answer and correction, those of the one told apart from those of the other."""
+def _shingles(answer: str, correction: str) -> frozenset[str]:
+    """Return the character shingles of both texts; the same shingle counts apart in answer and correction."""
     return frozenset(
         f"{part}{text[i : i + _SHINGLE]}"
-        for part, text in enumerate(row[1:])
+        for part, text in enumerate((answer, correction))
         for i in range(max(1, len(text) - _SHINGLE + 1))
     )
 
 
-def _near_duplicates(sets: Sequence[frozenset[str]], near: float) -> Iterator[int]:
-    """Yield the places of sets that are near an earlier one which is not yielded itself.
+def near_duplicates(sets: Sequence[frozenset[str]], near: float) -> Iterator[int]:
+    """Yield the indices of sets whose Jaccard index with an earlier set that is not yielded is at least `near`.
 
-    Two sets with Jaccard's index of at least `near` share one of the first (1 - near)·size + 1 members of each, in
-    whatever order of all members; with the rarest first, few sets have to be compared.
+    Prefix filtering: in any order of all members, two such sets share one of the first (1 - near)·size + 1 members of
+    each. With the rarest members first, few sets have to be compared.
     """
     counts = Counter(member for members in sets for member in members)
     index: dict[str, list[int]] = defaultdict(list)
     for i, members in enumerate(sets):
         ordered = sorted(members, key=lambda member: (counts[member], member))
-        # The rounding error of the product must not cost a member.
-        first = ordered[: int((1 - near) * len(ordered) + 1e-9) + 1]
-        candidates = {j for member in first for j in index[member]}
-        if any(_jaccard(members, sets[j]) >= near for j in candidates):
+        # Rounding of the product must not cost a member.
+        prefix = ordered[: int((1 - near) * len(ordered) + 1e-9) + 1]
+        candidates = {j for member in prefix for j in index[member]}
+        if any(jaccard(members, sets[j]) >= near for j in candidates):
             yield i
             continue
-        for member in first:
+        for member in prefix:
             index[member].append(i)
 
 
-def _jaccard(first: frozenset[str], second: frozenset[str]) -> float:
+def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
+    """Return the Jaccard index of two sets, of which one is not empty."""
     common = len(first & second)
     return common / (len(first) + len(second) - common)

@@ -1,10 +1,10 @@
-"""What a corrector reads: templates with a name each, which is stored with every corrector.
+"""Prompt templates of correctors.
 
-A corrector is only worth something behind the very text it was trained behind, and four texts of the Aligner are
-about (Ji et al., NeurIPS 2024, arXiv 2402.02416): so a template has an id, an id's text never changes, and a corrector
-is not used with another one than its own.
+A corrector works only with the text it was trained with, and four different texts of the Aligner are in use (Ji et al.,
+NeurIPS 2024, arXiv 2402.02416). So each template has an id, which is stored with a corrector, and the text of an id
+never changes.
 
-| id | whose text |
+| id | source |
 |---|---|
 | `everalign-1` | ours; the only one with a place for objectives |
 | `aligner-1` | the released checkpoint `aligner/aligner-7b-v1.0` |
@@ -12,8 +12,8 @@ is not used with another one than its own.
 | `aligner-2` | the authors' repository since December 2024 |
 | `aligner-empathy` | the authors' variant for empathy |
 
-No text of a user can forge a template's structure: where it has one of the template's marks, a space is put before the
-mark's last character; a bar that stands alone in a question, where the bar divides question from answer, becomes `¦`.
+A user's text cannot forge a template's structure: a space is inserted before the last character of any of the
+template's marks in it; where a bar divides question from answer, a bar that stands alone in a question becomes `¦`.
 """
 
 import difflib
@@ -30,7 +30,7 @@ Question = str | Sequence[Message]
 
 DEFAULT_TEMPLATE = "everalign-1"
 
-# The full-width bar is one too, to a tokenizer that replaces compatible characters.
+# Tokenizers that normalise to NFKC turn the full-width bar into the plain one.
 _LONE_BAR = re.compile(r"(?<!\S)[|｜](?!\S)")
 _TURN = re.compile(r"^([^\S\n]*(?:system|user|assistant)):", re.IGNORECASE | re.MULTILINE)
 
@@ -40,13 +40,13 @@ class Template:
     """The text around a question and an answer; the correction follows it directly and ends with EOS.
 
     Args:
-        id: its name, which is stored with a corrector.
-        before: what stands before the question.
-        between: what stands between question and answer.
-        after: what stands between answer and correction.
-        marks: texts that divide the parts, which neither question nor answer may contain.
-        aims: the line between `before` and the question's mark that names objectives, with `{}` for them; None where
-            the template has no place for any.
+        id: its name.
+        before: text before the question.
+        between: text between question and answer.
+        after: text between answer and correction.
+        marks: texts that separate the parts; neither question nor answer may contain them.
+        aims: a line, inserted before the last line of `before`, that names objectives in place of `{}`; None where the
+            template has no place for any.
         bar: whether a bar that stands alone divides question from answer.
     """
 
@@ -59,31 +59,28 @@ class Template:
     bar: bool = False
 
     def render(self, question: Question, answer: str, objectives: Sequence[str] = ()) -> str:
-        """Return what a corrector reads before it writes.
+        """Return the corrector's prompt.
 
         Args:
-            question: text, or chat messages: the text of a single user message, else one paragraph a turn, such as
-                `User: ...`.
+            question: text, or chat messages (see `question_text`).
             answer: the answer to correct.
             objectives: in words, such as `helpful`; see `check_objectives`.
         """
         safe = self.neutralised(question_text(question))
         if self.bar:
             safe = _LONE_BAR.sub("¦", safe)
-        return f"{self._opening(objectives)}{safe}{self.between}{self.neutralised(answer)}{self.after}"
-
-    def _opening(self, objectives: Sequence[str]) -> str:
-        if not self.check_objectives(objectives) or self.aims is None:
-            return self.before
-        instruction, mark = self.before.split("\n", 1)
-        return f"{instruction}\n{self.aims.format(', '.join(objectives))}\n{mark}"
+        before = self.before
+        if self.check_objectives(objectives) and self.aims is not None:
+            instruction, mark = before.split("\n", 1)
+            before = f"{instruction}\n{self.aims.format(', '.join(objectives))}\n{mark}"
+        return f"{before}{safe}{self.between}{self.neutralised(answer)}{self.after}"
 
     def check_objectives(self, objectives: Sequence[str]) -> tuple[str, ...]:
-        """Return objectives that the template can name.
+        """Check that the template can name the objectives, and return them.
 
         Raises:
-            InputError: the template has no place for any, or one is empty, twice there, more than a line of plain
-                words, or has a comma or one of the template's marks.
+            InputError: the template has no place for any, or one of them is empty, repeated, longer than a line, not
+                printable, or contains a comma or one of the template's marks.
         """
         if isinstance(objectives, str):
             raise InputError(f"objectives: must be a list of words, found the text {objectives!r}")
@@ -102,21 +99,22 @@ class Template:
         return tuple(objectives)
 
     def neutralised(self, text: str) -> str:
-        """Return a user's text without the template's marks.
+        """Return a user's text with the template's marks broken up.
 
-        A mark that shows only once compatible characters are replaced and invisible ones removed (as some tokenizers
-        do) counts too; such a text is taken in that form.
+        Some tokenizers normalise to NFKC or drop invisible characters. A text in which a mark appears only then is
+        returned in that form.
         """
-        text = self._broken(text)
-        plain = _plain(text)
-        return self._broken(plain) if self._pattern.search(plain) else text
+
+        def broken(text: str) -> str:
+            return self._pattern.sub(lambda found: f"{found[0][:-1]} {found[0][-1]}", text)
+
+        text = broken(text)
+        plain = without_invisible(nfkc(text))
+        return broken(plain) if self._pattern.search(plain) else text
 
     def marks_in(self, text: str) -> tuple[str, ...]:
-        """Return the marks that a text has, such as a correction that goes on writing the template."""
+        """Return the template's marks that a text contains, such as a correction that continues the template."""
         return tuple(dict.fromkeys(self._pattern.findall(text)))
-
-    def _broken(self, text: str) -> str:
-        return self._pattern.sub(lambda found: f"{found[0][:-1]} {found[0][-1]}", text)
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -124,7 +122,7 @@ class Template:
 
 
 def question_text(question: Question) -> str:
-    """Return a question as one text: that of a single user message, else a paragraph for each turn.
+    """Return a question as one text: that of a single user message, otherwise a paragraph a turn, such as `User: ...`.
 
     A line inside a message that looks like the beginning of a turn gets a space before its colon.
     """
@@ -134,11 +132,6 @@ def question_text(question: Question) -> str:
         return message_text(question[0])
     turns = ((message["role"].capitalize(), _TURN.sub(r"\1 :", message_text(message))) for message in question)
     return "\n\n".join(f"{role}: {content}" for role, content in turns)
-
-
-def _plain(text: str) -> str:
-    """Return a text as a normalising tokenizer may see it: compatible characters replaced, invisible ones removed."""
-    return without_invisible(nfkc(text))
 
 
 _ROLES = ("BEGINNING OF CONVERSATION:", "USER:", "ASSISTANT:")
@@ -202,7 +195,7 @@ TEMPLATES: dict[str, Template] = {
 
 
 def get_template(name: str) -> Template:
-    """Return the template of an id; raises InputError that lists the known ones."""
+    """Return the template with an id; raises InputError that lists the known ids."""
     if name not in TEMPLATES:
         near = difflib.get_close_matches(name, TEMPLATES, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
