@@ -215,7 +215,10 @@ def test_an_export_is_a_corrector(tmp_path, capsys):
     assert again.run.facts.settings["objectives"] == "kind"
     with pytest.raises(InputError, match="was trained with the template 'everalign-1', not 'aligner-1'"):
         Learner(
-            str(folder), objective="correction", output=tmp_path / "x", correction=CorrectionTaskOptions("aligner-1")
+            str(folder),
+            objective="correction",
+            output=tmp_path / "x",
+            correction=CorrectionTaskOptions(template="aligner-1"),
         )
 
 
@@ -249,8 +252,12 @@ def test_rows_of_another_kind_are_refused(tmp_path):
     ("objective", "arguments", "message"),
     [
         ("dpo", {"correction": CorrectionTaskOptions()}, "the objective dpo teaches none: leave it out"),
-        ("correction", {"correction": CorrectionTaskOptions("mine")}, "unknown template 'mine'"),
-        ("correction", {"correction": CorrectionTaskOptions("aligner-1", "kind")}, "has no place for any"),
+        ("correction", {"correction": CorrectionTaskOptions(template="mine")}, "unknown template 'mine'"),
+        (
+            "correction",
+            {"correction": CorrectionTaskOptions(template="aligner-1", objectives="kind")},
+            "has no place for any",
+        ),
         ("correction", {"correction": CorrectionTaskOptions(objectives="kind,,safe")}, r"objectives\[1\]"),
         ("correction", {"options": {"sft_epochs": 1.0}}, "with objective correction set epochs"),
         ("correction", {"reward": lambda: None}, "the objective correction learns from no rewards"),
@@ -275,7 +282,7 @@ def test_a_recipe_holds_what_a_corrector_reads():
     flags = {"model": "tiny", "output": "x", "objective": "correction", "template": "everalign-1", "identity": 0.2}
     recipe = Recipe.from_flags({**flags, "tasks": [{"name": "a", "train": "a.jsonl"}]})
     arguments = recipe.learner_arguments()
-    assert arguments["correction"] == CorrectionTaskOptions("everalign-1", None, 0.2)
+    assert arguments["correction"] == CorrectionTaskOptions(template="everalign-1", identity=0.2)
     complete = recipe.complete()
     assert complete["correction"] == {"template": "everalign-1", "objectives": None, "identity": 0.2}
     assert "beta" not in complete["training"]
