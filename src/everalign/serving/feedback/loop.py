@@ -1,4 +1,4 @@
-"""The feedback loop: what was not learned yet becomes a run's next task, and the run's gate decides."""
+"""The feedback loop: feedback that was not learned yet becomes a run's next task, and the run's gate decides."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from everalign.serving.store import FeedbackStore
 from everalign.storage import is_partial, json_line, new_folder, read_json, write_json, write_text
 
 GATE = 0.05
-"""How far a held-out accuracy may fall, unless something else is said: five points, which 52 held-out rows can show."""
+"""Default of how far a held-out accuracy may fall: five points, which 52 held-out rows can show."""
 
 _KINDS = {"correction": "corrections", "var": "scored"}
 _LOADERS: dict[str, Callable[[Path], RowSet[Any]]] = {
@@ -30,12 +30,12 @@ _FOLDER = "feedback"
 
 @dataclass(frozen=True)
 class LearnedFeedback:
-    """What became of feedback.
+    """Result of one round of learning from feedback.
 
     Args:
         name: of the task.
-        version: that it has led to.
-        refusal: why the gate did not promote it (NotEnoughEvidenceError: it could not tell); None where it did.
+        version: the version that it made.
+        refusal: why the gate did not promote it (NotEnoughEvidenceError: it could not tell); None if it did.
         report: what the task was made of, and what was left out.
     """
 
@@ -51,7 +51,7 @@ class LearnedFeedback:
 
 
 def kind_of(objective: str) -> str:
-    """Return what feedback has to become for an objective: `corrections`, `preferences` or `scored`."""
+    """Return the kind of rows that an objective learns from: `corrections`, `preferences` or `scored`."""
     return _KINDS.get(objective, "preferences")
 
 
@@ -61,16 +61,17 @@ def learn_from_feedback(
     options: NextTaskOptions | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> LearnedFeedback:
-    """Learn what was not learned yet as one task, and note in the store that it is learned.
+    """Learn all feedback that was not learned yet as one task, and mark it as learned in the store.
 
-    What the gate refuses is noted too, as learned by a refused task: it would only be refused again. What it cannot
-    decide for want of held-out rows is not.
+    Feedback of a task that the gate refuses is marked too, because it would only be refused again; feedback of a task
+    that the gate cannot judge for lack of held-out rows is not. The next call finishes one that was killed, with the
+    same rows.
 
     Args:
-        store: where feedback is.
-        learner: of the run, best with a gate; one that was begun or resumed.
-        options: how the task is made; its kind is that of the learner's objective, whatever they say.
-        log: called with one line for each thing that happens.
+        store: holds the feedback.
+        learner: of the run, begun or resumed; best with a gate.
+        options: how the task is made; its kind is always that of the learner's objective.
+        log: called with lines of progress.
 
     Raises:
         NotEnoughFeedback: there is no task yet, or its held-out rows could not show the gate that nothing fell.
@@ -89,7 +90,7 @@ def learn_from_feedback(
                 _check_start(learner, {exchange.corrector for exchange, _ in found} - {None})
             pending = _Pending.write(learner, task, kind)
         else:
-            log(f"{pending.name}: an interrupted call goes on")
+            log(f"{pending.name}: finishing an interrupted call")
         task = pending.read()
         log(f"{pending.name}: {task.report.one_line()}")
         refusal = None
@@ -105,10 +106,11 @@ def learn_from_feedback(
 
 
 def _check_evidence(task: NextTask, learner: Learner) -> None:
-    """Refuse to learn for hours what no gate could promote: with so few held-out rows nothing can be shown."""
+    """Refuse to train for hours if no gate could promote the result: too few held-out rows can show nothing."""
     if learner.gate is None:
         return
-    needed, held_out = rows_needed(learner.gate), sum(map(_tells, task.test or ()))
+    needed = rows_needed(learner.gate)
+    held_out = sum(not isinstance(row, Correction) or not row.is_identity for row in task.test or ())
     if held_out < needed:
         raise NotEnoughFeedback(
             f"not enough evidence: with {held_out} held-out rows that have a better and a worse answer, a fall by "
@@ -118,12 +120,8 @@ def _check_evidence(task: NextTask, learner: Learner) -> None:
         )
 
 
-def _tells(row: Any) -> bool:
-    return not isinstance(row, Correction) or not row.is_identity
-
-
 def _check_start(learner: Learner, correctors: set[str | None]) -> None:
-    """Refuse to begin with a model that has never corrected in the place of the corrector that people judged."""
+    """Refuse to start from a model that never corrected, if the feedback is on the answers of a corrector."""
     known = {version.id for version in learner.run.everything}
     if learner.run.tip == BASE and not correctors <= known and not learner.starts_from_corrector:
         raise InputError(
@@ -135,21 +133,21 @@ def _check_start(learner: Learner, correctors: set[str | None]) -> None:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A task on its way: its rows, and the feedback they come from."""
+    """A task that is being learned: a folder of the run with its rows and the ids of their feedback."""
 
     folder: Path
     name: str
 
     @classmethod
     def find(cls, run: Path) -> "_Pending | None":
-        """Return the task that an interrupted call has left; there is one at most."""
+        """Return the task of an interrupted call, of which there is one at most."""
         begun = (path.parent for path in (run / _FOLDER).glob("*/task.json") if not is_partial(path.parent))
         left = next((folder for folder in begun if not (folder / "done.json").exists()), None)
         return None if left is None else cls(left, left.name)
 
     @classmethod
     def write(cls, learner: Learner, task: NextTask, kind: str) -> "_Pending":
-        """Write a new task, under a name that no version and no earlier task has."""
+        """Write a new task under a name that no version and no earlier task has."""
         tasks = learner.run.path / _FOLDER
         taken = {version.task for version in learner.run.everything} | {folder.name for folder in tasks.glob("*")}
         name = next(f"{_PREFIX}{i}" for i in range(1, len(taken) + 2) if f"{_PREFIX}{i}" not in taken)
@@ -162,17 +160,17 @@ class _Pending:
         return cls(tasks / name, name)
 
     def read(self) -> NextTask:
-        """Read the task again; an InputError names what cannot be read."""
+        """Return the task; InputError names the file that was changed."""
         path = self.folder / "task.json"
         facts: dict[str, Any] = read_json(path)
         try:
             kind, ids, report = facts["kind"], tuple(facts["feedback"]), TaskReport(**facts["report"])
-            rows = self._rows(kind, "train.jsonl")
+            rows, test = (self._rows(kind, file) for file in ("train.jsonl", "test.jsonl"))
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: was changed since it was written ({error}); restore the file") from None
         if rows is None:
             raise InputError(f"{self.folder / 'train.jsonl'}: is missing; restore the file")
-        return NextTask(rows, self._rows(kind, "test.jsonl"), ids, report)
+        return NextTask(rows, test, ids, report)
 
     def _rows(self, kind: str, file: str) -> RowSet[Any] | None:
         path = self.folder / file
@@ -181,5 +179,5 @@ class _Pending:
         return replace(_LOADERS[kind](path), source=f"feedback ({self.name})")
 
     def done(self, version: str, promoted: bool) -> None:
-        """Note what became of it."""
+        """Record the result: the next call starts a new task."""
         write_json(self.folder / "done.json", {"version": version, "promoted": promoted})

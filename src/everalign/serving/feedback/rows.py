@@ -1,11 +1,11 @@
-"""What feedback says, as rows that can be learned: one judgement is a preference, a correction or part of a group.
+"""Feedback as training rows: preferences, corrections or scored groups.
 
-The client judges what it got (`Exchange.returned`). An edit stands above a preferred side, and that above a rating:
-every judgement gives one row at most.
+Users judge the answer that they got (`Exchange.returned`). An edit counts before a preferred side, and that before a
+rating; every judgement gives one row at most.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -29,27 +29,43 @@ NO_QUESTION = "no question in text"
 NOTHING = "nothing to learn"
 ONE_ANSWER = "one answer alone"
 
-_ROLES = {"developer": "system"}  # what newer servers call the system's messages
-Row = Preference | Correction | Scored
-
 
 @dataclass(frozen=True)
 class Judgement:
-    """Feedback on an answer to a question in text.
+    """Feedback on the answer to a question in text.
 
     Args:
-        exchange: what was answered.
-        feedback: what was said of it.
-        question: the messages as rows have them.
-        topic: what the question asks, however it is written (see `topic_of`): asked once or many times.
-        good: whether what the client got is good; None where that is not said.
+        exchange: the answered request.
+        feedback: on the answer.
+        question: the messages in the form of training rows.
+        topic: identifies the question however it is written, see `topic_of`.
     """
 
     exchange: Exchange
     feedback: Feedback
     question: tuple[Message, ...]
     topic: str
-    good: bool | None
+
+    @property
+    def edit(self) -> str | None:
+        """The edited text, None if it changes nothing."""
+        edited = self.feedback.edited_text
+        return None if edited is None or edited.strip() == self.exchange.returned.strip() else edited
+
+    @property
+    def preferred(self) -> str | None:
+        """The preferred side, None if there were no two answers to choose from."""
+        differ = self.exchange.original.strip() != self.exchange.returned.strip()
+        return self.feedback.preferred if differ else None
+
+    @property
+    def good(self) -> bool | None:
+        """Whether the answer that the client got is good, None if the feedback does not say."""
+        if self.edit is not None or self.feedback.preferred == "neither":
+            return False
+        if self.preferred is not None:
+            return self.preferred == "corrected"
+        return self.feedback.rating > 0 if self.feedback.rating else None
 
 
 @dataclass(frozen=True)
@@ -59,31 +75,31 @@ class Candidate:
     Args:
         row: the row.
         origin: "edit", "preferred", "identity" or "group".
-        judgements: what it was made of, the oldest first.
+        judgements: those it was made of, the oldest first.
     """
 
-    row: Row
+    row: Preference | Correction | Scored
     origin: str
     judgements: tuple[Judgement, ...]
 
     @property
     def key_id(self) -> str:
-        """Whose row it is: that of the key which said so first."""
+        """The key of the first judgement."""
         return self.judgements[0].feedback.key_id
 
     @property
     def topic(self) -> str:
-        """The question, to tell questions apart."""
+        """Identifies the question."""
         return self.judgements[0].topic
 
     @property
     def group(self) -> tuple[str, ...]:
-        """What it is balanced by: its origin and the tags of its first judgement."""
+        """The origin and the tags of the first judgement; rows are balanced by it."""
         return (self.origin, *sorted(self.judgements[0].feedback.tags))
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The question and all answers in the row."""
+        """The question and all answers of the row."""
         row = self.row
         if isinstance(row, Preference):
             return (question_text(row.prompt), completion_text(row.chosen), completion_text(row.rejected))
@@ -93,96 +109,73 @@ class Candidate:
 
 
 def judgement_of(exchange: Exchange, feedback: Feedback) -> Judgement | None:
-    """Read feedback; None where the question is none in text, such as one with images or with results of tools."""
+    """Return feedback as a judgement; None if the question is not only text, but has images or tool results."""
+    messages = []
+    for message in exchange.messages:
+        content = message.get("content")
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(str(part.get("text", "")) for part in content)
+        # Newer servers call the system's messages the developer's.
+        role = "system" if message["role"] == "developer" else message["role"]
+        messages.append({**message, "role": role, "content": content})
     try:
-        prompt = checked_prompt([_message(message) for message in exchange.messages])
+        prompt = checked_prompt(messages)
     except InputError:
         return None
-    # The tools themselves are not on record, and without them the template would not render what the model read.
+    # The tools themselves are not stored, and without them the template would not render what the model read.
     if isinstance(prompt, str) or any(m["role"] == "tool" or m.get("tool_calls") for m in prompt):
         return None
-    return Judgement(exchange, feedback, tuple(prompt), topic_of(question_text(prompt)), _good(exchange, feedback))
+    return Judgement(exchange, feedback, tuple(prompt), topic_of(question_text(prompt)))
 
 
 def candidates_of(judgements: Iterable[Judgement], kind: str) -> tuple[list[Candidate], list[tuple[Judgement, str]]]:
     """Make rows of one of `KINDS`.
 
-    preferences: the edit over what the client got; or, of the original and the corrected answer, the preferred one over
+    preferences: the edit over the returned answer; or, of the original and the corrected answer, the preferred one over
     the other. corrections: the original answer, corrected to the edit or to the preferred corrected answer; or the
-    original itself, where it was preferred, or returned and rated good. scored: all answers that were judged to one
-    question; 1 is good, 0 is bad, and an answer's reward the mean over keys of their means.
+    original unchanged, if it was preferred, or returned and rated good. scored: all judged answers to one question; 1
+    is good, 0 is bad, and the reward of an answer is the mean over keys of each key's mean.
 
     Returns:
-        The rows, and the judgements that none follows from, with the reason.
+        The rows, and the judgements that give none, with the reason.
     """
     if kind == "scored":
-        return _groups(list(judgements))
+        return _scored_groups(judgements)
     make = _preference if kind == "preferences" else _correction
     made: list[Candidate] = []
-    nothing: list[tuple[Judgement, str]] = []
+    unusable: list[tuple[Judgement, str]] = []
     for judgement in judgements:
         candidate = make(judgement)
         if candidate is None:
-            nothing.append((judgement, NOTHING))
+            unusable.append((judgement, NOTHING))
         else:
             made.append(candidate)
-    return made, nothing
-
-
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with its content as one text, where that is what its parts are."""
-    content = message.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-    role = message["role"]
-    return {**message, "role": _ROLES.get(role, role), "content": content}
-
-
-def _edit(exchange: Exchange, feedback: Feedback) -> str | None:
-    """The edited text where it changes anything."""
-    edited = feedback.edited_text
-    return None if edited is None or edited.strip() == exchange.returned.strip() else edited
-
-
-def _two_answers(exchange: Exchange) -> bool:
-    return exchange.original.strip() != exchange.returned.strip()
-
-
-def _good(exchange: Exchange, feedback: Feedback) -> bool | None:
-    if _edit(exchange, feedback) is not None:
-        return False
-    if feedback.preferred == "neither":
-        return False
-    if feedback.preferred is not None and _two_answers(exchange):
-        return feedback.preferred == "corrected"
-    return None if not feedback.rating else feedback.rating > 0
+    return made, unusable
 
 
 def _preference(judgement: Judgement) -> Candidate | None:
-    exchange, feedback = judgement.exchange, judgement.feedback
-    edited = _edit(exchange, feedback)
-    if edited is not None:
-        better, worse, origin = edited, exchange.returned, "edit"
-    elif feedback.preferred in ("original", "corrected") and _two_answers(exchange):
-        sides = (exchange.returned, exchange.original)
-        better, worse = sides if feedback.preferred == "corrected" else sides[::-1]
-        origin = "preferred"
+    original, returned = judgement.exchange.original, judgement.exchange.returned
+    if judgement.edit is not None:
+        chosen, rejected, origin = judgement.edit, returned, "edit"
+    elif judgement.preferred == "corrected":
+        chosen, rejected, origin = returned, original, "preferred"
+    elif judgement.preferred == "original":
+        chosen, rejected, origin = original, returned, "preferred"
     else:
         return None
-    if not better.strip() or not worse.strip():
+    if not chosen.strip() or not rejected.strip():
         return None
-    return Candidate(Preference(judgement.question, better, worse), origin, (judgement,))
+    return Candidate(Preference(judgement.question, chosen, rejected), origin, (judgement,))
 
 
 def _correction(judgement: Judgement) -> Candidate | None:
-    exchange, feedback = judgement.exchange, judgement.feedback
-    edited, original = _edit(exchange, feedback), exchange.original
-    as_it_was = feedback.preferred == "original" if _two_answers(exchange) else judgement.good is True
-    if edited is not None:
-        correction, origin = edited, "edit"
-    elif feedback.preferred == "corrected" and _two_answers(exchange):
-        correction, origin = exchange.returned, "preferred"
-    elif as_it_was:
+    original, returned = judgement.exchange.original, judgement.exchange.returned
+    only_one = original.strip() == returned.strip()
+    if judgement.edit is not None:
+        correction, origin = judgement.edit, "edit"
+    elif judgement.preferred == "corrected":
+        correction, origin = returned, "preferred"
+    elif judgement.preferred == "original" or (only_one and judgement.good):
         correction, origin = original, "identity"
     else:
         return None
@@ -191,50 +184,40 @@ def _correction(judgement: Judgement) -> Candidate | None:
     return Candidate(Correction(judgement.question, original, correction), origin, (judgement,))
 
 
-def _groups(judgements: Sequence[Judgement]) -> tuple[list[Candidate], list[tuple[Judgement, str]]]:
-    by_topic: dict[str, list[tuple[Judgement, dict[str, float]]]] = defaultdict(list)
-    nothing: list[tuple[Judgement, str]] = []
+def _scored_groups(judgements: Iterable[Judgement]) -> tuple[list[Candidate], list[tuple[Judgement, str]]]:
+    """Make one group of every topic, in the first way that its question was written."""
+    members: dict[str, list[Judgement]] = defaultdict(list)
+    # Rewards by topic, text and key: the mean over keys is taken last, so that a key counts once, with all its users.
+    rewards: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    unusable: list[tuple[Judgement, str]] = []
     for judgement in judgements:
-        rewards = _rewards(judgement)
-        if rewards:
-            by_topic[judgement.topic].append((judgement, rewards))
-        else:
-            nothing.append((judgement, NOTHING))
+        given = _rewards(judgement)
+        if not given:
+            unusable.append((judgement, NOTHING))
+            continue
+        members[judgement.topic].append(judgement)
+        for text, reward in given.items():
+            rewards[judgement.topic][text][judgement.feedback.key_id].append(reward)
     made: list[Candidate] = []
-    for group in by_topic.values():
-        rewards = _mean_rewards(group)
-        members = tuple(judgement for judgement, _ in group)
-        if len(set(rewards.values())) > 1:
-            # Asked in other letters, a question is still the same: the first way to write it stands.
-            row = Scored(members[0].question, tuple(rewards), tuple(rewards.values()))
-            made.append(Candidate(row, "group", members))
+    for topic, group in members.items():
+        means = {text: fmean(map(fmean, keys.values())) for text, keys in rewards[topic].items()}
+        if len(set(means.values())) > 1:
+            row = Scored(group[0].question, tuple(means), tuple(means.values()))
+            made.append(Candidate(row, "group", tuple(group)))
         else:
-            nothing += [(judgement, ONE_ANSWER) for judgement in members]
-    return made, nothing
+            unusable += [(judgement, ONE_ANSWER) for judgement in group]
+    return made, unusable
 
 
 def _rewards(judgement: Judgement) -> dict[str, float]:
-    """What the judgement says that each of the answers in it is worth."""
-    exchange, feedback = judgement.exchange, judgement.feedback
-    edited = _edit(exchange, feedback)
+    """Return the rewards that a judgement gives to each answer in it."""
+    original, returned = judgement.exchange.original, judgement.exchange.returned
     rewards: dict[str, float] = {}
-    if feedback.rating is not None:
-        rewards[exchange.returned] = (feedback.rating + 1) / 2
-    if feedback.preferred is not None and _two_answers(exchange):
-        rewards = {side: float(feedback.preferred == name) for side, name in _sides(exchange)}
-    if edited is not None:
-        rewards = {edited: 1.0, exchange.returned: 0.0}
+    if judgement.edit is not None:
+        rewards = {judgement.edit: 1.0, returned: 0.0}
+    elif judgement.preferred is not None:
+        sides = {"corrected": returned, "original": original}
+        rewards = {text: float(judgement.preferred == side) for side, text in sides.items()}
+    elif judgement.feedback.rating is not None:
+        rewards = {returned: (judgement.feedback.rating + 1) / 2}
     return {text: reward for text, reward in rewards.items() if text.strip()}
-
-
-def _sides(exchange: Exchange) -> tuple[tuple[str, str], ...]:
-    return (exchange.returned, "corrected"), (exchange.original, "original")
-
-
-def _mean_rewards(group: Sequence[tuple[Judgement, dict[str, float]]]) -> dict[str, float]:
-    """Return the mean over keys of each key's mean, so that a key counts once however many users it names."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for judgement, rewards in group:
-        for text, reward in rewards.items():
-            found[text][judgement.feedback.key_id].append(reward)
-    return {text: fmean(fmean(given) for given in keys.values()) for text, keys in found.items()}
