@@ -200,6 +200,6 @@ def test_answers_longer_than_a_table_of_positions_are_refused_before_they_are_sa
 
 def test_drafts_are_verified_up_to_where_positions_stretch():
     rows = RaggedRows(RaggedModel(model_of(longrope(32, 512))), 1)
-    rows.feed([[5] * 30], [1])
+    rows.append([[5] * 30], [1])
     with pytest.raises(InputError, match="a row may grow to 33 tokens, and beyond 32"):
-        rows.feed([[5] * 3], [1])
+        rows.append([[5] * 3], [1])

@@ -116,7 +116,7 @@ def test_each_of_separate_policies_shows_its_own_task(model, tmp_path):
 
 
 def test_a_model_that_cannot_be_sampled_from_is_told_of_and_learns(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("everalign.modeling.decoding.new_cache", lambda _: None)
+    monkeypatch.setattr("everalign.modeling.decoding.attention_windows", lambda _: None)
     lines = []
     learner = make_learner(model, tmp_path / "run", sample_answers=2, lines=lines)
     learner.learn(task_rows("warm"), "warm", spread_rows("warm"))

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from everalign.errors import InputError
 from everalign.modeling import logprobs as token_log_probs
-from everalign.modeling.decoding import Decoder, continue_rows, new_cache, pad_left, pick
+from everalign.modeling.decoding import Decoder, KeyValueCache, continue_rows, draw, pad_left
 from everalign.modeling.policy import Policy
 from memory_for_tests import LiveTensors
 from models_for_tests import FAMILIES, SCALED, perturb, random_model, scaled_by_itself
@@ -60,37 +59,39 @@ def test_adapters_take_part_and_folding_them_is_undone():
 def test_rows_taken_twice_go_on_apart():
     model = random_model(vocabulary=40).eval()
     decoder = Decoder(model, pad_left(PROMPTS, 0))
-    decoder.take(torch.tensor([2, 0, 2]))
-    decoder.write(torch.tensor([1, 2, 3]))
+    decoder.select(torch.tensor([2, 0, 2]))
+    decoder.append(torch.tensor([1, 2, 3]))
     expected = [exclusive(model, [*PROMPTS[row], token], (), 5) for row, token in ((2, 1), (0, 2), (2, 3))]
     assert continue_rows(decoder, greedy, [], 5) == expected
 
 
+def cached(cache, theirs, counts, generator, rows=4):
+    """Write tokens into our cache and into the library's layer, which must hold the same."""
+    for count in counts:
+        new = [torch.randn(rows, 2, count, 8, generator=generator) for _ in range(2)]
+        cache.place([cache.end] * rows, count, torch.device("cpu"))
+        assert cache.get_seq_length() == theirs.get_seq_length()
+        for found, expected in zip(cache.update(*new, 0), theirs.update(*new), strict=True):
+            assert torch.equal(found, expected)
+
+
 def test_the_cache_holds_what_the_library_s_holds():
-    """Across several growths of the buffers, a selection of rows, and a crop."""
-    ours, theirs = new_cache(random_model()).layers[0], DynamicLayer()
-    generator = torch.Generator().manual_seed(0)
-    for count in (3, 1, 70, 1, 1, 200, 1):
-        new = [torch.randn(4, 2, count, 8, generator=generator) for _ in range(2)]
-        for found, expected in zip(ours.update(*new), theirs.update(*new), strict=True):
-            assert torch.equal(found, expected)
-        assert ours.get_seq_length() == theirs.get_seq_length()
-    for change in ("batch_select_indices", "batch_repeat_interleave", "crop"):
-        for layer in (ours, theirs):
-            getattr(layer, change)(
-                {"batch_select_indices": torch.tensor([3, 1])}.get(change, -2 if change == "crop" else 2)
-            )
-        new = [torch.randn(len(ours.keys), 2, 2, 8, generator=generator) for _ in range(2)]
-        for found, expected in zip(ours.update(*new), theirs.update(*new), strict=True):
-            assert torch.equal(found, expected)
+    """Across several growths of the buffers, and a selection of rows."""
+    cache, theirs, generator = KeyValueCache(1), DynamicLayer(), torch.Generator().manual_seed(0)
+    cached(cache, theirs, (3, 1, 70, 1, 1, 200, 1), generator)
+    rows = torch.tensor([3, 1, 1])
+    cache.select(rows, cache.end)
+    theirs.batch_select_indices(rows)
+    cached(cache, theirs, (2, 1), generator, rows=3)
 
 
 def test_keys_of_the_first_tokens_are_copied_and_never_written_to():
-    layer = new_cache(random_model()).layers[0]
-    first = torch.zeros(1, 2, 300, 8)
+    first, cache = torch.zeros(1, 2, 300, 8), KeyValueCache(1)
     given = first[:, :, :3]
-    layer.update(given, given)
-    layer.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8))
+    cache.place([0], 3, torch.device("cpu"))
+    cache.update(given, given, 0)
+    cache.place([3], 1, torch.device("cpu"))
+    cache.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8), 0)
     assert not first.any()
 
 
@@ -102,8 +103,8 @@ def test_many_rows_hold_few_logits_and_are_drawn_as_all_at_once(whole, monkeypat
     def drawn():
         torch.manual_seed(0)
         decoder = Decoder(model, pad_left(PROMPTS, 0))
-        decoder.take(torch.arange(4).repeat_interleave(30))
-        return continue_rows(decoder, lambda logits: pick(logits / 0.9), [], 6)
+        decoder.select(torch.arange(4).repeat_interleave(30))
+        return continue_rows(decoder, lambda logits: draw(logits / 0.9), [], 6)
 
     expected = drawn()
     monkeypatch.setattr(token_log_probs, "_LIVE_LOGITS", limit)
@@ -115,7 +116,7 @@ def test_many_rows_hold_few_logits_and_are_drawn_as_all_at_once(whole, monkeypat
 def test_no_token_is_drawn_that_has_no_probability():
     torch.manual_seed(0)
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0, float("-inf")]]).repeat(4000, 1)
-    drawn = pick(logits)
+    drawn = draw(logits)
     assert set(drawn.tolist()) == {1, 3}
     assert (drawn == 3).float().mean().item() == pytest.approx(torch.tensor(1.0).sigmoid().item(), abs=0.03)
 
@@ -123,9 +124,3 @@ def test_no_token_is_drawn_that_has_no_probability():
 def test_models_that_keep_something_else_are_refused():
     with pytest.raises(InputError, match="cannot be sampled from a mamba model"):
         Decoder(random_model("mamba"), pad_left(PROMPTS, 0))
-
-
-def test_windowed_layers_keep_the_library_s_cache():
-    kinds = {type(layer).__name__ for layer in new_cache(random_model("gemma2")).layers}
-    assert kinds == {"_InPlaceLayer", "DynamicSlidingWindowLayer"}
-    assert isinstance(new_cache(random_model()), DynamicCache)

@@ -159,7 +159,7 @@ def test_tokens_taken_back_leave_no_trace():
     rows, texts = RaggedRows(model, 3), [[], [], []]
     for _ in range(40):
         added = [[rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, 9))] for _ in texts]
-        found, _ = rows.feed(added, [1, 1, 1])
+        found, _ = rows.append(added, [1, 1, 1])
         for text, more, predicted in zip(texts, added, found, strict=True):
             text += more
             with torch.no_grad():

@@ -161,11 +161,11 @@ def operations(compute):
 def test_a_token_is_written_with_no_cast_more_than_the_base_model_s(family):
     policy, step = two_tasks(family), torch.tensor([3, 4])
     with policy.decoding(pad_left([[5, 6], [7]], 0)) as decoder:
-        decoder.write(step)
-        adapted = operations(lambda: decoder.write(step))
+        decoder.append(step)
+        adapted = operations(lambda: decoder.append(step))
     with policy.as_base(), policy.decoding(pad_left([[5, 6], [7]], 0)) as decoder:
-        decoder.write(step)
-        assert operations(lambda: decoder.write(step)) == adapted
+        decoder.append(step)
+        assert operations(lambda: decoder.append(step)) == adapted
 
 
 def test_evaluating_casts_once_however_many_batches_and_switches_there_are():

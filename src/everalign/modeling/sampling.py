@@ -10,7 +10,7 @@ from everalign.data.chat_tokens import ChatFormat
 from everalign.data.collate import batches_by_length
 from everalign.data.messages import Prompt
 from everalign.errors import InputError
-from everalign.modeling.decoding import continue_rows, pad_left, pick
+from everalign.modeling.decoding import continue_rows, draw, pad_left
 from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.stopping import TurnEnd, stop_token_ids, turn_end
@@ -220,10 +220,10 @@ def _draw(
 ) -> list[list[int]]:
     """Draw K answers to every prompt, prompt by prompt: the new tokens, up to the first end or the limit."""
     with policy.decoding(policy.on_device(pad_left(prompt_ids, min(ends.tokens)))) as decoder:
-        decoder.take(torch.arange(len(prompts)).repeat_interleave(options.completions))
+        decoder.select(torch.arange(len(prompts)).repeat_interleave(options.completions))
         return continue_rows(
             decoder,
-            lambda logits: pick(logits / options.temperature),
+            lambda logits: draw(logits / options.temperature),
             ends.tokens,
             options.max_new_tokens,
             lambda number, ids: ends.over(prompts[number // options.completions], ids),

@@ -16,11 +16,9 @@ from dataclasses import dataclass, field
 
 from everalign.deadlines import check_deadline
 from everalign.errors import InputError
-from everalign.modeling.decoding import Predicted, RaggedModel, RaggedRows
+from everalign.modeling.decoding import FINISHED_SHARE, Predicted, RaggedModel, RaggedRows
 from everalign.modeling.prompt_lookup import Proposals
 
-# Rows are dropped once so many of the batch have ended: each time what is left of the cache is copied.
-_ENDED_SHARE = 0.2
 # What a row, and each guessed token of a row, cost in a forward pass, as shares of the pass's fixed cost (measured on a
 # model of 6.5 million parameters on one core). A GPU takes dozens of tokens in the time of one.
 _COSTS = {"cpu": (0.15, 0.05)}
@@ -156,7 +154,7 @@ class DraftDecoder:
             self._drop(0.0)
         else:
             self._feed([row.tokens[-1:] for row, _ in self._batch], self._guesses(), None)
-            self._drop(_ENDED_SHARE)
+            self._drop(FINISHED_SHARE)
 
     def _first_slice(self) -> int | None:
         """How much of each draft to verify in the first pass; None for all of it, which a gate has to see."""
@@ -200,7 +198,7 @@ class DraftDecoder:
             wanted.append(len(guess) + (not closed))
             targets.append(guess if closed else [*guess, 0])
         compared = targets if any(guesses) else None
-        found, passes = self._cache.feed(tokens, wanted, compared, scored=bool(compared) and gate is not None)
+        found, passes = self._cache.append(tokens, wanted, compared, scored=bool(compared) and gate is not None)
         for number, ((row, proposals), guess) in enumerate(zip(self._batch, guesses, strict=True)):
             if row.over:
                 continue
@@ -210,7 +208,7 @@ class DraftDecoder:
             # A draft that was verified with the prompts is no guess; that it was right says how it may go on.
             spent = 0.0 if before == 0 else len(guess) * self._price()
             row.credit += accepted - spent + _INTEREST
-            proposals.learn(row.tokens[before:], len(guess), found[number].tokens, found[number].behind)
+            proposals.learn(row.tokens[before:], len(guess), found[number].tokens, found[number].gaps)
             if gate is not None and guess and not row.ended:
                 row.kept = gate(_verified(number, found[number], len(guess), accepted))
                 if row.kept:
@@ -235,7 +233,7 @@ class DraftDecoder:
         """Drop the rows that are over, if they are more than this share of the batch."""
         going = [i for i, (row, _) in enumerate(self._batch) if not row.over]
         if len(self._batch) - len(going) > share * len(self._batch):
-            self._cache.take(going)
+            self._cache.select(going)
             self._batch = [self._batch[i] for i in going]
 
 
