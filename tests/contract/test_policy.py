@@ -215,7 +215,7 @@ def test_the_state_is_what_is_being_learned(both):
 
 
 def test_a_state_of_other_modules_is_refused(policy):
-    with pytest.raises(InputError, match="does not fit this adapter"):
+    with pytest.raises(InputError, match="does not fit this model or adapter"):
         policy.load_state_dict(random_policy(targets=["q_proj"]).state_dict())
 
 

@@ -21,9 +21,8 @@ from everalign.correction.training import corrector_report
 from everalign.data import Correction, CorrectionSet
 from everalign.data.collate import collate_groups
 from everalign.errors import EveralignError, InputError
-from everalign.modeling.full_model import FullModel
 from everalign.modeling.loading import load_model, load_tokenizer
-from everalign.modeling.policy import Policy
+from everalign.modeling.policy import FullModel, Policy
 from everalign.training.objectives import RewardWeightedObjective
 from models_for_tests import random_groups, random_model, random_policy, saved_model
 

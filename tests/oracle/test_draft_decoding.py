@@ -8,9 +8,9 @@ import torch
 from everalign.errors import EveralignError, InputError
 from everalign.modeling import decoding as ragged_decoding
 from everalign.modeling import speculative as speculative
-from everalign.modeling.cpu_kernels import GROUPED_ATTENTION, grouped_attention
+from everalign.modeling.cpu_kernels import CPU_ATTENTION, cpu_attention
 from everalign.modeling.decoding import RaggedModel, RaggedRows
-from everalign.modeling.prompt_lookup import Proposals
+from everalign.modeling.prompt_lookup import PromptLookup
 from everalign.modeling.speculative import DraftDecoder, best_width
 from models_for_tests import FAMILIES, SCALED, random_model
 
@@ -108,8 +108,8 @@ def test_shared_keys_are_not_copied_and_give_the_same_numbers():
     ids, mask = torch.tensor([[5, 6, 7, 8]] * 2), torch.ones(4, 4, dtype=torch.bool).tril().expand(2, 1, 4, 4)
     with torch.no_grad():
         own = plain(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        with grouped_attention(plain):
-            assert config._attn_implementation == GROUPED_ATTENTION
+        with cpu_attention(plain):
+            assert config._attn_implementation == CPU_ATTENTION
             ours = plain(input_ids=ids, attention_mask=mask, use_cache=False).logits
     assert config._attn_implementation == "sdpa"
     assert torch.allclose(own, ours, atol=1e-6)
@@ -184,7 +184,7 @@ def test_a_gate_sees_what_the_first_pass_found():
     others = log_probs[0].clone()
     others[9] = float("-inf")
     assert verified.margin == pytest.approx((log_probs[0, 9] - others.max()).item(), abs=1e-5)
-    assert [row.kept for row in rows] == [True, False]
+    assert [row.accepted_by_gate for row in rows] == [True, False]
     assert rows[0].tokens == []
     assert rows[1].tokens == exclusive(plain, PROMPTS[0])
 
@@ -192,59 +192,27 @@ def test_a_gate_sees_what_the_first_pass_found():
 def test_little_is_checked_after_many_wrong_guesses():
     rng = random.Random(0)
     draft = [rng.randrange(5, 9) for _ in range(60)]
-    proposals, written, checked = Proposals(draft, []), [draft[0]], 0
-    proposals.learn(written, len(draft))
+    lookup, written, checked = PromptLookup(draft, []), [draft[0]], 0
+    lookup.update(written)
     for _ in range(100):
-        guess = proposals.propose(written)
-        width = best_width([(proposals.first, proposals.rate, len(guess))], 0.15, 0.05)
+        guess = lookup.propose(written)
+        width = best_width([(lookup.first, lookup.rate, len(guess))], 0.15, 0.05)
         checked += width
         # Never what was guessed, and always something that occurs in the draft.
         written.append(5 + (guess[0] - 4) % 4 if guess else rng.randrange(5, 9))
-        proposals.learn(written[-1:], width)
+        lookup.update(written[-1:])
     assert 0 < checked < 20
-
-
-def test_what_is_expected_further_on_mends_the_draft():
-    output = list(range(10, 50))
-    draft = [99 if token in (15, 22, 31) else token for token in output]
-    clear = [0.0 if a == b else 9.0 for a, b in zip(draft, output, strict=True)]
-    # Scattered differences are found together; behind a token that was wrong the draft's own is kept.
-    proposals = Proposals(draft, [])
-    proposals.learn(output[:6], 40, [*output[:6], 77, *output[7:]], clear)
-    assert proposals.propose(output[:6]) == output[6:]
-    # So it is where it is not clear, and where most of what is expected is something else.
-    for expected, behind in ((output, [0.1] * 40), ([*output[:6], *([7] * 34)], [9.0] * 40)):
-        proposals = Proposals(draft, [])
-        proposals.learn(output[:6], 40, expected, behind)
-        assert proposals.propose(output[:6]) == draft[6:]
-    # A passage of which nothing is known is not guessed.
-    proposals = Proposals(draft, [])
-    proposals.learn(output[:6], 40, [*output[:10], 1, 2, 3, 4, 5, *output[15:]], [9.0] * 40)
-    assert proposals.propose(output[:6]) == output[6:10]
-    # Mendings that come out wrong where the draft was right are taken back.
-    proposals = Proposals(output, [])
-    proposals.learn(
-        [*output[:5], 0],
-        40,
-        [*output[:5], 0, *output[6:9], 88, *output[10:20], 88, *output[21:]],
-        clear[:5] + [9.0] * 35,
-    )
-    written = [*output[:5], 0]
-    assert proposals.propose(written)[3] == 88
-    written += output[6:10]
-    proposals.learn(output[6:10], 34)
-    assert proposals.propose(written) == output[10:]
 
 
 def test_a_substitution_an_insertion_and_a_deletion_are_followed():
     draft = list(range(10, 30))
     for written, expected in (([10, 11, 99], 13), ([10, 11, 99, 12], 13), ([10, 11, 13], 14)):
-        proposals = Proposals(draft, [])
-        proposals.learn(written[:3], len(draft))
+        lookup = PromptLookup(draft, [])
+        lookup.update(written[:3])
         for token in written[3:]:
-            proposals.propose(written[:3])
-            proposals.learn([token], 1)
-        assert proposals.propose(written)[0] == expected
+            lookup.propose(written[:3])
+            lookup.update([token])
+        assert lookup.propose(written)[0] == expected
 
 
 def test_more_is_guessed_where_it_pays():

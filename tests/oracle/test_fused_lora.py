@@ -113,11 +113,11 @@ def test_what_was_learned_before_is_added_to_a_copy_of_the_weight():
         policy.write_long_term(random_updates(policy, seed))
         layer(x).sum().backward()
         dense = base + policy.long_term()["model.layers.0.mlp.up_proj"].dense()
-        torch.testing.assert_close(layer.folded, dense, rtol=0, atol=1e-6)
+        torch.testing.assert_close(layer.merged_weight, dense, rtol=0, atol=1e-6)
     assert torch.equal(layer.base_layer.weight, base)
     with policy.as_base():
         assert torch.equal(layer(x), torch.nn.functional.linear(x, base))
-    assert not any("folded" in name for name in policy.state_dict())
+    assert not any("merged_weight" in name for name in policy.state_dict())
 
 
 def test_in_bf16_it_stays_apart():
@@ -125,7 +125,7 @@ def test_in_bf16_it_stays_apart():
     policy.write_long_term(random_updates(policy))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer_of(policy)(torch.randn(2, 32, dtype=torch.bfloat16))
-    assert not hasattr(layer_of(policy), "folded")
+    assert not hasattr(layer_of(policy), "merged_weight")
 
 
 def test_beside_a_large_weight_it_stays_apart():
@@ -138,7 +138,7 @@ def test_beside_a_large_weight_it_stays_apart():
     layer.lora_B["ltm"].requires_grad_(False)
     layer._active_adapter = ["ltm", "stm"]
     layer(torch.randn(2, 600))
-    assert not hasattr(layer, "folded")
+    assert not hasattr(layer, "merged_weight")
 
 
 # ---- adapters at rest ----
@@ -199,12 +199,12 @@ def test_tokens_are_those_of_adapters_that_are_cast_anew():
     prompt = [5, 6, 7]
     with policy.decoding(pad_left([prompt], 0)) as decoder:
         found = continue_rows(decoder, greedy, [], 12)[0]
-        assert any(layer.ready for layer in adapters.layers(policy.peft).values())
+        assert any(layer.cast_factors for layer in adapters.layers(policy.peft).values())
         for layer in adapters.layers(policy.peft).values():
-            layer.ready = None
+            layer.cast_factors = None
         again = continue_rows(Decoder(policy.peft.get_base_model(), pad_left([prompt], 0), policy.head), greedy, [], 12)
     assert [found] == again
-    assert all(layer.ready is None for layer in adapters.layers(policy.peft).values())
+    assert all(layer.cast_factors is None for layer in adapters.layers(policy.peft).values())
 
 
 def greedy(logits):

@@ -238,11 +238,11 @@ class LocalEngine:
             return
         decoder = self._decoder([prompt], [draft], gate, max_new_tokens)
         row = decoder.rows[0]
-        while not decoder.over:
+        while not decoder.done:
             # Left before each yield: what the caller computes in between must not run in it.
             with self.decoding_context():
                 decoder.step()
-            if not decoder.over:
+            if not decoder.done:
                 # A character may take several tokens; until all are there it decodes to U+FFFD.
                 yield self._encoder.decode(row.tokens).rstrip("\ufffd")
         yield self._output(row, pair[1])
@@ -259,11 +259,11 @@ class LocalEngine:
     def _output(self, row: DraftedRow, answer: str) -> EngineOutput:
         return EngineOutput(
             # Decoding the answer's own tokens could still change it, where the tokenizer normalises.
-            text=answer if row.kept or row.tokens == row.draft else self._encoder.decode(row.tokens),
-            finished=row.kept or row.ended,
-            reason="gate" if row.kept else None,
+            text=answer if row.accepted_by_gate or row.tokens == row.draft else self._encoder.decode(row.tokens),
+            finished=row.accepted_by_gate or row.ended,
+            reason="gate" if row.accepted_by_gate else None,
             forward_passes=row.passes,
             accepted_draft_tokens=row.accepted,
             rejected_draft_tokens=row.rejected,
-            output_tokens=0 if row.kept else len(row.tokens),
+            output_tokens=0 if row.accepted_by_gate else len(row.tokens),
         )

@@ -35,7 +35,6 @@ from everalign.data.records import CorrectionSet
 from everalign.data.tokenization import TokenizedGroup
 from everalign.errors import InputError
 from everalign.modeling.base_adapter import base_and_adapter, tokenizer_folder
-from everalign.modeling.full_model import FullModel
 from everalign.modeling.loading import (
     check_all_weights,
     check_trainable,
@@ -48,7 +47,7 @@ from everalign.modeling.loading import (
 )
 from everalign.modeling.model_files import merged_into, write_checked
 from everalign.modeling.options import Precision
-from everalign.modeling.policy import Policy
+from everalign.modeling.policy import FullModel, Policy
 from everalign.modeling.reward_model import check_free
 from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.modeling.stopping import write_ends

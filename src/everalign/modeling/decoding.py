@@ -8,6 +8,7 @@ here. Both write into the same `KeyValueCache`.
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from operator import eq
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.architecture import study
-from everalign.modeling.cpu_kernels import grouped_attention
+from everalign.modeling.cpu_kernels import cpu_attention
 from everalign.modeling.logprobs import SequenceLogProbs
 
 # Buffers grow by this share of what is needed, and by at least so many tokens: a copy a token would cost more than
@@ -243,13 +244,11 @@ class Predicted:
 
     Attributes:
         tokens: the most likely ones.
-        gaps: by how much less likely the target is, in nats: 0 where it is the same token; empty without targets.
         log_probs: of the targets, in nats; empty where they were not asked for.
         margins: by how much targets are more likely than the most likely other token, in nats; likewise.
     """
 
     tokens: list[int] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
 
@@ -372,20 +371,18 @@ class RaggedRows:
         going = [row for row, count in enumerate(wanted) if count]
         while going:
             part = [(row, number) for row in going for number in numbers[row][start:end]]
-            asked = None if targets is None else [token for row in going for token in targets[row][start:end]]
+            asked = [token for row in going for token in targets[row][start:end]] if targets and scored else None
             order = [number for _, number in part]
             states = hidden if order == list(range(len(hidden))) else hidden[order]
-            for (row, _), values in zip(part, self._predict(states, asked, scored), strict=True):
-                predicted = found[row]
-                columns: list[list[Any]] = [predicted.tokens, predicted.gaps, predicted.log_probs, predicted.margins]
+            for (row, _), values in zip(part, self._predict(states, asked), strict=True):
+                columns: tuple[list[Any], ...] = (found[row].tokens, found[row].log_probs, found[row].margins)
                 for column, value in zip(columns, values, strict=False):
                     column.append(value)
-            going = [
-                row
-                for row in going
-                # At least half of the last slice was right.
-                if end < wanted[row] and (targets is None or scored or 2 * found[row].gaps[start:].count(0) >= end - start)
-            ]
+            going = [row for row in going if end < wanted[row]]
+            if targets is not None and not scored:
+                # At least half of the last slice has to be right.
+                right = {row: sum(map(eq, found[row].tokens[start:end], targets[row][start:end])) for row in going}
+                going = [row for row in going if 2 * right[row] >= end - start]
             start, end = end, end + 2 * (end - start)
         width = self._width(len(tokens))
         return found, [-(-len(row) // width) for row in tokens]
@@ -434,7 +431,7 @@ class RaggedRows:
         everything = len(wanted) == len(padded) * width
         rows, columns = torch.tensor(wanted, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
         if model.head.chunked:
-            with nullcontext() if own_mask else grouped_attention(model.model):
+            with nullcontext() if own_mask else cpu_attention(model.model):
                 states: Tensor = model.model.base_model(**inputs).last_hidden_state
             return states.flatten(0, 1) if everything else states[rows, columns - start]
         if everything:
@@ -447,21 +444,19 @@ class RaggedRows:
         return logits[rows, places]
 
     @torch.no_grad()
-    def _predict(self, hidden: Tensor, targets: list[int] | None, scored: bool) -> Iterator[tuple[Any, ...]]:
-        """Yield token, gap, and where scored log-probability and margin, at K positions; some of them at a time."""
+    def _predict(self, hidden: Tensor, targets: list[int] | None) -> Iterator[tuple[Any, ...]]:
+        """Yield the most likely token at K positions, and with targets these's log-probability and margin."""
+        # Logits of all positions are never held at once.
         size = max(1, _LOGITS_AT_ONCE // self._model.vocabulary)
         for start in range(0, len(hidden), size):
             logits = self._model.head.logits(hidden[start : start + size]).float()
             largest, best = logits.max(-1)
             if bool(largest.isnan().any()):
                 raise EveralignError("the model's logits are NaN: its weights are damaged, or its precision too low")
-            if targets is None:
-                yield from zip(best.tolist())
-                continue
-            asked = torch.tensor(targets[start : start + size], device=logits.device)[:, None]
-            of_asked = logits.gather(1, asked)[:, 0]
-            values = [best, largest - of_asked]
-            if scored:
-                values.append(of_asked - logits.logsumexp(-1))
-                values.append(of_asked - logits.scatter(1, asked, float("-inf")).amax(-1))
+            values = [best]
+            if targets is not None:
+                asked = torch.tensor(targets[start : start + size], device=logits.device)[:, None]
+                of_asked = logits.gather(1, asked)[:, 0]
+                others = logits.scatter(1, asked, float("-inf")).amax(-1)
+                values += [of_asked - logits.logsumexp(-1), of_asked - others]
             yield from zip(*(value.tolist() for value in values), strict=True)

@@ -1,11 +1,10 @@
-"""LoRA adapters as low-rank updates, and adapted linear layers as one autograd function."""
+"""LoRA adapters on peft: a fused forward pass of adapted layers, adapters as low-rank updates, and their files."""
 
 import copy
 import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,254 +25,150 @@ from everalign.storage import follow_umask
 
 # Share of a layer's work from which on its frozen adapters are added to a copy of the weight: below it the copy's
 # memory is worth more. Layers of 7B models stay below, small models do not.
-_WORTH_FOLDING = 0.05
+_WORTH_MERGING = 0.05
 
 
-def is_plain(layer: Any) -> bool:
-    """Whether a layer, adapted or not, is an `nn.Linear` whose weights are numbers as they are."""
-    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    return type(base) is nn.Linear and base.weight.is_floating_point()
+# ---- the fused layer ----
 
 
 def fuse(layer: LoraLayer) -> None:
-    """Give an adapted `nn.Linear` the fused forward pass; any other kind of layer keeps peft's."""
-    if is_plain(layer):
+    """Give an adapted `nn.Linear` the fused forward pass; quantised weights and other layers keep peft's."""
+    base = layer.get_base_layer()
+    if type(base) is nn.Linear and base.weight.is_floating_point():
         layer.forward = partial(_forward, layer)
 
 
 @contextmanager
-def resting(layers: Collection[Any], folding: bool) -> Iterator[None]:
-    """Take all adapters of these layers for frozen inside the `with` block: what they are cast to is kept there.
+def frozen_for_inference(layers: Collection[Any], merging: bool) -> Iterator[None]:
+    """Treat all adapters of these layers as frozen inside the `with` block, so that they are cast only once.
 
     Args:
         layers: adapted ones; blocks of the same layers are not nested.
-        folding: whether adapters may be added to copies of the weights, which pays where the same ones stay switched
+        merging: whether adapters may be added to copies of the weights, which pays where the same ones stay switched
             on, and rounds otherwise than training does.
     """
     for layer in layers:
-        layer.ready, layer.folding = {}, folding
+        layer.cast_factors, layer.merging = {}, merging
     try:
         yield
     finally:
         for layer in layers:
-            layer.ready, layer.folding = None, False
-            if folding:
+            layer.cast_factors, layer.merging = None, False
+            if merging:
                 # An optimiser may change an adapter without its version telling.
-                layer.folded, layer.folded_parts = None, []
-
-
-@dataclass(frozen=True)
-class Matrices:
-    """A linear layer as its products need it.
-
-    Args:
-        weight: W (m, n), frozen.
-        bias: (m,) or None.
-        factors: A (r, n) and B (m, r) of each adapter in use, one after the other.
-        scales: what each B·A is multiplied by.
-        adapters: their names.
-        ready: where a layer that rests keeps what was made of its factors; None for one that does not.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    factors: tuple[Tensor, ...] = ()
-    scales: tuple[float, ...] = ()
-    adapters: tuple[str, ...] = ()
-    ready: dict[Any, tuple[Tensor, list[Tensor]]] | None = None
-
-
-def matrices_of(layer: Any, x: Tensor) -> tuple[Matrices, torch.dtype]:
-    """Return a plain layer's matrices for an input, and the dtype of the products."""
-    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
-    if base is layer or layer.disable_adapters or layer.merged:
-        return Matrices(base.weight, base.bias), dtype
-    weight, names = base.weight, [name for name in layer.active_adapters if name in layer.lora_A]
-    if dtype == torch.float32:
-        weight, names = _fold_frozen(layer, names)
-    factors = tuple(f[name].weight for name in names for f in (layer.lora_A, layer.lora_B))
-    scales = tuple(layer.scaling[name] for name in names)
-    ready = None if torch.is_grad_enabled() else getattr(layer, "ready", None)
-    return Matrices(weight, base.bias, factors, scales, tuple(names), ready), dtype
+                layer.merged_weight, layer.merged_parts = None, []
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
-    result: Tensor
-    matrices, dtype = matrices_of(layer, x)
-    if matrices.factors:
-        (result,) = linears(x, dtype, [matrices])
-    elif matrices.weight is layer.base_layer.weight:
-        result = layer.base_layer(x)
-    else:
-        result = F.linear(x.to(dtype), matrices.weight, matrices.bias)
-    return result
-
-
-def _fold_frozen(layer: Any, names: list[str]) -> tuple[Tensor, list[str]]:
-    """Return the weight with the frozen adapters' updates added where that pays, and the adapters that remain.
-
-    What was learned before then costs nothing, however many tasks it were. In bf16 the sum would round away what is
-    small beside the weight, so that frozen adapters stay apart there.
-    """
-    weight: Tensor = layer.base_layer.weight
-    rests = getattr(layer, "folding", False)
-    frozen = [name for name in names if rests or not layer.lora_B[name].weight.requires_grad]
-    rank = sum(len(layer.lora_A[name].weight) for name in frozen)
-    if rank * sum(weight.shape) <= _WORTH_FOLDING * weight.numel():
-        return weight, names
-    parts = [f[name].weight for name in frozen for f in (layer.lora_A, layer.lora_B)]
-    if not _is_folded(layer, parts):
+    """Compute W·x + Σ s·B·A·x over the active adapters."""
+    base, device = layer.base_layer, x.device.type
+    if layer.disable_adapters or layer.merged:
+        plain: Tensor = base(x)
+        return plain
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
+    weight, names = base.weight, [name for name in layer.active_adapters if name in layer.lora_A]
+    if dtype == torch.float32:
+        # In bf16 the sum would round away what is small beside the weight, so that adapters stay apart there.
+        weight, names = _merge_frozen(layer, names)
+    if not names:
+        return base(x) if weight is base.weight else F.linear(x.to(dtype), weight, base.bias)
+    scales = tuple(layer.scaling[name] for name in names)
+    factors = [factor[name].weight for name in names for factor in (layer.lora_A, layer.lora_B)]
+    cache = None if torch.is_grad_enabled() else getattr(layer, "cast_factors", None)
+    key = (dtype, *names)
+    if cache is None or key not in cache:
         with torch.no_grad():
-            layer.folded = weight.clone()
-            for name in frozen:
-                layer.folded.addmm_(layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name])
-        layer.folded_parts = [(part, part._version) for part in parts]
-    return layer.folded, [name for name in names if name not in frozen]
-
-
-def _is_folded(layer: Any, parts: list[Tensor]) -> bool:
-    """Whether the copy of the weight holds these very factors, unchanged since."""
-    known = getattr(layer, "folded_parts", [])
-    same = len(known) == len(parts) and all(
-        old is part and version == part._version for (old, version), part in zip(known, parts, strict=True)
-    )
-    return same and layer.folded.device == parts[0].device
-
-
-def linears(x: Tensor, dtype: torch.dtype, layers: Sequence[Matrices]) -> tuple[Tensor, ...]:
-    """Return what each of some layers makes of x (..., n): (..., m), computed in this dtype."""
-    factors = (factor for layer in layers for factor in layer.factors)
-    result: tuple[Tensor, ...] = _Linears.apply(x, dtype, layers, *factors)  # type: ignore[no-untyped-call]
+            parts = [b * scale for b, scale in zip(factors[1::2], scales, strict=True)]
+            joined = torch.cat(factors[::2]).to(dtype), torch.cat(parts, dim=1).to(dtype)
+        if cache is not None:
+            cache[key] = joined
+    else:
+        joined = cache[key]
+    result: Tensor = _AdaptedLinear.apply(x, weight, base.bias, dtype, *joined, scales, *factors)  # type: ignore[no-untyped-call]
     return result
 
 
-class _Linears(torch.autograd.Function):
+class _AdaptedLinear(torch.autograd.Function):
+    """W·x + B·(A·x) for the adapters' As (R, n) below one another and their scaled Bs (m, R) side by side.
+
+    Two products for any number of adapters, and only x and A·x kept for the backward pass. x itself is kept where an
+    adapter learns.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dtype: torch.dtype, layers: Sequence[Matrices], *factors: Tensor
-    ) -> tuple[Tensor, ...]:
-        outputs, kept = products(x.to(dtype), layers)
-        learned = learned_adapters(layers, ctx.needs_input_grad[3:])
-        ctx.save_for_backward(x if any(map(any, learned)) else x.new_empty(0), *kept)
-        ctx.layers, ctx.learned, ctx.dtypes = layers, learned, (x.dtype, dtype)
-        return outputs
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        A: Tensor,
+        B: Tensor,
+        scales: tuple[float, ...],
+        *factors: Tensor,
+    ) -> Tensor:
+        rows = x.to(dtype)
+        # Of the shape that is returned: models may write into it, which a view made in here would forbid.
+        y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        inner = rows.reshape(-1, rows.shape[-1]) @ A.T
+        y.view(-1, len(B)).addmm_(inner, B.T)
+        ctx.learned = [a or b for a, b in zip(ctx.needs_input_grad[7::2], ctx.needs_input_grad[8::2], strict=True)]
+        ctx.save_for_backward(x if any(ctx.learned) else x.new_empty(0), inner, A, B)
+        ctx.weight, ctx.scales, ctx.dtypes = weight, scales, (x.dtype, dtype)
+        ctx.factors = [(len(a), a.dtype, b.dtype) for a, b in zip(factors[::2], factors[1::2], strict=True)]
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, *kept = ctx.saved_tensors
-        upstream = [g.to(ctx.dtypes[1]) for g in gradients]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, A, B = ctx.saved_tensors
+        own, dtype = ctx.dtypes
+        upstream = gradient.to(dtype).reshape(-1, gradient.shape[-1])
+        narrow = upstream @ B  # (T, R), the gradient of A·x
+        dx = None
         if ctx.needs_input_grad[0]:
-            dx, narrow = input_gradient(upstream, ctx.layers, kept)
-        else:
-            dx, narrow = None, narrow_gradient(upstream, kept)
-        factors = factor_gradients(x.to(ctx.dtypes[1]), upstream, ctx.layers, kept, narrow, ctx.learned)
-        return (None if dx is None else dx.to(ctx.dtypes[0]), None, None, *factors)
+            dx = (upstream @ ctx.weight.to(dtype)).addmm_(narrow, A).view(*gradient.shape[:-1], -1).to(own)
+        found: list[Tensor | None] = []
+        start = 0
+        for learned, scale, (rank, dtype_a, dtype_b) in zip(ctx.learned, ctx.scales, ctx.factors, strict=True):
+            part = slice(start, start + rank)
+            start += rank
+            if not learned:
+                found += [None, None]
+                continue
+            rows = x.to(dtype).reshape(-1, x.shape[-1])
+            found.append((narrow[:, part].T @ rows).to(dtype_a))
+            found.append((upstream.T @ inner[:, part]).to(dtype_b).mul_(scale))
+        return dx, None, None, None, None, None, None, *found
 
 
-# ---- the products of layers of one input, forward and back ----
+def _merge_frozen(layer: Any, names: list[str]) -> tuple[Tensor, list[str]]:
+    """Return the weight with the frozen adapters' updates added where that pays, and the adapters that remain.
 
-
-def learned_adapters(layers: Sequence[Matrices], needed: Sequence[bool]) -> list[list[bool]]:
-    """Say of each adapter of each layer whether it learns, given which factors need gradients."""
-    flags = iter(needed)
-    return [[next(flags) | next(flags) for _ in layer.scales] for layer in layers]
-
-
-def products(x: Tensor, layers: Sequence[Matrices]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """Return each layer's output (..., m) for x (..., n), and what the way back needs besides x.
-
-    These are x·Aᵀ (T, R) of all adapters of all layers, all As (R, n), and of each layer its Bs (m, r) side by side,
-    scaled; in the dtype of x. Nothing where no layer is adapted.
+    What earlier tasks taught then costs nothing in a pass, however many tasks there were.
     """
-    # Of the shape that is returned: models may write into it, which a view made in here would forbid.
-    outputs = tuple(
-        F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
-        for layer in layers
+    weight: Tensor = layer.base_layer.weight
+    all_frozen = getattr(layer, "merging", False)
+    frozen = [name for name in names if all_frozen or not layer.lora_B[name].weight.requires_grad]
+    rank = sum(len(layer.lora_A[name].weight) for name in frozen)
+    if rank * sum(weight.shape) <= _WORTH_MERGING * weight.numel():
+        return weight, names
+    parts = [factor[name].weight for name in frozen for factor in (layer.lora_A, layer.lora_B)]
+    known = getattr(layer, "merged_parts", [])
+    # The copy holds these very factors, unchanged since.
+    current = len(known) == len(parts) and all(
+        old is part and version == part._version for (old, version), part in zip(known, parts, strict=True)
     )
-    if not any(layer.factors for layer in layers):
-        return outputs, []
-    A, Bs = _side_by_side(layers, x.dtype)
-    inner, start = x.reshape(-1, x.shape[-1]) @ A.T, 0
-    for B, y in zip(Bs, outputs, strict=True):
-        width = B.shape[1]
-        if width:
-            y.view(-1, len(B)).addmm_(inner[:, start : start + width], B.T)
-        start += width
-    return outputs, [inner, A, *Bs]
+    if not current or layer.merged_weight.device != weight.device:
+        with torch.no_grad():
+            layer.merged_weight = weight.clone()
+            for name in frozen:
+                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                layer.merged_weight.addmm_(b, a, alpha=layer.scaling[name])
+        layer.merged_parts = [(part, part._version) for part in parts]
+    return layer.merged_weight, [name for name in names if name not in frozen]
 
 
-def _side_by_side(layers: Sequence[Matrices], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """Return all As (R, n) below one another, and of each layer its Bs (m, r) side by side, scaled; once while at rest.
-
-    Casting and joining them anew takes longer than the products of a few rows.
-    """
-    ready = next(layer.ready for layer in layers if layer.factors)
-    key = dtype, tuple(layer.adapters for layer in layers)
-    if ready is not None and key in ready:
-        return ready[key]
-    A, Bs = torch.cat([a for layer in layers for a in layer.factors[::2]]).to(dtype), []
-    for layer in layers:
-        parts = [b * scale for b, scale in zip(layer.factors[1::2], layer.scales, strict=True)]
-        Bs.append(torch.cat(parts, dim=1).to(dtype) if parts else A.new_empty(len(layer.weight), 0))
-    if ready is not None:
-        ready[key] = A, Bs
-    return A, Bs
-
-
-def narrow_gradient(gradients: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor | None:
-    """Return the gradient of x·Aᵀ (T, R) for those (..., m) of the layers' outputs; None without adapters."""
-    if not kept:
-        return None
-    return torch.cat([g.reshape(-1, g.shape[-1]) @ B for g, B in zip(gradients, kept[2:], strict=True)], dim=1)
-
-
-def input_gradient(
-    gradients: Sequence[Tensor], layers: Sequence[Matrices], kept: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradient (..., n) of x, and what `narrow_gradient` does."""
-    flat, narrow = [g.reshape(-1, g.shape[-1]) for g in gradients], narrow_gradient(gradients, kept)
-    dx = flat[0] @ layers[0].weight.to(flat[0].dtype)
-    for g, layer in zip(flat[1:], layers[1:], strict=True):
-        dx.addmm_(g, layer.weight.to(g.dtype))
-    if narrow is not None:
-        dx.addmm_(narrow, kept[1])
-    return dx.view(*gradients[0].shape[:-1], -1), narrow
-
-
-def factor_gradients(
-    x: Tensor,
-    gradients: Sequence[Tensor],
-    layers: Sequence[Matrices],
-    kept: Sequence[Tensor],
-    narrow: Tensor | None,
-    learned: Sequence[Sequence[bool]],
-) -> list[Tensor | None]:
-    """Return the gradients of all layers' factors, in their order; None for those of adapters that do not learn."""
-    result: list[Tensor | None] = []
-    if narrow is None:
-        return result
-    ranks = [len(a) for layer in layers for a in layer.factors[::2]]
-    flags = [flag for flags in learned for flag in flags]
-    columns = [part.tolist() for part in torch.split(torch.arange(sum(ranks)), ranks)]
-    used = [column for flag, part in zip(flags, columns, strict=True) for column in part if flag]
-    if not used:
-        return [None] * (2 * len(ranks))
-    inner, part = kept[0], narrow
-    if len(used) < sum(ranks):
-        inner, part = inner[:, used], narrow[:, used]
-    dA, start = part.T @ x.reshape(-1, x.shape[-1]), 0
-    for layer, g, own in zip(layers, gradients, learned, strict=True):
-        widths = [len(a) if flag else 0 for a, flag in zip(layer.factors[::2], own, strict=True)]
-        dB = g.reshape(-1, g.shape[-1]).T @ inner[:, start : start + sum(widths)]
-        for a, b, scale, width, db in zip(
-            layer.factors[::2], layer.factors[1::2], layer.scales, widths, torch.split(dB, widths, dim=1), strict=True
-        ):
-            result += [dA[start : start + width].to(a.dtype), db.to(b.dtype).mul_(scale)] if width else [None, None]
-            start += width
-    return result
-
+# ---- adapters as low-rank updates ----
 
 _PREFIX = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

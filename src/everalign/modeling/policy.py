@@ -6,12 +6,14 @@
 
 so every reference policy is a switch and never a second model. The long-term adapter is frozen and fp32; its rank
 follows what memory consolidation writes into it. Built on peft, whose checkpoint format is ours.
+
+`FullModel` is the alternative without adapters, where all weights learn. Trainers take either as a `TrainableLM`.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +23,12 @@ from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
 from everalign.modeling import lora as adapters
 from everalign.modeling.architecture import study
-from everalign.modeling.cpu_kernels import fuse_layers, use_cpu_attention
+from everalign.modeling.cpu_kernels import use_cpu_attention
 from everalign.modeling.decoding import Decoder
 from everalign.modeling.logprobs import SequenceLogProbs, naming
-from everalign.modeling.lora import fuse, resting
+from everalign.modeling.lora import frozen_for_inference, fuse
 from everalign.modeling.lora_targets import ALL_LINEAR, choose_targets
+from everalign.modeling.options import Precision
 
 SHORT_TERM = "stm"
 LONG_TERM = "ltm"
@@ -34,7 +37,104 @@ _SNAPSHOT = "snapshot"
 Updates = Mapping[str, LowRankUpdate]
 
 
-class Policy(nn.Module):
+class TrainableLM(nn.Module):
+    """A causal language model that a trainer can train: response log-probabilities of collated batches.
+
+    Dropout is always off, so that batches may be cut anywhere and every reference policy compares.
+
+    Args:
+        mixed: whether to compute under bf16 autocast. What learns and the log-probabilities stay fp32.
+
+    Attributes:
+        head: computes log-probabilities.
+    """
+
+    head: SequenceLogProbs
+
+    def __init__(self, mixed: bool) -> None:
+        super().__init__()
+        self._mixed = mixed
+
+    @property
+    def language_model(self) -> Any:
+        """The Hugging Face model, adapters injected or not."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum the log-probabilities of each sequence's response tokens.
+
+        Args:
+            batch: what `everalign.data.collate` made of tokenized rows: S sequences with K response tokens in all.
+
+        Returns:
+            (S,) fp32, in nats.
+        """
+        with self._computing(batch["input_ids"]):
+            return self.head.response_log_probs(batch)
+
+    def response_choices(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return, of the batch's K response tokens, log-probabilities (K,) fp32 and the likeliest tokens (K,)."""
+        with self._computing(batch["input_ids"]):
+            return self.head.response_choices(batch)
+
+    def on_device(self, batch: Batch) -> Batch:
+        """Return the batch on the model's device; refuses tokens that the model has no embeddings for."""
+        self.head.check_token(int(batch["input_ids"].max()))
+        device = next(self.parameters()).device
+        return {name: value.to(device) for name, value in batch.items()}
+
+    @contextmanager
+    def _computing(self, like: Tensor) -> Iterator[None]:
+        autocast = torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=self._mixed)
+        with naming(self.language_model), autocast:
+            yield
+
+    def train(self, mode: bool = True) -> Self:
+        """Note whether it is being trained; the model's own modules stay in evaluation mode."""
+        super().train(mode)
+        for part in self.children():
+            part.eval()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what is being learned, each parameter once: a checkpoint is no larger than that."""
+        state = super().state_dict(*args, **kwargs)
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        prefix = kwargs.get("prefix", "")
+        for key in [key for key in state if key.removeprefix(prefix) not in trainable]:
+            del state[key]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` returned; frozen parameters are not expected."""
+        differing = set(self.state_dict()) ^ set(state_dict)
+        if differing:
+            raise InputError(f"the checkpoint does not fit this model or adapter: {sorted(differing)[:3]} differ")
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+class FullModel(TrainableLM):
+    """A language model that learns with all of its weights.
+
+    Args:
+        model: a Hugging Face causal language model in fp32; all of its parameters are made trainable.
+        precision: `bf16` computes under bf16 autocast. Weights and the optimiser stay fp32: bf16 weights would lose
+            most updates of a small learning rate.
+    """
+
+    def __init__(self, model: Any, precision: Precision = "fp32") -> None:
+        super().__init__(precision == "bf16")
+        self.model = model.requires_grad_(True)
+        self.head = SequenceLogProbs(model, study(model))
+
+    @property
+    def language_model(self) -> Any:
+        """The Hugging Face model."""
+        return self.model
+
+
+class Policy(TrainableLM):
     """The policy that is trained, evaluated and saved.
 
     Args:
@@ -55,10 +155,10 @@ class Policy(nn.Module):
     def __init__(
         self, model: Any, rank: int, alpha: float, targets: str | list[str] = ALL_LINEAR, seed: int = 0
     ) -> None:
-        super().__init__()
+        mixed = next(model.parameters()).dtype == torch.bfloat16
+        super().__init__(mixed)
         # Before anything of it is replaced: the copy is made of its classes as they are.
         architecture = study(model)
-        self._mixed = next(model.parameters()).dtype == torch.bfloat16
         chosen = choose_targets(model, targets, architecture.reached)
         self.notes = chosen.notes
         self.peft = adapters.attach(model, SHORT_TERM, rank, alpha, chosen.names)
@@ -66,26 +166,18 @@ class Policy(nn.Module):
         for layer in adapters.layers(self.peft).values():
             # Autocast decides the precision of the products; casting their input to the adapter's fp32 first
             # would only copy it back and forth.
-            layer.cast_input_dtype_enabled = not self._mixed
+            layer.cast_input_dtype_enabled = not mixed
             fuse(layer)
-        fuse_layers(model)
         use_cpu_attention(model)
         self.head = SequenceLogProbs(model, architecture)
         self.reset(seed)
 
+    @property
+    def language_model(self) -> Any:
+        """The base model with both adapters injected."""
+        return self.peft.get_base_model()
+
     # ---- what it computes ----
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Sum the log-probabilities of each sequence's response tokens.
-
-        Args:
-            batch: what `everalign.data.collate` made of encoded rows: S sequences with K response tokens in all.
-
-        Returns:
-            (S,) fp32, in nats.
-        """
-        with self._computing(batch["input_ids"]):
-            return self.head.response_log_probs(batch)
 
     def response_logits(self, batch: Batch) -> Tensor:
         """Return the logits (K, V) fp32 that predict the batch's K response tokens, in the order of its `targets`."""
@@ -102,16 +194,14 @@ class Policy(nn.Module):
         with self._computing(states):
             return self.head.logits(states).float()
 
-    def response_choices(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return, of the batch's K response tokens, log-probabilities (K,) fp32 and the likeliest tokens (K,)."""
-        with self._computing(batch["input_ids"]):
-            return self.head.response_choices(batch)
-
     @contextmanager
     def decoding(self, batch: Batch) -> Iterator[Decoder]:
         """Yield a decoder of left-padded prompts; the policy must stay as it is inside the `with` block."""
-        with self._computing(batch["input_ids"]), resting(adapters.layers(self.peft).values(), folding=True):
-            yield Decoder(self.peft.get_base_model(), batch, self.head)
+        with (
+            self._computing(batch["input_ids"]),
+            frozen_for_inference(adapters.layers(self.peft).values(), merging=True),
+        ):
+            yield Decoder(self.language_model, batch, self.head)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -119,28 +209,10 @@ class Policy(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            with torch.no_grad(), resting(adapters.layers(self.peft).values(), folding=False):
+            with torch.no_grad(), frozen_for_inference(adapters.layers(self.peft).values(), merging=False):
                 yield
         finally:
             self.train(was_training)
-
-    def on_device(self, batch: Batch) -> Batch:
-        """Return the batch on the policy's device."""
-        self.head.check_token(int(batch["input_ids"].max()))
-        device = next(self.parameters()).device
-        return {name: value.to(device) for name, value in batch.items()}
-
-    @contextmanager
-    def _computing(self, like: Tensor) -> Iterator[None]:
-        autocast = torch.autocast(like.device.type, dtype=torch.bfloat16, enabled=self._mixed)
-        with naming(self.peft.get_base_model()), autocast:
-            yield
-
-    def train(self, mode: bool = True) -> "Policy":
-        """Note whether it is being trained; the base model never drops out, so that every switch compares."""
-        super().train(mode)
-        self.peft.eval()
-        return self
 
     # ---- which adapters take part ----
 
@@ -258,20 +330,3 @@ class Policy(nn.Module):
             self.write_long_term({name: LowRankUpdate(left * scale, right) for name, (left, right) in factors.items()})
         else:
             adapters.write_factors(self.peft, SHORT_TERM, factors)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what is being learned and nothing frozen: a training checkpoint is as small as the adapter."""
-        state = super().state_dict(*args, **kwargs)
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        prefix = kwargs.get("prefix", "")
-        for key in [key for key in state if key.removeprefix(prefix) not in trainable]:
-            del state[key]
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returned; frozen parameters are not expected."""
-        missing = set(self.state_dict()) ^ set(state_dict)
-        if missing:
-            raise InputError(f"the checkpoint does not fit this adapter: {sorted(missing)[:3]} differ")
-        super().load_state_dict(state_dict, strict=False, assign=assign)
-        return torch.nn.modules.module._IncompatibleKeys([], [])
