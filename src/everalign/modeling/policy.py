@@ -13,7 +13,7 @@ follows what memory consolidation writes into it. Built on peft, whose checkpoin
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ LONG_TERM = "ltm"
 _SNAPSHOT = "snapshot"
 
 Updates = Mapping[str, LowRankUpdate]
+_Model = TypeVar("_Model", bound="TrainableLM")
 
 
 class TrainableLM(nn.Module):
@@ -89,7 +90,7 @@ class TrainableLM(nn.Module):
         with naming(self.language_model), autocast:
             yield
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self: _Model, mode: bool = True) -> _Model:
         """Note whether it is being trained; the model's own modules stay in evaluation mode."""
         super().train(mode)
         for part in self.children():
