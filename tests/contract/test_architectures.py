@@ -257,7 +257,15 @@ def same(found, expected, size=1e-4):
     return (found - expected).abs().max() <= size * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+# One of each kind of block, position, cache and checkpoint; the others are tried by `make test-slow`.
+REPRESENTATIVES = REHEARSED | {
+    "falcon, ALiBi", "opt", "gpt_oss", "rwkv", "recurrent_gemma", "jamba", "llava",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in REPRESENTATIVES else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
 def test_two_tasks_are_learned_versioned_reloaded_and_exported(name, tmp_path, monkeypatch):
     if name not in REHEARSED:
         monkeypatch.setattr("everalign.learning.context.rehearse", lambda *_: None)
