@@ -24,7 +24,7 @@ import torch
 from common import OUT, preference_rows, write_result
 from everalign import Learner, PreferenceSet, TrainingOptions
 from everalign.cli import main as everalign
-from everalign.cli import results
+from everalign.cli.console import run_answers, run_scores
 from everalign.learning.run_data import load_run
 
 TASKS = {"harmless": "hh_harmless", "truthful": "truthfulqa", "helpful": "hh_helpful"}
@@ -119,15 +119,15 @@ def main() -> None:
         "learning_cpu": round(time.process_time() - tuned[1], 1),
         "threads": torch.get_num_threads(),
     }
-    for task, pairs in results.answers(run).items():
+    for task, pairs in run_answers(run).items():
         for pair in pairs[:2]:
             asked = pair["prompt"] if isinstance(pair["prompt"], str) else pair["prompt"][-1]["content"]
             print(f"\n[{task}] {asked}\n  before: {pair['before']}\n  after:  {pair['after']}")
-    answers = [pair for pairs in results.answers(run).values() for pair in pairs]
+    answers = [pair for pairs in run_answers(run).values() for pair in pairs]
     ended = {when: sum(pair[f"ended_{when}"] for pair in answers) for when in ("before", "after")}
     print(f"\nof {len(answers)} answers, ended: {ended['before']} before, {ended['after']} after; seconds: {seconds}")
     facts = {"learning_rate": rate, "validation": tried, "seed": arguments.seed, "seconds": seconds, "ended": ended}
-    write_result(arguments.output / "result.json", {**facts, **results.scores(run), "answers": results.answers(run)})
+    write_result(arguments.output / "result.json", {**facts, **run_scores(run), "answers": run_answers(run)})
 
 
 if __name__ == "__main__":

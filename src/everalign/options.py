@@ -69,12 +69,22 @@ class Declared(NamedTuple):
     title: str | None
 
     @property
+    def model(self) -> type[BaseModel] | None:
+        """The model that it holds, or a list of it; None for plain values."""
+        inner = get_args(self.type)[0] if get_origin(self.type) is list else self.type
+        return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+
+    @property
     def allowed(self) -> str:
         """The values that it takes, in words, such as "a whole number of at least 1"."""
         if get_origin(self.type) is Literal:
             return f"one of {', '.join(map(str, get_args(self.type)))}"
+        if self.model is not None:
+            return "a list that is not empty" if get_origin(self.type) is list else "keys and values"
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "texts"}
         kind = words.get(get_origin(self.type) or self.type, "a valid value")
+        if any(getattr(item, "min_length", None) for item in self.metadata):
+            return f"{kind} that is not empty (in quotes, where YAML reads something else)"
         bounds = {
             word: getattr(item, name)
             for name, word in (("ge", "of at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
@@ -103,32 +113,45 @@ def declared(field: FieldInfo) -> Declared:
 
 
 class Problem(NamedTuple):
-    """The first problem of a failed validation: the path to it, what is wrong, a hint, and the error that tells it."""
+    """The first problem of a failed validation.
+
+    Args:
+        where: the path to the value.
+        what: continues the name of the place, as in "rank" + " must be a whole number of at least 1, found 0".
+        hint: what to do, if anything is known.
+        cause: the InputError that a validator of the model raised.
+        unknown: whether there is no such name.
+    """
 
     where: tuple[int | str, ...]
     what: str
-    hint: str | None
-    cause: Exception | None
+    hint: str | None = None
+    cause: InputError | None = None
+    unknown: bool = False
 
 
 def first_problem(model: type[BaseModel], error: ValidationError) -> Problem:
-    """Puts the first problem into words; an unknown name goes first, because it explains what is missing.
-
-    `what` continues the name of the place, as in "rank" + " must be a whole number of at least 1, found 0".
-    """
+    """Puts the first problem into words; an unknown name goes first, because it explains what is missing."""
     problems = error.errors(include_url=False)
     found = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     where, kind = found["loc"], found["type"]
+    field: FieldInfo | None = None
+    for part in where:
+        if field is not None:
+            model = declared(field).model or model
+        field = field if isinstance(part, int) else model.model_fields.get(part)
     if kind == "extra_forbidden":
         known = list(model.model_fields)
         near = difflib.get_close_matches(str(where[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        return Problem(where, f" is no option of {model.__name__}: {hint}", hint, None)
+        return Problem(where, f" is no option of {model.__name__}: {hint}", hint, unknown=True)
     if kind == "value_error":
         cause = found["ctx"]["error"]
-        return Problem(where, f" {cause}, found {found['input']!r}", None, cause)
+        if isinstance(cause, InputError):
+            return Problem(where, f": {cause}", cause.hint, cause)
+        return Problem(where, f" {cause}, found {found['input']!r}")
     if kind == "missing":
-        return Problem(where, " is missing", None, None)
-    field = model.model_fields.get(str(where[-1])) if where else None
-    allowed = found["msg"] if field is None else declared(field).allowed
-    return Problem(where, f" must be {allowed.replace('Input should be ', '')}, found {found['input']!r}", None, None)
+        return Problem(where, " is missing")
+    if field is None:
+        return Problem(where, f": {found['msg']}")
+    return Problem(where, f" must be {declared(field).allowed}, found {found['input']!r}")

@@ -6,7 +6,6 @@ from typing import get_args
 
 import pytest
 
-from everalign.cli.learn import _NOT_IN_A_RECIPE
 from everalign.cli.learn import learn as learn_verb
 from everalign.errors import InputError
 from everalign.learning.options import (
@@ -16,7 +15,7 @@ from everalign.learning.options import (
     RolloutOptions,
     TrainingOptions,
 )
-from everalign.learning.recipe import SECTIONS, Recipe, load_tasks
+from everalign.learning.recipe import Recipe, load_tasks
 from everalign.methods import METHODS
 from everalign.objectives import Estimator
 from everalign.training.objectives import OBJECTIVES
@@ -109,22 +108,22 @@ def test_numbers_mean_what_they_look_like(number, value, read):
         ("energy: 0.5", "unknown key 'energy': it belongs under 'method'"),
         ("training: {objective: fpo}", "unknown key 'objective' in training: it belongs outside, beside 'model'"),
         ("adapter: {zzz: 1}", "unknown key 'zzz' in adapter: known are rank, alpha, targets"),
-        ("training: {learning_rate: fast}", "training.learning_rate: must be a valid number, found 'fast'"),
-        ("training: {learning_rate: '1e-4'}", "training.learning_rate: must be a valid number, found '1e-4'"),
-        ("training: {epochs: .nan}", "training.epochs: must be a finite number, found nan"),
-        ("training: {batch_size: 2.5}", "training.batch_size: must be a valid integer, found 2.5"),
-        ("training: {batch_size: true}", "training.batch_size: must be a valid integer, found True"),
-        ("training: {precision: fp16}", "training.precision: must be 'auto', 'fp32' or 'bf16', found 'fp16'"),
-        ("training: 3", "training: must hold keys and values, found 3"),
-        ("method: {name: er, space: x}", "method.space: must be 'product' or 'factors', found 'x'"),
-        ("seed: one", "seed: must be a valid integer, found 'one'"),
-        ("allow_overlap: 1", "allow_overlap: must be a valid boolean, found 1"),
-        ("model: ''", "model: must not be empty, found ''"),
-        ("model: 7", "model: must be text (in quotes, where it looks like something else), found 7"),
-        ("tasks: [{name: no, train: x}]", "task 1.name: must be text"),
-        ("tasks: [{name: a}]", "task 1.train: is missing"),
-        ("tasks: a=b", "tasks: must be a list, found 'a=b'"),
-        ("tasks: []", "tasks: must not be empty"),
+        ("training: {learning_rate: fast}", "training.learning_rate must be a number above 0, found 'fast'"),
+        ("training: {learning_rate: '1e-4'}", "training.learning_rate must be a number above 0, found '1e-4'"),
+        ("training: {epochs: .nan}", "training.epochs must be a number above 0, found nan"),
+        ("training: {batch_size: 2.5}", "training.batch_size must be a whole number of at least 1, found 2.5"),
+        ("training: {batch_size: true}", "training.batch_size must be a whole number of at least 1, found True"),
+        ("training: {precision: fp16}", "training.precision must be one of auto, fp32, bf16, found 'fp16'"),
+        ("training: 3", "training must be keys and values, found 3"),
+        ("method: {name: er, space: x}", "method.space must be one of product, factors, found 'x'"),
+        ("seed: one", "seed must be a whole number, found 'one'"),
+        ("allow_overlap: 1", "allow_overlap must be true or false, found 1"),
+        ("model: ''", "model must be text that is not empty (in quotes, where YAML reads something else), found ''"),
+        ("model: 7", "model must be text that is not empty (in quotes, where YAML reads something else), found 7"),
+        ("tasks: [{name: no, train: x}]", "task 1.name must be text"),
+        ("tasks: [{name: a}]", "task 1.train is missing"),
+        ("tasks: a=b", "tasks must be a list that is not empty, found 'a=b'"),
+        ("tasks: []", "tasks must be a list that is not empty"),
         ("tasks: [{name: a, train: b}, {name: a, train: c}]", "tasks: the name 'a' is given twice"),
         ("1: x", "1: Keys should be strings"),
     ],
@@ -132,7 +131,23 @@ def test_numbers_mean_what_they_look_like(number, value, read):
 def test_a_mistake_is_named_with_its_file_and_key(text, problem, read, tmp_path):
     with pytest.raises(InputError) as caught:
         read(text)
-    assert str(caught.value).startswith(f"{tmp_path / 'recipe.yaml'}: {problem}")
+    assert str(caught.value).startswith(f"{tmp_path / 'recipe.yaml'}:1: {problem}")
+    assert caught.value.where == f"{tmp_path / 'recipe.yaml'}:1"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "field"),
+    [
+        ("model: tiny\ntraining:\n  epochs: 1\n  lerning_rate: 1\n", 4, "lerning_rate"),
+        ("model: tiny\ntraining:\n  epochs: 1\n  batch_size: 0\n", 4, "batch_size"),
+        ("tasks:\n- {name: a, train: b}\n- name: b\n  train: 3\n", 4, "train"),
+        ("tasks:\n- {name: a, train: b}\n- name: b\n", 3, "train"),
+    ],
+)
+def test_a_mistake_is_found_at_its_line(read, tmp_path, text, line, field):
+    with pytest.raises(InputError) as caught:
+        read(text)
+    assert (caught.value.where, caught.value.field) == (f"{tmp_path / 'recipe.yaml'}:{line}", field)
 
 
 @pytest.mark.parametrize(
@@ -184,19 +199,24 @@ def test_a_given_false_or_zero_counts(read):
 
 def test_a_wrong_flag_is_named_as_a_flag():
     for flags, problem in (
-        ({"learning_rate": float("nan")}, "--learning-rate: must be a finite number"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be a number above 0"),
         ({"tasks": [{"name": "a", "train": "b"}] * 2}, "--task: the name 'a' is given twice"),
-        ({"method": ""}, "--method: must not be empty"),
+        ({"method": ""}, "--method must be text that is not empty"),
     ):
         with pytest.raises(InputError, match=problem):
             Recipe.from_flags(flags)
 
 
 OPTIONS = (TrainingOptions, AdapterOptions, WeightOptions, CorrectionTaskOptions, RolloutOptions)
+# Flags that say how one command behaves; every other one is a recipe's key.
+OF_THE_COMMAND = {
+    *("recipe", "resume", "as_json", "print_recipe", "trust_remote_code"),
+    *("from_feedback", "minimum", "key_share", "agreement", "held_out"),
+}
 
 
 def test_flags_are_the_keys_of_a_recipe_and_nothing_is_left_out():
-    flags = set(inspect.signature(learn_verb).parameters) - {"context", *_NOT_IN_A_RECIPE}
+    flags = set(inspect.signature(learn_verb).parameters) - OF_THE_COMMAND
     arguments = {name for method in METHODS.values() for name in inspect.signature(method).parameters}
     options = {name for kind in OPTIONS for name in kind.model_fields}
     keys = set(Recipe.model_fields) - {"tasks", "training", "adapter", "weighting", "rollouts", "correction"} | {"task"}
@@ -208,22 +228,26 @@ def test_a_flag_that_is_not_given_leaves_no_trace():
     parameters = inspect.signature(learn_verb).parameters
     given = {name: parameter.default for name, parameter in parameters.items()}
     assert all(
-        given[name] is None
-        for name in given
-        if name not in ("context", "resume", "as_json", "print_recipe", "trust_remote_code")
+        given[name] is None for name in given if name not in ("resume", "as_json", "print_recipe", "trust_remote_code")
     )
 
 
 def test_help_names_every_choice():
     def text(flag: str) -> str:
-        return inspect.signature(learn_verb).parameters[flag].annotation.__metadata__[0].help
+        about = inspect.signature(learn_verb).parameters[flag].annotation.__metadata__[0]
+        return f"{about.help} {about.metavar}"
 
     assert all(name in text("method") for name in METHODS)
     assert all(name in text("objective") for name in OBJECTIVES)
     assert all(name in text("estimator") for name in get_args(Estimator))
     for flag in ("reference", "precision", "attention", "scheduler"):
-        kind = SECTIONS["training"].model_fields[flag].annotation
-        assert all(name in text(flag) for name in kind.__args__[0].__args__)
+        assert all(name in text(flag) for name in get_args(TrainingOptions.model_fields[flag].annotation))
+
+
+def test_help_tells_the_defaults():
+    parameters = inspect.signature(learn_verb).parameters
+    assert "; 16 by default" in parameters["batch_size"].annotation.__metadata__[0].help
+    assert "; 0.0001 by default" in parameters["learning_rate"].annotation.__metadata__[0].help
 
 
 def test_all_files_are_read_before_anything_else(tmp_path, monkeypatch):

@@ -12,16 +12,15 @@ import typer
 
 from everalign.cli.console import say
 from everalign.cli.correct import correct
-from everalign.cli.demo import demo
 from everalign.cli.feedback import feedback
 from everalign.cli.learn import learn
 from everalign.cli.reward import reward
-from everalign.cli.runs import export, report, rollback, versions
+from everalign.cli.runs import demo, export, report, rollback, versions
 from everalign.cli.serve import EPILOG as SERVE_EPILOG
 from everalign.cli.serve import serve
 from everalign.errors import EveralignError, InputError
 
-# A wrong flag or argument. Some versions of typer have it from click, others carry it inside; its heir is public.
+# A wrong flag or argument. Some versions of typer take it from click, others carry it inside; BadParameter is public.
 _UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])
 
 app = typer.Typer(
@@ -69,7 +68,7 @@ def _everalign(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; errors that the user can act on are one line without a traceback.
+    """Runs one command and returns its exit code; errors that the user can act on are one line without a traceback.
 
     Args:
         arguments: without the program's name; those of the process when None.

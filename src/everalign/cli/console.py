@@ -2,27 +2,34 @@
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
-# Lines in a file or a pipe are not wrapped: what reads them wants whole ones.
+if TYPE_CHECKING:
+    from everalign.learning.run_data import RunData
+
+# Lines in a file or a pipe are not wrapped, because programs read whole ones.
 _WIDEST = 10_000
+_LEFT = ("measure", "meaning")
 
 # Standard error: announcements, progress, warnings, errors. Lines are left to the terminal to wrap.
 notes = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def say(label: str, message: str, style: str) -> None:
-    """Print `label: message` on standard error, the label in a style."""
+    """Prints `label: message` on standard error, the label in a style."""
     notes.print(Text.assemble((f"{label}:", style), f" {message}"))
 
 
 def show(*results: RenderableType) -> None:
-    """Print tables and texts on standard output; where that is no terminal, as wide as they are."""
+    """Prints tables and texts on standard output, unwrapped where that is no terminal."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDEST)
@@ -30,42 +37,52 @@ def show(*results: RenderableType) -> None:
         console.print(result)
 
 
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], title: str | None = None) -> Table:
+    """Returns a table of numbers; columns of words ("measure", "meaning") are left-aligned."""
+    made = Table(title=title, title_justify="left")
+    for name in head:
+        made.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold")
+    for line in lines:
+        made.add_row(*line)
+    return made
+
+
 def has_colours() -> bool:
-    """Whether what is printed on standard output can be told apart by colours."""
+    """Whether standard output shows colours."""
     console = Console()
     return console.color_system is not None and not console.no_color
 
 
 def show_line(label: str, value: object) -> None:
-    """Print a label and a value on one line, however long: a path stays in one piece, to be copied."""
+    """Prints a label and a value on one unwrapped line, so that a path can be copied."""
     Console(highlight=False, soft_wrap=True).print(Text.assemble((f"{label:<8}", "dim"), str(value)))
 
 
 def show_yaml(value: dict[str, Any]) -> None:
-    """Print a YAML document on standard output."""
+    """Prints a YAML document on standard output."""
     import yaml
 
     print(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), end="")
 
 
 def show_json(value: dict[str, Any]) -> None:
-    """Print one JSON object on standard output."""
+    """Prints one JSON object on standard output."""
     json.dump(value, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
     print()
 
 
-# Steps of a big model take long: a shorter window than this would often hold too few of them for an estimate.
+# Steps of a big model take long: a shorter window would often hold too few of them for an estimate.
 _WINDOW_SECONDS = 300.0
 
 
 class _TimeLeft(TimeRemainingColumn):
     def render(self, task: Task) -> Text:
-        """Say nothing as long as the time is not known."""
+        """Nothing as long as the time is not known."""
         return Text("") if task.time_remaining is None else super().render(task).append(" left")
 
 
 class Display:
-    """Shows a learner's announcements and progress while it is entered; the bar is gone afterwards."""
+    """Context manager that shows log lines and a progress bar on standard error."""
 
     def __init__(self) -> None:
         self._bar = Progress(
@@ -92,12 +109,12 @@ class Display:
         self._bar.stop()
 
     def log(self, message: str) -> None:
-        """Print a line; those that open a section are not indented and stand out."""
+        """Prints a line; one that is not indented opens a section and is bold."""
         notes.print(Text(message, style="" if message.startswith(" ") else "bold"))
         self._wait()
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Move the bar to `done` of `total` steps of a stage."""
+        """Moves the bar to `done` of `total` steps of a stage."""
         if stage != self._stage:
             self._begin(stage, total)
         self._bar.update(self._task, completed=done, steps=f"{done}/{total} steps")
@@ -105,7 +122,7 @@ class Display:
             self._wait()
 
     def _wait(self) -> None:
-        """Show that work goes on whose length is not known: reading, scoring, consolidating."""
+        """Shows work of unknown length: reading, scoring, consolidating."""
         self._begin(None, None)
 
     def _begin(self, stage: str | None, total: int | None) -> None:
@@ -113,3 +130,71 @@ class Display:
         self._bar.remove_task(self._task)
         self._task = self._bar.add_task(stage or "working", total=total, steps="")
         self._stage = stage
+
+
+# ---- what a run came to ----
+
+
+def run_scores(run: "RunData") -> dict[str, Any]:
+    """Returns the matrix of held-out accuracy and the numbers that sum it up; null is what was not measured."""
+    found = run.scores()
+    matrix = [list(row) for row in found.matrix]
+    return {"tasks": list(found.tasks), "zero_shot": list(found.zero_shot), "matrix": matrix, **found.summary}
+
+
+def run_answers(run: "RunData") -> dict[str, list[dict[str, Any]]]:
+    """Returns, by task, what the base model and what the promoted policy wrote to each sampled prompt."""
+    from everalign.reporting.answers import answer_pairs
+
+    return {task: [asdict(pair) for pair in pairs] for task, pairs in answer_pairs(run).items()}
+
+
+def run_summary(runs: Sequence["RunData"]) -> list[RenderableType]:
+    """Returns one run's score table, or a comparison of several, and what follows from it in words."""
+    from everalign.learning.run_data import run_labels
+    from everalign.reporting import comparison_table, score_table
+    from everalign.reporting.headline import cautions, headline
+    from everalign.reporting.sampling_error import error_matrix
+
+    labels = run_labels(runs)
+    found = {label: run.scores() for label, run in zip(labels, runs, strict=True)}
+    alone = len(runs) == 1
+    scores = score_table(found[labels[0]], errors=error_matrix(runs[0])) if alone else comparison_table(found)
+    warnings = [Text(caution, style="dim") for caution in cautions(runs, labels)]
+    return [scores, Text(""), Text(headline(runs, labels)), *warnings, Text("")]
+
+
+def version_table(run: "RunData") -> Table:
+    """Returns the versions with their accuracies, then and now, and what became of each."""
+    from everalign.learning.promotion import what_fell
+    from everalign.learning.run_data import version_rows
+    from everalign.reporting.formats import METRICS
+
+    accuracy, colours = METRICS["accuracy"], {"gained": "green", "lost": "red", "": "dim"}
+    refused = [
+        f"\n{version.id}: {what_fell(version.manifest.gate)}."
+        for version in run.everything
+        if version.manifest.gate is not None and version.refused
+    ]
+    caption = (
+        "Accuracy on the version's own task, %: when it was learned, and under the promoted version. "
+        f"Changes in points.{''.join(refused)}"
+    )
+    made = Table(caption=Text(caption, style="dim"), caption_justify="left")
+    for title in ("version", "task", "learned (UTC)"):
+        made.add_column(title, overflow="fold")
+    for title in ("then", "now", "change"):
+        made.add_column(title, justify="right", no_wrap=True)
+    made.add_column("status")
+    for row in version_rows(run):
+        change = None if row["then"] is None or row["now"] is None else row["now"] - row["then"]
+        made.add_row(
+            Text(row["version"]),
+            Text(row["task"]),
+            row["created"][:16].replace("T", " "),
+            accuracy.value(row["then"]),
+            accuracy.value(row["now"]),
+            Text(accuracy.change(change), style=colours[accuracy.direction(change)]),
+            row["status"],
+        )
+    return made

@@ -1,19 +1,107 @@
-"""What the verbs share: option declarations, interrupts, unused rows."""
+"""Command-line flags: generated from option models, and those that several verbs share."""
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
 
 from everalign.cli.console import say
+from everalign.options import Declared, declared
 
 if TYPE_CHECKING:
     from everalign.data.rows import RowSet
 
 INTERRUPTED = 130
 
-Json = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as one JSON object.")]
+Verb = TypeVar("Verb", bound=Callable[..., None])
+
+
+def option(text: str, metavar: str | None = None, *names: str, panel: str | None = None) -> Any:
+    """A flag with its help. Without `names` it is called as its parameter; a metavar of "" takes no value."""
+    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel, show_default=False)
+
+
+def flags(
+    *models: type[BaseModel],
+    only: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
+    into: str = "given",
+) -> Callable[[Verb], Verb]:
+    """Gives a verb a flag for each option of some models, in the place of its parameter `given`.
+
+    The verb gets a mapping of the names of the given options to their values. Types, help texts, choices and defaults
+    come from the models' fields, which check the values later.
+
+    Args:
+        models: the options, such as `TrainingOptions`. Options without a flag are nested models and lists.
+        only: names of the options to take; all if empty.
+        names: flags of options that are not called by their own name.
+        into: name of the verb's parameter that gets the mapping.
+    """
+    parameters: dict[str, inspect.Parameter] = {}
+    lists: set[str] = set()
+    for model in models:
+        for name, field in model.model_fields.items():
+            about = declared(field)
+            kind = _flag_type(about)
+            if kind is None or (only and name not in only):
+                continue
+            text, default = about.description.partition("\n")[0], field.default
+            if default not in (None, False, 0, ()):
+                shown = f"{default:g}" if isinstance(default, float) else default
+                text = f"{text.removesuffix('.')}; {shown} by default."
+            names_given = (names or {}).get(name)
+            metavar = "" if kind is bool else about.title or "|".join(_choices(about)) or None
+            own = [] if names_given is None else [names_given]
+            flag = option(text, metavar, *own, panel=model.model_config.get("title"))
+            parameters[name] = inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag]
+            )
+            if get_origin(about.type) is tuple:
+                lists.add(name)
+
+    def decorate(verb: Verb) -> Verb:
+        signature = inspect.signature(verb, eval_str=True)
+        whole: list[inspect.Parameter] = []
+        for parameter in signature.parameters.values():
+            generated = list(parameters.values()) if parameter.name == into else [parameter]
+            whole += [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in generated]
+
+        @functools.wraps(verb)
+        def with_flags(**values: Any) -> None:
+            given = {name: values.pop(name) for name in parameters}
+            given = {name: value for name, value in given.items() if value is not None}
+            given = {name: split_commas(value) if name in lists else value for name, value in given.items()}
+            verb(**values, **{into: given})
+
+        with_flags.__signature__ = signature.replace(parameters=whole)  # type: ignore[attr-defined]
+        with_flags.__annotations__ = {one.name: one.annotation for one in whole}
+        return with_flags  # type: ignore[return-value]  # as the verb but for `given`
+
+    return decorate
+
+
+def _choices(about: Declared) -> tuple[str, ...]:
+    return get_args(about.type) if get_origin(about.type) is Literal else ()
+
+
+def _flag_type(about: Declared) -> type | None:
+    """The type that typer parses; None for what no flag can hold. Choices are texts, which the model checks."""
+    if about.type in (int, float, bool, str, Path):
+        return about.type  # type: ignore[no-any-return]
+    return str if _choices(about) or about.type == tuple[str, ...] else None
+
+
+def split_commas(text: str | None) -> tuple[str, ...] | None:
+    """Returns the parts of a comma-separated flag; None where the flag is not given."""
+    if text is None or not text.strip():
+        return None if text is None else ()
+    return tuple(part.strip() for part in text.split(","))
 
 
 def _trust(given: bool) -> bool:
@@ -24,35 +112,45 @@ def _trust(given: bool) -> bool:
     return given
 
 
+Json = Annotated[bool, option("Print the result as one JSON object.", "", "--json")]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option(
-        "--trust-remote-code", metavar="", help="Run Python code that the model brings along.", callback=_trust
-    ),
+    typer.Option("--trust-remote-code", metavar="", help="Run Python code that comes with the model.", callback=_trust),
 ]
-
-
-def option(text: str, metavar: str | None = None) -> Any:
-    """A flag with its help; those that may be left out have their defaults where they are used."""
-    return typer.Option(help=text, metavar=metavar, show_default=False)
-
-
-def flag(text: str, panel: str | None = None, metavar: str | None = None, name: str | None = None) -> Any:
-    """A flag with its help; without `name` it is called as its parameter. No metavar where it takes no value: ""."""
-    names = [] if name is None else [name]
-    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
-
-
-def phrases(text: str | None) -> tuple[str, ...] | None:
-    """Return what stands between the commas of a flag's value; None where the flag is not given."""
-    if text is None or not text.strip():
-        return None if text is None else ()
-    return tuple(words.strip() for words in text.split(","))
+SkipBadRows = Annotated[bool, option("Skip bad rows and report them.", "", "--skip-bad-rows")]
+AllowOverlap = Annotated[bool, option("Allow rows that are in both sets.", "", "--allow-overlap")]
+Overwrite = Annotated[bool, option("Replace the output file.", "", "--overwrite")]
+Seed = Annotated[int, option("Seed of everything random; 0 by default.")]
+Template = Annotated[str | None, option("What the corrector reads, if it does not say so itself.", "ID")]
+Objectives = Annotated[
+    str | None, option('Objectives of a corrector on a server, as it was trained: "helpful,harmless".', "WORDS")
+]
+Gate = Annotated[
+    float | None, option("Return answers unchanged from this mean log-likelihood on, in nats per token.", "NATS")
+]
+Guarded = Annotated[
+    bool, typer.Option("--guards/--no-guards", help="Return the answer where a correction cannot be trusted.")
+]
+Approve = Annotated[
+    str | None, option("Scorer that must prefer a correction to the answer.", "DIR|MODULE:FUNCTION|URL#MODEL")
+]
+Margin = Annotated[float | None, option("Least difference for that, in units of its rewards.")]
+MaxNewTokens = Annotated[int | None, option("Longest correction, in tokens; twice the answer plus 256 by default.")]
+LocalPrecision = Annotated[str | None, option("Precision of a corrector in this process.", "fp32|bf16")]
+Strength = Annotated[
+    float | None, option("Steer towards copying (below 0) or correcting (above 0); see correct steer.", "ALPHA")
+]
+Device = Annotated[str | None, option("Device of a corrector in this process, such as cuda:0.")]
+TokensPerBatch = Annotated[int | None, option("Tokens computed at once; fewer save memory.")]
+Concurrency = Annotated[int | None, option("Most requests under way to a server at once.")]
+RequestsPerMinute = Annotated[float | None, option("Most requests to a server a minute.")]
+Timeout = Annotated[float | None, option("Seconds that a server has for one reply.")]
+JudgeInstructions = Annotated[Path | None, option("Instructions for a judge: what makes an answer good.", "FILE")]
 
 
 @contextmanager
 def resumable(command: str = "the same command") -> Iterator[None]:
-    """End a verb that is interrupted by saying which command goes on from there."""
+    """Ends an interrupted verb with the command that continues it."""
     try:
         yield
     except KeyboardInterrupt:
@@ -61,22 +159,9 @@ def resumable(command: str = "the same command") -> Iterator[None]:
 
 
 def report_unused(rows: "RowSet[Any]") -> None:
-    """Say how many bad rows were left out and what was wrong with the first, and which columns are not read."""
+    """Reports how many bad rows were skipped, with the first reason, and the columns that are not read."""
     if rows.skipped:
         message = f"{rows.source}: {len(rows.skipped)} bad rows left out; the first: {rows.skipped[0]}"
         say("warning", message, "yellow")
     if rows.ignored:
         say("note", f"{rows.source}: columns that are not read: {', '.join(rows.ignored)}", "cyan")
-
-
-REWARDS = "Rewards (objectives var, snkl)"
-_ESTIMATORS = "Normaliser of var: group, group_loo, in_batch, reference, quantile or support."
-
-Estimator = Annotated[str | None, flag(_ESTIMATORS, REWARDS)]
-Temperature = Annotated[float | None, flag("Reward that is worth one nat.", REWARDS)]
-TargetEss = Annotated[float | None, flag("Find the temperature for this effective share.", REWARDS)]
-ScaleRewards = Annotated[bool | None, flag("Divide rewards by their deviation; on.", REWARDS, "")]
-WeightCap = Annotated[float | None, flag("Largest weight (var); 0 for none.", REWARDS)]
-LengthNormalize = Annotated[bool | None, flag("Log-probabilities per token (estimator support).", REWARDS, "")]
-WeightFloor = Annotated[float | None, flag("Completions that weigh less are left out.", REWARDS)]
-DropConstant = Annotated[bool | None, flag("Leave out prompts whose rewards are all one.", REWARDS, "")]

@@ -1,4 +1,4 @@
-"""Verbs on run directories: `report`, `versions`, `rollback` and `export`."""
+"""The verb `demo`, and those on run directories: `report`, `versions`, `rollback` and `export`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,10 +6,52 @@ from typing import Annotated
 
 import typer
 
-from everalign.cli.console import show, show_json, show_line
+from everalign.cli.console import (
+    Display,
+    has_colours,
+    run_scores,
+    run_summary,
+    show,
+    show_json,
+    show_line,
+    version_table,
+)
 from everalign.cli.options import Json, TrustRemoteCode, option
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as `learn` writes it.")]
+
+
+def demo(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the runs and the report.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the tasks and the training.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Learn four conflicting tasks with plain sequential training and with LifeAlign, compare, and train a corrector.
+
+    What an earlier demo learned in the same folder is reused.
+    """
+    from everalign.demo.run import run_demo
+    from everalign.learning.run_data import load_run
+    from everalign.reporting import score_table
+    from everalign.reporting.answers import corrector_texts
+    from everalign.reporting.sampling_error import error_matrix
+
+    with Display() as display:
+        result = run_demo(output, display.log, display.progress, seed)
+    runs = {name: load_run(path) for name, path in result.runs.items()}
+    if as_json:
+        facts = {"report": str(result.report), "seconds": result.seconds}
+        values = {name: run_scores(run) for name, run in runs.items()}
+        show_json({**facts, "runs": values, "corrector": result.corrector.to_dict()})
+        return
+    for name, run in runs.items():
+        show(score_table(run.scores(), title=name, errors=error_matrix(run)))
+    show(*run_summary(list(runs.values())))
+    show(*corrector_texts(result.corrector, marks=not has_colours()))
+    show_line("time", f"{result.seconds:.0f} s")
+    show_line("report", result.report)
 
 
 def report(
@@ -18,32 +60,27 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one HTML page on a run, or on several side by side."""
-    from everalign.cli import results
     from everalign.learning.run_data import load_run
     from everalign.reporting import write_report
 
     path = write_report(runs, output)
     loaded = [load_run(run) for run in runs]
     if as_json:
-        show_json({"report": str(path), "runs": [{"run": str(run.path), **results.scores(run)} for run in loaded]})
+        show_json({"report": str(path), "runs": [{"run": str(run.path), **run_scores(run)} for run in loaded]})
         return
-    show(*results.summary(loaded))
+    show(*run_summary(loaded))
     show_line("report", path)
 
 
-def versions(
-    run: Run,
-    as_json: Json = False,
-) -> None:
+def versions(run: Run, as_json: Json = False) -> None:
     """List a run's versions with their scores, then and now, and what became of each."""
-    from everalign.cli import results
     from everalign.learning.run_data import load_run, version_rows
 
     loaded = load_run(run)
     if as_json:
         show_json({"run": str(run), "current": loaded.current, "versions": version_rows(loaded)})
     else:
-        show(results.version_table(loaded))
+        show(version_table(loaded))
 
 
 def rollback(

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from everalign.errors import InputError
 from everalign.modeling.options import PrecisionChoice, SamplingOptions
@@ -31,6 +31,9 @@ Preset = Literal["default", "paper"]
 Space = Literal["product", "factors"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+DEFAULT_METHOD = "lifealign"
+DEFAULT_OBJECTIVE = "fpo"
+
 # Characters of regular expressions that no module's name has.
 _EXPRESSION = re.compile(r"[*+?\[\](){}|^$\\]")
 
@@ -47,23 +50,22 @@ class MethodOptions(Options, title="Method"):
     capacity: int | None = Field(default=None, ge=0, description="Most rows kept for replay (lifealign, er).")
 
 
+def _check_targets(targets: str) -> str:
+    if not all(name.strip() for name in targets.split(",")):
+        raise ValueError("must be module names separated by commas, or all-linear")
+    return targets
+
+
 class AdapterOptions(Options, title="Training"):
     """Shape of the LoRA adapter that a task trains."""
 
     rank: int = Field(default=8, ge=1, description="Rank of a task's LoRA adapter.")
     alpha: float = Field(default=16.0, gt=0, description="LoRA's α: an update is (α/rank)·B·A.")
-    targets: str = Field(
+    targets: Annotated[str, AfterValidator(_check_targets)] = Field(
         default="all-linear",
         description="Modules to adapt: names with commas, an expression, all-linear.\nNames may be last parts; a "
         "regular expression matches whole names.",
     )
-
-    @field_validator("targets")
-    @classmethod
-    def _check_targets(cls, targets: str) -> str:
-        if not all(name.strip() for name in targets.split(",")):
-            raise ValueError("must be module names separated by commas, or all-linear")
-        return targets
 
     def module_names(self) -> str | list[str]:
         """Returns a list of names, or `all-linear` or a regular expression."""

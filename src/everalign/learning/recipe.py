@@ -1,16 +1,15 @@
-"""Recipes: every option of `everalign learn`, from a YAML file or from flags."""
+"""Recipes: every option of `everalign learn`, from a YAML file or from flags. Importing this loads nothing heavy."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, field_validator
 
 from everalign.data.readers import (
     UNSCORED_SCHEMA,
@@ -25,27 +24,30 @@ from everalign.data.readers import (
 )
 from everalign.data.rows import RowSet
 from everalign.errors import InputError
-from everalign.learning.learner import Learner
 from everalign.learning.options import (
+    DEFAULT_METHOD,
+    DEFAULT_OBJECTIVE,
     PAPER_ADAPTER,
     AdapterOptions,
     CorrectionTaskOptions,
+    MethodOptions,
     RolloutOptions,
     TrainingOptions,
 )
 from everalign.learning.run_data import RunData, load_run
-from everalign.methods import METHODS, LifeAlign, Method, make_method
-from everalign.options import Options
+from everalign.options import STRICT, Problem, first_problem
 from everalign.storage import write_text
-from everalign.training.objectives import SCORED_OBJECTIVES
 from everalign.training.options import WeightOptions, check_names
+
+if TYPE_CHECKING:
+    from everalign.methods import Method
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader without two of its surprises."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build a mapping; PyYAML itself would keep the last of two equal keys and not say so."""
+        """Refuses a key that is given twice; PyYAML itself keeps the last one silently."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for index, (key, (key_node, _)) in enumerate(zip(keys, node.value, strict=True)):
             if key in keys[:index]:
@@ -53,37 +55,53 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# To PyYAML, which reads YAML 1.1, a number in this notation without a point is text.
+# PyYAML reads YAML 1.1, in which a number in this notation without a point is text.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping.
+def read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node]:
+    """Reads a YAML file that holds one mapping.
+
+    Returns:
+        The mapping, and its nodes, which know their lines.
 
     Raises:
         InputError: the file is missing, is no YAML (names the line), holds something else than a mapping, or gives
             a key twice.
     """
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
+        value, nodes = yaml.load(text, _Loader), yaml.compose(text, _Loader)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (IsADirectoryError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: no text file in UTF-8 ({error})") from None
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
-        raise InputError(f"{path}{line}: broken YAML: {error.problem}") from None
+        raise InputError(f"{path}{line}: broken YAML: {error.problem}", where=f"{path}{line}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: broken YAML: {error}") from None
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or nodes is None:
         raise InputError(f"{path}: must hold keys and values, such as `model: tiny`")
-    return value
+    return value, nodes
 
 
-# A preset's supervised stage stands before a preference stage; these have none.
-_WITHOUT_SFT_STAGE = ("sft", "correction", *SCORED_OBJECTIVES)
+def _line(nodes: yaml.Node, where: Location) -> int:
+    """Returns the line of the key at a path, or of the innermost part of the path that is there."""
+    line = nodes.start_mark.line + 1
+    for part in where:
+        if isinstance(nodes, yaml.MappingNode):
+            found = next(((key, value) for key, value in nodes.value if key.value == str(part)), None)
+        else:
+            found = (nodes.value[part],) * 2 if isinstance(nodes, yaml.SequenceNode) and isinstance(part, int) else None
+        if found is None:
+            return line
+        line, nodes = found[0].start_mark.line + 1, found[1]
+    return line
+
+
 # Training options that an objective does not look at, and why.
 _IGNORED = {
     "sft": (("reference", "beta"), "has no margin"),
@@ -96,38 +114,24 @@ SAMPLE_ANSWERS = 4
 """Held-out prompts of each task that a run from the command line answers for its report."""
 
 Text = Annotated[str, Field(min_length=1)]
+Location = Sequence[int | str]
 
 
 class _Keys(BaseModel):
     """One mapping: no unknown keys, exact types, and None for what is not given."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = STRICT
 
 
-def _keys_of(title: str, hints: Mapping[str, Any]) -> type[_Keys]:
-    keys: dict[str, Any] = {key: (kind | None, None) for key, kind in hints.items()}
-    return create_model(title, __base__=_Keys, **keys)
-
-
-def _field_types(options: type[Options]) -> dict[str, Any]:
-    return {name: field.annotation for name, field in options.model_fields.items()}
-
-
-def _method_arguments() -> dict[str, Any]:
-    """Name and type of every argument that some method takes; `make_method` knows which takes which."""
-    found: dict[str, Any] = {}
-    for method in METHODS.values():
-        hints = get_type_hints(method.__init__)
-        found |= {name: hints[name] for name in inspect.signature(method).parameters}
-    return found
-
-
-TrainingKeys = _keys_of("TrainingKeys", _field_types(TrainingOptions))
-AdapterKeys = _keys_of("AdapterKeys", _field_types(AdapterOptions))
-WeightingKeys = _keys_of("WeightingKeys", _field_types(WeightOptions))
-RolloutKeys = _keys_of("RolloutKeys", _field_types(RolloutOptions))
-CorrectionKeys = _keys_of("CorrectionKeys", _field_types(CorrectionTaskOptions))
-MethodKeys = _keys_of("MethodKeys", {"name": Text, **_method_arguments()})
+def _keys_of(options: type[BaseModel], **more: Any) -> Any:
+    """Returns a model of the same keys and bounds in which nothing has to be given."""
+    keys: dict[str, Any] = {name: (kind | None, None) for name, kind in more.items()}
+    for name, field in options.model_fields.items():
+        kind: Any = field.annotation
+        for item in field.metadata:
+            kind = Annotated[kind, item]
+        keys[name] = (kind | None, Field(default=None, description=field.description))
+    return create_model(options.__name__.replace("Options", "Keys"), __base__=_Keys, **keys)
 
 
 class TaskKeys(_Keys):
@@ -138,17 +142,21 @@ class TaskKeys(_Keys):
     test: Text | None = None
 
 
-SECTIONS: Mapping[str, type[_Keys]] = {
+MethodKeys = _keys_of(MethodOptions, name=Text)
+TrainingKeys = _keys_of(TrainingOptions)
+AdapterKeys = _keys_of(AdapterOptions)
+WeightKeys = _keys_of(WeightOptions)
+RolloutKeys = _keys_of(RolloutOptions)
+CorrectionTaskKeys = _keys_of(CorrectionTaskOptions)
+SECTIONS: Mapping[str, type[BaseModel]] = {
     "method": MethodKeys,
     "training": TrainingKeys,
     "adapter": AdapterKeys,
-    "weighting": WeightingKeys,
+    "weighting": WeightKeys,
     "rollouts": RolloutKeys,
-    "correction": CorrectionKeys,
+    "correction": CorrectionTaskKeys,
     "tasks": TaskKeys,
 }
-
-
 # Their keys are flags of the same names.
 _FLAT = ("training", "adapter", "weighting", "rollouts", "correction", "method")
 
@@ -156,27 +164,50 @@ _FLAT = ("training", "adapter", "weighting", "rollouts", "correction", "method")
 class Recipe(_Keys):
     """What was given, by a file or by flags, and what the learner makes of it."""
 
-    model: Text | None = None
-    base_adapter: Text | None = None
-    method: MethodKeys | None = None  # type: ignore[valid-type]  # its keys are the methods' own arguments
-    objective: Text | None = None
-    output: Text | None = None
-    seed: int | None = None
-    preset: Text | None = None
+    model: Text | None = Field(
+        default=None, description="A Hugging Face folder, a Hub name, a .gguf file, `tiny` or `smollm2`."
+    )
+    base_adapter: Text | None = Field(
+        default=None, title="DIR", description="A PEFT adapter to start from, merged into the model."
+    )
+    method: MethodKeys | None = None  # type: ignore[valid-type]
+    objective: Text | None = Field(
+        default=None,
+        description="fpo (default), dpo or sft; var for scored rows; snkl for both; correction for a corrector.",
+    )
+    output: Text | None = Field(default=None, title="DIR", description="The run directory.")
+    seed: int | None = Field(default=None, description="Seed of everything random; 0 by default.")
+    preset: Text | None = Field(default=None, description="default, or paper (LifeAlign's scripts).")
     tasks: Annotated[list[TaskKeys], Field(min_length=1)] | None = None
-    training: TrainingKeys | None = None  # type: ignore[valid-type]  # its keys are those of TrainingOptions
-    adapter: AdapterKeys | None = None  # type: ignore[valid-type]  # its keys are those of AdapterOptions
-    weighting: WeightingKeys | None = None  # type: ignore[valid-type]  # its keys are those of WeightOptions
-    reward: Text | None = None
-    rollouts: RolloutKeys | None = None  # type: ignore[valid-type]  # its keys are those of RolloutOptions
-    correction: CorrectionKeys | None = None  # type: ignore[valid-type]  # its keys are CorrectionTaskOptions' own
-    gate: float | None = None
-    gate_scorer: Text | None = None
-    cache: Text | None = None
-    allow_overlap: bool | None = None
-    sample_answers: Annotated[int, Field(ge=0)] | None = None
-    skip_bad_rows: bool | None = None
-    report: bool | None = None
+    training: TrainingKeys | None = None  # type: ignore[valid-type]
+    adapter: AdapterKeys | None = None  # type: ignore[valid-type]
+    weighting: WeightKeys | None = None  # type: ignore[valid-type]
+    reward: Text | None = Field(
+        default=None,
+        title="DIR|MODULE:FUNCTION|URL#MODEL",
+        description="Scorer for answers without rewards, and for answers to sample to prompts.",
+    )
+    rollouts: RolloutKeys | None = None  # type: ignore[valid-type]
+    correction: CorrectionTaskKeys | None = None  # type: ignore[valid-type]
+    gate: float | None = Field(
+        default=None,
+        description="Promote a task only if its held-out rows show that no accuracy fell by more than this share.\n"
+        "Exit code 3 where one did, 4 where they do not suffice to tell.",
+    )
+    gate_scorer: Text | None = Field(
+        default=None,
+        title="DIR|MODULE:FUNCTION|URL#MODEL",
+        description="Scorer that the gate also asks about the corrections of a corrector.",
+    )
+    cache: Text | None = Field(
+        default=None, title="DIR", description="Reference log-probabilities; runs may share the folder."
+    )
+    allow_overlap: bool | None = Field(default=None, description="Allow rows that are in training and test sets.")
+    sample_answers: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Held-out prompts of a task that the policy answers for the report; 4 by default."
+    )
+    skip_bad_rows: bool | None = Field(default=None, description="Skip bad rows and report them.")
+    report: bool | None = Field(default=None, description="Write DIR/report.html at the end; on by default.")
 
     @field_validator("method", mode="before")
     @classmethod
@@ -188,20 +219,24 @@ class Recipe(_Keys):
     def _names_differ(cls, tasks: list[TaskKeys] | None) -> list[TaskKeys] | None:
         names = [task.name for task in tasks or []]
         if repeated := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"the name {repeated!r} is given twice; every task needs its own")
+            raise InputError(f"the name {repeated!r} is given twice; every task needs its own")
         return tasks
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
-        """Read a YAML file; an InputError names the file and the key."""
+        """Reads a YAML file; an InputError names the file, the line and the key."""
+        value, nodes = read_yaml(path)
         try:
-            return cls.model_validate(read_yaml(path))
+            return cls.model_validate(value)
         except ValidationError as error:
-            raise InputError(f"{path}: {_explain(error, _dotted)}") from None
+            problem = first_problem(cls, error)
+            place = f"{path}:{_line(nodes, problem.where)}"
+            key = str(problem.where[-1])
+            raise InputError(f"{place}: {_in_words(problem, _dotted)}", where=place, field=key) from None
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> Recipe:
-        """Make a recipe of flags, by their names with underscores; an InputError names the flag.
+        """Makes a recipe of flags, by their names with underscores; an InputError names the flag.
 
         Args:
             flags: `method` is a method's name and `tasks` a list as in a file; every other flag has the name of its
@@ -213,36 +248,41 @@ class Recipe(_Keys):
             if name in cls.model_fields:
                 nested.setdefault(name, value)
             else:
-                nested[_section_of(name)][name] = value
+                section = next(section for section in _FLAT if name in SECTIONS[section].model_fields)
+                nested[section][name] = value
         try:
             return cls.model_validate(nested)
         except ValidationError as error:
-            raise InputError(_explain(error, _flag)) from None
+            problem = first_problem(cls, error)
+            raise InputError(_in_words(problem, _flag), field=_flag(problem.where)) from None
 
     def over(self, other: Recipe) -> Recipe:
-        """Return both together; where both give a value, this one's counts. Tasks are replaced as a whole."""
+        """Returns both together; where both give a value, this one's counts. Tasks are replaced as a whole."""
         mine, theirs = self._given(), other._given()
         for section in _FLAT:
             mine[section] = {**theirs.get(section, {}), **mine.get(section, {})}
         return Recipe.model_validate({**theirs, **mine})
 
     def training_options(self) -> TrainingOptions:
-        """Return the preset's training options with the given ones in their place."""
+        """Returns the preset's training options with the given ones in their place."""
         given = self._given("training")
-        if self.objective in _WITHOUT_SFT_STAGE:
+        if self.objective in ("sft", "correction", *_scored_objectives()):
+            # A preset's supervised stage stands before a preference stage, and these have none.
             given = {"sft_epochs": 0.0, **given}
         return TrainingOptions.preset(self.preset or "default", **given)
 
     def adapter_options(self) -> AdapterOptions:
-        """Return the preset's adapter options with the given ones in their place."""
+        """Returns the preset's adapter options with the given ones in their place."""
         return (PAPER_ADAPTER if self.preset == "paper" else AdapterOptions()).replace(**self._given("adapter"))
 
     def make_method(self) -> Method:
-        """Build the method; an argument that it would ignore is refused."""
-        return make_method(**{"name": LifeAlign.name, **self._given("method")})
+        """Builds the method; an argument that it would ignore is refused."""
+        from everalign.methods import make_method
+
+        return make_method(**{"name": DEFAULT_METHOD, **self._given("method")})
 
     def learner_arguments(self, needs_tasks: bool = True) -> dict[str, Any]:
-        """Return keyword arguments of `Learner`; what is not given is left to its defaults.
+        """Returns keyword arguments of `Learner`; what is not given is left to its defaults.
 
         Args:
             needs_tasks: whether tasks have to be given.
@@ -252,109 +292,94 @@ class Recipe(_Keys):
         """
         for name, flag in (("model", "--model"), ("output", "--output"), ("tasks", "--task")):
             if getattr(self, name) is None and (needs_tasks or name != "tasks"):
-                raise InputError(f"no {name} given: add {flag}, or the key {name!r} to the recipe")
-        given = self._given()
+                raise InputError(f"no {name} given: add {flag}, or the key {name!r} to the recipe", field=name)
         self._refuse_ignored()
-        plain = ("model", "base_adapter", "objective", "output", "seed", "reward", "gate", "allow_overlap", "cache")
+        given = self._given()
+        plain = ("model", "base_adapter", "objective", "output", "seed", "reward", "gate", "gate_scorer", "cache")
         return {
             "sample_answers": SAMPLE_ANSWERS if self.sample_answers is None else self.sample_answers,
-            **{name: given[name] for name in (*plain, "gate_scorer") if name in given},
+            **{name: given[name] for name in (*plain, "allow_overlap") if name in given},
             "method": self.make_method(),
             "training": self.training_options(),
             "adapter": self.adapter_options(),
-            **self._weighting(),
-            **self._rollouts(),
-            **self._correction(),
+            **self._sections_of_objective(),
         }
 
     def complete(self) -> dict[str, Any]:
-        """Return a recipe's keys with the values they will have: presets and defaults in full."""
+        """Returns a recipe's keys with the values they will have: presets and defaults in full."""
         method = self.make_method()
-        learner = inspect.signature(Learner).parameters
         gamma = {} if method.gamma is None else {"gamma": method.gamma}
-        training = self.training_options().model_dump()
         ignored, _ = _IGNORED.get(self.objective or "", ((), ""))
-        training = {name: value for name, value in training.items() if name not in ignored}
+        sections = {
+            name: options.settings(self.objective or "") if isinstance(options, WeightOptions) else dict(options)
+            for name, options in self._sections_of_objective().items()
+        }
         return {
-            **{name: learner[name].default for name in ("objective", "seed")},
+            "objective": DEFAULT_OBJECTIVE,
+            "seed": 0,
             "sample_answers": SAMPLE_ANSWERS,
             **{key: value for key, value in self._given().items() if key != "preset"},
             "method": {"name": method.name, **gamma, **method.settings()},
-            "training": training,
-            "adapter": self.adapter_options().model_dump(),
-            **{name: options.settings(self.objective or "") for name, options in self._weighting().items()},
-            **{name: options.model_dump() for name, options in self._rollouts().items()},
-            **{name: options.model_dump() for name, options in self._correction().items()},
+            "training": {name: value for name, value in self.training_options() if name not in ignored},
+            "adapter": dict(self.adapter_options()),
+            **sections,
         }
 
+    def _sections_of_objective(self) -> dict[str, WeightOptions | RolloutOptions | CorrectionTaskOptions]:
+        """Returns the options of those sections that the objective, or a scorer of answers, looks at."""
+        found: dict[str, Any] = {}
+        if self.objective in _scored_objectives():
+            found["weighting"] = WeightOptions(**self._given("weighting"))
+        if self.reward is not None:
+            found["rollouts"] = RolloutOptions(**self._given("rollouts"))
+        if self.objective == "correction":
+            found["correction"] = CorrectionTaskOptions(**self._given("correction"))
+        return found
+
     def _refuse_ignored(self) -> None:
+        training, weighting, correction, rollouts = map(
+            self._given, ("training", "weighting", "correction", "rollouts")
+        )
         ignored, why = _IGNORED.get(self.objective or "", ((), ""))
         for name in ignored:
-            if name in self._given("training"):
+            if name in training:
                 raise InputError(f"the objective {self.objective} {why} and would ignore {name}: leave it out")
-        weighting = self._given("weighting")
-        if weighting and self.objective not in SCORED_OBJECTIVES:
+        if weighting and self.objective not in _scored_objectives():
             name = next(iter(weighting))
             raise InputError(f"{name} is for rewards, which only var and snkl learn from: leave it out")
         check_names(self.objective or "", weighting)
-        correction = self._given("correction")
         if correction and self.objective != "correction":
             raise InputError(f"{next(iter(correction))} is for the objective correction: leave it out")
-        rollouts = self._given("rollouts")
         if rollouts and self.reward is None:
             raise InputError(f"{next(iter(rollouts))} is for answers that are sampled, which need a reward: add reward")
-
-    def _weighting(self) -> dict[str, WeightOptions]:
-        scored = self.objective in SCORED_OBJECTIVES
-        return {"weighting": WeightOptions(**self._given("weighting"))} if scored else {}
-
-    def _rollouts(self) -> dict[str, RolloutOptions]:
-        return {} if self.reward is None else {"rollouts": RolloutOptions(**self._given("rollouts"))}
-
-    def _correction(self) -> dict[str, CorrectionTaskOptions]:
-        corrects = self.objective == "correction"
-        return {"correction": CorrectionTaskOptions(**self._given("correction"))} if corrects else {}
 
     def _given(self, section: str | None = None) -> dict[str, Any]:
         values = self.model_dump(exclude_none=True)
         return values if section is None else values.get(section, {})
 
 
-Location = Sequence[int | str]
+def _scored_objectives() -> tuple[str, ...]:
+    from everalign.training.objectives import SCORED_OBJECTIVES  # loads torch, which --help does not need
 
-_MEANINGS = {
-    "string_type": "must be text (in quotes, where it looks like something else)",
-    "model_type": "must hold keys and values",
-    "list_type": "must be a list",
-    "string_too_short": "must not be empty",
-    "too_short": "must not be empty",
-    "missing": "is missing",
-}
+    return SCORED_OBJECTIVES
 
 
-def _explain(error: ValidationError, name: Callable[[Location], str]) -> str:
-    """One sentence on the first problem; an unknown key goes first, because it explains what is missing."""
-    problems = error.errors(include_url=False)
-    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-    where, kind, found = first["loc"], first["type"], first["input"]
-    if kind == "extra_forbidden":
-        inside = f" in {_dotted(where[:-1])}" if len(where) > 1 else ""
-        return f"unknown key {str(where[-1])!r}{inside}{_hint(where)}"
-    if kind == "value_error":
-        return f"{name(where)}: {first['ctx']['error']}"
-    meaning = _MEANINGS.get(kind) or first["msg"].replace("Input should be", "must be")
-    return f"{name(where)}: {meaning}" + ("" if kind == "missing" else f", found {found!r}")
-
-
-def _hint(where: Location) -> str:
+def _in_words(problem: Problem, name: Callable[[Location], str]) -> str:
+    """One sentence on a problem."""
+    where = problem.where
+    if not problem.unknown:
+        return f"{name(where)}{problem.what}"
     key, section = str(where[-1]), str(where[0]) if len(where) > 1 else ""
-    levels: Mapping[str, type[_Keys]] = {"": Recipe, **SECTIONS}
+    levels: Mapping[str, type[BaseModel]] = {"": Recipe, **SECTIONS}
     known = list(levels[section].model_fields)
+    homes = [name for name, level in levels.items() if key in level.model_fields]
     if near := difflib.get_close_matches(key, known, n=1):
-        return f": did you mean {near[0]!r}?"
-    if homes := [name for name, level in levels.items() if key in level.model_fields]:
-        return f": it belongs under {homes[0]!r}" if homes[0] else ": it belongs outside, beside 'model'"
-    return f": known are {', '.join(known)}"
+        hint = f"did you mean {near[0]!r}?"
+    elif homes:
+        hint = f"it belongs under {homes[0]!r}" if homes[0] else "it belongs outside, beside 'model'"
+    else:
+        hint = f"known are {', '.join(known)}"
+    return f"unknown key {key!r}{f' in {_dotted(where[:-1])}' if section else ''}: {hint}"
 
 
 def _dotted(where: Location) -> str:
@@ -370,18 +395,17 @@ def _flag(where: Location) -> str:
     return f"--{str(name).replace('_', '-')}"
 
 
-def _section_of(flag: str) -> str:
-    return next(section for section in _FLAT if flag in SECTIONS[section].model_fields)
-
-
 _FILE = "recipe.yaml"
 
 
 def write_recipe(run: Path, recipe: Recipe) -> None:
-    """Keep a run's recipe with the tasks of earlier ones, by paths that hold wherever the next command is given."""
+    """Writes a run's recipe with the tasks of earlier ones, whose paths hold in any working directory."""
     path = run / _FILE
-    before = Recipe.read(path).tasks or [] if path.exists() else []
-    tasks = {task.name: task for task in (*before, *map(_absolute, recipe.tasks or []))}
+    tasks = {task.name: task for task in (Recipe.read(path).tasks or [] if path.exists() else [])}
+    for task in recipe.tasks or []:
+        # Files are named from the root; names on the Hub stay.
+        files = {name: file for name in ("train", "test") if (file := getattr(task, name)) and Path(file).exists()}
+        tasks[task.name] = task.model_copy(update={name: str(Path(file).resolve()) for name, file in files.items()})
     kept = recipe.model_dump(exclude_none=True, exclude={"tasks", "output"})
     kept = {name: value for name, value in kept.items() if value != {}}
     if tasks:
@@ -390,7 +414,7 @@ def write_recipe(run: Path, recipe: Recipe) -> None:
 
 
 def completed(recipe: Recipe) -> Recipe:
-    """Return a recipe with what the run that its output holds was begun with, wherever it says nothing itself.
+    """Fills a recipe in with what the run in its output was begun with.
 
     Without tasks of its own it gets those that the run was given and has not finished.
     """
@@ -408,22 +432,15 @@ def completed(recipe: Recipe) -> Recipe:
 
 
 def nothing_left(recipe: Recipe) -> InputError:
-    """Return the error that a run was to go on without any task to learn."""
+    """Returns the error that a run to continue has no task left."""
     return InputError(
         f"{recipe.output}: every task that it was given is learned, or was not promoted: name the next with --task, or "
         "feedback with --from-feedback"
     )
 
 
-def _absolute(task: TaskKeys) -> TaskKeys:
-    """A task whose files are named from the root; names on the Hub stay."""
-    files = {name: getattr(task, name) for name in ("train", "test")}
-    found = {name: str(Path(file).resolve()) for name, file in files.items() if file and Path(file).exists()}
-    return task.model_copy(update=found)
-
-
 def _from_facts(run: RunData) -> Recipe:
-    """The recipe of a run that Python code has begun; who gave rewards is not on record by name."""
+    """The recipe of a run that Python code has begun; a scorer is not on record by name."""
     facts = run.facts
     given: dict[str, Any] = {"model": facts.model, "objective": facts.objective, "seed": facts.seed}
     if run.base_adapter is not None:
@@ -436,9 +453,11 @@ def _from_facts(run: RunData) -> Recipe:
         keys = {name: settings[name] for name in SECTIONS[section].model_fields if name in settings}
         if keys and (section != "correction" or facts.objective == "correction"):
             given[section] = keys
+    known = SECTIONS["method"].model_fields
     method = facts.method.model_dump()
-    known = ["name", *inspect.signature(METHODS[facts.method.name]).parameters]
-    given["method"] = {name: value for name, value in method.items() if name in known and value is not None}
+    # `fpo` has an exponent of its own, also where the method has none.
+    drop = () if facts.method.name == DEFAULT_METHOD else ("gamma",)
+    given["method"] = {n: v for n, v in method.items() if n in known and n not in drop and v is not None}
     return Recipe.model_validate(given)
 
 
@@ -456,7 +475,7 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
     """
     skip, tasks = bool(recipe.skip_bad_rows), recipe.tasks or []
     load = load_test = _loader(recipe.objective)
-    if recipe.objective in SCORED_OBJECTIVES:
+    if recipe.objective in _scored_objectives():
         # Held-out rows are judged as preferences, whichever way they are written.
         load_test = load_judged
     if recipe.reward is not None:
@@ -481,7 +500,7 @@ def _loader(objective: str | None) -> Callable[..., RowSet[Any]]:
         return load_corrections
     if objective == "snkl":
         return load_judged
-    return _load_rewarded if objective in SCORED_OBJECTIVES else load_preferences
+    return _load_rewarded if objective in _scored_objectives() else load_preferences
 
 
 def _load_rewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
