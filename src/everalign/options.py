@@ -84,7 +84,7 @@ class Declared(NamedTuple):
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "texts"}
         kind = words.get(get_origin(self.type) or self.type, "a valid value")
         if any(getattr(item, "min_length", None) for item in self.metadata):
-            return f"{kind} that is not empty (in quotes, where YAML reads something else)"
+            return f"{kind} that is not empty"
         bounds = {
             word: getattr(item, name)
             for name, word in (("ge", "of at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))

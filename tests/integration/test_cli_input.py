@@ -82,15 +82,15 @@ def test_a_malformed_task(text, work, capsys):
         (["--method", "lifealing"], "unknown method 'lifealing' (did you mean 'lifealign'?)"),
         (["--objective", "ppo"], "unknown objective 'ppo': choose one of sft, dpo, fpo"),
         (["--preset", "papr"], "unknown preset 'papr': choose one of default, paper"),
-        (["--reference", "bse"], "--reference: must be 'base', 'stage_start' or 'previous_task', found 'bse'"),
-        (["--space", "x"], "--space: must be 'product' or 'factors', found 'x'"),
-        (["--checkpointing", "yes"], "--checkpointing: must be 'auto', 'on' or 'off', found 'yes'"),
-        (["--precision", "fp16"], "--precision: must be 'auto', 'fp32' or 'bf16', found 'fp16'"),
+        (["--reference", "bse"], "--reference must be one of base, stage_start, previous_task, found 'bse'"),
+        (["--space", "x"], "--space must be one of product, factors, found 'x'"),
+        (["--checkpointing", "yes"], "--checkpointing must be one of auto, on, off, found 'yes'"),
+        (["--precision", "fp16"], "--precision must be one of auto, fp32, bf16, found 'fp16'"),
         (["--gamma", "2", "--objective", "dpo"], "gamma is the focusing exponent of fpo"),
         (["--beta", "0.2", "--objective", "sft"], "the objective sft has no margin and would ignore beta"),
         (["--gamma", "2", "--method", "seqft"], "gamma means nothing to the method 'seqft'"),
         (["--keep", "0.5", "--method", "er"], "keep means nothing to the method 'er'"),
-        (["--keep", "1.5"], "keep is a share between 0 and 1, found 1.5"),
+        (["--keep", "1.5"], "--keep must be a number from 0 to 1, found 1.5"),
         (["--max-length", "4"], "--max-length must be a whole number of at least 8, found 4"),
         (["--rank", "0"], "--rank must be a whole number of at least 1, found 0"),
         (["--learning-rate", "nan"], "--learning-rate must be a number above 0, found nan"),
@@ -100,7 +100,7 @@ def test_a_malformed_task(text, work, capsys):
         (["--model", "./elsewhere/model"], "there is no model folder ./elsewhere/model"),
         (["--output", "warm.jsonl"], "warm.jsonl is no directory: choose another output directory"),
         (["--output", "model"], "model is not empty and holds no run: choose another output directory"),
-        (["--model", ""], "--model: must not be empty"),
+        (["--model", ""], "--model must be text that is not empty"),
         (["--seed", "one"], "Invalid value for '--seed'"),
         (["--metod", "er"], "No such option"),
         (["extra"], "unexpected extra argument"),
@@ -174,7 +174,7 @@ def test_a_report_on_the_same_run_twice_or_into_a_folder(work, capsys):
 def test_a_recipe_s_mistake_names_the_file(work, capsys):
     Path("recipe.yaml").write_text("modle: tiny")
     error = refused(capsys, *learn(*task("warm"), "--recipe", "recipe.yaml"))
-    assert error == "error: recipe.yaml: unknown key 'modle': did you mean 'model'?\n"
+    assert error == "error: recipe.yaml:1: unknown key 'modle': did you mean 'model'?\n"
     assert "error: no.yaml: no such file" in refused(capsys, *learn(*task("warm"), "--recipe", "no.yaml"))
 
 

@@ -232,7 +232,9 @@ class Recipe(_Keys):
             problem = first_problem(cls, error)
             place = f"{path}:{_line(nodes, problem.where)}"
             key = str(problem.where[-1])
-            raise InputError(f"{place}: {_in_words(problem, _dotted)}", where=place, field=key) from None
+            # YAML takes `no`, 2024 and 1e-3 for other things than text.
+            quotes = "; put it in quotes" if " must be text" in problem.what else ""
+            raise InputError(f"{place}: {_in_words(problem, _dotted)}{quotes}", where=place, field=key) from None
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> Recipe:
