@@ -22,7 +22,6 @@ from common import OUT, write_result
 from everalign.memory import (
     LowRankUpdate,
     MemoryBank,
-    SharedBasisBank,
     consolidate,
     consolidate_into,
     for_each_weight,
@@ -58,7 +57,7 @@ class Shared:
     """The bounded bank."""
 
     def __init__(self, cap: int) -> None:
-        self.bank = SharedBasisBank(cap)
+        self.bank = MemoryBank(cap)
         self.memory: LowRankUpdate | None = None
 
     def learn(self, update: LowRankUpdate) -> None:

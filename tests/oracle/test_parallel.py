@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from everalign.memory import LowRankUpdate, SharedBasisBank, consolidate_into, for_each_weight
+from everalign.memory import LowRankUpdate, MemoryBank, consolidate_into, for_each_weight
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def two_threads():
 
 def consolidated(seed):
     generator = torch.Generator().manual_seed(seed)
-    bank, memory = SharedBasisBank(8), None
+    bank, memory = MemoryBank(8), None
     for _ in range(4):
         update = LowRankUpdate(torch.randn(30, 4, generator=generator), torch.randn(4, 20, generator=generator))
         _, memory, _ = consolidate_into(memory, update, bank, rank_cap=5)

@@ -9,12 +9,11 @@ from safetensors.torch import load, save
 from everalign.memory import (
     LowRankUpdate,
     MemoryBank,
-    SharedBasisBank,
     consolidate,
     consolidate_into,
     integrate,
 )
-from everalign.memory.bank import _leading
+from everalign.memory.bank import keep_leading
 
 M, N, RANK, TASKS = 40, 33, 3, 7
 SETTINGS = [(0.9, 0.5), (0.7, 0.0), (1.0, 0.25), (0.0, 0.5), (1.0, 1.0)]
@@ -32,7 +31,7 @@ def update(seed, dtype=torch.float64, rank=RANK):
 
 
 def filled(cap=64, tasks=3, dtype=torch.float64):
-    bank = SharedBasisBank(cap)
+    bank = MemoryBank(cap)
     for task in range(tasks):
         bank.remember(update(task, dtype))
     return bank
@@ -47,7 +46,7 @@ def close(found, expected, tolerance=1e-9):
 @pytest.mark.parametrize("rank_cap", [64, 5])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
 def test_without_a_cap_at_work_it_is_the_exact_bank(energy, keep, rank_cap, dtype, tolerance):
-    exact, bank, long_term, memory = MemoryBank(), SharedBasisBank(64), None, None
+    exact, bank, long_term, memory = MemoryBank(), MemoryBank(64), None, None
     for task in range(TASKS):
         expected = consolidate(update(task, dtype), exact, energy, keep)
         long_term, discarded = integrate(long_term, expected.refined, rank_cap)
@@ -125,7 +124,7 @@ def test_the_error_of_inner_products_is_of_second_order():
 def test_long_term_memory_is_held_whatever_the_cap():
     """With a cap of one more than its rank, hardly any history is left, and no memory is lost."""
     memory, total = None, torch.zeros(M, N, dtype=torch.float64)
-    bank = SharedBasisBank(5)
+    bank = MemoryBank(5)
     for task in range(TASKS):
         result, new, discarded = consolidate_into(memory, update(task), bank, 0.9, 0.5, rank_cap=4)
         total = result.refined.dense() + (0 if memory is None else memory.dense())
@@ -137,7 +136,7 @@ def test_long_term_memory_is_held_whatever_the_cap():
 
 
 def test_the_memory_may_fill_the_whole_cap():
-    memory, bank = None, SharedBasisBank(4)
+    memory, bank = None, MemoryBank(4)
     for task in range(TASKS):
         _, memory, _ = consolidate_into(memory, update(task), bank, rank_cap=4)
     assert [bank.state_dict()[side].shape[1] for side in ("left", "right")] == [4, 4]
@@ -146,7 +145,7 @@ def test_the_memory_may_fill_the_whole_cap():
 def test_factors_of_very_different_scale_are_held_whole():
     scale = torch.tensor([1e-9, 1.0, 1e9], dtype=torch.float64)
     odd = LowRankUpdate(update(1).left * scale, update(1).right / scale[:, None])
-    bank = SharedBasisBank()
+    bank = MemoryBank(128)
     bank.remember(odd)
     close(bank.entries[0].dense(), update(1).dense(), 1e-6)
     assert bank.project(odd).energy == pytest.approx(1.0, abs=1e-9)
@@ -154,7 +153,7 @@ def test_factors_of_very_different_scale_are_held_whole():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_stored_bank_goes_on_bit_for_bit(dtype):
-    bank, again = filled(cap=7, dtype=dtype), SharedBasisBank(7)
+    bank, again = filled(cap=7, dtype=dtype), MemoryBank(7)
     again.load_state_dict(load(save(bank.state_dict())))
     for each in (bank, again):
         each.remember(update(8, dtype))
@@ -186,7 +185,7 @@ def test_wrong_input_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match="different runs"):
         consolidate_into(update(77), update(5), bank)
     with pytest.raises(ValueError, match="at least 1"):
-        SharedBasisBank(0)
+        MemoryBank(0)
     assert len(bank) == 3
 
 
@@ -195,7 +194,7 @@ def test_weak_new_directions_beside_strong_ones_do_not_spoil_the_bases():
     size, half = 256, 4
     generator = torch.Generator().manual_seed(0)
     repeated = [torch.randn(size, half, generator=generator) for _ in range(2)]
-    banks = {dtype: SharedBasisBank(48) for dtype in (torch.float32, torch.float64)}
+    banks = {dtype: MemoryBank(48) for dtype in (torch.float32, torch.float64)}
     memories = dict.fromkeys(banks)
     for _ in range(40):
         new = [torch.randn(size, half, generator=generator) for _ in repeated]
@@ -214,6 +213,6 @@ def test_a_held_direction_outside_all_cores_keeps_its_place():
     basis, held = torch.eye(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)[:, 5:]
     core = torch.zeros(1, 6, 6, dtype=torch.float64)
     core[0, 1, 1] = 1.0
-    leading, _, kept = _leading(basis, core, held, 4)
+    leading, _, kept = keep_leading(basis, core, held, 4)
     torch.testing.assert_close(leading.T @ leading, torch.eye(4, dtype=torch.float64))
     torch.testing.assert_close(kept, held)

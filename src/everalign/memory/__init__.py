@@ -1,6 +1,6 @@
-"""What a model keeps from task to task: low-rank updates, their history, and how a new one joins the old."""
+"""Low-rank weight updates, their history over tasks, and Short-to-Long Memory Consolidation."""
 
-from everalign.memory.bank import MemoryBank, Projection, SharedBasisBank
+from everalign.memory.bank import MemoryBank, Projection
 from everalign.memory.consolidation import (
     Consolidation,
     consolidate,
@@ -16,7 +16,6 @@ __all__ = [
     "LowRankUpdate",
     "MemoryBank",
     "Projection",
-    "SharedBasisBank",
     "consolidate",
     "consolidate_factors",
     "consolidate_into",

@@ -1,4 +1,7 @@
-"""Continual-learning methods: what is carried from task to task. One method, one file."""
+"""Continual-learning methods: what is carried from task to task, one file a method.
+
+See `Method` for the hooks and for how to add a method.
+"""
 
 import difflib
 import inspect
@@ -28,7 +31,11 @@ METHODS: dict[str, type[Method]] = {
 
 
 def make_method(name: str, **arguments: Any) -> Method:
-    """Build a method by its name on the command line; an argument it would ignore is refused."""
+    """Makes a method by its name on the command line.
+
+    Raises:
+        InputError: there is no such method, or it does not take one of the arguments.
+    """
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,4 +1,4 @@
-"""The hooks of a continual-learning method. The learner calls them; every default does nothing."""
+"""Base class of the continual-learning methods and the hooks that the learner calls."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from everalign.modeling.policy import Policy
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """A task of a run.
 
     Args:
         name: unique in a run.
-        rows: its training rows: preferences, scored ones, or corrections.
-        index: 1 for the first task that the policy learns, whatever was refused or rolled back before.
-        seed: seeds everything random that belongs to this task.
+        rows: its training rows: preferences, scored rows or corrections.
+        index: 1 for the first task of the policy's lineage; refused and rolled-back tasks do not count.
+        seed: seeds everything random in this task.
     """
 
     name: str
@@ -30,18 +30,18 @@ class Task:
 
 @dataclass(frozen=True)
 class ModuleRecord:
-    """What consolidation did to one module: energies are shares of ‖·‖²_F, norms are Frobenius norms.
+    """Measurements of one module's consolidation. Energies are shares of ‖·‖²_F, norms are Frobenius norms.
 
     Args:
-        module: its name in the base model.
+        module: name of the module in the base model.
         energy_kept: share of the update's energy that denoising kept.
         rank: rank of the denoised update.
         projected_energy: share of the denoised update's energy inside the span of earlier updates.
         norm_before: norm of the task's update.
-        norm_after: norm of what was added to long-term memory.
+        norm_after: norm of the update that was added to long-term memory.
         memory_rank: rank of the long-term memory afterwards.
         discarded_energy: share of the memory's energy that the rank cap cut off.
-        bank_lost_energy: share of the history's energy that the bank's bounded bases do not hold.
+        bank_lost_energy: share of the history's energy that the bank's cap cut off.
     """
 
     module: str
@@ -56,11 +56,22 @@ class ModuleRecord:
 
 
 class Method:
-    """A method composed with any objective by the learner.
+    """Base of the continual-learning methods: hooks that the learner calls around the training of each task.
 
-    Class attributes tell the learner how to save and to score: `regime` is `sequential`, `joint` (all tasks at once)
-    or `separate` (each from the base model); `long_term` says that between tasks the policy lives in the long-term
-    adapter; `consolidates` says that `end_task` changes the policy.
+    A method says what is carried from task to task; the objective says what a batch teaches, so that every method works
+    with every objective. Every hook does nothing by default. A new method is a subclass in a file of its own and a line
+    in `everalign.methods.METHODS`; its constructor's arguments become arguments of `make_method`.
+
+    The learner calls, for each task: `begin_task`, `rows`, then in every step `penalty` and `adjust_gradients`, then
+    `end_task`. It stores `state_dict` and `buffer` with the finished version, and restores them on resume or rollback.
+
+    Class attributes:
+        name: the method's name on the command line.
+        regime: `sequential`; `joint` if all tasks may be learned at once; `separate` if each starts anew.
+        gamma: focusing exponent for the objective `fpo`; None for the objective's own.
+        buffer: rows of earlier tasks, None for a method without replay.
+        long_term: whether the policy between tasks is the long-term adapter.
+        consolidates: whether `end_task` changes the policy, which is then scored before and after.
     """
 
     name: ClassVar[str]
@@ -71,34 +82,34 @@ class Method:
     consolidates = False
 
     def settings(self) -> dict[str, Any]:
-        """Return the arguments that shape the result, for the manifest."""
+        """Returns the arguments that shape the result, for the manifest."""
         return {}
 
     def pool(self, tasks: Sequence[tuple[str, RowSet[Any]]]) -> list[tuple[str, RowSet[Any]]]:
-        """Return what to learn one after another, given all tasks at once as (name, rows)."""
+        """Returns what to learn one after another, given all tasks at once as (name, rows). For `joint` methods."""
         return list(tasks)
 
     def begin_task(self, policy: Policy, task: Task) -> None:
-        """Prepare the policy for a task."""
+        """Prepares the policy for a task."""
 
     def rows(self, task: Task) -> list[AnyRow]:
-        """Return rows of earlier tasks to learn together with the task's own."""
+        """Returns rows of earlier tasks to learn together with the task's own."""
         return []
 
     def penalty(self, policy: Policy) -> Tensor | None:
-        """Return a scalar that is added to every step's loss, or None."""
+        """Returns a scalar to add to every step's loss, or None."""
         return None
 
     def adjust_gradients(self, policy: Policy) -> None:
-        """Change a step's complete gradients in place, before the optimiser sees them."""
+        """Changes a step's complete gradients in place, before the optimiser reads them."""
 
     def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
-        """Carry over what the task taught; returns one record per module where something was consolidated."""
+        """Carries over what the task taught; returns a record for each module that was consolidated."""
         return []
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what has to survive until the next task, apart from the adapter and the replay buffer."""
+        """Returns the state to keep until the next task, besides the adapter and the replay buffer."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` returned, be it before the first task."""
+        """Restores what `state_dict` returned, possibly from before the first task."""

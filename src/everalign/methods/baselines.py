@@ -10,19 +10,19 @@ from everalign.modeling.policy import Policy
 
 
 class SequentialFineTuning(Method):
-    """Train the same adapter on task after task: the control that shows how much there is to forget."""
+    """Trains one adapter on task after task: the control that shows how much is forgotten without a method."""
 
     name = "seqft"
 
 
 class SingleTask(Method):
-    """Learn each task in a fresh adapter on the base model; only the score on the own task counts."""
+    """Learns each task in a fresh adapter on the base model; only the score on its own task counts."""
 
     name = "stl"
     regime = "separate"
 
     def begin_task(self, policy: Policy, task: Task) -> None:
-        """Go back to the base model."""
+        """Resets the policy to the base model."""
         policy.reset(task.seed)
 
 
@@ -31,10 +31,10 @@ _POOLED = "all-tasks"
 
 
 class MultiTask(Method):
-    """Learn the union of all tasks from the base model.
+    """Learns the union of all tasks from the base model.
 
-    Given all tasks at once, trains once. Given one after another, it trains from the base model on everything seen so
-    far each time, and keeps all rows for that.
+    Given all tasks at once, it trains once. Given one after another, it trains each time from the base model on all
+    rows so far, which it keeps.
     """
 
     name = "mtl"
@@ -44,19 +44,19 @@ class MultiTask(Method):
         self.buffer: ReplayBuffer = ReplayBuffer(_EVERYTHING)
 
     def pool(self, tasks: Sequence[tuple[str, RowSet[Any]]]) -> list[tuple[str, RowSet[Any]]]:
-        """Make one task of all."""
+        """Makes one task of all."""
         source = " + ".join(rows.source for _, rows in tasks)
         return [(_POOLED, type(tasks[0][1]).of([row for _, rows in tasks for row in rows], source))]
 
     def begin_task(self, policy: Policy, task: Task) -> None:
-        """Go back to the base model."""
+        """Resets the policy to the base model."""
         policy.reset(task.seed)
 
     def rows(self, task: Task) -> list[AnyRow]:
-        """Return all rows of all earlier tasks."""
+        """Returns all rows of all earlier tasks."""
         return self.buffer.rows(exclude_task=task.name)
 
     def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
-        """Keep all of the task's rows."""
+        """Keeps all of the task's rows."""
         self.buffer.add(task.name, task.rows, fraction=1.0, seed=task.seed)
         return []

@@ -1,4 +1,4 @@
-"""LifeAlign: replay, and short-to-long memory consolidation of every task's update (arXiv 2509.17183, §3.3).
+"""LifeAlign: replay and short-to-long memory consolidation of every task's update (arXiv 2509.17183, §3.3).
 
 Focalized Preference Optimization, its other half, is the objective `fpo`.
 """
@@ -6,7 +6,7 @@ Focalized Preference Optimization, its other half, is the objective `fpo`.
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -15,7 +15,6 @@ from everalign.memory import (
     Consolidation,
     LowRankUpdate,
     MemoryBank,
-    SharedBasisBank,
     consolidate_factors,
     consolidate_into,
     for_each_weight,
@@ -25,24 +24,23 @@ from everalign.methods.replay import ExperienceReplay
 from everalign.modeling.policy import Policy
 
 Space = Literal["product", "factors"]
-Bank = MemoryBank | SharedBasisBank
 _RANK_CAP = 64
-# Directions of the bank's bases to one of the long-term memory: it is held whole, and as much again of the history.
+# Directions of the bank's bases for each of the long-term memory's, which takes half of them: the rest is history.
 _BANK_TO_MEMORY = 2
 
 
 class LifeAlign(ExperienceReplay):
-    """Denoise a task's update, damp what lies in the span of earlier updates, add it to long-term memory (SLMC).
+    """Denoises a task's update, damps what lies in the span of earlier updates, adds it to long-term memory (SLMC).
 
     Args:
-        gamma: focusing exponent for the objective `fpo`; None leaves it at the objective's own 2.
-        energy: θ, share of the update's energy that denoising keeps at least.
+        gamma: focusing exponent for the objective `fpo`; None for the objective's own 2.
+        energy: θ, least share of the update's energy that denoising keeps.
         keep: λ, share that is kept of the component inside the span of earlier updates; 1 keeps all of it.
-        space: `product` consolidates the update B·A itself (a frozen long-term adapter and a fresh short-term one per
-            task); `factors` treats B and A as separate matrices of one adapter, as the paper is written.
+        space: `product` consolidates the update B·A itself, with a frozen long-term adapter and a fresh short-term one
+            for each task; `factors` treats B and A as separate matrices of one adapter, as the paper is written.
         rank_cap: highest rank of the long-term adapter, in `product` space.
-        replay: share of a task's rows, drawn at random after training, that goes into the buffer.
-        capacity: most rows the buffer holds; the oldest leave first.
+        replay: share of a task's rows that goes into the buffer, drawn at random after training.
+        capacity: most rows in the buffer; the oldest are dropped first.
     """
 
     name = "lifealign"
@@ -61,107 +59,80 @@ class LifeAlign(ExperienceReplay):
         super().__init__(replay, capacity)
         for label, value in (("energy", energy), ("keep", keep)):
             if not 0.0 <= value <= 1.0:
-                raise InputError(f"{label} is a share between 0 and 1, found {value}")
+                raise InputError(f"{label} is a share between 0 and 1, found {value}", field=label)
         if space not in ("product", "factors"):
-            raise InputError(f"space is 'product' or 'factors', found {space!r}")
+            raise InputError(f"space is 'product' or 'factors', found {space!r}", field="space")
         if rank_cap < 1:
-            raise InputError(f"rank_cap is a rank of at least 1, found {rank_cap}")
+            raise InputError(f"rank_cap is a rank of at least 1, found {rank_cap}", field="rank_cap")
         if space == "factors" and rank_cap != _RANK_CAP:
-            raise InputError("rank_cap means nothing in the space 'factors', where the adapter keeps its rank")
+            problem = "rank_cap means nothing in the space 'factors', where the adapter keeps its rank"
+            raise InputError(problem, field="rank_cap")
         if gamma is not None and not (math.isfinite(gamma) and gamma >= 0):
-            raise InputError(f"gamma is a number of at least 0, found {gamma}")
+            raise InputError(f"gamma is a number of at least 0, found {gamma}", field="gamma")
         self.gamma, self.energy, self.keep, self.space, self.rank_cap = gamma, energy, keep, space, rank_cap
         self.long_term = space == "product"
-        self._banks: dict[str, Bank] = defaultdict(self.new_bank)
+        self._banks: dict[str, MemoryBank] = defaultdict(self.new_bank)
         self._start: dict[str, tuple[Tensor, Tensor]] = {}
 
     def settings(self) -> dict[str, Any]:
-        """Return all arguments."""
+        """Returns all arguments but gamma, which belongs to the objective."""
         own = {"energy": self.energy, "keep": self.keep, "space": self.space, "rank_cap": self.rank_cap}
         return {**own, **super().settings()}
 
     def begin_task(self, policy: Policy, task: Task) -> None:
-        """Give the task a fresh short-term adapter (or note where the one adapter starts)."""
+        """Gives the task a fresh short-term adapter; in `factors` space, notes where the one adapter starts."""
         if self.space == "product":
             policy.start_short_term(task.seed)
         else:
             self._start = policy.factors()
 
     def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
-        """Consolidate every module's update and fill the replay buffer."""
+        """Consolidates every module's update and fills the replay buffer."""
         super().end_task(policy, task)
         return self._end_product(policy, task) if self.space == "product" else self._end_factors(policy)
 
-    def new_bank(self) -> Bank:
-        """Return an empty history of one weight."""
-        return SharedBasisBank(_BANK_TO_MEMORY * self.rank_cap) if self.space == "product" else MemoryBank()
+    def new_bank(self) -> MemoryBank:
+        """Returns an empty history of one weight."""
+        return MemoryBank(_BANK_TO_MEMORY * self.rank_cap if self.space == "product" else None)
+
+    def refine(
+        self, memory: LowRankUpdate | None, update: LowRankUpdate, bank: MemoryBank
+    ) -> tuple[Consolidation, LowRankUpdate, float]:
+        """Consolidates one module's update into its long-term memory and the bank; returns as `consolidate_into`."""
+        return consolidate_into(memory, update, bank, self.energy, self.keep, self.rank_cap)
 
     def _end_product(self, policy: Policy, task: Task) -> list[ModuleRecord]:
         long_term, updates = policy.long_term(), policy.short_term()
-        # Asked for in advance: the dictionary of banks is not to be written by several threads.
-        work = [(module, update, long_term.get(module), self._banks[module]) for module, update in updates.items()]
-        results = for_each_weight(lambda arguments: self._consolidate(*arguments), work)
+        # Made before the threads start, which must not write the dictionary of banks.
+        banks = {module: self._banks[module] for module in updates}
+
+        def consolidated(module: str) -> tuple[LowRankUpdate, ModuleRecord]:
+            bank, update = banks[module], updates[module]
+            result, memory, discarded = self.refine(long_term.get(module), update, bank)
+            lost = bank.lost_energy
+            return memory, _record(module, result, update.norm(), memory.width, discarded, lost)
+
+        results = for_each_weight(consolidated, list(updates))
         long_term.update({module: memory for module, (memory, _) in zip(updates, results, strict=True)})
         policy.write_long_term(long_term)
         policy.start_short_term(task.seed)
         return [record for _, record in results]
 
-    def refine(
-        self, memory: LowRankUpdate | None, update: LowRankUpdate, bank: Any
-    ) -> tuple[Consolidation, LowRankUpdate, float]:
-        """Consolidate one module's update into its long-term memory; the bank remembers it.
-
-        Returns what `consolidate_into` does: what became of the update, the new memory, the energy discarded.
-        """
-        return consolidate_into(memory, update, bank, self.energy, self.keep, self.rank_cap)
-
-    def _consolidate(
-        self, module: str, update: LowRankUpdate, memory: LowRankUpdate | None, bank: Bank
-    ) -> tuple[LowRankUpdate, ModuleRecord]:
-        result, merged, discarded = self.refine(memory, update, bank)
-        record = ModuleRecord(
-            module=module,
-            energy_kept=result.energy_kept,
-            rank=result.rank,
-            projected_energy=result.projected_energy,
-            norm_before=update.norm(),
-            norm_after=result.norm,
-            memory_rank=merged.width,
-            discarded_energy=discarded,
-            bank_lost_energy=bank.lost_energy,
-        )
-        return merged, record
-
     def _end_factors(self, policy: Policy) -> list[ModuleRecord]:
         factors, records = {}, []
-        for module, (left, right) in policy.factors().items():
-            start_left, start_right = self._start[module]
-            left_bank, right_bank = (cast(MemoryBank, self._banks[f"{module}.{side}"]) for side in "BA")
-            deltas = (left - start_left, right - start_right)
-            results = consolidate_factors(*deltas, left_bank, right_bank, self.energy, self.keep)
-            factors[module] = (
-                start_left + results[0].refined.dense(),
-                start_right + results[1].refined.dense(),
-            )
-            for side, delta, result in zip("BA", deltas, results, strict=True):
-                records.append(
-                    ModuleRecord(
-                        module=f"{module}.{side}",
-                        energy_kept=result.energy_kept,
-                        rank=result.rank,
-                        projected_energy=result.projected_energy,
-                        norm_before=float(delta.norm()),
-                        norm_after=result.norm,
-                        memory_rank=left.shape[1],
-                        discarded_energy=0.0,
-                        bank_lost_energy=0.0,
-                    )
-                )
+        for module, ends in policy.factors().items():
+            start, names = self._start[module], (f"{module}.B", f"{module}.A")
+            deltas = (ends[0] - start[0], ends[1] - start[1])
+            banks = (self._banks[names[0]], self._banks[names[1]])
+            results = consolidate_factors(*deltas, *banks, self.energy, self.keep)
+            factors[module] = (start[0] + results[0].refined.dense(), start[1] + results[1].refined.dense())
+            for name, delta, result in zip(names, deltas, results, strict=True):
+                records.append(_record(name, result, float(delta.norm()), memory_rank=ends[0].shape[1]))
         policy.write_factors(factors)
         return records
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the banks' entries by module."""
+        """Returns the banks' entries as `MODULE/NAME`."""
         return {
             f"{module}/{key}": tensor
             for module, bank in self._banks.items()
@@ -169,7 +140,7 @@ class LifeAlign(ExperienceReplay):
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the banks."""
+        """Restores the banks."""
         by_module: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in state.items():
             module, name = key.rsplit("/", 1)
@@ -177,3 +148,19 @@ class LifeAlign(ExperienceReplay):
         self._banks.clear()
         for module, entries in by_module.items():
             self._banks[module].load_state_dict(entries)
+
+
+def _record(
+    module: str, result: Consolidation, norm: float, memory_rank: int, discarded: float = 0.0, bank_lost: float = 0.0
+) -> ModuleRecord:
+    return ModuleRecord(
+        module=module,
+        energy_kept=result.energy_kept,
+        rank=result.rank,
+        projected_energy=result.projected_energy,
+        norm_before=norm,
+        norm_after=result.norm,
+        memory_rank=memory_rank,
+        discarded_energy=discarded,
+        bank_lost_energy=bank_lost,
+    )

@@ -1,4 +1,4 @@
-"""Experience replay: a share of every finished task's rows is learned again with each new task."""
+"""Experience replay: learn a sample of earlier tasks' rows again with each new task."""
 
 from typing import Any
 
@@ -9,11 +9,13 @@ from everalign.modeling.policy import Policy
 
 
 class ExperienceReplay(Method):
-    """One adapter through all tasks, each joined with the buffer (LifeAlign, arXiv 2509.17183, baseline ER).
+    """Trains one adapter on task after task, each joined with a buffer of rows of earlier tasks.
+
+    The baseline ER of LifeAlign (arXiv 2509.17183).
 
     Args:
-        replay: share of a task's rows, drawn at random after training, that goes into the buffer.
-        capacity: most rows the buffer holds; the oldest leave first.
+        replay: share of a task's rows that goes into the buffer, drawn at random after training.
+        capacity: most rows in the buffer; the oldest are dropped first.
     """
 
     name = "er"
@@ -25,14 +27,14 @@ class ExperienceReplay(Method):
         self.buffer: ReplayBuffer = ReplayBuffer(capacity)
 
     def settings(self) -> dict[str, Any]:
-        """Return the replay share and the capacity."""
+        """Returns the replay share and the capacity."""
         return {"replay": self._replay, "capacity": self.buffer.capacity}
 
     def rows(self, task: Task) -> list[AnyRow]:
-        """Return the buffer's rows of other tasks."""
+        """Returns the buffer's rows of other tasks."""
         return self.buffer.rows(exclude_task=task.name)
 
     def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
-        """Draw this task's share into the buffer."""
+        """Draws this task's share into the buffer."""
         self.buffer.add(task.name, task.rows, self._replay, task.seed)
         return []
