@@ -54,7 +54,7 @@ def large(messages):
 
 
 def edited(messages):
-    """The answer that an editor is asked to correct."""
+    """The answer that a reviser is asked to correct."""
     return messages[1]["content"].split("<answer>\n")[1].split("\n</answer>")[0]
 
 
@@ -81,7 +81,7 @@ class Ill:
 # ---- what is asked ----
 
 
-def test_an_editor_sees_question_and_answer_as_data_and_replies_with_the_answer():
+def test_a_reviser_sees_question_and_answer_as_data_and_replies_with_the_answer():
     system, user = revision_prompt("Why?", "Because.", "Mend rhymes.")
     assert system["content"].startswith("Mend rhymes.\n")
     assert "<prompt>\nWhy?\n</prompt>\n\n<answer>\nBecause.\n</answer>" in user["content"]
@@ -116,7 +116,7 @@ def test_two_servers_answer_and_correct(tmp_path):
             questions(),
             path,
             answerer=EndpointAnswers(client(first), max_new_tokens=9),
-            editor=LlmReviser(client(second, "large")),
+            reviser=LlmReviser(client(second, "large")),
             log=lines.append,
         )
     whence = {"answer_model": "small", "correction_model": "large", "source": "questions"}
@@ -132,7 +132,7 @@ def test_two_servers_answer_and_correct(tmp_path):
     assert {(r.body["temperature"], r.body["max_tokens"]) for r in first.requests} == {(0.5, 9)}
     assert {(r.body["temperature"], "max_tokens" in r.body) for r in second.requests} == {(0, False)}
     assert "  1 of 4 questions are there more than once and asked once" in lines
-    answers, corrections = made.costs
+    answers, corrections = made.usage
     assert (answers.stage, answers.model, answers.replies, answers.requests) == ("answers", "small", 3, 3)
     assert (corrections.prompt_tokens, corrections.completion_tokens, corrections.untold) == (21, 6, 0)
     assert corrections.price(2.0, 10.0) == pytest.approx((21 * 2 + 6 * 10) / 1e6)
@@ -146,7 +146,7 @@ def test_answers_that_rows_have_are_corrected(tmp_path):
     ]
     lines = []
     with ChatServer(large) as server:
-        make_corrections(questions(rows), tmp_path / "out.jsonl", editor=LlmReviser(client(server)), log=lines.append)
+        make_corrections(questions(rows), tmp_path / "out.jsonl", reviser=LlmReviser(client(server)), log=lines.append)
     found = rows_of(tmp_path / "out.jsonl")
     assert [(row["answer"], row["correction"]) for row in found] == [(f"bad {i}", f"good {i}") for i in range(1, 5)]
     assert {row["answer_model"] for row in found} == {None}
@@ -167,7 +167,7 @@ def test_edits_and_preferences_need_no_model(tmp_path):
         ("a", "b", 1.0),
     ]
     assert dict(made.dropped) == {"no correction in the row": 1}
-    assert made.costs == ()
+    assert made.usage == ()
 
 
 def test_a_model_in_this_process_answers_the_same_after_a_kill(tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_a_model_in_this_process_answers_the_same_after_a_kill(tmp_path, monkeyp
     rows = questions([{"question": [{"role": "user", "content": f"How do I cook {i} eggs?"}]} for i in range(5)])
     answerer = LocalModel("tiny", 1.0, 60, seed=3)
     with ChatServer(large) as server:
-        whole = make_corrections(rows, tmp_path / "whole.jsonl", answerer=answerer, editor=LlmReviser(client(server)))
+        whole = make_corrections(rows, tmp_path / "whole.jsonl", answerer=answerer, reviser=LlmReviser(client(server)))
         sample, calls = kept_samples.sample_completions, []
 
         def stop(*arguments, **options):
@@ -189,10 +189,10 @@ def test_a_model_in_this_process_answers_the_same_after_a_kill(tmp_path, monkeyp
         monkeypatch.setattr(kept_samples, "sample_completions", stop)
         path = tmp_path / "parts.jsonl"
         with pytest.raises(KeyboardInterrupt):
-            make_corrections(rows, path, answerer=answerer, editor=LlmReviser(client(server)))
-        parts = make_corrections(rows, path, answerer=answerer, editor=LlmReviser(client(server)))
+            make_corrections(rows, path, answerer=answerer, reviser=LlmReviser(client(server)))
+        parts = make_corrections(rows, path, answerer=answerer, reviser=LlmReviser(client(server)))
     assert [row.answer for row in parts.rows] == [row.answer for row in whole.rows]
-    assert (parts.costs[0].earlier, parts.costs[0].replies, parts.costs[0].prompt_tokens) == (2, 5, None)
+    assert (parts.usage[0].earlier, parts.usage[0].replies, parts.usage[0].prompt_tokens) == (2, 5, None)
     assert len(calls) == 4
     assert left(tmp_path) == ["parts.jsonl", "whole.jsonl"]
 
@@ -210,8 +210,8 @@ def test_what_teaches_nothing_is_counted(tmp_path):
         "bad 4": "a" * 200,
     }
     with ChatServer(lambda messages: replies.get(edited(messages), "good")) as server:
-        editor = LlmReviser(client(server))
-        made = make_corrections(questions(rows), tmp_path / "out.jsonl", editor=editor, filters=Filters(longest=100))
+        reviser = LlmReviser(client(server))
+        made = make_corrections(questions(rows), tmp_path / "out.jsonl", reviser=reviser, filters=Filters(longest=100))
     assert [row.answer for row in made.rows] == ["bad 5"]
     assert dict(made.dropped) == {
         f"{UNFINISHED} correction": 1,
@@ -228,7 +228,9 @@ def test_answers_that_are_cut_are_not_corrected(tmp_path):
 
     with ChatServer(cut) as first, ChatServer(large) as second:
         answerer = EndpointAnswers(client(first))
-        made = make_corrections(questions(), tmp_path / "o.jsonl", answerer=answerer, editor=LlmReviser(client(second)))
+        made = make_corrections(
+            questions(), tmp_path / "o.jsonl", answerer=answerer, reviser=LlmReviser(client(second))
+        )
     assert dict(made.dropped) == {f"{UNFINISHED} answer": 1}
     assert len(second.requests) == 2
 
@@ -239,7 +241,7 @@ def test_nothing_left_is_an_error_that_keeps_what_was_paid_for(tmp_path):
     with ChatServer(lambda _: "") as server:
         for _ in range(2):
             with pytest.raises(EveralignError, match=r"no correction is left \(1 empty correction\)"):
-                make_corrections(rows, path, editor=LlmReviser(client(server)))
+                make_corrections(rows, path, reviser=LlmReviser(client(server)))
     assert len(server.requests) == 1
     assert left(tmp_path) == ["out.jsonl.replies.partial"]
 
@@ -258,7 +260,7 @@ def test_a_failure_stops_the_run_and_nothing_is_asked_twice(stage, tmp_path):
             # One at a time, so that the last question is asked last.
             answerer = EndpointAnswers(client(first, concurrency=1))
             return make_corrections(
-                questions(), path, answerer=answerer, editor=LlmReviser(client(second, concurrency=1))
+                questions(), path, answerer=answerer, reviser=LlmReviser(client(second, concurrency=1))
             )
 
         with pytest.raises(EveralignError, match=r"'three\?': .*status 400: no; what was answered before is kept"):
@@ -269,7 +271,7 @@ def test_a_failure_stops_the_run_and_nothing_is_asked_twice(stage, tmp_path):
     assert len(made.rows) == 3
     again = {"answers": (4, 3), "corrections": (3, 4)}[stage]
     assert (len(first.requests), len(second.requests)) == again
-    earlier = {cost.stage: (cost.earlier, cost.requests, cost.prompt_tokens) for cost in made.costs}
+    earlier = {cost.stage: (cost.earlier, cost.requests, cost.prompt_tokens) for cost in made.usage}
     assert earlier[stage] == (2, 1, 21)
     assert left(tmp_path) == ["out.jsonl"]
 
@@ -282,8 +284,8 @@ def test_going_on_writes_what_failed_and_asks_it_no_more(tmp_path):
         answerer = EndpointAnswers(client(first, concurrency=1))
 
         def make(server, **options):
-            editor = LlmReviser(client(server, "large", concurrency=1))
-            return make_corrections(questions(), path, answerer=answerer, editor=editor, **options)
+            reviser = LlmReviser(client(server, "large", concurrency=1))
+            return make_corrections(questions(), path, answerer=answerer, reviser=reviser, **options)
 
         # Every correction fails here: the answers were had, with one failure among them.
         with pytest.raises(EveralignError, match="no question that did not fail"):
@@ -300,7 +302,7 @@ def test_going_on_writes_what_failed_and_asks_it_no_more(tmp_path):
         # What failed can be given again.
         first_ill.ill = second_ill.ill = False
         rows = questions(rows_of(failed))
-        more = make_corrections(rows, tmp_path / "more.jsonl", answerer=answerer, editor=LlmReviser(client(second)))
+        more = make_corrections(rows, tmp_path / "more.jsonl", answerer=answerer, reviser=LlmReviser(client(second)))
     assert [row.question for row in more.rows] == ["one?", "three?"]
 
 
@@ -318,8 +320,8 @@ def test_a_kill_between_the_two_files_is_made_up_for(tmp_path, monkeypatch):
 
         def make(**options):
             answerer = EndpointAnswers(client(first, concurrency=1))
-            editor = LlmReviser(client(second))
-            return make_corrections(questions(), path, answerer=answerer, editor=editor, keep_going=True, **options)
+            reviser = LlmReviser(client(second))
+            return make_corrections(questions(), path, answerer=answerer, reviser=reviser, keep_going=True, **options)
 
         monkeypatch.setattr(pipeline, "write_text", dies)
         with pytest.raises(KeyboardInterrupt):
@@ -343,7 +345,7 @@ def test_a_server_that_is_down_is_not_asked_for_everything(tmp_path):
         def make():
             answerer = EndpointAnswers(client(first, concurrency=1))
             return make_corrections(
-                rows, tmp_path / "o.jsonl", answerer=answerer, editor=LlmReviser(client(second)), keep_going=True
+                rows, tmp_path / "o.jsonl", answerer=answerer, reviser=LlmReviser(client(second)), keep_going=True
             )
 
         ill.ill = True
@@ -352,18 +354,18 @@ def test_a_server_that_is_down_is_not_asked_for_everything(tmp_path):
         # The next one may be under way by then.
         assert PATIENCE <= len(first.requests) < len(rows)
         ill.ill = False
-        assert make().costs[0].failed == 0
+        assert make().usage[0].failed == 0
 
 
 def test_a_failure_that_was_passed_over_is_asked_again_without_going_on(tmp_path):
     path = tmp_path / "out.jsonl"
     ill = Ill(small, "one", refused(400))
     with ChatServer(ill) as first, ChatServer(lambda _: "") as second:
-        answerer, editor = EndpointAnswers(client(first, concurrency=1)), LlmReviser(client(second))
+        answerer, reviser = EndpointAnswers(client(first, concurrency=1)), LlmReviser(client(second))
         with pytest.raises(EveralignError, match="no correction is left"):
-            make_corrections(questions(), path, answerer=answerer, editor=editor, keep_going=True)
+            make_corrections(questions(), path, answerer=answerer, reviser=reviser, keep_going=True)
         with pytest.raises(EveralignError, match=r"'one\?'"):
-            make_corrections(questions(), path, answerer=answerer, editor=editor)
+            make_corrections(questions(), path, answerer=answerer, reviser=reviser)
     assert len(first.requests) == 4
 
 
@@ -386,7 +388,7 @@ def test_a_killed_process_has_lost_no_reply(stage, tmp_path):
     models = [client(server, concurrency=1) for server in servers]
 
     def make():
-        return make_corrections(rows, path, answerer=EndpointAnswers(models[0]), editor=LlmReviser(models[1]))
+        return make_corrections(rows, path, answerer=EndpointAnswers(models[0]), reviser=LlmReviser(models[1]))
 
     # Forked before any thread runs; its requests wait until the servers do.
     child.append(os.fork())
@@ -406,13 +408,13 @@ def test_replies_to_other_settings_are_not_taken(tmp_path):
     path = tmp_path / "out.jsonl"
     rows = questions([{"question": "q", "answer": "bad"}])
     with ChatServer(lambda _: "") as server:
-        for editor in (
+        for reviser in (
             LlmReviser(client(server)),
             LlmReviser(client(server, "other")),
             LlmReviser(client(server), "Be kind."),
         ):
             with pytest.raises(EveralignError, match="no correction is left"):
-                make_corrections(rows, path, editor=editor)
+                make_corrections(rows, path, reviser=reviser)
     assert len(server.requests) == 3
 
 
@@ -427,7 +429,7 @@ def test_replies_to_other_settings_are_not_taken(tmp_path):
         ([{"question": "q", "answer": "a"}], {}, "no row has a correction: name a stronger model"),
         ([{"question": "q"}], {"answerer": EndpointAnswers(ChatClient("http://h", "m"))}, "nobody who corrects them"),
         ([{"question": "q"}], {"keep_going": True}, "no question can fail; leave it out"),
-        (QUESTIONS, {"editor": LlmReviser(ChatClient("http://h", "m"))}, "row 1: has no answer"),
+        (QUESTIONS, {"reviser": LlmReviser(ChatClient("http://h", "m"))}, "row 1: has no answer"),
     ],
 )
 def test_what_cannot_be_made_is_refused(rows, options, message, tmp_path):
@@ -443,9 +445,9 @@ def test_outputs_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(InputError, match="exists: choose another output"):
         make_corrections(rows, tmp_path / "out.jsonl")
     (tmp_path / "other.failed.jsonl").write_text("mine")
-    editor = LlmReviser(ChatClient("http://h", "m"))
+    reviser = LlmReviser(ChatClient("http://h", "m"))
     with pytest.raises(InputError, match=r"other\.failed\.jsonl exists"):
-        make_corrections(rows, tmp_path / "other.jsonl", editor=editor, keep_going=True)
+        make_corrections(rows, tmp_path / "other.jsonl", reviser=reviser, keep_going=True)
     assert len(make_corrections(rows, tmp_path / "out.jsonl", overwrite=True).rows) == 1
 
 
@@ -468,9 +470,9 @@ def test_questions_that_are_too_long_for_a_model_here(tmp_path):
     answerer = LocalModel("tiny", 1.0, 60)
     with ChatServer(large) as server:
         with pytest.raises(InputError, match=r"question 1: \d+ tokens leave no room for an answer"):
-            make_corrections(rows, tmp_path / "o.jsonl", answerer=answerer, editor=LlmReviser(client(server)))
-        editor = LlmReviser(client(server))
-        made = make_corrections(rows, tmp_path / "o.jsonl", answerer=answerer, editor=editor, keep_going=True)
+            make_corrections(rows, tmp_path / "o.jsonl", answerer=answerer, reviser=LlmReviser(client(server)))
+        reviser = LlmReviser(client(server))
+        made = make_corrections(rows, tmp_path / "o.jsonl", answerer=answerer, reviser=reviser, keep_going=True)
     assert (made.failed, len(made.rows)) == (1, 1)
     with pytest.raises(InputError, match="max_new_tokens: tiny takes"):
         LocalModel("tiny", 1.0, 10**6).answer([], tmp_path / "o", keep_going=False, progress=print)
@@ -481,13 +483,13 @@ def test_a_damaged_store_is_named(tmp_path):
     partial = tmp_path / "out.jsonl.replies.partial"
     partial.write_text("no database, however long it may be" * 50)
     with pytest.raises(InputError, match=r"replies\.partial: what an earlier run kept is damaged"):
-        make_corrections(rows, tmp_path / "out.jsonl", editor=LlmReviser(ChatClient("http://h", "m")))
+        make_corrections(rows, tmp_path / "out.jsonl", reviser=LlmReviser(ChatClient("http://h", "m")))
     partial.unlink()
     with ChatServer(lambda _: "") as server:
-        editor = LlmReviser(client(server))
+        reviser = LlmReviser(client(server))
         with pytest.raises(EveralignError, match="no correction is left"):
-            make_corrections(rows, tmp_path / "out.jsonl", editor=editor)
+            make_corrections(rows, tmp_path / "out.jsonl", reviser=reviser)
         with sqlite3.connect(partial) as database:
             database.execute("UPDATE entries SET value = '[]'")
         with pytest.raises(InputError, match=r"replies\.partial: what an earlier run kept is damaged"):
-            make_corrections(rows, tmp_path / "out.jsonl", editor=editor)
+            make_corrections(rows, tmp_path / "out.jsonl", reviser=reviser)

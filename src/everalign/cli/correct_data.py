@@ -111,7 +111,7 @@ def data(
             rows,
             output,
             answerer=answerer,
-            editor=editor,
+            reviser=editor,
             filters=filters,
             keep_going=keep_going,
             overwrite=overwrite,
@@ -189,7 +189,7 @@ def _prices(price_in: str | None, price_out: str | None, servers: int) -> Prices
 def _facts(done: "CorrectionData", prices: Prices) -> dict[str, Any]:
     left = iter(prices)
     stages: list[dict[str, Any]] = []
-    for cost in done.costs:
+    for cost in done.usage:
         paid = cost.prompt_tokens is not None and bool(prices)
         stages.append({**asdict(cost), **({"cost": cost.price(*next(left))} if paid else {})})
     costs = [stage["cost"] for stage in stages if "cost" in stage]

@@ -1,17 +1,16 @@
-"""From questions to correction data: answers, their corrections, what is worth learning of them, one file.
+"""Make correction data: generate answers to questions, generate corrections of the answers, and filter them.
 
     rows = load_drafts("questions.jsonl")
     client, stronger = ChatClient("http://127.0.0.1:8000/v1", "small"), ChatClient("http://127.0.0.1:8000/v1", "large")
-    make_corrections(rows, "corrections.jsonl", answerer=EndpointAnswers(client), editor=LlmReviser(stronger))
+    make_corrections(rows, "corrections.jsonl", answerer=EndpointAnswers(client), reviser=LlmReviser(stronger))
 
-What is asked for stands beside the output until that is written whole; the same call goes on from there and asks for
-nothing twice.
+Generated texts are journalled beside the output until it is complete, so that a killed run requests nothing twice.
 """
 
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,12 @@ UNEDITED = "no correction in the row"
 
 @dataclass(frozen=True)
 class Filters:
-    """Which corrections are kept; see `filter_corrections`.
+    """Arguments of `filter_corrections`.
 
     Args:
-        template: whose marks a correction must not have; the default one when None.
+        template: whose marks a correction must not contain; the default template when None.
         longest: most characters of a correction.
-        near: from what similarity on a row is a near-duplicate.
+        near: similarity from which a row is a near-duplicate.
     """
 
     template: Template | None = None
@@ -60,7 +59,7 @@ class CorrectionData:
         dropped: how many were left out for each reason.
         failed: how many questions failed for good.
         failures: the file that holds them; None where there are none.
-        costs: of each stage that asked a model.
+        usage: of each model that was used.
     """
 
     path: Path
@@ -68,7 +67,7 @@ class CorrectionData:
     dropped: Counter[str]
     failed: int
     failures: Path | None
-    costs: tuple[ApiUsage, ...]
+    usage: tuple[ApiUsage, ...]
 
     @property
     def identities(self) -> int:
@@ -76,199 +75,180 @@ class CorrectionData:
         return sum(row.is_identity for row in self.rows)
 
 
-@dataclass(frozen=True)
-class _Item:
-    """A question on its way, with where its parts came from."""
-
-    draft: Correction
-    answer: str | None = None
-    correction: str | None = None
-    answer_model: str | None = None
-    correction_model: str | None = None
-
-
-@dataclass
-class _Run:
-    """What happens on the way."""
-
-    output: Path
-    keep_going: bool
-    log: Callable[[str], None]
-    progress: Progress
-    dropped: Counter[str]
-    failed: list[dict[str, Any]]
-    costs: list[ApiUsage]
-
-    def through(self, items: Sequence[_Item], stage: str, found: Generations) -> list[tuple[_Item, str]]:
-        """Return the items that got a text, with it; note what became of the others."""
-        self.costs.append(found.usage)
-        usage = found.usage
-        if usage.earlier:
-            self.log(f"  {usage.earlier} of {usage.replies} {stage} were had by an earlier run")
-        remedy = "raise --max-new-tokens, or take a model that answers shorter"
-        what = f"{stage} are unfinished or empty, and left out"
-        for warning in check_shortfall(len(found.lost), len(items), what, remedy, refuse=False):
-            self.log(f"  warning: {warning}")
-        self.dropped.update(f"{reason} {stage[:-1]}" for reason in found.lost.values())
-        self.failed += [_failure(items[i], stage, message) for i, message in found.failures.items()]
-        return [(item, text) for item, text in zip(items, found.texts, strict=True) if text is not None]
-
-
 def make_corrections(
     rows: CorrectionSet,
     output: str | os.PathLike[str],
     *,
     answerer: AnswerSource | None = None,
-    editor: LlmReviser | None = None,
+    reviser: LlmReviser | None = None,
     filters: Filters | None = None,
     keep_going: bool = False,
     overwrite: bool = False,
     log: Callable[[str], None] = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> CorrectionData:
-    """Make correction data and write it as JSON Lines that `load_corrections` reads, whole or not at all.
+    """Make correction data and write it atomically as JSON Lines that `load_corrections` reads.
 
-    A row of the output has `question`, `answer`, `correction`, where they came from (`answer_model` and
-    `correction_model`, null for what the rows had themselves, and `source`), and an `id`: the row's own, or else that
-    of the correction.
+    A row of the output has `question`, `answer`, `correction`, their provenance (`answer_model` and
+    `correction_model`, null where the row had its own, and `source`), and an `id`: the row's own, or that of its
+    content.
 
     Args:
-        rows: the questions.
+        rows: questions, with whatever answers and corrections they have.
         output: the file, whose name ends in .jsonl.
-        answerer: answers the questions, each once however often it is there; the rows' own answers are corrected when
-            None.
-        editor: corrects the answers; the rows' own corrections are taken when None.
+        answerer: answers each different question once; the rows' own answers are used when None.
+        reviser: corrects the answers; the rows' own corrections are used when None.
         filters: which corrections are kept; the defaults when None.
-        keep_going: pass over questions that fail for good, and write them into `NAME.failed.jsonl` beside `output`, a
-            file that can be given again. Without it the first of them is an error.
+        keep_going: go on when a question fails for good, and write it to `NAME.failed.jsonl` beside `output`, which
+            can be used as input again. Otherwise the first failure is an error.
         overwrite: replace `output` if it exists.
-        log: called with one line for each thing that happens.
-        progress: called with (stage, done, all).
+        log: called with one line for each step.
+        progress: called with (stage, questions done, questions in all).
 
     Raises:
-        InputError: `output` cannot be used, another process is writing it, answers would have nobody who corrects them,
-            or a row lacks what nobody gives; names the row.
-        EveralignError: a question failed for good, or no correction is left. What was answered before is kept.
+        InputError: `output` cannot be used, another process is writing it, nobody would correct the generated answers,
+            or a row lacks an answer or correction that no model gives; names the row.
+        EveralignError: a question failed for good, or no correction is left. Texts generated before are kept.
     """
-    path, filters = Path(output), filters or Filters()
+    path = Path(output)
     failures = path.with_name(f"{path.stem}.failed.jsonl")
     with exclusive(lock_of(path)):
-        _check(rows, path, failures, answerer, editor, keep_going, overwrite)
-        run = _Run(path, keep_going, log, progress, Counter(), [], [])
-        answered = _own_answers(rows, editor, run) if answerer is None else _ask_for_answers(rows, answerer, run)
-        corrected = answered if editor is None else _ask_for_corrections(answered, editor, run)
-        kept = _filtered(corrected, rows.source, filters, run)
+        if not rows:
+            raise InputError(f"{rows.source}: no rows in it")
+        check_new_file(path, ".jsonl", overwrite)
+        # With a journal beside it, the file of failures is that of a run that was killed before it wrote the output.
+        if keep_going and not reply_journal(path).path.exists():
+            check_new_file(failures, ".jsonl", overwrite)
+        if reviser is None and answerer is not None:
+            raise InputError(
+                f"the answers of {answerer.name} would have nobody who corrects them: name a stronger model"
+            )
+        if reviser is None and keep_going:
+            raise InputError("keep going: no model is asked, so no question can fail; leave it out")
+
+        run = _Run(path, keep_going, log, progress)
+        answered = run.own_answers(rows) if answerer is None else run.generate_answers(rows, answerer)
+        corrected = run.own_corrections(answered) if reviser is None else run.generate_corrections(answered, reviser)
+        kept = run.filter(corrected, rows.source, filters or Filters())
         if run.failed:
             log(f"  {len(run.failed)} questions failed for good: {failures}")
             write_text(failures, "".join(map(json_line, run.failed)))
         elif keep_going:
             failures.unlink(missing_ok=True)
-        write_text(path, "".join(json_line(_columns(row, item, rows.source)) for row, item in kept))
+        provenance = {
+            "answer_model": None if answerer is None else answerer.name,
+            "correction_model": None if reviser is None else reviser.name,
+            "source": rows.source,
+        }
+        lines = [json_line({**row.to_json(), **provenance, "id": row.name or row.id}) for row in kept]
+        write_text(path, "".join(lines))
         delete_journal(path)
-    found = CorrectionSet(tuple(row for row, _ in kept), str(path))
-    named = failures if run.failed else None
-    return CorrectionData(path, found, run.dropped, len(run.failed), named, tuple(run.costs))
-
-
-def _check(
-    rows: CorrectionSet,
-    path: Path,
-    failures: Path,
-    answerer: AnswerSource | None,
-    editor: LlmReviser | None,
-    keep_going: bool,
-    overwrite: bool,
-) -> None:
-    if not rows:
-        raise InputError(f"{rows.source}: no rows in it")
-    check_new_file(path, ".jsonl", overwrite)
-    # One that a kill has left behind the failures and before the output is its own.
-    if keep_going and not reply_journal(path).path.exists():
-        check_new_file(failures, ".jsonl", overwrite)
-    if editor is None and answerer is not None:
-        raise InputError(f"the answers of {answerer.name} would have nobody who corrects them: name a stronger model")
-    if editor is None and keep_going:
-        raise InputError("keep going: no model is asked, so no question can fail; leave it out")
-
-
-def _own_answers(rows: CorrectionSet, editor: LlmReviser | None, run: _Run) -> list[_Item]:
-    """Return the answers that the rows have, with their corrections where nobody else gives any."""
-    for number, row in enumerate(rows, start=1):
-        if not row.has("answer"):
-            raise InputError(
-                f"{rows.source}: row {number}: has no answer: add 'answer' to every row, or name a model that answers"
-            )
-    if editor is not None:
-        _note_unused(sum(row.has("correction") for row in rows), "corrections", run)
-        return [_Item(row, row.answer) for row in rows]
-    edits = [_Item(row, row.answer, row.correction) for row in rows if row.has("correction")]
-    if not edits:
-        raise InputError(f"{rows.source}: no row has a correction: name a stronger model that gives them")
-    # Of one question's answers, those beside the corrected one need no correction.
-    questions, edited = ({Correction(row.question).id for row in part} for part in (rows, [one.draft for one in edits]))
-    if len(edited) < len(questions):
-        run.dropped[UNEDITED] = len(questions) - len(edited)
-    return edits
-
-
-def _ask_for_answers(rows: CorrectionSet, answerer: AnswerSource, run: _Run) -> list[_Item]:
-    _note_unused(sum(row.has("answer") for row in rows), "answers", run)
-    first: dict[str, Correction] = {}
-    for row in rows:
-        first.setdefault(Correction(row.question).id, row)
-    if len(first) < len(rows):
-        run.log(f"  {len(rows) - len(first)} of {len(rows)} questions are there more than once and asked once")
-    items = [_Item(row) for row in first.values()]
-    run.log(f"answers of {answerer.name} to {len(items)} questions")
-    found = answerer.answer(
-        [item.draft.question for item in items], run.output, keep_going=run.keep_going, progress=run.progress
+    return CorrectionData(
+        path,
+        CorrectionSet(tuple(kept), str(path)),
+        run.dropped,
+        len(run.failed),
+        failures if run.failed else None,
+        tuple(run.usage),
     )
-    through = run.through(items, ANSWERS, found)
-    return [replace(item, answer=text, answer_model=answerer.name) for item, text in through]
 
 
-def _ask_for_corrections(items: Sequence[_Item], editor: LlmReviser, run: _Run) -> list[_Item]:
-    run.log(f"corrections of {editor.name} of {len(items)} answers")
-    pairs = [(item.draft.question, item.answer or "") for item in items]
-    found = editor.correct(pairs, run.output, keep_going=run.keep_going, progress=run.progress)
-    through = run.through(items, CORRECTIONS, found)
-    return [replace(item, correction=text, correction_model=editor.name) for item, text in through]
+@dataclass
+class _Run:
+    """The steps of `make_corrections`, and a count of what they lose."""
 
+    output: Path
+    keep_going: bool
+    log: Callable[[str], None]
+    progress: Progress
+    dropped: Counter[str] = field(default_factory=Counter)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    usage: list[ApiUsage] = field(default_factory=list)
 
-def _note_unused(count: int, what: str, run: _Run) -> None:
-    if count:
-        run.log(f"  {count} rows have {what} of their own, which are not used: a model gives them")
+    def own_answers(self, rows: CorrectionSet) -> Sequence[Correction]:
+        """Return the rows, each of which must have an answer."""
+        for number, row in enumerate(rows, start=1):
+            if not row.has("answer"):
+                raise InputError(
+                    f"{rows.source}: row {number}: has no answer: add 'answer' to every row, or name a model that "
+                    "answers",
+                    where=f"{rows.source}: row {number}",
+                    field="answer",
+                )
+        return rows
 
+    def own_corrections(self, rows: Sequence[Correction]) -> list[Correction]:
+        """Return the rows that have a correction."""
+        edited = [row for row in rows if row.has("correction")]
+        if not edited:
+            source = getattr(rows, "source", "rows")
+            raise InputError(f"{source}: no row has a correction: name a stronger model that gives them")
+        # A question may have several answers, of which only the worst needs a correction.
+        questions, covered = ({Correction(row.question).id for row in part} for part in (rows, edited))
+        if len(covered) < len(questions):
+            self.dropped[UNEDITED] = len(questions) - len(covered)
+        return edited
 
-def _filtered(items: Sequence[_Item], source: str, filters: Filters, run: _Run) -> list[tuple[Correction, _Item]]:
-    found = [
-        (Correction(item.draft.question, item.answer or "", item.correction or "", item.draft.weight), item)
-        for item in items
-    ]
-    rows = CorrectionSet(tuple(row for row, _ in found), source)
-    kept = filter_corrections(rows, template=filters.template, longest=filters.longest, near=filters.near)
-    run.dropped.update(kept.dropped)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in kept.dropped.items() if count)
-    what = f"corrections are left out by the filters ({reasons})"
-    for warning in check_shortfall(len(rows) - len(kept.rows), len(rows), what, "look at the rows", refuse=False):
-        run.log(f"  warning: {warning}")
-    if not kept.rows:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in run.dropped.items()) or "all failed"
-        raise EveralignError(f"{source}: no correction is left ({reasons}); what was answered is kept")
-    # Rows of one content are duplicates, of which the first is kept.
-    items_by_id = {row.id: item for row, item in reversed(found)}
-    return [(row, items_by_id[row.id]) for row in kept.rows]
+    def generate_answers(self, rows: CorrectionSet, answerer: AnswerSource) -> list[Correction]:
+        """Return a row with the model's answer for each different question."""
+        self._note_unused(rows, "answer")
+        first: dict[str, Correction] = {}
+        for row in rows:
+            question = Correction(row.question, weight=row.weight, name=row.name)
+            first.setdefault(question.id, question)
+        questions = list(first.values())
+        if len(questions) < len(rows):
+            self.log(f"  {len(rows) - len(questions)} of {len(rows)} questions are there more than once and asked once")
+        self.log(f"answers of {answerer.name} to {len(questions)} questions")
+        found = answerer.answer(
+            [row.question for row in questions], self.output, keep_going=self.keep_going, progress=self.progress
+        )
+        return self._with_texts(questions, "answer", ANSWERS, found)
 
+    def generate_corrections(self, rows: Sequence[Correction], reviser: LlmReviser) -> list[Correction]:
+        """Return the rows with the model's corrections."""
+        self._note_unused(rows, "correction")
+        answers = [Correction(row.question, row.answer, weight=row.weight, name=row.name) for row in rows]
+        self.log(f"corrections of {reviser.name} of {len(answers)} answers")
+        found = reviser.correct(
+            [(row.question, row.answer) for row in answers],
+            self.output,
+            keep_going=self.keep_going,
+            progress=self.progress,
+        )
+        return self._with_texts(answers, "correction", CORRECTIONS, found)
 
-def _columns(row: Correction, item: _Item, source: str) -> dict[str, Any]:
-    models = {"answer_model": item.answer_model, "correction_model": item.correction_model}
-    return {**row.to_json(), **models, "source": source, "id": item.draft.name or row.id}
+    def _note_unused(self, rows: Sequence[Correction], column: str) -> None:
+        if count := sum(row.has(column) for row in rows):
+            self.log(f"  {count} rows have {column}s of their own, which are not used: a model gives them")
 
+    def _with_texts(self, rows: Sequence[Correction], column: str, stage: str, found: Generations) -> list[Correction]:
+        """Fill a column of the rows that got a text, and record why the others got none."""
+        self.usage.append(found.usage)
+        if found.usage.earlier:
+            self.log(f"  {found.usage.earlier} of {found.usage.replies} {stage} were had by an earlier run")
+        remedy = "raise --max-new-tokens, or take a model that answers shorter"
+        what = f"{stage} are unfinished or empty, and left out"
+        for warning in check_shortfall(len(found.lost), len(rows), what, remedy, refuse=False):
+            self.log(f"  warning: {warning}")
+        self.dropped.update(f"{reason} {column}" for reason in found.lost.values())
+        for i, message in found.failures.items():
+            name = {} if rows[i].name is None else {"id": rows[i].name}
+            self.failed.append({**rows[i].to_json(), **name, "stage": stage, "error": message})
+        texts = zip(rows, found.texts, strict=True)
+        return [replace(row, **{column: text}) for row, text in texts if text is not None]  # type: ignore[arg-type]
 
-def _failure(item: _Item, stage: str, message: str) -> dict[str, Any]:
-    draft = item.draft
-    question = draft.question if isinstance(draft.question, str) else [dict(message) for message in draft.question]
-    answer = {} if item.answer is None else {"answer": item.answer}
-    name = {} if draft.name is None else {"id": draft.name}
-    weight = {} if draft.weight == 1.0 else {"weight": draft.weight}
-    return {"question": question, **answer, **weight, **name, "stage": stage, "error": message}
+    def filter(self, rows: Sequence[Correction], source: str, filters: Filters) -> Sequence[Correction]:
+        """Return the rows that the filters keep, at least one."""
+        found = filter_corrections(
+            CorrectionSet(tuple(rows), source), template=filters.template, longest=filters.longest, near=filters.near
+        )
+        self.dropped.update(found.dropped)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in found.dropped.items() if count)
+        what = f"corrections are left out by the filters ({reasons})"
+        for warning in check_shortfall(found.dropped.total(), len(rows), what, "look at the rows", refuse=False):
+            self.log(f"  warning: {warning}")
+        if not found.rows:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "all failed"
+            raise EveralignError(f"{source}: no correction is left ({reasons}); what was answered is kept")
+        return found.rows
