@@ -1,17 +1,19 @@
-"""What a corrector does to answers: how much it edits, whom that leaves better off, and what it should have left alone.
+"""Evaluate a corrector: how much it edits, how often that makes answers better, and which good answers it spoils.
 
     report = evaluate_corrector(load_answers("answers.jsonl"), Corrector.from_pretrained("runs/corrector"), referee)
     report.overall.win.net, report.overall.over_edit_rate, report.kinds["medical"].edit_rate
 
-The net win rate is the paper's (Ji et al., NeurIPS 2024, arXiv 2402.02416, section 3.1); that good answers are left
-alone is what it does not measure. An answer that is returned as it is counts as a draw.
+The net win rate is the paper's (Ji et al., NeurIPS 2024, arXiv 2402.02416, section 3.1). It says nothing about good
+answers that should have been left alone, hence the over-edit rate. An answer that is returned unchanged is a draw.
 """
 
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from everalign.correction.batch import ROWS_PER_BATCH, check_batches, correct_batches, journal_facts
@@ -31,12 +33,12 @@ _CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class WinRate:
-    """Whose answers are better after correction.
+    """How many answers a corrector makes better or worse.
 
     Args:
         wins: rows whose correction is better than the answer.
-        draws: rows where neither is.
-        losses: rows whose answer was better.
+        draws: rows where neither is better.
+        losses: rows whose answer is better.
         net: (wins - losses) / rows, from -1 to 1.
         low: lower end of its bootstrap 95 % interval over rows; None for a single row.
         high: upper end.
@@ -54,19 +56,19 @@ class WinRate:
 
 @dataclass(frozen=True)
 class CorrectionScores:
-    """What a corrector does to N answers; tokens are words and signs, whoever corrects.
+    """How a corrector changes N answers; tokens are words and punctuation marks, whatever the model's tokenizer.
 
     Args:
         rows: N.
         edit_rate: share of the answers that are changed.
         copy_rate: mean share of an answer's tokens that its correction has in the same order.
-        edit_ratio: mean of Levenshtein's distance over the answer's tokens.
+        edit_ratio: mean Levenshtein distance, relative to the answer's tokens.
         good: answers that are known to need no correction.
         over_edit_rate: share of these that are changed; None where there are none.
         length_before: mean tokens of the answers.
         length_after: mean tokens of what is returned.
-        kept: share of the answers that are returned because of the gate or a guard, by reason.
-        win: by the referee; None without one.
+        kept: by reason, the share of answers that are returned because of the gate or a guard.
+        win: the referee's verdicts; None without one.
     """
 
     rows: int
@@ -83,13 +85,13 @@ class CorrectionScores:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Scores of all rows, and of the rows of each kind, where rows have kinds."""
+    """Scores of all rows, and of the rows of each kind if they have one."""
 
     overall: CorrectionScores
     kinds: dict[str, CorrectionScores]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
+        """Return the scores as plain values."""
         return asdict(self)
 
 
@@ -105,62 +107,76 @@ def evaluate_corrector(
     log: Callable[[str], None] = lambda _: None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> EvaluationReport:
-    """Correct answers and report on what came of them.
+    """Correct answers and score the corrections.
 
     Args:
-        rows: the answers.
+        rows: answers, with whatever is known of them: a correction, whether they are good, their kind.
         corrector: corrects them.
-        referee: says which of answer and correction is better; nobody does when None.
+        referee: decides between answer and correction; no win rate when None.
         options: how to correct; the corrector's own when None.
-        seed: seeds the bootstrap.
-        rows_per_batch: rows handed to the corrector at once.
-        cache: folder in which corrections are kept after each batch, in a file named after corrector, options and
-            rows: the same call goes on where it was killed, and another referee needs no new corrections. A gate has
-            to be a number then. Nothing is kept when None.
-        log: called with one line for each thing that happens.
+        seed: of the bootstrap.
+        rows_per_batch: rows corrected at once.
+        cache: folder for a journal named after corrector, options and rows: a killed call continues, and another
+            referee needs no new corrections. A gate has to be a number then. Nothing is kept when None.
+        log: called with one line for each step.
         progress: called with ("correcting", rows done, rows in all).
 
     Raises:
-        InputError: there are no rows, an option cannot be used, or what is kept is damaged.
+        InputError: there are no rows, an option cannot be used, or the journal is damaged.
         EveralignError: the corrector failed (names the rows), or the referee did.
     """
     check_batches(rows, rows_per_batch)
-    if cache is None:
-        found, _ = correct_batches(rows, corrector, options, rows_per_batch, None, log, progress)
-    else:
+    journal, lock = None, nullcontext[None]()
+    if cache is not None:
         options = options or CorrectionOptions()
         journal = Journal.within(Path(cache), "corrections", *journal_facts(corrector, options, rows))
 
         def waiting(holder: str) -> None:
             log(f"  {holder} is correcting the same answers: waiting for it")
 
-        with exclusive(lock_of(journal.path), wait=waiting):
-            found, _ = correct_batches(rows, corrector, options, rows_per_batch, journal, log, progress)
+        lock = exclusive(lock_of(journal.path), wait=waiting)  # type: ignore[assignment]  # both are contexts of None
+    with lock:
+        corrected, _ = correct_batches(rows, corrector, options, rows_per_batch, journal, log, progress)
     verdicts = None
     if referee is not None:
-        columns = [row.question for row in rows], [row.answer for row in rows], [one.text for one in found]
-        verdicts = _checked(referee(*columns), len(rows))
-    return evaluation_report(rows, found, verdicts, seed)
+        texts = [one.text for one in corrected]
+        verdicts = list(referee([row.question for row in rows], [row.answer for row in rows], texts))
+        if len(verdicts) != len(rows) or any(verdict not in (-1, 0, 1) for verdict in verdicts):
+            raise EveralignError(f"the referee must return 1, 0 or -1 for each of {len(rows)} rows")
+    return evaluation_report(rows, corrected, verdicts, seed)
 
 
 def evaluation_report(
     rows: Sequence[Correction], corrected: Sequence[Corrected], verdicts: Sequence[int] | None = None, seed: int = 0
 ) -> EvaluationReport:
-    """Report on N corrected answers, at least one; `verdicts` as a `Referee` gives them."""
-    kinds = dict.fromkeys(row.kind for row in rows if row.kind is not None)
-    places = {name: [i for i, row in enumerate(rows) if row.kind == name] for name in kinds}
+    """Score N corrected answers, at least one; `verdicts` as a `Referee` returns them."""
+    before, after = [words(row.answer) for row in rows], [words(one.text) for one in corrected]
 
     def scores(chosen: Sequence[int]) -> CorrectionScores:
-        won = None if verdicts is None else win_rate([verdicts[i] for i in chosen], seed)
-        return _scores([rows[i] for i in chosen], [corrected[i] for i in chosen], won)
+        good = [corrected[i].changed for i in chosen if rows[i].is_good]
+        reasons = Counter(reason for i in chosen if (reason := corrected[i].reason) is not None)
+        return CorrectionScores(
+            rows=len(chosen),
+            edit_rate=fmean(corrected[i].changed for i in chosen),
+            copy_rate=fmean(kept_share(before[i], after[i]) for i in chosen),
+            edit_ratio=fmean(edit_ratio(before[i], after[i]) for i in chosen),
+            good=len(good),
+            over_edit_rate=fmean(good) if good else None,
+            length_before=fmean(len(before[i]) for i in chosen),
+            length_after=fmean(len(after[i]) for i in chosen),
+            kept={reason: count / len(chosen) for reason, count in sorted(reasons.items())},
+            win=None if verdicts is None else win_rate([verdicts[i] for i in chosen], seed),
+        )
 
-    return EvaluationReport(
-        scores(range(len(rows))), {name: scores(chosen) for name, chosen in places.items() if name is not None}
-    )
+    by_kind: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        if row.kind is not None:
+            by_kind.setdefault(row.kind, []).append(i)
+    return EvaluationReport(scores(range(len(rows))), {kind: scores(chosen) for kind, chosen in by_kind.items()})
 
 
 def win_rate(verdicts: Sequence[int], seed: int = 0) -> WinRate:
-    """Sum up N verdicts, each 1, 0 or -1; at least one."""
+    """Summarise N verdicts, each 1, 0 or -1; at least one."""
     from scipy.stats import binomtest, bootstrap
 
     wins, losses = verdicts.count(1), verdicts.count(-1)
@@ -179,33 +195,3 @@ def win_rate(verdicts: Sequence[int], seed: int = 0) -> WinRate:
     decided = wins + losses
     p_value = float(binomtest(wins, decided).pvalue) if decided else 1.0
     return WinRate(wins, len(verdicts) - decided, losses, (wins - losses) / len(verdicts), low, high, p_value)
-
-
-def _scores(rows: Sequence[Correction], corrected: Sequence[Corrected], win: WinRate | None) -> CorrectionScores:
-    before, after = [words(row.answer) for row in rows], [words(one.text) for one in corrected]
-    pairs = list(zip(before, after, strict=True))
-    good = [one.changed for row, one in zip(rows, corrected, strict=True) if row.is_good]
-    reasons = Counter(one.reason for one in corrected if one.reason is not None)
-    return CorrectionScores(
-        rows=len(rows),
-        edit_rate=_mean([one.changed for one in corrected]),
-        copy_rate=_mean([kept_share(*pair) for pair in pairs]),
-        edit_ratio=_mean([edit_ratio(*pair) for pair in pairs]),
-        good=len(good),
-        over_edit_rate=_mean(good) if good else None,
-        length_before=_mean([len(tokens) for tokens in before]),
-        length_after=_mean([len(tokens) for tokens in after]),
-        kept={reason: count / len(rows) for reason, count in sorted(reasons.items())},
-        win=win,
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _checked(verdicts: Sequence[int], count: int) -> list[int]:
-    found = list(verdicts)
-    if len(found) != count or any(verdict not in (-1, 0, 1) for verdict in found):
-        raise EveralignError(f"the referee must return 1, 0 or -1 for each of {count} rows")
-    return found
