@@ -85,12 +85,12 @@ def test_a_corrector_gives_the_same_corrections(kept):
 
 
 def test_a_run_of_corrections_is_served_with_the_store_of_before(kept):
-    followed = CorrectorReloader(Path("correcting"), Corrector.from_pretrained)
-    corrector, version = followed.load()
+    reloader = CorrectorReloader(Path("correcting"), Corrector.from_pretrained)
+    corrector, version = reloader.load()
     with UpstreamServer(lambda _: Script("no 5")) as upstream, FeedbackStore.open(STORE) as store:
         settings = GatewaySettings((UpstreamSettings("default", upstream.url),))
         corrections = make_corrections(settings, corrector, version)
-        with serving(upstream, store=store, corrections=corrections, followed=followed) as served:
+        with serving(upstream, store=store, corrections=corrections, reloader=reloader) as served:
             body = {"model": "small", "messages": [{"role": "user", "content": "q5?"}], "store": True}
             reply = HTTP.post(f"{served.url}/chat/completions", json=body)
             assert (reply.status_code, reply.headers["x-everalign-corrector"]) == (200, "001-edited")

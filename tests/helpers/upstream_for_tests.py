@@ -284,12 +284,12 @@ class Fake:
 
 
 @dataclass(frozen=True)
-class Followed:
+class IdleReloader:
     """A run that promotes nothing."""
 
     path: Path
 
-    async def follow(self, service: CorrectionService) -> None:
+    async def run(self, service: CorrectionService) -> None:
         await asyncio.Event().wait()
 
 
@@ -316,7 +316,7 @@ def serving(
     corrections: CorrectionService | None = None,
     timeouts: Timeouts = Timeouts(),  # noqa: B008 (frozen)
     limits: Limits = Limits(),  # noqa: B008 (frozen)
-    followed: Any = None,
+    reloader: Any = None,
     **settings: Any,
 ) -> Iterator[Serving]:
     """A gateway before some upstreams, on a free port of this machine."""
@@ -327,7 +327,7 @@ def serving(
     made = GatewaySettings(named, timeouts=timeouts, limits=limits, **settings)
     if corrections is None and corrector is not None:
         corrections = make_corrections(made, corrector, "v1")
-    app = create_app(made, store=store, corrections=corrections, followed=followed)
+    app = create_app(made, store=store, corrections=corrections, reloader=reloader)
     running = Running(app, "on")
     running.start()
     try:

@@ -203,14 +203,14 @@ def test_connections_that_change_their_protocol_are_let_go(upstream):
 
 def test_many_who_ask_for_the_models_are_one_question(upstream, monkeypatch):
     asked = []
-    whole = Upstream._models
+    whole = Upstream._list_models
 
     async def counted(self):
         asked.append(1)
         await asyncio.sleep(0.1)
         return await whole(self)
 
-    monkeypatch.setattr(Upstream, "_models", counted)
+    monkeypatch.setattr(Upstream, "_list_models", counted)
     with serving(upstream) as base:
         threads = [threading.Thread(target=HTTP.get, args=(f"{base}/ready",)) for _ in range(12)]
         for thread in threads:

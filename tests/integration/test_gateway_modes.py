@@ -9,6 +9,8 @@ import pytest
 
 from corrections_for_tests import corrector
 from everalign.correction import Corrector
+from everalign.correction.engines import EngineOutput
+from everalign.correction.templates import get_template
 from everalign.errors import EveralignError
 from everalign.serving.corrector_service import CorrectionService
 from everalign.serving.settings import MODES
@@ -332,3 +334,37 @@ def test_a_real_corrector_gives_streams_and_whole_answers_the_same_text(answer, 
         assert whole["choices"][0]["message"]["content"] == expected
         assert "".join(chunk.get("content", "") for chunk in chunks) == expected
         assert whole["usage"]["corrector"]["forward_passes"] >= 1
+
+
+class SlowEngine:
+    """Writes what it is given word by word, with more time between two words than a reply's headers are held back."""
+
+    template, fingerprint = get_template("everalign-1"), "slow"
+
+    def __init__(self, text):
+        self.text = text
+
+    def write(self, pairs, gate, limit):
+        return [EngineOutput(self.text) for _ in pairs]
+
+    def stream_events(self, pair, gate, limit):
+        words = self.text.split(" ")
+        for count in range(1, len(words)):
+            yield " ".join(words[:count])
+            time.sleep(0.12)
+        yield EngineOutput(self.text)
+
+
+@pytest.mark.parametrize(
+    ("correction", "header"),
+    [("Four, as far as I know.", "applied"), ("It is 5, as far as I know.", "pending"), ("It is 4.", "pending")],
+)
+def test_a_stream_s_header_names_the_outcome_if_nothing_was_sent_before_it(correction, header, upstream):
+    """With the default output checks no changed text leaves before its verdict; what equals the answer does."""
+    upstream.answer = lambda _: Script("It is 4.")
+    with serving(upstream, corrector=Corrector(SlowEngine(correction))) as gateway:
+        reply = post(gateway, stream=True)
+    assert reply.headers["x-everalign-correction"] == header
+    chunks = [json.loads(event[6:]) for event in reply.text.strip().split("\n\n")[:-1]]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == correction
+    assert chunks[-1]["everalign"]["correction"] == ("unchanged" if correction == "It is 4." else "applied")

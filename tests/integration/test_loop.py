@@ -93,8 +93,8 @@ def wait_for(served, version):
 def test_the_loop(tmp_path):
     path, style = tmp_path / "run", {"now": "plain"}
     first_version(path)
-    followed = CorrectorReloader(path, Corrector.from_pretrained, seconds=0.1, log=lambda _: None)
-    corrector, version = followed.load()
+    reloader = CorrectorReloader(path, Corrector.from_pretrained, seconds=0.1, log=lambda _: None)
+    corrector, version = reloader.load()
     assert version == "001-courtesy"
 
     def reply(body):
@@ -103,7 +103,7 @@ def test_the_loop(tmp_path):
     with UpstreamServer(reply) as upstream, FeedbackStore.open(f"sqlite:///{tmp_path}/feedback.db") as store:
         settings = GatewaySettings((UpstreamSettings("default", upstream.url),), keys=KEYS)
         corrections = make_corrections(settings, corrector, version)
-        with serving(upstream, store=store, corrections=corrections, followed=followed, keys=KEYS) as served:
+        with serving(upstream, store=store, corrections=corrections, reloader=reloader, keys=KEYS) as served:
             # A hundred answers; people edit them into courteous ones.
             with pytest.raises(NotEnoughFeedback):
                 learn_from_feedback(store, learner(path, resume=True), ENOUGH)
@@ -223,12 +223,12 @@ def test_a_version_that_cannot_be_loaded_leaves_the_former_one_in_service(tmp_pa
         loaded.append(folder)
         return Fake()
 
-    followed = CorrectorReloader(tmp_path / "run", load, seconds=0.02, log=lines.append)
-    corrector, version = followed.load()
+    reloader = CorrectorReloader(tmp_path / "run", load, seconds=0.02, log=lines.append)
+    corrector, version = reloader.load()
     with UpstreamServer() as upstream:
         settings = GatewaySettings((UpstreamSettings("default", upstream.url),))
         corrections = make_corrections(settings, corrector, version)
-        with serving(upstream, corrections=corrections, followed=followed) as served:
+        with serving(upstream, corrections=corrections, reloader=reloader) as served:
             filled(store, start=100)
             learn_from_feedback(
                 store,
@@ -253,7 +253,7 @@ def promoted_run(path, store):
 @pytest.mark.parametrize(("on_rollback", "reason"), [("uncorrected", "rolled_back"), ("stop", "stopped")])
 def test_a_rollback_to_the_base_model_reaches_the_gateway(tmp_path, store, on_rollback, reason):
     load, lines = promoted_run(tmp_path / "run", store), []
-    followed = CorrectorReloader(tmp_path / "run", load, on_rollback, seconds=0.02, log=lines.append)
+    reloader = CorrectorReloader(tmp_path / "run", load, on_rollback, seconds=0.02, log=lines.append)
 
     def waited(line):
         until = time.monotonic() + 20
@@ -267,8 +267,8 @@ def test_a_rollback_to_the_base_model_reaches_the_gateway(tmp_path, store, on_ro
 
     with UpstreamServer() as upstream:
         settings = GatewaySettings((UpstreamSettings("default", upstream.url),))
-        corrections = make_corrections(settings, *followed.load())
-        with serving(upstream, corrections=corrections, followed=followed) as served:
+        corrections = make_corrections(settings, *reloader.load())
+        with serving(upstream, corrections=corrections, reloader=reloader) as served:
             assert asked_once(served).headers["x-everalign-correction"] == "applied"
             assert rollback(tmp_path / "run").current == "000"
             outcome = {"uncorrected": "answers are given uncorrected", "stop": "no answers are given"}[on_rollback]
@@ -289,10 +289,10 @@ def test_a_rollback_to_the_base_model_reaches_the_gateway(tmp_path, store, on_ro
 def test_a_gateway_that_starts_with_the_base_model_current_is_one_that_was_rolled_back(tmp_path, store):
     load = promoted_run(tmp_path / "run", store)
     rollback(tmp_path / "run")
-    followed = CorrectorReloader(tmp_path / "run", load)
-    assert followed.is_rolled_back
+    reloader = CorrectorReloader(tmp_path / "run", load)
+    assert reloader.is_rolled_back
     service = CorrectionService()
-    followed.withdraw(service)
+    reloader.withdraw(service)
     assert (service.version, service.withdrawn) == ("000", True)
     with pytest.raises(InputError, match="on-rollback: must be uncorrected or stop, found 'halt'"):
         CorrectorReloader(tmp_path / "run", load, "halt")

@@ -7,7 +7,7 @@ import pytest
 
 from everalign.serving.store.database import FeedbackStore
 from runs_for_tests import write_run
-from upstream_for_tests import Fake, Followed, Script, UpstreamServer, serving
+from upstream_for_tests import Fake, IdleReloader, Script, UpstreamServer, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -38,11 +38,11 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gateway(store, tmp_path_factory):
-    run = Followed(write_run(tmp_path_factory.mktemp("runs") / "assistant", ACCURACIES))
+    run = IdleReloader(write_run(tmp_path_factory.mktemp("runs") / "assistant", ACCURACIES))
     corrector = Fake(lambda answer: answer.replace("Boil", "With pleasure! Boil"))
     with (
         UpstreamServer(lambda _: Script("Boil the eggs for <b>seven</b> minutes.")) as upstream,
-        serving(upstream, corrector=corrector, store=store, keys=(KEY,), followed=run) as running,
+        serving(upstream, corrector=corrector, store=store, keys=(KEY,), reloader=run) as running,
     ):
         yield running
 

@@ -12,7 +12,7 @@ from everalign.serving.pages.dashboard import SHADES, forgetting_views, heat_row
 from everalign.serving.store.database import FeedbackStore
 from pages_for_tests import Browser, form_action, hidden, read
 from runs_for_tests import write_run
-from upstream_for_tests import Fake, Followed, Script, UpstreamServer, serving
+from upstream_for_tests import Fake, IdleReloader, Script, UpstreamServer, serving
 
 ACCURACIES = {
     "harmless": [0.5, [0.8, 0.75, 0.6]],
@@ -39,7 +39,7 @@ def page(upstream, **more):
 
 
 def test_a_run_is_drawn(upstream, run):
-    text = read(found := page(upstream, followed=Followed(run)))
+    text = read(found := page(upstream, reloader=IdleReloader(run)))
     assert "The corrector's run: assistant" in text
     assert "003-3 <b>truth</b>" in text
     assert "<b>truth" not in found.text
@@ -61,7 +61,7 @@ def test_what_became_of_versions(tmp_path, upstream):
     assert [(one.then, one.now) for one in version_views(load_run(run))] == [
         ("100.0", "50.0"), ("90.0", "90.0"), ("80.0", "75.0"),
     ]  # fmt: skip
-    assert "rolled back" in read(page(upstream, followed=Followed(run)))
+    assert "rolled back" in read(page(upstream, reloader=IdleReloader(run)))
 
 
 def test_a_version_is_said_to_be_in_service_where_it_is(tmp_path):
@@ -81,7 +81,7 @@ def test_a_dashboard_of_a_run_rolled_back_to_its_base_says_that_nothing_corrects
     (run / "current").write_text("000\n")
     corrections = CorrectionService(Fake(), "003-3")
     corrections.withdraw("000", "rolled_back")
-    with serving(upstream, corrections=corrections, followed=Followed(run)) as gateway, Browser(gateway) as browser:
+    with serving(upstream, corrections=corrections, reloader=IdleReloader(run)) as gateway, Browser(gateway) as browser:
         text = read(browser.get("/dashboard"))
     assert "none (000, the base model, is current)" in text
     assert "in service" not in text.split("The corrector's run")[1]
@@ -110,7 +110,7 @@ def test_what_is_missing_is_said(upstream):
 
 def test_a_run_that_is_damaged_costs_its_section_alone(upstream, run):
     (run / "versions" / "002-2" / "scores.json").write_text("{}")
-    found = page(upstream, followed=Followed(run))
+    found = page(upstream, reloader=IdleReloader(run))
     assert found.status_code == 200
     assert "The run cannot be read:" in read(found)
     assert "scores.json" in read(found)
@@ -118,7 +118,7 @@ def test_a_run_that_is_damaged_costs_its_section_alone(upstream, run):
 
 def test_a_run_without_scores(upstream, tmp_path):
     run = write_run(tmp_path / "run", {"a": [0.5, [0.6]]}, untested=("a",))
-    text = read(page(upstream, followed=Followed(run)))
+    text = read(page(upstream, reloader=IdleReloader(run)))
     assert "No task has held-out rows, so nothing was scored." in text
     assert "so there is nothing to show" in text
 

@@ -11,7 +11,7 @@ from everalign.correction import Guards, get_template
 from everalign.correction.edits import word_diff
 from everalign.evaluation.judge_prompts import read_score
 from everalign.serving.chat_request import read_json
-from everalign.serving.decide import _exchanged
+from everalign.serving.decide import unordered_edit_share
 from everalign.serving.errors import GatewayError
 from everalign.serving.limits import AT_ONCE, aside
 from everalign.serving.sse import EventParser
@@ -42,7 +42,7 @@ def read(text):
 WORK = {
     "guards": guarded,
     "word diff": compared,
-    "words counted": lambda text: _exchanged(text, text[::-1]),
+    "words counted": lambda text: unordered_edit_share(text, text[::-1]),
     "redaction": REDACTION,
     "what a judge is shown": shown,
     "what a judge says": lambda text: read_score(text, (1, 10)),

@@ -194,11 +194,11 @@ def serve(
         kept = _open_store(store, redact, retention_days, settings.timeouts.store)
         local = {"device": device, "precision": precision}
         approval = make_approval(approve, margin)
-        corrections, followed = _corrections(corrector, template, gate, approval, local, settings, on_rollback)
+        corrections, reloader = _corrections(corrector, template, gate, approval, local, settings, on_rollback)
         from everalign.serving.app import create_app
         from everalign.serving.telemetry import write_access_log
 
-        app = create_app(settings, store=kept, corrections=corrections, followed=followed)
+        app = create_app(settings, store=kept, corrections=corrections, reloader=reloader)
 
         def log() -> None:
             notes.print(f"serving {address_of(listening)}, Ctrl-C ends it")
@@ -281,9 +281,9 @@ def _corrections(
         threads = _THREADS_OF_A_SERVER if on_server else 1
         return make_corrections(settings, corrector, corrector.fingerprint[:12], threads), None
     chosen: Any = on_rollback or "uncorrected"
-    followed = CorrectorReloader(Path(name), lambda folder: load(str(folder)), chosen, log=notes.print)
-    if followed.is_rolled_back:
+    reloader = CorrectorReloader(Path(name), lambda folder: load(str(folder)), chosen, log=notes.print)
+    if reloader.is_rolled_back:
         service = make_corrections(settings, None, "")
-        followed.withdraw(service)
-        return service, followed
-    return make_corrections(settings, *followed.load()), followed
+        reloader.withdraw(service)
+        return service, reloader
+    return make_corrections(settings, *reloader.load()), reloader

@@ -1,233 +1,268 @@
-"""Parse and check a chat completion request, as far as the gateway needs it; everything else passes untouched."""
+"""Chat completion and Responses requests: their validation, the upstream and model they name, and their mode.
+
+The pydantic models check, and document in the OpenAPI schema, the fields that the gateway itself reads. They are never
+serialized: the upstream gets the request's own JSON, so that fields the gateway does not know reach it unchanged.
+"""
 
 import json
 import math
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from everalign.serving.eligibility import GRAMMARS, chosen_mode, offers_tools, question_of, request_rule
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from everalign.serving.eligibility import Api, chosen_mode, offers_tools, question_of, request_rule
 from everalign.serving.errors import not_found, refused
 from everalign.serving.headers import USUAL, HeaderRules
 from everalign.serving.limits import MOST_VALUES, too_many_values
 from everalign.serving.settings import Keep, Limits, Mode, StrictStructured
 from everalign.serving.structured import Structure, structure_of
+from everalign.serving.upstream import Upstream, UpstreamRequest
 
 if TYPE_CHECKING:
     from everalign.data.messages import Message
-    from everalign.serving.fallback import Answering
-    from everalign.serving.upstream import Asked
 
 ALIGNED = ":aligned"
-_REPEATING = re.compile(r"\b(openai|ai-sdk|litellm)\b", re.IGNORECASE)
-_FLAGS = ("stream", "store", "logprobs")
+_RETRYING_CLIENT = re.compile(r"\b(openai|ai-sdk|litellm)\b", re.IGNORECASE)
+_Object = dict[Any, Any]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    model: Annotated[str, Field(pattern=r"\S", description="One of /v1/models; MODEL:aligned is corrected.")]
+    stream: bool | None = None
+    store: Annotated[bool | None, Field(description="Whether the exchange may be kept for feedback.")] = None
+
+
+class ChatMessage(BaseModel):
+    """A message of a conversation."""
+
+    model_config = ConfigDict(strict=True)
+
+    role: str
+    content: str | list[Any] | None = None
+
+
+class ChatRequest(_Request):
+    """A request as OpenAI's; fields that are not listed here are passed to the upstream unchanged."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    stream_options: _Object | None = None
+    n: Annotated[int, Field(ge=1, json_schema_extra={"maximum": Limits().choices})] | None = None
+    logprobs: bool | None = None
+    response_format: _Object | None = None
+
+
+class ResponsesRequest(_Request):
+    """A request as OpenAI's; fields that are not listed here are passed to the upstream unchanged."""
+
+    input: str | list[_Object] | None = None
+    instructions: Any = Field(None, json_schema_extra={"type": ["string", "null"]})
+    background: bool | None = None
+    text: _Object | None = None
+    reasoning: _Object | None = None
 
 
 @dataclass(frozen=True)
-class ChatRequest:
-    """A request.
+class RequestContext:
+    """A validated request and what the gateway decided about it.
 
     Args:
-        id: of the completion that answers it.
-        key_id: whose it is.
-        body: its JSON, with the upstream's name of the model.
-        upstream: who answers.
+        api: whether it is a chat completion or a response.
+        id: of the exchange.
+        key_id: of the client's key.
+        payload: the request's JSON, with the upstream's name of the model.
+        messages: its conversation as chat messages.
+        upstream: the server that answers.
         mode: what is done with the answer.
-        headers: that the upstream gets.
-        keep: whether the exchange is kept.
-        question: its conversation as a corrector reads it; None where answers are not corrected.
-        rule: why they are not.
-        repeated: whether its client repeats what failed by itself.
+        headers: the client's headers that the upstream gets.
+        keep: whether the exchange is to be stored.
+        question: the conversation as the corrector reads it; None if no answer can be corrected.
+        rule: why not; see `eligibility`.
+        retried_by_client: whether the client itself repeats requests that failed.
         structure: what a strict answer may be besides prose; None for nothing else.
-        started: when it began, in seconds that only grow.
+        started: when it arrived, in seconds of `time.perf_counter`.
     """
 
+    api: Api
     id: str
     key_id: str
-    body: dict[str, Any]
-    upstream: "Answering"
+    payload: dict[str, Any]
+    messages: Sequence[dict[str, Any]]
+    upstream: Upstream
     mode: Mode
     headers: dict[str, str]
     keep: bool
     question: "tuple[Message, ...] | None"
     rule: str | None
-    repeated: bool = False
+    retried_by_client: bool = False
     structure: Structure | None = None
     started: float = field(default_factory=time.perf_counter)
 
     @property
+    def model(self) -> str:
+        """The upstream's name of the model."""
+        return str(self.payload["model"])
+
+    @property
     def streams(self) -> bool:
-        """Whether the client wants events."""
-        return bool(self.body.get("stream"))
+        """Whether the client wants server-sent events."""
+        return bool(self.payload.get("stream"))
 
     @property
     def wants_usage(self) -> bool:
         """Whether the client wants the usage at the end of a stream."""
-        options = self.body.get("stream_options")
+        options = self.payload.get("stream_options")
         return isinstance(options, Mapping) and bool(options.get("include_usage"))
 
     @property
-    def wants_storing(self) -> bool:
-        """Whether somebody asked for the exchange to be kept: then it is said whether it is."""
-        return self.keep or self.body.get("store") is True
+    def reports_storage(self) -> bool:
+        """Whether the reply says if the exchange was stored: the server or the client asked for that."""
+        return self.keep or self.payload.get("store") is True
 
     @property
     def corrects(self) -> bool:
         """Whether the answer waits for its correction."""
         return self.mode in ("correct", "strict")
 
-    def asked(self, with_usage: bool = False) -> "Asked":
-        """Return what the upstream is asked; for its usage too, if that is of use."""
-        from everalign.serving.upstream import Asked
-
-        payload = self.body
-        if with_usage and self.streams:
-            options = self.body.get("stream_options")
-            known = options if isinstance(options, Mapping) else {}
-            payload = {**self.body, "stream_options": {**known, "include_usage": True}}
-        return Asked(
+    def upstream_request(self) -> UpstreamRequest:
+        """Return the request to the upstream."""
+        return UpstreamRequest(
             "POST",
-            "chat/completions",
-            payload,
+            "chat/completions" if self.api == "chat" else "responses",
+            self.payload,
             self.headers,
-            model=self.body["model"],
+            model=self.model,
             key_id=self.key_id,
-            repeated=self.repeated,
+            retried_by_client=self.retried_by_client,
             quoted=self.mode != "strict",
         )
 
 
 @dataclass(frozen=True)
 class RequestParser:
-    """Reads requests.
+    """Parses requests.
 
     Args:
         upstreams: by name.
         mode: the server's.
-        keep: which exchanges are kept.
+        keep: which exchanges are stored.
         limits: of requests.
-        headers: that cross.
+        headers: which headers pass the gateway.
         structured: what strict mode does with requests for JSON and with tools.
     """
 
-    upstreams: "Mapping[str, Answering]"
+    upstreams: Mapping[str, Upstream]
     mode: Mode
     keep: Keep
     limits: Limits
     headers: HeaderRules = USUAL
     structured: StrictStructured = "refuse"
 
-    def call(
+    def parse(
         self,
         content: bytes,
         headers: Iterable[tuple[str, str]],
         key_id: str,
         has_corrector: bool,
-        model: str | None = None,
-    ) -> ChatRequest:
-        """Return a request, of a `model` if the path names one; raises GatewayError that names the field."""
-        body = read_json(content)
-        body = body if model is None else {**body, "model": model}
-        _check(body, self.limits)
-        form, grammars = body.get("response_format"), any(body.get(name) for name in GRAMMARS)
-        structure = partial(structure_of, body, form, grammars, body.get("tools"))
-        return self.read(body, headers, key_id, has_corrector, request_rule(body), offers_tools(body), structure)
-
-    def read(
-        self,
-        body: dict[str, Any],
-        headers: Iterable[tuple[str, str]],
-        key_id: str,
-        has_corrector: bool,
-        rule: str | None,
-        tools: bool,
-        structure: Callable[[bool], Structure | None],
-    ) -> ChatRequest:
-        """Return a request that is checked; raises GatewayError.
+        api: Api = "chat",
+        deployment: str | None = None,
+    ) -> RequestContext:
+        """Return a request.
 
         Args:
-            body: its model and conversation.
-            headers: of the client.
+            content: its body.
+            headers: the client's.
             key_id: of the client's key.
-            has_corrector: whether answers can be corrected.
-            rule: why answers are not corrected; None where they may be.
-            tools: whether they may call tools.
-            structure: tells what they may be, by whether texts in JSON are corrected.
+            has_corrector: whether the server has a corrector.
+            api: of the request.
+            deployment: model that the path names instead of the body, if any.
+
+        Raises:
+            GatewayError: the request cannot be answered; names the field.
         """
-        given = list(headers)
-        if len(body["messages"]) > self.limits.messages:
-            found = len(body["messages"])
-            raise refused(f"messages: at most {self.limits.messages}, found {found}", "messages", "too_many_messages")
-        upstream, model, aligned = self.routed(body["model"], has_corrector)
-        asked = next((value for name, value in given if name == "x-everalign-mode"), None)
+        headers, body = list(headers), read_json(content)
+        if deployment is not None:
+            body["model"] = deployment
+        _validate(ChatRequest if api == "chat" else ResponsesRequest, body)
+        most = self.limits.choices
+        if api == "chat" and (body.get("n") or 1) > most:
+            raise refused(f"n: must be a whole number from 1 to {most}", "n", "invalid_value")
+        messages = body["messages"] if api == "chat" else _conversation(body)
+        if len(messages) > self.limits.messages:
+            message = f"messages: at most {self.limits.messages}, found {len(messages)}"
+            raise refused(message, "messages", "too_many_messages")
+
+        upstream, model, aligned = self.route(body["model"], has_corrector)
+        asked = next((value for name, value in headers if name == "x-everalign-mode"), None)
         mode = chosen_mode(asked, self.mode, aligned, has_corrector)
-        question = question_of(body["messages"])
-        rule = rule or (None if question else "no_question")
-        allowed = None
-        if mode == "strict" and (rule in (None, "json") and (rule or tools)):
-            allowed = None if self.structured == "refuse" else structure(self.structured == "correct-strings")
-        if mode == "strict" and allowed is None:
-            _check_strict(rule or ("tools" if tools else None))
-        body = {**body, "model": model}
-        return ChatRequest(
+        form = body.get("response_format") if api == "chat" else (body.get("text") or {}).get("format")
+        question = question_of(messages)
+        rule = request_rule(api, body, form) or (None if question else "no_question")
+        structure = None
+        if mode == "strict":
+            unchecked = rule or ("tools" if offers_tools(body) else None)
+            if unchecked in ("json", "tools") and self.structured != "refuse":
+                structure = structure_of(body, form, self.structured == "correct-strings")
+            if unchecked is not None and structure is None:
+                message = f"mode 'strict': answers to this request could not be checked ({unchecked}); leave that out"
+                raise refused(message, code=f"strict_{unchecked}")
+
+        store = body.get("store")
+        return RequestContext(
+            api=api,
             id=f"chatcmpl-{uuid.uuid4().hex}",
             key_id=key_id,
-            body=body,
+            payload={**body, "model": model},
+            messages=messages,
             upstream=upstream,
             mode=mode,
-            headers=self.headers.forwarded(given),
-            keep=self._keeps(body.get("store")),
-            question=None if (rule and not allowed) or mode == "off" else question,
+            headers=self.headers.forwarded(headers),
+            keep=store is not False and self.keep != "none" and (store is True or self.keep == "all"),
+            question=None if (rule and not structure) or mode == "off" else question,
             rule=rule,
-            repeated=repeats_itself(given),
-            structure=allowed,
+            # OpenAI's SDKs, and those built on them, repeat requests by themselves.
+            retried_by_client=any(
+                name.startswith("x-stainless-") or (name == "user-agent" and _RETRYING_CLIENT.search(value))
+                for name, value in headers
+            ),
+            structure=structure,
         )
 
-    def routed(self, name: str, has_corrector: bool) -> "tuple[Answering, str, bool]":
-        """Return upstream, its name of the model, and whether `:aligned` was asked for; raises GatewayError."""
+    def route(self, name: str, has_corrector: bool) -> tuple[Upstream, str, bool]:
+        """Return the upstream, its name of the model, and whether `:aligned` was asked for; raises GatewayError."""
         model, aligned = name.removesuffix(ALIGNED), name.endswith(ALIGNED)
         if aligned and not has_corrector:
-            raise not_found(f"model {_shown(name)}: this server has no corrector", "model_not_found", "model")
+            raise not_found(f"model {name[:100]!r}: this server has no corrector", "model_not_found", "model")
         if len(self.upstreams) == 1:
             (upstream,) = self.upstreams.values()
         else:
             first, _, model = model.partition("/")
             if first not in self.upstreams or not model:
                 names = ", ".join(f"{known}/MODEL" for known in self.upstreams)
-                raise not_found(f"model {_shown(name)}: must be one of {names}", "model_not_found", "model")
+                raise not_found(f"model {name[:100]!r}: must be one of {names}", "model_not_found", "model")
             upstream = self.upstreams[first]
         if not model:
             raise refused("model: is empty", "model", "invalid_value")
         return upstream, model, aligned
 
-    def _keeps(self, store: bool | None) -> bool:
-        if store is False or self.keep == "none":
-            return False
-        return store is True or self.keep == "all"
-
-
-def repeats_itself(headers: Iterable[tuple[str, str]]) -> bool:
-    """Whether a request's client repeats what failed, as OpenAI's SDKs and those built on them do."""
-    return any(
-        name.startswith("x-stainless-") or (name == "user-agent" and _REPEATING.search(value))
-        for name, value in headers
-    )
-
 
 def read_json(content: bytes) -> dict[str, Any]:
-    """Return a request's JSON object; raises GatewayError for anything that could be read in two ways, or takes long.
+    """Return the JSON object of a request's body; called in the event loop for small bodies only (see `aside`).
 
-    Called in the event loop for small bodies alone (see `aside`).
+    Raises:
+        GatewayError: it is not strict JSON, not an object, or takes long to read.
     """
     if too_many_values(content):
         raise refused(f"the body has more than {MOST_VALUES} values", code="too_many_values", status=413)
     try:
-        # Written anew, it has each key once: what is decided here and what the upstream reads are the same.
-        body = json.loads(content.decode("utf-8-sig"), parse_constant=_no_number, parse_float=_finite)
+        # A key that is given twice is kept once: the upstream reads the same request that was checked here.
+        body = json.loads(content.decode("utf-8-sig"), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise refused(f"the body is no JSON that can be read{where}", code="invalid_json") from None
@@ -236,50 +271,41 @@ def read_json(content: bytes) -> dict[str, Any]:
     return body
 
 
-def _no_number(text: str) -> float:
-    raise ValueError(text)
-
-
 def _finite(text: str) -> float:
     number = float(text)
-    return number if math.isfinite(number) else _no_number(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
 
 
-def _check(body: Mapping[str, Any], limits: Limits) -> None:
-    model, messages = body.get("model"), body.get("messages")
-    if not isinstance(model, str) or not model.strip():
-        raise refused("model: must be the name of a model", "model", "invalid_value")
-    if not isinstance(messages, list) or not messages:
-        raise refused("messages: must be a list of at least one message", "messages", "invalid_value")
-    for i, message in enumerate(messages):
-        _check_message(message, f"messages[{i}]")
-    for name in _FLAGS:
-        if not isinstance(body.get(name), bool | None):
-            raise refused(f"{name}: must be true or false", name, "invalid_type")
-    if not isinstance(body.get("stream_options"), dict | None):
-        raise refused("stream_options: must be an object", "stream_options", "invalid_type")
-    if not isinstance(body.get("response_format"), dict | None):
-        raise refused("response_format: must be an object", "response_format", "invalid_type")
-    _check_choices(body.get("n"), limits.choices)
+def _validate(model: type[BaseModel], body: Mapping[str, Any]) -> None:
+    """Check a request's fields; raises the first error in the shape that OpenAI's clients read."""
+    try:
+        model.model_validate(body)
+    except ValidationError as failed:
+        # Each type of a union has its error: the deepest one says most.
+        error = max(failed.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+        first, *rest = error["loc"]
+        param = str(first) + "".join(f"[{part}]" for part in rest if isinstance(part, int))
+        param += ".content" if "content" in rest else ""
+        code = "invalid_value" if param in ("model", "messages", "n") else "invalid_type"
+        raise refused(f"{param}: {error['msg']}", param, code) from None
 
 
-def _check_message(message: Any, where: str) -> None:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise refused(f"{where}: must be an object with a role", where, "invalid_type")
-    if not isinstance(message.get("content"), str | list | None):
-        raise refused(f"{where}.content: must be text, a list of parts, or null", f"{where}.content", "invalid_type")
-
-
-def _check_choices(n: Any, most: int) -> None:
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most):
-        raise refused(f"n: must be a whole number from 1 to {most}", "n", "invalid_value")
-
-
-def _check_strict(rule: str | None) -> None:
-    if rule is not None:
-        message = f"mode 'strict': answers to this request could not be checked ({rule}); leave that out"
-        raise refused(message, code=f"strict_{rule}")
-
-
-def _shown(name: str) -> str:
-    return repr(name[:100])
+def _conversation(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the chat messages that a Responses request holds."""
+    found: list[dict[str, Any]] = []
+    if isinstance(body.get("instructions"), str) and body["instructions"].strip():
+        found.append({"role": "system", "content": body["instructions"]})
+    items = body.get("input")
+    if isinstance(items, str):
+        return [*found, {"role": "user", "content": items}]
+    for item in items or ():
+        kind = str(item.get("type", "message"))
+        if kind == "message":
+            content = item.get("content")
+            found.append({"role": str(item.get("role", "user")), "content": content if content is not None else ""})
+        elif kind.endswith("_call_output"):
+            output = item.get("output")
+            found.append({"role": "tool", "content": output if isinstance(output, str | list) else ""})
+    return found

@@ -1,151 +1,168 @@
-"""One request from its question to its whole answer."""
+"""From a request to its answer: one path for chat completions and Responses, whole and streamed.
 
-from collections.abc import Mapping, Sequence
+A streamed answer that stays as it is, because of the mode or of what was asked, is relayed from its first byte. One
+that is corrected is first read whole: no byte of it leaves before it is judged. Then its correction is written: while
+it is being decoded if it is a single one, or only when it is complete in strict mode.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from everalign.serving.chat_request import ChatRequest
-from everalign.serving.completion_json import Choice, CompletionAccumulator, counts_of, rewritten, with_effort
-from everalign.serving.decide import Judge, Summary, Verdict, summary
-from everalign.serving.errors import GatewayError, bad_upstream
-from everalign.serving.headers import provenance
-from everalign.serving.request_log import Recorder
+from everalign.serving.chat_answer import ChatAnswer, ChatRelay
+from everalign.serving.chat_request import RequestContext
+from everalign.serving.decide import PENDING, CorrectionDecider, Summary, summary_before
+from everalign.serving.request_log import Record, Recorder
+from everalign.serving.responses import ResponsesAnswer, ResponsesRelay
+from everalign.serving.stream_response import FrameQueue
 
-
-def malformed() -> GatewayError:
-    """An upstream's answer that is no chat completion."""
-    return bad_upstream("the upstream's answer has no choices that could be read", "upstream_malformed")
-
-
-def forwarded_headers(call: ChatRequest, headers: Mapping[str, str]) -> dict[str, str]:
-    """Return the upstream's headers for the client; in strict mode none, since they could hold anything."""
-    return {} if call.mode == "strict" else dict(headers)
-
-
-def origin(call: ChatRequest, found: Summary) -> dict[str, str]:
-    """Return the headers that say what became of an answer."""
-    return provenance(call.id, call.mode, found.outcome, found.reason, found.version, found.template, found.stored)
-
-
-def report(call: ChatRequest, found: Summary) -> dict[str, Any]:
-    """Return the same for an answer's own JSON."""
-    about = {
-        "mode": call.mode,
-        "correction": found.outcome,
-        "reason": found.reason,
-        "corrector": found.version,
-        "template": found.template,
-    }
-    return about if found.stored is None else {**about, "stored": found.stored}
-
-
-def known_before(call: ChatRequest) -> Summary | None:
-    """Return what becomes of an answer whatever it is; None for one that is to be seen first, as all are in strict."""
-    if not call.corrects:
-        return Summary("skipped", call.mode)
-    return Summary("skipped", call.rule) if call.mode == "correct" and call.rule is not None else None
-
-
-def said_stored(call: ChatRequest, found: Summary, kept: bool) -> Summary:
-    """Return it with whether the exchange is kept, where somebody asked for that."""
-    return replace(found, stored=kept) if call.wants_storing else found
-
-
-def returned_text(choice: Choice, verdict: Verdict) -> str:
-    """Return the text that the client gets."""
-    return choice.text if verdict.text is None else verdict.text
-
-
-def reported_usage(call: ChatRequest, usage: Mapping[str, Any] | None, found: Summary) -> dict[str, Any] | None:
-    """Return the usage that the client is told: the upstream's, and the corrector's beside it."""
-    return with_effort(counts_of(usage) if call.mode == "strict" else usage, found.effort)
+Answer = ChatAnswer | ResponsesAnswer
 
 
 @dataclass(frozen=True)
-class Answered:
+class Completed:
     """A request with its whole answer.
 
     Args:
-        call: the request.
-        body: the answer's JSON.
+        request: what was asked.
+        body: JSON of the reply.
         headers: of the reply.
-        original: the upstream's text; of several the first one's. It is not for the client.
-        returned: the text in its place that the client gets.
-        found: what became of it.
+        original: the upstream's text, of the first choice; not for the client.
+        returned: the text that the client gets in its place.
+        summary: what became of the answer.
         usage: tokens, the corrector's among them.
-        kept: whether the store has the exchange.
-        upstream_seconds: spent in the upstream.
-        corrector_seconds: spent in the corrector, waiting included.
+        upstream_seconds: time in the upstream.
+        corrector_seconds: time in the corrector, with waiting.
     """
 
-    call: ChatRequest
+    request: RequestContext
     body: dict[str, Any]
     headers: dict[str, str]
     original: str
     returned: str
-    found: Summary
+    summary: Summary
     usage: dict[str, Any] | None
-    kept: bool
     upstream_seconds: float
     corrector_seconds: float
 
 
-async def complete(call: ChatRequest, judge: Judge, recorder: Recorder) -> Answered:
-    """Return a request's answer.
+class Completions:
+    """Answers requests.
 
     Args:
-        call: the request.
-        judge: decides what becomes of the answer.
-        recorder: remembers.
-
-    Raises:
-        GatewayError: there is none, or none that may leave.
+        decider: decides what becomes of answers.
+        recorder: counts and stores exchanges.
     """
-    with recorder.counted(call) as record:
+
+    def __init__(self, decider: CorrectionDecider, recorder: Recorder) -> None:
+        self._decider, self._recorder = decider, recorder
+
+    async def complete(self, request: RequestContext) -> Completed:
+        """Return a whole answer; raises GatewayError if there is none, or none that may be returned."""
+        with self._recorder.counted(request) as record:
+            with record.in_upstream():
+                reply = await request.upstream.chat(request.upstream_request())
+            answer = _answer(request, relayed=not request.corrects)
+            answer.add(reply.body)
+            answer.end()
+            first = answer.choices[0].text if answer.choices else ""
+            if request.corrects:
+                with record.in_corrector():
+                    decisions = await self._decider.decide(request, answer.choices)
+                returned = decisions[0].returned(answer.choices[0])
+                summary, usage = await self._store(request, answer, Summary.of(decisions), returned)
+                body = answer.corrected(decisions, summary, usage)
+            else:
+                returned = first
+                summary, usage = await self._store(request, answer, Summary("skipped", request.mode), returned)
+                body = answer.unchanged()
+            record.end(summary)
+            headers = {**_forwarded(request, reply.headers), **summary.headers(request)}
+            spent = record.upstream_seconds, record.corrector_seconds
+            return Completed(request, body, headers, first, returned, summary, usage, *spent)
+
+    async def stream(self, request: RequestContext, queue: FrameQueue) -> None:
+        """Write a streamed answer to a queue; raises GatewayError if it fails or may not be returned."""
+        with self._recorder.counted(request) as record:
+            known = summary_before(request)
+            if known is None:
+                await self._stream_corrected(request, queue, record)
+            else:
+                await self._relay(request, queue, record, known)
+
+    async def _relay(self, request: RequestContext, queue: FrameQueue, record: Record, summary: Summary) -> None:
+        """Pass an answer on while it comes."""
+        keeps = request.keep and self._recorder.keeps
+        remembers = keeps or request.mode == "shadow"
+        answer = _answer(request, relayed=True)
         with record.in_upstream():
-            answered = await call.upstream.chat(call.asked())
-        gathering = CompletionAccumulator()
-        if not gathering.add(answered.body) or not (choices := gathering.choices()):
-            raise malformed()
-        if call.corrects:
-            with record.in_corrector():
-                verdicts = await judge.judge(call, choices)
-            found = summary(verdicts)
-            usage = reported_usage(call, gathering.usage, found)
-            body = {**_corrected(call, answered.body, choices, verdicts), "usage": usage}
-            returned = returned_text(choices[0], verdicts[0])
-        else:
-            found, usage, returned = Summary("skipped", call.mode), gathering.usage, choices[0].text
-            body = {**answered.body, "id": call.id}
-        kept = await recorder.keep(call, choices, returned, found, usage)
-        found = said_stored(call, found, kept)
-        if call.corrects:
-            body["everalign"] = report(call, found)
-        if call.mode == "shadow":
-            recorder.shadow(call, choices)
-        record.end(found)
-        headers = {**forwarded_headers(call, answered.headers), **origin(call, found)}
-        spent = record.upstream_seconds, record.corrector_seconds
-        return Answered(call, body, headers, choices[0].text, returned, found, usage, kept, *spent)
+            async with request.upstream.stream(request.upstream_request(), with_usage=keeps) as streamed:
+                relay = (ChatRelay if request.api == "chat" else ResponsesRelay)(request, streamed.usage_added)
+                queue.open({**streamed.headers, **summary.headers(request)})
+                async for events in streamed.events:
+                    for event in events if remembers else ():
+                        answer.add(event)
+                    if frames := relay.frames(events):
+                        await queue.send(frames)
+        if remembers:
+            answer.end()
+        returned = answer.choices[0].text if answer.choices else ""
+        summary, _ = await self._store(request, answer, summary, returned)
+        record.end(summary)
+        await queue.send(relay.rest(summary))
+
+    async def _stream_corrected(self, request: RequestContext, queue: FrameQueue, record: Record) -> None:
+        """Read an answer whole, and write what becomes of it."""
+        answer = _answer(request, relayed=False)
+        with record.in_upstream():
+            async with request.upstream.stream(request.upstream_request(), with_usage=True) as streamed:
+                async for events in streamed.events:
+                    for event in events:
+                        answer.add(event)
+        answer.end()
+        headers = _forwarded(request, streamed.headers)
+        writer = _LiveWriter(request, answer, queue, headers)
+        with record.in_corrector():
+            decisions = await self._decider.decide(request, answer.choices, writer)
+        returned = decisions[0].returned(answer.choices[0])
+        summary, usage = await self._store(request, answer, Summary.of(decisions), returned)
+        record.end(summary)
+        queue.open({**headers, **summary.headers(request)})
+        await queue.send(answer.remaining(decisions, summary, usage, writer.written))
+
+    async def _store(
+        self, request: RequestContext, answer: Answer, summary: Summary, returned: str
+    ) -> tuple[Summary, dict[str, Any] | None]:
+        """Store an exchange if it is to be; return the summary with that, and the usage with the corrector's."""
+        usage = answer.usage if summary.usage is None else summary.usage.beside(answer.usage)
+        stored = await self._recorder.keep(request, answer.choices, returned, summary, usage)
+        if request.mode == "shadow":
+            self._recorder.shadow(request, answer.choices)
+        return replace(summary, stored=stored) if request.reports_storage else summary, usage
 
 
-def _corrected(
-    call: ChatRequest, answer: dict[str, Any], choices: Sequence[Choice], verdicts: Sequence[Verdict]
-) -> dict[str, Any]:
-    """Return an answer with its texts replaced; in strict mode nothing of the original is in it."""
-    strict = call.mode == "strict"
-    originals = {choice.get("index", 0): choice for choice in answer["choices"]}
-    texts = [
-        originals[choice.index]
-        if verdict.text is None and not strict
-        else rewritten(choice, verdict.text, verdict.calls)
-        for choice, verdict in zip(choices, verdicts, strict=True)
-    ]
-    common = strict_head(call, answer) if strict else answer
-    return {**common, "id": call.id, "object": "chat.completion", "choices": texts}
+class _LiveWriter:
+    """Writes a correction while it is being decoded; what is written is never taken back."""
+
+    def __init__(self, request: RequestContext, answer: Answer, queue: FrameQueue, headers: Mapping[str, str]) -> None:
+        self.written = ""
+        self._answer, self._queue = answer, queue
+        self._headers = {**headers, **PENDING.headers(request)}
+
+    async def write(self, text: str) -> None:
+        """Write a piece of the text."""
+        frames = b""
+        if not self.written:
+            self._queue.open(self._headers)
+            frames = self._answer.opening()
+        self.written += text
+        await self._queue.send(frames + self._answer.delta(text))
 
 
-def strict_head(call: ChatRequest, answer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an answer has besides its choices, of which nothing is the upstream's own words."""
-    created = answer.get("created")
-    return {"id": call.id, "created": created if isinstance(created, int) else 0, "model": call.body["model"]}
+def _answer(request: RequestContext, relayed: bool) -> Answer:
+    return (ChatAnswer if request.api == "chat" else ResponsesAnswer)(request, relayed)
+
+
+def _forwarded(request: RequestContext, headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the upstream's headers for the client; none in strict mode, since they could hold any text."""
+    return {} if request.mode == "strict" else dict(headers)

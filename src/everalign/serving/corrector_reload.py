@@ -1,11 +1,11 @@
-"""A run's promoted corrector in service: whenever another version becomes current, it takes the former one's place.
+"""Reloads a run's corrector: whenever another version is promoted, it replaces the former one in service.
 
-    followed = CorrectorReloader(Path("runs/corrector"), load)
-    corrector, version = followed.load()
-    await followed.follow(service)     # until it is cancelled
+    reloader = CorrectorReloader(Path("runs/corrector"), load)
+    corrector, version = reloader.load()
+    await reloader.run(service)     # until it is cancelled
 
-Versions are exported once, into the run's folder `serving`; one that cannot be loaded leaves the former one at work.
-A run that is rolled back to its base model has no corrector: answers go out as they are, or not at all.
+Versions are exported once, into the run's folder `serving`; one that cannot be loaded leaves the former one in service.
+A run that is rolled back to its base model has no corrector: answers are returned uncorrected, or not at all.
 """
 
 import asyncio
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from everalign.serving.corrector_service import CorrectionService
 
 SECONDS = 2.0
-"""How often a run is looked at, unless something else is said."""
+"""Default time between two polls of a run."""
 
 OnRollback = Literal["uncorrected", "stop"]
-"""What becomes of answers while the base model is current: given as they are, or an error."""
+"""What happens to answers while the base model is current: they are returned as they are, or fail."""
 
 _REASONS = {"uncorrected": "rolled_back", "stop": "stopped"}
 _FOLDER = "serving"
@@ -34,22 +34,22 @@ _log = logging.getLogger(__name__)
 
 
 def is_run(name: str) -> bool:
-    """Whether a corrector's name is that of a run directory."""
+    """Whether a corrector's name is a run directory."""
     return (Path(name) / "run.json").is_file()
 
 
 class CorrectorReloader:
-    """A run that has learned corrections, and the version of it that is in service.
+    """The version of a run's corrector that is in service.
 
     Args:
         path: the run directory.
-        load: loads an exported corrector's folder.
-        on_rollback: what becomes of answers while the run is rolled back to its base model.
-        seconds: between two looks at the run.
-        log: called with one line whenever another version is in service, or could not be.
+        load: loads a corrector from its folder.
+        on_rollback: what happens to answers while the run is rolled back to its base model.
+        seconds: between two polls of the run.
+        log: called with a line when another version is in service, or could not be loaded.
 
     Raises:
-        InputError: it is no run, it has learned no corrections, or none of its versions was ever promoted.
+        InputError: it is no run, it learned no corrections, or no version of it was ever promoted.
     """
 
     def __init__(
@@ -72,32 +72,28 @@ class CorrectorReloader:
             )
         if all(version.refused for version in run.everything):
             raise InputError(f"{path}: no version of it is promoted: learn corrections first")
+        self.path = path
         self._on_rollback: OnRollback = on_rollback
-        self._path, self._load, self._seconds, self._announce = path, load, seconds, log
+        self._load, self._seconds, self._log = load, seconds, log
         self._served: str | None = None
         self._refused: str | None = None
 
-    @property
-    def path(self) -> Path:
-        """The run directory."""
-        return self._path
-
     def current(self) -> str:
         """Return the promoted version's name."""
-        return (self._path / "current").read_text(encoding="utf-8").strip()
+        return (self.path / "current").read_text(encoding="utf-8").strip()
 
     def load(self) -> tuple["Corrector", str]:
-        """Return the promoted version's corrector and its name; blocks while it is exported and loaded."""
+        """Return the promoted version's corrector and name; blocks while it is exported and loaded."""
         from everalign.learning.export import export_version
         from everalign.learning.run_data import load_run
 
         version = self.current()
-        folder = self._path / _FOLDER / version
+        folder = self.path / _FOLDER / version
         folder.parent.mkdir(exist_ok=True)
         # Another gateway may serve the same run.
         with FileLock(folder.parent / ".lock"):
             if not folder.exists():
-                export_version(load_run(self._path), folder, version)
+                export_version(load_run(self.path), folder, version)
         found = self._load(folder)
         self._served = version
         return found, version
@@ -114,16 +110,16 @@ class CorrectorReloader:
         self._served = self.current()
         service.withdraw(self._served, _REASONS[self._on_rollback])
 
-    async def follow(self, service: "CorrectionService") -> None:
-        """Exchange the corrector in service whenever another version is promoted, until cancelled.
+    async def run(self, service: "CorrectionService") -> None:
+        """Swap the corrector in service whenever another version is promoted, until cancelled.
 
-        Requests under way are finished by the corrector that they came to.
+        Answers under way are finished by the corrector that they came to.
         """
         while True:
             await asyncio.sleep(self._seconds)
-            await self._look(service)
+            await self._poll(service)
 
-    async def _look(self, service: "CorrectionService") -> None:
+    async def _poll(self, service: "CorrectionService") -> None:
         name = None
         try:
             name = self.current()
@@ -131,15 +127,15 @@ class CorrectorReloader:
                 return
             if self.is_rolled_back:
                 self.withdraw(service)
-                told = "answers are given uncorrected" if self._on_rollback == "uncorrected" else "no answers are given"
-                self._announce(f"{name} is current, the base model, which corrects nothing: {told}")
+                answers = "uncorrected answers" if self._on_rollback == "uncorrected" else "no answers"
+                self._log(f"{name} is current, the base model, which corrects nothing: {answers} are given")
                 return
             corrector, version = await asyncio.to_thread(self.load)
         except (EveralignError, OSError) as error:
-            # Told once: the former version goes on until another one is promoted.
+            # Logged once: the former version goes on until another one is promoted.
             if name is None or name != self._refused:
-                self._announce(f"{name or self._path} cannot be served, {self._served} goes on: {error}")
+                self._log(f"{name or self.path} cannot be served, {self._served} goes on: {error}")
             self._refused = name
             return
         service.swap(corrector, version)
-        self._announce(f"{version} is in service")
+        self._log(f"{version} is in service")

@@ -1,16 +1,17 @@
-"""Decide what becomes of an upstream's answer: passed on, replaced by its correction, or withheld."""
+"""Decides what becomes of an upstream's answer: returned as it is, replaced by its correction, or withheld."""
 
 import asyncio
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from everalign.serving.chat_request import ChatRequest
-from everalign.serving.completion_json import Choice, CorrectorUsage
-from everalign.serving.corrector_service import Correction, CorrectionFailed, CorrectionService
+from everalign.serving.chat_request import RequestContext
+from everalign.serving.completion_json import Choice
+from everalign.serving.corrector_service import Correction, CorrectionFailed, CorrectionService, CorrectorUsage
 from everalign.serving.eligibility import GIVEN_IN_STRICT, why_not_corrected
 from everalign.serving.errors import uncorrected
 from everalign.serving.settings import OnFailure
@@ -18,20 +19,20 @@ from everalign.serving.structured import Structure, prose_of, with_prose
 from everalign.serving.telemetry import Metrics
 
 _OUTCOMES = ("applied", "skipped", "unchanged")
-# Up to so many characters edits are counted exactly, which takes time that grows with the square of them.
+# Up to so many characters edits are counted exactly, in time that grows with their square.
 _COUNTED_EXACTLY = 20_000
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What becomes of one answer.
+class Decision:
+    """What becomes of one choice of an answer.
 
     Args:
-        text: what the client gets; None where it gets the answer as the upstream gave it.
+        text: what the client gets; None if it gets the choice as the upstream sent it.
         outcome: `applied`, `unchanged` or `skipped`.
-        reason: why, where there is one.
-        correction: what the corrector made of it, if it was asked.
-        calls: of tools, that a strict answer is instead of a text.
+        reason: why, if there is more to say.
+        correction: the corrector's result, if it was asked.
+        calls: tool calls that a strict answer has instead of a text.
     """
 
     text: str | None
@@ -40,173 +41,232 @@ class Verdict:
     correction: Correction | None = None
     calls: tuple[dict[str, Any], ...] = ()
 
+    def returned(self, choice: Choice) -> str:
+        """Return the text that the client gets."""
+        return choice.text if self.text is None else self.text
+
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of all answers to a request: `applied` where one was, else `skipped` where one was.
+    """What became of all choices of an answer.
 
-    `stored` is whether the exchange is kept, None where nobody asked for that.
+    Args:
+        outcome: `applied` if any choice was replaced, else `skipped` if any was; or `unchanged`; or `pending` for a
+            stream that began before it was known.
+        reason: why, if there is more to say.
+        version: of the corrector, if it was asked.
+        template: id of its template.
+        usage: what its corrections cost.
+        stored: whether the exchange is stored; None if nobody asked for that, or it is not known yet.
     """
 
     outcome: str
     reason: str | None
     version: str | None = None
     template: str | None = None
-    effort: CorrectorUsage | None = None
+    usage: CorrectorUsage | None = None
     stored: bool | None = None
 
+    @classmethod
+    def of(cls, decisions: Sequence[Decision]) -> "Summary":
+        """Return the summary of decisions, at least one."""
+        first = min(decisions, key=lambda decision: _OUTCOMES.index(decision.outcome))
+        corrections = [decision.correction for decision in decisions if decision.correction is not None]
+        if not corrections:
+            return cls(first.outcome, first.reason)
+        usage = sum((one.usage for one in corrections), CorrectorUsage())
+        return cls(first.outcome, first.reason, corrections[0].version, corrections[0].template, usage)
 
-def summary(verdicts: Sequence[Verdict]) -> Summary:
-    """Return what is told of the verdicts."""
-    first = min(verdicts, key=lambda verdict: _OUTCOMES.index(verdict.outcome))
-    asked = [verdict.correction for verdict in verdicts if verdict.correction is not None]
-    if not asked:
-        return Summary(first.outcome, first.reason)
-    effort = sum((one.effort for one in asked), CorrectorUsage())
-    return Summary(first.outcome, first.reason, asked[0].version, asked[0].template, effort)
+    def headers(self, request: RequestContext) -> dict[str, str]:
+        """Return it as a reply's headers."""
+        found = {
+            "x-everalign-id": request.id,
+            "x-everalign-mode": request.mode,
+            "x-everalign-correction": f"{self.outcome}; reason={self.reason}" if self.reason else self.outcome,
+        }
+        if self.version is not None:
+            found["x-everalign-corrector"] = re.sub(r"[^\x20-\x7e]", "?", self.version)
+        if self.template is not None:
+            found["x-everalign-template"] = self.template
+        if self.stored is not None:
+            found["x-everalign-stored"] = str(self.stored).lower()
+        return found
+
+    def report(self, request: RequestContext) -> dict[str, Any]:
+        """Return it as the field `everalign` of an answer's JSON."""
+        about = {
+            "mode": request.mode,
+            "correction": self.outcome,
+            "reason": self.reason,
+            "corrector": self.version,
+            "template": self.template,
+        }
+        return about if self.stored is None else {**about, "stored": self.stored}
 
 
-class Writer(Protocol):
-    """Writes the answer to a client as it comes; `given` is what the client has of it."""
+PENDING = Summary("pending", None)
+"""In the headers of a stream that began before its outcome was known; its last chunk has the outcome."""
 
-    given: str
 
-    async def piece(self, text: str) -> None:
-        """Write a further part of the text."""
+def summary_before(request: RequestContext) -> Summary | None:
+    """Return what becomes of any answer to a request; None if that depends on the answer, as always in strict mode."""
+    if not request.corrects:
+        return Summary("skipped", request.mode)
+    return Summary("skipped", request.rule) if request.mode == "correct" and request.rule is not None else None
+
+
+class TextWriter(Protocol):
+    """Writes a correction to a client while it is being decoded; `written` is the text that the client has."""
+
+    written: str
+
+    async def write(self, text: str) -> None:
+        """Write a further piece of the text."""
         ...
 
 
-class Judge:
-    """Decides on answers, in the same way whether they are streamed or not.
+class CorrectionDecider:
+    """Decides on answers, streamed or not.
 
     Args:
-        corrections: corrects them.
-        on_failure: whether `correct` gives an answer that could not be corrected, or an error.
-        longest: characters of an answer that the corrector is given.
+        corrections: the corrector in service.
+        on_failure: whether mode `correct` returns an answer that could not be corrected, or an error.
+        longest: most characters of an answer that the corrector accepts.
         metrics: counts.
     """
 
     def __init__(self, corrections: CorrectionService, on_failure: OnFailure, longest: int, metrics: Metrics) -> None:
-        self._corrections, self._closed, self._longest = corrections, on_failure == "closed", longest
+        self._corrections, self._fails_closed, self._longest = corrections, on_failure == "closed", longest
         self._metrics = metrics
 
-    async def judge(self, call: ChatRequest, choices: Sequence[Choice]) -> list[Verdict]:
-        """Return what becomes of each answer; raises GatewayError where one may not leave."""
-        # Before any is corrected: one that may not leave spares the others' correction.
-        ruled = [await self._structured(call, choice) or self.rule(call, choice) for choice in choices]
-        if len(choices) == 1:
-            return [ruled[0] or await self._corrected(call, choices[0])]
-        tasks = [
-            asyncio.ensure_future(self._corrected(call, choice))
-            for choice, verdict in zip(choices, ruled, strict=True)
-            if verdict is None
-        ]
-        try:
-            found = iter(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-        return [verdict or next(found) for verdict in ruled]
+    async def decide(
+        self, request: RequestContext, choices: Sequence[Choice], writer: TextWriter | None = None
+    ) -> list[Decision]:
+        """Return what becomes of each choice.
 
-    async def _structured(self, call: ChatRequest, choice: Choice) -> Verdict | None:
-        """Return what becomes of a strict answer that is JSON or calls tools; None for any other."""
-        structure = call.structure
+        Args:
+            request: what was asked.
+            choices: of the answer.
+            writer: gets the correction while it is being decoded, if it may: a single choice, not in strict mode.
+
+        Raises:
+            GatewayError: a choice may not be returned.
+        """
+        # All rules come first: a choice that is withheld spares the others' correction.
+        ruled = [await self._structured(request, choice) or self._ruled(request, choice) for choice in choices]
+        if len(choices) == 1 and ruled[0] is None and writer is not None and request.mode == "correct":
+            return [await self._stream(request, choices[0], writer)]
+        corrected = await _gather(
+            self._correct(request, choice) for choice, decision in zip(choices, ruled, strict=True) if decision is None
+        )
+        found = iter(corrected)
+        return [decision or next(found) for decision in ruled]
+
+    def _ruled(self, request: RequestContext, choice: Choice) -> Decision | None:
+        """Return what a rule makes of a choice, None if it is to be corrected; raises GatewayError."""
+        own = why_not_corrected(choice, self._longest)
+        reason = own if request.structure is not None else request.rule or own
+        if reason is None:
+            return None
+        if request.mode == "strict" and reason not in GIVEN_IN_STRICT:
+            raise uncorrected(reason, 422, again=False)
+        # Strict mode leaves out even white space, which nobody has checked.
+        return Decision("" if request.mode == "strict" and reason == "empty" else None, "skipped", reason)
+
+    async def _structured(self, request: RequestContext, choice: Choice) -> Decision | None:
+        """Return what becomes of a strict choice that is JSON or calls tools; None for any other."""
+        structure = request.structure
         if structure is None:
             return None
         reason = why_not_corrected(choice, self._longest)
         if reason == "tool_calls":
             # In a thread: a schema and an answer may be large.
             calls = await asyncio.to_thread(structure.calls_of, choice.calls)
-            return Verdict("", "skipped", reason, calls=tuple(calls))
+            return Decision("", "skipped", reason, calls=tuple(calls))
         if not structure.is_json or reason is not None:
             return None
         value = await asyncio.to_thread(structure.json_of, choice.text)
         if not structure.corrects:
-            return Verdict(choice.text, "skipped", "json")
-        return await self._with_prose(call, choice, structure, value)
+            return Decision(choice.text, "skipped", "json")
+        return await self._correct_strings(request, choice, structure, value)
 
-    async def _with_prose(self, call: ChatRequest, choice: Choice, structure: Structure, value: Any) -> Verdict:
-        """Return a strict answer in JSON with its texts corrected, each by itself."""
-        found = prose_of(value, structure.schema)
-        pieces = [Choice(0, text, finish_reason="stop") for _, text in found]
-        tasks = [asyncio.ensure_future(self._corrected(call, piece)) for piece in pieces]
-        try:
-            verdicts = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-        if not any(verdict.outcome == "applied" for verdict in verdicts):
-            return Verdict(choice.text, "unchanged" if verdicts else "skipped", None if verdicts else "json")
-        texts = {path: verdict.text or "" for (path, _), verdict in zip(found, verdicts, strict=True)}
+    async def _correct_strings(
+        self, request: RequestContext, choice: Choice, structure: Structure, value: Any
+    ) -> Decision:
+        """Return a JSON choice with each of its strings that is prose corrected."""
+        prose = prose_of(value, structure.schema)
+        decisions = await _gather(self._correct(request, Choice(0, text, finish_reason="stop")) for _, text in prose)
+        applied = [decision.correction for decision in decisions if decision.outcome == "applied"]
+        if not applied:
+            return Decision(choice.text, "unchanged" if decisions else "skipped", None if decisions else "json")
+        texts = {path: decision.text or "" for (path, _), decision in zip(prose, decisions, strict=True)}
         text = json.dumps(with_prose(value, texts), ensure_ascii=False)
-        await asyncio.to_thread(structure.json_of, text)
-        return Verdict(text, "applied", None, next(one.correction for one in verdicts if one.outcome == "applied"))
+        await asyncio.to_thread(structure.json_of, text)  # a correction may have broken the schema
+        return Decision(text, "applied", None, applied[0])
 
-    def rule(self, call: ChatRequest, choice: Choice) -> Verdict | None:
-        """Return what a rule makes of an answer, None where it is to be corrected; raises GatewayError."""
-        own = why_not_corrected(choice, self._longest)
-        reason = own if call.structure is not None else call.rule or own
-        if reason is None:
-            return None
-        if call.mode == "strict" and reason not in GIVEN_IN_STRICT:
-            raise uncorrected(reason, 422, again=False)
-        # White space too is something that nobody has looked at.
-        text = "" if call.mode == "strict" and reason == "empty" else None
-        return Verdict(text, "skipped", reason)
-
-    def failed(self, call: ChatRequest, reason: str) -> Verdict:
-        """Return what becomes of an answer whose correction failed; raises GatewayError."""
-        if call.mode == "strict" or self._closed or reason == "stopped":
-            raise uncorrected(reason, 503, again=True)
-        return Verdict(None, "skipped", reason)
-
-    async def decided(self, call: ChatRequest, choice: Choice, correction: Correction) -> Verdict:
-        """Return what becomes of an answer that the corrector has seen; raises GatewayError."""
-        self._metrics.count_effort(correction.effort)
-        self._metrics.edited.observe(await edited(choice.text, correction.text))
-        if correction.outcome != "skipped":
-            return Verdict(correction.text, correction.outcome, correction.reason, correction)
-        if call.mode == "strict":
-            raise uncorrected(correction.reason or "refused", 503, again=False)
-        return Verdict(None, "skipped", correction.reason, correction)
-
-    async def follow(self, call: ChatRequest, choice: Choice, writer: Writer) -> Verdict:
-        """Return what becomes of a single answer, having written the beginning of its correction meanwhile."""
-        assert call.question is not None  # else a rule holds
+    async def _correct(self, request: RequestContext, choice: Choice) -> Decision:
+        assert request.question is not None  # else a rule holds
         try:
-            async with aclosing(self._corrections.follow(call.question, choice.text, call.key_id)) as pieces:
-                async for piece in pieces:
-                    if not isinstance(piece, str):
-                        return await self.decided(call, choice, piece)
-                    await writer.piece(piece)
+            correction = await self._corrections.correct(request.question, choice.text, request.key_id)
         except CorrectionFailed as failed:
-            verdict = self.failed(call, failed.reason)
-            if not choice.text.startswith(writer.given):
-                # What the client has can be continued neither with the answer nor with a correction.
+            return self._without_correction(request, failed.reason)
+        return await self._with_correction(request, choice, correction)
+
+    async def _stream(self, request: RequestContext, choice: Choice, writer: TextWriter) -> Decision:
+        """Correct a choice and write the beginning of its correction meanwhile."""
+        assert request.question is not None  # else a rule holds
+        try:
+            events = self._corrections.stream_events(request.question, choice.text, request.key_id)
+            async with aclosing(events):
+                async for event in events:
+                    if not isinstance(event, str):
+                        return await self._with_correction(request, choice, event)
+                    await writer.write(event)
+        except CorrectionFailed as failed:
+            decision = self._without_correction(request, failed.reason)
+            if not choice.text.startswith(writer.written):
+                # What the client has can be continued neither by the answer nor by a correction.
                 raise uncorrected(failed.reason, 503, again=True) from None
-            return verdict
-        raise AssertionError("a correction ends with what it is, or with CorrectionFailed")
+            return decision
+        raise AssertionError("a correction ends with its result, or with CorrectionFailed")
 
-    async def _corrected(self, call: ChatRequest, choice: Choice) -> Verdict:
-        assert call.question is not None  # else a rule holds
-        try:
-            correction = await self._corrections.correct(call.question, choice.text, call.key_id)
-        except CorrectionFailed as failed:
-            return self.failed(call, failed.reason)
-        return await self.decided(call, choice, correction)
+    def _without_correction(self, request: RequestContext, reason: str) -> Decision:
+        if request.mode == "strict" or self._fails_closed or reason == "stopped":
+            raise uncorrected(reason, 503, again=True)
+        return Decision(None, "skipped", reason)
+
+    async def _with_correction(self, request: RequestContext, choice: Choice, correction: Correction) -> Decision:
+        self._metrics.count_effort(correction.usage)
+        self._metrics.edited.observe(await edit_share(choice.text, correction.text))
+        if correction.outcome != "skipped":
+            return Decision(correction.text, correction.outcome, correction.reason, correction)
+        if request.mode == "strict":
+            raise uncorrected(correction.reason or "refused", 503, again=False)
+        return Decision(None, "skipped", correction.reason, correction)
 
 
-async def edited(answer: str, correction: str) -> float:
-    """Return the words put in, taken out or replaced, per word of the answer; of long texts whatever their order."""
+async def _gather(work: Iterable[Coroutine[Any, Any, Decision]]) -> list[Decision]:
+    """Return the results of all work; if any fails, the rest is cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def edit_share(answer: str, correction: str) -> float:
+    """Return words inserted, deleted or replaced, per word of the answer; for long texts, disregarding their order."""
     if answer == correction:
         return 0.0
     if len(answer) + len(correction) <= _COUNTED_EXACTLY:
         from everalign.correction.edits import edit_ratio
 
         return edit_ratio(answer.split(), correction.split())
-    return await asyncio.to_thread(_exchanged, answer, correction)
+    return await asyncio.to_thread(unordered_edit_share, answer, correction)
 
 
-def _exchanged(answer: str, correction: str) -> float:
+def unordered_edit_share(answer: str, correction: str) -> float:
+    """Return `edit_share` of the words as multisets, in linear time."""
     before, after = Counter(answer.split()), Counter(correction.split())
     return (max(before.total(), after.total()) - (before & after).total()) / max(1, before.total())

@@ -1,30 +1,30 @@
-"""Whether an answer is corrected: one decision, whether it is streamed or not. Pure functions.
+"""Rules that decide whether an answer may be corrected: pure functions over the request and the answer's choices.
 
-A rule's name is the reason that is told in `x-everalign-correction: skipped; reason=...`. What strict mode, in which
-nothing unchecked leaves, makes of it stands beside it.
+A rule's name is the reason in `x-everalign-correction: skipped; reason=...`. Strict mode lets nothing unchecked
+through, so most rules refuse there:
 
 | reason | when | strict |
 |---|---|---|
 | `json` | the request asks for JSON or another grammar | refused (400) |
 | `logprobs` | it asks for log-probabilities, which a correction does not have | refused (400) |
 | `audio` | it asks for audio | refused (400) |
-| `tools` | strict only: it offers tools, whose calls nobody could check | refused (400) |
+| `tools` | strict only: it offers tools, whose calls cannot be checked | refused (400) |
 | `prefill` | its last message is the beginning of the answer | refused (400) |
-| `background` | a response that is asked for in the background, and given later | refused (400) |
-| `no_question` | it has no text that could be asked | refused (400) |
+| `background` | it asks for a response in the background, to be fetched later | refused (400) |
+| `no_question` | it has no text to be answered | refused (400) |
 | `tool_calls` | the answer calls tools | refused (422) |
-| `refusal` | the answer is a refusal in its own field | given as it is |
-| `content` | its content is something else than text | refused (422) |
-| `empty` | there is no text in it | given, empty |
-| `finish_reason` | it ended in another way than by itself, such as `error`, or without one | refused (422) |
-| `length` | it was cut at the limit of tokens | refused (422) |
+| `refusal` | the answer is a refusal in its own field | returned as it is |
+| `content` | its content is something other than text | refused (422) |
+| `empty` | it has no text | returned, empty |
+| `finish_reason` | it ended in another way than by itself, such as `error`, or without a reason | refused (422) |
+| `length` | it was cut at a limit of tokens | refused (422) |
 | `content_filter` | the upstream's filter cut it | refused (422) |
-| `too_long` | it is longer than the corrector is given | refused (422) |
-| `unreadable` | it is no text that could be encoded | refused (422) |
+| `too_long` | it is longer than the corrector accepts | refused (422) |
+| `unreadable` | it is not text that can be encoded | refused (422) |
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from everalign.data.messages import Message, checked_prompt
 from everalign.data.rows import check_text
@@ -32,6 +32,8 @@ from everalign.errors import InputError
 from everalign.serving.completion_json import CUT, WHOLE, Choice
 from everalign.serving.errors import refused
 from everalign.serving.settings import MODES, Mode
+
+Api = Literal["chat", "responses"]
 
 GRAMMARS = (
     "guided_json",
@@ -42,22 +44,25 @@ GRAMMARS = (
     "grammar",
     "json_schema",
 )
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Fields with which servers other than OpenAI's constrain an answer."""
+
 GIVEN_IN_STRICT = ("refusal", "empty")
-"""Reasons with which an answer leaves even in strict mode: there is nothing in it to be corrected."""
+"""Reasons for which strict mode still returns an answer: it has no text that a corrector could check."""
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 def chosen_mode(asked: str | None, default: Mode, aligned: bool, has_corrector: bool) -> Mode:
     """Return the mode of a request.
 
     Args:
-        asked: its header, if it has one.
-        default: the server's.
+        asked: value of its `x-everalign-mode` header, if any.
+        default: the server's mode.
         aligned: whether it names `MODEL:aligned`.
-        has_corrector: whether there is one.
+        has_corrector: whether the server has a corrector.
 
     Raises:
-        GatewayError: there is no such mode; it needs a corrector; or it is weaker than the server's `strict`.
+        GatewayError: the mode is unknown, needs a corrector, or would weaken a strict server.
     """
     if asked is not None and asked not in MODES:
         raise refused(f"x-everalign-mode: must be one of {', '.join(MODES)}", "x-everalign-mode", "unknown_mode")
@@ -71,19 +76,26 @@ def chosen_mode(asked: str | None, default: Mode, aligned: bool, has_corrector: 
     return mode
 
 
-def request_rule(body: Mapping[str, Any]) -> str | None:
-    """Return why the answers to a request are not corrected, whatever they are; None where they may be.
+def request_rule(api: Api, body: Mapping[str, Any], form: Any) -> str | None:
+    """Return why no answer to a request can be corrected; None if that depends on the answer.
 
-    Besides these, a request without a question (`question_of`) is `no_question`.
+    Args:
+        api: of the request.
+        body: its JSON, validated.
+        form: its response format, if any.
     """
-    form = body.get("response_format")
-    if (isinstance(form, Mapping) and form.get("type") != "text") or any(body.get(name) for name in GRAMMARS):
+    include, modalities = body.get("include"), body.get("modalities")
+    wants_json = isinstance(form, Mapping) and form.get("type") != "text"
+    if wants_json or any(body.get(name) for name in GRAMMARS):
         return "json"
     if body.get("logprobs") or body.get("top_logprobs"):
         return "logprobs"
-    modalities = body.get("modalities")
+    if isinstance(include, list) and "message.output_text.logprobs" in include:
+        return "logprobs"
     if body.get("audio") or (isinstance(modalities, list) and "audio" in modalities):
         return "audio"
+    if api == "responses":
+        return "background" if body.get("background") else None
     return "prefill" if body["messages"][-1].get("role") == "assistant" else None
 
 
@@ -94,11 +106,11 @@ def offers_tools(body: Mapping[str, Any]) -> bool:
 
 
 def why_not_corrected(choice: Choice, longest: int) -> str | None:
-    """Return why an answer is not corrected; None if it is.
+    """Return why an answer cannot be corrected; None if it can.
 
     Args:
         choice: the answer.
-        longest: characters that the corrector is given.
+        longest: most characters that the corrector accepts.
     """
     rules = {
         "tool_calls": choice.tools,
@@ -111,43 +123,34 @@ def why_not_corrected(choice: Choice, longest: int) -> str | None:
         "empty": not choice.text.strip(),
         "length": choice.finish_reason in CUT,
         "too_long": len(choice.text) > longest,
-        "unreadable": not _is_text(choice.text),
     }
-    return next((name for name, holds in rules.items() if holds), None)
+    if reason := next((name for name, holds in rules.items() if holds), None):
+        return reason
+    try:
+        check_text(choice.text, "answer")
+    except InputError:
+        return "unreadable"
+    return None
 
 
 def question_of(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ...] | None:
-    """Return a conversation as a corrector reads it: texts, without what else is in it; None where none is left.
+    """Return a conversation's texts as the corrector reads them; None if it has none.
 
-    Pictures and the like are named in square brackets. What tools gave is told by the user.
+    Images and other parts are named in square brackets. Results of tools become user messages.
     """
     found = []
     for message in messages:
-        text = _text(message.get("content"))
-        role = _ROLES.get(str(message.get("role")))
+        content, role = message.get("content"), _ROLES.get(str(message.get("role")))
+        text = content if isinstance(content, str) else ""
+        if isinstance(content, list):
+            parts = [part for part in content if isinstance(part, Mapping)]
+            text = "\n".join(
+                part["text"] if isinstance(part.get("text"), str) else f"[{str(part.get('type', 'something'))[:30]}]"
+                for part in parts
+            )
         if text.strip():
             found.append({"role": role or "user", "content": text if role else f"Result of a tool: {text}"})
     try:
         return tuple(checked_prompt(found, "messages", "answer")) if found else None  # type: ignore[arg-type]
     except InputError:
         return None
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    return "\n".join(_part(part) for part in parts if isinstance(part, Mapping))
-
-
-def _part(part: Mapping[str, Any]) -> str:
-    text = part.get("text")
-    return text if isinstance(text, str) else f"[{str(part.get('type', 'something'))[:30]}]"
-
-
-def _is_text(text: str) -> bool:
-    try:
-        check_text(text, "answer")
-    except InputError:
-        return False
-    return True

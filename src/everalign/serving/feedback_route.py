@@ -13,7 +13,7 @@ from everalign.serving.errors import GatewayError, not_found, overloaded, refuse
 from everalign.serving.gateway import Gateway
 from everalign.serving.limits import aside, read_body
 from everalign.serving.middleware import json_response
-from everalign.serving.openapi import body, replies
+from everalign.serving.routes import error_replies, json_body
 from everalign.serving.store.records import MOST_TAGS, Feedback, UnknownExchange
 
 LONGEST_EDIT = 200_000
@@ -61,8 +61,8 @@ def feedback_routes(gateway: Gateway) -> APIRouter:
 
     @router.post(
         "/v1/feedback",
-        responses=replies(400, 404, 408, 413, 415, 429, 499, 503),
-        openapi_extra=body(FeedbackBody.model_json_schema()),
+        responses=error_replies(400, 404, 408, 413, 415, 429, 499, 503),
+        openapi_extra=json_body(FeedbackBody),
         summary="Say what an answer is worth",
     )
     async def feedback(request: Request) -> Response:

@@ -1,19 +1,18 @@
-"""The parts of a running gateway, put together."""
+"""The parts of a running gateway, put together from its settings."""
 
 from dataclasses import dataclass
 
 from everalign.serving.chat_request import RequestParser
+from everalign.serving.circuit_breaker import CircuitBreaker, Circuits
+from everalign.serving.complete import Completions
 from everalign.serving.corrector_service import AnyCorrector, CorrectionService
-from everalign.serving.decide import Judge
-from everalign.serving.fallback import Answering
+from everalign.serving.decide import CorrectionDecider
 from everalign.serving.limits import Allowances, Limiter
 from everalign.serving.request_log import AsyncStore, Recorder, Store
 from everalign.serving.security import Keys
-from everalign.serving.settings import GatewaySettings, Mode, UpstreamSettings
-from everalign.serving.stream import Streams
+from everalign.serving.settings import GatewaySettings, UpstreamSettings
 from everalign.serving.telemetry import Metrics
 from everalign.serving.upstream import Upstream
-from everalign.serving.upstream_transport import CircuitBreaker, Circuits
 
 
 def make_corrections(
@@ -24,9 +23,9 @@ def make_corrections(
     Args:
         settings: of the gateway.
         corrector: the first one; None to begin without.
-        version: what it is called.
-        threads: corrections under way at once: one for a model in this process; more for one on a server, which is
-            asked for each answer by itself, so that none waits for or fails with others.
+        version: its name.
+        threads: corrections at the same time: one for a model in this process; more for one on a server, which gets
+            each answer by itself, so that none waits for or fails with others.
     """
     return CorrectionService(
         corrector,
@@ -44,53 +43,69 @@ class Gateway:
     """What the routes work with.
 
     Args:
-        settings: how it is set up.
+        settings: of the gateway.
         keys: the clients'.
-        allowances: what each of them may use.
+        allowances: what each key may use.
         upstreams: by name.
-        fallback: answers what they cannot; None for nobody.
+        fallback: answers what they cannot, if any.
         corrections: the corrector in service.
-        metrics: what is counted.
-        limiter: requests under way.
-        desk: reads requests.
-        judge: decides what becomes of answers.
-        recorder: remembers.
-        streams: streams answers.
-        keeper: the store; None where there is none.
+        metrics: counters.
+        limiter: of concurrent requests.
+        parser: parses requests.
+        completions: answers them.
+        recorder: counts and stores exchanges.
+        keeper: the store, if any.
     """
 
     settings: GatewaySettings
     keys: Keys
     allowances: Allowances
-    upstreams: dict[str, Answering]
+    upstreams: dict[str, Upstream]
     fallback: Upstream | None
     corrections: CorrectionService
     metrics: Metrics
     limiter: Limiter
-    desk: RequestParser
-    judge: Judge
+    parser: RequestParser
+    completions: Completions
     recorder: Recorder
-    streams: Streams
     keeper: AsyncStore | None
 
     @classmethod
     def make(cls, settings: GatewaySettings, store: Store | None, corrections: CorrectionService) -> "Gateway":
-        """Put a gateway together; the arguments are those of `create_app`."""
-        limits, metrics = settings.limits, Metrics()
+        """Return a gateway; the arguments are those of `create_app`."""
+        limits, access, metrics = settings.limits, settings.access, Metrics()
         keeper = AsyncStore(store, metrics.store_failures.inc, settings.timeouts.store) if store is not None else None
-        access = settings.access
         keys = Keys(settings.keys, access.keys_file, access.no_auth, access.cors_origins)
         allowances = Allowances(keys.allowance, access.allowance)
-        fallback = None if settings.fallback is None else _upstream(settings, settings.fallback)
-        upstreams = {
-            one.name: Answering(_upstream(settings, one), allowances, fallback, settings.fallback_model)
-            for one in settings.upstreams
-        }
-        mode: Mode = settings.mode or ("off" if corrections.version is None else "correct")
         recorder = Recorder(metrics, keeper, corrections, limits.correction_characters)
-        judge = Judge(corrections, settings.on_failure, limits.correction_characters, metrics)
-        shared = len(settings.keys) > 1 or settings.access.keys_file is not None
+        decider = CorrectionDecider(corrections, settings.on_failure, limits.correction_characters, metrics)
+        shared = len(settings.keys) > 1 or access.keys_file is not None
         limiter = Limiter(limits.concurrency, limits.per_key, shared, allowances)
+
+        def upstream(one: UpstreamSettings, allowances: Allowances | None, fallback: Upstream | None) -> Upstream:
+            return Upstream(
+                one,
+                settings.timeouts,
+                retries=settings.retries,
+                longest_wait=settings.longest_wait,
+                circuits=Circuits(lambda: CircuitBreaker(settings.breaker_failures, settings.breaker_seconds)),
+                largest=limits.answer_bytes,
+                headers=access.headers,
+                allowances=allowances,
+                fallback=fallback,
+                fallback_model=settings.fallback_model,
+            )
+
+        fallback = None if settings.fallback is None else upstream(settings.fallback, None, None)
+        upstreams = {one.name: upstream(one, allowances, fallback) for one in settings.upstreams}
+        parser = RequestParser(
+            upstreams,
+            settings.mode or ("off" if corrections.version is None else "correct"),
+            settings.keep,
+            limits,
+            access.headers,
+            settings.strict_structured,
+        )
         made = cls(
             settings=settings,
             keys=keys,
@@ -100,12 +115,9 @@ class Gateway:
             corrections=corrections,
             metrics=metrics,
             limiter=limiter,
-            desk=RequestParser(
-                upstreams, mode, settings.keep, limits, settings.access.headers, settings.strict_structured
-            ),
-            judge=judge,
+            parser=parser,
+            completions=Completions(decider, recorder),
             recorder=recorder,
-            streams=Streams(judge, recorder),
             keeper=keeper,
         )
         metrics.watch("in_flight", "Requests under way.", lambda: limiter.in_flight)
@@ -121,29 +133,17 @@ class Gateway:
         return self.corrections.version is not None
 
     def circuits(self) -> dict[str, str]:
-        """Return the states of the circuits: of each upstream the worst of its models', and the corrector's."""
+        """Return the states of the circuit breakers: the worst of each upstream's models, and the corrector's."""
         found: dict[str, str] = {f"upstream:{name}": one.circuits.state for name, one in self.upstreams.items()}
         if self.fallback is not None:
             found["fallback"] = self.fallback.circuits.state
         return {**found, "corrector": self.corrections.breaker.state}
 
     async def close(self) -> None:
-        """Let go of everything."""
+        """Finish what is being stored, and close everything."""
         await self.recorder.close()
         await self.corrections.close()
         for upstream in self.upstreams.values():
             await upstream.close()
         if self.fallback is not None:
             await self.fallback.close()
-
-
-def _upstream(settings: GatewaySettings, one: UpstreamSettings) -> Upstream:
-    return Upstream(
-        one,
-        settings.timeouts,
-        retries=settings.retries,
-        longest_wait=settings.longest_wait,
-        circuits=Circuits(lambda: CircuitBreaker(settings.breaker_failures, settings.breaker_seconds)),
-        largest=settings.limits.answer_bytes,
-        headers=settings.access.headers,
-    )

@@ -1,7 +1,7 @@
-"""Which headers cross the gateway, and the ones it adds.
+"""Which headers pass the gateway, in both directions.
 
-Both ways by a list of what may cross: proxies, clouds and upstreams have ever new headers for credentials and
-identities, of which a list of what may not would lack the next one. Operators add to the lists.
+Only listed headers pass: proxies, clouds and upstreams keep inventing headers for credentials and identities, so a list
+of forbidden ones would always lack the next. Operators can add to the lists.
 """
 
 import re
@@ -18,24 +18,21 @@ _REPLY = re.compile(
     r"x-request-id|request-id|openai-processing-ms|openai-version|openai-model|(x|anthropic)-ratelimit-[a-z0-9-]+"
     r"|ratelimit(-[a-z]+)?|retry-after(-ms)?|x-should-retry|traceresponse|apim-request-id|x-ms-request-id|server-timing"
 )
-# What only one side of the gateway may know, or what belongs to one connection; no operator can mean these.
+# Known to one side of the gateway only, or belonging to one connection: no operator can mean these.
 _NEVER = re.compile(
     r"authorization|proxy-.*|(x-)?api-key|cookie2?|set-cookie2?|host|connection|keep-alive|te|trailer|upgrade|expect"
     r"|transfer-encoding|content-(length|type|encoding)|accept(-encoding)?|access-control-.*|x-everalign-.*"
 )
 _NAME = re.compile(r"[a-z0-9!#$%&'+.^_`|~-]+\*?")
 
-STREAM_HEADERS = {"cache-control": "no-cache, no-transform", "x-accel-buffering": "no"}
-"""Proxies must neither keep nor gather nor compress what is streamed."""
-
 
 @dataclass(frozen=True)
 class HeaderRules:
-    """What an operator lets cross besides the usual headers; names, of which a `*` at the end stands for any ending.
+    """Headers that pass besides the usual ones: names, or beginnings of names with a `*` behind.
 
     Args:
-        forward: headers of clients for the upstream.
-        back: headers of the upstream for clients.
+        forward: headers of clients that upstreams get.
+        back: headers of upstreams that clients get.
     """
 
     forward: tuple[str, ...] = ()
@@ -53,63 +50,27 @@ class HeaderRules:
             object.__setattr__(self, field, names)
 
     def forwarded(self, headers: Iterable[tuple[str, str]]) -> dict[str, str]:
-        """Return the headers of a client that its upstream gets; names in small letters."""
+        """Return the client's headers that the upstream gets, with lower-case names."""
         given = [(name.lower(), value) for name, value in headers]
         # What a Connection header names belongs to that connection.
         own = {word.strip().lower() for name, value in given if name == "connection" for word in value.split(",")}
         found: dict[str, str] = {}
         for name, value in given:
-            if name not in own and _crosses(name, _REQUEST, self.forward):
+            if name not in own and _passes(name, _REQUEST, self.forward):
                 found[name] = f"{found[name]}, {value}" if name in found else value
         return found
 
     def returned(self, headers: Mapping[str, str], key: str) -> dict[str, str]:
-        """Return the headers of an upstream that the client gets; none that holds the upstream's key."""
+        """Return the upstream's headers that the client gets; none with the upstream's key in it."""
         found = ((name.lower(), value) for name, value in headers.items())
-        return {
-            name: value for name, value in found if _crosses(name, _REPLY, self.back) and not (key and key in value)
-        }
+        return {name: value for name, value in found if _passes(name, _REPLY, self.back) and not (key and key in value)}
 
 
-def _crosses(name: str, usual: re.Pattern[str], added: tuple[str, ...]) -> bool:
+def _passes(name: str, usual: re.Pattern[str], added: tuple[str, ...]) -> bool:
     if usual.fullmatch(name):
         return True
-    named = any(name.startswith(one[:-1]) if one.endswith("*") else name == one for one in added)
-    return named and not _NEVER.fullmatch(name)
+    listed = any(name.startswith(one[:-1]) if one.endswith("*") else name == one for one in added)
+    return listed and not _NEVER.fullmatch(name)
 
 
 USUAL = HeaderRules()
-
-
-def provenance(
-    id: str,
-    mode: str,
-    outcome: str,
-    reason: str | None,
-    corrector: str | None,
-    template: str | None,
-    stored: bool | None = None,
-) -> dict[str, str]:
-    """Return the headers that say what became of an answer.
-
-    Args:
-        id: of the completion.
-        mode: of the request.
-        outcome: `applied`, `unchanged`, `skipped`, or `pending` for a stream that began before it was known.
-        reason: why, where there is one.
-        corrector: version of the corrector that was asked, if any.
-        template: id of its template.
-        stored: whether the exchange is kept; None where nobody asked for that, or where it is not known yet.
-    """
-    found = {
-        "x-everalign-id": id,
-        "x-everalign-mode": mode,
-        "x-everalign-correction": f"{outcome}; reason={reason}" if reason else outcome,
-    }
-    if corrector is not None:
-        found["x-everalign-corrector"] = re.sub(r"[^\x20-\x7e]", "?", corrector)
-    if template is not None:
-        found["x-everalign-template"] = template
-    if stored is not None:
-        found["x-everalign-stored"] = str(stored).lower()
-    return found

@@ -1,4 +1,4 @@
-"""Limits: concurrent requests, body sizes, quotas of each key, and the fair queue between keys."""
+"""Limits: sizes of bodies, concurrent requests, quotas of keys, and a queue that is fair between keys."""
 
 import re
 import time
@@ -11,14 +11,17 @@ from typing import Any, Generic, Protocol, TypeVar
 import anyio.to_thread
 from starlette.requests import ClientDisconnect, Request
 
-from everalign.serving.errors import GatewayError, overloaded, refused
+from everalign.serving.errors import GatewayError, client_gone, overloaded, refused
 from everalign.serving.security import Allowance
 
+JSON, FORM = "application/json", "application/x-www-form-urlencoded"
 MOST_VALUES = 500_000
-"""Values of one body: a fifth of a second for the slowest kind."""
+"""Most JSON values of one body: a fifth of a second to parse, for the slowest kind."""
 
 AT_ONCE = 64 << 10
-"""Bytes that are read in the event loop; more of them are read in a thread."""
+"""Largest body, in bytes, that is parsed in the event loop; larger ones are parsed in a thread."""
+
+BODY_SECONDS = 60.0
 
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _SIGNS = (b",", b"[", b"{")
@@ -27,10 +30,10 @@ Result = TypeVar("Result")
 
 
 def too_many_values(content: bytes) -> bool:
-    """Whether JSON in UTF-8 has more than `MOST_VALUES` values; takes time that grows with its length and no faster."""
+    """Whether JSON in UTF-8 has more than `MOST_VALUES` values; found in linear time without parsing."""
     if sum(map(content.count, _SIGNS)) <= MOST_VALUES:
         return False
-    # Most may stand in texts: only what is between these counts.
+    # Most signs may be inside strings: only those between them count.
     values = end = 0
     for string in _STRING.finditer(content):
         values += sum(content.count(sign, end, string.start()) for sign in _SIGNS)
@@ -40,30 +43,72 @@ def too_many_values(content: bytes) -> bool:
     return values + sum(content.count(sign, end) for sign in _SIGNS) > MOST_VALUES
 
 
-async def aside(content: bytes, read: Callable[[], Result]) -> Result:
-    """Return what `read` makes of a body; in a thread where that may take long."""
-    return read() if len(content) <= AT_ONCE else await anyio.to_thread.run_sync(read)
+async def aside(content: bytes, parse: Callable[[], Result]) -> Result:
+    """Return the result of parsing a body, in a thread if the body is large."""
+    return parse() if len(content) <= AT_ONCE else await anyio.to_thread.run_sync(parse)
+
+
+async def read_body(request: Request, most: int, expected: str = JSON, seconds: float = BODY_SECONDS) -> bytes:
+    """Return a request's body.
+
+    Args:
+        request: whose body has not been read.
+        most: bytes.
+        expected: its content type. Web pages may send any type but JSON to other sites without asking, so a form
+            needs a token that other sites do not know.
+        seconds: within which it has to arrive.
+
+    Raises:
+        GatewayError: its type differs (415), it is compressed (415), too large (413) or too slow (408), or the client
+            disconnected (499).
+    """
+    if content_type(request) != expected:
+        raise refused(f"the content-type must be {expected}", code="unsupported_media_type", status=415)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise refused("a compressed body is not read; send it as it is", code="unsupported_encoding", status=415)
+    content = bytearray()
+    try:
+        with body_deadline(seconds):
+            async for part in request.stream():
+                content += part
+                if len(content) > most:
+                    raise refused(f"the body is larger than {most} bytes", code="body_too_large", status=413)
+    except ClientDisconnect:
+        raise client_gone() from None
+    return bytes(content)
+
+
+def content_type(request: Request) -> str:
+    """Return a request's content type without its parameters; empty for none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+@contextmanager
+def body_deadline(seconds: float = BODY_SECONDS) -> Iterator[None]:
+    """Bound the time for a body, or a piece of a large one; raises GatewayError 408."""
+    try:
+        with anyio.fail_after(seconds):
+            yield
+    except TimeoutError:
+        message = f"the body did not come within {seconds:g} seconds"
+        raise GatewayError(408, message, "invalid_request_error", "body_timeout") from None
 
 
 class Waiting(Protocol):
-    """What waits."""
+    """An item of a fair queue: `key` owns it, and nobody waits for it any more when it is `gone`."""
 
     @property
-    def key(self) -> str:
-        """Whose it is."""
-        ...
+    def key(self) -> str: ...
 
     @property
-    def gone(self) -> bool:
-        """Whether nobody waits for it any more."""
-        ...
+    def gone(self) -> bool: ...
 
 
 _Item = TypeVar("_Item", bound=Waiting)
 
 
 class FairQueue(Generic[_Item]):
-    """Items in order within a key, and keys in turn.
+    """First in, first out within a key; round robin between keys.
 
     Args:
         most: items that wait.
@@ -77,28 +122,32 @@ class FairQueue(Generic[_Item]):
         return self._size
 
     def put(self, item: _Item) -> _Item | None:
-        """Add an item, and return the one that has no place: None, another key's newest, or the item itself."""
+        """Add an item; returns the one that has no place, if any: the newest of the greediest key, or the item."""
         if self._size >= self._most:
-            self._forget()
-        given_way = None
+            for key, waiting in tuple(self._keys.items()):
+                self._keys[key] = deque(one for one in waiting if not one.gone)
+                if not self._keys[key]:
+                    del self._keys[key]
+            self._size = sum(map(len, self._keys.values()))
+        displaced = None
         if self._size >= self._most:
-            most = max(self._keys.values(), key=len)
-            if len(most) <= len(self._keys.get(item.key, ())) + 1:
+            longest = max(self._keys.values(), key=len)
+            if len(longest) <= len(self._keys.get(item.key, ())) + 1:
                 return item
-            given_way = most.pop()
+            displaced = longest.pop()
             self._size -= 1
         self._keys.setdefault(item.key, deque()).append(item)
         self._size += 1
-        return given_way
+        return displaced
 
     def put_back(self, item: _Item) -> None:
-        """Put an item that was taken to the front of its key."""
+        """Put an item that was taken first in the queue again."""
         self._keys.setdefault(item.key, deque()).appendleft(item)
         self._keys.move_to_end(item.key, last=False)
         self._size += 1
 
     def take(self, may: Callable[[_Item], bool]) -> _Item | None:
-        """Return the first item of the next key that may be taken; None where there is none."""
+        """Take the first item of the next key whose first item may be taken; None if there is none."""
         for key in tuple(self._keys):
             waiting = self._keys[key]
             while waiting and waiting[0].gone:
@@ -113,23 +162,16 @@ class FairQueue(Generic[_Item]):
                 return item
         return None
 
-    def _forget(self) -> None:
-        for key, waiting in tuple(self._keys.items()):
-            self._keys[key] = deque(item for item in waiting if not item.gone)
-            if not self._keys[key]:
-                del self._keys[key]
-        self._size = sum(len(waiting) for waiting in self._keys.values())
-
 
 _DAY = 86400
 _BYTES_PER_TOKEN = 4
 _TAIL = 64 << 10  # bytes at the end of a reply, where its usage stands
-_TOLD = re.compile(rb'(?<!\\)"total_tokens"\s{0,9}:\s{0,9}(\d{1,12})')
+_TOTAL_TOKENS = re.compile(rb'(?<!\\)"total_tokens"\s{0,9}:\s{0,9}(\d{1,12})')
 
 
 @dataclass
 class _Used:
-    """What a key has used: requests that it may begin now, since when, and the tokens of a day."""
+    """A key's usage: a token bucket of requests, filled until `since`, and the model's tokens of a day."""
 
     left: float
     since: float
@@ -138,12 +180,12 @@ class _Used:
 
 
 class Allowances:
-    """Counts what keys use, and turns away those that have used enough. Used in one event loop.
+    """Counts what keys use, and refuses those that have used their allowance. Used in one event loop.
 
     Args:
-        of_key: what one key may use, if anything is said of it.
-        usual: what others may.
-        clock: seconds that only grow.
+        of_key: a key's own allowance, if it has one.
+        usual: of the other keys.
+        clock: monotonic seconds.
         now: seconds since 1970.
     """
 
@@ -158,11 +200,11 @@ class Allowances:
         self._used: dict[str, _Used] = {}
 
     def of(self, key_id: str) -> Allowance:
-        """Return what a key may use."""
+        """Return a key's allowance."""
         return self._of_key(key_id) or self._usual
 
     def enter(self, key_id: str) -> None:
-        """Count a request; raises GatewayError 429 for a key that has used up what it may."""
+        """Count a request; raises GatewayError 429 if the key has used its allowance."""
         allowance = self.of(key_id)
         if allowance.requests_per_minute is None and allowance.tokens_per_day is None:
             return
@@ -193,15 +235,15 @@ class Allowances:
             self._of_today(key_id, self.of(key_id)).tokens += tokens
 
     async def metered(self, key_id: str, parts: AsyncIterator[bytes], sent: int) -> AsyncIterator[bytes]:
-        """Yield a reply that is passed on, and count the tokens that it tells of; else its bytes, and those `sent`."""
+        """Yield a reply that is passed through, and count the tokens it reports; if none, by its and the sent bytes."""
         tail, size = b"", sent
         try:
             async for part in parts:
                 tail, size = (tail + part)[-_TAIL:], size + len(part)
                 yield part
         finally:
-            told = _TOLD.findall(tail)
-            self.spend(key_id, int(told[-1]) if told else size // _BYTES_PER_TOKEN)
+            reported = _TOTAL_TOKENS.findall(tail)
+            self.spend(key_id, int(reported[-1]) if reported else size // _BYTES_PER_TOKEN)
 
     def _of_today(self, key_id: str, allowance: Allowance) -> _Used:
         used = self._used.get(key_id)
@@ -214,38 +256,35 @@ class Allowances:
 
 
 def tokens_of(usage: Any, characters: int) -> int:
-    """Return the tokens of a usage; where none is told, what so many characters come to."""
-    told = usage.get("total_tokens") if isinstance(usage, Mapping) else None
-    return told if isinstance(told, int) and told >= 0 else characters // _BYTES_PER_TOKEN
-
-
-BODY_SECONDS = 60.0
+    """Return the tokens that a usage reports; if none, an estimate by the number of characters."""
+    total = usage.get("total_tokens") if isinstance(usage, Mapping) else None
+    return total if isinstance(total, int) and total >= 0 else characters // _BYTES_PER_TOKEN
 
 
 class Slot:
-    """A place among the requests under way; given back once, however often `release` is called."""
+    """A place among the concurrent requests; given back once, however often `release` is called."""
 
-    def __init__(self, limiter: "Limiter", key_id: str) -> None:
-        self._limiter, self._key_id, self._held = limiter, key_id, True
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release: Callable[[], None] | None = release
 
     def release(self) -> None:
         """Give the place back."""
-        if self._held:
-            self._held = False
-            self._limiter.leave(self._key_id)
+        release, self._release = self._release, None
+        if release is not None:
+            release()
 
 
 class Limiter:
-    """Counts requests under way, streams until they end.
+    """Limits concurrent requests; streams count until they end.
 
-    Shared, a key has no more places than are free: alone it gets half of them, two that want all a third each, and so
-    on. Whoever comes finds some, without anybody knowing how many will.
+    If several keys share the server, a key gets no more places than are free: alone it gets half of them, two that
+    want all get a third each, and so on. A newcomer always finds some, however many keys there are.
 
     Args:
-        concurrency: most of them.
-        per_key: most of them with the same key.
-        shared: whether several keys share them.
-        allowances: what each key may use besides; None for as much as there is.
+        concurrency: most requests.
+        per_key: most requests with the same key.
+        shared: whether several keys share the server.
+        allowances: further limits of keys; None for none.
     """
 
     def __init__(
@@ -257,7 +296,7 @@ class Limiter:
         self.in_flight = 0
 
     def enter(self, key_id: str) -> Slot:
-        """Return a place; raises GatewayError 429 for a key that has too many, 503 where all have."""
+        """Return a place; raises GatewayError 429 if the key has too many, 503 if the server has."""
         if self.in_flight >= self._most:
             raise overloaded(f"{self._most} requests are under way already", "overloaded", status=503)
         held = self._held[key_id]
@@ -267,60 +306,10 @@ class Limiter:
             self._allowances.enter(key_id)
         self._held[key_id] += 1
         self.in_flight += 1
-        return Slot(self, key_id)
+        return Slot(lambda: self._leave(key_id))
 
-    def leave(self, key_id: str) -> None:
-        """One request less."""
+    def _leave(self, key_id: str) -> None:
         self.in_flight -= 1
         self._held[key_id] -= 1
         if not self._held[key_id]:
             del self._held[key_id]
-
-
-JSON, FORM = "application/json", "application/x-www-form-urlencoded"
-
-
-async def read_body(request: Request, most: int, expected: str = JSON, seconds: float = BODY_SECONDS) -> bytes:
-    """Return a request's body.
-
-    Args:
-        request: whose body has not been read.
-        most: bytes.
-        expected: its content type. Web pages may send any but JSON to other servers without asking, so that a form
-            needs a token that they do not know.
-        seconds: within which it has to be there.
-
-    Raises:
-        GatewayError: it is something else by its header (415), compressed (415), too large (413) or too slow (408), or
-            its sender is gone (499).
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != expected:
-        raise refused(f"the content-type must be {expected}", code="unsupported_media_type", status=415)
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise refused("a compressed body is not read; send it as it is", code="unsupported_encoding", status=415)
-    try:
-        with body_deadline(seconds):
-            return await _read(request, most)
-    except ClientDisconnect:
-        raise GatewayError(499, "the client is gone", code="client_gone") from None
-
-
-@contextmanager
-def body_deadline(seconds: float = BODY_SECONDS) -> Iterator[None]:
-    """Bound how long a body, or a piece of a large one, is waited for; raises GatewayError 408."""
-    try:
-        with anyio.fail_after(seconds):
-            yield
-    except TimeoutError:
-        message = f"the body did not come within {seconds:g} seconds"
-        raise GatewayError(408, message, "invalid_request_error", "body_timeout") from None
-
-
-async def _read(request: Request, most: int) -> bytes:
-    content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > most:
-            raise refused(f"the body is larger than {most} bytes", code="body_too_large", status=413)
-    return bytes(content)

@@ -14,7 +14,8 @@ from anyio import to_thread
 
 from everalign.deadlines import call_in_thread
 from everalign.errors import EveralignError, InputError
-from everalign.serving.chat_request import ChatRequest
+from everalign.serving.chat_request import RequestContext
+from everalign.serving.circuit_breaker import CircuitBreaker
 from everalign.serving.completion_json import Choice
 from everalign.serving.corrector_service import CorrectionFailed, CorrectionService
 from everalign.serving.decide import Summary
@@ -23,7 +24,6 @@ from everalign.serving.errors import GatewayError
 from everalign.serving.limits import AT_ONCE
 from everalign.serving.store.records import Exchange, Feedback
 from everalign.serving.telemetry import Metrics
-from everalign.serving.upstream_transport import CircuitBreaker
 
 if TYPE_CHECKING:
     from everalign.serving.store.database import StoreStats
@@ -213,7 +213,7 @@ class Recorder:
         return self._keeper is not None
 
     @contextmanager
-    def counted(self, call: ChatRequest) -> Iterator[Record]:
+    def counted(self, call: RequestContext) -> Iterator[Record]:
         """Count a request, however it ends."""
         record = Record()
         try:
@@ -227,7 +227,7 @@ class Recorder:
         finally:
             self._count(call, record)
 
-    def _count(self, call: ChatRequest, record: Record) -> None:
+    def _count(self, call: RequestContext, record: Record) -> None:
         # Codes of upstreams are theirs to choose: as labels they could be without number.
         known = record.reason if record.outcome != "failed" or record.reason in _CODES else "other"
         self._metrics.requests.labels(call.mode, record.outcome, known).inc()
@@ -238,7 +238,12 @@ class Recorder:
         self._metrics.overhead_seconds.observe(max(0.0, spent))
 
     async def keep(
-        self, call: ChatRequest, choices: Sequence[Choice], returned: str, found: Summary, usage: dict[str, Any] | None
+        self,
+        call: RequestContext,
+        choices: Sequence[Choice],
+        returned: str,
+        found: Summary,
+        usage: dict[str, Any] | None,
     ) -> bool:
         """Keep an exchange, if it is to be; of several answers the first one. Return whether it is kept."""
         if self._keeper is None or not call.keep or not choices:
@@ -249,8 +254,8 @@ class Recorder:
             created=datetime.now(timezone.utc),
             key_id=call.key_id,
             upstream=call.upstream.name,
-            model=call.body["model"],
-            messages=tuple(call.body["messages"]),
+            model=call.model,
+            messages=tuple(call.messages),
             original=choices[0].text,
             returned=returned,
             outcome=found.outcome,
@@ -261,7 +266,7 @@ class Recorder:
             usage=usage or {},
         )
         # Each text in it is looked at, which takes long where they are.
-        contents = [returned, *(message.get("content") or "" for message in call.body["messages"])]
+        contents = [returned, *(message.get("content") or "" for message in call.messages)]
         short = all(isinstance(one, str) for one in contents) and sum(map(len, contents)) <= AT_ONCE
         try:
             exchange = make() if short else await to_thread.run_sync(make)
@@ -272,7 +277,7 @@ class Recorder:
             return False
         return await self._keeper.add_exchange(exchange)
 
-    def shadow(self, call: ChatRequest, choices: Sequence[Choice]) -> None:
+    def shadow(self, call: RequestContext, choices: Sequence[Choice]) -> None:
         """Correct answers in the background, for the numbers alone."""
         for choice in choices:
             reason = call.rule or why_not_corrected(choice, self._longest)
@@ -283,8 +288,8 @@ class Recorder:
             self._background.add(task)
             task.add_done_callback(self._background.discard)
 
-    async def _correct(self, call: ChatRequest, choice: Choice) -> None:
-        from everalign.serving.decide import edited
+    async def _correct(self, call: RequestContext, choice: Choice) -> None:
+        from everalign.serving.decide import edit_share
 
         assert call.question is not None  # else a rule holds
         started = time.perf_counter()
@@ -294,8 +299,8 @@ class Recorder:
             self._metrics.shadow.labels("failed", failed.reason).inc()
             return
         self._metrics.corrector_seconds.observe(time.perf_counter() - started)
-        self._metrics.count_effort(found.effort)
-        self._metrics.edited.observe(await edited(choice.text, found.text))
+        self._metrics.count_effort(found.usage)
+        self._metrics.edited.observe(await edit_share(choice.text, found.text))
         self._metrics.shadow.labels(found.outcome, found.reason or "").inc()
 
     async def close(self) -> None:

@@ -1,34 +1,178 @@
-"""Routes for chat completions, models, health and metrics."""
+"""Routes for chat completions, Responses, models, health and metrics, with their OpenAPI schemas."""
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict
 
-from everalign.serving.chat_request import ALIGNED, ChatRequest
-from everalign.serving.complete import complete, known_before, origin
+from everalign.serving.chat_request import ALIGNED, ChatRequest, ResponsesRequest
+from everalign.serving.decide import PENDING, summary_before
+from everalign.serving.eligibility import Api
 from everalign.serving.errors import GatewayError, not_found
-from everalign.serving.fallback import Answering
 from everalign.serving.gateway import Gateway
 from everalign.serving.limits import aside, read_body
 from everalign.serving.middleware import json_response
-from everalign.serving.openapi import ANSWER, CHAT, MODE, body, replies
-from everalign.serving.stream import PENDING
-from everalign.serving.stream_response import Channel, cancel_on_disconnect, deliver
+from everalign.serving.settings import MODES
+from everalign.serving.stream_response import cancel_on_disconnect, stream_response
 from everalign.serving.telemetry import CONTENT_TYPE
+from everalign.serving.upstream import Upstream
 
 _FRESH_SECONDS = 10.0
+_READY_SECONDS = 3.0
+
+_MEANINGS = {
+    400: "The request is wrong.",
+    401: "No valid key.",
+    403: "Only this machine is served.",
+    404: "It does not exist.",
+    405: "Another method is needed.",
+    408: "The body did not arrive in time.",
+    409: "The upstream reports a conflict.",
+    413: "The body is too large.",
+    415: "The body is not JSON.",
+    422: "Strict mode: the answer cannot be checked. Or the upstream refuses the request.",
+    429: "Too many requests.",
+    499: "The client is gone.",
+    500: "The gateway or the upstream failed.",
+    502: "The upstream failed.",
+    503: "Not at the moment: overloaded, the upstream away, or no correction where one is needed.",
+    504: "The upstream took too long.",
+}
+_ANSWER_ERRORS = (400, 404, 408, 409, 413, 415, 422, 429, 499, 502, 503, 504)
+
+
+class _Error(BaseModel):
+    model_config = ConfigDict(title="Error")
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """An error, as OpenAI's."""
+
+    error: _Error
+
+
+class ChatReply(BaseModel):
+    """A chat completion, as OpenAI's."""
+
+    id: str
+    choices: list[dict[str, Any]]
+
+
+class ResponsesReply(BaseModel):
+    """A response, as OpenAI's."""
+
+    id: str
+    output: list[dict[str, Any]]
+
+
+def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI `responses` of errors, those of authentication included."""
+    return {
+        status: {"model": ErrorReply, "description": _MEANINGS[status]}
+        for status in sorted({401, 403, 405, 500, *statuses})
+    }
+
+
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the OpenAPI `requestBody` of a model; for routes that read their body themselves, with limits."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def inline(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return inline(definitions[value["$ref"].rpartition("/")[2]])
+            return {name: inline(inner) for name, inner in value.items()}
+        return [inline(inner) for inner in value] if isinstance(value, list) else value
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inline(schema)}}}}
+
+
+def chat_routes(gateway: Gateway) -> APIRouter:
+    """Return the routes that answer conversations."""
+    router = APIRouter()
+
+    async def answer(request: Request, api: Api) -> Response:
+        key_id = request.state.key_id
+        slot = gateway.limiter.enter(key_id)
+        try:
+            content = await read_body(request, gateway.settings.limits.body_bytes)
+            parse = partial(
+                gateway.parser.parse,
+                content,
+                request.headers.items(),
+                key_id,
+                gateway.has_corrector,
+                api,
+                request.state.deployment,
+            )
+            context = await aside(content, parse)
+            if context.streams:
+                late = (summary_before(context) or PENDING).headers(context)
+                stream = partial(gateway.completions.stream, context)
+                streaming = stream_response(stream, late, gateway.settings.keepalive, slot.release)
+                return await cancel_on_disconnect(request.receive, streaming)
+            completed = await cancel_on_disconnect(request.receive, gateway.completions.complete(context))
+        except BaseException:
+            slot.release()
+            raise
+        slot.release()
+        return json_response(completed.body, completed.headers)
+
+    mode = {"name": "x-everalign-mode", "in": "header", "required": False}
+    parameters = [{**mode, "schema": {"type": "string", "enum": list(MODES)}}]
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+    events = {"text/event-stream": {"schema": event}}
+
+    @router.post(
+        "/v1/chat/completions",
+        responses={
+            200: {
+                "model": ChatReply,
+                "description": "The answer; or with `stream`, events with its chunks, then `[DONE]`.",
+                "content": events,
+            },
+            **error_replies(*_ANSWER_ERRORS),
+        },
+        openapi_extra={**json_body(ChatRequest), "parameters": parameters},
+        summary="Answer a conversation",
+    )
+    async def chat(request: Request) -> Response:
+        return await answer(request, "chat")
+
+    @router.post(
+        "/v1/responses",
+        responses={
+            200: {
+                "model": ResponsesReply,
+                "description": "The answer; or with `stream`, events, the last one with the whole answer.",
+                "content": events,
+            },
+            **error_replies(*_ANSWER_ERRORS),
+        },
+        openapi_extra={**json_body(ResponsesRequest), "parameters": parameters},
+        summary="Answer a conversation, as OpenAI's Responses",
+    )
+    async def responses(request: Request) -> Response:
+        return await answer(request, "responses")
+
+    return router
 
 
 class Catalogue:
-    """The models of all upstreams, asked for anew every few seconds.
+    """The models of all upstreams, cached for a few seconds.
 
     Args:
-        gateway: whose upstreams they are.
+        gateway: whose upstreams are asked.
     """
 
     def __init__(self, gateway: Gateway) -> None:
@@ -36,7 +180,7 @@ class Catalogue:
         self._known: dict[str, tuple[float, list[dict[str, Any]]]] = {}
 
     async def models(self) -> list[dict[str, Any]]:
-        """Return them as clients know them; those of an upstream that fails are left out, unless all fail."""
+        """Return the models under the names that clients use; an upstream that fails is left out, unless all fail."""
         upstreams = self._gateway.upstreams
         found = await asyncio.gather(*(self._of(name) for name in upstreams), return_exceptions=True)
         failures = [one for one in found if isinstance(one, BaseException)]
@@ -59,14 +203,14 @@ class Catalogue:
 
 
 def model_routes(gateway: Gateway) -> APIRouter:
-    """Return the routes."""
+    """Return the routes that list models."""
     router, catalogue = APIRouter(), Catalogue(gateway)
 
-    @router.get("/v1/models", responses=replies(429, 502, 503, 504), summary="List the models")
+    @router.get("/v1/models", responses=error_replies(429, 502, 503, 504), summary="List the models")
     async def models() -> Response:
         return json_response({"object": "list", "data": await catalogue.models()})
 
-    @router.get("/v1/models/{model:path}", responses=replies(404, 429, 502, 503, 504), summary="Show one model")
+    @router.get("/v1/models/{model:path}", responses=error_replies(404, 429, 502, 503, 504), summary="Show one model")
     async def model(model: str) -> Response:
         for known in await catalogue.models():
             if known["id"] == model:
@@ -78,20 +222,26 @@ def model_routes(gateway: Gateway) -> APIRouter:
     return router
 
 
-_READY_SECONDS = 3.0
-
-
 def status_routes(gateway: Gateway) -> APIRouter:
-    """Return the routes; all but `/health` need a key."""
+    """Return the routes for probes and monitoring; all but `/health` need a key."""
     router = APIRouter()
 
-    @router.get("/health", responses=replies(), summary="Whether the process answers")
+    @router.get("/health", responses=error_replies(), summary="Whether the process answers")
     async def health() -> Response:
         return json_response({"status": "ok"})
 
-    @router.get("/ready", responses=replies(503), summary="Whether requests can be answered")
+    async def reachable(upstream: Upstream) -> bool:
+        try:
+            await asyncio.wait_for(upstream.models(), _READY_SECONDS)
+        except GatewayError as error:
+            return error.status < 500  # a server without a list of models is reachable, too
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    @router.get("/ready", responses=error_replies(503), summary="Whether requests can be answered")
     async def ready() -> Response:
-        reached = await asyncio.gather(*(_answers(one) for one in gateway.upstreams.values()))
+        reached = await asyncio.gather(*map(reachable, gateway.upstreams.values()))
         about = {
             "status": "ready" if any(reached) else "not ready",
             "upstreams": dict(zip(gateway.upstreams, reached, strict=True)),
@@ -102,60 +252,8 @@ def status_routes(gateway: Gateway) -> APIRouter:
         }
         return json_response(about, status=200 if any(reached) else 503)
 
-    @router.get("/metrics", responses=replies(), summary="Counters for Prometheus")
+    @router.get("/metrics", responses=error_replies(), summary="Counters for Prometheus")
     async def metrics() -> Response:
         return Response(gateway.metrics.text(), media_type=CONTENT_TYPE)
 
     return router
-
-
-async def _answers(upstream: Answering) -> bool:
-    """Whether an upstream says anything but that it fails; one without a list of models is there too."""
-    try:
-        await asyncio.wait_for(upstream.models(), _READY_SECONDS)
-    except GatewayError as error:
-        return error.status < 500
-    except asyncio.TimeoutError:
-        return False
-    return True
-
-
-_STATUSES = (400, 404, 408, 409, 413, 415, 422, 429, 499, 502, 503, 504)
-
-
-def chat_routes(gateway: Gateway) -> APIRouter:
-    """Return the route."""
-    router = APIRouter()
-
-    @router.post(
-        "/v1/chat/completions",
-        responses={200: ANSWER, **replies(*_STATUSES)},
-        openapi_extra={**body(CHAT), "parameters": [MODE]},
-        summary="Answer a conversation",
-    )
-    async def chat(request: Request) -> Response:
-        ticket = gateway.limiter.enter(request.state.key_id)
-        try:
-            content = await read_body(request, gateway.settings.limits.body_bytes)
-            headers = request.headers.items()
-            key_id, model = request.state.key_id, request.state.deployment
-            reading = partial(gateway.desk.call, content, headers, key_id, gateway.has_corrector, model)
-            call = await aside(content, reading)
-            if call.streams:
-                return await cancel_on_disconnect(request.receive, _streamed(gateway, call, ticket.release))
-            answering = complete(call, gateway.judge, gateway.recorder)
-            answered = await cancel_on_disconnect(request.receive, answering)
-        except BaseException:
-            ticket.release()
-            raise
-        ticket.release()
-        return json_response(answered.body, answered.headers)
-
-    return router
-
-
-async def _streamed(gateway: Gateway, call: ChatRequest, released: Callable[[], None]) -> Response:
-    def write(channel: Channel) -> Coroutine[Any, Any, None]:
-        return gateway.streams.write(call, channel)
-
-    return await deliver(write, origin(call, known_before(call) or PENDING), gateway.settings.keepalive, released)

@@ -292,7 +292,7 @@ def description(gateway: "Gateway", address: str, corrector: str | None, store: 
     lines = [
         ("playground", f"{shown}/"),
         ("dashboard", f"{shown}/dashboard"),
-        ("mode", gateway.desk.mode),
+        ("mode", gateway.parser.mode),
         ("corrector", "none" if corrector is None else f"{corrector}, version {gateway.corrections.version}"),
         ("store", "none" if store is None else re.sub(r"(?<=//)([^/@]*):[^/@]*(?=@)", r"\1:***", store)),
         ("keys", keys),

@@ -1,8 +1,8 @@
-"""Server-sent events, as chat completions are streamed: bytes to data, and data to bytes.
+"""Server-sent events, as OpenAI's streams use them: a parser, and frames; and the gateway's strict JSON.
 
 The parser follows https://html.spec.whatwg.org/multipage/server-sent-events.html: lines end with CR, LF or CRLF,
 wherever the network cuts them; lines that begin with a colon are comments; several `data` lines are one text. An event
-that the stream's end cuts off is none.
+that the end of the stream cuts off is dropped.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
-"""A comment, which clients skip and which keeps connections from being closed as idle."""
+"""A comment, which clients skip; it keeps proxies from closing an idle connection."""
 
 LARGEST_EVENT = 4 << 20  # bytes
 
@@ -19,15 +19,15 @@ _LINE_END = re.compile(rb"\r\n|\r|\n")
 _BOM = b"\xef\xbb\xbf"
 
 
-class BrokenEvents(Exception):  # noqa: N818 (what is wrong is in the name)
-    """The bytes are no events that could be used."""
+class BrokenEvents(Exception):  # noqa: N818 (the name says what is wrong)
+    """The bytes are no usable events."""
 
 
 class EventParser:
-    """Takes bytes as they come and returns the data of the events that are whole.
+    """Turns bytes, cut anywhere, into the data of whole events.
 
     Args:
-        largest: bytes of an event, from where on it is refused.
+        largest: most bytes of an event.
     """
 
     def __init__(self, largest: int = LARGEST_EVENT) -> None:
@@ -45,12 +45,12 @@ class EventParser:
         chunk, self._after_return = chunk.removeprefix(b"\n") if self._after_return else chunk, chunk.endswith(b"\r")
         first, *others = _LINE_END.split(chunk)
         self._line += first
-        self._check(len(self._line))
+        self._check_size(len(self._line))
         found: list[str] = []
         for following in others:
             self._end_line(found)
             self._line = bytearray(following)
-        self._check(len(self._line))
+        self._check_size(len(self._line))
         return found
 
     def _end_line(self, found: list[str]) -> None:
@@ -59,32 +59,40 @@ class EventParser:
             line, self._begun = line.removeprefix(_BOM), True
         if not line:
             if self._data:
-                found.append(_text(b"\n".join(self._data)))
+                try:
+                    found.append(b"\n".join(self._data).decode())
+                except UnicodeDecodeError:
+                    raise BrokenEvents("an event is no UTF-8") from None
             self._data, self._size = [], 0
         elif line.startswith(b"data:"):
             self._data.append(line[6:] if line[5:6] == b" " else line[5:])
             self._size += len(line)
-            self._check(0)
+            self._check_size(0)
         elif line == b"data":
             self._data.append(b"")
 
-    def _check(self, more: int) -> None:
+    def _check_size(self, more: int) -> None:
         if self._size + more > self._largest:
             raise BrokenEvents(f"an event is larger than {self._largest} bytes")
 
 
-def _text(data: bytes) -> str:
+def strict_json(content: bytes | str) -> Any:
+    """Return parsed JSON; raises ValueError for anything else, NaN, infinities and deep nesting among it."""
+
+    def refuse(constant: str) -> float:
+        raise ValueError(constant)
+
     try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise BrokenEvents("an event is no UTF-8") from None
+        return json.loads(content, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return JSON in ASCII: UTF-8 has no bytes for the halves of surrogate pairs that models write."""
+    """Return JSON in ASCII: UTF-8 cannot encode the halves of surrogate pairs that models write."""
     return json.dumps(value, separators=(",", ":")).encode()
 
 
 def data_frame(value: Any) -> bytes:
-    """Return one event."""
+    """Return an event with JSON data."""
     return b"data: " + json_bytes(value) + b"\n\n"

@@ -1,21 +1,21 @@
-"""Structured answers in strict mode: JSON and calls of tools, which a corrector cannot rewrite as prose.
+"""Structured answers in strict mode: JSON and tool calls, which a corrector cannot rewrite as prose.
 
 By `--strict-structured`:
 
 | | requests for JSON | requests that offer tools |
 |---|---|---|
 | `refuse` | refused (400) | refused (400) |
-| `pass` | the answer passes if it is JSON as the schema says, else 422 | calls pass if offered like that, else 422 |
-| `correct-strings` | as `pass`, and texts in it that are prose are corrected, each by itself | as `pass` |
+| `pass` | the answer passes if it is JSON that fits the schema, else 422 | calls pass if they fit the offer, else 422 |
+| `correct-strings` | as `pass`, and each string in it that is prose is corrected | as `pass` |
 
-A call is offered like that if there is a function of that name and its arguments are as the parameters say. Text beside
-calls is left out; an answer without calls is corrected as any other.
+A call fits the offer if a function of its name is offered and its arguments fit the parameters. Text beside calls is
+left out; an answer without calls is corrected as any other.
 
-Prose are texts of at least three words that the schema does not bind by `enum`, `const`, `format` or `pattern`. Other
-grammars than JSON (`guided_regex` and the like), and tools other than functions, are refused whatever is said.
+Prose is text of at least three words that the schema does not bind by `enum`, `const`, `format` or `pattern`. Grammars
+other than JSON (`guided_regex` and the like) and tools other than functions are always refused.
 
-Schemas are checked by `jsonschema`, without what takes ever longer: no regular expression of a request is run, nothing
-is fetched, and one check has so many steps and no more.
+Schemas are checked by `jsonschema` in bounded time: no regular expression of a request is run, nothing is fetched, and
+the number of steps is limited.
 """
 
 import json
@@ -25,10 +25,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from everalign.serving.eligibility import GRAMMARS
 from everalign.serving.errors import refused, uncorrected
+from everalign.serving.sse import strict_json
 
 MOST_TEXTS = 64
-"""Texts of one answer that are corrected."""
+"""Most strings of one answer that are corrected."""
 
 _MOST_STEPS = 100_000  # about a second
 _LARGEST_SCHEMA = 32 << 10  # characters
@@ -47,9 +49,9 @@ class Structure:
 
     Args:
         is_json: whether it has to be JSON.
-        schema: what it must be like; None for any JSON object.
-        tools: the parameters of the functions that may be called, by name.
-        corrects: whether texts in JSON are corrected.
+        schema: the JSON schema that it has to fit; None for any object.
+        tools: parameters of the functions that may be called, by name.
+        corrects: whether strings in JSON are corrected.
     """
 
     is_json: bool = False
@@ -58,161 +60,159 @@ class Structure:
     corrects: bool = False
 
     def json_of(self, text: str) -> JSONValue:
-        """Return the JSON that an answer is; raises GatewayError where it is another one than was asked for."""
-        try:
-            value = json.loads(text, parse_constant=_no_number)
-        except (ValueError, RecursionError):
-            raise uncorrected("json", 422, again=False) from None
-        if self.schema is None:
-            if not isinstance(value, dict):
-                raise uncorrected("json", 422, again=False)
-        elif not fits(value, self.schema):
+        """Return the JSON of an answer; raises GatewayError if it is not what was asked for."""
+        value = _parse(text)
+        if not (isinstance(value, dict) if self.schema is None else value is not _BROKEN and fits(value, self.schema)):
             raise uncorrected("json", 422, again=False)
         return value
 
     def calls_of(self, calls: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return an answer's calls, written anew; raises GatewayError where one of them was not offered like that."""
+        """Return an answer's tool calls, written anew; raises GatewayError if one does not fit the offer."""
         found: list[dict[str, Any]] = []
         for index in sorted(calls):
             call = calls[index]
             parameters = self.tools.get(call["name"]) if call["type"] == "function" else None
-            arguments = call["arguments"]
-            try:
-                value = json.loads(arguments or "{}", parse_constant=_no_number)
-            except (ValueError, RecursionError):
-                value = None
+            value = _parse(call["arguments"] or "{}")
             if parameters is None or not isinstance(value, dict) or not fits(value, parameters):
                 raise uncorrected("tool_calls", 422, again=False)
             name = call["id"] if _ID.fullmatch(call["id"]) else f"call_{index}"
-            told = {"name": call["name"], "arguments": arguments}
-            found.append({"id": name, "type": "function", "function": told})
+            function = {"name": call["name"], "arguments": call["arguments"]}
+            found.append({"id": name, "type": "function", "function": function})
         if not found:
             raise uncorrected("tool_calls", 422, again=False)
         return found
 
 
-def structure_of(body: Mapping[str, Any], form: Any, grammars: bool, tools: Any, corrects: bool) -> Structure | None:
-    """Return what an answer may be, where that can be checked; None where it cannot.
+def structure_of(body: Mapping[str, Any], form: Any, corrects: bool) -> Structure | None:
+    """Return what an answer may be; None if that cannot be checked.
 
     Args:
-        body: of the request.
-        form: its `response_format`, or of Responses `text.format`.
-        grammars: whether it asks for another grammar.
-        tools: that it offers.
-        corrects: whether texts in JSON are corrected.
+        body: JSON of the request.
+        form: its `response_format`, or `text.format` of Responses.
+        corrects: whether strings in JSON are corrected.
 
     Raises:
         GatewayError: a schema of the request is too large.
     """
-    if grammars or body.get("functions") or body.get("web_search_options") is not None:
+    if any(body.get(name) for name in (*GRAMMARS, "functions")) or body.get("web_search_options") is not None:
         return None
     functions: dict[str, Mapping[str, Any]] = {}
+    tools = body.get("tools")
     for tool in tools if isinstance(tools, list) else ():
-        # OpenAI's chat has the function in a field of its own, Responses beside the type.
+        # Chat has the function in a field of its own, Responses beside the type.
         function = tool.get("function", tool) if isinstance(tool, dict) and tool.get("type") == "function" else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return None
-        functions[function["name"]] = _schema(function.get("parameters") or {}, "tools")
+        functions[function["name"]] = _sized_schema(function.get("parameters") or {}, "tools")
     kind = form.get("type") if isinstance(form, Mapping) else "text"
     if kind not in ("text", "json_object", "json_schema"):
         return None
     about = form.get("json_schema", form) if isinstance(form, Mapping) else {}
     schema = about.get("schema") if kind == "json_schema" and isinstance(about, Mapping) else None
-    known = None if schema is None else _schema(schema, "response_format")
+    known = None if schema is None else _sized_schema(schema, "response_format")
     return Structure(kind != "text", known, functions, corrects)
 
 
-def _schema(given: Any, param: str) -> Mapping[str, Any]:
+def _sized_schema(given: Any, param: str) -> Mapping[str, Any]:
     if not isinstance(given, dict) or len(json.dumps(given)) > _LARGEST_SCHEMA:
         raise refused(f"{param}: a schema must be an object of at most {_LARGEST_SCHEMA} characters", param, "schema")
     return given
 
 
-@lru_cache(maxsize=256)
-def _checked_schema(text: str) -> Mapping[str, Any]:
-    """Return a schema; raises GatewayError for what is none. Agents send the same ones again and again."""
-    from jsonschema import SchemaError
-    from jsonschema.validators import Draft202012Validator
+_BROKEN = object()
 
-    schema = json.loads(text)
+
+def _parse(text: str) -> JSONValue:
+    """Return JSON; `_BROKEN` if the text is none."""
     try:
-        Draft202012Validator.check_schema(schema)
-        # One that names a dialect of its own would be checked by that one's rules, without the bounds.
-        plain: Mapping[str, Any] = _without_dialects(schema)
-    except (SchemaError, RecursionError):
-        raise refused("a schema of the request is no JSON Schema", code="invalid_schema") from None
-    return plain
+        return strict_json(text)
+    except ValueError:
+        return _BROKEN
 
 
-def _without_dialects(schema: Any) -> Any:
-    if isinstance(schema, dict):
-        return {name: _without_dialects(inner) for name, inner in schema.items() if name != "$schema"}
-    return [_without_dialects(inner) for inner in schema] if isinstance(schema, list) else schema
+class _TooManySteps(Exception):  # noqa: N818 (the name says what is wrong)
+    """A schema takes too long to check, perhaps because it refers to itself."""
 
 
 def fits(value: JSONValue, schema: Mapping[str, Any]) -> bool:
-    """Whether JSON is as a schema says, as far as that can be told in bounded time; what cannot be told is False.
+    """Whether JSON fits a schema; False if that cannot be decided in bounded time.
 
     Raises:
-        GatewayError: the schema is none.
+        GatewayError: the schema is invalid.
     """
     from jsonschema.validators import Draft202012Validator, extend
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
-    left = [_MOST_STEPS]
+    steps = 0
 
-    def counted(check: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
+    def counted(name: str, check: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
         def checked(validator: Any, wanted: Any, instance: Any, within: Any) -> Iterator[Any]:
-            left[0] -= 1
-            if left[0] < 0:
-                raise _TooLong
-            yield from check(validator, wanted, instance, within) or ()
+            nonlocal steps
+            steps += 1
+            if steps > _MOST_STEPS:
+                raise _TooManySteps
+            if name not in _UNCHECKED:
+                yield from check(validator, wanted, instance, within) or ()
 
         return checked
 
-    known = Draft202012Validator.VALIDATORS.items()
-    checks = {name: counted(_unchecked if name in _UNCHECKED else check) for name, check in known}
+    checks = {name: counted(name, check) for name, check in Draft202012Validator.VALIDATORS.items()}
     bounded = extend(Draft202012Validator, checks)
     try:
         return bool(bounded(_checked_schema(json.dumps(schema)), registry=Registry()).is_valid(value))
-    except (_TooLong, RecursionError, Unresolvable):
+    except (_TooManySteps, RecursionError, Unresolvable):
         return False
 
 
-class _TooLong(Exception):  # noqa: N818 (what is wrong is in the name)
-    """A schema leads round and round, or nearly so."""
+@lru_cache(maxsize=256)
+def _checked_schema(text: str) -> Mapping[str, Any]:
+    """Return a schema, or raise GatewayError if it is invalid; cached because agents send the same ones repeatedly."""
+    from jsonschema import SchemaError
+    from jsonschema.validators import Draft202012Validator
 
+    def without_dialects(schema: Any) -> Any:
+        # A schema that names its own dialect would be checked by that one's rules, without the bounds.
+        if isinstance(schema, dict):
+            return {name: without_dialects(inner) for name, inner in schema.items() if name != "$schema"}
+        return [without_dialects(inner) for inner in schema] if isinstance(schema, list) else schema
 
-def _unchecked(*_: Any) -> Iterator[Any]:
-    return iter(())
+    schema = json.loads(text)
+    try:
+        Draft202012Validator.check_schema(schema)
+        plain: Mapping[str, Any] = without_dialects(schema)
+    except (SchemaError, RecursionError):
+        raise refused("a schema of the request is no JSON Schema", code="invalid_schema") from None
+    return plain
 
 
 def prose_of(value: JSONValue, schema: Mapping[str, Any] | None) -> list[tuple[Path, str]]:
-    """Return the texts in JSON that are prose, with where they stand; raises GatewayError for too many."""
-    found = list(_prose(value, schema or {}, schema or {}, ()))
+    """Return the strings in JSON that are prose, with their paths; raises GatewayError if there are too many."""
+    found: list[tuple[Path, str]] = []
+
+    def collect(value: JSONValue, schema: Any, path: Path) -> None:
+        schemas = _subschemas(schema, root)
+        if isinstance(value, str):
+            if _PROSE.match(value) and not any(name in one for one in schemas for name in _BINDING):
+                found.append((path, value))
+        elif isinstance(value, dict):
+            for name, inner in value.items():
+                own = [one["properties"][name] for one in schemas if name in (one.get("properties") or {})]
+                collect(inner, {"allOf": own}, (*path, name))
+        elif isinstance(value, list):
+            items = [one["items"] for one in schemas if isinstance(one.get("items"), dict)]
+            for i, inner in enumerate(value):
+                collect(inner, {"allOf": items}, (*path, i))
+
+    root = schema or {}
+    collect(value, root, ())
     if len(found) > MOST_TEXTS:
         raise uncorrected("too_long", 422, again=False)
     return found
 
 
-def _prose(value: JSONValue, schema: Any, root: Mapping[str, Any], path: Path) -> Iterator[tuple[Path, str]]:
-    schemas = _alternatives(schema, root)
-    if isinstance(value, str):
-        if _PROSE.match(value) and not any(name in one for one in schemas for name in _BINDING):
-            yield path, value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            own = [one["properties"][name] for one in schemas if name in (one.get("properties") or {})]
-            yield from _prose(inner, {"allOf": own}, root, (*path, name))
-    elif isinstance(value, list):
-        items = [one["items"] for one in schemas if isinstance(one.get("items"), dict)]
-        for i, inner in enumerate(value):
-            yield from _prose(inner, {"allOf": items}, root, (*path, i))
-
-
-def _alternatives(schema: Any, root: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return a schema and those that it consists of, as far as they stand in the same one; so many and no more."""
+def _subschemas(schema: Any, root: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a schema and those that it combines or refers to within `root`; at most `MOST_TEXTS` of them."""
     waiting, found = [schema], list[Mapping[str, Any]]()
     while waiting and len(found) < MOST_TEXTS:
         one = waiting.pop()
@@ -231,13 +231,9 @@ def _alternatives(schema: Any, root: Mapping[str, Any]) -> list[Mapping[str, Any
 
 
 def with_prose(value: JSONValue, texts: Mapping[Path, str], path: Path = ()) -> JSONValue:
-    """Return JSON with some of its texts replaced."""
+    """Return JSON with the strings at some paths replaced."""
     if isinstance(value, dict):
         return {name: with_prose(inner, texts, (*path, name)) for name, inner in value.items()}
     if isinstance(value, list):
         return [with_prose(inner, texts, (*path, i)) for i, inner in enumerate(value)]
     return texts.get(path, value)
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(text)

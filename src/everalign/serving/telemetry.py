@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from everalign.errors import InputError
-from everalign.serving.completion_json import CorrectorUsage
+from everalign.serving.corrector_service import CorrectorUsage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

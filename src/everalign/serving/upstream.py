@@ -1,50 +1,70 @@
-"""One upstream: requests with its own key, a time limit over all attempts, and a circuit for each model."""
+"""Upstream servers: chat requests with retries, deadlines, circuit breakers, token counting and a fallback.
+
+Each request carries the upstream's own key, is bounded in time over all its attempts, and counts for the circuit
+breaker of its model.
+"""
 
 import asyncio
+import itertools
 import random
+import ssl
 import time
 import zlib
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import anyio
 import httpx
 
 from everalign.llm_client import retry_after
-from everalign.serving.errors import GatewayError, bad_upstream, overloaded, refused
+from everalign.serving.circuit_breaker import CircuitBreaker, Circuits, Permit
+from everalign.serving.errors import (
+    GatewayError,
+    UsageRefused,
+    bad_upstream,
+    check_answer,
+    overloaded,
+    refused,
+    upstream_failure,
+)
 from everalign.serving.headers import USUAL, HeaderRules
+from everalign.serving.limits import MOST_VALUES, Allowances, aside, tokens_of, too_many_values
 from everalign.serving.settings import Timeouts, UpstreamSettings
-from everalign.serving.sse import EventParser, json_bytes
-from everalign.serving.upstream_errors import answer_of, event_of, failure, follow, inflated, parsed, whole_object
-from everalign.serving.upstream_transport import CircuitBreaker, Circuits, Connections, Permit
+from everalign.serving.sse import BrokenEvents, EventParser, json_bytes, strict_json
 
-# 429 is the client's to repeat: it knows how long it can wait, and its own repetitions would multiply with these.
-_REPEATED = (502, 503, 504)
+RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed", "response.cancelled", "error")
+"""The events that may be the last one of a streamed response."""
+
+# 429 is the client's to repeat: it knows how long it can wait, and its own retries would multiply with these.
+_RETRIED = (502, 503, 504)
 _FIRST_WAIT = 0.25  # seconds, doubled from attempt to attempt
-_QUOTED_BYTES = 64 << 10  # of the body of an error
-_DONE = "[DONE]"
-_CONTENT = (
+_QUOTED_BYTES = 64 << 10  # of an error's body
+# The fallback is asked after these, and any status from 500 on; not after a timeout, which used up the answer's time.
+_AWAY = ("upstream_unreachable", "upstream_unavailable", "upstream_cut", "upstream_malformed", "upstream_auth")
+_CONTENT_HEADERS = (
     *("content-type", "content-encoding", "content-length", "content-disposition", "content-range", "content-language"),
     *("accept-ranges", "etag", "last-modified"),
 )
 
 
 @dataclass(frozen=True)
-class Asked:
+class UpstreamRequest:
     """A request to an upstream.
 
     Args:
-        method: of HTTP.
+        method: HTTP method.
         path: behind the upstream's address.
-        payload: its JSON; None for no body.
-        headers: of the client, as they may be passed on; text of latin-1, as ASGI has it.
-        model: whose circuit counts it.
-        key_id: the client's.
-        repeated: whether the client repeats requests by itself.
-        quoted: whether the upstream's messages of errors may be passed on.
-        begun: when its time began, in seconds that only grow; another upstream that is asked instead has what is left.
+        payload: JSON body; None for no body.
+        headers: the client's headers that may pass; latin-1 text, as in ASGI.
+        model: whose circuit breaker counts it.
+        key_id: of the client's key.
+        retried_by_client: whether the client itself repeats requests that failed.
+        quoted: whether the upstream's error messages may be passed on.
+        begun: when its time began, in monotonic seconds; a fallback has what is left of that time.
     """
 
     method: str
@@ -53,30 +73,43 @@ class Asked:
     headers: Mapping[str, str] = field(default_factory=dict)
     model: str = ""
     key_id: str = ""
-    repeated: bool = False
+    retried_by_client: bool = False
     quoted: bool = True
     begun: float = field(default_factory=time.monotonic)
 
+    @property
+    def asks_usage(self) -> bool:
+        """Whether it asks for the usage at the end of a stream."""
+        options = (self.payload or {}).get("stream_options")
+        return isinstance(options, Mapping) and bool(options.get("include_usage"))
+
 
 @dataclass(frozen=True)
-class Answered:
-    """A whole answer: its JSON, and its headers as they may be passed on."""
+class UpstreamReply:
+    """A whole answer: its JSON, and the headers that may be passed on."""
 
     body: dict[str, Any]
     headers: dict[str, str]
 
 
 @dataclass(frozen=True)
-class Streamed:
-    """A stream that has begun: the JSON of events, as many at once as came at once, and the headers."""
+class UpstreamStream:
+    """A stream that has begun.
+
+    Args:
+        events: JSON of the events, in lists of those that came at once.
+        headers: that may be passed on.
+        usage_added: whether the usage was asked for although the client did not ask for it.
+    """
 
     events: AsyncIterator[list[dict[str, Any]]]
     headers: dict[str, str]
+    usage_added: bool = False
 
 
 @dataclass(frozen=True)
-class Passed:
-    """A reply that is passed on: its status, its headers as the client gets them, its bytes, and how to end it."""
+class RawReply:
+    """A reply that is passed on byte by byte: its status, headers for the client, body, and how to close it."""
 
     status: int
     headers: dict[str, str]
@@ -89,12 +122,15 @@ class Upstream:
 
     Args:
         settings: name, address and key; checked.
-        timeouts: how long things may take.
+        timeouts: in seconds.
         retries: how often a request is repeated, as long as no byte of its reply has come.
-        longest_wait: seconds; where a longer pause is asked for, the request is not repeated.
-        circuits: count the failures of each model.
-        largest: bytes of an answer.
-        headers: of its replies that clients get.
+        longest_wait: seconds; if the server asks for a longer pause, the request is not repeated.
+        circuits: circuit breakers by model.
+        largest: most bytes of an answer.
+        headers: which of its headers clients get.
+        allowances: count the tokens of keys; None for no counting.
+        fallback: asked if this server is away or fails before its answer begins; None for none.
+        fallback_model: the fallback's name of the model; None for the same name.
     """
 
     def __init__(
@@ -107,18 +143,20 @@ class Upstream:
         circuits: Circuits,
         largest: int,
         headers: HeaderRules = USUAL,
+        allowances: Allowances | None = None,
+        fallback: "Upstream | None" = None,
+        fallback_model: str | None = None,
     ) -> None:
-        self._headers = headers
         self.name, self.circuits = settings.name, circuits
-        self.reports_usage = True
-        self._listing: asyncio.Task[list[dict[str, Any]]] | None = None
         self._url, self._key, self._timeouts = settings.url, settings.key, timeouts
         self._retries, self._longest_wait, self._largest = retries, longest_wait, largest
-        key = {"authorization": f"Bearer {settings.key}"} if settings.key else {}
-        self._own = {**key, "content-type": "application/json", "accept-encoding": "identity"}
-        # No client around it: that would keep one user's cookies for the next, follow redirects, and look for proxies
-        # and passwords in the environment.
-        self._connections = Connections()
+        self._headers, self._allowances = headers, allowances
+        self._fallback, self._fallback_model = fallback, fallback_model
+        self._reports_usage = True
+        self._listing: asyncio.Task[list[dict[str, Any]]] | None = None
+        # Not an httpx client: that would keep one user's cookies for the next, follow redirects, and read proxies and
+        # passwords from the environment.
+        self._connections = ConnectionPool()
 
     async def close(self) -> None:
         """Close all connections."""
@@ -126,152 +164,170 @@ class Upstream:
             self._listing.cancel()
         await self._connections.aclose()
 
-    async def send(
-        self,
-        method: str,
-        path: str,
-        headers: Mapping[str, str],
-        content: bytes | AsyncIterator[bytes],
-        quoted: bool = True,
-    ) -> Passed:
-        """Return the reply to a request that is passed on as it is, whatever its status.
-
-        It is sent once, and counts for no circuit: what comes of it says nothing of answers to chats.
-
-        Args:
-            method: of HTTP.
-            path: behind the upstream's address, with its query.
-            headers: that the upstream gets besides its key.
-            content: the body, at once or in pieces.
-            quoted: whether what the upstream says of itself may be passed on: its headers, and messages of errors.
-
-        Raises:
-            GatewayError: no reply came, or one that is about the gateway's own key or leads elsewhere.
-        """
-        limits = httpx.Timeout(self._timeouts.total, connect=self._timeouts.connect)
-        own = [(name.encode(), value.encode()) for name, value in self._own.items() if name != "content-type"]
-        request = httpx.Request(
-            method,
-            f"{self._url}/{path}",
-            content=content,
-            headers=[*((name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()), *own],
-            extensions={"timeout": limits.as_dict()},
-        )
-        try:
-            response = await self._connections.handle_async_request(request)
-        except (httpx.ReadTimeout, httpx.WriteTimeout):
-            raise bad_upstream("the upstream did not begin to answer in time", "upstream_timeout", 504) from None
-        except httpx.LocalProtocolError:
-            message = "the request has a header that HTTP does not allow, or a body of another length than it says"
-            raise refused(message, code="invalid_request") from None
-        except httpx.HTTPError:
-            raise bad_upstream("the upstream cannot be reached", "upstream_unreachable") from None
-        response.headers.encoding = "latin-1"  # as ASGI wants them back
-        status = response.status_code
-        back = self._headers.returned(response.headers, self._key) if quoted else {}
-        back |= {name: response.headers[name] for name in _CONTENT if name in response.headers}
-        if status < 400 and (status < 300 or status == 304):
-            return Passed(status, back, response.aiter_raw(), response.aclose)
-        body = await self._beginning(response)
-        if status < 400 or status in (401, 403, 407) or not quoted:
-            raise failure(status, back, body, self._key, quoted)
-
-        async def scrubbed_body() -> AsyncIterator[bytes]:
-            yield body.replace(self._key.encode(), b"***") if self._key else body
-
-        for name in ("content-length", "content-encoding"):
-            back.pop(name, None)
-        return Passed(status, back, scrubbed_body(), response.aclose)
-
     async def models(self) -> list[dict[str, Any]]:
-        """Return its models as it lists them; raises GatewayError. Whoever asks meanwhile gets the same list."""
+        """Return the models that it lists; concurrent callers share one request. Raises GatewayError."""
         if self._listing is None or self._listing.done():
-            self._listing = asyncio.ensure_future(self._models())
+            self._listing = asyncio.ensure_future(self._list_models())
             self._listing.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(self._listing)
 
-    async def _models(self) -> list[dict[str, Any]]:
-        # What comes of it says nothing of answers: it counts for no circuit.
-        permit = CircuitBreaker().enter()
-        assert permit is not None  # a new one is closed
+    async def _list_models(self) -> list[dict[str, Any]]:
+        permit = CircuitBreaker().enter()  # its own: the list of models says nothing about answers
+        assert permit is not None
         with _deadline(self._timeouts.models):
-            async with self._reply(Asked("GET", "models"), permit) as response:
-                content = await whole_object(await self._whole(response))
-        data = content.get("data")
+            async with self._reply(UpstreamRequest("GET", "models"), permit) as response:
+                data = (await self._read_json(response)).get("data")
         if not isinstance(data, list):
             raise bad_upstream("the upstream's list of models has no data", "upstream_malformed")
         return [model for model in data if isinstance(model, dict) and isinstance(model.get("id"), str)]
 
-    async def chat(self, asked: Asked) -> Answered:
-        """Return a whole answer; raises GatewayError where it did not come, is an error, or is no JSON object."""
-        permit = self._admitted(asked)
-        with _deadline(self._timeouts.total, permit, asked.begun):
-            async with self._reply(asked, permit) as response:
-                content = answer_of(await whole_object(await self._whole(response)), self._key, asked.quoted)
-                return Answered(content, self._headers.returned(response.headers, self._key))
+    async def chat(self, request: UpstreamRequest) -> UpstreamReply:
+        """Return a whole answer; raises GatewayError if none came, or it is an error or not a JSON object."""
+        try:
+            permit = self._admit(request)
+            with _deadline(self._timeouts.total, permit, request.begun):
+                async with self._reply(request, permit) as response:
+                    content = check_answer(await self._read_json(response), self._key, request.quoted)
+                    reply = UpstreamReply(content, self._headers.returned(response.headers, self._key))
+        except GatewayError as error:
+            fallback, instead = self._instead(request, error)
+            reply = await fallback.chat(instead)
+            reply = replace(reply, headers={**reply.headers, "x-everalign-upstream": "fallback"})
+        if self._allowances is not None and self._allowances.counts_tokens(request.key_id):
+            size = len(json_bytes(request.payload)) + len(json_bytes(reply.body))
+            self._allowances.spend(request.key_id, tokens_of(reply.body.get("usage"), size))
+        return reply
 
     @asynccontextmanager
-    async def stream(self, asked: Asked) -> AsyncIterator[Streamed]:
-        """Open a streamed answer; errors as in `chat`, and also where the stream breaks off."""
-        permit = self._admitted(asked)
-        silent = True
+    async def stream(self, request: UpstreamRequest, with_usage: bool = False) -> AsyncIterator[UpstreamStream]:
+        """Open a streamed answer; errors as in `chat`, and also if the stream breaks off.
 
-        async def heard(events: AsyncIterator[list[dict[str, Any]]]) -> AsyncIterator[list[dict[str, Any]]]:
-            nonlocal silent
-            async for found in events:
-                silent = False
-                yield found
+        Args:
+            request: what is asked.
+            with_usage: whether the usage is asked for even if the client did not; some servers refuse that.
+        """
+        counts = self._allowances is not None and self._allowances.counts_tokens(request.key_id)
+        with_usage = (with_usage or counts) and not request.asks_usage and request.path == "chat/completions"
+        async with AsyncExitStack() as stack:
+            streamed = None
+            try:
+                if with_usage and self._reports_usage:
+                    options = (request.payload or {}).get("stream_options")
+                    options = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
+                    asking = replace(request, payload={**(request.payload or {}), "stream_options": options})
+                    try:
+                        streamed = await stack.enter_async_context(self._stream(asking))
+                        streamed = replace(streamed, usage_added=True)
+                    except UsageRefused:
+                        self._reports_usage = False
+                if streamed is None:
+                    streamed = await stack.enter_async_context(self._stream(request))
+            except GatewayError as error:
+                fallback, instead = self._instead(request, error)
+                streamed = await stack.enter_async_context(fallback.stream(instead, with_usage))
+                streamed = replace(streamed, headers={**streamed.headers, "x-everalign-upstream": "fallback"})
+            yield replace(streamed, events=self._count_tokens(request, streamed.events)) if counts else streamed
 
+    def _instead(self, request: UpstreamRequest, error: GatewayError) -> "tuple[Upstream, UpstreamRequest]":
+        """Return the fallback and what it is asked after an error; raises the error if it is not asked."""
+        away = error.code != "upstream_timeout" and (error.code in _AWAY or error.status >= 500)
+        if self._fallback is None or not away:
+            raise error
+        if self._fallback_model is not None and request.payload is not None:
+            payload = {**request.payload, "model": self._fallback_model}
+            request = replace(request, payload=payload, model=self._fallback_model)
+        return self._fallback, request
+
+    async def _count_tokens(
+        self, request: UpstreamRequest, events: AsyncIterator[list[dict[str, Any]]]
+    ) -> AsyncIterator[list[dict[str, Any]]]:
+        """Yield events, and count their tokens when they end, however they end."""
+        assert self._allowances is not None
+        usage, size = None, len(json_bytes(request.payload))
         try:
-            with _deadline(self._timeouts.total, begun=asked.begun):
-                async with self._reply(asked, permit) as response:
-                    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-                    if kind == "application/json":
-                        answer_of(await whole_object(await self._whole(response)), self._key, asked.quoted)
-                    if kind != "text/event-stream":
-                        raise bad_upstream(
-                            "the upstream does not stream: its reply is no text/event-stream", again=False
-                        )
-                    events = heard(self._events(response, asked.quoted))
-                    yield Streamed(events, self._headers.returned(response.headers, self._key))
-        except GatewayError as error:
-            # Behind the first event, a slow client can be why a stream takes too long.
-            if error.code == "upstream_timeout" and silent:
-                permit.failed()
-            raise
+            async for some in events:
+                for event in some:
+                    response = event.get("response")
+                    usage = event.get("usage") or (isinstance(response, dict) and response.get("usage")) or usage
+                    size += len(json_bytes(event.get("choices") or event.get("delta") or ""))
+                yield some
+        finally:
+            self._allowances.spend(request.key_id, tokens_of(usage, size))
 
-    async def _events(self, response: httpx.Response, quoted: bool) -> AsyncIterator[list[dict[str, Any]]]:
-        parser, ended = EventParser(), False
-        finished: dict[Any, bool] = {}
-        async for part in self._parts(response):
-            found = []
-            for data in parsed(parser, part):
-                ended = ended or data == _DONE
-                if not ended:
-                    found.append(event_of(data, self._key, quoted))
-                    follow(found[-1], finished)
-            if found:
-                yield found
-            if ended:
-                return
-        # Some servers leave out the last event: an answer is whole if each of its choices has ended.
-        if not finished or not all(finished.values()):
-            raise bad_upstream("the upstream's answer breaks off in the middle", "upstream_cut")
-
-    def _admitted(self, asked: Asked) -> Permit:
-        """Return leave to send a request, all its attempts together; raises GatewayError."""
-        breaker = self.circuits.of(asked.model)
-        permit = breaker.enter(asked.key_id)
+    def _admit(self, request: UpstreamRequest) -> Permit:
+        """Return leave to send a request, for all its attempts; raises GatewayError."""
+        breaker = self.circuits.of(request.model)
+        permit = breaker.enter(request.key_id)
         if permit is None:
             message = f"the upstream {self.name!r} failed again and again and is left alone for a while"
             raise overloaded(message, "upstream_unavailable", max(1.0, breaker.wait), 503)
         return permit
 
     @asynccontextmanager
-    async def _reply(self, asked: Asked, permit: Permit) -> AsyncIterator[httpx.Response]:
+    async def _stream(self, request: UpstreamRequest) -> AsyncIterator[UpstreamStream]:
+        permit = self._admit(request)
+        silent = True
+
+        async def noticed(events: AsyncIterator[list[dict[str, Any]]]) -> AsyncIterator[list[dict[str, Any]]]:
+            nonlocal silent
+            async for some in events:
+                silent = False
+                yield some
+
+        try:
+            with _deadline(self._timeouts.total, begun=request.begun):
+                async with self._reply(request, permit) as response:
+                    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+                    if kind == "application/json":
+                        check_answer(await self._read_json(response), self._key, request.quoted)
+                    if kind != "text/event-stream":
+                        raise bad_upstream(
+                            "the upstream does not stream: its reply is no text/event-stream", again=False
+                        )
+                    events = noticed(self._events(response, request.quoted))
+                    yield UpstreamStream(events, self._headers.returned(response.headers, self._key))
+        except GatewayError as error:
+            # After the first event, a slow client can be why a stream takes too long.
+            if error.code == "upstream_timeout" and silent:
+                permit.failed()
+            raise
+
+    async def _events(self, response: httpx.Response, quoted: bool) -> AsyncIterator[list[dict[str, Any]]]:
+        """Yield events until the stream says that it ended; raises GatewayError if it breaks off before."""
+        parser = EventParser()
+        finished: dict[Any, bool] = {}  # by index of the choice, or of the whole response
+        async for part in self._parts(response):
+            try:
+                texts = parser.feed(part)
+            except BrokenEvents as error:
+                raise bad_upstream(f"the upstream's stream cannot be read: {error}", "upstream_malformed") from None
+            ended = "[DONE]" in texts
+            events = [
+                check_answer(_json_object(text), self._key, quoted)
+                for text in (texts[: texts.index("[DONE]")] if ended else texts)
+            ]
+            for event in events:
+                if str(event.get("type")).startswith("response.") or event.get("type") == "error":
+                    finished["response"] = finished.get("response", False) or event["type"] in RESPONSE_ENDS
+                choices = event.get("choices")
+                for choice in choices if isinstance(choices, list) else ():
+                    if not isinstance(choice, dict) or not isinstance(choice.get("index", 0), int):
+                        raise bad_upstream("the upstream's stream has a choice that is none", "upstream_malformed")
+                    index = choice.get("index", 0)
+                    finished[index] = finished.get(index, False) or choice.get("finish_reason") is not None
+            if events:
+                yield events
+            if ended:
+                return
+        # Some servers leave out the last event: an answer is whole if each of its choices has ended.
+        if not finished or not all(finished.values()):
+            raise bad_upstream("the upstream's answer breaks off in the middle", "upstream_cut")
+
+    @asynccontextmanager
+    async def _reply(self, request: UpstreamRequest, permit: Permit) -> AsyncIterator[httpx.Response]:
         """Open a successful reply; what goes wrong while it is read counts as the upstream's failure too."""
         try:
-            response = await self._opened(asked, permit)
+            response = await self._open(request, permit)
         except BaseException:
             permit.abandoned()
             raise
@@ -299,66 +355,114 @@ class Upstream:
         finally:
             await response.aclose()
 
-    async def _opened(self, asked: Asked, permit: Permit) -> httpx.Response:
-        """Return a reply whose status is success, after as many attempts as are allowed; raises GatewayError.
+    async def _open(self, request: UpstreamRequest, permit: Permit) -> httpx.Response:
+        """Return a successful reply, its body unread, after as many attempts as allowed; raises GatewayError.
 
-        Where the client repeats by itself, its repetitions would multiply with these: only a connection that failed is
-        made once more.
+        If the client repeats requests itself, its retries would multiply with these: only a connection that failed is
+        tried again, once.
         """
-        content = None if asked.payload is None else json_bytes(asked.payload)
-        # Bytes as they came: HTTP's headers are no text of any encoding, and ASGI gives them in this one.
-        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in asked.headers.items()]
-        headers += [(name.encode(), value.encode()) for name, value in self._own.items()]
-        most = min(self._retries, 1) if asked.repeated else self._retries
-        attempt = 0
-        while True:
-            failed = await self._attempt(asked, content, headers)
-            if isinstance(failed, httpx.Response):
-                return failed
-            again = attempt < most and failed.again and not (asked.repeated and failed.status)
-            if not again or failed.wait > self._longest_wait:
-                # Refusals are no failures: who refuses is there.
-                if failed.status is None or failed.status >= 500:
-                    permit.failed(everybody=failed.status is None and failed.again)
+        content = b"" if request.payload is None else json_bytes(request.payload)
+        most = min(self._retries, 1) if request.retried_by_client else self._retries
+        for attempt in itertools.count():
+            status, wait, again = None, 0.0, False
+            made = self._http_request(
+                request.method, request.path, {**request.headers, "content-type": "application/json"}, content
+            )
+            try:
+                response = await self._connections.handle_async_request(made)
+                response.headers.encoding = "latin-1"  # as ASGI wants them back
+                if response.is_success:
+                    return response
+                body = await self._beginning(response)
+            except httpx.LocalProtocolError:
+                message = "a header of the request has characters that HTTP does not allow; leave it out"
+                raise refused(message, code="invalid_header") from None
+            except (httpx.ReadTimeout, httpx.WriteTimeout):
+                error = bad_upstream("the upstream did not begin to answer in time", "upstream_timeout", 504)
+            except httpx.HTTPError:
+                # No byte of an answer has come; an idle connection that the server has closed shows like this, too.
+                error, again = bad_upstream("the upstream cannot be reached", "upstream_unreachable"), True
+            else:
+                status, wait = response.status_code, retry_after(response.headers) or 0.0
+                passed = self._headers.returned(response.headers, self._key)
+                error = upstream_failure(status, passed, body, self._key, request.quoted)
+                again = status in _RETRIED and response.headers.get("x-should-retry", "").lower() != "false"
+            waited_for = again and wait <= self._longest_wait and not (request.retried_by_client and status)
+            if attempt >= most or not waited_for:
+                # A server that refuses works.
+                if status is None or status >= 500:
+                    permit.failed(everybody=status is None and again)
                 else:
                     permit.succeeded()
-                raise failed.error
-            await anyio.sleep(max(failed.wait, _FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0)))
-            attempt += 1
+                raise error
+            await anyio.sleep(max(wait, _FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0)))
+        raise AssertionError("the attempts are endless")
 
-    async def _attempt(
-        self, asked: Asked, content: bytes | None, headers: list[tuple[bytes, bytes]]
-    ) -> "httpx.Response | _Failed":
-        """Return a successful reply, whose body is not read; or what came instead."""
-        limits = httpx.Timeout(self._timeouts.total, connect=self._timeouts.connect)
-        request = httpx.Request(
-            asked.method,
-            f"{self._url}/{asked.path}",
-            content=content,
-            headers=headers,
-            extensions={"timeout": limits.as_dict()},
-        )
+    async def send(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        content: bytes | AsyncIterator[bytes],
+        quoted: bool = True,
+    ) -> RawReply:
+        """Return the reply to a request that is passed through unchanged, whatever its status.
+
+        It is sent once and counts for no circuit breaker: it says nothing about answers to chats.
+
+        Args:
+            method: HTTP method.
+            path: behind the upstream's address, with its query.
+            headers: that the upstream gets besides its key.
+            content: the body, whole or in pieces.
+            quoted: whether the upstream's own headers and error messages may be passed on.
+
+        Raises:
+            GatewayError: no reply came, or one that is about the gateway's own key or redirects.
+        """
         try:
-            response = await self._connections.handle_async_request(request)
-            response.headers.encoding = "latin-1"  # as ASGI wants them back
-            if response.is_success:
-                return response
-            body = await self._beginning(response)
-        except httpx.LocalProtocolError:
-            message = "a header of the request has characters that HTTP does not allow; leave it out"
-            raise refused(message, code="invalid_header") from None
+            response = await self._connections.handle_async_request(self._http_request(method, path, headers, content))
         except (httpx.ReadTimeout, httpx.WriteTimeout):
-            return _Failed(bad_upstream("the upstream did not begin to answer in time", "upstream_timeout", 504), None)
+            raise bad_upstream("the upstream did not begin to answer in time", "upstream_timeout", 504) from None
+        except httpx.LocalProtocolError:
+            message = "the request has a header that HTTP does not allow, or a body of another length than it says"
+            raise refused(message, code="invalid_request") from None
         except httpx.HTTPError:
-            # Nothing of an answer has come: also the way in which an idle connection turns out to be closed.
-            return _Failed(bad_upstream("the upstream cannot be reached", "upstream_unreachable"), None, again=True)
+            raise bad_upstream("the upstream cannot be reached", "upstream_unreachable") from None
+        response.headers.encoding = "latin-1"  # as ASGI wants them back
         status = response.status_code
-        error = failure(status, self._headers.returned(response.headers, self._key), body, self._key, asked.quoted)
-        wanted = response.headers.get("x-should-retry", "").lower() != "false"
-        return _Failed(error, status, retry_after(response.headers) or 0.0, wanted and status in _REPEATED)
+        back = self._headers.returned(response.headers, self._key) if quoted else {}
+        back |= {name: response.headers[name] for name in _CONTENT_HEADERS if name in response.headers}
+        if status < 400 and (status < 300 or status == 304):
+            return RawReply(status, back, response.aiter_raw(), response.aclose)
+        body = await self._beginning(response)
+        if status < 400 or status in (401, 403, 407) or not quoted:
+            raise upstream_failure(status, back, body, self._key, quoted)
+
+        async def masked_body() -> AsyncIterator[bytes]:
+            yield body.replace(self._key.encode(), b"***") if self._key else body
+
+        for name in ("content-length", "content-encoding"):
+            back.pop(name, None)
+        return RawReply(status, back, masked_body(), response.aclose)
+
+    def _http_request(
+        self, method: str, path: str, headers: Mapping[str, str], content: bytes | AsyncIterator[bytes]
+    ) -> httpx.Request:
+        key = {"authorization": f"Bearer {self._key}"} if self._key else {}
+        own = {**headers, **key, "accept-encoding": "identity"}
+        timeout = httpx.Timeout(self._timeouts.total, connect=self._timeouts.connect)
+        return httpx.Request(
+            method,
+            f"{self._url}/{path}",
+            content=content,
+            # Bytes as they came: HTTP headers have no encoding, and ASGI hands them over as latin-1.
+            headers=[(name.encode("latin-1"), value.encode("latin-1")) for name, value in own.items()],
+            extensions={"timeout": timeout.as_dict()},
+        )
 
     async def _beginning(self, response: httpx.Response) -> bytes:
-        """Return the first bytes of an error's body, as far as they can be had at once."""
+        """Return the first bytes of an error's body, as far as they come soon."""
         content = bytearray()
         try:
             with anyio.move_on_after(self._timeouts.connect):
@@ -367,23 +471,27 @@ class Upstream:
                     if len(content) > _QUOTED_BYTES:
                         break
         except (httpx.HTTPError, GatewayError):
-            pass  # the status says what there is to say
+            pass  # the status says enough
         finally:
             await response.aclose()
         return bytes(content[:_QUOTED_BYTES])
 
-    async def _whole(self, response: httpx.Response) -> bytes:
-        return b"".join([part async for part in self._parts(response)])
+    async def _read_json(self, response: httpx.Response) -> dict[str, Any]:
+        content = b"".join([part async for part in self._parts(response)])
+        return await aside(content, partial(_json_object, content))
 
     async def _parts(self, response: httpx.Response) -> AsyncIterator[bytes]:
-        """Yield the body, decompressed, until it is too large: a small body can hold gigabytes."""
+        """Yield the body, decompressed; raises GatewayError if it is too large: a small body can hold gigabytes."""
         encoding = response.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("identity", "gzip", "deflate", ""):
             raise bad_upstream(f"the upstream's reply is compressed by {encoding[:20]!r}, which was not asked for")
         inflater = zlib.decompressobj(zlib.MAX_WBITS | 32) if encoding in ("gzip", "deflate") else None
         left = self._largest
         async for part in response.aiter_raw():
-            plain = part if inflater is None else inflated(inflater, part, left + 1)
+            try:
+                plain = part if inflater is None else inflater.decompress(part, left + 1)
+            except zlib.error:
+                raise bad_upstream("the upstream's reply is badly compressed", "upstream_malformed") from None
             left -= len(plain)
             if left < 0:
                 message = f"the upstream's answer is larger than {self._largest} bytes"
@@ -391,26 +499,22 @@ class Upstream:
             yield plain
 
 
-@dataclass(frozen=True)
-class _Failed:
-    """An attempt that came to nothing.
-
-    Args:
-        error: what the client is told.
-        status: that came; None where none did.
-        wait: seconds that the upstream asks for.
-        again: whether it may be repeated.
-    """
-
-    error: GatewayError
-    status: int | None
-    wait: float = 0.0
-    again: bool = False
+def _json_object(content: bytes | str) -> dict[str, Any]:
+    """Return the JSON object that a reply or an event is; raises GatewayError for anything else."""
+    if too_many_values(content.encode(errors="replace") if isinstance(content, str) else content):
+        raise bad_upstream(f"the upstream's reply has more than {MOST_VALUES} values", "upstream_too_large")
+    try:
+        found = strict_json(content)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise bad_upstream("the upstream's reply is no JSON object", "upstream_malformed")
+    return found
 
 
 @contextmanager
 def _deadline(seconds: float, permit: Permit | None = None, begun: float | None = None) -> Iterator[None]:
-    """Bound what happens inside, all attempts together, however slowly it goes on."""
+    """Bound a request in time, over all its attempts and however slowly its answer comes."""
     spent = 0.0 if begun is None else time.monotonic() - begun
     try:
         with anyio.fail_after(max(0.0, seconds - spent)):
@@ -420,3 +524,66 @@ def _deadline(seconds: float, permit: Permit | None = None, begun: float | None 
             permit.failed()
         message = f"the upstream's answer was not whole after {seconds:g} seconds"
         raise bad_upstream(message, "upstream_timeout", 504) from None
+
+
+_KEEP_SECONDS = 4.0  # uvicorn, and so vLLM, closes idle connections after 5
+_ONE = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_KEEP_SECONDS)
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Trusted certificates, none from the environment; shared because reading them takes longer than a request."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
+class ConnectionPool(httpx.AsyncBaseTransport):
+    """A transport that sends each request over a free connection, or a new one. Used in one event loop.
+
+    httpcore's own pool looks through all its connections for each request, which hundreds of streams feel.
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[tuple[float, httpx.AsyncHTTPTransport]] = deque()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request; its connection is free again when the response is closed."""
+        if self._free:
+            _, transport = self._free.pop()
+        else:
+            transport = httpx.AsyncHTTPTransport(verify=_certificates(), limits=_ONE, trust_env=False)
+        try:
+            response = await transport.handle_async_request(request)
+        except BaseException:
+            self._free.append((time.monotonic(), transport))
+            raise
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        response.stream = _PooledStream(response.stream, lambda: self._free.append((time.monotonic(), transport)))
+        # Servers have closed by now what lay here longest.
+        while self._free and self._free[0][0] < time.monotonic() - _KEEP_SECONDS:
+            await self._free.popleft()[1].aclose()
+        return response
+
+    async def aclose(self) -> None:
+        """Close the free connections; the others close with their responses."""
+        while self._free:
+            await self._free.popleft()[1].aclose()
+
+
+class _PooledStream(httpx.AsyncByteStream):
+    """A response's bytes; its connection is released when they are closed."""
+
+    def __init__(self, stream: httpx.AsyncByteStream, release: Callable[[], None]) -> None:
+        self._stream, self._release = stream, release
+        self._closed = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for part in self._stream:
+            yield part
+
+    async def aclose(self) -> None:
+        try:
+            await self._stream.aclose()
+        finally:
+            if not self._closed:
+                self._closed = True
+                self._release()

@@ -159,7 +159,7 @@ def _service(gateway: Gateway) -> dict[str, Any]:
     return {
         "version": _in_service(gateway),
         "template": gateway.corrections.template,
-        "mode": gateway.desk.mode,
+        "mode": gateway.parser.mode,
         "in_flight": gateway.limiter.in_flight,
         "waiting": gateway.corrections.depth,
         "circuits": [(name.replace(":", " "), state, _CIRCUITS[state]) for name, state in circuits.items()],

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from everalign.correction.edits import diff_html, word_diff
 from everalign.errors import EveralignError
 from everalign.serving.chat_request import ALIGNED
-from everalign.serving.complete import Answered, complete
+from everalign.serving.complete import Completed
 from everalign.serving.eligibility import question_of
 from everalign.serving.errors import GatewayError, not_found, overloaded, refused
 from everalign.serving.feedback_route import LONGEST_EDIT, keep_feedback, read_feedback
@@ -91,22 +91,22 @@ def digest(text: str) -> str:
     return hashlib.sha256(lines.encode(errors="replace")).hexdigest()
 
 
-def view_of(answered: Answered) -> AnswerView:
+def view_of(answered: Completed) -> AnswerView:
     """Return the view of an answer that was just given; blocks while long texts are compared."""
-    call, found = answered.call, answered.found
+    request, found = answered.request, answered.summary
     seconds = {
         "seconds in the corrector": answered.corrector_seconds if answered.corrector_seconds else None,
         "seconds in the upstream": answered.upstream_seconds,
     }
     return _view(
-        call.id,
-        call.body["messages"],
-        str(call.body["model"]),
-        _sides(answered.original, answered.returned, found.outcome, call.mode),
+        request.id,
+        request.messages,
+        request.model,
+        _sides(answered.original, answered.returned, found.outcome, request.mode),
         answered.returned,
-        _verdict(found.outcome, found.reason, call.mode),
+        _verdict(found.outcome, found.reason, request.mode),
         figures(answered.usage, seconds, found.version, found.template),
-        answered.kept,
+        bool(found.stored),
     )
 
 
@@ -240,7 +240,7 @@ class Playground:
     @property
     def _mode(self) -> str:
         """Of what is asked here: as strict as the server is, and corrected where it can be."""
-        if self._gateway.desk.mode == "strict":
+        if self._gateway.parser.mode == "strict":
             return "strict"
         return "correct" if self._gateway.has_corrector else "off"
 
@@ -311,9 +311,11 @@ class Playground:
         body = {"model": fields["model"].strip(), "messages": messages, "store": True}
         headers = [(name, value) for name, value in request.headers.items() if name in _SENT_ALONG]
         content, headers = json.dumps(body).encode(), [*headers, ("x-everalign-mode", self._mode)]
-        reading = partial(self._gateway.desk.call, content, headers, request.state.key_id, self._gateway.has_corrector)
-        call = await aside(content, reading)
-        answered = await complete(call, self._gateway.judge, self._gateway.recorder)
+        reading = partial(
+            self._gateway.parser.parse, content, headers, request.state.key_id, self._gateway.has_corrector
+        )
+        context = await aside(content, reading)
+        answered = await self._gateway.completions.complete(context)
         return await asyncio.to_thread(view_of, answered)
 
     async def _exchange(self, request: Request, id: str) -> Exchange:
@@ -328,7 +330,7 @@ class Playground:
         return found
 
     async def _answer_page(self, request: Request, exchange: Exchange, said: Said, status: int = 200) -> Response:
-        view = await asyncio.to_thread(view_of_kept, exchange, self._gateway.desk.mode == "strict")
+        view = await asyncio.to_thread(view_of_kept, exchange, self._gateway.parser.mode == "strict")
         values = {"view": view, "said": said, "store_failures": None, "failed": None}
         return self._pages.page(request, "answer.html.j2", values, status)
 
@@ -348,7 +350,7 @@ class Playground:
             "view": view,
             "said": Said({}),
             "failed": None if error is None else error.message,
-            "store_failures": self._unkept,
+            "unkept": self._unkept,
             "mode": self._mode,
         }
         return self._pages.page(request, "playground.html.j2", values, 200 if error is None else error.status)

@@ -1,0 +1,218 @@
+"""Chat completions on their way to the client: as JSON or as chunks, relayed or written anew with corrected texts."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from everalign.serving.chat_request import RequestContext
+from everalign.serving.completion_json import CUT, WHOLE, Choice, CompletionAccumulator
+from everalign.serving.decide import Decision, Summary
+from everalign.serving.errors import bad_upstream
+from everalign.serving.sse import DONE, data_frame
+
+_KNOWN_REASONS = (*WHOLE, *CUT, "content_filter", "tool_calls", "function_call")
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+_COMMON = ("created", "model", "system_fingerprint", "service_tier")
+_PIECE = 16  # characters, at least
+_WORD = re.compile(r"\s+|\S{1,64}\s*")
+
+
+class ChatAnswer:
+    """A chat completion, read from the whole answer or from its chunks.
+
+    Args:
+        request: what was asked.
+        relayed: whether the answer passes as it is, so that only its texts are of interest.
+    """
+
+    def __init__(self, request: RequestContext, relayed: bool) -> None:
+        self.choices: list[Choice] = []
+        self._request, self._relayed = request, relayed
+        self._accumulator = CompletionAccumulator()
+        self._events: list[dict[str, Any]] = []
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Add the whole answer, or a chunk of it; raises GatewayError if it cannot be read."""
+        if not self._accumulator.add(event):
+            raise _malformed()
+        if not (self._relayed and self._request.streams):
+            self._events.append(event)
+
+    def end(self) -> None:
+        """Find the choices; raises GatewayError if there are none."""
+        self.choices = self._accumulator.choices()
+        if not self.choices and not (self._relayed and self._request.streams):
+            raise _malformed()
+
+    @property
+    def usage(self) -> dict[str, Any] | None:
+        """The upstream's usage; in strict mode only its numbers."""
+        usage = self._accumulator.usage
+        if usage is None or self._request.mode != "strict":
+            return usage
+        return {name: usage[name] for name in _COUNTS if isinstance(usage.get(name), int)}
+
+    def unchanged(self) -> dict[str, Any]:
+        """Return the whole answer as the upstream sent it, with the id of the exchange."""
+        return {**self._events[0], "id": self._request.id}
+
+    def corrected(
+        self, decisions: Sequence[Decision], summary: Summary, usage: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Return the whole answer with its texts replaced; in strict mode nothing else of the original is in it."""
+        original, strict = self._events[0], self._request.mode == "strict"
+        by_index = {choice.get("index", 0): choice for choice in original["choices"]}
+        choices = []
+        for choice, decision in zip(self.choices, decisions, strict=True):
+            if decision.text is None and not strict:
+                choices.append(by_index[choice.index])
+                continue
+            message: dict[str, Any] = {"role": "assistant", "content": decision.text, "refusal": None}
+            reason = _finish_reason(choice)
+            if decision.calls:
+                message, reason = {**message, "content": None, "tool_calls": list(decision.calls)}, "tool_calls"
+            elif decision.text is None:
+                message["refusal"] = choice.refusal
+            choices.append({"index": choice.index, "message": message, "logprobs": None, "finish_reason": reason})
+        return {
+            **(_strict_common(self._request, original) if strict else original),
+            "id": self._request.id,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": usage,
+            "everalign": summary.report(self._request),
+        }
+
+    def opening(self) -> bytes:
+        """Return the chunk that opens a single corrected text."""
+        return self._frames([self._chunk(self.choices[0], {"role": "assistant", "content": ""})])
+
+    def delta(self, text: str) -> bytes:
+        """Return the chunks of a piece of that text."""
+        return self._frames(self._text_chunks(self.choices[0], text))
+
+    def remaining(
+        self, decisions: Sequence[Decision], summary: Summary, usage: dict[str, Any] | None, written: str
+    ) -> bytes:
+        """Return all chunks but those of the text that is `written` already."""
+        if written:
+            (choice,), (decision,) = self.choices, decisions
+            chunks = self._text_chunks(choice, decision.returned(choice)[len(written) :])
+            chunks.append(self._chunk(choice, {}, _finish_reason(choice)))
+        else:
+            chunks = self._all_chunks(decisions)
+        chunks[-1] = {**chunks[-1], "everalign": summary.report(self._request)}
+        if self._request.wants_usage and usage is not None:
+            chunks.append({**self._common(), "choices": [], "usage": usage})
+        return self._frames(chunks) + DONE
+
+    def _all_chunks(self, decisions: Sequence[Decision]) -> list[dict[str, Any]]:
+        pairs = list(zip(self.choices, decisions, strict=True))
+        strict = self._request.mode == "strict"
+        unchanged = {choice.index for choice, decision in pairs if decision.text is None and not strict}
+        chunks = []
+        for event in self._events if unchanged else ():
+            choices = [choice for choice in event.get("choices") or () if choice.get("index", 0) in unchanged]
+            if choices:
+                plain = {name: value for name, value in event.items() if name != "usage"}
+                chunks.append({**plain, "id": self._request.id, "choices": choices})
+        for choice, decision in pairs:
+            if decision.calls:
+                calls = [{"index": i, **one} for i, one in enumerate(decision.calls)]
+                chunks.append(self._chunk(choice, {"role": "assistant", "content": None, "tool_calls": calls}))
+                chunks.append(self._chunk(choice, {}, "tool_calls"))
+            elif choice.index not in unchanged:
+                chunks.append(self._chunk(choice, {"role": "assistant", "content": ""}))
+                if decision.text is None:
+                    chunks.append(self._chunk(choice, {"refusal": choice.refusal}))
+                else:
+                    chunks += self._text_chunks(choice, decision.text)
+                chunks.append(self._chunk(choice, {}, _finish_reason(choice)))
+        return chunks
+
+    def _text_chunks(self, choice: Choice, text: str) -> list[dict[str, Any]]:
+        """Return a text in chunks of a few words, which clients show one after the other."""
+        chunks, begun = [], 0
+        for word in _WORD.finditer(text):
+            if word.end() - begun >= _PIECE or word.end() == len(text):
+                chunks.append(self._chunk(choice, {"content": text[begun : word.end()]}))
+                begun = word.end()
+        return chunks
+
+    def _chunk(self, choice: Choice, delta: Mapping[str, Any], finish: str | None = None) -> dict[str, Any]:
+        only = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return {**self._common(), "choices": [only]}
+
+    def _common(self) -> dict[str, Any]:
+        """Return what all chunks have in common."""
+        first = self._events[0]
+        if self._request.mode == "strict":
+            return {**_strict_common(self._request, first), "object": "chat.completion.chunk"}
+        known = {name: first[name] for name in _COMMON if name in first}
+        return {"id": self._request.id, "object": "chat.completion.chunk", **known}
+
+    def _frames(self, chunks: Sequence[dict[str, Any]]) -> bytes:
+        # A client that asked for the usage gets it as null in every other chunk.
+        none = {"usage": None} if self._request.wants_usage else {}
+        return b"".join(data_frame({**none, **chunk}) for chunk in chunks)
+
+
+class ChatRelay:
+    """Chunks of an answer that passes as it is, with the id of the exchange.
+
+    The chunks at the end are held back if they have to say whether the exchange is stored, which is known only after
+    them.
+
+    Args:
+        request: what was asked.
+        drops_usage: whether the client did not ask for the usage that the upstream was asked for.
+    """
+
+    def __init__(self, request: RequestContext, drops_usage: bool) -> None:
+        self._request, self._drops_usage = request, drops_usage
+        self._reports = request.corrects or request.reports_storage
+        choices = request.payload.get("n")
+        self._running = choices if isinstance(choices, int) else 1  # choices that have not ended
+        self._held: list[dict[str, Any]] = []
+
+    def frames(self, events: Sequence[dict[str, Any]]) -> bytes:
+        """Return what may be sent now."""
+        found = list[dict[str, Any]]()
+        for event in events:
+            if self._drops_usage and "usage" in event:
+                if event["usage"] is not None and not event.get("choices"):
+                    continue  # a chunk with nothing else
+                event = {name: value for name, value in event.items() if name != "usage"}
+            self._running -= sum(choice.get("finish_reason") is not None for choice in event.get("choices") or ())
+            ends = self._reports and (self._held or self._running <= 0)
+            (self._held if ends else found).append({**event, "id": self._request.id})
+        if self._held and not self._request.reports_storage:
+            found += self._release(Summary("skipped", self._request.rule))
+        return b"".join(map(data_frame, found))
+
+    def rest(self, summary: Summary) -> bytes:
+        """Return what was held back, with the outcome, and the end."""
+        if not self._held and self._request.reports_storage:  # no choice has said that it ended
+            common = _strict_common(self._request, {})
+            self._held = [{**common, "object": "chat.completion.chunk", "choices": []}]
+        return b"".join(map(data_frame, self._release(summary) if self._held else [])) + DONE
+
+    def _release(self, summary: Summary) -> list[dict[str, Any]]:
+        first, *others = self._held
+        self._held, self._reports = [], False
+        return [{**first, "everalign": summary.report(self._request)}, *others]
+
+
+def _malformed() -> Exception:
+    return bad_upstream("the upstream's answer has no choices that could be read", "upstream_malformed")
+
+
+def _finish_reason(choice: Choice) -> str | None:
+    """Return a finish reason that is known: an unknown one could be any text, and none must not become `stop`."""
+    return choice.finish_reason if choice.finish_reason in _KNOWN_REASONS else None
+
+
+def _strict_common(request: RequestContext, answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an answer has besides its choices, without any words of the upstream."""
+    created = answer.get("created")
+    return {"id": request.id, "created": created if isinstance(created, int) else 0, "model": request.model}
