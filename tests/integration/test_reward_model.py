@@ -20,7 +20,7 @@ from transformers import (
 from everalign.data import PreferenceSet
 from everalign.data.tokenization import pad_right, tokenize_answers, tokenize_comparisons
 from everalign.errors import EveralignError, InputError
-from everalign.evaluation.score_rows import RewardModelScorer
+from everalign.evaluation.scorers import RewardModelScorer
 from everalign.modeling.loading import load_tokenizer
 from everalign.modeling.reward_model import (
     FACTS_FILE,

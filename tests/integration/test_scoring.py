@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 import sys
 
 import numpy as np
@@ -11,7 +9,8 @@ import pytest
 
 from everalign.data import Preference, Scored, ScoredSet, load_scored, load_unscored
 from everalign.errors import EveralignError, InputError
-from everalign.evaluation.score_rows import CallableScorer, RewardModelScorer, make_scorer, score_rows
+from everalign.evaluation.score_rows import score_rows
+from everalign.evaluation.scorers import CallableScorer, RewardModelScorer, make_scorer
 from everalign.storage import Journal
 from rewards_for_tests import reward_model
 
@@ -166,33 +165,6 @@ def test_a_killed_scoring_goes_on_and_asks_nothing_twice(tmp_path):
     assert [text for call in scorer.calls for _, text in call] == ["good", "bad", "e", "e"]
     assert [row.rewards for row in load_scored(path)] == LENGTHS
     assert left(tmp_path) == ["out.jsonl"]
-
-
-def test_a_process_that_is_killed_loses_no_finished_row(tmp_path):
-    class Killed(Lengths):
-        def score(self, prompts, completions):
-            if len(self.calls) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().score(prompts, completions)
-
-    path = tmp_path / "out.jsonl"
-    child = os.fork()
-    if child == 0:
-        score_rows(rows(), Killed(), path, answers_per_batch=1)
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert score_rows(rows(), Lengths(), path).resumed == 2
-    assert [row.rewards for row in load_scored(path)] == LENGTHS
-
-
-def test_a_line_that_the_kill_has_cut_is_scored_again(tmp_path):
-    path = tmp_path / "out.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        score_rows(rows(), Lengths(fails=3), path, answers_per_batch=1)
-    (partial,) = tmp_path.iterdir()
-    partial.write_bytes(partial.read_bytes() + b"[4.")
-    assert score_rows(rows(), Lengths(), path).resumed == 2
-    assert [row.rewards for row in load_scored(path)] == LENGTHS
 
 
 def test_other_rows_and_another_scorer_begin_anew(tmp_path):

@@ -18,7 +18,7 @@ from everalign.objectives import var_weights
 from everalign.reporting.report import render_report
 from everalign.training.options import WeightOptions
 from everalign.training.reward_weights import weigh
-from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows
+from learner_for_tests import adapter_weights, held_out, make_learner, save_model, task_rows
 
 ANSWERS = {"warm": ("yes, gladly!", "no.", "hm"), "brief": ("ok", "well, let me see", "ah, so")}
 
@@ -90,13 +90,8 @@ def test_the_report_shows_the_weights_of_every_task(model, tmp_path):
     assert table.count("<td>0.250</td>") == 2
 
 
-def test_a_run_that_is_resumed_ends_with_the_same_weights(model, tmp_path):
-    learn_two(model, tmp_path / "whole")
+def test_a_run_is_not_resumed_with_other_weights(model, tmp_path):
     learner(model, tmp_path / "run").learn(scored("warm"), "warm", test=held_out("warm"))
-    again = learner(model, tmp_path / "run", resume=True)
-    for name in ANSWERS:
-        again.learn(scored(name), name, test=held_out(name))
-    assert same_weights(adapter_weights(tmp_path / "run"), adapter_weights(tmp_path / "whole"))
     with pytest.raises(InputError, match=r"begun with another settings \(temperature: 1.0 then, 2.0 now\)"):
         learner(model, tmp_path / "run", resume=True, weighting=WeightOptions(temperature=2.0))
 

@@ -12,8 +12,9 @@ from everalign import llm_client as chat_client
 from everalign.data import ScoredSet, load_scored
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge import JudgeOptions, JudgeScorer, reward_cache, reward_key
-from everalign.evaluation.judge_prompts import INSTRUCTIONS, asked_again, judge_messages, read_score
-from everalign.evaluation.score_rows import make_scorer, score_rows
+from everalign.evaluation.judge_prompts import INSTRUCTIONS, asked_again, judge_messages, read_score, score_reply
+from everalign.evaluation.score_rows import score_rows
+from everalign.evaluation.scorers import make_scorer
 from everalign.llm_client import ChatClient
 from everalign.storage import Journal
 
@@ -153,7 +154,7 @@ def test_a_reply_that_cannot_be_read_is_asked_for_once_more():
         assert judge(server).score(["p"], ["a"]) == [8.0]
     first, second = server.requests
     assert first.body["temperature"] == second.body["temperature"] == 0
-    assert second.messages == asked_again(first.messages, "I think it is fine.", SCALE)
+    assert second.messages == asked_again(first.messages, "I think it is fine.", score_reply(SCALE))
     assert second.messages[-1]["content"].startswith("That reply could not be read. Reply with one JSON object")
 
 

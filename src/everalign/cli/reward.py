@@ -148,13 +148,9 @@ def score(
     started = time.perf_counter()
     with resumable():
         from everalign.data import load_unscored
-        from everalign.evaluation.score_rows import (
-            ANSWERS_PER_BATCH,
-            JudgeOptions,
-            JudgeScorer,
-            make_scorer,
-            score_rows,
-        )
+        from everalign.evaluation.judge import JudgeOptions, JudgeScorer
+        from everalign.evaluation.score_rows import ANSWERS_PER_BATCH, score_rows
+        from everalign.evaluation.scorers import make_scorer
         from everalign.storage import exclusive, lock_of
 
         judge = JudgeOptions(judge_instructions, cache, concurrency, requests_per_minute, timeout)

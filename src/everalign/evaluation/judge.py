@@ -1,4 +1,4 @@
-"""A language model as judge: rewards for answers from any OpenAI-compatible server.
+"""LLM as judge: rewards for answers from any OpenAI-compatible server.
 
 judge = JudgeScorer(ChatClient("http://127.0.0.1:8000/v1", "qwen2.5"))
 score_rows(rows, judge, "scored.jsonl")
@@ -7,8 +7,8 @@ score_rows(rows, judge, "scored.jsonl")
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from everalign.data.messages import Completion as Answered
@@ -17,15 +17,16 @@ from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge_prompts import (
     FORMAT,
     INSTRUCTIONS,
+    PAIR_REPLY,
     Scale,
     asked_again,
     instruction_text,
     judge_messages,
-    pair_asked_again,
     pair_messages,
     pair_text,
     read_score,
     read_verdict,
+    score_reply,
 )
 from everalign.llm_client import ChatClient, ChatError, Completion, read_instructions, shortened
 from everalign.storage import Journal
@@ -33,19 +34,19 @@ from everalign.storage import Journal
 SCALE: Scale = (1.0, 10.0)
 _CACHE = "rewards.sqlite"
 
-# How much of an answer and of a reply a message shows.
+# Characters of an answer and of a reply in error messages.
 _ANSWER_SHOWN, _REPLY_SHOWN = 60, 200
 
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """How a judge is asked; None stands for the default.
+    """Settings of a judge; None stands for the default.
 
     Args:
         instructions: a file that says what makes an answer good.
-        cache: a folder where rewards are kept for good, for whatever is scored later.
-        concurrency: requests under way at once.
-        requests_per_minute: at most so many requests are begun.
+        cache: a folder that keeps rewards for good, for later calls.
+        concurrency: requests in flight at once.
+        requests_per_minute: most requests sent in a minute.
         timeout: seconds for one attempt.
     """
 
@@ -57,7 +58,7 @@ class JudgeOptions:
 
     @property
     def given(self) -> list[str]:
-        """The names of what is not left to its default."""
+        """The names of the options that are set."""
         return [name.replace("_", " ") for name, value in asdict(self).items() if value is not None]
 
 
@@ -67,13 +68,16 @@ class JudgeScorer:
     A reply other than `{"score": 7}` or `7` is asked for once more.
 
     Args:
-        client: asks the judge; `client.usage` tells what it cost.
-        instructions: what makes an answer good; what is data and how to reply is said besides.
+        client: the judge's client; `client.usage` holds what was spent.
+        instructions: what makes an answer good; how to treat the data and how to reply is added.
         scale: the worst and the best score, finite and in this order.
-        cache: where each reward is kept as soon as it is there; None to keep none.
+        cache: keeps each reward as soon as it arrives; None to keep none.
+
+    Attributes:
+        fingerprint: sha256 over the server's address, the model, the instructions, the scale and the reply format.
 
     Raises:
-        InputError: the instructions are empty, or the scale is none.
+        InputError: the instructions are empty, or the scale is not valid.
     """
 
     def __init__(
@@ -90,12 +94,12 @@ class JudgeScorer:
             raise InputError(f"scale: must go from a worst to a better best score, found {scale[0]} to {scale[1]}")
         self.client, self.cache = client, cache
         self._instructions, self._scale = instructions, scale
-        facts = [FORMAT, client.base_url, client.model, instruction_text(instructions, scale), list(map(float, scale))]
-        self._fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        system = instruction_text(instructions, scale)
+        self.fingerprint = _digest(FORMAT, client.base_url, client.model, system, list(map(float, scale)))
 
     @classmethod
     def from_name(cls, name: str, options: JudgeOptions | None = None, api_key: str | None = None) -> "JudgeScorer":
-        """Return the judge of a name such as `http://127.0.0.1:8000/v1#qwen2.5`: the server's address, # and the model.
+        """Returns the judge of a name such as `http://127.0.0.1:8000/v1#qwen2.5`: server address, # and model.
 
         Its key is `api_key`, empty for none; OPENAI_API_KEY when None.
 
@@ -105,113 +109,94 @@ class JudgeScorer:
         options = options or JudgeOptions()
         limits = {name: getattr(options, name) for name in ("concurrency", "requests_per_minute", "timeout")}
         client = ChatClient.from_name(name, "a judge", api_key, **limits)
-        instructions = INSTRUCTIONS if options.instructions is None else _instructions(options.instructions)
+        instructions = INSTRUCTIONS
+        if options.instructions is not None:
+            instructions = read_instructions(options.instructions, "the judge's", "what makes an answer good")
         cache = None if options.cache is None else reward_cache(options.cache)
         return cls(client, instructions=instructions, cache=cache)
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over the server's address, model, instructions, scale, and how replies are read."""
-        return self._fingerprint
-
     def with_cache(self, cache: Journal) -> "JudgeScorer":
-        """Return the same judge, asked through the same client, with rewards kept in `cache`."""
+        """Returns the same judge with the same client, whose rewards are kept in `cache`."""
         return JudgeScorer(self.client, instructions=self._instructions, scale=self._scale, cache=cache)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Answered]) -> list[float]:
-        """Return the scores of N completions; equal ones behind equal prompts are asked for once.
+        """Returns the scores of N completions; equal completions of equal prompts are asked for once.
 
         Raises:
-            EveralignError: a request failed for good, or a second reply could not be read either; names the answer.
-                Scores that came before it are in the cache, if there is one.
+            EveralignError: a request failed for good, or a second reply cannot be read either; names the answer.
+                Earlier scores are in the cache, if there is one.
         """
-        pairs = list(zip(prompts, map(completion_text, completions), strict=True))
-        keys = [reward_key(self._fingerprint, *pair) for pair in pairs]
-        asked = {
-            key: _Question(judge_messages(*pair, self._instructions, self._scale), _named(pair[1]))
-            for key, pair in zip(keys, pairs, strict=True)
-        }
-        scores = self._answered(
-            asked,
-            lambda reply: read_score(reply, self._scale),
-            lambda messages, reply: asked_again(messages, reply, self._scale),
-            "score",
-        )
-        return [scores[key] for key in keys]
+        answers = [completion_text(completion) for completion in completions]
+        pairs = list(zip(prompts, answers, strict=True))
+        keys = [reward_key(self.fingerprint, prompt, answer) for prompt, answer in pairs]
+        conversations = [judge_messages(*pair, self._instructions, self._scale) for pair in pairs]
+        request = score_reply(self._scale)
+        return self._ask(keys, conversations, answers, lambda reply: read_score(reply, self._scale), request, "score")
 
     def compare(self, prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str]) -> list[float]:
-        """Return which of two answers to each of N prompts is better: 1 or 2, or 0 for neither.
+        """Returns which of two answers to each of N prompts is better: 1 or 2, or 0 for neither.
 
-        A judge may prefer an answer for where it stands: ask in both orders. Errors as in `score`.
+        A judge may prefer an answer for its place: ask in both orders. Errors as in `score`.
         """
-        pairs = list(zip(prompts, firsts, seconds, strict=True))
-        facts = [FORMAT, self._fingerprint, pair_text(self._instructions)]
-        judge = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        keys = [reward_key(judge, prompt, json.dumps([first, second])) for prompt, first, second in pairs]
-        asked = {
-            key: _Question(pair_messages(*pair, self._instructions), _named(pair[1]))
-            for key, pair in zip(keys, pairs, strict=True)
-        }
-        verdicts = self._answered(asked, read_verdict, pair_asked_again, "verdict")
-        return [verdicts[key] for key in keys]
-
-    def _answered(
-        self,
-        questions: Mapping[str, "_Question"],
-        read: Callable[[str], float | None],
-        again: Callable[[Sequence[Message], str], list[Message]],
-        what: str,
-    ) -> dict[str, float]:
-        """Return what the judge says to each question, asked once more where that is `what` no one can read."""
-        found = self.cache.read(list(questions)) if self.cache else {}
-        missing = {key: question for key, question in questions.items() if key not in found}
-        unread = self._ask(missing, read, found)
-        repeated = {
-            key: replace(missing[key], messages=again(missing[key].messages, reply.text))
-            for key, reply in unread.items()
-        }
-        for key, reply in self._ask(repeated, read, found).items():
-            raise EveralignError(
-                f"{missing[key].name}: the judge's reply is no {what}, asked twice{_cut(reply)}: "
-                f"{shortened(reply.text, _REPLY_SHOWN) or '(nothing)'}; take a model that follows instructions better"
-            )
-        return found
+        triples = list(zip(prompts, firsts, seconds, strict=True))
+        judge = _digest(FORMAT, self.fingerprint, pair_text(self._instructions))
+        keys = [reward_key(judge, prompt, json.dumps([first, second])) for prompt, first, second in triples]
+        conversations = [pair_messages(*triple, self._instructions) for triple in triples]
+        return self._ask(keys, conversations, firsts, read_verdict, PAIR_REPLY, "verdict")
 
     def _ask(
-        self, questions: Mapping[str, "_Question"], read: Callable[[str], float | None], found: dict[str, float]
-    ) -> dict[str, Completion]:
-        """Add what is said to `found` and the cache; return the replies that cannot be read."""
-        keys, unread = list(questions), dict[str, Completion]()
-        if not keys:
-            return {}
-        try:
-            conversations = [question.messages for question in questions.values()]
-            for index, reply in self.client.complete_many(conversations, temperature=0):
-                value = read(reply.text)
-                if value is None:
-                    unread[keys[index]] = reply
-                    continue
-                found[keys[index]] = value
-                if self.cache:
-                    self.cache.put({keys[index]: value})
-        except ChatError as error:
-            raise EveralignError(f"{questions[keys[error.index]].name}: {error}") from error
-        return unread
+        self,
+        keys: Sequence[str],
+        conversations: Sequence[list[Message]],
+        answers: Sequence[str],
+        read: Callable[[str], float | None],
+        request: str,
+        what: str,
+    ) -> list[float]:
+        """Returns what the judge replies to each conversation, from the cache where it has it.
 
-
-@dataclass(frozen=True)
-class _Question:
-    """A conversation, and what it is about, for messages."""
-
-    messages: Sequence[Message]
-    name: str
+        Args:
+            keys: names of the N conversations in the cache.
+            conversations: the questions.
+            answers: the answers in question, for error messages.
+            read: parses a reply; None for one that cannot be parsed, which is asked for once more.
+            request: the sentence that says how to reply.
+            what: what a reply holds, for error messages.
+        """
+        found: dict[str, float] = self.cache.read(keys) if self.cache else {}
+        names = {key: f"the answer '{shortened(text, _ANSWER_SHOWN)}'" for key, text in zip(keys, answers, strict=True)}
+        waiting = {key: asked for key, asked in zip(keys, conversations, strict=True) if key not in found}
+        unread: dict[str, Completion] = {}
+        for _ in range(2):
+            asked, unread = list(waiting), {}
+            if not asked:
+                break
+            try:
+                for index, reply in self.client.complete_many(list(waiting.values()), temperature=0):
+                    value = read(reply.text)
+                    if value is None:
+                        unread[asked[index]] = reply
+                        continue
+                    found[asked[index]] = value
+                    if self.cache:
+                        self.cache.put({asked[index]: value})
+            except ChatError as error:
+                raise EveralignError(f"{names[asked[error.index]]}: {error}") from error
+            waiting = {key: asked_again(waiting[key], reply.text, request) for key, reply in unread.items()}
+        for key, reply in unread.items():
+            cut = " (the second reply was cut at the limit of tokens)" if reply.finish_reason == "length" else ""
+            raise EveralignError(
+                f"{names[key]}: the judge's reply is no {what}, asked twice{cut}: "
+                f"{shortened(reply.text, _REPLY_SHOWN) or '(nothing)'}; take a model that follows instructions better"
+            )
+        return [found[key] for key in keys]
 
 
 def reward_cache(folder: Path) -> Journal:
-    """Return the cache of rewards that a folder holds; processes may share it.
+    """Returns the cache of rewards in a folder; processes may share it.
 
     Raises:
-        InputError: there is a file of that name.
+        InputError: the path is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: must be a folder; name another one to keep rewards in")
@@ -219,19 +204,11 @@ def reward_cache(folder: Path) -> Journal:
 
 
 def reward_key(fingerprint: str, prompt: Prompt, completion: str) -> str:
-    """Name an answer and who scores it: a hexadecimal sha256."""
+    """Returns the cache key of a scorer's reward for an answer: a hexadecimal sha256."""
     messages = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
     content = json.dumps([fingerprint, messages, completion], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _instructions(path: Path) -> str:
-    return read_instructions(path, "the judge's", "what makes an answer good")
-
-
-def _named(completion: str) -> str:
-    return f"the answer '{shortened(completion, _ANSWER_SHOWN)}'"
-
-
-def _cut(reply: Completion) -> str:
-    return " (the second reply was cut at the limit of tokens)" if reply.finish_reason == "length" else ""
+def _digest(*facts: object) -> str:
+    return hashlib.sha256(json.dumps(list(facts)).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Pairwise comparison of answers by any scorer, and the checks on what a scorer returns."""
+"""Pairwise comparison of answers by any scorer, and validation of the rewards that a scorer returns."""
 
 import math
 from collections.abc import Sequence
@@ -15,51 +15,51 @@ if TYPE_CHECKING:
 
 
 def checked_rewards(found: Any, places: Sequence[tuple[int, int]]) -> list[float]:
-    """Return what a scorer returned as floats; anything else than one finite number an answer is an error.
+    """Returns a scorer's result as floats, one finite number for each answer.
 
     Args:
-        found: what it returned.
-        places: of each answer, the number of its row from 1, and its number in the row from 0.
+        found: what the scorer returned.
+        places: for each answer, the number of its row from 1, and its number in the row from 0.
 
     Raises:
-        EveralignError: names the row and the completion.
+        EveralignError: a reward is missing, no number, NaN or infinite; names the row and the completion.
     """
+
+    def error(index: int, problem: str) -> EveralignError:
+        row, completion = places[index]
+        return EveralignError(f"row {row}, completions[{completion}]: {problem}")
+
+    def type_of(value: Any) -> str:
+        return "None" if value is None else type(value).__name__
+
     try:
         values = list(found)
     except TypeError:
-        raise EveralignError(f"{_place(places[0])}: the scorer returned {_kind(found)}, no list of rewards") from None
+        raise error(0, f"the scorer returned {type_of(found)}, no list of rewards") from None
     if len(values) != len(places):
-        last = places[min(len(values), len(places) - 1)]
         which = "the first without a reward" if len(values) < len(places) else "the last answer"
-        raise EveralignError(
-            f"{_place(last)}: {which}; the scorer returned {len(values)} rewards for {len(places)} answers "
-            f"({_place(places[0])} and following)"
+        raise error(
+            min(len(values), len(places) - 1),
+            f"{which}; the scorer returned {len(values)} rewards for {len(places)} answers "
+            f"(row {places[0][0]}, completions[{places[0][1]}] and following)",
         )
-    for value, place in zip(values, places, strict=True):
+    for index, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise EveralignError(f"{_place(place)}: the reward must be a number, found {_kind(value)}")
+            raise error(index, f"the reward must be a number, found {type_of(value)}")
         if not is_finite(value):
-            raise EveralignError(f"{_place(place)}: the reward must be finite, found {shown(value)}")
+            raise error(index, f"the reward must be finite, found {shown(value)}")
     return [float(value) for value in values]
 
 
-def _place(place: tuple[int, int]) -> str:
-    return f"row {place[0]}, completions[{place[1]}]"
-
-
-def _kind(value: Any) -> str:
-    return "None" if value is None else type(value).__name__
-
-
-_SECOND = 2.0
-
-
 class ScorerApprover:
-    """Approves corrections that a scorer finds better than the answers: a `Corrector`'s `approver`.
+    """Approves corrections that a scorer finds better than the answers; the `approver` of a `Corrector`.
 
     Args:
-        scorer: who says so.
-        margin: how much better at least, as in `compare_answers`.
+        scorer: the scorer.
+        margin: least difference, as in `compare_answers`.
+
+    Attributes:
+        fingerprint: names the scorer and the margin.
 
     Raises:
         InputError: the margin is below 0 or not finite, or given for a judge.
@@ -68,14 +68,10 @@ class ScorerApprover:
     def __init__(self, scorer: "Scorer", margin: float = 0.0) -> None:
         _check_margin(scorer, margin)
         self._scorer, self._margin = scorer, margin
-
-    @property
-    def fingerprint(self) -> str:
-        """Names what the approval depends on."""
-        return f"{self._scorer.fingerprint} {self._margin!r}"
+        self.fingerprint = f"{scorer.fingerprint} {margin!r}"
 
     def approve(self, questions: Sequence[Prompt], answers: Sequence[str], corrections: Sequence[str]) -> list[bool]:
-        """Return which of N corrections are better than their answers; errors as in `compare_answers`."""
+        """Returns which of N corrections are better than their answers; errors as in `compare_answers`."""
         return [verdict > 0 for verdict in compare_answers(self._scorer, questions, answers, corrections, self._margin)]
 
 
@@ -86,17 +82,17 @@ def compare_answers(
     after: Sequence[str],
     margin: float = 0.0,
 ) -> list[int]:
-    """Return 1 where the second answer is better, -1 where the first is, 0 where neither is.
+    """Compares two answers to each of N prompts: 1 if the second is better, -1 if the first is, 0 if neither is.
 
-    A judge is asked for the better of the two, in both orders: where its verdicts differ, neither is. Any other
-    scorer rates both. Of equal texts neither is better, and nobody is asked.
+    A judge is asked for the better of the two in both orders; if its verdicts differ, neither is. Any other scorer
+    rates both. Equal texts are a 0 without a question.
 
     Args:
-        scorer: who says so.
+        scorer: the scorer.
         prompts: N prompts.
-        before: N answers, the first ones.
-        after: N answers, the second ones.
-        margin: by more than so much have rewards to differ, in the scorer's units; a judge has none.
+        before: the N first answers.
+        after: the N second answers.
+        margin: the rewards must differ by more than this, in the scorer's units; not for a judge.
 
     Raises:
         InputError: the margin is below 0 or not finite, or given for a judge.
@@ -105,17 +101,20 @@ def compare_answers(
     _check_margin(scorer, margin)
     verdicts = [0] * len(prompts)
     numbers = [i for i, (one, other) in enumerate(zip(before, after, strict=True)) if one != other]
-    asked = [prompts[i] for i in numbers]
-    first, second = ([answers[i] for i in numbers] for answers in (before, after))
     if not numbers:
         return verdicts
+    asked = [prompts[i] for i in numbers]
+    first, second = ([answers[i] for i in numbers] for answers in (before, after))
     if isinstance(scorer, JudgeScorer):
-        found = _both_orders(scorer, asked, first, second)
+        there, back = scorer.compare(asked, first, second), scorer.compare(asked, second, first)
+        # The second time the answers change places: (2, 1) is a win of the second answer in both orders.
+        wins = {(2.0, 1.0): 1, (1.0, 2.0): -1}
+        found = [wins.get(pair, 0) for pair in zip(there, back, strict=True)]
     else:
         places = [(i + 1, side) for side in (0, 1) for i in numbers]
         rewards = checked_rewards(scorer.score([*asked, *asked], [*first, *second]), places)
         pairs = zip(rewards[: len(numbers)], rewards[len(numbers) :], strict=True)
-        found = [(second_ - first_ > margin) - (first_ - second_ > margin) for first_, second_ in pairs]
+        found = [(b - a > margin) - (a - b > margin) for a, b in pairs]
     for i, verdict in zip(numbers, found, strict=True):
         verdicts[i] = verdict
     return verdicts
@@ -123,15 +122,7 @@ def compare_answers(
 
 def _check_margin(scorer: "Scorer", margin: float) -> None:
     if not (math.isfinite(margin) and margin >= 0):
-        raise InputError(f"margin: must be a finite number of at least 0, found {margin}")
+        raise InputError(f"margin: must be a finite number of at least 0, found {margin}", field="margin")
     if margin and isinstance(scorer, JudgeScorer):
-        raise InputError("margin: a judge names the better answer, not by how much; leave it out")
-
-
-def _both_orders(
-    judge: JudgeScorer, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]
-) -> list[int]:
-    there, back = judge.compare(prompts, first, second), judge.compare(prompts, second, first)
-    # Of the second question's answers the first is the one that is second here.
-    wins = {(_SECOND, 1.0): 1, (1.0, _SECOND): -1}
-    return [wins.get(pair, 0) for pair in zip(there, back, strict=True)]
+        problem = "margin: a judge names the better answer, not by how much; leave it out"
+        raise InputError(problem, field="margin")

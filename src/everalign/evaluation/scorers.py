@@ -1,4 +1,4 @@
-"""What can give an answer a reward: a trained reward model, a Python function, or a judge on a server."""
+"""Scorers, which give answers their rewards: a reward model, a Python function, or an LLM judge."""
 
 import hashlib
 import importlib
@@ -23,15 +23,15 @@ RewardFunction = Callable[[list[Any], list[Any]], list[float]]
 
 
 class Scorer(Protocol):
-    """Gives answers their rewards. Whoever calls it checks what it returns."""
+    """Gives answers their rewards. Callers validate them with `checked_rewards`."""
 
     @property
     def fingerprint(self) -> str:
-        """Names what rewards depend on: scorers with the same fingerprint give the same rewards."""
+        """Names everything that rewards depend on: scorers with the same fingerprint give the same rewards."""
         ...
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
-        """Return one finite number for each of N completions, larger for better ones.
+        """Returns one finite number for each of N completions, larger for better ones.
 
         Args:
             prompts: N prompts, text or chat messages, one for each completion.
@@ -41,16 +41,17 @@ class Scorer(Protocol):
 
 
 class RewardModelScorer:
-    """A reward model that `train_reward_model` trained; the mean reward of its training answers is subtracted.
+    """A reward model of `train_reward_model`; the mean reward of its training answers is subtracted.
 
     Args:
         model: the classifier.
         tokenizer: its tokenizer.
-        facts: what is known of it.
+        facts: mean reward, length limit and template of its training.
         tokens_per_batch: tokens computed at once, padding included; fewer save memory and change no result.
 
     Attributes:
-        cut: how many answers were too long with their prompts, and scored without their ends.
+        fingerprint: sha256 over weights, mean, length limit and template.
+        cut: number of answers that were too long with their prompts, and scored without their ends.
     """
 
     def __init__(
@@ -59,25 +60,20 @@ class RewardModelScorer:
         self._model, self._tokenizer, self._facts = model.eval(), tokenizer, facts
         self._tokens_per_batch, self.cut = tokens_per_batch, 0
         content = f"{model_fingerprint(model)} {facts.mean!r} {facts.max_length} {facts.template}"
-        self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     @classmethod
     def from_folder(
         cls, folder: str | os.PathLike[str], tokens_per_batch: int = TOKENS_PER_BATCH
     ) -> "RewardModelScorer":
-        """Load a reward model's folder, onto the GPU if there is one; errors as in `load_reward_model`."""
+        """Loads a reward model's folder, onto the GPU if there is one; errors as in `load_reward_model`."""
         if tokens_per_batch < 1:
             raise InputError(f"tokens per batch: must be at least 1, found {tokens_per_batch}")
         prepare_process()
         return cls(*load_reward_model(Path(folder)), tokens_per_batch)
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over weights, mean, length limit and template."""
-        return self._fingerprint
-
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
-        """Return the rewards of N completions, centred; none depends on the others.
+        """Returns the centred rewards of N completions; none depends on the others.
 
         Raises:
             InputError: an answer cannot be rendered by the chat template.
@@ -92,25 +88,24 @@ class RewardModelScorer:
 class CallableScorer:
     """A Python function `f(prompts, completions) -> rewards` over lists.
 
-    A prompt is passed as text or as a list of messages, whichever the row has.
+    A prompt is passed as text or as a list of messages, as the row has it.
 
     Args:
         function: the function.
-        fingerprint: names it; who changes what it returns has to change the name.
+        fingerprint: its name; change it with the function.
     """
 
     def __init__(self, function: RewardFunction, fingerprint: str) -> None:
-        self._function, self._fingerprint = function, fingerprint
+        self._function, self.fingerprint = function, fingerprint
 
     @classmethod
     def from_name(cls, name: str) -> "CallableScorer":
-        """Import `module:function`, looking in the working directory too.
+        """Imports `module:function`, also from the working directory.
 
-        The fingerprint is the name with the sha256 of the file that the function stands in: an edited function is
-        another one.
+        The fingerprint is the name with the sha256 of the function's file, so that an edited function is another one.
 
         Raises:
-            InputError: there is no such module or function, or it cannot be called.
+            InputError: there is no such module or function, or it is not callable.
         """
         module_name, _, function_name = name.partition(":")
         if not module_name or not function_name:
@@ -125,15 +120,14 @@ class CallableScorer:
             raise InputError(f"{name}: {error}") from error
         if not callable(function):
             raise InputError(f"{name}: is no function but {type(function).__name__}")
-        return cls(function, f"{name} {_source_digest(function)}")
-
-    @property
-    def fingerprint(self) -> str:
-        """The function's name and source."""
-        return self._fingerprint
+        try:
+            path = inspect.getsourcefile(inspect.unwrap(function))
+        except TypeError:
+            path = None  # a C extension
+        return cls(function, f"{name} {sha256_of(Path(path)) if path and Path(path).is_file() else ''}")
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
-        """Return what the function returns, whatever that is.
+        """Returns what the function returns, unchecked.
 
         Raises:
             EveralignError: the function raised an exception.
@@ -146,7 +140,7 @@ class CallableScorer:
 
 
 def make_scorer(name: str, tokens_per_batch: int | None = None, judge: JudgeOptions | None = None) -> Scorer:
-    """Return the scorer that a name means.
+    """Returns the scorer of a name.
 
     Args:
         name: a reward model's folder, `module:function`, or a judge as `URL#MODEL`.
@@ -154,7 +148,7 @@ def make_scorer(name: str, tokens_per_batch: int | None = None, judge: JudgeOpti
         judge: for a judge; its defaults when None.
 
     Raises:
-        InputError: there is no such scorer, or it would ignore an option that is given.
+        InputError: there is no such scorer, or it would ignore one of the options.
     """
     if "://" in name:
         if tokens_per_batch is not None:
@@ -167,12 +161,3 @@ def make_scorer(name: str, tokens_per_batch: int | None = None, judge: JudgeOpti
     if tokens_per_batch is not None:
         raise InputError(f"tokens per batch: the function {name} would ignore it; leave it out")
     return CallableScorer.from_name(name)
-
-
-def _source_digest(function: Any) -> str:
-    """sha256 of a function's file; empty where it has none, as in C extensions."""
-    try:
-        path = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:
-        path = None
-    return sha256_of(Path(path)) if path and Path(path).is_file() else ""
