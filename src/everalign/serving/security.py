@@ -1,4 +1,4 @@
-"""Authentication: API keys per client, and signed, revocable browser sessions."""
+"""Authentication: hashed API keys with allowances, and signed, revocable browser sessions."""
 
 import hashlib
 import hmac
@@ -16,18 +16,31 @@ from urllib.parse import urlsplit
 from everalign.errors import InputError
 from everalign.serving.errors import INVALID, GatewayError
 
-SECONDS = 12 * 3600
-"""How long a session lasts."""
+SESSION_SECONDS = 12 * 3600
+
+LOCAL = "local"
+"""The key id of clients of a gateway without keys."""
+
+_log = logging.getLogger(__name__)
+_ID_DIGITS = 12
+_KEY_FILE_CHECK_SECONDS = 1.0
+# Headers of a proxy. A proxy that adds no header and connects to 127.0.0.1 cannot be told from a client; the oldest
+# ones, which speak HTTP/1.0, can.
+_PROXY_HEADERS = re.compile(
+    r"forwarded|(client|real|user|remote|source|socket|connecting|originating)-?(ip|addr)|original-(url|host)|^via$"
+    r"|^cdn-loop$|^(cf|fly|x-envoy|x-goog-iap|x-amzn|x-amz-cf|x-ms-client-principal|x-azure|x-arr|x-appgw|x-vercel|x-nf"
+    r"|x-cloud-trace|x-appengine|x-akamai|fastly|x-tailscale|tailscale|x-auth-request|remote)-"
+)
 
 
 @dataclass(frozen=True)
 class Session:
-    """One browser.
+    """A browser session.
 
     Args:
-        key_id: of the key that it signed in with; empty before it did.
-        nonce: tells sessions apart.
-        expires: when it ends, in seconds since 1970.
+        key_id: of the key that it signed in with; empty before signing in.
+        nonce: identifies the session.
+        expires: seconds since 1970.
     """
 
     key_id: str
@@ -36,78 +49,62 @@ class Session:
 
 
 class Sessions:
-    """Makes and checks sessions; those that were ended are all that it remembers.
+    """Creates, verifies and revokes sessions. Cookies are signed; only revoked sessions are stored.
 
     Args:
-        seconds: how long one lasts.
+        seconds: lifetime of a session.
         clock: seconds since 1970.
     """
 
-    def __init__(self, seconds: int = SECONDS, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, seconds: int = SESSION_SECONDS, clock: Callable[[], float] = time.time) -> None:
         self.seconds, self._clock = seconds, clock
         self._secret = secrets.token_bytes(32)
-        self._ended: dict[str, int] = {}
+        self._revoked: dict[str, int] = {}
 
     def begin(self, key_id: str) -> Session:
-        """Return a new session of a key; of none where that is empty."""
+        """Return a new session of a key; an empty id for a browser that has not signed in."""
         return Session(key_id, secrets.token_hex(16), int(self._clock()) + self.seconds)
 
     def end(self, session: Session) -> None:
-        """Let a session's cookie count for nothing from now on."""
+        """Revoke a session: its cookie is refused from now on."""
         now = self._clock()
-        self._ended = {nonce: expires for nonce, expires in self._ended.items() if expires > now}
-        self._ended[session.nonce] = session.expires
+        self._revoked = {nonce: expires for nonce, expires in self._revoked.items() if expires > now}
+        self._revoked[session.nonce] = session.expires
 
     def cookie(self, session: Session) -> str:
-        """Return a session as a cookie's value."""
+        """Return the cookie of a session."""
         text = f"{session.key_id}.{session.nonce}.{session.expires}"
-        return f"{text}.{self._signed('session', text)}"
+        return f"{text}.{self._signature('session', text)}"
 
     def read(self, cookie: str) -> Session | None:
-        """Return the session of a cookie; None for one that is not from here, that has ended or that is too old."""
+        """Return the session of a cookie; None if it is forged, revoked or expired."""
         text, _, signature = cookie.rpartition(".")
-        # Compared as bytes: as text, letters that are not ASCII would be an error.
-        if not hmac.compare_digest(self._signed("session", text).encode(), signature.encode(errors="replace")):
+        # As bytes, because `compare_digest` refuses text that is not ASCII.
+        if not hmac.compare_digest(self._signature("session", text).encode(), signature.encode(errors="replace")):
             return None
         key_id, nonce, expires = text.split(".")
-        found = Session(key_id, nonce, int(expires))
-        return None if found.expires <= self._clock() or nonce in self._ended else found
+        session = Session(key_id, nonce, int(expires))
+        return None if session.expires <= self._clock() or nonce in self._revoked else session
 
     def token(self, session: Session) -> str:
-        """Return what a form of this session must hold, so that no other site can send it."""
-        return self._signed("form", session.nonce)
+        """Return the CSRF token for the forms of a session."""
+        return self._signature("form", session.nonce)
 
     def is_token(self, session: Session, token: str) -> bool:
-        """Whether a form's token is the session's."""
+        """Whether a form's CSRF token is the session's."""
         return hmac.compare_digest(self.token(session).encode(), token.encode(errors="replace"))
 
-    def _signed(self, use: str, text: str) -> str:
-        content = f"{use}:{text}".encode(errors="replace")
-        return hmac.new(self._secret, content, hashlib.sha256).hexdigest()
-
-
-LOCAL = "local"
-"""What the key is called where none is needed."""
-
-_log = logging.getLogger(__name__)
-_ID_DIGITS = 12
-_LOOK_SECONDS = 1.0
-# Anything that says that a request came by way of somebody else. A proxy that says nothing at all and calls by the
-# name 127.0.0.1 cannot be told from a client; the oldest of them, which speak HTTP/1.0, can.
-_RELAYED = re.compile(
-    r"forwarded|(client|real|user|remote|source|socket|connecting|originating)-?(ip|addr)|original-(url|host)|^via$"
-    r"|^cdn-loop$|^(cf|fly|x-envoy|x-goog-iap|x-amzn|x-amz-cf|x-ms-client-principal|x-azure|x-arr|x-appgw|x-vercel|x-nf"
-    r"|x-cloud-trace|x-appengine|x-akamai|fastly|x-tailscale|tailscale|x-auth-request|remote)-"
-)
+    def _signature(self, use: str, text: str) -> str:
+        return hmac.new(self._secret, f"{use}:{text}".encode(errors="replace"), hashlib.sha256).hexdigest()
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """What one key may use; None for as much as there is.
+    """What one key may use; None for no limit.
 
     Args:
-        requests_per_minute: begun in a minute.
-        tokens_per_day: of prompts and answers, from midnight UTC on; a request that passes the limit is the last one.
+        requests_per_minute: requests started in a minute.
+        tokens_per_day: tokens of prompts and answers since midnight UTC; the request that exceeds it is the last one.
     """
 
     requests_per_minute: int | None = None
@@ -118,18 +115,17 @@ UNLIMITED = Allowance()
 
 
 class Keys:
-    """The clients' keys, of which only hashes are held.
+    """The clients' API keys, stored as hashes.
 
     Args:
-        keys: the keys; none for this machine alone.
-        file: has further ones; see `read_key_file`.
-        no_auth: serve whoever comes, where there are no keys.
-        origins: of web pages that may use a gateway without keys, besides those of this machine.
-        clock: seconds that only grow.
+        keys: the keys; with none at all, only this machine is served.
+        file: has further ones and is read again when it changes; see `read_key_file`.
+        no_auth: if there are no keys, serve everybody.
+        origins: web pages that may use a gateway without keys, besides those of this machine.
+        clock: monotonic seconds.
 
     Raises:
-        InputError: a key is empty, or no header could hold it; the file cannot be read; or `no_auth` has no sense
-            beside keys.
+        InputError: a key is empty or cannot be a header, the file cannot be read, or there are keys besides `no_auth`.
     """
 
     def __init__(
@@ -140,106 +136,112 @@ class Keys:
         origins: Iterable[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._given = dict.fromkeys(_digest(_checked(key, "EVERALIGN_API_KEYS")) for key in keys)
-        self._file, self._open, self._origins, self._clock = file, no_auth, frozenset(origins), clock
-        self._looked, self._changed = clock(), _state_of(file)
-        self._hold({} if file is None else read_key_file(file))
+        self._given: dict[str, Allowance | None] = dict.fromkeys(_digest(key, "EVERALIGN_API_KEYS") for key in keys)
+        self._file, self._no_auth, self._origins, self._clock = file, no_auth, frozenset(origins), clock
+        self._checked_at, self._file_state = clock(), _file_state(file)
+        self._set({} if file is None else read_key_file(file))
         if no_auth and self._known:
             raise InputError("--no-auth: there are keys; leave it out, or unset EVERALIGN_API_KEYS and --keys-file")
 
+    def _set(self, of_file: Mapping[str, Allowance | None]) -> None:
+        self._known = {**self._given, **of_file}
+        self._by_id = {digest[:_ID_DIGITS]: allowance for digest, allowance in self._known.items()}
+
     @property
     def needed(self) -> bool:
-        """Whether there are any."""
+        """Whether clients need a key."""
         return bool(self._known)
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of keys."""
         return len(self._known)
 
     def allowance(self, key_id: str) -> Allowance | None:
-        """Return what the file of keys says that a key may use; None where it says nothing."""
+        """Return a key's allowance in the key file; None if it has none there."""
         return self._by_id.get(key_id)
 
-    def identify(self, headers: Mapping[str, str], peer: str | None, http_version: str = "1.1") -> str:
-        """Return the id of the key that a request came with.
-
-        Args:
-            headers: of the request, names in small letters.
-            peer: the address that the connection comes from.
-            http_version: of the request.
-
-        Raises:
-            GatewayError: 401 or 403.
-        """
-        self._read_again()
-        if not self._known:
-            if not self._open:
-                self._check_local(headers, peer, http_version)
-            return LOCAL
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        bearer = bearer if scheme.lower() == "bearer" else ""
-        for key in (bearer, headers.get("api-key", ""), headers.get("x-api-key", "")):
-            if key.strip() and (key_id := self.id_of(key.strip())) is not None:
-                return key_id
-        message = "no valid API key: send one that the gateway knows as Authorization: Bearer KEY, or as x-api-key"
-        advice = {"www-authenticate": "Bearer", "x-should-retry": "false"}
-        raise GatewayError(401, message, INVALID, "invalid_api_key", headers=advice)
-
     def knows(self, key_id: str) -> bool:
-        """Whether there still is a key of an id."""
-        self._read_again()
+        """Whether there still is a key of this id."""
+        self._reload()
         return key_id in self._by_id
 
     def id_of(self, key: str) -> str | None:
-        """Return the id of a key; None for one that is not known."""
-        digest = _digest(key)
-        # All are compared, so that the time tells nothing about which one it was.
+        """Return the id of a key; None if it is unknown."""
+        digest = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
+        # Compares with all keys, so that the time does not show which one matched.
         matches = [hmac.compare_digest(digest, known) for known in self._known]
         return digest[:_ID_DIGITS] if any(matches) else None
 
-    def _hold(self, of_file: Mapping[str, Allowance | None]) -> None:
-        self._known: dict[str, Allowance | None] = {**self._given, **of_file}
-        self._by_id = {digest[:_ID_DIGITS]: own for digest, own in self._known.items()}
+    def identify(self, headers: Mapping[str, str], peer: str | None, http_version: str = "1.1") -> str:
+        """Return the id of a request's key.
 
-    def _read_again(self) -> None:
-        """Read the file anew if it has changed; one that cannot be read leaves the keys that were."""
-        now = self._clock()
-        if self._file is None or now < self._looked + _LOOK_SECONDS:
-            return
-        self._looked = now
-        if (state := _state_of(self._file)) == self._changed:
-            return
-        self._changed = state
-        try:
-            self._hold(read_key_file(self._file))
-            _log.warning("%s: has changed; %d keys are known now", self._file, len(self._known))
-        except InputError as error:
-            _log.error("%s; the keys are those of before", error)
+        Args:
+            headers: of the request, with lower-case names.
+            peer: address of the other end of the connection.
+            http_version: of the request.
 
-    def _check_local(self, headers: Mapping[str, str], peer: str | None, http_version: str) -> None:
-        """Refuse whoever does not sit at this machine, and what came by a proxy; raises GatewayError 403."""
-        relayed = any(_RELAYED.search(name) for name in headers)
-        origin = headers.get("origin")
-        # A page of another site can send forms here without asking; its browser says where it is from.
-        foreign = origin is not None and origin not in self._origins and not is_loopback(_host_of_origin(origin))
-        here = is_loopback(peer or "") and is_loopback(_host(headers.get("host", "")))
-        if relayed or foreign or not here or http_version == "1.0":
+        Raises:
+            GatewayError: 401 without a valid key; 403 if there are no keys and the request is not of this machine.
+        """
+        self._reload()
+        if self._known:
+            scheme, _, bearer = headers.get("authorization", "").partition(" ")
+            bearer = bearer if scheme.lower() == "bearer" else ""
+            for key in (bearer, headers.get("api-key", ""), headers.get("x-api-key", "")):
+                if key.strip() and (key_id := self.id_of(key.strip())) is not None:
+                    return key_id
+            message = "no valid API key: send one that the gateway knows as Authorization: Bearer KEY, or as x-api-key"
+            advice = {"www-authenticate": "Bearer", "x-should-retry": "false"}
+            raise GatewayError(401, message, INVALID, "invalid_api_key", headers=advice)
+        if not self._no_auth and not self._is_local(headers, peer, http_version):
             message = (
                 "no keys are set, so that only this machine itself is served, as 127.0.0.1 and by no proxy; the "
                 "operator can set EVERALIGN_API_KEYS, or open the gateway to everybody with --no-auth"
             )
             raise GatewayError(403, message, INVALID, "not_local", headers={"x-should-retry": "false"})
+        return LOCAL
+
+    def _is_local(self, headers: Mapping[str, str], peer: str | None, http_version: str) -> bool:
+        """Whether a request was sent from this machine, neither by a proxy nor by a page of another site."""
+        if http_version == "1.0" or any(_PROXY_HEADERS.search(name) for name in headers):
+            return False
+        # Any web page can make this machine's browser send forms here; the browser names the page's site.
+        origin = headers.get("origin")
+        if origin is not None and origin not in self._origins:
+            try:
+                site = urlsplit(origin).hostname or ""
+            except ValueError:
+                return False
+            if not is_loopback(site):
+                return False
+        host = headers.get("host", "")
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        return is_loopback(peer or "") and is_loopback(name)
+
+    def _reload(self) -> None:
+        """Read the key file again if it has changed; if it cannot be read, the keys stay as they were."""
+        now = self._clock()
+        if self._file is None or now < self._checked_at + _KEY_FILE_CHECK_SECONDS:
+            return
+        self._checked_at = now
+        if (state := _file_state(self._file)) == self._file_state:
+            return
+        self._file_state = state
+        try:
+            self._set(read_key_file(self._file))
+            _log.warning("%s: has changed; %d keys are known now", self._file, len(self._known))
+        except InputError as error:
+            _log.error("%s; the keys are those of before", error)
 
 
 def read_key_file(path: Path) -> dict[str, Allowance | None]:
-    """Return the hashes of a file's keys, and what each may use.
+    """Return the hashes of a file's keys, with their allowances.
 
-    A line is a key, and behind it what it may use: `requests_per_minute=60 tokens_per_day=100000`. Behind `#` is a
-    comment.
+    A line is a key, then its limits: `requests_per_minute=60 tokens_per_day=100000`. `#` begins a comment.
 
     Raises:
-        InputError: it cannot be read, a line is wrong (its number is named, never the key), or it has no key.
+        InputError: the file cannot be read or has no keys, or a line is wrong; names its number, never the key.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -248,42 +250,35 @@ def read_key_file(path: Path) -> dict[str, Allowance | None]:
         raise InputError(f"--keys-file {path}: cannot be read: {reason}") from None
     found: dict[str, Allowance | None] = {}
     for number, line in enumerate(lines, start=1):
+        where = f"--keys-file {path}, line {number}"
         key, *limits = line.partition("#")[0].split() or [""]
         if not key:
             continue
-        digest = _digest(_checked(key, f"--keys-file {path}, line {number}"))
+        digest = _digest(key, where)
         if digest in found:
-            raise InputError(f"--keys-file {path}, line {number}: is the key of an earlier line; leave one of them out")
-        found[digest] = _read_allowance(limits, f"--keys-file {path}, line {number}") if limits else None
+            raise InputError(f"{where}: is the key of an earlier line; leave one of them out")
+        values: dict[str, int] = {}
+        for limit in limits:
+            name, _, value = limit.partition("=")
+            if name not in Allowance.__dataclass_fields__ or name in values:
+                raise InputError(f"{where}: behind a key stand requests_per_minute=N and tokens_per_day=N, each once")
+            if not (value.isascii() and value.isdigit() and int(value) > 0):
+                raise InputError(f"{where}: {name} must be a whole number of at least 1")
+            values[name] = int(value)
+        found[digest] = Allowance(**values) if values else None
     if not found:
         raise InputError(f"--keys-file {path}: has no keys; write one a line")
     return found
 
 
-def _read_allowance(limits: list[str], where: str) -> Allowance:
-    values: dict[str, int] = {}
-    for text in limits:
-        name, _, number = text.partition("=")
-        if name not in Allowance.__dataclass_fields__ or name in values:
-            raise InputError(f"{where}: behind a key stand requests_per_minute=N and tokens_per_day=N, each once")
-        if not (number.isascii() and number.isdigit() and int(number) > 0):
-            raise InputError(f"{where}: {name} must be a whole number of at least 1")
-        values[name] = int(number)
-    return Allowance(**values)
-
-
-def _checked(key: str, where: str) -> str:
+def _digest(key: str, where: str) -> str:
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise InputError(f"{where}: a key is empty or has other than letters, digits and signs")
-    return key
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
-
-
-def _state_of(file: Path | None) -> tuple[int, int, int] | None:
-    """What tells a file that was written again from what it was."""
+def _file_state(file: Path | None) -> tuple[int, int, int] | None:
+    """Return a value that changes when the file is written; None if there is no file."""
     try:
         found = None if file is None else os.stat(file)
     except OSError:
@@ -292,26 +287,11 @@ def _state_of(file: Path | None) -> tuple[int, int, int] | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address can be reached from the same machine alone."""
+    """Whether a name or address is this machine's own loopback."""
     if host.lower() == "localhost":
         return True
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)
-
-
-def _host(text: str) -> str:
-    """A Host header without its port."""
-    if text.startswith("["):
-        return text[1:].partition("]")[0]
-    return text.partition(":")[0]
-
-
-def _host_of_origin(origin: str) -> str:
-    try:
-        return urlsplit(origin).hostname or ""
-    except ValueError:
-        return ""
+    return bool((getattr(address, "ipv4_mapped", None) or address).is_loopback)

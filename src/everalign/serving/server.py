@@ -1,4 +1,4 @@
-"""The server process: its socket, its client connections, and graceful shutdown."""
+"""The server process: environment and flags, its socket, limits on client connections, graceful shutdown."""
 
 import asyncio
 import errno
@@ -24,22 +24,27 @@ if TYPE_CHECKING:
 
     from everalign.serving.gateway import Gateway
 
+KEYS_VARIABLE = "EVERALIGN_API_KEYS"
+_OWN_VARIABLES = ("CORRECTOR_API_KEY", "APPROVER_API_KEY", "FALLBACK_API_KEY")
+_UNNAMED = "default"
+_BACKLOG = 2048
+_SHUTDOWN_SECONDS = 30  # for requests in progress
 _SPARE_FILES = 256  # for the store, the corrector and the log
 _MOST_FILES = 65536
 _LARGEST_HEAD = 64 << 10  # bytes
-_NETWORK_BITS = 64  # of an IPv6 address; whoever has one, has all of these
+_NETWORK_BITS = 64  # an IPv6 client usually has a whole network of this size
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """What connections may.
+    """Limits on the connections of clients.
 
     Args:
-        most: connections at once.
-        per_address: of them from one address, or one network of IPv6.
-        head_seconds: until the head of a request is there, from its first byte or from connecting on.
-        stalled_seconds: for which a client may read too little of what it is sent.
-        exempt: proxies, whose connections are those of many clients.
+        most: connections in total.
+        per_address: connections from one address, or from one IPv6 network.
+        head_seconds: for the head of a request, from connecting or from its first byte on.
+        stalled_seconds: how long a client may read nothing of what is sent to it.
+        exempt: addresses of proxies, whose connections are those of many clients.
     """
 
     most: int
@@ -49,239 +54,212 @@ class ConnectionLimits:
     exempt: tuple[str, ...] = ()
 
 
-def spare_files(concurrency: int) -> int:
-    """Return how many connections of clients there can be besides those to upstreams; asks for as many as it may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    files = _MOST_FILES if soft == resource.RLIM_INFINITY else soft
-    return max(files // 4, files - concurrency - _SPARE_FILES)
-
-
-class Door:
-    """The connections of one server, by address. Used in one event loop."""
+class ConnectionTable:
+    """The connections of one server, by address: admits them, and closes slow ones. Used in one event loop."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
         self._limits = limits
         self._exempt = [ipaddress.ip_network(one) for one in limits.exempt]
-        self._addresses: dict[str, OrderedDict[_Client, None]] = {}
+        self._addresses: dict[str, OrderedDict[_LimitedProtocol, None]] = {}
         self._count = 0
-        self._every = min(1.0, limits.head_seconds / 2, limits.stalled_seconds / 2)
-        self._sweeping: asyncio.TimerHandle | None = None
+        self._interval = min(1.0, limits.head_seconds / 2, limits.stalled_seconds / 2)
+        self._timer: asyncio.TimerHandle | None = None
 
-    def enter(self, client: "_Client", host: str) -> bool:
-        """Take a connection in; False where there is no place for it."""
-        address, bound = self._address(host)
-        of_address = self._addresses.get(address, OrderedDict())
-        if bound and len(of_address) >= self._limits.per_address and not self._make_room(address):
+    def add(self, client: "_LimitedProtocol", host: str) -> bool:
+        """Add a connection; False if there is no place for it, even after closing an idle one."""
+        address, limited = self._address(host)
+        same = self._addresses.get(address, OrderedDict())
+        if limited and len(same) >= self._limits.per_address and not self._close_idle(address):
             return False
         if self._count >= self._limits.most:
             crowded = max(self._addresses, key=lambda name: len(self._addresses[name]))
-            if not (self._make_room(crowded) or any(self._make_room(name) for name in tuple(self._addresses))):
+            if not (self._close_idle(crowded) or any(self._close_idle(name) for name in tuple(self._addresses))):
                 return False
         client.address = address
         self._addresses.setdefault(address, OrderedDict())[client] = None
         self._count += 1
-        if self._sweeping is None:
-            self._sweeping = asyncio.get_running_loop().call_later(self._every, self._sweep)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._interval, self._close_slow)
         return True
 
-    def leave(self, client: "_Client") -> None:
-        """Let a connection go; once, however often it is called."""
-        of_address = self._addresses.get(client.address, OrderedDict())
-        if client in of_address:
-            del of_address[client]
+    def remove(self, client: "_LimitedProtocol") -> None:
+        """Remove a connection; may be called again."""
+        same = self._addresses.get(client.address, OrderedDict())
+        if client in same:
+            del same[client]
             self._count -= 1
-            if not of_address:
+            if not same:
                 del self._addresses[client.address]
 
-    def _make_room(self, address: str) -> bool:
+    def _close_idle(self, address: str) -> bool:
         idle = next((client for client in self._addresses.get(address, ()) if not client.busy), None)
         if idle is None:
             return False
-        self.leave(idle)
+        self.remove(idle)
         idle.transport.abort()
         return True
 
-    def _sweep(self) -> None:
-        """Close those that were silent, or read nothing, for too long."""
-        self._sweeping = None
+    def _close_slow(self) -> None:
+        """Close connections that sent no request, or read nothing, for too long."""
+        self._timer = None
         now = time.monotonic()
-        for of_address in tuple(self._addresses.values()):
-            for client in tuple(of_address):
-                head, stalled, unread = (
-                    client.waits_since,
-                    client.stalled_since,
-                    client.transport.get_write_buffer_size(),
-                )
-                if client.transport.is_closing() and not unread:
-                    self.leave(client)  # also one that became another protocol's
-                elif client.transport.is_closing() and stalled is None:
-                    client.stalled_since = now
-                elif head is not None and now >= head + self._limits.head_seconds:
-                    client.end()
-                elif stalled is not None and now >= stalled + self._limits.stalled_seconds:
-                    client.transport.abort()
+        for client in [client for same in self._addresses.values() for client in same]:
+            waits, stalled = client.waits_since, client.stalled_since
+            if client.transport.is_closing() and not client.transport.get_write_buffer_size():
+                self.remove(client)  # also a connection that was handed to another protocol
+            elif client.transport.is_closing() and stalled is None:
+                client.stalled_since = now
+            elif waits is not None and now >= waits + self._limits.head_seconds:
+                client.reply(b"408 Request Timeout")
+            elif stalled is not None and now >= stalled + self._limits.stalled_seconds:
+                client.transport.abort()
         if self._count:
-            self._sweeping = asyncio.get_running_loop().call_later(self._every, self._sweep)
+            self._timer = asyncio.get_running_loop().call_later(self._interval, self._close_slow)
 
     def _address(self, host: str) -> tuple[str, bool]:
-        """Return what connections are counted by, and whether they are limited."""
+        """Return the name that connections are counted under, and whether their number is limited."""
         try:
             found = ipaddress.ip_address(host)
         except ValueError:
             return host, True
+        found = getattr(found, "ipv4_mapped", None) or found
+        limited = not any(found in one for one in self._exempt)
         if isinstance(found, ipaddress.IPv6Address):
-            if found.ipv4_mapped is None:
-                network = ipaddress.ip_network((int(found) >> _NETWORK_BITS << _NETWORK_BITS, _NETWORK_BITS))
-                return str(network), not any(found in one for one in self._exempt)
-            found = found.ipv4_mapped
-        return str(found), not any(found in one for one in self._exempt)
+            return str(ipaddress.ip_network((int(found) >> _NETWORK_BITS << _NETWORK_BITS, _NETWORK_BITS))), limited
+        return str(found), limited
 
 
-class _Client:
-    """One connection, in front of uvicorn's protocol."""
+class _LimitedProtocol:
+    """Mixin for uvicorn's protocol: one client connection that `table` admits and watches."""
 
-    door: Door
+    table: ConnectionTable
     cycle: Any
     transport: asyncio.Transport
     address = ""
     waits_since: float | None = None
     stalled_since: float | None = None
-    _head: int | None = 0  # bytes of a head that is not whole
+    _head: int | None = 0  # bytes of an incomplete head
 
     @property
     def busy(self) -> bool:
-        """Whether a request is under way."""
+        """Whether a request is in progress."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """A client has connected."""
         peer = transport.get_extra_info("peername")
         super().connection_made(transport)  # type: ignore[misc]
         self.waits_since = time.monotonic()
-        if not self.door.enter(self, str(peer[0]) if peer else ""):
+        if not self.table.add(self, str(peer[0]) if peer else ""):
             error = overloaded("too many connections are open already", "too_many_connections", status=503)
-            self._reply(b"503 Service Unavailable", json_bytes(error.body()))
+            self.reply(b"503 Service Unavailable", json_bytes(error.body()))
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a client have come."""
         if self.transport.is_closing():
             return
         super().data_received(data)  # type: ignore[misc]
         if self.busy:
             self.waits_since, self._head = None, None
             return
-        # The beginning of a request, or the rest of a body that nobody waits for.
+        # The beginning of a request, or the rest of a body that nobody reads.
         if self.waits_since is None:
             self.waits_since = time.monotonic()
         if self._head is not None:
             self._head += len(data)
             if self._head > _LARGEST_HEAD and not self.transport.is_closing():
-                self._reply(b"431 Request Header Fields Too Large", b"")
+                self.reply(b"431 Request Header Fields Too Large")
 
     def on_message_begin(self) -> None:
-        """The head of a request begins; only httptools says so, and h11 has a limit of its own."""
+        # Only httptools calls this; h11 limits the head itself.
         super().on_message_begin()  # type: ignore[misc]
         self._head = 0
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The client is gone."""
-        self.door.leave(self)
+        self.table.remove(self)
         super().connection_lost(error)  # type: ignore[misc]
 
     def pause_writing(self) -> None:
-        """The client reads less than it is sent."""
         super().pause_writing()  # type: ignore[misc]
         self.stalled_since = time.monotonic()
 
     def resume_writing(self) -> None:
-        """It has read."""
         super().resume_writing()  # type: ignore[misc]
         self.stalled_since = None
 
-    def end(self) -> None:
-        """Close a connection whose request does not come."""
-        self._reply(b"408 Request Timeout", b"")
-
-    def _reply(self, status: bytes, body: bytes) -> None:
+    def reply(self, status: bytes, body: bytes = b"") -> None:
+        """Send a reply of our own and close the connection."""
         head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.waits_since = None
         self.transport.write(head % (status, len(body)) + body)
         self.transport.close()
 
 
-def client_protocol(limits: ConnectionLimits) -> type[asyncio.Protocol]:
-    """Return uvicorn's protocol with limits, for `uvicorn.Config(http=...)`."""
-    from uvicorn.protocols.http.auto import AutoHTTPProtocol
-
-    made: type[asyncio.Protocol] = type("ClientProtocol", (_Client, AutoHTTPProtocol), {"door": Door(limits)})
-    return made
-
-
-KEYS_VARIABLE = "EVERALIGN_API_KEYS"
-_OWN_VARIABLES = ("CORRECTOR_API_KEY", "APPROVER_API_KEY", "FALLBACK_API_KEY")
-_UNNAMED = "default"
-_BACKLOG = 2048
-_LAST_SECONDS = 30  # for requests under way when the server is told to end
-
-
 def read_keys(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the clients' keys from EVERALIGN_API_KEYS, where commas divide them."""
+    """Return the clients' keys from EVERALIGN_API_KEYS, separated by commas."""
     text = environment.get(KEYS_VARIABLE, "")
     return tuple(key.strip() for key in text.split(",")) if text.strip() else ()
 
 
-def read_upstream(text: str, environment: Mapping[str, str]) -> UpstreamSettings:
-    """Return the upstream of a flag, URL or NAME=URL, with its key from OPENAI_API_KEY or NAME_API_KEY.
-
-    Raises:
-        InputError: the flag is neither.
-    """
-    if text.startswith(("http://", "https://")):
-        return UpstreamSettings(_UNNAMED, text, environment.get("OPENAI_API_KEY", ""))
-    name, found, url = text.partition("=")
-    if not found or not url.startswith(("http://", "https://")):
-        raise InputError(f"--upstream {text}: must be URL or NAME=URL, such as http://127.0.0.1:8000/v1")
-    # The operator's key goes to the server that it is meant for, and to no other.
-    variable = key_variable(name)
-    if variable in _OWN_VARIABLES:
-        raise InputError(f"--upstream {name}=...: {variable} is another server's key; choose another name")
-    return UpstreamSettings(name, url, environment.get(variable, ""))
+def key_variable(name: str) -> str:
+    """Return the environment variable with an upstream's key."""
+    return "OPENAI_API_KEY" if name == _UNNAMED else f"{name.upper().replace('-', '_')}_API_KEY"
 
 
 def read_upstreams(texts: Iterable[str], environment: Mapping[str, str]) -> tuple[UpstreamSettings, ...]:
-    """Return the upstreams of all flags; raises InputError also where two would be sent the same key."""
-    found = tuple(read_upstream(text, environment) for text in texts)
-    named: dict[str, str] = {}
-    for one in found:
-        former = named.setdefault(key_variable(one.name), one.name)
-        if former != one.name:
+    """Return the upstreams of `--upstream URL` or `NAME=URL`, with their keys from OPENAI_API_KEY or NAME_API_KEY.
+
+    Raises:
+        InputError: a flag is neither, or its key would be that of another server.
+    """
+    found: list[UpstreamSettings] = []
+    names: dict[str, str] = {}
+    for text in texts:
+        if text.startswith(("http://", "https://")):
+            name, url = _UNNAMED, text
+        else:
+            name, given, url = text.partition("=")
+            if not given or not url.startswith(("http://", "https://")):
+                raise InputError(f"--upstream {text}: must be URL or NAME=URL, such as http://127.0.0.1:8000/v1")
+            # A key goes to the server that it is meant for, and to no other.
+            if key_variable(name) in _OWN_VARIABLES:
+                raise InputError(
+                    f"--upstream {name}=...: {key_variable(name)} is another server's key; choose another name"
+                )
+        variable = key_variable(name)
+        former = names.setdefault(variable, name)
+        if former != name:
             raise InputError(
-                f"--upstream {one.name}=...: its key would be read from {key_variable(one.name)}, which is that of the "
-                f"upstream {former!r}; choose another name"
+                f"--upstream {name}=...: its key would be read from {variable}, which is that of the upstream "
+                f"{former!r}; choose another name"
             )
-    return found
+        found.append(UpstreamSettings(name, url, environment.get(variable, "")))
+    return tuple(found)
 
 
 def read_fallback(text: str, environment: Mapping[str, str]) -> tuple[UpstreamSettings, str | None]:
-    """Return the server of --fallback, URL or URL#MODEL, and the model, if one is named; raises InputError."""
+    """Return the server of `--fallback URL` or `URL#MODEL`, and the model, if any; raises InputError."""
     url, _, model = text.partition("#")
     if not url.startswith(("http://", "https://")):
         raise InputError(f"--fallback {text}: must be URL or URL#MODEL, such as http://127.0.0.1:8000/v1#qwen2.5")
     return UpstreamSettings("fallback", url, environment.get("FALLBACK_API_KEY", "")), model or None
 
 
+def check_host(host: str, keyless: bool, no_auth: bool) -> None:
+    """Refuse to serve a network without keys unless `--no-auth` is given; raises InputError."""
+    if keyless and not no_auth and not is_loopback(host):
+        raise InputError(
+            f"--host {host}: without keys only this machine is served, as 127.0.0.1; set {KEYS_VARIABLE} to the "
+            "clients' keys, divided by commas, or serve whoever comes with --no-auth"
+        )
+
+
 def description(gateway: "Gateway", address: str, corrector: str | None, store: str | None) -> list[tuple[str, str]]:
-    """Return what is in service, line by line, each with its label.
+    """Return (label, text) lines on what the gateway serves.
 
     Args:
-        gateway: as it is set up.
-        address: that clients give as their base URL.
-        corrector: as it was named.
-        store: its address, which may hold a password.
+        gateway: the gateway.
+        address: the clients' base URL.
+        corrector: its name on the command line.
+        store: its address; a password in it is hidden.
     """
     settings, root = gateway.settings, address.removesuffix("/v1")
     access = settings.access
@@ -303,29 +281,15 @@ def description(gateway: "Gateway", address: str, corrector: str | None, store: 
     return lines if settings.fallback is None else [*lines, ("fallback", settings.fallback.url)]
 
 
-def key_variable(name: str) -> str:
-    """Return the environment variable that holds an upstream's key."""
-    return "OPENAI_API_KEY" if name == _UNNAMED else f"{name.upper().replace('-', '_')}_API_KEY"
-
-
-def check_host(host: str, keyless: bool, no_auth: bool) -> None:
-    """Refuse to serve a network without keys unless that is meant; raises InputError."""
-    if keyless and not no_auth and not is_loopback(host):
-        raise InputError(
-            f"--host {host}: without keys only this machine is served, as 127.0.0.1; set {KEYS_VARIABLE} to the "
-            "clients' keys, divided by commas, or serve whoever comes with --no-auth"
-        )
-
-
 def bound_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; raises InputError where the address cannot be had."""
+    """Return a listening socket; raises InputError if the address cannot be used."""
     if not 0 <= port <= 65535:
         raise InputError(f"--port {port}: must be from 0 (any that is free) to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
         raise InputError(f"--host {host}: is no name or address of this machine") from None
-    # With its protocol: without, asyncio lets small packets wait for one another (40 ms).
+    # With the protocol's number: without it, asyncio does not disable Nagle's delay of small packets (40 ms).
     found = socket.socket(family, kind, protocol)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -333,67 +297,77 @@ def bound_socket(host: str, port: int) -> socket.socket:
         found.listen(_BACKLOG)
     except OSError as error:
         found.close()
-        raise InputError(_advice(host, port, error)) from None
+        if error.errno == errno.EADDRINUSE:
+            advice = "another program listens there; end it, or choose another port (0 for any that is free)"
+            raise InputError(f"--port {port}: {advice}") from None
+        if error.errno == errno.EACCES:
+            raise InputError(f"--port {port}: is not allowed to this user; choose one from 1024 on") from None
+        raise InputError(f"--host {host}: cannot be listened at: {error.strerror}") from None
     return found
 
 
-def _advice(host: str, port: int, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"--port {port}: another program listens there; end it, or choose another port (0 for any that is free)"
-    if error.errno == errno.EACCES:
-        return f"--port {port}: is not allowed to this user; choose one from 1024 on"
-    return f"--host {host}: cannot be listened at: {error.strerror}"
-
-
 def address_of(listening: socket.socket) -> str:
-    """Return the address that clients give as their base URL."""
+    """Return the clients' base URL for a socket."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
 def serve(app: "FastAPI", listening: socket.socket, ready: Callable[[], None], warn: Callable[[str], None]) -> None:
-    """Serve until a signal ends it; requests under way are finished, as far as they can in 30 seconds.
+    """Serve until a signal; requests in progress then have 30 seconds to finish.
 
     Args:
         app: the gateway.
         listening: its socket.
         ready: called when requests are answered.
-        warn: called with what is wrong then.
+        warn: called with warnings about the gateway's state at that time.
 
     Raises:
-        EveralignError: the server ended by itself.
+        EveralignError: the server could not start.
     """
     server = make_server(app)
     app.state.ready, app.state.warn = ready, warn
     try:
         server.run(sockets=[listening])
     except KeyboardInterrupt:
-        return  # how a server is meant to end: what was under way is finished
+        return  # the usual end: requests in progress are finished
     if not server.started:
         raise EveralignError("the server could not start; what is printed above says why")
 
 
 def make_server(app: "FastAPI") -> "uvicorn.Server":
-    """Return a server of a gateway, with the limits of its settings on connections."""
+    """Return a server of a gateway, with its settings' limits on connections."""
     import uvicorn
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
     settings = app.state.gateway.settings
     limits = ConnectionLimits(
-        most=spare_files(settings.limits.concurrency),
+        most=_client_connections(settings.limits.concurrency),
         per_address=settings.limits.connections_per_address,
         head_seconds=settings.timeouts.head,
         stalled_seconds=settings.timeouts.stalled,
         exempt=settings.access.trusted_proxies,
     )
-    # Uvicorn's log of requests would have their whole paths, and X-Forwarded-For is anyone's word for who they are;
-    # see access_log and --trusted-proxy.
+    protocol: Any = type("LimitedProtocol", (_LimitedProtocol, AutoHTTPProtocol), {"table": ConnectionTable(limits)})
+    # Uvicorn's own log would show whole paths, and its proxy headers believe anybody: see telemetry and
+    # --trusted-proxy.
     config = uvicorn.Config(
         app,
-        http=client_protocol(limits),
+        http=protocol,
         access_log=False,
         log_level="warning",
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=_LAST_SECONDS,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
     return uvicorn.Server(config)
+
+
+def _client_connections(concurrency: int) -> int:
+    """Return how many connections clients may have beside those to upstreams; raises the limit of open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    files = _MOST_FILES if soft == resource.RLIM_INFINITY else soft
+    return max(files // 4, files - concurrency - _SPARE_FILES)
