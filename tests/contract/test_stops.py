@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from corrections_for_tests import corrections
-from everalign.correction.engines import LocalEngine
+from everalign.correction.local_engine import LocalEngine
 from everalign.correction.templates import get_template
 from everalign.correction.tokenization import CorrectionEncoder
 from everalign.data.chat_template import DEFAULT_CHAT_TEMPLATE

@@ -36,7 +36,8 @@ from everalign.contrib.steering_vectors import (
 from everalign.correction.corrector import CorrectionOptions, Corrector
 from everalign.correction.corrector_files import load_corrector_files
 from everalign.correction.edits import edit_share
-from everalign.correction.engines import TOKENS_PER_BATCH, LocalEngine
+from everalign.correction.engines import TOKENS_PER_BATCH
+from everalign.correction.local_engine import LocalEngine
 from everalign.correction.output_checks import Approver, Guards
 from everalign.correction.tokenization import CorrectionEncoder
 from everalign.data.records import Correction, CorrectionSet

@@ -19,7 +19,6 @@ from everalign.correction.engines import (
     Engine,
     EngineOutput,
     Gate,
-    LocalEngine,
     Pair,
 )
 from everalign.correction.output_checks import Approver, Guards
@@ -131,6 +130,8 @@ class Corrector:
         Raises:
             InputError: the folder cannot be loaded or does not name its template, or the device cannot be used.
         """
+        from everalign.correction.local_engine import LocalEngine  # loads torch
+
         engine = LocalEngine.from_pretrained(
             folder, template=template, device=device, precision=precision, tokens_per_batch=tokens_per_batch
         )
