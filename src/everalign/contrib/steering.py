@@ -15,12 +15,12 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from everalign.contrib.activations import decoder_layers, residuals, shifted
@@ -45,6 +45,7 @@ from everalign.errors import EveralignError, InputError
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.options import Precision
 from everalign.modeling.runtime import training_device
+from everalign.options import Options
 from everalign.storage import exclusive, lock_of
 
 if TYPE_CHECKING:
@@ -136,42 +137,35 @@ def load_steered_corrector(
     return Corrector(SteeredEngine.from_pretrained(folder, **local).at(strength), options, approver)
 
 
-@dataclass(frozen=True)
-class SteeringOptions:
-    """How a direction is found.
+class SteeringOptions(Options):
+    """How a direction is found."""
 
-    Args:
-        direction: `mean` of the normalised differences, or `principal`, their first principal component, uncentred, as
-            in the paper. On the one corrector that both were measured on, edits followed the mean over a wider range.
-        layers: indices of layers to steer together, 0 for the first one; None to choose the best single one.
-        strengths: those that are tried, in addition to 0.
-        rows: most rows that the direction is extracted from.
-        trials: most rows that layers are compared on, and most rows of the report.
-        prefix: most tokens of an answer and a correction that are compared.
+    direction: Direction = Field(
+        default="mean",
+        description="mean of the normalised differences, or principal, their first component.\n`principal` is "
+        "uncentred, as in the paper. On the one corrector that both were measured on, edits followed the mean over a "
+        "wider range.",
+    )
+    layers: tuple[int, ...] | None = Field(
+        default=None, description="Layers to steer together, 0 for the first one; the best single one if not given."
+    )
+    strengths: tuple[float, ...] = Field(default=STRENGTHS, description="Strengths to try, in addition to 0.")
+    rows: int = Field(default=64, ge=2, description="Most rows to extract the direction from.")
+    trials: int = Field(default=24, ge=2, description="Most rows to compare layers on, and most rows of the report.")
+    prefix: int = Field(default=8, ge=1, description="Most tokens of an answer and a correction that are compared.")
 
-    Raises:
-        InputError: an option is out of its range.
-    """
-
-    direction: Direction = "mean"
-    layers: tuple[int, ...] | None = None
-    strengths: tuple[float, ...] = STRENGTHS
-    rows: int = 64
-    trials: int = 24
-    prefix: int = 8
-
-    def __post_init__(self) -> None:
-        if self.direction not in get_args(Direction):
-            raise InputError(f"direction must be one of {', '.join(get_args(Direction))}, found {self.direction!r}")
-        for name, least in (("rows", 2), ("trials", 2), ("prefix", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, found {getattr(self, name)}")
-        tried = {value for value in self.strengths if math.isfinite(value) and value != 0}
-        if len(tried) < max(2, len(self.strengths)):
+    @model_validator(mode="after")
+    def _check(self) -> "SteeringOptions":
+        if len({value for value in self.strengths if value != 0}) < max(2, len(self.strengths)):
             found = ", ".join(f"{value:g}" for value in self.strengths)
-            raise InputError(f"strengths must be at least two different finite numbers other than 0, found {found}")
+            raise InputError(
+                f"strengths must be at least two different numbers other than 0, found {found}", field="strengths"
+            )
         if self.layers is not None and (not self.layers or len({*self.layers}) < len(self.layers)):
-            raise InputError(f"layers must be different numbers, at least one, found {list(self.layers)}")
+            raise InputError(
+                f"layers must be different numbers, at least one, found {list(self.layers)}", field="layers"
+            )
+        return self
 
 
 def steer_corrector(
