@@ -5,6 +5,7 @@ BIN = $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 
 # Two workers of one thread each: small models gain nothing from more, and lose when the threads wait for one another.
+# A file's tests stay together, so that what they share is made once.
 
 .PHONY: demo test test-slow test-clients lint bench format clean
 
@@ -12,7 +13,7 @@ demo: $(VENV)/ready
 	$(BIN)/everalign demo --output runs/demo
 
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -17,6 +18,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # How long an example takes says more about the machine's other work than about the code.
 settings.register_profile("everalign", deadline=None)
 settings.load_profile("everalign")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Write temporary files to memory where there is room: what is written durably otherwise waits for the disk."""
+    memory = "/dev/shm"
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 << 30:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", memory)
 
 
 @pytest.fixture(autouse=True)

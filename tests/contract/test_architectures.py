@@ -16,6 +16,7 @@ from everalign.data.tokenization import TokenizedPair
 from everalign.errors import InputError
 from everalign.modeling.loading import language_model_class
 from models_for_tests import SHAPE, random_pairs
+from tiers_for_tests import slow_but
 from tokenizers_for_tests import byte_tokenizer
 
 VOCABULARY = len(byte_tokenizer())
@@ -263,9 +264,7 @@ REPRESENTATIVES = REHEARSED | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in REPRESENTATIVES else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
-)
+@pytest.mark.parametrize("name", slow_but(REPRESENTATIVES, ARCHITECTURES))
 def test_two_tasks_are_learned_versioned_reloaded_and_exported(name, tmp_path, monkeypatch):
     if name not in REHEARSED:
         monkeypatch.setattr("everalign.learning.context.rehearse", lambda *_: None)

@@ -28,6 +28,7 @@ from models_for_tests import (
     saved_model,
     scaled_by_itself,
 )
+from tiers_for_tests import slow_but
 
 PAIRS = [*random_pairs(5, seed=5), TokenizedPair("alike", [3, 4, 5], [6, 7, 8, 9, 10], [6, 7, 8, 11], 1.0)]
 BATCH = collate_pairs(PAIRS, shared=False)
@@ -46,7 +47,7 @@ def whole_log_probs(policy):
     return torch.stack(sums)
 
 
-@pytest.fixture(scope="module", params=FAMILIES + SCALED)
+@pytest.fixture(scope="module", params=slow_but(["llama", "gemma3", "gpt2", "granite"], FAMILIES + SCALED))
 def family(request):
     return request.param
 

@@ -203,6 +203,7 @@ def test_a_name_on_the_hub_is_named_as_base_model(finished, tmp_path):
         assert f"vllm serve {tmp_path if base == 'smollm2' else base} --enable-lora" in card
 
 
+@pytest.mark.slow
 def test_a_base_model_from_the_hub_s_cache(tmp_path):
     """In a process of its own, since the Hub's client reads its settings once; nothing is asked for."""
     snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / ("a" * 40)

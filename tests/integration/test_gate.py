@@ -15,6 +15,7 @@ from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
 from everalign.methods import METHODS, ExperienceReplay, LifeAlign, MultiTask, SequentialFineTuning, SingleTask
 from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, swapped, task_rows
+from tiers_for_tests import slow_but
 
 PAIRS = 12
 """Held-out pairs of a task: with a tolerance of 0.25, the fewest that can show anything are 9."""
@@ -189,8 +190,13 @@ def test_a_recipe_holds_the_tolerance():
 # ---- refused ----
 
 
-@pytest.mark.parametrize("name", SEQUENTIAL)
-@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "resumed"),
+    slow_but(
+        [("lifealign", False), ("lifealign", True), ("seqft", True)],
+        [(name, resumed) for name in SEQUENTIAL for resumed in (False, True)],
+    ),
+)
 def test_a_refused_task_leaves_no_trace_in_what_is_learned_next(model, output, clean, name, resumed):
     learner = gated(model, output, SEQUENTIAL[name]())
     learn(learner, "warm")
@@ -333,8 +339,17 @@ def kill_at(patch, target, moment):
     patch.setattr(os, "replace", killing)
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("target", ["manifest.json", "versions/002-poison", "current"])
+@pytest.mark.parametrize(
+    ("target", "moment"),
+    slow_but(
+        [("manifest.json", "before"), ("current", "before")],
+        [
+            (path, moment)
+            for path in ("manifest.json", "versions/002-poison", "current")
+            for moment in ("before", "after")
+        ],
+    ),
+)
 def test_a_kill_around_a_refusal_is_settled_as_the_gate_has_decided(model, output, clean, monkeypatch, target, moment):
     learner = gated(model, output)
     learn(learner, "warm")

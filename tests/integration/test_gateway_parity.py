@@ -76,7 +76,8 @@ def read(reply):
     return reply.status_code, texts, decision
 
 
-def test_the_same_text_and_decision_on_hundreds_of_varied_requests():
+@pytest.mark.parametrize("count", [200, pytest.param(500, marks=pytest.mark.slow)])
+def test_the_same_text_and_decision_on_hundreds_of_varied_requests(count):
     scripts = {}
     seen = set()
     with (
@@ -84,7 +85,7 @@ def test_the_same_text_and_decision_on_hundreds_of_varied_requests():
         serving(upstream, corrector=Fake(rewrite), breaker_failures=10**6) as gateway,
         httpx.Client(trust_env=False, base_url=gateway.url) as client,
     ):
-        for number in range(500):
+        for number in range(count):
             scripts[number], body, headers = varied(number)
             body["number"] = number
             whole = read(client.post("/chat/completions", json=body, headers=headers))

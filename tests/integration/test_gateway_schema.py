@@ -45,7 +45,7 @@ CHECKS = [
 def test_no_request_made_from_the_schema_breaks_the_gateway(operation, generation, api):
     method, path = operation.split()
 
-    @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(case=api[path][method].as_strategy(generation_mode=generation))
     def call(case):
         case.call_and_validate(checks=CHECKS)

@@ -14,6 +14,7 @@ from everalign.methods.base import Method
 from everalign.storage import checksums
 from everalign.training.reference import pair_log_probs
 from learner_for_tests import FAST, adapter_weights, held_out, make_learner, same_weights, save_model, task_rows, tasks
+from tiers_for_tests import slow_but
 
 MAKERS = {**METHODS, "lifealign in factors": lambda: LifeAlign(space="factors")}
 
@@ -139,12 +140,12 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(model, tmp_pa
 @pytest.mark.parametrize(
     ("reference", "sft", "zero"),
     [
-        ("stage_start", 0.0, [True, True]),
+        pytest.param("stage_start", 0.0, [True, True], marks=pytest.mark.slow),
         ("stage_start", 1.0, [True, True]),
         ("previous_task", 0.0, [True, True]),
-        ("previous_task", 1.0, [False, False]),
+        pytest.param("previous_task", 1.0, [False, False], marks=pytest.mark.slow),
         ("base", 0.0, [True, False]),
-        ("base", 1.0, [False, False]),
+        pytest.param("base", 1.0, [False, False], marks=pytest.mark.slow),
     ],
 )
 def test_the_margin_at_step_0_is_zero_exactly_where_the_stage_starts_from_its_reference(
@@ -439,7 +440,7 @@ def test_several_processes_are_refused(model, output, monkeypatch):
         make_learner(model, output)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(["lifealign", "stl"], METHODS))
 def test_a_run_without_test_sets_can_be_read(model, output, name):
     learner = make_learner(model, output, METHODS[name]())
     learner.learn_all([(task, rows, None) for task, rows, _ in tasks("warm", "brief")])

@@ -13,6 +13,7 @@ from everalign.modeling.decoding import RaggedModel, RaggedRows
 from everalign.modeling.prompt_lookup import PromptLookup
 from everalign.modeling.speculative import DraftDecoder, best_width
 from models_for_tests import FAMILIES, SCALED, random_model
+from tiers_for_tests import slow_but
 
 END, LIMIT, VOCABULARY = 2, 24, 40
 PROMPTS = [[1, 5, 9], [7], [3, 3, 8, 2, 11, 6, 9, 9, 30, 12, 4, 17], [4, 2]]
@@ -50,7 +51,7 @@ def decoded(model, prompts, drafts, limit=LIMIT, ends=(END,), **options):
     return decoder, decoder.run()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *SCALED])
+@pytest.mark.parametrize("family", slow_but(["llama", "gemma3", "gpt2"], [*FAMILIES, *SCALED]))
 def test_every_draft_gives_the_tokens_of_greedy_decoding(family):
     """In batches of 1, 4 and 16 rows, past a sliding window, and with inputs that take several passes."""
     plain = random_model(family, vocabulary=VOCABULARY)
