@@ -12,7 +12,7 @@ from typing import Any
 from everalign.serving.chat_answer import ChatAnswer, ChatRelay
 from everalign.serving.chat_request import RequestContext
 from everalign.serving.decide import PENDING, CorrectionDecider, Summary, summary_before
-from everalign.serving.request_log import Record, Recorder
+from everalign.serving.request_log import RequestLog, RequestTimer
 from everalign.serving.responses import ResponsesAnswer, ResponsesRelay
 from everalign.serving.stream_response import FrameQueue
 
@@ -51,23 +51,23 @@ class Completions:
 
     Args:
         decider: decides what becomes of answers.
-        recorder: counts and stores exchanges.
+        request_log: times requests and stores exchanges.
     """
 
-    def __init__(self, decider: CorrectionDecider, recorder: Recorder) -> None:
-        self._decider, self._recorder = decider, recorder
+    def __init__(self, decider: CorrectionDecider, request_log: RequestLog) -> None:
+        self._decider, self._request_log = decider, request_log
 
     async def complete(self, request: RequestContext) -> Completed:
         """Return a whole answer; raises GatewayError if there is none, or none that may be returned."""
-        with self._recorder.counted(request) as record:
-            with record.in_upstream():
+        with self._request_log.timed(request) as timer:
+            with timer.in_upstream():
                 reply = await request.upstream.chat(request.upstream_request())
             answer = _answer(request, relayed=not request.corrects)
             answer.add(reply.body)
             answer.end()
             first = answer.choices[0].text if answer.choices else ""
             if request.corrects:
-                with record.in_corrector():
+                with timer.in_corrector():
                     decisions = await self._decider.decide(request, answer.choices)
                 returned = decisions[0].returned(answer.choices[0])
                 summary, usage = await self._store(request, answer, Summary.of(decisions), returned)
@@ -76,26 +76,26 @@ class Completions:
                 returned = first
                 summary, usage = await self._store(request, answer, Summary("skipped", request.mode), returned)
                 body = answer.unchanged()
-            record.end(summary)
+            timer.end(summary)
             headers = {**_forwarded(request, reply.headers), **summary.headers(request)}
-            spent = record.upstream_seconds, record.corrector_seconds
+            spent = timer.upstream_seconds, timer.corrector_seconds
             return Completed(request, body, headers, first, returned, summary, usage, *spent)
 
     async def stream(self, request: RequestContext, queue: FrameQueue) -> None:
         """Write a streamed answer to a queue; raises GatewayError if it fails or may not be returned."""
-        with self._recorder.counted(request) as record:
+        with self._request_log.timed(request) as timer:
             known = summary_before(request)
             if known is None:
-                await self._stream_corrected(request, queue, record)
+                await self._stream_corrected(request, queue, timer)
             else:
-                await self._relay(request, queue, record, known)
+                await self._relay(request, queue, timer, known)
 
-    async def _relay(self, request: RequestContext, queue: FrameQueue, record: Record, summary: Summary) -> None:
+    async def _relay(self, request: RequestContext, queue: FrameQueue, timer: RequestTimer, summary: Summary) -> None:
         """Pass an answer on while it comes."""
-        keeps = request.keep and self._recorder.keeps
+        keeps = request.keep and self._request_log.has_store
         remembers = keeps or request.mode == "shadow"
         answer = _answer(request, relayed=True)
-        with record.in_upstream():
+        with timer.in_upstream():
             async with request.upstream.stream(request.upstream_request(), with_usage=keeps) as streamed:
                 relay = (ChatRelay if request.api == "chat" else ResponsesRelay)(request, streamed.usage_added)
                 queue.open({**streamed.headers, **summary.headers(request)})
@@ -108,13 +108,13 @@ class Completions:
             answer.end()
         returned = answer.choices[0].text if answer.choices else ""
         summary, _ = await self._store(request, answer, summary, returned)
-        record.end(summary)
+        timer.end(summary)
         await queue.send(relay.rest(summary))
 
-    async def _stream_corrected(self, request: RequestContext, queue: FrameQueue, record: Record) -> None:
+    async def _stream_corrected(self, request: RequestContext, queue: FrameQueue, timer: RequestTimer) -> None:
         """Read an answer whole, and write what becomes of it."""
         answer = _answer(request, relayed=False)
-        with record.in_upstream():
+        with timer.in_upstream():
             async with request.upstream.stream(request.upstream_request(), with_usage=True) as streamed:
                 async for events in streamed.events:
                     for event in events:
@@ -122,11 +122,11 @@ class Completions:
         answer.end()
         headers = _forwarded(request, streamed.headers)
         writer = _LiveWriter(request, answer, queue, headers)
-        with record.in_corrector():
+        with timer.in_corrector():
             decisions = await self._decider.decide(request, answer.choices, writer)
         returned = decisions[0].returned(answer.choices[0])
         summary, usage = await self._store(request, answer, Summary.of(decisions), returned)
-        record.end(summary)
+        timer.end(summary)
         queue.open({**headers, **summary.headers(request)})
         await queue.send(answer.remaining(decisions, summary, usage, writer.written))
 
@@ -135,9 +135,9 @@ class Completions:
     ) -> tuple[Summary, dict[str, Any] | None]:
         """Store an exchange if it is to be; return the summary with that, and the usage with the corrector's."""
         usage = answer.usage if summary.usage is None else summary.usage.beside(answer.usage)
-        stored = await self._recorder.keep(request, answer.choices, returned, summary, usage)
+        stored = await self._request_log.store(request, answer.choices, returned, summary, usage)
         if request.mode == "shadow":
-            self._recorder.shadow(request, answer.choices)
+            self._request_log.shadow(request, answer.choices)
         return replace(summary, stored=stored) if request.reports_storage else summary, usage
 
 

@@ -236,7 +236,7 @@ class CorrectionDecider:
         return Decision(None, "skipped", reason)
 
     async def _with_correction(self, request: RequestContext, choice: Choice, correction: Correction) -> Decision:
-        self._metrics.count_effort(correction.usage)
+        self._metrics.count_draft_tokens(correction.usage)
         self._metrics.edited.observe(await edit_share(choice.text, correction.text))
         if correction.outcome != "skipped":
             return Decision(correction.text, correction.outcome, correction.reason, correction)

@@ -1,4 +1,4 @@
-"""`POST /v1/feedback`: what somebody says of an answer."""
+"""`POST /v1/feedback`: rate, edit or comment on an answer."""
 
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
@@ -20,7 +20,7 @@ LONGEST_EDIT = 200_000
 """Characters of an edited text."""
 
 _MOST_BYTES = 1 << 20
-_OPINIONS = ("rating", "preferred", "edited_text", "tags", "comment")
+_JUDGEMENTS = ("rating", "preferred", "edited_text", "tags", "comment")
 
 
 def _storable(text: str) -> str:
@@ -29,19 +29,19 @@ def _storable(text: str) -> str:
     return text
 
 
-def _told(text: str) -> str:
+def _not_empty(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty; leave it out")
-    return _storable(text)
+    return text
 
 
-_Text = Annotated[str, AfterValidator(_told)]
+_Text = Annotated[str, AfterValidator(_not_empty), AfterValidator(_storable)]
 
 
 class FeedbackBody(BaseModel):
-    """Feedback on the answer `id`; said again by the same `user`, it replaces what was said before.
+    """Feedback on the answer `id`; it replaces earlier feedback of the same `user`.
 
-    At least one of `rating`, `preferred`, `edited_text`, `tags` and `comment` must be there.
+    At least one of `rating`, `preferred`, `edited_text`, `tags` and `comment` is required.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -56,7 +56,7 @@ class FeedbackBody(BaseModel):
 
 
 def feedback_routes(gateway: Gateway) -> APIRouter:
-    """Return the route."""
+    """Return the router of the feedback endpoint."""
     router = APIRouter()
 
     @router.post(
@@ -66,27 +66,27 @@ def feedback_routes(gateway: Gateway) -> APIRouter:
         summary="Say what an answer is worth",
     )
     async def feedback(request: Request) -> Response:
-        ticket = gateway.limiter.enter(request.state.key_id)
+        slot = gateway.limiter.enter(request.state.key_id)
         try:
             content = await read_body(request, _MOST_BYTES)
             said = await aside(content, lambda: read_feedback(read_json(content), request.state.key_id))
-            return json_response({"id": said.exchange, "new": await keep_feedback(gateway, said)})
+            return json_response({"id": said.exchange, "new": await store_feedback(gateway, said)})
         finally:
-            ticket.release()
+            slot.release()
 
     return router
 
 
 def read_feedback(content: dict[str, Any], key_id: str) -> Feedback:
-    """Return feedback; raises GatewayError that names the field."""
+    """Return the feedback of a JSON body; raises GatewayError that names the field."""
     try:
         said = FeedbackBody.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "body"
         raise refused(f"{field}: {first['msg']}", field, "invalid_value") from None
-    if all(not getattr(said, name) and getattr(said, name) != 0 for name in _OPINIONS):
-        raise refused(f"nothing is said: give at least one of {', '.join(_OPINIONS)}", code="empty_feedback")
+    if all(not getattr(said, name) and getattr(said, name) != 0 for name in _JUDGEMENTS):
+        raise refused(f"nothing is said: give at least one of {', '.join(_JUDGEMENTS)}", code="empty_feedback")
     return Feedback(
         exchange=said.id,
         key_id=key_id,
@@ -100,13 +100,13 @@ def read_feedback(content: dict[str, Any], key_id: str) -> Feedback:
     )
 
 
-async def keep_feedback(gateway: Gateway, said: Feedback) -> bool:
-    """Return whether feedback is new, once it is kept; raises GatewayError where it is not."""
-    if gateway.keeper is None:
+async def store_feedback(gateway: Gateway, said: Feedback) -> bool:
+    """Store feedback; return whether it is new. Raises GatewayError if it cannot be stored."""
+    if gateway.store is None:
         message = "this server has no store for feedback; its operator can give it one with --store sqlite:///FILE"
         raise GatewayError(503, message, code="no_store", headers={"x-should-retry": "false"})
     try:
-        new = await gateway.keeper.add_feedback(said)
+        new = await gateway.store.add_feedback(said)
     except UnknownExchange:
         message = (
             f"id {said.exchange[:100]!r}: no answer of that id was kept for this key; "

@@ -8,7 +8,7 @@ from everalign.serving.complete import Completions
 from everalign.serving.corrector_service import AnyCorrector, CorrectionService
 from everalign.serving.decide import CorrectionDecider
 from everalign.serving.limits import Allowances, Limiter
-from everalign.serving.request_log import AsyncStore, Recorder, Store
+from everalign.serving.request_log import AsyncStore, RequestLog, Store
 from everalign.serving.security import Keys
 from everalign.serving.settings import GatewaySettings, UpstreamSettings
 from everalign.serving.telemetry import Metrics
@@ -53,8 +53,8 @@ class Gateway:
         limiter: of concurrent requests.
         parser: parses requests.
         completions: answers them.
-        recorder: counts and stores exchanges.
-        keeper: the store, if any.
+        request_log: times requests and stores exchanges.
+        store: of exchanges and feedback, if any.
     """
 
     settings: GatewaySettings
@@ -67,17 +67,19 @@ class Gateway:
     limiter: Limiter
     parser: RequestParser
     completions: Completions
-    recorder: Recorder
-    keeper: AsyncStore | None
+    request_log: RequestLog
+    store: AsyncStore | None
 
     @classmethod
     def make(cls, settings: GatewaySettings, store: Store | None, corrections: CorrectionService) -> "Gateway":
         """Return a gateway; the arguments are those of `create_app`."""
         limits, access, metrics = settings.limits, settings.access, Metrics()
-        keeper = AsyncStore(store, metrics.store_failures.inc, settings.timeouts.store) if store is not None else None
+        async_store = None
+        if store is not None:
+            async_store = AsyncStore(store, metrics.store_failures.inc, settings.timeouts.store)
         keys = Keys(settings.keys, access.keys_file, access.no_auth, access.cors_origins)
         allowances = Allowances(keys.allowance, access.allowance)
-        recorder = Recorder(metrics, keeper, corrections, limits.correction_characters)
+        request_log = RequestLog(metrics, async_store, corrections, limits.correction_characters)
         decider = CorrectionDecider(corrections, settings.on_failure, limits.correction_characters, metrics)
         shared = len(settings.keys) > 1 or access.keys_file is not None
         limiter = Limiter(limits.concurrency, limits.per_key, shared, allowances)
@@ -116,14 +118,14 @@ class Gateway:
             metrics=metrics,
             limiter=limiter,
             parser=parser,
-            completions=Completions(decider, recorder),
-            recorder=recorder,
-            keeper=keeper,
+            completions=Completions(decider, request_log),
+            request_log=request_log,
+            store=async_store,
         )
         metrics.watch("in_flight", "Requests under way.", lambda: limiter.in_flight)
         metrics.watch("correction_queue", "Answers that wait for the corrector.", lambda: corrections.depth)
-        if keeper is not None:
-            metrics.watch("store_queue", "Writes that wait for the store.", lambda: keeper.waiting)
+        if async_store is not None:
+            metrics.watch("store_queue", "Writes that wait for the store.", lambda: async_store.waiting)
         metrics.watch_circuits(made.circuits)
         return made
 
@@ -141,7 +143,7 @@ class Gateway:
 
     async def close(self) -> None:
         """Finish what is being stored, and close everything."""
-        await self.recorder.close()
+        await self.request_log.close()
         await self.corrections.close()
         for upstream in self.upstreams.values():
             await upstream.close()

@@ -248,7 +248,7 @@ def status_routes(gateway: Gateway) -> APIRouter:
             "corrector": gateway.corrections.version,
             "template": gateway.corrections.template,
             "circuits": gateway.circuits(),
-            "store": gateway.keeper is not None,
+            "store": gateway.store is not None,
         }
         return json_response(about, status=200 if any(reached) else 503)
 

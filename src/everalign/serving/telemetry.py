@@ -1,4 +1,4 @@
-"""Access log and Prometheus metrics; neither holds anything of a question or an answer."""
+"""Access log and Prometheus metrics; neither contains anything of a question or an answer."""
 
 import json
 import logging
@@ -21,120 +21,108 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _SHARES = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 4.0)
 _STATES = {"closed": 0, "half-open": 1, "open": 2}
-
-
-class Metrics:
-    """The counters of one gateway."""
-
-    def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "everalign_requests",
-            "Chat completions by mode, outcome (applied, unchanged, skipped, failed) and reason.",
-            ("mode", "outcome", "reason"),
-            registry=registry,
-        )
-        self.shadow = Counter(
-            "everalign_shadow_corrections", "Corrections in the background.", ("outcome", "reason"), registry=registry
-        )
-        self.edited = Histogram(
-            "everalign_edit_ratio",
-            "Words put in, taken out or replaced, per word of the answer, of answers that were corrected.",
-            buckets=_SHARES,
-            registry=registry,
-        )
-        self.draft_tokens = Counter(
-            "everalign_draft_tokens", "Tokens of answers that the corrector verified.", ("verdict",), registry=registry
-        )
-        self.upstream_seconds = Histogram(
-            "everalign_upstream_seconds", "In the upstream.", ("upstream",), buckets=_SECONDS, registry=registry
-        )
-        self.corrector_seconds = Histogram(
-            "everalign_corrector_seconds", "In the corrector, waiting included.", buckets=_SECONDS, registry=registry
-        )
-        self.overhead_seconds = Histogram(
-            "everalign_overhead_seconds",
-            "Of a request, besides upstream and corrector.",
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.feedback = Counter("everalign_feedback", "Feedback kept.", ("new",), registry=registry)
-        self.store_failures = Counter(
-            "everalign_unkept_exchanges", "Exchanges that the store refused.", registry=registry
-        )
-
-    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Add a number that is asked for whenever the metrics are read."""
-        Gauge(f"everalign_{name}", text, registry=self._registry).set_function(value)
-
-    def watch_circuits(self, states: Callable[[], dict[str, str]]) -> None:
-        """Add the states of circuit breakers: 0 closed, 1 half-open, 2 open."""
-        gauge = Gauge("everalign_circuit_state", "0 closed, 1 half-open, 2 open.", ("of",), registry=self._registry)
-        for name in states():
-            gauge.labels(name).set_function(lambda name=name: _STATES[states()[name]])  # type: ignore[misc]
-
-    def count_effort(self, effort: CorrectorUsage) -> None:
-        """Count what a corrector tells of its draft."""
-        for verdict, tokens in (("accepted", effort.accepted), ("rejected", effort.rejected)):
-            if tokens:
-                self.draft_tokens.labels(verdict).inc(tokens)
-
-    def outcomes(self) -> list[tuple[str, str, str, int]]:
-        """Return mode, outcome, reason and number of the requests so far."""
-        samples = (sample for family in self.requests.collect() for sample in family.samples)
-        counts = (one for one in samples if one.name.endswith("_total"))
-        return [(*(one.labels[name] for name in ("mode", "outcome", "reason")), int(one.value)) for one in counts]  # type: ignore[misc]
-
-    def text(self) -> bytes:
-        """Return all of it."""
-        return bytes(generate_latest(self._registry))
-
-
-_log = logging.getLogger("everalign.access")
-_TOLD = {
+_LOGGED_HEADERS = {
     "id": "x-everalign-id",
     "request_id": "x-request-id",
     "mode": "x-everalign-mode",
     "correction": "x-everalign-correction",
     "corrector": "x-everalign-corrector",
 }
-_LONGEST = 200  # characters of a header
+_LONGEST_HEADER = 200  # characters
+
+_access_log = logging.getLogger("everalign.access")
+
+
+class Metrics:
+    """The metrics of one gateway, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"everalign_{name}", text, labels, registry=self._registry)
+
+        def histogram(name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            return Histogram(f"everalign_{name}", text, labels, buckets=buckets, registry=self._registry)
+
+        outcomes = "Chat completions by mode, outcome (applied, unchanged, skipped, failed) and reason."
+        self.requests = counter("requests", outcomes, "mode", "outcome", "reason")
+        self.shadow = counter("shadow_corrections", "Corrections in the background.", "outcome", "reason")
+        edited = "Words put in, taken out or replaced, per word of the answer, of answers that were corrected."
+        self.edited = histogram("edit_ratio", edited, buckets=_SHARES)
+        self.draft_tokens = counter("draft_tokens", "Tokens of answers that the corrector verified.", "verdict")
+        self.upstream_seconds = histogram("upstream_seconds", "In the upstream.", "upstream")
+        self.corrector_seconds = histogram("corrector_seconds", "In the corrector, waiting included.")
+        self.overhead_seconds = histogram("overhead_seconds", "Of a request, besides upstream and corrector.")
+        self.feedback = counter("feedback", "Feedback kept.", "new")
+        self.store_failures = counter("unkept_exchanges", "Exchanges that the store refused.")
+
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Add a gauge whose value is read when the metrics are."""
+        Gauge(f"everalign_{name}", text, registry=self._registry).set_function(value)
+
+    def watch_circuits(self, states: Callable[[], dict[str, str]]) -> None:
+        """Add gauges of circuit breakers: 0 closed, 1 half-open, 2 open."""
+        gauge = Gauge("everalign_circuit_state", "0 closed, 1 half-open, 2 open.", ("of",), registry=self._registry)
+        for name in states():
+            gauge.labels(name).set_function(lambda name=name: _STATES[states()[name]])  # type: ignore[misc]
+
+    def count_draft_tokens(self, usage: CorrectorUsage) -> None:
+        """Count the draft tokens that a corrector accepted and rejected."""
+        for verdict, tokens in (("accepted", usage.accepted), ("rejected", usage.rejected)):
+            if tokens:
+                self.draft_tokens.labels(verdict).inc(tokens)
+
+    def outcomes(self) -> list[tuple[str, str, str, int]]:
+        """Return (mode, outcome, reason, number of requests)."""
+        samples = (sample for family in self.requests.collect() for sample in family.samples)
+        return [
+            (one.labels["mode"], one.labels["outcome"], one.labels["reason"], int(one.value))
+            for one in samples
+            if one.name.endswith("_total")
+        ]
+
+    def text(self) -> bytes:
+        """Return the metrics in Prometheus' text format."""
+        return bytes(generate_latest(self._registry))
 
 
 class AccessLog:
-    """Writes a line when a request has ended. The path is the route's: what stands in it could be anything.
+    """ASGI middleware that logs a line of JSON when a request has ended.
+
+    It logs the route's pattern instead of the path, which may contain anything.
 
     Args:
-        app: what is behind it.
+        app: the application behind it.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One connection, as ASGI has it."""
-        if scope["type"] != "http" or not _log.isEnabledFor(logging.INFO):
+        """Serve one connection, as in ASGI."""
+        if scope["type"] != "http" or not _access_log.isEnabledFor(logging.INFO):
             await self._app(scope, receive, send)
             return
         started, ended, sizes = time.perf_counter(), False, {"received": 0, "sent": 0}
-        status, told = 0, Headers()
+        status, headers = 0, Headers()
 
-        async def received() -> Message:
+        async def counted_receive() -> Message:
             message = await receive()
             sizes["received"] += len(message.get("body", b""))
             return message
 
-        async def sent(message: Message) -> None:
-            nonlocal status, told, ended
+        async def counted_send(message: Message) -> None:
+            nonlocal status, headers, ended
             if message["type"] == "http.response.start":
-                status, told = message["status"], Headers(raw=message["headers"])
+                status, headers = message["status"], Headers(raw=message["headers"])
             sizes["sent"] += len(message.get("body", b""))
             await send(message)
             ended = ended or (message["type"] == "http.response.body" and not message.get("more_body", False))
 
         state = scope.setdefault("state", {})
         try:
-            await self._app(scope, received, sent)
+            await self._app(scope, counted_receive, counted_send)
         finally:
             client = scope.get("client")
             line = {
@@ -147,17 +135,13 @@ class AccessLog:
                 **sizes,
                 "key": state.get("key_id") or None,
                 "client": client[0] if client else None,
-                **{name: told[header][:_LONGEST] for name, header in _TOLD.items() if header in told},
+                **{key: headers[name][:_LONGEST_HEADER] for key, name in _LOGGED_HEADERS.items() if name in headers},
             }
-            _log.info("%s", json.dumps(line))
+            _access_log.info("%s", json.dumps(line))
 
 
 def write_access_log(where: str) -> None:
-    """Let the lines be written: to a file, which may be moved away meanwhile, or to standard error for `-`.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Write the access log to a file, which may be rotated, or to standard error for `-`; may raise InputError."""
     try:
         handler = (
             logging.StreamHandler(sys.stderr) if where == "-" else WatchedFileHandler(Path(where), encoding="utf-8")
@@ -165,6 +149,6 @@ def write_access_log(where: str) -> None:
     except OSError as error:
         raise InputError(f"--access-log {where}: cannot be written: {error.strerror}") from None
     handler.setFormatter(logging.Formatter("%(message)s"))
-    _log.handlers = [handler]
-    _log.setLevel(logging.INFO)
-    _log.propagate = False
+    _access_log.handlers = [handler]
+    _access_log.setLevel(logging.INFO)
+    _access_log.propagate = False

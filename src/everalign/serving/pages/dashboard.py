@@ -182,10 +182,10 @@ def _requests(gateway: Gateway) -> dict[str, Any]:
 
 async def _feedback(gateway: Gateway) -> dict[str, Any]:
     """The store's counts, or why there are none."""
-    if gateway.keeper is None:
+    if gateway.store is None:
         return {"stats": None, "trouble": "Feedback is off: the gateway has no store. Give it one with serve --store."}
     try:
-        return {"stats": await gateway.keeper.stats(), "trouble": None}
+        return {"stats": await gateway.store.stats(), "trouble": None}
     except (EveralignError, OSError, RuntimeError) as error:
         # Its name alone: a database's message may tell where it is, and who as.
         return {"stats": None, "trouble": f"The store cannot be read ({type(error).__name__}); the log says more."}

@@ -19,7 +19,7 @@ from everalign.serving.chat_request import ALIGNED
 from everalign.serving.complete import Completed
 from everalign.serving.eligibility import question_of
 from everalign.serving.errors import GatewayError, not_found, overloaded, refused
-from everalign.serving.feedback_route import LONGEST_EDIT, keep_feedback, read_feedback
+from everalign.serving.feedback_route import LONGEST_EDIT, read_feedback, store_feedback
 from everalign.serving.gateway import Gateway
 from everalign.serving.limits import aside
 from everalign.serving.pages.base import Pages, read_form
@@ -247,7 +247,7 @@ class Playground:
     @property
     def _unkept(self) -> str | None:
         """Why nothing that is asked here can be judged; None where it can be."""
-        if self._gateway.keeper is None:
+        if self._gateway.store is None:
             return "Nothing asked here is kept, and feedback is off: the gateway has no store (serve --store)."
         if self._gateway.settings.keep == "none":
             return "Nothing asked here is kept, and feedback is off: the gateway was told to keep none (serve --keep)."
@@ -286,7 +286,7 @@ class Playground:
             return await self._page(request, _BLANK, error=error)
         try:
             feedback = read_feedback(_content(id, fields), request.state.key_id)
-            new = await keep_feedback(self._gateway, feedback)
+            new = await store_feedback(self._gateway, feedback)
         except GatewayError as error:
             return await self._answer_page(request, exchange, Said(fields, error=error.message), error.status)
         edit = feedback.edited_text
@@ -296,11 +296,11 @@ class Playground:
     @contextmanager
     def _place(self, request: Request) -> Iterator[None]:
         """A place among the requests under way; raises GatewayError where there is none."""
-        ticket = self._gateway.limiter.enter(request.state.key_id)
+        slot = self._gateway.limiter.enter(request.state.key_id)
         try:
             yield
         finally:
-            ticket.release()
+            slot.release()
 
     async def _answer(self, request: Request, fields: Mapping[str, str]) -> AnswerView:
         if not fields["question"].strip():
@@ -319,7 +319,7 @@ class Playground:
         return await asyncio.to_thread(view_of, answered)
 
     async def _exchange(self, request: Request, id: str) -> Exchange:
-        keeper = self._gateway.keeper
+        keeper = self._gateway.store
         try:
             found = None if keeper is None else await keeper.exchange(id, request.state.key_id)
         except (EveralignError, OSError, RuntimeError) as error:

@@ -34,13 +34,13 @@ def signing_routes(pages: Pages, keys: Keys) -> APIRouter:
 
     @router.post(SIGN_IN)
     async def sign_in(request: Request) -> Response:
-        ticket = places.enter(request.client.host if request.client else "")
+        slot = places.enter(request.client.host if request.client else "")
         try:
             fields = await read_form(request, pages.sessions, _MOST_BYTES, _SECONDS)
         except GatewayError as error:
             return pages.page(request, "login.html.j2", {"error": error.message}, error.status)
         finally:
-            ticket.release()
+            slot.release()
         key_id = keys.id_of(fields.get("key", "").strip()) if keys.needed else None
         if key_id is None:
             message = "This key is not known here. Keys are set by whoever runs the gateway."
