@@ -1,14 +1,13 @@
-"""Render chats as text: the chat template, where an answer begins in it, and where its turn ends."""
+"""Render chats as text with the tokenizer's chat template, and find where an answer begins and where its turn ends."""
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from everalign.data.messages import ChatPrompt, Completion, Message, Prompt, message_text
+from everalign.data.messages import ChatPrompt, Completion, Message, message_text
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,15 +21,15 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
-"""Used where the tokenizer has no chat template: each role in words on a line, EOS after each answer."""
+"""For tokenizers without a chat template: the role on a line, then the content, and EOS after each answer."""
 
-# An answer that no template alters without altering others, and that no text has.
+# Stands for any answer: no text contains it, and a template that alters it alters others too.
 _SENTINEL = "Xq7zK0vN"
-# What a template raises itself, and what Python does where it takes a message for something else.
+# What a template raises itself, and what Python raises if a message is not what the template expects.
 _REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 _THOUGHT_TAG = re.compile(r"(</?think(?:ing)?>)")
 _FIRST_MARK = re.compile(r"\s*(<[^<>]*>|\[[^\[\]]*\])")
-# A mark that two texts begin alike, and reasoning that both of them open.
+# The beginning of a mark at the end of a text, and the same or a tag that opens reasoning.
 _HALF_MARK = re.compile(r"[<\[][^<>\[\]\s]*$")
 _OPENED_MARK = re.compile(r"(?:<think(?:ing)?>\s*|[<\[][^<>\[\]\s]*)$")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -41,16 +40,17 @@ class Rendered:
     """A conversation with its answer, as text.
 
     Args:
-        text: through the end of the answer's turn.
-        start: where the answer begins in it.
-        ended: whether the text ends with a token of its own; else EOS has to follow.
-        written: whether the answer stands behind the whole prompt, as a model writes it, where no template does.
+        text: the conversation through the end of the answer's turn.
+        start: character at which the answer begins.
+        ended: whether the text ends with a special token; if not, EOS must follow.
+        appended: whether the answer was appended to the prompt's text, as a model writes it, because the template
+            renders it in another way.
     """
 
     text: str
     start: int
     ended: bool
-    written: bool = False
+    appended: bool = False
 
 
 class Renderer:
@@ -70,32 +70,41 @@ class Renderer:
         self._endings: dict[str, str] = {}
 
     def prompt(self, prompt: Sequence[Message]) -> str:
-        """Return messages as text, up to the answer's first character."""
+        """Renders messages up to the answer's first character."""
         return self.render(prompt, (), opens_answer=True)
 
     def completion(self, prompt: Sequence[Message], prompt_text: str, completion: Completion) -> Rendered:
-        """Return the conversation with its answer; `prompt_text` is what `prompt` returns for these messages.
+        """Renders messages with their answer.
+
+        A template may render an answer in another way than a model writes it behind the prompt: it may drop reasoning,
+        insert empty reasoning, or open reasoning in the prompt only. Then the answer is appended to the prompt's text
+        if the template shows that it belongs there.
+
+        Args:
+            prompt: the messages.
+            prompt_text: what `prompt` returns for them.
+            completion: the answer.
 
         Raises:
-            InputError: the template refuses the conversation, or does not render what was judged and has no place where
-                it could stand; says which of its rules is in the way.
+            InputError: the template refuses the conversation, or alters the answer and has no place for it; says which
+                of its rules is in the way.
         """
         reply = ({"role": "assistant", "content": completion},) if isinstance(completion, str) else completion
         try:
             whole = self.render(prompt, reply, opens_answer=False)
         except InputError:
-            as_written = self._as_written(prompt, prompt_text, completion)
-            if as_written is None:
+            appended = self._appended(prompt, prompt_text, completion)
+            if appended is None:
                 raise
-            return as_written
+            return appended
         start = _alike(whole, prompt_text)
-        end, ended = self._end(prompt, whole, start)
+        end, ended = self._answer_end(prompt, whole, start)
         lost = self._lost(whole[start:end], reply)
         if start == len(prompt_text) and not lost:
             return Rendered(whole[:end], start, ended)
         opened = self._opened(prompt, prompt_text)
         if lost and opened <= start:
-            # The prompt may open what the answer writes too, such as its reasoning.
+            # The prompt may open what the answer also contains, such as its reasoning.
             lost = self._lost(whole[_before_mark(_OPENED_MARK, whole, opened, start) : end], reply)
         if start < len(prompt_text):
             start = _before_mark(_HALF_MARK, whole, opened, start)
@@ -103,19 +112,23 @@ class Renderer:
         extends = not lost and start >= opened
         if extends and (start == len(prompt_text) or opens_thoughts(prompt_text[start:])):
             return rendered
-        as_written = self._as_written(prompt, prompt_text, completion)
-        if as_written is not None:
-            return as_written
+        appended = self._appended(prompt, prompt_text, completion)
+        if appended is not None:
+            return appended
         if extends:
             return rendered
-        raise self._refusal(lost, prompt_text)
+        problem = (
+            f"the chat template {lost}, so what was judged would not be what is learnt; change the answer or the "
+            "template, or set what the template reads in 'chat_template_kwargs'"
+            if lost
+            else "with the answer, the chat template does not extend the text of the prompt (which ends in "
+            f"{prompt_text[-40:]!r}), so the answer cannot be cut off; use a template that renders the messages "
+            "before an answer as it renders them without one"
+        )
+        raise InputError(f"{name_of(self._tokenizer)}: {problem}")
 
-    def end_of_turn(self, prompt: Sequence[Message]) -> str:
-        """Return the text that ends an answer's turn; empty where the template has none."""
-        return self._ending(prompt)[: self._kept(self._ending(prompt))]
-
-    def _as_written(self, prompt: Sequence[Message], prompt_text: str, completion: Completion) -> Rendered | None:
-        """Return the answer as a model writes it behind the prompt; None where the template shows no place for that."""
+    def _appended(self, prompt: Sequence[Message], prompt_text: str, completion: Completion) -> Rendered | None:
+        """Appends an answer to the prompt's text, as a model writes it; None if the template shows no place for it."""
         if not isinstance(completion, str):
             return None
         try:
@@ -127,33 +140,31 @@ class Renderer:
         if place < shared or shared < opened:
             return None
         shared = _before_mark(_OPENED_MARK, whole, opened, shared)
-        # What only the whole conversation has before an answer, and what only the prompt has.
+        # What only the whole conversation has in front of an answer, and what only the prompt has.
         inserted, opening = whole[shared:place], prompt_text[shared:]
         mark = _FIRST_MARK.match(inserted)
         if inserted.strip() and not (mark and completion.lstrip().startswith(mark[1])):
             return None
         suffix = whole[place + len(_SENTINEL) :]
-        kept = self._kept(suffix)
-        end = suffix[:kept]
+        end = suffix[: self._turn_end(suffix)]
         ended = end.endswith(self._tokens)
         if opening.strip() and completion.startswith(opening):
-            return Rendered(prompt_text + completion[len(opening) :] + end, len(prompt_text), ended, written=True)
+            return Rendered(prompt_text + completion[len(opening) :] + end, len(prompt_text), ended, appended=True)
         if opening.strip() and completion.lstrip().startswith(opening.strip()):
             text = prompt_text[:shared] + completion + end
             return Rendered(text, _alike(text, prompt_text), ended)
-        return Rendered(prompt_text + completion + end, len(prompt_text), ended, written=True)
+        return Rendered(prompt_text + completion + end, len(prompt_text), ended, appended=True)
 
     def _opened(self, prompt: Sequence[Message], prompt_text: str) -> int:
-        """Return where a prompt's messages end and the assistant's turn is opened."""
-        closed = self.render(prompt, (), opens_answer=False)
-        return _alike(closed, prompt_text)
+        """Returns the character at which a prompt's messages end and the assistant's turn is opened."""
+        return _alike(self.render(prompt, (), opens_answer=False), prompt_text)
 
     def _lost(self, body: str, reply: Sequence[Message]) -> str:
-        """Return the part of an answer that its rendering does not have, in words; empty where it has all."""
+        """Says which part of an answer its rendering lacks; empty if none."""
         for number, message in enumerate(reply, start=1):
             content = message_text(message)
             if number < len(reply) and message["role"] == "assistant":
-                # Reasoning is for the turn that it led to.
+                # Templates drop the reasoning of earlier turns.
                 content = _THOUGHT_TAG.split(content)[-1]
             if not _says(body, content):
                 return f"rewrites the answer {content[:40]!r}"
@@ -167,33 +178,19 @@ class Renderer:
                 return f"does not render every call of {name!r} in 'tool_calls' of the answer"
         return ""
 
-    def _refusal(self, lost: str, prompt_text: str) -> InputError:
-        name = name_of(self._tokenizer)
-        if not lost:
-            return InputError(
-                f"{name}: with the answer, the chat template does not extend the text of the prompt (which ends in "
-                f"{prompt_text[-40:]!r}), so the answer cannot be cut off; use a template that renders the messages "
-                "before an answer as it renders them without one"
-            )
-        return InputError(
-            f"{name}: the chat template {lost}, so what was judged would not be what is learnt; change the answer or "
-            "the template, or set what the template reads in 'chat_template_kwargs'"
-        )
-
-    # ---- the end of a turn ----
-
-    def _end(self, prompt: Sequence[Message], whole: str, start: int) -> tuple[int, bool]:
-        """Return where an answer's turn ends, and whether with a token of its own."""
+    def _answer_end(self, prompt: Sequence[Message], whole: str, start: int) -> tuple[int, bool]:
+        """Returns the character at which an answer's turn ends, and whether a special token ends it."""
         suffix = self._ending(prompt)
-        if not whole.endswith(suffix) or len(whole) - len(suffix) < start:
-            # The end depends on the answer: that of a call differs from that of a text.
-            end = len(whole.rstrip())
-            return end, whole[:end].endswith(self._tokens)
-        end = len(whole) - len(suffix) + self._kept(suffix)
-        return end, whole[len(whole) - len(suffix) : end].endswith(self._tokens)
+        place = len(whole) - len(suffix)
+        if whole.endswith(suffix) and place >= start:
+            end = place + self._turn_end(suffix)
+            return end, whole[place:end].endswith(self._tokens)
+        # The end depends on the answer: that of a call differs from that of a text.
+        end = len(whole.rstrip())
+        return end, whole[:end].endswith(self._tokens)
 
     def _ending(self, prompt: Sequence[Message]) -> str:
-        """Return what the template writes behind an answer to a prompt of this kind."""
+        """Returns what the template writes behind an answer to a prompt of these roles, tools and variables."""
         beside = (prompt.tools, prompt.chat_template_kwargs) if isinstance(prompt, ChatPrompt) else ()
         key = repr(([message["role"] for message in prompt], beside))
         if key not in self._endings:
@@ -201,18 +198,21 @@ class Renderer:
             self._endings[key] = whole[whole.rfind(_SENTINEL) + len(_SENTINEL) :] if _SENTINEL in whole else ""
         return self._endings[key]
 
-    def _kept(self, suffix: str) -> int:
-        """Return how much of what follows an answer ends its turn: the first tokens of their own, or all of it."""
+    def _turn_end(self, suffix: str) -> int:
+        """Returns how much of the text behind an answer ends its turn: through the first special tokens, or all."""
         found = self._marks.search(suffix)
         return found.end() if found else len(suffix.rstrip())
 
-    # ---- the template ----
-
     def render(self, prompt: Sequence[Message], reply: Sequence[Message] = (), *, opens_answer: bool) -> str:
-        """Return a prompt and what was replied as text, and what opens the assistant's turn if asked.
+        """Renders a prompt and a reply.
+
+        Args:
+            prompt: the messages, with their tools and variables.
+            reply: further messages.
+            opens_answer: whether the text ends with what opens the assistant's turn.
 
         Raises:
-            InputError: the template refuses the conversation; says with what words.
+            InputError: the template refuses the conversation; quotes its message.
         """
         tools: Sequence[Any] = prompt.tools if isinstance(prompt, ChatPrompt) else ()
         variables: Mapping[str, Any] = prompt.chat_template_kwargs if isinstance(prompt, ChatPrompt) else {}
@@ -236,7 +236,7 @@ class Renderer:
         return text
 
     def template_of(self, prompt: Sequence[Message]) -> str:
-        """Return the template that renders a prompt: the usual one, that for tools, or the one that the row names."""
+        """Returns the template that renders a prompt: the default one, that for tools, or one that the row names."""
         if not isinstance(prompt, ChatPrompt):
             return self.template
         named, tools = prompt.chat_template_kwargs.get("chat_template"), list(prompt.tools) or None
@@ -245,7 +245,7 @@ class Renderer:
         return str(self._tokenizer.get_chat_template(named, tools))
 
     def _readable(self, messages: Sequence[Message], template: str) -> list[Message]:
-        """Return messages with their content as the template reads it: as text, or as a list of parts."""
+        """Returns messages with their content in the form that the template reads: text, or a list of parts."""
         if template not in self._reads:
             parts = self._shows(template, _parts)
             self._reads[template] = self._shows(template, str) or not parts, parts
@@ -263,7 +263,7 @@ class Renderer:
         return found
 
     def _shows(self, template: str, form: Callable[[str], Any]) -> bool:
-        """Whether a template renders a user's content of this form as its text."""
+        """Whether a template renders a user's content in this form as its text."""
         user = {"role": "user", "content": form(_SENTINEL)}
         system = {"role": "system", "content": form("Be brief.")}
         for messages in ([user], [system, user]):  # some want a system message before all
@@ -282,12 +282,12 @@ def _parts(text: str) -> list[dict[str, str]]:
 
 
 def opens_thoughts(opening: str) -> bool:
-    """Whether what a prompt opens is reasoning: behind that, an answer without any would be a thought."""
+    """Whether a prompt ends with opened reasoning, so that an answer without any would be read as reasoning."""
     return _THOUGHT_TAG.search(opening) is not None
 
 
 def _alike(whole: str, prompt_text: str) -> int:
-    """Return how many characters two texts begin with alike."""
+    """Returns the length of the common beginning of two texts."""
     if whole.startswith(prompt_text):
         return len(prompt_text)
     pairs = enumerate(zip(whole, prompt_text, strict=False))
@@ -295,13 +295,13 @@ def _alike(whole: str, prompt_text: str) -> int:
 
 
 def _before_mark(mark: re.Pattern[str], text: str, first: int, last: int) -> int:
-    """Return where a mark begins that would be cut in two at `last`, if not before `first`; else `last`."""
+    """Returns where a mark begins that `last` would cut in two, not before `first`; else `last`."""
     found = mark.search(text[first:last])
     return last if found is None else first + found.start()
 
 
 def _says(body: str, text: str) -> bool:
-    """Whether a rendering has a text, but for white space at its ends and about the tags of its reasoning."""
+    """Whether a rendering contains a text, up to white space at its ends and around the tags of its reasoning."""
     if text.strip() in body:
         return True
     place = 0
@@ -314,21 +314,21 @@ def _says(body: str, text: str) -> bool:
 
 
 def uses_default_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether chats are rendered by `DEFAULT_CHAT_TEMPLATE`, since the tokenizer has no template of its own."""
+    """Whether chats are rendered with `DEFAULT_CHAT_TEMPLATE` because the tokenizer has no template."""
     return tokenizer.chat_template is None
 
 
 def keep_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Give the tokenizer the template that its chats are rendered by; call it before the tokenizer is saved.
+    """Sets the tokenizer's template to the one in use; call it before the tokenizer is saved.
 
-    What learned chats in the default format is of use only where it is asked in that format.
+    A model that learned chats in the default format must be prompted in that format.
     """
     if uses_default_template(tokenizer):
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
 
 
 def template_in_use(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The chat template by which messages are rendered.
+    """Returns the chat template that renders messages.
 
     Raises:
         InputError: the tokenizer has several templates and no default one, or renders chats without any.
@@ -348,115 +348,12 @@ def template_in_use(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def special_texts(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
-    """The texts of all special tokens: any of them at an answer's end is an end mark."""
+    """Returns the texts of all special tokens; any of them ends an answer."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     named = {tokenizer.bos_token, tokenizer.eos_token}
     return {text for text in added | named if text}
 
 
 def name_of(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What errors call a tokenizer."""
+    """Returns the tokenizer's name for error messages."""
     return tokenizer.name_or_path or "tokenizer"
-
-
-# What is rendered differently is so in many rows or in none.
-_MOST_CHECKED = 256
-
-
-def prompts_and_answers(row: Any) -> tuple[Prompt, Sequence[Completion]]:
-    """Return a row's prompt and its answers, of any kind of row that is learned behind a chat template."""
-    if hasattr(row, "completions"):
-        return row.prompt, row.completions
-    return row.prompt, [getattr(row, name) for name in ("chosen", "rejected") if hasattr(row, name)]
-
-
-def template_notes(tokenizer: "PreTrainedTokenizerBase", rows: Iterable[Any]) -> tuple[str, ...]:
-    """Return a line for each thing that is not learned as one may think; none where all is rendered.
-
-    Args:
-        tokenizer: the model's.
-        rows: preferences, scored rows, answers or prompts.
-    """
-    chats = [(prompt, answers) for prompt, answers in map(prompts_and_answers, rows) if not isinstance(prompt, str)]
-    if not chats:
-        return ()
-    lines = []
-    if uses_default_template(tokenizer):
-        lines.append(
-            "the tokenizer has no chat template: chats are learned in Everalign's own format, which an exported model "
-            "has as its template"
-        )
-    renderer = Renderer(tokenizer)
-    lines += _unread(renderer, chats)
-    lines += _left_out(renderer, [prompt for prompt, _ in chats])
-    lines += _quoted_arguments(renderer, chats)
-    return (*lines, *_opening(renderer, chats[0][0]))
-
-
-def _unread(renderer: Renderer, chats: Sequence[tuple[Sequence[Message], Sequence[Completion]]]) -> list[str]:
-    """Name what the rows have and their template does not ask for."""
-    missing: dict[str, int] = {}
-    asked: dict[tuple[str, str], bool] = {}
-    for prompt, answers in chats:
-        template = renderer.template_of(prompt)
-        messages = [*prompt, *(message for answer in answers if not isinstance(answer, str) for message in answer)]
-        names = {key for message in messages for key in message} - {"role", "content"}
-        if isinstance(prompt, ChatPrompt):
-            names |= {"tools"} if prompt.tools else set()
-            names |= prompt.chat_template_kwargs.keys() - {"chat_template"}
-        for name in names:
-            if (template, name) not in asked:
-                asked[template, name] = re.search(rf"\b{re.escape(name)}\b", template) is not None
-            if not asked[template, name]:
-                missing[name] = missing.get(name, 0) + 1
-    return [
-        f"the chat template does not read {name!r}, which {count} rows have: it is not learned"
-        for name, count in sorted(missing.items())
-    ]
-
-
-def _left_out(renderer: Renderer, prompts: Sequence[Sequence[Message]]) -> list[str]:
-    """Name the roles whose messages are not in the text of their conversation."""
-    unusual = [prompt for prompt in prompts if any(message["role"] not in ("user", "assistant") for message in prompt)]
-    roles: dict[str, None] = {}
-    for prompt in unusual[:_MOST_CHECKED]:
-        text = renderer.prompt(prompt)
-        for message in prompt:
-            if message["role"] != "assistant" and message_text(message).strip() not in text:
-                roles[message["role"]] = None
-    return [f"the chat template leaves out or rewrites messages of the role {role!r}" for role in roles]
-
-
-def _quoted_arguments(renderer: Renderer, chats: Sequence[tuple[Sequence[Message], Sequence[Completion]]]) -> list[str]:
-    """Tell of arguments of calls that are JSON as text, as OpenAI has them, where a template quotes them once more."""
-    for prompt, answers in chats:
-        for reply in ((), *(answer for answer in answers if not isinstance(answer, str))):
-            calls = [call for message in (*prompt, *reply) for call in message.get("tool_calls", ())]
-            texts = [call.get("function", call).get("arguments") for call in calls]
-            quoted = [json.dumps(text, ensure_ascii=False) for text in texts if isinstance(text, str) and '"' in text]
-            if not quoted:
-                continue
-            try:
-                rendered = renderer.render(prompt, reply, opens_answer=False)
-            except InputError:
-                continue  # said with the row's name when it is encoded
-            # As the template writes one row's arguments, it writes those of all.
-            if not any(text in rendered for text in quoted):
-                return []
-            return [
-                "'arguments' of tool calls are text, which the chat template writes as a text in quotes: where the "
-                "model is to write an object, give an object"
-            ]
-    return []
-
-
-def _opening(renderer: Renderer, prompt: Sequence[Message]) -> list[str]:
-    """Tell of reasoning that a template begins and that an answer without any does not have."""
-    text = renderer.prompt(prompt)
-    rendered = renderer.completion(prompt, text, "x")
-    if not opens_thoughts(text[rendered.start :]):
-        return []
-    return [
-        f"the chat template begins an answer with {text[rendered.start :]!r} and leaves that out of the conversation: "
-        "answers without reasoning are learned without it"
-    ]

@@ -1,17 +1,17 @@
-"""How text becomes tokens: the chat template, the border of prompt and answer, and the end of an answer.
+"""Tokenize prompts and answers: chat template, border between prompt and answer, and end of an answer.
 
-The tokens are those of the whole conversation, tokenised as one text: tokenizers that put a mark of a space before a
-text of its own, or that join characters across the border, have no other tokens for an answer behind its prompt.
+Prompt and answer are tokenized as one text. Tokenizers that put a space in front of every text, or that join characters
+across the border, would give an answer other tokens by itself than it has behind its prompt.
 
-* A chat prompt is rendered by the tokenizer's chat template up to where the assistant speaks. An answer is what the
-  template adds to that for the assistant's message, through its end-of-turn mark, or else EOS.
-* A text prompt is continued as it stands: BOS if the tokenizer adds one, then prompt and answer as one text, EOS.
-* A token that straddles the border belongs to the answer. All answers of a row follow the same prompt: tokens that not
-  all of them have in common belong to the answers too.
+* A chat prompt is rendered with the chat template up to where the assistant speaks. An answer is what the template adds
+  for the assistant's message, through its end-of-turn token, or else EOS.
+* A text prompt is continued as it is: BOS if the tokenizer adds one, then prompt and answer as one text, then EOS.
+* A token that straddles the border belongs to the answer. All answers of a row follow the same prompt tokens: tokens
+  that are not common to all of them belong to the answers too.
 
-In use a model is given the tokens of the prompt alone (`encode_prompt`). They begin with those that an answer was
-learned behind, and are the same but where a token straddles the border, or where the template opens the assistant's
-turn with more than it keeps in the whole conversation.
+At inference a model reads the tokens of the prompt alone (`encode_prompt`). They begin with the prompt tokens of
+training, and are the same unless a token straddles the border, or the template opens the assistant's turn with more
+than it keeps in the whole conversation.
 """
 
 import hashlib
@@ -29,27 +29,27 @@ from everalign.data.chat_template import (
     uses_default_template,
 )
 from everalign.data.messages import Completion, Prompt
-from everalign.errors import InputError
+from everalign.errors import InputError, located
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 TokenizedRow = tuple[list[int], tuple[list[int], ...]]
-"""Tokens of a prompt, and of each of its answers."""
+"""The tokens of a prompt, and those of each of its answers."""
 
 _QUESTION: Prompt = ({"role": "user", "content": "Hi"},)
-# Tokenised as part of the fingerprint, for the settings that neither the vocabulary nor the template shows.
+# Tokenized for the fingerprint: shows settings that are neither in the vocabulary nor in the template.
 _PROBE = "Mixed CASE,  two spaces\n\ttab; 12345 naïve ½ 漢字."
 _TEXTS_AT_ONCE = 2048
-# Texts that are tokenised alike whatever follows, or nearly.
+# Texts whose tokens hardly ever depend on what follows.
 _BEFORE = ("\n", ":", "x")
 
 
 class ChatFormat:
-    """The borders and ends of one tokenizer's prompts and answers; computed once and used for many rows.
+    """Tokenizes prompts and answers with one tokenizer; make it once for many rows.
 
     Args:
-        tokenizer: a model's.
+        tokenizer: a model's tokenizer.
 
     Raises:
         InputError: the tokenizer has no EOS token, or several chat templates and no default one.
@@ -68,17 +68,17 @@ class ChatFormat:
         self.bos: int | None = tokenizer.bos_token_id
         self._renderer = Renderer(tokenizer)
         self._end_marks = tuple(special_texts(tokenizer))
-        self._head = _special_head(tokenizer)
-        self._anchors = _anchors(tokenizer)
+        self._head = _leading_special_tokens(tokenizer)
+        self._splitting = _splitting_tokens(tokenizer)
 
     def prompt_text(self, prompt: Prompt) -> str:
-        """The prompt as the model reads it, up to the answer's first character."""
+        """Returns the prompt as the model reads it, up to the answer's first character."""
         return prompt if isinstance(prompt, str) else self._renderer.prompt(prompt)
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Tokens that a model reads before it answers; at least one, for an answer's first token to follow."""
-        encoded = _tokenized(self.tokenizer, [self.prompt_text(prompt) for prompt in prompts])
-        return [self._headed(prompt, tokens.ids) for prompt, tokens in zip(prompts, encoded, strict=True)]
+        """Returns the tokens that a model reads before it answers; at least one for each prompt."""
+        encoded = _tokenize(self.tokenizer, [self.prompt_text(prompt) for prompt in prompts])
+        return [self._with_bos(prompt, tokens.ids) for prompt, tokens in zip(prompts, encoded, strict=True)]
 
     def encode(
         self,
@@ -86,21 +86,21 @@ class ChatFormat:
         completions: Sequence[Sequence[Completion]],
         name: Callable[[int], str] = lambda i: f"row {i + 1}",
     ) -> list[TokenizedRow]:
-        """Tokens of N prompts, and of the answers to each, ended by the end-of-turn mark or by EOS.
+        """Tokenizes N prompts and the answers to each, which end with the end-of-turn token or with EOS.
 
-        A prompt and one of its answers together are the tokens of the whole conversation; no list is empty.
+        The tokens of a prompt and one of its answers together are those of the whole conversation; no list is empty.
 
         Args:
             prompts: N prompts.
             completions: the answers to each of them, at least one.
-            name: what errors call the row of an index.
+            name: names the row of an index in error messages.
 
         Raises:
             InputError: a conversation cannot be rendered; names its row.
         """
         found: list[TokenizedRow] = []
         while len(found) < len(prompts):
-            # Texts of a batch are held with where all their tokens stand.
+            # A batch is kept in memory with the places of all its tokens.
             first, texts, last = len(found), 0, len(found)
             while last < len(prompts) and texts < _TEXTS_AT_ONCE:
                 texts += len(completions[last])
@@ -118,80 +118,79 @@ class ChatFormat:
         texts: list[str] = []
         wholes: list[list[Rendered]] = []
         for i, (prompt, answers) in enumerate(zip(prompts, completions, strict=True)):
-            try:
+            with located(name(first + i)):
                 texts.append(self.prompt_text(prompt))
-                wholes.append([self._whole(prompt, texts[-1], answer) for answer in answers])
-            except InputError as error:
-                raise InputError(f"{name(first + i)}: {error}") from None
-        # The border in a plain text is told by where the tokens of the whole stand.
+                wholes.append([self._conversation(prompt, texts[-1], answer) for answer in answers])
+        # In plain text the places of the tokens tell the border, so that the prompt need not be tokenized by itself.
         plain = [self.tokenizer.is_fast and isinstance(prompt, str) for prompt in prompts]
-        given = iter(_tokenized(self.tokenizer, [t for t, skip in zip(texts, plain, strict=True) if not skip]))
+        given = iter(_tokenize(self.tokenizer, [t for t, skip in zip(texts, plain, strict=True) if not skip]))
         heads = [None if skip else next(given) for skip in plain]
-        # What stands before a special token is tokenised without what follows: for answers of one prompt, once.
+        # What precedes a special token is tokenized alike whatever follows: once for all answers of a prompt.
         shared = [
-            (0, 0) if head is None else self._shared(text, head, row)
+            (0, 0) if head is None else self._fixed_prefix(text, head, row)
             for text, head, row in zip(texts, heads, wholes, strict=True)
         ]
         tails = [one.text[chars:] for row, (_, chars) in zip(wholes, shared, strict=True) for one in row]
-        encoded = iter(_tokenized(self.tokenizer, tails))
+        encoded = iter(_tokenize(self.tokenizer, tails))
         found = []
         for prompt, text, head, row, (tokens, chars) in zip(prompts, texts, heads, wholes, shared, strict=True):
             bodies = list(islice(encoded, len(row)))
-            borders = None if head is not None else _told_borders(row, bodies)
-            if borders is None:
-                ids = (_tokenized(self.tokenizer, [text])[0] if head is None else head).ids
-                found.append(self._row(prompt, ids, row, tokens, chars, bodies))
+            places = [body.at(one.start) for one, body in zip(row, bodies, strict=True)] if head is None else []
+            borders = [place for place in places if place is not None]
+            if head is not None or len(borders) < len(row):
+                ids = (_tokenize(self.tokenizer, [text])[0] if head is None else head).ids
+                found.append(self._split(prompt, ids, row, tokens, chars, bodies))
             else:
                 found.append(self._cut(prompt, [], row, [body.ids for body in bodies], min(borders)))
         return found
 
     def end_of_turn_ids(self, prompt: Prompt = _QUESTION) -> tuple[int, ...]:
-        """Tokens any of which ends an assistant's turn: what the template ends it with, or else EOS.
+        """Returns the tokens any of which ends an assistant's turn: what the template ends it with, or else EOS.
 
         Args:
-            prompt: messages, or text, where the end may depend on the prompt.
+            prompt: messages or text; the end may depend on it.
 
         Raises:
             InputError: the template refuses the conversation.
         """
         return (self.encode([prompt], [["x"]])[0][1][0][-1],)
 
-    def _whole(self, prompt: Prompt, prompt_text: str, completion: Completion) -> Rendered:
+    def _conversation(self, prompt: Prompt, prompt_text: str, completion: Completion) -> Rendered:
         if not isinstance(prompt, str):
             return self._renderer.completion(prompt, prompt_text, completion)
         if not isinstance(completion, str):
             raise InputError("an answer of messages needs a prompt of messages; give the prompt as messages too")
         return Rendered(prompt + completion, len(prompt), completion.endswith(self._end_marks))
 
-    def _shared(self, text: str, head: "_Tokenized", wholes: Sequence[Rendered]) -> tuple[int, int]:
-        """Return how many tokens, and characters, of a prompt stand before the last special token in it.
+    def _fixed_prefix(self, text: str, head: "_TextTokens", wholes: Sequence[Rendered]) -> tuple[int, int]:
+        """Counts the tokens and characters of a prompt before its last special token.
 
-        They are the same in front of every answer; both are 0 where there is no such token.
+        They are the same in front of every answer; both are 0 if there is no such token.
         """
         least = min(whole.start for whole in wholes)
         for place in range(len(head.ids) - 1, 0, -1):
-            if head.ids[place] in self._anchors:
+            if head.ids[place] in self._splitting:
                 start, end = head.span(place)
-                # What is unknown becomes a special token too.
-                if end <= least and text[start:end] == self._anchors[head.ids[place]]:
+                # Unknown text becomes a special token too.
+                if end <= least and text[start:end] == self._splitting[head.ids[place]]:
                     return place, start
         return 0, 0
 
-    def _row(
+    def _split(
         self,
         prompt: Prompt,
         head: list[int],
         wholes: Sequence[Rendered],
         tokens: int,
         chars: int,
-        tails: "Sequence[_Tokenized]",
+        tails: "Sequence[_TextTokens]",
     ) -> TokenizedRow:
         rest = head[tokens:]
         bodies, borders = [], []
         for tail, whole in zip(tails, wholes, strict=True):
-            ids, border = tail.ids, _before_border(rest, tail, whole.start - chars)
-            if border < len(rest) and whole.written:
-                written = self._written(whole.text[whole.start :])
+            ids, border = tail.ids, _tokens_before(rest, tail, whole.start - chars)
+            if border < len(rest) and whole.appended:
+                written = self._tokens_behind_text(whole.text[whole.start :])
                 ids, border = (ids, border) if written is None else (rest + written, len(rest))
             bodies.append(ids)
             borders.append(border)
@@ -200,28 +199,28 @@ class ChatFormat:
     def _cut(
         self, prompt: Prompt, head: list[int], wholes: Sequence[Rendered], bodies: Sequence[list[int]], border: int
     ) -> TokenizedRow:
-        """Return a row whose prompt are `head` and what all bodies have in common before the border."""
-        border = _alike([ids[:border] for ids in bodies])
+        """Returns the row whose prompt is `head` and what all bodies have in common before the border."""
+        border = _common_length([ids[:border] for ids in bodies])
         answers = tuple(
             ids[border:] + ([] if whole.ended else [self.eos]) for ids, whole in zip(bodies, wholes, strict=True)
         )
-        return self._headed(prompt, head + bodies[0][:border]), answers
+        return self._with_bos(prompt, head + bodies[0][:border]), answers
 
-    def _written(self, text: str) -> list[int] | None:
-        """Return the tokens of a text that is written behind others; None where they are joined with any."""
+    def _tokens_behind_text(self, text: str) -> list[int] | None:
+        """Returns the tokens of a text behind other text; None if they are joined with it."""
         for before in _BEFORE:
-            first, both = (one.ids for one in _tokenized(self.tokenizer, (before, before + text)))
+            first, both = (one.ids for one in _tokenize(self.tokenizer, (before, before + text)))
             if both[: len(first)] == first:
                 return both[len(first) :]
         return None
 
-    def _headed(self, prompt: Prompt, ids: list[int]) -> list[int]:
+    def _with_bos(self, prompt: Prompt, ids: list[int]) -> list[int]:
         whole = [*self._head, *ids] if isinstance(prompt, str) else ids
         return whole or [self.eos if self.bos is None else self.bos]
 
 
-class _Tokenized:
-    """One text of a batch: its tokens, and on demand where each stands in the text."""
+class _TextTokens:
+    """The tokens of one text of a batch, and their places in the text."""
 
     __slots__ = ("_batch", "_row", "ids")
 
@@ -230,51 +229,40 @@ class _Tokenized:
         self.ids: list[int] = batch["input_ids"][row]
 
     def span(self, place: int) -> tuple[int, int]:
-        """Return where a token's characters begin and end; nowhere, (0, -1), where the tokenizer does not tell."""
+        """Returns the first character of a token and the one behind it; (0, -1) if the tokenizer does not tell."""
         found = self._batch.token_to_chars(self._row, place) if self._batch.is_fast else None
         return (0, -1) if found is None else (found.start, found.end)
 
     def at(self, character: int) -> int | None:
-        """Return the token that a character is in; None where it is in none, such as a space that is cut off."""
+        """Returns the token of a character; None if it is in none, such as a stripped space."""
         place: int | None = self._batch.char_to_token(self._row, character)
         return place
 
 
-def _tokenized(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[_Tokenized]:
-    """Tokenise texts as they stand, without what the tokenizer puts around a text."""
-    found: list[_Tokenized] = []
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[_TextTokens]:
+    """Tokenizes texts without the special tokens that the tokenizer adds around a text."""
+    found: list[_TextTokens] = []
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         part = list(texts[start : start + _TEXTS_AT_ONCE])
         batch = tokenizer(
             part, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
-        found += [_Tokenized(batch, row) for row in range(len(part))]
+        found += [_TextTokens(batch, row) for row in range(len(part))]
     return found
 
 
-def _told_borders(wholes: Sequence[Rendered], bodies: Sequence[_Tokenized]) -> list[int] | None:
-    """Return how many tokens stand before each answer; None where the tokenizer does not tell of all."""
-    found = []
-    for whole, body in zip(wholes, bodies, strict=True):
-        place = body.at(whole.start)
-        if place is None:
-            return None
-        found.append(place)
-    return found
-
-
-def _before_border(head: list[int], whole: _Tokenized, border: int) -> int:
-    """Return how many tokens of a whole text lie before a border in it.
+def _tokens_before(head: list[int], whole: _TextTokens, border: int) -> int:
+    """Counts the tokens of a whole text that lie before a border in it.
 
     Args:
         head: tokens of the prompt by itself.
         whole: prompt and answer as one text.
-        border: the character where the answer begins.
+        border: the character at which the answer begins.
     """
     ids = whole.ids
     if ids[: len(head)] == head:
         return len(head)
-    count = _alike((ids, head))
+    count = _common_length((ids, head))
     while count and whole.span(count - 1)[1] > border:
         count -= 1
     while count < len(ids) and 0 <= whole.span(count)[1] <= border:
@@ -282,26 +270,26 @@ def _before_border(head: list[int], whole: _Tokenized, border: int) -> int:
     return count
 
 
-def _alike(lists: Sequence[list[int]]) -> int:
-    """Return how many tokens lists begin with alike."""
-    shortest, longest = min(lists), max(lists)
+def _common_length(lists: Sequence[list[int]]) -> int:
+    """Returns the length of the common beginning of lists."""
+    shortest, longest = min(lists), max(lists)  # in lexicographic order, so that the others lie between
     pairs = enumerate(zip(shortest, longest, strict=False))
     return next((i for i, (one, other) in pairs if one != other), min(len(shortest), len(longest)))
 
 
-def _special_head(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return what a tokenizer puts before every text, such as BOS; what it puts behind one, an answer cannot follow."""
+def _leading_special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Returns the tokens that a tokenizer adds before every text, such as BOS, without those that it adds behind."""
     plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
     marked = list(tokenizer("a", verbose=False)["input_ids"])
     places = (i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
     return marked[: next(places, 0)]
 
 
-def _anchors(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
-    """Return the special tokens, and their texts, that cut a text in two, neither of which depends on the other.
+def _splitting_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
+    """Returns the special tokens, with their texts, that split a text into parts with independent tokens.
 
-    Tokenizers of the tokenizers library look for them before anything else. None for others, and none of those that
-    take the space about them, too, or that are looked for in the normalised text.
+    The tokenizers library looks for them before anything else. Left out are all tokens of other tokenizers, and those
+    that include the space around them or are searched in the normalized text.
     """
     if not tokenizer.is_fast:
         return {}
@@ -313,25 +301,25 @@ def _anchors(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
-    """The tokens a model reads before it answers; at least one."""
+    """Returns the tokens that a model reads before it answers; at least one."""
     return ChatFormat(tokenizer).encode_prompts([prompt])[0]
 
 
 def encode_response(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, response: Completion) -> list[int]:
-    """The tokens of an answer to `prompt` (not the prompt's), ended by the end-of-turn mark or EOS.
+    """Returns the tokens of an answer to `prompt`, without the prompt's, ending with the end-of-turn token or EOS.
 
-    They follow `encode_prompt(tokenizer, prompt)`, or begin with its last tokens where these are others in the whole
-    conversation; `ChatFormat.encode` gives both.
+    They follow `encode_prompt(tokenizer, prompt)`, or begin with its last tokens if the whole conversation has others
+    there; `ChatFormat.encode` gives both.
     """
     return ChatFormat(tokenizer).encode([prompt], [[response]])[0][1][0]
 
 
 def template_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """sha256 over what decides how text becomes tokens: template in use, vocabulary, special tokens, a probe.
+    """Returns the sha256 of what tokenization depends on: template, vocabulary, special tokens, and a probe's tokens.
 
-    Which token pads is left out: it reaches no prompt and no answer, and loading a model may change it.
-    A template that prints today's date renders differently tomorrow under the same fingerprint; whoever
-    stores what was computed from tokens keys it by `TokenizedPairs.fingerprint`.
+    The padding token is left out: it is in no prompt and no answer, and loading a model may change it. A template that
+    prints the date renders differently tomorrow under the same fingerprint; key what is computed from tokens by the
+    tokens themselves.
     """
     facts: dict[str, Any] = {
         "template": template_in_use(tokenizer),

@@ -12,12 +12,12 @@ import torch
 
 from everalign.correction.corrector_files import chosen_template
 from everalign.correction.tokenization import CorrectionEncoder, encode_held_out
-from everalign.data.chat_template import template_notes
 from everalign.data.chat_tokens import template_fingerprint
 from everalign.data.messages import ChatPrompt
 from everalign.data.readers import load_corrections, load_preferences
 from everalign.data.records import Preference
 from everalign.data.rows import RowSet
+from everalign.data.template_notes import template_notes
 from everalign.data.tokenization import TokenizedPairs, tokenize_pairs
 from everalign.errors import InputError
 from everalign.evaluation.scorers import Scorer

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everalign.data.chat_template import keep_template, template_notes
+from everalign.data.chat_template import keep_template
 from everalign.data.chat_tokens import template_fingerprint
 from everalign.data.readers import check_disjoint
 from everalign.data.records import PreferenceSet
+from everalign.data.template_notes import template_notes
 from everalign.data.tokenization import Comparison, pad_right, tokenize_comparisons
 from everalign.errors import InputError, check_shortfall
 from everalign.modeling.loading import load_tokenizer, model_fingerprint, resolve_precision, sequence_limit
