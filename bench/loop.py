@@ -127,10 +127,10 @@ def run_seed(seed: int, folder: Path, scored: bool) -> list[dict[str, Any]]:
                 resume=run.exists(),
                 log=print,
             )
-            edit(store, edited, *style, version=learner.run.tip)
-            found = {"call": name, **call(store, learner), "version": learner.run.tip}
+            edit(store, edited, *style, version=learner.run.head)
+            found = {"call": name, **call(store, learner), "version": learner.run.head}
             before = results[-1]["score"]
-            found["score"] = before if learner.run.tip == "000" else mean_score(in_service(run), seed)
+            found["score"] = before if learner.run.head == "000" else mean_score(in_service(run), seed)
             results.append(found)
     return results
 

@@ -8,7 +8,7 @@ class AdapterOptions(Options, title="Adapter"):
 
 import difflib
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -50,6 +50,11 @@ class Options(BaseModel):
         super().__pydantic_init_subclass__(**kwargs)
         lines = [f"    {name}: {declared(field).description}" for name, field in cls.model_fields.items()]
         cls.__doc__ = "\n".join([cls.__doc__ or "", "Args:", *lines])
+
+    @classmethod
+    def from_flags(cls, values: Mapping[str, Any]) -> "Self":
+        """Makes options of flags, of which None stands for one that is not given; other names are ignored."""
+        return cls(**{name: value for name in cls.model_fields if (value := values.get(name)) is not None})
 
     def replace(self, **changes: Any) -> "Self":
         """Returns a copy with some values changed, checked like new ones."""

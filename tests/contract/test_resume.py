@@ -210,7 +210,7 @@ def gated(quick_processes, model, tmp_path_factory):
     """An uninterrupted run in which the gate has refused a task."""
     output = tmp_path_factory.mktemp("gated") / "run"
     assert Child(quick_processes, model, output, teach=learn_past_a_refusal).ended() == 0
-    assert load_run(output).left_out == ["002-poison"]
+    assert [one.id for one in load_run(output).off_lineage] == ["002-poison"]
     return output
 
 
@@ -233,7 +233,7 @@ def test_killed_around_a_refusal(quick_processes, gated, model, tmp_path, call, 
     assert Child(quick_processes, model, run, teach=learn_past_a_refusal).ended() == 0
     expected, found = load_run(gated), load_run(run)
     assert [version.task for version in found.versions] == ["warm", "calm"]
-    assert {version.task for version in found.beside} == {"poison"}
+    assert {version.task for version in found.off_lineage} == {"poison"}
     assert found.scores() == expected.scores()
     for ours, theirs in zip(found.versions, expected.versions, strict=True):
         folders = [folder / "versions" / version.id for folder, version in ((run, ours), (gated, theirs))]

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -113,12 +114,32 @@ def test_a_learner_sees_what_a_process_beside_it_has_promoted(model, tmp_path):
     learner = make_learner(model, tmp_path / "run")
     learner.learn(task_rows("warm"), "warm")
     learner.learn(task_rows("brief"), "brief")
-    assert learner.run.tip == "002-brief"
+    assert learner.run.head == "002-brief"
     command = [sys.executable, "-m", "everalign", "rollback", str(tmp_path / "run")]
     subprocess.run(command, check=True, capture_output=True)
-    assert learner.run.tip == "001-warm"
+    assert learner.run.head == "001-warm"
     with pytest.raises(InputError, match="was continued by another learner"):
         learner.learn(task_rows("calm"), "calm")
     rollback(tmp_path / "run", "002")
     learner.learn(task_rows("calm"), "calm")
     assert [version.task for version in learner.run.versions] == ["warm", "brief", "calm"]
+
+
+def test_a_run_of_three_tasks_reads_each_file_once(model, tmp_path, monkeypatch):
+    """However often the learner's run and scores are asked for, and whatever learning asks for itself."""
+    read, read_text = Counter(), Path.read_text
+
+    def counting(path, *args, **kwargs):
+        read[path.relative_to(tmp_path).as_posix() if path.is_relative_to(tmp_path) else "outside"] += 1
+        return read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", counting)
+    learner = make_learner(model, tmp_path / "run")
+    for name in ("warm", "brief", "calm"):
+        learner.learn(task_rows(name), name, held_out(name))
+        assert learner.scores.learned[-1] == learner.run.versions[-1].task == name
+    versions = {name: count for name, count in read.items() if name.startswith("run/versions/")}
+    assert set(versions.values()) == {1}
+    assert {name.split("/")[2] for name in versions} == {"001-warm", "002-brief", "003-calm"}
+    # run.json and the like are read again only after a version was written.
+    assert all(count <= 8 for name, count in read.items() if name.startswith("run/")), read

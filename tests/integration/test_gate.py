@@ -206,7 +206,8 @@ def test_a_refused_task_leaves_no_trace_in_what_is_learned_next(model, output, c
         learner = gated(model, output, SEQUENTIAL[name](), resume=True)
     learn(learner, "calm")
     run = load_run(output)
-    assert ([version.id for version in run.versions], run.left_out) == (["001-warm", "003-calm"], ["002-poison"])
+    ids = [[one.id for one in part] for part in (run.versions, run.off_lineage)]
+    assert ids == [["001-warm", "003-calm"], ["002-poison"]]
     assert run.current == "003-calm"
     assert not (output / "work").exists()
     check_as_if_never_seen(output, clean(name))
@@ -218,7 +219,7 @@ def test_a_refused_first_task_leaves_the_base_model(model, output, clean):
     with pytest.raises(GateRefusedError, match=r"001-panic was refused .*panic fell from 100\.0% .*000 stays current"):
         learner.learn(swapped("calm"), "panic", held_out("calm"))
     run = load_run(output)
-    assert (run.current, run.versions, run.left_out) == ("000", [], ["001-panic"])
+    assert (run.current, run.versions, [one.id for one in run.off_lineage]) == ("000", [], ["001-panic"])
     assert run.scores().matrix == []
     assert all(update.norm() == 0 for update in learner.policy.total().values())
     for task in ("warm", "calm"):
@@ -231,7 +232,7 @@ def test_the_verdict_is_on_record_and_announced(model, output):
     learner = gated(model, output, lines=lines)
     learn(learner, "warm")
     refusal = poison(learner)
-    first, second = load_run(output).everything
+    first, second = load_run(output).all_versions
     gate = first.manifest.gate
     assert (gate.tolerance, gate.promoted, gate.fell, gate.outcome) == (0.25, True, {}, "promoted")
     assert gate.compared.keys() == {"warm"}
@@ -258,7 +259,7 @@ def test_without_held_out_rows_nothing_is_promoted(model, output):
         gated(model, output).learn(task_rows("warm"), "warm")
     assert caught.value.exit_code == 4
     run = load_run(output)
-    assert (run.current, run.status(run.everything[0])) == ("000", "not enough evidence")
+    assert (run.current, run.status(run.all_versions[0])) == ("000", "not enough evidence")
     with pytest.raises(InputError, match="001-warm was not promoted for want of evidence"):
         rollback(output, "001-warm")
     assert rollback(output, "001-warm", force=True).current == "001-warm"
@@ -303,7 +304,7 @@ def test_learn_all_stops_at_a_refused_task(model, output):
     ]
     with pytest.raises(GateRefusedError):
         learner.learn_all(given)
-    assert [version.id for version in load_run(output).everything] == ["001-warm", "002-poison"]
+    assert [version.id for version in load_run(output).all_versions] == ["001-warm", "002-poison"]
     learner.learn_all([given[0], given[2]])
     assert load_run(output).current == "003-calm"
 
@@ -376,7 +377,7 @@ def test_a_kill_before_a_promotion_is_settled_as_the_gate_has_decided(model, out
         with pytest.raises(KilledError):
             learn(learner, "calm")
     read = load_run(output)
-    assert (read.current, read.left_out) == ("002-calm", [])
+    assert (read.current, [one.id for one in read.off_lineage]) == ("002-calm", [])
     make_learner(model, output, LifeAlign(), resume=True)
     assert (output / "current").read_text() == "002-calm\n"
     assert not (output / "work").exists()
@@ -389,6 +390,6 @@ def test_a_first_task_whose_refusal_was_killed_is_not_taken_for_current(model, o
         with pytest.raises(KilledError):
             gated(model, output).learn(swapped("calm"), "panic", held_out("calm"))
     read = load_run(output)
-    assert (read.current, read.versions, read.left_out) == (None, [], ["001-panic"])
+    assert (read.current, read.versions, [one.id for one in read.off_lineage]) == (None, [], ["001-panic"])
     gated(model, output, resume=True)
     assert (output / "current").read_text() == "000\n"

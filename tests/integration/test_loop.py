@@ -308,7 +308,7 @@ def test_the_command_line(tmp_path, store, capsys):
     assert code == 4
     assert "not enough evidence: with 8 held-out rows" in error
     assert "could not be told from chance, which 52 could at best" in error
-    assert not load_run(tmp_path / "run").everything
+    assert not load_run(tmp_path / "run").all_versions
     assert store.stats().waiting == 30
     code, out, _ = run(capsys, *flags[:1], *flags[5:], *small, "--gate", "1")
     assert code == 0

@@ -120,7 +120,7 @@ def test_the_commands_of_a_page_work_one_after_another(workspace, capsys, page):
         assert code in ((0, 4) if "--from-feedback" in line else (0,)), f"{line}\n{error}"
         done.append(line)
     assert len(done) >= {"README.md": 10, "docs/serving.md": 4}[page]
-    assert [version.task for version in load_run("runs/loop").everything] == ["feedback-1", "feedback-2"]
+    assert [version.task for version in load_run("runs/loop").all_versions] == ["feedback-1", "feedback-2"]
     if page == "README.md":
         assert load_run("runs/assistant").current == "001-harmless"
 

@@ -107,7 +107,7 @@ def test_versions_follow_the_parents_of_the_newest(tmp_path):
     path = write_run(tmp_path / "run", parents=["000", "001-1", "001-1"])
     run = load_run(path)
     assert run.tasks == ["harmless", "truthful", "helpful"]
-    assert run.left_out == ["002-2"]
+    assert [one.id for one in run.off_lineage] == ["002-2"]
     assert run.scores().learned == ["harmless", "truthful"]
     assert "002-2" in report(tmp_path, path).text
 

@@ -65,7 +65,8 @@ def test_without_a_version_the_parent_becomes_current(written):
     assert rollback(written) == Rollback("003-3", "002-2", ("003-3",), ())
     assert (written / "current").read_text() == "002-2\n"
     read = load_run(written)
-    assert ([version.id for version in read.versions], read.left_out) == (["001-1", "002-2"], ["003-3"])
+    ids = [[one.id for one in part] for part in (read.versions, read.off_lineage)]
+    assert ids == [["001-1", "002-2"], ["003-3"]]
     assert read.scores().learned == ["harmless", "helpful"]
     assert [rollback(written).current for _ in range(2)] == ["001-1", "000"]
     with pytest.raises(InputError, match="the base model is current: there is nothing to roll back"):
@@ -81,7 +82,7 @@ def test_a_version_that_was_rolled_back_can_be_taken_back(written):
     rollback(written, "000")
     assert rollback(written, "002-2") == Rollback("000", "002-2", (), ("001-1", "002-2"))
     assert rollback(written, "002-2") == Rollback("002-2", "002-2", (), ())
-    assert [load_run(written).status(version) for version in load_run(written).everything] == [
+    assert [load_run(written).status(version) for version in load_run(written).all_versions] == [
         "",
         "promoted",
         "rolled back",
@@ -98,9 +99,9 @@ def test_what_the_gate_has_refused_is_taken_by_force_only(written):
     refuse(written, "003-3")
     with pytest.raises(InputError, match=r"003-3 was refused by the gate \(harmless fell from 80\.0% to 40\.0%\)"):
         rollback(written, "003-3")
-    assert load_run(written).status(load_run(written).everything[2]) == "refused by the gate"
+    assert load_run(written).status(load_run(written).all_versions[2]) == "refused by the gate"
     assert rollback(written, "003-3", force=True).current == "003-3"
-    assert load_run(written).status(load_run(written).everything[2]) == "promoted"
+    assert load_run(written).status(load_run(written).all_versions[2]) == "promoted"
 
 
 @pytest.mark.parametrize("name", ["004-4", "1", "", "003", "../run"])
@@ -199,7 +200,8 @@ def test_learning_goes_on_as_if_what_was_rolled_back_had_never_been(model, tmp_p
         learner = resume(model, run, METHODS[name]())
     learner.learn(task_rows("calm"), "calm", held_out("calm"))
     read = load_run(run)
-    assert ([version.id for version in read.versions], read.left_out) == (["001-warm", "003-calm"], ["002-brief"])
+    ids = [[one.id for one in part] for part in (read.versions, read.off_lineage)]
+    assert ids == [["001-warm", "003-calm"], ["002-brief"]]
     assert same_weights(weights(run, "003-calm"), weights(straight(name), "002-calm"))
     for file in ("method.safetensors", "replay.jsonl"):
         ours, theirs = run / "versions" / "003-calm" / file, straight(name) / "versions" / "002-calm" / file

@@ -330,7 +330,7 @@ def test_a_new_version_never_takes_the_number_of_one_beside_the_line(model, run)
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"index": 3, "name": "other"}))
     again = resume(model, run)
-    assert again.run.left_out == ["003-other"]
+    assert [one.id for one in again.run.off_lineage] == ["003-other"]
     for name in ("warm", "brief"):
         again.register_test(name, held_out(name))
     again.learn(task_rows("calm"), "calm")

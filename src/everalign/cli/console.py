@@ -173,7 +173,7 @@ def version_table(run: "RunData") -> Table:
     accuracy, colours = METRICS["accuracy"], {"gained": "green", "lost": "red", "": "dim"}
     refused = [
         f"\n{version.id}: {what_fell(version.manifest.gate)}."
-        for version in run.everything
+        for version in run.all_versions
         if version.manifest.gate is not None and version.refused
     ]
     caption = (

@@ -1,6 +1,5 @@
 """The verbs `correct train` and `correct steer`, and the group of all verbs on correctors."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,14 +54,13 @@ def train(
     skip_bad_rows: SkipBadRows = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
-    *,
-    given: Mapping[str, Any],
+    **given: Any,
 ) -> None:
     """Train a corrector on corrections: first to copy a share of the answers, then to correct all of them.
 
     If it is killed, the same command continues.
     """
-    options = CorrectorOptions(**given)
+    options = CorrectorOptions.from_flags(given)
     with resumable():
         from everalign.correction import filter_corrections, get_template, train_corrector
 

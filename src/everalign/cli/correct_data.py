@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -235,17 +235,18 @@ DISTILL_EPILOG = (
 )
 
 
-@flags(DistillOptions, names={"labels": "--as"})
 @flags(
     MethodOptions,
     TrainingOptions,
     AdapterOptions,
     WeightOptions,
+    DistillOptions,
+    names={"labels": "--as"},
     only=(
         *("replay", "learning_rate", "epochs", "beta", "reference", "max_length", "batch_size", "tokens_per_batch"),
         *("precision", "checkpointing", *AdapterOptions.model_fields, *WeightOptions.model_fields),
+        *DistillOptions.model_fields,
     ),
-    into="keys",
 )
 def distill(
     model: Annotated[
@@ -263,16 +264,14 @@ def distill(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     method: Annotated[str | None, option("lifealign (default), er or seqft.")] = None,
-    *,
-    given: Mapping[str, Any],
-    keys: Mapping[str, Any],
+    **given: Any,
 ) -> None:
     """Let a small corrector teach a stronger model: it rewrites the model's answers, and the model learns from that.
 
     Each round is a task of one run, so that LifeAlign keeps what was learned before. If it is killed, the same command
     with --resume continues.
     """
-    options = DistillOptions(**given)
+    options = DistillOptions.from_flags(given)
     started = time.perf_counter()
     with resumable("the same command with --resume"), Display() as display:
         from everalign.data.readers import load_drafts, load_preferences
@@ -281,6 +280,7 @@ def distill(
         from everalign.learning.self_training import distill as run_rounds
 
         # A recipe checks the keys; its one task stands for the rounds.
+        keys = {name: value for name, value in given.items() if name not in DistillOptions.model_fields}
         about = {"model": model, "output": str(output), "seed": seed, "method": method, "objective": options.labels}
         recipe = Recipe.from_flags({**keys, **about, "tasks": [{"name": "round-1", "train": data}]})
         arguments = recipe.learner_arguments()

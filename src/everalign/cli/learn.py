@@ -1,7 +1,6 @@
 """The verb `learn`: tasks in, a run directory out. Most of its flags are the keys of a recipe."""
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,8 +44,6 @@ _FEEDBACK = "Feedback"
     names={"base_adapter": "--adapter"},
 )
 def learn(
-    *,
-    given: Mapping[str, Any],
     task: Annotated[
         list[str] | None, option("A task's name and files; once for each task, in order.", "NAME=TRAIN[,TEST]")
     ] = None,
@@ -73,6 +70,7 @@ def learn(
         float | None,
         option("Share of the questions to test on, now and in all later tasks; 0.2 by default.", panel=_FEEDBACK),
     ] = None,
+    **given: Any,
 ) -> None:
     """Teach a model task after task, and keep what it learned before."""
     tasks = [parse_task(text) for text in task or []]

@@ -1,6 +1,5 @@
 """Command-line flags: generated from option models, and those that several verbs share."""
 
-import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,24 +26,18 @@ def option(text: str, metavar: str | None = None, *names: str, panel: str | None
 
 
 def flags(
-    *models: type[BaseModel],
-    only: Collection[str] = (),
-    names: Mapping[str, str] | None = None,
-    into: str = "given",
+    *models: type[BaseModel], only: Collection[str] = (), names: Mapping[str, str] | None = None
 ) -> Callable[[Verb], Verb]:
-    """Gives a verb a flag for each option of some models, in the place of its parameter `given`.
+    """Gives a verb a flag for each option of some models, which it gets in its `**given`, None where not given.
 
-    The verb gets a mapping of the names of the given options to their values. Types, help texts, choices and defaults
-    come from the models' fields, which check the values later.
+    Types, help texts, choices and defaults come from the models' fields, which check the values later.
 
     Args:
-        models: the options, such as `TrainingOptions`. Options without a flag are nested models and lists.
+        models: the options, such as `TrainingOptions`. Nested models and lists get no flag.
         only: names of the options to take; all if empty.
         names: flags of options that are not called by their own name.
-        into: name of the verb's parameter that gets the mapping.
     """
-    parameters: dict[str, inspect.Parameter] = {}
-    lists: set[str] = set()
+    generated: list[inspect.Parameter] = []
     for model in models:
         for name, field in model.model_fields.items():
             about = declared(field)
@@ -55,33 +48,29 @@ def flags(
             if default not in (None, False, 0, ()):
                 shown = f"{default:g}" if isinstance(default, float) else default
                 text = f"{text.removesuffix('.')}; {shown} by default."
-            names_given = (names or {}).get(name)
-            metavar = "" if kind is bool else about.title or "|".join(_choices(about)) or None
-            own = [] if names_given is None else [names_given]
-            flag = option(text, metavar, *own, panel=model.model_config.get("title"))
-            parameters[name] = inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag]
+            flag = typer.Option(
+                *([names[name]] if names and name in names else []),
+                help=text,
+                metavar="" if kind is bool else about.title or "|".join(_choices(about)) or None,
+                rich_help_panel=model.model_config.get("title"),
+                show_default=False,
+                callback=split_commas if get_origin(about.type) is tuple else None,
             )
-            if get_origin(about.type) is tuple:
-                lists.add(name)
+            generated.append(
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag]
+                )
+            )
 
     def decorate(verb: Verb) -> Verb:
         signature = inspect.signature(verb, eval_str=True)
-        whole: list[inspect.Parameter] = []
-        for parameter in signature.parameters.values():
-            generated = list(parameters.values()) if parameter.name == into else [parameter]
-            whole += [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in generated]
-
-        @functools.wraps(verb)
-        def with_flags(**values: Any) -> None:
-            given = {name: values.pop(name) for name in parameters}
-            given = {name: value for name, value in given.items() if value is not None}
-            given = {name: split_commas(value) if name in lists else value for name, value in given.items()}
-            verb(**values, **{into: given})
-
-        with_flags.__signature__ = signature.replace(parameters=whole)  # type: ignore[attr-defined]
-        with_flags.__annotations__ = {one.name: one.annotation for one in whole}
-        return with_flags  # type: ignore[return-value]  # as the verb but for `given`
+        *own, given = signature.parameters.values()
+        if given.kind is not inspect.Parameter.VAR_KEYWORD:
+            raise TypeError(f"{verb.__name__} takes no **given, where its generated flags would go")
+        whole = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own] + generated
+        verb.__signature__ = signature.replace(parameters=whole)  # type: ignore[attr-defined]
+        verb.__annotations__ = {one.name: one.annotation for one in whole}
+        return verb
 
     return decorate
 

@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,11 +49,10 @@ def train(
     skip_bad_rows: SkipBadRows = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
-    *,
-    given: Mapping[str, Any],
+    **given: Any,
 ) -> None:
     """Train a Bradley-Terry reward model on preferences: the whole model or an adapter, with one score per answer."""
-    options = RewardOptions(**given)
+    options = RewardOptions.from_flags(given)
     with Display() as display:
         from everalign.training.reward_model import train_reward_model
 

@@ -340,13 +340,15 @@ def _line_up_to(run: RunData, version: str | None) -> list[VersionData]:
     """The version and those it builds on, oldest first."""
     if not run.versions:
         raise InputError("nothing to export: learn a task first")
-    names = [version.id for version in run.versions]
-    found = [i for i, name in enumerate(names) if version in (None, name, name.partition("-")[0])]
-    if found:
-        return list(run.versions[: found[-1] + 1])
-    if any(version in (name, name.partition("-")[0]) for name in run.left_out):
+    if version is None:
+        return list(run.versions)
+    for number, one in enumerate(run.versions, start=1):
+        if one.is_called(version):
+            return list(run.versions[:number])
+    if any(one.is_called(version) for one in run.off_lineage):
         raise InputError(f"{run.path}: {version} was left out of the run's line: roll back to it first")
-    raise InputError(f"{run.path}: has no version {version!r}: choose one of {', '.join(names)}")
+    names = ", ".join(one.id for one in run.versions)
+    raise InputError(f"{run.path}: has no version {version!r}: choose one of {names}")
 
 
 def _base_model(run: RunData, name: str) -> Any:

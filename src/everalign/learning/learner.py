@@ -63,14 +63,14 @@ class Lineage:
         self.restore()
 
     @property
-    def tip(self) -> str:
+    def head(self) -> str:
         """The version that learning goes on from; "000" for the base model."""
         return [BASE, *self.versions.values()][-1]
 
     def restore(self) -> None:
         """Bring policy and method to where the version left them that is current on disk."""
         found = self._run.data
-        self._run.restore(found.tip, self._setup.policy, self._setup.method, self._setup.seed, self._at_first)
+        self._run.restore(found.head, self._setup.policy, self._setup.method, self._setup.seed, self._at_first)
         self.versions = {version.task: version.id for version in found.versions}
 
     def check_up_to_date(self) -> None:
@@ -296,11 +296,11 @@ class Learner:
             self._return_to_current()
         self._learning = False
         if verdict is not None and not verdict.promoted:
-            raise refusal(version, verdict, self._line.tip)
+            raise refusal(version, verdict, self._line.head)
         return scores
 
     def _learn_task(self, task: Task, rows: TaskRows) -> tuple[str, dict[str, PreferenceScore], Verdict | None]:
-        number = max((version.manifest.index for version in self.run.everything), default=0) + 1
+        number = max((version.manifest.index for version in self.run.all_versions), default=0) + 1
         version = version_name(number, task.name)
         guarded = [] if self._gate is None else [*self._line.versions, task.name]
         before_task = self._tests.outcomes(guarded)
@@ -315,7 +315,7 @@ class Learner:
         manifest = {
             "index": number,
             "name": task.name,
-            "parent": BASE if self.method.regime == "separate" else self._line.tip,
+            "parent": BASE if self.method.regime == "separate" else self._line.head,
             "train": data_facts(rows.given),
             "test": self._tests.facts(task.name),
             "chats": _has_chats(rows.given),

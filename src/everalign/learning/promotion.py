@@ -1,4 +1,4 @@
-"""The promotion gate, and which version of a run is current: promoted, or rolled back to."""
+"""The promotion gate, which compares held-out accuracies by their confidence intervals; promotion and rollback."""
 
 import math
 import shutil
@@ -10,12 +10,12 @@ from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 from everalign.errors import GateRefusedError, InputError, NotEnoughEvidenceError
-from everalign.learning.run_data import BASE, RunData, VersionData, check_is_run, load_run, work_folder
+from everalign.learning.run_data import BASE, RunData, check_is_run, load_run
 from everalign.learning.run_files import Comparison, Outcome, Verdict
 from everalign.storage import differing_files, exclusive, write_text
 
 CONFIDENCE = 0.95
-"""Of each end of an interval."""
+"""Of each end of a confidence interval."""
 
 _Z = NormalDist().inv_cdf(CONFIDENCE)
 # Accuracies are quotients of counts: 0.96 - 0.94 is above 0.02 in binary, and the small term gives what is meant.
@@ -23,7 +23,7 @@ _ROUNDING = 1e-9
 
 
 def check_tolerance(tolerance: Any, method: str, regime: str) -> None:
-    """Refuse a tolerance that is none, and a method whose versions do not build on each other.
+    """Refuses an invalid tolerance, and a method whose versions do not build on each other.
 
     Args:
         tolerance: how far an accuracy may fall, as a share: 0.02 for two points; None for no gate.
@@ -43,12 +43,12 @@ def check_tolerance(tolerance: Any, method: str, regime: str) -> None:
 
 
 def rows_needed(tolerance: float) -> int:
-    """Return the fewest held-out rows that can show that nothing fell further, if the version differs on none."""
+    """Returns the fewest held-out rows that can show that nothing fell further, if the version differs on none."""
     return 1 if tolerance >= 1 else math.ceil(_Z**2 * (1 - tolerance) / max(tolerance, 1e-6) - _ROUNDING)
 
 
 def compare_shares(before: Sequence[float], after: Sequence[float]) -> Comparison:
-    """Compare outcomes on the same N rows, each 1 (right), 0 (wrong) or ½ (a tie); at least one.
+    """Compares outcomes on the same N rows, each 1 (right), 0 (wrong) or ½ (a tie); at least one.
 
     The interval is that of the score test for paired proportions (Tango, Statistics in Medicine 17, 1998): also where
     the two differ on no row, it is as wide as the number of rows leaves open.
@@ -61,7 +61,7 @@ def compare_shares(before: Sequence[float], after: Sequence[float]) -> Compariso
 
 
 def compare_values(before: Sequence[float], after: Sequence[float]) -> Comparison:
-    """Compare values from 0 to 1 of the same N rows, at least two, by Student's t of their differences."""
+    """Compares values from 0 to 1 of the same N rows, at least two, by Student's t of their differences."""
     from scipy.stats import t
 
     falls = [b - a for b, a in zip(before, after, strict=True)]
@@ -71,7 +71,7 @@ def compare_values(before: Sequence[float], after: Sequence[float]) -> Compariso
 
 
 def judge(tolerance: float, compared: Mapping[str, Comparison], unchanged: bool = False) -> Verdict:
-    """Say whether a finished task may take the place of what was there before.
+    """Decides whether a finished task may replace the version before it.
 
     Args:
         tolerance: how far each may fall, a share.
@@ -92,7 +92,7 @@ def judge(tolerance: float, compared: Mapping[str, Comparison], unchanged: bool 
 
 
 def what_fell(verdict: Verdict) -> str:
-    """Return what fell, or may have fallen, in words; empty where nothing did."""
+    """Returns what fell, or may have fallen, in words; empty where nothing did."""
     if verdict.outcome != "not enough evidence":
         return ", ".join(
             f"{name} fell from {before:.1%} to {after:.1%}{_interval(verdict.compared.get(name))}"
@@ -110,7 +110,7 @@ def what_fell(verdict: Verdict) -> str:
 
 
 def announcement(verdict: Verdict) -> str:
-    """Return one line on a verdict, with the intervals that it rests on."""
+    """Returns one line on a verdict, with the intervals that it rests on."""
     if verdict.outcome == "promoted":
         gains = ", ".join(
             f"{name} {one.after - one.before:+.1%}{_interval(one)}" for name, one in verdict.compared.items()
@@ -120,7 +120,7 @@ def announcement(verdict: Verdict) -> str:
 
 
 def refusal(version: str, verdict: Verdict, current: str) -> GateRefusedError:
-    """Return the error that tells of a version that was not promoted, and of the one that stays current."""
+    """Returns the error for a version that was not promoted; it names the one that stays current."""
     if verdict.outcome == "refused":
         message = (
             f"{version} was refused by the gate, which lets accuracies fall by {verdict.tolerance:.1%}: "
@@ -136,7 +136,7 @@ def refusal(version: str, verdict: Verdict, current: str) -> GateRefusedError:
 
 
 def _interval(one: Comparison | None) -> str:
-    """Return a change's interval in words; nothing of a verdict from before there were intervals."""
+    """A change's interval in words; nothing for a verdict without intervals, as earlier versions wrote."""
     if one is None:
         return ""
     ends = (f"{end:+.1%}".replace("-", "−") for end in (-one.high, -one.low))
@@ -144,7 +144,7 @@ def _interval(one: Comparison | None) -> str:
 
 
 def _end_of_interval(lost: float, won: float, n: int, side: float) -> float:
-    """Return the fall at which the score test's statistic is `side` times its limit, by halving [-1, 1]."""
+    """The fall at which the score test's statistic is `side` times its limit, by bisection of [-1, 1]."""
     low, high = -1.0, 1.0
     while high - low > 1e-9:
         fall = (low + high) / 2
@@ -182,10 +182,10 @@ class Rollback:
 
 
 def exclusive_run(run: Path) -> AbstractContextManager[None]:
-    """Keep other processes from writing into a run for the while; may be nested.
+    """Context manager that keeps other processes from writing into a run; may be nested.
 
     Raises:
-        InputError: another one is at it, or there is a file of that name.
+        InputError: another process writes into it, or the path is a file.
     """
     if run.exists() and not run.is_dir():
         raise InputError(f"{run} is no directory: choose another output directory")
@@ -193,18 +193,13 @@ def exclusive_run(run: Path) -> AbstractContextManager[None]:
 
 
 def promote(path: Path, version: str) -> None:
-    """Make a version, or the base model, current and drop the checkpoints of the task that led to it."""
+    """Makes a version, or the base model, current and deletes the checkpoints of its task."""
     write_text(path / "current", version + "\n")
     shutil.rmtree(path / "work", ignore_errors=True)
 
 
-def is_settled(run: RunData) -> bool:
-    """Whether the newest version was promoted, or refused, to the end: a kill in between leaves its checkpoints."""
-    return not run.everything or not work_folder(run.path, run.everything[-1].id).exists()
-
-
 def rollback(path: Path, version: str | None = None, force: bool = False) -> Rollback:
-    """Make an earlier version of a run current, or one that was rolled back.
+    """Makes an earlier version of a run current, or one that was rolled back.
 
     Args:
         path: the run directory.
@@ -221,63 +216,47 @@ def rollback(path: Path, version: str | None = None, force: bool = False) -> Rol
 
 
 def roll_back(run: RunData, version: str | None, force: bool) -> Rollback:
-    """As `rollback`, of a run whose lock is held."""
+    """Does the work of `rollback` on a run whose lock is held."""
     if run.regime != "sequential":
         raise InputError(
             f"{run.path}: the versions of {run.facts.method.name} do not build on each other, so there is none to go "
             "back to: export the one you want"
         )
-    target = _parent(run) if version is None else _named(run, version)
+    if version is None:
+        if not run.versions:
+            raise InputError(f"{run.path}: the base model is current: there is nothing to roll back")
+        target = run.versions[-2] if len(run.versions) > 1 else None
+    elif version == BASE:
+        target = None
+    else:
+        found = [one for one in run.all_versions if one.is_called(version)]
+        if len(found) != 1:
+            known = ", ".join([BASE, *(one.id for one in run.all_versions)])
+            raise InputError(f"{run.path}: has no version {version!r}: choose one of {known}")
+        target = found[0]
     if target is not None:
-        _check(run, target, force)
+        check_version(run.path / "versions" / target.id, target.manifest.files)
+        verdict = target.manifest.gate
+        if verdict is not None and target.refused and not force:
+            unsure = verdict.outcome == "not enough evidence"
+            why = "was not promoted for want of evidence" if unsure else "was refused by the gate"
+            raise InputError(f"{target.id} {why} ({what_fell(verdict)}): force it, or choose another")
     current = BASE if target is None else target.id
     # First of all: the interrupted task's checkpoints go on from the version that is being left, and those of a
     # version that a kill kept from being promoted would promote it after all.
     if (run.path / "work").exists():
         shutil.rmtree(run.path / "work")
     write_text(run.path / "current", current + "\n")
-    before, after = ([version.id for version in line] for line in (run.versions, load_run(run.path).versions))
+    before, after = ([one.id for one in lineage] for lineage in (run.versions, load_run(run.path).versions))
     return Rollback(
-        before=run.tip,
+        before=run.head,
         current=current,
         left_out=tuple(name for name in before if name not in after),
         taken_back=tuple(name for name in after if name not in before),
     )
 
 
-def _parent(run: RunData) -> VersionData | None:
-    """The version before the current one; None for the base model."""
-    if not run.versions:
-        raise InputError(f"{run.path}: the base model is current: there is nothing to roll back")
-    return run.versions[-2] if len(run.versions) > 1 else None
-
-
-def _named(run: RunData, name: str) -> VersionData | None:
-    """The version of that name or number; None for the base model."""
-    if name == BASE:
-        return None
-    found = [version for version in run.everything if name in (version.id, version.id.partition("-")[0])]
-    if len(found) != 1:
-        known = ", ".join([BASE, *(version.id for version in run.everything)])
-        raise InputError(f"{run.path}: has no version {name!r}: choose one of {known}")
-    return found[0]
-
-
-def _check(run: RunData, version: VersionData, force: bool) -> None:
-    """Refuse a damaged version, and one that the gate refused."""
-    folder = run.path / "versions" / version.id
-    check_version(folder, version.manifest.files)
-    verdict = version.manifest.gate
-    if verdict is not None and version.refused and not force:
-        why = (
-            "was not promoted for want of evidence"
-            if verdict.outcome == "not enough evidence"
-            else "was refused by the gate"
-        )
-        raise InputError(f"{version.id} {why} ({what_fell(verdict)}): force it, or choose another")
-
-
 def check_version(folder: Path, files: dict[str, str]) -> None:
-    """Refuse a version of which a file is not as its manifest lists it."""
+    """Refuses a version of which a file differs from its manifest."""
     if wrong := differing_files(folder, files):
         raise InputError(f"{folder / wrong[0]}: missing or changed since it was written; restore the file")

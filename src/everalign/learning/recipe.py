@@ -428,7 +428,7 @@ def completed(recipe: Recipe) -> Recipe:
     whole = recipe.over(known)
     if recipe.tasks is not None:
         return whole
-    done = {version.task for version in run.everything}
+    done = {version.task for version in run.all_versions}
     left = [task for task in known.tasks or [] if task.name not in done]
     return whole.model_copy(update={"tasks": None if run.regime == "joint" and done else left or None})
 
@@ -447,7 +447,7 @@ def _from_facts(run: RunData) -> Recipe:
     given: dict[str, Any] = {"model": facts.model, "objective": facts.objective, "seed": facts.seed}
     if run.base_adapter is not None:
         given["base_adapter"] = run.base_adapter
-    gates = [version.manifest.gate for version in run.everything]
+    gates = [version.manifest.gate for version in run.all_versions]
     if gates and gates[-1] is not None:
         given["gate"] = gates[-1].tolerance
     settings = {name: value for name, value in facts.settings.items() if value not in (None, "")}

@@ -1,4 +1,4 @@
-"""A run's versions as plain values: what each has learned, its score then and now, and what became of it."""
+"""Read a run directory: its versions with their scores, which of them are current, and what became of the others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BASE_ADAPTER = "base_adapter"
 """Folder of the adapter that was merged into the base model."""
 _METRICS = ("accuracy", "margin", "reward_accuracy")
 Status = Literal["promoted", "", "refused by the gate", "not enough evidence", "rolled back"]
-"""What became of a version: it is current, one of the current one's parents, or beside that line."""
+"""What became of a version: it is current, in the lineage, or off it for one of three reasons."""
 _REGIMES: dict[str, Regime] = {"mtl": "joint", "stl": "separate"}
 
 
@@ -57,21 +57,31 @@ class VersionData:
         """Whether the gate did not promote it, because it is worse or for want of evidence that it is not."""
         return self.manifest.gate is not None and not self.manifest.gate.promoted
 
+    def is_called(self, name: str) -> bool:
+        """Whether this is its folder's name or number."""
+        return name in (self.id, self.id.partition("-")[0])
+
 
 @dataclass(frozen=True)
 class RunData:
     """One run: its set-up, the base model's scores, and the versions in the order of learning.
 
-    `current` is the promoted version, "000" for the base model, None before the first promotion. `versions` is the
-    run's line: the current version and its parents. `beside` are the others: rolled back, or refused by the gate.
-    Where each task starts from the base model (STL), all versions are the line. `first_answers` are the base model's.
+    Args:
+        path: the run directory.
+        facts: the set-up.
+        zero_shot: the base model's scores by task.
+        versions: the lineage: the current version and its parents, oldest first. All versions of a method whose tasks
+            each start from the base model (STL).
+        off_lineage: the others: rolled back, or refused by the gate.
+        current: the promoted version, "000" for the base model, None before the first promotion.
+        first_answers: the base model's sample answers by task.
     """
 
     path: Path
     facts: RunFile
     zero_shot: Mapping[str, Score]
     versions: Sequence[VersionData]
-    beside: Sequence[VersionData]
+    off_lineage: Sequence[VersionData]
     current: str | None
     first_answers: Mapping[str, Sequence[SampleAnswer]] = field(default_factory=dict)
 
@@ -81,18 +91,13 @@ class RunData:
         return None if self.facts.base_adapter is None else str(self.path / BASE_ADAPTER)
 
     @property
-    def left_out(self) -> list[str]:
-        """Names of the versions beside the line."""
-        return [version.id for version in self.beside]
-
-    @property
-    def everything(self) -> list[VersionData]:
+    def all_versions(self) -> list[VersionData]:
         """All versions, in the order in which they were written."""
-        return sorted([*self.versions, *self.beside], key=lambda version: version.manifest.index)
+        return sorted([*self.versions, *self.off_lineage], key=lambda version: version.manifest.index)
 
     @property
-    def tip(self) -> str:
-        """The version that learning goes on from; "000" for the base model."""
+    def head(self) -> str:
+        """The version that learning continues from; "000" for the base model."""
         return self.versions[-1].id if self.versions else BASE
 
     def status(self, version: VersionData) -> Status:
@@ -126,36 +131,37 @@ class RunData:
         return list(dict.fromkeys([*learned, *scored]))
 
     def scores(self, metric: str = "accuracy") -> Scores:
-        """The score matrix in "accuracy", "margin" or "reward_accuracy".
+        """Returns the score matrix in "accuracy", "margin" or "reward_accuracy".
 
         Of a model trained on one task alone (STL) only the score on that task counts.
         """
-        zero = [_field(self.zero_shot, task, metric) for task in self.tasks]
-        rows = [[_field(version.scores, task, metric) for task in self.tasks] for version in self.versions]
+        tasks = self.tasks
+        scored = [self.zero_shot, *(version.scores for version in self.versions)]
+        zero, *rows = ([getattr(scores.get(task), metric, None) for task in tasks] for scores in scored)
         if self.regime == "joint":
-            # Of a run without test sets nothing is known of any task.
-            measured = rows and self.tasks
-            return Scores.joint(self.tasks, zero, rows[-1]) if measured else Scores(self.tasks, zero, [], self.regime)
+            # Without test sets no task was measured.
+            measured = rows and tasks
+            return Scores.joint(tasks, zero, rows[-1]) if measured else Scores(tasks, zero, [], self.regime)
         if self.regime == "separate":
-            return Scores.separate(self.tasks, zero, [row[i] for i, row in enumerate(rows)])
-        # A task that was learned before it had a test set has no score to compare later ones with. It can have got one
-        # while its version was rolled back.
+            return Scores.separate(tasks, zero, [row[i] for i, row in enumerate(rows)])
+        # A task that got its test set after it was learned, while its version was rolled back, has no score to compare
+        # later ones with.
         for start, version in enumerate(self.versions):
             if version.task not in version.scores:
                 for row in rows[start:]:
-                    row[self.tasks.index(version.task)] = None
-        return Scores(self.tasks, zero, rows, self.regime)
+                    row[tasks.index(version.task)] = None
+        return Scores(tasks, zero, rows, self.regime)
 
 
 def load_run(path: str | Path) -> RunData:
-    """Read a run directory; a damaged or missing file is an `InputError` that names it."""
+    """Reads a run directory; a damaged or missing file is an `InputError` that names it."""
     return RunReader(path).read()
 
 
 class RunReader:
-    """Reads a run directory again and again: a file that is as it was is neither read nor hashed a second time.
+    """Reads a run directory repeatedly: a file that did not change is neither read nor hashed a second time.
 
-    That it is as it was is told by its inode, size and times, which every writer changes, also one in another process.
+    A change shows in the inode, size or times, which every writer changes, also in another process.
 
     Args:
         path: the run directory.
@@ -165,48 +171,46 @@ class RunReader:
         self.path = Path(path)
         self._stamp: tuple[object, ...] = ()
         self._run: RunData | None = None
-        self._versions: dict[str, tuple[tuple[object, ...], VersionData]] = {}
+        self._versions: dict[str, tuple[object, VersionData]] = {}
 
     def read(self) -> RunData:
-        """Return the run as it is on disk; errors as in `load_run`."""
+        """Returns the run as it is on disk; errors as in `load_run`."""
         check_is_run(self.path)
-        folders = _version_folders(self.path / "versions")
-        # Before anything is read: what is written meanwhile is read the next time.
-        stamps = {folder.name: _stamps(folder, _VERSION_FILES) for folder in folders}
+        directory = self.path / "versions"
+        entries = sorted(directory.iterdir()) if directory.is_dir() else []
+        folders = [entry for entry in entries if entry.is_dir() and _VERSION.fullmatch(entry.name)]
+        # Before anything is read, so that what is written meanwhile is read the next time.
+        stamps = {folder: _stamps(folder, _VERSION_FILES) for folder in folders}
         # A version that is not settled yet has its checkpoints still.
         unsettled = [work_folder(self.path, folder.name).exists() for folder in folders]
-        stamp = (*_stamps(self.path, ("run.json", "zero_shot.json", "current")), *stamps.items(), *unsettled)
-        if self._run is None or stamp != self._stamp:
-            self._run, self._stamp = self._load(folders, stamps), stamp
-        return self._run
+        stamp = (_stamps(self.path, ("run.json", "zero_shot.json", "current")), *stamps.items(), *unsettled)
+        if self._run is not None and stamp == self._stamp:
+            return self._run
 
-    def _load(self, folders: Sequence[Path], stamps: Mapping[str, tuple[object, ...]]) -> RunData:
         known, self._versions = self._versions, {}
-        for folder in folders:
-            stamp, version = known.get(folder.name, ((), None))
-            if version is None or stamp != stamps[folder.name]:
+        for folder, found in stamps.items():
+            before, version = known.get(folder.name, (None, None))
+            if version is None or before != found:
                 version = _load_version(folder)
-            self._versions[folder.name] = stamps[folder.name], version
+            self._versions[folder.name] = found, version
         versions = sorted((version for _, version in self._versions.values()), key=lambda v: v.manifest.index)
         facts = read_json(self.path / "run.json", RunFile)
-        current = _current(self.path, versions)
         base = read_json(self.path / "zero_shot.json", ScoresFile)
-        kept = versions if facts.method.name == "stl" else _lineage(versions, current)
-        run = RunData(
-            path=self.path,
-            facts=facts,
-            zero_shot=base.scores,
-            first_answers=base.answers,
-            versions=kept,
-            beside=[version for version in versions if version not in kept],
-            current=current,
-        )
-        _check_scores(run)
+        current = _current(self.path, versions)
+        lineage = versions if facts.method.name == "stl" else _lineage(versions, current)
+        off = [version for version in versions if version not in lineage]
+        run = RunData(self.path, facts, base.scores, lineage, off, current, base.answers)
+        try:
+            for metric in _METRICS:
+                run.scores(metric)
+        except InputError as error:
+            raise InputError(f"{self.path}/versions/*/scores.json: {error}") from error
+        self._run, self._stamp = run, stamp
         return run
 
 
 def _stamps(folder: Path, names: Sequence[str]) -> tuple[object, ...]:
-    """Return what changes when one of these files is written: of each its inode, size and times, None without it."""
+    """Inode, size and times of each file, which change when it is written; None for one that is not there."""
     found: list[object] = []
     for name in names:
         try:
@@ -219,30 +223,27 @@ def _stamps(folder: Path, names: Sequence[str]) -> tuple[object, ...]:
 
 
 def check_is_run(path: Path) -> None:
-    """Refuse a folder that is no run directory."""
+    """Refuses a folder that is no run directory."""
     if not (path / "run.json").is_file():
         raise InputError(f"{path} is not a run directory, it has no run.json; give the --output directory of a run")
 
 
 def work_folder(run: Path, version: str) -> Path:
-    """Return the folder for checkpoints of the task that becomes a version; it is there until that is settled."""
+    """Returns the folder for checkpoints of the task that becomes a version; it exists until that is settled."""
     return run / "work" / version
 
 
 def run_labels(runs: Sequence[RunData]) -> list[str]:
     """A name for each run: its method; with the directory's name, then its path, where that is not unique."""
-    by_method = [run.facts.method.name for run in runs]
-    by_directory = [f"{run.facts.method.name} ({run.path.resolve().name})" for run in runs]
-    by_path = [f"{run.facts.method.name} ({run.path})" for run in runs]
-    for labels in (by_method, by_directory, by_path):
+    methods = [run.facts.method.name for run in runs]
+    for labels in (
+        methods,
+        [f"{method} ({run.path.resolve().name})" for method, run in zip(methods, runs, strict=True)],
+        [f"{method} ({run.path})" for method, run in zip(methods, runs, strict=True)],
+    ):
         if len(set(labels)) == len(runs):
             return labels
     raise InputError(f"the same run is given twice: {', '.join(str(run.path) for run in runs)}")
-
-
-def _version_folders(directory: Path) -> list[Path]:
-    found = sorted(directory.iterdir()) if directory.is_dir() else []
-    return [entry for entry in found if entry.is_dir() and _VERSION.fullmatch(entry.name)]
 
 
 def _load_version(directory: Path) -> VersionData:
@@ -264,24 +265,24 @@ def _load_version(directory: Path) -> VersionData:
 def _lineage(versions: Sequence[VersionData], current: str | None) -> list[VersionData]:
     """The current version and its parents, oldest first; where none is named, the newest that was not refused."""
     by_id = {version.id: version for version in versions}
-    line = [by_id[current]] if current in by_id else []
+    lineage = [by_id[current]] if current in by_id else []
     if current is None:
-        line = [version for version in versions if not version.refused][-1:]
-    while line and (parent := line[0].manifest.parent) != BASE:
-        if parent not in by_id or by_id[parent] in line:
+        lineage = [version for version in versions if not version.refused][-1:]
+    while lineage and (parent := lineage[0].manifest.parent) != BASE:
+        if parent not in by_id or by_id[parent] in lineage:
             raise InputError(
-                f"{line[0].id}/manifest.json: field parent: {parent!r} is no earlier version of this run "
+                f"{lineage[0].id}/manifest.json: field parent: {parent!r} is no earlier version of this run "
                 f"({', '.join(by_id)})"
             )
-        line.insert(0, by_id[parent])
-    return line
+        lineage.insert(0, by_id[parent])
+    return lineage
 
 
 def _current(run: Path, versions: Sequence[VersionData]) -> str | None:
     """The promoted version's name; None before the first promotion.
 
-    A kill may come between writing the newest version and promoting it, which has left its checkpoints: it counts as
-    promoted, unless the gate refused it.
+    A kill between writing the newest version and promoting it leaves its checkpoints: it counts as promoted, unless
+    the gate refused it.
     """
     if versions and not versions[-1].refused and work_folder(run, versions[-1].id).exists():
         return versions[-1].id
@@ -294,21 +295,8 @@ def _current(run: Path, versions: Sequence[VersionData]) -> str | None:
     return name
 
 
-def _check_scores(run: RunData) -> None:
-    try:
-        for metric in _METRICS:
-            run.scores(metric)
-    except InputError as error:
-        raise InputError(f"{run.path}/versions/*/scores.json: {error}") from error
-
-
-def _field(scores: Mapping[str, Score], task: str, metric: str) -> float | None:
-    value: float | None = getattr(scores[task], metric) if task in scores else None
-    return value
-
-
 def version_rows(run: RunData) -> list[dict[str, Any]]:
-    """Return all versions in the order of learning, those beside the run's line too.
+    """Returns all versions in the order of learning, those off the lineage too.
 
     `then` is a version's accuracy on its own task, `now` the promoted version's on that task; null where it was not
     measured, or where versions do not build on each other (STL). `status` is what became of a version, `gate` the
@@ -321,16 +309,12 @@ def version_rows(run: RunData) -> list[dict[str, Any]]:
             "version": version.id,
             "task": version.task,
             "created": version.manifest.created,
-            "then": _accuracy(version.scores, version.task),
-            "now": None if run.regime == "separate" else _accuracy(promoted, version.task),
+            "then": getattr(version.scores.get(version.task), "accuracy", None),
+            "now": None if run.regime == "separate" else getattr(promoted.get(version.task), "accuracy", None),
             "promoted": version.id == run.current,
             "status": run.status(version),
             "warnings": version.manifest.warnings,
             "gate": None if version.manifest.gate is None else version.manifest.gate.model_dump(mode="json"),
         }
-        for version in run.everything
+        for version in run.all_versions
     ]
-
-
-def _accuracy(scores: Mapping[str, Score], task: str) -> float | None:
-    return scores[task].accuracy if task in scores else None

@@ -29,7 +29,7 @@ from everalign.errors import InputError
 from everalign.evaluation import PreferenceScore
 from everalign.learning import run_files
 from everalign.learning.options import TrainingOptions
-from everalign.learning.promotion import LOCK, check_version, exclusive_run, is_settled, promote
+from everalign.learning.promotion import LOCK, check_version, exclusive_run, promote
 from everalign.learning.run_data import BASE, BASE_ADAPTER, RunData, RunReader, work_folder
 from everalign.learning.sample_answers import Answers
 from everalign.learning.task_training import StageReport
@@ -221,9 +221,10 @@ class RunDirectory:
 
     def finish_promotion(self, run: RunData) -> None:
         """Make up for what a kill prevented between writing a version and promoting or refusing it."""
-        if not is_settled(run):
+        newest = run.all_versions[-1:]
+        if any(work_folder(self.path, version.id).exists() for version in newest):
             with self.exclusive():
-                promote(self.path, run.tip)
+                promote(self.path, run.head)
 
     def restore(self, name: str, policy: Policy, method: Method, seed: int, at_first: Mapping[str, Tensor]) -> None:
         """Bring policy and method back to where version `name` left them.

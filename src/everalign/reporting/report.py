@@ -290,10 +290,10 @@ def effect_view(run: RunData) -> list[Row]:
 
 def gate_view(run: RunData) -> list[Row]:
     """Return a row for each version with what became of it; nothing where there was no gate and no rollback."""
-    if not run.beside and all(version.manifest.gate is None for version in run.versions):
+    if not run.off_lineage and all(version.manifest.gate is None for version in run.versions):
         return []
     rows = []
-    for version in run.everything:
+    for version in run.all_versions:
         verdict, status = version.manifest.gate, run.status(version) or "in the line"
         cells = [UNMEASURED] * 2 if verdict is None else [percent(verdict.tolerance), what_fell(verdict) or "nothing"]
         rows.append(Row(version.id, [status, *cells]))
@@ -305,7 +305,8 @@ def facts_view(runs: Sequence[RunData]) -> list[Row]:
     tables = []
     for run in runs:
         facts = run.facts
-        left_out = {"versions left out": ", ".join(run.left_out)} if run.left_out else {}
+        off = ", ".join(version.id for version in run.off_lineage)
+        left_out = {"versions left out": off} if off else {}
         tables.append(
             {
                 "directory": str(run.path),

@@ -70,7 +70,7 @@ class CorrectorReloader:
                 f"{path}: learns {run.facts.objective}, so it is no corrector: serve its export as the upstream "
                 "(everalign export, then transformers serve or vLLM)"
             )
-        if all(version.refused for version in run.everything):
+        if all(version.refused for version in run.all_versions):
             raise InputError(f"{path}: no version of it is promoted: learn corrections first")
         self.path = path
         self._on_rollback: OnRollback = on_rollback

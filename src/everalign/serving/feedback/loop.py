@@ -98,7 +98,7 @@ def learn_from_feedback(
             learner.learn(task.rows, pending.name, task.test)
         except GateRefusedError as error:
             refusal = error
-        version = learner.run.tip if refusal is None else refusal.version
+        version = learner.run.head if refusal is None else refusal.version
         if not isinstance(refusal, NotEnoughEvidenceError):
             store.mark_learned(task.feedback_ids, pending.name if refusal is None else f"{pending.name} (refused)")
         pending.done(version, refusal is None)
@@ -122,8 +122,8 @@ def _check_evidence(task: NextTask, learner: Learner) -> None:
 
 def _check_start(learner: Learner, correctors: set[str | None]) -> None:
     """Refuse to start from a model that never corrected, if the feedback is on the answers of a corrector."""
-    known = {version.id for version in learner.run.everything}
-    if learner.run.tip == BASE and not correctors <= known and not learner.starts_from_corrector:
+    known = {version.id for version in learner.run.all_versions}
+    if learner.run.head == BASE and not correctors <= known and not learner.starts_from_corrector:
         raise InputError(
             f"the feedback is on answers of the corrector {', '.join(sorted(map(str, correctors)))}, and the run "
             f"starts from {learner.run.facts.model}, which is none: name the corrector in service as the model, or its "
@@ -149,7 +149,7 @@ class _Pending:
     def write(cls, learner: Learner, task: NextTask, kind: str) -> "_Pending":
         """Write a new task under a name that no version and no earlier task has."""
         tasks = learner.run.path / _FOLDER
-        taken = {version.task for version in learner.run.everything} | {folder.name for folder in tasks.glob("*")}
+        taken = {version.task for version in learner.run.all_versions} | {folder.name for folder in tasks.glob("*")}
         name = next(f"{_PREFIX}{i}" for i in range(1, len(taken) + 2) if f"{_PREFIX}{i}" not in taken)
         with new_folder(tasks / name) as folder:
             for file, rows in (("train.jsonl", task.rows), ("test.jsonl", task.test)):

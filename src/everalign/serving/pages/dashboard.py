@@ -60,7 +60,7 @@ class ForgettingView:
 
 def version_views(run: RunData, served: str | None = None) -> list[VersionView]:
     """Return the versions, the newest first; `served` is the one in the gateway's service, None where it is unknown."""
-    verdicts = {one.id: one.manifest.gate for one in run.everything}
+    verdicts = {one.id: one.manifest.gate for one in run.all_versions}
     found = []
     for row in version_rows(run):
         verdict = verdicts[row["version"]]
