@@ -1,8 +1,12 @@
-"""Find out what a model's classes can do, on a shrunk copy with random weights."""
+"""Probe what a model's classes can do, on a shrunk copy with random weights, instead of trusting its name.
+
+Which of its linear modules a text reaches, whether hidden states and logits can be computed apart, whether prompts can
+be shared by several answers under a block attention mask, and how long rows may be.
+"""
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,9 +29,12 @@ _KINDS_OF_LAYERS: dict[str, MaskKind] = {
     "chunked_attention": "chunk",
 }
 
-_known: dict[tuple[type, str], Architecture] = {}
-_lengths: dict[tuple[type, str], Lengths] = {}
-_classes: dict[tuple[type, str], set[type]] = {}
+Key = tuple[type, str]
+# What was found, by class and configuration: everything, what decoding needs, the lengths alone; the classes of parts.
+_studied: dict[Key, Architecture] = {}
+_decoding: dict[Key, Architecture] = {}
+_lengths: dict[Key, Lengths] = {}
+_classes: dict[Key, set[type]] = {}
 
 
 def study(model: Any) -> Architecture:
@@ -36,37 +43,64 @@ def study(model: Any) -> Architecture:
     A model of which no shrunk copy can be made is probed itself, in its own dtype.
     """
     key = configuration_key(model)
-    if key not in _known:
+    if key not in _studied:
         small = shrunk_copy(model)
-        lengths = Lengths() if small is None else probe_lengths(small, model.config)
-        _known[key] = _probe(model if small is None else small, lengths)
+        found = _probe(model if small is None else small, _lengths_on(small, model))
+        _studied[key] = found
         if small is not None:
             # It is asked for again where a whole path is tried on the copy.
-            _known[configuration_key(small)] = _known[key]
+            _studied[configuration_key(small)] = found
             _classes[key] = {type(part) for part in small.modules()}
-    if key in _classes and any(not _is_linear(part) for part in model.modules() if type(part) not in _classes[key]):
-        # Somebody has put parts of his own into the model, of which its configuration knows nothing.
-        return _probe(model, _known[key].lengths)
-    return _known[key]
+    found = _studied[key]
+    return _probe(model, found.lengths) if _has_other_parts(model, key) else found
+
+
+def study_decoding(model: Any) -> Architecture:
+    """Return what decoding has to know of a model's classes: its head and its lengths, nothing of prefix sharing."""
+    key = configuration_key(model)
+    if key in _studied:
+        return study(model)
+    if key not in _decoding:
+        small = shrunk_copy(model)
+        separate, resumable = _probe_head(model if small is None else small)
+        _decoding[key] = Architecture(separate, resumable=resumable, lengths=_lengths_on(small, model))
+        if small is not None:
+            _classes[key] = {type(part) for part in small.modules()}
+    found = _decoding[key]
+    if _has_other_parts(model, key):
+        separate, resumable = _probe_head(model)
+        return replace(found, separate=separate, resumable=resumable)
+    return found
 
 
 def study_lengths(model: Any) -> Lengths:
     """Return how long rows of a Hugging Face model may be, whatever its head."""
     key = configuration_key(model)
-    if key in _known:
-        return _known[key].lengths
-    if key not in _lengths:
-        small = shrunk_copy(model)
-        _lengths[key] = Lengths() if small is None else probe_lengths(small, model.config)
-    return _lengths[key]
+    for known in (_studied, _decoding):
+        if key in known:
+            return known[key].lengths
+    return _lengths[key] if key in _lengths else _lengths_on(shrunk_copy(model), model)
 
 
-def _is_linear(part: nn.Module) -> bool:
-    """Whether a module is a matrix in some form: quantised, packed or adapted ones stand in for plain ones."""
-    return hasattr(part, "in_features") or type(part).__module__.startswith(("peft.", "torch.nn."))
+def _has_other_parts(model: Any, key: Key) -> bool:
+    """Whether somebody has put parts into a model of which its configuration, and so its shrunk copy, knows nothing.
+
+    Quantised, packed and adapted matrices stand in for plain ones.
+    """
+    return key in _classes and any(
+        type(part) not in _classes[key]
+        and not hasattr(part, "in_features")
+        and not type(part).__module__.startswith(("peft.", "torch.nn."))
+        for part in model.modules()
+    )
 
 
-def configuration_key(model: Any) -> tuple[type, str]:
+def head_is_separable(model: Any) -> bool:
+    """Whether a model's logits are its output matrix (scale and soft-cap included) applied to its hidden states."""
+    return study_decoding(model).separate
+
+
+def configuration_key(model: Any) -> Key:
     """Return what models have in common whose classes do the same: class and configuration."""
     config = model.config
     settings = {**config.to_dict(), "attention": getattr(config, "_attn_implementation", None)}
@@ -75,100 +109,100 @@ def configuration_key(model: Any) -> tuple[type, str]:
     return type(model), json.dumps(settings, sort_keys=True, default=str)
 
 
+def _lengths_on(small: Any | None, model: Any) -> Lengths:
+    key = configuration_key(model)
+    if key not in _lengths:
+        _lengths[key] = Lengths() if small is None else probe_lengths(small, model.config)
+    return _lengths[key]
+
+
+@torch.no_grad()
 def _probe(model: Any, lengths: Lengths) -> Architecture:
-    with torch.no_grad():
-        batch = _rows(model, shared=False)
-        with _noting_linear_modules(model) as reached:
-            whole = SequenceLogProbs(model, Architecture()).response_logits(batch)
-        separate = _is_apart(model, batch, whole)
-        resumable = not separate and _is_resumable(model, batch, whole)
-        masks, reason = _sharing(model, whole)
-    return Architecture(separate, masks, reason, frozenset(reached), resumable, lengths)
-
-
-@contextmanager
-def _noting_linear_modules(model: Any) -> Iterator[set[str]]:
-    """Note the kinds of linear modules that are called inside of the `with` block, and do what a matrix does.
-
-    Some classes derive from `nn.Linear` and compute something else, such as one product for each group of heads.
-    """
-    found: set[str] = set()
-
-    def note(kind: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if not isinstance(output, Tensor):
-            return
-        if type(module) is nn.Linear or not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
-            found.add(kind)
-            return
-        plain = nn.functional.linear(inputs[0], module.weight, module.bias)
-        if _close(output, plain, _TOLERANCES[output.dtype]):
-            found.add(kind)
-
+    batch = _probe_batch(model, shared=False)
+    reached: set[str] = set()
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if is_linear(module):
-                stack.callback(module.register_forward_hook(partial(note, kind_of(name))).remove)
-        yield found
+                hook = partial(_note_linear, reached, kind_of(name))
+                stack.callback(module.register_forward_hook(hook).remove)
+        logits = SequenceLogProbs(model, Architecture()).response_logits(batch)
+    separate, resumable = _probe_head(model)
+    masks, reason = _probe_sharing(model, logits, batch)
+    return Architecture(separate, masks, reason, frozenset(reached), resumable, lengths)
 
 
-def _is_apart(model: Any, batch: Batch, whole: Tensor) -> bool:
-    """Whether decoder and head give the logits of the whole model, called one after the other."""
-    head = SequenceLogProbs(model, Architecture(separate=True))
-    try:
-        return head.separate and _close(whole, head.all_logits(batch), _HEAD_TOLERANCE)
-    except MODEL_ERRORS:
-        return False
+def _note_linear(found: set[str], kind: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    """Note the kind of a linear module that was called and did what a matrix does.
 
-
-def _is_resumable(model: Any, batch: Batch, whole: Tensor) -> bool:
-    """Whether the model itself gives its logits when it is handed its decoder's hidden states, a few positions at once.
-
-    Each half of them is computed apart, so that nothing may look at other positions.
+    Some classes derive from `nn.Linear` and compute something else, such as one product for each group of heads.
     """
-    head = SequenceLogProbs(model, Architecture(resumable=True))
-    try:
-        halves = head.states(batch).chunk(2)
-        return head.chunked and _close(whole, torch.cat([head.logits(half) for half in halves]), _HEAD_TOLERANCE)
-    except MODEL_ERRORS:
-        return False
+    if not isinstance(output, Tensor):
+        return
+    plain = type(module) is nn.Linear or not isinstance(module, nn.Linear) or not module.weight.is_floating_point()
+    if not plain:
+        expected = nn.functional.linear(inputs[0], module.weight, module.bias)
+        plain = _close(output, expected, _TOLERANCES[output.dtype])
+    if plain:
+        found.add(kind)
 
 
-def _sharing(model: Any, whole: Tensor) -> tuple[tuple[MaskKind, ...], str | None]:
+@torch.no_grad()
+def _probe_head(model: Any) -> tuple[bool, bool]:
+    """Return whether the logits are separable from the hidden states, or else can be resumed from them.
+
+    Resumed means that the model itself gives its logits when its decoder is made to return given hidden states. Each
+    half of them is tried apart, so that nothing may look at other positions.
+    """
+    if model.base_model is model:
+        return False, False
+    tokens = min(model.config.get_text_config().vocab_size, FIRST_SPECIAL) - 3
+    ids = torch.tensor([[3 + 5 * i % tokens for i in range(12)]], device=next(model.parameters()).device)
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    found = []
+    for kind in (Architecture(separate=True), Architecture(resumable=True)):
+        head = SequenceLogProbs(model, kind)
+        try:
+            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            # The separated head on all positions at once, as the model calls it: fewer may be rounded another way.
+            parts = (states,) if kind.separate else states.chunk(2)
+            found.append(_close(logits, torch.cat([head.logits(part) for part in parts]), _HEAD_TOLERANCE))
+        except MODEL_ERRORS:
+            found.append(False)
+        if found[0]:
+            return True, False
+    return False, found[1]
+
+
+def _probe_sharing(model: Any, logits: Tensor, apart: Batch) -> tuple[tuple[MaskKind, ...], str | None]:
     """Return the masks under which shared and packed rows give the logits of separate ones, and why there are none."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if others := sorted(kinds - set(_KINDS_OF_LAYERS)):
         return (), f"the model has {', '.join(others)} layers"
-    batch, reason = _rows(model, shared=True), ""
-    order = _rows(model, shared=False)["sequences"].argsort(stable=True)
-    for masks in _candidates(config, kinds):
-        head = SequenceLogProbs(model, Architecture(masks=masks))
+    # One mask for all layers, or one for each kind of layer.
+    candidates: list[tuple[MaskKind, ...]] = [("whole",)]
+    if len(kinds) > 1:
+        candidates = [tuple(sorted(_KINDS_OF_LAYERS[kind] for kind in kinds))]
+    else:
+        candidates += [("window",)] if getattr(config, "sliding_window", None) else []
+        candidates += [("chunk",)] if getattr(config, "attention_chunk_size", None) else []
+    batch, reason = _probe_batch(model, shared=True), ""
+    # Both in the order of the sequences; the sort keeps each sequence's tokens in theirs.
+    expected = logits[apart["sequences"].argsort(stable=True)]
+    for masks in candidates:
         try:
-            found = head.response_logits(batch)
+            found = SequenceLogProbs(model, Architecture(masks=masks)).response_logits(batch)
         except MODEL_ERRORS as error:
             reason = reason or f"the model takes no block attention mask ({type(error).__name__})"
             continue
-        # Both in the order of the sequences; the sort keeps each sequence's tokens in theirs.
-        if _close(whole[order], found[batch["sequences"].argsort(stable=True)], _TOLERANCES[whole.dtype]):
+        if _close(expected, found[batch["sequences"].argsort(stable=True)], _TOLERANCES[logits.dtype]):
             return masks, None
         reason = "the model's layers do not follow a block attention mask with restarted positions"
     return (), reason
 
 
-def _candidates(config: Any, kinds: set[str]) -> list[tuple[MaskKind, ...]]:
-    """Return what to try: one mask for all layers, or one for each kind of layer."""
-    if len(kinds) > 1:
-        return [tuple(sorted(_KINDS_OF_LAYERS[kind] for kind in kinds))]
-    found: list[tuple[MaskKind, ...]] = [("whole",)]
-    if getattr(config, "sliding_window", None):
-        found.append(("window",))
-    if getattr(config, "attention_chunk_size", None):
-        found.append(("chunk",))
-    return found
-
-
-def _rows(model: Any, shared: bool) -> Batch:
-    """Lay out three pairs of a few tokens, answers different in length and content, so that rows are packed too.
+def _probe_batch(model: Any, shared: bool) -> Batch:
+    """Collate three pairs of a few tokens, answers different in length and content, so that rows are packed too.
 
     The longest prompt reaches beyond the windows of a shrunk copy.
     """

@@ -17,9 +17,10 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from everalign.errors import EveralignError, InputError
-from everalign.modeling.architecture import study
+from everalign.modeling.architecture import study_decoding
 from everalign.modeling.cpu_kernels import cpu_attention
 from everalign.modeling.logprobs import SequenceLogProbs
+from everalign.modeling.shrinking import shrunk_copy
 
 # Buffers grow by this share of what is needed, and by at least so many tokens: a copy a token would cost more than
 # the token.
@@ -136,7 +137,7 @@ class Decoder:
             kind = model.config.get_text_config().model_type
             raise InputError(f"answers cannot be sampled from a {kind} model: it keeps more of its past than attention")
         self._cache, self._mask = KeyValueCache(len(windows)), batch["attention_mask"]
-        self._head = head or SequenceLogProbs(model, study(model))
+        self._head = head or SequenceLogProbs(model, study_decoding(model))
         self._padded = not bool(self._mask.all())
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)
         self._next = positions[:, -1:] + 1
@@ -259,13 +260,14 @@ class RaggedModel:
     Args:
         model: a Hugging Face causal language model, in evaluation mode.
         tokens_per_pass: most tokens computed at once, padding included; longer inputs take several passes.
+        on_copy_too: whether to check the masks on a shrunk copy as well.
 
     Raises:
         InputError: the model cannot: it keeps something else than keys and values of its past, or does not follow an
             attention mask that is given to it.
     """
 
-    def __init__(self, model: Any, tokens_per_pass: int = TOKENS_PER_PASS) -> None:
+    def __init__(self, model: Any, tokens_per_pass: int = TOKENS_PER_PASS, on_copy_too: bool = True) -> None:
         if tokens_per_pass < 1:
             raise InputError(f"tokens per pass: must be at least 1, found {tokens_per_pass}")
         config = model.config.get_text_config()
@@ -276,17 +278,17 @@ class RaggedModel:
         attention = getattr(config, "_attn_implementation", "sdpa")
         if attention not in ("sdpa", "eager"):
             raise InputError(f"drafts cannot be verified with {attention} attention: load the model with sdpa or eager")
-        architecture = study(model)
-        if architecture.why_no_prefix_sharing:
-            # Some models restrict what a token sees inside of their layers, where no mask of ours reaches.
-            raise InputError(f"{refused}: {architecture.why_no_prefix_sharing}")
         self.model, self.tokens_per_pass = model, tokens_per_pass
         self.device, self.dtype = model.device, next(model.parameters()).dtype
         self.windows, self.vocabulary = windows, config.vocab_size
         self._kinds = getattr(config, "layer_types", None) or [None] * len(windows)
         self._additive = attention == "eager"
-        self.head = SequenceLogProbs(model, architecture)
+        self.head = SequenceLogProbs(model, study_decoding(model))
         self._check(refused)
+        # Some models restrict what a token sees inside of their layers, where no mask of ours reaches. The windows of a
+        # shrunk copy are so small that this shows.
+        if on_copy_too and (small := shrunk_copy(model)) is not None:
+            RaggedModel(small, on_copy_too=False)
 
     def masks(self, slots: Tensor, used: int) -> Any:
         """Return what tokens in `slots` (R, Q) see of `used` slots: (R, 1, Q, used), one for each kind of layer."""

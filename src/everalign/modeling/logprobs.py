@@ -348,14 +348,6 @@ class SequenceLogProbs:
             logits: Tensor = self._model(input_ids=states.new_zeros(1, len(states), dtype=torch.long)).logits
         return logits[0]
 
-    def all_logits(self, batch: Batch) -> Tensor:
-        """Return what `response_logits` does, from a head that is called on all positions as the model itself does.
-
-        Fewer rows may be rounded another way.
-        """
-        logits = self._shape.apply(self._model.get_output_embeddings()(self._decoded(batch)))
-        return logits.flatten(0, 1)[batch["predictors"]]
-
     def response_logits(self, batch: Batch) -> Tensor:
         """Return the logits (K, V) that predict the batch's K response tokens; for a few of them, or tests."""
         return self.logits(self.states(batch))
