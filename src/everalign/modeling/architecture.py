@@ -138,12 +138,11 @@ def _note_linear(found: set[str], kind: str, module: nn.Module, inputs: tuple[An
     """
     if not isinstance(output, Tensor):
         return
-    plain = type(module) is nn.Linear or not isinstance(module, nn.Linear) or not module.weight.is_floating_point()
-    if not plain:
+    if type(module) is not nn.Linear and isinstance(module, nn.Linear) and module.weight.is_floating_point():
         expected = nn.functional.linear(inputs[0], module.weight, module.bias)
-        plain = _close(output, expected, _TOLERANCES[output.dtype])
-    if plain:
-        found.add(kind)
+        if not _close(output, expected, _TOLERANCES[output.dtype]):
+            return
+    found.add(kind)
 
 
 @torch.no_grad()

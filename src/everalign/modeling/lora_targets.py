@@ -62,57 +62,66 @@ def choose_targets(model: Any, targets: str | Sequence[str], reached: frozenset[
     """
     modules = {name: module for name, module in model.named_modules() if name}
     if targets == ALL_LINEAR:
-        names, aside = _all_linear(model, modules, reached)
-        if not names:
-            raise InputError(
-                f"cannot adapt {targets}: {type(model).__name__} has no linear modules that a text reaches"
-            )
-        tied = _tied(modules, names)
-        lost = _not_found_again(model, [name for name in names if name not in tied])
-        kept = [name for name in names if name not in {*tied, *lost}]
-        notes = [
-            *_note("no text passes through them as through a matrix", aside, _part),
-            *_note("modules share their weights", tied, kind_of),
-            *_note("peft would not find them again in a saved adapter", lost, kind_of),
-        ]
-        return Targets(kept, [*notes, *_expert_notes(modules)])
-    wanted = [targets] if isinstance(targets, str) else list(targets)
+        return _all_linear(model, modules, reached)
     found: set[str] = set()
-    aside = []
-    for pattern in wanted:
+    unreached: list[str] = []
+    for pattern in [targets] if isinstance(targets, str) else targets:
         fitting = _fitting(modules, pattern, isinstance(targets, str))
         if not fitting:
-            raise InputError(f"cannot adapt {pattern}: {_what_there_is(model, modules, pattern)}")
+            raise InputError(f"cannot adapt {pattern}: {_why_none_fits(model, modules, pattern)}")
         inside = [name for name in fitting if not is_linear(modules[name]) or kind_of(name) in reached]
         if inside:
-            aside += [name for name in fitting if name not in inside]
+            unreached += [name for name in fitting if name not in inside]
         found.update(inside or fitting)
     for name in found:
         if not is_linear(modules[name]):
             kind = type(modules[name]).__name__
             raise InputError(f"cannot adapt {name}, which is of type {kind}: only linear modules can be targets")
-        _check_compatible(model, name)
+        if reason := _incompatible(model, name):
+            raise InputError(f"cannot adapt {name}: {reason}")
     if lost := _not_found_again(model, sorted(found)):
         raise InputError(f"cannot adapt {lost[0]}: peft would not find its matrices again in a saved adapter")
     useless = [name for name in found if kind_of(name) not in reached]
-    return Targets(
-        [name for name in modules if name in found],
-        [*_note("no text passes through them as through a matrix", aside, _part), *_useless_note(useless)],
-    )
+    notes = [
+        *_note("not adapted, since no text passes through them as through a matrix", unreached, _part),
+        *_note("adapted, but no text passes through them, so that they learn nothing", useless, _part),
+    ]
+    return Targets([name for name in modules if name in found], notes)
 
 
-def _all_linear(model: Any, modules: dict[str, nn.Module], reached: frozenset[str]) -> tuple[list[str], list[str]]:
-    """Return the names of the language model's linear modules, and of those that are none of it."""
+def _all_linear(model: Any, modules: dict[str, nn.Module], reached: frozenset[str]) -> Targets:
+    """Choose the language model's linear modules, without its output layer and the routers of experts."""
     head = model.get_output_embeddings()
-    names, aside = [], []
+    linear = [name for name, module in modules.items() if is_linear(module) and module is not head]
+    unreached = [name for name in linear if kind_of(name) not in reached]
+    names = [
+        name
+        for name in linear
+        if kind_of(name) in reached and not _is_router(modules, name) and _incompatible(model, name) is None
+    ]
+    if not names:
+        raise InputError(f"cannot adapt {ALL_LINEAR}: {type(model).__name__} has no linear modules that a text reaches")
+    # What is learned for a module that shares its weights would be added to all its sharers once it is merged.
+    users = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
+    tied = [name for name in names if any(users[id(p)] > 1 for p in modules[name].parameters(recurse=False))]
+    lost = _not_found_again(model, [name for name in names if name not in tied])
+    notes = [
+        *_note("not adapted, since no text passes through them as through a matrix", unreached, _part),
+        *_note("not adapted, since modules share their weights", tied, kind_of),
+        *_note("not adapted, since peft would not find them again in a saved adapter", lost, kind_of),
+    ]
+    # Experts whose matrices are stacked in one parameter are no linear modules.
+    stacked: Counter[tuple[str, int]] = Counter()
     for name, module in modules.items():
-        if not is_linear(module) or module is head:
-            continue
-        if kind_of(name) not in reached:
-            aside.append(name)
-        elif not _is_router(modules, name) and _is_compatible(model, name):
-            names.append(name)
-    return names, aside
+        stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+        if stacks and "expert" in f"{name} {type(module).__name__}".lower():
+            stacked[kind_of(name), len(stacks[0])] += 1
+    notes += [
+        f"routed experts are not adapted: {count} in each of {layers} layers ({kind}) stay frozen, since {ALL_LINEAR} "
+        "means linear modules"
+        for (kind, count), layers in stacked.items()
+    ]
+    return Targets([name for name in names if name not in {*tied, *lost}], notes)
 
 
 def _is_router(modules: dict[str, nn.Module], name: str) -> bool:
@@ -125,20 +134,13 @@ def _is_router(modules: dict[str, nn.Module], name: str) -> bool:
     return int(getattr(modules[name], "out_features", count + 1)) <= count
 
 
-def _is_compatible(model: Any, name: str) -> bool:
-    try:
-        _check_compatible(model, name)
-    except InputError:
-        return False
-    return True
-
-
-def _check_compatible(model: Any, name: str) -> None:
-    """Refuse modules whose weights a model's fused kernels read past any adapter; peft would refuse to load them."""
+def _incompatible(model: Any, name: str) -> str | None:
+    """Return why peft would refuse a module: a model's fused kernels read its weights past any adapter."""
     try:
         _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[-1])
     except ValueError as error:
-        raise InputError(f"cannot adapt {name}: {error}") from error
+        return str(error)
+    return None
 
 
 def _fitting(modules: dict[str, nn.Module], pattern: str, is_expression: bool) -> list[str]:
@@ -152,7 +154,7 @@ def _fitting(modules: dict[str, nn.Module], pattern: str, is_expression: bool) -
     return [name for name, module in modules.items() if is_linear(module) and expression.fullmatch(name)]
 
 
-def _what_there_is(model: Any, modules: dict[str, nn.Module], pattern: str) -> str:
+def _why_none_fits(model: Any, modules: dict[str, nn.Module], pattern: str) -> str:
     """Say why nothing fits: an expert's matrices, or a wrong name."""
     stacked = sorted({name.rpartition(".")[-1] for name, p in model.named_parameters() if p.ndim == 3})
     leaf = pattern.rpartition(".")[-1]
@@ -172,41 +174,13 @@ def _not_found_again(model: Any, names: Sequence[str]) -> list[str]:
     return [name for key, name in keys.items() if key not in found]
 
 
-def _tied(modules: dict[str, nn.Module], names: Sequence[str]) -> list[str]:
-    """Return the modules whose weights others have too: what is learned for one would be added to all once merged."""
-    users = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
-    return [name for name in names if any(users[id(p)] > 1 for p in modules[name].parameters(recurse=False))]
-
-
-def _note(reason: str, names: Sequence[str], place: Callable[[str], str]) -> list[str]:
-    """Tell of linear modules that stay frozen by where they are."""
-    if not names:
-        return []
-    counted = ", ".join(f"{part} ({count})" for part, count in Counter(place(name) for name in names).items())
-    return [f"not adapted, since {reason}: linear modules of {counted}"]
-
-
-def _useless_note(names: Sequence[str]) -> list[str]:
-    if not names:
-        return []
-    counted = ", ".join(f"{part} ({count})" for part, count in Counter(_part(name) for name in names).items())
-    return [f"adapted, but no text passes through them, so that they learn nothing: linear modules of {counted}"]
+def _note(what: str, names: Sequence[str], place: Callable[[str], str]) -> list[str]:
+    """Return a line about linear modules, counted by where they are; none without modules."""
+    counts = Counter(place(name) for name in names)
+    counted = ", ".join(f"{part} ({count})" for part, count in counts.items())
+    return [f"{what}: linear modules of {counted}"] if counts else []
 
 
 def _part(name: str) -> str:
     """Return what comes before the first number in a module's name: `model.vision_tower.encoder.layers`."""
     return re.split(r"\.\d+(?:\.|$)", name)[0]
-
-
-def _expert_notes(modules: dict[str, nn.Module]) -> list[str]:
-    """Tell of experts whose matrices are stacked in one parameter, which `all-linear` does not reach."""
-    counts: Counter[tuple[str, int]] = Counter()
-    for name, module in modules.items():
-        stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
-        if stacks and "expert" in f"{name} {type(module).__name__}".lower():
-            counts[kind_of(name), len(stacks[0])] += 1
-    return [
-        f"routed experts are not adapted: {count} in each of {layers} layers ({kind}) stay frozen, since {ALL_LINEAR} "
-        "means linear modules"
-        for (kind, count), layers in counts.items()
-    ]

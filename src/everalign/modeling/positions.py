@@ -6,7 +6,7 @@ depends on its neighbours, and in some on what it computed before. Both are foun
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,9 +74,16 @@ class PositionState:
     """What parts of a model without parameters keep from one forward pass to the next, as it is at first."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._kept = [
-            (part, {n: b.clone() for n, b in part.named_buffers(recurse=False)}, _plain(part)) for part in _bare(model)
-        ]
+        self._kept = []
+        for part in model.modules():
+            buffers = {name: buffer.clone() for name, buffer in part.named_buffers(recurse=False)}
+            if buffers and next(part.parameters(), None) is None:
+                settings = {
+                    name: value
+                    for name, value in vars(part).items()
+                    if isinstance(value, int | float | Tensor) and name != "training"
+                }
+                self._kept.append((part, buffers, settings))
 
     def restore(self) -> None:
         """Put it back, so that the next rows are computed as if they were the first."""
@@ -84,23 +91,12 @@ class PositionState:
             for name, value in buffers.items():
                 now = part._buffers[name]
                 part._buffers[name] = value.clone() if now is None else value.to(now.device, copy=True)
-            for name, value in settings.items():
-                setattr(part, name, value)
-
-
-def _bare(model: nn.Module) -> Iterator[nn.Module]:
-    for part in model.modules():
-        if any(True for _ in part.named_buffers(recurse=False)) and not any(True for _ in part.parameters()):
-            yield part
-
-
-def _plain(part: nn.Module) -> dict[str, Any]:
-    values = vars(part).items()
-    return {name: value for name, value in values if isinstance(value, int | float | Tensor) and name != "training"}
+            for name, setting in settings.items():
+                setattr(part, name, setting)
 
 
 def named_length(config: Any) -> int | None:
-    """Return the most tokens that a configuration speaks of, under whatever name; None where it speaks of none."""
+    """Return the most tokens that a configuration names, under whatever key; None where it names none."""
     text = config.get_text_config()
     value = getattr(text, "max_position_embeddings", None)
     if isinstance(value, int):
@@ -112,20 +108,22 @@ def _original_length(config: Any) -> int | None:
     """Return the length that a model was trained with before its positions were stretched."""
     text = config.get_text_config()
     found = getattr(text, "original_max_position_embeddings", None)
-    return found if isinstance(found, int) else _in_rope(getattr(text, "rope_parameters", None) or {})
-
-
-def _in_rope(rope: dict[str, Any]) -> int | None:
-    for name, value in rope.items():
-        if name == "original_max_position_embeddings" and isinstance(value, int):
-            return value
-        if isinstance(value, dict) and (found := _in_rope(value)) is not None:
-            return found
-    return None
+    ropes = [getattr(text, "rope_parameters", None) or {}]
+    # One set of parameters, or one for each kind of layer.
+    while ropes and not isinstance(found, int):
+        rope = ropes.pop(0)
+        found = rope.get("original_max_position_embeddings")
+        ropes += [value for value in rope.values() if isinstance(value, dict)]
+    return found if isinstance(found, int) else None
 
 
 def probe_lengths(small: Any, config: Any) -> Lengths:
-    """Find out on a shrunk copy, and tell in the lengths of the model's own configuration."""
+    """Find out how long rows may be.
+
+    Args:
+        small: a shrunk copy of a model.
+        config: the model's own configuration, in whose lengths the result is given.
+    """
     named, real = named_length(small.config), named_length(config)
     state = PositionState(small)
     try:
@@ -134,26 +132,26 @@ def probe_lengths(small: Any, config: Any) -> Lengths:
             stretch = _stretch(small, state, config, longest)
     except MODEL_ERRORS:
         return Lengths()
-    if longest is None:
-        return Lengths(None, stretch)
-    return Lengths(longest if named is None or real is None else longest + real - named, stretch)
+    if longest is not None and named is not None and real is not None:
+        longest += real - named
+    return Lengths(longest, stretch)
 
 
 def _longest(small: Any, named: int | None) -> int | None:
     """Return how many tokens the copy can read; None where its named length is none that it stops at."""
+
+    def can_read(length: int) -> bool:
+        try:
+            _states(small, [length])
+        except MODEL_ERRORS:
+            return False
+        return True
+
     most = max(_TRIED if named is None else (*_TRIED, named)) + _BEYOND
-    if _can_read(small, most):
+    if can_read(most):
         return None
     start = most if named is None else named + 4
-    return next((length for length in range(start, 0, -1) if _can_read(small, length)), None)
-
-
-def _can_read(small: Any, length: int) -> bool:
-    try:
-        _states(small, [_row(small, length)])
-    except MODEL_ERRORS:
-        return False
-    return True
+    return next((length for length in range(start, 0, -1) if can_read(length)), None)
 
 
 def _stretch(small: Any, state: PositionState, config: Any, longest: int | None) -> Stretch | None:
@@ -163,13 +161,16 @@ def _stretch(small: Any, state: PositionState, config: Any, longest: int | None)
     @functools.cache
     def alone(length: int) -> Tensor:
         state.restore()
-        return _states(small, [_row(small, length)])[0]
+        return _states(small, [length])[0]
 
     def agree(*lengths: int) -> bool:
         known = [length for length in lengths if length in tried]
         state.restore()
-        together = _states(small, [_row(small, length) for length in known])
-        return len(known) < 2 or all(_close(alone(n), found) for n, found in zip(known, together, strict=True))
+        together = _states(small, known)
+        return len(known) < 2 or all(
+            (alone(length) - found).abs().max() <= _TOLERANCE * alone(length).abs().max().clamp(min=1.0)
+            for length, found in zip(known, together, strict=True)
+        )
 
     if agree(4, 40, 70):
         return None
@@ -184,23 +185,16 @@ def _stretch(small: Any, state: PositionState, config: Any, longest: int | None)
     return Stretch(tuple(limits), by_length) if limits else Stretch((0,), by_length=True)
 
 
-def _states(model: Any, rows: Sequence[list[int]]) -> list[Tensor]:
-    """Return what a model's decoder gives for each row, right-padded where they differ in length."""
-    width = max(len(row) for row in rows)
-    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    inputs = {"input_ids": tokens} if bool(mask.all()) else {"input_ids": tokens, "attention_mask": mask}
+def _states(model: Any, lengths: Sequence[int]) -> list[Tensor]:
+    """Return what a model's decoder gives for rows of these lengths, right-padded where they differ."""
+    tokens = min(model.config.get_text_config().vocab_size, FIRST_SPECIAL) - 3
+    ids, mask = torch.zeros(2, len(lengths), max(lengths), dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = torch.tensor([3 + (7 * i + length) % tokens for i in range(length)])
+        mask[row, :length] = 1
+    inputs = {"input_ids": ids} if bool(mask.all()) else {"input_ids": ids, "attention_mask": mask}
     if model.base_model is model:
         states = model(**inputs, use_cache=False).logits
     else:
         states = model.base_model(**inputs, use_cache=False).last_hidden_state
-    return [states[i, : len(row)] for i, row in enumerate(rows)]
-
-
-def _row(model: Any, length: int) -> list[int]:
-    tokens = min(model.config.get_text_config().vocab_size, FIRST_SPECIAL) - 3
-    return [3 + (7 * i + length) % tokens for i in range(length)]
-
-
-def _close(expected: Tensor, found: Tensor) -> bool:
-    return bool((expected - found).abs().max() <= _TOLERANCE * expected.abs().max().clamp(min=1.0))
+    return [states[row, :length] for row, length in enumerate(lengths)]

@@ -1,4 +1,4 @@
-"""All that a model will have to do, done once on a shrunk copy, so that what it cannot do is found before training."""
+"""Rehearse a whole run on a shrunk copy of a model, so that what it cannot do is found before training."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -45,11 +45,11 @@ def rehearse(model: Any, targets: str | Sequence[str]) -> None:
     key = (*configuration_key(model), targets if isinstance(targets, str) else tuple(targets))
     if key in _done:
         return
-    name = f"{type(model).__name__} ({model.config.model_type})"
+    refused = f"{type(model).__name__} ({model.config.model_type}) cannot be learned with"
     try:
         reached = study(model).reached
     except MODEL_ERRORS as error:
-        raise InputError(f"{name} cannot be learned with: it fails to read a text ({_said(error)})") from error
+        raise InputError(f"{refused}: it fails to read a text ({_reason(error)})") from error
     kinds = {kind_of(target) for target in choose_targets(model, targets, reached).names}
     small = shrunk_copy(model)
     if small is None:
@@ -57,61 +57,70 @@ def rehearse(model: Any, targets: str | Sequence[str]) -> None:
     stage = ""
     try:
         with TemporaryDirectory() as folder, quiet():
-            for doing in _stages(small, kinds, Path(folder)):
-                stage = doing
+            for started in _stages(small, kinds, Path(folder)):
+                stage = started
     except (EveralignError, *MODEL_ERRORS) as error:
-        raise InputError(f"{name} cannot be learned with: {stage} fails ({_said(error)})") from error
+        raise InputError(f"{refused}: {stage} fails ({_reason(error)})") from error
     _done.add(key)
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     first = str(error).strip().partition("\n")[0]
     return first if isinstance(error, EveralignError) else f"{type(error).__name__}: {first}"
 
 
 def _stages(small: Any, kinds: set[str], folder: Path) -> Iterator[str]:
-    """Yield what is tried next, and try it."""
+    """Yield the name of each stage, then try it."""
     plain, served = (copy.deepcopy(small) for _ in range(2))
-    tokens = _tokens(small)
+    most = min(small.config.get_text_config().vocab_size, FIRST_SPECIAL)
+    tokens = [3 + 5 * i % (most - 3) for i in range(12)]
+
     yield "reading a text from left to right"
-    _check_causal(small, tokens)
+    # With as many tokens, since positions may stretch with the length.
+    one, other = (_logits(small, [*tokens[:8], *end])[:, :8] for end in (tokens[8:], tokens[:-8]))
+    if not _difference(one, other) <= _TOLERANCE:
+        raise InputError("what it says of a token depends on later ones: it is no causal language model")
+
     yield "adapting it"
     names = [name for name, module in small.named_modules() if kind_of(name) in kinds and is_linear(module)]
     policy = Policy(small, 2, 4.0, names)
+
     yield "a training step"
     before = _logits(policy.peft, tokens)
     _take_a_step(policy, tokens)
     learned = _logits(policy.peft, tokens)
-    change = _differ(learned, before)
+    change = _difference(learned, before)
     if not change > 0:
         raise InputError("it changes nothing of what the model says")
 
-    def check(found: Tensor, what: str) -> None:
-        error = _differ(found, learned)
+    def check(model: Any, what: str) -> None:
+        error = _difference(_logits(model, tokens), learned)
         if not error <= max(_TOLERANCE, _LOST * change):
             raise InputError(f"{what} differs from what was learned by {error:.1e} of its size")
 
     yield "keeping what was learned"
     policy.write_long_term(policy.short_term())
     policy.start_short_term(0)
-    check(_logits(policy.peft, tokens), "long-term memory")
+    check(policy.peft, "long-term memory")
+
     yield "saving and loading the adapter"
     policy.save_adapter(folder / "adapter")
     policy.load_adapter(folder / "adapter", long_term=True, seed=0)
-    check(_logits(policy.peft, tokens), "the loaded adapter")
+    check(policy.peft, "the loaded adapter")
     loaded = PeftModel.from_pretrained(served, str(folder / "adapter")).eval()
-    check(_logits(loaded, tokens), "the adapter loaded by peft")
+    check(loaded, "the adapter loaded by peft")
+
     yield "merging it"
     merged = loaded.merge_and_unload()
-    check(_logits(merged, tokens), "the merged model")
-    if _is_written_and_loaded(plain, folder / "base"):
+    check(merged, "the merged model")
+    if _can_be_written(plain, folder / "base"):
         yield "writing and loading the merged model"
         (folder / "merged").mkdir()
         merged.name_or_path = str(folder / "base")
         write_checked(merged, folder / "merged")
 
 
-def _is_written_and_loaded(small: Any, folder: Path) -> bool:
+def _can_be_written(small: Any, folder: Path) -> bool:
     """Whether the copy itself can be written and is loaded again as what it is.
 
     Custom code is not written with it, nor the configuration of a larger model that it is the language model of, nor
@@ -129,30 +138,17 @@ def _is_written_and_loaded(small: Any, folder: Path) -> bool:
     return ways[0] == ways[1]
 
 
-def _tokens(small: Any) -> list[int]:
-    most = min(small.config.get_text_config().vocab_size, FIRST_SPECIAL)
-    return [3 + 5 * i % (most - 3) for i in range(12)]
-
-
-def _check_causal(small: Any, tokens: list[int]) -> None:
-    # With as many tokens, since positions may stretch with the length.
-    one, other = (_logits(small, [*tokens[:8], *end])[:, :8] for end in (tokens[8:], tokens[:-8]))
-    if not _differ(one, other) <= _TOLERANCE:
-        raise InputError("what it says of a token depends on later ones: it is no causal language model")
-
-
 def _take_a_step(policy: Policy, tokens: list[int]) -> None:
     """Learn from one pair."""
     pair = TokenizedPair("rehearsal", tokens[:4], tokens[4:8], tokens[8:11], 1.0)
     chosen, rejected = policy.train()(collate_pairs([pair], policy.head.shared)).unbind()
     (chosen - rejected).backward()
-    learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    if not all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in learning):
+    learning = [parameter for parameter in policy.parameters() if parameter.grad is not None]
+    if not all(parameter.grad.isfinite().all() for parameter in learning):  # type: ignore[union-attr]
         raise InputError("its gradients are not finite")
     with torch.no_grad():
         for parameter in learning:
-            if parameter.grad is not None:
-                parameter.add_(_LEARNING_RATE * parameter.grad.sign())
+            parameter.add_(_LEARNING_RATE * parameter.grad.sign())  # type: ignore[union-attr]
     policy.zero_grad()
     policy.eval()
 
@@ -163,5 +159,5 @@ def _logits(model: Any, tokens: list[int]) -> Tensor:
     return logits
 
 
-def _differ(found: Tensor, expected: Tensor) -> float:
+def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
