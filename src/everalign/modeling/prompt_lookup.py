@@ -15,8 +15,8 @@ MAX_GUESS = 512
 _REACH, _BACK = {3: 24, 2: 8, 1: 4}, 2
 # How often a guessed token is right before any was checked, and how many checked ones this weighs as much as.
 _PRIOR, _PRIOR_WEIGHT = 0.6, 1.0
-# By what factor a first token is less likely after a miss, and how many misses in a row count.
-_AFTER_A_MISS, _MISSES_COUNTED = 0.8, 6
+# By what factor the first token of a guess is less likely after each miss in a row.
+_AFTER_A_MISS = 0.8
 # A draft that was right for so many tokens, and never wrong, will probably stay as it is.
 _CERTAIN = 16
 _SEPARATOR = -1
@@ -50,7 +50,7 @@ class PromptLookup:
     @property
     def first(self) -> float:
         """Estimated probability that the first token of a guess is right: lower after each miss in a row."""
-        return self.rate * _AFTER_A_MISS ** min(self._misses, _MISSES_COUNTED)
+        return self.rate * _AFTER_A_MISS**self._misses
 
     def propose(self, written: Sequence[int]) -> list[int]:
         """Return what may follow the tokens written so far, at most `MAX_GUESS` tokens.
