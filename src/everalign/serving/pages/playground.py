@@ -1,4 +1,4 @@
-"""An answer as a page shows it: what was asked, both texts with their differences, and what the correction cost."""
+"""The playground: ask a question, see the answer with its correction marked, and give feedback on it."""
 
 import asyncio
 import hashlib
@@ -24,9 +24,13 @@ from everalign.serving.gateway import Gateway
 from everalign.serving.limits import aside
 from everalign.serving.pages.base import Pages, read_form
 from everalign.serving.routes import Catalogue
-from everalign.serving.store.records import Exchange, Feedback
+from everalign.serving.store.records import Exchange
 from everalign.serving.stream_response import cancel_on_disconnect
 
+# An edited text of the greatest length, with each letter as %XX four times, and the other fields.
+_MOST_BYTES = 4 << 20
+_FORWARDED_HEADERS = ("user-agent", "accept-language")
+_BLANK = {"model": "", "system": "", "question": ""}
 _UNKNOWN = "–"
 _REASONS = {
     "corrector_error": "the corrector failed",
@@ -54,14 +58,14 @@ class AnswerView:
 
     Args:
         id: of the exchange.
-        question: roles and texts.
+        question: (role, text) of each message.
         model: that answered.
-        original: the upstream's text with what was taken out marked; None where there is none to show beside.
-        returned: what the client got, with what was put in marked.
+        original: the upstream's text with removed words marked; None if it is not shown.
+        returned: the text that the client got, with added words marked.
         text: the same without marks.
         verdict: what became of the answer, in a sentence.
-        figures: names and values of what it took.
-        kept: whether the store has it, so that it can be judged.
+        figures: names and values of what it cost.
+        kept: whether it is in the store, so that it can get feedback.
     """
 
     id: str
@@ -76,7 +80,7 @@ class AnswerView:
 
     @property
     def digest(self) -> str:
-        """Names the text, so that an edit that changes nothing is known."""
+        """Digest of the text, by which an edit that changes nothing is recognized."""
         return digest(self.text)
 
     @property
@@ -86,66 +90,51 @@ class AnswerView:
 
 
 def digest(text: str) -> str:
-    """Return 64 hexadecimal digits that name a text; the same as it stands here and as a browser sends it back."""
+    """Return a text's sha256; line ends do not count, since browsers change them."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n")
     return hashlib.sha256(lines.encode(errors="replace")).hexdigest()
 
 
-def view_of(answered: Completed) -> AnswerView:
-    """Return the view of an answer that was just given; blocks while long texts are compared."""
-    request, found = answered.request, answered.summary
+def completed_view(completed: Completed) -> AnswerView:
+    """Return the view of a new answer; blocks while long texts are compared."""
+    request, summary = completed.request, completed.summary
     seconds = {
-        "seconds in the corrector": answered.corrector_seconds if answered.corrector_seconds else None,
-        "seconds in the upstream": answered.upstream_seconds,
+        "seconds in the corrector": completed.corrector_seconds or None,
+        "seconds in the upstream": completed.upstream_seconds,
     }
-    return _view(
-        request.id,
-        request.messages,
-        request.model,
-        _sides(answered.original, answered.returned, found.outcome, request.mode),
-        answered.returned,
-        _verdict(found.outcome, found.reason, request.mode),
-        figures(answered.usage, seconds, found.version, found.template),
-        bool(found.stored),
+    original, returned = _marked_sides(completed.original, completed.returned, summary.outcome, request.mode)
+    return AnswerView(
+        id=request.id,
+        question=[(one["role"], one["content"]) for one in question_of(request.messages) or ()],
+        model=request.model,
+        original=original,
+        returned=returned,
+        text=completed.returned,
+        verdict=_verdict(summary.outcome, summary.reason, request.mode),
+        figures=figures(completed.usage, seconds, summary.version, summary.template),
+        kept=bool(summary.stored),
     )
 
 
-def view_of_kept(exchange: Exchange, strict: bool) -> AnswerView:
-    """Return the view of an answer that the store has; blocks while long texts are compared.
-
-    Args:
-        exchange: from the store.
-        strict: whether this server gives nothing uncorrected.
-    """
+def stored_view(exchange: Exchange, strict: bool) -> AnswerView:
+    """Return the view of an exchange from the store, without the upstream's text on a strict server; may block."""
     mode = "strict" if strict else exchange.mode
-    return _view(
-        exchange.id,
-        exchange.messages,
-        exchange.model,
-        _sides(exchange.original, exchange.returned, exchange.outcome, mode),
-        exchange.returned,
-        _verdict(exchange.outcome, exchange.reason, exchange.mode),
-        figures(exchange.usage, {}, exchange.corrector, exchange.template),
-        True,
+    original, returned = _marked_sides(exchange.original, exchange.returned, exchange.outcome, mode)
+    return AnswerView(
+        id=exchange.id,
+        question=[(one["role"], one["content"]) for one in question_of(exchange.messages) or ()],
+        model=exchange.model,
+        original=original,
+        returned=returned,
+        text=exchange.returned,
+        verdict=_verdict(exchange.outcome, exchange.reason, exchange.mode),
+        figures=figures(exchange.usage, {}, exchange.corrector, exchange.template),
+        kept=True,
     )
 
 
-def _view(
-    id: str,
-    messages: Sequence[Mapping[str, Any]],
-    model: str,
-    sides: tuple[Markup | None, Markup],
-    text: str,
-    verdict: str,
-    found: Sequence[tuple[str, str]],
-    kept: bool,
-) -> AnswerView:
-    question = [(one["role"], one["content"]) for one in question_of(messages) or ()]
-    return AnswerView(id, question, model, *sides, text, verdict, found, kept)
-
-
-def _sides(original: str, returned: str, outcome: str, mode: str) -> tuple[Markup | None, Markup]:
-    """Both texts with their changes marked; in strict mode, where nothing uncorrected leaves, the second alone."""
+def _marked_sides(original: str, returned: str, outcome: str, mode: str) -> tuple[Markup | None, Markup]:
+    """Return both texts with their changes marked; only the second in strict mode, which shows nothing uncorrected."""
     if outcome != "applied" or mode == "strict":
         return None, escape(returned)
     segments = word_diff(original, returned)
@@ -168,54 +157,44 @@ def _verdict(outcome: str, reason: str | None, mode: str) -> str:
 def figures(
     usage: Mapping[str, Any] | None, seconds: Mapping[str, float | None], version: str | None, template: str | None
 ) -> list[tuple[str, str]]:
-    """Return names and values of what an answer took; those that nobody told are left out.
+    """Return names and values of what an answer cost, as far as they are known.
 
     Args:
         usage: the upstream's tokens, with the corrector's as `corrector`.
-        seconds: by name; None where there were none.
-        version: of the corrector; None where none was asked.
-        template: that it read.
+        seconds: by name.
+        version: of the corrector, if it was asked.
+        template: of the corrector, if it was asked.
     """
-    told = usage or {}
-    found = {"tokens of the question": told.get("prompt_tokens"), "tokens of the answer": told.get("completion_tokens")}
-    own = told.get("corrector")
-    effort: dict[str, Any] = {}
+    usage = usage or {}
+    found: list[tuple[str, str]] = []
+
+    def add(name: str, tokens: Any) -> None:
+        known = type(tokens) is int
+        found.append((name, f"{tokens:,}".replace(",", "\u202f") if known else _UNKNOWN))
+
+    own = usage.get("corrector")
     if version is not None and isinstance(own, Mapping):
         details = own.get("completion_tokens_details")
         draft = details if isinstance(details, Mapping) else {}
-        effort = {
-            "corrector's tokens": own.get("completion_tokens"),
-            "draft tokens accepted": draft.get("accepted_prediction_tokens"),
-            "draft tokens rejected": draft.get("rejected_prediction_tokens"),
-            "forward passes": own.get("forward_passes"),
-        }
-    names = [("corrector", version), ("template", template)]
-    return [
-        *((name, _number(value)) for name, value in effort.items()),
-        *((name, f"{value:.3f}") for name, value in seconds.items() if value is not None),
-        *((name, _number(value)) for name, value in found.items() if value is not None),
-        *((name, value) for name, value in names if value is not None),
-    ]
-
-
-def _number(value: Any) -> str:
-    return f"{value:,}".replace(",", "\u202f") if type(value) is int else _UNKNOWN
-
-
-# An edited text of the greatest length, each letter of it written as %XX four times, and some more.
-_MOST_BYTES = 4 << 20
-_SENT_ALONG = ("user-agent", "accept-language")
-_BLANK = {"model": "", "system": "", "question": ""}
+        add("corrector's tokens", own.get("completion_tokens"))
+        add("draft tokens accepted", draft.get("accepted_prediction_tokens"))
+        add("draft tokens rejected", draft.get("rejected_prediction_tokens"))
+        add("forward passes", own.get("forward_passes"))
+    found += [(name, f"{value:.3f}") for name, value in seconds.items() if value is not None]
+    for name, key in (("tokens of the question", "prompt_tokens"), ("tokens of the answer", "completion_tokens")):
+        if usage.get(key) is not None:
+            add(name, usage[key])
+    return found + [(name, value) for name, value in (("corrector", version), ("template", template)) if value]
 
 
 @dataclass(frozen=True)
 class Said:
-    """Feedback on a page: what was sent, and what came of it.
+    """Feedback on a page.
 
     Args:
         fields: of the form, to be shown again.
-        error: what is wrong with it, if anything is.
-        words: what was kept, if it was.
+        error: what is wrong with them, if anything.
+        words: what was stored, if it was.
         edit: the differences between the answer and its edited text; empty for none.
     """
 
@@ -226,81 +205,84 @@ class Said:
 
 
 class Playground:
-    """What the routes do.
+    """The pages for asking and for feedback.
 
     Args:
-        gateway: answers.
-        pages: makes pages.
+        gateway: answers questions and stores feedback.
+        pages: renders pages.
     """
 
     def __init__(self, gateway: Gateway, pages: Pages) -> None:
         self._gateway, self._pages = gateway, pages
         self._catalogue = Catalogue(gateway)
 
-    @property
-    def _mode(self) -> str:
-        """Of what is asked here: as strict as the server is, and corrected where it can be."""
-        if self._gateway.parser.mode == "strict":
-            return "strict"
-        return "correct" if self._gateway.has_corrector else "off"
-
-    @property
-    def _unkept(self) -> str | None:
-        """Why nothing that is asked here can be judged; None where it can be."""
-        if self._gateway.store is None:
-            return "Nothing asked here is kept, and feedback is off: the gateway has no store (serve --store)."
-        if self._gateway.settings.keep == "none":
-            return "Nothing asked here is kept, and feedback is off: the gateway was told to keep none (serve --keep)."
-        return None
-
     async def form(self, request: Request) -> Response:
-        """The page with an empty form."""
+        """Show an empty form."""
         return await self._page(request, _BLANK)
 
     async def ask(self, request: Request) -> Response:
-        """The page with an answer, or with what went wrong."""
+        """Show the answer to a question, or why there is none."""
         fields = dict(_BLANK)
         try:
-            with self._place(request):
+            with self._slot(request):
                 fields |= await read_form(request, self._pages.sessions, self._gateway.settings.limits.body_bytes)
                 view = await cancel_on_disconnect(request.receive, self._answer(request, fields))
         except GatewayError as error:
             return await self._page(request, fields, error=error)
         return await self._page(request, fields, view=view)
 
-    async def kept(self, request: Request, id: str) -> Response:
-        """The page of an answer that the store has."""
+    async def stored(self, request: Request, id: str) -> Response:
+        """Show a stored answer."""
         try:
             exchange = await self._exchange(request, id)
         except GatewayError as error:
             return await self._page(request, _BLANK, error=error)
         return await self._answer_page(request, exchange, Said({}))
 
-    async def judge(self, request: Request, id: str) -> Response:
-        """The page of an answer with what was said of it, kept in the store."""
+    async def give_feedback(self, request: Request, id: str) -> Response:
+        """Store feedback on an answer, and show both."""
         try:
-            with self._place(request):
+            with self._slot(request):
                 exchange = await self._exchange(request, id)
                 fields = await read_form(request, self._pages.sessions, _MOST_BYTES)
         except GatewayError as error:
             return await self._page(request, _BLANK, error=error)
         try:
-            feedback = read_feedback(_content(id, fields), request.state.key_id)
+            feedback = read_feedback(_feedback_body(id, fields), request.state.key_id)
             new = await store_feedback(self._gateway, feedback)
         except GatewayError as error:
             return await self._answer_page(request, exchange, Said(fields, error=error.message), error.status)
-        edit = feedback.edited_text
-        marked = "" if edit is None else await asyncio.to_thread(_marked, exchange.returned, edit)
-        return await self._answer_page(request, exchange, Said(fields, words=_words(feedback, new), edit=marked))
+        said = {
+            "rated good": feedback.rating == 1,
+            "rated bad": feedback.rating == -1,
+            f"preferred: {feedback.preferred}": feedback.preferred is not None,
+            "edited": feedback.edited_text is not None,
+            f"tags: {', '.join(feedback.tags)}": bool(feedback.tags),
+            "commented": feedback.comment is not None,
+            "it takes the place of what you said before": not new,
+        }
+        marked = ""
+        if feedback.edited_text is not None:
+            segments = await asyncio.to_thread(word_diff, exchange.returned, feedback.edited_text)
+            marked = diff_html(segments)
+        words = tuple(word for word, holds in said.items() if holds)
+        return await self._answer_page(request, exchange, Said(fields, words=words, edit=marked))
 
     @contextmanager
-    def _place(self, request: Request) -> Iterator[None]:
-        """A place among the requests under way; raises GatewayError where there is none."""
+    def _slot(self, request: Request) -> Iterator[None]:
+        """Take a place among the concurrent requests; raises GatewayError if there is none."""
         slot = self._gateway.limiter.enter(request.state.key_id)
         try:
             yield
         finally:
             slot.release()
+
+    @property
+    def _mode(self) -> str:
+        """The mode of questions: as strict as the server, and corrected if there is a corrector."""
+        if self._gateway.parser.mode == "strict":
+            return "strict"
+        return "correct" if self._gateway.has_corrector else "off"
 
     async def _answer(self, request: Request, fields: Mapping[str, str]) -> AnswerView:
         if not fields["question"].strip():
@@ -309,19 +291,17 @@ class Playground:
         if fields["system"].strip():
             messages.insert(0, {"role": "system", "content": fields["system"]})
         body = {"model": fields["model"].strip(), "messages": messages, "store": True}
-        headers = [(name, value) for name, value in request.headers.items() if name in _SENT_ALONG]
+        headers = [(name, value) for name, value in request.headers.items() if name in _FORWARDED_HEADERS]
         content, headers = json.dumps(body).encode(), [*headers, ("x-everalign-mode", self._mode)]
-        reading = partial(
-            self._gateway.parser.parse, content, headers, request.state.key_id, self._gateway.has_corrector
-        )
-        context = await aside(content, reading)
-        answered = await self._gateway.completions.complete(context)
-        return await asyncio.to_thread(view_of, answered)
+        parser = self._gateway.parser
+        parse = partial(parser.parse, content, headers, request.state.key_id, self._gateway.has_corrector)
+        completed = await self._gateway.completions.complete(await aside(content, parse))
+        return await asyncio.to_thread(completed_view, completed)
 
     async def _exchange(self, request: Request, id: str) -> Exchange:
-        keeper = self._gateway.store
+        store = self._gateway.store
         try:
-            found = None if keeper is None else await keeper.exchange(id, request.state.key_id)
+            found = None if store is None else await store.exchange(id, request.state.key_id)
         except (EveralignError, OSError, RuntimeError) as error:
             message = f"the store cannot be read ({type(error).__name__})"
             raise overloaded(message, "store_failed", status=503) from None
@@ -330,8 +310,8 @@ class Playground:
         return found
 
     async def _answer_page(self, request: Request, exchange: Exchange, said: Said, status: int = 200) -> Response:
-        view = await asyncio.to_thread(view_of_kept, exchange, self._gateway.parser.mode == "strict")
-        values = {"view": view, "said": said, "store_failures": None, "failed": None}
+        view = await asyncio.to_thread(stored_view, exchange, self._gateway.parser.mode == "strict")
+        values = {"view": view, "said": said}
         return self._pages.page(request, "answer.html.j2", values, status)
 
     async def _page(
@@ -342,7 +322,18 @@ class Playground:
         view: AnswerView | None = None,
         error: GatewayError | None = None,
     ) -> Response:
-        models, trouble = await self._models()
+        models: list[str] = []
+        trouble = not_stored = None
+        try:
+            ids = [str(one["id"]) for one in await self._catalogue.models()]
+            models = [name for name in ids if not name.endswith(ALIGNED)]
+        except GatewayError as no_models:
+            trouble = no_models.message  # a model can still be named by hand
+        off = "Nothing asked here is kept, and feedback is off: the gateway"
+        if self._gateway.store is None:
+            not_stored = f"{off} has no store (serve --store)."
+        elif self._gateway.settings.keep == "none":
+            not_stored = f"{off} was told to keep none (serve --keep)."
         values = {
             "fields": fields,
             "models": models,
@@ -350,72 +341,30 @@ class Playground:
             "view": view,
             "said": Said({}),
             "failed": None if error is None else error.message,
-            "unkept": self._unkept,
+            "not_stored": not_stored,
             "mode": self._mode,
         }
         return self._pages.page(request, "playground.html.j2", values, 200 if error is None else error.status)
 
-    async def _models(self) -> tuple[list[str], str | None]:
-        """The upstreams' models, and why there are none; one can then be named by hand."""
-        try:
-            listed = await self._catalogue.models()
-        except GatewayError as error:
-            return [], error.message
-        return [name for one in listed if not (name := str(one["id"])).endswith(ALIGNED)], None
 
-
-def _content(id: str, fields: Mapping[str, str]) -> dict[str, Any]:
-    """A form as `POST /v1/feedback` has it; what was not filled in, and an answer that was not edited, is left out."""
-    content: dict[str, Any] = {"id": id}
-    rating = {"good": 1, "bad": -1}.get(fields.get("rating", ""))
-    tags = [tag.strip() for tag in fields.get("tags", "").split(",") if tag.strip()]
+def _feedback_body(id: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Return a form as a body of `POST /v1/feedback`, without empty fields and unchanged text."""
     edited = fields.get("edited_text")
     given = {
-        "rating": rating,
+        "rating": {"good": 1, "bad": -1}.get(fields.get("rating", "")),
         "preferred": fields.get("preferred") or None,
         "edited_text": None if edited is None or digest(edited) == fields.get("digest") else edited,
-        "tags": tags or None,
+        "tags": [tag.strip() for tag in fields.get("tags", "").split(",") if tag.strip()] or None,
         "comment": fields.get("comment", "").strip() or None,
     }
-    return content | {name: value for name, value in given.items() if value is not None}
-
-
-def _marked(before: str, after: str) -> str:
-    return diff_html(word_diff(before, after))
-
-
-def _words(feedback: Feedback, new: bool) -> tuple[str, ...]:
-    """What was kept, in words."""
-    said = {
-        "rated good": feedback.rating == 1,
-        "rated bad": feedback.rating == -1,
-        f"preferred: {feedback.preferred}": feedback.preferred is not None,
-        "edited": feedback.edited_text is not None,
-        f"tags: {', '.join(feedback.tags)}": bool(feedback.tags),
-        "commented": feedback.comment is not None,
-        "it takes the place of what you said before": not new,
-    }
-    return tuple(words for words, holds in said.items() if holds)
+    return {"id": id, **{name: value for name, value in given.items() if value is not None}}
 
 
 def playground_routes(gateway: Gateway, pages: Pages) -> APIRouter:
-    """Return the routes."""
+    """Return the routes of the playground and of stored answers."""
     router, playground = APIRouter(include_in_schema=False), Playground(gateway, pages)
-
-    @router.get("/")
-    async def form(request: Request) -> Response:
-        return await playground.form(request)
-
-    @router.post("/")
-    async def ask(request: Request) -> Response:
-        return await playground.ask(request)
-
-    @router.get("/answers/{id}")
-    async def kept(request: Request, id: str) -> Response:
-        return await playground.kept(request, id)
-
-    @router.post("/answers/{id}")
-    async def judge(request: Request, id: str) -> Response:
-        return await playground.judge(request, id)
-
+    router.add_api_route("/", playground.form, methods=["GET"])
+    router.add_api_route("/", playground.ask, methods=["POST"])
+    router.add_api_route("/answers/{id}", playground.stored, methods=["GET"])
+    router.add_api_route("/answers/{id}", playground.give_feedback, methods=["POST"])
     return router
