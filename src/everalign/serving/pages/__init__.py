@@ -1,1 +1,1 @@
-"""What people see of a gateway in a browser: a playground at `/`, a dashboard, and how to sign in."""
+"""Web pages of the gateway: playground, dashboard, sign-in."""

@@ -1,4 +1,4 @@
-"""Rendering of pages and reading of forms."""
+"""Rendering of pages, session cookies, and forms with CSRF tokens."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,19 +13,19 @@ from everalign.serving.limits import BODY_SECONDS, FORM, aside, read_body
 from everalign.serving.middleware import cookie_name
 from everalign.serving.security import Session, Sessions
 
-# All of a page comes from here, and so does what it may send: nothing of another site, nothing inline.
-_POLICY = (
+# Nothing inline, nothing from other sites, forms only to this one.
+_CONTENT_POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 
 
 class Pages:
-    """Makes pages.
+    """Renders pages.
 
     Args:
-        sessions: whose tokens stand in forms.
-        locked: whether one has to sign in.
+        sessions: of browsers; their CSRF tokens are part of forms.
+        locked: whether users have to sign in.
     """
 
     def __init__(self, sessions: Sessions, locked: bool) -> None:
@@ -39,7 +39,7 @@ class Pages:
         )
 
     def page(self, request: Request, template: str, values: Mapping[str, Any], status: int = 200) -> Response:
-        """Return a page; a browser without a session gets one."""
+        """Return a page; a browser without a session of its key gets a new one."""
         session = request.state.session
         known = session is not None and session.key_id == request.state.key_id
         if not known:
@@ -51,15 +51,15 @@ class Pages:
             "may_leave": self._locked and bool(session.key_id),
         }
         text = self._templates.get_template(template).render({**common, **values})
-        # An upstream may have sent what no encoding has: half a surrogate pair.
+        # An upstream may have sent half a surrogate pair, which no encoding has.
         content = text.encode(errors="replace")
-        response = Response(content, status, {"content-security-policy": _POLICY}, "text/html; charset=utf-8")
+        response = Response(content, status, {"content-security-policy": _CONTENT_POLICY}, "text/html; charset=utf-8")
         if not known:
             self.send_cookie(request, response, session)
         return response
 
     def send_cookie(self, request: Request, response: Response, session: Session) -> None:
-        """Give a browser its session; where it came by https, over nothing else from then on."""
+        """Set a browser's session cookie; one set over https is never sent over http."""
         response.set_cookie(
             cookie_name(request.scope),
             self.sessions.cookie(session),
@@ -74,16 +74,16 @@ _MOST_FIELDS = 40
 
 
 async def read_form(request: Request, sessions: Sessions, most: int, seconds: float = BODY_SECONDS) -> dict[str, str]:
-    """Return a form's fields.
+    """Return a form's fields, once its CSRF token is checked.
 
     Args:
-        request: whose body has not been read.
-        sessions: that its token must be of.
+        request: its body has not been read.
+        sessions: of browsers.
         most: bytes.
-        seconds: within which it has to be there.
+        seconds: within which the form has to arrive.
 
     Raises:
-        GatewayError: it cannot be read, or it comes from elsewhere or from a session that is over (403).
+        GatewayError: the form cannot be read; or it comes from another site, or its session is over (403).
     """
     content = await read_body(request, most, FORM, seconds)
     fields = await aside(content, lambda: parsed(content))
@@ -96,7 +96,7 @@ async def read_form(request: Request, sessions: Sessions, most: int, seconds: fl
 
 
 def parsed(content: bytes) -> dict[str, str]:
-    """Return the fields of a form's body, ends of lines as one sign; raises GatewayError."""
+    """Return the fields of a form's body, with line feeds as line ends; raises GatewayError."""
     try:
         found = parse_qsl(content.decode(), keep_blank_values=True, errors="strict", max_num_fields=_MOST_FIELDS)
     except ValueError:

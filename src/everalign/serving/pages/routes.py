@@ -1,4 +1,4 @@
-"""All pages of a gateway, and signing in and out."""
+"""Routes of all pages, of signing in and out, and of style sheet and script."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -16,15 +16,15 @@ from everalign.serving.pages.playground import playground_routes
 from everalign.serving.security import Keys, Sessions
 
 _MOST_BYTES = 10_000
-# Whoever has no key must not take the places of those who have one, nor one address those of all others.
-_AT_ONCE = 20
-_SECONDS = 5.0  # for a form with nothing but a key
+# Sign-ins have places of their own, so that clients without a key cannot block the others.
+_SIGN_INS = 20
+_SECONDS = 5.0  # for a form with just a key
 _ASSETS = {"style.css": "text/css; charset=utf-8", "script.js": "text/javascript; charset=utf-8"}
 
 
-def signing_routes(pages: Pages, keys: Keys) -> APIRouter:
-    """Return the routes."""
-    router, places = APIRouter(include_in_schema=False), Limiter(_AT_ONCE, _AT_ONCE, shared=True)
+def sign_in_routes(pages: Pages, keys: Keys) -> APIRouter:
+    """Return the routes of signing in and out, and of the files that this page loads."""
+    router, places = APIRouter(include_in_schema=False), Limiter(_SIGN_INS, _SIGN_INS, shared=True)
 
     @router.get(SIGN_IN)
     async def ask_for_key(request: Request) -> Response:
@@ -46,7 +46,7 @@ def signing_routes(pages: Pages, keys: Keys) -> APIRouter:
             message = "This key is not known here. Keys are set by whoever runs the gateway."
             return pages.page(request, "login.html.j2", {"error": message}, 401)
         response = RedirectResponse(f"{request.state.root}/", 303)
-        # A new session, not the former one raised: nobody can know its cookie from before.
+        # A new session, since somebody could know the cookie of the former one (session fixation).
         pages.send_cookie(request, response, pages.sessions.begin(key_id))
         return response
 
@@ -69,16 +69,16 @@ def signing_routes(pages: Pages, keys: Keys) -> APIRouter:
 
 
 def page_routes(gateway: Gateway, keys: Keys, sessions: Sessions, run: Path | None) -> APIRouter:
-    """Return the routes.
+    """Return the routes of all pages.
 
     Args:
-        gateway: answers.
-        keys: one of which opens the pages; with none, they are open to this machine.
-        sessions: of browsers that have signed in.
-        run: that the corrector comes from; None where it comes from none.
+        gateway: answers questions.
+        keys: any of them opens the pages; without keys, they are open to this machine.
+        sessions: of browsers.
+        run: of the corrector; None if it comes from no run.
     """
     router, pages = APIRouter(include_in_schema=False), Pages(sessions, keys.needed)
     router.include_router(playground_routes(gateway, pages))
     router.include_router(dashboard_routes(gateway, pages, run))
-    router.include_router(signing_routes(pages, keys))
+    router.include_router(sign_in_routes(pages, keys))
     return router
