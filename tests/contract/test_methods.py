@@ -27,15 +27,21 @@ def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture
-def learned(model, tmp_path):
-    """Learn tasks (two by default) with a method, into a folder of its own."""
+@pytest.fixture(scope="module")
+def learned(model, tmp_path_factory):
+    """Learn tasks (two by default) with a method, without scoring them; the same is learned once."""
+    runs = {}
 
     def learn(method, objective="dpo", *names, **arguments):
-        output = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        key = repr((method.name, method.settings(), method.gamma, objective, names, arguments))
+        if key in runs and type(method) in METHODS.values():
+            return runs[key]
+        output = tmp_path_factory.mktemp("learned") / "run"
         learner = make_learner(model, output, method, objective, **arguments)
-        for name, rows, test in tasks(*(names or ("warm", "brief"))):
-            learner.learn(rows, name, test)
+        for name, rows, _ in tasks(*(names or ("warm", "brief"))):
+            learner.learn(rows, name)
+        if type(method) in METHODS.values():
+            runs[key] = output
         return output
 
     return learn

@@ -9,6 +9,7 @@ import pytest
 from everalign.training.stage import latest_checkpoint
 from models_for_tests import random_pairs, random_policy, random_updates
 from stages_for_tests import difference, train, weights
+from tiers_for_tests import slow_but
 
 
 class StopError(Exception):
@@ -96,8 +97,9 @@ SPOILS = {
 }
 
 
-@pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
-def test_a_cut_checkpoint_is_passed_over(tmp_path, uninterrupted, spoil):
+@pytest.mark.parametrize("kind", slow_but(["cut optimiser", "no mark"], SPOILS))
+def test_a_cut_checkpoint_is_passed_over(tmp_path, uninterrupted, kind):
+    spoil = SPOILS[kind]
     interrupt(tmp_path, step=6)
     shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-5")
     shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-17")

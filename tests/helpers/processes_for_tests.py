@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # A process has one such server, and the first child that is started decides what it imports: so this is all of it.
-IMPORTED = ["test_resume", "stores_for_tests", "everalign.serving.store.database", "psycopg"]
+IMPORTED = ["test_resume", "two_processes_for_tests", "stores_for_tests", "everalign.serving.store.database", "psycopg"]
 
 
 @pytest.fixture(scope="session")

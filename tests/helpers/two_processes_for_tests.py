@@ -1,7 +1,6 @@
 """What each of several processes runs: the stages of `STAGES`; writes its weights and gradients to OUTPUT.RANK."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -42,8 +41,9 @@ def run_stages(folder: Path):
     return results
 
 
-if __name__ == "__main__":
+def main(output: Path, environment: dict[str, str]) -> None:
+    """What one of the processes does."""
+    os.environ.update(environment)
     torch.set_num_threads(1)
-    output = Path(sys.argv[1])
-    torch.save(run_stages(output / "checkpoints"), output / f"result.{os.environ['RANK']}")
+    torch.save(run_stages(output / "checkpoints"), output / f"result.{environment['RANK']}")
     torch.distributed.destroy_process_group()

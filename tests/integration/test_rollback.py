@@ -15,6 +15,7 @@ from everalign.learning.run_data import load_run
 from everalign.methods import ExperienceReplay, LifeAlign, SequentialFineTuning
 from learner_for_tests import held_out, make_learner, same_weights, save_model, task_rows, tasks
 from runs_for_tests import write_run
+from tiers_for_tests import slow_but
 
 METHODS = {"lifealign": LifeAlign, "er": ExperienceReplay, "seqft": SequentialFineTuning}
 
@@ -187,8 +188,13 @@ def straight(model, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    slow_but(
+        [("lifealign", "memory"), ("lifealign", "disk"), ("er", "disk")],
+        [(name, where) for name in METHODS for where in ("memory", "disk")],
+    ),
+)
 def test_learning_goes_on_as_if_what_was_rolled_back_had_never_been(model, tmp_path, straight, name, where):
     run = tmp_path / "run"
     learner = make_learner(model, run, METHODS[name]())
@@ -212,7 +218,7 @@ def test_learning_goes_on_as_if_what_was_rolled_back_had_never_been(model, tmp_p
     assert [version.task for version in learner.run.versions] == ["warm", "brief"]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(["lifealign", "stl"], METHODS))
 def test_back_at_the_base_model_a_run_begins_anew(model, run, tmp_path, straight, name):
     fresh = tmp_path / "fresh"
     learner = make_learner(model, fresh, METHODS[name]())

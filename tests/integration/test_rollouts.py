@@ -30,6 +30,7 @@ from learner_for_tests import (
     save_model,
     task_rows,
 )
+from tiers_for_tests import slow_but
 
 FEW = RolloutOptions(samples=4, max_new_tokens=24)
 LONG = {"max_length": 48, "epochs": 2.0}
@@ -178,7 +179,7 @@ class Interrupted:
         return [float(len(text)) for text in completions]
 
 
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("at", slow_but([2], [1, 2]))
 def test_a_run_interrupted_between_sampling_and_training_ends_the_same(model, tmp_path, at):
     rollouts = RolloutOptions(samples=4, max_new_tokens=24, rounds=2)
     learner(model, tmp_path / "whole", rollouts=rollouts).learn(prompts(), "a")

@@ -15,6 +15,7 @@ from everalign.learning.run_data import load_run
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask, SequentialFineTuning, SingleTask
 from everalign.training.options import WeightOptions
 from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows
+from tiers_for_tests import slow_but
 from tokenizers_for_tests import byte_tokenizer
 
 ANSWERS = ("yes, gladly!", "no.", "hm")
@@ -45,7 +46,7 @@ def newest_rows(output):
 # ---- learning ----
 
 
-@pytest.mark.parametrize("method", [LifeAlign, ExperienceReplay, MultiTask, SingleTask])
+@pytest.mark.parametrize("method", slow_but([LifeAlign], [LifeAlign, ExperienceReplay, MultiTask, SingleTask]))
 def test_scored_rows_and_preferences_are_learned_with_any_method(model, tmp_path, method):
     found = learner(model, tmp_path, method(), options={"epochs": 6.0, "learning_rate": 5e-2})
     found.learn(scored(), "warm", test=held_out("warm"))

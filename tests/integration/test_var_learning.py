@@ -19,6 +19,7 @@ from everalign.reporting.report import render_report
 from everalign.training.options import WeightOptions
 from everalign.training.reward_weights import weigh
 from learner_for_tests import adapter_weights, held_out, make_learner, save_model, task_rows
+from tiers_for_tests import slow_but
 
 ANSWERS = {"warm": ("yes, gladly!", "no.", "hm"), "brief": ("ok", "well, let me see", "ah, so")}
 
@@ -50,7 +51,7 @@ def learn_two(model, output, method=None, **arguments):
 # ---- learning ----
 
 
-@pytest.mark.parametrize("method", [LifeAlign, ExperienceReplay, MultiTask])
+@pytest.mark.parametrize("method", slow_but([MultiTask], [LifeAlign, ExperienceReplay, MultiTask]))
 def test_scored_tasks_are_learned_with_any_method(model, tmp_path, method):
     found = learn_two(model, tmp_path / "run", method(), options={"epochs": 8.0, "learning_rate": 5e-2})
     assert list(found.scores.tasks) == list(ANSWERS)

@@ -157,6 +157,7 @@ def test_a_killed_stage_ends_with_the_same_bits(tmp_path):
     assert difference(weights(whole), weights(resumed)) == 0.0
 
 
+@pytest.mark.slow
 def test_training_reaches_the_optimum_whoever_wrote_the_responses(tmp_path):
     """All 256 answers of 4 tokens are known, and so is pi*; the groups are drawn uniformly, far from the reference."""
     generator = torch.Generator().manual_seed(0)

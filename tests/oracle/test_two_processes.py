@@ -1,17 +1,13 @@
 """Two processes that share the work learn what one does."""
 
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from everalign.training.stage import latest_checkpoint
 from stages_for_tests import difference
-from two_processes_for_tests import STAGES, run_stages
+from two_processes_for_tests import STAGES, main, run_stages
 
 
 def _free_port() -> int:
@@ -21,34 +17,23 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Two processes talk over gloo, as `accelerate launch --cpu` starts them."""
+def folder(quick_processes, tmp_path_factory):
+    """Two processes talk over gloo, with the environment that `accelerate launch --cpu` gives them."""
     folder = tmp_path_factory.mktemp("two")
     shared = {
-        **os.environ,
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "ACCELERATE_USE_CPU": "true",
     }
-    script = Path(__file__).parents[1] / "helpers" / "two_processes_for_tests.py"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for worker in workers:
-            _, errors = worker.communicate(timeout=240)
-            assert worker.returncode == 0, errors
-    finally:
-        for worker in workers:
-            worker.kill()
+    workers = []
+    for rank in "01":
+        environment = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        workers.append(quick_processes.Process(target=main, args=(folder, environment), daemon=True))
+        workers[-1].start()
+    for worker in workers:
+        worker.join(240)
+    assert [worker.exitcode for worker in workers] == [0, 0]
     return folder
 
 
