@@ -20,6 +20,7 @@ from everalign.data import (
     load_corrections,
     load_edits,
 )
+from everalign.data.rows import content_id
 from everalign.errors import InputError
 
 CHAT = [{"role": "user", "content": "Hello?"}]
@@ -147,6 +148,22 @@ def test_missing_columns_name_the_nearest(tmp_path, name):
         path.write_text("question,answer,revision\nq,a,b\n")
     with pytest.raises(InputError, match=r"field 'correction': no such column; rename 'revision'\?"):
         load_corrections(path)
+
+
+def test_questions_answers_and_labelled_answers_have_ids_of_what_they_hold():
+    question, answer, labelled = Correction("q"), Correction("q", "a"), Correction("q", "a", good=True, kind="k")
+    assert question.id == content_id({"question": "q"})
+    assert answer.id == content_id({"question": "q", "answer": "a"})
+    told = {"question": "q", "answer": "a", "correction": None, "good": True, "kind": "k"}
+    assert labelled.id == content_id(told)
+    for row in (question, answer, labelled):
+        assert Correction.from_json(row.to_json(), "here") == row
+        assert (row.preference(), row.is_good) == (None, row is labelled)
+    with pytest.raises(InputError, match="field 'correction': must be text, found null") as caught:
+        answer.require("answer", "correction")
+    assert (caught.value.where, caught.value.field) == (f"row {answer.id}", "correction")
+    with pytest.raises(InputError, match="field 'answer': no such column, though there is an edit of it"):
+        Correction("q", correction="c")
 
 
 def test_the_names_are_promised():

@@ -3,12 +3,15 @@
 import csv
 import gzip
 import json
+from dataclasses import replace
+from hashlib import sha256
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from everalign.data import Preference, Scored, ScoredSet, load_scored
+from everalign.data.rows import content_id
 from everalign.errors import InputError
 
 CHAT = [{"role": "user", "content": "Hello?"}]
@@ -137,3 +140,46 @@ def test_a_list_in_python_s_own_notation_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,completions,rewards\np,\"['a', 'b']\",\"[1, 2]\"\n")
     with pytest.raises(InputError, match="field 'completions': looks like a list but is not JSON"):
         load_scored(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("row", "has", "lacks", "message"),
+    [
+        (Scored("p"), (), ("completions", "rewards"), "field 'completions': must be a list of texts, found null"),
+        (Scored("p", ("a",)), ("completions",), ("rewards",), "field 'rewards': must be a list of numbers, found null"),
+        (Scored("p", ("a",), (1.0,)), ("completions", "rewards"), ("weights",), "field 'weights'"),
+    ],
+)
+def test_a_column_that_a_verb_needs_is_asked_for(row, has, lacks, message):
+    assert row.require(*has) is row
+    assert not any(row.has(name) for name in lacks)
+    with pytest.raises(InputError, match=message) as caught:
+        row.require(*has, *lacks)
+    assert (caught.value.where, caught.value.field) == (f"row {row.id}", lacks[0])
+    rows = ScoredSet((EXPECTED[0], row), "mine")
+    with pytest.raises(InputError) as caught:
+        rows.require(*lacks[:1])
+    assert caught.value.where == ("mine: row 1" if lacks == ("weights",) else "mine: row 2")
+    assert (rows.has("completions"), rows.prompts_alone) == ("completions" in has, False)
+
+
+def test_prompts_unscored_and_scored_rows_have_ids_of_what_they_hold():
+    prompt, unscored = Scored("p", weight=2.0), Scored("p", ("a", "b"))
+    assert prompt.id == content_id({"prompt": "p"})
+    assert unscored.id == content_id({"prompt": "p", "completions": ["a", "b"]})
+    assert replace(unscored, rewards=(1.0, 2.0)).id == Scored("p", ("a", "b"), (1.0, 2.0)).id
+    for row in (prompt, unscored):
+        assert Scored.from_json(row.to_json(), "here") == row
+        assert row.preference() is None
+    assert ScoredSet((prompt,)).prompts_alone
+    # Without rewards a row counts in the fingerprint as every other kind of row does.
+    assert ScoredSet((unscored, prompt)).fingerprint == sha256(f"{unscored.id}\n{prompt.id} 2.0".encode()).hexdigest()
+
+
+def test_an_error_has_its_place_field_and_hint_apart(tmp_path):
+    path = write(tmp_path / "a.jsonl", [ROWS[0], {**ROWS[1], "rewards": [1]}])
+    with pytest.raises(InputError) as caught:
+        load_scored(path)
+    error = caught.value
+    assert (error.where, error.field, error.hint) == (f"{path}:2", "rewards", "give one for each")
+    assert str(error) == f"{path}:2: field 'rewards': 1 numbers for 2 completions; give one for each"

@@ -1,4 +1,4 @@
-"""Preference data: records, readers, chat templating, token encoding and the replay buffer.
+"""Training data: records, readers, chat templates, tokenization and the replay buffer.
 
 Names are loaded when first used, so that importing the package costs nothing.
 """
@@ -22,6 +22,8 @@ _HOMES = {
     "load_judged": "readers",
     "load_unscored": "readers",
     "load_drafts": "readers",
+    "load_answers": "readers",
+    "load_uncorrected": "readers",
     "load_prompts": "readers",
     "check_disjoint": "readers",
     "load_preferences": "readers",

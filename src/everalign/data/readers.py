@@ -11,13 +11,10 @@ from typing import Any, TypeVar
 from everalign.data.file_formats import raw_rows
 from everalign.data.messages import PROMPT_COLUMNS, checked_answer, checked_prompt, prompt_of
 from everalign.data.records import (
-    COMPLETIONS_NAMES,
     CORRECTION_SCHEMA,
     LABELLED_SCHEMA,
     PREFERENCE_SCHEMA,
-    PROMPT_NAMES,
     PROMPT_SCHEMA,
-    QUESTION_NAMES,
     SCORED_SCHEMA,
     Correction,
     CorrectionSet,
@@ -95,8 +92,6 @@ UNSCORED_SCHEMA = Schema(
     columns=("prompt", "completions", "chosen", "rejected", "rewards", "weight", *PROMPT_COLUMNS),
     required=(),
     expected="expected 'prompt' and 'completions', or 'prompt', 'chosen' and 'rejected'",
-    other_names={"prompt": PROMPT_NAMES, "completions": COMPLETIONS_NAMES},
-    lists=frozenset({"completions", "rewards"}),
 )
 _UNREWARDED = replace(UNSCORED_SCHEMA, columns=("prompt", "completions", "weight"), required=("completions", "prompt"))
 
@@ -140,12 +135,10 @@ def load_unscored(
     return rows
 
 
-_DRAFT_NAMES = ("original", "response", "draft", "output")
 _UNCORRECTED_SCHEMA = Schema(
     columns=("question", "answer", "prompt", "completion", *PROMPT_COLUMNS),
     required=(),
     expected="expected 'question' and 'answer', or 'prompt' and 'completion'",
-    other_names={"question": QUESTION_NAMES[1:], "answer": _DRAFT_NAMES, "completion": _DRAFT_NAMES},
 )
 
 
@@ -176,8 +169,6 @@ _DRAFT_SCHEMA = Schema(
     required=(),
     expected="expected 'question' or 'prompt', alone or with 'answer' (and 'correction' or 'edited_text'), "
     "'chosen' and 'rejected', or 'completions' (and 'rewards')",
-    other_names={"question": QUESTION_NAMES[1:]},
-    lists=frozenset({"completions", "rewards"}),
 )  # fmt: skip
 
 
@@ -236,7 +227,7 @@ def _one_of(row: Mapping[Any, Any], first: str, second: str) -> Any:
 
 def first_columns(source: Source, split: str, columns: tuple[str, ...]) -> set[str]:
     """Returns which of `columns` the first readable row has, to tell what kind of rows a file holds."""
-    schema = Schema(("prompt", *columns), required=(), expected=f"expected some of {', '.join(columns)}")
+    schema = Schema(("prompt", *columns), required=(), expected=f"expected some of {', '.join(columns)}", lists=())
     rows = (value for _, value in raw_rows(source, split, schema) if isinstance(value, Mapping))
     first = next(rows, {})
     return {name for name in columns if first.get(name) is not None}

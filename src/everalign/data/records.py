@@ -6,7 +6,7 @@ be corrected, a labelled answer for evaluation, or a correction. Code that needs
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -30,19 +30,10 @@ from everalign.errors import located
 # Far above any meaningful weight, and far from the end of fp32.
 _LARGEST_WEIGHT = 1e20
 
-PROMPT_NAMES = ("instruction", "question", "query", "input", "messages", "conversations")
-QUESTION_NAMES = ("prompt", "instruction", "query", "input", "messages", "conversations")
-COMPLETIONS_NAMES = ("responses", "answers", "outputs", "candidates", "completion")
-
 PREFERENCE_SCHEMA = Schema(
     columns=("prompt", "chosen", "rejected", "weight", *PROMPT_COLUMNS),
     required=("chosen", "rejected"),
     expected="expected 'prompt', 'chosen', 'rejected' and optionally 'weight'",
-    other_names={
-        "prompt": PROMPT_NAMES,
-        "chosen": ("preferred", "accepted", "better", "winner", "positive", "output"),
-        "rejected": ("dispreferred", "refused", "worse", "loser", "negative"),
-    },
 )
 
 
@@ -134,27 +125,14 @@ SCORED_SCHEMA = Schema(
     columns=("prompt", "completions", "rewards", "weight", "weights", "reference_rewards", *PROMPT_COLUMNS),
     required=("prompt", "completions", "rewards"),
     expected="expected 'prompt', 'completions', 'rewards' and optionally 'weight', 'weights' and 'reference_rewards'",
-    other_names={
-        "prompt": PROMPT_NAMES,
-        "completions": COMPLETIONS_NAMES,
-        "rewards": ("scores", "ratings", "labels", "reward", "score"),
-    },
-    lists=frozenset({"completions", "rewards", "weights", "reference_rewards"}),
 )
 PROMPT_SCHEMA = Schema(
     columns=("prompt", "weight", *PROMPT_COLUMNS),
     required=("prompt",),
     expected="expected 'prompt' and optionally 'weight'",
-    other_names={"prompt": PROMPT_NAMES},
 )
 # For rows made in Python, of which any column but the prompt may be missing.
-_ANY_SCORED = Schema(
-    columns=SCORED_SCHEMA.columns,
-    required=("prompt",),
-    expected="expected 'prompt' and optionally 'completions', 'rewards', 'weight', 'weights' and 'reference_rewards'",
-    other_names=SCORED_SCHEMA.other_names,
-    lists=SCORED_SCHEMA.lists,
-)
+_ANY_SCORED = replace(SCORED_SCHEMA, required=("prompt",))
 
 
 @dataclass(frozen=True)
@@ -302,29 +280,21 @@ def _weight(row: Mapping[Any, Any]) -> Any:
     return 1.0 if weight is None else weight
 
 
-_CORRECTION_NAMES = {
-    "question": QUESTION_NAMES,
-    "answer": ("original", "response", "completion", "draft", "output", "rejected"),
-    "correction": ("corrected", "revision", "revised", "edit", "edited", "rewrite", "improved", "chosen"),
-}
 CORRECTION_SCHEMA = Schema(
     columns=("question", "answer", "correction", "weight", *PROMPT_COLUMNS),
     required=("question", "answer", "correction"),
     expected="expected 'question', 'answer', 'correction' and optionally 'weight'",
-    other_names=_CORRECTION_NAMES,
 )
 LABELLED_SCHEMA = Schema(
     columns=("question", "answer", "correction", "good", "kind", *PROMPT_COLUMNS),
     required=("question", "answer"),
     expected="expected 'question', 'answer' and optionally 'correction', 'good', 'kind'",
-    other_names=_CORRECTION_NAMES,
 )
 # For rows made in Python, of which any column but the question may be missing.
 _ANY_CORRECTION = Schema(
     columns=("question", "answer", "correction", "weight", "good", "kind", *PROMPT_COLUMNS),
     required=("question",),
     expected="expected 'question' and optionally 'answer', 'correction', 'weight', 'good', 'kind'",
-    other_names=_CORRECTION_NAMES,
 )
 
 
@@ -387,7 +357,7 @@ class Correction(Row):
     @property
     def is_identity(self) -> bool:
         """Whether the answer is its own correction, letter by letter."""
-        return self.answer == self.correction
+        return self.has("correction") and self.answer == self.correction
 
     @property
     def is_good(self) -> bool:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
@@ -24,6 +24,21 @@ def field_error(field: str, problem: str, hint: str | None = None) -> InputError
     return InputError(message, field=field, hint=hint)
 
 
+_PROMPT_NAMES = ("instruction", "query", "input", "messages", "conversations")
+OTHER_NAMES = {
+    "prompt": ("question", *_PROMPT_NAMES),
+    "question": ("prompt", *_PROMPT_NAMES),
+    "chosen": ("preferred", "accepted", "better", "winner", "positive", "output"),
+    "rejected": ("dispreferred", "refused", "worse", "loser", "negative"),
+    "completions": ("responses", "answers", "outputs", "candidates", "completion"),
+    "rewards": ("scores", "ratings", "labels", "reward", "score"),
+    "answer": ("original", "response", "completion", "draft", "output", "rejected"),
+    "completion": ("original", "response", "draft", "output"),
+    "correction": ("corrected", "revision", "revised", "edit", "edited", "rewrite", "improved", "chosen"),
+}
+"""Common other names of columns, which errors suggest to rename."""
+
+
 @dataclass(frozen=True)
 class Schema:
     """The columns that a reader takes from a table. Others are listed in `RowSet.ignored`.
@@ -32,15 +47,13 @@ class Schema:
         columns: all columns that are read, the prompt first.
         required: columns without which no row can be read.
         expected: describes the columns in error messages.
-        other_names: common other names of a column, which an error suggests to rename.
         lists: columns of lists, which a CSV file holds as JSON.
     """
 
     columns: tuple[str, ...]
     required: tuple[str, ...]
     expected: str
-    other_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    lists: frozenset[str] = frozenset()
+    lists: tuple[str, ...] = ("completions", "rewards", "weights", "reference_rewards")
 
     def checked_row(self, value: object) -> Mapping[Any, Any]:
         """Returns a raw row if it is a mapping with all required columns."""
@@ -59,7 +72,7 @@ class Schema:
         """Returns the error for a missing column; it suggests a column to rename if one looks right."""
         names = [column for column in found if isinstance(column, str)]
         free = [column for column in names if column not in self.columns]
-        near = difflib.get_close_matches(name, free, n=1) or [n for n in self.other_names.get(name, ()) if n in free]
+        near = difflib.get_close_matches(name, free, n=1) or [n for n in OTHER_NAMES.get(name, ()) if n in free]
         hint = f"rename {near[0]!r}?" if near else None
         listed = ", ".join(map(repr, names)) or "none"
         problem = "no such column" + (f"; {hint}" if hint else "")

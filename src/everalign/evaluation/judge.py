@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from everalign.data.messages import Completion as Answered
-from everalign.data.messages import Message, Prompt, completion_text
+from everalign.data.messages import Completion, Message, Prompt, completion_text
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge_prompts import (
     FORMAT,
@@ -28,7 +27,8 @@ from everalign.evaluation.judge_prompts import (
     read_verdict,
     score_reply,
 )
-from everalign.llm_client import ChatClient, ChatError, Completion, read_instructions, shortened
+from everalign.llm_client import ChatClient, ChatError, read_instructions, shortened
+from everalign.llm_client import Completion as Reply
 from everalign.storage import Journal
 
 SCALE: Scale = (1.0, 10.0)
@@ -119,7 +119,7 @@ class JudgeScorer:
         """Returns the same judge with the same client, whose rewards are kept in `cache`."""
         return JudgeScorer(self.client, instructions=self._instructions, scale=self._scale, cache=cache)
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Answered]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
         """Returns the scores of N completions; equal completions of equal prompts are asked for once.
 
         Raises:
@@ -166,7 +166,7 @@ class JudgeScorer:
         found: dict[str, float] = self.cache.read(keys) if self.cache else {}
         names = {key: f"the answer '{shortened(text, _ANSWER_SHOWN)}'" for key, text in zip(keys, answers, strict=True)}
         waiting = {key: asked for key, asked in zip(keys, conversations, strict=True) if key not in found}
-        unread: dict[str, Completion] = {}
+        unread: dict[str, Reply] = {}
         for _ in range(2):
             asked, unread = list(waiting), {}
             if not asked:

@@ -12,7 +12,6 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, field_validator
 
 from everalign.data.readers import (
-    UNSCORED_SCHEMA,
     check_disjoint,
     first_columns,
     load_corrections,
@@ -22,7 +21,7 @@ from everalign.data.readers import (
     load_scored,
     load_unscored,
 )
-from everalign.data.rows import RowSet
+from everalign.data.rows import OTHER_NAMES, RowSet
 from everalign.errors import InputError
 from everalign.learning.options import (
     DEFAULT_METHOD,
@@ -527,7 +526,7 @@ def _load_unrewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
 
 def _refuse_other_names(source: str) -> None:
     """Refuse what would be taken for prompts alone, its answers unread, because their column has another name."""
-    others = UNSCORED_SCHEMA.other_names["completions"]
+    others = OTHER_NAMES["completions"]
     if found := [name for name in others if name in first_columns(source, "train", others)]:
         raise InputError(
             f"{source}: field {found[0]!r}: answers stand in 'completions', a list; rename it, or, to have answers "
