@@ -77,9 +77,8 @@ def create_app(
     sessions = Sessions()
     app.include_router(page_routes(gateway, gateway.keys, sessions, None if reloader is None else reloader.path))
     app.include_router(passthrough_routes(gateway))  # last: it takes all other paths
-    app.add_exception_handler(GatewayError, _gateway_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _internal_error)
+    for kind in (GatewayError, HTTPException, Exception):
+        app.add_exception_handler(kind, _error_reply)
 
     # The middleware that is added last comes first.
     app.add_middleware(AuthMiddleware, keys=gateway.keys, sessions=sessions, root=access.root_path)
@@ -119,20 +118,13 @@ async def _probe_upstreams(gateway: Gateway, warn: Callable[[str], None]) -> Non
     await asyncio.gather(*map(probe, gateway.settings.upstreams))
 
 
-async def _gateway_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, GatewayError)
-    return error_response(error)
-
-
-async def _http_error(_: Request, error: Exception) -> Response:
-    """There is no such path, or not with that method."""
-    assert isinstance(error, HTTPException)
-    found = refused(str(error.detail), code="unknown_url", status=error.status_code)
-    found.headers.update(error.headers or {})
-    return error_response(found)
-
-
-async def _internal_error(_: Request, error: Exception) -> Response:
+async def _error_reply(_: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):  # there is no such path, or not with that method
+        found = refused(str(error.detail), code="unknown_url", status=error.status_code)
+        found.headers.update(error.headers or {})
+        return error_response(found)
+    if isinstance(error, GatewayError):
+        return error_response(error)
     # Not its message, which may quote the request; the server logs the traceback.
     _log.error("a request failed: %s", type(error).__name__)
     return error_response(GatewayError(500, INTERNAL, code="internal_error"))

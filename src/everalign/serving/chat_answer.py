@@ -20,9 +20,7 @@ _WORD = re.compile(r"\s+|\S{1,64}\s*")
 class ChatAnswer:
     """A chat completion, read from the whole answer or from its chunks.
 
-    Args:
-        request: what was asked.
-        relayed: whether the answer passes as it is, so that only its texts are of interest.
+    If it is `relayed`, it passes as it is, and only its texts are of interest.
     """
 
     def __init__(self, request: RequestContext, relayed: bool) -> None:
@@ -161,11 +159,7 @@ class ChatRelay:
     """Chunks of an answer that passes as it is, with the id of the exchange.
 
     The chunks at the end are held back if they have to say whether the exchange is stored, which is known only after
-    them.
-
-    Args:
-        request: what was asked.
-        drops_usage: whether the client did not ask for the usage that the upstream was asked for.
+    them. `drops_usage` is whether the upstream was asked for the usage although the client did not ask for it.
     """
 
     def __init__(self, request: RequestContext, drops_usage: bool) -> None:

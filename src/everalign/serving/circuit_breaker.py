@@ -14,36 +14,6 @@ _OF_OTHERS = 2  # failures of other keys than the one that fails most, from whic
 _MOST_CIRCUITS = 1000
 
 
-class Permit:
-    """Leave to send one request; its first outcome counts, later ones are ignored."""
-
-    def __init__(self, breaker: "CircuitBreaker", key: str, era: int, trial: bool) -> None:
-        self._breaker, self.key, self.era, self.trial = breaker, key, era, trial
-        self._over = False
-
-    def answered(self) -> None:
-        """The server has begun to answer with success."""
-        if not self._over:
-            self._breaker._close(self)
-
-    def succeeded(self) -> None:
-        """The answer is whole; or a server that works refused the request."""
-        if not self._over:
-            self._over = True
-            self._breaker._succeed(self)
-
-    def failed(self, everybody: bool = False) -> None:
-        """The server failed; `everybody` is whether any request would have failed."""
-        if not self._over:
-            self._over = True
-            self._breaker._fail(self, everybody)
-
-    def abandoned(self) -> None:
-        """The request was given up on this side, which says nothing about the server."""
-        if not self._over:
-            self._breaker._abandon(self)
-
-
 class CircuitBreaker:
     """Counts consecutive failures, by key; used in one event loop.
 
@@ -82,7 +52,7 @@ class CircuitBreaker:
         """Whether it has nothing to remember."""
         return self._opened is None and not self._failing
 
-    def enter(self, key: str = "") -> Permit | None:
+    def enter(self, key: str = "") -> "Permit | None":
         """Return leave to send a request of a key; None while the server is left alone."""
         if self._opened is None or not (self._everybody or self._failing[key] >= self._most):
             return Permit(self, key, self._era, trial=False)
@@ -92,33 +62,51 @@ class CircuitBreaker:
         self._tried = now
         return Permit(self, key, self._era, trial=True)
 
-    def _close(self, permit: Permit) -> None:
-        # Failures still count, one short of opening: a server may always begin well and break off.
-        if self._opened is not None and (permit.trial or permit.era == self._era):
-            self._opened, self._tried = None, None
-            self._failing = Counter({key: min(count, self._most - 1) for key, count in self._failing.items()})
-            self._everybody = False
-            self._era += 1
-            permit.era = self._era
 
-    def _succeed(self, permit: Permit) -> None:
-        self._close(permit)
-        self._everybody = False
-        self._failing.clear()
+class Permit:
+    """Leave to send one request; its first outcome counts, later ones are ignored."""
 
-    def _fail(self, permit: Permit, everybody: bool) -> None:
-        if permit.era != self._era:
+    def __init__(self, breaker: CircuitBreaker, key: str, era: int, trial: bool) -> None:
+        self._breaker, self.key, self.era, self.trial = breaker, key, era, trial
+        self._over = False
+
+    def answered(self) -> None:
+        """The server has begun to answer with success."""
+        breaker = self._breaker
+        if self._over or breaker._opened is None or not (self.trial or self.era == breaker._era):
             return
-        self._failing[permit.key] += 1
-        total, most_of_one = self._failing.total(), max(self._failing.values())
-        if total >= self._most and (everybody or total - most_of_one >= min(_OF_OTHERS, self._most)):
-            self._everybody = True
-        if (self._everybody or most_of_one >= self._most) and (self._opened is None or permit.trial):
-            self._opened, self._tried = self._clock(), None
+        # Failures still count, one short of opening: a server may always begin well and break off.
+        most = breaker._most - 1
+        breaker._failing = Counter({key: min(count, most) for key, count in breaker._failing.items()})
+        breaker._opened, breaker._tried, breaker._everybody = None, None, False
+        breaker._era += 1
+        self.era = breaker._era
 
-    def _abandon(self, permit: Permit) -> None:
-        if permit.trial and permit.era == self._era:
-            self._tried = None
+    def succeeded(self) -> None:
+        """The answer is whole; or a server that works refused the request."""
+        if not self._over:
+            self.answered()
+            self._over = True
+            self._breaker._everybody = False
+            self._breaker._failing.clear()
+
+    def failed(self, everybody: bool = False) -> None:
+        """The server failed; `everybody` is whether any request would have failed."""
+        breaker = self._breaker
+        over, self._over = self._over, True
+        if over or self.era != breaker._era:
+            return
+        breaker._failing[self.key] += 1
+        total, most_of_one = breaker._failing.total(), max(breaker._failing.values())
+        if total >= breaker._most and (everybody or total - most_of_one >= min(_OF_OTHERS, breaker._most)):
+            breaker._everybody = True
+        if (breaker._everybody or most_of_one >= breaker._most) and (breaker._opened is None or self.trial):
+            breaker._opened, breaker._tried = breaker._clock(), None
+
+    def abandoned(self) -> None:
+        """The request was given up on this side, which says nothing about the server."""
+        if not self._over and self.trial and self.era == self._breaker._era:
+            self._breaker._tried = None
 
 
 class Circuits:

@@ -23,16 +23,8 @@ Answer = ChatAnswer | ResponsesAnswer
 class Completed:
     """A request with its whole answer.
 
-    Args:
-        request: what was asked.
-        body: JSON of the reply.
-        headers: of the reply.
-        original: the upstream's text, of the first choice; not for the client.
-        returned: the text that the client gets in its place.
-        summary: what became of the answer.
-        usage: tokens, the corrector's among them.
-        upstream_seconds: time in the upstream.
-        corrector_seconds: time in the corrector, with waiting.
+    Of the first choice, `original` is the upstream's text, which is not for the client, and `returned` the text that
+    the client gets.
     """
 
     request: RequestContext
@@ -47,12 +39,7 @@ class Completed:
 
 
 class Completions:
-    """Answers requests.
-
-    Args:
-        decider: decides what becomes of answers.
-        request_log: times requests and stores exchanges.
-    """
+    """Answers requests."""
 
     def __init__(self, decider: CorrectionDecider, request_log: RequestLog) -> None:
         self._decider, self._request_log = decider, request_log

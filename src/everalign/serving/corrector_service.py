@@ -118,13 +118,17 @@ class CorrectionFailed(Exception):  # noqa: N818 (the name says what is wrong)
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """A corrector in service."""
+class _InService:
+    """A corrector and its name; or why there is none, and what that state is called."""
 
-    corrector: AnyCorrector
-    version: str
-    template: str
+    corrector: AnyCorrector | None
+    version: str | None
     breaker: CircuitBreaker
+    reason: str = "no_corrector"
+
+    @property
+    def template(self) -> str | None:
+        return None if self.corrector is None else self.corrector.template.id
 
     def result(self, found: "Corrected") -> Correction:
         """Return the corrector's result as the gateway reports it."""
@@ -132,7 +136,7 @@ class _Loaded:
         usage = CorrectorUsage(
             found.output_tokens, found.accepted_draft_tokens, found.rejected_draft_tokens, found.forward_passes
         )
-        return Correction(found.text, outcome, found.reason, self.version, self.template, usage)
+        return Correction(found.text, outcome, found.reason, self.version or "", self.template or "", usage)
 
 
 @dataclass
@@ -142,7 +146,7 @@ class _Job:
     key: str
     question: "Question"
     answer: str
-    loaded: _Loaded
+    by: _InService
     permit: Permit
     wants_pieces: bool
     until: float
@@ -190,10 +194,9 @@ class CorrectionService:
         threads: int = 1,
         breaker: Callable[[], CircuitBreaker] = CircuitBreaker,
     ) -> None:
-        self._loaded: _Loaded | None = None
-        self._withdrawn: tuple[str, str] | None = None
+        self._now = _InService(None, None, breaker())
         self._timeout, self._batch, self._threads = timeout, batch, threads
-        self._make_breaker, self._no_breaker = breaker, breaker()
+        self._make_breaker = breaker
         self._waiting = FairQueue[_Job](waiting)
         self._working: set[asyncio.Task[None]] = set()
         self._held: Counter[str] = Counter()  # by key, answers that are being corrected
@@ -207,8 +210,7 @@ class CorrectionService:
         Answers that wait or are being corrected are finished by the former one.
         """
         # One assignment: a request sees the former or the new one, never half of each.
-        self._loaded = _Loaded(corrector, version, corrector.template.id, self._make_breaker())
-        self._withdrawn = None
+        self._now = _InService(corrector, version, self._make_breaker())
 
     def withdraw(self, version: str, reason: str) -> None:
         """Take the corrector out of service; it still finishes what waits.
@@ -217,24 +219,22 @@ class CorrectionService:
             version: name of the state without a corrector.
             reason: why there are no corrections: `rolled_back`, or `stopped` if no answer may be returned without.
         """
-        self._withdrawn, self._loaded = (version, reason), None
+        self._now = _InService(None, version, self._make_breaker(), reason)
 
     @property
     def withdrawn(self) -> bool:
         """Whether the corrector was taken out of service."""
-        return self._withdrawn is not None
+        return self._now.corrector is None and self._now.version is not None
 
     @property
     def version(self) -> str | None:
         """Name of the corrector, or of the state after it was withdrawn; None if there is no corrector."""
-        loaded, withdrawn = self._loaded, self._withdrawn
-        return loaded.version if loaded else withdrawn[0] if withdrawn else None
+        return self._now.version
 
     @property
     def template(self) -> str | None:
         """Id of its template."""
-        loaded = self._loaded
-        return loaded.template if loaded else None
+        return self._now.template
 
     @property
     def depth(self) -> int:
@@ -244,8 +244,7 @@ class CorrectionService:
     @property
     def breaker(self) -> CircuitBreaker:
         """Circuit breaker of the corrector."""
-        loaded = self._loaded
-        return loaded.breaker if loaded else self._no_breaker
+        return self._now.breaker
 
     async def correct(self, question: "Question", answer: str, key: str = "") -> Correction:
         """Return an answer of a key corrected; raises CorrectionFailed. If cancelled, it gives up its place."""
@@ -284,13 +283,13 @@ class CorrectionService:
     @contextmanager
     def _submitted(self, question: "Question", answer: str, key: str, wants_pieces: bool) -> Iterator[_Job]:
         """Queue an answer for correction while somebody waits for it; raises CorrectionFailed."""
-        loaded = self._loaded
-        if loaded is None:
-            raise CorrectionFailed(self._withdrawn[1] if self._withdrawn else "no_corrector")
-        permit = loaded.breaker.enter(key)
+        by = self._now
+        if by.corrector is None:
+            raise CorrectionFailed(by.reason)
+        permit = by.breaker.enter(key)
         if permit is None:
             raise CorrectionFailed("corrector_down")
-        job = _Job(key, question, answer, loaded, permit, wants_pieces, time.monotonic() + self._timeout)
+        job = _Job(key, question, answer, by, permit, wants_pieces, time.monotonic() + self._timeout)
         displaced = self._waiting.put(job)
         if displaced is not None:
             displaced.permit.abandoned()
@@ -342,7 +341,7 @@ class CorrectionService:
             # A key gets no more threads than are free: however many of its answers hang, other keys find some.
             if self._threads > 1 and self._held[job.key] >= free:
                 return False
-            return not found or (job.loaded is found[0].loaded and not job.alone)
+            return not found or (job.by is found[0].by and not job.alone)
 
         while len(found) < self._batch and not (found and found[0].alone):
             job = self._waiting.take(may)
@@ -397,9 +396,10 @@ class CorrectionService:
             with batch.deadline.held():
                 if len(batch.jobs) == 1 and batch.jobs[0].wants_pieces:
                     return [_correct_in_pieces(batch.jobs[0], loop)]
-                loaded = batch.jobs[0].loaded
-                found = loaded.corrector.correct_batch([(job.question, job.answer) for job in batch.jobs])
-                return [loaded.result(one) for one in found]
+                by = batch.jobs[0].by
+                assert by.corrector is not None  # else nothing was submitted to it
+                found = by.corrector.correct_batch([(job.question, job.answer) for job in batch.jobs])
+                return [by.result(one) for one in found]
 
         working = call_in_thread(call, "everalign-corrector")
         left = asyncio.ensure_future(batch.left.wait())
@@ -431,9 +431,10 @@ class CorrectionService:
 
 def _correct_in_pieces(job: _Job, loop: asyncio.AbstractEventLoop) -> Correction:
     """Correct an answer in a thread, and hand on pieces while somebody reads them."""
-    for event in job.loaded.corrector.stream_events(job.question, job.answer):
+    assert job.by.corrector is not None  # else nothing was submitted to it
+    for event in job.by.corrector.stream_events(job.question, job.answer):
         if not isinstance(event, str):
-            return job.loaded.result(event)
+            return job.by.result(event)
         if job.gone:
             raise DeadlineOver("nobody waits for this answer")
         with suppress(RuntimeError):  # the loop is closed: nobody reads

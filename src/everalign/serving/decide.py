@@ -15,7 +15,7 @@ from everalign.serving.corrector_service import Correction, CorrectionFailed, Co
 from everalign.serving.eligibility import GIVEN_IN_STRICT, why_not_corrected
 from everalign.serving.errors import uncorrected
 from everalign.serving.settings import OnFailure
-from everalign.serving.structured import Structure, prose_of, with_prose
+from everalign.serving.structured import prose_of, with_prose
 from everalign.serving.telemetry import Metrics
 
 _OUTCOMES = ("applied", "skipped", "unchanged")
@@ -32,7 +32,7 @@ class Decision:
         outcome: `applied`, `unchanged` or `skipped`.
         reason: why, if there is more to say.
         correction: the corrector's result, if it was asked.
-        calls: tool calls that a strict answer has instead of a text.
+        calls: checked tool calls, which a strict answer has instead of a text.
     """
 
     text: str | None
@@ -132,7 +132,7 @@ class CorrectionDecider:
         corrections: the corrector in service.
         on_failure: whether mode `correct` returns an answer that could not be corrected, or an error.
         longest: most characters of an answer that the corrector accepts.
-        metrics: counts.
+        metrics: counters of corrections.
     """
 
     def __init__(self, corrections: CorrectionService, on_failure: OnFailure, longest: int, metrics: Metrics) -> None:
@@ -155,7 +155,7 @@ class CorrectionDecider:
         # All rules come first: a choice that is withheld spares the others' correction.
         ruled = [await self._structured(request, choice) or self._ruled(request, choice) for choice in choices]
         if len(choices) == 1 and ruled[0] is None and writer is not None and request.mode == "correct":
-            return [await self._stream(request, choices[0], writer)]
+            return [await self._correct(request, choices[0], writer)]
         corrected = await _gather(
             self._correct(request, choice) for choice, decision in zip(choices, ruled, strict=True) if decision is None
         )
@@ -188,12 +188,6 @@ class CorrectionDecider:
         value = await asyncio.to_thread(structure.json_of, choice.text)
         if not structure.corrects:
             return Decision(choice.text, "skipped", "json")
-        return await self._correct_strings(request, choice, structure, value)
-
-    async def _correct_strings(
-        self, request: RequestContext, choice: Choice, structure: Structure, value: Any
-    ) -> Decision:
-        """Return a JSON choice with each of its strings that is prose corrected."""
         prose = prose_of(value, structure.schema)
         decisions = await _gather(self._correct(request, Choice(0, text, finish_reason="stop")) for _, text in prose)
         applied = [decision.correction for decision in decisions if decision.outcome == "applied"]
@@ -204,38 +198,28 @@ class CorrectionDecider:
         await asyncio.to_thread(structure.json_of, text)  # a correction may have broken the schema
         return Decision(text, "applied", None, applied[0])
 
-    async def _correct(self, request: RequestContext, choice: Choice) -> Decision:
+    async def _correct(self, request: RequestContext, choice: Choice, writer: TextWriter | None = None) -> Decision:
+        """Return a choice's correction, and write its beginning meanwhile; raises GatewayError if it is withheld."""
         assert request.question is not None  # else a rule holds
+        asked = request.question, choice.text, request.key_id
+        correction: Correction | None = None
         try:
-            correction = await self._corrections.correct(request.question, choice.text, request.key_id)
+            if writer is None:
+                correction = await self._corrections.correct(*asked)
+            else:
+                async with aclosing(self._corrections.stream_events(*asked)) as events:
+                    async for event in events:
+                        if isinstance(event, str):
+                            await writer.write(event)
+                        else:
+                            correction = event
         except CorrectionFailed as failed:
-            return self._without_correction(request, failed.reason)
-        return await self._with_correction(request, choice, correction)
-
-    async def _stream(self, request: RequestContext, choice: Choice, writer: TextWriter) -> Decision:
-        """Correct a choice and write the beginning of its correction meanwhile."""
-        assert request.question is not None  # else a rule holds
-        try:
-            events = self._corrections.stream_events(request.question, choice.text, request.key_id)
-            async with aclosing(events):
-                async for event in events:
-                    if not isinstance(event, str):
-                        return await self._with_correction(request, choice, event)
-                    await writer.write(event)
-        except CorrectionFailed as failed:
-            decision = self._without_correction(request, failed.reason)
-            if not choice.text.startswith(writer.written):
-                # What the client has can be continued neither by the answer nor by a correction.
+            # A client that has the beginning of a correction cannot be given the answer instead.
+            begun = writer is not None and not choice.text.startswith(writer.written)
+            if request.mode == "strict" or self._fails_closed or failed.reason == "stopped" or begun:
                 raise uncorrected(failed.reason, 503, again=True) from None
-            return decision
-        raise AssertionError("a correction ends with its result, or with CorrectionFailed")
-
-    def _without_correction(self, request: RequestContext, reason: str) -> Decision:
-        if request.mode == "strict" or self._fails_closed or reason == "stopped":
-            raise uncorrected(reason, 503, again=True)
-        return Decision(None, "skipped", reason)
-
-    async def _with_correction(self, request: RequestContext, choice: Choice, correction: Correction) -> Decision:
+            return Decision(None, "skipped", failed.reason)
+        assert correction is not None  # every stream ends with one, or with CorrectionFailed
         self._metrics.count_draft_tokens(correction.usage)
         self._metrics.edited.observe(await edit_share(choice.text, correction.text))
         if correction.outcome != "skipped":

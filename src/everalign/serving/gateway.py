@@ -40,22 +40,7 @@ def make_corrections(
 
 @dataclass(frozen=True)
 class Gateway:
-    """What the routes work with.
-
-    Args:
-        settings: of the gateway.
-        keys: the clients'.
-        allowances: what each key may use.
-        upstreams: by name.
-        fallback: answers what they cannot, if any.
-        corrections: the corrector in service.
-        metrics: counters.
-        limiter: of concurrent requests.
-        parser: parses requests.
-        completions: answers them.
-        request_log: times requests and stores exchanges.
-        store: of exchanges and feedback, if any.
-    """
+    """What the routes work with; upstreams by name."""
 
     settings: GatewaySettings
     keys: Keys

@@ -94,17 +94,14 @@ def body_deadline(seconds: float = BODY_SECONDS) -> Iterator[None]:
         raise GatewayError(408, message, "invalid_request_error", "body_timeout") from None
 
 
-class Waiting(Protocol):
+class Queued(Protocol):
     """An item of a fair queue: `key` owns it, and nobody waits for it any more when it is `gone`."""
 
-    @property
-    def key(self) -> str: ...
-
-    @property
-    def gone(self) -> bool: ...
+    key: str
+    gone: bool
 
 
-_Item = TypeVar("_Item", bound=Waiting)
+_Item = TypeVar("_Item", bound=Queued)
 
 
 class FairQueue(Generic[_Item]):

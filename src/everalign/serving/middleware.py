@@ -96,11 +96,7 @@ class AuthMiddleware:
 
     A session's cookie opens the pages only: no page of another site can use it for the API.
 
-    Args:
-        app: the application behind it.
-        keys: the clients'.
-        sessions: of browsers.
-        root: path that a proxy serves the gateway under; empty for none.
+    `root` is the path that a proxy serves the gateway under, if any.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys, sessions: Sessions, root: str = "") -> None:

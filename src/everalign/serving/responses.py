@@ -37,9 +37,7 @@ _Place = tuple[int, int]
 class ResponsesAnswer:
     """A response, read from its whole JSON or from its events.
 
-    Args:
-        request: what was asked.
-        relayed: whether the answer passes as it is, so that only its texts are of interest.
+    If it is `relayed`, it passes as it is, and only its texts are of interest.
     """
 
     def __init__(self, request: RequestContext, relayed: bool) -> None:
@@ -270,9 +268,7 @@ class ResponsesAnswer:
 class ResponsesRelay:
     """Events of an answer that passes as it is; the last ones are held back if they say whether it is stored.
 
-    Args:
-        request: what was asked.
-        drops_usage: not needed: a response always has its usage.
+    A response always has its usage, which is never dropped.
     """
 
     def __init__(self, request: RequestContext, drops_usage: bool = False) -> None:

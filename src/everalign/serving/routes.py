@@ -3,6 +3,7 @@
 import asyncio
 import time
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -24,23 +25,12 @@ from everalign.serving.upstream import Upstream
 _FRESH_SECONDS = 10.0
 _READY_SECONDS = 3.0
 
-_MEANINGS = {
-    400: "The request is wrong.",
-    401: "No valid key.",
-    403: "Only this machine is served.",
-    404: "It does not exist.",
-    405: "Another method is needed.",
+_DESCRIPTIONS = {
     408: "The body did not arrive in time.",
     409: "The upstream reports a conflict.",
-    413: "The body is too large.",
-    415: "The body is not JSON.",
     422: "Strict mode: the answer cannot be checked. Or the upstream refuses the request.",
-    429: "Too many requests.",
     499: "The client is gone.",
-    500: "The gateway or the upstream failed.",
-    502: "The upstream failed.",
     503: "Not at the moment: overloaded, the upstream away, or no correction where one is needed.",
-    504: "The upstream took too long.",
 }
 _ANSWER_ERRORS = (400, 404, 408, 409, 413, 415, 422, 429, 499, 502, 503, 504)
 
@@ -76,9 +66,9 @@ class ResponsesReply(BaseModel):
 
 def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI `responses` of errors, those of authentication included."""
+    every = sorted({401, 403, 405, 500, *statuses})
     return {
-        status: {"model": ErrorReply, "description": _MEANINGS[status]}
-        for status in sorted({401, 403, 405, 500, *statuses})
+        one: {"model": ErrorReply, "description": _DESCRIPTIONS.get(one) or HTTPStatus(one).phrase} for one in every
     }
 
 
@@ -169,11 +159,7 @@ def chat_routes(gateway: Gateway) -> APIRouter:
 
 
 class Catalogue:
-    """The models of all upstreams, cached for a few seconds.
-
-    Args:
-        gateway: whose upstreams are asked.
-    """
+    """The models of all upstreams, cached for a few seconds."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway

@@ -57,8 +57,8 @@ class UpstreamRequest:
 
     Args:
         method: HTTP method.
-        path: behind the upstream's address.
-        payload: JSON body; None for no body.
+        path: below the upstream's address.
+        payload: JSON body, if any.
         headers: the client's headers that may pass; latin-1 text, as in ASGI.
         model: whose circuit breaker counts it.
         key_id: of the client's key.

@@ -1,0 +1,171 @@
+"""HTTP to an upstream server: its key, its connections, and bounded reading of what it sends."""
+
+import ssl
+import time
+import zlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from functools import cache, partial
+from typing import Any
+
+import anyio
+import httpx
+
+from everalign.serving.errors import GatewayError, bad_upstream
+from everalign.serving.limits import MOST_VALUES, aside, too_many_values
+from everalign.serving.sse import strict_json
+
+_QUOTED_BYTES = 64 << 10  # of an error's body
+
+
+class UpstreamTransport:
+    """Sends requests to one server.
+
+    Args:
+        url: the server's address.
+        key: its key; empty for none.
+        connect_seconds: until a connection stands.
+        read_seconds: until the reply begins, and between its pieces.
+        largest: most bytes of a reply, decompressed.
+    """
+
+    def __init__(self, url: str, key: str, connect_seconds: float, read_seconds: float, largest: int) -> None:
+        self._url, self._largest, self._connect_seconds = url, largest, connect_seconds
+        self._own = {**({"authorization": f"Bearer {key}"} if key else {}), "accept-encoding": "identity"}
+        self._timeouts = httpx.Timeout(read_seconds, connect=connect_seconds).as_dict()
+        # Not an httpx client: that would keep one user's cookies for the next, follow redirects, and read proxies and
+        # passwords from the environment.
+        self._connections = ConnectionPool()
+        self.aclose = self._connections.aclose
+
+    async def send(
+        self, method: str, path: str, headers: Mapping[str, str], content: bytes | AsyncIterator[bytes]
+    ) -> httpx.Response:
+        """Return the reply, its body unread; raises httpx's errors."""
+        request = httpx.Request(
+            method,
+            f"{self._url}/{path}",
+            content=content,
+            # Bytes as they came: HTTP headers have no encoding, and ASGI hands them over as latin-1.
+            headers=[
+                (name.encode("latin-1"), value.encode("latin-1")) for name, value in {**headers, **self._own}.items()
+            ],
+            extensions={"timeout": self._timeouts},
+        )
+        response = await self._connections.handle_async_request(request)
+        response.headers.encoding = "latin-1"  # as ASGI wants them back
+        return response
+
+    async def beginning(self, response: httpx.Response) -> bytes:
+        """Return the first bytes of an error's body, as far as they come soon."""
+        content = bytearray()
+        try:
+            with anyio.move_on_after(self._connect_seconds):
+                async for part in self.parts(response):
+                    content += part
+                    if len(content) > _QUOTED_BYTES:
+                        break
+        except (httpx.HTTPError, GatewayError):
+            pass  # the status says enough
+        finally:
+            await response.aclose()
+        return bytes(content[:_QUOTED_BYTES])
+
+    async def read_json(self, response: httpx.Response) -> dict[str, Any]:
+        """Return the JSON object that a reply is; raises GatewayError."""
+        content = b"".join([part async for part in self.parts(response)])
+        return await aside(content, partial(json_object, content))
+
+    async def parts(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        """Yield the body, decompressed; raises GatewayError if it is too large: a small body can hold gigabytes."""
+        encoding = response.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("identity", "gzip", "deflate", ""):
+            raise bad_upstream(f"the upstream's reply is compressed by {encoding[:20]!r}, which was not asked for")
+        inflater = zlib.decompressobj(zlib.MAX_WBITS | 32) if encoding in ("gzip", "deflate") else None
+        left = self._largest
+        async for part in response.aiter_raw():
+            try:
+                plain = part if inflater is None else inflater.decompress(part, left + 1)
+            except zlib.error:
+                raise bad_upstream("the upstream's reply is badly compressed", "upstream_malformed") from None
+            left -= len(plain)
+            if left < 0:
+                message = f"the upstream's answer is larger than {self._largest} bytes"
+                raise bad_upstream(message, "upstream_too_large", again=False)
+            yield plain
+
+
+def json_object(content: bytes | str) -> dict[str, Any]:
+    """Return the JSON object that a reply or an event is; raises GatewayError for anything else."""
+    if too_many_values(content.encode(errors="replace") if isinstance(content, str) else content):
+        raise bad_upstream(f"the upstream's reply has more than {MOST_VALUES} values", "upstream_too_large")
+    try:
+        found = strict_json(content)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise bad_upstream("the upstream's reply is no JSON object", "upstream_malformed")
+    return found
+
+
+_KEEP_SECONDS = 4.0  # uvicorn, and so vLLM, closes idle connections after 5
+_ONE = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_KEEP_SECONDS)
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Trusted certificates, none from the environment; shared because reading them takes longer than a request."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
+class ConnectionPool(httpx.AsyncBaseTransport):
+    """A transport that sends each request over a free connection, or a new one. Used in one event loop.
+
+    httpcore's own pool looks through all its connections for each request, which hundreds of streams feel.
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[tuple[float, httpx.AsyncHTTPTransport]] = deque()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request; its connection is free again when the response is closed."""
+        if self._free:
+            _, transport = self._free.pop()
+        else:
+            transport = httpx.AsyncHTTPTransport(verify=_certificates(), limits=_ONE, trust_env=False)
+        try:
+            response = await transport.handle_async_request(request)
+        except BaseException:
+            self._free.append((time.monotonic(), transport))
+            raise
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        response.stream = _PooledStream(response.stream, lambda: self._free.append((time.monotonic(), transport)))
+        # Servers have closed by now what lay here longest.
+        while self._free and self._free[0][0] < time.monotonic() - _KEEP_SECONDS:
+            await self._free.popleft()[1].aclose()
+        return response
+
+    async def aclose(self) -> None:
+        """Close the free connections; the others close with their responses."""
+        while self._free:
+            await self._free.popleft()[1].aclose()
+
+
+class _PooledStream(httpx.AsyncByteStream):
+    """A response's bytes; its connection is released when they are closed."""
+
+    def __init__(self, stream: httpx.AsyncByteStream, release: Callable[[], None]) -> None:
+        self._stream, self._release = stream, release
+        self._closed = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for part in self._stream:
+            yield part
+
+    async def aclose(self) -> None:
+        try:
+            await self._stream.aclose()
+        finally:
+            if not self._closed:
+                self._closed = True
+                self._release()
