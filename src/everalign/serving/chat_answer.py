@@ -81,13 +81,11 @@ class ChatAnswer:
             "everalign": summary.report(self._request),
         }
 
-    def opening(self) -> bytes:
-        """Return the chunk that opens a single corrected text."""
-        return self._frames([self._chunk(self.choices[0], {"role": "assistant", "content": ""})])
-
-    def delta(self, text: str) -> bytes:
-        """Return the chunks of a piece of that text."""
-        return self._frames(self._text_chunks(self.choices[0], text))
+    def live(self, text: str, opens: bool) -> bytes:
+        """Return the chunks of a piece of a single corrected text, and with the first piece those before it."""
+        (choice,) = self.choices
+        opening = [self._chunk(choice, {"role": "assistant", "content": ""})] if opens else []
+        return self._frames([*opening, *self._text_chunks(choice, text)])
 
     def remaining(
         self, decisions: Sequence[Decision], summary: Summary, usage: dict[str, Any] | None, written: str

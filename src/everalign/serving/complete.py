@@ -12,11 +12,14 @@ from typing import Any
 from everalign.serving.chat_answer import ChatAnswer, ChatRelay
 from everalign.serving.chat_request import RequestContext
 from everalign.serving.decide import PENDING, CorrectionDecider, Summary, summary_before
+from everalign.serving.eligibility import Api
 from everalign.serving.request_log import RequestLog, RequestTimer
 from everalign.serving.responses import ResponsesAnswer, ResponsesRelay
 from everalign.serving.stream_response import FrameQueue
 
 Answer = ChatAnswer | ResponsesAnswer
+_ANSWERS: dict[Api, type[ChatAnswer] | type[ResponsesAnswer]] = {"chat": ChatAnswer, "responses": ResponsesAnswer}
+_RELAYS: dict[Api, type[ChatRelay] | type[ResponsesRelay]] = {"chat": ChatRelay, "responses": ResponsesRelay}
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Completions:
         with self._request_log.timed(request) as timer:
             with timer.in_upstream():
                 reply = await request.upstream.chat(request.upstream_request())
-            answer = _answer(request, relayed=not request.corrects)
+            answer = _ANSWERS[request.api](request, relayed=not request.corrects)
             answer.add(reply.body)
             answer.end()
             first = answer.choices[0].text if answer.choices else ""
@@ -64,7 +67,7 @@ class Completions:
                 summary, usage = await self._store(request, answer, Summary("skipped", request.mode), returned)
                 body = answer.unchanged()
             timer.end(summary)
-            headers = {**_forwarded(request, reply.headers), **summary.headers(request)}
+            headers = {**_passed_headers(request, reply.headers), **summary.headers(request)}
             spent = timer.upstream_seconds, timer.corrector_seconds
             return Completed(request, body, headers, first, returned, summary, usage, *spent)
 
@@ -81,10 +84,10 @@ class Completions:
         """Pass an answer on while it comes."""
         keeps = request.keep and self._request_log.has_store
         remembers = keeps or request.mode == "shadow"
-        answer = _answer(request, relayed=True)
+        answer = _ANSWERS[request.api](request, relayed=True)
         with timer.in_upstream():
             async with request.upstream.stream(request.upstream_request(), with_usage=keeps) as streamed:
-                relay = (ChatRelay if request.api == "chat" else ResponsesRelay)(request, streamed.usage_added)
+                relay = _RELAYS[request.api](request, streamed.usage_added)
                 queue.open({**streamed.headers, **summary.headers(request)})
                 async for events in streamed.events:
                     for event in events if remembers else ():
@@ -100,14 +103,14 @@ class Completions:
 
     async def _stream_corrected(self, request: RequestContext, queue: FrameQueue, timer: RequestTimer) -> None:
         """Read an answer whole, and write what becomes of it."""
-        answer = _answer(request, relayed=False)
+        answer = _ANSWERS[request.api](request, relayed=False)
         with timer.in_upstream():
             async with request.upstream.stream(request.upstream_request(), with_usage=True) as streamed:
                 async for events in streamed.events:
                     for event in events:
                         answer.add(event)
         answer.end()
-        headers = _forwarded(request, streamed.headers)
+        headers = _passed_headers(request, streamed.headers)
         writer = _LiveWriter(request, answer, queue, headers)
         with timer.in_corrector():
             decisions = await self._decider.decide(request, answer.choices, writer)
@@ -138,18 +141,13 @@ class _LiveWriter:
 
     async def write(self, text: str) -> None:
         """Write a piece of the text."""
-        frames = b""
         if not self.written:
             self._queue.open(self._headers)
-            frames = self._answer.opening()
+        frames = self._answer.live(text, opens=not self.written)
         self.written += text
-        await self._queue.send(frames + self._answer.delta(text))
+        await self._queue.send(frames)
 
 
-def _answer(request: RequestContext, relayed: bool) -> Answer:
-    return (ChatAnswer if request.api == "chat" else ResponsesAnswer)(request, relayed)
-
-
-def _forwarded(request: RequestContext, headers: Mapping[str, str]) -> dict[str, str]:
+def _passed_headers(request: RequestContext, headers: Mapping[str, str]) -> dict[str, str]:
     """Return the upstream's headers for the client; none in strict mode, since they could hold any text."""
     return {} if request.mode == "strict" else dict(headers)

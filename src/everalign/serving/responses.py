@@ -199,19 +199,19 @@ class ResponsesAnswer:
             "top_p": None,
         }
 
-    def opening(self) -> bytes:
-        """Return the events up to the beginning of a single corrected text."""
-        (index, _) = self._only_place()
+    def live(self, text: str, opens: bool) -> bytes:
+        """Return the event of a piece of a single corrected text, and with the first piece all events before it."""
+        (place,) = self._places
+        assert place is not None  # an answer without text is not corrected
+        index, part = place
         item = self._response["output"][index]
-        self._sent = next((n for n, event in enumerate(self._events) if event.get("output_index") == index), 0)
-        before = self._events[: self._sent]
-        return self._frames([*before, _item_added(index, item), _part_added(self._about_part(), is_text=True)])
-
-    def delta(self, text: str) -> bytes:
-        """Return the event of a piece of that text."""
-        return self._frames(
-            [{"type": "response.output_text.delta", **self._about_part(), "delta": text, "logprobs": []}]
-        )
+        about = {"item_id": item.get("id"), "output_index": index, "content_index": part}
+        events = [{"type": "response.output_text.delta", **about, "delta": text, "logprobs": []}]
+        if opens:
+            self._sent = next((n for n, event in enumerate(self._events) if event.get("output_index") == index), 0)
+            begun = {"type": "response.content_part.added", **about, "part": _text_part("")}
+            events = [*self._events[: self._sent], _item_added(index, item), begun, *events]
+        return self._frames(events)
 
     def remaining(
         self, decisions: Sequence[Decision], summary: Summary, usage: dict[str, Any] | None, written: str
@@ -231,8 +231,8 @@ class ResponsesAnswer:
         events = []
         replaced = {item for item, _ in self._texts(decisions)}
         made = set[Any]()
-        if written:
-            number, part = self._only_place()
+        if written and self._places[0] is not None:
+            number, part = self._places[0]
             item = whole["output"][number]
             events += [*_part_events(number, item, part, written), _item_done(number, item)]
             replaced = made = {number}
@@ -246,16 +246,6 @@ class ResponsesAnswer:
                 made.add(index)
                 events += _item_events(index, whole["output"][index])
         return self._frames(events)
-
-    def _only_place(self) -> _Place:
-        (place,) = self._places
-        assert place is not None  # an answer without text is not corrected
-        return place
-
-    def _about_part(self) -> dict[str, Any]:
-        index, part = self._only_place()
-        item = self._response["output"][index]
-        return {"item_id": item.get("id"), "output_index": index, "content_index": part}
 
     def _frames(self, events: Sequence[Mapping[str, Any]]) -> bytes:
         frames = b"".join(
@@ -322,11 +312,6 @@ def _item_done(index: int, item: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "response.output_item.done", "output_index": index, "item": item}
 
 
-def _part_added(about: Mapping[str, Any], is_text: bool) -> dict[str, Any]:
-    part = _text_part("") if is_text else {"type": "refusal", "refusal": ""}
-    return {"type": "response.content_part.added", **about, "part": part}
-
-
 def _part_events(
     index: int, item: Mapping[str, Any], number: int, written: str | None = None
 ) -> Iterator[dict[str, Any]]:
@@ -337,7 +322,8 @@ def _part_events(
     field, kind = ("text", "response.output_text") if is_text else ("refusal", "response.refusal")
     text, logprobs = str(part.get(field, "")), {"logprobs": list[Any]()} if is_text else {}
     if written is None:
-        yield _part_added(about, is_text)
+        empty = _text_part("") if is_text else {"type": "refusal", "refusal": ""}
+        yield {"type": "response.content_part.added", **about, "part": empty}
     if rest := text[len(written or "") :]:
         yield {"type": f"{kind}.delta", **about, "delta": rest, **logprobs}
     yield {"type": f"{kind}.done", **about, field: text, **logprobs}

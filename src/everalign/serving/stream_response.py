@@ -35,7 +35,9 @@ class FrameQueue:
 
     async def send(self, frame: bytes) -> None:
         """Add a frame; waits while the client does not read."""
-        self._put(frame)
+        self._frames.append(frame)
+        self._size += len(frame)
+        self._ready.set()
         while self._size > _MOST_WAITING:
             self._room.clear()
             await self._room.wait()
@@ -43,7 +45,9 @@ class FrameQueue:
     def ping(self) -> None:
         """Add a comment, unless something else waits."""
         if not self._frames:
-            self._put(PING)
+            self._frames.append(PING)
+            self._size += len(PING)
+            self._ready.set()
 
     def close(self) -> None:
         """End the queue."""
@@ -60,11 +64,6 @@ class FrameQueue:
         self._size = 0
         self._room.set()
         return found
-
-    def _put(self, frame: bytes) -> None:
-        self._frames.append(frame)
-        self._size += len(frame)
-        self._ready.set()
 
 
 async def stream_response(
@@ -161,15 +160,9 @@ async def cancel_on_disconnect(
     Args:
         receive: the connection's messages, as in ASGI.
         work: what is done for the client.
-        after: set when `receive` may be read; until then somebody else reads the request's body from it.
+        after: see `until_gone`.
     """
-
-    async def leaving() -> None:
-        if after is not None:
-            await after.wait()
-        await until_gone(receive)
-
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(leaving())
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(until_gone(receive, after))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -179,8 +172,15 @@ async def cancel_on_disconnect(
         await cancel(task, gone)
 
 
-async def until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
-    """Return when the client has disconnected."""
+async def until_gone(receive: Callable[[], Awaitable[Any]], after: asyncio.Event | None = None) -> None:
+    """Return when the client has disconnected.
+
+    Args:
+        receive: the connection's messages, as in ASGI.
+        after: set when they may be read; until then somebody else reads the request's body from them.
+    """
+    if after is not None:
+        await after.wait()
     while (await receive())["type"] != "http.disconnect":
         pass
 

@@ -7,14 +7,10 @@ breaker of its model.
 import asyncio
 import itertools
 import random
-import ssl
 import time
-import zlib
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
 from typing import Any
 
 import anyio
@@ -32,9 +28,10 @@ from everalign.serving.errors import (
     upstream_failure,
 )
 from everalign.serving.headers import USUAL, HeaderRules
-from everalign.serving.limits import MOST_VALUES, Allowances, aside, tokens_of, too_many_values
+from everalign.serving.limits import Allowances, tokens_of
 from everalign.serving.settings import Timeouts, UpstreamSettings
-from everalign.serving.sse import BrokenEvents, EventParser, json_bytes, strict_json
+from everalign.serving.sse import BrokenEvents, EventParser, json_bytes
+from everalign.serving.upstream_transport import UpstreamTransport, json_object
 
 RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed", "response.cancelled", "error")
 """The events that may be the last one of a streamed response."""
@@ -42,7 +39,6 @@ RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed",
 # 429 is the client's to repeat: it knows how long it can wait, and its own retries would multiply with these.
 _RETRIED = (502, 503, 504)
 _FIRST_WAIT = 0.25  # seconds, doubled from attempt to attempt
-_QUOTED_BYTES = 64 << 10  # of an error's body
 # The fallback is asked after these, and any status from 500 on; not after a timeout, which used up the answer's time.
 _AWAY = ("upstream_unreachable", "upstream_unavailable", "upstream_cut", "upstream_malformed", "upstream_auth")
 _CONTENT_HEADERS = (
@@ -148,21 +144,19 @@ class Upstream:
         fallback_model: str | None = None,
     ) -> None:
         self.name, self.circuits = settings.name, circuits
-        self._url, self._key, self._timeouts = settings.url, settings.key, timeouts
-        self._retries, self._longest_wait, self._largest = retries, longest_wait, largest
+        self._key, self._timeouts = settings.key, timeouts
+        self._retries, self._longest_wait = retries, longest_wait
         self._headers, self._allowances = headers, allowances
         self._fallback, self._fallback_model = fallback, fallback_model
         self._reports_usage = True
         self._listing: asyncio.Task[list[dict[str, Any]]] | None = None
-        # Not an httpx client: that would keep one user's cookies for the next, follow redirects, and read proxies and
-        # passwords from the environment.
-        self._connections = ConnectionPool()
+        self._transport = UpstreamTransport(settings.url, settings.key, timeouts.connect, timeouts.total, largest)
 
     async def close(self) -> None:
         """Close all connections."""
         if self._listing is not None:
             self._listing.cancel()
-        await self._connections.aclose()
+        await self._transport.aclose()
 
     async def models(self) -> list[dict[str, Any]]:
         """Return the models that it lists; concurrent callers share one request. Raises GatewayError."""
@@ -176,7 +170,7 @@ class Upstream:
         assert permit is not None
         with _deadline(self._timeouts.models):
             async with self._reply(UpstreamRequest("GET", "models"), permit) as response:
-                data = (await self._read_json(response)).get("data")
+                data = (await self._transport.read_json(response)).get("data")
         if not isinstance(data, list):
             raise bad_upstream("the upstream's list of models has no data", "upstream_malformed")
         return [model for model in data if isinstance(model, dict) and isinstance(model.get("id"), str)]
@@ -187,7 +181,7 @@ class Upstream:
             permit = self._admit(request)
             with _deadline(self._timeouts.total, permit, request.begun):
                 async with self._reply(request, permit) as response:
-                    content = check_answer(await self._read_json(response), self._key, request.quoted)
+                    content = check_answer(await self._transport.read_json(response), self._key, request.quoted)
                     reply = UpstreamReply(content, self._headers.returned(response.headers, self._key))
         except GatewayError as error:
             fallback, instead = self._instead(request, error)
@@ -279,7 +273,7 @@ class Upstream:
                 async with self._reply(request, permit) as response:
                     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
                     if kind == "application/json":
-                        check_answer(await self._read_json(response), self._key, request.quoted)
+                        check_answer(await self._transport.read_json(response), self._key, request.quoted)
                     if kind != "text/event-stream":
                         raise bad_upstream(
                             "the upstream does not stream: its reply is no text/event-stream", again=False
@@ -296,14 +290,14 @@ class Upstream:
         """Yield events until the stream says that it ended; raises GatewayError if it breaks off before."""
         parser = EventParser()
         finished: dict[Any, bool] = {}  # by index of the choice, or of the whole response
-        async for part in self._parts(response):
+        async for part in self._transport.parts(response):
             try:
                 texts = parser.feed(part)
             except BrokenEvents as error:
                 raise bad_upstream(f"the upstream's stream cannot be read: {error}", "upstream_malformed") from None
             ended = "[DONE]" in texts
             events = [
-                check_answer(_json_object(text), self._key, quoted)
+                check_answer(json_object(text), self._key, quoted)
                 for text in (texts[: texts.index("[DONE]")] if ended else texts)
             ]
             for event in events:
@@ -362,18 +356,15 @@ class Upstream:
         tried again, once.
         """
         content = b"" if request.payload is None else json_bytes(request.payload)
+        headers = {**request.headers, "content-type": "application/json"}
         most = min(self._retries, 1) if request.retried_by_client else self._retries
         for attempt in itertools.count():
             status, wait, again = None, 0.0, False
-            made = self._http_request(
-                request.method, request.path, {**request.headers, "content-type": "application/json"}, content
-            )
             try:
-                response = await self._connections.handle_async_request(made)
-                response.headers.encoding = "latin-1"  # as ASGI wants them back
+                response = await self._transport.send(request.method, request.path, headers, content)
                 if response.is_success:
                     return response
-                body = await self._beginning(response)
+                body = await self._transport.beginning(response)
             except httpx.LocalProtocolError:
                 message = "a header of the request has characters that HTTP does not allow; leave it out"
                 raise refused(message, code="invalid_header") from None
@@ -421,7 +412,7 @@ class Upstream:
             GatewayError: no reply came, or one that is about the gateway's own key or redirects.
         """
         try:
-            response = await self._connections.handle_async_request(self._http_request(method, path, headers, content))
+            response = await self._transport.send(method, path, headers, content)
         except (httpx.ReadTimeout, httpx.WriteTimeout):
             raise bad_upstream("the upstream did not begin to answer in time", "upstream_timeout", 504) from None
         except httpx.LocalProtocolError:
@@ -429,13 +420,12 @@ class Upstream:
             raise refused(message, code="invalid_request") from None
         except httpx.HTTPError:
             raise bad_upstream("the upstream cannot be reached", "upstream_unreachable") from None
-        response.headers.encoding = "latin-1"  # as ASGI wants them back
         status = response.status_code
         back = self._headers.returned(response.headers, self._key) if quoted else {}
         back |= {name: response.headers[name] for name in _CONTENT_HEADERS if name in response.headers}
         if status < 400 and (status < 300 or status == 304):
             return RawReply(status, back, response.aiter_raw(), response.aclose)
-        body = await self._beginning(response)
+        body = await self._transport.beginning(response)
         if status < 400 or status in (401, 403, 407) or not quoted:
             raise upstream_failure(status, back, body, self._key, quoted)
 
@@ -445,71 +435,6 @@ class Upstream:
         for name in ("content-length", "content-encoding"):
             back.pop(name, None)
         return RawReply(status, back, masked_body(), response.aclose)
-
-    def _http_request(
-        self, method: str, path: str, headers: Mapping[str, str], content: bytes | AsyncIterator[bytes]
-    ) -> httpx.Request:
-        key = {"authorization": f"Bearer {self._key}"} if self._key else {}
-        own = {**headers, **key, "accept-encoding": "identity"}
-        timeout = httpx.Timeout(self._timeouts.total, connect=self._timeouts.connect)
-        return httpx.Request(
-            method,
-            f"{self._url}/{path}",
-            content=content,
-            # Bytes as they came: HTTP headers have no encoding, and ASGI hands them over as latin-1.
-            headers=[(name.encode("latin-1"), value.encode("latin-1")) for name, value in own.items()],
-            extensions={"timeout": timeout.as_dict()},
-        )
-
-    async def _beginning(self, response: httpx.Response) -> bytes:
-        """Return the first bytes of an error's body, as far as they come soon."""
-        content = bytearray()
-        try:
-            with anyio.move_on_after(self._timeouts.connect):
-                async for part in self._parts(response):
-                    content += part
-                    if len(content) > _QUOTED_BYTES:
-                        break
-        except (httpx.HTTPError, GatewayError):
-            pass  # the status says enough
-        finally:
-            await response.aclose()
-        return bytes(content[:_QUOTED_BYTES])
-
-    async def _read_json(self, response: httpx.Response) -> dict[str, Any]:
-        content = b"".join([part async for part in self._parts(response)])
-        return await aside(content, partial(_json_object, content))
-
-    async def _parts(self, response: httpx.Response) -> AsyncIterator[bytes]:
-        """Yield the body, decompressed; raises GatewayError if it is too large: a small body can hold gigabytes."""
-        encoding = response.headers.get("content-encoding", "identity").strip().lower()
-        if encoding not in ("identity", "gzip", "deflate", ""):
-            raise bad_upstream(f"the upstream's reply is compressed by {encoding[:20]!r}, which was not asked for")
-        inflater = zlib.decompressobj(zlib.MAX_WBITS | 32) if encoding in ("gzip", "deflate") else None
-        left = self._largest
-        async for part in response.aiter_raw():
-            try:
-                plain = part if inflater is None else inflater.decompress(part, left + 1)
-            except zlib.error:
-                raise bad_upstream("the upstream's reply is badly compressed", "upstream_malformed") from None
-            left -= len(plain)
-            if left < 0:
-                message = f"the upstream's answer is larger than {self._largest} bytes"
-                raise bad_upstream(message, "upstream_too_large", again=False)
-            yield plain
-
-
-def _json_object(content: bytes | str) -> dict[str, Any]:
-    """Return the JSON object that a reply or an event is; raises GatewayError for anything else."""
-    if too_many_values(content.encode(errors="replace") if isinstance(content, str) else content):
-        raise bad_upstream(f"the upstream's reply has more than {MOST_VALUES} values", "upstream_too_large")
-    try:
-        found = strict_json(content)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise bad_upstream("the upstream's reply is no JSON object", "upstream_malformed")
-    return found
 
 
 @contextmanager
@@ -524,66 +449,3 @@ def _deadline(seconds: float, permit: Permit | None = None, begun: float | None 
             permit.failed()
         message = f"the upstream's answer was not whole after {seconds:g} seconds"
         raise bad_upstream(message, "upstream_timeout", 504) from None
-
-
-_KEEP_SECONDS = 4.0  # uvicorn, and so vLLM, closes idle connections after 5
-_ONE = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_KEEP_SECONDS)
-
-
-@cache
-def _certificates() -> ssl.SSLContext:
-    """Trusted certificates, none from the environment; shared because reading them takes longer than a request."""
-    return httpx.create_ssl_context(trust_env=False)
-
-
-class ConnectionPool(httpx.AsyncBaseTransport):
-    """A transport that sends each request over a free connection, or a new one. Used in one event loop.
-
-    httpcore's own pool looks through all its connections for each request, which hundreds of streams feel.
-    """
-
-    def __init__(self) -> None:
-        self._free: deque[tuple[float, httpx.AsyncHTTPTransport]] = deque()
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request; its connection is free again when the response is closed."""
-        if self._free:
-            _, transport = self._free.pop()
-        else:
-            transport = httpx.AsyncHTTPTransport(verify=_certificates(), limits=_ONE, trust_env=False)
-        try:
-            response = await transport.handle_async_request(request)
-        except BaseException:
-            self._free.append((time.monotonic(), transport))
-            raise
-        assert isinstance(response.stream, httpx.AsyncByteStream)
-        response.stream = _PooledStream(response.stream, lambda: self._free.append((time.monotonic(), transport)))
-        # Servers have closed by now what lay here longest.
-        while self._free and self._free[0][0] < time.monotonic() - _KEEP_SECONDS:
-            await self._free.popleft()[1].aclose()
-        return response
-
-    async def aclose(self) -> None:
-        """Close the free connections; the others close with their responses."""
-        while self._free:
-            await self._free.popleft()[1].aclose()
-
-
-class _PooledStream(httpx.AsyncByteStream):
-    """A response's bytes; its connection is released when they are closed."""
-
-    def __init__(self, stream: httpx.AsyncByteStream, release: Callable[[], None]) -> None:
-        self._stream, self._release = stream, release
-        self._closed = False
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for part in self._stream:
-            yield part
-
-    async def aclose(self) -> None:
-        try:
-            await self._stream.aclose()
-        finally:
-            if not self._closed:
-                self._closed = True
-                self._release()

@@ -42,14 +42,13 @@ class UpstreamTransport:
         self, method: str, path: str, headers: Mapping[str, str], content: bytes | AsyncIterator[bytes]
     ) -> httpx.Response:
         """Return the reply, its body unread; raises httpx's errors."""
+        every = {**headers, **self._own}
         request = httpx.Request(
             method,
             f"{self._url}/{path}",
             content=content,
             # Bytes as they came: HTTP headers have no encoding, and ASGI hands them over as latin-1.
-            headers=[
-                (name.encode("latin-1"), value.encode("latin-1")) for name, value in {**headers, **self._own}.items()
-            ],
+            headers=[(name.encode("latin-1"), value.encode("latin-1")) for name, value in every.items()],
             extensions={"timeout": self._timeouts},
         )
         response = await self._connections.handle_async_request(request)
