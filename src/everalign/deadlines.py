@@ -1,4 +1,4 @@
-"""Time limits on blocking work, and threads that never keep the process from ending."""
+"""Deadlines for blocking work, and threads that never keep the process alive."""
 
 import asyncio
 import threading
@@ -11,19 +11,21 @@ from typing import TypeVar
 
 from everalign.errors import EveralignError
 
+_Result = TypeVar("_Result")
+
 _current: ContextVar["Deadline | None"] = ContextVar("everalign_deadline", default=None)
 
 
 class DeadlineOver(EveralignError):  # noqa: N818 (what is wrong is in the name)
-    """Work that came to its time limit, or that nobody waits for any more."""
+    """The time for the work is over, or it was cancelled."""
 
 
 class Deadline:
-    """When work has to be done.
+    """A time limit that can also be cancelled; threads may share it.
 
     Args:
         seconds: from now on.
-        retries: how often a request that failed may be repeated meanwhile: somebody waits.
+        retries: how often a failed request may be repeated, since a client is waiting.
     """
 
     def __init__(self, seconds: float, retries: int = 1) -> None:
@@ -31,44 +33,44 @@ class Deadline:
         self._until = time.monotonic() + seconds
         self._lock = threading.Lock()
         self._cancelled = False
-        self._calls: list[Callable[[], object]] = []
+        self._callbacks: list[Callable[[], object]] = []
 
     @property
     def left(self) -> float:
-        """Seconds that are left; 0 when it is over."""
+        """Seconds left; 0 when it is over or cancelled."""
         return 0.0 if self._cancelled else max(0.0, self._until - time.monotonic())
 
     def check(self) -> None:
-        """Raise DeadlineOver when it is over."""
+        """Raise DeadlineOver if it is over."""
         if not self.left:
             raise DeadlineOver("the time for this work is over")
 
     def cancel(self) -> None:
-        """Let it be over now."""
+        """End it now."""
         with self._lock:
             self._cancelled = True
-            calls, self._calls = self._calls, []
-        for call in calls:
-            call()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
 
     @contextmanager
-    def calling(self, call: Callable[[], object]) -> Iterator[None]:
-        """Have something called when it is cancelled meanwhile; at once where it is already."""
+    def calling(self, callback: Callable[[], object]) -> Iterator[None]:
+        """Call `callback` if the deadline is cancelled during the block; at once if it is already."""
         with self._lock:
             cancelled = self._cancelled
             if not cancelled:
-                self._calls.append(call)
+                self._callbacks.append(callback)
         if cancelled:
-            call()
+            callback()
         try:
             yield
         finally:
             with self._lock:
-                self._calls = [one for one in self._calls if one is not call]
+                self._callbacks = [one for one in self._callbacks if one is not callback]
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Bound what this thread does inside."""
+        """Make it the current deadline of this thread during the block."""
         token = _current.set(self)
         try:
             yield
@@ -77,24 +79,21 @@ class Deadline:
 
 
 def current() -> Deadline | None:
-    """Return the deadline of what this thread does; None where there is none."""
+    """Return this thread's current deadline, if any."""
     return _current.get()
 
 
 def check_deadline() -> None:
-    """Raise DeadlineOver where this thread's work has a deadline, and it is over."""
+    """Raise DeadlineOver if this thread has a deadline and it is over."""
     deadline = _current.get()
     if deadline is not None:
         deadline.check()
 
 
-_Result = TypeVar("_Result")
-
-
 def call_in_thread(call: Callable[[], _Result], name: str) -> "asyncio.Future[_Result]":
-    """Begin a call in a thread of its own, and return what will have its result. To cancel that does not end the call.
+    """Start a call in a daemon thread of its own; return a future of its result. Cancelling it does not end the call.
 
-    Executors of the standard library wait for their threads at the end of the process.
+    Unlike `asyncio.to_thread`, a call that hangs does not keep the process from ending.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_Result] = loop.create_future()
@@ -105,15 +104,15 @@ def call_in_thread(call: Callable[[], _Result], name: str) -> "asyncio.Future[_R
         if error is not None:
             future.set_exception(error)
         else:
-            future.set_result(result)  # type: ignore[arg-type]  # there is a result where there is no error
+            future.set_result(result)  # type: ignore[arg-type]  # there is a result if there is no error
 
     def run() -> None:
         result, failed = None, None
         try:
             result = call()
-        except BaseException as error:  # noqa: BLE001 (it is given to who waits)
+        except BaseException as error:  # noqa: BLE001 (raised by the future)
             failed = error
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(finish, result, failed)
 
     Thread(target=run, name=name, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Text normalisation, and quoting of untrusted text inside a model's prompt."""
+"""Text normalization (Unicode, case, punctuation), and quoting of untrusted text inside a model's prompt."""
 
 import re
 import sys
@@ -11,13 +11,16 @@ from typing import Any
 from everalign.data.messages import message_text
 
 _LONGEST_RUN = 30
-"""Marks behind a letter that are sorted together, as in Unicode's stream-safe form: no language has more."""
+"""Combining marks that are sorted together, as in Unicode's stream-safe text format; no language has more."""
+
+# Letters and marks by their category, but invisible: fillers, the grapheme joiner, variation selectors.
+_INVISIBLE_LETTERS = (0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0, *range(0xFE00, 0xFE10))
 
 
 def nfkc(text: str) -> str:
-    """Return a text with compatible characters replaced, in time that grows with its length.
+    """Return a text in Unicode's NFKC form, in linear time.
 
-    Python's own takes the square of the length of a row of combining marks. Here one of more than 30 is taken apart.
+    Python's own needs quadratic time for a run of combining marks; here runs of more than 30 are split.
     """
     if text.isascii():
         return text
@@ -27,29 +30,25 @@ def nfkc(text: str) -> str:
 
 
 def without_invisible(text: str) -> str:
-    """Return a text without control and format characters, but for white space."""
+    """Return a text without control and format characters, except white space."""
     return text.translate(_invisible())
 
 
 def folded(text: str) -> str:
-    """Return a text without case, punctuation, signs that nobody sees, and differences of white space."""
+    """Return a text for comparison: without case, punctuation, invisible characters and differences of white space."""
     plain = without_invisible(nfkc(text)).casefold()
     return " ".join("".join(" " if unicodedata.category(char)[0] == "P" else char for char in plain).split())
 
 
 def topic_of(question: str) -> str:
-    """Return what a question asks, however it is written: without case, unseen signs, spaces and a mark at its end."""
+    """Return a question for comparison: without case, invisible characters, extra spaces and the mark at its end."""
     return " ".join(without_invisible(nfkc(question)).casefold().split()).rstrip(" .?!…。")
 
 
 @cache
 def _invisible() -> dict[int, None]:
     codes = (code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in ("Cc", "Cf"))
-    return {code: None for code in codes if chr(code) not in "\n\t\r"} | dict.fromkeys(_SHOWN_AS_NOTHING)
-
-
-# Letters and marks by their category, but shown as nothing: fillers, joiners of graphemes, variants of a sign.
-_SHOWN_AS_NOTHING = (0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0, *range(0xFE00, 0xFE10))
+    return {code: None for code in codes if chr(code) not in "\n\t\r"} | dict.fromkeys(_INVISIBLE_LETTERS)
 
 
 @cache
@@ -64,31 +63,28 @@ def _long_runs() -> re.Pattern[str]:
 
 Quoted = str | Sequence[Mapping[str, Any]]
 
-_MARKS = r"\s*(?:/\s*)?(?:prompt|message|answer)\b"
-_MARK = re.compile(rf"<(?={_MARKS})", re.IGNORECASE)
-_SHOWN = re.compile(rf"‹(?={_MARKS})", re.IGNORECASE)
-_SAFE = "‹"
+_TAGS = r"\s*(?:/\s*)?(?:prompt|message|answer)\b"
+_TAG = re.compile(rf"<(?={_TAGS})", re.IGNORECASE)
+_ESCAPED_TAG = re.compile(rf"‹(?={_TAGS})", re.IGNORECASE)
 
 
 def quoted(prompt: Quoted, answer: str) -> str:
-    """Return a prompt (text, or chat messages) between marks, and its answer between others."""
+    """Return a prompt (text, or chat messages) and its answer between tags that neither can close."""
     return f"<prompt>\n{shown_prompt(prompt)}\n</prompt>\n\n<answer>\n{shown(answer)}\n</answer>"
 
 
 def shown_prompt(prompt: Quoted) -> str:
-    """Return a prompt as `quoted` shows it, without its marks."""
-    return shown(prompt) if isinstance(prompt, str) else "\n".join(_turn(message) for message in prompt)
+    """Return a prompt as in `quoted`, without the tags around it."""
+    if isinstance(prompt, str):
+        return shown(prompt)
+    return "\n".join(f'<message role="{one["role"]}">\n{shown(message_text(one))}\n</message>' for one in prompt)
 
 
 def shown(text: str) -> str:
-    """Return a text as `quoted` shows it."""
-    return _MARK.sub(_SAFE, text)
+    """Return a text as in `quoted`, with ‹ in place of < in its own tags."""
+    return _TAG.sub("‹", text)
 
 
 def as_written(text: str, original: str) -> str:
-    """Return what a model wrote of a text that `quoted` showed it, with the signs that the original has."""
-    return text if _SHOWN.search(original) else _SHOWN.sub("<", text)
-
-
-def _turn(message: Mapping[str, Any]) -> str:
-    return f'<message role="{message["role"]}">\n{shown(message_text(message))}\n</message>'
+    """Undo `shown` in what a model wrote about a text, unless the original text has ‹ itself."""
+    return text if _ESCAPED_TAG.search(original) else _ESCAPED_TAG.sub("<", text)
