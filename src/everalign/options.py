@@ -52,9 +52,20 @@ class Options(BaseModel):
         cls.__doc__ = "\n".join([cls.__doc__ or "", "Args:", *lines])
 
     @classmethod
-    def from_flags(cls, values: Mapping[str, Any]) -> "Self":
-        """Makes options of flags, of which None stands for one that is not given; other names are ignored."""
-        return cls(**{name: value for name in cls.model_fields if (value := values.get(name)) is not None})
+    def from_flags(cls, values: Mapping[str, Any], **names: str) -> "Self":
+        """Makes options of flags, of which None stands for one that is not given; an error names the flag.
+
+        Args:
+            values: by option; other names are ignored.
+            names: flags of options that are not called by their own name.
+        """
+        try:
+            return cls(**{name: value for name in cls.model_fields if (value := values.get(name)) is not None})
+        except InputError as error:
+            if error.field not in cls.model_fields or not str(error).startswith(error.field):
+                raise
+            flag = f"--{names.get(error.field, error.field).replace('_', '-')}"
+            raise InputError(str(error).replace(error.field, flag, 1), field=flag, hint=error.hint) from None
 
     def replace(self, **changes: Any) -> "Self":
         """Returns a copy with some values changed, checked like new ones."""

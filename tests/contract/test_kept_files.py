@@ -88,7 +88,7 @@ def test_a_run_of_corrections_is_served_with_the_store_of_before(kept):
     reloader = CorrectorReloader(Path("correcting"), Corrector.from_pretrained)
     corrector, version = reloader.load()
     with UpstreamServer(lambda _: Script("no 5")) as upstream, FeedbackStore.open(STORE) as store:
-        settings = GatewaySettings((UpstreamSettings("default", upstream.url),))
+        settings = GatewaySettings(upstreams=(UpstreamSettings("default", upstream.url),))
         corrections = make_corrections(settings, corrector, version)
         with serving(upstream, store=store, corrections=corrections, reloader=reloader) as served:
             body = {"model": "small", "messages": [{"role": "user", "content": "q5?"}], "store": True}

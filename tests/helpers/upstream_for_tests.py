@@ -324,7 +324,7 @@ def serving(
         one if isinstance(one, UpstreamSettings) else UpstreamSettings("default", one.url, "upstream-key")
         for one in upstreams
     )
-    made = GatewaySettings(named, timeouts=timeouts, limits=limits, **settings)
+    made = GatewaySettings(upstreams=named, timeouts=timeouts, limits=limits, **settings)
     if corrections is None and corrector is not None:
         corrections = make_corrections(made, corrector, "v1")
     app = create_app(made, store=store, corrections=corrections, reloader=reloader)

@@ -8,7 +8,7 @@ import pytest
 
 from cli_for_tests import run, write_rows
 from everalign.data import load_scored
-from everalign.evaluation import score_rows as rewards
+from everalign.evaluation import scorers as rewards
 from models_for_tests import saved_model
 from rewards_for_tests import pairs, reward_model
 
@@ -125,7 +125,7 @@ def test_bad_rows_left_out_on_request_are_counted(work, capsys):
         (train("--data", "answers.jsonl"), "answers.jsonl:1: field 'chosen': no such column"),
         (train("--data", "pairs.jsonl", "--test", "pairs.jsonl"), "in both the training and the test set"),
         (train("--data", "pairs.jsonl", "--output", "."), "exists and is not empty"),
-        (train("--data", "pairs.jsonl", "--learning-rate", "0"), "learning_rate must be"),
+        (train("--data", "pairs.jsonl", "--learning-rate", "0"), "--learning-rate must be"),
         (train("--data", "pairs.jsonl", model="./nowhere"), "there is no model folder ./nowhere"),
         (train(), "Missing option '--data'"),
         (score("--data", "empty.jsonl"), "empty.jsonl: no rows in it"),

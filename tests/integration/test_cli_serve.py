@@ -39,7 +39,7 @@ def _no_keys(monkeypatch):
         (["--upstream", URL, "--host", "0.0.0.0"], "--host 0.0.0.0: without keys only this machine is served"),
         (["--upstream", URL, "--port", "70000"], "--port 70000: must be from 0"),
         (["--upstream", URL, "--mode", "strict"], "--mode strict: needs a corrector"),
-        (["--upstream", URL, "--mode", "loud"], "mode: must be one of off, shadow, correct, strict, found 'loud'"),
+        (["--upstream", URL, "--mode", "loud"], "--mode must be one of off, shadow, correct, strict, found 'loud'"),
         (["--upstream", URL, "--template", "aligner-1"], "--template: is for a corrector"),
         (["--upstream", URL, "--on-failure", "closed"], "--on-failure: is for a corrector"),
         (["--upstream", URL, "--fallback", "elsewhere"], "--fallback elsewhere: must be URL or URL#MODEL"),
@@ -55,8 +55,8 @@ def _no_keys(monkeypatch):
         (["--upstream", URL, "--redact", "all"], "--redact: there is nothing to keep exchanges in"),
         (["--upstream", URL, "--retention-days", "9"], "--retention-days: there is nothing to keep exchanges in"),
         (["--upstream", URL, "--port", "0", "--store", "sqlite:///f.db", "--redact", "faces"], "there is no 'faces'"),
-        (["--upstream", URL, "--timeout", "0"], "timeout total: must be above 0 seconds"),
-        (["--upstream", URL, "--concurrency", "0"], "limit concurrency: must be a whole number of at least 1"),
+        (["--upstream", URL, "--timeout", "0"], "--timeout must be a number above 0, found 0.0"),
+        (["--upstream", URL, "--concurrency", "0"], "--concurrency must be a whole number of at least 1"),
         (["--upstream", URL, "--port", "0", "--corrector", "elsewhere"], "elsewhere"),
         (["--upstream", URL, "--port", "0", "--corrector", "http://127.0.0.1:9/v1"], "name the model"),
         (
@@ -164,7 +164,7 @@ def test_a_judge_elsewhere_needs_no_torch_either():
 
 def test_what_is_said_at_the_start():
     access = Access(no_auth=True, root_path="/x")
-    gateway = create_app(GatewaySettings((UpstreamSettings("default", URL),), access=access)).state.gateway
+    gateway = create_app(GatewaySettings(upstreams=(UpstreamSettings("default", URL),), access=access)).state.gateway
     told = dict(description(gateway, "http://127.0.0.1:1/v1", "runs/c", "postgresql://me:secret@host/db"))
     assert told["playground"] == "http://127.0.0.1:1/x/"
     assert told["store"] == "postgresql://me:***@host/db"
@@ -174,7 +174,7 @@ def test_what_is_said_at_the_start():
 
 def test_an_upstream_that_is_away_is_said_at_the_start():
     warned = []
-    app = create_app(GatewaySettings((UpstreamSettings("far", URL),)))
+    app = create_app(GatewaySettings(upstreams=(UpstreamSettings("far", URL),)))
     app.state.warn = warned.append
 
     async def begin():

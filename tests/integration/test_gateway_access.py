@@ -248,11 +248,11 @@ def test_who_is_open_to_everybody_has_said_so():
     upstreams = (UpstreamSettings("default", "http://127.0.0.1:1/v1"),)
     for access in ({"trusted_proxies": ("10.0.0.1",)}, {"root_path": "/x"}, {"cors_origins": ("*",)}):
         with pytest.raises(InputError, match="--no-auth"):
-            GatewaySettings(upstreams, access=Access(**access))
-        GatewaySettings(upstreams, access=Access(**access, no_auth=True))
-        GatewaySettings(upstreams, keys=("k",), access=Access(**access))
+            GatewaySettings(upstreams=upstreams, access=Access(**access))
+        GatewaySettings(upstreams=upstreams, access=Access(**access, no_auth=True))
+        GatewaySettings(upstreams=upstreams, keys=("k",), access=Access(**access))
     with pytest.raises(InputError, match="there are keys"):
-        GatewaySettings(upstreams, keys=("k",), access=Access(no_auth=True))
+        GatewaySettings(upstreams=upstreams, keys=("k",), access=Access(no_auth=True))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def serving(upstream, keys=(), **limits):
     """The gateway in the server that `everalign serve` runs."""
     timeouts = Timeouts(head=0.4, stalled=0.4)
     named = (UpstreamSettings("default", upstream.url),)
-    app = create_app(GatewaySettings(named, keys=keys, timeouts=timeouts, limits=Limits(**limits)))
+    app = create_app(GatewaySettings(upstreams=named, keys=keys, timeouts=timeouts, limits=Limits(**limits)))
     listening = bound_socket("127.0.0.1", 0)
     server = make_server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -252,7 +252,7 @@ def test_only_what_the_operator_offers(passthrough, passed, echo):
                 assert error["code"] == "endpoint_not_offered"
                 assert "this gateway does not offer it" in error["message"]
     with pytest.raises(InputError, match="--passthrough"):
-        GatewaySettings((echo.settings,), passthrough="embeddings,,")
+        GatewaySettings(upstreams=(echo.settings,), passthrough="embeddings,,")
 
 
 @pytest.mark.parametrize(

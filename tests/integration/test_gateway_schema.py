@@ -68,6 +68,6 @@ def test_unknown_paths_and_methods_are_said_in_the_clients_own_words(gateway):
 
 
 def test_the_schema_names_every_route():
-    made = GatewaySettings((UpstreamSettings("a", "http://127.0.0.1:9/v1"),))
+    made = GatewaySettings(upstreams=(UpstreamSettings("a", "http://127.0.0.1:9/v1"),))
     paths = create_app(made, corrections=make_corrections(made, Fake(), "v1")).openapi()["paths"]
     assert {"/v1/chat/completions", "/v1/models", "/v1/feedback", "/health", "/ready", "/metrics"} <= set(paths)

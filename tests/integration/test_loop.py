@@ -101,7 +101,7 @@ def test_the_loop(tmp_path):
         return Script(styled(body["messages"][-1]["content"], style["now"]))
 
     with UpstreamServer(reply) as upstream, FeedbackStore.open(f"sqlite:///{tmp_path}/feedback.db") as store:
-        settings = GatewaySettings((UpstreamSettings("default", upstream.url),), keys=KEYS)
+        settings = GatewaySettings(upstreams=(UpstreamSettings("default", upstream.url),), keys=KEYS)
         corrections = make_corrections(settings, corrector, version)
         with serving(upstream, store=store, corrections=corrections, reloader=reloader, keys=KEYS) as served:
             # A hundred answers; people edit them into courteous ones.
@@ -226,7 +226,7 @@ def test_a_version_that_cannot_be_loaded_leaves_the_former_one_in_service(tmp_pa
     reloader = CorrectorReloader(tmp_path / "run", load, seconds=0.02, log=lines.append)
     corrector, version = reloader.load()
     with UpstreamServer() as upstream:
-        settings = GatewaySettings((UpstreamSettings("default", upstream.url),))
+        settings = GatewaySettings(upstreams=(UpstreamSettings("default", upstream.url),))
         corrections = make_corrections(settings, corrector, version)
         with serving(upstream, corrections=corrections, reloader=reloader) as served:
             filled(store, start=100)
@@ -266,7 +266,7 @@ def test_a_rollback_to_the_base_model_reaches_the_gateway(tmp_path, store, on_ro
         return HTTP.post(f"{served.url}/chat/completions", json=body, headers={"x-everalign-mode": mode})
 
     with UpstreamServer() as upstream:
-        settings = GatewaySettings((UpstreamSettings("default", upstream.url),))
+        settings = GatewaySettings(upstreams=(UpstreamSettings("default", upstream.url),))
         corrections = make_corrections(settings, *reloader.load())
         with serving(upstream, corrections=corrections, reloader=reloader) as served:
             assert asked_once(served).headers["x-everalign-correction"] == "applied"

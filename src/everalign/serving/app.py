@@ -1,6 +1,6 @@
 """The gateway as an ASGI application.
 
-app = create_app(GatewaySettings((UpstreamSettings("default", "http://127.0.0.1:8000/v1"),)))
+app = create_app(GatewaySettings(upstreams=(UpstreamSettings("default", "http://127.0.0.1:8000/v1"),)))
 uvicorn.run(app)
 """
 

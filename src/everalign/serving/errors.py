@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from everalign.errors import EveralignError
-from everalign.llm_client import shortened
 from everalign.serving.sse import data_frame, strict_json
 
 INVALID, FAILED, OVERLOADED = "invalid_request_error", "api_error", "rate_limit_error"
@@ -149,6 +148,8 @@ def _as_error(status: int, content: Any, key: str, quoted: bool, family: type[Ga
         # The key is the operator's: clients can do nothing about it, and must not learn what the upstream says of it.
         message = "the upstream refuses the gateway's own key; tell the gateway's operator"
         return bad_upstream(message, "upstream_auth", again=False)
+    from everalign.llm_client import shortened  # loads httpx, which the command line's help does not need
+
     fields: dict[str, str] = {}
     if quoted and isinstance(content, Mapping):
         # Servers without an error object have the same fields beside it, or in a `detail`.

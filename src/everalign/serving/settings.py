@@ -7,19 +7,18 @@ are got around (CVE-2026-24779). Redirects are never followed.
 """
 
 import ipaddress
-import math
 import re
 import socket
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
-import httpx
+from pydantic import Field, model_validator
 
 from everalign.errors import InputError
-from everalign.llm_client import checked_key, checked_url
+from everalign.options import Options
 from everalign.serving.headers import USUAL, HeaderRules
 from everalign.serving.security import UNLIMITED, Allowance, Keys
 
@@ -57,6 +56,10 @@ def checked_upstream(text: str, resolve: Resolve = resolved) -> str:
     Raises:
         InputError: it is none, names a user, or leads to where clouds keep credentials.
     """
+    import httpx  # here and below: the command line's help needs the settings, but no client
+
+    from everalign.llm_client import checked_url
+
     if not text.isascii() or any(sign.isspace() for sign in text):
         raise InputError(f"upstream {text!r}: the address must be plain ASCII without spaces")
     address = checked_url(text)
@@ -95,10 +98,6 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
-def _values(settings: Any) -> list[tuple[str, Any]]:
-    return [(field.name, getattr(settings, field.name)) for field in fields(settings)]
-
-
 @dataclass(frozen=True)
 class UpstreamSettings:
     """A server that answers.
@@ -118,34 +117,40 @@ class UpstreamSettings:
 
     def checked(self, resolve: Resolve = resolved) -> "UpstreamSettings":
         """Return it with its whole address; raises InputError."""
+        from everalign.llm_client import checked_key
+
         if not _NAME.fullmatch(self.name):
             raise InputError(f"upstream {self.name!r}: a name is a letter and up to 31 letters, digits, - and _")
         return UpstreamSettings(self.name, checked_upstream(self.url, resolve), checked_key(self.key))
 
 
-@dataclass(frozen=True)
-class Access:
-    """Who comes in, and how the gateway is reached.
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
 
-    Args:
-        keys_file: has keys besides those that are given, one a line, and is read again when it changes.
-        no_auth: serve whoever comes, where there are no keys.
-        cors_origins: of web pages that may use the API, such as `https://app.example`; `*` for all.
-        trusted_proxies: addresses and networks whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed.
-        root_path: what a proxy has in front of the gateway's own paths, such as `/everalign`.
-        allowance: what each key may use for which the file says nothing else.
-        headers: that cross besides the usual ones.
-    """
 
-    keys_file: Path | None = None
-    no_auth: bool = False
-    cors_origins: tuple[str, ...] = ()
-    trusted_proxies: tuple[str, ...] = ()
-    root_path: str = ""
-    allowance: Allowance = UNLIMITED
-    headers: HeaderRules = USUAL
+class Access(Options):
+    """Who is served, and how the gateway is reached."""
 
-    def __post_init__(self) -> None:
+    keys_file: Path | None = Field(
+        default=None,
+        title="FILE",
+        description="Further API keys, one a line with its limits; read again when it changes.",
+    )
+    no_auth: bool = Field(default=False, description="Without keys, serve everybody.")
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description="Web pages that may use the API, such as https://app.example; * for all."
+    )
+    trusted_proxies: tuple[str, ...] = Field(
+        default=(), description="Addresses and networks whose X-Forwarded-For and X-Forwarded-Proto are trusted."
+    )
+    root_path: str = Field(
+        default="", title="/PATH", description="Path of the gateway behind a proxy, such as /everalign."
+    )
+    allowance: Allowance = Field(default=UNLIMITED, description="Limits of each key that has none of its own.")
+    headers: HeaderRules = Field(default=USUAL, description="Headers that cross besides the usual ones.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Access":
         for origin in self.cors_origins:
             parts = urlsplit(origin)
             if origin != "*" and (origin != f"{parts.scheme}://{parts.netloc}" or not parts.scheme or not parts.netloc):
@@ -159,120 +164,93 @@ class Access:
         if path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", path):
             raise InputError(f"--root-path {self.root_path}: must be a path of letters and digits, such as /everalign")
         object.__setattr__(self, "root_path", path)
-        for name, most in _values(self.allowance):
+        for name, most in asdict(self.allowance).items():
             if most is not None and most < 1:
                 raise InputError(f"--{name.replace('_', '-')}: must be at least 1, found {most}")
+        return self
 
 
-@dataclass(frozen=True)
-class Timeouts:
-    """Seconds.
+class Timeouts(Options):
+    """Seconds."""
 
-    Args:
-        connect: until a connection to the upstream stands.
-        total: for a whole answer of the upstream, streamed or not, all attempts together.
-        models: for its list of models.
-        correction: for one correction, waiting for its turn and all attempts included.
-        store: until an exchange or feedback is kept, or read.
-        head: until the head of a client's request is there.
-        stalled: for a client that reads too little of what is sent to it.
-    """
-
-    connect: float = 5.0
-    total: float = 600.0
-    models: float = 10.0
-    correction: float = 60.0
-    store: float = 5.0
-    head: float = 10.0
-    stalled: float = 60.0
-
-    def __post_init__(self) -> None:
-        for name, value in _values(self):
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(f"timeout {name}: must be above 0 seconds, found {value}")
+    connect: Seconds = Field(default=5.0, description="To connect to the upstream.")
+    total: Seconds = Field(
+        default=600.0, description="For a whole answer of the upstream, streamed or not, all attempts together."
+    )
+    models: Seconds = Field(default=10.0, description="For the upstream's list of models.")
+    correction: Seconds = Field(default=60.0, description="For one correction, waiting and all attempts included.")
+    store: Seconds = Field(default=5.0, description="To store or read an exchange or feedback.")
+    head: Seconds = Field(default=10.0, description="For the head of a client's request.")
+    stalled: Seconds = Field(default=60.0, description="For a client that reads too slowly.")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How much at once, and how large.
+class Limits(Options):
+    """How much at once, and how large."""
 
-    Args:
-        concurrency: requests under way.
-        per_key: of them with the same key.
-        connections_per_address: connections of clients from one address.
-        body_bytes: of a request.
-        upload_bytes: of one that is passed on and is no JSON, such as a file.
-        messages: of a request.
-        choices: answers to one request (`n`).
-        answer_bytes: of an upstream's answer, decompressed.
-        correction_characters: of an answer that is corrected; longer ones are `too_long`.
-        waiting: answers that wait for the corrector.
-        batch: answers that are corrected at once.
-    """
-
-    concurrency: int = 1000
-    per_key: int = 500
-    connections_per_address: int = 1000
-    body_bytes: int = 32 << 20
-    upload_bytes: int = 512 << 20
-    messages: int = 2000
-    choices: int = 16
-    answer_bytes: int = 16 << 20
-    correction_characters: int = 100_000
-    waiting: int = 256
-    batch: int = 16
-
-    def __post_init__(self) -> None:
-        for name, value in _values(self):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"limit {name}: must be a whole number of at least 1, found {value!r}")
+    concurrency: Count = Field(default=1000, description="Most requests under way; a key never has more than are free.")
+    per_key: Count = Field(default=500, description="Most requests under way with the same key.")
+    connections_per_address: Count = Field(
+        default=1000, description="Most connections from one client's address; idle ones make room."
+    )
+    body_bytes: Count = Field(default=32 << 20, description="Of a request.")
+    upload_bytes: Count = Field(default=512 << 20, description="Of a request that is passed on and is no JSON.")
+    messages: Count = Field(default=2000, description="Of a request.")
+    choices: Count = Field(default=16, description="Answers to one request (`n`).")
+    answer_bytes: Count = Field(default=16 << 20, description="Of an upstream's answer, decompressed.")
+    correction_characters: Count = Field(
+        default=100_000, description="Of an answer that is corrected; longer ones are `too_long`."
+    )
+    waiting: Count = Field(default=256, description="Answers that wait for the corrector.")
+    batch: Count = Field(default=16, description="Answers that are corrected at once.")
 
 
-@dataclass(frozen=True)
-class GatewaySettings:
-    """A gateway.
+class GatewaySettings(Options):
+    """A gateway."""
 
-    Args:
-        upstreams: at least one.
-        keys: of the clients; none where only this machine is served.
-        mode: of requests that name none; `correct` where there is a corrector, else `off`, when None.
-        on_failure: what `correct` does without a correction: give the answer as it is (`open`) or an error (`closed`).
-        keep: which exchanges are kept: those whose request says `store: true` (`opted-in`), all but those that say
-            `store: false` (`all`), or `none`.
-        timeouts: in seconds.
-        limits: of size and number.
-        retries: how often a request to an upstream is repeated, before its first byte.
-        longest_wait: seconds; an upstream that asks for a longer pause is not asked again.
-        keepalive: seconds of silence in a stream before a comment is sent.
-        breaker_failures: failures in a row after which an upstream, or the corrector, is left alone.
-        breaker_seconds: for how long.
-        access: who comes in, and how.
-        passthrough: which endpoints besides chat are passed on to the upstream: `all`, `none`, or their first words,
-            divided by commas, such as `embeddings,files`.
-        strict_structured: what `strict` does with requests for JSON and with tools; see `policy`.
-        fallback: answers what an upstream cannot; None for nobody.
-        fallback_model: what the fallback calls the model; None for the same name.
-    """
+    upstreams: tuple[UpstreamSettings, ...] = Field(description="At least one.")
+    keys: tuple[str, ...] = Field(
+        default=(), description="API keys of the clients; without any, only this machine is served."
+    )
+    mode: Mode | None = Field(
+        default=None,
+        description="Mode of requests that name none; correct if there is a corrector, else off.",
+    )
+    on_failure: OnFailure = Field(
+        default="open", description="Without a correction, return the answer (open) or an error (closed)."
+    )
+    keep: Keep = Field(
+        default="opted-in",
+        description="Exchanges to store: those with store: true, all but those with store: false, or none.",
+    )
+    timeouts: Timeouts = Field(default=Timeouts(), description="In seconds.")
+    limits: Limits = Field(default=Limits(), description="Of size and number.")
+    retries: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="Times that a request to an upstream is repeated before its first byte."
+    )
+    longest_wait: Seconds = Field(
+        default=5.0, description="An upstream that asks for a longer pause, in seconds, is not asked again."
+    )
+    keepalive: Seconds = Field(default=15.0, description="Seconds of silence in a stream before a comment is sent.")
+    breaker_failures: Count = Field(
+        default=5, description="Failures in a row after which an upstream, or the corrector, is left alone."
+    )
+    breaker_seconds: Seconds = Field(default=30.0, description="For how long.")
+    access: Access = Field(default=Access(), description="Who is served, and how.")
+    passthrough: str = Field(
+        default="all",
+        title="all|none|NAME,NAME..",
+        description="Endpoints besides chat that are passed on unchanged, by their first words.",
+    )
+    strict_structured: StrictStructured = Field(
+        default="refuse", description="Requests for JSON and with tools in mode strict."
+    )
+    fallback: UpstreamSettings | None = Field(default=None, description="Answers when the upstream cannot.")
+    fallback_model: str | None = Field(
+        default=None, description="The model's name at the fallback; the same name if not given."
+    )
 
-    upstreams: tuple[UpstreamSettings, ...]
-    keys: tuple[str, ...] = ()
-    mode: Mode | None = None
-    on_failure: OnFailure = "open"
-    keep: Keep = "opted-in"
-    timeouts: Timeouts = Timeouts()
-    limits: Limits = Limits()
-    retries: int = 1
-    longest_wait: float = 5.0
-    keepalive: float = 15.0
-    breaker_failures: int = 5
-    breaker_seconds: float = 30.0
-    access: Access = Access()
-    passthrough: str = "all"
-    strict_structured: StrictStructured = "refuse"
-    fallback: UpstreamSettings | None = None
-    fallback_model: str | None = None
-
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> "GatewaySettings":
         if not self.upstreams:
             raise InputError("no upstream given: name the server that answers, such as http://127.0.0.1:8000/v1")
         names = [upstream.name for upstream in self.upstreams]
@@ -281,36 +259,28 @@ class GatewaySettings:
         object.__setattr__(self, "upstreams", tuple(upstream.checked() for upstream in self.upstreams))
         if self.fallback is not None:
             object.__setattr__(self, "fallback", self.fallback.checked())
-        self._check_openings()
-        choices = (("mode", (*MODES, None)), ("on_failure", get_args(OnFailure)), ("keep", get_args(Keep)))
-        for name, known in (*choices, ("strict_structured", get_args(StrictStructured))):
-            if getattr(self, name) not in known:
-                words = ", ".join(word for word in known if word)
-                raise InputError(f"{name.replace('_', '-')}: must be one of {words}, found {getattr(self, name)!r}")
-        for name in ("longest_wait", "keepalive", "breaker_seconds"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise InputError(f"{name}: must be above 0 seconds, found {getattr(self, name)}")
-        if self.retries < 0 or self.breaker_failures < 1:
-            raise InputError("retries must be at least 0, and breaker_failures at least 1")
-
-    def _check_openings(self) -> None:
-        """Check who is let in, and to what."""
-        keys = Keys(self.keys, self.access.keys_file, self.access.no_auth)
-        for flag, value in (("trusted-proxy", self.access.trusted_proxies), ("root-path", self.access.root_path)):
-            if value and not keys.needed and not self.access.no_auth:
-                raise InputError(
-                    f"--{flag}: whoever reaches the proxy would be served without a key; set EVERALIGN_API_KEYS or "
-                    "--keys-file, or say that this is meant with --no-auth"
-                )
-
-        if "*" in self.access.cors_origins and not keys.needed and not self.access.no_auth:
-            raise InputError(
-                "--cors-origin *: without keys every page that a browser here opens could use the gateway; name the "
-                "sites, set EVERALIGN_API_KEYS, or say that this is meant with --no-auth"
-            )
         for name in self.passthrough.split(","):
             if not re.fullmatch(r"[a-z][a-z0-9_-]*", name.strip()):
                 raise InputError(f"--passthrough {self.passthrough}: must be all, none, or words as embeddings,files")
 
+        access = self.access
+        keys = Keys(self.keys, access.keys_file, access.no_auth)
+        if keys.needed or access.no_auth:
+            return self
+        for flag, value in (("trusted-proxy", access.trusted_proxies), ("root-path", access.root_path)):
+            if value:
+                raise InputError(
+                    f"--{flag}: whoever reaches the proxy would be served without a key; set EVERALIGN_API_KEYS or "
+                    "--keys-file, or say that this is meant with --no-auth"
+                )
+        if "*" in access.cors_origins:
+            raise InputError(
+                "--cors-origin *: without keys every page that a browser here opens could use the gateway; name the "
+                "sites, set EVERALIGN_API_KEYS, or say that this is meant with --no-auth"
+            )
+        return self
+
     def __repr__(self) -> str:
         return f"GatewaySettings({self.upstreams!r}, mode={self.mode!r})"  # never the keys
+
+    __str__ = __repr__
