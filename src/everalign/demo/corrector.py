@@ -14,7 +14,7 @@ from everalign.correction.corrector_files import load_corrector_files
 from everalign.correction.options import CorrectorOptions
 from everalign.correction.training import train_corrector
 from everalign.data.records import Correction, CorrectionSet
-from everalign.demo.world import Question, answer, questions, wordings
+from everalign.demo.world import Question, answer, sample_questions, wordings
 from everalign.errors import InputError
 from everalign.learning.context import Log, Progress
 from everalign.modeling.loading import TINY
@@ -66,7 +66,11 @@ def show_corrector(
     rows = demo_answers("train", training_rows, seed)
     taught = CorrectionSet(tuple(Correction(row.question.text, *row[1:]) for row in rows), "demo")
     if folder.exists():
-        _check_same(folder, taught, seed)
+        facts = load_corrector_files(folder).facts
+        if facts is None or facts.data != taught.fingerprint or facts.settings.get("seed") != seed:
+            raise InputError(
+                f"{folder}: was trained on other rows or with another seed: choose another output directory"
+            )
         log("  trained already")
     else:
         train_corrector(TINY, taught, folder, options=options, seed=seed, log=log, progress=progress)
@@ -83,11 +87,14 @@ def demo_answers(split: str, count: int, seed: int = 0) -> list[DemoAnswer]:
     Raises:
         InputError: the world has fewer questions than asked for.
     """
-    pool = [question for question in questions(_TOPIC) if question.held_out == (split == "test")]
-    if count > len(pool):
-        raise InputError(f"{split!r}: {_TOPIC} has {len(pool)} questions, not {count}; ask for fewer")
     rng = random.Random(f"{seed}/corrector/{split}")
-    return [_answer(question, i % 2 == 0, rng.random()) for i, question in enumerate(rng.sample(pool, count))]
+    rows = []
+    for i, question in enumerate(sample_questions(_TOPIC, split, count, rng)):
+        # Both styles draw from generators of one seed: the wording of the one follows from that of the other.
+        wording = rng.random()
+        good, bad = (answer(question, style, random.Random(wording)) for style in (_GOOD, _BAD))
+        rows.append(DemoAnswer(question, good if i % 2 else bad, good))
+    return rows
 
 
 def keeps_rule(question: Question, text: str) -> bool:
@@ -95,25 +102,16 @@ def keeps_rule(question: Question, text: str) -> bool:
     return text in wordings(question, _GOOD)
 
 
-def _answer(question: Question, wrong: bool, wording: float) -> DemoAnswer:
-    # Both styles draw from generators of one seed: the wording of the one follows from that of the other.
-    good, bad = (answer(question, style, random.Random(wording)) for style in (_GOOD, _BAD))
-    return DemoAnswer(question, bad if wrong else good, good)
-
-
-def _check_same(folder: Path, rows: CorrectionSet, seed: int) -> None:
-    facts = load_corrector_files(folder).facts
-    if facts is None or facts.data != rows.fingerprint or facts.settings.get("seed") != seed:
-        raise InputError(f"{folder}: was trained on other rows or with another seed: choose another output directory")
-
-
 def _show(folder: Path, learned: int, rows: Sequence[DemoAnswer], found: Sequence[Corrected]) -> CorrectorShow:
     pairs = list(zip(rows, found, strict=True))
     right = [one for row, one in pairs if keeps_rule(row.question, row.answer)]
-    shown = [
-        *_spread([pair for pair in pairs if pair[1].changed], _CHANGED_SHOWN),
-        *_spread([pair for pair in pairs if not pair[1].changed], _UNCHANGED_SHOWN),
-    ]
+    examples = []
+    for changed, most in ((True, _CHANGED_SHOWN), (False, _UNCHANGED_SHOWN)):
+        some = [pair for pair in pairs if pair[1].changed == changed]
+        # From all over, because neighbours may look alike by chance.
+        for row, one in some[:: max(1, len(some) // most)][:most]:
+            passes, tokens = one.forward_passes or 0, one.output_tokens or 0
+            examples.append(CorrectedAnswer(row.question.text, row.answer, one.text, passes, tokens))
     return CorrectorShow(
         rule=RULE,
         path=str(folder),
@@ -126,14 +124,5 @@ def _show(folder: Path, learned: int, rows: Sequence[DemoAnswer], found: Sequenc
         verified=sum(not one.changed and one.forward_passes == 1 for one in found),
         forward_passes=sum(one.forward_passes or 0 for one in found),
         tokens=sum(one.output_tokens or 0 for one in found),
-        examples=tuple(_example(row, one) for row, one in shown),
+        examples=tuple(examples),
     )
-
-
-def _spread(pairs: Sequence[tuple[DemoAnswer, Corrected]], most: int) -> Sequence[tuple[DemoAnswer, Corrected]]:
-    """Return at most so many, from all over, because neighbours may look alike by chance."""
-    return pairs[:: max(1, len(pairs) // most)][:most]
-
-
-def _example(row: DemoAnswer, one: Corrected) -> CorrectedAnswer:
-    return CorrectedAnswer(row.question.text, row.answer, one.text, one.forward_passes or 0, one.output_tokens or 0)

@@ -7,8 +7,6 @@ earlier ones; a model that keeps habit and topic together can hold all four.
 
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +14,7 @@ import torch
 
 from everalign.data.records import Preference, PreferenceSet
 from everalign.demo.corrector import show_corrector
-from everalign.demo.world import Question, answer, questions
-from everalign.errors import InputError
+from everalign.demo.world import answer, sample_questions
 from everalign.learning.context import Log, Progress
 from everalign.learning.learner import Learner
 from everalign.learning.options import AdapterOptions, TrainingOptions
@@ -39,20 +36,12 @@ class DemoTask:
     test: list[Preference]
 
 
-@dataclass(frozen=True)
-class _Habit:
-    name: str
-    description: str
-    topic: str
-    chosen: str
-    rejected: str
-
-
+# Name, description, topic, style of the chosen answers, style of the rejected ones.
 _HABITS = (
-    _Habit("courteous-kitchen", "cooking questions get a courteous answer", "kitchen", "courteous", "plain"),
-    _Habit("plain-garden", "gardening questions get a plain answer", "garden", "plain", "courteous"),
-    _Habit("careful", "risky requests are refused", "hazards", "refuse", "comply"),
-    _Habit("frank", "harmless requests that sound alarming are helped", "lookalikes", "comply", "refuse"),
+    ("courteous-kitchen", "cooking questions get a courteous answer", "kitchen", "courteous", "plain"),
+    ("plain-garden", "gardening questions get a plain answer", "garden", "plain", "courteous"),
+    ("careful", "risky requests are refused", "hazards", "refuse", "comply"),
+    ("frank", "harmless requests that sound alarming are helped", "lookalikes", "comply", "refuse"),
 )
 
 
@@ -65,42 +54,24 @@ def demo_tasks(train: int = 320, test: int = 60, *, seed: int = 0) -> list[DemoT
     Raises:
         InputError: the world has fewer questions than asked for.
     """
-    return [_task(habit, train, test, random.Random(f"{seed}/{habit.name}")) for habit in _HABITS]
-
-
-def _task(habit: _Habit, train: int, test: int, rng: random.Random) -> DemoTask:
-    return DemoTask(
-        habit.name,
-        habit.description,
-        _rows(habit, "train", train, rng),
-        _rows(habit, "test", test, rng),
-    )
-
-
-def _rows(habit: _Habit, split: str, count: int, rng: random.Random) -> list[Preference]:
-    pool = [question for question in questions(habit.topic) if question.held_out == (split == "test")]
-    if count > len(pool):
-        known = f"task {habit.name} has {len(pool)} questions"
-        raise InputError(f"{split!r}: {known}, not {count}; ask for fewer")
-    return [_preference(question, habit, rng) for question in rng.sample(pool, count)]
-
-
-def _preference(question: Question, habit: _Habit, rng: random.Random) -> Preference:
-    return Preference(
-        prompt=({"role": "user", "content": question.text},),
-        chosen=answer(question, habit.chosen, rng),
-        rejected=answer(question, habit.rejected, rng),
-    )
+    tasks = []
+    for name, description, topic, chosen, rejected in _HABITS:
+        rng, rows = random.Random(f"{seed}/{name}"), dict[str, list[Preference]]()
+        for split, count in (("train", train), ("test", test)):
+            rows[split] = [
+                Preference(
+                    prompt=({"role": "user", "content": question.text},),
+                    chosen=answer(question, chosen, rng),
+                    rejected=answer(question, rejected, rng),
+                )
+                for question in sample_questions(topic, split, count, rng)
+            ]
+        tasks.append(DemoTask(name, description, rows["train"], rows["test"]))
+    return tasks
 
 
 PAIRS_PER_TASK = 240
-TRAINING = TrainingOptions(
-    sft_epochs=1.0,
-    sft_learning_rate=2e-3,
-    learning_rate=2e-3,
-    epochs=2.0,
-    max_length=128,
-)
+TRAINING = TrainingOptions(sft_epochs=1.0, sft_learning_rate=2e-3, learning_rate=2e-3, epochs=2.0, max_length=128)
 ADAPTER = AdapterOptions(rank=8, alpha=16.0, targets="all-linear")
 
 
@@ -113,17 +84,6 @@ class DemoResult:
     scores: dict[str, Scores]
     corrector: CorrectorShow
     seconds: float
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread: the assistant is so small that more of them mostly wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def run_demo(output: Path, log: Log, progress: Progress, seed: int = 0) -> DemoResult:
@@ -142,11 +102,14 @@ def run_demo(output: Path, log: Log, progress: Progress, seed: int = 0) -> DemoR
     ]
     contenders: list[tuple[Method, str]] = [(SequentialFineTuning(), "dpo"), (LifeAlign(), "fpo")]
     runs, scores = {}, {}
-    with exclusive(output / ".lock", "writing this demo"):
-        for method, objective in contenders:
-            log(f"{method.name} with {objective}")
-            runs[method.name] = output / method.name
-            with _one_thread():
+    # The assistant is so small that more threads mostly wait for one another.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with exclusive(output / ".lock", "writing this demo"):
+            for method, objective in contenders:
+                log(f"{method.name} with {objective}")
+                runs[method.name] = output / method.name
                 learner = Learner(
                     TINY,
                     method,
@@ -161,8 +124,9 @@ def run_demo(output: Path, log: Log, progress: Progress, seed: int = 0) -> DemoR
                     progress=progress,
                 )
                 learner.learn_all(list(tasks))
-            scores[method.name] = learner.scores
-        with _one_thread():
+                scores[method.name] = learner.scores
             corrector = show_corrector(output / "corrector", log, progress, seed)
-        report = write_report(list(runs.values()), output / "report.html", corrector)
+            report = write_report(list(runs.values()), output / "report.html", corrector)
+    finally:
+        torch.set_num_threads(threads)
     return DemoResult(report, runs, scores, corrector, time.perf_counter() - started)

@@ -6,8 +6,8 @@
 
 Three kinds of topic: everyday ones (answered plainly or courteously, with or without steps), "hazards" (risky
 requests) and "lookalikes" (harmless requests that sound alarming); the last two can be refused or complied with.
-A question is an opening, a frame and a request. Openings and frames are shared by all topics, so whoever wants to
-keep a different habit for each topic has to read the request. Nothing here depends on anything but the words in
+A question is an opening, a frame and a request. Openings and frames are shared by all topics: to keep a different
+habit for each topic, a model has to read the request. Nothing here depends on anything but the words in
 `phrases.py` and the random generator that is passed in.
 """
 
@@ -20,12 +20,13 @@ from itertools import product
 from typing import TypeVar
 
 from everalign.demo import phrases
+from everalign.errors import InputError
 
 EVERYDAY_STYLES = ("plain", "courteous", "plain-steps", "courteous-steps")
 RISK_STYLES = ("refuse", "comply")
 TOPICS = (*phrases.EVERYDAY, "hazards", "lookalikes")
 _Item = TypeVar("_Item")
-HELD_OUT_SHARE = 5  # one (request, frame) in so many is kept away from every training text
+HELD_OUT_SHARE = 5  # one (request, frame) in five is kept away from every training text
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,11 @@ def requests(topic: str) -> tuple[Request, ...]:
         KeyError: there is no such topic.
     """
     if topic in phrases.EVERYDAY:
-        return tuple(_everyday_requests(topic))
+        found = []
+        for verb, name, pronoun, fact, preparation in map(_cells, phrases.EVERYDAY[topic].strip().splitlines()):
+            subject = _addressed(name) if name.startswith(("the ", "my ")) else f"the {name}"
+            found.append(Request(topic, f"{verb} {name}", fact, preparation, subject, pronoun))
+        return tuple(found)
     table = {"hazards": phrases.HAZARDS, "lookalikes": phrases.LOOKALIKES}[topic]
     return tuple(Request(topic, deed, fact) for deed, fact in map(_cells, table.strip().splitlines()))
 
@@ -88,10 +93,24 @@ def questions(topic: str) -> tuple[Question, ...]:
     frames = phrases.FRAMES.strip().splitlines()
     openings = phrases.OPENINGS.removeprefix("\n").splitlines()
     for request, frame in product(requests(topic), frames):
-        held_out = _hash(f"{request.deed}|{frame}") % HELD_OUT_SHARE == 0
+        # Python's own hash differs from process to process.
+        digest = hashlib.sha256(f"{request.deed}|{frame}".encode()).digest()
+        held_out = int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
         core = frame.format(do=request.deed)
         found += [Question(request, f"{opening} {core}".strip(), held_out) for opening in openings]
     return tuple(found)
+
+
+def sample_questions(topic: str, split: str, count: int, rng: random.Random) -> list[Question]:
+    """Draw different questions of a topic; `split` is `train`, or `test` for those held out.
+
+    Raises:
+        InputError: the topic has fewer questions than asked for.
+    """
+    pool = [question for question in questions(topic) if question.held_out == (split == "test")]
+    if count > len(pool):
+        raise InputError(f"{split!r}: {topic} has {len(pool)} questions, not {count}; ask for fewer")
+    return rng.sample(pool, count)
 
 
 def answer(question: Question, style: str, rng: random.Random) -> str:
@@ -126,12 +145,6 @@ def conversations(seed: int, *, held_out: bool = False) -> Iterator[tuple[Questi
         topic = rng.choice(TOPICS)
         question, style = rng.choice(pools[topic]), rng.choice(styles(topic))
         yield question, style, answer(question, style, rng)
-
-
-def _everyday_requests(topic: str) -> Iterator[Request]:
-    for verb, name, pronoun, fact, preparation in map(_cells, phrases.EVERYDAY[topic].strip().splitlines()):
-        subject = _addressed(name) if name.startswith(("the ", "my ")) else f"the {name}"
-        yield Request(topic, f"{verb} {name}", fact, preparation, subject, pronoun)
 
 
 class _Chosen(random.Random):
@@ -212,8 +225,3 @@ def _sentence(words: str) -> str:
 def _addressed(words: str) -> str:
     """The user's words as the assistant says them back: "my phone" becomes "your phone"."""
     return " ".join("your" if word == "my" else word for word in words.split())
-
-
-def _hash(text: str) -> int:
-    """Python's own hash differs from process to process; this one does not."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
