@@ -1,11 +1,7 @@
 """Corrections: what is read from every kind of file, what they turn into, and what is refused."""
 
-import csv
-import gzip
 import json
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 import everalign
@@ -22,6 +18,7 @@ from everalign.data import (
 )
 from everalign.data.rows import content_id
 from everalign.errors import InputError
+from tables_for_tests import write_table
 
 CHAT = [{"role": "user", "content": "Hello?"}]
 ROWS = [
@@ -32,30 +29,9 @@ MESSAGES = [{"question": CHAT, "answer": [{"role": "assistant", "content": "Hi"}
 EXPECTED = [Correction("Why?", "No idea.", "Because."), Correction(tuple(CHAT), "Hi", "Hi", 2.5)]
 
 
-def write(path, rows):
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    if path.name.endswith(".jsonl"):
-        path.write_text(lines)
-    elif path.name.endswith(".jsonl.gz"):
-        path.write_bytes(gzip.compress(lines.encode()))
-    elif path.name.endswith(".json"):
-        path.write_text(json.dumps(rows))
-    elif path.name.endswith(".parquet"):
-        keys = {key for row in rows for key in row}
-        cells = [{k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
-        pq.write_table(pa.Table.from_pylist([dict.fromkeys(keys) | row for row in cells]), path)
-    else:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["question", "answer", "correction", "weight"], extrasaction="ignore")
-            writer.writeheader()
-            for row in rows:
-                writer.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()})
-    return path
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.csv"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
-    rows = load_corrections(write(tmp_path / name, ROWS))
+    rows = load_corrections(write_table(tmp_path / name, ROWS))
     assert isinstance(rows, CorrectionSet)
     assert list(rows) == EXPECTED
     assert rows.fingerprint == CorrectionSet.of(EXPECTED).fingerprint
@@ -63,7 +39,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
 
 
 def test_answers_may_be_messages(tmp_path):
-    (row,) = load_corrections(write(tmp_path / "a.jsonl", MESSAGES))
+    (row,) = load_corrections(write_table(tmp_path / "a.jsonl", MESSAGES))
     assert row == Correction(tuple(CHAT), "Hi", "Hello")
 
 
@@ -106,11 +82,11 @@ def test_preferences_become_corrections(tmp_path):
 
 
 def test_a_file_of_either_kind_is_told_by_its_columns(tmp_path):
-    pairs = load_edits(write(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}]))
+    pairs = load_edits(write_table(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}]))
     assert isinstance(pairs, PreferenceSet)
-    assert list(load_edits(write(tmp_path / "b.jsonl", ROWS))) == EXPECTED
+    assert list(load_edits(write_table(tmp_path / "b.jsonl", ROWS))) == EXPECTED
     with pytest.raises(InputError, match=r"c.jsonl:1: field 'question': no such column; rename 'prompt'\?"):
-        load_edits(write(tmp_path / "c.jsonl", [{"prompt": "p", "completions": ["a"]}]))
+        load_edits(write_table(tmp_path / "c.jsonl", [{"prompt": "p", "completions": ["a"]}]))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +110,7 @@ def test_a_file_of_either_kind_is_told_by_its_columns(tmp_path):
     ],
 )
 def test_a_bad_field_is_named_with_its_file_and_line(tmp_path, change, message):
-    path = write(tmp_path / "a.jsonl", [ROWS[0], {**ROWS[0], **change}])
+    path = write_table(tmp_path / "a.jsonl", [ROWS[0], {**ROWS[0], **change}])
     with pytest.raises(InputError) as caught:
         load_corrections(path)
     assert str(caught.value).startswith(f"{path}:2: {message}")
@@ -143,7 +119,7 @@ def test_a_bad_field_is_named_with_its_file_and_line(tmp_path, change, message):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv"])
 def test_missing_columns_name_the_nearest(tmp_path, name):
-    path = write(tmp_path / name, [{"question": "q", "answer": "a", "revision": "b"}])
+    path = write_table(tmp_path / name, [{"question": "q", "answer": "a", "revision": "b"}])
     if name.endswith("csv"):
         path.write_text("question,answer,revision\nq,a,b\n")
     with pytest.raises(InputError, match=r"field 'correction': no such column; rename 'revision'\?"):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from everalign.data.readers import load_drafts, read_draft
+from everalign.data.readers import load_drafts, load_questions, read_draft
 from everalign.errors import InputError
 
 USER = {"role": "user", "content": "hello"}
@@ -52,6 +52,22 @@ def test_preferences_and_scored_rows(tmp_path):
     # Each completion is an answer; the best is the correction of the worst.
     assert [(row.answer, row.correction) for row in rows[3:6]] == [("a", "b"), ("b", None), ("c", None)]
     assert [(row.answer, row.correction) for row in rows[6:]] == [("a", None), ("b", None)] * 2
+
+
+def test_questions_are_one_a_row_whatever_their_answers(tmp_path):
+    rows = [
+        {"prompt": "s", "completions": ["a", "b", "c"], "rewards": [1, 3, 2], "weight": 2},
+        {"question": "q", "answer": "a"},
+        {"question": "q", "answer": "b", "note": "x"},
+    ]
+    load(tmp_path, *rows)
+    found = load_questions(tmp_path / "rows.jsonl")
+    assert [(row.prompt, row.weight, row.completions) for row in found] == [
+        ("s", 2.0, ()),
+        ("q", 1.0, ()),
+        ("q", 1.0, ()),
+    ]
+    assert (found.prompts_alone, found.ignored) == (True, ("note",))
 
 
 def test_csv_holds_completions_as_json(tmp_path):

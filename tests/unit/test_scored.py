@@ -1,18 +1,15 @@
 """Scored rows: what is read from every kind of file, and what is refused with the field's name."""
 
-import csv
-import gzip
 import json
 from dataclasses import replace
 from hashlib import sha256
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from everalign.data import Preference, Scored, ScoredSet, load_scored
 from everalign.data.rows import content_id
 from everalign.errors import InputError
+from tables_for_tests import write_table
 
 CHAT = [{"role": "user", "content": "Hello?"}]
 ROWS = [
@@ -26,29 +23,9 @@ EXPECTED = [
 ]
 
 
-def write(path, rows):
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    if path.name.endswith(".jsonl"):
-        path.write_text(lines)
-    elif path.name.endswith(".jsonl.gz"):
-        path.write_bytes(gzip.compress(lines.encode()))
-    elif path.name.endswith(".json"):
-        path.write_text(json.dumps(rows))
-    elif path.name.endswith(".parquet"):
-        keys = {key for row in rows for key in row}
-        pq.write_table(pa.Table.from_pylist([dict.fromkeys(keys) | row for row in rows]), path)
-    else:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["prompt", "completions", "rewards", "weight"], extrasaction="ignore")
-            writer.writeheader()
-            for row in rows:
-                writer.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()})
-    return path
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.csv"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
-    rows = load_scored(write(tmp_path / name, ROWS))
+    rows = load_scored(write_table(tmp_path / name, ROWS))
     assert isinstance(rows, ScoredSet)
     assert list(rows) == EXPECTED
     assert rows.fingerprint == ScoredSet.of(EXPECTED).fingerprint
@@ -57,7 +34,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_chat_prompts_and_completions_as_messages(tmp_path, name):
-    (row,) = load_scored(write(tmp_path / name, CHATS))
+    (row,) = load_scored(write_table(tmp_path / name, CHATS))
     assert row == Scored(tuple(CHAT), ("Hi", "No"), (3.0, 3.0))
 
 
@@ -118,7 +95,7 @@ def test_the_preference_in_it():
     ],
 )
 def test_a_bad_field_is_named_with_its_file_and_line(tmp_path, change, message):
-    path = write(tmp_path / "a.jsonl", [ROWS[1], {**ROWS[1], **change}])
+    path = write_table(tmp_path / "a.jsonl", [ROWS[1], {**ROWS[1], **change}])
     with pytest.raises(InputError) as caught:
         load_scored(path)
     assert str(caught.value).startswith(f"{path}:2: {message}")
@@ -131,7 +108,7 @@ def test_missing_columns_name_the_nearest(tmp_path, name):
     if name.endswith("csv"):
         (tmp_path / name).write_text('prompt,responses,reward\np,"[""a"",""b""]","[1,2]"\n')
     else:
-        write(tmp_path / name, rows)
+        write_table(tmp_path / name, rows)
     with pytest.raises(InputError, match=r"field 'completions': no such column; rename 'responses'\? .*'rewards'"):
         load_scored(tmp_path / name)
 
@@ -177,7 +154,7 @@ def test_prompts_unscored_and_scored_rows_have_ids_of_what_they_hold():
 
 
 def test_an_error_has_its_place_field_and_hint_apart(tmp_path):
-    path = write(tmp_path / "a.jsonl", [ROWS[0], {**ROWS[1], "rewards": [1]}])
+    path = write_table(tmp_path / "a.jsonl", [ROWS[0], {**ROWS[1], "rewards": [1]}])
     with pytest.raises(InputError) as caught:
         load_scored(path)
     error = caught.value

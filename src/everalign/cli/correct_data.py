@@ -274,8 +274,7 @@ def distill(
     options = DistillOptions.from_flags(given)
     started = time.perf_counter()
     with resumable("the same command with --resume"), Display() as display:
-        from everalign.data.readers import load_drafts, load_preferences
-        from everalign.data.records import Scored, ScoredSet
+        from everalign.data.readers import load_preferences, load_questions
         from everalign.learning.recipe import Recipe
         from everalign.learning.self_training import distill as run_rounds
 
@@ -286,9 +285,8 @@ def distill(
         arguments = recipe.learner_arguments()
         for name in ("objective", "sample_answers"):
             arguments.pop(name, None)
-        drafts = load_drafts(data, skip_bad_rows=skip_bad_rows)
-        report_unused(drafts)
-        prompts = ScoredSet(tuple(Scored(row.question, weight=row.weight) for row in drafts), drafts.source)
+        prompts = load_questions(data, skip_bad_rows=skip_bad_rows)
+        report_unused(prompts)
         display.log(f"{len(prompts)} prompts")
         done = run_rounds(
             corrector=load_corrector(corrector, template, {}, None, split_commas(objectives)),

@@ -22,6 +22,7 @@ _HOMES = {
     "load_judged": "readers",
     "load_unscored": "readers",
     "load_drafts": "readers",
+    "load_questions": "readers",
     "load_answers": "readers",
     "load_uncorrected": "readers",
     "load_prompts": "readers",

@@ -182,6 +182,16 @@ def load_drafts(source: Source, *, split: str = "train", skip_bad_rows: bool = F
     return _load(CorrectionSet, _DRAFT_SCHEMA, source, split, skip_bad_rows, read_draft)
 
 
+def load_questions(source: Source, *, split: str = "train", skip_bad_rows: bool = False) -> ScoredSet:
+    """Loads the questions of a file that `load_drafts` reads as prompts: one a row, whatever answers it has."""
+
+    def read(obj: object, where: str) -> tuple[Scored]:
+        first = read_draft(obj, where)[0]
+        return (Scored(first.question, weight=first.weight),)
+
+    return _load(ScoredSet, _DRAFT_SCHEMA, source, split, skip_bad_rows, read)
+
+
 def read_draft(obj: object, where: str) -> tuple[Correction, ...]:
     """Reads a row of `load_drafts`; at least one correction."""
     with located(where):

@@ -1,4 +1,4 @@
-"""Judge-free measures of alignment on held-out preferences.
+"""Measures of alignment on held-out preferences; scorers and the LLM judge are in modules of their own.
 
 Names are loaded when first used: they need torch, which the rest of the package does not.
 """
