@@ -31,7 +31,9 @@ def test_module_imports(module):
 )
 def test_every_promised_name_is_there(package):
     module = importlib.import_module(package)
-    for name in getattr(module, "__all__", ()):
+    names = [*getattr(module, "__all__", ()), *(name for name in dir(module) if not name.startswith("_"))]
+    assert len(names) > 3
+    for name in names:
         assert getattr(module, name) is not None
 
 
