@@ -1,6 +1,9 @@
 """A folder with a tiny model and preference files, and the command line called in this process."""
 
 import json
+import os
+import sys
+import tempfile
 from pathlib import Path
 
 from everalign.cli import main
@@ -57,6 +60,29 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     code = main(list(arguments))
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def run_forked(*arguments: str) -> tuple[int, str, str]:
+    """As `run`, in a process forked from this one, with all that it or a library writes to its two streams."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            code = 99
+            try:
+                for stream, number in ((out, 1), (err, 2)):
+                    os.dup2(stream.fileno(), number)
+                sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8") for number in (1, 2))  # noqa: SIM115
+                code = main(list(arguments))
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = []
+        for stream in (out, err):
+            stream.seek(0)
+            texts.append(stream.read().decode())
+        return code, texts[0], texts[1]
 
 
 def settings(folder: Path):

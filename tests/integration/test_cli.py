@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from cli_for_tests import learn, make_workspace, run, settings, task, write_rows
+from cli_for_tests import learn, make_workspace, run, run_forked, settings, task, write_rows
 from everalign import __version__
 from everalign.cli import console as display
 from everalign.cli import main
@@ -45,14 +44,12 @@ def scores_of(version: str, name: str, metric: str = "accuracy") -> float:
 # ---- learn ----
 
 
-def test_json_from_a_real_process_is_all_there_is_on_standard_output(work):
+def test_json_is_all_that_a_process_writes_to_standard_output(work, monkeypatch):
     arguments = [*learn(*TASKS, *task("calm"), "--report"), "--json"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "FORCE_COLOR": ""}
-    done = subprocess.run(
-        [Path(sys.executable).parent / "everalign", *arguments], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    monkeypatch.setenv("FORCE_COLOR", "")
+    code, out, err = run_forked(*arguments)
+    assert code == 0, err
+    result = json.loads(out)
     assert result["tasks"] == ["warm", "brief", "calm"]
     versions = ["001-warm", "002-brief", "003-calm"]
     assert result["matrix"] == [[scores_of(version, name) for name in result["tasks"]] for version in versions]
@@ -67,8 +64,8 @@ def test_json_from_a_real_process_is_all_there_is_on_standard_output(work):
     assert result["report"] == "run/report.html"
     assert 0 < result["seconds"] < 600
     assert "calm" in Path(result["report"]).read_text()
-    assert "task 3: calm" in done.stderr
-    assert "\x1b" not in done.stdout + done.stderr
+    assert "task 3: calm" in err
+    assert "\x1b" not in out + err
 
 
 def test_people_get_the_table_and_the_path_of_the_report_last(work, capsys):
