@@ -27,7 +27,7 @@ from everalign.serving.settings import Access, GatewaySettings, Limits, Timeouts
 if TYPE_CHECKING:
     from everalign.serving.corrector_reload import CorrectorReloader
     from everalign.serving.corrector_service import CorrectionService
-    from everalign.serving.request_log import Store
+    from everalign.serving.store import FeedbackStore
 
 EPILOG = (
     "Example: everalign serve --upstream http://127.0.0.1:8000/v1 --corrector runs/corrector "
@@ -210,16 +210,15 @@ def make_approval(approve: str | None, margin: float | None) -> Any:
     return None if approve is None and margin is None else make_approver(approve, margin)
 
 
-def _open_store(url: str | None, redact: str | None, retention_days: int | None, wait: float) -> "Store | None":
+def _open_store(url: str | None, redact: str | None, retention_days: int | None, wait: float) -> "FeedbackStore | None":
     if url is None:
         return None
-    from everalign.serving.store.database import FeedbackStore
+    from everalign.serving.store import FeedbackStore
     from everalign.serving.store.redaction import KINDS, Redaction
 
     kinds = KINDS if redact == "all" else tuple(kind.strip() for kind in (redact or "").split(","))
     redaction = None if redact is None else Redaction(kinds)
-    opened: Store = FeedbackStore.open(url, retention_days=retention_days, redaction=redaction, wait=wait)
-    return opened
+    return FeedbackStore.open(url, retention_days=retention_days, redaction=redaction, wait=wait)
 
 
 def _corrections(

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -24,12 +24,14 @@ from everalign.serving.gateway import Gateway
 from everalign.serving.middleware import AuthMiddleware, error_response
 from everalign.serving.pages.routes import page_routes
 from everalign.serving.passthrough import passthrough_routes
-from everalign.serving.request_log import Store
 from everalign.serving.routes import chat_routes, model_routes, status_routes
 from everalign.serving.security import Sessions
 from everalign.serving.settings import GatewaySettings, UpstreamSettings
 from everalign.serving.stream_response import cancel
 from everalign.serving.telemetry import AccessLog
+
+if TYPE_CHECKING:
+    from everalign.serving.store import FeedbackStore
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ _PROBE_SECONDS = 3.0
 def create_app(
     settings: GatewaySettings,
     *,
-    store: Store | None = None,
+    store: "FeedbackStore | None" = None,
     corrections: CorrectionService | None = None,
     reloader: CorrectorReloader | None = None,
 ) -> FastAPI:

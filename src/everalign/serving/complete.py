@@ -50,14 +50,14 @@ class Completions:
     async def complete(self, request: RequestContext) -> Completed:
         """Return a whole answer; raises GatewayError if there is none, or none that may be returned."""
         with self._request_log.timed(request) as timer:
-            with timer.in_upstream():
+            with timer.upstream:
                 reply = await request.upstream.chat(request.upstream_request())
             answer = _ANSWERS[request.api](request, relayed=not request.corrects)
             answer.add(reply.body)
             answer.end()
             first = answer.choices[0].text if answer.choices else ""
             if request.corrects:
-                with timer.in_corrector():
+                with timer.corrector:
                     decisions = await self._decider.decide(request, answer.choices)
                 returned = decisions[0].returned(answer.choices[0])
                 summary, usage = await self._store(request, answer, Summary.of(decisions), returned)
@@ -68,7 +68,7 @@ class Completions:
                 body = answer.unchanged()
             timer.end(summary)
             headers = {**_passed_headers(request, reply.headers), **summary.headers(request)}
-            spent = timer.upstream_seconds, timer.corrector_seconds
+            spent = timer.upstream.seconds, timer.corrector.seconds
             return Completed(request, body, headers, first, returned, summary, usage, *spent)
 
     async def stream(self, request: RequestContext, queue: FrameQueue) -> None:
@@ -85,7 +85,7 @@ class Completions:
         keeps = request.keep and self._request_log.has_store
         remembers = keeps or request.mode == "shadow"
         answer = _ANSWERS[request.api](request, relayed=True)
-        with timer.in_upstream():
+        with timer.upstream:
             async with request.upstream.stream(request.upstream_request(), with_usage=keeps) as streamed:
                 relay = _RELAYS[request.api](request, streamed.usage_added)
                 queue.open({**streamed.headers, **summary.headers(request)})
@@ -104,7 +104,7 @@ class Completions:
     async def _stream_corrected(self, request: RequestContext, queue: FrameQueue, timer: RequestTimer) -> None:
         """Read an answer whole, and write what becomes of it."""
         answer = _ANSWERS[request.api](request, relayed=False)
-        with timer.in_upstream():
+        with timer.upstream:
             async with request.upstream.stream(request.upstream_request(), with_usage=True) as streamed:
                 async for events in streamed.events:
                     for event in events:
@@ -112,7 +112,7 @@ class Completions:
         answer.end()
         headers = _passed_headers(request, streamed.headers)
         writer = _LiveWriter(request, answer, queue, headers)
-        with timer.in_corrector():
+        with timer.corrector:
             decisions = await self._decider.decide(request, answer.choices, writer)
         returned = decisions[0].returned(answer.choices[0])
         summary, usage = await self._store(request, answer, Summary.of(decisions), returned)

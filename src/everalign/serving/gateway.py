@@ -1,6 +1,7 @@
 """The parts of a running gateway, put together from its settings."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from everalign.serving.chat_request import RequestParser
 from everalign.serving.circuit_breaker import CircuitBreaker, Circuits
@@ -8,11 +9,14 @@ from everalign.serving.complete import Completions
 from everalign.serving.corrector_service import AnyCorrector, CorrectionService
 from everalign.serving.decide import CorrectionDecider
 from everalign.serving.limits import Allowances, Limiter
-from everalign.serving.request_log import AsyncStore, RequestLog, Store
+from everalign.serving.request_log import AsyncStore, RequestLog
 from everalign.serving.security import Keys
 from everalign.serving.settings import GatewaySettings, UpstreamSettings
 from everalign.serving.telemetry import Metrics
 from everalign.serving.upstream import Upstream
+
+if TYPE_CHECKING:
+    from everalign.serving.store import FeedbackStore
 
 
 def make_corrections(
@@ -56,7 +60,9 @@ class Gateway:
     store: AsyncStore | None
 
     @classmethod
-    def make(cls, settings: GatewaySettings, store: Store | None, corrections: CorrectionService) -> "Gateway":
+    def make(
+        cls, settings: GatewaySettings, store: "FeedbackStore | None", corrections: CorrectionService
+    ) -> "Gateway":
         """Return a gateway; the arguments are those of `create_app`."""
         limits, access, metrics = settings.limits, settings.access, Metrics()
         async_store = None

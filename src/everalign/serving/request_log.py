@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 from anyio import to_thread
@@ -26,7 +26,7 @@ from everalign.serving.store.records import Exchange, Feedback
 from everalign.serving.telemetry import Metrics
 
 if TYPE_CHECKING:
-    from everalign.serving.store.database import StoreStats
+    from everalign.serving.store.database import FeedbackStore, StoreStats
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -58,30 +58,6 @@ _CODES = {
     ),
 }
 """Reasons of failures that become labels of metrics. An upstream could send any number of others."""
-
-
-class Store(Protocol):
-    """What the gateway needs of a feedback store. Its methods block, and are called from several threads."""
-
-    def add_exchange(self, exchange: Exchange) -> None:
-        """Add an exchange; durable on return."""
-        ...
-
-    def add_feedback(self, feedback: Feedback) -> bool:
-        """Add feedback, durable on return; False if it replaces earlier one, UnknownExchange without an exchange."""
-        ...
-
-    def exchange(self, id: str, key_id: str | None = None) -> Exchange | None:
-        """Return an exchange; only one of `key_id`, if that is given."""
-        ...
-
-    def stats(self) -> "StoreStats":
-        """Return the counts of the store."""
-        ...
-
-    def close(self) -> None:
-        """Release files and connections."""
-        ...
 
 
 class StoreLate(EveralignError):  # noqa: N818 (what is wrong is in the name)
@@ -142,7 +118,7 @@ class AsyncStore:
         seconds: timeout of a call; raises StoreLate.
     """
 
-    def __init__(self, store: Store, failed: Callable[[], None] = lambda: None, seconds: float = 5.0) -> None:
+    def __init__(self, store: "FeedbackStore", failed: Callable[[], None] = lambda: None, seconds: float = 5.0) -> None:
         self._store, self._failed, self._seconds = store, failed, seconds
         self._writes, self._reads = _ThreadLane(_WRITERS, seconds), _ThreadLane(_READERS, seconds)
 
@@ -185,30 +161,24 @@ class AsyncStore:
             )
 
 
+class Stopwatch:
+    """Adds up the seconds that are spent inside its `with` blocks."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+
 class RequestTimer:
     """Where one request's time went, and how it ended."""
 
     def __init__(self) -> None:
-        self.upstream_seconds = self.corrector_seconds = 0.0
+        self.upstream, self.corrector = Stopwatch(), Stopwatch()
         self.outcome, self.reason = "failed", "internal_error"
-
-    @contextmanager
-    def in_upstream(self) -> Iterator[None]:
-        """Count the time of the block as the upstream's."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.upstream_seconds += time.perf_counter() - started
-
-    @contextmanager
-    def in_corrector(self) -> Iterator[None]:
-        """Count the time of the block as the corrector's."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.corrector_seconds += time.perf_counter() - started
 
     def end(self, summary: Summary) -> None:
         """Record that the request was answered."""
@@ -251,12 +221,12 @@ class RequestLog:
         finally:
             reason = timer.reason if timer.outcome != "failed" or timer.reason in _CODES else "other"
             self._metrics.requests.labels(request.mode, timer.outcome, reason).inc()
-            self._metrics.upstream_seconds.labels(request.upstream.name).observe(timer.upstream_seconds)
-            if timer.corrector_seconds:
-                self._metrics.corrector_seconds.observe(timer.corrector_seconds)
+            upstream, corrector = timer.upstream.seconds, timer.corrector.seconds
+            self._metrics.upstream_seconds.labels(request.upstream.name).observe(upstream)
+            if corrector:
+                self._metrics.corrector_seconds.observe(corrector)
             elapsed = time.perf_counter() - request.started
-            overhead = elapsed - timer.upstream_seconds - timer.corrector_seconds
-            self._metrics.overhead_seconds.observe(max(0.0, overhead))
+            self._metrics.overhead_seconds.observe(max(0.0, elapsed - upstream - corrector))
 
     async def store(
         self,

@@ -1,9 +1,9 @@
-"""Which addresses the gateway sends requests to.
+"""Settings of the gateway, and which upstream addresses they allow (SSRF protection).
 
-They come from the operator alone, on the command line, never from a request: so loopback and private networks are
-allowed, where operators do run their models. What no operator means are the addresses at which clouds hand out
-credentials. An address is taken apart by httpx, which also fetches it: two readers of one address are how such rules
-are got around (CVE-2026-24779). Redirects are never followed.
+Upstream addresses come only from the operator's command line, never from a request, so loopback and private networks
+are allowed: models do run there. The addresses at which clouds hand out credentials are refused. httpx parses an
+address, since httpx also requests it: two parsers that differ are how such checks are evaded (CVE-2026-24779).
+Redirects are never followed.
 """
 
 import ipaddress
@@ -39,11 +39,10 @@ _NAMES = ("metadata", "metadata.google.internal", "metadata.goog", "instance-dat
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 Resolve = Callable[[str], Iterable[str]]
-_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def resolved(host: str) -> list[str]:
-    """Return the addresses of a name, none where nobody knows it now; a server may be started before its upstream."""
+    """Return the addresses of a host name; none if it is unknown now, since a gateway may start before its upstream."""
     try:
         return [str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError):
@@ -51,10 +50,10 @@ def resolved(host: str) -> list[str]:
 
 
 def checked_upstream(text: str, resolve: Resolve = resolved) -> str:
-    """Return an upstream's address, below which `chat/completions` is.
+    """Return an upstream's base address, below which `chat/completions` is.
 
     Raises:
-        InputError: it is none, names a user, or leads to where clouds keep credentials.
+        InputError: it is no address, contains a user, or belongs to a cloud's credential service.
     """
     import httpx  # here and below: the command line's help needs the settings, but no client
 
@@ -65,28 +64,23 @@ def checked_upstream(text: str, resolve: Resolve = resolved) -> str:
     address = checked_url(text)
     host = httpx.URL(address).host
     name = host.rstrip(".").lower()
-    if name in _NAMES or any(_is_forbidden(found) for found in (name, *resolve(host))):
+    if name in _NAMES or any(map(_is_forbidden, (name, *resolve(host)))):
         raise InputError(f"upstream {address}: is an address of credentials or of nobody; name the model's server")
     return address
 
 
-def _is_forbidden(text: str) -> bool:
-    address = _address(text)
-    return address is not None and any(address in network for network in _NETWORKS)
-
-
-def _address(text: str) -> _Address | None:
-    """The address that a text is, taken out of an IPv6 address that holds an IPv4 one."""
+def _is_forbidden(host: str) -> bool:
+    """Whether a host is an address of `_NETWORKS`, also as an IPv4 address inside an IPv6 one."""
     try:
-        found = ipaddress.ip_address(text.partition("%")[0])
+        address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
-        return None
-    if isinstance(found, ipaddress.IPv6Address):
-        inner = found.ipv4_mapped or found.sixtofour
-        if inner is None and found in _NAT64:
-            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-        return inner or found
-    return found
+        return False
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if inner is None and address in _NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        address = inner or address
+    return any(address in network for network in _NETWORKS)
 
 
 Mode = Literal["off", "shadow", "correct", "strict"]
@@ -100,12 +94,12 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 @dataclass(frozen=True)
 class UpstreamSettings:
-    """A server that answers.
+    """An upstream: a server whose models answer.
 
     Args:
-        name: what it is called in model names where there are several.
-        url: its address; see `checked_upstream`.
-        key: what it asks for; empty for nothing.
+        name: part of model names if there are several upstreams.
+        url: its address, see `checked_upstream`.
+        key: its API key; empty for none.
     """
 
     name: str
@@ -116,7 +110,7 @@ class UpstreamSettings:
         return f"UpstreamSettings({self.name!r}, {self.url!r})"  # never the key
 
     def checked(self, resolve: Resolve = resolved) -> "UpstreamSettings":
-        """Return it with its whole address; raises InputError."""
+        """Return it with its base address in full; raises InputError."""
         from everalign.llm_client import checked_key
 
         if not _NAME.fullmatch(self.name):
