@@ -89,12 +89,12 @@ def _policy(settings: dict[str, Any], precision: str) -> Any:
 
 
 def _pair(rng: random.Random, prompt: int, answers: tuple[int, int], vocabulary: int = 1000) -> Any:
-    from everalign.data.tokenization import TokenizedPair
+    from everalign.data.tokenization import TokenizedRow
 
     def tokens(count: int) -> list[int]:
         return [rng.randrange(10, vocabulary) for _ in range(count)]
 
-    return TokenizedPair("x", tokens(prompt), tokens(answers[0]), tokens(answers[1]), 1.0)
+    return TokenizedRow.pair("x", tokens(prompt), tokens(answers[0]), tokens(answers[1]), 1.0)
 
 
 def steps(settings: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def kl(settings: dict[str, Any]) -> dict[str, Any]:
     import torch.nn.functional as F
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from everalign.data.collate import collate_chosen
+    from everalign.data.collate import collate
     from everalign.evaluation.preference import mean_kl
     from everalign.modeling.policy import Policy
 
@@ -150,7 +150,7 @@ def kl(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["way"] == "chunked":
         found = mean_kl(policy, {}, pairs)
     else:
-        batch = collate_chosen(pairs, policy.head.shared)
+        batch = collate([pair.only([0]) for pair in pairs], policy.head.shared)
         with torch.no_grad():
             now = F.log_softmax(policy.response_logits(batch), dim=-1)
             with policy.as_base():
@@ -168,10 +168,10 @@ def checkpointing(settings: dict[str, Any]) -> dict[str, Any]:
 
     policy, rng = _policy(settings, settings["precision"]), random.Random(0)
     policy.train()
-    from everalign.data.collate import collate_pairs
+    from everalign.data.collate import collate
 
     count, prompt, answer = {"4": (4, 150, 100), "2": (2, 1024, 128)}[settings["shape"][0]]
-    batch = collate_pairs([_pair(rng, prompt, (answer, answer)) for _ in range(count)], policy.head.shared)
+    batch = collate([_pair(rng, prompt, (answer, answer)) for _ in range(count)], policy.head.shared)
     with recomputing(recomputable_layers(policy) if settings["checkpointing"] == "on" else []):
         with SavedBytes(policy) as saved:
             policy(batch)

@@ -75,22 +75,22 @@ def _load(settings: Settings) -> Any:
 
 def load_pairs(settings: Settings, tokenizer: Any) -> list[Any]:
     """The same token ids for every contender."""
-    from everalign.data import tokenize_pairs
+    from everalign.data import tokenize_preferences
     from everalign.data.records import Preference
-    from everalign.data.tokenization import TokenizedPair
+    from everalign.data.tokenization import TokenizedRow
 
     if settings["shape"]:
         prompt, response = map(int, settings["shape"].split("x"))
         rng, top = random.Random(0), min(settings["vocabulary"] or len(tokenizer), 8192)
         sizes = (prompt, response, response)
         return [
-            TokenizedPair(str(i), *([rng.randrange(10, top) for _ in range(size)] for size in sizes), 1.0)
+            TokenizedRow.pair(str(i), *([rng.randrange(10, top) for _ in range(size)] for size in sizes), 1.0)
             for i in range(settings["pairs"])
         ]
     rows = [*preference_rows("hh_harmless", "train"), *preference_rows("hh_helpful", "train")]
     random.Random(0).shuffle(rows)
     chosen = [Preference(row["prompt"], row["chosen"], row["rejected"]) for row in rows[: settings["pairs"]]]
-    return list(tokenize_pairs(chosen, tokenizer, settings["max_length"]))
+    return list(tokenize_preferences(chosen, tokenizer, settings["max_length"]))
 
 
 def clocks() -> tuple[float, float]:
@@ -145,8 +145,8 @@ def run_everalign(settings: Settings, model: Any, base: int, pairs: list[Any], t
     from everalign.modeling.policy import Policy
     from everalign.training.objectives import make_objective
     from everalign.training.options import StageOptions
-    from everalign.training.reference import pair_log_probs
-    from everalign.training.stage import run_stage
+    from everalign.training.reference import Reference, sequence_logprobs
+    from everalign.training.stage import train_stage
 
     tokens = settings["tokens_per_batch"]
     model.requires_grad_(False)
@@ -156,11 +156,11 @@ def run_everalign(settings: Settings, model: Any, base: int, pairs: list[Any], t
 
     def reference() -> None:
         with policy.as_base():
-            pair_log_probs(policy, pairs, tokens)
+            sequence_logprobs(policy, pairs, tokens)
 
     turns = Turns(reference, base)
     with policy.as_base():
-        rows = pair_log_probs(policy, pairs, tokens)
+        rows = sequence_logprobs(policy, pairs, tokens)
     options = StageOptions(
         learning_rate=LEARNING_RATE,
         epochs=EPOCHS,
@@ -183,7 +183,16 @@ def run_everalign(settings: Settings, model: Any, base: int, pairs: list[Any], t
     turns.wait()
     with tempfile.TemporaryDirectory() as folder:
         objective = make_objective("dpo", BETA)
-        run_stage(policy, objective, pairs, options, Path(folder), seed=0, reference=rows, progress=progress)
+        train_stage(
+            policy,
+            objective,
+            pairs,
+            options,
+            Path(folder),
+            seed=0,
+            reference=lambda: Reference("base", rows),
+            progress=progress,
+        )
 
 
 def run_trl(settings: Settings, model: Any, base: int, pairs: list[Any], tokenizer: Any, precomputed: bool) -> None:

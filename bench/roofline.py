@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from everalign.data.collate import collate_pairs
-from everalign.data.tokenization import TokenizedPair
+from everalign.data.collate import collate
+from everalign.data.tokenization import TokenizedRow
 from everalign.modeling.policy import Policy
 
 
@@ -22,7 +22,7 @@ def matrix_rate(dtype: torch.dtype, size: int = 2048, rounds: int = 8) -> float:
     return 2 * size**3 / fastest
 
 
-def needed_flops(policy: Policy, pairs: Sequence[TokenizedPair], rank: int) -> float:
+def needed_flops(policy: Policy, pairs: Sequence[TokenizedRow], rank: int) -> float:
     """Operations of the matrix products that one pass of training over these pairs cannot do without.
 
     Every prompt once and no padding; products with frozen weights forward and back to their inputs, adapters
@@ -37,7 +37,7 @@ def needed_flops(policy: Policy, pairs: Sequence[TokenizedPair], rank: int) -> f
     attention = config.num_hidden_layers * config.num_attention_heads * width
     total = 0.0
     for pair in pairs:
-        batch = collate_pairs([pair], shared=True)
+        batch = collate([pair], shared=True)
         segments, prefixes = batch["segments"], batch["prefixes"]
         seen = (segments[:, None] == segments[..., None]) | (segments[:, None] == prefixes[..., None])
         total += batch["input_ids"].numel() * (2 * 2 * frozen + 3 * 2 * adapted)

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from everalign.data import Preference, Scored
-from everalign.data.collate import Batch, collate_groups
-from everalign.data.tokenization import TargetGroup, TokenizedGroup, tokenize_groups, tokenize_pairs, tokenize_targets
+from everalign.data.collate import Batch
+from everalign.data.tokenization import tokenize_preferences, tokenize_scored
 from everalign.demo.world import Question
 from everalign.modeling.loading import load_model
 from everalign.modeling.policy import Policy
+from everalign.training.base_objective import LikelihoodObjective
 from everalign.training.objectives import make_objective
 from everalign.training.options import StageOptions, WeightOptions
-from everalign.training.reference import group_log_probs, pair_log_probs
-from everalign.training.reward_weights import weigh
-from everalign.training.stage import run_stage
+from everalign.training.reference import Reference, sequence_logprobs
+from everalign.training.reward_weights import compute_weights
+from everalign.training.stage import train_stage
 from var_task import LONGEST, encoded, prompt, reward, sample
 
 RANK, ALPHA = 16, 32.0
@@ -144,7 +145,7 @@ def var(temperature: float, estimator: str = "group", floor: float = 0.0, varied
 
     def teach(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
         lengths = [tuple(len(text) for text in row.completions) for row in rows]
-        weighed = weigh(rows, lengths, options)
+        weighed = compute_weights(rows, lengths, options)
         _weighted(policy, tokenizer, list(weighed.rows), stage, folder)
 
     return teach
@@ -170,9 +171,17 @@ def dpo(beta: float) -> Any:
 
     def teach(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
         pairs: list[Preference] = [pair for row in rows if (pair := row.preference()) is not None]
-        found = tokenize_pairs(pairs, tokenizer, LONGEST)
-        reference = pair_log_probs(policy, found, stage.tokens_per_batch)
-        run_stage(policy, make_objective("dpo", beta), found, stage, folder, seed=0, reference=reference)
+        found = tokenize_preferences(pairs, tokenizer, LONGEST)
+        reference = sequence_logprobs(policy, found, stage.tokens_per_batch)
+        train_stage(
+            policy,
+            make_objective("dpo", beta),
+            found,
+            stage,
+            folder,
+            seed=0,
+            reference=lambda: Reference("stage_start", reference),
+        )
 
     return teach
 
@@ -182,24 +191,28 @@ def snkl(temperature: float) -> Any:
 
     def teach(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
         lengths = [tuple(len(text) for text in row.completions) for row in rows]
-        weighed = weigh(rows, lengths, WeightOptions(estimator="group", temperature=temperature, scale_rewards=False))
-        found = tokenize_targets(weighed.rows, tokenizer, LONGEST)
-        groups = [group for group in found if isinstance(group, TargetGroup)]
-        reference = group_log_probs(policy, groups, stage.tokens_per_batch)
-        run_stage(policy, make_objective("snkl"), found, stage, folder, seed=0, reference=reference)
+        weighed = compute_weights(
+            rows, lengths, WeightOptions(estimator="group", temperature=temperature, scale_rewards=False)
+        )
+        found = tokenize_scored(weighed.rows, tokenizer, LONGEST)
+        reference = sequence_logprobs(policy, found, stage.tokens_per_batch)
+        train_stage(
+            policy,
+            make_objective("snkl"),
+            found,
+            stage,
+            folder,
+            seed=0,
+            reference=lambda: Reference("stage_start", reference),
+        )
 
     return teach
 
 
-class AdvantageLeftover:
+class AdvantageLeftover(LikelihoodObjective):
     """A-LoL (Baheti et al. 2024, arXiv 2305.14718), sequence variant: positive advantages times a clipped ratio."""
 
-    name, needs_reference, clip = "a-lol", False, 0.9
-
-    def collate(self, groups: Sequence[TokenizedGroup], shared: bool) -> Batch:
-        """Lay out the answers of positive advantage; the reference's log-probabilities come in as weights' fellows."""
-        tokens = sum(len(response) for group in groups for response in group.responses)
-        return {**collate_groups(groups, shared), "count": torch.tensor(tokens)}
+    clip = 0.9
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return Σ A · clip(π/π_ref) · NLL / count."""
@@ -207,7 +220,7 @@ class AdvantageLeftover:
         with torch.no_grad(), model.as_base():  # type: ignore[operator]  # a policy
             reference = model(batch)
         ratio = (sums.detach() - reference).exp().clamp(1 - self.clip, 1 + self.clip)
-        losses = -batch["weight"] * ratio * sums / count
+        losses = -batch["weights"] * ratio * sums / count
         return losses.sum(), {"nll": (-sums / batch["lengths"]).detach()}
 
 
@@ -218,12 +231,12 @@ def advantage(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOp
         mean = sum(row.rewards) / len(row.rewards)
         if max(row.rewards) > mean:
             weighed.append(_with_weights(row, tuple(max(0.0, worth - mean) for worth in row.rewards)))
-    found = tokenize_groups(weighed, tokenizer, LONGEST)
-    run_stage(policy, AdvantageLeftover(), found, stage, folder, seed=0)
+    found = tokenize_scored(weighed, tokenizer, LONGEST)
+    train_stage(policy, AdvantageLeftover("a-lol"), found, stage, folder, seed=0)
 
 
 def _weighted(policy: Policy, tokenizer: Any, rows: list[Scored], stage: StageOptions, folder: Path) -> None:
-    run_stage(policy, make_objective("var"), tokenize_groups(rows, tokenizer, LONGEST), stage, folder, seed=0)
+    train_stage(policy, make_objective("var"), tokenize_scored(rows, tokenizer, LONGEST), stage, folder, seed=0)
 
 
 def _best(row: Scored) -> int:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from common import OUT, data_folder, mean_and_deviation, preference_rows, write_result
 from everalign.data import PreferenceSet, Scored
-from everalign.data.tokenization import fitting, tokenize_pairs
+from everalign.data.tokenization import drop_overlong, tokenize_preferences
 from everalign.evaluation import HeldOut, score_preferences
 from everalign.evaluation.scorers import RewardModelScorer
 from everalign.modeling.loading import load_model, load_tokenizer
@@ -29,7 +29,7 @@ from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process
 from everalign.modeling.sampling import sample_completions
 from everalign.training.options import RewardOptions, StageOptions
-from everalign.training.reference import pair_log_probs
+from everalign.training.reference import sequence_logprobs
 from everalign.training.reward_model import train_reward_model
 from var_contenders import advantage, best_of, chosen, dpo, snkl, var
 from var_task import divergence, encoded
@@ -94,8 +94,8 @@ class Judge:
     ) -> None:
         self._tokenizer, self._scorers = tokenizer, {"reward": rewards, "judge": judge}
         self._prompts = [row.prompt for row in test]
-        self._pairs = tokenize_pairs(test, tokenizer, LONGEST)
-        self._base = pair_log_probs(start(), self._pairs, BATCH_TOKENS)
+        self._pairs = tokenize_preferences(test, tokenizer, LONGEST)
+        self._base = torch.stack(sequence_logprobs(start(), self._pairs, BATCH_TOKENS))
         self.zero: dict[str, float] = {}
 
     def __call__(self, policy: Policy, seed: int) -> dict[str, float]:
@@ -122,7 +122,7 @@ class Judge:
 
 def usable(rows: list[Scored], tokenizer: Any) -> list[Scored]:
     """Rows whose answers fit and differ in their rewards."""
-    return [row for row in fitting(rows, tokenizer, LONGEST, 2).rows if len(set(row.rewards)) > 1]
+    return [row for row in drop_overlong(rows, tokenizer, LONGEST, 2).rows if len(set(row.rewards)) > 1]
 
 
 def print_table(results: dict[str, list[dict[str, float]]]) -> None:

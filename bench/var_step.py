@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from common import OUT, write_result
-from everalign.data.tokenization import TokenizedGroup, TokenizedPair
+from everalign.data.tokenization import TokenizedRow
 from everalign.modeling.loading import load_tokenizer
 from everalign.modeling.runtime import prepare_process
 from everalign.training.objectives import make_objective
@@ -19,7 +19,7 @@ from var_contenders import start
 from var_task import draw_questions, encoded, prompt, right_answers
 
 
-def batches(count: int, size: int) -> list[tuple[list[TokenizedPair], list[TokenizedGroup]]]:
+def batches(count: int, size: int) -> list[tuple[list[TokenizedRow], list[TokenizedRow]]]:
     """The same questions and answers as rows of either objective, cut into steps."""
     tokenizer, rows = load_tokenizer("tiny"), []
     for number, question in enumerate(draw_questions(count * size, False, 0)):
@@ -29,8 +29,8 @@ def batches(count: int, size: int) -> list[tuple[list[TokenizedPair], list[Token
         weight = 0.25 + number % 5
         rows.append(
             (
-                TokenizedPair(group.id, group.prompt, answer, answer, 1.0),
-                TokenizedGroup(group.id, group.prompt, (answer,), (weight,)),
+                TokenizedRow.pair(group.id, group.prompt, answer, answer, 1.0),
+                TokenizedRow(group.id, group.prompt, (answer,), (weight,)),
             )
         )
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]

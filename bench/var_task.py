@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from everalign.data.chat_tokens import ChatFormat, Prompt
-from everalign.data.collate import collate_groups
-from everalign.data.tokenization import TokenizedGroup
+from everalign.data.collate import collate
+from everalign.data.tokenization import TokenizedRow
 from everalign.demo.world import TOPICS, Question, answer, questions, styles
 from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
@@ -104,12 +104,12 @@ def sample(policy: Policy, tokenizer: Any, asked: Sequence[Question], count: int
     return sample_completions(policy, tokenizer, prompts, options, seed=seed, tokens_per_batch=TOKENS_PER_BATCH)
 
 
-def encoded(tokenizer: Any, chat: Prompt, texts: Sequence[str]) -> TokenizedGroup:
+def encoded(tokenizer: Any, chat: Prompt, texts: Sequence[str]) -> TokenizedRow:
     """Answers as tokens, with their ends."""
     form = ChatFormat(tokenizer)
     text = form.prompt_text(chat)
     responses = form.response_tokens([form.response_text(chat, text, answer) for answer in texts])
-    return TokenizedGroup("", form.prompt_tokens([chat], [text])[0], tuple(responses), (1.0,) * len(responses))
+    return TokenizedRow("", form.prompt_tokens([chat], [text])[0], tuple(responses), (1.0,) * len(responses))
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,11 @@ def measure(policy: Policy, tokenizer: Any, asked: Sequence[Question], seed: int
     return Standing(sum(worth) / asked_for, divergence(policy, groups), sum(r > 0 for r in worth) / asked_for)
 
 
-def divergence(policy: Policy, groups: Sequence[TokenizedGroup]) -> float:
+def divergence(policy: Policy, groups: Sequence[TokenizedRow]) -> float:
     """KL(policy || its base model) of an answer, nats, mean over the policy's own answers."""
     divergences = []
     for start in range(0, len(groups), _GROUPS_AT_ONCE):
-        batch = collate_groups(groups[start : start + _GROUPS_AT_ONCE], policy.head.shared)
+        batch = collate(groups[start : start + _GROUPS_AT_ONCE], policy.head.shared)
         with torch.no_grad():
             ours = policy.response_logits(batch).log_softmax(-1)
             with policy.as_base():

@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
-from everalign.data.collate import collate_pairs
-from everalign.data.tokenization import TokenizedPair
+from everalign.data.collate import collate
+from everalign.data.tokenization import TokenizedRow
 from everalign.errors import InputError
 from everalign.modeling.loading import language_model_class
 from models_for_tests import SHAPE, random_pairs
@@ -198,7 +198,7 @@ REFUSED = {
 
 PAIRS = [
     *random_pairs(3, seed=5, vocabulary=90),
-    TokenizedPair("alike", [3, 4, 5], [6, 7, 8, 9, 10], [6, 7, 8, 11], 1.0),
+    TokenizedRow.pair("alike", [3, 4, 5], [6, 7, 8, 9, 10], [6, 7, 8, 11], 1.0),
 ]
 TOKENS = torch.tensor([[3 + 5 * i % 80 for i in range(14)]])
 
@@ -281,10 +281,10 @@ def test_two_tasks_are_learned_versioned_reloaded_and_exported(name, tmp_path, m
     has_experts = any("experts." in name and p.ndim == 3 for name, p in plain(tmp_path / "model").named_parameters())
     assert has_experts == any("routed experts are not adapted" in line for line in said)
     with torch.no_grad():
-        found = learner.policy(collate_pairs(PAIRS, learner.policy.head.shared)).view(2, -1)
+        found = learner.policy(collate(PAIRS, learner.policy.head.shared)).view(-1, 2)
     for i, pair in enumerate(PAIRS):
         for side, response in enumerate((pair.chosen, pair.rejected)):
-            assert found[side, i].item() == pytest.approx(exclusive(served, pair.prompt, response), abs=2e-3)
+            assert found[i, side].item() == pytest.approx(exclusive(served, pair.prompt, response), abs=2e-3)
 
 
 @torch.no_grad()

@@ -9,15 +9,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
-from everalign.data.collate import collate_chosen, collate_groups, collate_pairs
-from everalign.data.tokenization import TokenizedPair
+from everalign.data.collate import collate
+from everalign.data.tokenization import TokenizedRow
 from everalign.modeling import logprobs as token_log_probs
 from everalign.modeling.logprobs import _in_one_row
 from everalign.modeling.policy import Policy
-from everalign.training.objectives import OBJECTIVES, SCORED_OBJECTIVES, make_objective
+from everalign.training.objectives import OBJECTIVES, make_objective
 from models_for_tests import (
     FAMILIES,
     SCALED,
+    collate_chosen,
     logits_of,
     perturb,
     random_groups,
@@ -30,8 +31,8 @@ from models_for_tests import (
 )
 from tiers_for_tests import slow_but
 
-PAIRS = [*random_pairs(5, seed=5), TokenizedPair("alike", [3, 4, 5], [6, 7, 8, 9, 10], [6, 7, 8, 11], 1.0)]
-BATCH = collate_pairs(PAIRS, shared=False)
+PAIRS = [*random_pairs(5, seed=5), TokenizedRow.pair("alike", [3, 4, 5], [6, 7, 8, 9, 10], [6, 7, 8, 11], 1.0)]
+BATCH = collate(PAIRS, shared=False)
 INPUTS = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -39,9 +40,7 @@ def whole_log_probs(policy):
     """Sums of the response tokens' log-probabilities from the whole model's logits, token by token in fp64."""
     log_probs = F.log_softmax(logits_of(policy, PAIRS).double(), dim=-1)
     sums = []
-    for row, (prompt, response) in enumerate(
-        [(p.prompt, p.chosen) for p in PAIRS] + [(p.prompt, p.rejected) for p in PAIRS]
-    ):
+    for row, (prompt, response) in enumerate((p.prompt, tokens) for p in PAIRS for tokens in p.responses):
         start = len(prompt)
         sums.append(sum(log_probs[row, start + i - 1, token] for i, token in enumerate(response)))
     return torch.stack(sums)
@@ -85,7 +84,7 @@ def test_prompts_are_shared_also_where_layers_have_windows(policy):
 def test_response_only_head_equals_the_whole_model(policy):
     with torch.no_grad():
         sums = policy(BATCH)
-    assert BATCH["lengths"].tolist() == [len(p.chosen) for p in PAIRS] + [len(p.rejected) for p in PAIRS]
+    assert BATCH["lengths"].tolist() == [len(tokens) for p in PAIRS for tokens in p.responses]
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums.double(), whole_log_probs(policy), rtol=0, atol=1e-5)
 
@@ -126,7 +125,7 @@ def test_gradients_are_those_of_the_whole_model(policy, monkeypatch):
 
 
 def test_shared_and_packed_rows_give_the_loss_and_gradients_of_separate_sequences(policy):
-    batch = collate_pairs(PAIRS, shared=True)
+    batch = collate(PAIRS, shared=True)
     assert len(batch["input_ids"]) < len(PAIRS)
     assert_same_gradients(gradients(policy, batch), gradients(policy, BATCH))
 
@@ -144,8 +143,7 @@ def in_batches(policy, objective, rows, sizes):
     batches = [objective.collate(rows[a:b], policy.head.shared) for a, b in itertools.pairwise(starts)]
     count, total = sum(batch["count"] for batch in batches), 0.0
     for batch in batches:
-        shape = (len(batch["lengths"]),) if objective.name == "snkl" else (len(batch["weight"]), 2)
-        batch["reference"] = torch.full(shape, -7.0)
+        batch["reference"] = torch.full((len(batch["lengths"]),), -7.0)
         loss, _ = objective.loss(policy, batch, count)
         loss.backward()
         total += loss.item()
@@ -154,7 +152,7 @@ def in_batches(policy, objective, rows, sizes):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_accumulated_micro_batches_equal_the_big_batch(policy, name):
-    rows = random_rows(name, 6, seed=5) if name in (*SCORED_OBJECTIVES, "correction") else PAIRS
+    rows = random_rows(name, 6, seed=5) if OBJECTIVES[name].rows != "preferences" else PAIRS
     objective = make_objective(name)
     whole, parts = (in_batches(policy, objective, rows, sizes) for sizes in ([6], [1, 3, 2]))
     assert parts[0] == pytest.approx(whole[0], rel=1e-5)
@@ -166,7 +164,7 @@ def test_accumulated_micro_batches_equal_the_big_batch(policy, name):
 
 def test_scored_groups_share_their_prompt_without_changing_anything(policy):
     groups = random_groups(6, seed=5)
-    shared, separate = (collate_groups(groups, shared) for shared in (True, False))
+    shared, separate = (collate(groups, shared) for shared in (True, False))
     assert shared["input_ids"].numel() < separate["input_ids"].numel()
     assert_same_gradients(gradients(policy, shared), gradients(policy, separate))
 
@@ -174,10 +172,10 @@ def test_scored_groups_share_their_prompt_without_changing_anything(policy):
 def test_right_padding_changes_nothing(policy):
     for shared in {False, policy.head.shared}:
         alone = []
-        longer = collate_pairs([*PAIRS, *random_pairs(1, seed=1, longest=60)], shared)
+        longer = collate([*PAIRS, *random_pairs(1, seed=1, longest=60)], shared)
         with torch.no_grad():
             for pair in PAIRS:
-                alone.append(policy(collate_pairs([pair], shared)))
+                alone.append(policy(collate([pair], shared)))
             together = policy(longer).unflatten(0, (2, -1))[:, : len(PAIRS)]
         torch.testing.assert_close(torch.stack(alone, dim=1), together, rtol=0, atol=1e-5)
 

@@ -16,8 +16,8 @@ from transformers import (
     XGLMConfig,
 )
 
-from everalign.data.collate import collate_pairs, rows_of_one_kind
-from everalign.data.tokenization import TokenizedPair
+from everalign.data.collate import collate, split_by_length
+from everalign.data.tokenization import TokenizedRow
 from everalign.errors import InputError
 from everalign.modeling.architecture import study
 from everalign.modeling.decoding import RaggedModel, RaggedRows
@@ -25,7 +25,7 @@ from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.positions import Stretch
 from everalign.modeling.sampling import sample_completions
-from everalign.training.reference import pair_log_probs
+from everalign.training.reference import sequence_logprobs
 from models_for_tests import SHAPE, perturb
 from tokenizers_for_tests import byte_tokenizer
 
@@ -111,7 +111,7 @@ def pairs(*lengths):
         return [rng.randrange(3, 96) for _ in range(count)]
 
     return [
-        TokenizedPair(str(i), tokens(prompt), tokens(chosen), tokens(rejected), 1.0)
+        TokenizedRow.pair(str(i), tokens(prompt), tokens(chosen), tokens(rejected), 1.0)
         for i, (prompt, chosen, rejected) in enumerate(lengths)
     ]
 
@@ -142,34 +142,35 @@ def test_a_row_is_what_it_is_alone_whatever_stands_beside_it(config):
     )
     for shared in (True, False):
         with torch.no_grad():
-            found = policy(collate_pairs(PAIRS, shared)).view(2, -1).T
-            short = policy(collate_pairs(PAIRS[:1], shared)).view(2, -1).T
+            found = policy(collate(PAIRS, shared)).view(-1, 2)
+            short = policy(collate(PAIRS[:1], shared)).view(-1, 2)
         torch.testing.assert_close(found, expected.float(), rtol=0, atol=2e-4)
         torch.testing.assert_close(short, expected[:1].float(), rtol=0, atol=2e-4)
     for budget in (60, 10_000):
-        torch.testing.assert_close(pair_log_probs(policy, PAIRS, budget), expected.float(), rtol=0, atol=2e-4)
+        found = torch.stack(sequence_logprobs(policy, PAIRS, budget))
+        torch.testing.assert_close(found, expected.float(), rtol=0, atol=2e-4)
 
 
 def test_gradients_are_the_sum_of_those_of_each_row_alone():
     policy = perturb(Policy(model_of(rotary("dynamic", 32)), 2, 4.0)).train()
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    together = torch.autograd.grad(policy(collate_pairs(PAIRS, policy.head.shared)).sum(), parameters)
-    apart = [torch.autograd.grad(policy(collate_pairs([pair], False)).sum(), parameters) for pair in PAIRS]
+    together = torch.autograd.grad(policy(collate(PAIRS, policy.head.shared)).sum(), parameters)
+    apart = [torch.autograd.grad(policy(collate([pair], False)).sum(), parameters) for pair in PAIRS]
     for found, *parts in zip(together, *apart, strict=True):
         expected = sum(parts)
         torch.testing.assert_close(found / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-4)
 
 
 def test_short_rows_share_their_prompts_as_ever():
-    batch = collate_pairs(PAIRS[:1] + PAIRS[5:], shared=True)
-    ((same, numbers),) = rows_of_one_kind(batch, Stretch((32,), by_length=True).kind)
+    batch = collate(PAIRS[:1] + PAIRS[5:], shared=True)
+    ((same, numbers),) = split_by_length(batch, Stretch((32,), by_length=True).kind)
     assert same is batch
     assert numbers.tolist() == list(range(len(batch["targets"])))
 
 
 def test_kinds_are_cut_apart_and_cover_every_token():
-    batch = collate_pairs(PAIRS, shared=True)
-    parts = rows_of_one_kind(batch, Stretch((32,), by_length=False).kind)
+    batch = collate(PAIRS, shared=True)
+    parts = split_by_length(batch, Stretch((32,), by_length=False).kind)
     assert len(parts) == 2
     assert torch.cat([numbers for _, numbers in parts]).sort().values.tolist() == list(range(len(batch["targets"])))
     for part, numbers in parts:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from everalign.data.collate import collate_pairs
+from everalign.data.collate import collate
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
@@ -199,7 +199,7 @@ def test_only_the_short_term_adapter_gets_gradients(both):
     assert with_gradient == {name for name, _ in both.named_parameters() if ".stm." in name}
 
 
-BATCH = collate_pairs(random_pairs(2), shared=True)
+BATCH = collate(random_pairs(2), shared=True)
 
 
 def test_the_state_is_what_is_being_learned(both):
@@ -281,7 +281,7 @@ def test_weights_that_layers_share_stay_frozen_where_all_are_meant():
 
 def test_the_head_can_be_a_target():
     policy = perturb(random_policy(targets=["q_proj", "lm_head"]))
-    batch = collate_pairs(PAIRS, shared=False)
+    batch = collate(PAIRS, shared=False)
     whole = logits_of(policy, PAIRS).flatten(0, 1)[batch["predictors"]]
     with torch.no_grad():
         torch.testing.assert_close(policy.response_logits(batch), whole, rtol=0, atol=1e-5)

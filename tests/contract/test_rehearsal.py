@@ -8,7 +8,7 @@ from test_lengths import longrope, model_of
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
-from everalign.data.collate import collate_pairs
+from everalign.data.collate import collate
 from everalign.errors import EveralignError, InputError
 from everalign.modeling import rehearsal
 from everalign.modeling.loading import check_vocabulary, sequence_limit
@@ -163,4 +163,4 @@ def test_an_exception_in_a_model_names_it():
 
     policy.peft.get_base_model().model.layers[1].mlp.forward = fails
     with pytest.raises(EveralignError, match=r"^LlamaForCausalLM failed: IndexError: index 7 is out of range$"):
-        policy(collate_pairs(random_pairs(2), True))
+        policy(collate(random_pairs(2), True))

@@ -31,8 +31,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from everalign.data.collate import collate_pairs
-from everalign.data.tokenization import TargetGroup, TokenizedGroup, TokenizedPair
+from everalign.data.collate import Batch, collate
+from everalign.data.tokenization import TokenizedRow
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
 from tokenizers_for_tests import byte_tokenizer
@@ -177,19 +177,19 @@ def random_updates(policy: Policy, seed: int = 2, rank: int = 3, size: float = 0
     }
 
 
-def random_pairs(count: int, seed: int = 0, longest: int = 12, vocabulary: int = VOCABULARY) -> list[TokenizedPair]:
+def random_pairs(count: int, seed: int = 0, longest: int = 12, vocabulary: int = VOCABULARY) -> list[TokenizedRow]:
     """Pairs of very different lengths."""
     rng = random.Random(seed)
 
     def tokens(most: int) -> list[int]:
         return [rng.randrange(3, vocabulary) for _ in range(rng.randint(1, most))]
 
-    return [TokenizedPair(f"{i:04}", tokens(longest), tokens(longest), tokens(longest), 1.0) for i in range(count)]
+    return [TokenizedRow.pair(f"{i:04}", tokens(longest), tokens(longest), tokens(longest), 1.0) for i in range(count)]
 
 
 def random_groups(
     count: int, seed: int = 0, longest: int = 12, vocabulary: int = VOCABULARY, answers: int = 4
-) -> list[TokenizedGroup]:
+) -> list[TokenizedRow]:
     """Groups of one to `answers` responses, some of them of weight 0."""
     rng = random.Random(seed)
 
@@ -201,11 +201,11 @@ def random_groups(
         responses = tuple(tokens() for _ in range(rng.randint(1, answers)))
         weights = [rng.choice([0.0, rng.random(), 3 * rng.random()]) for _ in responses]
         weights[rng.randrange(len(weights))] = 0.5
-        groups.append(TokenizedGroup(f"{i:04}", tokens(), responses, tuple(weights)))
+        groups.append(TokenizedRow(f"{i:04}", tokens(), responses, tuple(weights)))
     return groups
 
 
-def random_targets(count: int, seed: int = 0, longest: int = 12, vocabulary: int = VOCABULARY) -> list[TargetGroup]:
+def random_targets(count: int, seed: int = 0, longest: int = 12, vocabulary: int = VOCABULARY) -> list[TokenizedRow]:
     """Groups of two to five responses to be compared, one share in some of them 0."""
     rng = random.Random(seed)
     groups = []
@@ -213,7 +213,7 @@ def random_targets(count: int, seed: int = 0, longest: int = 12, vocabulary: int
         first = [rng.randrange(3, vocabulary) for _ in range(rng.randint(1, longest))]
         shares = [rng.choice([0.0, 1.0]), *(0.1 + rng.random() for _ in group.responses)]
         normal = tuple(share / sum(shares) for share in shares)
-        groups.append(TargetGroup(group.id, group.prompt, (first, *group.responses), normal, 0.5 + rng.random()))
+        groups.append(TokenizedRow(group.id, group.prompt, (first, *group.responses), normal, 0.5 + rng.random()))
     return groups
 
 
@@ -223,9 +223,14 @@ def random_rows(objective: str, count: int, **options: Any) -> list[Any]:
     return kinds.get(objective, random_pairs)(count, **options)
 
 
-def logits_of(policy: Policy, pairs: list[TokenizedPair]) -> torch.Tensor:
+def collate_chosen(pairs: list[TokenizedRow], shared: bool) -> Batch:
+    """The chosen responses of preferences alone."""
+    return collate([pair.only([0]) for pair in pairs], shared)
+
+
+def logits_of(policy: Policy, pairs: list[TokenizedRow]) -> torch.Tensor:
     """The whole model's logits (2B, T, V) of the pairs, as it is switched now."""
-    batch = collate_pairs(pairs, shared=False)
+    batch = collate(pairs, shared=False)
     with torch.no_grad():
         output = policy.peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return output.logits

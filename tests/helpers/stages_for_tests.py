@@ -8,8 +8,8 @@ import torch
 from everalign.modeling.policy import Policy
 from everalign.training.objectives import make_objective
 from everalign.training.options import StageOptions
-from everalign.training.reference import group_log_probs, pair_log_probs
-from everalign.training.stage import StageResult, run_stage
+from everalign.training.reference import Reference, sequence_logprobs
+from everalign.training.stage import StageResult, train_stage
 
 FAST = {"learning_rate": 1e-2, "batch_size": 8, "tokens_per_batch": 480, "warmup": 0.0, "logging_steps": 1}
 
@@ -22,9 +22,14 @@ def train(
     reference = None
     if objective.needs_reference:
         with policy.as_base():
-            reference = (group_log_probs if name == "snkl" else pair_log_probs)(policy, pairs, 320)
+            logprobs = sequence_logprobs(policy, pairs, 320)
+
+        def reference() -> Reference:
+            return Reference("base", logprobs)
+
     settings = StageOptions(**{**FAST, "checkpoint_steps": 0, **options})
-    return run_stage(policy, objective, pairs, settings, folder, seed=seed, reference=reference, **(hooks or {}))
+    kept = folder if settings.checkpoint_steps else None
+    return train_stage(policy, objective, pairs, settings, kept, seed=seed, reference=reference, **(hooks or {}))
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:

@@ -144,7 +144,7 @@ def test_a_cut_prompt_is_reported_and_learned(work, capsys):
     write_rows(work / "long.jsonl", [{"prompt": "word " * 200, "chosen": "yes", "rejected": "no"}])
     code, _, err = run(capsys, *learn("--task", "long=long.jsonl"))
     assert code == 0
-    assert "1 pairs of at most 64 tokens: 1 prompts and 0 answers truncated" in err
+    assert "1 rows of at most 64 tokens: 1 prompts and 0 answers truncated" in err
 
 
 def test_bad_rows_left_out_on_request_are_counted_with_the_first_reason(work, capsys):

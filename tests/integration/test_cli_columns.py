@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from cli_for_tests import learn, make_workspace, run, write_rows
 from everalign import load_preferences
 from everalign.data.chat_template import DEFAULT_CHAT_TEMPLATE
-from everalign.data.tokenization import tokenize_pairs
+from everalign.data.tokenization import tokenize_preferences
 
 SIDES = ("chosen", "rejected")
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}]
@@ -56,7 +56,7 @@ def test_tools_and_variables_of_the_template_are_in_the_prompt_that_is_learned(w
     code, _, err = run(capsys, *learn("--task", "a=a.jsonl"))
     assert code == 0, err
     assert "chat template" not in err
-    pair = tokenize_pairs(list(load_preferences("a.jsonl")), tokenizer, 64)[1]
+    pair = tokenize_preferences(list(load_preferences("a.jsonl")), tokenizer, 64)[1]
     assert tokenizer.decode(pair.prompt) == "1 tools;user:1+1?;assistant:short: "
     assert tokenizer.decode(pair.chosen) == "2.</s>"
 

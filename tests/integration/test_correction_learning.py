@@ -11,10 +11,10 @@ from everalign import CorrectionTaskOptions, Learner
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, get_template, load_corrector_files
 from everalign.correction.tokenization import CorrectionEncoder, encode_held_out, learned_corrections
 from everalign.data import CorrectionSet, PreferenceSet
-from everalign.data.collate import collate_groups
+from everalign.data.collate import collate
 from everalign.data.records import Correction
 from everalign.data.replay import ReplayBuffer
-from everalign.data.tokenization import TokenizedGroup
+from everalign.data.tokenization import TokenizedRow
 from everalign.errors import InputError
 from everalign.learning.recipe import Recipe
 from everalign.methods import METHODS, ExperienceReplay, LifeAlign, MultiTask
@@ -63,7 +63,7 @@ def test_the_loss_is_the_cross_entropy_of_the_weighted_corrections():
     coded, groups, expected, tokens = encoder(), [], 0.0, 0
     for row in rows:
         prompt, target = coded.prompt(row.question, row.answer), coded.response(row.correction)
-        groups.append(TokenizedGroup(row.id, prompt, (target,), (row.weight,)))
+        groups.append(TokenizedRow(row.id, prompt, (target,), (row.weight,)))
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="sum")
@@ -74,7 +74,7 @@ def test_the_loss_is_the_cross_entropy_of_the_weighted_corrections():
     assert (objective.name, int(batch["count"])) == ("correction", tokens)
     loss, _ = objective.loss(FullModel(model), batch, batch["count"])
     assert loss.item() == pytest.approx(expected / tokens, rel=1e-4)
-    assert batch.keys() >= collate_groups(groups, True).keys()
+    assert batch.keys() >= collate(groups, True).keys()
 
 
 def test_identity_rows_are_made_of_corrections_as_far_as_they_are_missing():
@@ -237,7 +237,7 @@ def test_rows_of_another_kind_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"held-out rows of a corrector must be corrections"):
         learner(tmp_path / "b").learn(edits("warm"), "warm", task_rows("warm", 3, 50))
     for objective in ("dpo", "sft", "var"):
-        with pytest.raises(InputError, match=f"the objective {objective} learns from other rows than corrections"):
+        with pytest.raises(InputError, match=f"corrections.*: the objective {objective} learns from"):
             make_learner(saved_model(), tmp_path / objective, objective=objective).learn(edits("warm"), "warm")
     with pytest.raises(InputError, match=r"warm.jsonl: no correction fits max_length, 60 tokens"):
         learner(tmp_path / "c", options={"max_length": 60}).learn(edits("warm"), "warm")

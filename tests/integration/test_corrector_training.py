@@ -19,11 +19,11 @@ from everalign.correction import (
 from everalign.correction.tokenization import compared, copied, taught, tokenize_corrections
 from everalign.correction.training import corrector_report
 from everalign.data import Correction, CorrectionSet
-from everalign.data.collate import collate_groups
+from everalign.data.collate import collate
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.policy import FullModel, Policy
-from everalign.training.objectives import RewardWeightedObjective
+from everalign.training.base_objective import LikelihoodObjective
 from models_for_tests import random_groups, random_model, random_policy, saved_model
 from tiers_for_tests import slow_but
 
@@ -144,7 +144,7 @@ def heavy(rows, *weights):
 
 def losses(model, rows, batches):
     """The loss of one step, in micro-batches, and its gradients."""
-    objective, encoded = RewardWeightedObjective(), groups(rows)
+    objective, encoded = LikelihoodObjective(), groups(rows)
     parts = [objective.collate([encoded[i] for i in batch], model.head.shared) for batch in batches]
     count = torch.stack([part["count"] for part in parts]).sum()
     model.zero_grad()
@@ -451,7 +451,7 @@ def test_the_whole_model_refuses_another_model_s_checkpoint():
 
 def test_policy_and_whole_model_choose_alike():
     policy, whole = random_policy(), FullModel(random_model())
-    batch = collate_groups(random_groups(5), shared=True)
+    batch = collate(random_groups(5), shared=True)
     (first, tokens), (second, others) = policy.response_choices(batch), whole.response_choices(batch)
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
     assert tokens.tolist() == others.tolist()

@@ -200,13 +200,13 @@ def test_weights_of_prompts_are_carried_along(model, tmp_path):
 
 
 def interrupt_training(monkeypatch):
-    stage = task_training.run_stage
+    stage = task_training.train_stage
 
     def stopping(*_, **__):
-        monkeypatch.setattr(task_training, "run_stage", stage)
+        monkeypatch.setattr(task_training, "train_stage", stage)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(task_training, "run_stage", stopping)
+    monkeypatch.setattr(task_training, "train_stage", stopping)
 
 
 @pytest.mark.parametrize("where", ["first correction", "later batch", "training", "second round"])

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from filelock import FileLock
 
 from everalign import AdapterOptions, Learner, TrainingOptions, load_preferences
@@ -12,7 +13,7 @@ from everalign.learning.run_data import load_run
 from everalign.methods import METHODS, LifeAlign, SequentialFineTuning, SingleTask
 from everalign.methods.base import Method
 from everalign.storage import checksums
-from everalign.training.reference import pair_log_probs
+from everalign.training.reference import sequence_logprobs
 from learner_for_tests import FAST, adapter_weights, held_out, make_learner, same_weights, save_model, task_rows, tasks
 from tiers_for_tests import slow_but
 
@@ -168,10 +169,10 @@ def test_the_step_0_margin_against_the_base_model_is_the_policys_gain(model, out
     """Measured by other means: the next task's rows as a test set of the policy as it was before."""
     learner = make_learner(model, output, SequentialFineTuning(), options={"reference": "base", "beta": 0.5})
     learner.learn(task_rows("warm"), "warm")
-    pairs = learner._setup.encode(task_rows("brief"))
-    now = pair_log_probs(learner.policy, pairs, 120)
+    pairs = learner._setup.objective.tokenize_held_out(task_rows("brief"), learner._setup)
+    now = torch.stack(sequence_logprobs(learner.policy, pairs, 120))
     with learner.policy.as_base():
-        base = pair_log_probs(learner.policy, pairs, 120)
+        base = torch.stack(sequence_logprobs(learner.policy, pairs, 120))
     gain = (now - base)[:, 0] - (now - base)[:, 1]
     learner.learn(task_rows("brief"), "brief")
     margin = learner.run.versions[1].manifest.stages[0].step0_margin

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from everalign.data import PreferenceSet
-from everalign.data.tokenization import pad_right, tokenize_answers, tokenize_comparisons
+from everalign.data.tokenization import pad_right, tokenize_answers, tokenize_preferences
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.scorers import RewardModelScorer
 from everalign.modeling.loading import load_tokenizer
@@ -168,7 +168,7 @@ def test_a_weight_counts_like_repeated_rows():
     objective = BradleyTerryObjective(model.padding, 0.01)
     losses = []
     for items in (weighted, [rows[0], rows[1], rows[1], rows[2]]):
-        encoded, _ = tokenize_comparisons(items, tokenizer, 64)
+        encoded = tokenize_preferences(items, tokenizer, 64)
         losses.append(objective.loss(model, objective.collate(encoded, False), torch.tensor(4))[0])
     torch.testing.assert_close(losses[0], losses[1])
 
@@ -275,7 +275,7 @@ def test_pairs_that_the_limit_makes_equal_are_refused():
     tokenizer = load_tokenizer(str(saved_model()))
     rows = PreferenceSet.of([{"prompt": "p", "chosen": "same beginning a", "rejected": "same beginning b"}])
     with pytest.raises(InputError, match="identical"):
-        tokenize_comparisons(rows, tokenizer, 8)
+        tokenize_preferences(rows, tokenizer, 8)
 
 
 # ---- one answer, one reward ----
@@ -287,7 +287,7 @@ def test_scoring_equals_an_unbatched_forward_by_plain_transformers():
     tokenizer = AutoTokenizer.from_pretrained(trained.path)
     prompts, completions = answers()
     found = RewardModelScorer.from_folder(trained.path, tokens_per_batch=200).score(prompts, completions)
-    sequences = tokenize_answers(prompts, completions, tokenizer, 64).sequences
+    sequences = tokenize_answers(prompts, completions, tokenizer, 64)[0]
     with torch.no_grad():
         alone = [classifier(torch.tensor([tokens])).logits.item() - trained.facts.mean for tokens in sequences]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(alone), rtol=0, atol=1e-5)
@@ -309,7 +309,7 @@ def test_the_side_of_the_padding_changes_no_reward(side):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_rewards_do_not_depend_on_the_batch(family):
     model, tokenizer = classifier_of(family)
-    sequences = tokenize_answers(*answers(), tokenizer, 64).sequences
+    sequences = tokenize_answers(*answers(), tokenizer, 64)[0]
     together = sequence_rewards(model, sequences, 10_000)
     alone = sequence_rewards(model, sequences, 1)
     backwards = sequence_rewards(model, sequences[::-1], 300).flip(0)
@@ -359,13 +359,12 @@ def test_the_reward_is_read_at_the_end_of_the_answer():
 
 def test_an_answer_is_cut_on_its_own_and_keeps_its_beginning():
     tokenizer = load_tokenizer(str(saved_model()))
-    both = tokenize_answers(["p" * 30] * 2, ["a" * 5, "b" * 40], tokenizer, 32)
-    alone = tokenize_answers(["p" * 30], ["a" * 5], tokenizer, 32)
-    assert both.sequences[0] == alone.sequences[0]
-    assert [len(tokens) for tokens in both.sequences] == [32, 32]
-    assert both.answers == (6, 41)  # with the end mark
-    assert both.cut == 2
-    text = tokenizer.decode(both.sequences[1])
+    both, cut = tokenize_answers(["p" * 30] * 2, ["a" * 5, "b" * 40], tokenizer, 32)
+    alone, _ = tokenize_answers(["p" * 30], ["a" * 5], tokenizer, 32)
+    assert both[0] == alone[0]
+    assert [len(tokens) for tokens in both] == [32, 32]
+    assert cut == 2
+    text = tokenizer.decode(both[1])
     assert text == "p" * 8 + "b" * 24
 
 

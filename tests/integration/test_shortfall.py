@@ -150,7 +150,7 @@ def test_a_reward_model_refuses_equal_pairs_and_tells_of_cut_answers(tmp_path):
         train_reward_model(str(saved_model()), pairs(11, 0), tmp_path / "reward", options=options)
     lines = []
     train_reward_model(str(saved_model()), pairs(0, 12), tmp_path / "reward", options=options, log=lines.append)
-    assert any("warning: pairs.jsonl: 12 of 40 answers with their prompts are cut" in line for line in lines)
+    assert any("warning: pairs.jsonl: 12 of 40 answers are cut and lose their end" in line for line in lines)
 
 
 def test_answers_that_are_scored_without_their_ends_are_told_of(tmp_path):

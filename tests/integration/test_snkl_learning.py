@@ -8,11 +8,12 @@ import torch
 from cli_for_tests import run
 from everalign import PreferenceSet
 from everalign.data import Preference, Scored, ScoredSet, load_judged
-from everalign.data.tokenization import tokenize_targets
+from everalign.data.tokenization import tokenize_scored
 from everalign.errors import InputError
 from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask, SequentialFineTuning, SingleTask
+from everalign.training.objectives import make_objective
 from everalign.training.options import WeightOptions
 from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows
 from tiers_for_tests import slow_but
@@ -133,8 +134,9 @@ def test_tasks_of_both_kinds_are_pooled(model, tmp_path):
 
 def test_weights_of_a_row_are_its_targets_in_proportion():
     row = Scored("q?", ("a", "b", "c"), (1.0, 2.0, 3.0), weight=2.0, weights=(0.0, 1.0, 3.0))
-    (group,) = tokenize_targets([row], byte_tokenizer(), 64)
-    assert (group.shares, group.weight) == ((0.0, 0.25, 0.75), 2.0)
+    batch = make_objective("snkl").collate(tokenize_scored([row], byte_tokenizer(), 64), shared=True)
+    assert batch["log_shares"].exp().tolist() == pytest.approx([0.0, 0.25, 0.75])
+    assert batch["weight"].tolist() == [2.0]
 
 
 def test_completions_that_do_not_fit_are_counted_and_left_out(model, tmp_path):
@@ -167,12 +169,6 @@ def test_rows_that_cannot_be_compared_are_refused(model, tmp_path, rows, message
     with pytest.raises(InputError, match=f"^memory: .*{message}"):
         learner(model, tmp_path).learn(rows, "a")
     assert load_run(tmp_path).versions == []
-
-
-def test_a_row_of_one_completion_has_no_shares():
-    row = Scored("q?", ("a",), (1.0,), weights=(1.0,))
-    with pytest.raises(InputError, match=rf"row 1 \(id {row.id}\): has one completion"):
-        tokenize_targets([row], byte_tokenizer(), 64)
 
 
 @pytest.mark.parametrize(

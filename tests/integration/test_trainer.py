@@ -8,10 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
-from everalign.data.collate import TrainingPlan, collate_pairs
+from everalign.data.collate import TrainingPlan, collate
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.policy import Policy
 from everalign.training.objectives import make_objective
+from everalign.training.options import StageOptions
 from everalign.training.trainer import Steps, Trainer, training_arguments
 from models_for_tests import (
     perturb,
@@ -34,17 +35,17 @@ def weighted_pairs(count=20):
 
 def direct_gradients(policy, name, pairs, penalty=None):
     """Gradients of the whole batch's loss, written out from the formulas in one go."""
-    batch = collate_pairs(pairs, shared=False)
+    batch = collate(pairs, shared=False)
     with torch.no_grad(), policy.as_base():
         base = policy(batch)
     policy.zero_grad()
     sums, lengths = policy(batch), batch["lengths"]
-    chosen, rejected = sums.chunk(2)
+    chosen, rejected = sums.view(-1, 2).unbind(1)
     weight = torch.tensor([pair.weight for pair in pairs])
     if name == "sft":
-        loss = -(weight * chosen).sum() / lengths[: len(pairs)].sum()
+        loss = -(weight * chosen).sum() / lengths[::2].sum()
     else:
-        base_chosen, base_rejected = base.chunk(2)
+        base_chosen, base_rejected = base.view(-1, 2).unbind(1)
         probability = torch.sigmoid(0.1 * ((chosen - base_chosen) - (rejected - base_rejected)))
         focus = 1.0 if name == "dpo" else (1 - probability) ** 2
         loss = (weight * focus * -probability.log()).mean()
@@ -104,7 +105,8 @@ def test_accumulated_micro_batches_equal_the_big_batch(name, tmp_path):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_weight_multiplies_its_row(name, tmp_path):
     """Weight 0 leaves no trace but in the count: the other rows' gradients are halved with half of all rows."""
-    rows = [dataclasses.replace(p, prompt=[3] * 4, chosen=p.chosen[:1]) for p in random_pairs(8, seed=4)]
+    pairs = random_pairs(8, seed=4)
+    rows = [dataclasses.replace(p, prompt=[3] * 4, responses=(p.chosen[:1], p.rejected)) for p in pairs]
     silent = [dataclasses.replace(p, weight=0.0 if i % 2 else 1.0) for i, p in enumerate(rows)]
     gradients = []
     for each in (silent, rows[::2]):
@@ -124,11 +126,7 @@ def test_every_row_is_seen_once_an_epoch(tmp_path):
     steps = Steps(random_pairs(3), TrainingPlan([[[2], [0]], [[1]]]), objective, True, None)
     arguments = training_arguments(
         tmp_path,
-        learning_rate=0.1,
-        scheduler="constant",
-        max_grad_norm=0.0,
-        logging_steps=1,
-        checkpoint_steps=0,
+        StageOptions(learning_rate=0.1, scheduler="constant", max_grad_norm=0.0, logging_steps=1, checkpoint_steps=0),
         seed=0,
     )
     Trainer(random_policy(), objective, arguments, steps).train()
@@ -136,9 +134,9 @@ def test_every_row_is_seen_once_an_epoch(tmp_path):
 
 
 def test_references_belong_to_their_rows():
-    reference = torch.arange(10.0).reshape(5, 2)
+    reference = list(torch.arange(10.0).reshape(5, 2))
     steps = Steps(random_pairs(5), TrainingPlan([[[4, 1], [0]]]), make_objective("dpo"), True, reference)
-    assert [batch["reference"].tolist() for batch in steps[0]] == [[[8.0, 9.0], [2.0, 3.0]], [[0.0, 1.0]]]
+    assert [batch["reference"].tolist() for batch in steps[0]] == [[8.0, 9.0, 2.0, 3.0], [0.0, 1.0]]
 
 
 def test_references_of_groups_are_laid_out_row_after_row():
@@ -408,11 +406,7 @@ def test_several_gpus_in_one_process_do_not_share_a_batch(tmp_path, monkeypatch)
     monkeypatch.setattr(TrainingArguments, "_setup_devices", property(found))
     arguments = training_arguments(
         tmp_path,
-        learning_rate=1e-4,
-        scheduler="linear",
-        max_grad_norm=1.0,
-        logging_steps=1,
-        checkpoint_steps=0,
+        StageOptions(learning_rate=1e-4, scheduler="linear", max_grad_norm=1.0, logging_steps=1, checkpoint_steps=0),
         seed=0,
     )
     assert arguments.n_gpu == 1

@@ -17,7 +17,7 @@ from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
 from everalign.objectives import var_weights
 from everalign.reporting.report import render_report
 from everalign.training.options import WeightOptions
-from everalign.training.reward_weights import weigh
+from everalign.training.reward_weights import compute_weights
 from learner_for_tests import adapter_weights, held_out, make_learner, save_model, task_rows
 from tiers_for_tests import slow_but
 
@@ -66,7 +66,7 @@ def test_replayed_rows_keep_the_weights_of_their_own_task(model, tmp_path):
     newest = sorted((tmp_path / "run" / "versions").iterdir())[0]
     rows = [json.loads(line) for line in (newest / "replay.jsonl").read_text().splitlines()]
     given = scored("warm")
-    expected = weigh(given, [(5, 5, 5)] * len(given), WeightOptions(temperature=0.5)).rows
+    expected = compute_weights(given, [(5, 5, 5)] * len(given), WeightOptions(temperature=0.5)).rows
     by_prompt = {row.prompt: row.weights for row in expected}
     assert len(rows) == 5
     for row in rows:
@@ -128,7 +128,7 @@ def test_weights_are_those_of_the_estimator_over_the_whole_dataset():
         WeightOptions(estimator="group_loo", temperature=0.7, weight_cap=2.5),
         WeightOptions(estimator="in_batch"),
     ):
-        found = weigh(rows, [(1, 2, 3)] * 4, options)
+        found = compute_weights(rows, [(1, 2, 3)] * 4, options)
         expected = var_weights(
             rewards,
             groups,
@@ -143,7 +143,7 @@ def test_weights_are_those_of_the_estimator_over_the_whole_dataset():
             rtol=1e-12,
             atol=0,
         )
-    found = weigh(rows, [(1, 2, 3)] * 4, WeightOptions(target_ess=0.6))
+    found = compute_weights(rows, [(1, 2, 3)] * 4, WeightOptions(target_ess=0.6))
     assert found.statistics.effective_share == pytest.approx(0.6, abs=1e-6)
 
 
@@ -170,7 +170,7 @@ def test_tasks_that_are_pooled_are_weighed_one_by_one(model, tmp_path):
     (version,) = (tmp_path / "run" / "versions").iterdir()
     rows = [json.loads(line) for line in (version / "replay.jsonl").read_text().splitlines()]
     weights = {name: {tuple(r["weights"]) for r in rows if ANSWERS[name][0] in r["completions"][0]} for name in ANSWERS}
-    expected = {row.weights for row in weigh(scored("warm"), [(5, 5, 5)] * 10, WeightOptions()).rows}
+    expected = {row.weights for row in compute_weights(scored("warm"), [(5, 5, 5)] * 10, WeightOptions()).rows}
     assert weights["warm"] == expected
     assert {tuple(round(w, 9) for w in one) for one in weights["brief"]} == {
         tuple(round(w, 9) for w in one) for one in expected
@@ -179,7 +179,7 @@ def test_tasks_that_are_pooled_are_weighed_one_by_one(model, tmp_path):
 
 def test_one_completion_a_prompt_is_compared_with_the_dataset():
     rows = [Scored(f"q{i}", ("a",), (float(i),)) for i in range(6)]
-    weights = [row.weights[0] for row in weigh(rows, [(3,)] * 6, WeightOptions(estimator="in_batch")).rows]
+    weights = [row.weights[0] for row in compute_weights(rows, [(3,)] * 6, WeightOptions(estimator="in_batch")).rows]
     assert weights == sorted(weights)
     assert weights[-1] > 3 * weights[0]
     # exp of the standardised reward over the mean of the other rows'

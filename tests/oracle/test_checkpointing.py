@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from everalign.data.collate import collate_groups, collate_pairs
+from everalign.data.collate import collate
 from everalign.errors import InputError
 from everalign.modeling import runtime
 from everalign.modeling import runtime as checkpointing_module
@@ -60,14 +60,14 @@ def test_losses_and_gradients_are_the_same(family, shared):
     perturb(policy).train()
     if shared and not policy.head.shared:
         pytest.skip("has no shared rows")
-    assert_equal(*both(policy, collate_pairs(long_pairs(), shared)))
+    assert_equal(*both(policy, collate(long_pairs(), shared)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", slow_but(["gpt2"], ["llama", "gpt2", "gemma2"]))
 def test_a_fifth_is_kept_of_a_deep_model(family, dtype):
     policy = perturb(Policy(random_model(family, layers=10).to(dtype), 4, 8.0)).train()
-    plain, again = both(policy, collate_pairs(long_pairs(), policy.head.shared))
+    plain, again = both(policy, collate(long_pairs(), policy.head.shared))
     assert_equal(plain, again)
     assert again[1] < plain[1] / 5
 
@@ -77,7 +77,7 @@ def test_a_fifth_is_kept_of_a_deep_model(family, dtype):
 def test_one_mask_is_kept_for_all_layers_of_a_kind(family, masks, dtype):
     """The library would keep a copy for each layer: 61 GiB for a row of 32,768 tokens in 32 layers."""
     policy = Policy(random_model(family, layers=8).to(dtype), 2, 4.0).train()
-    batch = collate_pairs(long_pairs(1, 50), shared=True)
+    batch = collate(long_pairs(1, 50), shared=True)
     length, kept = batch["input_ids"].shape[1], {}
 
     def pack(tensor):
@@ -96,7 +96,7 @@ def test_one_mask_is_kept_for_all_layers_of_a_kind(family, masks, dtype):
 
 def test_what_is_counted_is_what_is_kept():
     policy = perturb(Policy(random_model(layers=4), 4, 8.0)).train()
-    batch = collate_pairs(long_pairs(), shared=True)
+    batch = collate(long_pairs(), shared=True)
     for layers in ([], recomputable_layers(policy)):
         with recomputing(layers):
             _, kept = saved_bytes(lambda: policy(batch).sum(), policy.parameters())
@@ -116,7 +116,10 @@ def trained(checkpointing, folder, free=None, model=None):
         if free is not None:
             patch.setattr(stage, "free_memory", lambda device: free)
         options = StageOptions(learning_rate=1e-2, batch_size=4, tokens_per_batch=200, checkpointing=checkpointing)
-        result = stage.run_stage(policy, make_objective("sft"), long_pairs(8), options, folder, seed=0, log=said.append)
+        result = stage.train_stage(
+            policy, make_objective("sft"), long_pairs(8), options, folder, seed=0, log=said.append
+        )
+    assert said.pop(0).startswith("  sft: 8 rows")
     return policy.factors(), [entry["loss"] for entry in result.curve], said, len(again)
 
 
@@ -158,7 +161,7 @@ def test_a_setting_that_does_not_exist_is_refused():
 
 def test_a_whole_model_and_a_reward_model_are_the_same_too():
     whole = FullModel(random_model("qwen2", layers=10)).train()
-    plain, again = both(whole, collate_groups(random_groups(6, longest=40), shared=True))
+    plain, again = both(whole, collate(random_groups(6, longest=40), shared=True))
     assert_equal(plain, again)
     assert again[1] < plain[1] / 4
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from everalign.data.collate import collate_pairs
+from everalign.data.collate import collate
 from everalign.modeling import cpu_kernels
 from everalign.modeling.cpu_kernels import CPU_ATTENTION, _Attention, _mask_of, use_cpu_attention
 from everalign.modeling.logprobs import _in_one_row, block_mask
@@ -72,7 +72,7 @@ def test_keys_with_a_large_mean_do_not_spoil_the_gradients():
 
 
 def test_runs_say_what_the_layout_says():
-    batch = collate_pairs(random_pairs(6, longest=40), shared=True)
+    batch = collate(random_pairs(6, longest=40), shared=True)
     row = _in_one_row(batch)
     padded, kept = block_mask(batch["segments"], batch["prefixes"]), (batch["segments"] > 0)
     mask = _mask_of(row["runs"][0, 0].tolist(), row["input_ids"].shape[1])[0, 0]
@@ -91,7 +91,7 @@ def test_runs_say_what_the_layout_says():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 6e-2)])
 @pytest.mark.parametrize("learned_before", [False, True])
 def test_policies_learn_what_plain_peft_does(family, dtype, tolerance, learned_before, monkeypatch):
-    batch = collate_pairs(random_pairs(6, longest=40), shared=True)
+    batch = collate(random_pairs(6, longest=40), shared=True)
 
     def results(computed):
         policy = Policy(random_model(family).to(dtype).to(computed), 4, 8.0)

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask
 
-from everalign.data.collate import collate_pairs
+from everalign.data.collate import collate
 from everalign.errors import InputError
 from everalign.modeling import flex_attention
 from everalign.modeling.architecture import study
@@ -16,7 +16,7 @@ from memory_for_tests import LiveTensors
 from models_for_tests import perturb, random_model, random_pairs
 
 PAIRS = random_pairs(7, longest=40)
-BATCH = collate_pairs(PAIRS, shared=True)
+BATCH = collate(PAIRS, shared=True)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward pass on a GPU only")
 
 
@@ -38,7 +38,7 @@ def test_the_rule_is_the_block_mask():
 @pytest.mark.parametrize("entries", [1, 200_000, 1 << 24])
 def test_blocks_are_those_of_the_library_and_little_is_held_for_them(entries, monkeypatch):
     monkeypatch.setattr(flex_attention, "_ENTRIES_AT_ONCE", entries)
-    batch = collate_pairs(random_pairs(3, longest=700), shared=True)
+    batch = collate(random_pairs(3, longest=700), shared=True)
     with LiveTensors(lambda tensor: tensor.dtype == torch.bool) as live:
         mask = flex_inputs(batch)["attention_mask"]
     (length, _), library = mask.seq_lengths, create_block_mask(mask.mask_mod, 1, None, *mask.seq_lengths, device="cpu")
@@ -64,7 +64,7 @@ def test_one_compilation_serves_batches_of_all_shapes():
     model = random_model()
     model.set_attn_implementation(FLEX)
     batches = [
-        collate_pairs(random_pairs(count, seed=count, longest=longest), shared=True)
+        collate(random_pairs(count, seed=count, longest=longest), shared=True)
         for count, longest in ((1, 9), (5, 30), (9, 60), (30, 20), (1, 100), (7, 45), (2, 100))
     ]
     assert len({batch["input_ids"].shape for batch in batches}) == 7
@@ -133,7 +133,7 @@ def test_on_a_gpu_one_task_s_batches_are_compiled_for_once_each_way():
     policy = perturb(Policy(model, 4, 8.0))
     torch._dynamo.utils.counters.clear()
     for count, longest in ((1, 9), (5, 30), (9, 60), (30, 20), (1, 300)):
-        batch = policy.on_device(collate_pairs(random_pairs(count, seed=count, longest=longest), shared=True))
+        batch = policy.on_device(collate(random_pairs(count, seed=count, longest=longest), shared=True))
         with torch.no_grad():
             policy(batch)
         policy(batch).sum().backward()

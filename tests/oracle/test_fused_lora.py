@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from everalign.data.collate import collate_pairs
+from everalign.data.collate import collate
 from everalign.modeling import lora as adapters
 from everalign.modeling.decoding import Decoder, continue_rows, pad_left
 from everalign.modeling.lora import fuse
@@ -169,7 +169,7 @@ def test_a_token_is_written_with_no_cast_more_than_the_base_model_s(family):
 
 
 def test_evaluating_casts_once_however_many_batches_and_switches_there_are():
-    policy, batch = two_tasks(), collate_pairs(random_pairs(4), shared=True)
+    policy, batch = two_tasks(), collate(random_pairs(4), shared=True)
     with policy.as_base():
         plain = operations(lambda: policy(batch))
     with torch.no_grad():

@@ -5,28 +5,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everalign.data.collate import collate_chosen, collate_pairs, row_tokens
-from everalign.data.tokenization import TokenizedPair
+from everalign.data.collate import collate, row_tokens
+from everalign.data.tokenization import TokenizedRow
+from models_for_tests import collate_chosen
 
-SHORT = TokenizedPair("a", [5], [6], [7, 8], 1.0)
-LONG = TokenizedPair("b", [11, 12, 13], [14, 15], [16], 0.5)
-ALIKE = TokenizedPair("c", [9], [1, 2, 3, 4], [1, 2, 5], 1.0)
+SHORT = TokenizedRow.pair("a", [5], [6], [7, 8], 1.0)
+LONG = TokenizedRow.pair("b", [11, 12, 13], [14, 15], [16], 0.5)
+ALIKE = TokenizedRow.pair("c", [9], [1, 2, 3, 4], [1, 2, 5], 1.0)
 
 
-def test_separate_sequences_are_chosen_first_and_padded_on_the_right():
-    batch = collate_pairs([SHORT, LONG], shared=False)
-    assert batch["input_ids"].tolist() == [[5, 6, 0, 0, 0], [11, 12, 13, 14, 15], [5, 7, 8, 0, 0], [11, 12, 13, 16, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0, 0], [1] * 5, [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
-    assert batch["predictors"].tolist() == [0, 7, 8, 10, 11, 17]
-    assert batch["targets"].tolist() == [6, 14, 15, 7, 8, 16]
+def test_separate_sequences_go_row_by_row_and_are_padded_on_the_right():
+    batch = collate([SHORT, LONG], shared=False)
+    assert batch["input_ids"].tolist() == [[5, 6, 0, 0, 0], [5, 7, 8, 0, 0], [11, 12, 13, 14, 15], [11, 12, 13, 16, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1] * 5, [1, 1, 1, 1, 0]]
+    assert batch["predictors"].tolist() == [0, 5, 6, 12, 13, 17]
+    assert batch["targets"].tolist() == [6, 7, 8, 14, 15, 16]
     assert batch["sequences"].tolist() == [0, 1, 1, 2, 2, 3]
     assert batch["lengths"].tolist() == [1, 2, 2, 1]
     assert batch["weight"].tolist() == [1.0, 0.5]
+    assert batch["weights"].tolist() == [1.0, 1.0, 0.5, 0.5]
+    assert (batch["row"].tolist(), batch["sizes"].tolist()) == ([0, 0, 1, 1], [2, 2])
     assert batch["input_ids"].dtype == torch.int64
 
 
 def test_a_prompt_is_shared_and_positions_restart():
-    batch = collate_pairs([LONG], shared=True)
+    batch = collate([LONG], shared=True)
     assert batch["input_ids"].tolist() == [[11, 12, 13, 14, 15, 16]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3]]
     assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 3]]
@@ -37,7 +40,7 @@ def test_a_prompt_is_shared_and_positions_restart():
 
 
 def test_what_answers_begin_with_alike_is_computed_once_and_counted_for_both():
-    batch = collate_pairs([ALIKE], shared=True)
+    batch = collate([ALIKE], shared=True)
     assert batch["input_ids"].tolist() == [[9, 1, 2, 3, 4, 5]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3]]
     assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 3]]
@@ -48,14 +51,14 @@ def test_what_answers_begin_with_alike_is_computed_once_and_counted_for_both():
 
 @pytest.mark.parametrize(("chosen", "rejected"), [([1, 2], [1, 2]), ([1], [1, 2]), ([1, 2, 3], [1]), ([4], [4])])
 def test_every_answer_keeps_a_token_of_its_own(chosen, rejected):
-    batch = collate_pairs([TokenizedPair("d", [9], chosen, rejected, 1.0)], shared=True)
+    batch = collate([TokenizedRow.pair("d", [9], chosen, rejected, 1.0)], shared=True)
     assert {2, 3} <= set(batch["segments"].flatten().tolist())
     assert batch["targets"].tolist() == chosen + rejected
 
 
 def test_short_groups_fill_the_row_of_the_longest():
-    pairs = [TokenizedPair("long", [1] * 4, [2] * 3, [3] * 3, 1.0)] + [SHORT] * 4
-    batch = collate_pairs(pairs, shared=True)
+    pairs = [TokenizedRow.pair("long", [1] * 4, [2] * 3, [3] * 3, 1.0)] + [SHORT] * 4
+    batch = collate(pairs, shared=True)
     assert batch["input_ids"].shape == (3, 10)
     assert batch["input_ids"][1].tolist() == [5, 6, 7, 8, 5, 6, 7, 8, 0, 0]
     assert batch["segments"][1].tolist() == [1, 2, 3, 3, 4, 5, 6, 6, 0, 0]
@@ -64,7 +67,7 @@ def test_short_groups_fill_the_row_of_the_longest():
 
 
 def test_padded_rows_of_one_sequence_have_the_mask_that_their_model_takes():
-    pairs = [TokenizedPair("long", [1] * 2, [2] * 2, [3], 1.0), TokenizedPair("mid", [4] * 2, [5], [6], 1.0)]
+    pairs = [TokenizedRow.pair("long", [1] * 2, [2] * 2, [3], 1.0), TokenizedRow.pair("mid", [4] * 2, [5], [6], 1.0)]
     assert collate_chosen(pairs, shared=True)["segments"].tolist() == [[1, 1, 2, 2], [1, 1, 2, 0]]
     assert collate_chosen(pairs, shared=False)["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
@@ -77,7 +80,7 @@ def test_rows_of_one_sequence_and_one_length_need_no_mask():
 
 
 def test_chosen_sequences_are_packed_where_they_fit():
-    pairs = [TokenizedPair("long", [1] * 2, [2] * 2, [3], 1.0), SHORT, SHORT]
+    pairs = [TokenizedRow.pair("long", [1] * 2, [2] * 2, [3], 1.0), SHORT, SHORT]
     packed = collate_chosen(pairs, shared=True)
     assert packed["input_ids"].tolist() == [[1, 1, 2, 2], [5, 6, 5, 6]]
     assert packed["segments"].tolist() == [[1, 1, 2, 2], [1, 2, 3, 4]]
@@ -92,14 +95,16 @@ tokens = st.lists(st.integers(1, 3), min_size=1, max_size=9)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.builds(TokenizedPair, st.just("x"), tokens, tokens, tokens, st.just(1.0)), min_size=1, max_size=6))
+@given(
+    st.lists(st.builds(TokenizedRow.pair, st.just("x"), tokens, tokens, tokens, st.just(1.0)), min_size=1, max_size=6)
+)
 def test_every_token_sees_its_own_past_and_nothing_else(pairs):
     """Walking back from each predictor through what the mask allows gives the prompt and answer so far."""
-    batch = collate_pairs(pairs, shared=True)
+    batch = collate(pairs, shared=True)
     ids, positions = batch["input_ids"].flatten(), batch["position_ids"].flatten()
     width = batch["input_ids"].shape[1]
-    sequences = [p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs]
-    starts = [len(p.prompt) for p in pairs] * 2
+    sequences = [p.prompt + tokens for p in pairs for tokens in p.responses]
+    starts = [len(p.prompt) for p in pairs for _ in range(2)]
     seen = [0] * len(sequences)
     for flat, target, sequence in zip(
         batch["predictors"].tolist(), batch["targets"].tolist(), batch["sequences"].tolist(), strict=True

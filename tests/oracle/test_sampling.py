@@ -6,15 +6,14 @@ from collections import Counter
 import pytest
 import torch
 
-from everalign.data.collate import collate_chosen
-from everalign.data.tokenization import TokenizedPair
+from everalign.data.tokenization import TokenizedRow
 from everalign.errors import InputError
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.sampling import Samples, _draw, _Ends, _samples, sample_completions
 from everalign.modeling.stopping import TurnEnd
-from models_for_tests import perturb, random_model
+from models_for_tests import collate_chosen, perturb, random_model
 from tokenizers_for_tests import byte_tokenizer
 
 END, LONGEST, DRAWS = 2, 3, 6000
@@ -43,7 +42,7 @@ def assistant():
 
 
 def exact(policy, prompt):
-    pairs = [TokenizedPair("x", prompt, list(answer), [0], 1.0) for answer in ANSWERS]
+    pairs = [TokenizedRow.pair("x", prompt, list(answer), [0], 1.0) for answer in ANSWERS]
     with torch.no_grad():
         return policy(collate_chosen(pairs, shared=True)).double().exp()
 

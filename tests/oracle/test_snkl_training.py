@@ -6,11 +6,11 @@ import itertools
 import pytest
 import torch
 
-from everalign.data.collate import collate_pairs, collate_targets, row_tokens
-from everalign.data.tokenization import TargetGroup, TokenizedPair
+from everalign.data.collate import collate, row_tokens
+from everalign.data.tokenization import TokenizedRow
 from everalign.modeling.policy import Policy
 from everalign.training.objectives import make_objective
-from everalign.training.reference import group_log_probs, pair_log_probs
+from everalign.training.reference import sequence_logprobs
 from models_for_tests import perturb, random_model, random_pairs, random_policy, random_targets
 from stages_for_tests import difference, train, weights
 
@@ -24,7 +24,7 @@ def gradients_of(policy):
 def step(policy, rows, shared=True):
     """Loss and gradients of one batch against the base model."""
     with policy.as_base():
-        reference = torch.cat(group_log_probs(policy, rows, 300))
+        reference = torch.cat(sequence_logprobs(policy, rows, 300))
     batch = {**SNKL.collate(rows, shared), "reference": reference}
     policy.zero_grad()
     loss, metrics = SNKL.loss(policy, batch, batch["count"])
@@ -39,7 +39,7 @@ def close(found, expected, tolerance=1e-5):
 
 def alone(policy, prompt, response):
     """One sequence's log-probability, computed by itself."""
-    return policy(collate_pairs([TokenizedPair("x", prompt, response, response, 1.0)], shared=False))[0]
+    return policy(collate([TokenizedRow.pair("x", prompt, response, response, 1.0)], shared=False))[0]
 
 
 def written_out(policy, rows):
@@ -50,7 +50,7 @@ def written_out(policy, rows):
         with torch.no_grad(), policy.as_base():
             base = torch.stack([alone(policy, row.prompt, response) for response in row.responses])
         found = (torch.stack([alone(policy, row.prompt, r) for r in row.responses]) - base).log_softmax(0)
-        wanted = torch.tensor(row.shares)
+        wanted = torch.tensor(row.weights)
         some = wanted > 0
         total = total + row.weight * (wanted[some] * (wanted[some].log() - found[some])).sum() / len(rows)
     total.backward()
@@ -60,7 +60,7 @@ def written_out(policy, rows):
 @pytest.mark.parametrize("shared", [True, False])
 def test_loss_and_gradients_are_those_of_the_formula(shared):
     policy, rows = perturb(random_policy()), random_targets(7, longest=20)
-    assert any(0.0 in row.shares for row in rows)
+    assert any(0.0 in row.weights for row in rows)
     expected, slopes = written_out(policy, rows)
     loss, found, metrics = step(policy, rows, shared)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -70,10 +70,10 @@ def test_loss_and_gradients_are_those_of_the_formula(shared):
 
 def test_a_certain_pair_is_dpo_at_beta_one():
     pairs, policy = random_pairs(6, longest=20), perturb(random_policy())
-    rows = [TargetGroup(p.id, p.prompt, (p.chosen, p.rejected), (1.0, 0.0), p.weight) for p in pairs]
+    rows = [TokenizedRow(p.id, p.prompt, (p.chosen, p.rejected), (1.0, 0.0), p.weight) for p in pairs]
     dpo = make_objective("dpo", beta=1.0)
     with policy.as_base():
-        reference = pair_log_probs(policy, pairs, 300)
+        reference = torch.cat(sequence_logprobs(policy, pairs, 300))
     batch = {**dpo.collate(pairs, True), "reference": reference}
     policy.zero_grad()
     expected, wanted = dpo.loss(policy, batch, batch["count"])
@@ -88,23 +88,23 @@ def test_a_certain_pair_is_dpo_at_beta_one():
 
 def test_all_responses_are_laid_out_also_those_never_to_be_given():
     rows = [
-        TargetGroup("a", [3, 4], ([5, 6], [7, 8, 9]), (1.0, 0.0), 1.0),
-        TargetGroup("b", [3], ([5], [6], [7]), (0.25, 0.5, 0.25), 2.0),
+        TokenizedRow("a", [3, 4], ([5, 6], [7, 8, 9]), (1.0, 0.0), 1.0),
+        TokenizedRow("b", [3], ([5], [6], [7]), (0.25, 0.5, 0.25), 2.0),
     ]
     batch = SNKL.collate(rows, True)
     assert (batch["count"].item(), batch["weight"].tolist(), batch["sizes"].tolist()) == (2, [1.0, 2.0], [2, 3])
-    assert batch["groups"].tolist() == [0, 0, 1, 1, 1]
+    assert batch["row"].tolist() == [0, 0, 1, 1, 1]
     assert batch["lengths"].tolist() == [2, 3, 1, 1, 1]
     assert (batch["best"].tolist(), batch["worst"].tolist()) == ([0, 3], [1, 2])
     assert batch["log_shares"].exp().tolist() == pytest.approx([1, 0, 0.25, 0.5, 0.25])
     assert [row_tokens(rows[0], shared) for shared in (True, False)] == [7, 10]
-    assert len(collate_targets(rows, False)["input_ids"]) == 5
+    assert len(collate(rows, False)["input_ids"]) == 5
 
 
 def test_equal_shares_pull_towards_the_reference_and_have_no_margin():
     policy = perturb(random_policy())
     rows = [
-        dataclasses.replace(row, shares=(1 / len(row.responses),) * len(row.responses)) for row in random_targets(4)
+        dataclasses.replace(row, weights=(1 / len(row.responses),) * len(row.responses)) for row in random_targets(4)
     ]
     loss, slopes, metrics = step(policy, rows)
     assert loss.item() > 1e-3
@@ -163,10 +163,10 @@ def test_training_reaches_the_optimum_whoever_wrote_the_responses(tmp_path):
     generator = torch.Generator().manual_seed(0)
     policy = Policy(random_model(vocabulary=4), 16, 32.0)
     answers = [list(answer) for answer in itertools.product(range(4), repeat=4)]
-    everything = [TargetGroup("all", [1, 2], tuple(answers), (1 / 256,) * 256, 1.0)]
+    everything = [TokenizedRow("all", [1, 2], tuple(answers), (1 / 256,) * 256, 1.0)]
 
     def log_probs():
-        return group_log_probs(policy, everything, 4000)[0].double()
+        return sequence_logprobs(policy, everything, 4000)[0].double()
 
     reference = log_probs()
     rewards = torch.tensor([1.0 * a.count(3) + (a[0] == a[3]) - 0.8 * (a[1] == 0) for a in answers]).double()
@@ -175,7 +175,7 @@ def test_training_reaches_the_optimum_whoever_wrote_the_responses(tmp_path):
     for number in range(24):
         drawn = torch.randperm(256, generator=generator)[:64]
         shares = tuple(rewards[drawn].softmax(0).tolist())
-        rows.append(TargetGroup(str(number), [1, 2], tuple(answers[i] for i in drawn.tolist()), shares, 1.0))
+        rows.append(TokenizedRow(str(number), [1, 2], tuple(answers[i] for i in drawn.tolist()), shares, 1.0))
     options = {"learning_rate": 1e-2, "batch_size": 4, "epochs": 30.0, "tokens_per_batch": 4000}
     train(policy, "snkl", rows, tmp_path, scheduler="cosine", **options)
     reached = log_probs().exp()

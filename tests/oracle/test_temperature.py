@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from everalign.objectives import cross_weights, solve_temperature, var_weights
+from everalign.objectives import var_weights
 
 NORMAL = torch.special.ndtri((torch.arange(20000, dtype=torch.float64) + 0.5) / 20000)
 
@@ -53,17 +53,6 @@ def test_normal_rewards_are_worth_the_closed_form(temperature):
     found = var_weights(NORMAL, groups, temperature=temperature)
     assert effective_share(found.weights) == pytest.approx(expected, rel=1e-2)
     assert var_weights(NORMAL, groups, target_ess=expected).temperature == pytest.approx(temperature, rel=1e-2)
-
-
-def test_a_temperature_is_found_for_cross_weights_too():
-    rewards, reference = torch.randn(2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-
-    def log_weights_at(temperature):
-        return cross_weights(rewards, reference, None, temperature=temperature).weights.log()
-
-    at_one = cross_weights(rewards, reference, None).weights
-    found = log_weights_at(solve_temperature(log_weights_at, effective_share(at_one))).exp()
-    assert effective_share(found) == pytest.approx(effective_share(at_one), rel=1e-9)
 
 
 def test_a_target_beyond_reach_says_how_far_it_goes():

@@ -6,7 +6,7 @@ from everalign.correction.templates import TEMPLATES as CORRECTOR_TEMPLATES
 from everalign.correction.tokenization import CorrectionEncoder
 from everalign.data.chat_tokens import encode_prompt
 from everalign.data.records import Preference, Scored
-from everalign.data.tokenization import tokenize_answers, tokenize_groups, tokenize_pairs
+from everalign.data.tokenization import tokenize_answers, tokenize_preferences, tokenize_scored
 from everalign.errors import InputError
 from everalign.modeling.loading import load_tokenizer
 from tokenizer_kinds_for_tests import KINDS, REWRITING, TEMPLATES, tokenizer_of
@@ -42,7 +42,7 @@ TEXTS = [
 def encoded(tokenizer, prompt, answers):
     """A row for each answer; the last of them is the rejected one of all others."""
     rows = [Preference(prompt, answer, answers[0] + " Not so.") for answer in answers]
-    return list(tokenize_pairs(rows, tokenizer, 100_000))
+    return list(tokenize_preferences(rows, tokenizer, 100_000))
 
 
 def common(first, second):
@@ -100,9 +100,9 @@ def test_many_answers_to_one_prompt(kind):
         tokenizer.chat_template = TEMPLATES[name][0]
         ones = (1.0,) * len(ANSWERS)
         rows = [Scored(PROMPT, tuple(ANSWERS), ones, weights=ones)]
-        (group,) = tokenize_groups(rows, tokenizer, 100_000)
+        (group,) = tokenize_scored(rows, tokenizer, 100_000)
         for answer, response in zip(ANSWERS, group.responses, strict=True):
-            (alone,) = tokenize_answers([PROMPT], [answer], tokenizer, 100_000).sequences
+            ((alone,), _) = tokenize_answers([PROMPT], [answer], tokenizer, 100_000)
             assert group.prompt + response == alone, (name, answer)
             pair = encoded(tokenizer, PROMPT, [answer])[0]
             assert pair.prompt + pair.chosen == alone
@@ -134,9 +134,9 @@ def test_an_answer_s_tokens_do_not_depend_on_the_rows_beside_it():
     tokenizer.chat_template = TEMPLATES["zephyr"][0]
     rows = [Preference(prompt, f"{answer} {i}", "No.") for i in range(1300) for prompt, answer in TEXTS[:2]]
     rows += [Preference(PROMPT, f"It is {i}.", "No.") for i in range(1300)]
-    together = list(tokenize_pairs(rows, tokenizer, 1000))
+    together = list(tokenize_preferences(rows, tokenizer, 1000))
     for place in (0, 1, 1023, 1024, 2599, 2600, len(rows) - 1):
-        assert together[place] == tokenize_pairs([rows[place]], tokenizer, 1000)[0]
+        assert together[place] == tokenize_preferences([rows[place]], tokenizer, 1000)[0]
 
 
 @pytest.mark.real

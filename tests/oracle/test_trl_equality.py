@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from everalign.data.collate import collate_pairs
+from everalign.data.collate import collate
 from everalign.data.records import Preference
-from everalign.data.tokenization import tokenize_pairs
+from everalign.data.tokenization import tokenize_preferences
 from everalign.modeling.policy import Policy
 from everalign.training.objectives import make_objective
 from everalign.training.options import StageOptions
-from everalign.training.reference import pair_log_probs
-from everalign.training.stage import run_stage
+from everalign.training.reference import Reference, sequence_logprobs
+from everalign.training.stage import train_stage
 from models_for_tests import perturb, random_model
 from tokenizers_for_tests import byte_tokenizer
 
@@ -41,7 +41,7 @@ def policy(tokenizer):
 @pytest.fixture(scope="module")
 def pairs(tokenizer):
     rows = [Preference(prompt=prompt, chosen=chosen, rejected=rejected) for prompt, chosen, rejected in ROWS]
-    return tokenize_pairs(rows, tokenizer, max_length=256)
+    return tokenize_preferences(rows, tokenizer, max_length=256)
 
 
 @pytest.fixture
@@ -94,16 +94,19 @@ def their_batch(trainer, tokenizer):
 
 def our_batch(policy, pairs, objective):
     with policy.as_base():
-        reference = pair_log_probs(policy, pairs, 200)
+        reference = torch.cat(sequence_logprobs(policy, pairs, 200))
     return {**objective.collate(pairs, shared=True), "reference": reference}
 
 
 def test_the_tokens_are_the_same(theirs, pairs, tokenizer):
-    batch, ours = their_batch(theirs, tokenizer), collate_pairs(pairs, shared=False)
+    batch, ours = their_batch(theirs, tokenizer), collate(pairs, shared=False)
     mask = batch["attention_mask"]
-    assert torch.equal(batch["input_ids"] * mask, ours["input_ids"])
+    # They put all chosen sequences before the rejected ones, we a pair's two beside each other.
+    order = torch.arange(len(mask)).view(2, -1).T.flatten()
+    mask = mask[order]
+    assert torch.equal(batch["input_ids"][order] * mask, ours["input_ids"])
     assert torch.equal(mask, ours["attention_mask"])
-    rows, columns = batch["completion_mask"].nonzero(as_tuple=True)
+    rows, columns = batch["completion_mask"][order].nonzero(as_tuple=True)
     assert torch.equal(rows * mask.shape[1] + columns - 1, ours["predictors"])
     assert torch.equal(rows, ours["sequences"])
 
@@ -135,7 +138,7 @@ def test_three_optimiser_steps_are_the_same(theirs, policy, pairs, tokenizer, tm
     start = {name: value.clone() for name, value in policy.state_dict().items()}
     theirs.train()
     with policy.as_base():
-        reference = pair_log_probs(policy, pairs, 200)
+        reference = sequence_logprobs(policy, pairs, 200)
     options = StageOptions(
         learning_rate=1e-3,
         epochs=3.0,
@@ -147,7 +150,9 @@ def test_three_optimiser_steps_are_the_same(theirs, policy, pairs, tokenizer, tm
         checkpoint_steps=0,
     )
     objective = make_objective("dpo", beta=BETA)
-    result = run_stage(policy, objective, pairs, options, tmp_path / "ours", seed=0, reference=reference)
+    result = train_stage(
+        policy, objective, pairs, options, None, seed=0, reference=lambda: Reference("base", reference)
+    )
     parameters = dict(theirs.model.named_parameters())
     try:
         for name, value in policy.state_dict().items():

@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from everalign.data.collate import collate_pairs, row_tokens
-from everalign.data.tokenization import TokenizedGroup, TokenizedPair
+from everalign.data.collate import collate
+from everalign.data.tokenization import TokenizedRow
 from everalign.modeling.policy import Policy
 from everalign.objectives import var_weights
 from everalign.training.objectives import make_objective
@@ -38,8 +38,8 @@ def written_out(policy, groups):
     total = 0.0
     for group in groups:
         for response, weight in zip(group.responses, group.weights, strict=True):
-            pair = TokenizedPair("x", group.prompt, response, response, 1.0)
-            total = total - weight * policy(collate_pairs([pair], shared=False))[0] / tokens
+            pair = TokenizedRow.pair("x", group.prompt, response, response, 1.0)
+            total = total - weight * policy(collate([pair], shared=False))[0] / tokens
     total.backward()
     return total.detach(), {n: p.grad.clone() for n, p in policy.named_parameters() if p.requires_grad}
 
@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_those_of_the_formula(shared):
 @pytest.mark.parametrize("shared", [True, False])
 def test_weights_of_one_are_plain_fine_tuning_bit_for_bit(shared):
     pairs, policy = random_pairs(8, longest=20), perturb(random_policy())
-    groups = [TokenizedGroup(p.id, p.prompt, (p.chosen,), (1.0,)) for p in pairs]
+    groups = [TokenizedRow(p.id, p.prompt, (p.chosen,), (1.0,)) for p in pairs]
     (loss, found, _), (expected, slopes, _) = step(policy, VAR, groups, shared), step(policy, SFT, pairs, shared)
     assert torch.equal(loss, expected)
     assert all(torch.equal(found[name], slopes[name]) for name in slopes)
@@ -93,11 +93,11 @@ def test_weights_of_one_are_the_loss_that_transformers_computes(shared, left):
 
 
 def test_a_response_of_weight_0_is_counted_and_not_computed():
-    groups = [TokenizedGroup("a", [3, 4], ([5, 6], [7, 8, 9, 10]), (1.0, 0.0))]
+    groups = [TokenizedRow("a", [3, 4], ([5, 6], [7, 8, 9, 10]), (1.0, 0.0))]
     batch = VAR.collate(groups, True)
     assert (batch["count"].item(), batch["input_ids"].tolist()) == (6, [[3, 4, 5, 6]])
-    assert [row_tokens(groups[0], shared) for shared in (True, False)] == [4, 4]
-    assert row_tokens(dataclasses.replace(groups[0], weights=(1.0, 0.5)), False) == 12
+    assert [VAR.tokens(groups[0], shared) for shared in (True, False)] == [4, 4]
+    assert VAR.tokens(dataclasses.replace(groups[0], weights=(1.0, 0.5)), False) == 12
 
 
 def test_accumulated_micro_batches_equal_the_big_batch(tmp_path):
@@ -124,7 +124,7 @@ def test_training_reaches_the_optimum_of_a_reward(tmp_path):
     generator = torch.Generator().manual_seed(0)
     policy = Policy(random_model(vocabulary=4), 16, 32.0)
     answers = list(itertools.product(range(4), repeat=4))
-    everything = [TokenizedGroup("all", [1, 2], tuple(list(a) for a in answers), (1.0,) * 256)]
+    everything = [TokenizedRow("all", [1, 2], tuple(list(a) for a in answers), (1.0,) * 256)]
     batch = VAR.collate(everything, True)
 
     def log_probs():

@@ -8,15 +8,15 @@ import torch
 
 from cli_for_tests import run
 from everalign.data import ReplayBuffer, Scored, ScoredSet, load_scored
-from everalign.data.tokenization import distinct, tokenize_targets
+from everalign.data.tokenization import deduplicate, tokenize_scored
 from everalign.errors import InputError
 from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
 from everalign.methods import ExperienceReplay
 from everalign.objectives import var_weights
 from everalign.training.options import WeightOptions
-from everalign.training.reference import group_log_probs
-from everalign.training.reward_weights import weigh
+from everalign.training.reference import sequence_logprobs
+from everalign.training.reward_weights import compute_weights
 from learner_for_tests import adapter_weights, make_learner, same_weights, save_model
 from tokenizers_for_tests import byte_tokenizer
 
@@ -72,7 +72,7 @@ def test_weights_are_those_of_the_estimator(rows, options, arguments):
     beside = torch.tensor([row.reference_rewards for row in rows])
     arguments = {"estimator": "reference", "reward_scale": scale, **arguments}
     expected = var_weights(rewards, groups, reference_rewards=beside, **arguments)
-    found = weigh(rows, [(3,) * len(row.completions) for row in rows], options)
+    found = compute_weights(rows, [(3,) * len(row.completions) for row in rows], options)
     torch.testing.assert_close(weights_of(found), expected.weights, rtol=1e-12, atol=0)
     assert (found.temperature, found.scale) == (expected.temperature, arguments["reward_scale"])
 
@@ -83,7 +83,7 @@ def test_quantiles_do_not_depend_on_the_scale_of_rewards():
         for i, row in enumerate(SINGLE)
     ]
     first, second = (
-        weights_of(weigh(rows, [(3,)] * 8, WeightOptions(estimator="quantile"))) for rows in (SINGLE, bent)
+        weights_of(compute_weights(rows, [(3,)] * 8, WeightOptions(estimator="quantile"))) for rows in (SINGLE, bent)
     )
     assert torch.equal(first, second)
     assert first.max() > 3 * first.min()
@@ -95,7 +95,7 @@ def test_what_is_learned_are_these_weights(model, tmp_path):
         learner(model, tmp_path / estimator, options, ExperienceReplay(replay=1.0)).learn(SINGLE, "a")
         lines = (newest_version(tmp_path / estimator) / "replay.jsonl").read_text().splitlines()
         found = {row["prompt"]: row for row in map(json.loads, lines)}
-        for row in weigh(SINGLE, [(4,)] * 8, options).rows:
+        for row in compute_weights(SINGLE, [(4,)] * 8, options).rows:
             assert found[row.prompt]["weights"] == list(row.weights)
             assert found[row.prompt]["reference_rewards"] == list(row.reference_rewards)
         settings = load_run(tmp_path / estimator).facts.settings
@@ -124,7 +124,7 @@ def test_rows_without_their_reference_rewards_are_named(model, tmp_path, estimat
 def test_rows_that_have_weights_need_no_reference_rewards():
     rows = [Scored("p", ("a", "b"), (1.0, 2.0), weights=(1.0, 1.0))]
     for estimator in ("reference", "quantile", "support"):
-        assert weigh(rows, [(1, 1)], WeightOptions(estimator=estimator)).temperature is None
+        assert compute_weights(rows, [(1, 1)], WeightOptions(estimator=estimator)).temperature is None
 
 
 # ---- the column ----
@@ -188,9 +188,9 @@ def test_support_weighs_with_the_reference_s_probabilities(normalize):
         lengths=lengths if normalize else None,
     ).weights
     options = WeightOptions(estimator="support", length_normalize=normalize)
-    found = weights_of(weigh(LISTED, LENGTHS, options, reference))
+    found = weights_of(compute_weights(LISTED, LENGTHS, options, reference))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    assert not torch.allclose(found, weights_of(weigh(LISTED, LENGTHS, WeightOptions())))
+    assert not torch.allclose(found, weights_of(compute_weights(LISTED, LENGTHS, WeightOptions())))
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -199,7 +199,7 @@ def test_length_that_decides_is_announced_unless_it_is_normalised(normalize):
     lengths = [(3 + i % 7, 9 - i % 5) for i in range(20)]
     reference = [-2.0 * torch.tensor(pair, dtype=torch.float64) for pair in lengths]
     options = WeightOptions(estimator="support", length_normalize=normalize)
-    told = weigh(rows, lengths, options, reference).statistics.warnings()
+    told = compute_weights(rows, lengths, options, reference).statistics.warnings()
     assert any("Length decides the weights" in line and "length_normalize" in line for line in told) != normalize
 
 
@@ -212,12 +212,12 @@ def test_the_reference_of_support_is_the_base_model_whatever_was_learned(model, 
     weights = {row["prompt"]: row["weights"] for row in rows if row["task"] == "second"}
     alike = [dataclasses.replace(row, weights=(1.0,) * 3) for row in second]
     with found.policy.as_base():
-        reference = group_log_probs(found.policy, list(tokenize_targets(alike, found.tokenizer, 64)), 240)
-    lengths = [[len(response) for response in g.responses] for g in tokenize_targets(alike, found.tokenizer, 64)]
-    for row in weigh(second, lengths, WeightOptions(estimator="support"), reference).rows:
+        reference = sequence_logprobs(found.policy, list(tokenize_scored(alike, found.tokenizer, 64)), 240)
+    lengths = [[len(response) for response in g.responses] for g in tokenize_scored(alike, found.tokenizer, 64)]
+    for row in compute_weights(second, lengths, WeightOptions(estimator="support"), reference).rows:
         assert weights[row.prompt] == pytest.approx(list(row.weights), rel=1e-5)
     # With the policy as it is now they would be others.
-    now = group_log_probs(found.policy, list(tokenize_targets(alike, found.tokenizer, 64)), 240)
+    now = sequence_logprobs(found.policy, list(tokenize_scored(alike, found.tokenizer, 64)), 240)
     assert max((a - b).abs().max() for a, b in zip(now, reference, strict=True)) > 0.1
 
 
@@ -264,7 +264,7 @@ def test_a_row_with_one_answer_listed_twice_has_one_completion(model, tmp_path):
 
 
 def test_rows_without_equal_completions_are_left_as_they_are():
-    assert all(a is b for a, b in zip(distinct(LISTED, byte_tokenizer()), LISTED, strict=True))
+    assert all(a is b for a, b in zip(deduplicate(LISTED, byte_tokenizer()), LISTED, strict=True))
 
 
 # ---- options ----
@@ -337,8 +337,8 @@ def test_the_command_line_takes_the_estimators(model, tmp_path, monkeypatch, cap
 
 def test_completions_below_the_floor_are_left_out_and_what_they_weighed_is_said():
     rows = [Scored("p", ("a", "b", "c"), (3.0, 2.0, -3.0)), Scored("q", ("a", "b"), (1.0, 1.0))]
-    whole = weigh(rows, [(1, 1, 1), (1, 1)], WeightOptions(scale_rewards=False))
-    found = weigh(rows, [(1, 1, 1), (1, 1)], WeightOptions(scale_rewards=False, weight_floor=0.1))
+    whole = compute_weights(rows, [(1, 1, 1), (1, 1)], WeightOptions(scale_rewards=False))
+    found = compute_weights(rows, [(1, 1, 1), (1, 1)], WeightOptions(scale_rewards=False, weight_floor=0.1))
     assert found.rows[0].weights == (*whole.rows[0].weights[:2], 0.0)
     assert found.rows[1].weights == (1.0, 1.0)
     assert found.left_out == 1
@@ -351,7 +351,7 @@ def test_completions_below_the_floor_are_left_out_and_what_they_weighed_is_said(
 
 def test_prompts_whose_rewards_are_all_one_are_left_out():
     rows = [Scored("p", ("a", "b"), (1.0, 1.0)), Scored("q", ("a", "b"), (1.0, 2.0))]
-    found = weigh(rows, [(1, 1), (1, 1)], WeightOptions(drop_constant=True))
+    found = compute_weights(rows, [(1, 1), (1, 1)], WeightOptions(drop_constant=True))
     assert [row.prompt for row in found.rows] == ["q"]
     assert (found.left_out, found.left_out_weight) == (2, 0.5)
 
@@ -365,7 +365,7 @@ def test_prompts_whose_rewards_are_all_one_are_left_out():
 )
 def test_options_that_leave_no_row_are_refused(options, message):
     with pytest.raises(InputError, match=message):
-        weigh(SINGLE, [(4,)] * 8, WeightOptions(estimator="in_batch", **options))
+        compute_weights(SINGLE, [(4,)] * 8, WeightOptions(estimator="in_batch", **options))
 
 
 @pytest.mark.parametrize(

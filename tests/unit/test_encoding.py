@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from everalign.data.chat_template import keep_template
 from everalign.data.chat_tokens import ChatFormat, encode_prompt, encode_response, template_fingerprint
 from everalign.data.records import Preference
-from everalign.data.tokenization import TokenizedPair, tokenize_pairs, truncate_pair
+from everalign.data.tokenization import TokenizedRow, tokenize_preferences, truncate
 from everalign.errors import InputError
 from tokenizers_for_tests import CHATML, FORGETFUL, NO_END, NO_SYSTEM, SHOUTING, byte_tokenizer
 
@@ -108,7 +108,7 @@ def test_templates_that_cannot_be_used_are_refused_with_the_row(tokenizer, messa
     prompt = ({"role": "system", "content": "S"}, *CHAT)
     rows = [Preference("text", "good", "bad"), Preference(prompt, "good", "bad")]
     with pytest.raises(InputError) as caught:
-        tokenize_pairs(rows, tokenizer, 64)
+        tokenize_preferences(rows, tokenizer, 64)
     assert str(caught.value).startswith(f"pair 2 (id {rows[1].id}): tokenizer: ")
     assert message in str(caught.value)
 
@@ -132,8 +132,8 @@ def test_a_batch_is_its_rows_one_by_one(template):
     tokenizer = byte_tokenizer(template, bos="<s>", adds="<s> $A")
     prompts = [CHAT, "plain", (*CHAT, *CHAT), "x", CHAT]
     rows = [Preference(prompt, f"good {i}", f"bad {i * 'x'}", weight=i + 1) for i, prompt in enumerate(prompts)]
-    for pair, row in zip(tokenize_pairs(rows, tokenizer, 500), rows, strict=True):
-        assert pair == TokenizedPair(
+    for pair, row in zip(tokenize_preferences(rows, tokenizer, 500), rows, strict=True):
+        assert pair == TokenizedRow.pair(
             row.id,
             encode_prompt(tokenizer, row.prompt),
             encode_response(tokenizer, row.prompt, row.chosen),
@@ -145,15 +145,20 @@ def test_a_batch_is_its_rows_one_by_one(template):
 def test_more_rows_than_one_batch_of_texts():
     rows = [Preference(str(i), f"good {i}", "bad") for i in range(2100)]
     tokenizer = byte_tokenizer()
-    pairs = tokenize_pairs(rows, tokenizer, 32)
+    pairs = tokenize_preferences(rows, tokenizer, 32)
     assert [tokenizer.decode(pair.prompt) for pair in pairs] == [row.prompt for row in rows]
     assert [pair.id for pair in pairs] == [row.id for row in rows]
 
 
 def pair(prompt, chosen, rejected):
-    return TokenizedPair(
+    return TokenizedRow.pair(
         "id", list(range(prompt)), list(range(100, 100 + chosen)), list(range(200, 200 + rejected)), 1.0
     )
+
+
+def cut(row, max_length, bos=None):
+    prompt, answers = truncate(row.prompt, row.responses, max_length, bos)
+    return TokenizedRow.pair("id", prompt, *answers)
 
 
 @pytest.mark.parametrize(
@@ -170,24 +175,24 @@ def pair(prompt, chosen, rejected):
     ],
 )
 def test_truncation_takes_the_prompts_left_then_the_answers_tails(lengths, kept):
-    before, after = pair(*lengths), truncate_pair(pair(*lengths), 16)
+    before, after = pair(*lengths), cut(pair(*lengths), 16)
     assert (len(after.prompt), len(after.chosen), len(after.rejected)) == kept
     assert after.prompt == before.prompt[len(before.prompt) - kept[0] :]
     assert (after.chosen, after.rejected) == (before.chosen[: kept[1]], before.rejected[: kept[2]])
 
 
 def test_truncation_keeps_a_leading_bos():
-    assert truncate_pair(pair(20, 6, 6), 8, bos=0).prompt == [0, 19]
-    assert truncate_pair(pair(20, 6, 6), 8, bos=7).prompt == [18, 19]
+    assert cut(pair(20, 6, 6), 8, bos=0).prompt == [0, 19]
+    assert cut(pair(20, 6, 6), 8, bos=7).prompt == [18, 19]
 
 
 def test_every_cut_pair_fits_and_has_a_prompt_and_answers():
     for prompt in range(1, 30):
         for answer in range(1, 30):
             for limit in (8, 9, 13, 16):
-                cut = truncate_pair(pair(prompt, answer, 30 - answer), limit, bos=0)
-                assert len(cut.prompt) + max(len(cut.chosen), len(cut.rejected)) <= limit
-                assert min(map(len, (cut.prompt, cut.chosen, cut.rejected))) > 0
+                short = cut(pair(prompt, answer, 30 - answer), limit, bos=0)
+                assert len(short.prompt) + max(map(len, short.responses)) <= limit
+                assert min(map(len, (short.prompt, *short.responses))) > 0
 
 
 def test_counts_and_summary():
@@ -198,44 +203,44 @@ def test_counts_and_summary():
         Preference("p" * 40, "g" * 40, "b"),  # prompt and one answer cut
         Preference("p", "x" * 30 + "good", "x" * 30 + "bad"),  # cut to the same
     ]
-    pairs = tokenize_pairs(rows, byte_tokenizer(), 16)
-    assert (pairs.truncated_prompts, pairs.truncated_responses, pairs.identical_after_truncation) == (2, 5, 1)
+    pairs = tokenize_preferences(rows, byte_tokenizer(), 16)
+    assert (pairs.truncated_prompts, pairs.truncated_responses, pairs.identical) == (2, 5, 1)
     assert pairs[4].chosen == pairs[4].rejected
     assert len(pairs) == 5
     assert pairs[1:3] == (pairs[1], pairs[2])
     assert pairs.one_line() == (
-        "5 pairs of at most 16 tokens: 2 prompts and 5 answers truncated, 1 pairs with identical answers"
+        "5 rows of at most 16 tokens: 2 prompts and 5 answers truncated, 1 rows with identical answers"
     )
 
 
 def test_a_cut_answer_does_not_end():
     tokenizer = byte_tokenizer()
-    cut = tokenize_pairs([Preference("p", "g" * 40, "b")], tokenizer, 16)[0]
+    cut = tokenize_preferences([Preference("p", "g" * 40, "b")], tokenizer, 16)[0]
     assert tokenizer.eos_token_id not in cut.chosen
     assert cut.rejected[-1] == tokenizer.eos_token_id
 
 
 def test_pairs_that_all_became_identical_are_refused():
     with pytest.raises(InputError, match="max_length: 16 leaves the two answers of every pair"):
-        tokenize_pairs([Preference("p", "x" * 30 + "good", "x" * 30 + "bad")], byte_tokenizer(), 16)
+        tokenize_preferences([Preference("p", "x" * 30 + "good", "x" * 30 + "bad")], byte_tokenizer(), 16)
 
 
 def test_no_rows_are_no_pairs_and_short_limits_are_refused():
-    assert len(tokenize_pairs([], byte_tokenizer(), 8)) == 0
+    assert len(tokenize_preferences([], byte_tokenizer(), 8)) == 0
     with pytest.raises(InputError, match="max_length: must be at least 8 tokens, found 7"):
-        tokenize_pairs([], byte_tokenizer(), 7)
+        tokenize_preferences([], byte_tokenizer(), 7)
 
 
 def test_encoded_fingerprint_follows_the_tokens():
     rows = [Preference("p", "good", "bad"), Preference("q", "good", "bad" * 9)]
     encoded = [
-        tokenize_pairs(rows, byte_tokenizer(), 64),
-        tokenize_pairs(rows, byte_tokenizer(), 16),
-        tokenize_pairs(rows[::-1], byte_tokenizer(), 64),
-        tokenize_pairs([rows[0], Preference("q", "good", "bad" * 9, weight=2)], byte_tokenizer(), 64),
+        tokenize_preferences(rows, byte_tokenizer(), 64),
+        tokenize_preferences(rows, byte_tokenizer(), 16),
+        tokenize_preferences(rows[::-1], byte_tokenizer(), 64),
+        tokenize_preferences([rows[0], Preference("q", "good", "bad" * 9, weight=2)], byte_tokenizer(), 64),
     ]
     assert len({pairs.fingerprint for pairs in encoded}) == 4
-    assert tokenize_pairs(rows, byte_tokenizer(CHATML), 64).fingerprint == encoded[0].fingerprint
+    assert tokenize_preferences(rows, byte_tokenizer(CHATML), 64).fingerprint == encoded[0].fingerprint
 
 
 def test_template_fingerprint_tells_apart_what_encodes_differently():

@@ -7,16 +7,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from everalign.data.collate import collate_chosen
-from everalign.data.tokenization import TokenizedPair
+from everalign.data.tokenization import TokenizedRow
 from everalign.errors import EveralignError
 from everalign.evaluation import HeldOut, score_preferences
 from everalign.evaluation.preference import mean_kl
 from everalign.modeling import logprobs as token_log_probs
 from everalign.modeling.policy import Policy
-from everalign.training.reference import pair_log_probs
+from everalign.training.reference import sequence_logprobs
 from memory_for_tests import LiveTensors
-from models_for_tests import perturb, random_model, random_pairs, random_policy, random_updates, scaled_by_itself
+from models_for_tests import (
+    collate_chosen,
+    perturb,
+    random_model,
+    random_pairs,
+    random_policy,
+    random_updates,
+    scaled_by_itself,
+)
 
 
 class Table(torch.nn.Module):
@@ -37,7 +44,7 @@ class Table(torch.nn.Module):
 
 
 def pair(chosen, rejected):
-    return TokenizedPair("x", [3], chosen, rejected, 1.0)
+    return TokenizedRow.pair("x", [3], chosen, rejected, 1.0)
 
 
 def score(policy, pairs, base=None, **arguments):
@@ -70,7 +77,7 @@ def test_the_base_model_itself_has_reward_accuracy_one_half():
     policy = random_policy()
     pairs = random_pairs(9)
     with policy.as_base():
-        base = pair_log_probs(policy, pairs, 80)
+        base = torch.stack(sequence_logprobs(policy, pairs, 80))
     result = score(policy, pairs, base, previous={})
     assert result.reward_accuracy == 0.5
     assert result.kl_previous == 0.0
@@ -192,7 +199,7 @@ def test_a_nan_is_not_taken_for_no_drift():
 def test_kl_positions_predict_the_chosen_response():
     """Changing what follows the last response token's prediction changes nothing."""
     policy, (each,) = policy_in_task_two(), random_pairs(1)
-    last = TokenizedPair("x", each.prompt, [*each.chosen[:-1], 7], each.rejected, 1.0)
+    last = TokenizedRow.pair("x", each.prompt, [*each.chosen[:-1], 7], each.rejected, 1.0)
     assert mean_kl(policy, {}, [last]) == pytest.approx(mean_kl(policy, {}, [each]), rel=1e-5)
 
 

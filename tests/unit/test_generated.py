@@ -2,10 +2,11 @@
 
 import pytest
 
+from everalign.correction.objective import Rewritten
 from everalign.data import Correction
 from everalign.errors import InputError
 from everalign.evaluation.scorers import CallableScorer
-from everalign.learning.generated_corrections import Written, compare_written
+from everalign.learning.generated_corrections import compare_written
 from everalign.learning.promotion import compare_values, judge
 from everalign.methods import LifeAlign
 from learner_for_tests import make_learner
@@ -18,7 +19,7 @@ NONSENSE = [f"the the of {i} boil" for i in range(60)]
 
 
 def verdict_on(before, after, scorer=None, tolerance=0.05):
-    compared = compare_written({"a": Written(ROWS, before, 0)}, {"a": Written(ROWS, after, 0)}, scorer)
+    compared = compare_written({"a": Rewritten(ROWS, before, 0)}, {"a": Rewritten(ROWS, after, 0)}, scorer)
     return judge(tolerance, compared, before == after)
 
 
@@ -41,16 +42,16 @@ def test_corrections_are_compared_with_those_before_and_with_answers_left_alone(
 
 
 def test_good_answers_that_are_no_longer_left_alone_are_forgotten():
-    before, after = ({"a": Written(ROWS, RIGHT, 0, kept)} for kept in (RIGHT, LEFT))
+    before, after = ({"a": Rewritten(ROWS, RIGHT, 0, kept)} for kept in (RIGHT, LEFT))
     verdict = judge(0.05, compare_written(before, after, None))
     assert verdict.fell.keys() == {"a: good answers kept, against those before"}
     assert judge(0.05, compare_written(before, before, None)).promoted
 
 
 def test_rows_that_are_too_long_are_not_compared():
-    none = {"a": Written([], [], 0)}
+    none = {"a": Rewritten([], [], 0)}
     assert compare_written(none, none, None) == {}
-    assert none["a"].summary.startswith("no held-out row is short enough")
+    assert none["a"].one_line.startswith("no held-out row is short enough")
 
 
 def test_a_scorer_is_heard_too():
@@ -67,8 +68,8 @@ def test_a_scorer_is_heard_too():
 
 
 def test_what_was_written_is_told_in_words():
-    written = Written(ROWS, [*LEFT[:30], *RIGHT[30:]], refused=6)
-    assert written.summary == "60 corrections written, 40% left the answer as it was, guards refused 10%"
+    written = Rewritten(ROWS, [*LEFT[:30], *RIGHT[30:]], refused=6)
+    assert written.one_line == "60 corrections written, 40% left the answer as it was, guards refused 10%"
 
 
 def test_the_interval_of_a_mean_is_students():

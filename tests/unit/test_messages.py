@@ -9,7 +9,7 @@ from everalign.data.messages import ChatPrompt, completion_text
 from everalign.data.readers import load_preferences, load_scored
 from everalign.data.records import Correction, CorrectionSet, Preference, Scored
 from everalign.data.replay import ReplayBuffer
-from everalign.data.tokenization import tokenize_pairs
+from everalign.data.tokenization import tokenize_preferences
 from everalign.errors import InputError
 from tables_for_tests import write_table
 from tokenizers_for_tests import byte_tokenizer
@@ -206,7 +206,7 @@ def test_conversations_are_cut_before_an_assistant_speaks():
 def test_several_turns_are_learned_to_the_end_of_the_last():
     tokenizer = byte_tokenizer()
     more = {"role": "user", "content": "And?"}
-    pair = tokenize_pairs([read(chosen=[USER, YES, more, YES], rejected=[USER, NO])], tokenizer, 1000)[0]
+    pair = tokenize_preferences([read(chosen=[USER, YES, more, YES], rejected=[USER, NO])], tokenizer, 1000)[0]
     assert tokenizer.decode(pair.prompt) == "User:\nHello?\n\nAssistant:\n"
     assert tokenizer.decode(pair.chosen) == "Yes</s>\n\nUser:\nAnd?\n\nAssistant:\nYes</s>"
     assert tokenizer.decode(pair.rejected) == "No</s>"

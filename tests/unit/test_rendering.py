@@ -6,7 +6,7 @@ from everalign.data.chat_tokens import ChatFormat, encode_prompt
 from everalign.data.messages import ChatPrompt
 from everalign.data.records import Preference, Scored
 from everalign.data.template_notes import template_notes
-from everalign.data.tokenization import tokenize_pairs
+from everalign.data.tokenization import tokenize_preferences
 from everalign.errors import InputError
 from tokenizers_for_tests import CHATML, NO_END, SHOUTING, THINKING, byte_tokenizer
 
@@ -212,7 +212,7 @@ def test_content_in_parts_is_read_by_every_template_and_text_by_those_that_want_
 def test_pairs_of_both_kinds_follow_one_prompt():
     tokenizer = byte_tokenizer(CUTS_REASONING, bos="<s>")
     row = Preference(CHAT, "r</think>Yes", "No")
-    pair = tokenize_pairs([row], tokenizer, 1000)[0]
+    pair = tokenize_preferences([row], tokenizer, 1000)[0]
     assert tokenizer.decode(pair.prompt) == "<U>Hi<A>"
     assert tokenizer.decode(pair.chosen) == "<think>\nr</think>Yes</s>"
     assert tokenizer.decode(pair.rejected) == "No</s>"

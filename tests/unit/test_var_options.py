@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from everalign.objectives import cross_weights, global_scale, var_weights
+from everalign.objectives import global_scale, var_weights
 
 INF = math.inf
 REWARDS, GROUPS = torch.tensor([1.0, 2.0, 0.0, 5.0]), torch.tensor([0, 0, 1, 1])
@@ -87,8 +87,6 @@ def test_a_reward_that_is_no_reward_is_named_by_its_row(bad):
         var_weights(torch.tensor([1.0, bad, -INF, bad]), GROUPS)
     with pytest.raises(ValueError, match=f"reference reward other than -inf must be finite: row 3 is {bad}"):
         weigh("reference", set(), reference_rewards=torch.tensor([[0.0, -INF], [0.0, bad]]))
-    with pytest.raises(ValueError, match=f"reward other than -inf must be finite: row 1 is {bad}"):
-        cross_weights(torch.tensor([[0.0, bad], [0.0, 0.0]]), torch.zeros(2, 2), None)
     with pytest.raises(ValueError, match="row 0 is"):
         global_scale(torch.tensor([bad, 1.0]))
 
@@ -102,8 +100,6 @@ def test_log_probabilities_and_baselines_must_be_finite(bad):
         weigh("group", {"reference_logprobs"}, sampler_logprobs=broken)
     with pytest.raises(ValueError, match=f"baseline must be finite: row 1 is {bad}"):
         weigh("in_batch", set(), baselines=torch.tensor([0.0, bad]))
-    with pytest.raises(ValueError, match=f"reference log-probability must be finite: row 2 is {bad}"):
-        cross_weights(torch.zeros(2, 2), broken.reshape(2, 2), None)
 
 
 def test_rewards_that_overflow_at_the_temperature_are_named():
@@ -145,17 +141,6 @@ def test_a_group_number_below_zero_is_no_index():
 def test_lengths_are_one_count_of_at_least_one_a_row(lengths):
     with pytest.raises(ValueError, match="token counts of at least 1"):
         weigh("support", {"reference_logprobs"}, lengths=lengths)
-    with pytest.raises(ValueError, match="token counts of at least 1"):
-        cross_weights(torch.zeros(4, 4), torch.zeros(4, 4), lengths)
-
-
-def test_cross_weights_want_square_matrices_of_the_same_shape():
-    with pytest.raises(ValueError, match="square"):
-        cross_weights(torch.zeros(2, 3), torch.zeros(2, 3), None)
-    with pytest.raises(ValueError, match="same shape"):
-        cross_weights(torch.zeros(2, 2), torch.zeros(2), None)
-    with pytest.raises(ValueError, match="temperature"):
-        cross_weights(torch.zeros(2, 2), torch.zeros(2, 2), None, temperature=0.0)
 
 
 def test_a_batch_needs_something_to_compare_with():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from everalign.correction.templates import Question, Template, question_text
 from everalign.data.records import Correction, CorrectionSet
-from everalign.data.tokenization import TokenizedGroup, TokenizedGroups, TokenizedPair, TokenizedPairs, check_max_length
+from everalign.data.tokenization import TokenizedRow, TokenizedRows, check_max_length
 from everalign.errors import InputError, check_shortfall
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class EncodedCorrections:
         shortened: rows of `groups` whose question or answer lost tokens.
     """
 
-    groups: tuple[TokenizedGroup, ...]
+    groups: tuple[TokenizedRow, ...]
     dropped: int
     shortened: int
 
@@ -257,7 +257,7 @@ def tokenize_corrections(
         InputError: `max_length` is too small, or a text cannot be tokenised; names the row.
     """
     check_max_length(max_length)
-    groups: list[TokenizedGroup] = []
+    groups: list[TokenizedRow] = []
     dropped = shortened = 0
     for number, row in enumerate(rows, start=1):
         if len(groups) == most:
@@ -276,7 +276,7 @@ def tokenize_corrections(
 
 def _group(
     row: Correction, texts: tuple[str, ...], encoder: CorrectionEncoder, max_length: int
-) -> tuple[TokenizedGroup | None, bool]:
+) -> tuple[TokenizedRow | None, bool]:
     """Return a row, its prompt in the room that the longest text leaves, or None where that is too little."""
     responses = tuple(encoder.response(text) for text in texts)
     longest = max(responses, key=len)
@@ -286,7 +286,7 @@ def _group(
         if not (room := encoder.room(longest, max_length)):
             return None, False
         prompt = encoder.prompt(row.question, row.answer, room)
-    return TokenizedGroup(row.id, prompt, responses, (row.weight,) * len(responses)), short
+    return TokenizedRow(row.id, prompt, responses, (1.0,) * len(responses), row.weight), short
 
 
 def learned_corrections(
@@ -319,15 +319,15 @@ def learned_corrections(
     return replace(rows, items=kept), tuple(lines), encoded.warnings(max_length)
 
 
-def encode_learned(rows: Sequence[Any], encoder: CorrectionEncoder, max_length: int) -> TokenizedGroups:
+def encode_learned(rows: Sequence[Any], encoder: CorrectionEncoder, max_length: int) -> TokenizedRows:
     """Return corrections as tokens, each the one text that is to follow its prompt; rows are known to fit."""
     encoded = tokenize_corrections(rows, encoder, max_length)
-    return TokenizedGroups(encoded.groups, max_length, encoded.shortened)
+    return TokenizedRows(encoded.groups, max_length, encoded.shortened)
 
 
 def encode_held_out(
     rows: Sequence[Correction], encoder: CorrectionEncoder, max_length: int, log: Callable[[str], None]
-) -> TokenizedPairs:
+) -> TokenizedRows:
     """Return held-out corrections as pairs behind the template's prompt: the correction over the answer as it is.
 
     Raises:
@@ -340,14 +340,7 @@ def encode_held_out(
         log(f"  {encoded.dropped} of {len(rows)} held-out rows are left out, too long for {max_length} tokens")
     for warning in encoded.warnings(max_length):
         log(f"  warning: held-out: {warning}")
-    pairs = tuple(map(_pair, encoded.groups))
-    same = sum(pair.chosen == pair.rejected for pair in pairs)
-    return TokenizedPairs(pairs, max_length, encoded.shortened, 0, same)
-
-
-def _pair(group: TokenizedGroup) -> TokenizedPair:
-    correction, answer = group.responses
-    return TokenizedPair(group.id, group.prompt, correction, answer, group.weights[0])
+    return TokenizedRows(encoded.groups, max_length, encoded.shortened)
 
 
 def _with_identities(rows: CorrectionSet, identity: float, seed: int) -> tuple[CorrectionSet, int]:

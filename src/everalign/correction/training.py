@@ -19,6 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from everalign.correction.corrector_files import CorrectorFacts, chosen_template
 from everalign.correction.options import CorrectorOptions
 from everalign.correction.templates import get_template
 from everalign.correction.tokenization import CorrectionEncoder, Texts, compared, copied, taught, tokenize_corrections
-from everalign.data.collate import Batch, batches_by_length, collate_groups, row_tokens
+from everalign.data.collate import Batch, batches_by_length, collate, row_tokens
 from everalign.data.readers import check_disjoint
 from everalign.data.records import CorrectionSet
-from everalign.data.tokenization import TokenizedGroup
+from everalign.data.tokenization import TokenizedRow
 from everalign.errors import InputError
 from everalign.modeling.base_adapter import base_and_adapter, tokenizer_folder
 from everalign.modeling.loading import (
@@ -52,14 +53,8 @@ from everalign.modeling.reward_model import check_free
 from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.modeling.stopping import write_ends
 from everalign.storage import exclusive, lock_of, new_folder
-from everalign.training.objectives import RewardWeightedObjective
-from everalign.training.options import StageOptions
-from everalign.training.stage import (
-    StageResult,
-    load_finished,
-    save_result,
-    train_rows,
-)
+from everalign.training.base_objective import LikelihoodObjective
+from everalign.training.stage import StageResult, train_stage
 
 
 @dataclass(frozen=True)
@@ -96,9 +91,7 @@ class _Sums:
     all: Tensor
 
 
-def corrector_report(
-    model: Policy | FullModel, rows: Sequence[TokenizedGroup], tokens_per_batch: int
-) -> CorrectorReport:
+def corrector_report(model: Policy | FullModel, rows: Sequence[TokenizedRow], tokens_per_batch: int) -> CorrectorReport:
     """Judge a corrector.
 
     Args:
@@ -108,7 +101,7 @@ def corrector_report(
     """
     shared, order, parts = model.head.shared, [], []
     for numbers in batches_by_length([row_tokens(row, shared) for row in rows], tokens_per_batch):
-        batch = model.on_device(collate_groups([rows[number] for number in numbers], shared))
+        batch = model.on_device(collate([rows[number] for number in numbers], shared))
         parts.append(_sums(batch, *model.response_choices(batch)))
         order += numbers
     correction, answer = (_of_response(parts, place) for place in (0, 1))
@@ -144,53 +137,6 @@ def _of_response(parts: Sequence[_Sums], place: int) -> _Sums:
     """Return the sums of every row's response at a place."""
     names = ("log_probs", "lengths", "first", "all")
     return _Sums(*(torch.cat([getattr(part, name)[place::2] for part in parts]) for name in names))
-
-
-def train_stage(
-    model: Policy | FullModel,
-    rows: Sequence[TokenizedGroup],
-    options: StageOptions,
-    folder: Path,
-    *,
-    seed: int,
-    log: Callable[[str], None],
-    progress: Callable[[int, int], None],
-) -> tuple[StageResult, bool]:
-    """Train `model` in place, or load what an earlier call had finished.
-
-    Args:
-        model: a policy, whose adapter is trained, or a whole model.
-        rows: prompts, each with the one text that is to follow it, and its weight.
-        options: how.
-        folder: holds checkpoints and then the finished stage.
-        seed: seeds the order of the rows.
-        log: called with a line where activations are computed again because memory is short.
-        progress: called with (steps done, steps in all).
-
-    Returns:
-        What the stage did, and whether an earlier call had finished it.
-
-    Raises:
-        EveralignError: the loss or the weights became NaN or infinite.
-    """
-    finished = load_finished(model, folder)
-    if finished is not None:
-        return StageResult(**finished), True
-    shared = model.head.shared
-    result = train_rows(
-        model,
-        RewardWeightedObjective(),
-        rows,
-        [row_tokens(row, shared) for row in rows],
-        options,
-        folder / "checkpoints",
-        seed=seed,
-        shared=shared,
-        progress=progress,
-        log=log,
-    )
-    save_result(model, asdict(result), folder, "training")
-    return result, False
 
 
 Progress = Callable[[str, int, int], None]
@@ -337,7 +283,7 @@ def _encode(
     options: CorrectorOptions,
     texts: Texts,
     log: Callable[[str], None],
-) -> tuple[TokenizedGroup, ...]:
+) -> tuple[TokenizedRow, ...]:
     limit = int(options.max_length or 0)
     try:
         encoded = tokenize_corrections(rows, encoder, limit, texts)
@@ -359,7 +305,7 @@ def _encode(
 
 def _warm_up_rows(
     rows: CorrectionSet, corrections: int, encoder: CorrectionEncoder, options: CorrectorOptions, seed: int
-) -> tuple[TokenizedGroup, ...]:
+) -> tuple[TokenizedRow, ...]:
     """Draw the rows whose answers are learned as they are: a share of the number of corrections."""
     if options.identity == 0:
         return ()
@@ -378,7 +324,7 @@ def _warm_up_rows(
 def _work_key(
     base: str,
     encoder: CorrectionEncoder,
-    stages: dict[str, tuple[TokenizedGroup, ...]],
+    stages: dict[str, tuple[TokenizedRow, ...]],
     options: CorrectorOptions,
     seed: int,
 ) -> str:
@@ -388,13 +334,13 @@ def _work_key(
     facts = [base, encoder.fingerprint, settings, seed]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for group in (group for groups in stages.values() for group in groups):
-        digest.update(repr((group.id, group.prompt, group.responses, group.weights)).encode())
+        digest.update(repr((group.id, group.prompt, group.responses, group.weight)).encode())
     return digest.hexdigest()[:16]
 
 
 def _train(
     learner: Policy | FullModel,
-    stages: dict[str, tuple[TokenizedGroup, ...]],
+    stages: dict[str, tuple[TokenizedRow, ...]],
     options: CorrectorOptions,
     place: Path,
     seed: int,
@@ -403,26 +349,17 @@ def _train(
 ) -> dict[str, StageResult]:
     results = {}
     for index, (name, groups) in enumerate(stages.items()):
-        if not groups:
-            continue
-
-        def report(done: int, total: int, name: str = name) -> None:
-            progress(name, done, total)
-
-        log(f"  {name}: {len(groups)} rows")
-        settings = options.stage(warming_up=name == "identity")
-        found = train_stage(
-            learner,
-            groups,
-            settings,
-            place / f"{index}-{name}",
-            seed=seed + index,
-            log=log,
-            progress=report,
-        )
-        results[name], earlier = found
-        if earlier:
-            log(f"  {name}: was finished by an earlier call")
+        if groups:
+            results[name] = train_stage(
+                learner,
+                LikelihoodObjective(name),
+                groups,
+                options.stage(warming_up=name == "identity"),
+                place / f"{index}-{name}",
+                seed=seed + index,
+                progress=partial(progress, name),
+                log=log,
+            )
     return results
 
 

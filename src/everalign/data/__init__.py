@@ -32,9 +32,10 @@ _HOMES = {
     "encode_prompt": "chat_tokens",
     "encode_response": "chat_tokens",
     "template_fingerprint": "chat_tokens",
-    "TokenizedPair": "tokenization",
-    "TokenizedPairs": "tokenization",
-    "tokenize_pairs": "tokenization",
+    "TokenizedRow": "tokenization",
+    "TokenizedRows": "tokenization",
+    "tokenize_preferences": "tokenization",
+    "tokenize_scored": "tokenization",
     "ReplayBuffer": "replay",
 }
 

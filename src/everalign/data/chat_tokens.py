@@ -34,7 +34,7 @@ from everalign.errors import InputError, located
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-TokenizedRow = tuple[list[int], tuple[list[int], ...]]
+PromptAndAnswers = tuple[list[int], tuple[list[int], ...]]
 """The tokens of a prompt, and those of each of its answers."""
 
 _QUESTION: Prompt = ({"role": "user", "content": "Hi"},)
@@ -85,7 +85,7 @@ class ChatFormat:
         prompts: Sequence[Prompt],
         completions: Sequence[Sequence[Completion]],
         name: Callable[[int], str] = lambda i: f"row {i + 1}",
-    ) -> list[TokenizedRow]:
+    ) -> list[PromptAndAnswers]:
         """Tokenizes N prompts and the answers to each, which end with the end-of-turn token or with EOS.
 
         The tokens of a prompt and one of its answers together are those of the whole conversation; no list is empty.
@@ -98,7 +98,7 @@ class ChatFormat:
         Raises:
             InputError: a conversation cannot be rendered; names its row.
         """
-        found: list[TokenizedRow] = []
+        found: list[PromptAndAnswers] = []
         while len(found) < len(prompts):
             # A batch is kept in memory with the places of all its tokens.
             first, texts, last = len(found), 0, len(found)
@@ -114,7 +114,7 @@ class ChatFormat:
         completions: Sequence[Sequence[Completion]],
         name: Callable[[int], str],
         first: int,
-    ) -> list[TokenizedRow]:
+    ) -> list[PromptAndAnswers]:
         texts: list[str] = []
         wholes: list[list[Rendered]] = []
         for i, (prompt, answers) in enumerate(zip(prompts, completions, strict=True)):
@@ -184,7 +184,7 @@ class ChatFormat:
         tokens: int,
         chars: int,
         tails: "Sequence[_TextTokens]",
-    ) -> TokenizedRow:
+    ) -> PromptAndAnswers:
         rest = head[tokens:]
         bodies, borders = [], []
         for tail, whole in zip(tails, wholes, strict=True):
@@ -198,7 +198,7 @@ class ChatFormat:
 
     def _cut(
         self, prompt: Prompt, head: list[int], wholes: Sequence[Rendered], bodies: Sequence[list[int]], border: int
-    ) -> TokenizedRow:
+    ) -> PromptAndAnswers:
         """Returns the row whose prompt is `head` and what all bodies have in common before the border."""
         border = _common_length([ids[:border] for ids in bodies])
         answers = tuple(

@@ -1,19 +1,18 @@
 """Held-out preference accuracy, length-normalised margin, and drift from the previous policy."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from everalign.data.collate import batches_by_length, collate_chosen
-from everalign.data.tokenization import TokenizedPair
+from everalign.data.collate import batches_by_length, collate, row_tokens
+from everalign.data.tokenization import TokenizedRow
 from everalign.errors import EveralignError
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
-from everalign.training.reference import pair_log_probs
+from everalign.training.reference import sequence_logprobs
 
 _TIE = 0.5
 _KL_TOKENS = 4096
@@ -27,11 +26,11 @@ class HeldOut:
     """A task's held-out pairs with what the base model makes of them.
 
     Args:
-        pairs: N encoded pairs.
+        pairs: N tokenised rows of two responses, chosen and rejected.
         base: (N, 2) summed log-probabilities of chosen and rejected under the base model, in nats.
     """
 
-    pairs: Sequence[TokenizedPair]
+    pairs: Sequence[TokenizedRow]
     base: Tensor
 
 
@@ -81,10 +80,10 @@ def score_preferences(
     Raises:
         EveralignError: the policy gives NaN or infinite log-probabilities.
     """
-    log_probs = pair_log_probs(policy, held_out.pairs, tokens_per_batch)
+    log_probs = torch.stack(sequence_logprobs(policy, held_out.pairs, tokens_per_batch))
     if not torch.isfinite(log_probs).all():
         raise EveralignError("the policy gives NaN or infinite log-probabilities: lower the learning rate, or use fp32")
-    lengths = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in held_out.pairs])
+    lengths = torch.tensor([[len(tokens) for tokens in pair.responses] for pair in held_out.pairs])
     per_token = log_probs / lengths
     margin = per_token[:, 0] - per_token[:, 1]
     gain = log_probs - held_out.base
@@ -100,9 +99,7 @@ def score_preferences(
         pairs=len(held_out.pairs),
         margin_error=(margin.std() / len(margin) ** 0.5).item() if len(margin) > 1 else None,
         outcomes=tuple(
-            _share_positive(one)
-            for one, pair in zip(margin, held_out.pairs, strict=True)
-            if pair.chosen != pair.rejected
+            _share_positive(one) for one, pair in zip(margin, held_out.pairs, strict=True) if not pair.identical
         ),
     )
 
@@ -111,37 +108,28 @@ def _share_positive(values: Tensor) -> float:
     return ((values > 0).double() + _TIE * (values == 0).double()).mean().item()
 
 
-def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequence[TokenizedPair]) -> float:
+def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequence[TokenizedRow]) -> float:
     """Return the mean over response positions of KL(now ‖ previous), on the chosen responses, nats per token.
 
     Positions are those of the given responses, not of the policy's own samples: an estimate of drift, not of the
     sequence-level KL.
     """
     total, positions = 0.0, 0
+    chosen = [pair.only([0]) for pair in pairs]
     with policy.as_snapshot(previous) as switched, policy.evaluating():
-        lengths = [len(pair.prompt) + len(pair.chosen) for pair in pairs]
-        for rows in batches_by_length(lengths, _KL_TOKENS):
-            kl = _token_kl(policy, switched, [pairs[row] for row in rows])
-            total += kl.sum().item()
-            positions += kl.numel()
+        for numbers in batches_by_length([row_tokens(row, shared=True) for row in chosen], _KL_TOKENS):
+            # Hidden states of the whole batch once, then the heads of a few positions at a time.
+            batch = policy.on_device(collate([chosen[number] for number in numbers], policy.head.shared))
+            states = policy.response_states(batch)
+            with switched():
+                states_before = policy.response_states(batch)
+            for part, part_before in policy.head.chunks(states, states_before, copies=_KL_COPIES):
+                now = F.log_softmax(policy.logits(part), dim=-1)
+                with switched():  # the head may be adapted too
+                    before = F.log_softmax(policy.logits(part_before), dim=-1)
+                shares = now.exp()
+                total += shares.mul_(now.sub_(before)).sum(dim=-1).double().sum().item()
+                positions += len(part)
+                del now, before, shares
     # Rounding may leave equal distributions just below zero.
     return max(total / positions, 0.0)
-
-
-def _token_kl(
-    policy: Policy, switched: Callable[[], AbstractContextManager[None]], pairs: Sequence[TokenizedPair]
-) -> Tensor:
-    """Return the KL (K,) fp64 of each response position: hidden states once, then the heads of a few positions."""
-    batch = policy.on_device(collate_chosen(pairs, policy.head.shared))
-    states = policy.response_states(batch)
-    with switched():
-        states_before = policy.response_states(batch)
-    found = []
-    for part, part_before in policy.head.chunks(states, states_before, copies=_KL_COPIES):
-        now = F.log_softmax(policy.logits(part), dim=-1)
-        with switched():  # the head may be adapted too
-            before = F.log_softmax(policy.logits(part_before), dim=-1)
-        shares = now.exp()
-        found.append(shares.mul_(now.sub_(before)).sum(dim=-1).double())
-        del now, before, shares
-    return torch.cat(found)

@@ -79,9 +79,9 @@ class RewardModelScorer:
             InputError: an answer cannot be rendered by the chat template.
             EveralignError: a reward is NaN or infinite.
         """
-        encoded = tokenize_answers(prompts, completions, self._tokenizer, self._facts.max_length)
-        self.cut += encoded.cut
-        rewards = sequence_rewards(self._model, encoded.sequences, self._tokens_per_batch)
+        sequences, cut = tokenize_answers(prompts, completions, self._tokenizer, self._facts.max_length)
+        self.cut += cut
+        rewards = sequence_rewards(self._model, sequences, self._tokens_per_batch)
         return [reward - self._facts.mean for reward in rewards.double().tolist()]
 
 

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -10,15 +10,8 @@ from typing import Any
 
 import torch
 
-from everalign.correction.corrector_files import chosen_template
-from everalign.correction.tokenization import CorrectionEncoder, encode_held_out
 from everalign.data.chat_tokens import template_fingerprint
-from everalign.data.messages import ChatPrompt
-from everalign.data.readers import load_corrections, load_preferences
-from everalign.data.records import Preference
 from everalign.data.rows import RowSet
-from everalign.data.template_notes import template_notes
-from everalign.data.tokenization import TokenizedPairs, tokenize_pairs
 from everalign.errors import InputError
 from everalign.evaluation.scorers import Scorer
 from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
@@ -38,13 +31,8 @@ from everalign.modeling.loading import (
 from everalign.modeling.policy import Policy
 from everalign.modeling.rehearsal import rehearse
 from everalign.modeling.runtime import place_name, prepare_process, training_device
-from everalign.training.objectives import (
-    DEFAULT_GAMMA,
-    SCORED_OBJECTIVES,
-    Objective,
-    SupervisedObjective,
-    make_objective,
-)
+from everalign.training.base_objective import Objective
+from everalign.training.objectives import check_weighting, make_objective, reads
 from everalign.training.options import StageOptions, WeightOptions
 from everalign.training.reference import ReferenceCache
 
@@ -58,16 +46,11 @@ def library_versions() -> dict[str, str]:
 
 def machine_facts() -> dict[str, Any]:
     """Return processor, core count and platform."""
-    return {"cpu": _cpu_name(), "cores": os.cpu_count() or 1, "platform": platform.platform()}
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
+    info, cpu = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
     if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        models = [line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        cpu = models[0].split(":", 1)[1].strip() if models else cpu
+    return {"cpu": cpu, "cores": os.cpu_count() or 1, "platform": platform.platform()}
 
 
 Log = Callable[[str], None]
@@ -88,11 +71,8 @@ class RunContext:
         objective: what a batch of the main stage teaches.
         options: how every task is trained.
         adapter: shape of the adapter.
-        weighting: how rewards become weights.
         scorer: gives rewards to answers that have none; None where all have.
         rollouts: how answers are sampled where there are none.
-        correction: how corrections are learned.
-        encoder: of the template they are learned behind; None where the objective is another than `correction`.
         seed: seeds everything random.
         folder: of what may be computed once and used again.
         cache: reference log-probabilities.
@@ -110,11 +90,8 @@ class RunContext:
     objective: Objective
     options: TrainingOptions
     adapter: AdapterOptions
-    weighting: WeightOptions
     scorer: Scorer | None
     rollouts: RolloutOptions
-    correction: CorrectionTaskOptions
-    encoder: CorrectionEncoder | None
     seed: int
     folder: Path
     cache: ReferenceCache
@@ -122,48 +99,35 @@ class RunContext:
     progress: Progress
     said: set[str] = field(default_factory=set)
 
-    def encode(self, rows: Sequence[Preference]) -> TokenizedPairs:
-        """Return preferences as tokens, cut to the options' length."""
-        return tokenize_pairs(rows, self.tokenizer, self.options.max_length)
+    @property
+    def max_length(self) -> int:
+        """Longest prompt plus response, in tokens."""
+        return self.options.max_length
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens computed at once, padding included."""
+        return self.options.tokens_per_batch
 
     def notes(self, rows: RowSet[Any]) -> tuple[str, ...]:
-        """Return what is to be said of how rows are rendered, each line once a run."""
-        if self.encoder is None:
-            found = template_notes(self.tokenizer, rows)
-        elif any(isinstance(row.question, ChatPrompt) for row in rows):
-            found = ("a corrector reads the text of a question: tools and template variables are not learned",)
-        else:
-            found = ()
+        """Return what the log should say of how rows are rendered, each line once a run."""
+        found = self.objective.notes(rows, self)
         new = tuple(f"  {line}" for line in found if line not in self.said)
         self.said.update(found)
         return new
-
-    def encode_held_out(self, rows: RowSet[Any]) -> TokenizedPairs:
-        """Return held-out rows as tokens: preferences, or corrections behind the corrector's template."""
-        if self.encoder is None:
-            return self.encode(rows)
-        return encode_held_out(rows, self.encoder, self.options.max_length, self.log)
-
-    def read_held_out(self, path: Path) -> RowSet[Any]:
-        """Read held-out rows of the kind that the objective is judged on."""
-        return load_preferences(path) if self.encoder is None else load_corrections(path)
 
     def stages(self) -> list[tuple[Objective, StageOptions]]:
         """Return the stages of a task, in order."""
         main = (self.objective, self.options.preference_stage())
         if self.options.sft_epochs == 0:
             return [main]
-        return [(SupervisedObjective(), self.options.sft_stage()), main]
+        return [(make_objective("sft"), self.options.sft_stage()), main]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what run.json tells about the set-up."""
-        exponent = DEFAULT_GAMMA if self.method.gamma is None else self.method.gamma
-        gamma = {"gamma": exponent} if self.objective.name == "fpo" else {}
-        name = self.objective.name
-        weighting = self.weighting.settings(name) if name in SCORED_OBJECTIVES else {}
-        if self.scorer is not None:
-            weighting |= {"reward": self.scorer.fingerprint, **self.rollouts.model_dump()}
-        corrector = {} if self.encoder is None else _reads(self.encoder, self.correction)
+        own = self.objective.settings()
+        gamma = {"gamma": own.pop("gamma")} if "gamma" in own else {}
+        rewards = {} if self.scorer is None else {"reward": self.scorer.fingerprint, **self.rollouts.model_dump()}
         return {
             "everalign": library_versions()["everalign"],
             "model": self.model_name,
@@ -172,7 +136,7 @@ class RunContext:
             "template": template_fingerprint(self.tokenizer),
             "method": {"name": self.method.name, **gamma, **self.method.settings()},
             "objective": self.objective.name,
-            "settings": {**self.options.model_dump(), **self.adapter.model_dump(), **weighting, **corrector},
+            "settings": {**self.options.model_dump(), **self.adapter.model_dump(), **own, **rewards},
             "seed": self.seed,
             "libraries": library_versions(),
             "machine": {**machine_facts(), "threads": torch.get_num_threads()},
@@ -200,17 +164,28 @@ def make_context(
     Raises:
         InputError: the settings contradict each other, or the model cannot be used.
     """
-    if objective in ("sft", "correction", *SCORED_OBJECTIVES) and options.sft_epochs > 0:
+    goal = make_objective(
+        objective,
+        options.beta,
+        method.gamma,
+        weighting=weighting,
+        correction=CorrectionTaskOptions() if correction is None else correction,
+    )
+    if not reads(objective, "sft_epochs") and options.sft_epochs > 0:
         raise InputError(
             f"sft_epochs adds a stage before a preference objective; with objective {objective} set epochs"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a learner runs in one process, found WORLD_SIZE above 1: start it without accelerate launch")
-    weighting.check_for(objective)
-    _check_rollouts(objective, options, scorer, rollouts)
-    if correction is not None and objective != "correction":
+    check_weighting(objective, [name for name, value in weighting if value != getattr(WeightOptions(), name)])
+    if scorer is not None and not reads(objective, "reward"):
+        raise InputError(f"the objective {objective} learns from no rewards and would ignore reward: leave it out")
+    if scorer is None and rollouts != RolloutOptions():
+        raise InputError("sampled answers need rewards: give reward, or leave the sampling options out")
+    if rollouts.rounds > 1 and goal.needs_reference and options.reference == "previous_task":
+        raise InputError("with several rounds the policy before the task is not at hand: set reference to stage_start")
+    if correction is not None and not reads(objective, "correction"):
         raise InputError(f"correction is for correctors, and the objective {objective} teaches none: leave it out")
-    goal = make_objective(objective, options.beta, method.gamma)
     prepare_process()
     device = training_device(log)
     options = options.replace(precision=resolve_precision(options.precision, device))
@@ -219,10 +194,7 @@ def make_context(
     if base_adapter is not None:
         log(f"the base model is {model} with the adapter {base_adapter} merged into it")
     tokenizer = load_tokenizer(model, adapter=base_adapter)
-    correction = correction or CorrectionTaskOptions()
-    encoder = None
-    if objective == "correction":
-        encoder = CorrectionEncoder(tokenizer, *chosen_template(model, correction.template, correction.words))
+    goal.bind(model, tokenizer)
     base = load_model(model, options.precision, adapter=base_adapter, device=device)  # type: ignore[arg-type]
     check_trainable(base, model)
     check_vocabulary(base, tokenizer, model)
@@ -232,7 +204,10 @@ def make_context(
     if options.attention == "flex":
         use_flex_attention(base)
     policy = Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed)
-    for line in (_path(policy), *policy.notes):
+    why = policy.head.why_no_prefix_sharing
+    sharing = "prompts are computed once for " + (f"each answer: {why}" if why else "all their answers")
+    head = "" if policy.head.chunked else "; the model's head cannot be called apart: all logits are computed"
+    for line in (sharing + head, *policy.notes):
         log(line)
     return RunContext(
         model_name=model,
@@ -244,37 +219,11 @@ def make_context(
         objective=goal,
         options=options,
         adapter=adapter,
-        weighting=weighting,
         scorer=scorer,
         rollouts=rollouts,
-        correction=correction,
-        encoder=encoder,
         seed=seed,
         folder=cache,
         cache=ReferenceCache(cache),
         log=log,
         progress=progress,
     )
-
-
-def _reads(encoder: CorrectionEncoder, options: CorrectionTaskOptions) -> dict[str, Any]:
-    """What run.json tells of a corrector: what it reads, whether it was named or not."""
-    objectives = ",".join(encoder.objectives)
-    about = {"template": encoder.template.id, "objectives": objectives, "encoding": encoder.fingerprint}
-    return {**about, "identity": options.identity}
-
-
-def _check_rollouts(objective: str, options: TrainingOptions, scorer: Scorer | None, rollouts: RolloutOptions) -> None:
-    if scorer is not None and objective not in SCORED_OBJECTIVES:
-        raise InputError(f"the objective {objective} learns from no rewards and would ignore reward: leave it out")
-    if scorer is None and rollouts != RolloutOptions():
-        raise InputError("sampled answers need rewards: give reward, or leave the sampling options out")
-    if rollouts.rounds > 1 and objective == "snkl" and options.reference == "previous_task":
-        raise InputError("with several rounds the policy before the task is not at hand: set reference to stage_start")
-
-
-def _path(policy: Policy) -> str:
-    head = "" if policy.head.chunked else "; the model's head cannot be called apart: all logits are computed"
-    if policy.head.shared:
-        return f"prompts are computed once for all their answers{head}"
-    return f"prompts are computed once for each answer: {policy.head.why_no_prefix_sharing}{head}"

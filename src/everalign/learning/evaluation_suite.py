@@ -3,13 +3,16 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from everalign.data.readers import check_disjoint
+import torch
+
+from everalign.data.readers import check_disjoint, load_corrections, load_preferences
+from everalign.data.records import Correction
 from everalign.data.rows import RowSet
 from everalign.errors import InputError
 from everalign.evaluation import HeldOut, PreferenceScore, score_preferences
 from everalign.learning.context import RunContext
 from everalign.learning.run_store import RunDirectory, data_facts
-from everalign.learning.sample_answers import Answers, SampleAnswers
+from everalign.learning.sample_answers import Answers, answer_again, first_answers
 from everalign.memory import LowRankUpdate
 from everalign.training.reference import policy_key
 
@@ -29,7 +32,9 @@ class EvaluationSuite:
 
     def __init__(self, setup: RunContext, run: RunDirectory, allow_overlap: bool, sample_answers: int = 0) -> None:
         self._setup, self._run, self._allow_overlap = setup, run, allow_overlap
-        self._samples = SampleAnswers(setup, sample_answers)
+        if sample_answers < 0:
+            raise InputError(f"sample_answers must be at least 0, found {sample_answers}")
+        self._sample_count = sample_answers
         self._zero_shot, self._facts, self._first_answers = run.read_zero_shot()
         self._sets: dict[str, RowSet[Any]] = {}
         self._held_out: dict[str, HeldOut] = {}
@@ -89,14 +94,15 @@ class EvaluationSuite:
             self._run.write_test(test)
             with self._setup.policy.as_base():
                 self._zero_shot[name] = self._score(self._held_out[name], None)
-                self._first_answers |= self._samples.first(name, test)
+                self._first_answers |= first_answers(self._setup, name, test, self._sample_count)
             self._run.write_zero_shot(self._zero_shot, self._facts, self._first_answers)
 
     def restore(self) -> None:
         """Take from the run directory the test sets that were not given again, as after a resume."""
+        load = load_corrections if self._setup.objective.held_out_record is Correction else load_preferences
         for name, facts in self._facts.items():
             if name not in self._sets:
-                self._sets[name] = self._run.read_test(facts, self._setup.read_held_out)
+                self._sets[name] = self._run.read_test(facts, load)
                 self._held_out[name] = self._prepare(self._sets[name])
 
     def scores(self, previous: Mapping[str, LowRankUpdate]) -> dict[str, PreferenceScore]:
@@ -105,7 +111,7 @@ class EvaluationSuite:
 
     def answers(self) -> Answers:
         """Write the policy's answers to the prompts that the base model has answered."""
-        return self._samples.again(self._first_answers, self._sets)
+        return answer_again(self._setup, self._first_answers, self._sets)
 
     def outcomes(self, tasks: Sequence[str]) -> dict[str, PreferenceScore]:
         """Score the policy as it is on those of the tasks that have a test set, for a comparison pair by pair."""
@@ -118,7 +124,7 @@ class EvaluationSuite:
     def _prepare(self, test: RowSet[Any]) -> HeldOut:
         setup = self._setup
         limit = setup.options.test_limit or len(test)
-        pairs = setup.encode_held_out(test[:: max(1, len(test) // limit)][:limit])
+        pairs = setup.objective.tokenize_held_out(test[:: max(1, len(test) // limit)][:limit], setup)
         try:
             warnings = pairs.warnings()
         except InputError as error:
@@ -127,8 +133,8 @@ class EvaluationSuite:
             setup.log(f"  warning: {test.source}: {warning}")
         base_key = policy_key(setup.model_key, {})
         with setup.policy.as_base():
-            base = setup.cache.log_probs(setup.policy, base_key, pairs, setup.options.tokens_per_batch)
-        return HeldOut(pairs, base)
+            base = setup.cache.logprobs(setup.policy, base_key, pairs, setup.options.tokens_per_batch)
+        return HeldOut(pairs, torch.stack(base))
 
     def _score(self, held_out: HeldOut, previous: Mapping[str, LowRankUpdate] | None) -> PreferenceScore:
         tokens = self._setup.options.tokens_per_batch

@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from everalign.correction.corrector_files import is_corrector
+from everalign.correction.objective import Rewritten
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
 from everalign.learning.context import Log, Progress, RunContext, make_context
 from everalign.learning.evaluation_suite import EvaluationSuite
 from everalign.learning.export import export_adapter, export_version
-from everalign.learning.generated_corrections import Written, compare_written, write_corrections
+from everalign.learning.generated_corrections import compare_written, write_corrections
 from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
 from everalign.learning.promotion import (
     Rollback,
@@ -28,11 +29,12 @@ from everalign.learning.run_data import BASE, RunData
 from everalign.learning.run_files import Verdict
 from everalign.learning.run_store import RunDirectory, data_facts, version_name
 from everalign.learning.scores import Scores
-from everalign.learning.task_rows import AnySet, Rows, TaskRows, as_set, as_tests, prepare_rows
+from everalign.learning.task_rows import AnySet, Rows, as_set, prepare_rows
 from everalign.learning.task_training import task_seed, train_task
 from everalign.methods import LifeAlign, Method, Task
 from everalign.modeling.model_files import OutputDtype
-from everalign.training.objectives import SCORED_OBJECTIVES
+from everalign.training.base_objective import PreparedRows
+from everalign.training.objectives import reads
 from everalign.training.options import WeightOptions
 
 
@@ -155,11 +157,11 @@ class Learner:
         log: Log = _print,
         progress: Progress = _silent,
     ) -> None:
-        if weighting is not None and objective not in SCORED_OBJECTIVES:
+        if weighting is not None and not reads(objective, "weighting"):
             raise InputError(f"weighting is for rewards, and the objective {objective} has none: leave it out")
         method = LifeAlign() if method is None else method
         check_tolerance(gate, method.name, method.regime)
-        if gate_scorer is not None and (gate is None or objective != "correction"):
+        if gate_scorer is not None and (gate is None or not reads(objective, "correction")):
             raise InputError(
                 "gate_scorer rates what a corrector writes for a gate: give gate, and objective correction"
             )
@@ -203,7 +205,7 @@ class Learner:
         return self._run.exclusive()
 
     def _as_tests(self, rows: Rows) -> AnySet:
-        return as_tests(rows, self._setup.encoder is not None, self._setup.log)
+        return self._setup.objective.held_out(as_set(rows), self._setup.log)
 
     def learn(self, rows: Rows, name: str, test: Rows | None = None) -> dict[str, PreferenceScore]:
         """Learn one task, score the policy on every known test set, and write a version.
@@ -228,7 +230,7 @@ class Learner:
             return self._learn_alone(as_set(rows), name, None if test is None else self._as_tests(test))
 
     def _learn_alone(
-        self, rows: AnySet, name: str, test: AnySet | None, prepared: TaskRows | None = None
+        self, rows: AnySet, name: str, test: AnySet | None, prepared: PreparedRows | None = None
     ) -> dict[str, PreferenceScore]:
         self._line.check_up_to_date()
         self._tests.check([(name, rows, test)])
@@ -261,7 +263,7 @@ class Learner:
             if self.method.regime == "joint":
                 # WeightedRows task by task before they are pooled: rewards of different tasks have no common scale.
                 prepared = [(name, prepare_rows(self._setup, rows)) for name, rows, _ in sets]
-                if any(rows.prompts for _, rows in prepared):
+                if any(rows.to_sample for _, rows in prepared):
                     raise InputError(f"{self.method.name} pools rows, not prompts: learn the tasks one after another")
                 weighed = [(name, rows.rows) for name, rows in prepared]
                 for name, rows in self.method.pool(weighed):
@@ -281,7 +283,7 @@ class Learner:
         with self._run.exclusive():
             self._tests.log(name, self._as_tests(test), self._line.versions)
 
-    def _learn(self, rows: TaskRows, name: str) -> dict[str, PreferenceScore]:
+    def _learn(self, rows: PreparedRows, name: str) -> dict[str, PreferenceScore]:
         self._check_whole()
         self._learning = True
         index = len(self._line.versions) + 1
@@ -299,7 +301,7 @@ class Learner:
             raise refusal(version, verdict, self._line.head)
         return scores
 
-    def _learn_task(self, task: Task, rows: TaskRows) -> tuple[str, dict[str, PreferenceScore], Verdict | None]:
+    def _learn_task(self, task: Task, rows: PreparedRows) -> tuple[str, dict[str, PreferenceScore], Verdict | None]:
         number = max((version.manifest.index for version in self.run.all_versions), default=0) + 1
         version = version_name(number, task.name)
         guarded = [] if self._gate is None else [*self._line.versions, task.name]
@@ -340,16 +342,16 @@ class Learner:
         self._setup.log(f"task {[*self._line.versions].index(name) + 1}: {name} (learned already)")
         return {task: PreferenceScore(**score.model_dump()) for task, score in done.scores.items()}
 
-    def _written(self, tasks: Sequence[str]) -> dict[str, Written]:
+    def _written(self, tasks: Sequence[str]) -> dict[str, Rewritten]:
         """What a corrector's policy writes for the tasks' held-out rows; nothing of other policies."""
-        return write_corrections(self._setup, self._tests.rows(tasks)) if self._setup.encoder is not None else {}
+        return write_corrections(self._setup, self._tests.rows(tasks))
 
     def _verdict(
         self,
         before: Mapping[str, PreferenceScore],
         after: Mapping[str, PreferenceScore],
-        written: Mapping[str, Written],
-        written_now: Mapping[str, Written],
+        written: Mapping[str, Rewritten],
+        written_now: Mapping[str, Rewritten],
     ) -> Verdict | None:
         if self._gate is None:
             return None

@@ -36,7 +36,8 @@ from everalign.learning.options import (
 from everalign.learning.run_data import RunData, load_run
 from everalign.options import STRICT, Problem, first_problem
 from everalign.storage import write_text
-from everalign.training.options import WeightOptions, check_names
+from everalign.training.objectives import OBJECTIVES, check_weighting, reads, weighting_settings
+from everalign.training.options import WeightOptions
 
 if TYPE_CHECKING:
     from everalign.methods import Method
@@ -100,14 +101,6 @@ def _line(nodes: yaml.Node, where: Location) -> int:
         line, nodes = found[0].start_mark.line + 1, found[1]
     return line
 
-
-# Training options that an objective does not look at, and why.
-_IGNORED = {
-    "sft": (("reference", "beta"), "has no margin"),
-    "var": (("reference", "beta"), "has no margin"),
-    "correction": (("reference", "beta"), "has no margin"),
-    "snkl": (("beta",), "takes log-ratios as they are"),
-}
 
 SAMPLE_ANSWERS = 4
 """Held-out prompts of each task that a run from the command line answers for its report."""
@@ -267,7 +260,7 @@ class Recipe(_Keys):
     def training_options(self) -> TrainingOptions:
         """Returns the preset's training options with the given ones in their place."""
         given = self._given("training")
-        if self.objective in ("sft", "correction", *_scored_objectives()):
+        if not reads(self.objective, "sft_epochs"):
             # A preset's supervised stage stands before a preference stage, and these have none.
             given = {"sft_epochs": 0.0, **given}
         return TrainingOptions.preset(self.preset or "default", **given)
@@ -310,9 +303,8 @@ class Recipe(_Keys):
         """Returns a recipe's keys with the values they will have: presets and defaults in full."""
         method = self.make_method()
         gamma = {} if method.gamma is None else {"gamma": method.gamma}
-        ignored, _ = _IGNORED.get(self.objective or "", ((), ""))
         sections = {
-            name: options.settings(self.objective or "") if isinstance(options, WeightOptions) else dict(options)
+            name: weighting_settings(self.objective, options) if isinstance(options, WeightOptions) else dict(options)
             for name, options in self._sections_of_objective().items()
         }
         return {
@@ -321,7 +313,7 @@ class Recipe(_Keys):
             "sample_answers": SAMPLE_ANSWERS,
             **{key: value for key, value in self._given().items() if key != "preset"},
             "method": {"name": method.name, **gamma, **method.settings()},
-            "training": {name: value for name, value in self.training_options() if name not in ignored},
+            "training": {name: value for name, value in self.training_options() if name not in self._ignored()},
             "adapter": dict(self.adapter_options()),
             **sections,
         }
@@ -329,11 +321,11 @@ class Recipe(_Keys):
     def _sections_of_objective(self) -> dict[str, WeightOptions | RolloutOptions | CorrectionTaskOptions]:
         """Returns the options of those sections that the objective, or a scorer of answers, looks at."""
         found: dict[str, Any] = {}
-        if self.objective in _scored_objectives():
+        if reads(self.objective, "weighting"):
             found["weighting"] = WeightOptions(**self._given("weighting"))
         if self.reward is not None:
             found["rollouts"] = RolloutOptions(**self._given("rollouts"))
-        if self.objective == "correction":
+        if reads(self.objective, "correction"):
             found["correction"] = CorrectionTaskOptions(**self._given("correction"))
         return found
 
@@ -341,28 +333,23 @@ class Recipe(_Keys):
         training, weighting, correction, rollouts = map(
             self._given, ("training", "weighting", "correction", "rollouts")
         )
-        ignored, why = _IGNORED.get(self.objective or "", ((), ""))
-        for name in ignored:
+        for name in self._ignored():
             if name in training:
+                why = OBJECTIVES[str(self.objective)].why
                 raise InputError(f"the objective {self.objective} {why} and would ignore {name}: leave it out")
-        if weighting and self.objective not in _scored_objectives():
-            name = next(iter(weighting))
-            raise InputError(f"{name} is for rewards, which only var and snkl learn from: leave it out")
-        check_names(self.objective or "", weighting)
-        if correction and self.objective != "correction":
+        check_weighting(self.objective, weighting)
+        if correction and not reads(self.objective, "correction"):
             raise InputError(f"{next(iter(correction))} is for the objective correction: leave it out")
         if rollouts and self.reward is None:
             raise InputError(f"{next(iter(rollouts))} is for answers that are sampled, which need a reward: add reward")
 
+    def _ignored(self) -> list[str]:
+        """Returns the training options of a margin that the objective does not read."""
+        return [name for name in ("reference", "beta") if not reads(self.objective, name)]
+
     def _given(self, section: str | None = None) -> dict[str, Any]:
         values = self.model_dump(exclude_none=True)
         return values if section is None else values.get(section, {})
-
-
-def _scored_objectives() -> tuple[str, ...]:
-    from everalign.training.objectives import SCORED_OBJECTIVES  # loads torch, which --help does not need
-
-    return SCORED_OBJECTIVES
 
 
 def _in_words(problem: Problem, name: Callable[[Location], str]) -> str:
@@ -452,7 +439,7 @@ def _from_facts(run: RunData) -> Recipe:
     settings = {name: value for name, value in facts.settings.items() if value not in (None, "")}
     for section in ("training", "adapter", "weighting", "correction"):
         keys = {name: settings[name] for name in SECTIONS[section].model_fields if name in settings}
-        if keys and (section != "correction" or facts.objective == "correction"):
+        if keys and (section != "correction" or reads(facts.objective, "correction")):
             given[section] = keys
     known = SECTIONS["method"].model_fields
     method = facts.method.model_dump()
@@ -475,10 +462,8 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
         InputError: a file cannot be read, a row is bad, or a test set shares rows with any task's training set.
     """
     skip, tasks = bool(recipe.skip_bad_rows), recipe.tasks or []
-    load = load_test = _loader(recipe.objective)
-    if recipe.objective in _scored_objectives():
-        # Held-out rows are judged as preferences, whichever way they are written.
-        load_test = load_judged
+    kind = OBJECTIVES[recipe.objective].rows if recipe.objective in OBJECTIVES else "preferences"
+    load, load_test = _LOADERS[kind]
     if recipe.reward is not None:
         load = _load_unrewarded
     loaded: list[LoadedTask] = [
@@ -495,15 +480,6 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
     return loaded
 
 
-def _loader(objective: str | None) -> Callable[..., RowSet[Any]]:
-    """Return what reads an objective's files."""
-    if objective == "correction":
-        return load_corrections
-    if objective == "snkl":
-        return load_judged
-    return _load_rewarded if objective in _scored_objectives() else load_preferences
-
-
 def _load_rewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
     """Read scored rows; preferences are what people give most often in their place."""
     first = first_columns(source, "train", ("completions", "chosen", "rejected"))
@@ -512,6 +488,16 @@ def _load_rewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
             f"{source}: preferences have no rewards: name who gives them with reward, or learn them with fpo or snkl"
         )
     return load_scored(source, skip_bad_rows=skip_bad_rows)
+
+
+# By what an objective learns from: what reads its rows, and its held-out rows. Those of scored rows are judged as
+# preferences, whichever way they are written.
+_LOADERS: dict[str, tuple[Callable[..., RowSet[Any]], Callable[..., RowSet[Any]]]] = {
+    "preferences": (load_preferences, load_preferences),
+    "scored": (_load_rewarded, load_judged),
+    "judged": (load_judged, load_judged),
+    "corrections": (load_corrections, load_corrections),
+}
 
 
 def _load_unrewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:

@@ -1,19 +1,20 @@
-"""Answers sampled from the policy as it stands, and their rewards: what a prompt alone needs to become a scored row.
+"""Rollouts: answers sampled from the policy as it stands, and their rewards, which make scored rows of prompts.
 
-Both are on disk as they come, in the folder of the task that is being learned: a run that was killed in the middle of
-sampling or scoring goes on where it was.
+Both are kept on disk in the folder of the task that is being learned, so that a run that was killed while sampling or
+scoring continues where it was.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from everalign.data.readers import load_scored
 from everalign.data.records import ScoredSet
+from everalign.data.rows import RowSet
 from everalign.errors import InputError, ShortfallError, check_shortfall
 from everalign.evaluation.score_rows import score_rows
 from everalign.learning.context import RunContext
-from everalign.learning.options import RolloutOptions
 from everalign.modeling.options import SamplingOptions
 from everalign.modeling.sampling import check_prompts, sample_journalled
 from everalign.storage import Journal
@@ -49,17 +50,14 @@ class Rollout:
         return line
 
 
-def sample_and_score(
-    setup: RunContext, prompts: ScoredSet, folder: Path, number: int, fewest: int, seed: int
-) -> Rollout:
+def sample_and_score(context: RunContext, prompts: RowSet[Any], folder: Path, number: int, seed: int) -> Rollout:
     """Sample answers to every prompt from the policy as it stands, and score them.
 
     Args:
-        setup: the learner's parts.
+        context: the learner's parts.
         prompts: the N prompts.
         folder: keeps samples and rewards; what it holds of this round is taken as it is.
         number: of the round, from 1 on.
-        fewest: finished answers that a prompt needs to be learned from.
         seed: seeds the draw.
 
     Raises:
@@ -67,27 +65,37 @@ def sample_and_score(
         InputError: nobody gives rewards, or a prompt is too long.
         EveralignError: the scorer fails.
     """
-    options, stem = setup.rollouts, f"round-{number}-{prompts.fingerprint[:16]}"
-    asked = [row.prompt for row in prompts]
+    options, stem = context.rollouts, f"round-{number}-{prompts.fingerprint[:16]}"
+    fewest = context.objective.fewest_answers
     found = sample_journalled(
-        setup.policy,
-        setup.tokenizer,
-        asked,
-        _sampling(setup),
+        context.policy,
+        context.tokenizer,
+        [row.prompt for row in prompts],
+        _sampling(context),
         Journal(folder / f"{stem}.samples.sqlite"),
         seed=seed,
-        tokens_per_batch=2 * setup.options.tokens_per_batch,  # nothing is kept for gradients
-        progress=setup.progress,
+        tokens_per_batch=2 * context.tokens_per_batch,  # nothing is kept for gradients
+        progress=context.progress,
     )
     answered = [
-        replace(row, completions=tuple(s.texts))
-        for row, s in zip(prompts, found, strict=True)
-        if len(s.texts) >= fewest
+        replace(row, completions=tuple(samples.texts))
+        for row, samples in zip(prompts, found, strict=True)
+        if len(samples.texts) >= fewest
     ]
-    unfinished = sum(samples.unfinished for samples in found)
-    # Before anybody is asked, and perhaps paid, for rewards.
-    warnings = _losses(prompts.source, options, len(prompts), unfinished, len(answered), fewest)
-    rows = score(setup, ScoredSet(tuple(answered), prompts.source), folder / f"{stem}.scored.jsonl")
+    unfinished, dropped = sum(samples.unfinished for samples in found), len(prompts) - len(answered)
+    longer = f"raise --max-new-tokens (max_new_tokens), {options.max_new_tokens} now"
+    few = f"prompts have fewer than {fewest} answers that ended, and are left out"
+    try:
+        # Before anybody is asked, and perhaps paid, for rewards.
+        warnings = (
+            *check_shortfall(
+                unfinished, options.samples * len(prompts), "sampled answers did not end or say nothing", longer
+            ),
+            *check_shortfall(dropped, len(prompts), few, longer),
+        )
+    except ShortfallError as error:
+        raise error.at(prompts.source) from error
+    rows = score(context, ScoredSet(tuple(answered), prompts.source), folder / f"{stem}.scored.jsonl")
     rewards = [reward for row in rows for reward in row.rewards]
     facts = {
         "round": number,
@@ -101,55 +109,47 @@ def sample_and_score(
     return Rollout(ScoredSet(rows.items, prompts.source), facts, warnings)
 
 
-def _losses(
-    source: str, options: RolloutOptions, prompts: int, unfinished: int, answered: int, fewest: int
-) -> tuple[str, ...]:
-    """Return what was lost where that is much; refuse where most is."""
-    longer = f"raise --max-new-tokens (max_new_tokens), {options.max_new_tokens} now"
-    what = "sampled answers did not end or say nothing"
-    few = f"prompts have fewer than {fewest} answers that ended, and are left out"
-    try:
-        return (
-            *check_shortfall(unfinished, options.samples * prompts, what, longer),
-            *check_shortfall(prompts - answered, prompts, few, longer),
-        )
-    except ShortfallError as error:
-        raise ShortfallError(f"{source}: {error}") from error
-
-
-def check_lengths(setup: RunContext, prompts: ScoredSet) -> None:
-    """Refuse prompts that leave an answer too little room, before anything is sampled or trained.
+def check_sampling(context: RunContext, prompts: RowSet[Any]) -> None:
+    """Refuse prompts whose answers could not be learned from, before anything is sampled or trained.
 
     Raises:
-        InputError: names the file and the first such prompt.
+        InputError: the estimator is not for sampled answers, one answer a prompt is too few, or a prompt leaves an
+            answer too little room; names the file and the first such prompt.
     """
+    estimator, options, objective = context.objective.options.weighting.estimator, context.rollouts, context.objective
+    if estimator not in ("group", "group_loo", "in_batch"):
+        raise InputError(f"the estimator {estimator} is not for sampled answers: use group, group_loo or in_batch")
+    if options.samples < objective.fewest_answers:
+        raise InputError(f"one sample a prompt has nothing to be compared to with {estimator}: raise samples")
+    limits = f"max_new_tokens is {options.max_new_tokens} and max_length {context.max_length}"
+    if options.max_new_tokens >= context.max_length:
+        raise InputError(f"{limits}, which leaves no room for a prompt: raise max_length")
     try:
-        check_prompts(setup.tokenizer, [row.prompt for row in prompts], _sampling(setup))
+        check_prompts(context.tokenizer, [row.prompt for row in prompts], _sampling(context))
     except InputError as error:
-        options = f"max_length {setup.options.max_length} less max_new_tokens {setup.rollouts.max_new_tokens}"
-        raise InputError(f"{prompts.source}: {error} (max_prompt_tokens is {options})") from error
+        room = f"max_length {context.max_length} less max_new_tokens {options.max_new_tokens}"
+        raise InputError(f"{prompts.source}: {error} (max_prompt_tokens is {room})") from error
 
 
-def score(setup: RunContext, rows: ScoredSet, path: Path) -> ScoredSet:
-    """Give answers their rewards, which stay in the file `path`.
+def score(context: RunContext, rows: ScoredSet, path: Path) -> ScoredSet:
+    """Give answers their rewards, which are kept in the file `path`.
 
     Raises:
         InputError: nobody gives rewards.
         EveralignError: the scorer fails.
     """
-    if setup.scorer is None:
+    if context.scorer is None:
         raise InputError(f"{rows.source}: the answers have no rewards: name who gives them with reward")
     if path.exists():
         return load_scored(path)
-    return score_rows(rows, setup.scorer, path, log=setup.log, progress=setup.progress).rows
+    return score_rows(rows, context.scorer, path, log=context.log, progress=context.progress).rows
 
 
-def _sampling(setup: RunContext) -> SamplingOptions:
-    options = setup.rollouts
-    room = setup.options.max_length - options.max_new_tokens
+def _sampling(context: RunContext) -> SamplingOptions:
+    options = context.rollouts
     return SamplingOptions(
         completions=options.samples,
         temperature=options.sampling_temperature,
         max_new_tokens=options.max_new_tokens,
-        max_prompt_tokens=room,
+        max_prompt_tokens=context.max_length - options.max_new_tokens,
     )

@@ -32,12 +32,12 @@ from everalign.learning.options import TrainingOptions
 from everalign.learning.promotion import LOCK, check_version, exclusive_run, promote
 from everalign.learning.run_data import BASE, BASE_ADAPTER, RunData, RunReader, work_folder
 from everalign.learning.sample_answers import Answers
-from everalign.learning.task_training import StageReport
 from everalign.methods import Method
 from everalign.methods.base import ModuleRecord
 from everalign.modeling.base_adapter import adapter_files
 from everalign.modeling.policy import Policy
 from everalign.storage import checksums, is_partial, new_folder, read_json, write_json, write_text
+from everalign.training.stage import StageResult
 
 FORMAT = 1
 _ZERO_SHOT = "zero_shot.json"
@@ -190,7 +190,7 @@ class RunDirectory:
         manifest: Mapping[str, Any],
         policy: Policy,
         method: Method,
-        reports: Sequence[StageReport],
+        reports: Sequence[StageResult],
         consolidation: Sequence[ModuleRecord],
         scores: Mapping[str, PreferenceScore],
         before: Mapping[str, PreferenceScore] | None,

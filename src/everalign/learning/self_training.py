@@ -1,16 +1,16 @@
-"""Weak to strong: a small corrector rewrites a stronger model's own answers, and the stronger model learns from that.
+"""Self-training on corrections (weak to strong): a small corrector rewrites a stronger model's own answers.
 
     distill("Qwen/Qwen2.5-7B-Instruct", Corrector.from_pretrained("runs/corrector"), load_prompts("prompts.jsonl"),
             "runs/distilled", options=DistillOptions(rounds=2))
 
-Round after round (Ji et al., NeurIPS 2024, arXiv 2402.02416, §4 and appendix A): the policy answers, the corrector
-rewrites, and the policy learns the rewritten answers as one task of a run, so that a method keeps what earlier rounds
-and tasks taught; the next round samples from the policy that this one left. Everything passes as text: the two models
-may have different tokenizers.
+In each round (Ji et al., NeurIPS 2024, arXiv 2402.02416, §4 and appendix A) the policy answers, the corrector rewrites,
+and the policy learns the rewritten answers as one task of a run, so that a method keeps what earlier rounds and tasks
+taught; the next round samples from the policy that this one left. Only text is passed on: the two models may have
+different tokenizers.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -125,8 +125,20 @@ def distill(
     options, method = options or DistillOptions(), LifeAlign() if method is None else method
     training = training or TrainingOptions()
     room = training.max_length - options.max_new_tokens
-    _check(prompts, method, room, options)
-    _check_weighting(weighting, options)
+    if not prompts:
+        raise InputError(f"{prompts.source}: no rows in it")
+    if method.regime != "sequential":
+        raise InputError(f"{method.name} does not go on from round to round: choose a method that learns task by task")
+    if room < 1:
+        limits = f"max_new_tokens is {options.max_new_tokens} and max_length {training.max_length}"
+        raise InputError(f"{limits}, which leaves no room for a prompt: raise max_length")
+    if weighting is not None and options.labels != "var":
+        raise InputError(f"weighting is for the labels var, found {options.labels}: leave it out")
+    if weighting is not None and weighting.estimator in FROM_REFERENCE_REWARDS:
+        raise InputError(
+            f"the estimator {weighting.estimator} needs reference_rewards, which corrections do not have: "
+            "choose another estimator"
+        )
     with exclusive_run(Path(output)):
         learner = Learner(
             model,
@@ -140,9 +152,8 @@ def distill(
             progress=progress,
             **arguments,
         )
-        facts = {**options.model_dump(), "corrector": corrector.fingerprint, "prompts": prompts.fingerprint}
         run = _Run(learner, corrector, prompts, options, Path(output) / "distill", seed, log, progress)
-        run.begin({name: value for name, value in facts.items() if name != "rounds"})
+        run.begin()
         if test is not None:
             learner.register_test(HELD_OUT, test)
         rounds: list[Round] = []
@@ -151,29 +162,6 @@ def distill(
             if not rounds[-1].rows:
                 break
     return Distillation(learner, tuple(rounds))
-
-
-def _check(prompts: ScoredSet, method: Method, room: int, options: DistillOptions) -> None:
-    if not prompts:
-        raise InputError(f"{prompts.source}: no rows in it")
-    if method.regime != "sequential":
-        raise InputError(f"{method.name} does not go on from round to round: choose a method that learns task by task")
-    if room < 1:
-        limits = f"max_new_tokens is {options.max_new_tokens} and max_length {room + options.max_new_tokens}"
-        raise InputError(f"{limits}, which leaves no room for a prompt: raise max_length")
-
-
-def _check_weighting(weighting: WeightOptions | None, options: DistillOptions) -> None:
-    """Refuse, before anything is sampled, what cannot be learned with or would be ignored."""
-    if weighting is None:
-        return
-    if options.labels != "var":
-        raise InputError(f"weighting is for the labels var, found {options.labels}: leave it out")
-    if weighting.estimator in FROM_REFERENCE_REWARDS:
-        raise InputError(
-            f"the estimator {weighting.estimator} needs reference_rewards, which corrections do not have: "
-            "choose another estimator"
-        )
 
 
 @dataclass(frozen=True)
@@ -189,8 +177,13 @@ class _Run:
     log: Log
     progress: Progress
 
-    def begin(self, facts: dict[str, Any]) -> None:
-        """Note what the rounds are made with, or refuse to go on with something else."""
+    def begin(self) -> None:
+        """Write down what the rounds are made with, or refuse to continue with something else."""
+        facts = {
+            **self.options.model_dump(exclude={"rounds"}),
+            "corrector": self.corrector.fingerprint,
+            "prompts": self.prompts.fingerprint,
+        }
         path = self.folder / _FACTS
         if not path.exists():
             if self.learner.run.versions:
@@ -215,13 +208,23 @@ class _Run:
             return last
         self.log(name)
         samples = Journal(self.folder / f"{name}.samples.partial")
-        rewritten = Journal(self.folder / f"{name}.corrected.partial")
-        rows = self._corrected(self._answers(number, sampling, samples), rewritten)
-        learned = self._rows(rows)
-        facts = self._facts(number, rows, len(learned))
-        self.log(f"  {facts.one_line()}")
+        corrected = Journal(self.folder / f"{name}.corrected.partial")
+        rows = self._correct(self._answer(number, sampling, samples), corrected)
+        learned = self._labels(rows)
+        edits = [edit_share(words(row.answer), words(row.correction)) for row in rows if not row.is_identity]
+        result = Round(
+            round=number,
+            prompts=len(self.prompts),
+            unanswered=len(self.prompts) - len(rows),
+            answers=len(rows),
+            changed=len(edits),
+            changed_share=len(edits) / len(rows),
+            edit=fmean(edits) if edits else 0.0,
+            rows=len(learned),
+        )
+        self.log(f"  {result.one_line()}")
         write_text(self.folder / f"{name}.jsonl", "".join(json_line(row.to_json()) for row in rows))
-        write_json(path, asdict(facts))
+        write_json(path, asdict(result))
         if learned:
             self.learner.learn(learned, name)
         elif number == 1:
@@ -229,11 +232,11 @@ class _Run:
         else:
             self.log("  the corrector changed no answer: there is nothing left to learn from it")
         samples.remove()
-        rewritten.remove()
-        return facts
+        corrected.remove()
+        return result
 
-    def _answers(self, number: int, sampling: SamplingOptions, journal: Journal) -> list[tuple[Any, str, float]]:
-        """Return the prompts that the policy answers, with its answers and their weights."""
+    def _answer(self, number: int, sampling: SamplingOptions, journal: Journal) -> list[Correction]:
+        """Return the prompts that the policy answers, with its answers."""
         found = sample_journalled(
             self.learner.policy,
             self.learner.tokenizer,
@@ -244,7 +247,7 @@ class _Run:
             progress=self.progress,
         )
         answered = [
-            (row.prompt, sample.texts[0], row.weight)
+            Correction(row.prompt, sample.texts[0], weight=row.weight)
             for row, sample in zip(self.prompts, found, strict=True)
             if sample.texts
         ]
@@ -253,30 +256,30 @@ class _Run:
             raise InputError(f"{self.prompts.source}: no sampled answer ends within {limit}")
         lost, what = len(self.prompts) - len(answered), "sampled answers did not end or say nothing, and are left out"
         remedy = f"raise --max-new-tokens (max_new_tokens), {sampling.max_new_tokens} now"
-        # What earlier rounds have taught stands, however long the policy has come to write.
+        # What earlier rounds have taught stands, however long the policy's answers have become.
         for warning in check_shortfall(lost, len(self.prompts), what, remedy, refuse=number == 1):
             self.log(f"  warning: {self.prompts.source}: {warning}")
         return answered
 
-    def _corrected(self, answers: Sequence[tuple[Any, str, float]], journal: Journal) -> CorrectionSet:
-        """Return the answers with their corrections, which are on disk as they come."""
+    def _correct(self, answers: Sequence[Correction], journal: Journal) -> CorrectionSet:
+        """Return the answers with their corrections, each kept on disk as soon as it is made."""
         texts: dict[int, str] = journal.read(range(len(answers)))
         if not all(isinstance(text, str) for text in texts.values()):
             raise journal.damaged()
         missing = [number for number in range(len(answers)) if number not in texts]
         for start in range(0, len(missing), _PER_BATCH):
             numbers = missing[start : start + _PER_BATCH]
-            batch = [answers[number][:2] for number in numbers]
+            batch = [(answers[number].question, answers[number].answer) for number in numbers]
             found = self.corrector.correct_batch(batch)
-            # Whatever an unchanged one's text says, it is the answer, letter by letter.
+            # An unchanged answer is kept letter by letter, whatever the corrector's text says.
             new = [one.text if one.changed else answer for one, (_, answer) in zip(found, batch, strict=True)]
             journal.put(dict(zip(numbers, new, strict=True)))
             texts |= zip(numbers, new, strict=True)
             self.progress("correcting", len(texts), len(answers))
-        rows = (Correction(*row[:2], texts[number], row[2]) for number, row in enumerate(answers))
+        rows = (replace(row, correction=texts[number]) for number, row in enumerate(answers))
         return CorrectionSet(tuple(rows), self.prompts.source)
 
-    def _rows(self, rows: CorrectionSet) -> RowSet[Any]:
+    def _labels(self, rows: CorrectionSet) -> RowSet[Any]:
         """Return what is learned of a round's corrections; nothing where the corrector has changed nothing."""
         source = self.prompts.source
         pairs = [pair for row in rows if (pair := row.preference()) is not None]
@@ -286,16 +289,3 @@ class _Run:
             return ScoredSet(tuple(map(Scored.from_preference, pairs)), source)
         labels = (Scored(row.question, (row.correction,), (1.0,), row.weight, (1.0,)) for row in rows)
         return ScoredSet(tuple(labels), source)
-
-    def _facts(self, number: int, rows: CorrectionSet, learned: int) -> Round:
-        changed = [row for row in rows if not row.is_identity]
-        return Round(
-            round=number,
-            prompts=len(self.prompts),
-            unanswered=len(self.prompts) - len(rows),
-            answers=len(rows),
-            changed=len(changed),
-            changed_share=len(changed) / len(rows),
-            edit=fmean(edit_share(words(row.answer), words(row.correction)) for row in changed) if changed else 0.0,
-            rows=learned,
-        )

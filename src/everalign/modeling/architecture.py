@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everalign.data.collate import Batch, collate_pairs
-from everalign.data.tokenization import TokenizedPair
+from everalign.data.collate import Batch, collate
+from everalign.data.tokenization import TokenizedRow
 from everalign.modeling.logprobs import Architecture, MaskKind, SequenceLogProbs
 from everalign.modeling.lora_targets import is_linear, kind_of
 from everalign.modeling.positions import Lengths, probe_lengths
@@ -207,10 +207,10 @@ def _probe_batch(model: Any, shared: bool) -> Batch:
     """
     most = min(model.config.get_text_config().vocab_size, FIRST_SPECIAL)
     tokens = [[3 + (7 * i + 3 * k) % (most - 3) for i in range(2 + k)] for k in range(4)]
-    long = TokenizedPair("probe", tokens[3] * 3, [most - 1, *tokens[1]], [most - 1, *tokens[2]], 1.0)
-    short = [TokenizedPair("probe", tokens[k], tokens[k + 1], tokens[k + 2], 1.0) for k in range(2)]
+    long = TokenizedRow.pair("probe", tokens[3] * 3, [most - 1, *tokens[1]], [most - 1, *tokens[2]])
+    short = [TokenizedRow.pair("probe", tokens[k], tokens[k + 1], tokens[k + 2]) for k in range(2)]
     device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in collate_pairs([long, *short], shared).items()}
+    return {name: value.to(device) for name, value in collate([long, *short], shared).items()}
 
 
 def _close(expected: Tensor, found: Tensor, tolerance: float) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from everalign.data.collate import Batch, rows_of_one_kind
+from everalign.data.collate import Batch, split_by_length
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.cpu_kernels import CPU_ATTENTION, runs_of
 from everalign.modeling.flex_attention import FLEX, flex_inputs
@@ -93,28 +93,25 @@ def token_log_probs(
     Returns:
         (K,) fp32, in nats. Differentiable with respect to `hidden` and to what learns in `head`.
     """
-    device, vocabulary = hidden.device.type, _width(head, hidden)
+    if isinstance(head, nn.Linear):
+        vocabulary = head.out_features
+    else:  # the weights of a quantised or wrapped head need not show it
+        with torch.no_grad():
+            vocabulary = head(hidden[:1]).shape[-1]
+    device = hidden.device.type
     block, chunk = (sizes.get(device, sizes["cuda"]) // vocabulary for sizes in (_BLOCK_LOGITS, _CHUNK_LOGITS))
     rows = chunk_rows or max(_CHUNK_ROWS, chunk - chunk % _HEAD_ROW_STEP)
     if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
         sizes = (rows, max(1, block))
         result: Tensor = _FrozenHead.apply(hidden, head, targets, shape, *sizes)  # type: ignore[no-untyped-call]
         return result
+
+    def log_probs(part: Tensor, wanted: Tensor) -> Tensor:
+        logits = shape.apply(head(part))
+        return logits.log_softmax(dim=-1, dtype=torch.float32).gather(1, wanted[:, None])[:, 0]
+
     parts = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
-    return torch.cat([checkpoint(_log_probs, part, head, wanted, shape, use_reentrant=False) for part, wanted in parts])
-
-
-def _width(head: Head, hidden: Tensor) -> int:
-    """Return the size of the vocabulary, which the weights of a quantised or wrapped head need not show."""
-    if isinstance(head, nn.Linear):
-        return head.out_features
-    with torch.no_grad():
-        return head(hidden[:1]).shape[-1]
-
-
-def _log_probs(hidden: Tensor, head: Head, targets: Tensor, shape: LogitTransform) -> Tensor:
-    logits = shape.apply(head(hidden))
-    return logits.log_softmax(dim=-1, dtype=torch.float32).gather(1, targets[:, None])[:, 0]
+    return torch.cat([checkpoint(log_probs, part, wanted, use_reentrant=False) for part, wanted in parts])
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -252,28 +249,25 @@ class SequenceLogProbs:
             return flex_inputs(batch)
         if "segments" not in batch:
             return inputs
-        positions, whole = batch["position_ids"], block_mask(batch["segments"], batch["prefixes"])
-        narrowed = {kind: self._narrowed(whole, positions, kind) for kind in self._masks}
-        masks = {kind: self._finished(allowed) for kind, allowed in narrowed.items()}
-        mask = {_LAYERS[kind]: mask for kind, mask in masks.items()} if len(masks) > 1 else masks[self._masks[0]]
+        positions, allowed = batch["position_ids"], block_mask(batch["segments"], batch["prefixes"])
+        masks = {_LAYERS[kind]: self._mask(allowed, positions, kind) for kind in self._masks}
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
         return {**inputs, "attention_mask": mask, "position_ids": positions}
 
-    def _narrowed(self, allowed: Tensor, positions: Tensor, kind: MaskKind) -> Tensor:
-        """Take from a block mask (R, 1, T, T) what layers of a kind do not see."""
-        query, key = positions[:, None, :, None], positions[:, None, None, :]
-        if kind == "window":
-            return allowed & (query - key < int(self._config.sliding_window))
-        if kind == "chunk":
-            size = int(self._config.attention_chunk_size)
-            return allowed & (query // size == key // size)
-        return allowed
-
-    def _finished(self, allowed: Tensor) -> Tensor:
-        """Return a mask as the model's attention takes it.
+    def _mask(self, allowed: Tensor, positions: Tensor, kind: MaskKind) -> Tensor:
+        """Take from a block mask (R, 1, T, T) what layers of a kind do not see, and return it as attention takes it.
 
         The library's attention makes numbers of a mask in every layer, and keeps them for the backward pass: 2 GiB a
         layer for a row of 32,768 tokens in bf16. Numbers in its own dtype are taken as they are, once for all layers.
         """
+        query, key = positions[:, None, :, None], positions[:, None, None, :]
+        if kind == "window":
+            allowed = allowed & (query - key < int(self._config.sliding_window))
+        elif kind == "chunk":
+            size = int(self._config.attention_chunk_size)
+            allowed = allowed & (query // size == key // size)
+        elif len(self._masks) > 1:
+            allowed = allowed.clone()  # it is written over below
         if self._attention not in ("eager", "sdpa"):
             return allowed
         dtype, device = next(self._model.parameters()).dtype, allowed.device.type
@@ -281,12 +275,6 @@ class SequenceLogProbs:
             dtype = torch.get_autocast_dtype(device)
         hidden = torch.finfo(dtype).min if self._attention == "eager" else float("-inf")
         return torch.zeros_like(allowed, dtype=dtype).masked_fill_(allowed.logical_not_(), hidden)
-
-    def _whole(self, batch: Batch) -> bool:
-        """Whether every layer sees the whole past of every token of the batch, were it but for its length."""
-        longest = int(batch["position_ids"].max()) if "position_ids" in batch else batch["input_ids"].shape[1] - 1
-        sizes: dict[str, str] = {"window": "sliding_window", "chunk": "attention_chunk_size"}
-        return all(longest < int(getattr(self._config, sizes[kind])) for kind in self._masks if kind != "whole")
 
     @property
     def chunked(self) -> bool:
@@ -297,38 +285,31 @@ class SequenceLogProbs:
         states: Tensor = self._model.base_model(**self._inputs(batch)).last_hidden_state
         return states
 
-    def _whole_logits(self, batch: Batch) -> Tensor:
-        logits: Tensor = self._model(**self._inputs(batch)).logits
-        return logits
+    def states(self, batch: Batch) -> Tensor:
+        """Return (K, d) of what `logits` makes the logits that predict the batch's K response tokens.
 
-    def _at_predictors(self, compute: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
-        """Return what `compute` gives (R, T, ...) at the batch's K predictors: (K, ...).
-
-        Where positions stretch with the longest row, sequences that would not agree on them are computed apart.
+        These are hidden states, or the logits themselves where they cannot be computed apart. Where positions stretch
+        with the longest row, sequences that would not agree on them are computed apart.
         """
-        if self._stretch is None:
-            return self._of_rows(compute, batch)
-        parts = rows_of_one_kind(batch, self._stretch.kind)
+        parts = [(batch, torch.empty(0))] if self._stretch is None else split_by_length(batch, self._stretch.kind)
         found = []
         for part, _ in parts:
-            self._positions.restore()
-            found.append(self._of_rows(compute, part))
+            if self._stretch is not None:
+                self._positions.restore()
+            if self._attention == CPU_ATTENTION and self.shared and self._sees_all(part):
+                part = _in_one_row(part)
+            computed = self._decoded(part) if self.chunked else self._model(**self._inputs(part)).logits
+            found.append(computed.flatten(0, 1)[part["predictors"]])
         if len(found) == 1:
             return found[0]
         order = torch.cat([tokens for _, tokens in parts])
         return torch.cat(found)[order.argsort()]
 
-    def _of_rows(self, compute: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
-        if self._attention == CPU_ATTENTION and self.shared and self._whole(batch):
-            batch = _in_one_row(batch)
-        return compute(batch).flatten(0, 1)[batch["predictors"]]
-
-    def states(self, batch: Batch) -> Tensor:
-        """Return (K, d) of what `logits` makes the logits that predict the batch's K response tokens.
-
-        These are hidden states, or the logits themselves where they cannot be computed apart.
-        """
-        return self._at_predictors(self._decoded if self.chunked else self._whole_logits, batch)
+    def _sees_all(self, batch: Batch) -> bool:
+        """Whether every layer sees the whole past of every token of the batch, were it but for its length."""
+        longest = int(batch["position_ids"].max()) if "position_ids" in batch else batch["input_ids"].shape[1] - 1
+        sizes: dict[str, str] = {"window": "sliding_window", "chunk": "attention_chunk_size"}
+        return all(longest < int(getattr(self._config, sizes[kind])) for kind in self._masks if kind != "whole")
 
     def last(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return (R, d) of what `logits` makes the logits of each row's next token, for the model's own inputs."""
@@ -370,10 +351,12 @@ class SequenceLogProbs:
 
         Without gradients, and with at most 64M logits at a time, where these can be computed apart.
         """
-        parts = self.chunks(self.states(batch), batch["targets"], copies=_CHOICE_COPIES)
-        found = [_choices(self.logits(states), wanted) for states, wanted in parts]
-        log_probs, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return log_probs, tokens
+        log_probs, tokens = [], []
+        for states, wanted in self.chunks(self.states(batch), batch["targets"], copies=_CHOICE_COPIES):
+            logits = self.logits(states)
+            log_probs.append(logits.log_softmax(dim=-1, dtype=torch.float32).gather(1, wanted[:, None])[:, 0])
+            tokens.append(logits.argmax(dim=-1))
+        return torch.cat(log_probs), torch.cat(tokens)
 
     def chunks(self, *tensors: Tensor, copies: int) -> Iterator[tuple[Tensor, ...]]:
         """Cut tensors (K, ...) into the same parts, of whose positions logits can be held (see `rows_at_once`)."""
@@ -417,11 +400,6 @@ def _in_one_row(batch: Batch) -> Batch:
         "predictors": torch.searchsorted(kept, batch["predictors"]),
         "runs": runs_of(segments, batch.get("prefixes", segments)),
     }
-
-
-def _choices(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    log_probs = logits.log_softmax(dim=-1, dtype=torch.float32)
-    return log_probs.gather(1, targets[:, None])[:, 0], logits.argmax(dim=-1)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL_LM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as IMAGE_TEXT_TO_TEXT
 
-from everalign.data.collate import collate_pairs
-from everalign.data.tokenization import TokenizedPair
+from everalign.data.collate import collate
+from everalign.data.tokenization import TokenizedRow
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.architecture import configuration_key, study
 from everalign.modeling.loading import load_model
@@ -140,8 +140,8 @@ def _can_be_written(small: Any, folder: Path) -> bool:
 
 def _take_a_step(policy: Policy, tokens: list[int]) -> None:
     """Learn from one pair."""
-    pair = TokenizedPair("rehearsal", tokens[:4], tokens[4:8], tokens[8:11], 1.0)
-    chosen, rejected = policy.train()(collate_pairs([pair], policy.head.shared)).unbind()
+    pair = TokenizedRow.pair("rehearsal", tokens[:4], tokens[4:8], tokens[8:11])
+    chosen, rejected = policy.train()(collate([pair], policy.head.shared)).unbind()
     (chosen - rejected).backward()
     learning = [parameter for parameter in policy.parameters() if parameter.grad is not None]
     if not all(parameter.grad.isfinite().all() for parameter in learning):  # type: ignore[union-attr]

@@ -5,7 +5,6 @@ from everalign.objectives.preference import dpo_loss, fpo_loss, implicit_margin
 from everalign.objectives.var_weights import (
     Estimator,
     VarWeights,
-    cross_weights,
     global_scale,
     solve_temperature,
     var_weights,
@@ -19,7 +18,6 @@ __all__ = [
     "WeightStatistics",
     "bradley_terry_loss",
     "calibrating_temperature",
-    "cross_weights",
     "dpo_loss",
     "fpo_loss",
     "global_scale",

@@ -17,51 +17,6 @@ from everalign.objectives.segments import (
 )
 
 
-def group_log_mean(scores: Tensor, segments: Segments) -> Tensor:
-    """`(N,)` -> `(N,)` log Z from all K responses of the row's prompt, the row itself among them."""
-    return (segment_logsumexp(scores, segments) - segments.sizes.to(scores.dtype).log())[segments.index]
-
-
-def leave_one_out_log_mean(scores: Tensor, segments: Segments) -> Tensor:
-    """`(N,)` -> `(N,)` log Z from the K - 1 other responses of the row's prompt.
-
-    A response that is its prompt's only one is its own normaliser, which gives it weight 1.
-    """
-    sizes = segments.sizes[segments.index]
-    others = leave_one_out_logsumexp(scores, segments) - (sizes - 1).to(scores.dtype).log()
-    return torch.where(sizes == 1, scores, others)
-
-
-def in_batch_log_mean(scores: Tensor, segments: Segments, include_own: bool) -> Tensor:
-    """`(N,)` -> `(N,)` one log Z for the whole batch, or (by default) one from all *other prompts'* rows.
-
-    A row's own prompt is left out as a whole, since its other responses' scores may depend on the row through
-    their baseline. With one response a prompt this is leaving out one row.
-
-    Raises:
-        ValueError: the batch holds a single prompt, and its own rows are not to be included.
-    """
-    if include_own:
-        return group_log_mean(scores, one_segment(scores))
-    if len(segments.sizes) < 2:
-        raise ValueError("in_batch needs at least two groups: each one's normaliser comes from the other groups")
-    per_group = segment_logsumexp(scores, segments)
-    others = leave_one_out_logsumexp(per_group, one_segment(per_group))
-    return (others - (len(scores) - segments.sizes).to(scores.dtype).log())[segments.index]
-
-
-def quantile_log_normaliser(temperature: float) -> float:
-    """log Z of a reward that is uniform on [0, 1] under the reference: log[temperature * (exp(1/temperature) - 1)]."""
-    return math.log(temperature) + 1 / temperature + math.log(-math.expm1(-1 / temperature))
-
-
-def mid_ranks(rewards: Tensor, reference_rewards: Tensor) -> Tensor:
-    """`(N,)`, `(N, M)` -> `(N,)` share of the reference rewards below each reward, those equal to it counting half."""
-    below = (reference_rewards < rewards[:, None]).double().mean(dim=1)
-    equal = (reference_rewards == rewards[:, None]).double().mean(dim=1)
-    return below + equal / 2
-
-
 def leave_one_out_baseline(rewards: Tensor, segments: Segments) -> Tensor:
     """`(N,)` -> `(N,)` mean reward of the other responses to the row's prompt, -inf rewards left aside.
 
@@ -124,20 +79,15 @@ def log_ratios(
 ) -> Tensor:
     """`(N,)` log pi_ref - log mu, as far as given: 0 where the reference itself wrote the responses."""
     ratios = torch.zeros_like(rewards)
-    if reference_logprobs is not None:
-        same_shapes(rewards=rewards, reference_logprobs=reference_logprobs)
-        ratios = ratios + finite_rows(reference_logprobs.double(), "reference log-probability")
-    if sampler_logprobs is not None:
-        same_shapes(rewards=rewards, sampler_logprobs=sampler_logprobs)
-        ratios = ratios - finite_rows(sampler_logprobs.double(), "sampler log-probability")
-    return ratios if lengths is None else ratios / at_least_one(lengths, rewards)
-
-
-def at_least_one(lengths: Tensor, beside: Tensor) -> Tensor:
-    """`lengths` in fp64, one for every row of `beside`, once none is below one token."""
-    if lengths.shape != beside.shape[:1] or bool((lengths < 1).any()):
-        raise ValueError(f"lengths must be {len(beside)} token counts of at least 1, not {lengths.tolist()[:5]}")
-    return lengths.double()
+    for name, logprobs, sign in (("reference", reference_logprobs, 1), ("sampler", sampler_logprobs, -1)):
+        if logprobs is not None:
+            same_shapes(rewards=rewards, **{f"{name}_logprobs": logprobs})
+            ratios = ratios + sign * finite_rows(logprobs.double(), f"{name} log-probability")
+    if lengths is None:
+        return ratios
+    if lengths.shape != rewards.shape[:1] or bool((lengths < 1).any()):
+        raise ValueError(f"lengths must be {len(rewards)} token counts of at least 1, not {lengths.tolist()[:5]}")
+    return ratios / lengths.double()
 
 
 def measured_rewards(
@@ -149,20 +99,19 @@ def measured_rewards(
     the origin cancels in the weights, and keeps the digits of small differences between large rewards.
     """
     if estimator == "quantile" and reference_rewards is not None:
-        ranks = mid_ranks(rewards, reference_rewards).masked_fill(rewards.isneginf(), -torch.inf)
+        # The share of the reference rewards below each reward, those equal to it counting half.
+        below = (reference_rewards < rewards[:, None]).double().mean(dim=1)
+        equal = (reference_rewards == rewards[:, None]).double().mean(dim=1)
+        ranks = (below + equal / 2).masked_fill(rewards.isneginf(), -torch.inf)
         return ranks, torch.zeros_like(ranks), None
     if estimator == "in_batch":
         origin = leave_one_out_baseline(rewards, segments) if baselines is None else baselines
         return rewards - origin, origin, None
-    if reference_rewards is not None:
-        origin = _finite_or_zero(reference_rewards.amax(dim=1))
-        return rewards - origin, origin, reference_rewards - origin[:, None]
-    origin = _finite_or_zero(segment_max(rewards, segments)[segments.index])
-    return rewards - origin, origin, None
-
-
-def _finite_or_zero(values: Tensor) -> Tensor:
-    return values.masked_fill(values.isneginf(), 0.0)
+    highest = (
+        segment_max(rewards, segments)[segments.index] if reference_rewards is None else reference_rewards.amax(dim=1)
+    )
+    origin = highest.masked_fill(highest.isneginf(), 0.0)
+    return rewards - origin, origin, None if reference_rewards is None else reference_rewards - origin[:, None]
 
 
 def log_normalisers(
@@ -176,13 +125,28 @@ def log_normalisers(
     """`(N,)` log Z of each row's prompt, by one of the estimators that `var_weights` describes.
 
     `reference_rewards` `(N, M)` are those of each row's prompt, measured from where the scores' rewards are.
+
+    Raises:
+        ValueError: the estimator is `in_batch`, the batch holds a single prompt, and its own rows are not included.
     """
-    if estimator == "group_loo":
-        return leave_one_out_log_mean(scores, segments)
-    if estimator == "in_batch":
-        return in_batch_log_mean(scores, segments, include_own)
     if estimator == "quantile":
-        return torch.full_like(scores, quantile_log_normaliser(temperature))
+        # Of a reward that is uniform on [0, 1] under the reference: log[temperature * (exp(1/temperature) - 1)].
+        log_z = math.log(temperature) + 1 / temperature + math.log(-math.expm1(-1 / temperature))
+        return torch.full_like(scores, log_z)
     if estimator == "reference" and reference_rewards is not None:
         return (reference_rewards / temperature).logsumexp(dim=1) - math.log(reference_rewards.shape[1])
-    return group_log_mean(scores, segments)
+    sizes = segments.sizes[segments.index].to(scores.dtype)
+    if estimator == "group_loo":
+        # From the K - 1 other responses; one that is alone is its own normaliser, which gives it weight 1.
+        return torch.where(sizes == 1, scores, leave_one_out_logsumexp(scores, segments) - (sizes - 1).log())
+    if estimator == "in_batch" and not include_own:
+        # From all *other prompts'* rows. The row's own prompt is left out as a whole, since its other responses'
+        # scores may depend on the row through their baseline. With one response a prompt, one row is left out.
+        if len(segments.sizes) < 2:
+            raise ValueError("in_batch needs at least two groups: each one's normaliser comes from the other groups")
+        per_group = segment_logsumexp(scores, segments)
+        others = leave_one_out_logsumexp(per_group, one_segment(per_group))[segments.index]
+        return others - (len(scores) - sizes).log()
+    # From all responses of the prompt, or of the whole batch, the row itself among them.
+    own = one_segment(scores) if estimator == "in_batch" else segments
+    return (segment_logsumexp(scores, own) - own.sizes.to(scores.dtype).log())[own.index]

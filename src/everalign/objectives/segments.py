@@ -45,9 +45,6 @@ def finite_or_minus_inf(values: Tensor, name: str) -> Tensor:
     return values
 
 
-_GROUPS_NAMED = 5
-
-
 @dataclass(frozen=True)
 class Segments:
     """Which rows belong together. With N rows in G groups:
@@ -69,12 +66,6 @@ def segments_of(groups: Tensor) -> Segments:
         raise ValueError(f"groups must be one integer a row, not {tuple(groups.shape)} of {groups.dtype}")
     ids, index, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
     return Segments(ids, index, sizes)
-
-
-def segments_beside(groups: Tensor, **rows: Tensor) -> Segments:
-    """The segments of `groups`, once every tensor beside it is known to have one value a row."""
-    same_shapes(**rows, groups=groups)
-    return segments_of(groups)
 
 
 def one_segment(values: Tensor) -> Segments:
@@ -132,6 +123,6 @@ def warn_of_dead_groups(rewards: Tensor, segments: Segments) -> None:
     """Warn of groups whose rewards are all -inf: nothing of them is learnt."""
     dead = segments.ids[segment_max(rewards, segments).isneginf()].tolist()
     if dead:
-        named = ", ".join(map(str, dead[:_GROUPS_NAMED])) + (", ..." if len(dead) > _GROUPS_NAMED else "")
+        named = ", ".join(map(str, dead[:_ROWS_NAMED])) + (", ..." if len(dead) > _ROWS_NAMED else "")
         message = f"every reward of {len(dead)} group(s) is -inf, their responses get weight 0: {named}"
         warnings.warn(message, stacklevel=4)  # the caller of the public function, past its no_grad

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from everalign.objectives.partition_function import (
-    at_least_one,
     check_options,
     log_normalisers,
     log_ratios,
@@ -23,7 +22,7 @@ from everalign.objectives.segments import (
     one_segment,
     positive,
     same_shapes,
-    segments_beside,
+    segments_of,
     warn_of_dead_groups,
 )
 
@@ -176,7 +175,8 @@ def var_weights(
     check_options(estimator, given | ({"include_own"} if include_own else set()))
     _check_numbers(temperature, target_ess, reward_scale, weight_cap)
 
-    segments = segments_beside(groups, rewards=rewards)
+    same_shapes(rewards=rewards, groups=groups)
+    segments = segments_of(groups)
     rewards = finite_or_minus_inf(rewards.double(), "reward") / reward_scale
     warn_of_dead_groups(rewards, segments)
     if baselines is not None:
@@ -191,57 +191,23 @@ def var_weights(
     def normalised(temperature: float) -> tuple[Tensor, Tensor]:
         scores = finite_or_minus_inf(gains / temperature, "reward / temperature") + ratios
         log_z = log_normalisers(estimator, scores, segments, drawn, include_own, temperature)
-        return _capped_log_weights(scores, log_z, weight_cap), log_z + origin / temperature
+        # A score of -inf weighs nothing even where all that it is compared with is -inf too.
+        log_weights = (scores - log_z).masked_fill(scores.isneginf(), -torch.inf)
+        if weight_cap is not None:
+            log_weights = log_weights.clamp(max=math.log(weight_cap))
+        log_weights = finite_or_minus_inf(log_weights, "log weight (a weight_cap bounds it)")
+        return log_weights, log_z + origin / temperature
 
     if target_ess is not None:
         temperature = solve_temperature(lambda t: normalised(t)[0], target_ess)
     elif temperature is None:
         temperature = _QUANTILE_TEMPERATURE if estimator == "quantile" else 1.0
     log_weights, log_z = normalised(temperature)
-    return VarWeights(_exponentiated(log_weights, weight_cap), log_z, temperature)
-
-
-@torch.no_grad()
-def cross_weights(
-    rewards: Tensor,
-    reference_logprobs: Tensor,
-    lengths: Tensor | None,
-    *,
-    temperature: float = 1.0,
-    reward_scale: float = 1.0,
-) -> VarWeights:
-    """Experimental: each response against all the batch's responses as answers to its own prompt, `(B,)`.
-
-        w_i = exp(s_ii) / sum_j exp(s_ij),    s_ij = reward_ij / (reward_scale * temperature) + log pi_ref(y_j | x_i)
-
-    A literal reading of weights "pi_ref * exp(reward)" normalised over the batch, which costs B^2 reference and
-    reward evaluations, has no exact target, and depends on the batch's size. Weights are in [0, 1] and do *not*
-    average to 1: the learning rate has to make up for their mean.
-
-    Args:
-        rewards: `(B, B)` reward of response j as an answer to prompt i; -inf for one never to be given.
-        reference_logprobs: `(B, B)` log-probability of response j to prompt i under the reference, in nats, summed
-            over its tokens, which must be the same ones for every prompt.
-        lengths: `(B,)` number of tokens of each response, by which the log-probabilities are divided. `None` leaves
-            them summed; then short responses win, or every response its own prompt where lengths are equal.
-        temperature: scaled reward that is worth one nat, above 0.
-        reward_scale: what rewards are divided by, above 0.
-
-    Raises:
-        ValueError: a value is NaN or infinite (names the rows of the flattened matrix), shapes differ or are not
-            square, a length is below 1, or `temperature` or `reward_scale` is not above 0.
-    """
-    _check_numbers(temperature, None, reward_scale, None)
-    same_shapes(rewards=rewards, reference_logprobs=reference_logprobs)
-    if rewards.dim() != 2 or rewards.shape[0] != rewards.shape[1]:
-        raise ValueError(f"rewards must be a square matrix, prompts by responses, not {tuple(rewards.shape)}")
-    familiar = finite_rows(reference_logprobs.double(), "reference log-probability")
-    if lengths is not None:
-        familiar = familiar / at_least_one(lengths, rewards)  # by column: of response j
-    rewards = finite_or_minus_inf(rewards.double(), "reward") / reward_scale
-    scores = finite_or_minus_inf(rewards / temperature, "reward / temperature") + familiar
-    log_z = scores.logsumexp(dim=1)
-    return VarWeights(_exponentiated(_capped_log_weights(scores.diagonal(), log_z, None), None), log_z, temperature)
+    weights = log_weights.exp()
+    if weight_cap is None:
+        return VarWeights(finite_rows(weights, "weight (a weight_cap bounds it)"), log_z, temperature)
+    # Capped weights are the cap itself, not the exponential of its logarithm.
+    return VarWeights(weights.masked_fill(log_weights >= math.log(weight_cap), weight_cap), log_z, temperature)
 
 
 def _check_numbers(
@@ -252,18 +218,3 @@ def _check_numbers(
     for name, value in {"temperature": temperature, "reward_scale": reward_scale, "weight_cap": weight_cap}.items():
         if value is not None:
             positive(value, name)
-
-
-def _capped_log_weights(scores: Tensor, log_z: Tensor, weight_cap: float | None) -> Tensor:
-    # A score of -inf weighs nothing even where all that it is compared with is -inf too.
-    log_weights = (scores - log_z).masked_fill(scores.isneginf(), -torch.inf)
-    if weight_cap is not None:
-        log_weights = log_weights.clamp(max=math.log(weight_cap))
-    return finite_or_minus_inf(log_weights, "log weight (a weight_cap bounds it)")
-
-
-def _exponentiated(log_weights: Tensor, weight_cap: float | None) -> Tensor:
-    if weight_cap is None:
-        return finite_rows(log_weights.exp(), "weight (a weight_cap bounds it)")
-    # Capped weights are the cap itself, not the exponential of its logarithm.
-    return log_weights.exp().masked_fill(log_weights >= math.log(weight_cap), weight_cap)

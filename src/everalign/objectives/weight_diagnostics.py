@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from everalign.objectives.segments import (
-    Segments,
     effective_share,
     finite_or_minus_inf,
     one_segment,
     positive,
+    same_shapes,
     segment_logsumexp,
     segment_max,
     segment_sum,
-    segments_beside,
+    segments_of,
 )
 from everalign.objectives.weighted import non_negative
 
@@ -134,7 +134,8 @@ def weight_statistics(
         ValueError: a weight is NaN, infinite or negative (names the rows), none is positive, a reward is NaN or +inf,
             shapes differ, or `weight_cap` is not above 0.
     """
-    segments = segments_beside(groups, weights=weights, rewards=rewards, lengths=lengths)
+    same_shapes(weights=weights, rewards=rewards, lengths=lengths, groups=groups)
+    segments = segments_of(groups)
     capped = torch.zeros_like(weights, dtype=torch.bool)
     if weight_cap is not None:
         positive(weight_cap, "weight_cap")
@@ -144,24 +145,7 @@ def weight_statistics(
         raise ValueError("no weight is positive: there is nothing to learn from")
     log_weights = weights.log()
     alive = weights > 0
-    within = _within_groups(log_weights, segments)
-    return WeightStatistics(
-        rows=len(weights),
-        effective_share=effective_share(log_weights, one_segment(weights)).item(),
-        effective_share_within=within[0],
-        largest_weight=weights.max().item(),
-        top_decile_share=(weights.topk(math.ceil(len(weights) / 10)).values.sum() / weights.sum()).item(),
-        length_correlation=_correlation(log_weights[alive], lengths[alive].double()),
-        reward_correlation=_correlation(log_weights[alive], rewards[alive]),
-        constant_share=_constant_share(rewards, segments),
-        capped_share=capped.double().mean().item(),
-        kl_to_reference=within[1],
-        kl_ceiling=within[2],
-    )
-
-
-def _within_groups(log_weights: Tensor, segments: Segments) -> tuple[float, float, float]:
-    """Means over groups: effective share, estimated KL(pi* || pi_ref), and the log K that bounds the latter."""
+    # Within groups of two or more that have any weight.
     log_sums = segment_logsumexp(log_weights, segments)
     counted = (segments.sizes > 1) & log_sums.isfinite()
     log_sizes = segments.sizes.double().log()
@@ -169,13 +153,20 @@ def _within_groups(log_weights: Tensor, segments: Segments) -> tuple[float, floa
     # w log(K w), whose limit at w = 0 is 0
     terms = log_shares.exp() * (log_shares + log_sizes[segments.index])
     divergence = segment_sum(terms.masked_fill(log_weights.isneginf(), 0.0), segments)
-    shares = effective_share(log_weights, segments)
-    return shares[counted].mean().item(), divergence[counted].mean().item(), log_sizes[counted].mean().item()
-
-
-def _constant_share(rewards: Tensor, segments: Segments) -> float:
-    highest, minus_lowest = segment_max(rewards, segments), segment_max(-rewards, segments)
-    return (highest == -minus_lowest)[segments.sizes > 1].double().mean().item()
+    constant = segment_max(rewards, segments) == -segment_max(-rewards, segments)
+    return WeightStatistics(
+        rows=len(weights),
+        effective_share=effective_share(log_weights, one_segment(weights)).item(),
+        effective_share_within=effective_share(log_weights, segments)[counted].mean().item(),
+        largest_weight=weights.max().item(),
+        top_decile_share=(weights.topk(math.ceil(len(weights) / 10)).values.sum() / weights.sum()).item(),
+        length_correlation=_correlation(log_weights[alive], lengths[alive].double()),
+        reward_correlation=_correlation(log_weights[alive], rewards[alive]),
+        constant_share=constant[segments.sizes > 1].double().mean().item(),
+        capped_share=capped.double().mean().item(),
+        kl_to_reference=divergence[counted].mean().item(),
+        kl_ceiling=log_sizes[counted].mean().item(),
+    )
 
 
 def _correlation(first: Tensor, second: Tensor) -> float:

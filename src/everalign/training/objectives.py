@@ -1,168 +1,102 @@
-"""What one batch teaches: layout of the batch, its loss, and what the loss is divided by.
+"""The table of objectives: what each is called, where it lives, which rows it learns from and which options it reads.
 
-Each class joins a pure function of `everalign.objectives` to the Trainer. A loss is a sum over the micro-batch
-divided by the count of the whole optimiser step, so that accumulated micro-batches equal the big batch. Nothing here
-looks at a value: the Trainer does, once per logging step.
+A new objective is a file with a subclass of `everalign.training.base_objective.Objective`, and a line here. Importing
+the table loads nothing heavy; an objective's module is loaded when the objective is first made.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
-
-from everalign.data.collate import Batch, collate_chosen, collate_groups, collate_pairs, collate_targets
-from everalign.data.tokenization import TargetGroup, TokenizedGroup, TokenizedPair
 from everalign.errors import InputError
-from everalign.objectives import dpo_loss, fpo_loss, implicit_margin, snkl_loss, token_nll, weighted_nll
-from everalign.objectives.segments import Segments
+from everalign.training.options import ObjectiveOptions, WeightOptions
 
-Metrics = dict[str, Tensor]
-
-DEFAULT_GAMMA = 2.0
-OBJECTIVES = ("sft", "dpo", "fpo", "var", "snkl", "correction")
-# Learn from scored rows. correction learns from corrections, the others from preferences, and so does snkl, as rows of
-# two completions.
-SCORED_OBJECTIVES = ("var", "snkl")
+if TYPE_CHECKING:
+    from everalign.training.base_objective import Objective
 
 
-class Objective(Protocol):
-    """What the Trainer needs to know of an objective."""
-
-    name: str
-    needs_reference: bool
-
-    def collate(self, pairs: Sequence[Any], shared: bool) -> Batch:
-        """Lay out encoded rows as tensors; `count` is what the loss of the whole step is divided by."""
-        ...
-
-    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
-        """Return the micro-batch's share of the step's loss, and detached metrics (one value a row)."""
-        ...
-
-
-class SupervisedObjective:
-    """Token negative log-likelihood of the chosen responses, averaged over the step's response tokens."""
-
-    name = "sft"
-    needs_reference = False
-
-    def collate(self, pairs: Sequence[TokenizedPair], shared: bool) -> Batch:
-        """Lay out the chosen sequences; `count` is the number of their response tokens."""
-        batch = collate_chosen(pairs, shared)
-        return {**batch, "count": batch["lengths"].sum()}
-
-    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
-        """Return Σ weight·NLL / count; metric `nll` is per token of each row."""
-        sums = model(batch)
-        losses = token_nll(sums, count, check_finite=False) * batch["weight"]
-        return losses.sum(), {"nll": (-sums / batch["lengths"]).detach()}
-
-
-class PreferenceObjective:
-    """A loss of the implicit margin, averaged over the step's pairs.
+@dataclass(frozen=True)
+class Entry:
+    """One objective.
 
     Args:
-        name: how reports call it.
-        margin_loss: maps margins (B,) to un-reduced losses (B,).
-        beta: inverse temperature of the implicit reward.
+        home: its class, as `module:name`.
+        rows: what it learns from; `judged` are preferences or scored rows.
+        reads: options that mean something to it and not to all others: `beta`, `gamma`, `reference`, `sft_epochs`,
+            `reward` (with the sampling options), `correction`, and `weighting` with those of `WeightOptions`.
+        why: why it ignores `beta` and `reference`, where it does.
     """
 
-    needs_reference = True
-
-    def __init__(self, name: str, margin_loss: Callable[[Tensor], Tensor], beta: float) -> None:
-        self.name, self._margin_loss, self.beta = name, margin_loss, beta
-
-    def collate(self, pairs: Sequence[TokenizedPair], shared: bool) -> Batch:
-        """Lay out both sequences of every pair; `count` is the number of pairs."""
-        return {**collate_pairs(pairs, shared), "count": torch.tensor(len(pairs))}
-
-    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
-        """Return Σ weight·loss(margin) / count; metrics `margin` and `accuracy` per pair."""
-        chosen, rejected = model(batch).chunk(2)
-        reference_chosen, reference_rejected = batch["reference"].unbind(dim=1)
-        margin = implicit_margin(chosen, rejected, reference_chosen, reference_rejected, self.beta, check_finite=False)
-        losses = self._margin_loss(margin) * batch["weight"]
-        detached = margin.detach()
-        return losses.sum() / count, {"margin": detached, "accuracy": (detached > 0).float()}
+    home: str
+    rows: Literal["preferences", "scored", "judged", "corrections"]
+    reads: frozenset[str] = frozenset()
+    why: str = "has no margin"
 
 
-class RewardWeightedObjective:
-    """VAR: each response's negative log-likelihood times its weight, averaged over the step's response tokens.
+# Within a prompt snkl is its own normaliser; what it takes from the weighting is how sharp the rewards are.
+_SHARPNESS = frozenset({"temperature", "target_ess", "scale_rewards", "drop_constant"})
+_PAIRS, _SCORES = "everalign.training.preference_objectives", "everalign.training.scored_objectives"
 
-    Summed over a response's tokens and divided by one number for the whole step, which is what makes the optimum the
-    one that the weights aim at (see `everalign.objectives.weighted_nll`). With the one response that is to be written
-    in every group, it is the token cross-entropy that a corrector learns by.
-
-    Args:
-        name: how reports call it.
-    """
-
-    needs_reference = False
-
-    def __init__(self, name: str = "var") -> None:
-        self.name = name
-
-    def collate(self, groups: Sequence[TokenizedGroup], shared: bool) -> Batch:
-        """Lay out the responses that count; `count` is the number of all responses' tokens."""
-        tokens = sum(len(response) for group in groups for response in group.responses)
-        return {**collate_groups(groups, shared), "count": torch.tensor(tokens)}
-
-    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
-        """Return Σ weight·NLL / count; metric `nll` is per token of each response that counts."""
-        sums = model(batch)
-        losses = weighted_nll(sums, batch["weight"], count, check_finite=False)
-        return losses.sum(), {"nll": (-sums / batch["lengths"]).detach()}
+OBJECTIVES: dict[str, Entry] = {
+    "sft": Entry(f"{_PAIRS}:SupervisedObjective", "preferences"),
+    "dpo": Entry(f"{_PAIRS}:DpoObjective", "preferences", frozenset({"beta", "reference", "sft_epochs"})),
+    "fpo": Entry(f"{_PAIRS}:FpoObjective", "preferences", frozenset({"beta", "gamma", "reference", "sft_epochs"})),
+    "var": Entry(f"{_SCORES}:VarObjective", "scored", frozenset({"reward", "weighting", *WeightOptions.model_fields})),
+    "snkl": Entry(
+        f"{_SCORES}:SelfNormalisedObjective",
+        "judged",
+        frozenset({"reference", "reward", "weighting"}) | _SHARPNESS,
+        "takes log-ratios as they are",
+    ),
+    "correction": Entry("everalign.correction.objective:CorrectionObjective", "corrections", frozenset({"correction"})),
+}
 
 
-class SelfNormalisedObjective:
-    """Each row's divergence from the shares that its rewards ask for (see `snkl_loss`), averaged over the step's rows.
-
-    The log-ratio of policy and reference is taken as it is (β = 1): only so is pi* where the loss is 0.
-    """
-
-    name = "snkl"
-    needs_reference = True
-
-    def collate(self, groups: Sequence[TargetGroup], shared: bool) -> Batch:
-        """Lay out all responses of every row; `count` is the number of rows."""
-        return {**collate_targets(groups, shared), "count": torch.tensor(len(groups))}
-
-    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
-        """Return Σ weight·KL / count; metrics by row: `kl` itself, and `margin` and `accuracy` of its best response.
-
-        The margin is that of the largest over the smallest share, at β = 1; 0 where all shares are equal.
-        """
-        sums, sizes = model(batch), batch["sizes"]
-        segments = Segments(torch.arange(len(sizes), device=sizes.device), batch["groups"], sizes)
-        # Softmax at temperature 1 of the logarithms of shares gives the shares back.
-        losses = snkl_loss(sums, batch["reference"], batch["log_shares"], segments, 1.0, check_finite=False)
-        log_ratio = sums.detach() - batch["reference"]
-        margin = log_ratio[batch["best"]] - log_ratio[batch["worst"]]
-        metrics = {"kl": losses.detach(), "margin": margin, "accuracy": (margin > 0).float()}
-        return (losses * batch["weight"]).sum() / count, metrics
+def reads(objective: str | None, option: str) -> bool:
+    """Whether an objective reads an option: for None the default, `fpo`; unknown objectives read all options."""
+    entry = OBJECTIVES.get(objective or "fpo")
+    return entry is None or option in entry.reads
 
 
-def make_objective(name: str, beta: float = 0.1, gamma: float | None = None) -> Objective:
+def readers_of(option: str) -> tuple[str, ...]:
+    """Return the objectives that read an option."""
+    return tuple(name for name, entry in OBJECTIVES.items() if option in entry.reads)
+
+
+def check_weighting(objective: str | None, given: Iterable[str]) -> None:
+    """Refuse weighting options, by their names, that the objective would ignore."""
+    for name in given:
+        if not reads(objective, "weighting"):
+            which = " and ".join(readers_of("weighting"))
+            raise InputError(f"{name} is for rewards, which only {which} learn from: leave it out", field=name)
+        if not reads(objective, name):
+            what = f"the objective {objective} compares the completions of a prompt and would ignore {name}"
+            raise InputError(f"{what}: leave it out", field=name)
+
+
+def weighting_settings(objective: str | None, weighting: WeightOptions) -> dict[str, Any]:
+    """Return the values that mean something to an objective."""
+    return {name: value for name, value in weighting.settings().items() if reads(objective, name)}
+
+
+def make_objective(name: str, beta: float = 0.1, gamma: float | None = None, **options: Any) -> "Objective":
     """Build an objective by its name on the command line.
 
     Args:
-        name: `sft`, `dpo`, `fpo`, `var`, `snkl` or `correction`.
-        beta: inverse temperature of the implicit reward, for `dpo` and `fpo`.
+        name: a key of `OBJECTIVES`.
+        beta: inverse temperature of the implicit reward, for those that have one.
         gamma: focusing exponent of `fpo` (2 when None); anything else refuses it.
+        options: further fields of `ObjectiveOptions`.
     """
-    if gamma is not None and name != "fpo":
-        raise InputError(f"gamma is the focusing exponent of fpo; the objective {name!r} would ignore it: leave it out")
-    if name == "sft":
-        return SupervisedObjective()
-    if name in ("var", "correction"):
-        return RewardWeightedObjective(name)
-    if name == "snkl":
-        return SelfNormalisedObjective()
-    if name == "dpo":
-        return PreferenceObjective("dpo", partial(dpo_loss, check_finite=False), beta)
-    if name == "fpo":
-        exponent = DEFAULT_GAMMA if gamma is None else gamma
-        return PreferenceObjective("fpo", partial(fpo_loss, gamma=exponent, check_finite=False), beta)
-    raise InputError(f"unknown objective {name!r}: choose one of {', '.join(OBJECTIVES)}")
+    if name not in OBJECTIVES:
+        raise InputError(f"unknown objective {name!r}: choose one of {', '.join(OBJECTIVES)}", field="objective")
+    if gamma is not None and "gamma" not in OBJECTIVES[name].reads:
+        raise InputError(
+            f"gamma is the focusing exponent of {', '.join(readers_of('gamma'))}; the objective {name!r} would ignore "
+            "it: leave it out",
+            field="gamma",
+        )
+    module, _, attribute = OBJECTIVES[name].home.partition(":")
+    objective: Objective = getattr(import_module(module), attribute)(name, ObjectiveOptions(beta, gamma, **options))
+    return objective

@@ -1,6 +1,6 @@
 """Options of training: stages, reward models, and the weights of VAR. Importing them loads nothing heavy."""
 
-from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -105,8 +105,6 @@ def check_alpha(rank: int, alpha: float | None) -> None:
 
 
 Estimator = Literal["group", "group_loo", "in_batch", "reference", "quantile", "support"]
-# Within a prompt snkl is its own normaliser; what it takes from the options is how sharp the rewards are.
-_OF_SNKL = ("temperature", "target_ess", "scale_rewards", "drop_constant")
 
 
 class WeightOptions(Options, title="Rewards (objectives var, snkl)"):
@@ -164,8 +162,8 @@ class WeightOptions(Options, title="Rewards (objectives var, snkl)"):
                 raise InputError(f"the estimator {self.estimator} would ignore {name}: leave it out", field=name)
         return self
 
-    def settings(self, objective: str) -> dict[str, Any]:
-        """Returns the values that mean something to an objective."""
+    def settings(self) -> dict[str, Any]:
+        """Returns the values that mean something."""
         found = self.model_dump()
         if self.estimator != "support":
             del found["length_normalize"]
@@ -173,17 +171,21 @@ class WeightOptions(Options, title="Rewards (objectives var, snkl)"):
         for name in ("weight_floor", "drop_constant"):
             if not found[name]:
                 del found[name]
-        return {name: found[name] for name in _OF_SNKL if name in found} if objective == "snkl" else found
-
-    def check_for(self, objective: str) -> None:
-        """Refuses values that the objective would ignore."""
-        usual = dict(WeightOptions())
-        check_names(objective, [name for name, value in self if value != usual[name]])
+        return found
 
 
-def check_names(objective: str, given: Iterable[str]) -> None:
-    """Refuses options, by their names, that the objective would ignore."""
-    ignored = [name for name in given if name not in _OF_SNKL]
-    if objective == "snkl" and ignored:
-        what = f"the objective snkl compares the completions of a prompt and would ignore {ignored[0]}"
-        raise InputError(f"{what}: leave it out", field=ignored[0])
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """Options that objectives read; each takes its own from them.
+
+    Args:
+        beta: inverse temperature of the implicit reward.
+        gamma: focusing exponent; None for the objective's own default.
+        weighting: how rewards become weights.
+        correction: template, objectives in words, and share of identities of a corrector (`CorrectionTaskOptions`).
+    """
+
+    beta: float = 0.1
+    gamma: float | None = None
+    weighting: WeightOptions = field(default_factory=WeightOptions)
+    correction: Any = None

@@ -10,9 +10,9 @@ it is computed in bf16. The same arguments give the same weights on the same mac
 """
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from everalign.data.chat_template import keep_template
 from everalign.data.chat_tokens import template_fingerprint
+from everalign.data.collate import row_tokens
 from everalign.data.readers import check_disjoint
 from everalign.data.records import PreferenceSet
 from everalign.data.template_notes import template_notes
-from everalign.data.tokenization import Comparison, pad_right, tokenize_comparisons
-from everalign.errors import InputError, check_shortfall
+from everalign.data.tokenization import TokenizedRow, TokenizedRows, check_end, pad_right, tokenize_preferences
+from everalign.errors import InputError
 from everalign.modeling.loading import load_tokenizer, model_fingerprint, resolve_precision, sequence_limit
 from everalign.modeling.options import Precision
 from everalign.modeling.reward_model import (
@@ -43,9 +44,9 @@ from everalign.modeling.reward_model import (
 from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.objectives import bradley_terry_loss, calibrating_temperature, dpo_loss, pair_calibration_error
 from everalign.storage import exclusive, lock_of
-from everalign.training.objectives import Metrics
-from everalign.training.options import RewardOptions, StageOptions
-from everalign.training.stage import StageResult, train_rows
+from everalign.training.base_objective import Metrics, Objective
+from everalign.training.options import ObjectiveOptions, RewardOptions, StageOptions
+from everalign.training.stage import StageResult, train_stage
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class TrainedRewardModel:
     training: StageResult
 
 
-class BradleyTerryObjective:
+class BradleyTerryObjective(Objective):
     """The Bradley-Terry loss with its centring term, averaged over the step's pairs.
 
     Args:
@@ -130,21 +131,22 @@ class BradleyTerryObjective:
         centring: strength of the centring term.
     """
 
-    name = "reward"
-    needs_reference = False
-
     def __init__(self, padding: int, centring: float) -> None:
+        super().__init__("reward", ObjectiveOptions())
         self._padding, self._centring = padding, centring
 
-    def collate(self, pairs: Sequence[Comparison], shared: bool) -> dict[str, Tensor]:
+    def tokens(self, row: TokenizedRow, shared: bool) -> int:
+        """Return the tokens of both sequences, padded to the longer one."""
+        return row_tokens(row, shared=False)
+
+    def collate(self, rows: Sequence[TokenizedRow], shared: bool) -> dict[str, Tensor]:
         """Lay out both sequences of every pair, each with its prompt; `count` is the number of pairs."""
-        sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        weight = torch.tensor([pair.weight for pair in pairs], dtype=torch.float32)
-        return {**pad_right(sequences, self._padding), "weight": weight, "count": torch.tensor(len(pairs))}
+        weight = torch.tensor([row.weight for row in rows], dtype=torch.float32)
+        return {**pad_right(_sequences(rows), self._padding), "weight": weight, "count": torch.tensor(len(rows))}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor) -> tuple[Tensor, Metrics]:
         """Return Σ weight·loss(chosen, rejected) / count; metrics `margin` and `accuracy` per pair."""
-        chosen, rejected = model(batch).chunk(2)
+        chosen, rejected = model(batch).view(-1, 2).unbind(1)
         losses = bradley_terry_loss(chosen, rejected, self._centring, check_finite=False) * batch["weight"]
         margin = (chosen - rejected).detach()
         return losses.sum() / count, {"margin": margin, "accuracy": (margin > 0).float()}
@@ -194,10 +196,22 @@ def train_reward_model(
         max_length = sequence_limit(options.max_length, LONGEST_BY_DEFAULT, classifier, tokenizer, model)
 
         pairs = _encode("training", train, tokenizer, max_length, log)
-        held_out = _encode("held-out", test, tokenizer, max_length, log) if test else ()
+        held_out = _encode("held-out", test, tokenizer, max_length, log) if test else None
 
         rewards = RewardModel(classifier, precision)
-        training = _train(rewards, pairs, options, seed, log, progress)
+        stage = StageOptions(
+            **{**options.shared_with(StageOptions), "learning_rate": options.rate, "checkpoint_steps": 0}
+        )
+        training = train_stage(
+            rewards,
+            BradleyTerryObjective(rewards.padding, options.centring),
+            pairs,
+            stage,
+            None,
+            seed=seed,
+            progress=partial(progress, "reward"),
+            log=log,
+        )
         if options.lora_rank:
             plain = load_classifier(model, fresh_head=True, seed=seed, device=device)
             set_padding(plain, tokenizer)
@@ -205,9 +219,9 @@ def train_reward_model(
         rewards.eval()
         raw = _pair_rewards(rewards, pairs, options, "centring", progress)
         report = None
-        if held_out:
+        if held_out is not None:
             found = _pair_rewards(rewards, held_out, options, "held-out pairs", progress)
-            report = reward_report(found, torch.tensor([pair.answers for pair in held_out]))
+            report = reward_report(found, torch.tensor([[len(tokens) for tokens in row.responses] for row in held_out]))
         facts = RewardFacts(
             mean=raw.double().mean().item(),
             scale=raw.double().std(correction=0).item(),
@@ -252,67 +266,34 @@ def _check_input(train: PreferenceSet, test: PreferenceSet | None, folder: Path,
 
 def _encode(
     name: str, rows: PreferenceSet, tokenizer: Any, max_length: int, log: Callable[[str], None]
-) -> tuple[Comparison, ...]:
+) -> TokenizedRows:
     try:
-        pairs, cut = tokenize_comparisons(rows, tokenizer, max_length)
+        pairs = tokenize_preferences(rows, tokenizer, max_length)
+        for number, pair in enumerate(pairs, start=1):
+            for tokens in pair.responses:
+                check_end(tokens, tokenizer, f"pair {number} (id {pair.id})")
         notes = template_notes(tokenizer, rows) if name == "training" else ()
+        warnings = pairs.warnings()
     except InputError as error:
         raise InputError(f"{rows.source}: {error}") from None
     for line in notes:
         log(f"  {line}")
-    same = sum(pair.chosen == pair.rejected for pair in pairs)
-    altered = f"; {cut} answers with their prompts cut to {max_length} tokens, {same} pairs with identical answers"
-    log(f"  {len(pairs)} {name} pairs{altered if cut or same else ''}")
-    remedy = f"raise --max-length (max_length), {max_length} now"
-    try:
-        warnings = check_shortfall(same, len(pairs), "pairs have identical answers as tokens", remedy)
-    except InputError as error:
-        raise InputError(f"{rows.source}: {error}") from None
-    what = "answers with their prompts are cut"
-    for warning in (*warnings, *check_shortfall(cut, 2 * len(pairs), what, remedy, refuse=False)):
+    log(f"  {name} pairs: {pairs.one_line() if pairs.altered else len(pairs)}")
+    for warning in warnings:
         log(f"  warning: {rows.source}: {warning}")
     return pairs
 
 
-def _train(
-    model: RewardModel,
-    pairs: Sequence[Comparison],
-    options: RewardOptions,
-    seed: int,
-    log: Callable[[str], None],
-    progress: Progress,
-) -> StageResult:
-    # A batch holds both sequences of a pair, padded to the longest.
-    lengths = [2 * max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
-    stage = StageOptions(
-        learning_rate=options.rate,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        tokens_per_batch=options.tokens_per_batch,
-        checkpoint_steps=0,
-        checkpointing=options.checkpointing,
-    )
-    objective = BradleyTerryObjective(model.padding, options.centring)
-    with tempfile.TemporaryDirectory() as folder:
-        return train_rows(
-            model,
-            objective,
-            pairs,
-            lengths,
-            stage,
-            Path(folder),
-            seed=seed,
-            progress=lambda done, total: progress("reward", done, total),
-            log=log,
-        )
+def _sequences(rows: Sequence[TokenizedRow]) -> list[list[int]]:
+    """Return prompt and response of every row's responses, row by row."""
+    return [row.prompt + response for row in rows for response in row.responses]
 
 
 def _pair_rewards(
-    model: RewardModel, pairs: Sequence[Comparison], options: RewardOptions, stage: str, progress: Progress
+    model: RewardModel, pairs: Sequence[TokenizedRow], options: RewardOptions, stage: str, progress: Progress
 ) -> Tensor:
     """Return the rewards (N, 2), not centred, of chosen and rejected."""
-    sequences = [tokens for pair in pairs for tokens in (pair.chosen, pair.rejected)]
     found = sequence_rewards(
-        model, sequences, options.tokens_per_batch, lambda done, total: progress(stage, done, total)
+        model, _sequences(pairs), options.tokens_per_batch, lambda done, total: progress(stage, done, total)
     )
     return found.view(-1, 2)

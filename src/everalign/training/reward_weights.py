@@ -59,7 +59,7 @@ class WeightedRows:
         return {"temperature": self.temperature, "scale": self.scale, **figures, **left_out}
 
 
-def weigh(
+def compute_weights(
     rows: Sequence[Scored],
     lengths: Sequence[Sequence[int]],
     options: WeightOptions,
@@ -102,99 +102,88 @@ def weigh(
             target_ess=options.target_ess or None,
             reward_scale=scale,
             weight_cap=cap,
-            **_beside(rows, rewards, tokens, options, reference),
+            **_evidence(rows, rewards, tokens, options, reference),
         )
         statistics = weight_statistics(found.weights, groups, rewards, tokens, weight_cap=cap)
     except ValueError as error:
         raise InputError(f"rewards: {error}") from error
-    kept = _kept(rows, found.weights, options)
-    parts = torch.split(found.weights * kept, [len(row.completions) for row in rows])
-    weighed = tuple(_with_weights(row, part.tolist()) for row, part in zip(rows, parts, strict=True) if part.any())
-    if not weighed:
-        raise InputError(_nothing_left(options))
-    lost = (found.weights * ~kept).sum() / found.weights.sum()
-    return WeightedRows(weighed, statistics, found.temperature, scale, int((~kept).sum()), lost.item())
+    return _keep(rows, WeightedRows((), statistics, found.temperature, scale), found.weights, options)
 
 
-def _kept(rows: Sequence[Scored], weights: Tensor, options: WeightOptions) -> Tensor:
-    """Which completions (N,) are learned."""
-    kept = weights >= options.weight_floor
-    if options.drop_constant:
-        kept &= torch.tensor([len(set(row.rewards)) > 1 for row in rows for _ in row.completions])
-    return kept
-
-
-def _nothing_left(options: WeightOptions) -> str:
-    if options.drop_constant:
-        return "no row has rewards that differ, and drop_constant leaves all others out: do without it"
-    return f"every completion weighs less than weight_floor, {options.weight_floor:g}: lower it"
-
-
-def _with_weights(row: Scored, weights: list[float]) -> Scored:
-    try:
-        return replace(row, weights=tuple(weights))
-    except InputError as error:
-        raise InputError(f"the row {row.id} would get the weights {weights}: raise the temperature") from error
-
-
-def _beside(
+def _evidence(
     rows: Sequence[Scored],
     rewards: Tensor,
     tokens: Tensor,
     options: WeightOptions,
     reference: Sequence[Tensor] | None,
 ) -> dict[str, Any]:
-    """What an estimator looks at beside rewards, by its name in `var_weights`."""
+    """Return what the estimator looks at beside rewards, by its name in `var_weights`."""
     if options.estimator == "in_batch" and any(len(row.completions) == 1 for row in rows):
         return {"baselines": rewards.mean().expand(len(rows))}
     if options.estimator in FROM_REFERENCE_REWARDS:
         return {"reference_rewards": torch.tensor([row.reference_rewards for row in rows], dtype=torch.float64)}
     if options.estimator == "support" and reference is not None:
-        return {
-            "reference_logprobs": torch.cat(list(reference)),
-            "lengths": tokens if options.length_normalize else None,
-        }
+        lengths = tokens if options.length_normalize else None
+        return {"reference_logprobs": torch.cat(list(reference)), "lengths": lengths}
     return {}
+
+
+def _keep(rows: Sequence[Scored], found: WeightedRows, weights: Tensor, options: WeightOptions) -> WeightedRows:
+    """Give the rows their weights; completions below the floor and rows without any other are left out."""
+    kept = weights >= options.weight_floor
+    if options.drop_constant:
+        kept &= torch.tensor([len(set(row.rewards)) > 1 for row in rows for _ in row.completions])
+    parts = torch.split(weights * kept, [len(row.completions) for row in rows])
+    weighed = []
+    for row, part in zip(rows, parts, strict=True):
+        if part.any():
+            try:
+                weighed.append(replace(row, weights=tuple(part.tolist())))
+            except InputError as error:
+                what = f"the row {row.id} would get the weights {part.tolist()}"
+                raise InputError(f"{what}: raise the temperature") from error
+    if not weighed:
+        if options.drop_constant:
+            raise InputError("no row has rewards that differ, and drop_constant leaves all others out: do without it")
+        raise InputError(f"every completion weighs less than weight_floor, {options.weight_floor:g}: lower it")
+    lost = (weights * ~kept).sum() / weights.sum()
+    return replace(found, rows=tuple(weighed), left_out=int((~kept).sum()), left_out_weight=lost.item())
 
 
 def check_completions(rows: Sequence[Scored], options: WeightOptions) -> None:
     """Refuse rows without weights that lack what the estimator needs; names them by their place."""
     unweighed = [(number, row) for number, row in enumerate(rows, start=1) if row.weights is None]
     if options.estimator in FROM_REFERENCE_REWARDS:
-        _check_reference_rewards(unweighed, options.estimator)
-    alone = [number for number, row in unweighed if len(row.completions) == 1]
-    if alone and options.estimator not in TAKE_ONE_COMPLETION:
-        raise InputError(
-            f"{len(alone)} rows have one completion only ({_named(alone)}), whose weight would be 1 whatever its "
-            "reward: sample more, leave these rows out, or use the estimator in_batch (or, with reference_rewards, "
-            "reference)"
+        counts = [(number, len(row.reference_rewards or ())) for number, row in unweighed]
+        for number, count in counts:
+            if count == 0:
+                raise InputError(
+                    f"row {number}: field 'reference_rewards': no such column in this row, from which the estimator "
+                    f"{options.estimator} takes what is usual for a prompt; give rewards of the reference's own "
+                    "answers to it",
+                    field="reference_rewards",
+                )
+            if count != counts[0][1]:
+                raise InputError(
+                    f"row {number}: field 'reference_rewards': {count} numbers, while row {counts[0][0]} has "
+                    f"{counts[0][1]}; give every row as many",
+                    field="reference_rewards",
+                )
+    if options.estimator not in TAKE_ONE_COMPLETION:
+        _refuse_alone(
+            unweighed,
+            "whose weight would be 1 whatever its reward: sample more, leave these rows out, or use the estimator "
+            "in_batch (or, with reference_rewards, reference)",
         )
 
 
 def check_comparable(rows: Sequence[Scored]) -> None:
     """Refuse rows with one completion, also where they have weights; names them by their place."""
-    alone = [number for number, row in enumerate(rows, start=1) if len(row.completions) == 1]
+    _refuse_alone(list(enumerate(rows, start=1)), "with nothing to compare it to: sample more, or leave these rows out")
+
+
+def _refuse_alone(rows: Sequence[tuple[int, Scored]], why: str) -> None:
+    alone = [str(number) for number, row in rows if len(row.completions) == 1]
     if alone:
-        raise InputError(
-            f"{len(alone)} rows have one completion only ({_named(alone)}), with nothing to compare it to: sample "
-            "more, or leave these rows out"
-        )
-
-
-def _check_reference_rewards(rows: Sequence[tuple[int, Scored]], estimator: str) -> None:
-    counts = [(number, len(row.reference_rewards or ())) for number, row in rows]
-    for number, count in counts:
-        if count == 0:
-            raise InputError(
-                f"row {number}: field 'reference_rewards': no such column in this row, from which the estimator "
-                f"{estimator} takes what is usual for a prompt; give rewards of the reference's own answers to it"
-            )
-        if count != counts[0][1]:
-            raise InputError(
-                f"row {number}: field 'reference_rewards': {count} numbers, while row {counts[0][0]} has "
-                f"{counts[0][1]}; give every row as many"
-            )
-
-
-def _named(rows: Sequence[int]) -> str:
-    return "rows " + ", ".join(map(str, rows[:_ROWS_NAMED])) + (", ..." if len(rows) > _ROWS_NAMED else "")
+        named = "rows " + ", ".join(alone[:_ROWS_NAMED]) + (", ..." if len(alone) > _ROWS_NAMED else "")
+        raise InputError(f"{len(alone)} rows have one completion only ({named}), {why}")

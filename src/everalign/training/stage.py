@@ -1,11 +1,13 @@
-"""A finished stage of training: its weights and its report, kept so that a killed run need not train it again."""
+"""Train one stage: checkpoints inside it, its result kept at the end, so that a killed run need not train it again."""
 
 import json
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +17,154 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from everalign.data.collate import TrainingPlan, largest_token, row_tokens, training_plan
-from everalign.data.tokenization import TargetGroup, TokenizedGroup, TokenizedPair
+from everalign.data.collate import largest_token, training_plan
+from everalign.data.tokenization import TokenizedRow
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.options import Checkpointing
-from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import SavedBytes, free_memory, language_model, recomputable_layers, recomputing
 from everalign.storage import checksums, differing_files, new_folder, read_json, write_json
-from everalign.training.objectives import Objective
+from everalign.training.base_objective import Objective
 from everalign.training.options import StageOptions
-from everalign.training.trainer import (
-    GradientHook,
-    Penalty,
-    Reference,
-    Steps,
-    TokenizedRow,
-    Trainer,
-    training_arguments,
-)
+from everalign.training.reference import Reference, sequence_logprobs
+from everalign.training.trainer import GradientHook, Penalty, Steps, Trainer, training_arguments
 
 _WEIGHTS, _REPORT, _FILES = "policy.safetensors", "report.json", "files.json"
+_MARK, _CHECKPOINT = "complete.json", "checkpoint-"
+# Share of the free memory that activations, gradients and the optimiser may take: other things come and go beside them.
+_USABLE = 0.8
+# Bytes for each trained parameter: a gradient and AdamW's two moments, in fp32.
+_TRAINED_BYTES = 12
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What one stage did.
+
+    Args:
+        stage: the objective's name.
+        reference: the reference policy, or None where the objective needs none.
+        steps: optimiser steps.
+        epochs: passes over the rows.
+        seconds: wall-clock time of training, of the last uninterrupted piece where it was resumed.
+        rows: rows of the stage, replayed ones included.
+        replayed: how many of them are replayed.
+        curve: logged steps; `epoch` counts passes over the rows.
+        step0_margin: mean implicit margin before the first step on a probe of the rows; exactly 0 when the reference
+            is the policy that the stage starts from. None without a reference, or where rows are no pairs.
+        step0_log_ratio: of rows that are no pairs, the mean over the probe's responses of |log π − log π_ref|, in
+            nats; 0 as above.
+    """
+
+    stage: str
+    reference: str | None
+    steps: int
+    epochs: float
+    seconds: float
+    rows: int
+    replayed: int
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    step0_margin: float | None = None
+    step0_log_ratio: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the curve."""
+        return {key: value for key, value in asdict(self).items() if key != "curve"}
+
+
+def train_stage(
+    model: nn.Module,
+    objective: Objective,
+    rows: Sequence[TokenizedRow],
+    options: StageOptions,
+    folder: Path | None,
+    *,
+    seed: int,
+    reference: Callable[[], Reference] | None = None,
+    replayed: int = 0,
+    penalty: Penalty | None = None,
+    gradient_hook: GradientHook | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    log: Callable[[str], None] = lambda _: None,
+) -> StageResult:
+    """Train a model in place on one stage's rows, or load what an earlier call has left.
+
+    Args:
+        model: its parameters that need gradients are trained: a policy, a whole model or a reward model.
+        objective: what a batch teaches.
+        rows: the N rows, replayed ones included.
+        options: how.
+        folder: holds checkpoints, from the newest complete one of which the stage goes on, and in the end its result,
+            which a later call loads; None to keep nothing.
+        seed: seeds the order of the rows.
+        reference: computes the reference, where the objective needs one and the stage is not finished.
+        replayed: how many of the rows are replayed, for the report.
+        penalty: a regulariser, for policies.
+        gradient_hook: a hand on complete gradients, for policies.
+        progress: called with (steps done, steps in all).
+        log: called with one line for each thing that happens.
+
+    Raises:
+        InputError: checkpointing is on, and the model's layers are not known; or a row holds a token that the model
+            has no embedding for.
+        EveralignError: the loss or the weights became NaN or infinite.
+    """
+    if folder is not None and (earlier := load_finished(model, folder)) is not None:
+        log(f"  {objective.name}: was finished by an earlier call")
+        return StageResult(**earlier)
+    head = getattr(model, "head", None)
+    if head is not None:
+        # Before any of it is on a GPU, where such a token ends the process.
+        head.check_token(max(map(largest_token, rows), default=0))
+    shared = head is not None and head.shared
+    against, start, logprobs = None if reference is None else reference(), {}, None
+    announced = f"  {objective.name}: {len(rows)} rows ({replayed} replayed)"
+    if against is not None:
+        logprobs = against.logprobs
+        announced += f", reference = {against.name}"
+        if against.probe:
+            now = torch.cat(sequence_logprobs(model, against.probe, options.tokens_per_batch))  # type: ignore[arg-type]
+            name, what, value = objective.drift(now, torch.cat(list(against.probe_logprobs)))
+            start, announced = {name: value}, f"{announced}, {what} = {value:.6g}"
+    log(announced)
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory())) if folder is None else folder / "checkpoints"
+        arguments = training_arguments(place, options, seed)
+        lengths = [objective.tokens(row, shared) for row in rows]
+        plan = training_plan(
+            lengths,
+            options.batch_size,
+            options.tokens_per_batch,
+            options.epochs,
+            seed,
+            processes=arguments.world_size,
+        )
+        # Rounded down: the first step of a warm-up has learning rate 0, and a short stage must not end with it.
+        arguments.warmup_steps = int(options.warmup * plan.steps)
+        steps = Steps(rows, plan, objective, shared, logprobs)
+        callbacks = [MarkComplete(), _StepCallback(progress)]
+        trainer = Trainer(model, objective, arguments, steps, penalty, gradient_hook, callbacks)
+        checkpoint = latest_checkpoint(place)
+        started = time.perf_counter()
+        with recomputing(_recomputed(model, objective, steps, lengths, options.checkpointing, log)):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        seconds = time.perf_counter() - started
+    model.zero_grad(set_to_none=True)
+    # transformers saw the whole plan as one epoch.
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    result = StageResult(
+        stage=objective.name,
+        reference=None if against is None else against.name,
+        steps=plan.steps,
+        epochs=options.epochs,
+        seconds=round(seconds, 3),
+        rows=len(rows),
+        replayed=replayed,
+        curve=[{**entry, "epoch": entry["epoch"] * options.epochs} for entry in history],
+        **start,
+    )
+    if folder is not None:
+        save_result(model, asdict(result), folder, objective.name)
+    return result
 
 
 def save_result(model: nn.Module, report: Mapping[str, Any], folder: Path, stage: str) -> None:
@@ -47,8 +177,8 @@ def save_result(model: nn.Module, report: Mapping[str, Any], folder: Path, stage
         stage: its name, for messages.
 
     Raises:
-        EveralignError: weights are NaN or infinite. The trainer sees a loss only before each step, so nobody has
-            looked at what the last one left.
+        EveralignError: weights are NaN or infinite. The trainer sees a loss only before each step, so nothing has
+            checked what the last one left.
     """
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     if not all(torch.isfinite(value).all() for value in weights.values()):
@@ -71,10 +201,6 @@ def load_finished(model: nn.Module, folder: Path) -> dict[str, Any] | None:
     return report
 
 
-_MARK = "complete.json"
-_PREFIX = "checkpoint-"
-
-
 class MarkComplete(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
     """Writes the checksums of a checkpoint's files into it once all of them are written."""
 
@@ -83,7 +209,7 @@ class MarkComplete(TrainerCallback):  # type: ignore[misc]  # transformers carri
         PartialState().wait_for_everyone()  # each process writes files of its own
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / f"{_PREFIX}{state.global_step}"
+        folder = Path(args.output_dir) / f"{_CHECKPOINT}{state.global_step}"
         write_json(folder / _MARK, checksums(folder, exclude=frozenset({_MARK})))
 
 
@@ -92,152 +218,18 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
     One that a kill or a full disk left incomplete is passed over with a warning that names it.
     """
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    for path in sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)), reverse=True):
-        if not (reason := _incomplete(path)):
+    numbers = {path: path.name.removeprefix(_CHECKPOINT) for path in folder.glob(f"{_CHECKPOINT}*")}
+    found = [path for path, number in numbers.items() if number.isdigit()]
+    for path in sorted(found, key=lambda path: int(numbers[path]), reverse=True):
+        try:
+            expected = json.loads((path / _MARK).read_text(encoding="utf-8"))
+            reason = ", ".join(f"{name} is cut or missing" for name in differing_files(path, expected))
+        except (FileNotFoundError, ValueError):
+            reason = f"{_MARK} is missing or cut"
+        if not reason:
             return path
         warnings.warn(f"{path} is no complete checkpoint ({reason}): resuming from before it", stacklevel=2)
     return None
-
-
-def _incomplete(path: Path) -> str:
-    try:
-        expected = json.loads((path / _MARK).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return f"{_MARK} is missing or cut"
-    return ", ".join(f"{name} is cut or missing" for name in differing_files(path, expected))
-
-
-Progress = Callable[[int, int], None]
-
-# Of the free memory, what activations, gradients and the optimiser may take: other things come and go beside them.
-_USABLE = 0.8
-# Of what is learned: a gradient and AdamW's two moments, in fp32.
-_BYTES_LEARNED = 12
-
-
-@dataclass
-class StageResult:
-    """What a stage did: its curve and its cost. `epochs` counts passes over the rows."""
-
-    steps: int
-    epochs: float
-    seconds: float
-    curve: list[dict[str, Any]] = field(default_factory=list)
-
-
-def run_stage(
-    policy: Policy,
-    objective: Objective,
-    pairs: Sequence[TokenizedPair | TokenizedGroup | TargetGroup],
-    options: StageOptions,
-    folder: Path,
-    *,
-    seed: int,
-    reference: Reference | None = None,
-    penalty: Penalty | None = None,
-    gradient_hook: GradientHook | None = None,
-    progress: Progress | None = None,
-    log: Callable[[str], None] = lambda _: None,
-) -> StageResult:
-    """Train `policy` in place; resumes from the newest complete checkpoint in `folder`.
-
-    Args:
-        policy: its short-term adapter is trained.
-        objective: what a batch teaches.
-        pairs: the N rows, replayed ones included.
-        options: how.
-        folder: holds the stage's checkpoints.
-        seed: seeds the order of the rows.
-        reference: reference log-probabilities as in `Steps`, where the objective needs them.
-        penalty: the method's regulariser.
-        gradient_hook: the method's hand on complete gradients.
-        progress: called with (steps done, steps in all).
-        log: called with a line where activations are computed again because memory is short.
-
-    Raises:
-        InputError: checkpointing is on, and nobody knows the model's layers; or a row holds a token that the model has
-            no embedding for.
-    """
-    shared = policy.head.shared
-    # Before any of it is on a GPU, where such a token ends the process.
-    policy.head.check_token(max((largest_token(pair) for pair in pairs), default=0))
-    return train_rows(
-        policy,
-        objective,
-        pairs,
-        [row_tokens(pair, shared) for pair in pairs],
-        options,
-        folder,
-        seed=seed,
-        shared=shared,
-        reference=reference,
-        penalty=penalty,
-        gradient_hook=gradient_hook,
-        progress=progress,
-        log=log,
-    )
-
-
-def train_rows(
-    model: nn.Module,
-    objective: Objective,
-    rows: Sequence[TokenizedRow],
-    lengths: Sequence[int],
-    options: StageOptions,
-    folder: Path,
-    *,
-    seed: int,
-    shared: bool = False,
-    reference: Reference | None = None,
-    penalty: Penalty | None = None,
-    gradient_hook: GradientHook | None = None,
-    progress: Progress | None = None,
-    log: Callable[[str], None] = lambda _: None,
-) -> StageResult:
-    """Train whatever an objective can teach; resumes from the newest complete checkpoint in `folder`.
-
-    Args:
-        model: its parameters that need gradients are trained, in place.
-        objective: what a batch teaches.
-        rows: the N encoded rows.
-        lengths: tokens computed for each row.
-        options: how.
-        folder: holds the checkpoints.
-        seed: seeds the order of the rows.
-        shared: compute a prompt once for all its answers, where the objective can.
-        reference: reference log-probabilities as in `Steps`, where the objective needs them.
-        penalty: a regulariser, for policies.
-        gradient_hook: a hand on complete gradients, for policies.
-        progress: called with (steps done, steps in all).
-        log: called with a line where activations are computed again because memory is short.
-
-    Raises:
-        InputError: checkpointing is on, and nobody knows the model's layers.
-    """
-    arguments = _arguments(folder, options, seed)
-    plan = _plan(arguments, options, lengths, seed)
-    steps = Steps(rows, plan, objective, shared, reference)
-    trainer = Trainer(
-        model,
-        objective,
-        arguments,
-        steps,
-        penalty,
-        gradient_hook,
-        callbacks=[
-            MarkComplete(),
-            _LogLastStep(),
-            *([] if progress is None else [_ProgressCallback(progress)]),
-        ],
-    )
-    checkpoint = latest_checkpoint(folder)
-    started = time.perf_counter()
-    with recomputing(_recomputed(model, objective, steps, lengths, options.checkpointing, log)):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    model.zero_grad(set_to_none=True)
-    seconds = time.perf_counter() - started
-    return StageResult(plan.steps, options.epochs, seconds, _curve(trainer.state.log_history, options.epochs))
 
 
 def _recomputed(
@@ -274,57 +266,25 @@ def _bytes_needed(model: nn.Module, objective: Objective, steps: Steps, lengths:
     That is the batch of the most tokens, and that of the longest row, whose masks may be larger.
     """
     batches = steps.batches()
-    candidates = {
-        id(rows): rows
-        for rows in (
-            max(batches, key=lambda rows: len(rows) * max(lengths[row] for row in rows)),
-            max(batches, key=lambda rows: max(lengths[row] for row in rows)),
-        )
-    }
+    largest = max(batches, key=lambda rows: len(rows) * max(lengths[row] for row in rows))
+    longest = max(batches, key=lambda rows: max(lengths[row] for row in rows))
     device, most = next(model.parameters()).device, 0
-    for rows in candidates.values():
+    for rows in {id(rows): rows for rows in (largest, longest)}.values():
         batch = {name: value.to(device) for name, value in steps.batch(rows).items()}
         with SavedBytes(model) as saved:
             objective.loss(model, batch, batch["count"])
         most = max(most, saved.total)
-    return most + _BYTES_LEARNED * sum(part.numel() for part in model.parameters() if part.requires_grad)
+    return most + _TRAINED_BYTES * sum(part.numel() for part in model.parameters() if part.requires_grad)
 
 
-def _arguments(folder: Path, options: StageOptions, seed: int) -> Any:
-    return training_arguments(
-        folder,
-        learning_rate=options.learning_rate,
-        scheduler=options.scheduler,
-        max_grad_norm=options.max_grad_norm,
-        logging_steps=options.logging_steps,
-        checkpoint_steps=options.checkpoint_steps,
-        seed=seed,
-    )
+class _StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+    """Reports progress, and logs the last step."""
 
-
-def _plan(arguments: Any, options: StageOptions, lengths: Sequence[int], seed: int) -> TrainingPlan:
-    """Plan the stage for the processes that `arguments` found, and tell them what depends on the plan."""
-    sizes = (options.batch_size, options.tokens_per_batch)
-    plan = training_plan(lengths, *sizes, options.epochs, seed, processes=arguments.world_size)
-    # Rounded down: the first step of a warm-up has learning rate 0, and a short stage must not end with it.
-    arguments.warmup_steps = int(options.warmup * plan.steps)
-    return plan
-
-
-def _curve(history: list[dict[str, Any]], epochs: float) -> list[dict[str, Any]]:
-    """Keep the logged steps; transformers saw the whole plan as one epoch."""
-    return [{**entry, "epoch": entry["epoch"] * epochs} for entry in history if "loss" in entry]
-
-
-class _LogLastStep(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == state.max_steps:
-            control.should_log = True
-
-
-class _ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Callable[[int, int], None] | None) -> None:
         self._progress = progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress(state.global_step, state.max_steps)
+        if state.global_step == state.max_steps:
+            control.should_log = True
+        if self._progress is not None:
+            self._progress(state.global_step, state.max_steps)

@@ -14,39 +14,37 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from everalign.data.collate import Batch, TrainingPlan
-from everalign.data.tokenization import Comparison, TargetGroup, TokenizedGroup, TokenizedPair
+from everalign.data.tokenization import TokenizedRow
 from everalign.errors import EveralignError
 from everalign.modeling.policy import Policy
-from everalign.training.objectives import Objective
+from everalign.training.base_objective import Objective
+from everalign.training.options import StageOptions
 
 Penalty = Callable[[Policy], Tensor | None]
 GradientHook = Callable[[Policy], None]
-TokenizedRow = TokenizedPair | TokenizedGroup | TargetGroup | Comparison
-# Of pairs (N, 2); of N groups each one's own number of responses.
-Reference = Tensor | Sequence[Tensor]
 
 
 class Steps(Dataset[list[Batch]]):
     """A stage's optimiser steps: an item is one process's share of a step, micro-batches collated when asked for.
 
     Args:
-        pairs: the rows of the stage.
+        rows: those of the stage.
         plan: the steps' rows, as `training_plan` makes them.
         objective: lays out a micro-batch.
         shared: compute a prompt once for all its answers.
-        reference: summed log-probabilities under the reference, (N, 2) of chosen and rejected or N times (K,) of the
-            responses of a group; None where the objective needs none.
+        reference: for each row (K,), summed log-probabilities of its responses under the reference; None where the
+            objective needs none.
     """
 
     def __init__(
         self,
-        pairs: Sequence[TokenizedRow],
+        rows: Sequence[TokenizedRow],
         plan: TrainingPlan,
         objective: Objective,
         shared: bool,
-        reference: Reference | None,
+        reference: Sequence[Tensor] | None,
     ) -> None:
-        self._pairs, self._objective, self._shared, self._reference = pairs, objective, shared, reference
+        self._rows, self._objective, self._shared, self._reference = rows, objective, shared, reference
         self._shares = plan.shares
 
     def __len__(self) -> int:
@@ -63,21 +61,19 @@ class Steps(Dataset[list[Batch]]):
     def batch(self, rows: list[int]) -> Batch:
         """Lay out a micro-batch of these rows; of some row that does not count where there are none."""
         shown = rows or [0]
-        batch = self._objective.collate([self._pairs[row] for row in shown], self._shared)
-        if isinstance(self._reference, Tensor):
-            batch["reference"] = self._reference[shown]
-        elif self._reference is not None:
+        batch = self._objective.collate([self._rows[row] for row in shown], self._shared)
+        if self._reference is not None:
             batch["reference"] = torch.cat([self._reference[row] for row in shown])
         if not rows:
-            batch["weight"], batch["count"] = torch.zeros_like(batch["weight"]), torch.zeros_like(batch["count"])
+            batch |= {name: torch.zeros_like(batch[name]) for name in ("weight", "weights", "count")}
         return batch
 
 
 class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carries no types
     """Trains a policy, or a reward model, on planned micro-batches.
 
-    The loss of an optimiser step is the sum over its rows divided by the step's whole count (pairs, or
-    response tokens for SFT), over all micro-batches and processes: accumulation never changes the result.
+    The loss of an optimiser step is the sum over its rows divided by the step's whole count (rows or response tokens),
+    over all micro-batches and processes: accumulation never changes the result.
 
     Args:
         policy: what learns.
@@ -194,16 +190,7 @@ def _only(items: list[list[Batch]]) -> list[Batch]:
     return items[0]
 
 
-def training_arguments(
-    folder: Path,
-    *,
-    learning_rate: float,
-    scheduler: str,
-    max_grad_norm: float,
-    logging_steps: int,
-    checkpoint_steps: int,
-    seed: int,
-) -> TrainingArguments:
+def training_arguments(folder: Path, options: StageOptions, seed: int) -> TrainingArguments:
     """Return transformers' settings for one stage: AdamW, a fresh optimiser, one pass over the plan.
 
     The warm-up depends on the plan and is set with it.
@@ -214,15 +201,15 @@ def training_arguments(
         per_device_train_batch_size=1,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        learning_rate=learning_rate,
-        lr_scheduler_type=scheduler,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.scheduler,
         weight_decay=0.0,
-        max_grad_norm=max_grad_norm,
-        logging_steps=logging_steps,
+        max_grad_norm=options.max_grad_norm,
+        logging_steps=options.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if checkpoint_steps else "no",
-        save_steps=checkpoint_steps or 500,
+        save_strategy="steps" if options.checkpoint_steps else "no",
+        save_steps=options.checkpoint_steps or 500,
         save_total_limit=2,
         ddp_find_unused_parameters=False,
         report_to="none",

@@ -1,0 +1,167 @@
+"""Objectives that learn from scored rows: VAR (reward-weighted likelihood) and its self-normalised form, snkl."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everalign.data.collate import Batch
+from everalign.data.records import Preference, Scored, ScoredSet
+from everalign.data.tokenization import TokenizedRow, TokenizedRows, deduplicate, drop_overlong, tokenize_scored
+from everalign.errors import InputError, check_shortfall
+from everalign.objectives import snkl_loss
+from everalign.objectives.segments import Segments
+from everalign.training.base_objective import AnyRows, LikelihoodObjective, Metrics, PreparedRows, TaskContext
+from everalign.training.objectives import weighting_settings
+from everalign.training.reference import policy_key
+from everalign.training.reward_weights import TAKE_ONE_COMPLETION, check_comparable, check_completions, compute_weights
+
+
+class VarObjective(LikelihoodObjective):
+    """VAR: each response's negative log-likelihood times the weight that its reward became."""
+
+    @property
+    def fewest_answers(self) -> int:  # type: ignore[override]
+        """Answers that a sampled prompt needs to be learned from."""
+        return 1 if self.options.weighting.estimator in TAKE_ONE_COMPLETION else 2
+
+    def settings(self) -> dict[str, Any]:
+        """Return the weighting options that mean something."""
+        return weighting_settings(self.name, self.options.weighting)
+
+    def prepare(self, rows: AnyRows, context: TaskContext, scale: float | None = None) -> PreparedRows:
+        """Give every completion its weight, once those that do not fit are left out."""
+        self.check_record(rows)
+        return self._weigh(
+            [row if isinstance(row, Scored) else Scored.from_preference(row) for row in rows], rows, context, scale
+        )
+
+    def check_record(self, rows: AnyRows) -> None:
+        """Refuse rows of another kind."""
+        if not rows.has("rewards"):
+            raise InputError(
+                f"the objective {self.name} learns from scored rows (prompt, completions, rewards), or, given reward, "
+                "from answers and from prompts alone"
+            )
+
+    def tokenize(self, rows: Sequence[Any], replayed: Sequence[Any], context: TaskContext) -> TokenizedRows:
+        """Return a task's weighted rows and the replayed ones behind them as tokens."""
+        return tokenize_scored([*rows, *replayed], context.tokenizer, context.max_length)
+
+    def takes_one(self, weighted: bool) -> bool:
+        """Whether a row of one completion teaches anything; `weighted` rows brought their weights."""
+        return weighted or self.options.weighting.estimator in TAKE_ONE_COMPLETION
+
+    def _weigh(
+        self, scored: Sequence[Scored], rows: AnyRows, context: TaskContext, scale: float | None
+    ) -> PreparedRows:
+        weighting, given = self.options.weighting, any(row.weights is not None for row in scored)
+        total, lines, facts = sum(len(row.completions) for row in scored), [], {}
+        usable = scored
+        if weighting.estimator == "support" and not given:
+            usable = deduplicate(scored, context.tokenizer)
+            facts["merged_completions"] = merged = total - sum(len(row.completions) for row in usable)
+            if merged:
+                lines.append(f"  {merged} of {total} completions are listed before with the same reward and left out")
+        self.check_rows(usable)
+        fit = drop_overlong(usable, context.tokenizer, context.max_length, fewest=1 if self.takes_one(given) else 2)
+        if not fit.rows:
+            raise InputError(f"no row has completions that fit max_length {context.max_length}: raise it")
+        if fit.dropped_completions:
+            lines.append(
+                f"  {fit.dropped_completions} of {total} completions are longer than max_length allows and left out, "
+                f"and {fit.dropped_rows} of {len(scored)} rows with them"
+            )
+        reference = None
+        # Rows with weights need no probabilities.
+        if weighting.estimator == "support" and all(row.weights is None for row in fit.rows):
+            alike = [replace(row, weights=(1.0,) * len(row.completions)) for row in fit.rows]
+            tokens = tokenize_scored(alike, context.tokenizer, context.max_length)
+            with context.policy.as_base():  # whatever was learned by now
+                key = policy_key(context.model_key, {})
+                reference = context.cache.logprobs(context.policy, key, tokens, context.tokens_per_batch)
+        weighed = compute_weights(fit.rows, fit.lengths, weighting, reference, scale)
+        lines.append(f"  {self.what}: {weighed.one_line()}")
+        lines += [f"  warning: {warning}" for warning in weighed.statistics.warnings(can_cap=self.can_cap)]
+        remedy = f"raise --max-length (max_length), {context.max_length} now"
+        warnings = (
+            *check_shortfall(fit.dropped_rows, len(scored), "rows are too long and left out", remedy),
+            *check_shortfall(fit.dropped_completions, total, "completions are too long and left out", remedy),
+        )
+        facts |= {"dropped_completions": fit.dropped_completions, "dropped_rows": fit.dropped_rows}
+        learned = ScoredSet(weighed.rows, rows.source, rows.skipped)
+        return PreparedRows(learned, rows, {**facts, **weighed.to_dict()}, tuple(lines), warnings)
+
+    what, can_cap = "weights", True
+
+    def check_rows(self, rows: Sequence[Scored]) -> None:
+        """Refuse rows that lack what the weights need."""
+        check_completions(rows, self.options.weighting)
+
+
+class SelfNormalisedObjective(VarObjective):
+    """Each row's divergence from the shares that its rewards ask for (see `snkl_loss`), averaged over the step's rows.
+
+    A response's share is its part of the row's weights: how the probability of these responses is to be divided among
+    them, relative to the reference. The log-ratio is taken as it is (β = 1): only so is pi* where the loss is 0.
+    """
+
+    needs_reference = True
+    fewest_answers = 2
+    what, can_cap = "targets", False
+
+    def check_record(self, rows: AnyRows) -> None:
+        """Accept preferences too, as rows of two completions."""
+        if rows.record is not Preference:
+            super().check_record(rows)
+
+    def check_rows(self, rows: Sequence[Scored]) -> None:
+        """Refuse rows of one completion as well, also where they have weights."""
+        check_comparable(rows)
+        super().check_rows(rows)
+
+    def takes_one(self, weighted: bool) -> bool:
+        """Never: one completion has nothing to be compared with."""
+        return False
+
+    def computed(self, row: TokenizedRow) -> TokenizedRow:
+        """Return all responses: a share of 0 is for one that is never to be given."""
+        return row
+
+    def collate(self, rows: Sequence[TokenizedRow], shared: bool) -> Batch:
+        """Add to all responses of every row what the loss reads of their shares; `count` is the number of rows.
+
+        `log_shares` (S,) fp32, -inf for a share of 0; `best` and `worst` (B,), the sequences of each row's largest and
+        smallest share, the first of them where several are.
+        """
+        first, shares = 0, []
+        best: list[int] = []
+        worst: list[int] = []
+        for row in rows:
+            best.append(first + row.weights.index(max(row.weights)))
+            worst.append(first + row.weights.index(min(row.weights)))
+            shares += [weight / sum(row.weights) for weight in row.weights]
+            first += len(row.weights)
+        return {
+            **super().collate(rows, shared),
+            "count": torch.tensor(len(rows)),
+            "log_shares": torch.tensor(shares, dtype=torch.float64).log().float(),
+            "best": torch.tensor(best),
+            "worst": torch.tensor(worst),
+        }
+
+    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
+        """Return Σ weight·KL / count; metrics by row: `kl` itself, and `margin` and `accuracy` of its best response.
+
+        The margin is that of the largest over the smallest share, at β = 1; 0 where all shares are equal.
+        """
+        sums, sizes = model(batch), batch["sizes"]
+        segments = Segments(torch.arange(len(sizes), device=sizes.device), batch["row"], sizes)
+        # Softmax at temperature 1 of the logarithms of shares gives the shares back.
+        losses = snkl_loss(sums, batch["reference"], batch["log_shares"], segments, 1.0, check_finite=False)
+        log_ratio = sums.detach() - batch["reference"]
+        margin = log_ratio[batch["best"]] - log_ratio[batch["worst"]]
+        metrics = {"kl": losses.detach(), "margin": margin, "accuracy": (margin > 0).float()}
+        return (losses * batch["weight"]).sum() / count, metrics
