@@ -31,7 +31,7 @@ from everalign.modeling.loading import (
 from everalign.modeling.policy import Policy
 from everalign.modeling.rehearsal import rehearse
 from everalign.modeling.runtime import place_name, prepare_process, training_device
-from everalign.training.base_objective import Objective
+from everalign.training.base_objective import Objective, TaskContext
 from everalign.training.objectives import check_weighting, make_objective, reads
 from everalign.training.options import StageOptions, WeightOptions
 from everalign.training.reference import ReferenceCache
@@ -58,56 +58,34 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class RunContext:
-    """A learner's parts.
+class RunContext(TaskContext):
+    """A learner's parts; those that objectives need are `TaskContext`'s.
 
     Args:
         model_name: the base model as the user named it.
         base_adapter: the adapter that was merged into it, as the user named it; None for none.
-        model_key: fingerprint of its weights, with that adapter.
-        tokenizer: the model's.
-        policy: what learns.
         method: what is carried from task to task.
         objective: what a batch of the main stage teaches.
         options: how every task is trained.
         adapter: shape of the adapter.
         scorer: gives rewards to answers that have none; None where all have.
         rollouts: how answers are sampled where there are none.
-        seed: seeds everything random.
-        folder: of what may be computed once and used again.
-        cache: reference log-probabilities.
-        log: called with one line for each thing that happens.
+        folder: holds what may be computed once and used again.
         progress: called with (stage, steps done, steps in all).
-        said: lines that are said once a run, and have been.
+        said: lines that are logged once a run, and have been.
     """
 
     model_name: str
     base_adapter: str | None
-    model_key: str
-    tokenizer: Any
-    policy: Policy
     method: Method
     objective: Objective
     options: TrainingOptions
     adapter: AdapterOptions
     scorer: Scorer | None
     rollouts: RolloutOptions
-    seed: int
     folder: Path
-    cache: ReferenceCache
-    log: Log
     progress: Progress
     said: set[str] = field(default_factory=set)
-
-    @property
-    def max_length(self) -> int:
-        """Longest prompt plus response, in tokens."""
-        return self.options.max_length
-
-    @property
-    def tokens_per_batch(self) -> int:
-        """Tokens computed at once, padding included."""
-        return self.options.tokens_per_batch
 
     def notes(self, rows: RowSet[Any]) -> tuple[str, ...]:
         """Return what the log should say of how rows are rendered, each line once a run."""
@@ -222,6 +200,8 @@ def make_context(
         scorer=scorer,
         rollouts=rollouts,
         seed=seed,
+        max_length=options.max_length,
+        tokens_per_batch=options.tokens_per_batch,
         folder=cache,
         cache=ReferenceCache(cache),
         log=log,

@@ -7,7 +7,7 @@ at a value: the Trainer does, once per logging step.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,48 +30,29 @@ Metrics = dict[str, Tensor]
 AnyRows = RowSet[Any]
 
 
-class TaskContext(Protocol):
-    """What an objective needs of a learner to prepare a task's rows."""
+@dataclass(frozen=True)
+class TaskContext:
+    """What an objective needs of a learner.
 
-    @property
-    def model_key(self) -> str:
-        """Fingerprint of the base model's weights."""
-        ...
+    Args:
+        model_key: fingerprint of the base model's weights.
+        tokenizer: the model's.
+        policy: what learns.
+        cache: reference log-probabilities.
+        max_length: longest prompt plus response, in tokens.
+        tokens_per_batch: tokens computed at once, padding included.
+        seed: seeds everything random.
+        log: called with one line for each thing that happens.
+    """
 
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        ...
-
-    @property
-    def policy(self) -> Policy:
-        """What learns."""
-        ...
-
-    @property
-    def cache(self) -> ReferenceCache:
-        """Reference log-probabilities."""
-        ...
-
-    @property
-    def max_length(self) -> int:
-        """Longest prompt plus response, in tokens."""
-        ...
-
-    @property
-    def tokens_per_batch(self) -> int:
-        """Tokens computed at once, padding included."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Seeds everything random."""
-        ...
-
-    @property
-    def log(self) -> Callable[[str], None]:
-        """Called with one line for each thing that happens."""
-        ...
+    model_key: str
+    tokenizer: Any
+    policy: Policy
+    cache: ReferenceCache
+    max_length: int
+    tokens_per_batch: int
+    seed: int
+    log: Callable[[str], None]
 
 
 @dataclass(frozen=True)

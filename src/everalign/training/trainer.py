@@ -65,7 +65,8 @@ class Steps(Dataset[list[Batch]]):
         if self._reference is not None:
             batch["reference"] = torch.cat([self._reference[row] for row in shown])
         if not rows:
-            batch |= {name: torch.zeros_like(batch[name]) for name in ("weight", "weights", "count")}
+            counted = {"weight", "weights", "count"} & batch.keys()
+            batch |= {name: torch.zeros_like(batch[name]) for name in counted}
         return batch
 
 
