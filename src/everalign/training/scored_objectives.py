@@ -20,7 +20,14 @@ from everalign.training.reward_weights import TAKE_ONE_COMPLETION, check_compara
 
 
 class VarObjective(LikelihoodObjective):
-    """VAR: each response's negative log-likelihood times the weight that its reward became."""
+    """VAR: each response's negative log-likelihood times the weight that its reward became.
+
+    Attributes:
+        what: what the log calls the weights.
+        can_cap: whether capping them can be advised.
+    """
+
+    what, can_cap = "weights", True
 
     @property
     def fewest_answers(self) -> int:  # type: ignore[override]
@@ -34,29 +41,7 @@ class VarObjective(LikelihoodObjective):
     def prepare(self, rows: AnyRows, context: TaskContext, scale: float | None = None) -> PreparedRows:
         """Give every completion its weight, once those that do not fit are left out."""
         self.check_record(rows)
-        return self._weigh(
-            [row if isinstance(row, Scored) else Scored.from_preference(row) for row in rows], rows, context, scale
-        )
-
-    def check_record(self, rows: AnyRows) -> None:
-        """Refuse rows of another kind."""
-        if not rows.has("rewards"):
-            raise InputError(
-                f"the objective {self.name} learns from scored rows (prompt, completions, rewards), or, given reward, "
-                "from answers and from prompts alone"
-            )
-
-    def tokenize(self, rows: Sequence[Any], replayed: Sequence[Any], context: TaskContext) -> TokenizedRows:
-        """Return a task's weighted rows and the replayed ones behind them as tokens."""
-        return tokenize_scored([*rows, *replayed], context.tokenizer, context.max_length)
-
-    def takes_one(self, weighted: bool) -> bool:
-        """Whether a row of one completion teaches anything; `weighted` rows brought their weights."""
-        return weighted or self.options.weighting.estimator in TAKE_ONE_COMPLETION
-
-    def _weigh(
-        self, scored: Sequence[Scored], rows: AnyRows, context: TaskContext, scale: float | None
-    ) -> PreparedRows:
+        scored: Sequence[Scored] = [row if isinstance(row, Scored) else Scored.from_preference(row) for row in rows]
         weighting, given = self.options.weighting, any(row.weights is not None for row in scored)
         total, lines, facts = sum(len(row.completions) for row in scored), [], {}
         usable = scored
@@ -94,7 +79,21 @@ class VarObjective(LikelihoodObjective):
         learned = ScoredSet(weighed.rows, rows.source, rows.skipped)
         return PreparedRows(learned, rows, {**facts, **weighed.to_dict()}, tuple(lines), warnings)
 
-    what, can_cap = "weights", True
+    def check_record(self, rows: AnyRows) -> None:
+        """Refuse rows of another kind."""
+        if not rows.has("rewards"):
+            raise InputError(
+                f"the objective {self.name} learns from scored rows (prompt, completions, rewards), or, given reward, "
+                "from answers and from prompts alone"
+            )
+
+    def tokenize(self, rows: Sequence[Any], replayed: Sequence[Any], context: TaskContext) -> TokenizedRows:
+        """Return a task's weighted rows and the replayed ones behind them as tokens."""
+        return tokenize_scored([*rows, *replayed], context.tokenizer, context.max_length)
+
+    def takes_one(self, weighted: bool) -> bool:
+        """Whether a row of one completion teaches anything; `weighted` rows brought their weights."""
+        return weighted or self.options.weighting.estimator in TAKE_ONE_COMPLETION
 
     def check_rows(self, rows: Sequence[Scored]) -> None:
         """Refuse rows that lack what the weights need."""
