@@ -237,7 +237,7 @@ def test_rows_of_another_kind_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"held-out rows of a corrector must be corrections"):
         learner(tmp_path / "b").learn(edits("warm"), "warm", task_rows("warm", 3, 50))
     for objective in ("dpo", "sft", "var"):
-        with pytest.raises(InputError, match=f"corrections.*: the objective {objective} learns from"):
+        with pytest.raises(InputError, match=f"warm.jsonl: the objective {objective} learns from"):
             make_learner(saved_model(), tmp_path / objective, objective=objective).learn(edits("warm"), "warm")
     with pytest.raises(InputError, match=r"warm.jsonl: no correction fits max_length, 60 tokens"):
         learner(tmp_path / "c", options={"max_length": 60}).learn(edits("warm"), "warm")
