@@ -163,7 +163,9 @@ def train_stage(
         **start,
     )
     if folder is not None:
-        save_result(model, asdict(result), folder, objective.name)
+        if PartialState().is_main_process:
+            save_result(model, asdict(result), folder, objective.name)
+        PartialState().wait_for_everyone()
     return result
 
 
