@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from everalign.modeling.policy import Policy
@@ -29,7 +30,10 @@ def train(
 
     settings = StageOptions(**{**FAST, "checkpoint_steps": 0, **options})
     kept = folder if settings.checkpoint_steps else None
-    return train_stage(policy, objective, pairs, settings, kept, seed=seed, reference=reference, **(hooks or {}))
+    # The result is not kept, which would end the checkpoints, and a second call would load it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("everalign.training.stage.save_result", lambda *_: None)
+        return train_stage(policy, objective, pairs, settings, kept, seed=seed, reference=reference, **(hooks or {}))
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:

@@ -66,6 +66,6 @@ def test_gradients_losses_and_weights_are_those_of_one_process(both, alone, name
 
 
 def test_a_checkpoint_of_both_is_complete(folder):
-    newest = latest_checkpoint(folder / "checkpoints" / "sft")
+    newest = latest_checkpoint(folder / "checkpoints" / "sft" / "checkpoints")
     assert newest is not None
     assert (newest / "rng_state_1.pth").exists()
