@@ -1,4 +1,4 @@
-"""Word diffs, and how much of an answer a correction keeps."""
+"""Edit distances between an answer and its correction, and word diffs as text and HTML."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from rich.text import Text
 
-# Words, and signs one by one; where a script puts no spaces between words, its letters one by one.
+# A word or a single punctuation mark; a single character of scripts that put no spaces between words.
 _ONE_BY_ONE = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = rf"[{_ONE_BY_ONE}]|[^\W{_ONE_BY_ONE}]+|[^\w\s]"
 _WORDS, _PIECES = re.compile(_WORD), re.compile(rf"\s+|{_WORD}")
 
 
 def words(text: str) -> list[str]:
-    """Return a text's words and signs, in whose number edits and lengths are told."""
+    """Return a text's words and punctuation marks, the unit of edits and lengths."""
     return _WORDS.findall(text)
 
 
 def pieces(text: str) -> list[str]:
-    """Return a text's words and signs with the white space between them; joined, they are the text."""
+    """Return a text's words, punctuation marks and white space; joined, they are the text."""
     return _PIECES.findall(text)
 
 
 def edit_ratio(answer: Sequence[Hashable], correction: Sequence[Hashable]) -> float:
-    """Return the tokens that have to be put in, taken out or replaced, per token of the answer (Levenshtein).
+    """Return the Levenshtein distance in tokens, relative to the answer's length: 0 for a copy, without upper bound.
 
-    0 for a copy; above 1 where the correction is much longer than the answer. The paper's D (Ji et al., NeurIPS 2024,
-    section 3.4).
+    The D of Ji et al. (NeurIPS 2024, section 3.4).
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -40,9 +39,9 @@ def edit_ratio(answer: Sequence[Hashable], correction: Sequence[Hashable]) -> fl
 
 
 def edit_share(answer: Sequence[Hashable], correction: Sequence[Hashable]) -> float:
-    """Return the tokens that have to be put in, taken out or replaced, per token of the longer one, from 0 to 1.
+    """Return the Levenshtein distance in tokens, relative to the longer sequence: from 0 to 1.
 
-    Unlike `edit_ratio`, which has no bound: a single correction that goes on and on does not outweigh all others.
+    In a mean, a single correction that never ends does not outweigh all others, as it would with `edit_ratio`.
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -50,10 +49,7 @@ def edit_share(answer: Sequence[Hashable], correction: Sequence[Hashable]) -> fl
 
 
 def kept_share(answer: Sequence[Hashable], correction: Sequence[Hashable]) -> float:
-    """Return the share of the answer's tokens that the correction has in the same order, from 0 to 1.
-
-    The longest common subsequence; 1 for an answer of no tokens.
-    """
+    """Return the longest common subsequence, relative to the answer's length: from 0 to 1; 1 for an empty answer."""
     from rapidfuzz.distance import LCSseq
 
     return LCSseq.similarity(answer, correction) / len(answer) if answer else 1.0
@@ -64,47 +60,44 @@ Kind = Literal["same", "removed", "added"]
 _STYLES = {"same": "", "removed": "red strike", "added": "green"}
 _MARKS = {"same": ("", ""), "removed": ("[-", "-]"), "added": ("{+", "+}")}
 
-
+# Up to this many pieces of both texts together, difflib finds whole phrases; with more, it may take minutes.
 _PHRASES = 2_000
-"""Pieces of both texts together in which whole phrases are looked for; with more, difflib may take minutes."""
-
+# Up to this product of pieces, the fewest edits are found, in about 0.03 seconds.
 _PRODUCT = 10**8
-"""Pieces of the one text times those of the other that are compared at all: about 0.03 seconds."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of text that both texts have, or that was removed from the first or added by the second."""
+    """A stretch of text that both texts contain, or that only the first (removed) or the second (added) contains."""
 
     kind: Kind
     text: str
 
 
 def word_diff(before: str, after: str) -> tuple[Segment, ...]:
-    """Return the segments of two texts in reading order; of a change, what was removed comes first.
+    """Return the segments of two texts in reading order; in a change, the removed text comes first.
 
-    All but the added ones joined are `before`, all but the removed ones `after`. No segment is empty. White space
-    between two changes belongs to them, and so does a single word that is shorter than either: a phrase that is
-    replaced is one change.
+    Without the added segments they join to `before`, without the removed ones to `after`. No segment is empty. White
+    space between two changes is part of them, as is a single word that is shorter than either, so that a replaced
+    phrase is one change.
     """
     steps = _compared(before, after)
     segments: list[Segment] = []
-    removed: list[str] = []
-    added: list[str] = []
+    removed = added = ""
     for place, step in enumerate(steps):
-        if step.is_same and not _is_bridge(steps, place):
-            segments += [*_change(removed, added), Segment("same", step.before)]
-            removed, added = [], []
-        else:
-            removed.append(step.before)
-            added.append(step.after)
-    return (*segments, *_change(removed, added))
+        if not step.is_same or _is_bridge(steps, place):
+            removed, added = removed + step.before, added + step.after
+            continue
+        segments += [Segment("removed", removed), Segment("added", added), Segment("same", step.before)]
+        removed = added = ""
+    segments += [Segment("removed", removed), Segment("added", added)]
+    return tuple(segment for segment in segments if segment.text)
 
 
 def diff_html(segments: Iterable[Segment]) -> Markup:
-    """Return HTML with removed text in `<del>` and added text in `<ins>`, all of it escaped.
+    """Return escaped HTML with removed text in `<del>` and added text in `<ins>`.
 
-    White space stands as it is: the element around it wants `white-space: pre-wrap`.
+    White space is kept: the element around it needs `white-space: pre-wrap`.
     """
     from markupsafe import Markup, escape
 
@@ -117,7 +110,7 @@ def diff_text(segments: Iterable[Segment], *, marks: bool = False) -> Text:
 
     Args:
         segments: of a `word_diff`.
-        marks: write [-removed-] and {+added+} instead, as `git diff --word-diff` does, where there are no colours.
+        marks: write [-removed-] and {+added+}, as `git diff --word-diff` does, for terminals without colours.
     """
     from rich.text import Text
 
@@ -133,12 +126,12 @@ class _Step(NamedTuple):
 
 
 def _compared(before: str, after: str) -> list[_Step]:
-    """Return what both texts have and what they do not, in turns: by words if these are not too many, else by lines."""
+    """Align two texts: by words, or by lines where there are too many words. Equal and changed steps alternate."""
     whole = _matched(pieces(before), pieces(after))
     if whole is not None:
         return whole
     old, new = before.splitlines(keepends=True), after.splitlines(keepends=True)
-    # Where even lines are too many, all between the first and the last change is one.
+    # Where there are too many lines as well, everything from the first change to the last one is a single change.
     first = common_prefix_length(old, new)
     last = common_prefix_length(old[first:][::-1], new[first:][::-1])
     middle, same = (old[first : len(old) - last], new[first : len(new) - last]), "".join(old[:first])
@@ -161,7 +154,7 @@ def common_prefix_length(old: Sequence[str], new: Sequence[str]) -> int:
 
 
 def _matched(old: Sequence[str], new: Sequence[str]) -> list[_Step] | None:
-    """Compare pieces, or lines: few of them by phrases, more by the fewest edits; None for too many."""
+    """Align two sequences: by phrases if they are short, by the fewest edits if longer; None if too long."""
     if len(old) + len(new) <= _PHRASES:
         found: Iterable[Any] = SequenceMatcher(str.isspace, old, new, autojunk=True).get_opcodes()
     elif len(old) * len(new) <= _PRODUCT:
@@ -174,14 +167,9 @@ def _matched(old: Sequence[str], new: Sequence[str]) -> list[_Step] | None:
 
 
 def _is_bridge(steps: Sequence[_Step], place: int) -> bool:
-    """Whether what both texts have at a place is no more than a short word between two larger changes."""
+    """Whether a step is a single short word between two larger changes."""
     if not 0 < place < len(steps) - 1:
         return False
     kept = steps[place].before
     least = min(max(len(step.before), len(step.after)) for step in (steps[place - 1], steps[place + 1]))
     return len(words(kept)) <= 1 and len(kept.strip()) < least
-
-
-def _change(removed: Sequence[str], added: Sequence[str]) -> list[Segment]:
-    texts: tuple[tuple[Kind, str], ...] = (("removed", "".join(removed)), ("added", "".join(added)))
-    return [Segment(kind, text) for kind, text in texts if text]
