@@ -9,7 +9,7 @@ from cli_for_tests import FAST as FAST_FLAGS
 from cli_for_tests import run, write_rows
 from everalign import CorrectionTaskOptions, Learner
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, get_template, load_corrector_files
-from everalign.correction.tokenization import CorrectionEncoder, encode_held_out, learned_corrections
+from everalign.correction.tokenization import CorrectionEncoder, prepare_corrections, tokenize_held_out
 from everalign.data import CorrectionSet, PreferenceSet
 from everalign.data.collate import collate
 from everalign.data.records import Correction
@@ -80,7 +80,7 @@ def test_the_loss_is_the_cross_entropy_of_the_weighted_corrections():
 def test_identity_rows_are_made_of_corrections_as_far_as_they_are_missing():
     rows = edits("warm", 20)  # 16 edits, 4 identities
     for share, made in ((0.0, 0), (0.25, 0), (0.5, 4), (1.0, 12)):
-        learned, lines, _ = learned_corrections(rows, encoder(), 200, share, seed=1)
+        learned, lines, _ = prepare_corrections(rows, encoder(), 200, share, seed=1)
         assert len(learned) == 20 + made
         assert sum(row.is_identity for row in learned) == 4 + made
         new = learned.items[20:]
@@ -88,28 +88,28 @@ def test_identity_rows_are_made_of_corrections_as_far_as_they_are_missing():
         assert len({row.id for row in new}) == made
         assert any(f"{made} corrections are learned as answers" in line for line in lines) == bool(made)
         # Pooled rows are prepared twice.
-        assert learned_corrections(learned, encoder(), 200, share, seed=1)[0] == learned
+        assert prepare_corrections(learned, encoder(), 200, share, seed=1)[0] == learned
 
 
 def test_rows_that_do_not_fit_are_left_out_and_counted():
     long = Correction("q?", "a", "x" * 150)
-    learned, lines, _ = learned_corrections(CorrectionSet.of([*edits("warm", 3), long]), encoder(), 190, 0.0, 0)
+    learned, lines, _ = prepare_corrections(CorrectionSet.of([*edits("warm", 3), long]), encoder(), 190, 0.0, 0)
     assert len(learned) == 3
     assert "  1 of 4 rows are left out, too long for 190 tokens" in lines
     with pytest.raises(InputError, match="no correction fits max_length, 190 tokens"):
-        learned_corrections(CorrectionSet.of([long]), encoder(), 190, 0.0, 0)
+        prepare_corrections(CorrectionSet.of([long]), encoder(), 190, 0.0, 0)
     said = []
-    assert len(encode_held_out([*edits("warm", 3), long], encoder(), 190, said.append)) == 3
+    assert len(tokenize_held_out([*edits("warm", 3), long], encoder(), 190, said.append)) == 3
     assert said[0] == "  1 of 4 held-out rows are left out, too long for 190 tokens"
     assert said[1].startswith("  warning: held-out: 1 of 4 rows are too long and left out: raise --max-length")
     assert len(said) == 2
     with pytest.raises(InputError, match="no held-out correction fits"):
-        encode_held_out([long], encoder(), 190, said.append)
+        tokenize_held_out([long], encoder(), 190, said.append)
 
 
 def test_held_out_rows_are_the_correction_over_the_answer_behind_the_template():
     coded = encoder(("kind",))
-    (pair,) = encode_held_out([Correction("q?", "no", "yes", 3.0)], coded, 200, print)
+    (pair,) = tokenize_held_out([Correction("q?", "no", "yes", 3.0)], coded, 200, print)
     assert pair.prompt == coded.prompt("q?", "no")
     assert (pair.chosen, pair.rejected, pair.weight) == (coded.response("yes"), coded.response("no"), 3.0)
 

@@ -269,8 +269,8 @@ CUTTING = encoder("bytes", "aligner-1")
 def test_a_correction_needs_to_leave_room():
     made = encoder()
     bare = len(made.prompt("", ""))
-    assert made.room([1] * 20, bare + 100) == bare + 80
-    assert made.room([1] * 41, bare + 80) == 0
+    assert made.prompt_room([1] * 20, bare + 100) == bare + 80
+    assert made.prompt_room([1] * 41, bare + 80) == 0
     assert made.fits([1] * 5, [2] * 3, 8)
     assert not made.fits([1] * 5, [2] * 4, 8)
 

@@ -8,9 +8,9 @@ from everalign.correction.corrector_files import chosen_template
 from everalign.correction.output_checks import Guards
 from everalign.correction.tokenization import (
     CorrectionEncoder,
-    encode_held_out,
-    encode_learned,
-    learned_corrections,
+    prepare_corrections,
+    tokenize_corrections,
+    tokenize_held_out,
 )
 from everalign.data.messages import ChatPrompt
 from everalign.data.records import Correction, CorrectionSet
@@ -75,14 +75,14 @@ class CorrectionObjective(LikelihoodObjective):
         """Leave out rows that do not fit, and add the share of answers that stay as they are."""
         if not isinstance(rows, CorrectionSet):
             raise InputError(f"the objective {self.name} learns from corrections (question, answer, correction)")
-        learned, lines, warnings = learned_corrections(
+        learned, lines, warnings = prepare_corrections(
             rows, self.encoder, context.max_length, self.options.correction.identity, context.seed
         )
         return PreparedRows(learned, rows, lines=lines, warnings=warnings)
 
     def tokenize(self, rows: Sequence[Any], replayed: Sequence[Any], context: TaskContext) -> TokenizedRows:
         """Return corrections as tokens, each the one text that is to follow its prompt."""
-        return encode_learned([*rows, *replayed], self.encoder, context.max_length)
+        return tokenize_corrections([*rows, *replayed], self.encoder, context.max_length).rows
 
     def notes(self, rows: AnyRows, context: TaskContext) -> tuple[str, ...]:
         """Return what the template cannot express of the questions."""
@@ -105,7 +105,7 @@ class CorrectionObjective(LikelihoodObjective):
 
     def tokenize_held_out(self, rows: Sequence[Any], context: TaskContext) -> TokenizedRows:
         """Return held-out rows as tokens: the correction over the answer as it is."""
-        return encode_held_out(rows, self.encoder, context.max_length, context.log)
+        return tokenize_held_out(rows, self.encoder, context.max_length, context.log)
 
     @property
     def held_out_record(self) -> type[Any]:

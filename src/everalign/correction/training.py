@@ -4,10 +4,9 @@
                               test=load_corrections("edits.test.jsonl"))
     trained.report.perplexity
 
-The method of the Aligner (Ji et al., NeurIPS 2024, arXiv 2402.02416): first an identity warm-up, which learns to copy
-the answers of a part of the rows, then all rows with their corrections, from that checkpoint. Both minimise
--log p(correction | question, answer) over the correction's tokens alone. AdamW with a cosine schedule; the same
-arguments give the same weights on the same machine.
+The method of the Aligner (Ji et al., NeurIPS 2024, arXiv 2402.02416): a warm-up on some of the rows, which learns to
+copy their answers, then all rows with their corrections. Both minimise -log p(text | question, answer) over the text's
+tokens alone, with AdamW and a cosine schedule. The same arguments give the same weights on the same machine.
 """
 
 import hashlib
@@ -24,13 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from everalign.correction.corrector_files import CorrectorFacts, chosen_template, write_corrector_facts
 from everalign.correction.options import CorrectorOptions
-from everalign.correction.templates import get_template
-from everalign.correction.tokenization import CorrectionEncoder, Texts, compared, copied, taught, tokenize_corrections
-from everalign.data.collate import Batch, batches_by_length, collate, row_tokens
+from everalign.correction.tokenization import (
+    CorrectionEncoder,
+    Targets,
+    answer_only,
+    both,
+    correction_only,
+    describe_template,
+    tokenize_corrections,
+)
+from everalign.data.collate import batches_by_length, collate, row_tokens
 from everalign.data.readers import check_disjoint
 from everalign.data.records import CorrectionSet
 from everalign.data.tokenization import TokenizedRow
@@ -56,18 +61,22 @@ from everalign.storage import exclusive, lock_of, new_folder
 from everalign.training.base_objective import LikelihoodObjective
 from everalign.training.stage import StageResult, train_stage
 
+LONGEST_BY_DEFAULT = 2048
+
+Progress = Callable[[str, int, int], None]
+
 
 @dataclass(frozen=True)
 class CorrectorReport:
-    """What a corrector makes of N held-out rows, every token counting the same.
+    """How well a corrector does on N held-out rows; every token has the same weight.
 
     Args:
         rows: N, the rows whose correction and answer both fit.
         perplexity: exp of the mean negative log-likelihood per token of the corrections, ends included.
-        copy_log_likelihood: mean log-likelihood per token of the original answers as output, in nats; 0 would be
+        copy_log_likelihood: mean log-likelihood per token of the unchanged answers as output, in nats; 0 would be
             certain to copy.
         starts_by_copying: share of rows where greedy decoding would begin with the answer's first token.
-        copies: share of rows where greedy decoding would return the whole answer unchanged.
+        copies: share of rows where greedy decoding would return the answer unchanged.
         identities: rows whose answer is its own correction.
         keeps: share of these where it would be returned unchanged; None where there are none.
     """
@@ -82,77 +91,14 @@ class CorrectorReport:
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Of S sequences: log-likelihood in nats, tokens, and whether greedy decoding gives the first token and all."""
-
-    log_probs: Tensor
-    lengths: Tensor
-    first: Tensor
-    all: Tensor
-
-
-def corrector_report(model: Policy | FullModel, rows: Sequence[TokenizedRow], tokens_per_batch: int) -> CorrectorReport:
-    """Judge a corrector.
-
-    Args:
-        model: in evaluation mode.
-        rows: N of them, each with two responses: the correction and the answer.
-        tokens_per_batch: tokens computed at once, padding included.
-    """
-    shared, order, parts = model.head.shared, [], []
-    for numbers in batches_by_length([row_tokens(row, shared) for row in rows], tokens_per_batch):
-        batch = model.on_device(collate([rows[number] for number in numbers], shared))
-        parts.append(_sums(batch, *model.response_choices(batch)))
-        order += numbers
-    correction, answer = (_of_response(parts, place) for place in (0, 1))
-    same = torch.tensor([rows[number].responses[0] == rows[number].responses[1] for number in order])
-    return CorrectorReport(
-        rows=len(rows),
-        perplexity=math.exp(-(correction.log_probs.sum() / correction.lengths.sum()).item()),
-        copy_log_likelihood=(answer.log_probs.sum() / answer.lengths.sum()).item(),
-        starts_by_copying=answer.first.mean().item(),
-        copies=answer.all.mean().item(),
-        identities=int(same.sum()),
-        keeps=answer.all[same].mean().item() if same.any() else None,
-    )
-
-
-def _sums(batch: Batch, log_probs: Tensor, tokens: Tensor) -> _Sums:
-    """Return the sums (2B,) fp64 on the CPU of a batch of B rows."""
-    lengths, sequences = batch["lengths"], batch["sequences"]
-    total = torch.zeros(len(lengths), device=log_probs.device, dtype=torch.float64)
-    right = (tokens == batch["targets"]).double()
-    # A sequence's tokens stand in their order, though not together.
-    firsts = sequences.argsort(stable=True)[lengths.cumsum(0) - lengths]
-    found = (
-        total.index_add(0, sequences, log_probs.double()),
-        lengths.double(),
-        right[firsts],
-        (total.index_add(0, sequences, right) == lengths).double(),
-    )
-    return _Sums(*(values.cpu() for values in found))
-
-
-def _of_response(parts: Sequence[_Sums], place: int) -> _Sums:
-    """Return the sums of every row's response at a place."""
-    names = ("log_probs", "lengths", "first", "all")
-    return _Sums(*(torch.cat([getattr(part, name)[place::2] for part in parts]) for name in names))
-
-
-Progress = Callable[[str, int, int], None]
-
-LONGEST_BY_DEFAULT = 2048
-
-
-@dataclass(frozen=True)
 class TrainedCorrector:
     """A finished training.
 
     Args:
-        path: the corrector's folder, a plain language model with its tokenizer and `corrector.json`.
-        facts: what its `corrector.json` says.
-        report: what it makes of the held-out rows; None without any.
-        stages: steps, seconds and curve of `identity` (where there was a warm-up) and `correction`.
+        path: the corrector's folder, a Hugging Face model with its tokenizer and `corrector.json`.
+        facts: the content of `corrector.json`.
+        report: on the held-out rows; None without any.
+        stages: steps, seconds and curve of `identity` (the warm-up, if any) and `correction`.
     """
 
     path: Path
@@ -173,59 +119,85 @@ def train_corrector(
     log: Callable[[str], None] = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> TrainedCorrector:
-    """Train a corrector and write its folder, whole or not at all.
+    """Train a corrector and write its folder atomically.
 
-    Killed in the middle, the same call goes on from its newest checkpoint; until it is done, what it needs for that is
-    kept in `OUTPUT.training` beside the folder.
+    After a kill, the same call continues from its newest checkpoint. Until it is done, checkpoints are in
+    `OUTPUT.training` beside the folder.
 
     Args:
-        model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`;
-            a corrector goes on with its own template.
+        model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`; a corrector keeps its
+            template.
         rows: the corrections; their weights count in the loss.
         output: the corrector's folder; must be empty or not exist yet.
         test: held-out rows, for the report.
-        options: how; the defaults when None.
-        seed: seeds the warm-up's rows, the order of the rows and an adapter.
-        allow_overlap: let rows be in `rows` and `test`.
-        log: called with one line for each thing that happens.
-        progress: called with (stage, done, all).
+        options: the defaults when None.
+        seed: draws the warm-up's rows, the order of the rows and an adapter's weights.
+        allow_overlap: allow rows to be in both `rows` and `test`.
+        log: called with one line for each step.
+        progress: called with (stage, steps done, steps in all).
 
     Raises:
-        InputError: the model, the rows, the options or the output folder cannot be used; another process is at it;
-            or the model is a corrector of another template.
-        EveralignError: the loss became NaN or infinite; the message says at which step.
+        InputError: the model, the rows, the options or the output folder cannot be used, another process is training
+            there, or the model is a corrector of another template.
+        EveralignError: the loss became NaN or infinite; names the step.
     """
     folder = Path(output)
     with exclusive(lock_of(folder), "training a corrector there"):
-        _check_input(rows, test, folder, allow_overlap)
-        options = _with_template(options or CorrectorOptions(), model)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("a corrector is trained in one process, found WORLD_SIZE above 1")
+        check_free(folder)
+        for part in (rows, *([] if test is None else [test])):
+            if not part:
+                raise InputError(f"{part.source}: no rows in it")
+        check_disjoint(rows, test or (), allow=allow_overlap)
+
+        options = options or CorrectorOptions()
+        template, objectives = chosen_template(model, options.template, options.objectives)
         prepare_process()
         device = training_device(log)
-        options = options.replace(precision=resolve_precision(options.precision, device))
-        tokenizer = load_tokenizer(model)
-        encoder = CorrectionEncoder(tokenizer, get_template(str(options.template)), options.objectives or ())
-        learner, base = _load(model, options, device, seed)
         options = options.replace(
-            max_length=sequence_limit(options.max_length, LONGEST_BY_DEFAULT, _inner(learner), tokenizer, model),
+            template=template.id, objectives=objectives, precision=resolve_precision(options.precision, device)
         )
-        corrections = _encode("training", rows, encoder, options, taught, log)
-        held_out = _encode("held-out", test, encoder, options, compared, log) if test else ()
-        named = f", objectives {', '.join(encoder.objectives)}" if encoder.objectives else ""
-        log(f"  template {encoder.template.id}{named}")
-        log(f"  trains {_what(options)} in {options.precision} on {place_name(device)}")
-        identities = _warm_up_rows(rows, len(corrections), encoder, options, seed)
-        stages = {"identity": identities, "correction": corrections}
+        tokenizer = load_tokenizer(model)
+        encoder = CorrectionEncoder(tokenizer, template, objectives)
+        learner, base = _load_learner(model, options, device, seed)
+        inner = learner.peft if isinstance(learner, Policy) else learner.model
+        limit = sequence_limit(options.max_length, LONGEST_BY_DEFAULT, inner, tokenizer, model)
+        options = options.replace(max_length=limit)
+
+        corrections = _tokenize("training", rows, encoder, limit, correction_only, log)
+        held_out = _tokenize("held-out", test, encoder, limit, both, log) if test else ()
+        log(f"  {describe_template(encoder)}")
+        what = f"an adapter of rank {options.lora_rank}" if options.lora_rank else "all weights"
+        if not options.lora_rank and options.precision != "fp32":
+            what += ", which stay fp32,"
+        log(f"  trains {what} in {options.precision} on {place_name(device)}")
+        warm_up = _warm_up_rows(rows, round(options.identity * len(corrections)), encoder, options, seed)
+        stages = {"identity": warm_up, "correction": corrections}
 
         work = folder.with_name(folder.name + ".training")
-        place = work / _work_key(base, encoder, stages, options, seed)
-        results = _train(learner, stages, options, place, seed, log, progress)
+        place = work / _training_key(base, encoder, stages, options, seed)
+        results = {
+            name: train_stage(
+                learner,
+                LikelihoodObjective(name),
+                tokenized,
+                options.stage(warming_up=name == "identity"),
+                place / f"{index}-{name}",
+                seed=seed + index,
+                progress=partial(progress, name),
+                log=log,
+            )
+            for index, (name, tokenized) in enumerate(stages.items())
+            if tokenized
+        }
         learner.eval()
         report = corrector_report(learner, held_out, options.tokens_per_batch) if held_out else None
         facts = CorrectorFacts(
             template=encoder.template.id,
             objectives=encoder.objectives,
             encoding=encoder.fingerprint,
-            max_length=int(options.max_length or 0),
+            max_length=limit,
             base_model=model,
             base_fingerprint=base,
             data=rows.fingerprint,
@@ -233,35 +205,15 @@ def train_corrector(
             held_out=None if report is None else asdict(report),
             settings={**options.model_dump(), "objectives": list(encoder.objectives), "seed": seed},
         )
-        _write(folder, learner, model, tokenizer, facts)
+        _write_folder(folder, learner, model, tokenizer, facts)
         shutil.rmtree(work)
         return TrainedCorrector(folder, facts, report, results)
 
 
-def _check_input(rows: CorrectionSet, test: CorrectionSet | None, folder: Path, allow_overlap: bool) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("a corrector is trained in one process, found WORLD_SIZE above 1")
-    check_free(folder)
-    for part in (rows, *([] if test is None else [test])):
-        if not part:
-            raise InputError(f"{part.source}: no rows in it")
-    check_disjoint(rows, test or (), allow=allow_overlap)
-
-
-def _with_template(options: CorrectorOptions, model: str) -> CorrectorOptions:
-    """Fill in template and objectives: those of the corrector that is trained on, or the defaults."""
-    template, objectives = chosen_template(model, options.template, options.objectives)
-    return options.replace(template=template.id, objectives=objectives)
-
-
-def _what(options: CorrectorOptions) -> str:
-    if options.lora_rank:
-        return f"an adapter of rank {options.lora_rank}"
-    return "all weights" if options.precision == "fp32" else "all weights, which stay fp32,"
-
-
-def _load(model: str, options: CorrectorOptions, device: torch.device, seed: int) -> tuple[Policy | FullModel, str]:
-    """Return what learns, and the fingerprint of the weights it starts from."""
+def _load_learner(
+    model: str, options: CorrectorOptions, device: torch.device, seed: int
+) -> tuple[Policy | FullModel, str]:
+    """Return the model to train, and the fingerprint of its weights."""
     precision: Precision = "bf16" if options.precision == "bf16" else "fp32"
     loaded = load_model(model, precision if options.lora_rank else "fp32", device=device)
     fingerprint = model_fingerprint(loaded)
@@ -272,99 +224,108 @@ def _load(model: str, options: CorrectorOptions, device: torch.device, seed: int
     return Policy(loaded, options.lora_rank, options.alpha, seed=seed), fingerprint
 
 
-def _inner(learner: Policy | FullModel) -> Any:
-    return learner.peft if isinstance(learner, Policy) else learner.model
-
-
-def _encode(
+def _tokenize(
     name: str,
     rows: CorrectionSet,
     encoder: CorrectionEncoder,
-    options: CorrectorOptions,
-    texts: Texts,
+    max_length: int,
+    targets: Targets,
     log: Callable[[str], None],
-) -> tuple[TokenizedRow, ...]:
-    limit = int(options.max_length or 0)
+) -> Sequence[TokenizedRow]:
+    """Tokenise rows, and log what the length limit cost; errors name the rows' source."""
     try:
-        encoded = tokenize_corrections(rows, encoder, limit, texts)
+        tokenized = tokenize_corrections(rows, encoder, max_length, targets)
+        if not tokenized.rows:
+            raise InputError(f"no correction fits max_length, {max_length} tokens with its prompt; raise it")
+        line = f"  {len(tokenized.rows)} {name} rows"
+        if tokenized.dropped:
+            line += f"; {tokenized.dropped} left out, too long for {max_length} tokens"
+        if tokenized.rows.truncated_prompts:
+            line += f"; {tokenized.rows.truncated_prompts} prompts shortened"
+        log(line)
+        for warning in tokenized.warnings():
+            log(f"  warning: {rows.source}: {warning}")
     except InputError as error:
-        raise InputError(f"{rows.source}: {error}") from None
-    if not encoded.groups:
-        raise InputError(f"{rows.source}: no correction fits max_length, {limit} tokens with its prompt; raise it")
-    left_out = f"; {encoded.dropped} left out, too long for {limit} tokens" if encoded.dropped else ""
-    shortened = f"; {encoded.shortened} prompts shortened" if encoded.shortened else ""
-    log(f"  {len(encoded.groups)} {name} rows{left_out}{shortened}")
-    try:
-        warnings = encoded.warnings(limit)
-    except InputError as error:
-        raise InputError(f"{rows.source}: {error}") from None
-    for warning in warnings:
-        log(f"  warning: {rows.source}: {warning}")
-    return encoded.groups
+        raise error.at(rows.source) from None
+    return tokenized.rows.items
 
 
 def _warm_up_rows(
-    rows: CorrectionSet, corrections: int, encoder: CorrectionEncoder, options: CorrectorOptions, seed: int
-) -> tuple[TokenizedRow, ...]:
-    """Draw the rows whose answers are learned as they are: a share of the number of corrections."""
+    rows: CorrectionSet, count: int, encoder: CorrectionEncoder, options: CorrectorOptions, seed: int
+) -> Sequence[TokenizedRow]:
+    """Draw rows, at least one, whose answers are learned unchanged; none without a warm-up."""
     if options.identity == 0:
         return ()
     limit = int(options.max_length or 0)
-    wanted = max(1, round(options.identity * corrections))
     order = random.Random(seed).sample(rows.items, len(rows))
-    drawn = tokenize_corrections(order, encoder, limit, copied, most=wanted).groups
+    drawn = tokenize_corrections(order, encoder, limit, answer_only, most=max(1, count)).rows
     if not drawn:
         raise InputError(
             f"{rows.source}: no answer fits max_length, {limit} tokens with its prompt, so the warm-up has no rows; "
             "raise max_length, or set identity to 0"
         )
-    return drawn
+    return drawn.items
 
 
-def _work_key(
+def _training_key(
     base: str,
     encoder: CorrectionEncoder,
-    stages: dict[str, tuple[TokenizedRow, ...]],
+    stages: dict[str, Sequence[TokenizedRow]],
     options: CorrectorOptions,
     seed: int,
 ) -> str:
-    """Name a training, so that nothing that another one left is taken for its own."""
-    # What changes no result may be another one when a killed training goes on.
-    settings = {name: value for name, value in options.model_dump().items() if name != "checkpointing"}
-    facts = [base, encoder.fingerprint, settings, seed]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for group in (group for groups in stages.values() for group in groups):
-        digest.update(repr((group.id, group.prompt, group.responses, group.weight)).encode())
+    """Return a digest of everything that a training's result depends on, which names its folder of checkpoints."""
+    settings = options.model_dump(exclude={"checkpointing"})  # changes no result
+    digest = hashlib.sha256(json.dumps([base, encoder.fingerprint, settings, seed], sort_keys=True).encode())
+    for row in (row for rows in stages.values() for row in rows):
+        digest.update(repr((row.id, row.prompt, row.responses, row.weight)).encode())
     return digest.hexdigest()[:16]
 
 
-def _train(
-    learner: Policy | FullModel,
-    stages: dict[str, tuple[TokenizedRow, ...]],
-    options: CorrectorOptions,
-    place: Path,
-    seed: int,
-    log: Callable[[str], None],
-    progress: Progress,
-) -> dict[str, StageResult]:
-    results = {}
-    for index, (name, groups) in enumerate(stages.items()):
-        if groups:
-            results[name] = train_stage(
-                learner,
-                LikelihoodObjective(name),
-                groups,
-                options.stage(warming_up=name == "identity"),
-                place / f"{index}-{name}",
-                seed=seed + index,
-                progress=partial(progress, name),
-                log=log,
-            )
-    return results
+def corrector_report(model: Policy | FullModel, rows: Sequence[TokenizedRow], tokens_per_batch: int) -> CorrectorReport:
+    """Evaluate a corrector with teacher forcing.
+
+    Args:
+        model: in evaluation mode.
+        rows: N of them, each with two responses: the correction and the answer.
+        tokens_per_batch: tokens computed at once, padding included.
+    """
+    shared = model.head.shared
+    parts, order = [], list[int]()
+    for indices in batches_by_length([row_tokens(row, shared) for row in rows], tokens_per_batch):
+        batch = model.on_device(collate([rows[i] for i in indices], shared))
+        log_probs, greedy = model.response_choices(batch)
+        lengths, sequences = batch["lengths"], batch["sequences"]
+        zeros = torch.zeros(len(lengths), device=log_probs.device, dtype=torch.float64)
+        right = (greedy == batch["targets"]).double()
+        # The tokens of a sequence are in order, though not contiguous: a stable sort puts its first one first.
+        firsts = sequences.argsort(stable=True)[lengths.cumsum(0) - lengths]
+        sums = (
+            zeros.index_add(0, sequences, log_probs.double()),
+            lengths.double(),
+            right[firsts],
+            (zeros.index_add(0, sequences, right) == lengths).double(),
+        )
+        parts.append(torch.stack(sums).cpu())
+        order += indices
+    # Each (N, 2): of every row, its correction and its answer.
+    log_likelihood, length, first_right, all_right = torch.cat(parts, dim=1).view(4, len(rows), 2)
+    per_token = log_likelihood.sum(0) / length.sum(0)
+    copied = all_right[:, 1]
+    identity = torch.tensor([rows[i].responses[0] == rows[i].responses[1] for i in order])
+    return CorrectorReport(
+        rows=len(rows),
+        perplexity=math.exp(-per_token[0].item()),
+        copy_log_likelihood=per_token[1].item(),
+        starts_by_copying=first_right[:, 1].mean().item(),
+        copies=copied.mean().item(),
+        identities=int(identity.sum()),
+        keeps=copied[identity].mean().item() if identity.any() else None,
+    )
 
 
-def _write(folder: Path, learner: Policy | FullModel, model: str, tokenizer: Any, facts: CorrectorFacts) -> None:
-    """Write a Hugging Face model in the base model's dtype: the whole one, or the base with the adapter merged in."""
+def _write_folder(folder: Path, learner: Policy | FullModel, model: str, tokenizer: Any, facts: CorrectorFacts) -> None:
+    """Write a Hugging Face model in the base model's dtype, with an adapter merged in."""
     if isinstance(learner, FullModel):
         plain = learner.model.cpu()
     else:
@@ -376,7 +337,7 @@ def _write(folder: Path, learner: Policy | FullModel, model: str, tokenizer: Any
         write_checked(plain, temporary)
         adapter = base_and_adapter(model, resolve_model(model))[1]
         if adapter is not None and tokenizer_folder(adapter) is not None:
-            # The adapter's own, which may have more tokens than the base model's.
+            # The adapter's own tokenizer, which may have more tokens than the base model's.
             tokenizer.save_pretrained(temporary)
         write_ends(temporary, generation, tokenizer, chats=False)
         write_corrector_facts(temporary, facts)
