@@ -17,6 +17,8 @@ from everalign.correction import (
     load_corrector_files,
     write_corrector_facts,
 )
+from everalign.correction.tokenization import tokenize_corrections
+from everalign.data import Correction
 from everalign.errors import InputError
 from everalign.modeling.loading import tiny_assistant_path
 from tokenizers_for_tests import byte_tokenizer, piece_tokenizer
@@ -271,8 +273,10 @@ def test_a_correction_needs_to_leave_room():
     bare = len(made.prompt("", ""))
     assert made.prompt_room([1] * 20, bare + 100) == bare + 80
     assert made.prompt_room([1] * 41, bare + 80) == 0
-    assert made.fits([1] * 5, [2] * 3, 8)
-    assert not made.fits([1] * 5, [2] * 4, 8)
+    row = Correction("q" * 300, "a", "b")
+    length = len(made.prompt(row.question, row.answer)) + len(made.response(row.correction))
+    cut = [tokenize_corrections([row], made, most).rows.truncated_prompts for most in (length, length - 1)]
+    assert cut == [0, 1]
 
 
 # ---- corrector.json ----
