@@ -1,9 +1,8 @@
-"""A PEFT adapter that learning starts from: found, and merged into its base model before anything else is done.
+"""PEFT adapters as starting points: find one and merge it into its base model before anything else is done.
 
-What follows then knows one base model: it is the reference `base`, task adapters sit on it, and an export holds it.
+Everything after that knows one base model: the reference `base`, what task adapters sit on, and what an export holds.
 """
 
-import json
 import os
 import re
 import tempfile
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from everalign.errors import InputError
+from everalign.storage import read_json
 
 CONFIG_FILE = "adapter_config.json"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
@@ -35,7 +35,7 @@ _UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, Attrib
 
 
 def base_and_adapter(name: str, source: str, adapter: str | None = None) -> tuple[str, str | None]:
-    """Tell a base model from an adapter.
+    """Find out whether a model's name stands for a base model or for an adapter.
 
     Args:
         name: the model, as the user named it.
@@ -46,13 +46,13 @@ def base_and_adapter(name: str, source: str, adapter: str | None = None) -> tupl
         The base model's name, and the adapter's or None.
 
     Raises:
-        InputError: the model is an adapter that does not say what it belongs to, or one besides the named one; or its
-            folder holds a model's weights and an adapter, and it is not said what is meant.
+        InputError: the model is an adapter that does not name its base model, or a second adapter; or its folder holds
+            both a model's weights and an adapter, and it is not clear which is meant.
     """
     file = _adapter_config(source)
     if file is None:
         return name, adapter
-    if _has_weights(file):
+    if any(any(file.parent.glob(pattern)) for pattern in _WEIGHTS):
         if adapter is not None and Path(adapter).resolve() == Path(source).resolve():
             return name, adapter
         raise InputError(
@@ -61,7 +61,7 @@ def base_and_adapter(name: str, source: str, adapter: str | None = None) -> tupl
         )
     if adapter is not None:
         raise InputError(f"{name} is an adapter itself, and only one can be merged: name its base model as the model")
-    base = _read_config(file).get("base_model_name_or_path")
+    base = _settings(file).get("base_model_name_or_path")
     if not base:
         raise InputError(
             f"{name} is an adapter, and does not say of which model: name that as the model (--model BASE --adapter "
@@ -87,15 +87,8 @@ def _adapter_config(source: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _has_weights(config: Path) -> bool:
-    return any(any(config.parent.glob(pattern)) for pattern in _WEIGHTS)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: damaged JSON ({error}); restore the file") from error
+def _settings(file: Path) -> dict[str, Any]:
+    found = read_json(file)
     if not isinstance(found, dict):
         raise InputError(f"{file}: damaged, it holds no settings; restore the file")
     return found
@@ -162,7 +155,7 @@ def merge_adapter(model: Any, source: str, base: str) -> Any:
             weights, the base is quantised, or the merged model computes something else than model and adapter.
     """
     folder = adapter_folder(source)
-    kind = str(_read_config(folder / CONFIG_FILE).get("peft_type"))
+    kind = str(_settings(folder / CONFIG_FILE).get("peft_type"))
     if getattr(model, "hf_quantizer", None) is not None:
         raise InputError(
             f"{source} cannot be merged into {base}, whose weights are quantised: name the model that it was made of "

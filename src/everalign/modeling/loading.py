@@ -1,4 +1,4 @@
-"""The tiny assistant: a small chat model that comes with the package, for the demo and the tests."""
+"""Load base models and tokenizers: by folder, Hub name, GGUF file or adapter, quantised or not, in one precision."""
 
 import hashlib
 import math
