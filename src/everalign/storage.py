@@ -166,6 +166,12 @@ def is_partial(path: Path) -> bool:
     return path.name.endswith(_PARTIAL)
 
 
+def check_free(folder: Path) -> None:
+    """Refuse an output folder that exists and is not empty; what is there is never overwritten."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty: choose another output folder")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends without an error.

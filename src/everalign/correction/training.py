@@ -54,10 +54,9 @@ from everalign.modeling.loading import (
 from everalign.modeling.model_files import merged_into, write_checked
 from everalign.modeling.options import Precision
 from everalign.modeling.policy import FullModel, Policy
-from everalign.modeling.reward_model import check_free
 from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.modeling.stopping import write_ends
-from everalign.storage import exclusive, lock_of, new_folder
+from everalign.storage import check_free, exclusive, lock_of, new_folder
 from everalign.training.base_objective import LikelihoodObjective
 from everalign.training.stage import StageResult, train_stage
 

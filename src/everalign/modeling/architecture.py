@@ -40,7 +40,7 @@ _classes: dict[Key, set[type]] = {}
 def study(model: Any) -> Architecture:
     """Return what a Hugging Face causal language model's classes can do, adapters injected or not.
 
-    A model of which no shrunk copy can be made is probed itself, in its own dtype.
+    A model that cannot be shrunk is probed itself, in its own dtype.
     """
     key = configuration_key(model)
     if key not in _studied:
@@ -83,7 +83,7 @@ def study_lengths(model: Any) -> Lengths:
 
 
 def _has_other_parts(model: Any, key: Key) -> bool:
-    """Whether somebody has put parts into a model of which its configuration, and so its shrunk copy, knows nothing.
+    """Whether a model has parts that its configuration, and so its shrunk copy, does not describe.
 
     Quantised, packed and adapted matrices stand in for plain ones.
     """

@@ -1,9 +1,9 @@
-"""FlexAttention on a GPU: the block attention mask as a rule, so that blocks nobody sees are skipped.
+"""FlexAttention on a GPU: the block attention mask as a rule, so that blocks hidden from all tokens are skipped.
 
 Dong et al. 2024, "Flex Attention", arXiv 2412.05496. It has no backward pass on a processor.
 
-Its kernel is compiled for what varies, and torch gives up after a few times. So the rows of a batch become one row,
-of which blocks that belong to others are skipped, its length is one of few, and what varies is said to vary.
+Its kernel is compiled anew for every shape, and torch gives up after a few times. So the rows of a batch become one row,
+whose blocks between different rows are skipped, its length is one of few, and varying sizes are marked as dynamic.
 """
 
 from typing import Any

@@ -263,7 +263,7 @@ def _read_one_by_one(config: Any, dtype: torch.dtype) -> Iterator[None]:
     """Read weights that are to be cast tensor by tensor, not through a memory map.
 
     The pages of a map that were read count until the whole file is closed: an fp32 copy of a bf16 file would take the
-    file's size besides its own. Weights that stay as they are rest in the map.
+    file's size in addition to its own. Weights that are not cast stay in the map.
     """
     if getattr(config, "dtype", None) == dtype:
         yield
@@ -306,7 +306,7 @@ def load_tokenizer(name: str, *, adapter: str | None = None) -> Any:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _processor_template(source or resolve_model(base))
     if tokenizer.eos_token_id is None:
-        with suppress(InputError):  # a folder of a tokenizer alone, of which the next lines say what it lacks
+        with suppress(InputError):  # a folder with a tokenizer alone
             ids = load_config(resolve_model(base), "model", name).get_text_config().eos_token_id
             first = ids[0] if isinstance(ids, list) else ids
             if first is not None and first < len(tokenizer):
@@ -332,7 +332,7 @@ def _processor_template(source: str) -> Any:
 
 
 def cannot_load(what: str, name: str, error: Exception, quantised: str | None = None) -> str:
-    """Say in one line why there is no model or tokenizer of that name, and what helps."""
+    """Return one line on why a model or tokenizer could not be loaded, and what helps."""
     if "trust_remote_code" in str(error):
         return (
             f"the {what} {name} comes with Python code of its own, which is not run unasked: read it, and if you trust "
@@ -375,7 +375,7 @@ def sequence_limit(wanted: int | None, default: int, model: Any, tokenizer: Any,
 
 
 def readable_length(wanted: int, model: Any, name: str, log: Callable[[str], None]) -> int:
-    """Return how many tokens of a row a language model learns from: what is wanted, or what it can read; says so.
+    """Return how many tokens of a row a language model learns from: what is wanted, or what it can read.
 
     Args:
         wanted: tokens of prompt and answer together.
@@ -424,7 +424,7 @@ def model_fingerprint(model: Any, dtype: torch.dtype | None = None) -> str:
         dtype: returns the fingerprint that it has once it is loaded in this precision; its own when None.
 
     sha256 over the model's class and the names, shapes, dtypes and up to 4,096 evenly spaced values of every
-    parameter. It tells models and fine-tunes apart; it is no defence against somebody who forges weights.
+    parameter. It tells models and fine-tunes apart; it is no defence against forged weights.
     """
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, parameter in model.named_parameters():

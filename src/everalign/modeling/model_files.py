@@ -42,7 +42,7 @@ _WEIGHT_SUFFIXES = frozenset(
     )
 )
 _LARGEST = 100 << 20
-# Of the base model alone, or replaced by what is said of the new one.
+# They describe the base model alone, or are replaced for the new one.
 _OF_THE_BASE = frozenset(
     ("README.md", "adapter_config.json", "corrector.json", "steering.json", "everalign_reward.json")
 )
@@ -142,7 +142,7 @@ def _write_unquantised(model: Any, folder: Path, dtype: OutputDtype) -> torch.dt
 
 
 def _write_config(path: Path, model: Any, dtype: torch.dtype | None, *, untied: bool) -> None:
-    """Say what is not as in the base model's configuration; everything else stays as it was written there."""
+    """Change what differs from the base model's configuration; everything else stays as it was written there."""
     config = read_json(path)
     before = json.dumps(config)
     text = model.config.get_text_config()
@@ -224,7 +224,7 @@ class _Values:
         return _rounded(key, self._reverted.pop(key), stored, dtype)
 
     def not_on_disk(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return what is written besides: a head that was one with the embeddings, and has weights of its own now."""
+        """Return what the checkpoint has no place for: a head that was tied to the embeddings and no longer is."""
         found: dict[str, Tensor] = {}
         for name, parameter in self._model.named_parameters():
             if parameter.data_ptr() not in self._seen:
@@ -237,7 +237,7 @@ def _rounded(key: str, value: Tensor, stored: Tensor, dtype: torch.dtype) -> Ten
     # Rows may have been added for new tokens.
     if value.shape[1:] != stored.shape[1:]:
         raise EveralignError(f"cannot write {key}: has shape {tuple(stored.shape)} on disk, {tuple(value.shape)} here")
-    # What nobody changed stays bit for bit what it was.
+    # Unchanged weights stay bit for bit as they were.
     same = value.shape == stored.shape and torch.equal(value.to(stored.dtype), stored)
     found = (stored if same else value).to(dtype)
     if dtype == torch.float16 and not torch.isfinite(found).all() and torch.isfinite(value).all():
@@ -283,7 +283,7 @@ def _most_common_dtype(files: Sequence[Path]) -> torch.dtype:
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors none of which is another one: a .bin file may hold one under two names."""
+    """Return tensors that share no memory: a .bin file may hold one under two names."""
     seen: set[int] = set()
     found = {}
     for key, tensor in tensors.items():

@@ -33,7 +33,7 @@ _done: set[tuple[Any, ...]] = set()
 def rehearse(model: Any, targets: str | Sequence[str]) -> None:
     """Adapt a copy of a model, take a step, consolidate, save, load, merge, write, and compare logits.
 
-    Once for each configuration. A model of which no shrunk copy can be made is not rehearsed.
+    Once for each configuration. A model that cannot be shrunk is not rehearsed.
 
     Args:
         model: a Hugging Face causal language model without adapters; it is left as it is.

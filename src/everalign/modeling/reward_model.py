@@ -23,7 +23,6 @@ from everalign.errors import EveralignError, InputError
 from everalign.modeling.base_adapter import base_and_adapter
 from everalign.modeling.loading import (
     DTYPES,
-    check_all_weights,
     check_trainable,
     load_config,
     load_model,
@@ -34,7 +33,7 @@ from everalign.modeling.loading import (
 )
 from everalign.modeling.options import Precision
 from everalign.modeling.runtime import training_device
-from everalign.storage import new_folder, read_json, write_json
+from everalign.storage import check_free, new_folder, read_json, write_json
 
 _PADDING = "<|pad|>"
 
@@ -69,7 +68,7 @@ class RewardModel(nn.Module):
 
 
 class _ScoreHead(nn.Linear):
-    """A linear layer that computes in fp32, also under autocast."""
+    """A linear layer that computes in fp32 under autocast too."""
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
@@ -101,7 +100,11 @@ def load_classifier(
             return load_classifier(folder, fresh_head, seed, precision, device)
     what = "sequence classifier with one label"
     config = load_config(source, what, name, num_labels=1)
-    _plain(config.get_text_config())
+    text = config.get_text_config()
+    text.use_cache = False  # only generation needs it
+    for key, value in vars(text).items():  # each family has its own names for dropout
+        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+            setattr(text, key, 0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, loaded = load_weights(
@@ -118,7 +121,7 @@ def load_classifier(
 
 
 def add_adapter(classifier: Any, rank: int, alpha: float, seed: int, name: str) -> Any:
-    """Return a classifier of which an adapter and the score head are trained, in fp32; see `with_adapter_merged`.
+    """Return a classifier that learns with an adapter and its score head, in fp32; see `with_adapter_merged`.
 
     Args:
         classifier: what `load_classifier` returned; its other weights are frozen.
@@ -137,12 +140,6 @@ def add_adapter(classifier: Any, rank: int, alpha: float, seed: int, name: str) 
             raise InputError(f"{name}: peft finds no modules to adapt: {error}") from error
 
 
-def all_weights(classifier: Any, name: str) -> Any:
-    """Return a classifier of which all weights are trained; refuses one that is quantised."""
-    check_all_weights(classifier, name)
-    return classifier.requires_grad_(True)
-
-
 def with_adapter_merged(adapted: Any, plain: Any) -> Any:
     """Return a classifier with the adapter and score head of another one.
 
@@ -156,14 +153,6 @@ def with_adapter_merged(adapted: Any, plain: Any) -> Any:
         merged = model.merge_and_unload(safe_merge=True)
     vars(merged).pop("peft_config", None)
     return merged.eval()
-
-
-def _plain(config: Any) -> None:
-    """Switch dropout off, under each family's names for it, and the cache that only generation needs."""
-    for key, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-            setattr(config, key, 0.0)
-    config.use_cache = False
 
 
 def set_padding(classifier: Any, tokenizer: Any) -> None:
@@ -254,12 +243,6 @@ class RewardFacts(BaseModel):
     settings: dict[str, Any]
 
 
-def check_free(folder: Path) -> None:
-    """Refuse an output folder that exists and is not empty; what is there is never overwritten."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not empty: choose another output folder")
-
-
 def save_reward_model(folder: Path, model: RewardModel, tokenizer: Any, facts: RewardFacts) -> None:
     """Write a reward model's folder, whole or not at all; refuses one that is not empty."""
     check_free(folder)
@@ -278,7 +261,13 @@ def load_reward_model(folder: Path) -> tuple[RewardModel, Any, RewardFacts]:
     """
     if not (folder / FACTS_FILE).is_file():
         raise InputError(f"{folder}: no reward model (it has no {FACTS_FILE}); train one with everalign reward train")
-    facts = _read_facts(folder / FACTS_FILE)
+    content = read_json(folder / FACTS_FILE)
+    try:
+        facts = RewardFacts.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(f"{folder / FACTS_FILE}: field {field!r}: {first['msg']}; restore the file") from None
     tokenizer = load_tokenizer(str(folder))
     if template_fingerprint(tokenizer) != facts.template:
         raise InputError(
@@ -289,13 +278,3 @@ def load_reward_model(folder: Path) -> tuple[RewardModel, Any, RewardFacts]:
     # As they were computed when the mean was found that is subtracted from them.
     precision: Precision = "bf16" if facts.settings.get("precision") == "bf16" else "fp32"
     return RewardModel(classifier, precision), tokenizer, facts
-
-
-def _read_facts(path: Path) -> RewardFacts:
-    content = read_json(path)
-    try:
-        return RewardFacts.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise InputError(f"{path}: field {field!r}: {first['msg']}; restore the file") from None

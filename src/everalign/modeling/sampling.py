@@ -1,4 +1,4 @@
-"""Sample completions from a policy, many prompts at a time; finished chunks survive a kill."""
+"""Sample completions from a policy, or its greedy answers, many prompts at a time; finished chunks survive a kill."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -49,25 +49,25 @@ def sample_completions(
     tokens_per_batch: int = 16384,
     progress: Progress | None = None,
 ) -> list[Samples]:
-    """Draw K completions for every prompt from the policy as it is switched now.
+    """Draw K completions for every prompt from the policy with the adapters that are on now.
 
     The draw depends on the seed, the prompts and `tokens_per_batch`, never on the global random state.
 
     Args:
-        policy: in evaluation mode or not; it is put there for the while.
+        policy: in training mode or not; it is in evaluation mode meanwhile.
         tokenizer: the model's.
         prompts: text, or chat messages that end before the assistant speaks.
         options: how.
         seed: seeds the draw.
-        tokens_per_batch: tokens held at once, padding and what may yet be drawn included.
+        tokens_per_batch: most tokens held at once, padding and completions of full length included.
         progress: called with the number of prompts done after each batch.
 
     Returns:
         The samples of each prompt, in the prompts' order.
 
     Raises:
-        InputError: a prompt cannot be rendered or is too long; names its number. Or prompt and answer may become longer
-            than the model can read or write.
+        InputError: a prompt cannot be rendered or is too long; names its number. Or prompt and completion together may
+            become longer than the model can read or write.
     """
     tokens = _checked(ChatFormat(tokenizer), prompts, options)
     longest = max((len(ids) for ids in tokens), default=0) + options.max_new_tokens
@@ -94,16 +94,16 @@ def sample_completions(
 def greedy_answers(
     policy: Policy, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], options: SamplingOptions
 ) -> list[tuple[str, bool]]:
-    """Write the likeliest answer to every prompt, token by token, with the policy as it is switched now.
+    """Write the greedy answer to every prompt, with the adapters that are on now.
 
     Args:
-        policy: in evaluation mode or not; it is put there for the while.
+        policy: in training mode or not; it is in evaluation mode meanwhile.
         tokenizer: the model's.
         prompts: as in `sample_completions`.
-        options: their limits of tokens count, and nothing else.
+        options: only their token limits are used.
 
     Returns:
-        Of each prompt, what was answered, without its end; and whether it has ended at all.
+        For each prompt the answer without its end mark, and whether it has ended.
 
     Raises:
         InputError: as in `sample_completions`.
@@ -111,7 +111,7 @@ def greedy_answers(
     tokens = _checked(ChatFormat(tokenizer), prompts, options)
     ends = _Ends(tokenizer, stop_token_ids(policy.peft, tokenizer), turn_end(tokenizer))
     written = greedy_continuations(
-        policy, tokens, ends.tokens, options.max_new_tokens, lambda number, ids: ends.over(prompts[number], ids)
+        policy, tokens, ends.tokens, options.max_new_tokens, lambda number, ids: ends.finished(prompts[number], ids)
     )
     found = []
     for prompt, before, ids in zip(prompts, tokens, written, strict=True):
@@ -125,13 +125,13 @@ def greedy_continuations(
     prompts: Sequence[list[int]],
     ends: Collection[int],
     limit: int,
-    over: Callable[[int, list[int]], bool] = lambda number, ids: False,
+    finished: Callable[[int, list[int]], bool] = lambda number, ids: False,
 ) -> list[list[int]]:
-    """Write the likeliest token behind each prompt's tokens, again and again; all else as in `continue_rows`."""
+    """Return the greedy continuation of each prompt's tokens; arguments and result as in `continue_rows`."""
     was_training = policy.training
     policy.eval()
     with torch.no_grad(), policy.decoding(policy.on_device(pad_left(prompts, min(ends)))) as decoder:
-        found = continue_rows(decoder, lambda logits: logits.argmax(-1), ends, limit, over)
+        found = continue_rows(decoder, lambda logits: logits.argmax(-1), ends, limit, finished)
     policy.train(was_training)
     return found
 
@@ -153,19 +153,19 @@ def _checked(form: ChatFormat, prompts: Sequence[Prompt], options: SamplingOptio
 
 @dataclass(frozen=True)
 class _Ends:
-    """Where answers end, and what they say up to there.
+    """Where answers end, and their text up to there.
 
     Args:
         tokenizer: the model's.
         tokens: any of them ends an answer.
-        turn: how the chat template ends a turn; a text that is no chat may go on behind that.
+        turn: how the chat template ends a turn; plain text may go on behind that.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     tokens: frozenset[int]
     turn: TurnEnd
 
-    def over(self, prompt: Prompt, ids: list[int]) -> bool:
+    def finished(self, prompt: Prompt, ids: list[int]) -> bool:
         """Whether an answer has reached the text that ends its turn."""
         if not self.turn.text or isinstance(prompt, str):
             return False
@@ -174,12 +174,12 @@ class _Ends:
         return self.turn.text in self.read(last)
 
     def text(self, prompt: Prompt, prompt_ids: list[int], ids: list[int]) -> str | None:
-        """Return what an answer says, without its end; None where it has none."""
+        """Return an answer's text without its end mark; None where it has not ended."""
         length = next((i for i, token in enumerate(ids) if token in self.tokens), None)
-        said = ids if length is None else ids[:length]
+        answer = ids if length is None else ids[:length]
         if isinstance(prompt, str):
-            return None if length is None else self.behind(prompt_ids, said)
-        text = self._as_learned(prompt, prompt_ids, said)
+            return None if length is None else self.behind(prompt_ids, answer)
+        text = self._as_learned(prompt, prompt_ids, answer)
         if self.turn.text and self.turn.text in text:
             return text.partition(self.turn.text)[0]
         if length is None:
@@ -226,7 +226,7 @@ def _draw(
             lambda logits: draw(logits / options.temperature),
             ends.tokens,
             options.max_new_tokens,
-            lambda number, ids: ends.over(prompts[number // options.completions], ids),
+            lambda number, ids: ends.finished(prompts[number // options.completions], ids),
         )
 
 
@@ -250,16 +250,15 @@ def sample_journalled(
     tokens_per_batch: int = 16384,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[Samples]:
-    """Draw K completions for every prompt, as `sample_completions` does, and keep them.
+    """Draw K completions for every prompt, as `sample_completions` does, and keep them in a journal.
 
     Args:
         policy: as it is switched now.
         tokenizer: the model's.
         prompts: text, or chat messages.
         options: how.
-        journal: what it holds is taken as it is, by the number of a chunk's first prompt. It has to be of these
-            arguments alone.
-        seed: seeds the draw, which does not depend on where an earlier call was broken off.
+        journal: holds finished chunks by the number of their first prompt; it must belong to these arguments alone.
+        seed: seeds the draw, which does not depend on where an earlier call was interrupted.
         tokens_per_batch: tokens held at once.
         progress: called with ("sampling", prompts done, prompts in all).
 
@@ -269,7 +268,7 @@ def sample_journalled(
     starts = range(0, len(prompts), _CHUNK)
     found = _read(journal, starts, len(prompts))
     if len(found) < len(starts):
-        # All of them, by their numbers in all: not chunk by chunk, hours apart.
+        # All of them before any is answered: a bad prompt in the last chunk would be found hours later.
         check_prompts(tokenizer, prompts, options)
     for start in (start for start in starts if start not in found):
         chunk = prompts[start : start + _CHUNK]
@@ -283,7 +282,7 @@ def sample_journalled(
 
 
 def _read(journal: Journal, starts: range, prompts: int) -> dict[int, list[Samples]]:
-    """Return the chunks that are there, by the number of their first prompt."""
+    """Return the finished chunks by the number of their first prompt."""
     kept: dict[int, Any] = journal.read(starts)
     try:
         found = {

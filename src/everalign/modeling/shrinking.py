@@ -77,7 +77,7 @@ def shrunk_copy(model: Any) -> Any | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep to ourselves what transformers says of configurations that nobody will ever use."""
+    """Silence transformers' warnings and progress bars about shrunk configurations."""
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()

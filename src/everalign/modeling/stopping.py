@@ -1,4 +1,4 @@
-"""Where what a model writes ends: at one of its end tokens, or at the text that its chat template ends a turn with."""
+"""Stop tokens: where an answer ends, by a model's end tokens or by the text that its chat template ends a turn with."""
 
 import json
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class TurnEnd:
 
 
 def turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
-    """Find out how the tokenizer's chat template ends an assistant's turn; an empty one where it refuses to say."""
+    """Find out how the tokenizer's chat template ends an assistant's turn; an empty `TurnEnd` where it renders none."""
     renderer = Renderer(tokenizer)
     asked, answered, next_one = (
         {"role": role, "content": text} for role, text in (("user", _QUESTION), ("assistant", _ANSWER), ("user", _NEXT))
@@ -65,11 +65,11 @@ def turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
 
 
 def stop_token_ids(model: Any, tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """Return the tokens any of which ends an answer.
+    """Return the tokens that end an answer, each by itself.
 
     Those of the generation configuration (at which transformers' `generate` stops), the tokenizer's EOS, and the one
-    that the chat template ends a turn with. Besides, those of the model's configuration that are no ordinary text for
-    the tokenizer: where nobody set it, it holds some family's default, which may be any token of another vocabulary.
+    that the chat template ends a turn with. Also those of the model's configuration that are no ordinary text for the
+    tokenizer: where it was never set, it holds some family's default, which may be any token of another vocabulary.
 
     Args:
         model: a Hugging Face language model, with or without adapters.
@@ -91,11 +91,11 @@ def special_stop_ids(model: Any, tokenizer: "PreTrainedTokenizerBase") -> frozen
 
 
 def write_ends(folder: Path, generation: Any, tokenizer: "PreTrainedTokenizerBase", chats: bool) -> None:
-    """Say in a model's folder which tokens end an answer, as far as it does not say so yet.
+    """Write into a model's folder which tokens end an answer, where it does not name them yet.
 
-    The generation configuration names all of them, besides those that it named before: transformers and vLLM stop
-    there. Where that did not name the token that ends the turns of learned chats, it becomes the tokenizer's EOS as
-    well, which is all that converters for llama.cpp look at; unless texts or chats would be other tokens then.
+    They are added to those that the generation configuration names: transformers and vLLM stop there. Where that did
+    not name the token that ends the turns of learned chats, it becomes the tokenizer's EOS as well, which is all that
+    converters for llama.cpp look at; unless texts or chats would be tokenized otherwise then.
 
     Args:
         folder: with the tokenizer's files, and the base model's `generation_config.json` if it had one.

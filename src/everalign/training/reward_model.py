@@ -27,14 +27,18 @@ from everalign.data.records import PreferenceSet
 from everalign.data.template_notes import template_notes
 from everalign.data.tokenization import TokenizedRow, TokenizedRows, check_end, pad_right, tokenize_preferences
 from everalign.errors import InputError
-from everalign.modeling.loading import load_tokenizer, model_fingerprint, resolve_precision, sequence_limit
+from everalign.modeling.loading import (
+    check_all_weights,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_precision,
+    sequence_limit,
+)
 from everalign.modeling.options import Precision
 from everalign.modeling.reward_model import (
     RewardFacts,
     RewardModel,
     add_adapter,
-    all_weights,
-    check_free,
     load_classifier,
     save_reward_model,
     sequence_rewards,
@@ -43,7 +47,7 @@ from everalign.modeling.reward_model import (
 )
 from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.objectives import bradley_terry_loss, calibrating_temperature, dpo_loss, pair_calibration_error
-from everalign.storage import exclusive, lock_of
+from everalign.storage import check_free, exclusive, lock_of
 from everalign.training.base_objective import Metrics, Objective
 from everalign.training.options import ObjectiveOptions, RewardOptions, StageOptions
 from everalign.training.stage import StageResult, train_stage
@@ -249,7 +253,8 @@ def _load(
     base = model_fingerprint(classifier.base_model)
     set_padding(classifier, tokenizer)
     if not options.lora_rank:
-        return all_weights(classifier, model), base
+        check_all_weights(classifier, model)
+        return classifier.requires_grad_(True), base
     alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
     return add_adapter(classifier, options.lora_rank, alpha, seed, model), base
 
