@@ -157,10 +157,10 @@ class Scripted:
     def choose(self, choose):
         return torch.full((self.rows,), self.tokens[min(self.place, len(self.tokens) - 1)])
 
-    def take(self, rows):
+    def select(self, rows):
         self.rows = len(rows)
 
-    def write(self, tokens):
+    def append(self, tokens):
         self.place += 1
 
 

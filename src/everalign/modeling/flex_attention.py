@@ -2,7 +2,7 @@
 
 Dong et al. 2024, "Flex Attention", arXiv 2412.05496. It has no backward pass on a processor.
 
-Its kernel is compiled anew for every shape, and torch gives up after a few times. So the rows of a batch become one row,
+Its kernel is compiled anew for every shape, and torch soon gives up. So the rows of a batch become one row,
 whose blocks between different rows are skipped, its length is one of few, and varying sizes are marked as dynamic.
 """
 
