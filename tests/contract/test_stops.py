@@ -231,4 +231,4 @@ def test_a_correction_ends_at_special_ends_of_the_model_and_at_no_text():
     row = next(iter(corrections(1, 0)))
     (found,) = LocalEngine(model, encoder).write([(row.question, row.answer)], None, 30)
     assert (found.finished, encoder.ends) == (True, {EOS, IM_END})
-    assert found.tokens < 30
+    assert found.output_tokens < 30
