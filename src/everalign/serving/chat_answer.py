@@ -27,7 +27,8 @@ class ChatAnswer:
         self.choices: list[Choice] = []
         self._request, self._relayed = request, relayed
         self._accumulator = CompletionAccumulator()
-        self._events: list[dict[str, Any]] = []
+        self._events: list[dict[str, Any]] = []  # none of a stream that is relayed
+        self._common: dict[str, Any] = {}  # what all chunks have in common
 
     def add(self, event: dict[str, Any]) -> None:
         """Add the whole answer, or a chunk of it; raises GatewayError if it cannot be read."""
@@ -39,8 +40,15 @@ class ChatAnswer:
     def end(self) -> None:
         """Find the choices; raises GatewayError if there are none."""
         self.choices = self._accumulator.choices()
-        if not self.choices and not (self._relayed and self._request.streams):
+        if self._relayed and self._request.streams:
+            return
+        if not self.choices:
             raise _malformed()
+        first = self._events[0]
+        self._common = {"id": self._request.id, **{name: first[name] for name in _COMMON if name in first}}
+        if self._request.mode == "strict":
+            self._common = _strict_common(self._request, first)
+        self._common["object"] = "chat.completion.chunk"
 
     @property
     def usage(self) -> dict[str, Any] | None:
@@ -99,7 +107,7 @@ class ChatAnswer:
             chunks = self._all_chunks(decisions)
         chunks[-1] = {**chunks[-1], "everalign": summary.report(self._request)}
         if self._request.wants_usage and usage is not None:
-            chunks.append({**self._common(), "choices": [], "usage": usage})
+            chunks.append({**self._common, "choices": [], "usage": usage})
         return self._frames(chunks) + DONE
 
     def _all_chunks(self, decisions: Sequence[Decision]) -> list[dict[str, Any]]:
@@ -137,15 +145,7 @@ class ChatAnswer:
 
     def _chunk(self, choice: Choice, delta: Mapping[str, Any], finish: str | None = None) -> dict[str, Any]:
         only = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return {**self._common(), "choices": [only]}
-
-    def _common(self) -> dict[str, Any]:
-        """Return what all chunks have in common."""
-        first = self._events[0]
-        if self._request.mode == "strict":
-            return {**_strict_common(self._request, first), "object": "chat.completion.chunk"}
-        known = {name: first[name] for name in _COMMON if name in first}
-        return {"id": self._request.id, "object": "chat.completion.chunk", **known}
+        return {**self._common, "choices": [only]}
 
     def _frames(self, chunks: Sequence[dict[str, Any]]) -> bytes:
         # A client that asked for the usage gets it as null in every other chunk.

@@ -210,7 +210,7 @@ class RequestParser:
             if unchecked in ("json", "tools") and self.structured != "refuse":
                 structure = structure_of(body, form, self.structured == "correct-strings")
             if unchecked is not None and structure is None:
-                message = f"mode 'strict': answers to this request could not be checked ({unchecked}); leave that out"
+                message = f"mode 'strict': an answer to this request cannot be checked ({unchecked}); leave that out"
                 raise refused(message, code=f"strict_{unchecked}")
 
         store = body.get("store")
@@ -265,7 +265,7 @@ def read_json(content: bytes) -> dict[str, Any]:
         body = json.loads(content.decode("utf-8-sig"), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise refused(f"the body is no JSON that can be read{where}", code="invalid_json") from None
+        raise refused(f"the body is not valid JSON{where}", code="invalid_json") from None
     if not isinstance(body, dict):
         raise refused("the body must be a JSON object", code="invalid_json")
     return body

@@ -1,4 +1,4 @@
-"""Circuit breakers: a server that fails again and again is left alone for a while."""
+"""Circuit breakers: a server that keeps failing gets no requests for a while."""
 
 import time
 from collections import Counter, OrderedDict

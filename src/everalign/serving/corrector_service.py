@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from everalign.deadlines import Deadline, DeadlineOver, call_in_thread
@@ -72,11 +72,8 @@ class CorrectorUsage:
     passes: int | None = None
 
     def __add__(self, other: "CorrectorUsage") -> "CorrectorUsage":
-        sums = []
-        for name in self.__dataclass_fields__:
-            numbers = [one for one in (getattr(self, name), getattr(other, name)) if one is not None]
-            sums.append(sum(numbers) if numbers else None)
-        return CorrectorUsage(*sums)
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return CorrectorUsage(*(a if b is None else b if a is None else a + b for a, b in pairs))
 
     def beside(self, usage: dict[str, Any] | None) -> dict[str, Any]:
         """Return an upstream's usage with this one as its field `corrector`; the two are not added up."""
@@ -228,7 +225,7 @@ class CorrectionService:
 
     @property
     def version(self) -> str | None:
-        """Name of the corrector, or of the state after it was withdrawn; None if there is no corrector."""
+        """Name of the corrector, or of the state after it was withdrawn; None if there was no corrector."""
         return self._now.version
 
     @property

@@ -15,11 +15,11 @@ from everalign.serving.corrector_service import Correction, CorrectionFailed, Co
 from everalign.serving.eligibility import GIVEN_IN_STRICT, why_not_corrected
 from everalign.serving.errors import uncorrected
 from everalign.serving.settings import OnFailure
-from everalign.serving.structured import prose_of, with_prose
+from everalign.serving.structured import Structure, prose_of, with_prose
 from everalign.serving.telemetry import Metrics
 
 _OUTCOMES = ("applied", "skipped", "unchanged")
-# Up to so many characters edits are counted exactly, in time that grows with their square.
+# Longest answer and correction, in characters, whose edits are counted exactly, in quadratic time.
 _COUNTED_EXACTLY = 20_000
 
 
@@ -57,7 +57,7 @@ class Summary:
         version: of the corrector, if it was asked.
         template: id of its template.
         usage: what its corrections cost.
-        stored: whether the exchange is stored; None if nobody asked for that, or it is not known yet.
+        stored: whether the exchange is stored; None if that was not asked for, or is not known yet.
     """
 
     outcome: str
@@ -153,7 +153,7 @@ class CorrectionDecider:
             GatewayError: a choice may not be returned.
         """
         # All rules come first: a choice that is withheld spares the others' correction.
-        ruled = [await self._structured(request, choice) or self._ruled(request, choice) for choice in choices]
+        ruled = [await self._ruled(request, choice) for choice in choices]
         if len(choices) == 1 and ruled[0] is None and writer is not None and request.mode == "correct":
             return [await self._correct(request, choices[0], writer)]
         corrected = await _gather(
@@ -162,32 +162,31 @@ class CorrectionDecider:
         found = iter(corrected)
         return [decision or next(found) for decision in ruled]
 
-    def _ruled(self, request: RequestContext, choice: Choice) -> Decision | None:
-        """Return what a rule makes of a choice, None if it is to be corrected; raises GatewayError."""
-        own = why_not_corrected(choice, self._longest)
-        reason = own if request.structure is not None else request.rule or own
+    async def _ruled(self, request: RequestContext, choice: Choice) -> Decision | None:
+        """Return what the rules make of a choice, None if it is to be corrected; raises GatewayError."""
+        reason, structure = why_not_corrected(choice, self._longest), request.structure
+        if structure is not None and reason == "tool_calls":
+            # In a thread, as other checks of structures: a schema and an answer may be large.
+            calls = await asyncio.to_thread(structure.calls_of, choice.calls)
+            return Decision("", "skipped", reason, calls=tuple(calls))
+        if structure is not None and structure.is_json and reason is None:
+            value = await asyncio.to_thread(structure.json_of, choice.text)
+            if structure.corrects:
+                return await self._correct_strings(request, choice, structure, value)
+            return Decision(choice.text, "skipped", "json")
+        if structure is None:
+            reason = request.rule or reason
         if reason is None:
             return None
         if request.mode == "strict" and reason not in GIVEN_IN_STRICT:
             raise uncorrected(reason, 422, again=False)
-        # Strict mode leaves out even white space, which nobody has checked.
+        # Strict mode leaves out even white space, which the corrector has not checked.
         return Decision("" if request.mode == "strict" and reason == "empty" else None, "skipped", reason)
 
-    async def _structured(self, request: RequestContext, choice: Choice) -> Decision | None:
-        """Return what becomes of a strict choice that is JSON or calls tools; None for any other."""
-        structure = request.structure
-        if structure is None:
-            return None
-        reason = why_not_corrected(choice, self._longest)
-        if reason == "tool_calls":
-            # In a thread: a schema and an answer may be large.
-            calls = await asyncio.to_thread(structure.calls_of, choice.calls)
-            return Decision("", "skipped", reason, calls=tuple(calls))
-        if not structure.is_json or reason is not None:
-            return None
-        value = await asyncio.to_thread(structure.json_of, choice.text)
-        if not structure.corrects:
-            return Decision(choice.text, "skipped", "json")
+    async def _correct_strings(
+        self, request: RequestContext, choice: Choice, structure: Structure, value: Any
+    ) -> Decision:
+        """Return a JSON choice with each of its strings that is prose corrected by itself."""
         prose = prose_of(value, structure.schema)
         decisions = await _gather(self._correct(request, Choice(0, text, finish_reason="stop")) for _, text in prose)
         applied = [decision.correction for decision in decisions if decision.outcome == "applied"]

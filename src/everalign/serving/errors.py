@@ -72,7 +72,7 @@ def not_found(message: str, code: str, param: str | None = None) -> GatewayError
 
 def client_gone() -> GatewayError:
     """The client closed its connection."""
-    return GatewayError(499, "the client is gone", code="client_gone")
+    return GatewayError(499, "the client disconnected", code="client_gone")
 
 
 def overloaded(message: str, code: str, wait: float = 1.0, status: int = 429) -> GatewayError:
@@ -87,7 +87,7 @@ def bad_upstream(message: str, code: str = "upstream_error", status: int = 502, 
 
 def uncorrected(reason: str, status: int, again: bool) -> GatewayError:
     """An answer that is withheld because it could not be corrected."""
-    message = f"the answer could not be corrected ({reason}), and nothing uncorrected is given here"
+    message = f"the answer could not be corrected ({reason}), and this request allows no uncorrected answer"
     kind = FAILED if status >= 500 else INVALID
     return GatewayError(status, message, kind, f"uncorrected_{reason}", headers=None if again else _FINAL)
 

@@ -90,7 +90,7 @@ def body_deadline(seconds: float = BODY_SECONDS) -> Iterator[None]:
         with anyio.fail_after(seconds):
             yield
     except TimeoutError:
-        message = f"the body did not come within {seconds:g} seconds"
+        message = f"the body did not arrive within {seconds:g} seconds"
         raise GatewayError(408, message, "invalid_request_error", "body_timeout") from None
 
 

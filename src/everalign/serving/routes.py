@@ -29,7 +29,7 @@ _DESCRIPTIONS = {
     408: "The body did not arrive in time.",
     409: "The upstream reports a conflict.",
     422: "Strict mode: the answer cannot be checked. Or the upstream refuses the request.",
-    499: "The client is gone.",
+    499: "The client disconnected.",
     503: "Not at the moment: overloaded, the upstream away, or no correction where one is needed.",
 }
 _ANSWER_ERRORS = (400, 404, 408, 409, 413, 415, 422, 429, 499, 502, 503, 504)

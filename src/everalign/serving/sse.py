@@ -45,34 +45,30 @@ class EventParser:
         chunk, self._after_return = chunk.removeprefix(b"\n") if self._after_return else chunk, chunk.endswith(b"\r")
         first, *others = _LINE_END.split(chunk)
         self._line += first
-        self._check_size(len(self._line))
-        found: list[str] = []
+        self._check_size()
+        events: list[str] = []
         for following in others:
-            self._end_line(found)
-            self._line = bytearray(following)
-        self._check_size(len(self._line))
-        return found
+            line, self._line = bytes(self._line), bytearray(following)
+            if not self._begun:
+                line, self._begun = line.removeprefix(_BOM), True
+            if line.startswith(b"data:"):
+                self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+                self._size += len(line)
+                self._check_size()
+            elif line == b"data":
+                self._data.append(b"")
+            elif not line:
+                if self._data:
+                    try:
+                        events.append(b"\n".join(self._data).decode())
+                    except UnicodeDecodeError:
+                        raise BrokenEvents("an event is not UTF-8") from None
+                self._data, self._size = [], 0
+        self._check_size()
+        return events
 
-    def _end_line(self, found: list[str]) -> None:
-        line = bytes(self._line)
-        if not self._begun:
-            line, self._begun = line.removeprefix(_BOM), True
-        if not line:
-            if self._data:
-                try:
-                    found.append(b"\n".join(self._data).decode())
-                except UnicodeDecodeError:
-                    raise BrokenEvents("an event is no UTF-8") from None
-            self._data, self._size = [], 0
-        elif line.startswith(b"data:"):
-            self._data.append(line[6:] if line[5:6] == b" " else line[5:])
-            self._size += len(line)
-            self._check_size(0)
-        elif line == b"data":
-            self._data.append(b"")
-
-    def _check_size(self, more: int) -> None:
-        if self._size + more > self._largest:
+    def _check_size(self) -> None:
+        if self._size + len(self._line) > self._largest:
             raise BrokenEvents(f"an event is larger than {self._largest} bytes")
 
 

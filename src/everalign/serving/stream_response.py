@@ -46,7 +46,6 @@ class FrameQueue:
         """Add a comment, unless something else waits."""
         if not self._frames:
             self._frames.append(PING)
-            self._size += len(PING)
             self._ready.set()
 
     def close(self) -> None:

@@ -182,7 +182,7 @@ def _checked_schema(text: str) -> Mapping[str, Any]:
         Draft202012Validator.check_schema(schema)
         plain: Mapping[str, Any] = without_dialects(schema)
     except (SchemaError, RecursionError):
-        raise refused("a schema of the request is no JSON Schema", code="invalid_schema") from None
+        raise refused("a schema of the request is not a valid JSON Schema", code="invalid_schema") from None
     return plain
 
 

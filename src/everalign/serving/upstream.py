@@ -253,7 +253,7 @@ class Upstream:
         breaker = self.circuits.of(request.model)
         permit = breaker.enter(request.key_id)
         if permit is None:
-            message = f"the upstream {self.name!r} failed again and again and is left alone for a while"
+            message = f"the upstream {self.name!r} keeps failing and gets no requests for a while"
             raise overloaded(message, "upstream_unavailable", max(1.0, breaker.wait), 503)
         return permit
 
@@ -276,7 +276,7 @@ class Upstream:
                         check_answer(await self._transport.read_json(response), self._key, request.quoted)
                     if kind != "text/event-stream":
                         raise bad_upstream(
-                            "the upstream does not stream: its reply is no text/event-stream", again=False
+                            "the upstream does not stream: its reply is not text/event-stream", again=False
                         )
                     events = noticed(self._events(response, request.quoted))
                     yield UpstreamStream(events, self._headers.returned(response.headers, self._key))

@@ -103,7 +103,7 @@ def json_object(content: bytes | str) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise bad_upstream("the upstream's reply is no JSON object", "upstream_malformed")
+        raise bad_upstream("the upstream's reply is not a JSON object", "upstream_malformed")
     return found
 
 
