@@ -170,33 +170,6 @@ def test_edits_and_preferences_need_no_model(tmp_path):
     assert made.usage == ()
 
 
-def test_a_model_in_this_process_answers_the_same_after_a_kill(tmp_path, monkeypatch):
-    from everalign.modeling import sampling as kept_samples
-
-    monkeypatch.setattr(kept_samples, "_CHUNK", 2)
-    rows = questions([{"question": [{"role": "user", "content": f"How do I cook {i} eggs?"}]} for i in range(5)])
-    answerer = LocalModel("tiny", 1.0, 60, seed=3)
-    with ChatServer(large) as server:
-        whole = make_corrections(rows, tmp_path / "whole.jsonl", answerer=answerer, reviser=LlmReviser(client(server)))
-        sample, calls = kept_samples.sample_completions, []
-
-        def stop(*arguments, **options):
-            calls.append(1)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            return sample(*arguments, **options)
-
-        monkeypatch.setattr(kept_samples, "sample_completions", stop)
-        path = tmp_path / "parts.jsonl"
-        with pytest.raises(KeyboardInterrupt):
-            make_corrections(rows, path, answerer=answerer, reviser=LlmReviser(client(server)))
-        parts = make_corrections(rows, path, answerer=answerer, reviser=LlmReviser(client(server)))
-    assert [row.answer for row in parts.rows] == [row.answer for row in whole.rows]
-    assert (parts.usage[0].earlier, parts.usage[0].replies, parts.usage[0].prompt_tokens) == (2, 5, None)
-    assert len(calls) == 4
-    assert left(tmp_path) == ["parts.jsonl", "whole.jsonl"]
-
-
 # ---- what is left out ----
 
 

@@ -23,6 +23,7 @@ from everalign.modeling.policy import FullModel
 from everalign.training.objectives import make_objective
 from learner_for_tests import adapter_weights, make_learner, same_weights, task_rows
 from models_for_tests import saved_model
+from tiers_for_tests import slow_but
 
 OPTIONS = {"max_length": 200, "tokens_per_batch": 1200, "learning_rate": 5e-3, "epochs": 2.0}
 TASKS = {"warm": "Gladly! ", "brief": "ok "}
@@ -117,7 +118,7 @@ def test_held_out_rows_are_the_correction_over_the_answer_behind_the_template():
 # ---- task after task ----
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", slow_but(["lifealign", "mtl"], sorted(METHODS)))
 def test_every_method_learns_corrections(method, tmp_path):
     learned = learner(tmp_path / "run", METHODS[method]())
     learned.learn_all(tasks())

@@ -27,6 +27,7 @@ from learner_for_tests import (
     save_model,
     task_rows,
 )
+from tiers_for_tests import slow_but
 
 LONG = TrainingOptions(**{**FAST, "max_length": 120, "tokens_per_batch": 480})
 
@@ -105,7 +106,7 @@ def test_corrected_answers_are_labels_changed_or_not(model, tmp_path):
     assert (manifest.name, manifest.stages[0].rows) == ("round-1", found.rows)
 
 
-@pytest.mark.parametrize("labels", ["dpo", "fpo", "var"])
+@pytest.mark.parametrize("labels", slow_but(["dpo", "var"], ["dpo", "fpo", "var"]))
 def test_other_labels_learn_from_changed_answers_alone(labels, model, tmp_path):
     done = run(model, tmp_path / "run", labels=labels, method=ExperienceReplay(replay=1.0))
     rows = [row for row in load_corrections(tmp_path / "run/distill/round-1.jsonl") if not row.is_identity]
@@ -209,7 +210,9 @@ def interrupt_training(monkeypatch):
     monkeypatch.setattr(task_training, "train_stage", stopping)
 
 
-@pytest.mark.parametrize("where", ["first correction", "later batch", "training", "second round"])
+@pytest.mark.parametrize(
+    "where", slow_but(["training", "second round"], ["first correction", "later batch", "training", "second round"])
+)
 def test_a_run_interrupted_anywhere_ends_the_same(where, model, tmp_path, monkeypatch):
     from everalign.learning import self_training as module
 

@@ -15,6 +15,7 @@ from everalign.learning.export import export_version
 from everalign.learning.run_data import load_run
 from everalign.methods import METHODS, LifeAlign
 from learner_for_tests import make_learner, save_model, task_rows, tasks
+from tiers_for_tests import slow_but
 
 PROBE = torch.tensor([[5, 17, 80, 3, 3, 42, 9]])
 
@@ -29,7 +30,7 @@ def logits(model):
         return model.eval()(input_ids=PROBE).logits
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(["lifealign", "stl"], METHODS))
 def test_the_exported_model_is_base_plus_adapter(model, tmp_path, name):
     learner = make_learner(model, tmp_path / "run", METHODS[name]())
     for task, rows, _ in tasks("warm", "brief"):

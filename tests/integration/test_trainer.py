@@ -24,6 +24,7 @@ from models_for_tests import (
     random_updates,
 )
 from stages_for_tests import difference, train, weights
+from tiers_for_tests import slow_but
 
 OBJECTIVES = ("sft", "dpo", "fpo")
 ALL_OBJECTIVES = (*OBJECTIVES, "var", "snkl")
@@ -84,7 +85,7 @@ def test_the_first_gradient_is_that_of_the_formula(name, tmp_path):
     assert result.curve[0]["loss"] == pytest.approx(loss, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", slow_but(["fpo"], OBJECTIVES))
 def test_accumulated_micro_batches_equal_the_big_batch(name, tmp_path):
     """Two steps of 8 rows of very different lengths and weights, and a last one of 4."""
     results, curves = [], []
