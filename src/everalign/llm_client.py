@@ -18,11 +18,9 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -34,38 +32,26 @@ from anyio.from_thread import start_blocking_portal
 
 from everalign.deadlines import DeadlineOver, current
 from everalign.errors import EveralignError, InputError
+from everalign.llm_reply import (
+    LARGEST_REPLY,
+    AttemptFailed,
+    Completion,
+    bounded,
+    make_completion,
+    read_completion,
+    shortened,
+    status_failure,
+    stream_events,
+)
 
 __all__ = ["ChatClient", "ChatError", "Completion", "Usage"]
 
 Conversation = Sequence[Mapping[str, str]]
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-LONGEST_WAIT = 120.0
-"""Seconds: a server that asks for a longer pause is asked again after this."""
-
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 60.0  # seconds, doubled from attempt to attempt
-_LARGEST_REPLY = 16 << 20  # bytes
-_LARGEST_STREAM = 64 << 20  # each token comes with its own JSON
-_EXCERPT = 300  # characters of a reply that an error quotes
 _CHAT, _TEXT = "chat/completions", "completions"
 _RESERVED = ("model", "messages", "prompt", "stream", "n")
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A model's reply.
-
-    Args:
-        text: the reply; may be empty.
-        prompt_tokens: tokens of the request, None if the server does not report them.
-        completion_tokens: tokens of the reply, None if the server does not report them.
-        finish_reason: why the reply ended: `stop`, or `length` if it was cut; None if the server does not say.
-    """
-
-    text: str
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    finish_reason: str | None
 
 
 @dataclass
@@ -97,12 +83,6 @@ class ChatError(EveralignError):
     def __init__(self, message: str, index: int = 0, refused: bool = False) -> None:
         super().__init__(message)
         self.index, self.refused = index, refused
-
-
-class _AttemptFailed(Exception):  # noqa: N818 (not an error while retries are left)
-    def __init__(self, message: str, retry: bool = False, wait: float | None = None, refused: bool = False) -> None:
-        super().__init__(message)
-        self.retry, self.wait, self.refused = retry, wait, refused
 
 
 class ChatClient:
@@ -283,7 +263,7 @@ class ChatClient:
                 index, body = waiting.popleft()
                 try:
                     emit((index, await self._send(session, path, body, retries, emit)))
-                except _AttemptFailed as error:
+                except AttemptFailed as error:
                     if not keep_going:
                         waiting.clear()
                     message = self._masked(f"{self.base_url} ({self.model}): {error}")
@@ -325,38 +305,38 @@ class ChatClient:
                     async with session.stream("POST", f"{self.base_url}/{path}", content=body) as response:
                         return await self._read(response, path, emit_text)
             except TimeoutError:
-                failed = _AttemptFailed(f"no answer within {self._timeout:g} seconds", retry=True)
+                failed = AttemptFailed(f"no answer within {self._timeout:g} seconds", retry=True)
             except httpx.RequestError as error:
                 reason = shortened(str(error)) or type(error).__name__
-                failed = _AttemptFailed(f"cannot be reached ({reason})", retry=True)
-            except _AttemptFailed as error:
+                failed = AttemptFailed(f"cannot be reached ({reason})", retry=True)
+            except AttemptFailed as error:
                 failed = error
             if not failed.retry:
                 raise failed
             if begun:
-                raise _AttemptFailed(f"the stream breaks off in the middle: {failed}")
+                raise AttemptFailed(f"the stream breaks off in the middle: {failed}")
             if attempt == retries:
-                raise _AttemptFailed(f"{failed}; {attempt + 1} attempts made", refused=failed.refused)
+                raise AttemptFailed(f"{failed}; {attempt + 1} attempts made", refused=failed.refused)
             # Random, so that requests that failed together do not come back together.
             backoff = min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2**attempt) * random.uniform(0.5, 1.0)
             await anyio.sleep(backoff if failed.wait is None else failed.wait)
         raise AssertionError("unreachable")
 
     async def _read(self, response: httpx.Response, path: str, emit_text: Callable[[str], None]) -> Completion:
-        """Return a reply's completion and count its tokens; raises _AttemptFailed for any other reply."""
+        """Return a reply's completion and count its tokens; raises AttemptFailed for any other reply."""
         kind = response.headers.get("content-type", "")
         if response.is_success and kind.startswith("text/event-stream"):
             completion = await self._read_stream(response, emit_text)
         else:
-            content = b"".join([part async for part in _bounded(response, _LARGEST_REPLY, "reply")])
+            content = b"".join([part async for part in bounded(response, LARGEST_REPLY, "reply")])
             # Whatever is quoted is masked before it is cut: an excerpt could end in the middle of the key.
             quotable = content.replace(self._key.encode(), b"***") if self._key else content
             if not response.is_success:
-                raise _status_failure(response.status_code, response.headers, quotable)
+                raise status_failure(response.status_code, response.headers, quotable)
             try:
-                completion = _read_completion(content, kind, path == _CHAT)
-            except _AttemptFailed:
-                completion = _read_completion(quotable, kind, path == _CHAT)
+                completion = read_completion(content, kind, path == _CHAT)
+            except AttemptFailed:
+                completion = read_completion(quotable, kind, path == _CHAT)
         with self._lock:
             self.usage.prompt_tokens += completion.prompt_tokens or 0
             self.usage.completion_tokens += completion.completion_tokens or 0
@@ -366,21 +346,21 @@ class ChatClient:
     async def _read_stream(self, response: httpx.Response, emit_text: Callable[[str], None]) -> Completion:
         """Emit the text of a stream of server-sent events."""
         text, reason, usage = list[str](), None, None
-        async for event in _events(response):
+        async for event in stream_events(response):
             if event.get("error"):
-                raise _AttemptFailed(f"the stream holds an error: {shortened(self._masked(str(event['error'])))}")
+                raise AttemptFailed(f"the stream holds an error: {shortened(self._masked(str(event['error'])))}")
             usage = event.get("usage") or usage
             choices = event.get("choices")
             for choice in choices if isinstance(choices, list) else ():
                 if not isinstance(choice, Mapping):
-                    raise _AttemptFailed("the stream has a choice that is no JSON object")
+                    raise AttemptFailed("the stream has a choice that is no JSON object")
                 if isinstance(choice.get("text"), str) and choice["text"]:
                     text.append(choice["text"])
                     emit_text(choice["text"])
                 reason = choice.get("finish_reason") or reason
         if reason is None:
-            raise _AttemptFailed("the stream ends before the text does")
-        return _completion("".join(text), usage, reason)
+            raise AttemptFailed("the stream ends before the text does")
+        return make_completion("".join(text), usage, reason)
 
     def _masked(self, message: str) -> str:
         """Return a message without the key, which servers like to repeat."""
@@ -397,111 +377,6 @@ def _raise_at_end(results: Iterator[tuple[int, Completion | ChatError]]) -> Iter
             yield index, result
     if errors:
         raise errors[0]
-
-
-async def _events(response: httpx.Response) -> AsyncIterator[Mapping[str, Any]]:
-    """Yield the JSON of server-sent events until [DONE]; each is one line, as all these servers write them."""
-    rest = b""
-    async for part in _bounded(response, _LARGEST_STREAM, "stream"):
-        *lines, rest = (rest + part).split(b"\n")
-        for line in lines:
-            data = line.removeprefix(b"data:").strip()
-            if data == b"[DONE]":
-                return
-            if line.startswith(b"data:") and data:
-                event = _json(data)
-                if not isinstance(event, Mapping):
-                    raise _AttemptFailed("the stream has an event that is no JSON object")
-                yield event
-
-
-async def _bounded(response: httpx.Response, most: int, what: str) -> AsyncIterator[bytes]:
-    size = 0
-    async for part in response.aiter_bytes():
-        size += len(part)
-        if size > most:
-            raise _AttemptFailed(f"the {what} is larger than {most >> 20} MiB; ask for fewer tokens")
-        yield part
-
-
-def _status_failure(status: int, headers: Mapping[str, str], body: bytes) -> _AttemptFailed:
-    if 300 <= status < 400:
-        target = shortened(headers.get("location", "nowhere"))
-        return _AttemptFailed(f"status {status} leads to {target}, which is not followed; give the final address")
-    # The server's own word, or what its status says.
-    asked = headers.get("x-should-retry", "").lower()
-    retry = asked == "true" if asked in ("true", "false") else status in (408, 409, 429) or status >= 500
-    wait = retry_after(headers) if retry else None
-    return _AttemptFailed(f"status {status}: {_quote(body)}", retry, wait, refused=status < 500)
-
-
-def _read_completion(body: bytes, content_type: str, chat: bool) -> Completion:
-    """Return the first choice of a successful reply; raises _AttemptFailed that says what it holds instead of text."""
-    content = _json(body)
-    if not isinstance(content, Mapping):
-        given = content_type or "no content type"
-        raise _AttemptFailed(f"the reply is no JSON object ({given}): {_quote(body)}; is this the address of an API?")
-    choices = content.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
-        raise _AttemptFailed(f"the reply has no choices: {_quote(body)}")
-    choice = choices[0]
-    message = choice.get("message") if chat else {"content": choice.get("text")}
-    if not isinstance(message, Mapping):
-        raise _AttemptFailed("the reply's first choice has no message")
-    text, reason = message.get("content"), choice.get("finish_reason")
-    if not isinstance(text, str):
-        ended = f"finish_reason {shortened(str(reason), 40)}"
-        if message.get("tool_calls") or message.get("function_call"):
-            raise _AttemptFailed(f"the model calls a tool instead of answering with text ({ended}); ask without tools")
-        if message.get("refusal"):
-            raise _AttemptFailed(f"the model refused to answer: {shortened(str(message['refusal']))}")
-        found = "null" if text is None else type(text).__name__
-        raise _AttemptFailed(f"the answer must be text, found {found} ({ended})")
-    return _completion(text, content.get("usage"), reason)
-
-
-def _completion(text: str, usage: Any, reason: Any) -> Completion:
-    counts = usage if isinstance(usage, Mapping) else {}
-    prompt, written = (
-        n if isinstance(n, int) and not isinstance(n, bool) and n >= 0 else None
-        for n in (counts.get("prompt_tokens"), counts.get("completion_tokens"))
-    )
-    return Completion(text, prompt, written, reason if isinstance(reason, str) else None)
-
-
-def _quote(body: bytes) -> str:
-    """Return an excerpt of a reply: its error message, or else its text."""
-    content = _json(body)
-    for name in ("error", "detail", "message"):
-        if isinstance(content, Mapping) and content.get(name):
-            content = content[name]
-    return shortened(content if isinstance(content, str) else body.decode(errors="replace")) or "(nothing)"
-
-
-def _json(body: bytes) -> Any:
-    """Return the value of JSON text, None if it is none; deep nesting counts as damage."""
-    with suppress(ValueError, RecursionError):
-        return json.loads(body)
-    return None
-
-
-def retry_after(headers: Mapping[str, str], now: datetime | None = None) -> float | None:
-    """Return the seconds that a reply asks to wait, at most `LONGEST_WAIT`; None if it does not ask.
-
-    Args:
-        headers: of the reply: `retry-after-ms` (milliseconds), or `retry-after` (seconds, or a date).
-        now: the current time, for dates.
-    """
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        with suppress(ValueError):
-            seconds = float(headers.get(name, "nan")) * unit
-            if seconds >= 0:
-                return min(seconds, LONGEST_WAIT)
-    with suppress(ValueError, TypeError):
-        date = parsedate_to_datetime(headers.get("retry-after", ""))
-        seconds = (date - (now or datetime.now(timezone.utc))).total_seconds()
-        return min(max(seconds, 0.0), LONGEST_WAIT)
-    return None
 
 
 def checked_url(text: str) -> str:
@@ -530,12 +405,6 @@ def checked_key(key: str, variable: str = KEY_VARIABLE) -> str:
     if re.search(r"[^\x21-\x7e]", key):
         raise InputError(f"the API key ({variable}) may only have letters, digits and punctuation of ASCII")
     return key
-
-
-def shortened(text: str, most: int = _EXCERPT) -> str:
-    """Return text as one printable line of at most `most` characters, without control characters for the terminal."""
-    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    return line if len(line) <= most else f"{line[:most]}…"
 
 
 def read_instructions(path: Path, whose: str, what: str) -> str:

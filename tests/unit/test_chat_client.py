@@ -13,7 +13,8 @@ import pytest
 from chat_server_for_tests import ChatServer, Reply, answer, in_turn, refused
 from everalign import llm_client as chat_client
 from everalign.errors import EveralignError, InputError
-from everalign.llm_client import ChatClient, ChatError, Completion, retry_after, shortened
+from everalign.llm_client import ChatClient, ChatError
+from everalign.llm_reply import Completion, retry_after, shortened
 
 ASKED = [{"role": "user", "content": "hello"}]
 KEY = "sk-very-secret-0123456789"
@@ -328,7 +329,7 @@ def test_a_bad_stream_is_told_and_not_asked_for_again(events, message):
 
 
 def test_a_huge_stream_is_refused(monkeypatch):
-    monkeypatch.setattr(chat_client, "_LARGEST_STREAM", 1 << 20)
+    monkeypatch.setattr("everalign.llm_reply.LARGEST_STREAM", 1 << 20)
     huge = stream(piece("x" * (2 << 20)))
     with ChatServer(lambda _: huge) as server, pytest.raises(ChatError, match="larger than 1 MiB"):
         list(client(server).stream_continuation("x"))
@@ -375,7 +376,7 @@ def test_a_bad_reply_is_told_and_not_asked_for_again(reply, message):
 
 
 def test_a_huge_reply_is_refused(monkeypatch):
-    monkeypatch.setattr(chat_client, "_LARGEST_REPLY", 1 << 20)
+    monkeypatch.setattr(chat_client, "LARGEST_REPLY", 1 << 20)
     with ChatServer(lambda _: "x" * (3 << 20)) as server, pytest.raises(ChatError, match="larger than 1 MiB"):
         client(server).complete(ASKED)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from everalign.correction.templates import Question, Template
 from everalign.errors import InputError
-from everalign.llm_client import ChatClient, ChatError, Completion
+from everalign.llm_client import ChatClient, ChatError
+from everalign.llm_reply import Completion
 
 if TYPE_CHECKING:
     from everalign.modeling.speculative import Verified

@@ -15,7 +15,8 @@ from everalign.data.chat_tokens import encode_prompt
 from everalign.data.messages import Message
 from everalign.data.rows import json_form
 from everalign.errors import EveralignError, InputError
-from everalign.llm_client import ChatClient, ChatError, Completion, shortened
+from everalign.llm_client import ChatClient, ChatError
+from everalign.llm_reply import Completion, shortened
 from everalign.modeling.loading import (
     load_model,
     load_tokenizer,

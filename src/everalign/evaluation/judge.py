@@ -27,8 +27,9 @@ from everalign.evaluation.judge_prompts import (
     read_verdict,
     score_reply,
 )
-from everalign.llm_client import ChatClient, ChatError, read_instructions, shortened
-from everalign.llm_client import Completion as Reply
+from everalign.llm_client import ChatClient, ChatError, read_instructions
+from everalign.llm_reply import Completion as Reply
+from everalign.llm_reply import shortened
 from everalign.storage import Journal
 
 SCALE: Scale = (1.0, 10.0)

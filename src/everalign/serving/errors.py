@@ -148,7 +148,7 @@ def _as_error(status: int, content: Any, key: str, quoted: bool, family: type[Ga
         # The key is the operator's: clients can do nothing about it, and must not learn what the upstream says of it.
         message = "the upstream refuses the gateway's own key; tell the gateway's operator"
         return bad_upstream(message, "upstream_auth", again=False)
-    from everalign.llm_client import shortened  # loads httpx, which the command line's help does not need
+    from everalign.llm_reply import shortened  # loads httpx, which the command line's help does not need
 
     fields: dict[str, str] = {}
     if quoted and isinstance(content, Mapping):

@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import httpx
 
-from everalign.llm_client import retry_after
+from everalign.llm_reply import retry_after
 from everalign.serving.circuit_breaker import CircuitBreaker, Circuits, Permit
 from everalign.serving.errors import (
     GatewayError,
