@@ -19,11 +19,14 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
+
 from everalign.errors import EveralignError, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 Key = TypeVar("Key", int, str)
 
 _PARTIAL = ".partial"
@@ -67,6 +70,18 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: no such file; is this an Everalign run directory?") from error
     except ValueError as error:
         raise InputError(f"{path}: damaged JSON ({error}); restore the file") from error
+
+
+def read_model(path: Path, model: type[AnyModel], hint: str = "restore the file") -> AnyModel:
+    """Return the content of a JSON file of ours as a pydantic model; InputError names the file and the bad field."""
+    content = read_json(path)
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"])) or "the file"
+        message = f"{path}: field {field!r}: {problem['msg']}; {hint}"
+        raise InputError(message, where=str(path), field=field, hint=hint) from None
 
 
 def json_line(value: Any) -> str:

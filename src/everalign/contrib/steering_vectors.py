@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from everalign.errors import InputError
 from everalign.modeling.loading import model_fingerprint
-from everalign.storage import read_json, read_tensors, sha256_of, write_json, write_tensors
+from everalign.storage import read_model, read_tensors, sha256_of, write_json, write_tensors
 
 VECTORS_FILE, FACTS_FILE = "steering.safetensors", "steering.json"
 
@@ -133,13 +133,7 @@ def read_steering(folder: Path, model: Any, template: str) -> Steering:
     path, vectors_path = folder / FACTS_FILE, folder / VECTORS_FILE
     if not path.is_file():
         raise InputError(f"{folder}: this corrector cannot be steered yet; run everalign correct steer first")
-    content = read_json(path)
-    try:
-        facts = SteeringFacts.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise InputError(f"{path}: field {field!r}: {first['msg']}; {_AGAIN}") from None
+    facts = read_model(path, SteeringFacts, _AGAIN)
     if facts.template != template:
         raise InputError(f"{path}: was made for the template {facts.template!r}, not {template!r}; {_AGAIN}")
     dtype = str(next(model.parameters()).dtype)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from everalign.correction.templates import DEFAULT_TEMPLATE, TEMPLATES, Template, get_template
 from everalign.correction.tokenization import CorrectionEncoder
 from everalign.errors import InputError
 from everalign.modeling.loading import resolve_model
-from everalign.storage import read_json, write_json
+from everalign.storage import read_model, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,15 +109,10 @@ def load_corrector_files(folder: str | os.PathLike[str], template: str | None = 
                 f"template that it was trained with: {', '.join(TEMPLATES)}"
             )
         return CorrectorFiles(str(folder), named, (), None)
-    content = read_json(path)
+    facts = read_model(path, CorrectorFacts)
     try:
-        facts = CorrectorFacts.model_validate(content)
         stored = get_template(facts.template)
         stored.check_objectives(facts.objectives)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise InputError(f"{path}: field {field!r}: {first['msg']}; restore the file") from None
     except InputError as error:
         raise InputError(f"{path}: {error}; restore the file, or use the version that wrote it") from None
     if named is not None and named != stored:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
@@ -33,7 +33,7 @@ from everalign.modeling.loading import (
 )
 from everalign.modeling.options import Precision
 from everalign.modeling.runtime import training_device
-from everalign.storage import check_free, new_folder, read_json, write_json
+from everalign.storage import check_free, new_folder, read_model, write_json
 
 _PADDING = "<|pad|>"
 
@@ -261,13 +261,7 @@ def load_reward_model(folder: Path) -> tuple[RewardModel, Any, RewardFacts]:
     """
     if not (folder / FACTS_FILE).is_file():
         raise InputError(f"{folder}: no reward model (it has no {FACTS_FILE}); train one with everalign reward train")
-    content = read_json(folder / FACTS_FILE)
-    try:
-        facts = RewardFacts.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise InputError(f"{folder / FACTS_FILE}: field {field!r}: {first['msg']}; restore the file") from None
+    facts = read_model(folder / FACTS_FILE, RewardFacts)
     tokenizer = load_tokenizer(str(folder))
     if template_fingerprint(tokenizer) != facts.template:
         raise InputError(
