@@ -3,6 +3,8 @@ VENV ?= .venv
 CLIENTS ?= $(CURDIR)/.venv-clients
 BIN = $(VENV)/bin
 export HF_HUB_OFFLINE = 1
+# Where bytecode may not be written, every start compiles thousands of files again.
+export PYTHONDONTWRITEBYTECODE =
 
 # Two workers of one thread each: small models gain nothing from more, and lose when the threads wait for one another.
 # A file's tests stay together, so that what they share is made once.
