@@ -9,7 +9,7 @@ from chat_server_for_tests import ChatServer, Reply
 from cli_for_tests import run, write_rows
 from corrections_for_tests import corrections, corrector
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, Guards
-from everalign.correction.batch import correct_rows
+from everalign.correction.batch import correct_rows, journal_facts
 from everalign.data.readers import load_uncorrected
 from everalign.data.records import CorrectionSet
 from everalign.errors import EveralignError, InputError
@@ -250,10 +250,17 @@ def test_a_file_is_corrected_and_goes_on_after_a_kill(trained, tmp_path, monkeyp
 
 def test_other_options_begin_anew_and_damage_is_told(trained, tmp_path):
     rows, output = rows_of(3), tmp_path / "out.jsonl"
-    Journal.beside(output, trained.fingerprint, repr(CorrectionOptions()), rows.fingerprint).put({1: {}})
+    Journal.beside(output, *journal_facts(trained, CorrectionOptions(), rows)).put({1: {}})
     assert correct_rows(rows, trained, output, options=FREE).resumed == 0
     with pytest.raises(InputError, match="damaged: delete this file"):
         correct_rows(rows, trained, output, overwrite=True)
+
+
+def test_journals_have_the_name_that_version_0_1_0_gave_them(trained):
+    options = CorrectionOptions(gate=-0.5)
+    named = "CorrectionOptions(gate=-0.5, guards=None, max_new_tokens=None, strength=0.0)"
+    rows = rows_of(3)
+    assert journal_facts(trained, options, rows) == (trained.fingerprint, named, rows.fingerprint)
 
 
 def test_bad_runs_are_refused(trained, tmp_path):

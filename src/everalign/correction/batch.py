@@ -156,4 +156,6 @@ def journal_facts(corrector: Corrector, options: CorrectionOptions, rows: Correc
     """
     if callable(options.gate):
         raise InputError("gate: must be a number here; a later run could not tell whether a function is the same")
-    return corrector.fingerprint, repr(options), rows.fingerprint
+    # The name that version 0.1.0 gave it, so that its journals are found; steering is part of the fingerprint now.
+    described = f"{repr(options)[:-1]}, strength=0.0)"
+    return corrector.fingerprint, described, rows.fingerprint

@@ -277,7 +277,9 @@ def _training_key(
     settings = options.model_dump(exclude={"checkpointing"})  # changes no result
     digest = hashlib.sha256(json.dumps([base, encoder.fingerprint, settings, seed], sort_keys=True).encode())
     for row in (row for rows in stages.values() for row in rows):
-        digest.update(repr((row.id, row.prompt, row.responses, row.weight)).encode())
+        # A weight for each response, as in version 0.1.0, whose checkpoints are found by this name.
+        weights = (row.weight,) * len(row.responses)
+        digest.update(repr((row.id, row.prompt, row.responses, weights)).encode())
     return digest.hexdigest()[:16]
 
 
