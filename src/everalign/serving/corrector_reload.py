@@ -127,8 +127,8 @@ class CorrectorReloader:
                 return
             if self.is_rolled_back:
                 self.withdraw(service)
-                answers = "uncorrected answers" if self._on_rollback == "uncorrected" else "no answers"
-                self._log(f"{name} is current, the base model, which corrects nothing: {answers} are given")
+                effect = {"uncorrected": "answers are given uncorrected", "stop": "no answers are given"}
+                self._log(f"{name} is current, the base model, which corrects nothing: {effect[self._on_rollback]}")
                 return
             corrector, version = await asyncio.to_thread(self.load)
         except (EveralignError, OSError) as error:

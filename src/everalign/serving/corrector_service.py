@@ -143,7 +143,7 @@ class _Job:
     key: str
     question: "Question"
     answer: str
-    by: _InService
+    by: _InService  # the corrector that it came to
     permit: Permit
     wants_pieces: bool
     until: float
@@ -191,7 +191,7 @@ class CorrectionService:
         threads: int = 1,
         breaker: Callable[[], CircuitBreaker] = CircuitBreaker,
     ) -> None:
-        self._now = _InService(None, None, breaker())
+        self._in_service = _InService(None, None, breaker())
         self._timeout, self._batch, self._threads = timeout, batch, threads
         self._make_breaker = breaker
         self._waiting = FairQueue[_Job](waiting)
@@ -207,7 +207,7 @@ class CorrectionService:
         Answers that wait or are being corrected are finished by the former one.
         """
         # One assignment: a request sees the former or the new one, never half of each.
-        self._now = _InService(corrector, version, self._make_breaker())
+        self._in_service = _InService(corrector, version, self._make_breaker())
 
     def withdraw(self, version: str, reason: str) -> None:
         """Take the corrector out of service; it still finishes what waits.
@@ -216,22 +216,23 @@ class CorrectionService:
             version: name of the state without a corrector.
             reason: why there are no corrections: `rolled_back`, or `stopped` if no answer may be returned without.
         """
-        self._now = _InService(None, version, self._make_breaker(), reason)
+        self._in_service = _InService(None, version, self._make_breaker(), reason)
 
     @property
     def withdrawn(self) -> bool:
         """Whether the corrector was taken out of service."""
-        return self._now.corrector is None and self._now.version is not None
+        now = self._in_service  # read once: `swap` may be called in another thread
+        return now.corrector is None and now.version is not None
 
     @property
     def version(self) -> str | None:
         """Name of the corrector, or of the state after it was withdrawn; None if there was no corrector."""
-        return self._now.version
+        return self._in_service.version
 
     @property
     def template(self) -> str | None:
         """Id of its template."""
-        return self._now.template
+        return self._in_service.template
 
     @property
     def depth(self) -> int:
@@ -241,7 +242,7 @@ class CorrectionService:
     @property
     def breaker(self) -> CircuitBreaker:
         """Circuit breaker of the corrector."""
-        return self._now.breaker
+        return self._in_service.breaker
 
     async def correct(self, question: "Question", answer: str, key: str = "") -> Correction:
         """Return an answer of a key corrected; raises CorrectionFailed. If cancelled, it gives up its place."""
@@ -280,7 +281,7 @@ class CorrectionService:
     @contextmanager
     def _submitted(self, question: "Question", answer: str, key: str, wants_pieces: bool) -> Iterator[_Job]:
         """Queue an answer for correction while somebody waits for it; raises CorrectionFailed."""
-        by = self._now
+        by = self._in_service
         if by.corrector is None:
             raise CorrectionFailed(by.reason)
         permit = by.breaker.enter(key)
