@@ -227,25 +227,70 @@ class Learner:
             EveralignError: training diverged, or an earlier call was broken off in the middle.
         """
         with self._run.exclusive():
-            return self._learn_alone(as_set(rows), name, None if test is None else self._as_tests(test))
+            return self._learn_one(as_set(rows), name, None if test is None else self._as_tests(test))
 
-    def _learn_alone(
+    def _learn_one(
         self, rows: AnySet, name: str, test: AnySet | None, prepared: PreparedRows | None = None
     ) -> dict[str, PreferenceScore]:
+        """Learn one task under the run's lock; `prepared` are its rows where they were prepared before."""
         self._line.check_up_to_date()
         self._tests.check([(name, rows, test)])
-        if name in self._line.versions:
-            done = self._already_learned(rows, name)
-            if test is not None:
-                self.register_test(name, test)
-            self._tests.trained_on(rows)
-            return done
-        task = prepare_rows(self._setup, rows) if prepared is None else prepared
+        learned = name in self._line.versions
+        if learned:
+            self._check_same_rows(rows, name)
+        elif prepared is None:
+            prepared = prepare_rows(self._setup, rows)
         if test is not None:
             self.register_test(name, test)
-        self._tests.restore()
         self._tests.trained_on(rows)
-        return self._learn(task, name)
+        if learned or prepared is None:
+            done = next(version for version in self.run.versions if version.task == name)
+            return {task: PreferenceScore(**score.model_dump()) for task, score in done.scores.items()}
+        self._tests.restore()
+        self._check_whole()
+        self._learning = True
+        index = len(self._line.versions) + 1
+        for line in (f"task {index}: {name}", *prepared.lines):
+            self._setup.log(line)
+        number = max((version.manifest.index for version in self.run.all_versions), default=0) + 1
+        version = version_name(number, name)
+        task = Task(name, prepared.rows, index, task_seed(self._setup.seed, index))
+        guarded = [] if self._gate is None else [*self._line.versions, name]
+        outcomes, written, previous = self._tests.outcomes(guarded), self._written(guarded), self.policy.total()
+        self.method.begin_task(self.policy, task)
+        result = train_task(self._setup, task, prepared, self._run.work(version))
+        before = self._tests.scores(previous) if self.method.consolidates else None
+        records = self.method.end_task(self.policy, result.task)
+        scores = self._tests.scores(previous)
+        verdict = self._verdict(outcomes, scores, written, self._written(guarded))
+        manifest = {
+            "index": number,
+            "name": name,
+            "parent": BASE if self.method.regime == "separate" else self._line.head,
+            "train": data_facts(prepared.given),
+            "test": self._tests.facts(name),
+            "chats": _has_chats(prepared.given),
+            "weights": result.weights,
+            "rollouts": result.rollouts,
+            "gate": None if verdict is None else verdict.model_dump(mode="json"),
+            "seed": task.seed,
+            "stages": [report.to_dict() for report in result.reports],
+            "warnings": list(result.warnings),
+            "replay_ids": [] if self.method.buffer is None else self.method.buffer.ids(),
+        }
+        answers = self._tests.answers()
+        self._run.write_version(
+            version, manifest, self.policy, self.method, result.reports, records, scores, before, answers
+        )
+        promoted = verdict is None or verdict.promoted
+        if promoted:
+            self._line.versions[name] = version
+        else:
+            self._return_to_current()
+        self._learning = False
+        if verdict is not None and not promoted:
+            raise refusal(version, verdict, self._line.head)
+        return scores
 
     def learn_all(self, tasks: Sequence[tuple[str, Rows, Rows | None]]) -> None:
         """Learn (name, rows, test) tasks in order; every test set is scored from the start, also before its turn.
@@ -267,12 +312,12 @@ class Learner:
                     raise InputError(f"{self.method.name} pools rows, not prompts: learn the tasks one after another")
                 weighed = [(name, rows.rows) for name, rows in prepared]
                 for name, rows in self.method.pool(weighed):
-                    self._learn_alone(rows, name, None)
+                    self._learn_one(rows, name, None)
                 return
             # All that are still to be learned, before the first of them is.
             new = {name: prepare_rows(self._setup, rows) for name, rows, _ in sets if name not in self._line.versions}
             for name, rows in self.method.pool([(name, rows) for name, rows, _ in sets]):
-                self._learn_alone(rows, name, None, new.get(name))
+                self._learn_one(rows, name, None, new.get(name))
 
     def register_test(self, name: str, test: Rows) -> None:
         """Make a task's held-out pairs known and score the base model on them (the zero-shot row).
@@ -283,64 +328,12 @@ class Learner:
         with self._run.exclusive():
             self._tests.log(name, self._as_tests(test), self._line.versions)
 
-    def _learn(self, rows: PreparedRows, name: str) -> dict[str, PreferenceScore]:
-        self._check_whole()
-        self._learning = True
-        index = len(self._line.versions) + 1
-        self._setup.log(f"task {index}: {name}")
-        for line in rows.lines:
-            self._setup.log(line)
-        task = Task(name, rows.rows, index, task_seed(self._setup.seed, index))
-        version, scores, verdict = self._learn_task(task, rows)
-        if verdict is None or verdict.promoted:
-            self._line.versions[name] = version
-        else:
-            self._return_to_current()
-        self._learning = False
-        if verdict is not None and not verdict.promoted:
-            raise refusal(version, verdict, self._line.head)
-        return scores
-
-    def _learn_task(self, task: Task, rows: PreparedRows) -> tuple[str, dict[str, PreferenceScore], Verdict | None]:
-        number = max((version.manifest.index for version in self.run.all_versions), default=0) + 1
-        version = version_name(number, task.name)
-        guarded = [] if self._gate is None else [*self._line.versions, task.name]
-        before_task = self._tests.outcomes(guarded)
-        written = self._written(guarded)
-        previous = self.policy.total()
-        self.method.begin_task(self.policy, task)
-        lesson = train_task(self._setup, task, rows, self._run.work(version))
-        before = self._tests.scores(previous) if self.method.consolidates else None
-        records = self.method.end_task(self.policy, lesson.task)
-        scores = self._tests.scores(previous)
-        verdict = self._verdict(before_task, scores, written, self._written(guarded))
-        manifest = {
-            "index": number,
-            "name": task.name,
-            "parent": BASE if self.method.regime == "separate" else self._line.head,
-            "train": data_facts(rows.given),
-            "test": self._tests.facts(task.name),
-            "chats": _has_chats(rows.given),
-            "weights": lesson.weights,
-            "rollouts": lesson.rollouts,
-            "gate": None if verdict is None else verdict.model_dump(mode="json"),
-            "seed": task.seed,
-            "stages": [report.to_dict() for report in lesson.reports],
-            "warnings": list(lesson.warnings),
-            "replay_ids": [] if self.method.buffer is None else self.method.buffer.ids(),
-        }
-        answers = self._tests.answers()
-        self._run.write_version(
-            version, manifest, self.policy, self.method, lesson.reports, records, scores, before, answers
-        )
-        return version, scores, verdict
-
-    def _already_learned(self, rows: AnySet, name: str) -> dict[str, PreferenceScore]:
+    def _check_same_rows(self, rows: AnySet, name: str) -> None:
+        """Refuse other rows for a task that was learned already."""
         done = next(version for version in self.run.versions if version.task == name)
         if done.manifest.train.fingerprint != rows.fingerprint:
             raise InputError(f"task {name!r} was learned from other rows already: give this task another name")
         self._setup.log(f"task {[*self._line.versions].index(name) + 1}: {name} (learned already)")
-        return {task: PreferenceScore(**score.model_dump()) for task, score in done.scores.items()}
 
     def _written(self, tasks: Sequence[str]) -> dict[str, Rewritten]:
         """What a corrector's policy writes for the tasks' held-out rows; nothing of other policies."""
