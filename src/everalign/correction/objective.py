@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from everalign.correction.corrector_files import chosen_template
@@ -13,6 +14,7 @@ from everalign.correction.tokenization import (
     tokenize_held_out,
 )
 from everalign.data.messages import ChatPrompt
+from everalign.data.readers import load_corrections
 from everalign.data.records import Correction, CorrectionSet
 from everalign.data.tokenization import TokenizedRows
 from everalign.errors import InputError
@@ -107,10 +109,9 @@ class CorrectionObjective(LikelihoodObjective):
         """Return held-out rows as tokens: the correction over the answer as it is."""
         return tokenize_held_out(rows, self.encoder, context.max_length, context.log)
 
-    @property
-    def held_out_record(self) -> type[Any]:
-        """The kind of row that the objective is judged on."""
-        return Correction
+    def load_held_out(self, path: Path) -> AnyRows:
+        """Read held-out corrections."""
+        return load_corrections(path)
 
     def prompt(self, row: Any, tokenizer: Any) -> list[int]:
         """Return the tokens of the template with question and answer."""

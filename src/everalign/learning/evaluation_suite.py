@@ -1,12 +1,11 @@
-"""Held-out rows of all tasks: scored after every task, with sample answers; never trained on."""
+"""Evaluation suite: the held-out rows of all tasks, scored after every task, with sample answers."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from everalign.data.readers import check_disjoint, load_corrections, load_preferences
-from everalign.data.records import Correction
+from everalign.data.readers import check_disjoint
 from everalign.data.rows import RowSet
 from everalign.errors import InputError
 from everalign.evaluation import HeldOut, PreferenceScore, score_preferences
@@ -18,10 +17,10 @@ from everalign.training.reference import policy_key
 
 
 class EvaluationSuite:
-    """Every known test set with what the base model makes of it.
+    """Every registered test set with the base model's scores on it.
 
-    A run keeps the rows it is tested on: a score column never mixes two test sets, and a later task is scored on all
-    of them without anybody giving them again.
+    A run keeps the rows it is tested on: a column of scores never mixes two test sets, and a later task is scored on
+    all of them although they are given only once.
 
     Args:
         setup: the learner's parts.
@@ -45,10 +44,7 @@ class EvaluationSuite:
         return self._facts.get(name)
 
     def check(self, tasks: Sequence[tuple[str, RowSet[Any] | None, RowSet[Any] | None]]) -> None:
-        """Refuse (name, rows, test) tasks without a name or rows, or that mix training and test rows.
-
-        They are compared with all rows that this learner was given before, of whatever task.
-        """
+        """Refuse (name, rows, test) tasks without a name or rows, or that mix training and test rows of any task."""
         for name, rows, test in tasks:
             if not name.strip():
                 raise InputError("a task needs a name: found an empty one")
@@ -61,15 +57,15 @@ class EvaluationSuite:
                 check_disjoint(rows, test, allow=self._allow_overlap)
 
     def trained_on(self, rows: RowSet[Any]) -> None:
-        """Remember training rows for test sets still to come."""
+        """Remember training rows, to compare later test sets with them."""
         self._trained[rows.fingerprint] = rows
 
     def forget_trained(self, kept: Collection[str]) -> None:
-        """Forget training rows but those of these fingerprints: what the policy has not learned leaks nothing."""
+        """Forget training rows except those with these fingerprints: rows that were not learned leak nothing."""
         self._trained = {fingerprint: rows for fingerprint, rows in self._trained.items() if fingerprint in kept}
 
-    def log(self, name: str, test: RowSet[Any], learned: Collection[str]) -> None:
-        """Make a task's test set known and score the base model on it, unless the run holds that score.
+    def register(self, name: str, test: RowSet[Any], learned: Collection[str]) -> None:
+        """Register a task's test set and score the base model on it, unless the run holds that score.
 
         Args:
             name: the task.
@@ -98,11 +94,10 @@ class EvaluationSuite:
             self._run.write_zero_shot(self._zero_shot, self._facts, self._first_answers)
 
     def restore(self) -> None:
-        """Take from the run directory the test sets that were not given again, as after a resume."""
-        load = load_corrections if self._setup.objective.held_out_record is Correction else load_preferences
+        """Read from the run directory the test sets that were not given again, as after a resume."""
         for name, facts in self._facts.items():
             if name not in self._sets:
-                self._sets[name] = self._run.read_test(facts, load)
+                self._sets[name] = self._run.read_test(facts, self._setup.objective.load_held_out)
                 self._held_out[name] = self._prepare(self._sets[name])
 
     def scores(self, previous: Mapping[str, LowRankUpdate]) -> dict[str, PreferenceScore]:

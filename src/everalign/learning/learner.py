@@ -326,7 +326,7 @@ class Learner:
             InputError: the run knows other test rows of this task, or rows that were trained on are among them.
         """
         with self._run.exclusive():
-            self._tests.log(name, self._as_tests(test), self._line.versions)
+            self._tests.register(name, self._as_tests(test), self._line.versions)
 
     def _check_same_rows(self, rows: AnySet, name: str) -> None:
         """Refuse other rows for a task that was learned already."""

@@ -7,6 +7,7 @@ at a value: the Trainer does, once per logging step.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from everalign.data.chat_tokens import encode_prompt
 from everalign.data.collate import Batch, collate, row_tokens
+from everalign.data.readers import load_preferences
 from everalign.data.records import CorrectionSet, Preference, PreferenceSet
 from everalign.data.rows import RowSet
 from everalign.data.template_notes import template_notes
@@ -179,10 +181,9 @@ class Objective:
         """Return held-out rows as tokens, each with two responses: better, worse."""
         return tokenize_preferences(rows, context.tokenizer, context.max_length)
 
-    @property
-    def held_out_record(self) -> type[Any]:
-        """The kind of row that the objective is judged on."""
-        return Preference
+    def load_held_out(self, path: Path) -> AnyRows:
+        """Read held-out rows of the kind that the objective is judged on."""
+        return load_preferences(path)
 
     def prompt(self, row: Any, tokenizer: Any) -> list[int]:
         """Return the tokens behind which a held-out row's answer is written."""
