@@ -12,7 +12,7 @@ from everalign.evaluation.score_rows import score_rows
 from everalign.evaluation.scorers import RewardModelScorer
 from everalign.learning import task_training as lesson
 from everalign.learning.options import RolloutOptions
-from everalign.learning.rollouts import _losses
+from everalign.learning.rollouts import check_losses
 from everalign.learning.run_data import load_run
 from everalign.reporting.report import render_report
 from everalign.training.options import RewardOptions
@@ -79,7 +79,7 @@ def test_some_unfinished_answers_are_told_of_in_log_manifest_report_and_json(her
 
 
 def losses(unfinished, answered):
-    return _losses("p", RolloutOptions(samples=4, max_new_tokens=8), 10, unfinished, answered, 2)
+    return check_losses("p", RolloutOptions(samples=4, max_new_tokens=8), 10, unfinished, answered, 2)
 
 
 def test_what_counts_of_a_rollout():

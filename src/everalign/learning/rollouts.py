@@ -15,6 +15,7 @@ from everalign.data.rows import RowSet
 from everalign.errors import InputError, ShortfallError, check_shortfall
 from everalign.evaluation.score_rows import score_rows
 from everalign.learning.context import RunContext
+from everalign.learning.options import RolloutOptions
 from everalign.modeling.options import SamplingOptions
 from everalign.modeling.sampling import check_prompts, sample_journalled
 from everalign.storage import Journal
@@ -82,19 +83,9 @@ def sample_and_score(context: RunContext, prompts: RowSet[Any], folder: Path, nu
         for row, samples in zip(prompts, found, strict=True)
         if len(samples.texts) >= fewest
     ]
-    unfinished, dropped = sum(samples.unfinished for samples in found), len(prompts) - len(answered)
-    longer = f"raise --max-new-tokens (max_new_tokens), {options.max_new_tokens} now"
-    few = f"prompts have fewer than {fewest} answers that ended, and are left out"
-    try:
-        # Before anybody is asked, and perhaps paid, for rewards.
-        warnings = (
-            *check_shortfall(
-                unfinished, options.samples * len(prompts), "sampled answers did not end or say nothing", longer
-            ),
-            *check_shortfall(dropped, len(prompts), few, longer),
-        )
-    except ShortfallError as error:
-        raise error.at(prompts.source) from error
+    unfinished = sum(samples.unfinished for samples in found)
+    # Before anybody is asked, and perhaps paid, for rewards.
+    warnings = check_losses(prompts.source, options, len(prompts), unfinished, len(answered), fewest)
     rows = score(context, ScoredSet(tuple(answered), prompts.source), folder / f"{stem}.scored.jsonl")
     rewards = [reward for row in rows for reward in row.rewards]
     facts = {
@@ -107,6 +98,31 @@ def sample_and_score(context: RunContext, prompts: RowSet[Any], folder: Path, nu
         "mean_reward": fmean(rewards),
     }
     return Rollout(ScoredSet(rows.items, prompts.source), facts, warnings)
+
+
+def check_losses(
+    source: str, options: RolloutOptions, prompts: int, unfinished: int, answered: int, fewest: int
+) -> tuple[str, ...]:
+    """Return a warning for each large loss among sampled answers, and refuse where most is lost.
+
+    Args:
+        source: where the prompts are from, for the error.
+        options: how answers were sampled.
+        prompts: number of them.
+        unfinished: answers that did not end, or say nothing.
+        answered: prompts with at least `fewest` answers that ended.
+        fewest: answers that a prompt needs to be learned from.
+    """
+    longer = f"raise --max-new-tokens (max_new_tokens), {options.max_new_tokens} now"
+    what = "sampled answers did not end or say nothing"
+    few = f"prompts have fewer than {fewest} answers that ended, and are left out"
+    try:
+        return (
+            *check_shortfall(unfinished, options.samples * prompts, what, longer),
+            *check_shortfall(prompts - answered, prompts, few, longer),
+        )
+    except ShortfallError as error:
+        raise error.at(source) from error
 
 
 def check_sampling(context: RunContext, prompts: RowSet[Any]) -> None:
