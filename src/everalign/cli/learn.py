@@ -154,7 +154,7 @@ def _learn_feedback(
     if recipe.tasks:
         raise InputError("tasks: what is learned from feedback is the only task; leave them out of the recipe")
     check_is_there(store)
-    options = NextTaskOptions(**given)
+    options = NextTaskOptions.from_flags(given)
     # Unfinished tasks of the run's own wait for a command that names them, or says --resume alone.
     recipe = completed(recipe).model_copy(update={"tasks": None})
     output = Path(recipe.output or "")

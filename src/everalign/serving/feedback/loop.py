@@ -79,7 +79,7 @@ def learn_from_feedback(
             on answers of one.
     """
     kind = kind_of(learner.run.facts.objective)
-    options = replace(options or NextTaskOptions(), kind=kind)
+    options = (options or NextTaskOptions()).replace(kind=kind)
     with learner.exclusive():
         pending = _Pending.find(learner.run.path)
         if pending is None:

@@ -5,12 +5,15 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field
 
 from everalign.correction.filters import LONGEST_CORRECTION, Filtered, filter_corrections
 from everalign.data.records import Correction, CorrectionSet, Preference, correction_of
 from everalign.data.rows import RowSet
 from everalign.errors import EveralignError, InputError
+from everalign.options import Options
 from everalign.serving.feedback.rows import (
     KINDS,
     NO_QUESTION,
@@ -37,47 +40,27 @@ class NotEnoughFeedback(EveralignError):  # noqa: N818  # a state, which more fe
         self.report = report
 
 
-@dataclass(frozen=True)
-class NextTaskOptions:
-    """How a task is made.
+class NextTaskOptions(Options):
+    """How a task is made of feedback."""
 
-    Args:
-        kind: "preferences", "corrections" or "scored".
-        minimum: fewest rows to learn, held-out ones not counted.
-        key_share: most of a task's rows that may come from one key, as a share. Not applied where no client has a key.
-        agreement: share of the keys' votes on an answer that must agree.
-        balance: a kind of row with the same tags has at most this many times the mean number of rows of all such.
-        identity: most of a task's rows that may be unchanged answers, as a share; for corrections.
-        held_out: share of the questions that are kept to test on, now and in all later tasks.
-        longest: most characters of a question or an answer.
-
-    Raises:
-        InputError: a value is out of its range.
-    """
-
-    kind: str = "preferences"
-    minimum: int = 50
-    key_share: float = 0.5
-    agreement: float = 2 / 3
-    balance: float = 2.0
-    identity: float = 0.5
-    held_out: float = 0.2
-    longest: int = LONGEST_CORRECTION
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError(f"kind: must be one of {', '.join(KINDS)}, found {self.kind!r}")
-        for name in ("minimum", "longest"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: must be at least 1, found {getattr(self, name)}")
-        for name, low in (("key_share", 0.0), ("agreement", 0.0)):
-            if not low < getattr(self, name) <= 1:
-                raise InputError(f"{name}: must be above 0 and at most 1, found {getattr(self, name)}")
-        for name in ("identity", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name}: must be at least 0 and below 1, found {getattr(self, name)}")
-        if not (math.isfinite(self.balance) and self.balance >= 1):
-            raise InputError(f"balance: must be at least 1, found {self.balance}")
+    kind: Literal["preferences", "corrections", "scored"] = Field(default="preferences", description="Of rows.")
+    minimum: int = Field(default=50, ge=1, description="Fewest rows to learn, held-out ones not counted.")
+    key_share: float = Field(
+        default=0.5, gt=0, le=1, description="Most of a task's rows from one key, as a share; not without keys."
+    )
+    agreement: float = Field(
+        default=2 / 3, gt=0, le=1, description="Share of the keys' votes on an answer that must agree."
+    )
+    balance: float = Field(
+        default=2.0, ge=1, description="Most rows of the same origin and tags, in multiples of the mean of all such."
+    )
+    identity: float = Field(
+        default=0.5, ge=0, lt=1, description="Most of a task's rows that are unchanged answers, as a share."
+    )
+    held_out: float = Field(
+        default=0.2, ge=0, lt=1, description="Share of the questions to test on, the same ones in all later tasks."
+    )
+    longest: int = Field(default=LONGEST_CORRECTION, ge=1, description="Most characters of a question or an answer.")
 
 
 @dataclass(frozen=True)
