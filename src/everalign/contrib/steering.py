@@ -15,6 +15,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -223,16 +224,14 @@ def steer_corrector(
         model = load_model(str(path), precision, device=training_device())
         candidates = _candidate_layers(len(decoder_layers(model)), options.layers)
         differences = prefix_differences(model, encoder, extracting, options.prefix)
-        # Strength 1 adds the mean distance between copying and correcting.
-        shifts = {
-            layer: (common_direction(differences[layer], options.direction) * differences[layer].norm(dim=1).mean())
-            for layer in {layer for candidate in candidates for layer in candidate}
-        }
+        shifts = {}
+        for layer in {layer for candidate in candidates for layer in candidate}:
+            # Strength 1 adds the mean distance between copying and correcting.
+            length = differences[layer].norm(dim=1).mean()
+            shifts[layer] = (common_direction(differences[layer], options.direction) * length).float()
         engine = SteeredEngine(model, encoder, tokens_per_batch)
-        trials = _Trials(engine, encoder, sorted({0.0, *options.strengths}), len(candidates) + 1, progress)
-        steering = _best_layers(
-            trials, choosing, {layer: shift.float() for layer, shift in shifts.items()}, candidates, log
-        )
+        trials = _Trials(engine, sorted({0.0, *options.strengths}), len(candidates) + 1, progress)
+        steering = _best_layers(trials, choosing, shifts, candidates, log)
         settings = trials.run(reporting, steering)
         usable = well_formed([one for one in settings if steering.lowest <= one.strength <= steering.highest])
         spearman = rank_correlation(usable)
@@ -317,51 +316,47 @@ def _candidate_layers(count: int, given: tuple[int, ...] | None) -> list[tuple[i
 # ---- strengths ----
 
 
+@dataclass
 class _Trials:
     """Corrects rows at all strengths, and at strength 0 only once for the same rows.
 
     Args:
         engine: the corrector.
-        encoder: its encoder.
         strengths: those to try, 0 among them, in rising order.
-        count: how many trials there will be, for `progress`.
+        count: how many trials there will be.
         progress: called with ("steering", trials done, trials in all).
     """
 
-    def __init__(
-        self,
-        engine: SteeredEngine,
-        encoder: CorrectionEncoder,
-        strengths: Sequence[float],
-        count: int,
-        progress: Callable[[str, int, int], None],
-    ) -> None:
-        self._engine, self._encoder, self._strengths = engine, encoder, strengths
-        self._done, self._count, self._progress = 0, count, progress
-        self._unsteered: dict[tuple[str, ...], SteeringSetting] = {}
+    engine: SteeredEngine
+    strengths: Sequence[float]
+    count: int
+    progress: Callable[[str, int, int], None]
+    done: int = 0
+    unsteered: dict[tuple[str, ...], SteeringSetting] = field(default_factory=dict)
 
     def run(self, rows: Sequence[Correction], steering: Steering) -> list[SteeringSetting]:
         """Return what corrections of rows are like at each strength, whatever the steering's range."""
         unlimited = Steering(steering.shifts, -math.inf, math.inf)
         ids = tuple(row.id for row in rows)
         settings = []
-        for strength in self._strengths:
-            found = self._unsteered.get(ids) if strength == 0 else None
-            settings.append(found or self._measure(rows, self._engine.at(strength, unlimited), strength))
+        for strength in self.strengths:
+            found = self.unsteered.get(ids) if strength == 0 else None
+            settings.append(found or self._measure(rows, self.engine.at(strength, unlimited), strength))
             if strength == 0:
-                self._unsteered[ids] = settings[-1]
-        self._done += 1
-        self._progress("steering", self._done, self._count)
+                self.unsteered[ids] = settings[-1]
+        self.done += 1
+        self.progress("steering", self.done, self.count)
         return settings
 
     def _measure(self, rows: Sequence[Correction], engine: SteeredEngine, strength: float) -> SteeringSetting:
-        answers = [self._encoder.response(row.answer) for row in rows]
-        known = [self._encoder.response(row.correction) for row in rows]
+        encoder = engine.encoder
+        answers = [encoder.response(row.answer) for row in rows]
+        known = [encoder.response(row.correction) for row in rows]
         limits = [_TIMES_LONGER * max(map(len, pair)) for pair in zip(answers, known, strict=True)]
         outputs = engine.write([(row.question, row.answer) for row in rows], None, max(limits))
         edited = changed = well_formed = 0.0
         for row, answer, output, limit in zip(rows, answers, outputs, limits, strict=True):
-            tokens = self._encoder.response(output.text)
+            tokens = encoder.response(output.text)
             edited += edit_share(answer, tokens)
             changed += output.text != row.answer
             violation = _WELL_FORMED.first_violation(row.answer, output.text, output.finished, engine.template)

@@ -39,7 +39,7 @@ class LocalEngine:
     def __init__(self, model: Any, encoder: CorrectionEncoder, tokens_per_batch: int = TOKENS_PER_BATCH) -> None:
         if tokens_per_batch < 1:
             raise InputError(f"tokens per batch: must be at least 1, found {tokens_per_batch}")
-        self._model, self._encoder, self._tokens_per_batch = RaggedModel(model), encoder, tokens_per_batch
+        self._model, self.encoder, self._tokens_per_batch = RaggedModel(model), encoder, tokens_per_batch
         encoder.ends |= special_stop_ids(model, encoder.tokenizer)
         self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -65,13 +65,13 @@ class LocalEngine:
     @property
     def fingerprint(self) -> str:
         """sha256 over weights, precision, template and tokenizer."""
-        content = f"{model_fingerprint(self._model.model)} {self._model.dtype} {self._encoder.fingerprint}"
+        content = f"{model_fingerprint(self._model.model)} {self._model.dtype} {self.encoder.fingerprint}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def template(self) -> Template:
         """The template it was trained with."""
-        return self._encoder.template
+        return self.encoder.template
 
     def decoding_context(self) -> AbstractContextManager[None]:
         """The context of every forward pass; a subclass may change activations in it."""
@@ -79,8 +79,8 @@ class LocalEngine:
 
     def write(self, pairs: Sequence[Pair], gate: Gate | None, max_new_tokens: int | None) -> list[EngineOutput]:
         """Return the corrections, decoded in batches of similar length; pairs that are too long are not corrected."""
-        prompts = [self._encoder.prompt(*pair) for pair in pairs]
-        drafts = [self._encoder.response(answer) for _, answer in pairs]
+        prompts = [self.encoder.prompt(*pair) for pair in pairs]
+        drafts = [self.encoder.response(answer) for _, answer in pairs]
         lengths = [len(prompt) + len(draft) for prompt, draft in zip(prompts, drafts, strict=True)]
         fitting = [i for i, length in enumerate(lengths) if self._context is None or length <= self._context]
         outputs = [EngineOutput(answer, reason="too_long", forward_passes=0) for _, answer in pairs]
@@ -95,7 +95,7 @@ class LocalEngine:
 
     def stream_events(self, pair: Pair, gate: Gate | None, max_new_tokens: int | None) -> Iterator[str | EngineOutput]:
         """Yield the text after each forward pass, up to its last complete character, and finally the output."""
-        prompt, draft = self._encoder.prompt(*pair), self._encoder.response(pair[1])
+        prompt, draft = self.encoder.prompt(*pair), self.encoder.response(pair[1])
         if self._context is not None and len(prompt) + len(draft) > self._context:
             yield EngineOutput(pair[1], reason="too_long", forward_passes=0)
             return
@@ -107,7 +107,7 @@ class LocalEngine:
                 decoder.step()
             if not decoder.done:
                 # A character may take several tokens; until all are there it decodes to U+FFFD.
-                yield self._encoder.decode(row.tokens).rstrip("\ufffd")
+                yield self.encoder.decode(row.tokens).rstrip("\ufffd")
         yield self._output(row, pair[1])
 
     def _decoder(
@@ -117,12 +117,12 @@ class LocalEngine:
         for prompt, draft in zip(prompts, drafts, strict=True):
             limit = TIMES_LONGER * len(draft) + LONGER if max_new_tokens is None else max_new_tokens
             limits.append(limit if self._context is None else min(limit, self._context - len(prompt)))
-        return DraftDecoder(self._model, prompts, drafts, sorted(self._encoder.ends), limits, gate)
+        return DraftDecoder(self._model, prompts, drafts, sorted(self.encoder.ends), limits, gate)
 
     def _output(self, row: DraftedRow, answer: str) -> EngineOutput:
         return EngineOutput(
             # Decoding the answer's own tokens could still change it, where the tokenizer normalises.
-            text=answer if row.accepted_by_gate or row.tokens == row.draft else self._encoder.decode(row.tokens),
+            text=answer if row.accepted_by_gate or row.tokens == row.draft else self.encoder.decode(row.tokens),
             finished=row.accepted_by_gate or row.ended,
             reason="gate" if row.accepted_by_gate else None,
             forward_passes=row.passes,
