@@ -1,9 +1,9 @@
-"""Write a version for others: merged into its base model as a plain Hugging Face model, or its adapter alone."""
+"""Export a version: merged into its base model as a plain Hugging Face model, or as a PEFT adapter."""
 
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +33,17 @@ _NAMED_OTHERWISE = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def max_lora_rank(rank: int) -> int | None:
-    """Return the smallest `--max-lora-rank` of vLLM that an adapter of this rank needs; None where there is none."""
+    """Returns the smallest `--max-lora-rank` of vLLM for an adapter of this rank; None where there is none."""
     return next((most for most in VLLM_RANKS if rank <= most), None)
 
 
 def servable(base: str, source: Path) -> str:
-    """Return a name of the base model that others know: its folder where only we do, as of `tiny` or of a GGUF file."""
+    """Returns a name of the base model that other programs know: its folder for `tiny` or a GGUF file."""
     return base if Path(base).is_dir() or _ON_THE_HUB.fullmatch(base) else str(source)
 
 
 def vllm_command(base: str, folder: Path, rank: int) -> str | None:
-    """Return how vLLM serves an adapter on its base model; None where its rank is beyond what vLLM takes."""
+    """Returns the command that serves an adapter with vLLM; None where its rank is too high for that."""
     most = max_lora_rank(rank)
     if most is None:
         return None
@@ -56,82 +56,73 @@ def vllm_command(base: str, folder: Path, rank: int) -> str | None:
 def model_card(
     run: RunData, line: Sequence[VersionData], base: str, source: Path, folder: Path, dtype: str, rank: int | None
 ) -> str:
-    """Write the card, in Markdown.
+    """Returns the model card, in Markdown.
 
     Args:
         run: the run.
         line: the exported version and those that it builds on, oldest first.
-        base: the base model, as it is to be named.
+        base: the base model's name for others.
         source: its folder, whose card may name a licence.
         folder: the export.
         dtype: of the weights.
         rank: of the adapter; None where it is merged.
     """
-    used = _use_merged(source, folder) if rank is None else _use_adapter(servable(base, source), source, folder, rank)
+    facts, version, merged = run.facts, line[-1], rank is None
+    tasks = "1 task" if len(line) == 1 else f"{len(line)} tasks one after another"
+    kind = "merged into the base model" if merged else f"an adapter of rank {rank}"
+    about = (
+        f"`{base}` after {tasks}, learned with the method `{facts.method.name}` and the objective `{facts.objective}`: "
+        f"version `{version.id}` of a run of Everalign {facts.everalign}, {kind}, in {dtype}."
+    )
+    learned = [
+        [
+            *(one.task, one.manifest.train.source, one.manifest.train.rows, one.manifest.train.fingerprint[:16]),
+            ", ".join(f"{stage.stage} {stage.steps} steps" for stage in one.manifest.stages),
+        ]
+        for one in line
+    ]
+    own = {one.task: one.scores.get(one.task) for one in line}
+    scores = []
+    for task, now in version.scores.items():
+        found = (run.zero_shot.get(task), own.get(task), now)
+        scores.append([task, now.pairs, *("–" if one is None else f"{100 * one.accuracy:.1f}" for one in found)])
+    method = {name: value for name, value in facts.method.model_dump().items() if name != "name"}
+    settings: dict[str, Any] = {"method": facts.method.name, **method, "objective": facts.objective, **facts.settings}
+    settings |= {"seed": facts.seed, "base model's fingerprint": facts.model_fingerprint[:16]}
+    settings |= {"learned (UTC)": version.manifest.created, **facts.libraries, **facts.machine}
     parts = [
-        _metadata(base, source, rank),
-        f"# {folder.name}",
-        _what(run, line, base, dtype, rank),
-        _tasks(line),
-        _scores(run, line),
-        f"## Use\n\n{used}",
-        _making(run, line),
+        _front_matter(base, source, merged),
+        f"# {folder.name}\n\n{about}",
+        "## Tasks\n\n" + _table(["task", "rows from", "rows", "fingerprint", "training"], learned),
+        "## Scores\n\nHeld-out accuracy in %: how often the better of two answers is the likelier one per token.\n\n"
+        + _table(["task", "pairs", "base model", "after its task", "now"], scores)
+        if scores
+        else "",
+        f"## Use\n\n{_use_merged(source, folder) if rank is None else _use_adapter(base, source, folder, rank)}",
+        "## Making\n\n"
+        + _table(["setting", "value"], [[name, value] for name, value in settings.items() if value is not None]),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _metadata(base: str, source: Path, rank: int | None) -> str:
-    facts: dict[str, Any] = {"library_name": "transformers" if rank is None else "peft"}
+def _front_matter(base: str, source: Path, merged: bool) -> str:
+    facts: dict[str, Any] = {"library_name": "transformers" if merged else "peft"}
     card = source / "README.md"
     if card.is_file() and (licence := (metadata_load(card) or {}).get("license")):
         facts["license"] = licence
     name = _NAMED_OTHERWISE.get(base, base)
     if _ON_THE_HUB.fullmatch(name) and not Path(name).exists():
-        facts |= {"base_model": name, "base_model_relation": "finetune" if rank is None else "adapter"}
-    facts |= {"pipeline_tag": _kind(source)[0], "tags": ["everalign", *([] if rank is None else ["lora"])]}
+        facts |= {"base_model": name, "base_model_relation": "finetune" if merged else "adapter"}
+    facts |= {"pipeline_tag": _kind(source)[0], "tags": ["everalign", *([] if merged else ["lora"])]}
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
 
 
 def _kind(source: Path) -> tuple[str, str]:
-    """Return what transformers calls the task of such a model, and the auto class that loads it."""
+    """Returns transformers' names of the task of such a model, and of the auto class that loads it."""
     config = source / "config.json"
     if config.is_file() and "vision_config" in read_json(config):
         return "image-text-to-text", "AutoModelForImageTextToText"
     return "text-generation", "AutoModelForCausalLM"
-
-
-def _what(run: RunData, line: Sequence[VersionData], base: str, dtype: str, rank: int | None) -> str:
-    kind = "merged into the base model" if rank is None else f"an adapter of rank {rank}"
-    tasks = "1 task" if len(line) == 1 else f"{len(line)} tasks one after another"
-    return (
-        f"`{base}` after {tasks}, learned with the method `{run.facts.method.name}` and the objective "
-        f"`{run.facts.objective}`: version `{line[-1].id}` of a run of Everalign {run.facts.everalign}, {kind}, in "
-        f"{dtype}."
-    )
-
-
-def _tasks(line: Sequence[VersionData]) -> str:
-    rows = []
-    for version in line:
-        manifest = version.manifest
-        stages = ", ".join(f"{s.stage} {s.steps} steps" for s in manifest.stages)
-        rows.append([version.task, manifest.train.source, manifest.train.rows, manifest.train.fingerprint[:16], stages])
-    return "## Tasks\n\n" + _table(["task", "rows from", "rows", "fingerprint", "training"], rows)
-
-
-def _scores(run: RunData, line: Sequence[VersionData]) -> str:
-    last = line[-1].scores
-    if not last:
-        return ""
-    own = {version.task: version.scores.get(version.task) for version in line}
-    rows = []
-    for task, score in last.items():
-        found = (run.zero_shot.get(task), own.get(task), score)
-        rows.append([task, score.pairs, *("–" if s is None else f"{100 * s.accuracy:.1f}" for s in found)])
-    return (
-        "## Scores\n\nHeld-out accuracy in %: how often the better of two answers is the likelier one per token.\n\n"
-        + _table(["task", "pairs", "base model", "after its task", "now"], rows)
-    )
 
 
 def _use_merged(source: Path, folder: Path) -> str:
@@ -145,6 +136,7 @@ or `vllm serve {folder}`. Answers end at the tokens that `generation_config.json
 
 
 def _use_adapter(base: str, source: Path, folder: Path, rank: int) -> str:
+    base, auto = servable(base, source), _kind(source)[1]
     command = vllm_command(base, folder, rank)
     served = (
         f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, and this one has rank {rank}: serve the merged model."
@@ -155,7 +147,6 @@ def _use_adapter(base: str, source: Path, folder: Path, rank: int) -> str:
         "the architecture has not made adaptable, such as routers of experts or, in some, `lm_head`: serve the merged "
         "model then."
     )
-    auto = _kind(source)[1]
     return f'''```python
 from peft import PeftModel
 from transformers import {auto}, AutoTokenizer
@@ -167,26 +158,13 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 {served}'''
 
 
-def _making(run: RunData, line: Sequence[VersionData]) -> str:
-    facts = run.facts
-    method = {key: value for key, value in facts.method.model_dump().items() if key != "name"}
-    rows = [["method", facts.method.name], *_flat(method), ["objective", facts.objective], *_flat(facts.settings)]
-    rows += [["seed", facts.seed], ["base model's fingerprint", facts.model_fingerprint[:16]]]
-    rows += [["learned (UTC)", line[-1].manifest.created], *_flat(facts.libraries), *_flat(facts.machine)]
-    return "## Making\n\n" + _table(["setting", "value"], rows)
-
-
-def _flat(values: Mapping[str, Any]) -> list[list[Any]]:
-    return [[name, value] for name, value in values.items() if value is not None]
-
-
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |" for cells in lines)
 
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What tells how texts and images are read, beside what the tokenizer saves itself.
+# How texts and images are read, beside what the tokenizer saves itself.
 _READING = ("tokenizer.model", "tekken.json", "preprocessor_config.json", "processor_config.json")
 
 
@@ -195,8 +173,8 @@ class Exported:
     """What was exported.
 
     Args:
-        folder: where it is.
-        version: which version it is.
+        folder: the export.
+        version: the exported version.
         corrector: whether it is a corrector.
         dtype: of the weights, such as `bf16`.
         rounding: by how much rounding to that dtype has changed the logits, as a share of their norm; 0 of an adapter.
@@ -221,15 +199,15 @@ def export_version(
     tokenizer: Any = None,
     dtype: OutputDtype = "auto",
 ) -> Exported:
-    """Write a version merged into its base model: the base model's folder with other weights and a model card.
+    """Writes a version merged into its base model: the base model's folder with other weights and a model card.
 
-    Merged in fp32 and rounded once. What has learned corrections becomes a corrector's folder, which
+    Merged in fp32 and rounded once. A run that learned corrections gives a corrector's folder, which
     `Corrector.from_pretrained` loads.
 
     Args:
         run: a run directory.
         folder: must not exist yet; appears only once the merged model passed its check.
-        version: one of the run's line, by its folder's name or number; the current one when None.
+        version: one of the lineage, by its folder's name or number; the current one when None.
         model: where the base model is now; where it was when the run was begun, when None.
         tokenizer: the one that was learned with; the model's when None.
         dtype: of the weights; the base model's own with `auto`.
@@ -240,7 +218,8 @@ def export_version(
         EveralignError: merged logits differ from the adapter's by more than 1e-4 of their largest value, or what was
             written from the merged ones.
     """
-    line, source = _chosen(run, version)
+    line = _line_up_to(run, version)
+    source = run.path / "versions" / line[-1].id
     name = run.facts.model if model is None else model
     with _alone(folder):
         tokenizer = load_tokenizer(name, adapter=run.base_adapter) if tokenizer is None else tokenizer
@@ -269,11 +248,12 @@ def export_adapter(
     tokenizer: Any = None,
     dtype: OutputDtype = "auto",
 ) -> Exported:
-    """Write a version's adapter alone, in PEFT's format, with its tokenizer, the ends of its answers and a model card.
+    """Writes a version's adapter alone, in PEFT's format, with its tokenizer, stop tokens and a model card.
 
     Arguments and errors as in `export_version`; with `auto` the adapter stays in fp32, as it was learned.
     """
-    line, source = _chosen(run, version)
+    line = _line_up_to(run, version)
+    source = run.path / "versions" / line[-1].id
     if run.base_adapter is not None:
         raise InputError(
             f"{run.path} starts from the adapter {run.facts.base_adapter}, and its versions sit on the base model with "
@@ -303,17 +283,23 @@ def export_adapter(
     return Exported(folder, line[-1].id, False, kind, rank=rank, command=command)
 
 
-def _chosen(run: RunData, version: str | None) -> tuple[list[VersionData], Path]:
-    """Return the version with those that it builds on, and its folder."""
-    line = _line_up_to(run, version)
-    source = run.path / "versions" / line[-1].id
-    check_version(source, line[-1].manifest.files)
-    return line, source
+def _line_up_to(run: RunData, version: str | None) -> list[VersionData]:
+    """The version, whose files are checked, after those it builds on."""
+    if not run.versions:
+        raise InputError("nothing to export: learn a task first")
+    for number, one in enumerate(run.versions, start=1):
+        if one.is_called(version or run.head):
+            check_version(run.path / "versions" / one.id, one.manifest.files)
+            return list(run.versions[:number])
+    if any(one.is_called(str(version)) for one in run.off_lineage):
+        raise InputError(f"{run.path}: {version} was left out of the run's line: roll back to it first")
+    names = ", ".join(one.id for one in run.versions)
+    raise InputError(f"{run.path}: has no version {version!r}: choose one of {names}")
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from exporting to a folder, which must not be there yet."""
+    """Context manager that keeps other processes from exporting to a folder, which must not exist yet."""
     with exclusive(lock_of(folder), "exporting there"):
         if folder.exists():
             raise InputError(f"{folder} exists: choose another folder to export to")
@@ -321,8 +307,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _finish(folder: Path, generation: Any, tokenizer: Any, run: RunData, line: list[VersionData]) -> None:
-    """Say in an export's folder how chats are written, and where answers end."""
-    # Versions of before this was noted: there, a chat is likelier than none.
+    """Writes into an export how chats are rendered, and the tokens at which answers end."""
+    # Version 0.1.0 did not record it: chats are likelier.
     chats = run.facts.objective != "correction" and any(version.manifest.chats is not False for version in line)
     if chats and uses_default_template(tokenizer):
         write_text(folder / "chat_template.jinja", DEFAULT_CHAT_TEMPLATE)
@@ -330,25 +316,10 @@ def _finish(folder: Path, generation: Any, tokenizer: Any, run: RunData, line: l
 
 
 def _generation_config(base: Path, name: str) -> GenerationConfig:
-    """Return a model's generation configuration without loading the model; what its configuration says without one."""
+    """A model's generation configuration, or what its configuration says, without loading the model."""
     if (base / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(base)
     return GenerationConfig.from_model_config(load_config(str(base), "model", name))
-
-
-def _line_up_to(run: RunData, version: str | None) -> list[VersionData]:
-    """The version and those it builds on, oldest first."""
-    if not run.versions:
-        raise InputError("nothing to export: learn a task first")
-    if version is None:
-        return list(run.versions)
-    for number, one in enumerate(run.versions, start=1):
-        if one.is_called(version):
-            return list(run.versions[:number])
-    if any(one.is_called(version) for one in run.off_lineage):
-        raise InputError(f"{run.path}: {version} was left out of the run's line: roll back to it first")
-    names = ", ".join(one.id for one in run.versions)
-    raise InputError(f"{run.path}: has no version {version!r}: choose one of {names}")
 
 
 def _base_model(run: RunData, name: str) -> Any:
@@ -361,7 +332,7 @@ def _base_model(run: RunData, name: str) -> Any:
 
 
 def _corrector_facts(run: RunData, line: list[VersionData], model: str) -> CorrectorFacts | None:
-    """What is known of the corrector that versions have led to; None where it is none."""
+    """The facts of the corrector that a lineage has led to; None where it is none."""
     if run.facts.objective != "correction":
         return None
     trained = [version.manifest.train for version in line]

@@ -1,7 +1,7 @@
-"""The run directory on the writing side: settings, zero-shot scores, versions. See `run_data` for reading.
+"""Write a run directory, and restore a learner from it. See `run_data` for reading.
 
     run.json  zero_shot.json  current  versions/001-NAME/{manifest, scores, training, consolidation, adapter, ...}
-    current   names the version that learning goes on from; versions beside its line were refused or rolled back
+    current   names the version that learning continues from; versions off its lineage were refused or rolled back
     work/     checkpoints of the task being learned; empty between tasks
     base_adapter/  the adapter that was merged into the base model, if there was one
     cache/    encoded rows and reference log-probabilities
@@ -43,24 +43,24 @@ FORMAT = 1
 _ZERO_SHOT = "zero_shot.json"
 # In the order in which differences are named: a model in another precision has another fingerprint too.
 _SAME = ("format", "objective", "method", "settings", "seed", "model_fingerprint", "template")
-# Settings that came later, with the values they had before.
+# Settings that early runs do not record, with the value that they had.
 _SETTINGS_SINCE = {"attention": "sdpa"}
-# Settings that change no result, so that a run may go on with other ones.
+# Settings that change no result, so that a run may continue with other ones.
 _FREE_SETTINGS = ("checkpointing",)
 
 
 def now() -> str:
-    """Return the time in UTC, ISO 8601."""
+    """Returns the time in UTC, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def version_name(index: int, task: str) -> str:
-    """Return the folder name of a version: its number and what of the task's name a file system takes."""
+    """Returns the folder name of a version: its number, and the task's name as far as file systems allow."""
     return f"{index:03d}-{re.sub('[^A-Za-z0-9_-]+', '-', task).strip('-')[:60] or 'task'}"
 
 
 def data_facts(rows: RowSet[Any]) -> dict[str, Any]:
-    """Return what identifies a set of rows: where it came from, how many, and a hash of their ids."""
+    """Returns what identifies a set of rows: its source, their number, and a hash of their ids."""
     return {"source": rows.source, "rows": len(rows), "fingerprint": rows.fingerprint}
 
 
@@ -77,16 +77,12 @@ class RunDirectory:
         self._reader = RunReader(path)
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Keep other processes from writing into this run for the while; may be nested.
-
-        Raises:
-            InputError: another one is at it.
-        """
+        """Context manager that keeps other processes from writing into this run; may be nested."""
         return exclusive_run(self.path)
 
     @property
     def data(self) -> RunData:
-        """The run as it is on disk; what has not changed since it was asked for last is not read again."""
+        """The run as it is on disk; unchanged files are not read again."""
         return self._reader.read()
 
     @property
@@ -95,9 +91,9 @@ class RunDirectory:
         return (self.path / "run.json").exists()
 
     def check_usable(self, resume: bool) -> None:
-        """Refuse a folder that holds a run, unless it is to be resumed, or other files.
+        """Refuses a folder that holds a run, unless it is to be resumed, or other files.
 
-        What a begin leaves that was killed (the file before run.json, or half of one) counts as nothing.
+        A killed `begin` may have left files, but no run.json: they do not count.
         """
         if self.exists and not resume:
             raise InputError(f"{self.path} holds a run already: resume it, or choose another output directory")
@@ -110,9 +106,9 @@ class RunDirectory:
             raise InputError(f"{self.path} is not empty and holds no run: choose another output directory")
 
     def begin(self, facts: Mapping[str, Any]) -> None:
-        """Begin a run; run.json comes last, because it is what makes the folder one."""
+        """Begins a run; run.json comes last, because it makes the folder a run."""
         if facts.get("base_adapter") is not None:
-            # Versions mean nothing without it, and the user's may be gone one day.
+            # Versions depend on it, and the user may delete the original.
             shutil.rmtree(self.path / BASE_ADAPTER, ignore_errors=True)
             with new_folder(self.path / BASE_ADAPTER) as folder:
                 for file in adapter_files(facts["base_adapter"]):
@@ -121,22 +117,21 @@ class RunDirectory:
         write_json(self.path / "run.json", {"format": FORMAT, **facts, "created": now()})
 
     def with_its_precision(self, training: TrainingOptions) -> TrainingOptions:
-        """Return the options with `auto` as what it was when the run was begun, on whatever machine that was."""
+        """Returns the options with `auto` replaced by the precision that the run was begun with."""
         if training.precision != "auto" or not self.exists:
             return training
         settings = run_files.read_json(self.path / "run.json", run_files.RunFile).settings
         return training.replace(precision=settings.get("precision", "fp32"))
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Refuse to continue a run with other settings, naming the first that differs."""
+        """Refuses to continue a run with other settings; names the first that differs."""
         written = read_json(self.path / "run.json")
         now_given = json.loads(json.dumps({"format": FORMAT, **facts}))
         for key in _SAME:
             then = written.get(key)
             if key == "settings" and isinstance(then, dict):
-                then = {**_SETTINGS_SINCE, **then}
-                for name in _FREE_SETTINGS:
-                    then[name] = now_given[key].get(name)
+                free = {name: now_given[key].get(name) for name in _FREE_SETTINGS}
+                then = {**_SETTINGS_SINCE, **then, **free}
             if then != now_given[key]:
                 raise InputError(
                     f"{self.path} was begun with another {_difference(key, then, now_given[key])}: "
@@ -144,29 +139,29 @@ class RunDirectory:
                 )
 
     def work(self, name: str) -> Path:
-        """Return the folder for checkpoints of the task that becomes version `name`."""
+        """Returns the folder for checkpoints of the task that becomes version `name`."""
         return work_folder(self.path, name)
 
     def write_zero_shot(
         self, scores: Mapping[str, PreferenceScore], tests: Mapping[str, Any], answers: Answers
     ) -> None:
-        """Write the base model's scores and answers by task, and what identifies the test sets (see `data_facts`)."""
+        """Writes the base model's scores and answers by task, and the facts of the test sets (see `data_facts`)."""
         write_json(self.path / _ZERO_SHOT, {"scores": _as_json(scores), "tests": dict(tests), "answers": answers})
 
     def read_zero_shot(self) -> tuple[dict[str, PreferenceScore], dict[str, Any], Answers]:
-        """Read what `write_zero_shot` wrote."""
+        """Reads what `write_zero_shot` wrote."""
         written = run_files.read_json(self.path / _ZERO_SHOT, run_files.ZeroShotFile)
         scores = {task: PreferenceScore(**score.model_dump()) for task, score in written.scores.items()}
         answers = {task: [one.model_dump() for one in found] for task, found in written.answers.items()}
         return scores, {task: test.model_dump() for task, test in written.tests.items()}, answers
 
     def write_test(self, rows: RowSet[Any]) -> None:
-        """Keep a test set's rows."""
+        """Writes a test set's rows."""
         lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows]
         write_text(self._test_path(rows.fingerprint), "".join(lines))
 
     def read_test(self, facts: Mapping[str, Any], read: Callable[[Path], RowSet[Any]]) -> RowSet[Any]:
-        """Read the test set that `data_facts` identifies.
+        """Reads the test set that `data_facts` identifies.
 
         Args:
             facts: what identifies it.
@@ -196,7 +191,7 @@ class RunDirectory:
         before: Mapping[str, PreferenceScore] | None,
         answers: Answers,
     ) -> None:
-        """Write a finished task as a version, promote it unless its gate refused it, and drop its checkpoints."""
+        """Writes a finished task as a version, promotes it unless its gate refused it, and deletes its checkpoints."""
         with new_folder(self.path / "versions" / name) as folder:
             policy.save_adapter(folder / "adapter")
             save_file(method.state_dict(), folder / "method.safetensors")
@@ -220,14 +215,14 @@ class RunDirectory:
         promote(self.path, name if gate is None or gate["promoted"] else manifest["parent"])
 
     def finish_promotion(self, run: RunData) -> None:
-        """Make up for what a kill prevented between writing a version and promoting or refusing it."""
+        """Completes the promotion, or refusal, of a version that a kill interrupted."""
         newest = run.all_versions[-1:]
         if any(work_folder(self.path, version.id).exists() for version in newest):
             with self.exclusive():
                 promote(self.path, run.head)
 
     def restore(self, name: str, policy: Policy, method: Method, seed: int, at_first: Mapping[str, Tensor]) -> None:
-        """Bring policy and method back to where version `name` left them.
+        """Loads policy and method as version `name` left them.
 
         Args:
             name: the version; "000" is the base model.
