@@ -12,7 +12,6 @@ import random
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ def run_seed(seed: int, folder: Path, scored: bool) -> list[dict[str, Any]]:
     shutil.rmtree(folder, ignore_errors=True)
     taught = [Correction(row.question.text, *row[1:]) for row in demo_answers("train", FIRST_ROWS, seed)]
     first, run = folder / "corrector", folder / "run"
-    few = replace(OPTIONS, epochs=2.0)
+    few = OPTIONS.replace(epochs=2.0)
     train_corrector(TINY, CorrectionSet(tuple(taught), "few"), first, options=few, seed=seed, log=print)
     judged = {row.question.text for row in demo_answers("test", JUDGED, seed)} | {row.question for row in taught}
     texts = [text for text in WORLD if text not in judged]

@@ -358,7 +358,7 @@ def test_a_kill_around_a_refusal_is_settled_as_the_gate_has_decided(model, outpu
         kill_at(patch, target, moment)
         with pytest.raises(KilledError):
             learner.learn(swapped("warm"), "poison")
-    with pytest.raises(EveralignError, match="a task was broken off in the middle"):
+    with pytest.raises(EveralignError, match="a task was interrupted"):
         learn(learner, "calm")
     assert [version.id for version in load_run(output).versions] == ["001-warm"]
     again = make_learner(model, output, LifeAlign(), resume=True)

@@ -24,7 +24,7 @@ from everalign.learning.options import (
     RolloutOptions,
     TrainingOptions,
 )
-from everalign.learning.recipe import Recipe, completed, load_tasks, nothing_left, write_recipe
+from everalign.learning.recipe import LoadedTask, Recipe, completed, load_tasks, nothing_left, write_recipe
 from everalign.training.options import WeightOptions
 
 if TYPE_CHECKING:
@@ -73,27 +73,36 @@ def learn(
     **given: Any,
 ) -> None:
     """Teach a model task after task, and keep what it learned before."""
-    tasks = [parse_task(text) for text in task or []]
     with resumable("the same command with --resume"):
+        tasks = [parse_task(text) for text in task or []]
         wanted = Recipe.from_flags({**given, "method": method, "tasks": tasks or None})
         if recipe is not None:
             wanted = wanted.over(Recipe.read(recipe))
         if print_recipe:
             show_yaml(wanted.complete())
             return
-        named = {"minimum": minimum, "key_share": key_share, "agreement": agreement, "held_out": held_out}
-        feedback = {name: value for name, value in named.items() if value is not None}
-        if from_feedback is None:
-            for name in feedback:
-                raise InputError(f"--{name.replace('_', '-')}: is for feedback; name its store with --from-feedback")
-        elif tasks:
-            raise InputError("--task: what is learned from feedback is the only task; leave --task out")
-        started = time.perf_counter()
+        from everalign.learning.learner import Learner
+        from everalign.learning.promotion import exclusive_run
+
+        feedback = {"minimum": minimum, "key_share": key_share, "agreement": agreement, "held_out": held_out}
+        started, refusal = time.perf_counter(), None
         with Display() as display:
-            if from_feedback is not None:
-                run, refusal = _learn_feedback(from_feedback, feedback, wanted, display)
+            if from_feedback is not None or any(value is not None for value in feedback.values()):
+                run, refusal = _learn_feedback(from_feedback, feedback, bool(tasks), wanted, display)
             else:
-                run, refusal = _learn_tasks(completed(wanted) if resume else wanted, resume, display)
+                wanted = completed(wanted) if resume else wanted
+                if resume and wanted.tasks is None and (Path(wanted.output or "") / "run.json").exists():
+                    raise nothing_left(wanted)
+                arguments = wanted.learner_arguments()
+                with exclusive_run(Path(arguments["output"])):
+                    loaded = _load(wanted, display)
+                    learner = Learner(**arguments, resume=resume, log=display.log, progress=display.progress)
+                    write_recipe(learner.run.path, wanted)
+                    try:
+                        learner.learn_all(loaded)
+                    except GateRefusedError as error:
+                        refusal = error  # raised after the results
+                    run = learner.run
             report = None if wanted.report is False else _write_report(run.path)
         seconds = time.perf_counter() - started
     (_show_json if as_json else _show)(run, refusal, report, seconds)
@@ -111,39 +120,33 @@ def parse_task(text: str) -> dict[str, str]:
     return {"name": name, **dict(zip(("train", "test"), paths, strict=False))}
 
 
-def _learn_tasks(recipe: Recipe, resume: bool, display: Display) -> tuple["RunData", GateRefusedError | None]:
-    """Learns a recipe's tasks. A task that the gate refuses ends that; it is reported after the results."""
-    from everalign.learning.learner import Learner
-    from everalign.learning.promotion import exclusive_run
-
-    if resume and recipe.tasks is None and (Path(recipe.output or "") / "run.json").exists():
-        raise nothing_left(recipe)
-    arguments = recipe.learner_arguments()
-    with exclusive_run(Path(arguments["output"])):
-        tasks = load_tasks(recipe)
-        display.log("data")
-        for name, train, test in tasks:
-            held_out = "no held-out rows, so it is not scored" if test is None else f"{len(test)} held out"
-            display.log(f"  {name}: {len(train)} rows to learn, {held_out}")
-            for rows in (train, test):
-                if rows is not None:
-                    report_unused(rows)
-        learner = Learner(**arguments, resume=resume, log=display.log, progress=display.progress)
-        write_recipe(learner.run.path, recipe)
-        try:
-            learner.learn_all(tasks)
-        except GateRefusedError as refusal:
-            return learner.run, refusal
-        return learner.run, None
+def _load(recipe: Recipe, display: Display) -> list[LoadedTask]:
+    tasks = load_tasks(recipe)
+    display.log("data")
+    for name, train, test in tasks:
+        held_out = "no held-out rows, so it is not scored" if test is None else f"{len(test)} held out"
+        display.log(f"  {name}: {len(train)} rows to learn, {held_out}")
+        for rows in (train, test):
+            if rows is not None:
+                report_unused(rows)
+    return tasks
 
 
 def _learn_feedback(
-    store: str, given: dict[str, Any], recipe: Recipe, display: Display
+    store: str | None, flags: dict[str, Any], has_tasks: bool, recipe: Recipe, display: Display
 ) -> tuple["RunData", GateRefusedError | None]:
     """Learns feedback as the next task of the run in the output, or the first of a new one.
 
     Such a run starts from the corrector in service: its promoted version, or for a new run the model that is named.
     """
+    given = {name: value for name, value in flags.items() if value is not None}
+    if store is None:
+        name = next(iter(given)).replace("_", "-")
+        raise InputError(f"--{name}: is for feedback; name its store with --from-feedback", field=name)
+    if has_tasks:
+        raise InputError("--task: what is learned from feedback is the only task; leave --task out")
+    if recipe.tasks:
+        raise InputError("tasks: what is learned from feedback is the only task; leave them out of the recipe")
     from everalign.correction.corrector_files import FACTS_FILE, is_corrector
     from everalign.learning.learner import Learner
     from everalign.learning.promotion import exclusive_run
@@ -151,8 +154,6 @@ def _learn_feedback(
     from everalign.serving.feedback.task import NextTaskOptions
     from everalign.serving.store import FeedbackStore
 
-    if recipe.tasks:
-        raise InputError("tasks: what is learned from feedback is the only task; leave them out of the recipe")
     check_is_there(store)
     options = NextTaskOptions.from_flags(given)
     # Unfinished tasks of the run's own wait for a command that names them, or says --resume alone.
