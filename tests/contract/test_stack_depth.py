@@ -9,7 +9,7 @@ from everalign.training import preference_objectives
 
 PACKAGE = Path(everalign.__file__).parent
 # Of these, from `train_task` to the loss: train_task, train_stage, training_step, compute_loss, loss, fpo_loss.
-TRAINING, DEEPEST = 6, 11
+TRAINING, DEEPEST = 6, 10
 
 
 def own_frames() -> list[str]:

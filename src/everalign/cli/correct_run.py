@@ -94,7 +94,7 @@ def run(
         "strength": strength or None,
     }
     started = time.perf_counter()
-    # Before anything is loaded: a second process is told at once.
+    # Locked before anything is loaded, so that a second process fails at once.
     with resumable(), Display() as display, exclusive(lock_of(output)):
         rows = load_uncorrected(data, skip_bad_rows=skip_bad_rows)
         report_unused(rows)
@@ -150,19 +150,19 @@ def _facts(done: "CorrectionRun", seconds: float) -> dict[str, Any]:
 
 
 def make_approver(name: str | None, margin: float | None) -> "Approver | None":
-    """Return who approves of corrections: a scorer of that name, or nobody.
+    """Returns the scorer that approves of corrections; None without a name.
 
-    A judge's key comes from APPROVER_API_KEY: what opens another server is not for its eyes.
+    A judge's key comes from APPROVER_API_KEY, because no server is sent another one's key.
 
     Raises:
-        InputError: there is no such scorer, or a margin that nobody would heed.
+        InputError: there is no such scorer, or the margin would be ignored.
     """
-    from everalign.evaluation.pairwise import ScorerApprover
-
     if name is None:
         if margin is not None:
             raise InputError("margin: is for a scorer; name one with --approve, or leave it out")
         return None
+    from everalign.evaluation.pairwise import ScorerApprover
+
     if "://" in name:
         from everalign.evaluation.judge import JudgeScorer
 
@@ -173,7 +173,7 @@ def make_approver(name: str | None, margin: float | None) -> "Approver | None":
 
 
 def _key(variable: str) -> str:
-    """The key of one server, which no other one is sent."""
+    """The key of one server."""
     from everalign.llm_client import checked_key
 
     return checked_key(os.environ.get(variable, ""), variable)
@@ -187,7 +187,7 @@ def load_corrector(
     objectives: tuple[str, ...] | None = None,
     options: "CorrectionOptions | None" = None,
 ) -> "Corrector":
-    """Return the corrector of a name.
+    """Loads the corrector of a name.
 
     Args:
         name: a folder, or URL#MODEL; the server's key comes from CORRECTOR_API_KEY.
@@ -270,7 +270,7 @@ def evaluate(
     with resumable() if cache else nullcontext(), Display() as display:
         rows = load_answers(data, skip_bad_rows=skip_bad_rows)
         report_unused(rows)
-        # Corrections are kept whoever rates them; verdicts are a judge's alone.
+        # The cache keeps corrections for any scorer, and verdicts of a judge.
         verdicts = cache if scorer is not None and "://" in scorer else None
         judge = JudgeOptions(judge_instructions, verdicts, concurrency, requests_per_minute, timeout)
         if scorer is None and judge.given:

@@ -152,7 +152,7 @@ def score(
         from everalign.storage import exclusive, lock_of
 
         judge = JudgeOptions(judge_instructions, cache, concurrency, requests_per_minute, timeout)
-        # Before anything is loaded: a second process is told at once.
+        # Locked before anything is loaded, so that a second process fails at once.
         with Display() as display, exclusive(lock_of(Path(output))):
             rows = load_unscored(data, overwrite=overwrite)
             display.log(f"{len(rows)} rows to score")

@@ -36,7 +36,7 @@ EPILOG = (
     "APPROVER_API_KEY: no server is sent another one's key"
 )
 
-_KEYLESS = "without keys whoever reaches this port is served, and uses the upstream's key; set EVERALIGN_API_KEYS"
+_KEYLESS = "without keys every client of this port is served with the upstream's key; set EVERALIGN_API_KEYS"
 _LOCAL = "without keys only this machine is served; set EVERALIGN_API_KEYS before you put a proxy in front"
 
 # A server computes by itself what comes at once; the model in this process has all its cores for one batch.
@@ -179,8 +179,8 @@ def serve(
     with bound_socket(host, port) as listening:
         opened = _open_store(store, redact, retention_days, settings.timeouts.store)
         local = {"device": device, "precision": precision}
-        approval = make_approval(approve, margin)
-        corrections, reloader = _corrections(corrector, template, gate, approval, local, settings, on_rollback)
+        approver = make_approver(approve, margin)
+        corrections, reloader = _corrections(corrector, template, gate, approver, local, settings, on_rollback)
         from everalign.serving.app import create_app
         from everalign.serving.telemetry import write_access_log
 
@@ -205,11 +205,6 @@ def _refuse(flags: dict[str, Any], why: str) -> None:
             raise InputError(f"--{name}: {why}", field=name)
 
 
-def make_approval(approve: str | None, margin: float | None) -> Any:
-    """Return who approves of corrections; nothing is loaded where nobody does."""
-    return None if approve is None and margin is None else make_approver(approve, margin)
-
-
 def _open_store(url: str | None, redact: str | None, retention_days: int | None, wait: float) -> "FeedbackStore | None":
     if url is None:
         return None
@@ -230,7 +225,7 @@ def _corrections(
     settings: "GatewaySettings",
     on_rollback: str | None,
 ) -> tuple["CorrectionService | None", "CorrectorReloader | None"]:
-    """Return the corrector in service, None for feedback alone; and the run that its versions come from, if any."""
+    """Loads the corrector to serve, None for feedback alone; and the reloader of a run's versions, if it is a run."""
     if name is None:
         return None, None
     from everalign.correction import CorrectionOptions

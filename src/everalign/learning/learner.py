@@ -1,4 +1,4 @@
-"""The line of versions that a learner goes on from: the current one and its parents."""
+"""The learner: a loop over preference tasks that trains, evaluates, gates and writes versions into a run directory."""
 
 import copy
 import sys
@@ -11,11 +11,17 @@ from everalign.correction.objective import Rewritten
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
-from everalign.learning.context import Log, Progress, RunContext, make_context
+from everalign.learning.context import Log, Progress, make_context
 from everalign.learning.evaluation_suite import EvaluationSuite
 from everalign.learning.export import export_adapter, export_version
 from everalign.learning.generated_corrections import compare_written, write_corrections
-from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
+from everalign.learning.options import (
+    DEFAULT_OBJECTIVE,
+    AdapterOptions,
+    CorrectionTaskOptions,
+    RolloutOptions,
+    TrainingOptions,
+)
 from everalign.learning.promotion import (
     Rollback,
     announcement,
@@ -38,66 +44,18 @@ from everalign.training.objectives import reads
 from everalign.training.options import WeightOptions
 
 
-class Lineage:
-    """What a learner has in memory of its run's line; begins the run, or takes up what its current version had learned.
-
-    Args:
-        setup: the learner's parts.
-        run: where versions are.
-
-    Attributes:
-        versions: the line's versions by task, oldest first.
-
-    Raises:
-        InputError: the run was begun with other settings, or a file of its current version is missing or changed.
-    """
-
-    def __init__(self, setup: RunContext, run: RunDirectory) -> None:
-        self._setup, self._run = setup, run
-        self._at_first = copy.deepcopy(setup.method.state_dict())
-        self.versions: dict[str, str] = {}
-        if not run.exists:
-            run.begin(setup.to_dict())
-            return
-        found = run.data
-        run.check_same(setup.to_dict())
-        run.finish_promotion(found)
-        self.restore()
-
-    @property
-    def head(self) -> str:
-        """The version that learning goes on from; "000" for the base model."""
-        return [BASE, *self.versions.values()][-1]
-
-    def restore(self) -> None:
-        """Bring policy and method to where the version left them that is current on disk."""
-        found = self._run.data
-        self._run.restore(found.head, self._setup.policy, self._setup.method, self._setup.seed, self._at_first)
-        self.versions = {version.task: version.id for version in found.versions}
-
-    def check_up_to_date(self) -> None:
-        """Refuse to go on where another learner, or a rollback, has changed the line on disk."""
-        if [version.id for version in self._run.data.versions] != list(self.versions.values()):
-            raise InputError(f"{self._run.path} was continued by another learner: open it again, with resume")
-
-
 def _print(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
-
-
-def _has_chats(rows: AnySet) -> bool:
-    """Whether prompts are chats, whose answers end as the template ends turns."""
-    return any(not isinstance(getattr(row, "prompt", ""), str) for row in rows)
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass
 
 
 class Learner:
     """Learns preference tasks one after another into a run directory.
 
-    Sets the process up for training (`everalign.modeling.runtime.prepare_process`).
+    The constructor loads the model and runs it: it sets the process up for training
+    (`everalign.modeling.runtime.prepare_process`), rehearses a step on the model's layers, and makes two probes with
+    random tokens, whether a prompt can be computed once for all its answers and whether the head can be called apart.
+    A run to continue is read and its current version loaded; the first task encodes and scores its held-out rows
+    with the base model.
 
     Args:
         model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`.
@@ -111,20 +69,20 @@ class Learner:
         training: how every task is trained.
         adapter: shape of the adapter.
         weighting: how rewards become weights, for `var`, and targets, for `snkl`.
-        reward: who gives rewards to answers that have none: a reward model's folder, `module:function`, a judge's
+        reward: scorer for answers without rewards: a reward model's folder, `module:function`, a judge's
             `URL#MODEL`, or a scorer. Tasks may then be preferences, whose answers are scored, or prompts alone.
         rollouts: how answers are sampled to prompts alone.
         correction: how corrections are learned, for `correction`.
         gate: how far the held-out accuracy of a learned task, or of the new one, may fall for a task to be promoted, as
             a share: 0.02 for two points. Held-out rows have to show it, beyond doubt (see `learning.promotion`);
             of a corrector also by the corrections that it writes. With None every task is promoted.
-        gate_scorer: whom the gate asks, too, whether a corrector's corrections got better; named as `reward` is.
+        gate_scorer: scorer that the gate also asks whether a corrector's corrections got better; named as `reward` is.
         seed: seeds everything random.
         resume: continue the run that `output` holds: finished tasks are taken as they are, and one that was
-            interrupted goes on from its newest checkpoint. A run with other settings is refused.
+            interrupted continues from its newest checkpoint. A run with other settings is refused.
         allow_overlap: let pairs occur in training and test data.
         sample_answers: held-out prompts of each task that the policy answers, greedily, before the first task and after
-            each; the report shows the answers. Those of a run that goes on are the prompts it was begun with.
+            each; the report shows the answers. A continued run keeps the prompts that it was begun with.
         cache: folder for encoded rows and reference log-probabilities, which runs may share; in `output` when None.
         log: called with one line for each thing that happens; standard error when None.
         progress: called with (stage, steps done, steps in all).
@@ -137,7 +95,7 @@ class Learner:
         self,
         model: str,
         method: Method | None = None,
-        objective: str = "fpo",
+        objective: str = DEFAULT_OBJECTIVE,
         output: str | Path = "runs/everalign",
         *,
         base_adapter: str | Path | None = None,
@@ -155,7 +113,7 @@ class Learner:
         sample_answers: int = 0,
         cache: str | Path | None = None,
         log: Log = _print,
-        progress: Progress = _silent,
+        progress: Progress = lambda stage, done, total: None,
     ) -> None:
         if weighting is not None and not reads(objective, "weighting"):
             raise InputError(f"weighting is for rewards, and the objective {objective} has none: leave it out")
@@ -165,7 +123,7 @@ class Learner:
             raise InputError(
                 "gate_scorer rates what a corrector writes for a gate: give gate, and objective correction"
             )
-        self._gate = gate
+        self.gate = gate
         self._gate_scorer = make_scorer(gate_scorer) if isinstance(gate_scorer, str) else gate_scorer
         self._run = RunDirectory(Path(output))
         with self._run.exclusive():
@@ -190,25 +148,30 @@ class Learner:
         with self._run.exclusive():
             # Again: loading a model takes long, and another process may have begun a run here meanwhile.
             self._run.check_usable(resume)
-            self._line = Lineage(self._setup, self._run)
+            self._at_first = copy.deepcopy(method.state_dict())
+            self._lineage: dict[str, str] = {}
+            if self._run.exists:
+                found = self._run.data
+                self._run.check_same(self._setup.to_dict())
+                self._run.finish_promotion(found)
+                self._restore()
+            else:
+                self._run.begin(self._setup.to_dict())
         self._tests = EvaluationSuite(self._setup, self._run, allow_overlap, sample_answers)
         self._learning = False
 
     # ---- learning ----
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Keep other processes from writing into the run for the while; `learn` and `rollback` do so by themselves.
+        """Context manager that keeps other processes from writing into the run; `learn` and `rollback` use it.
 
         Raises:
-            InputError: another one is at it.
+            InputError: another process is writing into it.
         """
         return self._run.exclusive()
 
-    def _as_tests(self, rows: Rows) -> AnySet:
-        return self._setup.objective.held_out(as_set(rows), self._setup.log)
-
     def learn(self, rows: Rows, name: str, test: Rows | None = None) -> dict[str, PreferenceScore]:
-        """Learn one task, score the policy on every known test set, and write a version.
+        """Learns one task, scores the policy on every known test set, and writes a version.
 
         Args:
             rows: the task's training rows: preferences, scored rows for the objectives `var` and `snkl`, or corrections
@@ -224,80 +187,17 @@ class Learner:
             InputError: the name is taken by other rows, the task has no rows, or it mixes training and test rows.
             GateRefusedError: accuracies fell; or, as NotEnoughEvidenceError, nothing shows that none did. The version
                 stays on disk, and the learner is as it was before the task.
-            EveralignError: training diverged, or an earlier call was broken off in the middle.
+            EveralignError: training diverged, or an earlier call was interrupted.
         """
         with self._run.exclusive():
-            return self._learn_one(as_set(rows), name, None if test is None else self._as_tests(test))
-
-    def _learn_one(
-        self, rows: AnySet, name: str, test: AnySet | None, prepared: PreparedRows | None = None
-    ) -> dict[str, PreferenceScore]:
-        """Learn one task under the run's lock; `prepared` are its rows where they were prepared before."""
-        self._line.check_up_to_date()
-        self._tests.check([(name, rows, test)])
-        learned = name in self._line.versions
-        if learned:
-            self._check_same_rows(rows, name)
-        elif prepared is None:
-            prepared = prepare_rows(self._setup, rows)
-        if test is not None:
-            self.register_test(name, test)
-        self._tests.trained_on(rows)
-        if learned or prepared is None:
-            done = next(version for version in self.run.versions if version.task == name)
-            return {task: PreferenceScore(**score.model_dump()) for task, score in done.scores.items()}
-        self._tests.restore()
-        self._check_whole()
-        self._learning = True
-        index = len(self._line.versions) + 1
-        for line in (f"task {index}: {name}", *prepared.lines):
-            self._setup.log(line)
-        number = max((version.manifest.index for version in self.run.all_versions), default=0) + 1
-        version = version_name(number, name)
-        task = Task(name, prepared.rows, index, task_seed(self._setup.seed, index))
-        guarded = [] if self._gate is None else [*self._line.versions, name]
-        outcomes, written, previous = self._tests.outcomes(guarded), self._written(guarded), self.policy.total()
-        self.method.begin_task(self.policy, task)
-        result = train_task(self._setup, task, prepared, self._run.work(version))
-        before = self._tests.scores(previous) if self.method.consolidates else None
-        records = self.method.end_task(self.policy, result.task)
-        scores = self._tests.scores(previous)
-        verdict = self._verdict(outcomes, scores, written, self._written(guarded))
-        manifest = {
-            "index": number,
-            "name": name,
-            "parent": BASE if self.method.regime == "separate" else self._line.head,
-            "train": data_facts(prepared.given),
-            "test": self._tests.facts(name),
-            "chats": _has_chats(prepared.given),
-            "weights": result.weights,
-            "rollouts": result.rollouts,
-            "gate": None if verdict is None else verdict.model_dump(mode="json"),
-            "seed": task.seed,
-            "stages": [report.to_dict() for report in result.reports],
-            "warnings": list(result.warnings),
-            "replay_ids": [] if self.method.buffer is None else self.method.buffer.ids(),
-        }
-        answers = self._tests.answers()
-        self._run.write_version(
-            version, manifest, self.policy, self.method, result.reports, records, scores, before, answers
-        )
-        promoted = verdict is None or verdict.promoted
-        if promoted:
-            self._line.versions[name] = version
-        else:
-            self._return_to_current()
-        self._learning = False
-        if verdict is not None and not promoted:
-            raise refusal(version, verdict, self._line.head)
-        return scores
+            return self._learn(as_set(rows), name, None if test is None else self._as_test(test))
 
     def learn_all(self, tasks: Sequence[tuple[str, Rows, Rows | None]]) -> None:
-        """Learn (name, rows, test) tasks in order; every test set is scored from the start, also before its turn.
+        """Learns (name, rows, test) tasks in order; every test set is scored from the start, also before its turn.
 
-        A joint method learns them all at once. A task that the gate refuses ends it: those behind are not learned.
+        A joint method learns them all at once. A task that the gate refuses ends it: later ones are not learned.
         """
-        sets = [(name, as_set(rows), None if test is None else self._as_tests(test)) for name, rows, test in tasks]
+        sets = [(name, as_set(rows), None if test is None else self._as_test(test)) for name, rows, test in tasks]
         with self._run.exclusive():
             self._tests.check(sets)
             if self._setup.rollouts != RolloutOptions() and not any(rows.prompts_alone for _, rows, _ in sets):
@@ -305,68 +205,134 @@ class Learner:
             for name, _, test in sets:
                 if test is not None:
                     self.register_test(name, test)
-            if self.method.regime == "joint":
-                # WeightedRows task by task before they are pooled: rewards of different tasks have no common scale.
-                prepared = [(name, prepare_rows(self._setup, rows)) for name, rows, _ in sets]
-                if any(rows.to_sample for _, rows in prepared):
-                    raise InputError(f"{self.method.name} pools rows, not prompts: learn the tasks one after another")
-                weighed = [(name, rows.rows) for name, rows in prepared]
-                for name, rows in self.method.pool(weighed):
-                    self._learn_one(rows, name, None)
-                return
-            # All that are still to be learned, before the first of them is.
-            new = {name: prepare_rows(self._setup, rows) for name, rows, _ in sets if name not in self._line.versions}
-            for name, rows in self.method.pool([(name, rows) for name, rows, _ in sets]):
-                self._learn_one(rows, name, None, new.get(name))
+            joint = self.method.regime == "joint"
+            # All that are still to be learned, before the first of them is. Rewards of different tasks have no common
+            # scale, so that rows are weighted task by task before a joint method pools them.
+            ahead = [(name, rows) for name, rows, _ in sets if joint or name not in self._lineage]
+            new = {name: prepare_rows(self._setup, rows) for name, rows in ahead}
+            if joint and any(prepared.to_sample for prepared in new.values()):
+                raise InputError(f"{self.method.name} pools rows, not prompts: learn the tasks one after another")
+            pooled = [(name, new[name].rows if joint else rows) for name, rows, _ in sets]
+            for name, rows in self.method.pool(pooled):
+                self._learn(rows, name, None, None if joint else new.get(name))
 
     def register_test(self, name: str, test: Rows) -> None:
-        """Make a task's held-out pairs known and score the base model on them (the zero-shot row).
+        """Registers a task's held-out rows and scores the base model on them (the zero-shot row).
 
         Raises:
             InputError: the run knows other test rows of this task, or rows that were trained on are among them.
         """
         with self._run.exclusive():
-            self._tests.register(name, self._as_tests(test), self._line.versions)
+            self._tests.register(name, self._as_test(test), self._lineage)
 
-    def _check_same_rows(self, rows: AnySet, name: str) -> None:
-        """Refuse other rows for a task that was learned already."""
+    def _as_test(self, rows: Rows) -> AnySet:
+        return self._setup.objective.held_out(as_set(rows), self._setup.log)
+
+    def _learn(
+        self, rows: AnySet, name: str, test: AnySet | None, prepared: PreparedRows | None = None
+    ) -> dict[str, PreferenceScore]:
+        """Learns one task with the run's lock held; `prepared` are its rows where they are prepared already."""
+        setup, tests, method = self._setup, self._tests, self.method
+        self._check_up_to_date()
+        tests.check([(name, rows, test)])
+        if name in self._lineage:
+            return self._already_learned(rows, name, test)
+        prepared = prepare_rows(setup, rows) if prepared is None else prepared
+        if test is not None:
+            self.register_test(name, test)
+        tests.restore()
+        tests.trained_on(rows)
+        self._check_whole()
+        self._learning = True
+
+        index = len(self._lineage) + 1
+        setup.log(f"task {index}: {name}")
+        for line in prepared.lines:
+            setup.log(line)
+        number = max((version.manifest.index for version in self.run.all_versions), default=0) + 1
+        version = version_name(number, name)
+        guarded = [] if self.gate is None else [*self._lineage, name]
+        scores_before, written_before = tests.outcomes(guarded), write_corrections(setup, tests.rows(guarded))
+        previous = self.policy.total()
+        task = Task(name, prepared.rows, index, task_seed(setup.seed, index))
+        method.begin_task(self.policy, task)
+        result = train_task(setup, task, prepared, self._run.work(version))
+        before_consolidation = tests.scores(previous) if method.consolidates else None
+        records = method.end_task(self.policy, result.task)
+        scores = tests.scores(previous)
+        verdict = None
+        if self.gate is not None:
+            verdict = self._verdict(
+                scores_before, scores, written_before, write_corrections(setup, tests.rows(guarded))
+            )
+        manifest = {
+            "index": number,
+            "name": name,
+            "parent": BASE if method.regime == "separate" else self._head,
+            "train": data_facts(prepared.given),
+            "test": tests.facts(name),
+            # Answers to chats end as the template ends turns.
+            "chats": any(not isinstance(getattr(row, "prompt", ""), str) for row in prepared.given),
+            "weights": result.weights,
+            "rollouts": result.rollouts,
+            "gate": None if verdict is None else verdict.model_dump(mode="json"),
+            "seed": task.seed,
+            "stages": [report.to_dict() for report in result.reports],
+            "warnings": list(result.warnings),
+            "replay_ids": [] if method.buffer is None else method.buffer.ids(),
+        }
+        self._run.write_version(
+            *(version, manifest, self.policy, method, result.reports, records),
+            *(scores, before_consolidation, tests.answers()),
+        )
+        refused = verdict is not None and not verdict.promoted
+        if refused:
+            self._return_to_current()
+        else:
+            self._lineage[name] = version
+        self._learning = False
+        if verdict is not None and refused:
+            raise refusal(version, verdict, self._head)
+        return scores
+
+    def _already_learned(self, rows: AnySet, name: str, test: AnySet | None) -> dict[str, PreferenceScore]:
         done = next(version for version in self.run.versions if version.task == name)
         if done.manifest.train.fingerprint != rows.fingerprint:
             raise InputError(f"task {name!r} was learned from other rows already: give this task another name")
-        self._setup.log(f"task {[*self._line.versions].index(name) + 1}: {name} (learned already)")
-
-    def _written(self, tasks: Sequence[str]) -> dict[str, Rewritten]:
-        """What a corrector's policy writes for the tasks' held-out rows; nothing of other policies."""
-        return write_corrections(self._setup, self._tests.rows(tasks))
+        self._setup.log(f"task {[*self._lineage].index(name) + 1}: {name} (learned already)")
+        if test is not None:
+            self.register_test(name, test)
+        self._tests.trained_on(rows)
+        return {task: PreferenceScore(**score.model_dump()) for task, score in done.scores.items()}
 
     def _verdict(
         self,
         before: Mapping[str, PreferenceScore],
         after: Mapping[str, PreferenceScore],
+        written_before: Mapping[str, Rewritten],
         written: Mapping[str, Rewritten],
-        written_now: Mapping[str, Rewritten],
-    ) -> Verdict | None:
-        if self._gate is None:
-            return None
+    ) -> Verdict:
+        """The gate's verdict by held-out accuracies and, of a corrector, by what it writes."""
         compared = {
             task: compare_shares(score.outcomes, after[task].outcomes)
             for task, score in before.items()
             if score.outcomes
         }
-        for task, now in written_now.items():
-            self._setup.log(f"  {task}: {now.one_line}; before, {written[task].one_line}")
-        compared |= compare_written(written, written_now, self._gate_scorer)
-        same = all(score.margin == after[task].margin for task, score in before.items())
-        if written:
-            same = all(written[task].texts == now.texts for task, now in written_now.items())
-        verdict = judge(self._gate, compared, bool(compared) and same)
+        for task, now in written.items():
+            self._setup.log(f"  {task}: {now.one_line}; before, {written_before[task].one_line}")
+        compared |= compare_written(written_before, written, self._gate_scorer)
+        if written_before:
+            same = all(written_before[task].texts == now.texts for task, now in written.items())
+        else:
+            same = all(score.margin == after[task].margin for task, score in before.items())
+        verdict = judge(float(self.gate or 0.0), compared, bool(compared) and same)
         self._setup.log(f"  {announcement(verdict)}")
         return verdict
 
     # ---- going back ----
 
     def rollback(self, version: str | None = None, force: bool = False) -> Rollback:
-        """Make an earlier version current, or one that was rolled back, and go on learning from there.
+        """Makes an earlier version current, or one that was rolled back, and continues learning from there.
 
         Args:
             version: its folder's name or number, "000" for the base model; the current version's parent when None.
@@ -377,28 +343,37 @@ class Learner:
                 not build on each other.
         """
         with self._run.exclusive():
-            self._line.check_up_to_date()
+            self._check_up_to_date()
             self._check_whole()
             done = roll_back(self.run, version, force)
             self._return_to_current()
         return done
 
+    @property
+    def _head(self) -> str:
+        """The version that learning continues from; "000" for the base model."""
+        return [BASE, *self._lineage.values()][-1]
+
+    def _restore(self) -> None:
+        """Loads the version that is current on disk; `_lineage` is it with its parents, by task, oldest first."""
+        found = self._run.data
+        self._run.restore(found.head, self._setup.policy, self._setup.method, self._setup.seed, self._at_first)
+        self._lineage = {version.task: version.id for version in found.versions}
+
     def _return_to_current(self) -> None:
-        self._line.restore()
+        self._restore()
         self._tests.forget_trained({version.manifest.train.fingerprint for version in self.run.versions})
+
+    def _check_up_to_date(self) -> None:
+        """Refuses to continue where another learner, or a rollback, has changed the lineage on disk."""
+        if [version.id for version in self.run.versions] != list(self._lineage.values()):
+            raise InputError(f"{self._run.path} was continued by another learner: open it again, with resume")
 
     def _check_whole(self) -> None:
         if self._learning:
-            raise EveralignError(
-                "a task was broken off in the middle: continue with a new learner that resumes the run"
-            )
+            raise EveralignError("a task was interrupted: continue with a new learner that resumes the run")
 
-    # ---- what came of it ----
-
-    @property
-    def gate(self) -> float | None:
-        """How far a held-out accuracy may fall; None for as far as it likes."""
-        return self._gate
+    # ---- results ----
 
     @property
     def starts_from_corrector(self) -> bool:
@@ -407,7 +382,7 @@ class Learner:
 
     @property
     def run(self) -> RunData:
-        """The run directory as it is on disk; what has not changed since it was read last is not read again."""
+        """The run directory as it is on disk; only files that another process or a new version changed are read."""
         return self._run.data
 
     @property
@@ -416,23 +391,23 @@ class Learner:
         return self.run.scores("accuracy")
 
     def export(self, folder: str | Path, version: str | None = None, dtype: OutputDtype = "auto") -> Path:
-        """Write a version merged into the base model, in fp32, checked against the adapter's logits, and rounded once.
+        """Writes a version merged into the base model, in fp32, checked against the adapter's logits, and rounded once.
 
-        What has learned corrections becomes a corrector's folder, which `Corrector.from_pretrained` loads.
+        A run that learned corrections gives a corrector's folder, which `Corrector.from_pretrained` loads.
 
         Args:
             folder: must not exist yet.
-            version: one of the run's line; the current one when None.
+            version: one of the lineage; the current one when None.
             dtype: of the weights: `fp32`, `bf16`, `fp16`, or the base model's own with `auto`.
 
         Raises:
-            InputError: nothing was learned yet, the folder exists, or the line has no such version.
+            InputError: nothing was learned yet, the folder exists, or the lineage has no such version.
             EveralignError: the merged model's logits differ from the adapter's.
         """
         return export_version(self.run, Path(folder), version, self._setup.model_name, self.tokenizer, dtype).folder
 
     def export_adapter(self, folder: str | Path, version: str | None = None, dtype: OutputDtype = "auto") -> Path:
-        """Write a version's adapter alone, in PEFT's format, with its tokenizer and a model card.
+        """Writes a version's adapter alone, in PEFT's format, with its tokenizer and a model card.
 
         Arguments and errors as in `export`; with `auto` it stays in fp32.
         """

@@ -501,7 +501,7 @@ _LOADERS: dict[str, tuple[Callable[..., RowSet[Any]], Callable[..., RowSet[Any]]
 
 
 def _load_unrewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
-    """Read rows that somebody gives rewards to: answers, pairs or prompts alone; rows that have rewards keep them."""
+    """Reads rows for a scorer: answers, pairs or prompts alone; rows that have rewards keep them."""
     first = first_columns(source, "train", ("completions", "chosen", "rejected", "rewards"))
     if "rewards" in first:
         return load_scored(source, skip_bad_rows=skip_bad_rows)

@@ -71,7 +71,7 @@ class ScoresFile(_Record):
 
 
 class ZeroShotFile(ScoresFile):
-    """zero_shot.json: the base model's scores, and the test sets that a run goes on with."""
+    """zero_shot.json: the base model's scores, and the test sets of the run."""
 
     tests: dict[str, DataSource]
 
