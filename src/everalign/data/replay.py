@@ -12,7 +12,7 @@ from everalign.data.records import Correction, Preference, Scored
 from everalign.errors import InputError
 
 AnyRow = Preference | Scored | Correction
-# What tells the kinds apart on disk; what has none of these columns is a preference.
+# Columns that tell the kinds apart on disk; a row with none of them is a preference.
 _KINDS: dict[str, type[Scored] | type[Correction]] = {"completions": Scored, "correction": Correction}
 
 
@@ -67,9 +67,21 @@ class ReplayBuffer:
 
     @classmethod
     def from_jsonl(cls, path: str | Path, capacity: int = 3000) -> "ReplayBuffer":
-        """Reads what `to_jsonl` wrote; above `capacity` the oldest rows are dropped, as ever."""
+        """Reads what `to_jsonl` wrote; above `capacity` the oldest rows are dropped.
+
+        Raises:
+            InputError: a line is no row of a replay buffer; names the file and the line.
+        """
         buffer = cls(capacity)
-        buffer._extend(_entry(where, value) for where, value in jsonl_rows(Path(path)))
+        for where, value in jsonl_rows(Path(path)):
+            if isinstance(value, InputError):
+                raise value
+            columns = value if isinstance(value, dict) else {}
+            kind = next((kind for column, kind in _KINDS.items() if column in columns), Preference)
+            row, task = kind.from_json(value, where), columns.get("task")
+            if not isinstance(task, str):
+                raise InputError(f"{where}: field 'task': must be the task's name; the file is no replay buffer")
+            buffer._extend([(task, row)])
         return buffer
 
     def _extend(self, entries: Iterable[tuple[str, AnyRow]]) -> None:
@@ -79,15 +91,3 @@ class ReplayBuffer:
 
     def __len__(self) -> int:
         return len(self._entries)
-
-
-def _entry(where: str, value: object) -> tuple[str, AnyRow]:
-    if isinstance(value, InputError):
-        raise value
-    columns = value if isinstance(value, dict) else {}
-    kind = next((kind for column, kind in _KINDS.items() if column in columns), Preference)
-    row = kind.from_json(value, where)
-    task = value.get("task") if isinstance(value, dict) else None
-    if not isinstance(task, str):
-        raise InputError(f"{where}: field 'task': must be the task's name; the file is no replay buffer")
-    return task, row
