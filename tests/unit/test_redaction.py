@@ -92,6 +92,11 @@ def test_every_text_of_an_exchange_is_redacted_and_nothing_else():
     assert (found.id, found.returned, found.usage) == (given.id, given.returned, given.usage)
 
 
+def test_a_redaction_may_be_any_function_of_text():
+    found = redact_exchange(exchange(original="no", returned="yes"), str.upper)
+    assert (found.original, found.returned, found.messages[0]["role"]) == ("NO", "YES", "user")
+
+
 def test_users_with_personal_names_stay_different_ones():
     ann, bob = (redact_feedback(feedback(user=f"{name}@example.org"), Redaction()) for name in ("ann", "bob"))
     assert ann.user != bob.user
