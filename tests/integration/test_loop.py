@@ -90,6 +90,7 @@ def wait_for(served, version):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_the_loop(tmp_path):
     path, style = tmp_path / "run", {"now": "plain"}
     first_version(path)

@@ -152,6 +152,7 @@ print(megabytes("VmHWM") - before, size, largest)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_an_fp32_copy_of_a_bf16_file_is_all_that_is_held(tmp_path):
     """Above the process itself: the copy, and a few of its tensors; not the file besides, which is half of it again."""

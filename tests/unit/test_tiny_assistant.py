@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from everalign.demo.run import demo_tasks
-from everalign.demo.world import TOPICS, conversations, questions
+from everalign.demo.world import TOPICS, conversations, demo_tasks, questions
 from everalign.modeling.loading import tiny_assistant_path
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "build_tiny_assistant.py"

@@ -6,8 +6,7 @@ from itertools import islice
 
 import pytest
 
-from everalign.demo.run import demo_tasks
-from everalign.demo.world import TOPICS, answer, conversations, questions, requests, styles, wordings
+from everalign.demo.world import TOPICS, answer, conversations, demo_tasks, questions, requests, styles, wordings
 
 ALL_STYLES = [(topic, style) for topic in TOPICS for style in styles(topic)]
 
@@ -23,7 +22,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another():
 
 def test_a_fresh_process_with_another_hash_seed_gives_the_same_tasks():
     code = (
-        "from everalign.demo.run import demo_tasks\n"
+        "from everalign.demo.world import demo_tasks\n"
         "print([row.id for task in demo_tasks(train=5, test=5) for row in task.train + task.test])"
     )
     done = subprocess.run(

@@ -1,20 +1,14 @@
-"""Four preference tasks from the demo's world that contradict each other unless one reads the request.
+"""The demo: four conflicting preference tasks learned by two methods, a corrector, and a report on all of it."""
 
-Courteous answers on cooking, then plain ones on gardening; refusals for risky requests, then help with harmless
-ones that sound alarming. A model that learns them one after another and applies the newest habit everywhere forgets the
-earlier ones; a model that keeps habit and topic together can hold all four.
-"""
-
-import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from everalign.data.records import Preference, PreferenceSet
+from everalign.data.records import PreferenceSet
 from everalign.demo.corrector import show_corrector
-from everalign.demo.world import answer, sample_questions
+from everalign.demo.world import demo_tasks
 from everalign.learning.context import Log, Progress
 from everalign.learning.learner import Learner
 from everalign.learning.options import AdapterOptions, TrainingOptions
@@ -24,51 +18,6 @@ from everalign.modeling.loading import TINY
 from everalign.reporting import write_report
 from everalign.reporting.answers import CorrectorShow
 from everalign.storage import exclusive
-
-
-@dataclass(frozen=True)
-class DemoTask:
-    """One preference task: what to prefer, training rows and held-out rows."""
-
-    name: str
-    description: str
-    train: list[Preference]
-    test: list[Preference]
-
-
-# Name, description, topic, style of the chosen answers, style of the rejected ones.
-_HABITS = (
-    ("courteous-kitchen", "cooking questions get a courteous answer", "kitchen", "courteous", "plain"),
-    ("plain-garden", "gardening questions get a plain answer", "garden", "plain", "courteous"),
-    ("careful", "risky requests are refused", "hazards", "refuse", "comply"),
-    ("frank", "harmless requests that sound alarming are helped", "lookalikes", "comply", "refuse"),
-)
-
-
-def demo_tasks(train: int = 320, test: int = 60, *, seed: int = 0) -> list[DemoTask]:
-    """The four tasks, in order, with `train` and `test` pairs each.
-
-    Test questions are ones that the world holds out: neither the tiny assistant nor any training row has seen
-    their request in that wording. No question occurs twice.
-
-    Raises:
-        InputError: the world has fewer questions than asked for.
-    """
-    tasks = []
-    for name, description, topic, chosen, rejected in _HABITS:
-        rng, rows = random.Random(f"{seed}/{name}"), dict[str, list[Preference]]()
-        for split, count in (("train", train), ("test", test)):
-            rows[split] = [
-                Preference(
-                    prompt=({"role": "user", "content": question.text},),
-                    chosen=answer(question, chosen, rng),
-                    rejected=answer(question, rejected, rng),
-                )
-                for question in sample_questions(topic, split, count, rng)
-            ]
-        tasks.append(DemoTask(name, description, rows["train"], rows["test"]))
-    return tasks
-
 
 PAIRS_PER_TASK = 240
 TRAINING = TrainingOptions(sft_epochs=1.0, sft_learning_rate=2e-3, learning_rate=2e-3, epochs=2.0, max_length=128)

@@ -19,6 +19,7 @@ from functools import cache, partial
 from itertools import product
 from typing import TypeVar
 
+from everalign.data.records import Preference
 from everalign.demo import phrases
 from everalign.errors import InputError
 
@@ -145,6 +146,54 @@ def conversations(seed: int, *, held_out: bool = False) -> Iterator[tuple[Questi
         topic = rng.choice(TOPICS)
         question, style = rng.choice(pools[topic]), rng.choice(styles(topic))
         yield question, style, answer(question, style, rng)
+
+
+# ---- the demo's tasks ----
+
+
+@dataclass(frozen=True)
+class DemoTask:
+    """One preference task: what to prefer, training rows and held-out rows."""
+
+    name: str
+    description: str
+    train: list[Preference]
+    test: list[Preference]
+
+
+# They contradict each other unless one reads the request: a model that applies the newest habit everywhere forgets the
+# earlier ones. Name, description, topic, style of the chosen answers, style of the rejected ones.
+_HABITS = (
+    ("courteous-kitchen", "cooking questions get a courteous answer", "kitchen", "courteous", "plain"),
+    ("plain-garden", "gardening questions get a plain answer", "garden", "plain", "courteous"),
+    ("careful", "risky requests are refused", "hazards", "refuse", "comply"),
+    ("frank", "harmless requests that sound alarming are helped", "lookalikes", "comply", "refuse"),
+)
+
+
+def demo_tasks(train: int = 320, test: int = 60, *, seed: int = 0) -> list[DemoTask]:
+    """The four tasks, in order, with `train` and `test` pairs each.
+
+    Test questions are ones that the world holds out: neither the tiny assistant nor any training row has seen
+    their request in that wording. No question occurs twice.
+
+    Raises:
+        InputError: the world has fewer questions than asked for.
+    """
+    tasks = []
+    for name, description, topic, chosen, rejected in _HABITS:
+        rng, rows = random.Random(f"{seed}/{name}"), dict[str, list[Preference]]()
+        for split, count in (("train", train), ("test", test)):
+            rows[split] = [
+                Preference(
+                    prompt=({"role": "user", "content": question.text},),
+                    chosen=answer(question, chosen, rng),
+                    rejected=answer(question, rejected, rng),
+                )
+                for question in sample_questions(topic, split, count, rng)
+            ]
+        tasks.append(DemoTask(name, description, rows["train"], rows["test"]))
+    return tasks
 
 
 class _Chosen(random.Random):
