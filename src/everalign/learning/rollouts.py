@@ -63,7 +63,7 @@ def sample_and_score(context: RunContext, prompts: RowSet[Any], folder: Path, nu
 
     Raises:
         ShortfallError: most answers did not end, or most prompts have too few that did.
-        InputError: nobody gives rewards, or a prompt is too long.
+        InputError: there is no scorer, or a prompt is too long.
         EveralignError: the scorer fails.
     """
     options, stem = context.rollouts, f"round-{number}-{prompts.fingerprint[:16]}"
@@ -84,7 +84,7 @@ def sample_and_score(context: RunContext, prompts: RowSet[Any], folder: Path, nu
         if len(samples.texts) >= fewest
     ]
     unfinished = sum(samples.unfinished for samples in found)
-    # Before anybody is asked, and perhaps paid, for rewards.
+    # Before a scorer is called, which may cost money.
     warnings = check_losses(prompts.source, options, len(prompts), unfinished, len(answered), fewest)
     rows = score(context, ScoredSet(tuple(answered), prompts.source), folder / f"{stem}.scored.jsonl")
     rewards = [reward for row in rows for reward in row.rewards]
@@ -151,7 +151,7 @@ def score(context: RunContext, rows: ScoredSet, path: Path) -> ScoredSet:
     """Give answers their rewards, which are kept in the file `path`.
 
     Raises:
-        InputError: nobody gives rewards.
+        InputError: there is no scorer.
         EveralignError: the scorer fails.
     """
     if context.scorer is None:

@@ -98,7 +98,7 @@ def distill(
     """Teach a model what a corrector makes of its own answers, round after round, each a task of one run.
 
     Killed in the middle, the same call with `resume` keeps finished rounds, sampled answers and their corrections, and
-    ends with the same weights. With more rounds it goes on.
+    ends with the same weights. With more rounds it continues.
 
     Args:
         model: the stronger model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`.

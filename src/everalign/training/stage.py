@@ -93,8 +93,8 @@ def train_stage(
         objective: what a batch teaches.
         rows: the N rows, replayed ones included.
         options: how.
-        folder: holds checkpoints, from the newest complete one of which the stage goes on, and in the end its result,
-            which a later call loads; None to keep nothing.
+        folder: holds checkpoints, and in the end the result. A later call continues from the newest complete
+            checkpoint, or loads the result. None to keep nothing.
         seed: seeds the order of the rows.
         reference: computes the reference, where the objective needs one and the stage is not finished.
         replayed: how many of the rows are replayed, for the report.
