@@ -42,7 +42,7 @@ def test_a_reward_model_is_trained_reported_and_used(work, capsys):
     assert "accuracy" in out
     assert "length correlation" in out
     assert out.splitlines()[-1].split() == ["model", "out"]
-    assert "  40 training pairs\n  20 held-out pairs\n" in err
+    assert "  training pairs: 40\n  held-out pairs: 20\n" in err
 
     code, out, err = run(capsys, *score("--data", "answers.jsonl", model="out"))
     assert code == 0, err

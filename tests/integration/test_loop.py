@@ -318,7 +318,7 @@ def test_the_command_line(tmp_path, store, capsys):
         ((), 4, "feedback"),
         (("--task", "a=b.jsonl"), 2, "--task: what is learned from feedback is the only task"),
         (("--from-feedback", f"sqlite:///{tmp_path}/none.db"), 2, "no such store"),
-        (("--minimum", "0"), 2, "minimum: must be at least 1"),
+        (("--minimum", "0"), 2, "--minimum must be a whole number of at least 1"),
     ):
         code, _, error = run(capsys, *flags, *small, *more)
         assert code == status

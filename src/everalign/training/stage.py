@@ -80,7 +80,7 @@ def train_stage(
     *,
     seed: int,
     reference: Callable[[], Reference] | None = None,
-    replayed: int = 0,
+    replayed: int | None = None,
     penalty: Penalty | None = None,
     gradient_hook: GradientHook | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -97,7 +97,7 @@ def train_stage(
             checkpoint, or loads the result. None to keep nothing.
         seed: seeds the order of the rows.
         reference: computes the reference, where the objective needs one and the stage is not finished.
-        replayed: how many of the rows are replayed, for the report.
+        replayed: how many of the rows are replayed, for the report; None where nothing is replayed by design.
         penalty: a regulariser, for policies.
         gradient_hook: a hand on complete gradients, for policies.
         progress: called with (steps done, steps in all).
@@ -117,7 +117,7 @@ def train_stage(
         head.check_token(max(map(largest_token, rows), default=0))
     shared = head is not None and head.shared
     against, start, logprobs = None if reference is None else reference(), {}, None
-    announced = f"  {objective.name}: {len(rows)} rows ({replayed} replayed)"
+    announced = f"  {objective.name}: {len(rows)} rows" + ("" if replayed is None else f" ({replayed} replayed)")
     if against is not None:
         logprobs = against.logprobs
         announced += f", reference = {against.name}"
@@ -158,7 +158,7 @@ def train_stage(
         epochs=options.epochs,
         seconds=round(seconds, 3),
         rows=len(rows),
-        replayed=replayed,
+        replayed=replayed or 0,
         curve=[{**entry, "epoch": entry["epoch"] * options.epochs} for entry in history],
         **start,
     )
