@@ -1,7 +1,6 @@
-"""Options of a run: method, adapter, training, rollouts and self-training. Importing them loads nothing heavy."""
+"""Options of a run: method, adapter, training, rollouts and distillation. Importing them loads nothing heavy."""
 
 import re
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -227,38 +226,3 @@ class DistillOptions(Options, title="Rounds"):
             max_new_tokens=self.max_new_tokens,
             max_prompt_tokens=room,
         )
-
-
-@dataclass(frozen=True)
-class Round:
-    """What happened in one round, as `distill/round-N.json` of the run tells it.
-
-    Args:
-        round: from 1 on.
-        prompts: that were asked.
-        unanswered: prompts whose answer did not end within max_new_tokens, or says nothing; left out.
-        answers: that the corrector saw.
-        changed: answers that it changed.
-        changed_share: of the answers.
-        edit: mean `everalign.correction.edits.edit_share` in words over the changed answers; 0 where none was changed.
-        rows: that were given to the policy to learn, which leaves out those above max_length (the version's manifest
-            counts them); 0 where there was nothing left to learn.
-    """
-
-    round: int
-    prompts: int
-    unanswered: int
-    answers: int
-    changed: int
-    changed_share: float
-    edit: float
-    rows: int
-
-    def one_line(self) -> str:
-        """One line of text for a log."""
-        line = f"{self.answers} answers, {self.changed} of them changed ({self.changed_share:.1%})"
-        if self.changed:
-            line += f", {self.edit:.1%} of their words"
-        if self.unanswered:
-            line += f"; {self.unanswered} answers did not end within max_new_tokens and are left out"
-        return line

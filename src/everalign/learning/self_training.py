@@ -21,7 +21,7 @@ from everalign.data.rows import RowSet
 from everalign.errors import EveralignError, InputError, check_shortfall
 from everalign.learning.context import Log, Progress
 from everalign.learning.learner import Learner
-from everalign.learning.options import DistillOptions, Round, TrainingOptions
+from everalign.learning.options import DistillOptions, TrainingOptions
 from everalign.learning.promotion import exclusive_run
 from everalign.methods import LifeAlign, Method
 from everalign.modeling.options import SamplingOptions
@@ -64,6 +64,41 @@ class Rewriter(Protocol):
     def correct_batch(self, pairs: Sequence[tuple[Any, str]]) -> Sequence[Rewritten]:
         """Return the answers of (question, answer) pairs corrected, in their order."""
         ...
+
+
+@dataclass(frozen=True)
+class Round:
+    """What happened in one round, as `distill/round-N.json` of the run records it.
+
+    Args:
+        round: from 1 on.
+        prompts: that were asked.
+        unanswered: prompts whose answer did not end within max_new_tokens, or says nothing; left out.
+        answers: that the corrector saw.
+        changed: answers that it changed.
+        changed_share: of the answers.
+        edit: mean `everalign.correction.edits.edit_share` in words over the changed answers; 0 where none was changed.
+        rows: that were given to the policy to learn, which leaves out those above max_length (the version's manifest
+            counts them); 0 where there was nothing left to learn.
+    """
+
+    round: int
+    prompts: int
+    unanswered: int
+    answers: int
+    changed: int
+    changed_share: float
+    edit: float
+    rows: int
+
+    def one_line(self) -> str:
+        """One line of text for a log."""
+        line = f"{self.answers} answers, {self.changed} of them changed ({self.changed_share:.1%})"
+        if self.changed:
+            line += f", {self.edit:.1%} of their words"
+        if self.unanswered:
+            line += f"; {self.unanswered} answers did not end within max_new_tokens and are left out"
+        return line
 
 
 @dataclass(frozen=True)
