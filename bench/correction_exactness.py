@@ -29,7 +29,7 @@ from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.runtime import prepare_process
 from everalign.modeling.speculative import DraftDecoder
 
-sys.path.append(str(REPOSITORY / "tests"))
+sys.path.append(str(REPOSITORY / "tests" / "helpers"))
 from models_for_tests import FAMILIES, SCALED, random_model
 
 Tokens = list[list[int]]
