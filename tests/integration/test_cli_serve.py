@@ -44,7 +44,7 @@ def _no_keys(monkeypatch):
         (["--upstream", URL, "--on-failure", "closed"], "--on-failure: is for a corrector"),
         (["--upstream", URL, "--fallback", "elsewhere"], "--fallback elsewhere: must be URL or URL#MODEL"),
         (["--upstream", URL, "--requests-per-minute", "0"], "--requests-per-minute: must be at least 1"),
-        (["--upstream", URL, "--root-path", "/x"], "--root-path: whoever reaches the proxy"),
+        (["--upstream", URL, "--root-path", "/x"], "--root-path: every client of the proxy"),
         (["--upstream", URL, "--passthrough", "a b"], "--passthrough a b: must be"),
         (["--upstream", URL, "--forward-header", "cookie"], "--forward-header cookie: must be"),
         (["--upstream", URL, "--cors-origin", "app"], "--cors-origin app: must be as browsers send it"),
@@ -168,7 +168,7 @@ def test_what_is_said_at_the_start():
     told = dict(description(gateway, "http://127.0.0.1:1/v1", "runs/c", "postgresql://me:secret@host/db"))
     assert told["playground"] == "http://127.0.0.1:1/x/"
     assert told["store"] == "postgresql://me:***@host/db"
-    assert told["keys"] == "none; whoever reaches the port is served"
+    assert told["keys"] == "none; everybody who reaches the port is served"
     assert told["upstream"] == f"default, {URL}, without a key"
 
 

@@ -108,7 +108,7 @@ def test_an_answer_that_no_database_keeps_is_shown_all_the_same(text, browser, u
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "nothing is said"),
+        ({}, "the feedback is empty"),
         ({"edited_text": "  "}, "edited_text"),
         ({"edited_text": "x" * 200_001}, "edited_text"),
         ({"comment": "x" * 5_001}, "comment"),

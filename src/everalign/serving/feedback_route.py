@@ -86,7 +86,7 @@ def read_feedback(content: dict[str, Any], key_id: str) -> Feedback:
         field = ".".join(str(part) for part in first["loc"]) or "body"
         raise refused(f"{field}: {first['msg']}", field, "invalid_value") from None
     if all(not getattr(said, name) and getattr(said, name) != 0 for name in _JUDGEMENTS):
-        raise refused(f"nothing is said: give at least one of {', '.join(_JUDGEMENTS)}", code="empty_feedback")
+        raise refused(f"the feedback is empty: give at least one of {', '.join(_JUDGEMENTS)}", code="empty_feedback")
     return Feedback(
         exchange=said.id,
         key_id=key_id,

@@ -248,7 +248,7 @@ def check_host(host: str, keyless: bool, no_auth: bool) -> None:
     if keyless and not no_auth and not is_loopback(host):
         raise InputError(
             f"--host {host}: without keys only this machine is served, as 127.0.0.1; set {KEYS_VARIABLE} to the "
-            "clients' keys, divided by commas, or serve whoever comes with --no-auth"
+            "clients' keys, separated by commas, or serve everybody with --no-auth"
         )
 
 
@@ -266,7 +266,9 @@ def description(gateway: "Gateway", address: str, corrector: str | None, store: 
     shown = root + access.root_path
     keys = {1: "1 key"}.get(gateway.keys.count, f"{gateway.keys.count} keys")
     if not gateway.keys.needed:
-        keys = "none; whoever reaches the port is served" if access.no_auth else "none; only this machine is served"
+        keys = (
+            "none; everybody who reaches the port is served" if access.no_auth else "none; only this machine is served"
+        )
     lines = [
         ("playground", f"{shown}/"),
         ("dashboard", f"{shown}/dashboard"),

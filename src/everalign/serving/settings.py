@@ -264,7 +264,7 @@ class GatewaySettings(Options):
         for flag, value in (("trusted-proxy", access.trusted_proxies), ("root-path", access.root_path)):
             if value:
                 raise InputError(
-                    f"--{flag}: whoever reaches the proxy would be served without a key; set EVERALIGN_API_KEYS or "
+                    f"--{flag}: every client of the proxy would be served without a key; set EVERALIGN_API_KEYS or "
                     "--keys-file, or say that this is meant with --no-auth"
                 )
         if "*" in access.cors_origins:

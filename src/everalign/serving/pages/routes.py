@@ -43,7 +43,7 @@ def sign_in_routes(pages: Pages, keys: Keys) -> APIRouter:
             slot.release()
         key_id = keys.id_of(fields.get("key", "").strip()) if keys.needed else None
         if key_id is None:
-            message = "This key is not known here. Keys are set by whoever runs the gateway."
+            message = "This key is not known here. Keys are set by the operator of the gateway."
             return pages.page(request, "login.html.j2", {"error": message}, 401)
         response = RedirectResponse(f"{request.state.root}/", 303)
         # A new session, since somebody could know the cookie of the former one (session fixation).
