@@ -7,6 +7,7 @@ class AdapterOptions(Options, title="Adapter"):
 """
 
 import difflib
+import inspect
 import types
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -48,8 +49,9 @@ class Options(BaseModel):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """Appends the fields' descriptions to the docstring."""
         super().__pydantic_init_subclass__(**kwargs)
-        lines = [f"    {name}: {declared(field).description}" for name, field in cls.model_fields.items()]
-        cls.__doc__ = "\n".join([cls.__doc__ or "", "Args:", *lines])
+        texts = {name: declared(field).description.replace("\n", " ") for name, field in cls.model_fields.items()}
+        lines = "".join(f"\n    {name}: {text}" for name, text in texts.items())
+        cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nArgs:{lines}"
 
     @classmethod
     def from_flags(cls, values: Mapping[str, Any], **names: str) -> "Self":

@@ -108,3 +108,9 @@ def test_presets_take_changes_and_refuse_unknown_names():
 )
 def test_targets_become_module_names(targets, names):
     assert AdapterOptions(targets=targets).module_names() == names
+
+
+def test_the_docstring_tells_every_option():
+    text = AdapterOptions.__doc__
+    assert text.startswith("Shape of the LoRA adapter that a task trains.\n\nArgs:\n    rank: Rank")
+    assert all(f"\n    {name}: " in text for name in AdapterOptions.model_fields)
