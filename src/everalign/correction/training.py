@@ -142,14 +142,7 @@ def train_corrector(
     """
     folder = Path(output)
     with exclusive(lock_of(folder), "training a corrector there"):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError("a corrector is trained in one process, found WORLD_SIZE above 1")
-        check_free(folder)
-        for part in (rows, *([] if test is None else [test])):
-            if not part:
-                raise InputError(f"{part.source}: no rows in it")
-        check_disjoint(rows, test or (), allow=allow_overlap)
-
+        _check_input(rows, test, folder, allow_overlap)
         options = options or CorrectorOptions()
         template, objectives = chosen_template(model, options.template, options.objectives)
         prepare_process()
@@ -207,6 +200,16 @@ def train_corrector(
         _write_folder(folder, learner, model, tokenizer, facts)
         shutil.rmtree(work)
         return TrainedCorrector(folder, facts, report, results)
+
+
+def _check_input(rows: CorrectionSet, test: CorrectionSet | None, folder: Path, allow_overlap: bool) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a corrector is trained in one process, found WORLD_SIZE above 1")
+    check_free(folder)
+    for part in (rows, *([] if test is None else [test])):
+        if not part:
+            raise InputError(f"{part.source}: no rows in it")
+    check_disjoint(rows, test or (), allow=allow_overlap)
 
 
 def _load_learner(
