@@ -108,13 +108,16 @@ def test_policies_learn_what_plain_peft_does(family, dtype, tolerance, learned_b
     assert policy.peft.config._attn_implementation == CPU_ATTENTION
     for name in ("fuse", "use_cpu_attention"):
         monkeypatch.setattr(f"everalign.modeling.policy.{name}", lambda model: None)
-    # The same weights in fp32, free of rounding.
+    # The same weights in fp32, free of rounding, and how far plain peft itself is from that in this precision.
     policy, expected, expected_gradients = results(torch.float32)
+    plain = results(dtype)[2]
     assert not any("forward" in vars(module) for module in policy.modules())
     torch.testing.assert_close(values, expected, rtol=tolerance, atol=tolerance)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
-        assert (gradient - expected_gradients[name]).norm() <= tolerance * expected_gradients[name].norm(), name
+        exact = expected_gradients[name]
+        allowed = max(tolerance * exact.norm(), 1.5 * (plain[name] - exact).norm())
+        assert (gradient - exact).norm() <= allowed, name
 
 
 def test_eager_models_and_models_that_ask_for_their_attention_by_name_keep_it():

@@ -93,10 +93,14 @@ def _unpack(file: Path, folder: Path) -> None:
     try:
         metadata, _ = read_gguf_metadata(str(file))
         _check_splitting(file, metadata)
+        dtype = _PLAIN.get(int(metadata.get("general.file_type", -1)))
+        if dtype is None:
+            # A block of integers has four to eight bits a weight, so that fp32 takes at most eight times the file.
+            dtype = torch.float32 if 8 * file.stat().st_size <= _LARGEST_EXACT else torch.bfloat16
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             **where,
-            dtype=_dtype(file, metadata),
+            dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
@@ -109,14 +113,6 @@ def _unpack(file: Path, folder: Path) -> None:
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-
-def _dtype(file: Path, metadata: dict[str, Any]) -> torch.dtype:
-    plain = _PLAIN.get(int(metadata.get("general.file_type", -1)))
-    if plain is not None:
-        return plain
-    # A block of integers has four to eight bits a weight, so fp32 takes at most eight times the file.
-    return torch.float32 if 8 * file.stat().st_size <= _LARGEST_EXACT else torch.bfloat16
 
 
 def _check_splitting(file: Path, metadata: dict[str, Any]) -> None:

@@ -203,22 +203,20 @@ def check_untied(peft_model: Any) -> None:
 def read_factors(peft_model: Any, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Return copies of the raw factors (B (m, r), A (r, n)) of every module, fp32 on the CPU."""
     return {
-        name: (_copy(layer.lora_B[adapter].weight), _copy(layer.lora_A[adapter].weight))
+        name: (
+            layer.lora_B[adapter].weight.detach().to(device="cpu", dtype=torch.float32, copy=True),
+            layer.lora_A[adapter].weight.detach().to(device="cpu", dtype=torch.float32, copy=True),
+        )
         for name, layer in layers(peft_model).items()
     }
 
 
-def _copy(parameter: Tensor) -> Tensor:
-    return parameter.detach().to(device="cpu", dtype=torch.float32, copy=True)
-
-
 def read(peft_model: Any, adapter: str) -> dict[str, LowRankUpdate]:
     """Return every module's update (α/r)·B·A in factored form; the scale is absorbed in the left factor."""
+    adapted = layers(peft_model)
     return {
-        name: LowRankUpdate(
-            _copy(layer.lora_B[adapter].weight) * layer.scaling[adapter], _copy(layer.lora_A[adapter].weight)
-        )
-        for name, layer in layers(peft_model).items()
+        name: LowRankUpdate(left * adapted[name].scaling[adapter], right)
+        for name, (left, right) in read_factors(peft_model, adapter).items()
     }
 
 
@@ -254,29 +252,27 @@ def attach(model: Any, adapter: str, rank: int, alpha: float, names: Sequence[st
 
 
 def _as_peft_finds_them(model: Any, names: Sequence[str]) -> tuple[list[str] | None, list[str] | None]:
-    """Return what a configuration says so that plain peft adapts these modules: target modules and parameters.
+    """Return what a configuration has to name so that plain peft adapts these modules: modules and parameters.
 
     The modules' last names where they fit no others, else full names. Where experts were linear modules once, peft
     takes names such as `up_proj` for theirs, whatever stands before it; such modules are named by their weight.
     """
-    config = LoraConfig(task_type="CAUSAL_LM")
-    taken = {leaf for leaf in {name.rpartition(".")[-1] for name in names} if _is_taken(model, config, leaf)}
+
+    def taken_otherwise(leaf: str) -> bool:
+        trial = LoraConfig(task_type="CAUSAL_LM")
+        trial.target_modules = {leaf}
+        try:
+            convert_peft_config_for_transformers(trial, model, None)
+        except ValueError:
+            return True
+        return leaf not in (trial.target_modules or ())
+
+    taken = {leaf for leaf in {name.rpartition(".")[-1] for name in names} if taken_otherwise(leaf)}
     parameters = [f"{name}.weight" for name in names if name.rpartition(".")[-1] in taken]
     modules = [name for name in names if name.rpartition(".")[-1] not in taken]
     leaves = {name.rpartition(".")[-1] for name in modules}
     fitting = {name for name, _ in model.named_modules() if name.rpartition(".")[-1] in leaves}
     return (sorted(leaves) if fitting == set(modules) else modules) or None, parameters or None
-
-
-def _is_taken(model: Any, config: LoraConfig, leaf: str) -> bool:
-    """Whether peft takes a target of this name for something else."""
-    trial = copy.copy(config)
-    trial.target_modules = {leaf}
-    try:
-        convert_peft_config_for_transformers(trial, model, None)
-    except ValueError:
-        return True
-    return leaf not in (trial.target_modules or ())
 
 
 def _inject(peft_model: Any, adapter: str, rank: int, alpha: float, names: Sequence[str]) -> None:
@@ -351,7 +347,12 @@ def load_factors(peft_model: Any, folder: Path) -> dict[str, tuple[Tensor, Tenso
         InputError: a file is missing or damaged, or modules or shapes differ.
     """
     path = folder / _WEIGHTS
-    state = _read_weights(path)
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; an adapter is {_CONFIG} and {_WEIGHTS}") from error
+    except SafetensorError as error:
+        raise InputError(f"{path}: the adapter is damaged ({error}); restore it or learn the task again") from error
     factors = {}
     for name, layer in layers(peft_model).items():
         try:
@@ -362,13 +363,3 @@ def load_factors(peft_model: Any, folder: Path) -> dict[str, tuple[Tensor, Tenso
             raise InputError(f"{path}: module {name} has another shape: saved for another model?")
         factors[name] = (left, right)
     return factors
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        weights: dict[str, Tensor] = load_file(path)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; an adapter is {_CONFIG} and {_WEIGHTS}") from error
-    except SafetensorError as error:
-        raise InputError(f"{path}: the adapter is damaged ({error}); restore it or learn the task again") from error
-    return weights
