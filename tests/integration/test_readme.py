@@ -155,11 +155,11 @@ def test_an_interrupted_run_goes_on_with_the_tasks_that_are_left(workspace, caps
 
     learn, learned = Learner._learn, []
 
-    def interrupted(self, rows, name):
+    def interrupted(self, rows, name, *others):
         if name == "helpful" and not learned:
             learned.append(name)
             raise KeyboardInterrupt
-        return learn(self, rows, name)
+        return learn(self, rows, name, *others)
 
     monkeypatch.setattr(Learner, "_learn", interrupted)
     assert run(capsys, *quickened(words(line)))[0] == 130
