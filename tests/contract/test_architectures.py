@@ -259,8 +259,8 @@ def same(found, expected, size=1e-4):
 
 
 # One of each kind of block, position, cache and checkpoint; the others are tried by `make test-slow`.
-REPRESENTATIVES = REHEARSED | {
-    "falcon, ALiBi", "opt", "gpt_oss", "rwkv", "recurrent_gemma", "jamba", "llava",
+REPRESENTATIVES = REHEARSED - {"phimoe", "zamba2", "llama4"} | {
+    "falcon, ALiBi", "rwkv", "jamba", "llava",
 }  # fmt: skip
 
 
