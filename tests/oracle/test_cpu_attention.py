@@ -99,7 +99,8 @@ def test_policies_learn_what_plain_peft_does(family, dtype, tolerance, learned_b
             policy.write_long_term(random_updates(policy))
         perturb(policy)
         values = policy(batch)
-        (values * torch.linspace(-1, 2, len(values))).sum().backward()
+        # Chosen answers against rejected ones, as in a loss.
+        (values.view(-1, 2).T.flatten() * torch.linspace(-1, 2, len(values))).sum().backward()
         return policy, values.detach(), {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
 
     policy, values, gradients = results(dtype)
