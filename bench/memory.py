@@ -210,7 +210,7 @@ def decoding(settings: dict[str, Any]) -> dict[str, Any]:
         with torch.no_grad(), policy.decoding(pad_left([[5, 60, 700, 30]] * settings["rows"], 0)) as decoder:
             if settings["casts"] == "every token":
                 for layer in adapters.layers(policy.peft).values():
-                    layer.ready = None
+                    layer.cast_factors = None
             started = time.process_time()
             found = continue_rows(decoder, lambda logits: logits.argmax(-1), [], 40)
             best = max(best, 40 * settings["rows"] / (time.process_time() - started))
