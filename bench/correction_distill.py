@@ -24,8 +24,8 @@ from common import OUT, data_folder, write_result
 from correction_task import FOLDER, LONGEST, approving, corrector_folder, judge, pairs, smaller, training_rows
 from everalign.correction import Corrector
 from everalign.data.records import Scored, ScoredSet
-from everalign.evaluation.pairwise import ScorerApprover
 from everalign.evaluation.scorers import RewardModelScorer
+from everalign.evaluation.scoring import ScorerApprover
 from everalign.learning.options import DistillOptions, TrainingOptions
 from everalign.learning.self_training import distill
 from everalign.modeling.options import SamplingOptions

@@ -19,7 +19,7 @@ from correction_task import corrector_folder, held_out, judge, training_rows
 from everalign.correction import Corrector
 from everalign.correction.evaluation import evaluate_corrector
 from everalign.data import CorrectionSet
-from everalign.evaluation.pairwise import compare_answers
+from everalign.evaluation.scoring import compare_answers
 from everalign.modeling.runtime import prepare_process
 
 MARGIN = 0.1

@@ -19,7 +19,7 @@ from common import OUT, data_folder, write_result
 from correction_task import approving, corrector_folder, held_out, judge, training_rows
 from everalign.correction import CorrectionOptions, Corrector
 from everalign.correction.evaluation import CorrectionScores, evaluate_corrector
-from everalign.evaluation.pairwise import ScorerApprover, compare_answers
+from everalign.evaluation.scoring import ScorerApprover, compare_answers
 from everalign.modeling.runtime import prepare_process
 
 # By so much have rewards to differ, or else neither answer wins; the judge's rewards deviate by about 1.

@@ -24,7 +24,7 @@ from everalign import AdapterOptions, Learner, TrainingOptions
 from everalign.correction.corrector import Corrector
 from everalign.correction.training import train_corrector
 from everalign.data import Correction, CorrectionSet
-from everalign.demo.corrector import OPTIONS, demo_answers, keeps_rule
+from everalign.demo.run import OPTIONS, demo_answers, keeps_rule
 from everalign.demo.world import answer, questions
 from everalign.errors import EveralignError
 from everalign.evaluation.scorers import CallableScorer

@@ -167,7 +167,7 @@ def test_what_is_older_than_the_retention_is_removed_with_all_feedback(address, 
 
 
 def test_what_is_old_is_removed_every_day(address, monkeypatch):
-    monkeypatch.setattr("everalign.serving.store.writer._DAY", 0.1)
+    monkeypatch.setattr("everalign.serving.store.database._DAY", 0.1)
     removed = threading.Event()
     purge = FeedbackStore._purge
     monkeypatch.setattr(FeedbackStore, "_purge", lambda store: purge(store) and removed.set())

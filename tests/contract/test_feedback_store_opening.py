@@ -27,8 +27,7 @@ from sqlalchemy import (
 
 from everalign.errors import EveralignError, InputError
 from everalign.serving.store import FeedbackStore
-from everalign.serving.store.engine import make_engine, parse_url
-from everalign.serving.store.tables import VERSION, metadata, version
+from everalign.serving.store.engine import VERSION, make_engine, metadata, parse_url, version
 from stores_for_tests import exchange, feedback
 
 

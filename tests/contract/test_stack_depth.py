@@ -5,7 +5,7 @@ from pathlib import Path
 
 import everalign
 from cli_for_tests import learn, make_workspace, run, task
-from everalign.training import preference_objectives
+from everalign.training import objective_classes as preference_objectives
 
 PACKAGE = Path(everalign.__file__).parent
 # Of these, from `train_task` to the loss: train_task, train_stage, training_step, compute_loss, loss, fpo_loss.

@@ -15,10 +15,9 @@ from everalign.correction.evaluation import evaluation_report, win_rate
 from everalign.data.readers import load_answers
 from everalign.data.records import Correction, CorrectionSet
 from everalign.errors import EveralignError, InputError
-from everalign.evaluation.judge import JudgeScorer
-from everalign.evaluation.judge_prompts import pair_messages, read_verdict
-from everalign.evaluation.pairwise import compare_answers
+from everalign.evaluation.judge import JudgeScorer, pair_messages, read_verdict
 from everalign.evaluation.scorers import CallableScorer
+from everalign.evaluation.scoring import compare_answers
 from everalign.llm_client import ChatClient
 from everalign.storage import Journal
 

@@ -9,9 +9,9 @@ from test_reporting import HOSTILE, Page
 
 from everalign.cli import main
 from everalign.correction import Corrected
-from everalign.demo import corrector as correcting
 from everalign.demo import run
-from everalign.demo.corrector import OPTIONS, demo_answers, keeps_rule, show_corrector
+from everalign.demo import run as correcting
+from everalign.demo.run import OPTIONS, demo_answers, keeps_rule, show_corrector
 from everalign.errors import InputError
 from everalign.learning.scores import Scores
 from everalign.reporting.answers import CorrectedAnswer, CorrectorShow, corrector_texts

@@ -8,8 +8,8 @@ import time
 import openai
 import pytest
 
-from everalign.serving.circuit_breaker import CircuitBreaker, Circuits
 from everalign.serving.settings import Limits, Timeouts
+from everalign.serving.upstream_transport import CircuitBreaker, Circuits
 from upstream_for_tests import HTTP, QUICK, Fake, Script, UpstreamServer, serving
 
 BODY = {"model": "small", "messages": [{"role": "user", "content": "?"}]}

@@ -11,7 +11,7 @@ from cli_for_tests import run
 from everalign import AdapterOptions, Learner, TrainingOptions
 from everalign.correction import Corrector
 from everalign.data import Correction, CorrectionSet, load_corrections
-from everalign.demo.corrector import demo_answers
+from everalign.demo.run import demo_answers
 from everalign.demo.world import answer, questions
 from everalign.errors import EveralignError, GateRefusedError, InputError
 from everalign.learning.promotion import rollback

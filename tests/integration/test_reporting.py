@@ -13,11 +13,19 @@ from rich.console import Console
 from everalign.errors import InputError
 from everalign.learning.scores import Scores
 from everalign.reporting import comparison_table, load_run, score_table, write_report
-from everalign.reporting.formats import METRICS, percent, seconds, shortened, signed, significant
+from everalign.reporting.formats import (
+    METRICS,
+    error_matrix,
+    percent,
+    seconds,
+    shortened,
+    signed,
+    significant,
+    standard_error,
+)
 from everalign.reporting.headline import cautions, headline
 from everalign.reporting.plots import change_bar, change_lines, progress_lines
 from everalign.reporting.report import forgetting_view, matrix_view
-from everalign.reporting.sampling_error import error_matrix, standard_error
 from everalign.serving.pages.dashboard import forgetting_views
 from runs_for_tests import LIFEALIGN, SEQUENTIAL, module, score, write_run, write_version
 

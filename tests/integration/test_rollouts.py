@@ -15,7 +15,7 @@ from everalign.learning import task_training as lesson
 from everalign.learning.recipe import Recipe, load_tasks
 from everalign.learning.run_data import load_run
 from everalign.learning.run_files import TrainingStep
-from everalign.learning.task_rows import prepare_rows
+from everalign.learning.task_training import prepare_rows
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
 from everalign.reporting.plots import stage_curves
 from everalign.reporting.report import render_report

@@ -9,8 +9,8 @@ import pytest
 
 from everalign.data import Preference, Scored, ScoredSet, load_scored, load_unscored
 from everalign.errors import EveralignError, InputError
-from everalign.evaluation.score_rows import score_rows
 from everalign.evaluation.scorers import CallableScorer, RewardModelScorer, make_scorer
+from everalign.evaluation.scoring import score_rows
 from everalign.storage import Journal
 from rewards_for_tests import reward_model
 

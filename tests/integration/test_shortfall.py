@@ -8,8 +8,8 @@ from cli_for_tests import FAST, make_workspace, run, write_rows
 from corrections_for_tests import corrections
 from everalign.data import PreferenceSet, ScoredSet
 from everalign.errors import InputError, ShortfallError, check_shortfall
-from everalign.evaluation.score_rows import score_rows
 from everalign.evaluation.scorers import RewardModelScorer
+from everalign.evaluation.scoring import score_rows
 from everalign.learning import task_training as lesson
 from everalign.learning.options import RolloutOptions
 from everalign.learning.rollouts import check_losses

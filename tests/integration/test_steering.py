@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from cli_for_tests import run, write_rows
 from corrections_for_tests import corrections, corrector
-from everalign.contrib.activations import decoder_layers, residuals, shifted
 from everalign.contrib.steering import (
     SteeredEngine,
     SteeringOptions,
@@ -23,7 +22,15 @@ from everalign.contrib.steering import (
     steer_corrector,
     well_formed,
 )
-from everalign.contrib.steering_vectors import Steering, SteeringSetting, fingerprints, read_steering
+from everalign.contrib.steering_vectors import (
+    Steering,
+    SteeringSetting,
+    decoder_layers,
+    fingerprints,
+    read_steering,
+    residuals,
+    shifted,
+)
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, load_corrector_files
 from everalign.correction.edits import edit_ratio, edit_share, kept_share
 from everalign.data import CorrectionSet

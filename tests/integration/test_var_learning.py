@@ -12,7 +12,7 @@ from everalign.errors import InputError
 from everalign.learning import learner as learning
 from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
-from everalign.learning.task_rows import prepare_rows
+from everalign.learning.task_training import prepare_rows
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
 from everalign.objectives import var_weights
 from everalign.reporting.report import render_report

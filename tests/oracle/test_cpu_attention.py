@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from everalign.data.collate import collate
-from everalign.modeling import cpu_kernels
-from everalign.modeling.cpu_kernels import CPU_ATTENTION, _Attention, _mask_of, use_cpu_attention
+from everalign.modeling import attention as cpu_kernels
+from everalign.modeling.attention import CPU_ATTENTION, _Attention, _mask_of, use_cpu_attention
 from everalign.modeling.logprobs import _in_one_row, block_mask
 from everalign.modeling.policy import Policy
 from models_for_tests import perturb, random_model, random_pairs, random_updates

@@ -7,11 +7,10 @@ import torch
 
 from everalign.errors import EveralignError, InputError
 from everalign.modeling import decoding as ragged_decoding
-from everalign.modeling import speculative as speculative
-from everalign.modeling.cpu_kernels import CPU_ATTENTION, cpu_attention
+from everalign.modeling import speculative
+from everalign.modeling.attention import CPU_ATTENTION, cpu_attention
 from everalign.modeling.decoding import RaggedModel, RaggedRows
-from everalign.modeling.prompt_lookup import PromptLookup
-from everalign.modeling.speculative import DraftDecoder, best_width
+from everalign.modeling.speculative import DraftDecoder, PromptLookup, best_width
 from models_for_tests import FAMILIES, SCALED, random_model
 from tiers_for_tests import slow_but
 

@@ -7,9 +7,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from everalign.data.collate import collate
 from everalign.errors import InputError
-from everalign.modeling import flex_attention
+from everalign.modeling import attention as flex_attention
 from everalign.modeling.architecture import study
-from everalign.modeling.flex_attention import FLEX, bucket, compile_once, flex_inputs, use_flex_attention
+from everalign.modeling.attention import FLEX, bucket, compile_once, flex_inputs, use_flex_attention
 from everalign.modeling.logprobs import Architecture, SequenceLogProbs, block_mask
 from everalign.modeling.policy import Policy
 from memory_for_tests import LiveTensors

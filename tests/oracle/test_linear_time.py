@@ -9,7 +9,7 @@ import pytest
 
 from everalign.correction import Guards, get_template
 from everalign.correction.edits import word_diff
-from everalign.evaluation.judge_prompts import read_score
+from everalign.evaluation.judge import read_score
 from everalign.serving.chat_request import read_json
 from everalign.serving.decide import unordered_edit_share
 from everalign.serving.errors import GatewayError

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from everalign.objectives import dpo_loss, snkl_loss, token_nll, var_weights, weighted_nll
-from everalign.objectives.segments import Segments
+from everalign.objectives.partition_function import Segments
 
 INF = math.inf
 

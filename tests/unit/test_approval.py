@@ -10,8 +10,8 @@ from corrections_for_tests import corrections, corrector
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge import JudgeScorer
-from everalign.evaluation.pairwise import ScorerApprover, compare_answers
 from everalign.evaluation.scorers import CallableScorer
+from everalign.evaluation.scoring import ScorerApprover, compare_answers
 from everalign.llm_client import ChatClient
 
 FREE = CorrectionOptions(guards=NO_GUARDS)

@@ -11,10 +11,19 @@ from cli_for_tests import run, write_rows
 from everalign import llm_client as chat_client
 from everalign.data import ScoredSet, load_scored
 from everalign.errors import EveralignError, InputError
-from everalign.evaluation.judge import JudgeOptions, JudgeScorer, reward_cache, reward_key
-from everalign.evaluation.judge_prompts import INSTRUCTIONS, asked_again, judge_messages, read_score, score_reply
-from everalign.evaluation.score_rows import score_rows
+from everalign.evaluation.judge import (
+    INSTRUCTIONS,
+    JudgeOptions,
+    JudgeScorer,
+    asked_again,
+    judge_messages,
+    read_score,
+    reward_cache,
+    reward_key,
+    score_reply,
+)
 from everalign.evaluation.scorers import make_scorer
+from everalign.evaluation.scoring import score_rows
 from everalign.llm_client import ChatClient
 from everalign.storage import Journal
 

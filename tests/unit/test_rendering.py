@@ -2,10 +2,10 @@
 
 import pytest
 
+from everalign.data.chat_template import template_notes
 from everalign.data.chat_tokens import ChatFormat, encode_prompt
 from everalign.data.messages import ChatPrompt
 from everalign.data.records import Preference, Scored
-from everalign.data.template_notes import template_notes
 from everalign.data.tokenization import tokenize_preferences
 from everalign.errors import InputError
 from tokenizers_for_tests import CHATML, NO_END, SHOUTING, THINKING, byte_tokenizer

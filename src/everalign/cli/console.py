@@ -153,8 +153,8 @@ def run_summary(runs: Sequence["RunData"]) -> list[RenderableType]:
     """Returns one run's score table, or a comparison of several, and what follows from it in words."""
     from everalign.learning.run_data import run_labels
     from everalign.reporting import comparison_table, score_table
+    from everalign.reporting.formats import error_matrix
     from everalign.reporting.headline import cautions, headline
-    from everalign.reporting.sampling_error import error_matrix
 
     labels = run_labels(runs)
     found = {label: run.scores() for label, run in zip(labels, runs, strict=True)}

@@ -161,7 +161,7 @@ def make_approver(name: str | None, margin: float | None) -> "Approver | None":
         if margin is not None:
             raise InputError("margin: is for a scorer; name one with --approve, or leave it out")
         return None
-    from everalign.evaluation.pairwise import ScorerApprover
+    from everalign.evaluation.scoring import ScorerApprover
 
     if "://" in name:
         from everalign.evaluation.judge import JudgeScorer
@@ -257,8 +257,8 @@ def evaluate(
     from everalign.correction.evaluation import evaluate_corrector
     from everalign.data.readers import load_answers
     from everalign.evaluation.judge import JudgeOptions
-    from everalign.evaluation.pairwise import compare_answers
     from everalign.evaluation.scorers import make_scorer
+    from everalign.evaluation.scoring import compare_answers
 
     options = CorrectionOptions(gate, Guards() if guards else NO_GUARDS, max_new_tokens)
     local = {

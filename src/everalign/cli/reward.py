@@ -147,8 +147,8 @@ def score(
     with resumable():
         from everalign.data import load_unscored
         from everalign.evaluation.judge import JudgeOptions, JudgeScorer
-        from everalign.evaluation.score_rows import ANSWERS_PER_BATCH, score_rows
         from everalign.evaluation.scorers import make_scorer
+        from everalign.evaluation.scoring import ANSWERS_PER_BATCH, score_rows
         from everalign.storage import exclusive, lock_of
 
         judge = JudgeOptions(judge_instructions, cache, concurrency, requests_per_minute, timeout)

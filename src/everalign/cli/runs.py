@@ -36,7 +36,7 @@ def demo(
     from everalign.learning.run_data import load_run
     from everalign.reporting import score_table
     from everalign.reporting.answers import corrector_texts
-    from everalign.reporting.sampling_error import error_matrix
+    from everalign.reporting.formats import error_matrix
 
     with Display() as display:
         result = run_demo(output, display.log, display.progress, seed)

@@ -24,14 +24,16 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from everalign.contrib.activations import decoder_layers, residuals, shifted
 from everalign.contrib.steering_vectors import (
     FACTS_FILE,
     Steering,
     SteeringFacts,
     SteeringSetting,
+    decoder_layers,
     fingerprints,
     read_steering,
+    residuals,
+    shifted,
     write_steering,
 )
 from everalign.correction.corrector import CorrectionOptions, Corrector

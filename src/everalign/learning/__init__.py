@@ -29,7 +29,7 @@ _HOMES = {
     "RolloutOptions": "everalign.learning.options",
     "Scores": "everalign.learning.scores",
     "TrainingOptions": "everalign.learning.options",
-    "WeightOptions": "everalign.training.reward_weights",
+    "WeightOptions": "everalign.training.options",
 }
 
 

@@ -16,8 +16,8 @@ from everalign.errors import InputError
 from everalign.evaluation.scorers import Scorer
 from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
 from everalign.methods import Method
+from everalign.modeling.attention import use_flex_attention
 from everalign.modeling.base_adapter import base_and_adapter
-from everalign.modeling.flex_attention import use_flex_attention
 from everalign.modeling.loading import (
     check_trainable,
     check_vocabulary,

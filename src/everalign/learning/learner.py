@@ -14,7 +14,6 @@ from everalign.evaluation.scorers import Scorer, make_scorer
 from everalign.learning.context import Log, Progress, make_context
 from everalign.learning.evaluation_suite import EvaluationSuite
 from everalign.learning.export import export_adapter, export_version
-from everalign.learning.generated_corrections import compare_written, write_corrections
 from everalign.learning.options import (
     DEFAULT_OBJECTIVE,
     AdapterOptions,
@@ -34,9 +33,9 @@ from everalign.learning.promotion import (
 from everalign.learning.run_data import BASE, RunData
 from everalign.learning.run_files import Verdict
 from everalign.learning.run_store import RunDirectory, data_facts, version_name
+from everalign.learning.sample_answers import compare_written, write_corrections
 from everalign.learning.scores import Scores
-from everalign.learning.task_rows import AnySet, Rows, as_set, prepare_rows
-from everalign.learning.task_training import task_seed, train_task
+from everalign.learning.task_training import AnySet, Rows, as_set, prepare_rows, task_seed, train_task
 from everalign.methods import LifeAlign, Method, Task
 from everalign.modeling.model_files import OutputDtype
 from everalign.training.base_objective import PreparedRows

@@ -13,7 +13,7 @@ from everalign.data.readers import load_scored
 from everalign.data.records import ScoredSet
 from everalign.data.rows import RowSet
 from everalign.errors import InputError, ShortfallError, check_shortfall
-from everalign.evaluation.score_rows import score_rows
+from everalign.evaluation.scoring import score_rows
 from everalign.learning.context import RunContext
 from everalign.learning.options import RolloutOptions
 from everalign.modeling.options import SamplingOptions

@@ -9,9 +9,8 @@ from typing import Any
 
 from everalign.errors import InputError
 from everalign.methods.base import Method, Task
-from everalign.methods.baselines import MultiTask, SequentialFineTuning, SingleTask
+from everalign.methods.baselines import ExperienceReplay, MultiTask, SequentialFineTuning, SingleTask
 from everalign.methods.lifealign import LifeAlign
-from everalign.methods.replay import ExperienceReplay
 
 __all__ = [
     "METHODS",

@@ -20,7 +20,7 @@ from everalign.memory import (
     for_each_weight,
 )
 from everalign.methods.base import ModuleRecord, Task
-from everalign.methods.replay import ExperienceReplay
+from everalign.methods.baselines import ExperienceReplay
 from everalign.modeling.policy import Policy
 
 Space = Literal["product", "factors"]

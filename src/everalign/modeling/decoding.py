@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.architecture import study_decoding
-from everalign.modeling.cpu_kernels import cpu_attention
+from everalign.modeling.attention import cpu_attention
 from everalign.modeling.logprobs import SequenceLogProbs
 from everalign.modeling.shrinking import shrunk_copy
 

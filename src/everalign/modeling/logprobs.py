@@ -13,8 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from everalign.data.collate import Batch, split_by_length
 from everalign.errors import EveralignError, InputError
-from everalign.modeling.cpu_kernels import CPU_ATTENTION, runs_of
-from everalign.modeling.flex_attention import FLEX, flex_inputs
+from everalign.modeling.attention import CPU_ATTENTION, FLEX, flex_inputs, runs_of
 from everalign.modeling.positions import Lengths, PositionState
 from everalign.modeling.shrinking import MODEL_ERRORS
 

@@ -23,7 +23,7 @@ from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
 from everalign.modeling import lora as adapters
 from everalign.modeling.architecture import study
-from everalign.modeling.cpu_kernels import use_cpu_attention
+from everalign.modeling.attention import use_cpu_attention
 from everalign.modeling.decoding import Decoder
 from everalign.modeling.logprobs import SequenceLogProbs, naming
 from everalign.modeling.lora import frozen_for_inference, fuse

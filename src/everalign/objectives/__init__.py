@@ -1,7 +1,13 @@
 """What one batch teaches: pure, un-reduced functions of small tensors, on top of torch alone."""
 
-from everalign.objectives.bradley_terry import bradley_terry_loss, calibrating_temperature, pair_calibration_error
-from everalign.objectives.preference import dpo_loss, fpo_loss, implicit_margin
+from everalign.objectives.preference import (
+    bradley_terry_loss,
+    calibrating_temperature,
+    dpo_loss,
+    fpo_loss,
+    implicit_margin,
+    pair_calibration_error,
+)
 from everalign.objectives.var_weights import (
     Estimator,
     VarWeights,

@@ -10,16 +10,14 @@ from torch import Tensor
 
 from everalign.objectives.partition_function import (
     check_options,
-    log_normalisers,
-    log_ratios,
-    measured_rewards,
-    per_prompt_rows,
-)
-from everalign.objectives.segments import (
     effective_share,
     finite_or_minus_inf,
     finite_rows,
+    log_normalisers,
+    log_ratios,
+    measured_rewards,
     one_segment,
+    per_prompt_rows,
     positive,
     same_shapes,
     segments_of,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from everalign.objectives.segments import (
+from everalign.objectives.partition_function import (
     effective_share,
     finite_or_minus_inf,
     one_segment,

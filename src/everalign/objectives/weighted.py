@@ -11,7 +11,7 @@ Rewards", arXiv 2402.05369.
 import torch
 from torch import Tensor
 
-from everalign.objectives.segments import (
+from everalign.objectives.partition_function import (
     Segments,
     finite_or_minus_inf,
     finite_rows,

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from everalign.learning.run_data import RunData
-from everalign.reporting.formats import METRICS, count
-from everalign.reporting.sampling_error import WIDTH, of_last, of_transfer
+from everalign.reporting.formats import METRICS, WIDTH, count, of_last, of_transfer
 
 _ACCURACY = METRICS["accuracy"]
 

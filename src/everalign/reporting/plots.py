@@ -16,8 +16,7 @@ from matplotlib.patches import Rectangle
 
 from everalign.learning.run_files import TrainingStep
 from everalign.learning.scores import Scores
-from everalign.reporting.formats import Metric, shortened
-from everalign.reporting.sampling_error import WIDTH, Errors, of_change, of_mean
+from everalign.reporting.formats import WIDTH, Errors, Metric, of_change, of_mean, shortened
 
 INK = "#0a0b01"
 MUTED = "#0a0b02"

@@ -24,9 +24,12 @@ from everalign.reporting.formats import (
     SUMMARY_TITLES,
     UNMEASURED,
     Cell,
+    Errors,
     Metric,
     best_values,
     count,
+    error_matrix,
+    is_chance,
     matrix_cell,
     percent,
     seconds,
@@ -43,7 +46,6 @@ from everalign.reporting.plots import (
     score_heatmap,
     training_curves,
 )
-from everalign.reporting.sampling_error import Errors, error_matrix, is_chance
 from everalign.storage import write_text
 
 _ACCURACY = METRICS["accuracy"]

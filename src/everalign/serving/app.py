@@ -19,12 +19,11 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from everalign.serving.corrector_reload import CorrectorReloader
 from everalign.serving.corrector_service import CorrectionService
 from everalign.serving.errors import INTERNAL, GatewayError, refused
-from everalign.serving.feedback_route import feedback_routes
 from everalign.serving.gateway import Gateway
 from everalign.serving.middleware import AuthMiddleware, error_response
 from everalign.serving.pages.routes import page_routes
 from everalign.serving.passthrough import passthrough_routes
-from everalign.serving.routes import chat_routes, model_routes, status_routes
+from everalign.serving.routes import chat_routes, feedback_routes, model_routes, status_routes
 from everalign.serving.security import Sessions
 from everalign.serving.settings import GatewaySettings, UpstreamSettings
 from everalign.serving.stream_response import cancel

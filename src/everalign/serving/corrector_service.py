@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from everalign.deadlines import Deadline, DeadlineOver, call_in_thread
 from everalign.errors import InputError
-from everalign.serving.circuit_breaker import CircuitBreaker, Permit
 from everalign.serving.limits import FairQueue
+from everalign.serving.upstream_transport import CircuitBreaker, Permit
 
 if TYPE_CHECKING:
     from everalign.correction.corrector import Corrected

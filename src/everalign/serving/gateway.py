@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from everalign.serving.chat_request import RequestParser
-from everalign.serving.circuit_breaker import CircuitBreaker, Circuits
 from everalign.serving.complete import Completions
 from everalign.serving.corrector_service import AnyCorrector, CorrectionService
 from everalign.serving.decide import CorrectionDecider
@@ -14,6 +13,7 @@ from everalign.serving.security import Keys
 from everalign.serving.settings import GatewaySettings, UpstreamSettings
 from everalign.serving.telemetry import Metrics
 from everalign.serving.upstream import Upstream
+from everalign.serving.upstream_transport import CircuitBreaker, Circuits
 
 if TYPE_CHECKING:
     from everalign.serving.store import FeedbackStore

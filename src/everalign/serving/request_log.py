@@ -15,7 +15,6 @@ from anyio import to_thread
 from everalign.deadlines import call_in_thread
 from everalign.errors import EveralignError, InputError
 from everalign.serving.chat_request import RequestContext
-from everalign.serving.circuit_breaker import CircuitBreaker
 from everalign.serving.completion_json import Choice
 from everalign.serving.corrector_service import CorrectionFailed, CorrectionService
 from everalign.serving.decide import Summary, edit_share
@@ -24,6 +23,7 @@ from everalign.serving.errors import GatewayError
 from everalign.serving.limits import AT_ONCE
 from everalign.serving.store.records import Exchange, Feedback
 from everalign.serving.telemetry import Metrics
+from everalign.serving.upstream_transport import CircuitBreaker
 
 if TYPE_CHECKING:
     from everalign.serving.store.database import FeedbackStore, StoreStats

@@ -17,7 +17,6 @@ import anyio
 import httpx
 
 from everalign.llm_reply import retry_after
-from everalign.serving.circuit_breaker import CircuitBreaker, Circuits, Permit
 from everalign.serving.errors import (
     GatewayError,
     UsageRefused,
@@ -31,7 +30,7 @@ from everalign.serving.headers import USUAL, HeaderRules
 from everalign.serving.limits import Allowances, tokens_of
 from everalign.serving.settings import Timeouts, UpstreamSettings
 from everalign.serving.sse import BrokenEvents, EventParser, json_bytes
-from everalign.serving.upstream_transport import UpstreamTransport, json_object
+from everalign.serving.upstream_transport import CircuitBreaker, Circuits, Permit, UpstreamTransport, json_object
 
 RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed", "response.cancelled", "error")
 """The events that may be the last one of a streamed response."""

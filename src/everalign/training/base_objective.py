@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from everalign.data.chat_template import template_notes
 from everalign.data.chat_tokens import encode_prompt
 from everalign.data.collate import Batch, collate, row_tokens
 from everalign.data.readers import load_preferences
 from everalign.data.records import CorrectionSet, Preference, PreferenceSet
 from everalign.data.rows import RowSet
-from everalign.data.template_notes import template_notes
 from everalign.data.tokenization import TokenizedRow, TokenizedRows, tokenize_preferences
 from everalign.errors import InputError
 from everalign.modeling.options import SamplingOptions

@@ -36,15 +36,15 @@ class Entry:
 
 # Within a prompt snkl is its own normaliser; what it takes from the weighting is how sharp the rewards are.
 _SHARPNESS = frozenset({"temperature", "target_ess", "scale_rewards", "drop_constant"})
-_PAIRS, _SCORES = "everalign.training.preference_objectives", "everalign.training.scored_objectives"
+_CLASSES = "everalign.training.objective_classes"
 
 OBJECTIVES: dict[str, Entry] = {
-    "sft": Entry(f"{_PAIRS}:SupervisedObjective", "preferences"),
-    "dpo": Entry(f"{_PAIRS}:DpoObjective", "preferences", frozenset({"beta", "reference", "sft_epochs"})),
-    "fpo": Entry(f"{_PAIRS}:FpoObjective", "preferences", frozenset({"beta", "gamma", "reference", "sft_epochs"})),
-    "var": Entry(f"{_SCORES}:VarObjective", "scored", frozenset({"reward", "weighting", *WeightOptions.model_fields})),
+    "sft": Entry(f"{_CLASSES}:SupervisedObjective", "preferences"),
+    "dpo": Entry(f"{_CLASSES}:DpoObjective", "preferences", frozenset({"beta", "reference", "sft_epochs"})),
+    "fpo": Entry(f"{_CLASSES}:FpoObjective", "preferences", frozenset({"beta", "gamma", "reference", "sft_epochs"})),
+    "var": Entry(f"{_CLASSES}:VarObjective", "scored", frozenset({"reward", "weighting", *WeightOptions.model_fields})),
     "snkl": Entry(
-        f"{_SCORES}:SelfNormalisedObjective",
+        f"{_CLASSES}:SelfNormalisedObjective",
         "judged",
         frozenset({"reference", "reward", "weighting"}) | _SHARPNESS,
         "takes log-ratios as they are",

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everalign.data.chat_template import keep_template
+from everalign.data.chat_template import keep_template, template_notes
 from everalign.data.chat_tokens import template_fingerprint
 from everalign.data.collate import row_tokens
 from everalign.data.readers import check_disjoint
 from everalign.data.records import PreferenceSet
-from everalign.data.template_notes import template_notes
 from everalign.data.tokenization import TokenizedRow, TokenizedRows, check_end, pad_right, tokenize_preferences
 from everalign.errors import InputError
 from everalign.modeling.loading import (

@@ -14,7 +14,7 @@ from everalign.errors import EveralignError
 from everalign.learning.promotion import what_fell
 from everalign.learning.run_data import RunData, version_rows
 from everalign.learning.scores import Scores
-from everalign.reporting.sampling_error import Errors, is_chance
+from everalign.reporting.formats import Errors, is_chance
 from everalign.serving.gateway import Gateway
 from everalign.serving.pages.base import Pages
 
@@ -179,7 +179,7 @@ def _run_values(path: Path | None, served: str | None) -> dict[str, Any]:
         text = "The corrector in service is not from a run, so its versions are not known here. Serve a run's folder"
         return {"name": None, "trouble": f"{text} (serve --corrector RUN) to see them."}
     from everalign.learning.run_data import load_run
-    from everalign.reporting.sampling_error import error_matrix
+    from everalign.reporting.formats import error_matrix
 
     try:
         run = load_run(path)

@@ -19,11 +19,10 @@ from everalign.serving.chat_request import ALIGNED
 from everalign.serving.complete import Completed
 from everalign.serving.eligibility import question_of
 from everalign.serving.errors import GatewayError, not_found, overloaded, refused
-from everalign.serving.feedback_route import LONGEST_EDIT, read_feedback, store_feedback
 from everalign.serving.gateway import Gateway
 from everalign.serving.limits import aside
 from everalign.serving.pages.base import Pages, read_form
-from everalign.serving.routes import Catalogue
+from everalign.serving.routes import LONGEST_EDIT, Catalogue, read_feedback, store_feedback
 from everalign.serving.store.records import Exchange
 from everalign.serving.stream_response import cancel_on_disconnect
 
