@@ -67,7 +67,7 @@ def without_time(curve):
 
 def test_a_resumed_stage_ends_with_the_same_bits(tmp_path, uninterrupted):
     interrupt(tmp_path, step=6)
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-4"
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         final, result, steps = resume(tmp_path)
@@ -101,28 +101,28 @@ SPOILS = {
 def test_a_cut_checkpoint_is_passed_over(tmp_path, uninterrupted, kind):
     spoil = SPOILS[kind]
     interrupt(tmp_path, step=6)
-    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-5")
-    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-17")
+    shutil.copytree(tmp_path / "checkpoints" / "checkpoint-4", tmp_path / "checkpoints" / "checkpoint-5")
+    shutil.copytree(tmp_path / "checkpoints" / "checkpoint-4", tmp_path / "checkpoints" / "checkpoint-17")
     names = ["checkpoint-17", "checkpoint-5", "checkpoint-4"]
     for name in names:
-        spoil(tmp_path / name)
+        spoil(tmp_path / "checkpoints" / name)
     with pytest.warns(UserWarning, match="is no complete checkpoint") as caught:
-        assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+        assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-2"
     assert [re.search(r"checkpoint-\d+", str(warning.message))[0] for warning in caught] == names
     for name in names[:2]:
-        shutil.rmtree(tmp_path / name)
+        shutil.rmtree(tmp_path / "checkpoints" / name)
     with pytest.warns(UserWarning, match="resuming from before it"):
         final, _, steps = resume(tmp_path)
     assert steps == [3, 4, 5, 6, 7, 8]
     assert difference(final, uninterrupted[0]) == 0.0
     # The broken one was written again on the way, or removed as an old one.
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-8"
 
 
 def test_with_no_complete_checkpoint_training_starts_over(tmp_path, uninterrupted):
     interrupt(tmp_path, step=3)
-    (tmp_path / "checkpoint-2" / "complete.json").unlink()
-    (tmp_path / "checkpoint-notes").mkdir()
+    (tmp_path / "checkpoints" / "checkpoint-2" / "complete.json").unlink()
+    (tmp_path / "checkpoints" / "checkpoint-notes").mkdir()
     with pytest.warns(UserWarning, match=r"complete\.json is missing or cut"):
         final, _, steps = resume(tmp_path)
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -132,4 +132,4 @@ def test_with_no_complete_checkpoint_training_starts_over(tmp_path, uninterrupte
 def test_a_checkpoint_is_as_small_as_what_is_learned(tmp_path):
     interrupt(tmp_path, step=3)
     learned = sum(4 * value.numel() for value in policy_at_start().state_dict().values())
-    assert (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size < learned + 10_000
+    assert (tmp_path / "checkpoints" / "checkpoint-2" / "model.safetensors").stat().st_size < learned + 10_000

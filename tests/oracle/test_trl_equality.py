@@ -157,8 +157,11 @@ def test_three_optimiser_steps_are_the_same(theirs, policy, pairs, tokenizer, tm
     try:
         for name, value in policy.state_dict().items():
             assert (value - start[name]).abs().max() > 1e-3
-            # Steps of 1e-3; Adam divides the rounding of the smallest gradients by their own size.
-            torch.testing.assert_close(value, parameters[their_name(name)], rtol=0, atol=2e-5)
+            # Steps of 1e-3. Adam divides the rounding of the smallest gradients by their own size, which moves single
+            # elements by more than the rest.
+            distance = (value - parameters[their_name(name)]).abs()
+            assert distance.max() < 2e-5
+            assert distance.mean() < 1e-6
         losses = [entry["loss"] for entry in theirs.state.log_history if "loss" in entry]
         assert [entry["loss"] for entry in result.curve] == pytest.approx(losses, abs=1e-5)
     finally:
