@@ -42,13 +42,16 @@ SWEEPS = {
 class Contender:
     """A worker process that runs an epoch on request."""
 
-    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, settings: dict[str, Any], worker: Path = WORKER, environment: dict[str, str] | None = None
+    ) -> None:
         self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), name, json.dumps(settings)],
+            [sys.executable, str(worker), name, json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=environment,
         )
         self.ready = self._answer()
 

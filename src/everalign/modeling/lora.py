@@ -35,7 +35,7 @@ def fuse(layer: LoraLayer) -> None:
     """Give an adapted `nn.Linear` the fused forward pass; quantised weights and other layers keep peft's."""
     base = layer.get_base_layer()
     if type(base) is nn.Linear and base.weight.is_floating_point():
-        layer.forward = partial(_forward, layer)
+        layer.forward = partial(fused_forward, layer)
 
 
 @contextmanager
@@ -59,8 +59,15 @@ def frozen_for_inference(layers: Collection[Any], merging: bool) -> Iterator[Non
                 layer.merged_weight, layer.merged_parts = None, []
 
 
-def _forward(layer: Any, x: Tensor) -> Tensor:
-    """Compute W·x + Σ s·B·A·x over the active adapters."""
+def fused_forward(layer: Any, x: Tensor, gate_and_up: tuple[Tensor, ...] = ()) -> Tensor:
+    """Compute W·x + Σ s·B·A·x over the active adapters.
+
+    Args:
+        layer: an adapted `nn.Linear`.
+        x: (..., n).
+        gate_and_up: what x = silu(gate)·up was made of, where it is kept for the backward pass anyway: x is then
+            computed again instead of being kept too.
+    """
     base, device = layer.base_layer, x.device.type
     if layer.disable_adapters or layer.merged:
         plain: Tensor = base(x)
@@ -84,7 +91,8 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
             cache[key] = joined
     else:
         joined = cache[key]
-    result: Tensor = _AdaptedLinear.apply(x, weight, base.bias, dtype, *joined, scales, *factors)  # type: ignore[no-untyped-call]
+    arguments = (x, weight, base.bias, dtype, *joined, scales, gate_and_up)
+    result: Tensor = _AdaptedLinear.apply(*arguments, *factors)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -105,6 +113,7 @@ class _AdaptedLinear(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scales: tuple[float, ...],
+        gate_and_up: tuple[Tensor, ...],
         *factors: Tensor,
     ) -> Tensor:
         rows = x.to(dtype)
@@ -112,21 +121,24 @@ class _AdaptedLinear(torch.autograd.Function):
         y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
         inner = rows.reshape(-1, rows.shape[-1]) @ A.T
         y.view(-1, len(B)).addmm_(inner, B.T)
-        ctx.learned = [a or b for a, b in zip(ctx.needs_input_grad[7::2], ctx.needs_input_grad[8::2], strict=True)]
-        ctx.save_for_backward(x if any(ctx.learned) else x.new_empty(0), inner, A, B)
+        ctx.learned = [a or b for a, b in zip(ctx.needs_input_grad[8::2], ctx.needs_input_grad[9::2], strict=True)]
+        ctx.save_for_backward(inner, A, B, *((gate_and_up or (x,)) if any(ctx.learned) else ()))
         ctx.weight, ctx.scales, ctx.dtypes = weight, scales, (x.dtype, dtype)
         ctx.factors = [(len(a), a.dtype, b.dtype) for a, b in zip(factors[::2], factors[1::2], strict=True)]
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner, A, B = ctx.saved_tensors
+        inner, A, B, *inputs = ctx.saved_tensors
         own, dtype = ctx.dtypes
         upstream = gradient.to(dtype).reshape(-1, gradient.shape[-1])
         narrow = upstream @ B  # (T, R), the gradient of A·x
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (upstream @ ctx.weight.to(dtype)).addmm_(narrow, A).view(*gradient.shape[:-1], -1).to(own)
+        if len(inputs) == 2:
+            gate, up = inputs
+            inputs = [F.silu(gate).mul_(up)]
         found: list[Tensor | None] = []
         start = 0
         for learned, scale, (rank, dtype_a, dtype_b) in zip(ctx.learned, ctx.scales, ctx.factors, strict=True):
@@ -135,10 +147,10 @@ class _AdaptedLinear(torch.autograd.Function):
             if not learned:
                 found += [None, None]
                 continue
-            rows = x.to(dtype).reshape(-1, x.shape[-1])
+            rows = inputs[0].to(dtype).reshape(-1, inputs[0].shape[-1])
             found.append((narrow[:, part].T @ rows).to(dtype_a))
             found.append((upstream.T @ inner[:, part]).to(dtype_b).mul_(scale))
-        return dx, None, None, None, None, None, None, *found
+        return dx, None, None, None, None, None, None, None, *found
 
 
 def _merge_frozen(layer: Any, names: list[str]) -> tuple[Tensor, list[str]]:

@@ -29,6 +29,7 @@ from everalign.modeling.logprobs import SequenceLogProbs, naming
 from everalign.modeling.lora import frozen_for_inference, fuse
 from everalign.modeling.lora_targets import ALL_LINEAR, choose_targets
 from everalign.modeling.options import Precision
+from everalign.modeling.runtime import use_lean_layers
 
 SHORT_TERM = "stm"
 LONG_TERM = "ltm"
@@ -170,6 +171,7 @@ class Policy(TrainableLM):
             layer.cast_input_dtype_enabled = not mixed
             fuse(layer)
         use_cpu_attention(model)
+        use_lean_layers(model)
         self.head = SequenceLogProbs(model, architecture)
         self.reset(seed)
 

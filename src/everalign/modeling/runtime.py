@@ -1,4 +1,4 @@
-"""Process settings that training profits from, and activation checkpointing."""
+"""Process settings that training profits from, and what a step keeps: activation checkpointing, lean layers."""
 
 import ctypes
 import sys
@@ -12,12 +12,15 @@ from typing import Any
 
 import psutil
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
+from everalign.modeling.lora import fused_forward
 from everalign.modeling.shrinking import layer_list
 
 _M_TRIM_THRESHOLD = -1
@@ -180,3 +183,111 @@ class SavedBytes:
 
 def _unpack(_: None) -> Tensor:
     raise RuntimeError("what was counted was not kept")
+
+
+# ---- layers that keep less for the backward pass ----
+
+# Elements of a block: a few of them, with their temporaries, fit into a core's second-level cache.
+_BLOCK = 131_072
+_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def use_lean_layers(model: nn.Module) -> None:
+    """Let RMS norms and gated feed-forward layers of a model on the CPU keep only their inputs for the backward pass.
+
+    Their usual forward passes keep every intermediate result, norms in fp32 besides: a quarter to a third of what a
+    step keeps (`bench/RESULTS.md`). A layer is changed where it computes the same on small and on large inputs.
+    """
+    if next(model.parameters()).device.type != "cpu":
+        return
+    for module in model.modules():
+        parameters = dict(module.named_parameters())
+        if type(module).__name__.endswith("RMSNorm") and parameters.keys() == {"weight"}:
+            weight, epsilon = parameters["weight"], getattr(module, "variance_epsilon", getattr(module, "eps", None))
+            if weight.ndim == 1 and epsilon is not None:
+                _replace_forward(module, partial(_norm, module, epsilon), len(weight), {torch.bfloat16, weight.dtype})
+        elif isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
+            parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+            linear: list[Any] = [getattr(part, "base_layer", part) for part in parts]
+            if all(type(part) is nn.Linear and part.weight.is_floating_point() for part in linear):
+                width, dtype = linear[0].in_features, linear[0].weight.dtype
+                _replace_forward(module, partial(_gated, module), width, {dtype})
+
+
+def _replace_forward(module: nn.Module, lean: Callable[[Tensor], Tensor], width: int, dtypes: set[torch.dtype]) -> None:
+    """Give a module another forward pass if that agrees with its own."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, width, generator=generator)
+    for dtype in dtypes:
+        # Clamped variants differ at large inputs only, and norms by their ε at small ones.
+        for scale in (1e-3, 1.0, 1e3):
+            x = (scale * rows).to(dtype)
+            with torch.no_grad():
+                own, found = module(x), lean(x)
+            error = (own.float() - found.float()).abs().max()
+            if own.dtype != found.dtype or error > _TOLERANCES[dtype] * own.float().abs().max():
+                return
+    module.forward = lean
+
+
+def _norm(module: Any, epsilon: float, x: Tensor) -> Tensor:
+    result: Tensor = _RMSNorm.apply(x, module.weight, epsilon)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _gated(module: Any, x: Tensor) -> Tensor:
+    gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj
+    product: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    lean = getattr(down.forward, "func", None) is fused_forward
+    result: Tensor = fused_forward(down, product, (gate.detach(), up.detach())) if lean else down(product)
+    return result
+
+
+class _RMSNorm(torch.autograd.Function):
+    """w · x / sqrt(mean(x²) + ε), the norm in fp32 and then rounded to x's type, as the models write it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
+        inverse = torch.empty(*x.shape[:-1], 1, dtype=torch.float32)
+        for block, out, root in _blocks(x, y, inverse):
+            wide = block.float()
+            torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(epsilon), out=root)
+            torch.mul((wide * root).to(x.dtype), weight, out=out)
+        ctx.save_for_backward(x, inverse, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, inverse, weight = ctx.saved_tensors
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for block, upstream, out, root in _blocks(x, gradient, dx, inverse):
+            wide, g = block.float(), upstream.to(torch.float32, copy=True)
+            if ctx.needs_input_grad[1]:
+                dw += (g * wide).mul_(root).sum(0)
+            g.mul_(weight)
+            # x̂ = x·r, and dx = r·(g - x̂·mean(g·x̂))
+            along = (g * wide).mean(-1, keepdim=True).mul_(root.pow(3)).neg_()
+            out.copy_(g.mul_(root).addcmul_(wide, along))
+        return dx, dw.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+def _blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the same rows of tensors (..., d)."""
+    rows = max(1, _BLOCK // x.shape[-1])
+    return zip(*(torch.split(each.reshape(-1, each.shape[-1]), rows) for each in (x, *others)), strict=True)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) · up (Shazeer 2020, "GLU Variants Improve Transformer"); keeps the two, not silu(gate)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
