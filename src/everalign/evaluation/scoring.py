@@ -13,7 +13,6 @@ from everalign.data.records import Scored, ScoredSet
 from everalign.data.rows import is_finite, shown
 from everalign.errors import EveralignError, InputError, check_shortfall
 from everalign.evaluation.judge import JudgeScorer
-from everalign.evaluation.scorers import RewardModelScorer, Scorer
 from everalign.storage import Journal, check_new_file, exclusive, json_line, lock_of, write_text
 
 if TYPE_CHECKING:
@@ -154,7 +153,7 @@ class ScoringResult:
 
 def score_rows(
     rows: ScoredSet,
-    scorer: Scorer,
+    scorer: "Scorer",
     output: str | os.PathLike[str],
     *,
     overwrite: bool = False,
@@ -181,6 +180,9 @@ def score_rows(
             row and the completion. Earlier batches are kept.
     """
     path = Path(output)
+    # A gateway that compares answers by a judge loads this module, and no torch.
+    from everalign.evaluation.scorers import RewardModelScorer
+
     with exclusive(lock_of(path)):
         if not rows:
             raise InputError(f"{rows.source}: no rows in it", where=rows.source)
@@ -233,7 +235,7 @@ def _batches(rows: Sequence[Scored], numbers: Sequence[int], answers: int) -> It
         yield batch
 
 
-def _score_batch(scorer: Scorer, rows: Sequence[Scored], batch: Sequence[int]) -> dict[int, list[float]]:
+def _score_batch(scorer: "Scorer", rows: Sequence[Scored], batch: Sequence[int]) -> dict[int, list[float]]:
     """Returns the rewards of the rows of these numbers, by number."""
     prompts = [rows[number].prompt for number in batch for _ in rows[number].completions]
     completions = [text for number in batch for text in rows[number].completions]
