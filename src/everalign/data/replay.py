@@ -16,6 +16,16 @@ AnyRow = Preference | Scored | Correction
 _KINDS: dict[str, type[Scored] | type[Correction]] = {"completions": Scored, "correction": Correction}
 
 
+def drawn(task: str, rows: int, fraction: float, seed: int) -> list[int]:
+    """Draw `floor(fraction * rows)` of a task's rows, as `ReplayBuffer.add` does; returns their places."""
+    if not 0.0 <= fraction <= 1.0:
+        raise InputError(f"replay fraction: must lie between 0 and 1, found {fraction}")
+    # 0.29 * 100 is 28.999... in binary; the small term gives the count that the decimal numbers mean.
+    count = math.floor(fraction * rows + 1e-9)
+    # The random order is kept, so that what eviction leaves of a task is still a random sample of it.
+    return random.Random(f"{seed}/{task}").sample(range(rows), count)
+
+
 class ReplayBuffer:
     """Keeps a share of every task's rows and forgets the oldest rows first.
 
@@ -38,18 +48,17 @@ class ReplayBuffer:
         Returns:
             How many rows were drawn; fewer stay where that exceeds the capacity.
         """
-        if not 0.0 <= fraction <= 1.0:
-            raise InputError(f"replay fraction: must lie between 0 and 1, found {fraction}")
-        # 0.29 * 100 is 28.999... in binary; the small term gives the count that the decimal numbers mean.
-        count = math.floor(fraction * len(rows) + 1e-9)
-        # The random order is kept, so that what eviction leaves of a task is still a random sample of it.
-        drawn = random.Random(f"{seed}/{task}").sample(range(len(rows)), count)
-        self._extend((task, rows[i]) for i in drawn)
-        return count
+        places = drawn(task, len(rows), fraction, seed)
+        self._extend((task, rows[place]) for place in places)
+        return len(places)
 
     def rows(self, exclude_task: str | None = None) -> list[AnyRow]:
         """The stored rows, oldest first, without those of one task if asked."""
         return [row for task, row in self._entries if exclude_task is None or task != exclude_task]
+
+    def names(self, exclude_task: str | None = None) -> list[str]:
+        """The task of each of `rows`, in their order."""
+        return [task for task, _ in self._entries if exclude_task is None or task != exclude_task]
 
     def ids(self) -> list[str]:
         """The stored rows' ids, oldest first."""

@@ -160,6 +160,7 @@ def make_context(
         raise InputError(f"the objective {objective} learns from no rewards and would ignore reward: leave it out")
     if scorer is None and rollouts != RolloutOptions():
         raise InputError("sampled answers need rewards: give reward, or leave the sampling options out")
+    options = options.resolved(objective)
     if rollouts.rounds > 1 and goal.needs_reference and options.reference == "previous_task":
         raise InputError("with several rounds the policy before the task is not at hand: set reference to stage_start")
     if correction is not None and not reads(objective, "correction"):

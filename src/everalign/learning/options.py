@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field
 from everalign.errors import InputError
 from everalign.modeling.options import PrecisionChoice, SamplingOptions
 from everalign.options import Options
+from everalign.training.objectives import OBJECTIVES
 from everalign.training.options import (
     TOKENS_PER_BATCH,
     BatchSize,
@@ -28,6 +29,7 @@ Reference = Literal["base", "stage_start", "previous_task"]
 Attention = Literal["sdpa", "flex"]
 Preset = Literal["default", "paper"]
 Space = Literal["product", "factors"]
+Step = Literal["fixed", "fitted"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 DEFAULT_METHOD = "lifealign"
@@ -47,6 +49,28 @@ class MethodOptions(Options, title="Method"):
     rank_cap: int | None = Field(default=None, ge=1, description="Highest rank of the long-term memory (lifealign).")
     replay: Share | None = Field(default=None, description="Share of a task's rows to replay later (lifealign, er).")
     capacity: int | None = Field(default=None, ge=0, description="Most rows kept for replay (lifealign, er).")
+    anchors: float | None = Field(
+        default=None, ge=0, description="Pull of replayed answers back to how likely they were (lifealign, er)."
+    )
+    average: float | None = Field(
+        default=None, ge=0, lt=1, description="Decay of an average over a task's steps; 0 for none (lifealign)."
+    )
+    strength: float | None = Field(
+        default=None, ge=0, description="Strength of the method (gem, ewc, olora, cppo, ogpsa)."
+    )
+    memory_rows: int | None = Field(default=None, ge=1, description="Rows of a task's gradient (gem, ogpsa).")
+    refresh: int | None = Field(default=None, ge=1, description="Steps between two such gradients (gem, ogpsa).")
+    online: bool | None = Field(default=None, description="One penalty for all tasks, or one each (ewc).")
+    decay: Share | None = Field(default=None, description="Share of the earlier penalty to keep (ewc, online).")
+    fisher_rows: int | None = Field(default=None, ge=1, description="Most rows of a Fisher information (ewc).")
+    shrinkage: float | None = Field(default=None, ge=0, description="Pull of a new adapter to 0 (olora).")
+    bound: float | None = Field(default=None, ge=0, description="Deviations beyond which a row is special (cppo).")
+    lowest: float | None = Field(default=None, ge=0, description="Weight of rows to learn or keep less (cppo).")
+    highest: float | None = Field(default=None, ge=0, description="Weight of rows to learn or keep more (cppo).")
+    rate: float | None = Field(default=None, ge=0, description="Rate of the multipliers' ascent (copr).")
+    step: Step | None = Field(
+        default=None, description="Length of a task's update: as it is, or fitted on held-back rows (lifealign)."
+    )
 
 
 def _check_targets(targets: str) -> str:
@@ -128,10 +152,11 @@ class CorrectionTaskOptions(Options, title="Correctors (objective correction)"):
 class TrainingOptions(Options, title="Training"):
     """How every task is trained: an optional supervised stage on the chosen responses, then the preference stage."""
 
-    reference: Reference = Field(
-        default="stage_start",
+    reference: Reference | None = Field(
+        default=None,
         description="Policy that implicit rewards are measured against.\n`base`: always the base model. "
-        "`stage_start`: the policy as this stage begins. `previous_task`: the policy before this task.",
+        "`stage_start`: the policy as this stage begins. `previous_task`: the policy before this task. If not given, "
+        "base with hypo and hypo-ln, and stage_start with the others.",
     )
     learning_rate: LearningRate = Field(default=1e-4, description="Peak learning rate of the preference stage.")
     epochs: Epochs = 1.0
@@ -139,7 +164,9 @@ class TrainingOptions(Options, title="Training"):
         default=0.0, ge=0, description="Supervised passes over the chosen responses before that; 0 for none."
     )
     sft_learning_rate: LearningRate = Field(default=1e-4, description="Peak learning rate of the supervised stage.")
-    beta: float = Field(default=0.1, gt=0, description="Inverse temperature of the implicit reward (β).")
+    beta: float | None = Field(
+        default=None, gt=0, description="Inverse temperature of the implicit reward (β); 0.1, or 5 with hypo-ln."
+    )
     batch_size: BatchSize = 16
     tokens_per_batch: TokensPerBatch = TOKENS_PER_BATCH
     max_length: MaxLength = 1024
@@ -169,6 +196,14 @@ class TrainingOptions(Options, title="Training"):
         if name not in _PRESETS:
             raise InputError(f"unknown preset {name!r}: choose one of {', '.join(_PRESETS)}", field="preset")
         return cls(**{**_PRESETS[name], **changes})
+
+    def resolved(self, objective: str) -> "TrainingOptions":
+        """Returns the options with the objective's own β and reference where none are given."""
+        entry = OBJECTIVES[objective]
+        return self.replace(
+            beta=entry.beta if self.beta is None else self.beta,
+            reference=entry.reference if self.reference is None else self.reference,
+        )
 
     def sft_stage(self) -> StageOptions:
         """Returns the supervised stage's options."""

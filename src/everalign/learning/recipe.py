@@ -307,13 +307,14 @@ class Recipe(_Keys):
             name: weighting_settings(self.objective, options) if isinstance(options, WeightOptions) else dict(options)
             for name, options in self._sections_of_objective().items()
         }
+        training = self.training_options().resolved(self.objective or DEFAULT_OBJECTIVE)
         return {
             "objective": DEFAULT_OBJECTIVE,
             "seed": 0,
             "sample_answers": SAMPLE_ANSWERS,
             **{key: value for key, value in self._given().items() if key != "preset"},
             "method": {"name": method.name, **gamma, **method.settings()},
-            "training": {name: value for name, value in self.training_options() if name not in self._ignored()},
+            "training": {name: value for name, value in training if name not in self._ignored()},
             "adapter": dict(self.adapter_options()),
             **sections,
         }

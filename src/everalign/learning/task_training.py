@@ -132,7 +132,8 @@ def train_task(context: RunContext, task: Task, rows: PreparedRows, work: Path) 
         ShortfallError: most answers sampled in the first round did not end, or most prompts have too few that did.
     """
     result = TaskResult(task, rows.facts, warnings=rows.warnings)
-    replayed = context.method.rows(task)
+    method = context.method
+    replayed, apart = method.rows(task), method.apart(task)
     # A task whose answers are given has one round, without sampling.
     rounds = context.rollouts.rounds if rows.to_sample else 1
     scale, learned, folder, seed = None, rows, work, task.seed
@@ -145,7 +146,8 @@ def train_task(context: RunContext, task: Task, rows: PreparedRows, work: Path) 
             # The first round's, so that a reward is worth as many nats in every round.
             scale = learned.facts["scale"] if learned.facts else None
             result.task, result.weights = replace(task, rows=learned.rows), learned.facts
-        tokenized = context.objective.tokenize(learned.rows, replayed, context)
+        own = method.own_rows(result.task)
+        tokenized = context.objective.tokenize(own, [*replayed, *apart], context)
         if tokenized.altered:
             context.log(f"  {tokenized.one_line()}")
         # What the folder holds of other rows is left alone.
@@ -162,8 +164,8 @@ def train_task(context: RunContext, task: Task, rows: PreparedRows, work: Path) 
                     seed=seed + index,
                     reference=reference if objective.needs_reference else None,
                     replayed=len(replayed),
-                    penalty=context.method.penalty,
-                    gradient_hook=context.method.adjust_gradients,
+                    apart=len(apart),
+                    hooks=method,
                     progress=partial(context.progress, objective.name),
                     log=context.log,
                 )
@@ -181,7 +183,7 @@ def _reference(context: RunContext, rows: TokenizedRows) -> Callable[[], Referen
         with context.policy.as_base() if base else nullcontext():
             logprobs = context.cache.logprobs(context.policy, key, rows, context.tokens_per_batch)
             probed = sequence_logprobs(context.policy, probe, context.tokens_per_batch)
-        return Reference(context.options.reference, logprobs, probe, probed)
+        return Reference(str(context.options.reference), logprobs, probe, probed)
 
     if context.options.reference == "previous_task" and context.objective.needs_reference:
         found = compute()

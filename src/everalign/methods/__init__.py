@@ -9,8 +9,12 @@ from typing import Any
 
 from everalign.errors import InputError
 from everalign.methods.base import Method, Task
-from everalign.methods.baselines import ExperienceReplay, MultiTask, SequentialFineTuning, SingleTask
+from everalign.methods.baselines import BufferOnly, ExperienceReplay, MultiTask, SequentialFineTuning, SingleTask
+from everalign.methods.ewc import ElasticWeightConsolidation
+from everalign.methods.gradient_projection import GradientEpisodicMemory, OrthogonalGradients
 from everalign.methods.lifealign import LifeAlign
+from everalign.methods.lora_continual import MergeBeforeForget, OrthogonalLora
+from everalign.methods.retention import ContinualPpo, OptimalPolicyRegularization
 
 __all__ = [
     "METHODS",
@@ -25,7 +29,22 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (LifeAlign, SequentialFineTuning, ExperienceReplay, MultiTask, SingleTask)
+    method.name: method
+    for method in (
+        LifeAlign,
+        SequentialFineTuning,
+        ExperienceReplay,
+        MultiTask,
+        SingleTask,
+        GradientEpisodicMemory,
+        ElasticWeightConsolidation,
+        OrthogonalLora,
+        ContinualPpo,
+        OptimalPolicyRegularization,
+        OrthogonalGradients,
+        MergeBeforeForget,
+        BufferOnly,
+    )
 }
 
 

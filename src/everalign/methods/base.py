@@ -1,5 +1,6 @@
 """Base class of the continual-learning methods and the hooks that the learner calls."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,7 +9,29 @@ from torch import Tensor
 
 from everalign.data.replay import AnyRow, ReplayBuffer
 from everalign.data.rows import RowSet
+from everalign.errors import InputError
 from everalign.modeling.policy import Policy
+from everalign.training.hooks import StageHooks
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuses what is no share.
+
+    Raises:
+        InputError: it does not lie between 0 and 1.
+    """
+    if not 0.0 <= value <= 1.0:
+        raise InputError(f"{name} is a share between 0 and 1, found {value}", field=name)
+
+
+def check_strength(name: str, value: float) -> None:
+    """Refuses what is no strength.
+
+    Raises:
+        InputError: it is negative or not finite.
+    """
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"{name} is a number of at least 0, found {value}", field=name)
 
 
 @dataclass(frozen=True)
@@ -55,15 +78,16 @@ class ModuleRecord:
     bank_lost_energy: float
 
 
-class Method:
+class Method(StageHooks):
     """Base of the continual-learning methods: hooks that the learner calls around the training of each task.
 
     A method says what is carried from task to task; the objective says what a batch teaches, so that every method works
     with every objective. Every hook does nothing by default. A new method is a subclass in a file of its own and a line
     in `everalign.methods.METHODS`; its constructor's arguments become arguments of `make_method`.
 
-    The learner calls, for each task: `begin_task`, `rows`, then in every step `penalty` and `adjust_gradients`, then
-    `end_task`. It stores `state_dict` and `buffer` with the finished version, and restores them on resume or rollback.
+    The learner calls, for each task: `begin_task`; `rows`, `apart` and `own_rows`; for each stage of its training the
+    hooks of `StageHooks`; then `end_task`. It stores `state_dict` and `buffer` with the finished version, and restores
+    them on resume or rollback.
 
     Class attributes:
         name: the method's name on the command line.
@@ -96,12 +120,13 @@ class Method:
         """Returns rows of earlier tasks to learn together with the task's own."""
         return []
 
-    def penalty(self, policy: Policy) -> Tensor | None:
-        """Returns a scalar to add to every step's loss, or None."""
-        return None
+    def apart(self, task: Task) -> list[AnyRow]:
+        """Returns rows that the stages' hooks need and that are not learned."""
+        return []
 
-    def adjust_gradients(self, policy: Policy) -> None:
-        """Changes a step's complete gradients in place, before the optimiser reads them."""
+    def own_rows(self, task: Task) -> Sequence[AnyRow]:
+        """Returns those of the task's own rows that are learned; called again with those of every round."""
+        return task.rows
 
     def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
         """Carries over what the task taught; returns a record for each module that was consolidated."""

@@ -1,13 +1,17 @@
 """Baselines: sequential, single-task and multi-task fine-tuning, and experience replay."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from everalign.data.replay import AnyRow, ReplayBuffer
+from torch import Tensor
+
+from everalign.data.collate import Batch
+from everalign.data.replay import AnyRow, ReplayBuffer, drawn
 from everalign.data.rows import RowSet
-from everalign.errors import InputError
-from everalign.methods.base import Method, ModuleRecord, Task
+from everalign.methods.anchors import Anchors
+from everalign.methods.base import Method, ModuleRecord, Task, check_share, check_strength
 from everalign.modeling.policy import Policy
+from everalign.training.hooks import RowTerms, Stage
 
 
 class SequentialFineTuning(Method):
@@ -63,33 +67,99 @@ class MultiTask(Method):
         return []
 
 
-class ExperienceReplay(Method):
-    """Trains one adapter on task after task, each joined with a buffer of rows of earlier tasks.
+class BufferOnly(Method):
+    """GDumb: learns, from the base model, a buffer of all tasks so far and nothing else (ECCV 2020).
 
-    The baseline ER of LifeAlign (arXiv 2509.17183).
+    The control that shows what a method adds to the rows it keeps. Here each task gives the buffer the same share of
+    its rows; the paper's buffer has as many of every class.
 
     Args:
-        replay: share of a task's rows that goes into the buffer, drawn at random after training.
+        replay: share of a task's rows that goes into the buffer, drawn at random; only these are learned.
         capacity: most rows in the buffer; the oldest are dropped first.
     """
 
-    name = "er"
+    name = "gdumb"
 
     def __init__(self, replay: float = 0.2, capacity: int = 3000) -> None:
-        if not 0.0 <= replay <= 1.0:
-            raise InputError(f"replay is a share between 0 and 1, found {replay}")
+        check_share("replay", replay)
         self._replay = replay
         self.buffer: ReplayBuffer = ReplayBuffer(capacity)
 
     def settings(self) -> dict[str, Any]:
-        """Returns the replay share and the capacity."""
+        """Returns the arguments."""
         return {"replay": self._replay, "capacity": self.buffer.capacity}
+
+    def begin_task(self, policy: Policy, task: Task) -> None:
+        """Resets the policy to the base model."""
+        policy.reset(task.seed)
 
     def rows(self, task: Task) -> list[AnyRow]:
         """Returns the buffer's rows of other tasks."""
         return self.buffer.rows(exclude_task=task.name)
 
+    def own_rows(self, task: Task) -> Sequence[AnyRow]:
+        """Returns the task's share; one row at least."""
+        places = drawn(task.name, len(task.rows), self._replay, task.seed)
+        return [task.rows[place] for place in places or [0]]
+
     def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
-        """Draws this task's share into the buffer."""
+        """Puts the task's share into the buffer."""
         self.buffer.add(task.name, task.rows, self._replay, task.seed)
         return []
+
+
+class ExperienceReplay(Method):
+    """Trains one adapter on task after task, each joined with a buffer of rows of earlier tasks.
+
+    The baseline ER of LifeAlign (arXiv 2509.17183); with `anchors`, anchored replay (see `everalign.methods.anchors`).
+
+    Args:
+        replay: share of a task's rows that goes into the buffer, drawn at random after training.
+        capacity: most rows in the buffer; the oldest are dropped first.
+        anchors: strength of the pull of replayed answers back to the log-probabilities that they had; 0 for none.
+    """
+
+    name = "er"
+
+    def __init__(self, replay: float = 0.2, capacity: int = 3000, anchors: float = 0.0) -> None:
+        check_share("replay", replay)
+        check_strength("anchors", anchors)
+        self._replay, self._anchors = replay, Anchors(anchors)
+        self.buffer: ReplayBuffer = ReplayBuffer(capacity)
+        self.watches_stages = anchors > 0
+        self._stage: Stage | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the replay share, the capacity and, where there are any, the anchors' strength."""
+        anchors = {"anchors": self._anchors.strength} if self._anchors.strength else {}
+        return {"replay": self._replay, "capacity": self.buffer.capacity, **anchors}
+
+    def rows(self, task: Task) -> list[AnyRow]:
+        """Returns the buffer's rows of other tasks."""
+        return self.buffer.rows(exclude_task=task.name)
+
+    def begin_stage(self, stage: Stage) -> RowTerms | None:
+        """Returns the replayed rows' anchors."""
+        self._stage = stage
+        return self._anchors.terms(stage)
+
+    def row_loss(self, logprobs: Tensor, batch: Batch) -> Tensor | None:
+        """Returns the anchors' part of the loss."""
+        return self._anchors.row_loss(logprobs, batch)
+
+    def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
+        """Draws this task's share into the buffer, with anchors under the policy as it is now."""
+        drawn = min(self.buffer.add(task.name, task.rows, self._replay, task.seed), self.buffer.capacity)
+        if self._anchors.strength and self._stage is not None:
+            places = {row.id: number for number, row in enumerate(self._stage.rows)}
+            numbers = [places[id] for id in self.buffer.ids()[len(self.buffer) - drawn :]]
+            self._anchors.keep(self._stage, numbers, self.buffer.capacity)
+        return []
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the anchors."""
+        return self._anchors.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores the anchors."""
+        self._anchors.load_state_dict(state)

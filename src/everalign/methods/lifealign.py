@@ -3,13 +3,14 @@
 Focalized Preference Optimization, its other half, is the objective `fpo`.
 """
 
-import math
+import random
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
 
+from everalign.data.replay import AnyRow
 from everalign.errors import InputError
 from everalign.memory import (
     Consolidation,
@@ -19,12 +20,17 @@ from everalign.memory import (
     consolidate_into,
     for_each_weight,
 )
-from everalign.methods.base import ModuleRecord, Task
+from everalign.methods.base import ModuleRecord, Task, check_share, check_strength
 from everalign.methods.baselines import ExperienceReplay
+from everalign.methods.slow_weights import AdapterAverage, fit_step
 from everalign.modeling.policy import Policy
+from everalign.training.hooks import RowTerms, Stage
 
 Space = Literal["product", "factors"]
+Step = Literal["fixed", "fitted"]
 _RANK_CAP = 64
+# Below this a tenth is too few rows to choose a step on.
+_FEWEST_TO_HOLD_BACK = 40
 # Directions of the bank's bases for each of the long-term memory's, which takes half of them: the rest is history.
 _BANK_TO_MEMORY = 2
 
@@ -39,8 +45,14 @@ class LifeAlign(ExperienceReplay):
         space: `product` consolidates the update B·A itself, with a frozen long-term adapter and a fresh short-term one
             for each task; `factors` treats B and A as separate matrices of one adapter, as the paper is written.
         rank_cap: highest rank of the long-term adapter, in `product` space.
+        average: decay of an average of the short-term adapter over the task's steps, which takes its place at the end;
+            0 for none. It rises to this value from 0.1, as (1 + t) / (10 + t) after t steps.
+        step: `fixed` adds the consolidated update as it is; `fitted` first multiplies the task's update by the number
+            among 0.4, 0.6, 0.8, 1 and 1.2 whose mean loss is lowest over the tasks, with every task's rows in the
+            buffer and a tenth of the new task's rows, which is then not trained on.
         replay: share of a task's rows that goes into the buffer, drawn at random after training.
         capacity: most rows in the buffer; the oldest are dropped first.
+        anchors: strength of the pull of replayed answers back to the log-probabilities that they had; 0 for none.
     """
 
     name = "lifealign"
@@ -53,13 +65,15 @@ class LifeAlign(ExperienceReplay):
         keep: float = 0.5,
         space: Space = "product",
         rank_cap: int = _RANK_CAP,
+        average: float = 0.0,
+        step: Step = "fixed",
         replay: float = 0.2,
         capacity: int = 3000,
+        anchors: float = 0.0,
     ) -> None:
-        super().__init__(replay, capacity)
+        super().__init__(replay, capacity, anchors)
         for label, value in (("energy", energy), ("keep", keep)):
-            if not 0.0 <= value <= 1.0:
-                raise InputError(f"{label} is a share between 0 and 1, found {value}", field=label)
+            check_share(label, value)
         if space not in ("product", "factors"):
             raise InputError(f"space is 'product' or 'factors', found {space!r}", field="space")
         if rank_cap < 1:
@@ -67,16 +81,27 @@ class LifeAlign(ExperienceReplay):
         if space == "factors" and rank_cap != _RANK_CAP:
             problem = "rank_cap means nothing in the space 'factors', where the adapter keeps its rank"
             raise InputError(problem, field="rank_cap")
-        if gamma is not None and not (math.isfinite(gamma) and gamma >= 0):
-            raise InputError(f"gamma is a number of at least 0, found {gamma}", field="gamma")
+        if not 0.0 <= average < 1.0:
+            raise InputError(f"average is a decay of at least 0 and below 1, found {average}", field="average")
+        if step not in ("fixed", "fitted"):
+            raise InputError(f"step is 'fixed' or 'fitted', found {step!r}", field="step")
+        if space == "factors" and step == "fitted":
+            raise InputError("a fitted step is one of the space 'product': leave space out, or step", field="step")
+        if gamma is not None:
+            check_strength("gamma", gamma)
         self.gamma, self.energy, self.keep, self.space, self.rank_cap = gamma, energy, keep, space, rank_cap
+        self.step, self._average = step, AdapterAverage(average)
         self.long_term = space == "product"
+        self.watches_stages = self.watches_stages or step == "fitted"
         self._banks: dict[str, MemoryBank] = defaultdict(self.new_bank)
         self._start: dict[str, tuple[Tensor, Tensor]] = {}
 
     def settings(self) -> dict[str, Any]:
         """Returns all arguments but gamma, which belongs to the objective."""
-        own = {"energy": self.energy, "keep": self.keep, "space": self.space, "rank_cap": self.rank_cap}
+        own: dict[str, Any] = {"energy": self.energy, "keep": self.keep, "space": self.space, "rank_cap": self.rank_cap}
+        # Recorded only where they do something.
+        own |= {"average": self._average.decay} if self._average.decay else {}
+        own |= {"step": self.step} if self.step != "fixed" else {}
         return {**own, **super().settings()}
 
     def begin_task(self, policy: Policy, task: Task) -> None:
@@ -86,10 +111,51 @@ class LifeAlign(ExperienceReplay):
         else:
             self._start = policy.factors()
 
+    def own_rows(self, task: Task) -> Sequence[AnyRow]:
+        """Returns all rows but those that the step is fitted on."""
+        held_back = {row.id for row in self._held_back(task)}
+        return [row for row in task.rows if row.id not in held_back] if held_back else task.rows
+
+    def apart(self, task: Task) -> list[AnyRow]:
+        """Returns the rows of the task that the step is fitted on."""
+        return self._held_back(task)
+
+    def _held_back(self, task: Task) -> list[AnyRow]:
+        if self.step == "fixed" or len(task.rows) < _FEWEST_TO_HOLD_BACK:
+            return []
+        return random.Random(f"{task.seed}/{task.name}/held back").sample(list(task.rows), len(task.rows) // 10)
+
+    def begin_stage(self, stage: Stage) -> RowTerms | None:
+        """Returns the replayed rows' anchors."""
+        self._average.reset()
+        return super().begin_stage(stage)
+
+    def after_step(self, policy: Policy) -> None:
+        """Takes the short-term adapter into its average."""
+        self._average.update(policy)
+
+    def end_stage(self, stage: Stage) -> None:
+        """Puts the average in the adapter's place."""
+        self._average.apply(stage.policy)
+
+    def stage_state(self) -> dict[str, Tensor]:
+        """Returns the average."""
+        return self._average.state_dict()
+
+    def load_stage_state(self, state: Mapping[str, Tensor], policy: Policy) -> None:
+        """Restores the average."""
+        self._average.load_state_dict(state, policy)
+
     def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
-        """Consolidates every module's update and fills the replay buffer."""
+        """Consolidates every module's update, fills the replay buffer, and notes its anchors."""
+        if self.step == "fitted" and self._stage is not None:
+            stage = self._stage
+            names = self.buffer.names(exclude_task=task.name)
+            replayed = [[stage.own + i for i, name in enumerate(names) if name == earlier] for earlier in set(names)]
+            fit_step(stage, [*replayed, range(stage.learned, len(stage.rows))])
+        records = self._end_product(policy, task) if self.space == "product" else self._end_factors(policy)
         super().end_task(policy, task)
-        return self._end_product(policy, task) if self.space == "product" else self._end_factors(policy)
+        return records
 
     def new_bank(self) -> MemoryBank:
         """Returns an empty history of one weight."""
@@ -132,19 +198,22 @@ class LifeAlign(ExperienceReplay):
         return records
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the banks' entries as `MODULE/NAME`."""
-        return {
+        """Returns the anchors, and the banks' entries as `MODULE/NAME`."""
+        banks = {
             f"{module}/{key}": tensor
             for module, bank in self._banks.items()
             for key, tensor in bank.state_dict().items()
         }
+        return {**super().state_dict(), **banks}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores the banks."""
+        """Restores anchors and banks."""
+        super().load_state_dict(state)
         by_module: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in state.items():
-            module, name = key.rsplit("/", 1)
-            by_module[module][name] = tensor
+            module, slash, name = key.rpartition("/")
+            if slash:
+                by_module[module][name] = tensor
         self._banks.clear()
         for module, entries in by_module.items():
             self._banks[module].load_state_dict(entries)

@@ -293,6 +293,13 @@ class Policy(TrainableLM):
         short, long = self.short_term(), self.long_term()
         return {name: long[name] + update if name in long else update for name, update in short.items()}
 
+    def learned_factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Return the short-term adapter's own factors (B (m, r), A (r, n)) of every module, with gradients."""
+        return {
+            name: (layer.lora_B[SHORT_TERM].weight, layer.lora_A[SHORT_TERM].weight)
+            for name, layer in adapters.layers(self.peft).items()
+        }
+
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the short-term adapter's raw factors (B (m, r), A (r, n)) of every module, detached copies."""
         return adapters.read_factors(self.peft, SHORT_TERM)

@@ -78,6 +78,57 @@ def fpo_loss(margin: Tensor, gamma: float, check_finite: bool = True) -> Tensor:
     return weight * dpo_loss(margin, check_finite)
 
 
+def fpo_gradient_at_zero(gamma: float) -> float:
+    """Return FPO's gradient at margin 0 as a share of DPO's: `2^-gamma * (1 + gamma * log 2)`, 0.597 for gamma = 2.
+
+    FPO divided by it takes steps as long as DPO's at the start of training, so that the two compare at one rate.
+    """
+    return float(2.0**-gamma * (1 + gamma * math.log(2)))
+
+
+def focalpo_loss(margin: Tensor, gamma: float, check_finite: bool = True) -> Tensor:
+    """FocalPO: `-sigmoid(margin)^gamma * log sigmoid(margin)`, `(B,)` -> `(B,)` in nats (arXiv 2501.06645).
+
+    The opposite of FPO: badly ranked pairs count less. `gamma = 0` is DPO exactly.
+
+    Raises:
+        ValueError: a margin is NaN or infinite (names the rows), or `gamma` is negative or not finite.
+    """
+    if not (math.isfinite(gamma) and gamma >= 0):
+        raise ValueError(f"gamma must be a finite number of at least 0, not {gamma}")
+    margin = full_precision(margin)
+    return (gamma * logsigmoid(margin)).exp() * dpo_loss(margin, check_finite)
+
+
+def hybrid_margin(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    beta: float,
+    check_finite: bool = True,
+) -> Tensor:
+    """How much more the policy prefers the chosen response than it has to, as a logit.
+
+    margin = beta * [(log pi(chosen) - log pi(rejected)) - max(0, log ref(chosen) - log ref(rejected))]
+
+    Where the reference ranks the pair wrongly this asks for the right ranking, and not for an improvement on the wrong
+    one (HyPO, arXiv 2602.11902, by its abstract). Arguments and errors as in `implicit_margin`; with log-probabilities
+    divided by their responses' tokens it is the per-token form.
+    """
+    positive(beta, "beta")
+    same_shapes(
+        policy_chosen=policy_chosen,
+        policy_rejected=policy_rejected,
+        reference_chosen=reference_chosen,
+        reference_rejected=reference_rejected,
+    )
+    policy = full_precision(policy_chosen) - full_precision(policy_rejected)
+    reference = full_precision(reference_chosen) - full_precision(reference_rejected)
+    margin = beta * (policy - reference.clamp(min=0))
+    return finite_rows(margin, "margin") if check_finite else margin
+
+
 DEFAULT_CENTRING = 0.01
 _BINS = 10
 _HALVINGS = 100

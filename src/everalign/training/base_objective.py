@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from everalign.data.chat_template import template_notes
 from everalign.data.chat_tokens import encode_prompt
@@ -145,7 +145,7 @@ class Objective:
         """Lay out rows as tensors; `count` is what the loss of the whole step is divided by: here, the rows."""
         return {**collate([self.computed(row) for row in rows], shared), "count": torch.tensor(len(rows))}
 
-    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
+    def loss(self, model: Callable[[Batch], Tensor], batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
         """Return the micro-batch's share of the step's loss, and detached metrics (one value a row)."""
         raise NotImplementedError
 
@@ -223,7 +223,7 @@ class LikelihoodObjective(Objective):
         tokens = sum(len(response) for row in rows for response in row.responses)
         return {**super().collate(rows, shared), "count": torch.tensor(tokens)}
 
-    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
+    def loss(self, model: Callable[[Batch], Tensor], batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
         """Return Σ weight·NLL / count; metric `nll` is per token of each response."""
         sums = model(batch)
         losses = weighted_nll(sums, batch["weights"], count, check_finite=False)

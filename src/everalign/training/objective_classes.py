@@ -6,13 +6,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from everalign.data.collate import Batch, row_tokens
 from everalign.data.records import Preference, Scored, ScoredSet
 from everalign.data.tokenization import TokenizedRow, TokenizedRows, deduplicate, drop_overlong, tokenize_scored
 from everalign.errors import InputError, check_shortfall
-from everalign.objectives import dpo_loss, fpo_loss, implicit_margin, snkl_loss
+from everalign.objectives import (
+    dpo_loss,
+    focalpo_loss,
+    fpo_gradient_at_zero,
+    fpo_loss,
+    hybrid_margin,
+    implicit_margin,
+    snkl_loss,
+)
 from everalign.objectives.partition_function import Segments
 from everalign.training.base_objective import (
     AnyRows,
@@ -28,6 +36,7 @@ from everalign.training.reference import policy_key
 from everalign.training.reward_weights import TAKE_ONE_COMPLETION, check_comparable, check_completions, compute_weights
 
 DEFAULT_GAMMA = 2.0
+FOCALPO_GAMMA = 0.05
 
 
 class SupervisedObjective(LikelihoodObjective):
@@ -51,32 +60,43 @@ class DpoObjective(Objective):
     """DPO: a loss of the implicit margin, averaged over the step's pairs.
 
     Attributes:
+        margin: maps log-probabilities of pairs and β to margins (B,).
         margin_loss: maps margins (B,) to un-reduced losses (B,).
+        per_token: whether log-probabilities are divided by their responses' tokens first.
     """
 
     needs_reference = True
+    margin = staticmethod(implicit_margin)
+    per_token = False
 
     def __init__(self, name: str, options: ObjectiveOptions) -> None:
         super().__init__(name, options)
         self.margin_loss: Callable[[Tensor], Tensor] = partial(dpo_loss, check_finite=False)
 
-    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
+    def loss(self, model: Callable[[Batch], Tensor], batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
         """Return Σ weight·loss(margin) / count; metrics `margin` and `accuracy` per pair."""
-        margin = self._margin(model(batch), batch["reference"], check_finite=False)
+        policy, reference = model(batch), batch["reference"]
+        if self.per_token:
+            policy, reference = policy / batch["lengths"], reference / batch["lengths"]
+        margin = self._margin(policy, reference, check_finite=False)
         losses = self.margin_loss(margin) * batch["weight"]
         detached = margin.detach()
         return losses.sum() / count, {"margin": detached, "accuracy": (detached > 0).float()}
 
     def drift(self, policy: Tensor, reference: Tensor) -> tuple[str, str, float]:
         """Return the mean implicit margin."""
-        margin = self._margin(policy, reference, check_finite=True)
+        margin = implicit_margin(*_pairs(policy, reference), self.options.beta)
         return "step0_margin", "margin at step 0", margin.mean().item()
 
     def _margin(self, policy: Tensor, reference: Tensor, check_finite: bool) -> Tensor:
-        chosen, rejected = policy.view(-1, 2).unbind(1)
-        reference_chosen, reference_rejected = reference.view(-1, 2).unbind(1)
-        beta = self.options.beta
-        return implicit_margin(chosen, rejected, reference_chosen, reference_rejected, beta, check_finite)
+        return self.margin(*_pairs(policy, reference), self.options.beta, check_finite)
+
+
+def _pairs(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Split log-probabilities (2B,) of pairs into chosen and rejected (B,) under the policy and the reference."""
+    chosen, rejected = policy.view(-1, 2).unbind(1)
+    reference_chosen, reference_rejected = reference.view(-1, 2).unbind(1)
+    return chosen, rejected, reference_chosen, reference_rejected
 
 
 class FpoObjective(DpoObjective):
@@ -90,6 +110,36 @@ class FpoObjective(DpoObjective):
     def settings(self) -> dict[str, Any]:
         """Return γ."""
         return {"gamma": self.gamma}
+
+
+class NormalisedFpoObjective(FpoObjective):
+    """FPO with the gradient of DPO at margin 0: the focus without the shorter steps (`fpo-normalised`)."""
+
+    def __init__(self, name: str, options: ObjectiveOptions) -> None:
+        super().__init__(name, options)
+        scale = fpo_gradient_at_zero(self.gamma)
+        self.margin_loss = lambda margin: fpo_loss(margin, self.gamma, check_finite=False) / scale
+
+
+class FocalPoObjective(FpoObjective):
+    """FocalPO: badly ranked pairs count less, the opposite of FPO (`focalpo`)."""
+
+    def __init__(self, name: str, options: ObjectiveOptions) -> None:
+        super().__init__(name, options)
+        self.gamma = FOCALPO_GAMMA if options.gamma is None else options.gamma
+        self.margin_loss = partial(focalpo_loss, gamma=self.gamma, check_finite=False)
+
+
+class HybridObjective(DpoObjective):
+    """HyPO: DPO whose reference margin is cut off below 0 (`hypo`)."""
+
+    margin = staticmethod(hybrid_margin)
+
+
+class TokenHybridObjective(HybridObjective):
+    """HyPO on log-probabilities per token (`hypo-ln`)."""
+
+    per_token = True
 
 
 class VarObjective(LikelihoodObjective):
@@ -224,7 +274,7 @@ class SelfNormalisedObjective(VarObjective):
             "worst": torch.tensor(worst),
         }
 
-    def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
+    def loss(self, model: Callable[[Batch], Tensor], batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
         """Return Σ weight·KL / count; metrics by row: `kl` itself, and `margin` and `accuracy` of its best response.
 
         The margin is that of the largest over the smallest share, at β = 1; 0 where all shares are equal.

@@ -26,22 +26,30 @@ class Entry:
         reads: options that mean something to it and not to all others: `beta`, `gamma`, `reference`, `sft_epochs`,
             `reward` (with the sampling options), `correction`, and `weighting` with those of `WeightOptions`.
         why: why it ignores `beta` and `reference`, where it does.
+        beta, reference: their values where none are given.
     """
 
     home: str
     rows: Literal["preferences", "scored", "judged", "corrections"]
     reads: frozenset[str] = frozenset()
     why: str = "has no margin"
+    beta: float = 0.1
+    reference: str = "stage_start"
 
 
 # Within a prompt snkl is its own normaliser; what it takes from the weighting is how sharp the rewards are.
 _SHARPNESS = frozenset({"temperature", "target_ess", "scale_rewards", "drop_constant"})
+_MARGIN = frozenset({"beta", "reference", "sft_epochs"})
 _CLASSES = "everalign.training.objective_classes"
 
 OBJECTIVES: dict[str, Entry] = {
     "sft": Entry(f"{_CLASSES}:SupervisedObjective", "preferences"),
-    "dpo": Entry(f"{_CLASSES}:DpoObjective", "preferences", frozenset({"beta", "reference", "sft_epochs"})),
-    "fpo": Entry(f"{_CLASSES}:FpoObjective", "preferences", frozenset({"beta", "gamma", "reference", "sft_epochs"})),
+    "dpo": Entry(f"{_CLASSES}:DpoObjective", "preferences", _MARGIN),
+    "fpo": Entry(f"{_CLASSES}:FpoObjective", "preferences", _MARGIN | {"gamma"}),
+    "fpo-normalised": Entry(f"{_CLASSES}:NormalisedFpoObjective", "preferences", _MARGIN | {"gamma"}),
+    "focalpo": Entry(f"{_CLASSES}:FocalPoObjective", "preferences", _MARGIN | {"gamma"}),
+    "hypo": Entry(f"{_CLASSES}:HybridObjective", "preferences", _MARGIN, reference="base"),
+    "hypo-ln": Entry(f"{_CLASSES}:TokenHybridObjective", "preferences", _MARGIN, beta=5.0, reference="base"),
     "var": Entry(f"{_CLASSES}:VarObjective", "scored", frozenset({"reward", "weighting", *WeightOptions.model_fields})),
     "snkl": Entry(
         f"{_CLASSES}:SelfNormalisedObjective",
@@ -80,13 +88,13 @@ def weighting_settings(objective: str | None, weighting: WeightOptions) -> dict[
     return {name: value for name, value in weighting.settings().items() if reads(objective, name)}
 
 
-def make_objective(name: str, beta: float = 0.1, gamma: float | None = None, **options: Any) -> "Objective":
+def make_objective(name: str, beta: float | None = None, gamma: float | None = None, **options: Any) -> "Objective":
     """Build an objective by its name on the command line.
 
     Args:
         name: a key of `OBJECTIVES`.
-        beta: inverse temperature of the implicit reward, for those that have one.
-        gamma: focusing exponent of `fpo` (2 when None); anything else refuses it.
+        beta: inverse temperature of the implicit reward, for those that have one; None for the objective's own.
+        gamma: focusing exponent of those that have one; None for the objective's own, anything else refuses it.
         options: further fields of `ObjectiveOptions`.
     """
     if name not in OBJECTIVES:
@@ -98,5 +106,6 @@ def make_objective(name: str, beta: float = 0.1, gamma: float | None = None, **o
             field="gamma",
         )
     module, _, attribute = OBJECTIVES[name].home.partition(":")
+    beta = OBJECTIVES[name].beta if beta is None else beta
     objective: Objective = getattr(import_module(module), attribute)(name, ObjectiveOptions(beta, gamma, **options))
     return objective

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from everalign.data.chat_template import keep_template, template_notes
 from everalign.data.chat_tokens import template_fingerprint
-from everalign.data.collate import row_tokens
+from everalign.data.collate import Batch, row_tokens
 from everalign.data.readers import check_disjoint
 from everalign.data.records import PreferenceSet
 from everalign.data.tokenization import TokenizedRow, TokenizedRows, check_end, pad_right, tokenize_preferences
@@ -147,7 +147,7 @@ class BradleyTerryObjective(Objective):
         weight = torch.tensor([row.weight for row in rows], dtype=torch.float32)
         return {**pad_right(_sequences(rows), self._padding), "weight": weight, "count": torch.tensor(len(rows))}
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor) -> tuple[Tensor, Metrics]:
+    def loss(self, model: Callable[[Batch], Tensor], batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
         """Return Σ weight·loss(chosen, rejected) / count; metrics `margin` and `accuracy` per pair."""
         chosen, rejected = model(batch).view(-1, 2).unbind(1)
         losses = bradley_terry_loss(chosen, rejected, self._centring, check_finite=False) * batch["weight"]

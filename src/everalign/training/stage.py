@@ -24,11 +24,13 @@ from everalign.modeling.options import Checkpointing
 from everalign.modeling.runtime import SavedBytes, free_memory, language_model, recomputable_layers, recomputing
 from everalign.storage import checksums, differing_files, new_folder, read_json, write_json
 from everalign.training.base_objective import Objective
+from everalign.training.hooks import Stage, StageHooks
 from everalign.training.options import StageOptions
 from everalign.training.reference import Reference, sequence_logprobs
-from everalign.training.trainer import GradientHook, Penalty, Steps, Trainer, training_arguments
+from everalign.training.trainer import Steps, Trainer, training_arguments
 
 _WEIGHTS, _REPORT, _FILES = "policy.safetensors", "report.json", "files.json"
+_HOOKS = "method.safetensors"
 _MARK, _CHECKPOINT = "complete.json", "checkpoint-"
 # Share of the free memory that activations, gradients and the optimiser may take: other things come and go beside them.
 _USABLE = 0.8
@@ -81,8 +83,8 @@ def train_stage(
     seed: int,
     reference: Callable[[], Reference] | None = None,
     replayed: int | None = None,
-    penalty: Penalty | None = None,
-    gradient_hook: GradientHook | None = None,
+    hooks: StageHooks | None = None,
+    apart: int = 0,
     progress: Callable[[int, int], None] | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> StageResult:
@@ -98,8 +100,8 @@ def train_stage(
         seed: seeds the order of the rows.
         reference: computes the reference, where the objective needs one and the stage is not finished.
         replayed: how many of the rows are replayed, for the report; None where nothing is replayed by design.
-        penalty: a regulariser, for policies.
-        gradient_hook: a hand on complete gradients, for policies.
+        hooks: what a method does beside the objective, for policies.
+        apart: how many rows at the end are at hand for the hooks and not learned.
         progress: called with (steps done, steps in all).
         log: called with one line for each thing that happens.
 
@@ -108,16 +110,17 @@ def train_stage(
             has no embedding for.
         EveralignError: the loss or the weights became NaN or infinite.
     """
-    if folder is not None and (earlier := load_finished(model, folder)) is not None:
-        log(f"  {objective.name}: was finished by an earlier call")
-        return StageResult(**earlier)
+    finished = folder is not None and is_finished(folder)
+    if finished and not (hooks is not None and hooks.watches_stages):
+        return _load_finished(model, objective, folder, None, log)  # type: ignore[arg-type]
     head = getattr(model, "head", None)
     if head is not None:
         # Before any of it is on a GPU, where such a token ends the process.
         head.check_token(max(map(largest_token, rows), default=0))
     shared = head is not None and head.shared
     against, start, logprobs = None if reference is None else reference(), {}, None
-    announced = f"  {objective.name}: {len(rows)} rows" + ("" if replayed is None else f" ({replayed} replayed)")
+    learned = rows[: len(rows) - apart]
+    announced = f"  {objective.name}: {len(learned)} rows" + ("" if replayed is None else f" ({replayed} replayed)")
     if against is not None:
         logprobs = against.logprobs
         announced += f", reference = {against.name}"
@@ -125,11 +128,16 @@ def train_stage(
             now = torch.cat(sequence_logprobs(model, against.probe, options.tokens_per_batch))  # type: ignore[arg-type]
             name, what, value = objective.drift(now, torch.cat(list(against.probe_logprobs)))
             start, announced = {name: value}, f"{announced}, {what} = {value:.6g}"
+    own = len(learned) - (replayed or 0)
+    stage = Stage(model, objective, rows, own, replayed or 0, logprobs, options.tokens_per_batch)  # type: ignore[arg-type]
+    terms = None if hooks is None else hooks.begin_stage(stage)
+    if finished:
+        return _load_finished(model, objective, folder, hooks, log)  # type: ignore[arg-type]
     log(announced)
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory())) if folder is None else folder / "checkpoints"
         arguments = training_arguments(place, options, seed)
-        lengths = [objective.tokens(row, shared) for row in rows]
+        lengths = [objective.tokens(row, shared) for row in learned]
         plan = training_plan(
             lengths,
             options.batch_size,
@@ -140,14 +148,18 @@ def train_stage(
         )
         # Rounded down: the first step of a warm-up has learning rate 0, and a short stage must not end with it.
         arguments.warmup_steps = int(options.warmup * plan.steps)
-        steps = Steps(rows, plan, objective, shared, logprobs)
-        callbacks = [MarkComplete(), _StepCallback(progress)]
-        trainer = Trainer(model, objective, arguments, steps, penalty, gradient_hook, callbacks)
+        steps = Steps(rows, plan, objective, shared, logprobs, terms)
+        callbacks = [*([] if hooks is None else [_KeepHooks(hooks)]), MarkComplete(), _StepCallback(progress)]
+        trainer = Trainer(model, objective, arguments, steps, hooks, callbacks)
         checkpoint = latest_checkpoint(place)
+        if checkpoint is not None:
+            _load_hooks(hooks, checkpoint, model)
         started = time.perf_counter()
         with recomputing(_recomputed(model, objective, steps, lengths, options.checkpointing, log)):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - started
+    if hooks is not None:
+        hooks.end_stage(stage)
     model.zero_grad(set_to_none=True)
     # transformers saw the whole plan as one epoch.
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -157,19 +169,21 @@ def train_stage(
         steps=plan.steps,
         epochs=options.epochs,
         seconds=round(seconds, 3),
-        rows=len(rows),
+        rows=len(learned),
         replayed=replayed or 0,
         curve=[{**entry, "epoch": entry["epoch"] * options.epochs} for entry in history],
         **start,
     )
     if folder is not None:
         if PartialState().is_main_process:
-            save_result(model, asdict(result), folder, objective.name)
+            save_result(model, asdict(result), folder, objective.name, hooks)
         PartialState().wait_for_everyone()
     return result
 
 
-def save_result(model: nn.Module, report: Mapping[str, Any], folder: Path, stage: str) -> None:
+def save_result(
+    model: nn.Module, report: Mapping[str, Any], folder: Path, stage: str, hooks: StageHooks | None = None
+) -> None:
     """Keep a stage's result in `folder`, whole or not at all, and drop the checkpoints there.
 
     Args:
@@ -177,6 +191,7 @@ def save_result(model: nn.Module, report: Mapping[str, Any], folder: Path, stage
         report: what JSON can hold.
         folder: the stage's.
         stage: its name, for messages.
+        hooks: whose state is kept beside it; None for nobody's.
 
     Raises:
         EveralignError: weights are NaN or infinite. The trainer sees a loss only before each step, so nothing has
@@ -187,20 +202,51 @@ def save_result(model: nn.Module, report: Mapping[str, Any], folder: Path, stage
         raise EveralignError(f"{stage} left NaN or infinite weights: lower the learning rate, or train in fp32")
     with new_folder(folder / "done") as done:
         save_file(weights, done / _WEIGHTS)
+        _save_hooks(hooks, done)
         write_json(done / _REPORT, report)
         write_json(done / _FILES, checksums(done))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def load_finished(model: nn.Module, folder: Path) -> dict[str, Any] | None:
-    """Load what `save_result` kept into the model and return its report; None where there is nothing whole."""
+def is_finished(folder: Path) -> bool:
+    """Whether `save_result` has kept a whole result in a stage's folder; removes what is not whole."""
     done = folder / "done"
-    if not done.exists() or differing_files(done, read_json(done / _FILES)):
-        shutil.rmtree(done, ignore_errors=True)
-        return None
+    if done.exists() and not differing_files(done, read_json(done / _FILES)):
+        return True
+    shutil.rmtree(done, ignore_errors=True)
+    return False
+
+
+def _load_finished(
+    model: nn.Module, objective: Objective, folder: Path, hooks: StageHooks | None, log: Callable[[str], None]
+) -> StageResult:
+    done = folder / "done"
+    log(f"  {objective.name}: was finished by an earlier call")
     model.load_state_dict(load_file(done / _WEIGHTS))
-    report: dict[str, Any] = read_json(done / _REPORT)
-    return report
+    _load_hooks(hooks, done, model)
+    return StageResult(**read_json(done / _REPORT))
+
+
+def _save_hooks(hooks: StageHooks | None, folder: Path) -> None:
+    state = {} if hooks is None else hooks.stage_state()
+    if state:
+        save_file({name: value.contiguous() for name, value in state.items()}, folder / _HOOKS)
+
+
+def _load_hooks(hooks: StageHooks | None, folder: Path, model: nn.Module) -> None:
+    if hooks is not None and (folder / _HOOKS).exists():
+        hooks.load_stage_state(load_file(folder / _HOOKS), model)  # type: ignore[arg-type]
+
+
+class _KeepHooks(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+    """Writes what steps have changed in a method into every checkpoint."""
+
+    def __init__(self, hooks: StageHooks) -> None:
+        self._hooks = hooks
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            _save_hooks(self._hooks, Path(args.output_dir) / f"{_CHECKPOINT}{state.global_step}")
 
 
 class MarkComplete(TrainerCallback):  # type: ignore[misc]  # transformers carries no types

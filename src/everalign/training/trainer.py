@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,9 @@ from transformers.trainer_callback import PrinterCallback
 from everalign.data.collate import Batch, TrainingPlan
 from everalign.data.tokenization import TokenizedRow
 from everalign.errors import EveralignError
-from everalign.modeling.policy import Policy
 from everalign.training.base_objective import Objective
+from everalign.training.hooks import RowTerms, RowValues, StageHooks, make_batch
 from everalign.training.options import StageOptions
-
-Penalty = Callable[[Policy], Tensor | None]
-GradientHook = Callable[[Policy], None]
 
 
 class Steps(Dataset[list[Batch]]):
@@ -34,6 +31,7 @@ class Steps(Dataset[list[Batch]]):
         shared: compute a prompt once for all its answers.
         reference: for each row (K,), summed log-probabilities of its responses under the reference; None where the
             objective needs none.
+        terms: what a method adds to the rows; None for nothing.
     """
 
     def __init__(
@@ -42,9 +40,11 @@ class Steps(Dataset[list[Batch]]):
         plan: TrainingPlan,
         objective: Objective,
         shared: bool,
-        reference: Sequence[Tensor] | None,
+        reference: RowValues | None,
+        terms: RowTerms | None = None,
     ) -> None:
-        self._rows, self._objective, self._shared, self._reference = rows, objective, shared, reference
+        self._rows, self._objective, self._shared = rows, objective, shared
+        self._reference, self._terms = reference, terms
         self._shares = plan.shares
 
     def __len__(self) -> int:
@@ -60,14 +60,7 @@ class Steps(Dataset[list[Batch]]):
 
     def batch(self, rows: list[int]) -> Batch:
         """Lay out a micro-batch of these rows; of some row that does not count where there are none."""
-        shown = rows or [0]
-        batch = self._objective.collate([self._rows[row] for row in shown], self._shared)
-        if self._reference is not None:
-            batch["reference"] = torch.cat([self._reference[row] for row in shown])
-        if not rows:
-            counted = {"weight", "weights", "count"} & batch.keys()
-            batch |= {name: torch.zeros_like(batch[name]) for name in counted}
-        return batch
+        return make_batch(self._rows, rows, self._objective, self._shared, self._reference, self._terms)
 
 
 class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carries no types
@@ -81,8 +74,7 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         objective: what a batch teaches.
         arguments: transformers' settings; a process's share of a step is its batch of 1.
         steps: the stage's optimiser steps, in order.
-        penalty: a regulariser added to every step's loss once, or None.
-        gradient_hook: called with the policy when a step's gradients are complete, before the optimiser.
+        hooks: what a method does beside the objective; None for nothing.
         callbacks: transformers callbacks.
     """
 
@@ -92,16 +84,13 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         objective: Objective,
         arguments: TrainingArguments,
         steps: Steps,
-        penalty: Penalty | None = None,
-        gradient_hook: GradientHook | None = None,
+        hooks: StageHooks | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        hooks = [*callbacks, _StopDiverged(self)]
-        if gradient_hook is not None:
-            hooks.append(_GradientCallback(gradient_hook))
-        super().__init__(model=policy, args=arguments, train_dataset=steps, data_collator=_only, callbacks=hooks)
+        watching = [*callbacks, _StopDiverged(self), *([] if hooks is None else [_HookCallback(hooks)])]
+        super().__init__(model=policy, args=arguments, train_dataset=steps, data_collator=_only, callbacks=watching)
         self.remove_callback(PrinterCallback)
-        self.objective, self._penalty = objective, penalty
+        self.objective, self._hooks = objective, hooks
         # Says that the loss is divided by the whole step's count already.
         self.model_accepts_loss_kwargs = True
         self._penalty_due = False
@@ -137,16 +126,33 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
     ) -> Any:
         """Return the micro-batch's share of the step's loss; the step's first one carries the penalty."""
         count = inputs["count"] if num_items_in_batch is None else num_items_in_batch
-        loss, metrics = self.objective.loss(model, inputs, count)
+        if self._hooks is not None and "counts" in inputs:
+            loss, metrics = self._loss_with_rows(self._hooks, model, inputs, count)
+        else:
+            loss, metrics = self.objective.loss(model, inputs, count)
         loss = loss * self.accelerator.num_processes  # the gradients are averaged over the processes
-        if self._penalty is not None and self._penalty_due:
-            extra = self._penalty(self.accelerator.unwrap_model(model))
+        if self._hooks is not None and self._penalty_due:
+            extra = self._hooks.penalty(self.accelerator.unwrap_model(model))
             loss = loss if extra is None else loss + extra
             self._penalty_due = False
         self._losses.append((self.state.global_step + 1, loss.detach()))
         for name, values in metrics.items():
             self._metrics[name].append(values)
         return (loss, metrics) if return_outputs else loss
+
+    def _loss_with_rows(
+        self, hooks: StageHooks, model: nn.Module, batch: Batch, count: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add to the objective's loss what the method adds for each row, from the same forward pass."""
+        seen: list[Tensor] = []
+
+        def remembered(inputs: Batch) -> Tensor:
+            seen.append(model(inputs))
+            return seen[-1]
+
+        loss, metrics = self.objective.loss(remembered, batch, count)
+        rows = hooks.row_loss(seen[-1], batch)
+        return (loss if rows is None else loss + (rows * batch["counts"]).sum() / count), metrics
 
     def check_losses(self) -> None:
         """Look at the losses since the last look.
@@ -179,12 +185,17 @@ class _StopDiverged(TrainerCallback):  # type: ignore[misc]
             self._trainer.check_losses()
 
 
-class _GradientCallback(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, hook: GradientHook) -> None:
-        self._hook = hook
+class _HookCallback(TrainerCallback):  # type: ignore[misc]
+    """Calls a method's hooks around the optimiser's steps."""
+
+    def __init__(self, hooks: StageHooks) -> None:
+        self._hooks = hooks
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._hook(kwargs["model"])
+        self._hooks.adjust_gradients(kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._hooks.after_step(kwargs["model"])
 
 
 def _only(items: list[list[Batch]]) -> list[Batch]:

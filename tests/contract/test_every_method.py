@@ -1,0 +1,153 @@
+"""What every method has to do: leave the base model alone, survive a kill, merge exactly, learn on any architecture."""
+
+import pytest
+import torch
+
+from everalign.methods import METHODS, LifeAlign, SequentialFineTuning, make_method
+from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows
+from models_for_tests import saved_model
+
+NAMES = [name for name in METHODS if name != "mtl"]  # learns all tasks at once
+# Settings under which there is something of every part of a method, with ten rows a task.
+SMALL = {
+    "lifealign": {"replay": 0.5, "anchors": 0.1, "average": 0.8, "step": "fitted"},
+    "er": {"replay": 0.5, "anchors": 0.1},
+    "gem": {"replay": 0.5, "refresh": 2},
+    "ogpsa": {"replay": 0.5, "refresh": 2},
+    "copr": {"replay": 0.5},
+    "gdumb": {"replay": 0.5},
+    "ewc": {"fisher_rows": 4},
+    "olora": {"shrinkage": 0.01},
+}
+ZERO = {
+    "ewc": {"strength": 0.0},
+    "ogpsa": {"strength": 0.0},
+    "cppo": {"strength": 0.0, "bound": 1e9},
+    "er": {"replay": 0.0},
+}
+ARCHITECTURES = ("gemma3", "gpt2", "phi3", "qwen3", "llama")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def method_of(name):
+    return make_method(name, **SMALL.get(name, {}))
+
+
+def learn(model, output, method, names=("warm", "brief"), resume=False, rows=10, **options):
+    learner = make_learner(model, output, method, resume=resume, options=options)
+    for name in names:
+        learner.learn(task_rows(name, rows), name)
+    return learner
+
+
+@pytest.fixture(scope="module")
+def learned(model, tmp_path_factory):
+    """A run of two tasks with each method, undisturbed."""
+    runs = {}
+
+    def run(name):
+        if name not in runs:
+            runs[name] = tmp_path_factory.mktemp(name) / "run"
+            learn(model, runs[name], method_of(name), rows=60 if name == "lifealign" else 10)
+        return runs[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", sorted(ZERO))
+def test_without_strength_a_method_is_sequential_training(model, learned, tmp_path, name):
+    learn(model, tmp_path / "run", make_method(name, **ZERO[name]))
+    for index in (0, 1):
+        assert same_weights(adapter_weights(tmp_path / "run", index), adapter_weights(learned("seqft"), index))
+
+
+@pytest.mark.parametrize("name", ["gem", "ogpsa", "ewc", "cppo", "slao"])
+def test_the_first_task_is_learned_as_by_sequential_training(learned, name):
+    """What a method does to keep earlier tasks, it does where there are some."""
+    assert same_weights(adapter_weights(learned(name), 0), adapter_weights(learned("seqft"), 0))
+    assert not same_weights(adapter_weights(learned(name), 1), adapter_weights(learned("seqft"), 1))
+
+
+class KilledError(Exception):
+    pass
+
+
+def kill_at(method, step):
+    """Lets the method end the second task's training after so many steps of it."""
+    calls, after_step = [], method.after_step
+
+    def counted(policy):
+        after_step(policy)
+        calls.append(policy)
+        if len(calls) == step:
+            raise KilledError
+
+    method.after_step = counted
+    return method
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_within_a_task_and_resumed_it_is_as_if_undisturbed(model, learned, tmp_path, name):
+    rows = 60 if name == "lifealign" else 10
+    learn(model, tmp_path / "run", method_of(name), ("warm",), rows=rows, checkpoint_steps=1)
+    with pytest.raises(KilledError):
+        learn(model, tmp_path / "run", kill_at(method_of(name), 2), resume=True, rows=rows, checkpoint_steps=1)
+    learn(model, tmp_path / "run", method_of(name), resume=True, rows=rows, checkpoint_steps=1)
+    assert same_weights(adapter_weights(tmp_path / "run"), adapter_weights(learned(name)))
+    state, expected = (sorted((run / "versions").iterdir())[1] for run in (tmp_path / "run", learned(name)))
+    assert (state / "method.safetensors").read_bytes() == (expected / "method.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stage_that_was_finished_before_the_kill_ends_the_task_alike(model, learned, tmp_path, name, monkeypatch):
+    rows = 60 if name == "lifealign" else 10
+    learn(model, tmp_path / "run", method_of(name), ("warm",), rows=rows)
+    method = method_of(name)
+
+    def dies(*_):
+        raise KilledError
+
+    method.end_task = dies
+    with pytest.raises(KilledError):
+        learn(model, tmp_path / "run", method, resume=True, rows=rows)
+    learn(model, tmp_path / "run", method_of(name), resume=True, rows=rows)
+    assert same_weights(adapter_weights(tmp_path / "run"), adapter_weights(learned(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_merged_model_is_the_learned_one_and_the_base_is_untouched(model, learned, tmp_path, name):
+    """`export` compares the merged model's logits with the adapter's on the base as it is on disk."""
+    learner = make_learner(model, learned(name), method_of(name), resume=True)
+    with learner.policy.as_base(), torch.no_grad():
+        ids = torch.arange(97, 113)[None]
+        found = learner.policy.language_model(input_ids=ids).logits
+    fresh = make_learner(model, tmp_path / "fresh", SequentialFineTuning())
+    with torch.no_grad():
+        assert torch.equal(found, fresh.policy.language_model(input_ids=ids).logits)
+    assert (learner.export(tmp_path / "merged") / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        pytest.param(name, family, marks=[] if (i + j) % len(ARCHITECTURES) == 0 else pytest.mark.slow)
+        for i, name in enumerate(NAMES)
+        for j, family in enumerate(ARCHITECTURES)
+    ],
+)
+def test_two_tasks_are_learned_on_any_architecture(tmp_path, name, family):
+    learner = make_learner(saved_model(family), tmp_path / "run", method_of(name), adapter=None)
+    for task in ("warm", "brief"):
+        scores = learner.learn(task_rows(task), task, held_out(task))
+    assert set(scores) == {"warm", "brief"}
+    assert len(learner.run.versions) == 2
+
+
+def test_lifealign_with_its_parts_switched_off_is_what_it_was(learned, model, tmp_path):
+    learn(model, tmp_path / "on", LifeAlign(anchors=0.0, average=0.0, step="fixed"))
+    learn(model, tmp_path / "off", LifeAlign())
+    assert same_weights(adapter_weights(tmp_path / "on"), adapter_weights(tmp_path / "off"))
