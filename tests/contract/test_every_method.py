@@ -3,8 +3,18 @@
 import pytest
 import torch
 
+from everalign.data import ScoredSet
+from everalign.errors import InputError
 from everalign.methods import METHODS, LifeAlign, SequentialFineTuning, make_method
-from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, task_rows
+from learner_for_tests import (
+    adapter_weights,
+    held_out,
+    make_learner,
+    same_weights,
+    save_answering_model,
+    save_model,
+    task_rows,
+)
 from models_for_tests import saved_model
 
 NAMES = [name for name in METHODS if name != "mtl"]  # learns all tasks at once
@@ -18,6 +28,7 @@ SMALL = {
     "gdumb": {"replay": 0.5},
     "ewc": {"fisher_rows": 4},
     "olora": {"shrinkage": 0.01},
+    "lifealign-rf": {"own_answers": 0.5, "average": 0.8},
 }
 ZERO = {
     "ewc": {"strength": 0.0},
@@ -151,3 +162,29 @@ def test_lifealign_with_its_parts_switched_off_is_what_it_was(learned, model, tm
     learn(model, tmp_path / "on", LifeAlign(anchors=0.0, average=0.0, step="fixed"))
     learn(model, tmp_path / "off", LifeAlign())
     assert same_weights(adapter_weights(tmp_path / "on"), adapter_weights(tmp_path / "off"))
+
+
+def test_what_the_policy_answers_before_a_task_is_learned_beside_it_and_nothing_is_kept(tmp_path):
+    model = save_answering_model(tmp_path / "model")
+    learner = make_learner(model, tmp_path / "run", make_method("lifealign-rf", own_answers=0.5))
+    for name in ("warm", "brief"):
+        learner.learn(task_rows(name, 20), name)
+    stages = [version.manifest.stages[0] for version in learner.run.versions]
+    assert stages[0].replayed == 0
+    assert 0 < stages[1].replayed <= 10
+    assert learner.run.versions[1].manifest.replay_ids == []
+
+
+def test_its_own_answers_are_their_likelihood_alone():
+    method = make_method("lifealign-rf", strength=2.0)
+    batch = {"own_answer": torch.tensor([0.0, 0.0, 1.0, 0.0]), "lengths": torch.tensor([2, 3, 4, 5])}
+    batch |= {"row": torch.tensor([0, 0, 1, 1]), "weight": torch.tensor([1.0, 0.0])}
+    assert method.row_loss(torch.tensor([-1.0, -2.0, -6.0, -9.0]), batch).tolist() == [0.0, 3.0]
+
+
+def test_without_rows_lifealign_learns_preferences_only(tmp_path):
+    rows = ScoredSet.of([{"prompt": f"q{i}", "completions": ["a", "bb"], "rewards": [0.0, 1.0]} for i in range(20)])
+    learner = make_learner(save_model(tmp_path / "model"), tmp_path / "run", make_method("lifealign-rf"), "var")
+    learner.learn(rows, "first")
+    with pytest.raises(InputError, match="learns from preferences"):
+        learner.learn(ScoredSet.of([{**row.to_json(), "prompt": f"r{i}"} for i, row in enumerate(rows)]), "second")

@@ -66,7 +66,22 @@ def dense(updates):
 
 def test_every_method_is_made_by_its_name():
     assert set(METHODS) == {
-        *("lifealign", "seqft", "er", "mtl", "stl", "gem", "ewc", "olora", "cppo", "copr", "ogpsa", "slao", "gdumb")
+        *(
+            "lifealign",
+            "seqft",
+            "er",
+            "mtl",
+            "stl",
+            "gem",
+            "ewc",
+            "olora",
+            "cppo",
+            "copr",
+            "ogpsa",
+            "slao",
+            "gdumb",
+            "lifealign-rf",
+        )
     }
     for name, kind in METHODS.items():
         assert type(make_method(name)) is kind

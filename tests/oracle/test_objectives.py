@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from everalign.objectives import dpo_loss, fpo_loss, implicit_margin, token_nll
+from everalign.objectives import (
+    dpo_loss,
+    focalpo_loss,
+    fpo_gradient_at_zero,
+    fpo_loss,
+    hybrid_margin,
+    implicit_margin,
+    token_nll,
+)
 
 EXTREMES = [-100.0, -88.5, -50.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 50.0, 88.5, 100.0]
 
@@ -232,3 +240,61 @@ def test_token_nll_leaves_half_precision_before_it_divides():
 def test_token_nll_refuses_a_normaliser_that_is_not_above_zero(tokens):
     with pytest.raises(ValueError, match="normaliser"):
         token_nll(torch.zeros(2), tokens)
+
+
+# ---- FocalPO, normalised FPO, the hybrid margin ----
+
+
+@pytest.mark.parametrize("loss", [fpo_loss, focalpo_loss])
+def test_without_a_focus_a_focal_loss_is_dpo(loss):
+    margin = margins(*EXTREMES)
+    assert torch.equal(loss(margin, 0.0), dpo_loss(margin))
+
+
+@pytest.mark.parametrize("gamma", [0.05, 1.0, 2.0])
+def test_focalpo_is_its_formula_with_its_gradient(gamma):
+    margin = margins(-3.0, -0.5, 0.0, 0.7, 4.0)
+    share = margin.sigmoid()
+    torch.testing.assert_close(focalpo_loss(margin, gamma), -(share**gamma) * share.log())
+    expected = share**gamma * (1 - share) * (-gamma * share.log() - 1)
+    torch.testing.assert_close(gradient(lambda m: focalpo_loss(m, gamma), margin), expected)
+
+
+def test_focalpo_turns_away_from_badly_ranked_pairs_and_fpo_towards_them():
+    margin = margins(-4.0, 4.0)
+    plain = gradient(dpo_loss, margin)
+    away = gradient(lambda m: focalpo_loss(m, 1.0), margin) / plain
+    towards = gradient(lambda m: fpo_loss(m, 1.0), margin) / plain
+    assert away[0] < away[1]
+    assert towards[0] > towards[1]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
+def test_fpo_divided_by_its_gradient_at_zero_starts_as_dpo_does(gamma):
+    zero = margins(0.0)
+    ratio = gradient(lambda m: fpo_loss(m, gamma), zero) / gradient(dpo_loss, zero)
+    assert ratio.item() == pytest.approx(fpo_gradient_at_zero(gamma), rel=1e-12)
+
+
+def test_the_hybrid_margin_asks_for_the_right_ranking_where_the_reference_is_wrong():
+    chosen, rejected = margins(-1.0, -1.0), margins(-3.0, -3.0)
+    right, wrong = margins(-2.0, -5.0), margins(-2.5, -2.0)
+    # reference gaps +0.5 and -3: the first is subtracted, the second counts as 0
+    torch.testing.assert_close(hybrid_margin(chosen, rejected, right, wrong, 2.0), margins(3.0, 4.0))
+
+
+@given(st.lists(st.floats(-50, 50), min_size=4, max_size=4), st.floats(0.01, 10))
+def test_the_hybrid_margin_is_never_above_the_plain_one_and_equal_where_the_reference_is_right(values, beta):
+    pair = [margins(value) for value in values]
+    hybrid, plain = hybrid_margin(*pair, beta), implicit_margin(*pair, beta)
+    if values[2] >= values[3]:
+        torch.testing.assert_close(hybrid, plain)
+    else:
+        assert hybrid <= plain + 1e-9
+
+
+@pytest.mark.parametrize("loss", [fpo_loss, focalpo_loss])
+@pytest.mark.parametrize("gamma", [-1.0, math.nan, math.inf])
+def test_a_bad_focus_is_refused(loss, gamma):
+    with pytest.raises(ValueError, match="gamma must be a finite number"):
+        loss(margins(0.0), gamma)

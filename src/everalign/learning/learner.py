@@ -4,6 +4,7 @@ import copy
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 from everalign.correction.corrector_files import is_corrector
@@ -33,7 +34,7 @@ from everalign.learning.promotion import (
 from everalign.learning.run_data import BASE, RunData
 from everalign.learning.run_files import Verdict
 from everalign.learning.run_store import RunDirectory, data_facts, version_name
-from everalign.learning.sample_answers import compare_written, write_corrections
+from everalign.learning.sample_answers import compare_written, own_answers, write_corrections
 from everalign.learning.scores import Scores
 from everalign.learning.task_training import AnySet, Rows, as_set, prepare_rows, task_seed, train_task
 from everalign.methods import LifeAlign, Method, Task
@@ -253,7 +254,7 @@ class Learner:
         guarded = [] if self.gate is None else [*self._lineage, name]
         scores_before, written_before = tests.outcomes(guarded), write_corrections(setup, tests.rows(guarded))
         previous = self.policy.total()
-        task = Task(name, prepared.rows, index, task_seed(setup.seed, index))
+        task = Task(name, prepared.rows, index, task_seed(setup.seed, index), partial(own_answers, setup))
         method.begin_task(self.policy, task)
         result = train_task(setup, task, prepared, self._run.work(version))
         before_consolidation = tests.scores(previous) if method.consolidates else None

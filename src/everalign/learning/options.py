@@ -56,7 +56,7 @@ class MethodOptions(Options, title="Method"):
         default=None, ge=0, lt=1, description="Decay of an average over a task's steps; 0 for none (lifealign)."
     )
     strength: float | None = Field(
-        default=None, ge=0, description="Strength of the method (gem, ewc, olora, cppo, ogpsa)."
+        default=None, ge=0, description="Strength of the method (gem, ewc, olora, cppo, ogpsa, lifealign-rf)."
     )
     memory_rows: int | None = Field(default=None, ge=1, description="Rows of a task's gradient (gem, ogpsa).")
     refresh: int | None = Field(default=None, ge=1, description="Steps between two such gradients (gem, ogpsa).")
@@ -67,6 +67,9 @@ class MethodOptions(Options, title="Method"):
     bound: float | None = Field(default=None, ge=0, description="Deviations beyond which a row is special (cppo).")
     lowest: float | None = Field(default=None, ge=0, description="Weight of rows to learn or keep less (cppo).")
     highest: float | None = Field(default=None, ge=0, description="Weight of rows to learn or keep more (cppo).")
+    own_answers: Share | None = Field(
+        default=None, description="Share of the prompts that the policy answers first (lifealign-rf)."
+    )
     rate: float | None = Field(default=None, ge=0, description="Rate of the multipliers' ascent (copr).")
     step: Step | None = Field(
         default=None, description="Length of a task's update: as it is, or fitted on held-back rows (lifealign)."

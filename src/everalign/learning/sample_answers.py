@@ -5,6 +5,8 @@ from typing import Any
 
 from everalign.correction.edits import edit_share, words
 from everalign.correction.objective import Rewritten
+from everalign.data.chat_tokens import encode_prompt
+from everalign.data.messages import Prompt
 from everalign.data.records import Correction
 from everalign.data.rows import RowSet
 from everalign.errors import InputError
@@ -13,6 +15,8 @@ from everalign.evaluation.scoring import compare_answers
 from everalign.learning.context import RunContext
 from everalign.learning.promotion import compare_shares, compare_values
 from everalign.learning.run_files import Comparison
+from everalign.modeling.options import SamplingOptions
+from everalign.modeling.sampling import sample_completions
 
 LONGEST_ANSWER = 160
 """Tokens of an answer; what is longer is shown as cut off."""
@@ -69,6 +73,21 @@ def _spread(rows: Sequence[Any], count: int) -> list[Any]:
 
 def _question(row: Any) -> Any:
     return row.question if hasattr(row, "question") else row.prompt
+
+
+def own_answers(context: RunContext, prompts: Sequence[Prompt], seed: int) -> list[tuple[int, str]]:
+    """Sample an answer to each prompt from the policy as it is; prompts that leave no room for one are passed over.
+
+    Returns:
+        The numbers of the prompts whose answers ended, with these.
+    """
+    longest = min(LONGEST_ANSWER, context.max_length // 2)
+    room = context.max_length - longest
+    fit = [n for n, prompt in enumerate(prompts) if len(encode_prompt(context.tokenizer, prompt)) <= room]
+    options = SamplingOptions(completions=1, temperature=1.0, max_new_tokens=longest, max_prompt_tokens=room)
+    asked = [prompts[number] for number in fit]
+    found = sample_completions(context.policy, context.tokenizer, asked, options, seed=seed) if asked else []
+    return [(number, samples.texts[0]) for number, samples in zip(fit, found, strict=True) if samples.texts]
 
 
 MOST_WRITTEN = 200

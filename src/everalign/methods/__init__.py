@@ -13,6 +13,7 @@ from everalign.methods.baselines import BufferOnly, ExperienceReplay, MultiTask,
 from everalign.methods.ewc import ElasticWeightConsolidation
 from everalign.methods.gradient_projection import GradientEpisodicMemory, OrthogonalGradients
 from everalign.methods.lifealign import LifeAlign
+from everalign.methods.lifealign_rf import RehearsalFreeLifeAlign
 from everalign.methods.lora_continual import MergeBeforeForget, OrthogonalLora
 from everalign.methods.retention import ContinualPpo, OptimalPolicyRegularization
 
@@ -44,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
         OrthogonalGradients,
         MergeBeforeForget,
         BufferOnly,
+        RehearsalFreeLifeAlign,
     )
 }
 

@@ -1,17 +1,20 @@
 """Base class of the continual-learning methods and the hooks that the learner calls."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from everalign.data.messages import Prompt
 from everalign.data.replay import AnyRow, ReplayBuffer
 from everalign.data.rows import RowSet
 from everalign.errors import InputError
 from everalign.modeling.policy import Policy
 from everalign.training.hooks import StageHooks
+
+Answerer = Callable[[Sequence[Prompt], int], list[tuple[int, str]]]
 
 
 def check_share(name: str, value: float) -> None:
@@ -43,12 +46,15 @@ class Task:
         rows: its training rows: preferences, scored rows or corrections.
         index: 1 for the first task of the policy's lineage; refused and rolled-back tasks do not count.
         seed: seeds everything random in this task.
+        answer: writes one sampled answer to each of some prompts with the policy as it is, given a seed; returns those
+            that ended, with their prompts' numbers.
     """
 
     name: str
     rows: Sequence[AnyRow]
     index: int
     seed: int
+    answer: Answerer | None = None
 
 
 @dataclass(frozen=True)
