@@ -25,6 +25,7 @@ FLOORS = [
     ["learning"],
     ["reporting"],
     ["demo", "serving"],
+    ["bench"],
     ["cli"],
     ["__main__"],
 ]

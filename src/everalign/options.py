@@ -88,8 +88,8 @@ class Declared(NamedTuple):
 
     @property
     def model(self) -> type[BaseModel] | None:
-        """The model that it holds, or a list of it; None for plain values."""
-        inner = get_args(self.type)[0] if get_origin(self.type) is list else self.type
+        """The model that it holds, or a list or a mapping of it; None for plain values."""
+        inner = get_args(self.type)[-1] if get_origin(self.type) in (list, dict) else self.type
         return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
     @property
@@ -155,9 +155,11 @@ def first_problem(model: type[BaseModel], error: ValidationError) -> Problem:
     where, kind = found["loc"], found["type"]
     field: FieldInfo | None = None
     for part in where:
+        named = field is not None and get_origin(declared(field).type) is dict
         if field is not None:
             model = declared(field).model or model
-        field = field if isinstance(part, int) else model.model_fields.get(part)
+        # What a mapping's keys are called is the user's choice.
+        field = None if named else field if isinstance(part, int) else model.model_fields.get(part)
     if kind == "extra_forbidden":
         known = list(model.model_fields)
         near = difflib.get_close_matches(str(where[-1]), known, n=1)

@@ -43,6 +43,7 @@ def test_importing_loads_nothing_heavy(module):
 HELP = [
     ["--help"],
     ["learn", "--help"],
+    ["bench", "--help"],
     ["rollback", "--help"],
     ["export", "--help"],
     ["reward", "train", "--help"],

@@ -10,6 +10,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from everalign.cli.bench import bench
 from everalign.cli.console import say
 from everalign.cli.correct import correct
 from everalign.cli.feedback import feedback
@@ -34,6 +35,7 @@ app.command(
     epilog="Example: everalign learn --model tiny --task polite=polite.jsonl,polite.test.jsonl --output runs/polite"
 )(learn)
 app.command(epilog="Example: everalign demo --output runs/demo")(demo)
+app.command(epilog="Example: everalign bench recipes/demo_methods.yaml --tune --output runs/demo_methods")(bench)
 app.add_typer(reward, name="reward")
 app.add_typer(correct, name="correct")
 app.add_typer(feedback, name="feedback")

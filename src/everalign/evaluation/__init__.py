@@ -6,9 +6,9 @@ Names are loaded when first used: they need torch, which the rest of the package
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from everalign.evaluation.preference import HeldOut, PreferenceScore, score_preferences
+    from everalign.evaluation.preference import HeldOut, PreferenceScore, score_base, score_preferences
 
-__all__ = ["HeldOut", "PreferenceScore", "score_preferences"]
+__all__ = ["HeldOut", "PreferenceScore", "score_base", "score_preferences"]
 
 
 def __getattr__(name: str) -> Any:

@@ -47,6 +47,11 @@ class PreferenceScore:
             distributions, on chosen held-out responses, nats per token; None where there was no policy before.
         pairs: number of pairs scored.
         margin_error: standard error of the margin; None of a single pair.
+        chosen_logprob: mean log-likelihood per token of the chosen responses, nats; what learning has changed of it is
+            the difference to the base model's.
+        rejected_logprob: that of the rejected responses.
+        ranked: of every pair, in order, whether it counts for `accuracy`: `1`, `0`, or `=` for a tie.
+        gained: the same for `reward_accuracy`.
         outcomes: of each pair whose two responses differ, 1 where the chosen one has the higher likelihood per token,
             else 0; ties ½. What two policies make of the same pairs is compared by them; they are not kept on disk.
     """
@@ -57,6 +62,10 @@ class PreferenceScore:
     kl_previous: float | None
     pairs: int
     margin_error: float | None = None
+    chosen_logprob: float | None = None
+    rejected_logprob: float | None = None
+    ranked: str = field(default="", repr=False)
+    gained: str = field(default="", repr=False)
     outcomes: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
 
@@ -81,27 +90,47 @@ def score_preferences(
         EveralignError: the policy gives NaN or infinite log-probabilities.
     """
     log_probs = torch.stack(sequence_logprobs(policy, held_out.pairs, tokens_per_batch))
+    kl = None
+    if previous is not None:
+        step = max(1, len(held_out.pairs) // kl_pairs)
+        kl = mean_kl(policy, previous, held_out.pairs[::step][:kl_pairs])
+    return _score(log_probs, held_out, kl)
+
+
+def score_base(held_out: HeldOut) -> PreferenceScore:
+    """Score the base model by the log-probabilities that are at hand; errors as in `score_preferences`."""
+    return _score(held_out.base, held_out, None)
+
+
+def _score(log_probs: Tensor, held_out: HeldOut, kl: float | None) -> PreferenceScore:
+    """Score a policy by its (N, 2) summed log-probabilities of chosen and rejected."""
     if not torch.isfinite(log_probs).all():
         raise EveralignError("the policy gives NaN or infinite log-probabilities: lower the learning rate, or use fp32")
     lengths = torch.tensor([[len(tokens) for tokens in pair.responses] for pair in held_out.pairs])
     per_token = log_probs / lengths
     margin = per_token[:, 0] - per_token[:, 1]
     gain = log_probs - held_out.base
-    kl = None
-    if previous is not None:
-        step = max(1, len(held_out.pairs) // kl_pairs)
-        kl = mean_kl(policy, previous, held_out.pairs[::step][:kl_pairs])
+    gained = gain[:, 0] - gain[:, 1]
+    chosen, rejected = per_token.mean(dim=0).tolist()
     return PreferenceScore(
         accuracy=_share_positive(margin),
         margin=margin.mean().item(),
-        reward_accuracy=_share_positive(gain[:, 0] - gain[:, 1]),
+        reward_accuracy=_share_positive(gained),
         kl_previous=kl,
         pairs=len(held_out.pairs),
         margin_error=(margin.std() / len(margin) ** 0.5).item() if len(margin) > 1 else None,
+        chosen_logprob=chosen,
+        rejected_logprob=rejected,
+        ranked=_signs(margin),
+        gained=_signs(gained),
         outcomes=tuple(
             _share_positive(one) for one, pair in zip(margin, held_out.pairs, strict=True) if not pair.identical
         ),
     )
+
+
+def _signs(values: Tensor) -> str:
+    return "".join("1" if value > 0 else "0" if value < 0 else "=" for value in values.tolist())
 
 
 def _share_positive(values: Tensor) -> float:

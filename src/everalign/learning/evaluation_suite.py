@@ -8,7 +8,7 @@ import torch
 from everalign.data.readers import check_disjoint
 from everalign.data.rows import RowSet
 from everalign.errors import InputError
-from everalign.evaluation import HeldOut, PreferenceScore, score_preferences
+from everalign.evaluation import HeldOut, PreferenceScore, score_base, score_preferences
 from everalign.learning.context import RunContext
 from everalign.learning.run_store import RunDirectory, data_facts
 from everalign.learning.sample_answers import Answers, answer_again, first_answers
@@ -88,8 +88,8 @@ class EvaluationSuite:
         if name not in self._zero_shot:
             self._facts[name] = data_facts(test)
             self._run.write_test(test)
+            self._zero_shot[name] = score_base(self._held_out[name])
             with self._setup.policy.as_base():
-                self._zero_shot[name] = self._score(self._held_out[name], None)
                 self._first_answers |= first_answers(self._setup, name, test, self._sample_count)
             self._run.write_zero_shot(self._zero_shot, self._facts, self._first_answers)
 

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -255,10 +256,14 @@ class Learner:
         scores_before, written_before = tests.outcomes(guarded), write_corrections(setup, tests.rows(guarded))
         previous = self.policy.total()
         task = Task(name, prepared.rows, index, task_seed(setup.seed, index), partial(own_answers, setup))
+        busy = time.process_time()
         method.begin_task(self.policy, task)
+        method_seconds = time.process_time() - busy
         result = train_task(setup, task, prepared, self._run.work(version))
         before_consolidation = tests.scores(previous) if method.consolidates else None
+        busy = time.process_time()
         records = method.end_task(self.policy, result.task)
+        method_seconds += time.process_time() - busy
         scores = tests.scores(previous)
         verdict = None
         if self.gate is not None:
@@ -278,6 +283,7 @@ class Learner:
             "gate": None if verdict is None else verdict.model_dump(mode="json"),
             "seed": task.seed,
             "stages": [report.to_dict() for report in result.reports],
+            "method_seconds": round(method_seconds, 3),
             "warnings": list(result.warnings),
             "replay_ids": [] if method.buffer is None else method.buffer.ids(),
         }

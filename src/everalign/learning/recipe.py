@@ -88,7 +88,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node]:
     return value, nodes
 
 
-def _line(nodes: yaml.Node, where: Location) -> int:
+def line_of(nodes: yaml.Node, where: Location) -> int:
     """Returns the line of the key at a path, or of the innermost part of the path that is there."""
     line = nodes.start_mark.line + 1
     for part in where:
@@ -109,7 +109,7 @@ Text = Annotated[str, Field(min_length=1)]
 Location = Sequence[int | str]
 
 
-class _Keys(BaseModel):
+class Keys(BaseModel):
     """One mapping: no unknown keys, exact types, and None for what is not given."""
 
     model_config = STRICT
@@ -123,10 +123,10 @@ def _keys_of(options: type[BaseModel], **more: Any) -> Any:
         for item in field.metadata:
             kind = Annotated[kind, item]
         keys[name] = (kind | None, Field(default=None, description=field.description))
-    return create_model(options.__name__.replace("Options", "Keys"), __base__=_Keys, **keys)
+    return create_model(options.__name__.replace("Options", "Keys"), __base__=Keys, **keys)
 
 
-class TaskKeys(_Keys):
+class TaskKeys(Keys):
     """One task: its name, unique in the run, and its files or Hub names."""
 
     name: Text
@@ -153,7 +153,7 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
 _FLAT = ("training", "adapter", "weighting", "rollouts", "correction", "method")
 
 
-class Recipe(_Keys):
+class Recipe(Keys):
     """What was given, by a file or by flags, and what the learner makes of it."""
 
     model: Text | None = Field(
@@ -222,7 +222,7 @@ class Recipe(_Keys):
             return cls.model_validate(value)
         except ValidationError as error:
             problem = first_problem(cls, error)
-            place = f"{path}:{_line(nodes, problem.where)}"
+            place = f"{path}:{line_of(nodes, problem.where)}"
             key = str(problem.where[-1])
             # YAML takes `no`, 2024 and 1e-3 for other things than text.
             quotes = "; put it in quotes" if " must be text" in problem.what else ""

@@ -33,6 +33,10 @@ class Score(_Record):
     reward_accuracy: Annotated[float, Field(ge=0, le=1)]
     kl_previous: FiniteFloat | None = None
     margin_error: FiniteFloat | None = None
+    chosen_logprob: FiniteFloat | None = None
+    rejected_logprob: FiniteFloat | None = None
+    ranked: str = ""
+    gained: str = ""
     pairs: Annotated[int, Field(ge=1)]
 
 
@@ -108,6 +112,7 @@ class Stage(_Record):
     steps: Count
     epochs: FiniteFloat
     seconds: FiniteFloat
+    processor_seconds: FiniteFloat | None = None
     step0_margin: FiniteFloat | None = None
     step0_log_ratio: FiniteFloat | None = None
     rows: Count
@@ -171,6 +176,7 @@ class Manifest(_Record):
     warnings: list[str] = []
     gate: Verdict | None = None
     stages: list[Stage]
+    method_seconds: FiniteFloat | None = None
     files: dict[str, str]
 
 

@@ -22,8 +22,8 @@ INK = "#0a0b01"
 MUTED = "#0a0b02"
 GRID = "#0a0b03"
 HEAT = "#0a0b04"
-_MARKERS = "osD^vPX*"
-_DASHES = ("-", "--", "-.", ":")
+MARKERS = "osD^vPX*"
+DASHES = ("-", "--", "-.", ":")
 SERIES = tuple(f"#0a0b1{i}" for i in range(8))
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", HEAT: "--heat"} | {
     colour: f"--series-{i}" for i, colour in enumerate(SERIES)
@@ -55,7 +55,7 @@ PLOT_WIDTH = 560.0
 
 
 @contextmanager
-def _plot(width: float, height: float) -> Iterator[Figure]:
+def figure(width: float, height: float) -> Iterator[Figure]:
     """An empty transparent figure of `width` x `height` CSS pixels; text and axes made inside take the page's style."""
     with matplotlib.rc_context(_STYLE):
         made = Figure(figsize=(width / 72, height / 72), layout="constrained")
@@ -116,7 +116,7 @@ def score_heatmap(scores: Scores, metric: Metric, limits: tuple[float, float], n
     if all(score is None for _, _, row in rows for score in row):
         return None
     low, high = limits
-    with _plot(max(PLOT_WIDTH, 150 + 62 * len(tasks)), 96 + 46 * len(rows)) as drawn:
+    with figure(max(PLOT_WIDTH, 150 + 62 * len(tasks)), 96 + 46 * len(rows)) as drawn:
         axes = drawn.subplots()
         for y, (_, i, row) in enumerate(rows):
             for x, score in enumerate(row):
@@ -171,7 +171,7 @@ def change_lines(
     lines, names = change_series(scores), _numbered_if_long(scores.learned)
     if not lines:
         return None
-    with _plot(PLOT_WIDTH, 320) as drawn:
+    with figure(PLOT_WIDTH, 320) as drawn:
         axes = drawn.subplots()
         axes.axhline(0, color=MUTED, linewidth=1)
         for task, points in lines.items():
@@ -180,7 +180,7 @@ def change_lines(
         axes.set_ylim(limits[0] * metric.scale, limits[1] * metric.scale)
         axes.set_ylabel(f"change, {metric.change_unit}")
         _task_axis(axes, len(scores.learned), "after learning task", _tick_names(scores.learned))
-        _legend_above(drawn)
+        legend_above(drawn)
         ends = ", ".join(f"{task} {metric.change(points[-1][1])}" for task, points in lines.items())
         description = f"Change of each score since its task was learned, {metric.change_unit}; at the end: {ends}"
         return inline_svg(drawn, name, f"Forgetting of {label}", description)
@@ -215,14 +215,14 @@ def progress_lines(
                 series[label] = points
     if not series:
         return None
-    with _plot(PLOT_WIDTH, 300) as drawn:
+    with figure(PLOT_WIDTH, 300) as drawn:
         axes = drawn.subplots()
         for label, points in series.items():
             bars = [WIDTH * (of_mean(errors[label][rows - 1][:rows]) or 0.0) for rows, _ in points]
             _line(axes, points, bars, metric, label)
         axes.set_ylabel(f"{metric.title.lower()}, {metric.unit.strip()}")
         _task_axis(axes, max(points[-1][0] for points in series.values()), "tasks learned")
-        _legend_above(drawn)
+        legend_above(drawn)
         ends = ", ".join(f"{label} {metric.full(points[-1][1])}" for label, points in series.items())
         description = f"{metric.title} averaged over the tasks learned so far; at the end: {ends}"
         return inline_svg(drawn, name, f"Mean {metric.title.lower()} over the tasks learned so far", description)
@@ -238,7 +238,7 @@ def training_curves(training: Sequence[tuple[str, Sequence[TrainingStep]]], name
     fields = [field for field in ("loss", "margin") if any(getattr(step, field) is not None for step in every)]
     if not fields:
         return None
-    with _plot(PLOT_WIDTH, 70 + 170 * len(fields)) as drawn:
+    with figure(PLOT_WIDTH, 70 + 170 * len(fields)) as drawn:
         panels = drawn.subplots(len(fields), 1, sharex=True, squeeze=False)[:, 0]
         offset = 0
         for title, (_, steps) in zip(_tick_names([task for task, _ in training]), training, strict=True):
@@ -261,7 +261,7 @@ def training_curves(training: Sequence[tuple[str, Sequence[TrainingStep]]], name
         for axes, field in zip(panels, fields, strict=True):
             axes.set_ylabel(field if field == "loss" else "margin, nats")
         panels[-1].set_xlabel("training step, all tasks in a row")
-        _legend_above(drawn)
+        legend_above(drawn)
         tasks = ", ".join(task for task, _ in training)
         description = f"{' and '.join(fields)} by step; stages {', '.join(stages)}; tasks {tasks}"
         return inline_svg(drawn, name, f"Training curves of {label}", description)
@@ -286,8 +286,8 @@ def _line(axes: Axes, points: Sequence[tuple[int, float]], bars: Sequence[float]
         yerr=[bar * metric.scale for bar in bars],
         label=shortened(label, 28),
         color=SERIES[number % len(SERIES)],
-        marker=_MARKERS[number % len(_MARKERS)],
-        linestyle=_DASHES[number % len(_DASHES)],
+        marker=MARKERS[number % len(MARKERS)],
+        linestyle=DASHES[number % len(DASHES)],
         linewidth=2,
         markersize=6,
         capsize=3,
@@ -302,7 +302,7 @@ def _task_axis(axes: Axes, n: int, label: str, names: Sequence[str] | None = Non
     axes.grid(axis="y", linewidth=0.8)
 
 
-def _legend_above(drawn: Figure) -> None:
+def legend_above(drawn: Figure) -> None:
     """Put a legend above the axes, each name once, in as many columns as fit."""
     handles, names = drawn.axes[0].get_legend_handles_labels()
     once = dict(zip(names, handles, strict=True))

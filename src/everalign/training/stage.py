@@ -48,6 +48,8 @@ class StageResult:
         steps: optimiser steps.
         epochs: passes over the rows.
         seconds: wall-clock time of training, of the last uninterrupted piece where it was resumed.
+        processor_seconds: processor time of all threads meanwhile, the method's share before and after included; None
+            of stages from before it was measured.
         rows: rows of the stage, replayed ones included.
         replayed: how many of them are replayed.
         curve: logged steps; `epoch` counts passes over the rows.
@@ -67,6 +69,7 @@ class StageResult:
     curve: list[dict[str, Any]] = field(default_factory=list)
     step0_margin: float | None = None
     step0_log_ratio: float | None = None
+    processor_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the curve."""
@@ -119,6 +122,7 @@ def train_stage(
         head.check_token(max(map(largest_token, rows), default=0))
     shared = head is not None and head.shared
     against, start, logprobs = None if reference is None else reference(), {}, None
+    busy = time.process_time()
     learned = rows[: len(rows) - apart]
     announced = f"  {objective.name}: {len(learned)} rows" + ("" if replayed is None else f" ({replayed} replayed)")
     if against is not None:
@@ -169,6 +173,7 @@ def train_stage(
         steps=plan.steps,
         epochs=options.epochs,
         seconds=round(seconds, 3),
+        processor_seconds=round(time.process_time() - busy, 3),
         rows=len(learned),
         replayed=replayed or 0,
         curve=[{**entry, "epoch": entry["epoch"] * options.epochs} for entry in history],

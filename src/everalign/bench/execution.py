@@ -1,0 +1,149 @@
+"""Runs side by side, each in a process of its own, with progress and time left."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from everalign.bench.records import Record, Records, Run
+from everalign.errors import EveralignError, InputError
+from everalign.reporting.formats import percent, seconds
+
+START = "forkserver"
+"""How processes start. A server that has the libraries loaded forks them: each is fresh, and quick to start."""
+_PRELOADED = "everalign.bench.worker"
+
+Log = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class _Running:
+    """A run under way. `done` is how much of it, as a share."""
+
+    run: Run
+    process: BaseProcess
+    pipe: connection.Connection
+    stages: int
+    done: float = 0.0
+    end: tuple[Any, ...] | None = None
+    started: float = field(default_factory=time.monotonic)
+
+
+def run_all(
+    runs: Sequence[Run],
+    records: Records,
+    output: Path,
+    *,
+    jobs: int,
+    keep_runs: bool,
+    keep_failures: bool,
+    log: Log,
+    progress: Progress,
+) -> None:
+    """Makes the runs that are not finished yet, `jobs` at a time.
+
+    Raises:
+        EveralignError: a run failed. Others that were under way are stopped, and go on where they were the next time.
+    """
+    waiting = records.missing(runs)
+    total = len(waiting)
+    if len(runs) > total:
+        log(f"  {len(runs) - total} of {len(runs)} runs are finished already")
+    if not waiting:
+        return
+    context: Any = multiprocessing.get_context(START)
+    if START == "forkserver":
+        context.set_forkserver_preload([_PRELOADED])
+    started, finished = time.monotonic(), 0
+    running: list[_Running] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(_start(context, waiting.pop(0), records, output, keep_runs, keep_failures))
+            for pipe in connection.wait([one.pipe for one in running]):
+                one = next(one for one in running if one.pipe is pipe)
+                if not _receive(one):
+                    running.remove(one)
+                    record = _finish(one, records, output)
+                    finished += 1
+                    log(_line(one, record, finished, total, started))
+            done = finished + sum(one.done for one in running)
+            progress("runs", round(1000 * done), 1000 * total)
+    finally:
+        for one in running:
+            one.process.terminate()
+        for one in running:
+            one.process.join()
+
+
+def _start(context: Any, run: Run, records: Records, output: Path, keep_runs: bool, keep_failures: bool) -> _Running:
+    from everalign.bench.worker import Place, run_in_process
+
+    place = Place(
+        output / "runs" / run.name,
+        records.path(run),
+        output / "logs" / f"{run.name}.log",
+        output / "cache",
+        keep_runs,
+        keep_failures,
+    )
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=run_in_process, args=(run, place, theirs), name=run.name)
+    process.start()
+    theirs.close()  # so that the end of the process ends the pipe
+    supervised = (run.recipe.training_options().sft_epochs or 0) > 0
+    return _Running(run, process, ours, len(run.order) * (2 if supervised else 1))
+
+
+def _receive(one: _Running) -> bool:
+    """Takes one message; False where the process has ended."""
+    try:
+        message = one.pipe.recv()
+    except EOFError:
+        return False
+    if message[0] == "progress":
+        _, stage, steps, total = message
+        number = int(stage.rpartition(" ")[2])
+        one.done = min(0.99, max(one.done, (number - 1 + steps / max(1, total)) / one.stages))
+    else:
+        one.end = message
+    return True
+
+
+def _finish(one: _Running, records: Records, output: Path) -> Record:
+    one.process.join()
+    one.pipe.close()
+    where = output / "logs" / f"{one.run.name}.log"
+    if one.end is None:
+        why = f"its process ended with code {one.process.exitcode}"
+        hint = " (killed; was memory short?)" if one.process.exitcode == -9 else ""
+        raise EveralignError(f"{one.run.label}: {why}{hint}; see {where}, then run the same command again")
+    if one.end[0] != "done":
+        kind = InputError if one.end[0] == "refused" else EveralignError
+        raise kind(f"{one.run.label}: {one.end[1]} (log: {where})")
+    record = records.get(one.run)
+    if record is None:
+        raise EveralignError(f"{one.run.label}: has written no record; see {where}")
+    return record
+
+
+def _line(one: _Running, record: Record, finished: int, total: int, started: float) -> str:
+    """One line on a finished run, with the time left for the rest."""
+    now = time.monotonic()
+    if record.failed is not None:
+        what = f"failed: {record.failed}"
+    else:
+        shares = ((name, record.number(f"{metric}.last")) for name, metric in _SHOWN.items())
+        what = ", ".join(f"{name} {percent(value)}" for name, value in shares if value is not None)
+    left = "" if finished == total else f"; about {seconds((now - started) / finished * (total - finished))} left"
+    return f"  {finished}/{total} {one.run.label}: {what} ({seconds(now - one.started)}){left}"
+
+
+_SHOWN = {"accuracy": "accuracy", "reward accuracy": "reward_accuracy"}

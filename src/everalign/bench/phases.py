@@ -1,0 +1,293 @@
+"""The phases of a bench: tuning on validation rows, a rehearsal of the comparison on them, and one locked test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from everalign.bench.comparison import ModelResult, compare, to_json
+from everalign.bench.data import Part, TaskRows, load_rows
+from everalign.bench.execution import Progress, run_all
+from everalign.bench.recipe import Bench, Choice
+from everalign.bench.records import Record, Records, Run, code_digest, plan, plan_trials
+from everalign.errors import InputError
+from everalign.learning.run_store import now
+from everalign.storage import exclusive, read_model, write_json
+
+Log = Callable[[str], None]
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+    format: Literal[1]
+    recipe: str
+
+
+class Trial(BaseModel):
+    """One trial: the values tried, and the mean of the measures that are tuned on; None where training failed."""
+
+    choice: dict[str, Any]
+    score: float | None
+    failed: str | None = None
+
+
+class ChosenFile(_File):
+    """chosen.json: what tuning has chosen, by model and contender."""
+
+    code: str
+    created: str
+    tune_on: list[str]
+    chosen: dict[str, dict[str, dict[str, Any]]]
+    trials: dict[str, dict[str, list[Trial]]]
+
+
+class TestedFile(_File):
+    """tested.json: when test rows were first scored, with which recipe, and when again."""
+
+    __test__ = False  # no test class of pytest's
+    code: str
+    first: str
+    again: list[dict[str, str]] = []
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a bench is made: where, with what of it, and how many runs side by side."""
+
+    output: Path
+    only: Sequence[str] = ()
+    jobs: int = 1
+    keep_runs: bool = False
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning came to: the chosen settings, and notes on them."""
+
+    file: ChosenFile
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison came to, for every model, with what a reader should know of it."""
+
+    part: Part
+    models: Sequence[ModelResult]
+    notes: Sequence[str]
+    orders: Sequence[tuple[str, ...]]
+    seeds: Sequence[int]
+
+
+def tune(bench: Bench, settings: Settings, log: Log, progress: Progress) -> Tuned:
+    """Makes the trials on validation rows and writes the best settings of every contender to chosen.json.
+
+    Trials that an earlier call finished are taken as they are. Settings that contenders outside `only` got from the
+    same recipe stay.
+    """
+    with exclusive(settings.output / ".lock", "making this bench"):
+        rows, records = _rows(bench, settings, "validation", log), Records(settings.output)
+        runs = plan_trials(bench, rows, settings.only)
+        log(f"tuning: {len(runs)} runs")
+        run_all(
+            runs,
+            records,
+            settings.output,
+            jobs=settings.jobs,
+            keep_runs=settings.keep_runs,
+            keep_failures=True,
+            log=log,
+            progress=progress,
+        )
+        trials: dict[str, dict[str, list[Trial]]] = {}
+        for name, model, choice in bench.all_trials():
+            if settings.only and name not in settings.only:
+                continue
+            found = [
+                record
+                for run in runs
+                if (run.contender, run.model, run.choice) == (name, model, choice)
+                and (record := records.get(run)) is not None
+            ]
+            trials.setdefault(model, {}).setdefault(name, []).append(_trial(choice, found, bench.tune_on))
+        chosen: dict[str, dict[str, Any]] = {}
+        notes: list[str] = []
+        for model, contenders in trials.items():
+            for name, tried in contenders.items():
+                chosen.setdefault(model, {})[name] = _best(name, model, tried)
+                notes += _edges(bench, name, model, chosen[model][name])
+                notes += [f"{name} on {model}: {one.choice} failed: {one.failed}" for one in tried if one.failed]
+        file = _merged(bench, settings.output, chosen, trials)
+        write_json(settings.output / "chosen.json", file.model_dump())
+    return Tuned(file, notes)
+
+
+def _trial(choice: Choice, found: Sequence[Record], measures: Sequence[str]) -> Trial:
+    failed = next((record.failed for record in found if record.failed is not None), None)
+    if failed is not None:
+        return Trial(choice=dict(choice), score=None, failed=failed)
+    scores = [score for record in found if (score := record.mean(measures)) is not None]
+    score = sum(scores) / len(scores) if scores and len(scores) == len(found) else None
+    return Trial(choice=dict(choice), score=score)
+
+
+def _best(name: str, model: str, tried: Sequence[Trial]) -> dict[str, Any]:
+    """The choice of the highest score, the first of equals."""
+    known = [one for one in tried if one.score is not None]
+    if not known:
+        if len(tried) == 1 and tried[0].failed is None:
+            return tried[0].choice  # a method without one of the measures, and nothing to choose from
+        why = tried[0].failed or "it has none of the measures that are tuned on"
+        raise InputError(f"contenders.{name}: no trial on {model} has a score: {why}")
+    return max(known, key=lambda one: one.score or 0.0).choice
+
+
+def _edges(bench: Bench, name: str, model: str, choice: Choice) -> list[str]:
+    """Notes on chosen numbers beyond which there may be better ones."""
+    found = []
+    for option, values in (bench.contenders[name].tune or {}).items():
+        numbers = len(values) > 2 and all(isinstance(value, int | float) for value in values)
+        if numbers and choice[option] in (min(values), max(values)):
+            found.append(f"{name} on {model}: {option} {choice[option]} lies at the end of what was tried")
+    return found
+
+
+def _merged(
+    bench: Bench, output: Path, chosen: dict[str, dict[str, Any]], trials: dict[str, dict[str, list[Trial]]]
+) -> ChosenFile:
+    """The new choices beside those that other contenders have from the same recipe."""
+    path = output / "chosen.json"
+    if path.exists():
+        earlier = read_model(path, ChosenFile, "delete it and tune again")
+        if earlier.recipe == bench.digest:
+            chosen = {model: {**earlier.chosen.get(model, {}), **ones} for model, ones in chosen.items()}
+            trials = {model: {**earlier.trials.get(model, {}), **ones} for model, ones in trials.items()}
+    return ChosenFile(
+        format=1,
+        recipe=bench.digest,
+        code=code_digest(),
+        created=now(),
+        tune_on=bench.tune_on,
+        chosen=chosen,
+        trials=trials,
+    )
+
+
+def confirm(bench: Bench, settings: Settings, part: Part, log: Log, progress: Progress) -> Outcome:
+    """Compares the contenders, each with its chosen settings, on validation or on test rows.
+
+    Raises:
+        InputError: tuning has not chosen yet, or for another recipe.
+    """
+    with exclusive(settings.output / ".lock", "making this bench"):
+        chosen, notes = _chosen(bench, settings)
+        if part == "test":
+            # Before the rows are read: a test that was interrupted has touched them too.
+            notes += _touch(bench, settings.output)
+        rows, records = _rows(bench, settings, part, log), Records(settings.output)
+        runs = plan(bench, part, rows, chosen, settings.only)
+        log(f"{part}: {len(runs)} runs")
+        run_all(
+            runs,
+            records,
+            settings.output,
+            jobs=settings.jobs,
+            keep_runs=settings.keep_runs,
+            keep_failures=False,
+            log=log,
+            progress=progress,
+        )
+        others = [name for name in bench.contenders if settings.only and name not in settings.only]
+        known = [name for name in others if all(name in chosen[model] for model in bench.models)]
+        runs += plan(bench, part, rows, chosen, known) if known else []
+        outcome = _outcome(bench, part, runs, records, notes)
+        write_json(settings.output / f"{part}.json", outcome_json(bench, outcome))
+    return outcome
+
+
+def _outcome(bench: Bench, part: Part, runs: Sequence[Run], records: Records, notes: list[str]) -> Outcome:
+    models, codes = [], set()
+    for model in bench.models:
+        found: dict[str, list[Record]] = {name: [] for name in bench.contenders}
+        for run in runs:
+            if run.model == model and (record := records.get(run)) is not None:
+                found[run.contender].append(record)
+                codes.add(record.code)
+        models.append(compare(model, found, bench.baseline))
+        absent = [name for name, ones in found.items() if not ones]
+        if absent:
+            notes.append(f"{model}: without {', '.join(absent)}, of which no run is finished")
+        some = next(iter(models[-1].contenders.values()))
+        if some.runs < 6:
+            runs_here = "run" if some.runs == 1 else "runs"
+            notes.append(
+                f"{model}: {some.runs} {runs_here} a contender: a test over runs cannot give p below "
+                f"{min(1.0, 2 / 2**some.runs):.3g}"
+            )
+    if len(codes) > 1:
+        notes.append(f"the runs were made by {len(codes)} versions of the code: {', '.join(sorted(codes))}")
+    return Outcome(part, models, notes, bench.task_orders(), bench.seeds)
+
+
+def outcome_json(bench: Bench, outcome: Outcome) -> dict[str, Any]:
+    """A comparison as plain values."""
+    return {
+        "part": outcome.part,
+        "recipe": bench.digest,
+        "code": code_digest(),
+        "created": now(),
+        "orders": [list(order) for order in outcome.orders],
+        "seeds": list(outcome.seeds),
+        "notes": list(outcome.notes),
+        "models": [to_json(result) for result in outcome.models],
+    }
+
+
+def _rows(bench: Bench, settings: Settings, part: Part, log: Log) -> dict[str, TaskRows]:
+    for name in settings.only:
+        if name not in bench.contenders:
+            raise InputError(f"--only {name}: no such contender; the recipe has {', '.join(bench.contenders)}")
+    bench.check_contenders()
+    log("data")
+    rows = load_rows(bench, part)
+    for name, found in rows.items():
+        log(f"  {name}: {len(found.train)} rows to learn, {len(found.held_out)} of the {part} part")
+    return rows
+
+
+def _chosen(bench: Bench, settings: Settings) -> tuple[Mapping[str, Mapping[str, Choice]], list[str]]:
+    """The settings to compare, and notes on where they come from."""
+    path = settings.output / "chosen.json"
+    if not bench.is_tuned:
+        return {model: {name: one.trials[0] for name, one in bench.contenders.items()} for model in bench.models}, []
+    if not path.exists():
+        raise InputError(f"{path}: no settings are chosen yet: run the same command with --tune first")
+    file = read_model(path, ChosenFile, "delete it and tune again")
+    if file.recipe != bench.digest:
+        raise InputError(
+            f"{path}: was chosen for another recipe ({file.recipe}, and this is {bench.digest}): run the same command "
+            "with --tune again; trials that are the same are not repeated"
+        )
+    wanted = settings.only or list(bench.contenders)
+    missing = [name for name in wanted if any(name not in file.chosen.get(model, {}) for model in bench.models)]
+    if missing:
+        raise InputError(f"{path}: has no settings for {', '.join(missing)}: tune them first, with --tune")
+    notes = [] if file.code == code_digest() else ["the settings were chosen by another version of the code"]
+    return file.chosen, notes
+
+
+def _touch(bench: Bench, output: Path) -> list[str]:
+    """Records that test rows are scored, and says so where they were before."""
+    path = output / "tested.json"
+    if not path.exists():
+        write_json(path, TestedFile(format=1, recipe=bench.digest, code=code_digest(), first=now()).model_dump())
+        return []
+    file = read_model(path, TestedFile)
+    again = [*file.again, {"at": now(), "recipe": bench.digest, "code": code_digest()}]
+    write_json(path, file.model_copy(update={"again": again}).model_dump())
+    changed = "" if file.recipe == bench.digest else f", with another recipe ({file.recipe})"
+    return [f"test rows were first scored on {file.first}{changed}; this is test {len(again) + 1} in this folder"]

@@ -1,0 +1,343 @@
+"""Recipes of `everalign bench`: what is compared, on which tasks, and how it is tuned. Importing it is light.
+
+    models: {base: $MODELS/base}
+    tasks:
+      harmless: {train: harmless.train.jsonl.gz, test: harmless.test.jsonl.gz, limit: 400}
+      academy: {train: domains.train.jsonl.gz, test: domains.test.jsonl.gz, where: {domain: academy}}
+    orders: 3
+    seeds: [0, 1, 2, 3, 4]
+    contenders:
+      er: {method: er, objective: dpo, tune: {learning_rate: [3e-4, 1e-3], replay: [0.1, 0.2]}}
+      lifealign: {method: lifealign, tune: {learning_rate: [3e-4, 1e-3], gamma: [1.0, 2.0]}}
+    baseline: er
+
+Files and models are named from where the command runs; `$NAME` stands for an environment variable.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from everalign.errors import InputError
+from everalign.learning.recipe import AdapterKeys, Keys, MethodKeys, Recipe, Text, TrainingKeys, line_of, read_yaml
+from everalign.options import first_problem
+from everalign.training.objectives import OBJECTIVES, reads
+
+Choice = Mapping[str, Any]
+"""Values of the options that a contender is tuned on; of one trial, or those that were chosen."""
+
+TUNABLE = ("accuracy", "reward_accuracy", "margin")
+_NUMBERS = ("last", "backward_transfer", "average_performance")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+*-]*")
+_Share = Annotated[float, Field(gt=0, lt=1)]
+_Positive = Annotated[int, Field(ge=1)]
+
+
+class BenchTask(Keys):
+    """One task. Without `validation` a share of the training prompts is cut off for it."""
+
+    train: Text
+    validation: Text | None = None
+    test: Text
+    where: dict[str, Any] | None = None
+    limit: _Positive | None = None
+
+
+class Contender(Keys):
+    """A method with its arguments, its objective, and what differs from the shared settings."""
+
+    method: MethodKeys
+    objective: Text | None = None
+    preset: Text | None = None
+    training: TrainingKeys | None = None
+    adapter: AdapterKeys | None = None
+    tune: dict[str, Any] | None = None
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("tune")
+    @classmethod
+    def _lists(cls, tune: dict[str, Any] | None) -> dict[str, Any] | None:
+        for option, values in (tune or {}).items():
+            _section_of(option)
+            if not isinstance(values, list) or not values:
+                raise InputError(f"{option} needs a list of values to try, found {values!r}", field=option)
+            if any(values.count(value) > 1 for value in values):
+                raise InputError(f"{option} names a value twice: {values}", field=option)
+        return tune
+
+    @property
+    def trials(self) -> list[Choice]:
+        """Every combination of the values to try; one empty choice where nothing is tuned."""
+        grid = self.tune or {}
+        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+class Tuning(Keys):
+    """The seeds and orders of the trials, apart from those of the comparison."""
+
+    seeds: Annotated[list[int], Field(min_length=1)] = Field(default=[1000])
+    orders: Any = 1
+
+
+class Bench(Keys):
+    """A whole bench."""
+
+    models: Any
+    tasks: Annotated[dict[str, BenchTask], Field(min_length=1)]
+    orders: Any = 1
+    seeds: Annotated[list[int], Field(min_length=1)]
+    contenders: Annotated[dict[str, Contender], Field(min_length=1)]
+    training: TrainingKeys | None = None
+    adapter: AdapterKeys | None = None
+    baseline: Text | None = None
+    tuning: Tuning = Tuning()
+    tune_on: Annotated[list[Text], Field(min_length=1)] = Field(default=["accuracy.last", "reward_accuracy.last"])
+    unequal_budget: bool = False
+    validation_share: _Share = 0.1
+    split_seed: int = 20261120
+    test_limit: Annotated[int, Field(ge=0)] = 0
+    output: Text | None = None
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _named_models(cls, value: Any) -> Any:
+        """A list of models names each by the last part of its path."""
+        if isinstance(value, list) and all(isinstance(model, str) and model for model in value) and value:
+            names = [re.sub(r"[^\w.+-]+", "-", Path(model).name) for model in value]
+            if len(set(names)) < len(names):
+                raise InputError("two models have one name: give a mapping from names to models")
+            value = dict(zip(names, value, strict=True))
+        if not isinstance(value, dict) or not value:
+            raise InputError("must be a list of models, or a mapping from a name to a model")
+        for name, model in value.items():
+            if not isinstance(name, str) or not isinstance(model, str) or not model:
+                raise InputError(f"{name!r}: {model!r} must be a model's name with its folder or Hub name")
+        return value
+
+    @field_validator("orders")
+    @classmethod
+    def _known_orders(cls, value: Any) -> Any:
+        return _checked_orders(value)
+
+    @field_validator("tuning")
+    @classmethod
+    def _known_tuning_orders(cls, value: Tuning) -> Tuning:
+        _checked_orders(value.orders)
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _different_seeds(cls, seeds: list[int]) -> list[int]:
+        if repeated := next((seed for seed in seeds if seeds.count(seed) > 1), None):
+            raise InputError(f"the seed {repeated} is given twice")
+        return seeds
+
+    @field_validator("training")
+    @classmethod
+    def _one_limit(cls, training: Any) -> Any:
+        if training is not None and training.test_limit is not None:
+            raise InputError("test_limit stands outside, beside seeds: it is the same for all")
+        return training
+
+    @field_validator("tune_on")
+    @classmethod
+    def _known_metrics(cls, names: list[str]) -> list[str]:
+        known = [f"{metric}.{number}" for metric in TUNABLE for number in _NUMBERS]
+        for name in names:
+            if name not in known:
+                raise InputError(_unknown("measure", name, known))
+        return names
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Bench:
+        for what, names in (("models", self.models), ("tasks", self.tasks), ("contenders", self.contenders)):
+            for name in names:
+                if not _NAME.fullmatch(name):
+                    raise InputError(f"{what}.{name}: a name is letters, digits and _ . + * - only: it names files")
+        for key, orders in (("orders", self.orders), ("tuning.orders", self.tuning.orders)):
+            self._check_orders(key, orders)
+        if self.baseline is not None and self.baseline not in self.contenders:
+            raise InputError(f"baseline: {_unknown('contender', self.baseline, list(self.contenders))}")
+        budgets = {name: len(contender.trials) for name, contender in self.contenders.items()}
+        if len(set(budgets.values())) > 1 and not self.unequal_budget:
+            counts = ", ".join(f"{name} {count}" for name, count in budgets.items())
+            raise InputError(
+                f"contenders: every one must have equally many trials, found {counts}: even the lists under `tune` "
+                "out, or say `unequal_budget: true`"
+            )
+        for name, contender in self.contenders.items():
+            kind = OBJECTIVES[contender.objective].rows if contender.objective in OBJECTIVES else "preferences"
+            if kind not in ("preferences", "judged"):
+                raise InputError(
+                    f"contenders.{name}: a bench learns from preferences, and {contender.objective} cannot"
+                )
+        return self
+
+    def _check_orders(self, key: str, orders: Any) -> None:
+        if isinstance(orders, int):
+            possible = math.factorial(len(self.tasks))
+            if orders > possible:
+                raise InputError(f"{key}: {len(self.tasks)} tasks have {possible} orders, not {orders}")
+            return
+        for order in orders:
+            if sorted(order) != sorted(self.tasks):
+                raise InputError(f"{key}: {order} must name every task once: {', '.join(self.tasks)}")
+
+    @classmethod
+    def read(cls, path: Path) -> Bench:
+        """Reads a recipe; an InputError names the file, the line and the key."""
+        value, nodes = read_yaml(path)
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            problem = first_problem(cls, error)
+            where: tuple[int | str, ...] = problem.where
+            if not where and problem.cause is not None:
+                # A check of the whole names its key itself.
+                where = tuple(str(problem.cause).partition(":")[0].split("."))
+                text = str(problem.cause)
+            else:
+                text = f"{'.'.join(map(str, where))}{problem.what}"
+            place = f"{path}:{line_of(nodes, where)}"
+            raise InputError(f"{place}: {text}", where=place, field=str(where[-1]), hint=problem.hint) from None
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that name what the recipe says; not its comments, and not where results go."""
+        text = json.dumps(self.model_dump(exclude={"output"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether any contender has more than one trial."""
+        return any(len(contender.trials) > 1 for contender in self.contenders.values())
+
+    def task_orders(self, tuning: bool = False) -> list[tuple[str, ...]]:
+        """The orders of the comparison or of the trials; seeded permutations begin with the recipe's own order."""
+        orders = self.tuning.orders if tuning else self.orders
+        if not isinstance(orders, int):
+            return [tuple(order) for order in orders]
+        found, rng = [tuple(self.tasks)], random.Random(self.split_seed)
+        while len(found) < orders:
+            order = list(self.tasks)
+            rng.shuffle(order)
+            if tuple(order) not in found:
+                found.append(tuple(order))
+        return found
+
+    def learn_recipe(self, contender: str, choice: Choice, model: str, seed: int) -> Recipe:
+        """Returns the recipe of one run, without its output and tasks.
+
+        Raises:
+            InputError: names the contender, and the option that is wrong or would be ignored.
+        """
+        one = self.contenders[contender]
+        objective = choice.get("objective", one.objective)
+        # What all share and an objective does not read is no mistake of the contender.
+        shared = _given(self.training)
+        shared = {key: value for key, value in shared.items() if key not in _OF_MARGINS or reads(objective, key)}
+        sections: dict[str, dict[str, Any]] = {
+            "training": {**shared, **_given(one.training), "test_limit": self.test_limit},
+            "adapter": {**_given(self.adapter), **_given(one.adapter)},
+            "method": _given(one.method),
+        }
+        for option, value in choice.items():
+            section = _section_of(option)
+            if section:
+                sections[section][option] = value
+        whole = {"model": expanded(self.models[model]), "objective": objective, "preset": one.preset, "seed": seed}
+        try:
+            return Recipe.model_validate({**whole, **sections})
+        except ValidationError as error:
+            problem = first_problem(Recipe, error)
+            where = ".".join(map(str, problem.where))
+            raise InputError(f"contenders.{contender}: {where}{problem.what}", field=str(problem.where[-1])) from None
+
+    def check_contenders(self) -> None:
+        """Builds every method of every trial, so that a wrong option is found before anything is trained."""
+        from everalign.learning.options import DEFAULT_OBJECTIVE
+        from everalign.training.objectives import make_objective
+
+        for name, model, choice in self.all_trials():
+            try:
+                arguments = self.learn_recipe(name, choice, model, 0).model_copy(update={"output": "-"})
+                made = arguments.learner_arguments(needs_tasks=False)
+                make_objective(made.get("objective", DEFAULT_OBJECTIVE), made["training"].beta, made["method"].gamma)
+            except InputError as error:
+                raise error if str(error).startswith("contenders.") else error.at(f"contenders.{name}") from None
+
+    def all_trials(self) -> Iterator[tuple[str, str, Choice]]:
+        """Yields contender, model and choice of every trial."""
+        for model in self.models:
+            for name, contender in self.contenders.items():
+                yield from ((name, model, choice) for choice in contender.trials)
+
+
+_OF_MARGINS = ("reference", "beta", "sft_epochs")
+
+
+def _given(keys: Any) -> dict[str, Any]:
+    return {} if keys is None else keys.model_dump(exclude_none=True)
+
+
+def _section_of(option: str) -> str:
+    """Where an option that is tuned belongs: a section of a learner's recipe, or nothing for the objective."""
+    homes = {"training": TrainingKeys, "adapter": AdapterKeys, "method": MethodKeys}
+    known = {name: section for section, keys in homes.items() for name in keys.model_fields}
+    for fixed in ("name", "test_limit"):
+        del known[fixed]
+    if option == "objective":
+        return ""
+    if option not in known:
+        raise InputError(_unknown("option", option, ["objective", *known], listed=False), field=option)
+    return known[option]
+
+
+def _unknown(what: str, name: str, known: Sequence[str], listed: bool = True) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}" if listed else "see learn --help"
+    return f"unknown {what} {name!r}: {hint}"
+
+
+def _checked_orders(value: Any) -> Any:
+    """A number of orders, or a list of lists of task names."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    if not isinstance(value, list) or not value or not all(isinstance(order, list) and order for order in value):
+        raise InputError(f"must be a number of orders, or a list of lists of task names, found {value!r}")
+    for order in value:
+        if not all(isinstance(name, str) for name in order):
+            raise InputError(f"{order} must hold names of tasks")
+        if value.count(order) > 1:
+            raise InputError(f"the order {order} is given twice")
+    return value
+
+
+def expanded(name: str) -> str:
+    """Returns a file or a model with its environment variables filled in.
+
+    Raises:
+        InputError: one of them is not set.
+    """
+    found = os.path.expandvars(os.path.expanduser(name))
+    if missing := re.search(r"\$\{?\w+\}?", found):
+        raise InputError(
+            f"{name}: the environment variable {missing.group()} is not set: set it, or name the whole path"
+        )
+    return found

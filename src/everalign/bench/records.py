@@ -1,0 +1,261 @@
+"""Runs of a bench and what is kept of them: one small JSON file a run, with its scores, pairs and costs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+
+from everalign.bench.data import Part, TaskRows
+from everalign.bench.recipe import Bench, Choice
+from everalign.learning.recipe import Recipe
+from everalign.learning.scores import Regime, Scores
+from everalign.storage import read_model
+
+METRICS = ("accuracy", "reward_accuracy", "margin", "chosen_logprob", "rejected_logprob")
+PAIR_METRICS = {"accuracy": "ranked", "reward_accuracy": "gained"}
+"""Metrics that are known of every pair, with the field of a score that holds them."""
+FORMAT = 1
+
+
+@cache
+def code_digest() -> str:
+    """16 hexadecimal digits of the package's source: what every result depends on."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a bench: a contender, a model, an order of the tasks and a seed, scored on one part of the rows.
+
+    Args:
+        contender: its name in the recipe.
+        model: the model's name in the recipe.
+        order: names of the tasks.
+        seed: of the run.
+        part: what it is scored on.
+        choice: values of the tuned options.
+        recipe: how it is learned, without output and cache.
+        rows: of every task.
+    """
+
+    contender: str
+    model: str
+    order: tuple[str, ...]
+    seed: int
+    part: Part
+    choice: Choice
+    recipe: Recipe
+    rows: Mapping[str, TaskRows]
+
+    @cached_property
+    def name(self) -> str:
+        """Names the run's files: what it is, and a hash of all that its result depends on but the code."""
+        data = {name: (rows.train.fingerprint, rows.held_out.fingerprint) for name, rows in self.rows.items()}
+        facts = [self.contender, self.model, self.order, self.seed, self.part, self.recipe.complete(), data]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        return f"{re.sub(r'[^A-Za-z0-9_.+-]', '-', self.contender)}.{self.model}.{self.part}.{self.seed}.{digest}"
+
+    @property
+    def label(self) -> str:
+        """The run in words."""
+        chosen = "".join(
+            f" {name}={value:g}" if isinstance(value, float) else f" {name}={value}"
+            for name, value in self.choice.items()
+        )
+        return f"{self.contender} on {self.model},{f'{chosen},' if chosen else ''} seed {self.seed}"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class Kept(_Record):
+    """Bytes that a version keeps: its adapter, the method's state, and the replay buffer."""
+
+    task: str
+    adapter: int
+    state: int
+    buffer: int
+
+
+class Cost(_Record):
+    """What a run took.
+
+    Args:
+        seconds: wall-clock time of training.
+        processor_seconds: processor time of training and of what the method does before and after a task; without
+            scoring, and without reference log-probabilities, which runs share.
+        peak_bytes: the process's largest resident memory, scoring included.
+        kept: of every version.
+        resumed: whether it was interrupted, so that the times are those of its last piece.
+    """
+
+    seconds: FiniteFloat
+    processor_seconds: FiniteFloat
+    peak_bytes: int
+    kept: list[Kept]
+    resumed: bool
+
+
+class Matrix(_Record):
+    """One metric's scores, as in `everalign.learning.scores.Scores`."""
+
+    zero_shot: list[FiniteFloat | None]
+    matrix: list[list[FiniteFloat | None]]
+
+
+class Pairs(_Record):
+    """Outcomes of one task's held-out pairs, a character each: `1`, `0`, or `=` for a tie.
+
+    Args:
+        learned: right after the task was learned; None where it was learned with others at once.
+        final: at the end of the run.
+    """
+
+    learned: str | None
+    final: str
+
+
+class Record(_Record):
+    """Everything that is kept of one run; `failed` says why there are no scores."""
+
+    format: Literal[1]
+    contender: str
+    model: str
+    order: list[str]
+    seed: int
+    part: Part
+    choice: dict[str, Any]
+    code: str
+    created: str
+    failed: str | None = None
+    tasks: list[str] = []
+    regime: Regime = "sequential"
+    scores: dict[str, Matrix] = {}
+    pairs: dict[str, dict[str, Pairs]] = {}
+    cost: Cost | None = None
+    facts: dict[str, Any] = {}
+    warnings: list[str] = []
+
+    def matrix(self, metric: str) -> Scores:
+        """The score matrix in one metric."""
+        found = self.scores[metric]
+        return Scores(self.tasks, found.zero_shot, found.matrix, self.regime)
+
+    def number(self, measure: str) -> float | None:
+        """A number such as `accuracy.last`."""
+        metric, _, name = measure.partition(".")
+        scores = self.matrix(metric)
+        if name == "worst":
+            known = [score for score in final_scores(scores) if score is not None]
+            return min(known) if known else None
+        found: float | None = getattr(scores, name)
+        return found
+
+    def change(self, metric: str) -> float | None:
+        """Mean over the tasks of what learning has changed of a metric in the end."""
+        scores = self.matrix(metric)
+        moved = [
+            after - before
+            for before, after in zip(scores.zero_shot, final_scores(scores), strict=True)
+            if before is not None and after is not None
+        ]
+        return sum(moved) / len(moved) if moved else None
+
+    def mean(self, measures: Sequence[str]) -> float | None:
+        """Mean of some numbers; None where one of them is not there."""
+        found = [self.number(measure) for measure in measures]
+        known = [value for value in found if value is not None]
+        return sum(known) / len(known) if len(known) == len(found) else None
+
+
+def final_scores(scores: Scores) -> list[float | None]:
+    """Each task's score at the end; of a separate model for each task, that task's own model's."""
+    if scores.regime == "separate":
+        return [row[i] for i, row in enumerate(scores.matrix)]
+    return list(scores.matrix[-1]) if scores.matrix else [None] * len(scores.tasks)
+
+
+class Records:
+    """The records in a bench's output folder.
+
+    Args:
+        output: the folder.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output / "records"
+        self._read: dict[str, Record] = {}
+
+    def path(self, run: Run) -> Path:
+        """A run's file."""
+        return self.folder / f"{run.name}.json"
+
+    def get(self, run: Run) -> Record | None:
+        """A finished run's record; None where it is not finished."""
+        path = self.path(run)
+        if path.name not in self._read and path.exists():
+            self._read[path.name] = read_model(path, Record, "delete this file, and the run is made again")
+        return self._read.get(path.name)
+
+    def missing(self, runs: Sequence[Run]) -> list[Run]:
+        """Those of the runs that are not finished."""
+        return [run for run in runs if self.get(run) is None]
+
+
+def plan(
+    bench: Bench,
+    part: Part,
+    rows: Mapping[str, TaskRows],
+    chosen: Mapping[str, Mapping[str, Choice]],
+    only: Sequence[str],
+) -> list[Run]:
+    """Returns the runs of the comparison: contenders within seeds within orders within models.
+
+    Args:
+        bench: the recipe.
+        part: what they are scored on.
+        rows: of every task.
+        chosen: by model and contender, the values of its tuned options.
+        only: names of the contenders; all if empty.
+    """
+    return [
+        Run(
+            name,
+            model,
+            order,
+            seed,
+            part,
+            chosen[model][name],
+            bench.learn_recipe(name, chosen[model][name], model, seed),
+            rows,
+        )
+        for model in bench.models
+        for order in bench.task_orders()
+        for seed in bench.seeds
+        for name in bench.contenders
+        if not only or name in only
+    ]
+
+
+def plan_trials(bench: Bench, rows: Mapping[str, TaskRows], only: Sequence[str]) -> list[Run]:
+    """Returns the runs of the trials; arguments as in `plan`."""
+    return [
+        Run(name, model, order, seed, "validation", choice, bench.learn_recipe(name, choice, model, seed), rows)
+        for order in bench.task_orders(tuning=True)
+        for seed in bench.tuning.seeds
+        for name, model, choice in bench.all_trials()
+        if not only or name in only
+    ]

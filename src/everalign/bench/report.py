@@ -1,0 +1,184 @@
+"""The HTML report on a bench: one file that needs nothing but itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from everalign.bench.comparison import COMPARED, Contest, ModelResult
+from everalign.bench.phases import Outcome
+from everalign.bench.plots import change_since_learned, cost_plot, curves, mean_of_learned
+from everalign.bench.recipe import Bench
+from everalign.bench.records import Record
+from everalign.bench.tables import COST_COLUMNS, NUMBER_TITLES, choice_text, cost_cells, difference_text, number_text
+from everalign.evaluation.statistics import stars
+from everalign.learning.scores import Scores
+from everalign.reporting.formats import METRICS, UNMEASURED, Cell, Metric, significant
+from everalign.reporting.plots import score_heatmap
+from everalign.reporting.report import Row, matrix_view
+from everalign.storage import write_text
+
+_DRAWN = ("accuracy", "reward_accuracy")
+
+
+def write_bench_report(bench: Bench, outcome: Outcome, path: Path) -> Path:
+    """Writes the report on a comparison, whole or not at all, and returns its path."""
+    environment = Environment(
+        loader=PackageLoader("everalign.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("bench.html.j2").render(
+        part=outcome.part,
+        headline=headline(outcome),
+        notes=outcome.notes,
+        orders=[" > ".join(order) for order in outcome.orders],
+        seeds=", ".join(map(str, outcome.seeds)),
+        metrics=METRICS,
+        models=[_model_view(result, f"model-{number}") for number, result in enumerate(outcome.models, 1)],
+        cost_columns=COST_COLUMNS,
+        facts=_facts(bench, outcome),
+    )
+    write_text(path, page)
+    return path
+
+
+def headline(outcome: Outcome) -> str:
+    """Returns which contender ends highest on every model, and whether that is told from chance."""
+    sentences = []
+    metric = METRICS["accuracy"]
+    for result in outcome.models:
+        known = {n: one for n, one in result.contenders.items() if one.numbers["accuracy"]["last"].mean is not None}
+        if not known:
+            continue
+        name = max(known, key=lambda n: known[n].numbers["accuracy"]["last"].mean or 0.0)
+        last = known[name].numbers["accuracy"]["last"]
+        text = f"On {result.model}, {name} ends highest in accuracy: {metric.full(last.mean)}"
+        if last.difference is not None:
+            sure = "" if stars(last.p_holm) else ", which may be chance"
+            text += f", {metric.change(last.difference.value)} points against {result.baseline}{sure}"
+        sentences.append(f"{text}.")
+    return " ".join(sentences) or "No held-out pairs were scored."
+
+
+def _model_view(result: ModelResult, anchor: str) -> dict[str, Any]:
+    """What the template prints of one model; `anchor` keeps the ids of its plots apart."""
+    tasks = list(result.zero_shot_tasks["accuracy"])
+    return {
+        "model": result.model,
+        "tasks": tasks,
+        "baseline": result.baseline,
+        "columns": ["runs", *NUMBER_TITLES.values(), *_compared_titles(result), *tasks],
+        "tables": {key: _metric_rows(result, metric) for key, metric in METRICS.items()},
+        "forgetting": [
+            curves(
+                result,
+                METRICS[key],
+                change_since_learned,
+                f"{anchor}-{key}-forgetting",
+                f"Forgetting in {METRICS[key].title.lower()} on {result.model}",
+                ("tasks learned since", f"change, {METRICS[key].change_unit}"),
+            )
+            for key in _DRAWN
+        ],
+        "progress": [
+            curves(
+                result,
+                METRICS[key],
+                mean_of_learned,
+                f"{anchor}-{key}-progress",
+                f"Mean {METRICS[key].title.lower()} over the tasks learned so far on {result.model}",
+                ("tasks learned", f"{METRICS[key].title.lower()}, {METRICS[key].unit.strip()}"),
+            )
+            for key in _DRAWN
+        ],
+        "costs": [cost_plot(result, METRICS[key], f"{anchor}-{key}-cost") for key in _DRAWN],
+        "cost_rows": [Row(name, cost_cells(one)) for name, one in result.contenders.items()],
+        "matrices": [_matrices(one, f"{anchor}-{number}") for number, one in enumerate(result.contenders.values())],
+    }
+
+
+def _compared_titles(result: ModelResult) -> list[str]:
+    return [] if result.baseline is None else [f"Δ {NUMBER_TITLES[name]}" for name in COMPARED]
+
+
+def _metric_rows(result: ModelResult, metric: Metric) -> list[Row]:
+    zero = result.zero_shot_tasks[metric.key]
+    compared = COMPARED if result.baseline is not None else ()
+    empty = [Cell(UNMEASURED)] * (len(NUMBER_TITLES) - 1 + len(compared))
+    first = [Cell(""), Cell(metric.value(result.zero_shot[metric.key]), "base"), *empty]
+    rows = [Row("base model", [*first, *(Cell(metric.value(value), "base") for value in zero.values())])]
+    for name, one in result.contenders.items():
+        numbers = one.numbers[metric.key]
+        cells = [Cell(str(one.runs)), *(Cell(number_text(metric, key, numbers[key])) for key in NUMBER_TITLES)]
+        for key in compared:
+            number = numbers[key]
+            sure = number.difference is not None and stars(number.p_holm)
+            direction = metric.direction(number.difference.value) if number.difference is not None and sure else ""
+            cells.append(Cell(difference_text(metric, number), direction=direction))
+        rows.append(Row(name, [*cells, *(Cell(metric.value(one.tasks[metric.key][task])) for task in zero)]))
+    return rows
+
+
+def _matrices(one: Contest, anchor: str) -> dict[str, Any]:
+    """A contender's mean matrices over seeds, for every order; the first as a heat map too."""
+    by_order: dict[tuple[str, ...], list[Record]] = {}
+    for record in one.records:
+        by_order.setdefault(tuple(record.order), []).append(record)
+    orders = []
+    for number, (order, records) in enumerate(by_order.items()):
+        means = {key: mean_scores([record.matrix(key) for record in records]) for key in _DRAWN}
+        found = [score for row in means["accuracy"].matrix for score in row if score is not None]
+        limits = (min(found), max(found)) if found else (0.0, 1.0)
+        draw = partial(score_heatmap, means["accuracy"], METRICS["accuracy"], limits)
+        orders.append(
+            {
+                "order": " > ".join(order),
+                "tasks": means["accuracy"].tasks,
+                "rows": {key: matrix_view(scores, METRICS[key]) for key, scores in means.items()},
+                "heatmap": draw(f"{anchor}-matrix", one.name) if not number else None,
+            }
+        )
+    return {"name": one.name, "orders": orders}
+
+
+def mean_scores(runs: Sequence[Scores]) -> Scores:
+    """Returns the mean of score matrices of the same tasks in the same order."""
+    first = runs[0]
+    zero = [_mean([run.zero_shot[j] for run in runs]) for j in range(len(first.tasks))]
+    matrix = [
+        [_mean([run.matrix[i][j] for run in runs]) for j in range(len(first.tasks))] for i in range(len(first.matrix))
+    ]
+    return Scores(first.tasks, zero, matrix, first.regime)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _facts(bench: Bench, outcome: Outcome) -> list[tuple[str, str]]:
+    """What the runs were made with, a line each."""
+    records = [record for result in outcome.models for one in result.contenders.values() for record in one.records]
+    facts: Mapping[str, Any] = records[0].facts
+    machines = {str(record.facts.get("machine", {}).get("cpu")) for record in records}
+    failed = sum(record.cost is not None and record.cost.resumed for record in records)
+    return [
+        ("recipe", bench.digest),
+        ("code", ", ".join(sorted({record.code for record in records}))),
+        ("runs", f"{len(records)}; {failed} of them were interrupted and count for no times"),
+        ("processors", ", ".join(sorted(machines))),
+        ("libraries", choice_text(dict(facts.get("libraries", {})))),
+        (
+            "training",
+            choice_text({key: value for key, value in facts.get("settings", {}).items() if value is not None}),
+        ),
+        ("hours of training", significant(sum(r.cost.seconds for r in records if r.cost is not None) / 3600)),
+    ]

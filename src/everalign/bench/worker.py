@@ -1,0 +1,194 @@
+"""One run of a bench, in a process of its own: learn the tasks, read the scores and costs, write the record."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everalign.bench.records import FORMAT, METRICS, PAIR_METRICS, Run, code_digest
+from everalign.errors import EveralignError, InputError
+from everalign.learning.learner import Learner
+from everalign.learning.run_data import RunData, VersionData
+from everalign.learning.run_store import now
+from everalign.storage import write_json
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run works and what it leaves.
+
+    Args:
+        run: its run directory.
+        record: its record, written at the end.
+        log: what it says meanwhile.
+        cache: reference log-probabilities and encoded rows, which all runs share.
+        keep_run: whether the run directory stays.
+        keep_failure: whether training that diverges is a result, recorded as such.
+    """
+
+    run: Path
+    record: Path
+    log: Path
+    cache: Path
+    keep_run: bool
+    keep_failure: bool
+
+
+Say = Callable[[str, int, int], None]
+"""Takes a stage's name, the steps done, and the steps in all."""
+
+
+def run_in_process(run: Run, place: Place, pipe: connection.Connection) -> None:
+    """Entry of a run's process: reports through the pipe, and ends when the process that started it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    _end_with_parent()
+    place.log.parent.mkdir(parents=True, exist_ok=True)
+    with place.log.open("a", buffering=1, encoding="utf-8") as log:
+        # What libraries print belongs to the run, not into the parent's progress.
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+        sys.stdout = sys.stderr = log
+        try:
+            execute(
+                run, place, lambda *progress: pipe.send(("progress", *progress)), lambda line: print(line, file=log)
+            )
+            pipe.send(("done",))
+        except EveralignError as error:
+            pipe.send(("refused" if isinstance(error, InputError) else "failed", str(error)))
+        except BaseException as error:
+            pipe.send(("crashed", f"{type(error).__name__}: {error}"))
+            raise
+
+
+def execute(run: Run, place: Place, say: Say, log: Callable[[str], None]) -> None:
+    """Learns a run's tasks in its folder, or goes on where an earlier call was stopped, and writes its record."""
+    torch.set_num_threads(1)
+    resumed = (place.run / "run.json").exists()
+    log(f"{now()} {run.label}: {' > '.join(run.order)}")
+    # Output and cache are no part of what names the run.
+    recipe = run.recipe.model_copy(update={"output": str(place.run), "cache": str(place.cache), "sample_answers": 0})
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "contender": run.contender,
+        "model": run.model,
+        "order": list(run.order),
+        "seed": run.seed,
+        "part": run.part,
+        "choice": dict(run.choice),
+        "code": code_digest(),
+    }
+    try:
+        learner = Learner(
+            **recipe.learner_arguments(needs_tasks=False), resume=True, log=log, progress=_by_task(run, say)
+        )
+        learner.learn_all([(name, run.rows[name].train, run.rows[name].held_out) for name in run.order])
+        record |= results(learner.run, resumed)
+    except InputError:
+        raise
+    except EveralignError as error:
+        if not place.keep_failure:
+            raise
+        record["failed"] = str(error)
+    place.record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(place.record, {**record, "created": now()})
+    if not place.keep_run:
+        shutil.rmtree(place.run, ignore_errors=True)
+
+
+def _by_task(run: Run, say: Say) -> Say:
+    """Turns progress of stages into that of the run: every stage's beginning counts as one task's."""
+    state = {"stage": 0, "last": 0}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if done <= state["last"]:
+            state["stage"] += 1
+        state["last"] = done
+        say(f"{stage} {state['stage']}", done, total)
+
+    return progress
+
+
+def results(data: RunData, resumed: bool) -> dict[str, Any]:
+    """Returns what a record keeps of a finished run."""
+    versions = {version.task: version for version in data.versions}
+    last = data.versions[-1]
+    stages = [stage for version in data.versions for stage in version.manifest.stages]
+    method = sum(version.manifest.method_seconds or 0.0 for version in data.versions)
+    scores, pairs = {}, {}
+    for metric in METRICS:
+        found = data.scores(metric)
+        scores[metric] = {"zero_shot": list(found.zero_shot), "matrix": [list(row) for row in found.matrix]}
+    for metric, field in PAIR_METRICS.items():
+        pairs[metric] = {
+            task: {
+                "learned": getattr(versions[task].scores[task], field) if task in versions else None,
+                "final": getattr((versions[task] if data.regime == "separate" else last).scores[task], field),
+            }
+            for task in data.tasks
+        }
+    return {
+        "tasks": data.tasks,
+        "regime": data.regime,
+        "scores": scores,
+        "pairs": pairs,
+        "cost": {
+            "seconds": round(sum(stage.seconds for stage in stages), 3),
+            "processor_seconds": round(sum(stage.processor_seconds or 0.0 for stage in stages) + method, 3),
+            "peak_bytes": peak_bytes(),
+            "kept": [_kept(data, version) for version in data.versions],
+            "resumed": resumed,
+        },
+        "facts": data.facts.model_dump(mode="json"),
+        "warnings": [f"{version.task}: {text}" for version in data.versions for text in version.manifest.warnings],
+    }
+
+
+def _kept(data: RunData, version: VersionData) -> dict[str, Any]:
+    folder = data.path / "versions" / version.id
+
+    def size(*names: str) -> int:
+        return sum((folder / name).stat().st_size for name in names if (folder / name).exists())
+
+    return {
+        "task": version.task,
+        "adapter": size("adapter/adapter_model.safetensors"),
+        "state": size("method.safetensors"),
+        "buffer": size("replay.jsonl"),
+    }
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process; a process that was forked counts from there on."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, even if that was killed: nobody would read its result."""
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        time.sleep(0.1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,224 @@
+"""`everalign bench`: a recipe of two contenders on a random model, tuned, rehearsed, tested, continued."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cli_for_tests import run, write_rows
+from everalign.bench import execution
+from learner_for_tests import ANSWERS, held_out, save_model, task_rows
+
+TRAINING = {"batch_size": 4, "tokens_per_batch": 240, "max_length": 64, "warmup": 0.0, "learning_rate": 0.02}
+
+
+def recipe(folder: Path, **changes) -> Path:
+    content = {
+        "models": {"small": "model"},
+        "tasks": {
+            name: {"train": f"{name}.jsonl.gz" if name == "warm" else f"{name}.jsonl", "test": f"{name}.test.jsonl"}
+            for name in ("warm", "brief")
+        },
+        "orders": 1,
+        "seeds": [0],
+        "training": TRAINING,
+        "adapter": {"rank": 4, "targets": "q_proj,v_proj"},
+        "baseline": "seq",
+        "validation_share": 0.3,
+        "contenders": {
+            "seq": {"method": "seqft", "objective": "dpo", "tune": {"learning_rate": [0.01, 0.02]}},
+            "er": {
+                "method": {"name": "er", "replay": 0.5},
+                "objective": "dpo",
+                "tune": {"learning_rate": [0.01, 0.02]},
+            },
+        },
+        **changes,
+    }
+    content = {key: value for key, value in content.items() if value is not None}
+    path = folder / "bench.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    import gzip
+
+    folder = tmp_path_factory.mktemp("bench")
+    save_model(folder / "model")
+    for name in ANSWERS:
+        write_rows(folder / f"{name}.jsonl", task_rows(name))
+        write_rows(folder / f"{name}.test.jsonl", held_out(name))
+    with gzip.open(folder / "warm.jsonl.gz", "wb") as file:
+        file.write((folder / "warm.jsonl").read_bytes())
+    return folder
+
+
+@pytest.fixture
+def work(files, monkeypatch):
+    monkeypatch.chdir(files)
+    # This process has loaded the libraries, and no threads.
+    monkeypatch.setattr(execution, "START", "fork")
+    return files
+
+
+def test_tuned_on_validation_rows_then_tested_once(capsys, work, tmp_path):
+    path, out = str(recipe(work)), tmp_path / "out"
+    arguments = ("bench", path, "--output", str(out))
+
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert "no settings are chosen yet: run the same command with --tune first" in err
+
+    code, printed, err = run(capsys, *arguments, "--tune", "--json")
+    assert code == 0, err
+    chosen = json.loads((out / "chosen.json").read_text())
+    assert set(chosen["chosen"]["small"]) == {"seq", "er"}
+    for name, trials in chosen["trials"]["small"].items():
+        best = max(trials, key=lambda trial: trial["score"])
+        assert chosen["chosen"]["small"][name] == best["choice"]
+    assert json.loads(printed)["chosen"] == chosen["chosen"]
+    assert not (out / "tested.json").exists()
+    assert not list((out / "runs").iterdir())
+
+    code, _, err = run(capsys, *arguments, "--validation", "--jobs", "2")
+    assert code == 0, err
+    assert not (out / "tested.json").exists()
+    assert (out / "validation.html").exists()
+
+    code, printed, err = run(capsys, *arguments, "--json")
+    assert code == 0, err
+    found = json.loads(printed)
+    assert found["part"] == "test"
+    er = found["models"][0]["contenders"]["er"]
+    assert er["runs"] == er["paired"] == 1
+    last = er["numbers"]["accuracy"]["last"]
+    seq = found["models"][0]["contenders"]["seq"]["numbers"]["accuracy"]["last"]
+    assert last["difference"]["value"] == pytest.approx(last["mean"] - seq["mean"])
+    assert last["low"] <= last["mean"] <= last["high"]
+    assert er["costs"]["buffer"] > 0
+    assert er["costs"]["processor_seconds"] > 0
+    assert "<svg" in (out / "test.html").read_text()
+
+    records = sorted((out / "records").iterdir())
+    stamps = [record.stat().st_mtime_ns for record in records]
+    code, printed, err = run(capsys, *arguments)
+    assert code == 0, err
+    assert "test rows were first scored on" in printed
+    assert "this is test 2 in this folder" in printed
+    assert "2 of 2 runs are finished already" in err
+    assert [record.stat().st_mtime_ns for record in records] == stamps
+
+
+def test_settings_of_another_recipe_are_refused(capsys, work, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    facts = {"format": 1, "recipe": "0" * 16, "code": "", "created": "", "tune_on": [], "chosen": {}, "trials": {}}
+    (out / "chosen.json").write_text(json.dumps(facts))
+    code, _, err = run(capsys, "bench", str(recipe(work)), "--output", str(out))
+    assert code == 2
+    assert "was chosen for another recipe (0000000000000000, and this is " in err
+
+
+def test_a_diverging_trial_is_a_result_and_a_diverging_run_is_not(capsys, work, tmp_path):
+    grid = {"learning_rate": [0.01, 1e30]}
+    contenders = {"seq": {"method": "seqft", "objective": "dpo", "tune": grid}}
+    path, out = str(recipe(work, contenders=contenders)), tmp_path / "out"
+    code, printed, err = run(capsys, "bench", path, "--output", str(out), "--tune")
+    assert code == 0, err
+    assert "failed" in printed
+    assert json.loads((out / "chosen.json").read_text())["chosen"]["small"]["seq"] == {"learning_rate": 0.01}
+    contenders = {"seq": {"method": "seqft", "objective": "dpo", "training": {"learning_rate": 1e30}}}
+    path = str(recipe(work, contenders=contenders))
+    code, _, err = run(capsys, "bench", path, "--output", str(out / "other"), "--validation")
+    assert code == 1
+    assert "seq on small, seed 0" in err
+    assert "lower the learning rate" in err
+
+
+BAD = [
+    ({"baseline": "erx"}, "baseline: unknown contender 'erx': did you mean 'er'?"),
+    ({"seeds": [1, 1]}, "seeds: the seed 1 is given twice"),
+    ({"orders": 3}, "orders: 2 tasks have 2 orders, not 3"),
+    ({"orders": [["warm"]]}, "must name every task once: warm, brief"),
+    ({"tune_on": ["acuracy.last"]}, "unknown measure 'acuracy.last': did you mean 'accuracy.last'?"),
+    ({"training": {**TRAINING, "test_limit": 3}}, "training: test_limit stands outside"),
+    ({"modles": ["x"]}, "modles is no option of Bench: did you mean 'models'?"),
+    ({"models": []}, "models: must be a list of models, or a mapping"),
+    (
+        {
+            "baseline": None,
+            "contenders": {
+                "a": {"method": "er", "tune": {"learning_rate": [1.0]}},
+                "b": {"method": "er"},
+                "c": {"method": "er", "tune": {"replay": [0.1, 0.2]}},
+            },
+        },
+        "contenders: every one must have equally many trials, found a 1, b 1, c 2",
+    ),
+    ({"contenders": {"seq": {"method": "er", "tune": {"repaly": [1]}}}}, "'repaly': did you mean 'replay'?"),
+    ({"contenders": {"seq": {"method": "er", "tune": {"replay": 1}}}}, "replay needs a list of values to try, found 1"),
+    ({"contenders": {"seq": {"method": "er", "objectiv": "dpo"}}}, "contenders.seq.objectiv is no option of Contender"),
+    ({"contenders": {"seq": {"method": "er", "objective": "correction"}}}, "a bench learns from preferences"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_bad_recipe_is_refused_with_its_line(capsys, work, tmp_path, changes, message):
+    code, _, err = run(capsys, "bench", str(recipe(work, **changes)), "--output", str(tmp_path / "out"))
+    assert code == 2
+    assert message in err
+    assert "bench.yaml:" in err
+
+
+REFUSED = [
+    (
+        {"seq": {"method": "er", "objective": "dpo", "tune": {"replay": [0.1, 2.0]}}},
+        "replay must be a number from 0 to",
+    ),
+    (
+        {"seq": {"method": "seqft", "tune": {"replay": [0.1, 0.2]}}},
+        "contenders.seq: replay means nothing to the method",
+    ),
+    ({"seq": {"method": "noop"}}, "contenders.seq: unknown method 'noop'"),
+    ({"seq": {"method": {"name": "lifealign", "gamma": 1.0}, "objective": "dpo"}}, "the objective 'dpo' would ignore"),
+    ({"seq": {"method": "er", "objective": "sft", "training": {"beta": 0.1}}}, "would ignore beta"),
+]
+
+
+@pytest.mark.parametrize(("contenders", "message"), REFUSED)
+def test_contenders_are_checked_before_anything_is_learned(capsys, work, tmp_path, contenders, message):
+    path = str(recipe(work, contenders=contenders))
+    code, _, err = run(capsys, "bench", path, "--output", str(tmp_path / "out"), "--tune")
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "out" / "records").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"train": "nothing.jsonl", "test": "warm.test.jsonl"}, "tasks.warm.train: nothing.jsonl: no such file"),
+        ({"train": "$NOWHERE/warm.jsonl", "test": "warm.test.jsonl"}, "the environment variable $NOWHERE is not set"),
+        ({"train": "demo:x", "test": "warm.test.jsonl"}, "is no task of the demo, which has courteous-kitchen"),
+        (
+            {"train": "warm.jsonl", "test": "warm.test.jsonl", "where": {"domain": "a"}},
+            "warm.jsonl:1: field 'domain': no such column, which `where` asks for",
+        ),
+        (
+            {"train": "warm.jsonl", "validation": "warm.jsonl", "test": "warm.test.jsonl"},
+            "tasks.warm.validation: 10 of 10 rows have a prompt that is trained on",
+        ),
+        (
+            {"train": "warm.jsonl", "test": "warm.test.jsonl", "where": {"rejected": "maybe"}},
+            'where {"rejected": "maybe"}: no row is left',
+        ),
+    ],
+)
+def test_bad_files_are_refused_before_anything_is_learned(capsys, work, tmp_path, task, message):
+    path = str(recipe(work, tasks={"warm": task}))
+    code, _, err = run(capsys, "bench", path, "--output", str(tmp_path / "out"), "--tune")
+    assert code == 2
+    assert message in err
