@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,14 @@ from everalign.training.objectives import check_weighting, make_objective, reads
 from everalign.training.options import StageOptions, WeightOptions
 from everalign.training.reference import ReferenceCache
 
+# Every run asks, and reading a package's metadata takes milliseconds.
+_version = cache(version)
 _LIBRARIES = ("everalign", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that results depend on."""
-    return {name: version(name) for name in _LIBRARIES}
+    return {name: _version(name) for name in _LIBRARIES}
 
 
 def machine_facts() -> dict[str, Any]:
