@@ -162,7 +162,7 @@ def first_problem(model: type[BaseModel], error: ValidationError) -> Problem:
         known = list(model.model_fields)
         near = difflib.get_close_matches(str(where[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        return Problem(where, f" is no option of {model.__name__}: {hint}", hint, unknown=True)
+        return Problem(where, f" is not an option of {model.__name__}: {hint}", hint, unknown=True)
     if kind == "value_error":
         cause = found["ctx"]["error"]
         if isinstance(cause, InputError):

@@ -188,7 +188,7 @@ ARCHITECTURES = {
 REFUSED = {
     "bert": (
         lambda: text("BertConfig", **{**NO_HEAD_DIM, "is_decoder": False}),
-        "BertLMHeadModel .*reading a text from left to right fails .*no causal language model",
+        "BertLMHeadModel .*reading a text from left to right fails .*not a causal language model",
     ),
     "t5": (
         lambda: text("T5Config", vocab_size=VOCABULARY, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8),

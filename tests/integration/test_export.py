@@ -109,7 +109,7 @@ def test_a_base_model_that_was_moved_is_named_and_another_refused(finished, tmp_
     (run / "run.json").write_text(json.dumps(facts | {"model": str(tmp_path / "gone")}))
     with pytest.raises(InputError, match="there is no model folder"):
         export_version(load_run(run), tmp_path / "out")
-    with pytest.raises(InputError, match=r"is not the model that .* was begun with"):
+    with pytest.raises(InputError, match=r"is not the model that .* was started with"):
         export_version(load_run(run), tmp_path / "out", model=str(save_model(tmp_path / "other", seed=1)))
     assert not (tmp_path / "out").exists()
     assert export_version(load_run(run), tmp_path / "out", model=str(moved)).version == "003-calm"

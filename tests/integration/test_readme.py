@@ -187,7 +187,7 @@ def test_feedback_on_a_corrector_begins_with_no_model_that_is_none(workspace, ca
     code, _, error = run(capsys, *begun, "--output", "runs/bare", "--no-report")
     assert code == 2
     assert "the feedback is on answers of the corrector 0003" in error
-    assert "name the corrector in service as the model" in error
+    assert "give the corrector in service as the model" in error
     first = next(line for line in commands("README.md") if line.startswith("everalign correct train"))
     assert run(capsys, *quickened(words(first)))[0] == 0
     code, _, error = run(capsys, "learn", *store, "--output", "runs/corrector")

@@ -151,7 +151,7 @@ DAMAGE = [
     ("zero_shot.json", None, "no such file"),
     ("zero_shot.json", '{"scores": {"harmless": {"accuracy": "high"}}}', "field scores.harmless.accuracy"),
     ("zero_shot.json", '{"scores": {"harmless": {"accuracy": 1.5}}}', "less than or equal to 1"),
-    ("current", "009-other", "'009-other' is no version"),
+    ("current", "009-other", "'009-other' is not a version"),
     ("versions/002-2/manifest.json", None, "no such file"),
     ("versions/002-2/manifest.json", "[]", "field the whole file"),
     ("versions/002-2/scores.json", None, "is missing or has changed"),
@@ -196,7 +196,7 @@ def test_damage_behind_an_unlisted_hash_is_named_too(tmp_path, name, content, me
 
 
 def test_an_unknown_parent_and_a_hole_in_the_scores_are_refused(tmp_path):
-    with pytest.raises(InputError, match="'007-x' is no earlier version"):
+    with pytest.raises(InputError, match="'007-x' is not an earlier version"):
         load_run(write_run(tmp_path / "orphan", parents=["000", "007-x", "002-2"]))
     hole = {"a": [0.5, [0.7]], "b": [0.5, [0.5, 0.8]]}
     with pytest.raises(InputError, match="'a' after learning 'b' is missing"):

@@ -96,7 +96,7 @@ def test_presets_take_changes_and_refuse_unknown_names():
     assert TrainingOptions.preset("paper", beta=0.5).beta == 0.5
     with pytest.raises(InputError, match="unknown preset 'Paper': choose one of default, paper"):
         TrainingOptions.preset("Paper")
-    with pytest.raises(InputError, match="lr is no option of TrainingOptions: known are reference, learning_rate"):
+    with pytest.raises(InputError, match="lr is not an option of TrainingOptions: known are reference, learning_rate"):
         TrainingOptions.preset("paper", lr=1.0)
     with pytest.raises(InputError, match="epochs must be"):
         TrainingOptions.preset("paper", epochs=0)

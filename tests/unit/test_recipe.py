@@ -158,7 +158,7 @@ def test_a_mistake_is_found_at_its_line(read, tmp_path, text, line, field):
         (b"model: [\n", ":2: broken YAML"),
         (b"- a\n", ": must hold keys and values"),
         (b"", ": must hold keys and values"),
-        (b"model: \xff\n", ": no text file in UTF-8"),
+        (b"model: \xff\n", ": not a UTF-8 text file"),
         (b"model: \x07\n", ": broken YAML"),
         (b"? {a: b}\n: c\n", ":1: broken YAML"),
         (b"model: !!python/object:os.system x\n", ":1: broken YAML"),
@@ -172,7 +172,7 @@ def test_what_is_no_recipe_at_all(content, problem, tmp_path):
     assert str(caught.value).startswith(f"{path}{problem}")
 
 
-@pytest.mark.parametrize(("name", "problem"), [("no.yaml", "no such file"), (".", "no text file in UTF-8")])
+@pytest.mark.parametrize(("name", "problem"), [("no.yaml", "no such file"), (".", "not a UTF-8 text file")])
 def test_a_recipe_that_is_not_there_or_a_folder(name, problem, tmp_path):
     with pytest.raises(InputError, match=problem):
         Recipe.read(tmp_path / name)

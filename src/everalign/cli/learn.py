@@ -51,7 +51,7 @@ def learn(
     recipe: Annotated[Path | None, option("Read options from a file; flags win.", "FILE.yaml")] = None,
     print_recipe: Annotated[bool, option("Print all options as a recipe, and exit.", "", "--print-recipe")] = False,
     resume: Annotated[
-        bool, option("Continue the run in DIR, with the options it was begun with.", "", "--resume")
+        bool, option("Continue the run in DIR, with the options it was started with.", "", "--resume")
     ] = False,
     as_json: Json = False,
     trust_remote_code: TrustRemoteCode = False,

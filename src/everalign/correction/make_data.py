@@ -120,9 +120,7 @@ def make_corrections(
         if keep_going and not reply_journal(path).path.exists():
             check_new_file(failures, ".jsonl", overwrite)
         if reviser is None and answerer is not None:
-            raise InputError(
-                f"the answers of {answerer.name} would have nobody who corrects them: name a stronger model"
-            )
+            raise InputError(f"nothing would correct the answers of {answerer.name}: name a stronger model")
         if reviser is None and keep_going:
             raise InputError("keep going: no model is asked, so no question can fail; leave it out")
 
@@ -220,13 +218,13 @@ class _Run:
 
     def _note_unused(self, rows: Sequence[Correction], column: str) -> None:
         if count := sum(row.has(column) for row in rows):
-            self.log(f"  {count} rows have {column}s of their own, which are not used: a model gives them")
+            self.log(f"  {count} rows have {column}s of their own, which are not used: a model writes new ones")
 
     def _with_texts(self, rows: Sequence[Correction], column: str, stage: str, found: Generations) -> list[Correction]:
         """Fill a column of the rows that got a text, and record why the others got none."""
         self.usage.append(found.usage)
         if found.usage.earlier:
-            self.log(f"  {found.usage.earlier} of {found.usage.replies} {stage} were had by an earlier run")
+            self.log(f"  {found.usage.earlier} of {found.usage.replies} {stage} were made by an earlier run")
         remedy = "raise --max-new-tokens, or take a model that answers shorter"
         what = f"{stage} are unfinished or empty, and left out"
         for warning in check_shortfall(len(found.lost), len(rows), what, remedy, refuse=False):

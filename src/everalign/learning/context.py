@@ -164,7 +164,9 @@ def make_context(
     if scorer is None and rollouts != RolloutOptions():
         raise InputError("sampled answers need rewards: give reward, or leave the sampling options out")
     if rollouts.rounds > 1 and goal.needs_reference and options.reference == "previous_task":
-        raise InputError("with several rounds the policy before the task is not at hand: set reference to stage_start")
+        raise InputError(
+            "with several rounds the policy before the task is not available: set reference to stage_start"
+        )
     if correction is not None and not reads(objective, "correction"):
         raise InputError(f"correction is for correctors, and the objective {objective} teaches none: leave it out")
     prepare_process()
@@ -187,7 +189,7 @@ def make_context(
     policy = Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed)
     why = policy.head.why_no_prefix_sharing
     sharing = "prompts are computed once for " + (f"each answer: {why}" if why else "all their answers")
-    head = "" if policy.head.chunked else "; the model's head cannot be called apart: all logits are computed"
+    head = "" if policy.head.chunked else "; the model's head cannot be called separately: all logits are computed"
     for line in (sharing + head, *policy.notes):
         log(line)
     return RunContext(

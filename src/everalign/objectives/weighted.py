@@ -152,4 +152,4 @@ def _segment_log_softmax(scores: Tensor, segments: Segments) -> Tensor:
 def _refuse_single_responses(segments: Segments) -> None:
     alone = segments.ids[segments.sizes == 1].tolist()
     if alone:
-        raise ValueError(f"{len(alone)} group(s) have one response, from which nothing is learnt: {alone[:5]}")
+        raise ValueError(f"{len(alone)} group(s) have one response, from which nothing is learned: {alone[:5]}")

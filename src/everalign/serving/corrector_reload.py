@@ -67,7 +67,7 @@ class CorrectorReloader:
         run = load_run(path)
         if run.facts.objective != "correction":
             raise InputError(
-                f"{path}: learns {run.facts.objective}, so it is no corrector: serve its export as the upstream "
+                f"{path}: learns {run.facts.objective}, so it is not a corrector: serve its export as the upstream "
                 "(everalign export, then transformers serve or vLLM)"
             )
         if all(version.refused for version in run.all_versions):

@@ -76,7 +76,7 @@ class _ThreadLane:
         """Return a call's result; raises what it raises, or StoreLate."""
         permit = self._breaker.enter()
         if permit is None:
-            raise StoreLate("the store did not answer in time again and again, and is left alone for a few seconds")
+            raise StoreLate("the store was too slow several times in a row and is not called for a few seconds")
         if self.waiting >= _MOST_WAITING:
             permit.abandoned()
             raise StoreLate(f"{_MOST_WAITING} calls wait for the store already")

@@ -72,7 +72,7 @@ def feedback_routes(gateway: Gateway) -> APIRouter:
         "/v1/feedback",
         responses=error_replies(400, 404, 408, 413, 415, 429, 499, 503),
         openapi_extra=json_body(FeedbackBody),
-        summary="Say what an answer is worth",
+        summary="Rate an answer",
     )
     async def feedback(request: Request) -> Response:
         slot = gateway.limiter.enter(request.state.key_id)
@@ -136,7 +136,7 @@ _DESCRIPTIONS = {
     409: "The upstream reports a conflict.",
     422: "Strict mode: the answer cannot be checked. Or the upstream refuses the request.",
     499: "The client disconnected.",
-    503: "Not at the moment: overloaded, the upstream away, or no correction where one is needed.",
+    503: "Unavailable: overloaded, the upstream unreachable, or no correction where one is required.",
 }
 _ANSWER_ERRORS = (400, 404, 408, 409, 413, 415, 422, 429, 499, 502, 503, 504)
 
@@ -256,7 +256,7 @@ def chat_routes(gateway: Gateway) -> APIRouter:
             **error_replies(*_ANSWER_ERRORS),
         },
         openapi_extra={**json_body(ResponsesRequest), "parameters": parameters},
-        summary="Answer a conversation, as OpenAI's Responses",
+        summary="Answer a conversation (OpenAI's Responses API)",
     )
     async def responses(request: Request) -> Response:
         return await answer(request, "responses")
@@ -307,9 +307,7 @@ def model_routes(gateway: Gateway) -> APIRouter:
         for known in await catalogue.models():
             if known["id"] == model:
                 return json_response(known)
-        raise not_found(
-            f"model {model[:100]!r}: there is none of that name; see /v1/models", "model_not_found", "model"
-        )
+        raise not_found(f"model {model[:100]!r}: no such model; see /v1/models", "model_not_found", "model")
 
     return router
 

@@ -232,7 +232,7 @@ class Keys:
             self._set(read_key_file(self._file))
             _log.warning("%s: has changed; %d keys are known now", self._file, len(self._known))
         except InputError as error:
-            _log.error("%s; the keys are those of before", error)
+            _log.error("%s; the previous keys stay in use", error)
 
 
 def read_key_file(path: Path) -> dict[str, Allowance | None]:
@@ -246,7 +246,7 @@ def read_key_file(path: Path) -> dict[str, Allowance | None]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise InputError(f"--keys-file {path}: cannot be read: {reason}") from None
     found: dict[str, Allowance | None] = {}
     for number, line in enumerate(lines, start=1):
@@ -261,7 +261,9 @@ def read_key_file(path: Path) -> dict[str, Allowance | None]:
         for limit in limits:
             name, _, value = limit.partition("=")
             if name not in Allowance.__dataclass_fields__ or name in values:
-                raise InputError(f"{where}: behind a key stand requests_per_minute=N and tokens_per_day=N, each once")
+                raise InputError(
+                    f"{where}: a key may be followed by requests_per_minute=N and tokens_per_day=N, each once"
+                )
             if not (value.isascii() and value.isdigit() and int(value) > 0):
                 raise InputError(f"{where}: {name} must be a whole number of at least 1")
             values[name] = int(value)
@@ -273,7 +275,7 @@ def read_key_file(path: Path) -> dict[str, Allowance | None]:
 
 def _digest(key: str, where: str) -> str:
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(f"{where}: a key is empty or has other than letters, digits and signs")
+        raise InputError(f"{where}: a key is empty or has characters other than letters, digits and punctuation")
     return hashlib.sha256(key.encode()).hexdigest()
 
 

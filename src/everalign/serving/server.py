@@ -290,7 +290,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
-        raise InputError(f"--host {host}: is no name or address of this machine") from None
+        raise InputError(f"--host {host}: is not a name or address of this machine") from None
     # With the protocol's number: without it, asyncio does not disable Nagle's delay of small packets (40 ms).
     found = socket.socket(family, kind, protocol)
     try:
@@ -303,8 +303,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
             advice = "another program listens there; end it, or choose another port (0 for any that is free)"
             raise InputError(f"--port {port}: {advice}") from None
         if error.errno == errno.EACCES:
-            raise InputError(f"--port {port}: is not allowed to this user; choose one from 1024 on") from None
-        raise InputError(f"--host {host}: cannot be listened at: {error.strerror}") from None
+            raise InputError(f"--port {port}: is not allowed to this user; choose 1024 or higher") from None
+        raise InputError(f"--host {host}: cannot listen there: {error.strerror}") from None
     return found
 
 

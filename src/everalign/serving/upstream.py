@@ -305,7 +305,9 @@ class Upstream:
                 choices = event.get("choices")
                 for choice in choices if isinstance(choices, list) else ():
                     if not isinstance(choice, dict) or not isinstance(choice.get("index", 0), int):
-                        raise bad_upstream("the upstream's stream has a choice that is none", "upstream_malformed")
+                        raise bad_upstream(
+                            "the upstream's stream has a choice that is not an object", "upstream_malformed"
+                        )
                     index = choice.get("index", 0)
                     finished[index] = finished.get(index, False) or choice.get("finish_reason") is not None
             if events:
@@ -329,7 +331,7 @@ class Upstream:
             yield response
         except httpx.TimeoutException:
             permit.failed()
-            raise bad_upstream("the upstream's answer stopped coming", "upstream_timeout", 504) from None
+            raise bad_upstream("the upstream's answer stalled", "upstream_timeout", 504) from None
         except httpx.HTTPError:
             permit.failed()
             raise bad_upstream("the upstream's answer breaks off in the middle", "upstream_cut") from None

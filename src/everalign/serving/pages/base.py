@@ -90,7 +90,7 @@ async def read_form(request: Request, sessions: Sessions, most: int, seconds: fl
     session = request.state.session
     own = session is not None and session.key_id == request.state.key_id
     if not own or not sessions.is_token(session, fields.get("token", "")):
-        message = "this form is too old, or is not from here; nothing was done: please send it again"
+        message = "this form has expired or comes from another site; nothing was done: please send it again"
         raise GatewayError(403, message, "invalid_request_error", "form_expired")
     return fields
 

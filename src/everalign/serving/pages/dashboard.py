@@ -25,8 +25,8 @@ _UNKNOWN = "–"
 _OUTCOMES = ("applied", "unchanged", "skipped", "failed")
 _CIRCUITS = {
     "closed": "works",
-    "open": "failed again and again, and is left alone for a while",
-    "half-open": "failed again and again, and is tried once more",
+    "open": "failed repeatedly and gets no requests for a while",
+    "half-open": "failed repeatedly and is being tried again",
 }
 
 

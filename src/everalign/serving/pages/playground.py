@@ -34,18 +34,18 @@ _UNKNOWN = "–"
 _REASONS = {
     "corrector_error": "the corrector failed",
     "corrector_timeout": "the corrector took too long",
-    "corrector_down": "the corrector failed several times and is left alone for a while",
+    "corrector_down": "the corrector failed several times and gets no answers for a while",
     "queue_full": "too many answers wait for the corrector",
     "length": "the answer was cut at the limit of tokens",
     "content_filter": "the upstream's filter cut the answer",
-    "too_long": "the answer is longer than the corrector is given",
+    "too_long": "the answer is too long for the corrector",
     "refusal": "the upstream refused to answer",
     "empty": "there was nothing to correct",
     "gate": "the corrector finds it likely enough as it is",
     "not_better": "the correction was not found better",
-    "unfinished": "the correction did not come to an end",
+    "unfinished": "the correction did not end",
     "echo": "the correction repeated its instructions",
-    "growth": "the correction grew out of bounds",
+    "growth": "the correction was much longer than the answer",
     "code": "the correction would have lost code",
     "url": "the correction would have lost a link",
 }
@@ -258,7 +258,7 @@ class Playground:
             "edited": feedback.edited_text is not None,
             f"tags: {', '.join(feedback.tags)}": bool(feedback.tags),
             "commented": feedback.comment is not None,
-            "it takes the place of what you said before": not new,
+            "it replaces your earlier feedback": not new,
         }
         marked = ""
         if feedback.edited_text is not None:
@@ -305,7 +305,7 @@ class Playground:
             message = f"the store cannot be read ({type(error).__name__})"
             raise overloaded(message, "store_failed", status=503) from None
         if found is None:
-            raise not_found("no answer of this name is kept for your key", "unknown_exchange")
+            raise not_found("no answer with this id is stored for your key", "unknown_exchange")
         return found
 
     async def _answer_page(self, request: Request, exchange: Exchange, said: Said, status: int = 200) -> Response:

@@ -94,7 +94,7 @@ class Writer:
             self._waiting.put(write)
         # A write that has begun cannot be cancelled: it may still be committed after this error.
         if not wait([write.done], self._wait).done and (write.done.cancel() or not write.done.done()):
-            raise EveralignError(f"{self._name}: not written within {self._wait:g} seconds; see that it answers")
+            raise EveralignError(f"{self._name}: not written within {self._wait:g} seconds; check that it responds")
         result: Result = write.done.result()
         return result
 
@@ -298,7 +298,7 @@ class FeedbackStore:
             owner = select(exchanges.c.key_id).where(exchanges.c.id == stored.exchange).with_for_update(key_share=True)
             if connection.execute(owner).scalar_one_or_none() != stored.key_id:
                 raise UnknownExchange(
-                    f"exchange {stored.exchange!r}: is not kept for this key; "
+                    f"exchange {stored.exchange!r}: is not stored for this key; "
                     "feedback takes the id of an answer that this key asked for and that was stored"
                 )
             same = (

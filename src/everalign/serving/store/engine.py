@@ -165,9 +165,9 @@ def translated_error(error: SQLAlchemyError | sqlite3.Error, name: str, doing: s
     reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
     if "not a database" in reason or "malformed" in reason:
         return InputError(f"{name}: no SQLite database, or a damaged one ({reason}); restore it or name another file")
-    advice = "see that its folder can be written to and has space"
+    advice = "check that its folder is writable and has space"
     if name.startswith("postgresql://"):
-        advice = "see that the server runs and that this user may use the database"
+        advice = "check that the server runs and that this user may use the database"
     return EveralignError(f"{name}: {doing} failed: {reason}; {advice}, then try again")
 
 
