@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 
 from everalign.cli.learn import learn as learn_verb
+from everalign.cli.serve import serve
 from everalign.errors import InputError
 from everalign.learning.options import (
     PAPER_ADAPTER,
@@ -246,6 +247,7 @@ def test_help_names_every_choice():
 
 def test_help_tells_the_defaults():
     parameters = inspect.signature(learn_verb).parameters
+    assert "by default" not in inspect.signature(serve).parameters["root_path"].annotation.__metadata__[0].help
     assert "; 16 by default" in parameters["batch_size"].annotation.__metadata__[0].help
     assert "; 0.0001 by default" in parameters["learning_rate"].annotation.__metadata__[0].help
 
