@@ -118,11 +118,11 @@ class Declared(NamedTuple):
 def declared(field: FieldInfo) -> Declared:
     """Returns what a field of a model declares."""
     kind, metadata, description, title = field.annotation, [*field.metadata], field.description, field.title
-    if get_origin(kind) in (Union, types.UnionType):
-        inner = [part for part in get_args(kind) if part is not types.NoneType]
-        kind = inner[0] if len(inner) == 1 else kind
-    if get_origin(kind) is Annotated:
-        kind, *extra = get_args(kind)
+    while (origin := get_origin(kind)) in (Annotated, Union, types.UnionType):
+        inner, *extra = [part for part in get_args(kind) if part is not types.NoneType]
+        if origin is not Annotated and extra:
+            break
+        kind = inner
         for item in extra:
             metadata += item.metadata if isinstance(item, FieldInfo) else [item]
             description = description or getattr(item, "description", None)

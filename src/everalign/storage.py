@@ -398,7 +398,8 @@ class Journal:
             raise EveralignError(f"{self.path}: cannot be written: {error}") from error
         except sqlite3.DatabaseError as error:
             raise InputError(
-                f"{self.path}: damaged, or not written by this version of Everalign ({error}): delete this file"
+                f"{self.path}: the results kept by an earlier run are damaged, or not written by this "
+                f"version of Everalign ({error}): delete this file"
             ) from error
 
 

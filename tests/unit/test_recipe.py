@@ -201,6 +201,8 @@ def test_a_given_false_or_zero_counts(read):
 def test_a_wrong_flag_is_named_as_a_flag():
     for flags, problem in (
         ({"learning_rate": float("nan")}, "--learning-rate must be a number above 0"),
+        ({"gamma": -1.0}, "--gamma must be a number of at least 0, found -1.0"),
+        ({"temperature": 0.0}, "--temperature must be a number above 0, found 0.0"),
         ({"tasks": [{"name": "a", "train": "b"}] * 2}, "--task: the name 'a' is given twice"),
         ({"method": ""}, "--method must be text that is not empty"),
     ):
