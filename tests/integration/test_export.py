@@ -22,7 +22,7 @@ PROBE = torch.tensor([[5, 17, 80, 3, 3, 42, 9]])
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
+    return save_model(tmp_path_factory.mktemp("model"), layers=2)
 
 
 def logits(model):
@@ -110,7 +110,7 @@ def test_a_base_model_that_was_moved_is_named_and_another_refused(finished, tmp_
     with pytest.raises(InputError, match="there is no model folder"):
         export_version(load_run(run), tmp_path / "out")
     with pytest.raises(InputError, match=r"is not the model that .* was started with"):
-        export_version(load_run(run), tmp_path / "out", model=str(save_model(tmp_path / "other", seed=1)))
+        export_version(load_run(run), tmp_path / "out", model=str(save_model(tmp_path / "other", seed=1, layers=2)))
     assert not (tmp_path / "out").exists()
     assert export_version(load_run(run), tmp_path / "out", model=str(moved)).version == "003-calm"
 

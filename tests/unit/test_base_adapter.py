@@ -206,7 +206,7 @@ def test_an_adapter_beside_a_models_weights_is_never_passed_over(folder, tmp_pat
 
 @pytest.fixture
 def start(tmp_path):
-    model = save_model(tmp_path / "model")
+    model = save_model(tmp_path / "model", layers=2)
     save_adapter(tmp_path / "start", model)
     return model, tmp_path / "start"
 
