@@ -84,7 +84,7 @@ def test_python_in_a_page_is_python(page):
 def workspace(tmp_path, monkeypatch):
     """The files that the pages name."""
     monkeypatch.chdir(tmp_path)
-    save_model(tmp_path / "model")
+    save_model(tmp_path / "model", layers=2)
     for name, task in (("harmless", "warm"), ("helpful", "brief"), ("pairs", "calm")):
         write_rows(tmp_path / f"{name}.jsonl", task_rows(task))
         write_rows(tmp_path / f"{name}.test.jsonl", held_out(task))
