@@ -35,7 +35,8 @@ QUESTIONS = [
 
 
 def questions(rows=QUESTIONS):
-    return CorrectionSet(tuple(found for row in rows for found in read_draft(row, "questions")), "questions")
+    found = [read_draft(row, f"questions:{number}") for number, row in enumerate(rows, start=1)]
+    return CorrectionSet(tuple(one for ones in found for one in ones), "questions")
 
 
 def client(server, model="small", **options):
@@ -168,6 +169,22 @@ def test_edits_and_preferences_need_no_model(tmp_path):
     ]
     assert dict(made.dropped) == {"no correction in the row": 1}
     assert made.usage == ()
+
+
+def test_rows_are_counted_as_in_the_file(tmp_path):
+    rated = {"question": "three?", "completions": ["worst", "best", "middle"], "rewards": [0.1, 0.9, 0.5]}
+    rows = [
+        rated,
+        {"question": "one?", "answer": "bad", "correction": "good"},
+        {"question": "one?", "answer": "another"},
+        {"question": "two?", "completions": ["a", "b"]},
+        {"question": "two?", "answer": "a"},
+    ]
+    made = make_corrections(questions(rows), tmp_path / "a.jsonl")
+    assert [row.answer for row in made.rows] == ["worst", "bad"]
+    assert made.dropped["no correction in the row"] == 3
+    with pytest.raises(InputError, match="row 2: has no answer"):
+        make_corrections(questions([rated, {"question": "four?"}]), tmp_path / "b.jsonl")
 
 
 # ---- what is left out ----

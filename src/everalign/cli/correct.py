@@ -183,7 +183,7 @@ def steer(
             **{name: value for name, value in local.items() if value is not None},
         )
     if as_json:
-        show_json({"corrector": corrector, **facts.model_dump(mode="json")})
+        show_json({"corrector": str(Path(corrector)), **facts.model_dump(mode="json")})
         return
     lines = [
         (f"{one.strength:g}", fixed(one.edit_share, 2), percent(one.changed), percent(one.well_formed))

@@ -109,7 +109,7 @@ def data(
     with resumable(), Display() as display:
         rows = load_drafts(data, skip_bad_rows=skip_bad_rows)
         report_unused(rows)
-        display.log(f"{len(rows)} rows")
+        display.log(f"{rows.row_numbers[-1]} rows")
         done = make_corrections(
             rows,
             output,

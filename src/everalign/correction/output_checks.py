@@ -17,7 +17,7 @@ _AFTER_URL = ".,;:!?"
 
 
 class Approver(Protocol):
-    """Has the last word on corrections; see `everalign.evaluation.ScorerApprover`."""
+    """Has the last word on corrections; see `everalign.evaluation.scoring.ScorerApprover`."""
 
     @property
     def fingerprint(self) -> str:
