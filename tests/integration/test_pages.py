@@ -269,7 +269,7 @@ def test_where_too_much_is_under_way_it_is_said(upstream):
         reply = browser.ask("Is there room?", token=token)
         assert reply.status_code == 503
         assert "1 requests are under way already" in read(reply)
-        ticket.release()
+        ticket.close()
         assert browser.ask(token=token).status_code == 200
 
 

@@ -53,13 +53,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 
 def chosen_mode(asked: str | None, default: Mode, aligned: bool, has_corrector: bool) -> Mode:
-    """Return the mode of a request.
-
-    Args:
-        asked: value of its `x-everalign-mode` header, if any.
-        default: the server's mode.
-        aligned: whether it names `MODEL:aligned`.
-        has_corrector: whether the server has a corrector.
+    """Return the mode of a request that `asked` for one in its header, or named an `aligned` model.
 
     Raises:
         GatewayError: the mode is unknown, needs a corrector, or would weaken a strict server.
@@ -77,13 +71,7 @@ def chosen_mode(asked: str | None, default: Mode, aligned: bool, has_corrector: 
 
 
 def request_rule(api: Api, body: Mapping[str, Any], form: Any) -> str | None:
-    """Return why no answer to a request can be corrected; None if that depends on the answer.
-
-    Args:
-        api: of the request.
-        body: its JSON, validated.
-        form: its response format, if any.
-    """
+    """Return why no answer to a request can be corrected; None if that depends on the answer."""
     include, modalities = body.get("include"), body.get("modalities")
     wants_json = isinstance(form, Mapping) and form.get("type") != "text"
     if wants_json or any(body.get(name) for name in GRAMMARS):
@@ -106,12 +94,7 @@ def offers_tools(body: Mapping[str, Any]) -> bool:
 
 
 def why_not_corrected(choice: Choice, longest: int) -> str | None:
-    """Return why an answer cannot be corrected; None if it can.
-
-    Args:
-        choice: the answer.
-        longest: most characters that the corrector accepts.
-    """
+    """Return why an answer of one choice cannot be corrected; None if it can."""
     rules = {
         "tool_calls": choice.tools,
         "audio": choice.audio,

@@ -35,13 +35,7 @@ _PROXY_HEADERS = re.compile(
 
 @dataclass(frozen=True)
 class Session:
-    """A browser session.
-
-    Args:
-        key_id: of the key that it signed in with; empty before signing in.
-        nonce: identifies the session.
-        expires: seconds since 1970.
-    """
+    """A browser session; the `key_id` is empty before signing in, `expires` is in seconds since 1970."""
 
     key_id: str
     nonce: str
@@ -49,12 +43,7 @@ class Session:
 
 
 class Sessions:
-    """Creates, verifies and revokes sessions. Cookies are signed; only revoked sessions are stored.
-
-    Args:
-        seconds: lifetime of a session.
-        clock: seconds since 1970.
-    """
+    """Creates, verifies and revokes sessions. Cookies are signed; only revoked sessions are stored."""
 
     def __init__(self, seconds: int = SESSION_SECONDS, clock: Callable[[], float] = time.time) -> None:
         self.seconds, self._clock = seconds, clock
@@ -72,7 +61,6 @@ class Sessions:
         self._revoked[session.nonce] = session.expires
 
     def cookie(self, session: Session) -> str:
-        """Return the cookie of a session."""
         text = f"{session.key_id}.{session.nonce}.{session.expires}"
         return f"{text}.{self._signature('session', text)}"
 
@@ -91,7 +79,6 @@ class Sessions:
         return self._signature("form", session.nonce)
 
     def is_token(self, session: Session, token: str) -> bool:
-        """Whether a form's CSRF token is the session's."""
         return hmac.compare_digest(self.token(session).encode(), token.encode(errors="replace"))
 
     def _signature(self, use: str, text: str) -> str:
@@ -149,12 +136,10 @@ class Keys:
 
     @property
     def needed(self) -> bool:
-        """Whether clients need a key."""
         return bool(self._known)
 
     @property
     def count(self) -> int:
-        """Number of keys."""
         return len(self._known)
 
     def allowance(self, key_id: str) -> Allowance | None:
@@ -162,7 +147,6 @@ class Keys:
         return self._by_id.get(key_id)
 
     def knows(self, key_id: str) -> bool:
-        """Whether there still is a key of this id."""
         self._reload()
         return key_id in self._by_id
 
@@ -175,11 +159,6 @@ class Keys:
 
     def identify(self, headers: Mapping[str, str], peer: str | None, http_version: str = "1.1") -> str:
         """Return the id of a request's key.
-
-        Args:
-            headers: of the request, with lower-case names.
-            peer: address of the other end of the connection.
-            http_version: of the request.
 
         Raises:
             GatewayError: 401 without a valid key; 403 if there are no keys and the request is not of this machine.

@@ -46,7 +46,6 @@ class LearnedFeedback:
 
     @property
     def promoted(self) -> bool:
-        """Whether the version is the run's current one."""
         return self.refusal is None
 
 

@@ -76,15 +76,12 @@ class Redaction:
         self._rules += [rule for kind, rules in built_in.items() if kind in kinds for rule in rules]
 
     def __call__(self, text: str) -> str:
-        """Return the text without what the patterns find."""
         for pattern, replacement in self._rules:
             text = pattern.sub(replacement, text)
         return text
 
 
 def redact_exchange(exchange: Exchange, redact: Redact) -> Exchange:
-    """Return an exchange with redacted messages and answers."""
-
     def redacted(value: Any) -> Any:
         if isinstance(value, str):
             return redact(value)
