@@ -167,7 +167,7 @@ class JudgeOptions:
 
 
 class JudgeScorer:
-    """Asks a model to rate each answer by itself, at temperature 0; the reward is the score it gives.
+    """Asks a model to rate each answer separately, at temperature 0; the reward is the score it gives.
 
     A reply other than `{"score": 7}` or `7` is asked for once more.
 

@@ -221,7 +221,7 @@ def _untie(model: Any, config: Any) -> None:
 
 
 def _resize(model: Any, weights: dict[str, Any]) -> None:
-    """Give the model as many embeddings as the adapter brings along, where it was trained with added tokens."""
+    """Resize the model's embeddings to the adapter's, if it was trained with added tokens."""
     tables = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight")
     rows = {weight.shape[0] for name, weight in weights.items() if name.endswith(tables) and weight.ndim == 2}
     if len(rows) == 1 and (count := rows.pop()) != model.get_input_embeddings().num_embeddings:

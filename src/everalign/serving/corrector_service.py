@@ -138,7 +138,7 @@ class _InService:
 
 @dataclass
 class _Job:
-    """An answer to be corrected, and the events that whoever waits for it gets."""
+    """An answer to be corrected, and the events for whoever is waiting for it."""
 
     key: str
     question: "Question"

@@ -171,7 +171,7 @@ class CorrectionDecider:
     async def _correct_strings(
         self, request: RequestContext, choice: Choice, structure: Structure, value: Any
     ) -> Decision:
-        """Return a JSON choice with each of its strings that is prose corrected by itself."""
+        """Return a JSON choice with each of its prose strings corrected separately."""
         prose = prose_of(value, structure.schema)
         decisions = await _gather(self._correct(request, Choice(0, text, finish_reason="stop")) for _, text in prose)
         applied = [decision.correction for decision in decisions if decision.outcome == "applied"]

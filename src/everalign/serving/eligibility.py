@@ -16,7 +16,7 @@ through, so most rules refuse there:
 | `refusal` | the answer is a refusal in its own field | returned as it is |
 | `content` | its content is something other than text | refused (422) |
 | `empty` | it has no text | returned, empty |
-| `finish_reason` | it ended in another way than by itself, such as `error`, or without a reason | refused (422) |
+| `finish_reason` | it is another one, such as `error`, or missing | refused (422) |
 | `length` | it was cut at a limit of tokens | refused (422) |
 | `content_filter` | the upstream's filter cut it | refused (422) |
 | `too_long` | it is longer than the corrector accepts | refused (422) |

@@ -23,8 +23,8 @@ def make_corrections(
 ) -> CorrectionService:
     """Return a corrector in service under the name `version`, with the settings' limits.
 
-    It corrects in one thread if its model is in this process, and in more if it is on a server, which gets each answer
-    by itself, so that none waits for or fails with others.
+    One thread is for a corrector whose model is in this process; more are for one on a server, which gets each answer
+    separately, so that none waits for or fails with others.
     """
     return CorrectionService(
         corrector,

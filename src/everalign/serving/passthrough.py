@@ -158,7 +158,7 @@ def _too_large(most: int) -> GatewayError:
 
 
 class _RawResponse(Response):
-    """An upstream's reply, passed on within so many seconds; `release` is called when it has ended."""
+    """An upstream's reply, passed on within a time limit; `release` is called at its end."""
 
     def __init__(self, reply: RawReply, headers: dict[str, str], seconds: float, release: Callable[[], None]) -> None:
         super().__init__(status_code=reply.status, headers={**reply.headers, **headers})

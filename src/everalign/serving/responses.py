@@ -1,6 +1,6 @@
 """Answers of OpenAI's Responses API on their way to the client: relayed, or written anew with corrected texts.
 
-An answer is a list of items. Each `output_text` of its messages is corrected by itself; reasoning, tool calls and what
+An answer is a list of items. Each `output_text` of its messages is corrected separately; reasoning, tool calls and what
 the server's own tools did pass as they are. In strict mode the answer is written anew, without any of the original's
 words.
 

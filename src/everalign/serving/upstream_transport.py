@@ -168,7 +168,7 @@ class UpstreamTransport:
         return response
 
     async def beginning(self, response: httpx.Response) -> bytes:
-        """Return the first bytes of an error's body, as far as they come soon."""
+        """Return the first bytes of an error's body that arrive soon."""
         content = bytearray()
         try:
             with anyio.move_on_after(self._connect_seconds):
