@@ -353,7 +353,7 @@ class ChatClient:
             choices = event.get("choices")
             for choice in choices if isinstance(choices, list) else ():
                 if not isinstance(choice, Mapping):
-                    raise AttemptFailed("the stream has a choice that is no JSON object")
+                    raise AttemptFailed("the stream has a choice that is not a JSON object")
                 if isinstance(choice.get("text"), str) and choice["text"]:
                     text.append(choice["text"])
                     emit_text(choice["text"])

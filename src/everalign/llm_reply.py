@@ -62,7 +62,7 @@ async def stream_events(response: httpx.Response) -> AsyncIterator[Mapping[str, 
             if line.startswith(b"data:") and data:
                 event = _json(data)
                 if not isinstance(event, Mapping):
-                    raise AttemptFailed("the stream has an event that is no JSON object")
+                    raise AttemptFailed("the stream has an event that is not a JSON object")
                 yield event
 
 
@@ -93,7 +93,7 @@ def read_completion(body: bytes, content_type: str, chat: bool) -> Completion:
     content = _json(body)
     if not isinstance(content, Mapping):
         given = content_type or "no content type"
-        raise AttemptFailed(f"the reply is no JSON object ({given}): {_quote(body)}; is this the address of an API?")
+        raise AttemptFailed(f"the reply is not a JSON object ({given}): {_quote(body)}; is this the address of an API?")
     choices = content.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
         raise AttemptFailed(f"the reply has no choices: {_quote(body)}")

@@ -118,11 +118,11 @@ class Declared(NamedTuple):
 def declared(field: FieldInfo) -> Declared:
     """Returns what a field of a model declares."""
     kind, metadata, description, title = field.annotation, [*field.metadata], field.description, field.title
-    if get_origin(kind) in (Union, types.UnionType):
-        inner = [part for part in get_args(kind) if part is not types.NoneType]
-        kind = inner[0] if len(inner) == 1 else kind
-    if get_origin(kind) is Annotated:
-        kind, *extra = get_args(kind)
+    while (origin := get_origin(kind)) in (Annotated, Union, types.UnionType):
+        inner, *extra = [part for part in get_args(kind) if part is not types.NoneType]
+        if origin is not Annotated and extra:
+            break
+        kind = inner
         for item in extra:
             metadata += item.metadata if isinstance(item, FieldInfo) else [item]
             description = description or getattr(item, "description", None)
@@ -164,7 +164,7 @@ def first_problem(model: type[BaseModel], error: ValidationError) -> Problem:
         known = list(model.model_fields)
         near = difflib.get_close_matches(str(where[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        return Problem(where, f" is no option of {model.__name__}: {hint}", hint, unknown=True)
+        return Problem(where, f" is not an option of {model.__name__}: {hint}", hint, unknown=True)
     if kind == "value_error":
         cause = found["ctx"]["error"]
         if isinstance(cause, InputError):

@@ -375,7 +375,7 @@ class Journal:
 
     def damaged(self) -> InputError:
         """Return the error for values that are not what was put."""
-        return InputError(f"{self.path}: what an earlier run kept is damaged: delete this file")
+        return InputError(f"{self.path}: the results kept by an earlier run are damaged: delete this file")
 
     def _is_empty(self, database: sqlite3.Connection) -> bool:
         """Whether nothing was put yet; refuses a file of another program or an earlier format."""
@@ -385,7 +385,7 @@ class Journal:
             return False
         if version or tables:
             raise InputError(
-                f"{self.path}: was not kept by this version of Everalign: delete this file, or name another"
+                f"{self.path}: was not written by this version of Everalign: delete this file, or name another"
             )
         return True
 
@@ -395,11 +395,11 @@ class Journal:
             with closing(sqlite3.connect(self.path, timeout=_JOURNAL_WAIT, isolation_level=None)) as database:
                 yield database
         except sqlite3.OperationalError as error:
-            raise EveralignError(f"{self.path}: nothing can be kept here: {error}") from error
+            raise EveralignError(f"{self.path}: cannot be written: {error}") from error
         except sqlite3.DatabaseError as error:
             raise InputError(
-                f"{self.path}: what an earlier run kept is damaged, or was not kept by this version of Everalign "
-                f"({error}): delete this file"
+                f"{self.path}: the results kept by an earlier run are damaged, or not written by this "
+                f"version of Everalign ({error}): delete this file"
             ) from error
 
 

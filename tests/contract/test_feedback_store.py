@@ -73,7 +73,7 @@ def test_the_last_feedback_of_a_user_stands(store):
 @pytest.mark.parametrize("given", [{"exchange": "chatcmpl-2"}, {"key_id": OTHER_KEY}])
 def test_only_the_key_that_asked_may_judge(store, given):
     store.add_exchange(exchange())
-    with pytest.raises(UnknownExchange, match=r"exchange 'chatcmpl-\d': is not kept for this key"):
+    with pytest.raises(UnknownExchange, match=r"exchange 'chatcmpl-\d': is not stored for this key"):
         store.add_feedback(feedback(**given))
     assert list(store.feedback()) == []
     assert issubclass(UnknownExchange, InputError)

@@ -192,7 +192,7 @@ def test_an_address_that_is_none_is_refused_without_its_password(url, message):
 def test_a_server_that_is_not_there_is_told_without_the_password():
     url = "postgresql://me:secret1@127.0.0.1:1/db?password=secret2"
     with pytest.raises(
-        EveralignError, match=r"^postgresql://127.0.0.1:1/db: opening failed: .*see that the server"
+        EveralignError, match=r"^postgresql://127.0.0.1:1/db: opening failed: .*check that the server"
     ) as e:
         FeedbackStore.open(url)
     assert "secret" not in str(e.value)
@@ -281,7 +281,7 @@ def test_a_full_disk_is_told_and_nothing_acknowledged_is_lost(tmp_path):
                 store.add_exchange(exchange(f"c{i}", original="x" * 9000))
                 added.append(f"c{i}")
 
-        with pytest.raises(EveralignError, match=r"x.db: writing failed: .*full; see that its folder .* has space"):
+        with pytest.raises(EveralignError, match=r"x.db: writing failed: .*full; check that its folder .* has space"):
             fill()
         assert added
         assert all(store.exchange(id) is not None for id in added)

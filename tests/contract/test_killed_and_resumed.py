@@ -92,10 +92,16 @@ VERBS = {
         "correct distill": f"--model answering {CORRECTOR} --data prompts.jsonl --max-new-tokens 30 {' '.join(FAST)}",
     },
 }
-CASES = [(kind, verb) for kind, verbs in VERBS.items() for verb in verbs]
+# The other objectives are learned by the same loop.
+SLOW = {"learn --objective var", "learn --objective snkl", "learn --objective correction"}
+CASES = [
+    pytest.param(kind, verb, id=verb, marks=[pytest.mark.slow] * (verb in SLOW))
+    for kind, verbs in VERBS.items()
+    for verb in verbs
+]
 
 
-@pytest.mark.parametrize(("kind", "verb"), CASES, ids=[verb for _, verb in CASES])
+@pytest.mark.parametrize(("kind", "verb"), CASES)
 def test_a_verb_that_is_killed_in_the_middle_ends_as_one_that_is_not(kind, verb, here, tmp_path, capsys, monkeypatch):
     """Start, turn a second one away, kill the first, finish with a third, and compare with one that ran alone."""
     # What a random model writes passes no guard.

@@ -24,7 +24,7 @@ from learner_for_tests import adapter_weights, make_learner, same_weights, save_
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
+    return save_model(tmp_path_factory.mktemp("model"), layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def test_a_model_that_reads_what_comes_later_is_refused():
         is_decoder=False,
     )
     with pytest.raises(
-        InputError, match=r"BertLMHeadModel \(bert\) cannot be learned with: .*no causal language model"
+        InputError, match=r"BertLMHeadModel \(bert\) cannot be learned with: .*not a causal language model"
     ):
         rehearse(model_of(config), "all-linear")
 

@@ -13,6 +13,7 @@ from everalign.errors import GateRefusedError
 from everalign.learning.run_data import load_run
 from everalign.methods import LifeAlign
 from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, swapped, tasks
+from tiers_for_tests import slow_but
 
 OPTIONS = {"sft_epochs": 1.0, "epochs": 1.5, "checkpoint_steps": 1, "reference": "base"}
 LIMIT = 120.0
@@ -66,7 +67,7 @@ def crash_at(call, target, moment, count=1):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
+    return save_model(tmp_path_factory.mktemp("model"), layers=2)
 
 
 class Child:
@@ -192,7 +193,13 @@ WORST = [
 ]
 
 
-@pytest.mark.parametrize(("call", "target", "count"), WORST, ids=[f"{target}-{count}" for _, target, count in WORST])
+# Of each kind of place: a file of the run, a checkpoint, a stage's end, a version's promotion, the clearing up.
+QUICK = [WORST[i] for i in (0, 3, 5, 7, 9, 12)]
+
+
+@pytest.mark.parametrize(
+    ("call", "target", "count"), slow_but(QUICK, WORST), ids=[f"{target}-{count}" for _, target, count in WORST]
+)
 @pytest.mark.parametrize("moment", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_killed_at_the_worst_places(quick_processes, whole, model, tmp_path, call, target, count, moment):
     expected, _ = whole
@@ -223,7 +230,9 @@ AROUND_A_REFUSAL = [
 ]
 
 
-@pytest.mark.parametrize(("call", "target", "count", "moment"), AROUND_A_REFUSAL)
+@pytest.mark.parametrize(
+    ("call", "target", "count", "moment"), slow_but([AROUND_A_REFUSAL[1], AROUND_A_REFUSAL[4]], AROUND_A_REFUSAL)
+)
 def test_killed_around_a_refusal(quick_processes, gated, model, tmp_path, call, target, count, moment):
     """The refused task may be learned, and refused, once more; what is learned after it is the same."""
     run = tmp_path / "run"

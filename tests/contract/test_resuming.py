@@ -106,7 +106,7 @@ def test_a_cut_checkpoint_is_passed_over(tmp_path, uninterrupted, kind):
     names = ["checkpoint-17", "checkpoint-5", "checkpoint-4"]
     for name in names:
         spoil(tmp_path / "checkpoints" / name)
-    with pytest.warns(UserWarning, match="is no complete checkpoint") as caught:
+    with pytest.warns(UserWarning, match="is not a complete checkpoint") as caught:
         assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-2"
     assert [re.search(r"checkpoint-\d+", str(warning.message))[0] for warning in caught] == names
     for name in names[:2]:

@@ -88,10 +88,10 @@ def test_what_was_not_put_is_refused(tmp_path, spoil):
 
 def test_a_file_of_something_else_is_not_written_into(tmp_path):
     _execute(tmp_path / "feedback.db", "CREATE TABLE feedback (id)")
-    with pytest.raises(InputError, match="not kept by this version of Everalign"):
+    with pytest.raises(InputError, match="not written by this version of Everalign"):
         Journal(tmp_path / "feedback.db").put({1: 1})
     (tmp_path / "folder").mkdir()
-    with pytest.raises(EveralignError, match="folder: nothing can be kept here"):
+    with pytest.raises(EveralignError, match="folder: cannot be written"):
         Journal(tmp_path / "folder").put({1: 1})
 
 
@@ -99,7 +99,7 @@ def test_a_file_of_something_else_is_not_written_into(tmp_path):
 def test_samples_that_are_none_are_refused(chunk, tmp_path):
     journal = Journal(tmp_path / "samples")
     journal.put({0: chunk})
-    with pytest.raises(InputError, match="samples: what an earlier run kept is damaged"):
+    with pytest.raises(InputError, match="samples: the results kept by an earlier run are damaged"):
         sample_journalled(None, None, ["p"], SamplingOptions(), journal, seed=0)
 
 

@@ -61,7 +61,7 @@ def test_options_tell_names_from_expressions():
 
 
 def test_what_is_no_expression_is_refused():
-    with pytest.raises(InputError, match=r"cannot adapt \*: it is no regular expression"):
+    with pytest.raises(InputError, match=r"cannot adapt \*: it is not a regular expression"):
         random_policy(targets="*")
 
 
@@ -128,7 +128,7 @@ def test_a_vision_tower_is_adapted_where_it_is_asked_for():
         "model.language_model",
         "model.vision_tower.encoder",
     }
-    assert "adapted, but no text passes through them, so that they learn nothing" in policy.notes[-1]
+    assert "adapted, but no text passes through them, so they learn nothing" in policy.notes[-1]
 
 
 # ---- what peft refuses ----

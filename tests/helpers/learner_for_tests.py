@@ -1,4 +1,4 @@
-"""A random two-layer Llama, three small tasks and a learner over them: what a real run has, in about a second."""
+"""A random small Llama, three small tasks and a learner over them: what a real run has, in about a second."""
 
 import gc
 from pathlib import Path
@@ -20,14 +20,14 @@ FAST = {"learning_rate": 2e-2, "batch_size": 4, "tokens_per_batch": 240, "max_le
 ANSWERS = {"warm": ("yes, gladly!", "no."), "brief": ("ok", "well, let me see"), "calm": ("all is well", "panic now")}
 
 
-def save_model(folder: Path, seed: int = 0) -> Path:
-    """A Llama with random weights and a tokenizer of one token a byte."""
+def save_model(folder: Path, seed: int = 0, layers: int = 1) -> Path:
+    """A Llama with random weights and a tokenizer of one token a byte; one layer learns in half the time of two."""
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -40,7 +40,7 @@ def save_model(folder: Path, seed: int = 0) -> Path:
 
 def save_answering_model(folder: Path) -> Path:
     """One that ends its answers soon: a random one hardly ever does."""
-    save_model(folder)
+    save_model(folder, layers=2)
     network, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     network.config.tie_word_embeddings = False
     head = torch.nn.Linear(32, len(tokenizer), bias=False)

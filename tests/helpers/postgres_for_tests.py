@@ -71,15 +71,21 @@ def running_cluster() -> Iterator[Cluster]:
     if user is not None:
         shutil.chown(folder, user)
     cluster = Cluster(folder, programs, _free_port(), user)
-    try:
+    # The pipe to it closes when this process ends, in whatever way: the server ends with it.
+    guard = subprocess.Popen(
+        ["sh", "-c", 'read -r _; "$0" -D "$1/data" -m immediate -w stop; rm -rf "$1"', programs / "pg_ctl", folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        user=user,
+        extra_groups=None if user is None else [],
+        cwd="/",
+        start_new_session=True,
+    )
+    with guard:
         cluster.run("initdb", "-D", str(folder / "data"), "-U", "tester", "-A", "trust", "-N", "-E", "UTF8")
         cluster.start()
-        try:
-            yield cluster
-        finally:
-            cluster.stop("immediate")
-    finally:
-        shutil.rmtree(folder)
+        yield cluster
 
 
 def _other_user() -> str:

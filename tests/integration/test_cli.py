@@ -126,7 +126,7 @@ def test_an_interrupted_run_exits_130_and_resumes_to_the_same_weights_past_a_dam
         patch.setattr(Display, "progress", interrupt)
         code, out, err = run(capsys, *arguments)
     assert (code, out) == (130, "")
-    assert err.splitlines()[-1] == "interrupted: the same command with --resume goes on from here"
+    assert err.splitlines()[-1] == "interrupted: the same command with --resume continues from here"
 
     newest = max(Path("run/work").rglob("checkpoint-*"))
     (newest / "optimizer.pt").write_bytes(b"cut")
@@ -134,7 +134,7 @@ def test_an_interrupted_run_exits_130_and_resumes_to_the_same_weights_past_a_dam
     assert code == 0
     warned = [line for line in err.splitlines() if line.startswith("warning: ")]
     reason = "optimizer.pt is cut or missing"
-    assert warned == [f"warning: {newest} is no complete checkpoint ({reason}): resuming from before it"]
+    assert warned == [f"warning: {newest} is not a complete checkpoint ({reason}): resuming from before it"]
 
     assert run(capsys, *arguments, "--output", "whole")[0] == 0
     assert same_weights(adapter_weights(Path("run")), adapter_weights(Path("whole")))

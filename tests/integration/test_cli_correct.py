@@ -87,7 +87,7 @@ def test_an_interrupted_training_exits_130_and_goes_on(work, capsys, monkeypatch
         patched.setattr(training, "corrector_report", interrupt)
         code, out, err = run(capsys, *train("--data", "edits.jsonl", "--test", "test.jsonl"))
     assert (code, out) == (130, "")
-    assert err.splitlines()[-1] == "interrupted: the same command goes on from here"
+    assert err.splitlines()[-1] == "interrupted: the same command continues from here"
     code, _, err = run(capsys, *train("--data", "edits.jsonl", "--test", "test.jsonl"))
     assert code == 0
     assert "correction: was finished by an earlier call" in err

@@ -72,8 +72,8 @@ def test_costs_that_are_not_whole_say_so(work, capsys):
     with ChatServer(lambda messages: answer(large(messages), usage=None)) as server:
         asked = ("--corrections-from", f"{server.url}#large", "--price-in", "1", "--price-out", "2")
         _, out, _ = run(capsys, *data("answers.jsonl", *asked))
-    assert "3 replies did not tell theirs" in out
-    assert "cost    0 at least: not every reply told its tokens" in out
+    assert "3 replies did not report theirs" in out
+    assert "cost    0 at least: not every reply reported its tokens" in out
 
 
 def test_preferences_need_no_model(work, capsys):
@@ -116,7 +116,7 @@ def test_a_failure_exits_1_and_the_same_command_goes_on(work, capsys):
         code, out, err = run(capsys, *asked, "--keep-going")
         assert code == 0, err
         assert "failed  1, in out.failed.jsonl" in out
-        assert "  2 of 2 corrections were had by an earlier run" in err
+        assert "  2 of 2 corrections were made by an earlier run" in err
         assert "edits   2 of m (2 by an earlier run): 1 requests" in out
     assert KEY not in (work / "out.failed.jsonl").read_text()
 
@@ -130,7 +130,7 @@ def test_an_interruption_exits_130(work, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "make_corrections", interrupted)
     code, out, err = run(capsys, *data("pairs.jsonl"))
     assert (code, out) == (130, "")
-    assert err.splitlines()[-1] == "interrupted: the same command goes on from here"
+    assert err.splitlines()[-1] == "interrupted: the same command continues from here"
 
 
 def test_bad_rows_left_out_on_request_are_counted(work, capsys):
@@ -149,7 +149,7 @@ SERVER = ("--corrections-from", "http://127.0.0.1:1#m")
         (data("nowhere.jsonl"), "nowhere.jsonl: no such file"),
         (data("questions.jsonl"), "questions.jsonl: row 1: has no answer"),
         (data("answers.jsonl"), "answers.jsonl: no row has a correction"),
-        (data("questions.jsonl", "--answers-from", "tiny"), "nobody who corrects them"),
+        (data("questions.jsonl", "--answers-from", "tiny"), "nothing would correct"),
         (data("answers.jsonl", "--corrections-from", "http://127.0.0.1:1"), "who corrects is named URL#MODEL"),
         (data("answers.jsonl", "--corrections-from", "tiny"), "who corrects is named URL#MODEL"),
         (data("questions.jsonl", "--answers-from", "http://h", *SERVER), "who answers is named URL#MODEL"),

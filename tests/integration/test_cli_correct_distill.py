@@ -72,14 +72,14 @@ def test_weighting_flags_reach_the_learner(work, capsys):
     assert (weighting["weight_cap"], weighting["weight_floor"]) == (3, 0.01)
     code, _, err = run(capsys, *distill("--as", "var", "--resume"))
     assert code == 2
-    assert "was begun with another" in err
+    assert "was started with another" in err
 
 
 def test_an_interruption_exits_130(work, capsys, monkeypatch):
     monkeypatch.setattr(correct_distill, "load_corrector", lambda *_: Fake(1))
     code, out, err = run(capsys, *distill())
     assert (code, out) == (130, "")
-    assert err.splitlines()[-1] == "interrupted: the same command with --resume goes on from here"
+    assert err.splitlines()[-1] == "interrupted: the same command with --resume continues from here"
 
 
 def test_bad_rows_left_out_on_request_are_counted(work, capsys):
@@ -120,7 +120,7 @@ def test_a_corrector_that_fails_exits_with_its_code(work, capsys, monkeypatch):
         (distill("--learning-rate", "0"), "--learning-rate must be"),
         (distill("--test", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
         (distill("--test", "prompts.jsonl"), "prompts.jsonl:1: field 'chosen'"),
-        (distill(corrector="./nowhere"), "no corrector (it has no corrector.json)"),
+        (distill(corrector="./nowhere"), "not a corrector (it has no corrector.json)"),
         (distill(corrector="http://127.0.0.1:1#m"), "name it with --template"),
         (distill("--output", "."), "is not empty and holds no run"),
     ],

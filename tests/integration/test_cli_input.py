@@ -96,9 +96,9 @@ def test_a_malformed_task(text, work, capsys):
         (["--learning-rate", "nan"], "--learning-rate must be a number above 0, found nan"),
         (["--beta", "inf"], "--beta must be a number above 0, found inf"),
         (["--targets", "nothing"], "cannot adapt nothing: no module of LlamaForCausalLM has this name"),
-        (["--model", "elsewhere"], "there is no folder elsewhere, and no tokenizer of that name could be had"),
+        (["--model", "elsewhere"], "there is no folder elsewhere, and no tokenizer of that name could be loaded"),
         (["--model", "./elsewhere/model"], "there is no model folder ./elsewhere/model"),
-        (["--output", "warm.jsonl"], "warm.jsonl is no directory: choose another output directory"),
+        (["--output", "warm.jsonl"], "warm.jsonl is not a directory: choose another output directory"),
         (["--output", "model"], "model is not empty and holds no run: choose another output directory"),
         (["--model", ""], "--model must be text that is not empty"),
         (["--seed", "one"], "Invalid value for '--seed'"),
@@ -145,7 +145,7 @@ def test_an_output_that_holds_a_run_is_not_written_over(work, capsys):
 def test_resume_refuses_other_settings_other_rows_and_a_damaged_version(work, capsys):
     assert run(capsys, *learn(*task("warm")))[0] == 0
     error = refused(capsys, *learn(*task("warm"), "--resume", "--beta", "0.3"))
-    assert "was begun with another settings (beta: 0.1 then, 0.3 now)" in error
+    assert "was started with another settings (beta: 0.1 then, 0.3 now)" in error
     error = refused(capsys, *learn(*task("warm", "calm.jsonl"), "--resume"))
     assert "task 'warm' was learned from other rows already" in error
     weights = work / "run/versions/001-warm/adapter/adapter_model.safetensors"

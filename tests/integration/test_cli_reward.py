@@ -84,7 +84,7 @@ def test_an_interrupted_scoring_exits_130_and_goes_on(work, capsys, monkeypatch)
     arguments = score("--data", "answers.jsonl", "--batch-size", "2")
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (130, "")
-    assert err.splitlines()[-1] == "interrupted: the same command goes on from here"
+    assert err.splitlines()[-1] == "interrupted: the same command continues from here"
     code, _, err = run(capsys, *arguments)
     assert code == 0
     assert "1 of 3 rows were scored by an earlier run" in err
@@ -129,7 +129,7 @@ def test_bad_rows_left_out_on_request_are_counted(work, capsys):
         (train("--data", "pairs.jsonl", model="./nowhere"), "there is no model folder ./nowhere"),
         (train(), "Missing option '--data'"),
         (score("--data", "empty.jsonl"), "empty.jsonl: no rows in it"),
-        (score("--data", "answers.jsonl", model="nowhere"), "nowhere: no reward model"),
+        (score("--data", "answers.jsonl", model="nowhere"), "nowhere: not a reward model"),
         (score("--data", "answers.jsonl", "--output", "scored.csv"), "must end in .jsonl"),
         (score("--data", "answers.jsonl", "--output", "pairs.jsonl"), "pairs.jsonl exists"),
         (score("--data", "answers.jsonl", "--batch-size", "0"), "at least 1"),

@@ -33,7 +33,7 @@ def _no_keys(monkeypatch):
         ([], "Missing option '--upstream'"),
         (["--upstream", "nonsense"], "--upstream nonsense: must be URL or NAME=URL"),
         (["--upstream", "a=b=c"], "must be URL or NAME=URL"),
-        (["--upstream", "http://169.254.169.254/"], "is an address of credentials"),
+        (["--upstream", "http://169.254.169.254/"], "must not be a metadata service"),
         (["--upstream", "http://me:secret@host/"], "must be without user"),
         (["--upstream", URL, "--upstream", URL], "upstream 'default': is given twice"),
         (["--upstream", URL, "--host", "0.0.0.0"], "--host 0.0.0.0: without keys only this machine is served"),
@@ -104,7 +104,7 @@ def test_a_real_process_says_its_address_answers_and_ends_in_peace(end):
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
             assert process.stderr is not None
             line = process.stderr.readline()
-            url = re.fullmatch(r"serving (http://127\.0\.0\.1:\d+/v1), Ctrl-C ends it\n", line)
+            url = re.fullmatch(r"serving (http://127\.0\.0\.1:\d+/v1), press Ctrl-C to stop\n", line)
             assert url, line
             body = {"model": "small", "messages": [{"role": "user", "content": "?"}]}
             for key, status in (("one", 200), ("two", 200), ("three", 401)):

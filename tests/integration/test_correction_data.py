@@ -35,7 +35,8 @@ QUESTIONS = [
 
 
 def questions(rows=QUESTIONS):
-    return CorrectionSet(tuple(found for row in rows for found in read_draft(row, "questions")), "questions")
+    found = [read_draft(row, f"questions:{number}") for number, row in enumerate(rows, start=1)]
+    return CorrectionSet(tuple(one for ones in found for one in ones), "questions")
 
 
 def client(server, model="small", **options):
@@ -150,7 +151,7 @@ def test_answers_that_rows_have_are_corrected(tmp_path):
     found = rows_of(tmp_path / "out.jsonl")
     assert [(row["answer"], row["correction"]) for row in found] == [(f"bad {i}", f"good {i}") for i in range(1, 5)]
     assert {row["answer_model"] for row in found} == {None}
-    assert "  2 rows have corrections of their own, which are not used: a model gives them" in lines
+    assert "  2 rows have corrections of their own, which are not used: a model writes new ones" in lines
 
 
 def test_edits_and_preferences_need_no_model(tmp_path):
@@ -168,6 +169,22 @@ def test_edits_and_preferences_need_no_model(tmp_path):
     ]
     assert dict(made.dropped) == {"no correction in the row": 1}
     assert made.usage == ()
+
+
+def test_rows_are_counted_as_in_the_file(tmp_path):
+    rated = {"question": "three?", "completions": ["worst", "best", "middle"], "rewards": [0.1, 0.9, 0.5]}
+    rows = [
+        rated,
+        {"question": "one?", "answer": "bad", "correction": "good"},
+        {"question": "one?", "answer": "another"},
+        {"question": "two?", "completions": ["a", "b"]},
+        {"question": "two?", "answer": "a"},
+    ]
+    made = make_corrections(questions(rows), tmp_path / "a.jsonl")
+    assert [row.answer for row in made.rows] == ["worst", "bad"]
+    assert made.dropped["no correction in the row"] == 3
+    with pytest.raises(InputError, match="row 2: has no answer"):
+        make_corrections(questions([rated, {"question": "four?"}]), tmp_path / "b.jsonl")
 
 
 # ---- what is left out ----
@@ -322,7 +339,7 @@ def test_a_server_that_is_down_is_not_asked_for_everything(tmp_path):
             )
 
         ill.ill = True
-        with pytest.raises(EveralignError, match=rf"who are you; so did {PATIENCE - 1} others one after another"):
+        with pytest.raises(EveralignError, match=rf"who are you; so did {PATIENCE - 1} others in a row"):
             make()
         # The next one may be under way by then.
         assert PATIENCE <= len(first.requests) < len(rows)
@@ -400,7 +417,7 @@ def test_replies_to_other_settings_are_not_taken(tmp_path):
         ([], {}, "questions: no rows in it"),
         ([{"question": "q"}], {}, "row 1: has no answer: add 'answer'"),
         ([{"question": "q", "answer": "a"}], {}, "no row has a correction: name a stronger model"),
-        ([{"question": "q"}], {"answerer": EndpointAnswers(ChatClient("http://h", "m"))}, "nobody who corrects them"),
+        ([{"question": "q"}], {"answerer": EndpointAnswers(ChatClient("http://h", "m"))}, "nothing would correct"),
         ([{"question": "q"}], {"keep_going": True}, "no question can fail; leave it out"),
         (QUESTIONS, {"reviser": LlmReviser(ChatClient("http://h", "m"))}, "row 1: has no answer"),
     ],
@@ -455,7 +472,7 @@ def test_a_damaged_store_is_named(tmp_path):
     rows = questions([{"question": "q", "answer": "bad"}])
     partial = tmp_path / "out.jsonl.replies.partial"
     partial.write_text("no database, however long it may be" * 50)
-    with pytest.raises(InputError, match=r"replies\.partial: what an earlier run kept is damaged"):
+    with pytest.raises(InputError, match=r"replies\.partial: the results kept by an earlier run are damaged"):
         make_corrections(rows, tmp_path / "out.jsonl", reviser=LlmReviser(ChatClient("http://h", "m")))
     partial.unlink()
     with ChatServer(lambda _: "") as server:
@@ -464,5 +481,5 @@ def test_a_damaged_store_is_named(tmp_path):
             make_corrections(rows, tmp_path / "out.jsonl", reviser=reviser)
         with sqlite3.connect(partial) as database:
             database.execute("UPDATE entries SET value = '[]'")
-        with pytest.raises(InputError, match=r"replies\.partial: what an earlier run kept is damaged"):
+        with pytest.raises(InputError, match=r"replies\.partial: the results kept by an earlier run are damaged"):
             make_corrections(rows, tmp_path / "out.jsonl", reviser=reviser)

@@ -166,7 +166,7 @@ def test_what_an_evaluation_keeps_is_checked(tmp_path):
     evaluate_corrector(rows, trained, options=CorrectionOptions(gate=-1e9), cache=tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_text("{}\n")
-    with pytest.raises(InputError, match=r"corrections-.*: what an earlier run kept is damaged"):
+    with pytest.raises(InputError, match=r"corrections-.*: the results kept by an earlier run are damaged"):
         evaluate_corrector(rows, trained, options=CorrectionOptions(gate=-1e9), cache=tmp_path)
 
 
@@ -222,7 +222,9 @@ def test_a_verdict_that_cannot_be_read_is_asked_for_again():
         assert "could not be read" in server.requests[1].messages[-1]["content"]
     with ChatServer(lambda _: "well") as server:
         judge = JudgeScorer(ChatClient(server.url, "m"))
-        with pytest.raises(EveralignError, match="the answer 'a': the judge's reply is no verdict, asked twice: well"):
+        with pytest.raises(
+            EveralignError, match="the answer 'a': the judge's reply is not a verdict, asked twice: well"
+        ):
             judge.compare(["p"], ["a"], ["b"])
 
 
@@ -325,10 +327,10 @@ def test_an_interrupted_command_says_that_it_goes_on_where_something_is_kept(row
     monkeypatch.setattr(Corrector, "correct_batch", interrupt)
     command = ["correct", "evaluate", "--corrector", str(corrector().path), "--data", str(rows)]
     code, _, err = run(capsys, *command, "--cache", str(tmp_path / "kept"))
-    assert (code, err.splitlines()[-1]) == (130, "interrupted: the same command goes on from here")
+    assert (code, err.splitlines()[-1]) == (130, "interrupted: the same command continues from here")
     code, _, err = run(capsys, *command)
     assert code != 0
-    assert "goes on from here" not in err
+    assert "continues from here" not in err
 
 
 def test_the_command_line_asks_a_judge(rows, tmp_path, capsys):

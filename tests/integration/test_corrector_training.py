@@ -270,7 +270,9 @@ def stop_at(stage, step):
 RESUMED = FAST.replace(identity=0.5, epochs=2, checkpoint_steps=2, batch_size=2)
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["whole", "adapter"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(0, id="whole"), pytest.param(2, id="adapter", marks=pytest.mark.slow)]
+)
 def uninterrupted(request, tmp_path_factory):
     options = RESUMED.replace(lora_rank=request.param)
     return options, weights_of(train(tmp_path_factory.mktemp("whole") / "out", corrections(12), options).path)

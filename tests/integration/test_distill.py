@@ -248,9 +248,9 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(model, tmp_path):
     run(model, tmp_path / "run")
     other = Fake()
     other.fingerprint = "other"
-    with pytest.raises(InputError, match=r"was begun with another corrector \('even' then, 'other' now\)"):
+    with pytest.raises(InputError, match=r"was started with another corrector \('even' then, 'other' now\)"):
         run(model, tmp_path / "run", other, resume=True)
-    with pytest.raises(InputError, match="was begun with another prompts"):
+    with pytest.raises(InputError, match="was started with another prompts"):
         run(model, tmp_path / "run", rows=prompts(5), resume=True)
     with pytest.raises(InputError, match="holds a run already"):
         run(model, tmp_path / "run")
@@ -312,5 +312,5 @@ def test_damaged_corrections_of_an_earlier_call_are_refused(model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(model, tmp_path / "run", Fake(1))
     Journal(tmp_path / "run/distill/round-1.corrected.partial").put({0: 1})
-    with pytest.raises(InputError, match="what an earlier run kept is damaged"):
+    with pytest.raises(InputError, match="the results kept by an earlier run are damaged"):
         run(model, tmp_path / "run", resume=True)

@@ -22,7 +22,7 @@ PROBE = torch.tensor([[5, 17, 80, 3, 3, 42, 9]])
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
+    return save_model(tmp_path_factory.mktemp("model"), layers=2)
 
 
 def logits(model):
@@ -109,8 +109,8 @@ def test_a_base_model_that_was_moved_is_named_and_another_refused(finished, tmp_
     (run / "run.json").write_text(json.dumps(facts | {"model": str(tmp_path / "gone")}))
     with pytest.raises(InputError, match="there is no model folder"):
         export_version(load_run(run), tmp_path / "out")
-    with pytest.raises(InputError, match=r"is not the model that .* was begun with"):
-        export_version(load_run(run), tmp_path / "out", model=str(save_model(tmp_path / "other", seed=1)))
+    with pytest.raises(InputError, match=r"is not the model that .* was started with"):
+        export_version(load_run(run), tmp_path / "out", model=str(save_model(tmp_path / "other", seed=1, layers=2)))
     assert not (tmp_path / "out").exists()
     assert export_version(load_run(run), tmp_path / "out", model=str(moved)).version == "003-calm"
 

@@ -30,7 +30,7 @@ PROBE = torch.tensor([[5, 17, 80, 3, 3, 42, 9]])
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = save_model(tmp_path_factory.mktemp("model") / "base")
+    folder = save_model(tmp_path_factory.mktemp("model") / "base", layers=2)
     (folder / "tokenizer.model").write_bytes(b"pieces")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base model\n")
     return folder
@@ -210,7 +210,7 @@ def test_a_base_model_from_the_hub_s_cache(tmp_path):
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
-    blobs = save_model(tmp_path / "blobs")
+    blobs = save_model(tmp_path / "blobs", layers=2)
     (blobs / "LICENSE").write_text("as you like")
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(file)

@@ -45,7 +45,7 @@ def test_each_server_is_sent_its_own_key(monkeypatch):
             corrector.correct("?", "an answer")
         corrected = server.requests[-1].headers["authorization"]
         approver = make_approver(f"{server.url}#judge", None)
-        with pytest.raises(EveralignError, match="no verdict"):
+        with pytest.raises(EveralignError, match="not a verdict"):
             approver.approve(["?"], ["an answer"], ["a better answer"])
         judged = {seen.headers["authorization"] for seen in server.requests[1:]}
     assert corrected == "Bearer corrector-key"
@@ -185,7 +185,7 @@ def test_keys_are_read_again_without_a_restart(tmp_path, caplog):
         assert known("zero", "one", "two", "three") == [True, False, True, True], broken
     file.unlink()
     assert known("two", "four") == [True, False]
-    assert "the keys are those of before" in caplog.text
+    assert "the previous keys stay in use" in caplog.text
     assert "two" not in caplog.text
     file.write_text("four\n")
     assert known("two", "four") == [False, True]
@@ -196,7 +196,7 @@ def test_keys_are_read_again_without_a_restart(tmp_path, caplog):
     ("text", "expected"),
     [
         ("", "has no keys"),
-        ("a b", "line 1: behind a key stand"),
+        ("a b", "line 1: a key may be followed by"),
         ("a\nb requests_per_minute=0", "line 2: requests_per_minute must be a whole number of at least 1"),
         ("a tokens_per_day=1 tokens_per_day=2", "each once"),
         ("secret\nsecret", "line 2: is the key of an earlier line"),

@@ -164,6 +164,16 @@ def test_bad_requests_name_the_field(body, status, param, open_, upstream):
     assert upstream.requests == []
 
 
+def test_a_missing_model_is_said_in_words_and_any_name_of_one_passes(open_, upstream):
+    upstream.answer = lambda _: Script()
+    content = {"content-type": "application/json"}
+    error = post(open_, body={**BODY, "model": " "}, headers=content).json()["error"]
+    assert error["message"] == "model: must be the name of a model"
+    odd = json.dumps({**BODY, "model": "half \ud800"}).encode()
+    assert post(open_, body=odd, headers=content).status_code == 200
+    assert upstream.requests[-1].body["model"] == "half \ud800"
+
+
 def test_a_compressed_body_is_not_read(open_):
     reply = post(open_, body=b"x", headers={"content-type": "application/json", "content-encoding": "gzip"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (415, "unsupported_encoding")
@@ -210,10 +220,10 @@ def test_addresses_that_no_operator_means(url):
 
 
 def test_names_that_lead_to_credentials_and_numbers_in_disguise():
-    with pytest.raises(InputError, match="credentials"):
+    with pytest.raises(InputError, match="metadata service"):
         checked_upstream("http://innocent.example/v1", lambda _: ["93.184.216.34", "169.254.169.254"])
     for disguised in ("http://2852039166/v1", "http://0xa9fea9fe/v1"):
-        with pytest.raises(InputError, match="credentials"):
+        with pytest.raises(InputError, match="metadata service"):
             checked_upstream(disguised)
 
 

@@ -207,7 +207,7 @@ def test_a_damaged_task_is_named(tmp_path, store, monkeypatch):
 
 def test_a_run_that_is_no_corrector_is_not_followed(tmp_path):
     make_learner(saved_model(), tmp_path / "run").learn(task_rows("warm"), "warm")
-    with pytest.raises(InputError, match="learns dpo, so it is no corrector: serve its export as the upstream"):
+    with pytest.raises(InputError, match="learns dpo, so it is not a corrector: serve its export as the upstream"):
         CorrectorReloader(tmp_path / "run", Corrector.from_pretrained)
 
 
@@ -307,8 +307,8 @@ def test_the_command_line(tmp_path, store, capsys):
     # Eight held-out rows show nothing, and it is said before anything is learned.
     code, _, error = run(capsys, *flags, *small)
     assert code == 4
-    assert "not enough evidence: with 8 held-out rows" in error
-    assert "could not be told from chance, which 52 could at best" in error
+    assert "not enough evidence: 8 held-out rows" in error
+    assert "at least 52 are needed to tell" in error
     assert not load_run(tmp_path / "run").all_versions
     assert store.stats().waiting == 30
     code, out, _ = run(capsys, *flags[:1], *flags[5:], *small, "--gate", "1")

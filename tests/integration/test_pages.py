@@ -80,7 +80,7 @@ def test_feedback_is_kept_and_shown(browser, store):
     assert (said.tags, said.comment, said.key_id) == (("a", "b"), "too late", "local")
     assert exchange.returned == "Boil them <later>."
     again = browser.submit(path, digest=shown, rating="good", edited_text="Boil them <later>.")
-    assert "rated good; it takes the place of what you said before" in read(again)
+    assert "rated good; it replaces your earlier feedback" in read(again)
     ((_, said),) = [pair for pair in store.feedback() if pair[0].id == exchange.id]
     assert (said.rating, said.edited_text) == (1, None)
 
@@ -146,7 +146,7 @@ def test_an_answer_can_be_judged_later_by_its_own_key_alone(upstream, tmp_path):
         for reply in (second.get(path), second.submit(path, rating="good")):
             assert reply.status_code == 404
             assert "Is it mine?" not in reply.text
-            assert "no answer of this name is kept for your key" in read(reply)
+            assert "no answer with this id is stored for your key" in read(reply)
 
 
 def test_what_an_answer_is_without_a_corrector(upstream):
@@ -269,7 +269,7 @@ def test_where_too_much_is_under_way_it_is_said(upstream):
         reply = browser.ask("Is there room?", token=token)
         assert reply.status_code == 503
         assert "1 requests are under way already" in read(reply)
-        ticket.release()
+        ticket.close()
         assert browser.ask(token=token).status_code == 200
 
 
@@ -277,7 +277,7 @@ def test_feedback_of_a_page_and_of_the_api_are_one(browser, gateway, store):
     path = form_action(browser.ask())
     id = path.rpartition("/")[2]
     assert HTTP.post(f"{gateway.url}/feedback", json={"id": id, "rating": 1}).json() == {"id": id, "new": True}
-    assert "it takes the place of what you said before" in read(browser.submit(path, rating="bad"))
+    assert "it replaces your earlier feedback" in read(browser.submit(path, rating="bad"))
 
 
 def test_what_nobody_tells_is_a_dash_and_what_is_no_number_too():

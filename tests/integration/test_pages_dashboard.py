@@ -135,7 +135,7 @@ def test_feedback_requests_and_circuits(upstream, tmp_path):
         assert "upstream default closed works corrector closed works" in text
         for _ in range(5):
             gateway.gateway.corrections.breaker.enter().failed()
-        assert "corrector open failed again and again" in read(browser.get("/dashboard"))
+        assert "corrector open failed repeatedly" in read(browser.get("/dashboard"))
 
 
 def test_a_store_that_cannot_be_read_costs_its_section_alone(upstream, tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ def test_a_form_of_nobody_s_session_does_nothing(open_, upstream):
     with Browser(open_) as browser:
         reply = browser.post("/", data={"question": "?", "model": "small", "token": ""})
     assert reply.status_code == 403
-    assert "this form is too old" in read(reply)
+    assert "this form has expired" in read(reply)
     assert upstream.requests == []
 
 

@@ -84,7 +84,7 @@ def test_python_in_a_page_is_python(page):
 def workspace(tmp_path, monkeypatch):
     """The files that the pages name."""
     monkeypatch.chdir(tmp_path)
-    save_model(tmp_path / "model")
+    save_model(tmp_path / "model", layers=2)
     for name, task in (("harmless", "warm"), ("helpful", "brief"), ("pairs", "calm")):
         write_rows(tmp_path / f"{name}.jsonl", task_rows(task))
         write_rows(tmp_path / f"{name}.test.jsonl", held_out(task))
@@ -187,7 +187,7 @@ def test_feedback_on_a_corrector_begins_with_no_model_that_is_none(workspace, ca
     code, _, error = run(capsys, *begun, "--output", "runs/bare", "--no-report")
     assert code == 2
     assert "the feedback is on answers of the corrector 0003" in error
-    assert "name the corrector in service as the model" in error
+    assert "give the corrector in service as the model" in error
     first = next(line for line in commands("README.md") if line.startswith("everalign correct train"))
     assert run(capsys, *quickened(words(first)))[0] == 0
     code, _, error = run(capsys, "learn", *store, "--output", "runs/corrector")

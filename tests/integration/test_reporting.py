@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -25,7 +26,7 @@ from everalign.reporting.formats import (
 )
 from everalign.reporting.headline import cautions, headline
 from everalign.reporting.plots import change_bar, change_lines, progress_lines
-from everalign.reporting.report import forgetting_view, matrix_view
+from everalign.reporting.report import _CONSOLIDATION, _consolidation_cells, forgetting_view, matrix_view
 from everalign.serving.pages.dashboard import forgetting_views
 from runs_for_tests import LIFEALIGN, SEQUENTIAL, module, score, write_run, write_version
 
@@ -151,7 +152,7 @@ DAMAGE = [
     ("zero_shot.json", None, "no such file"),
     ("zero_shot.json", '{"scores": {"harmless": {"accuracy": "high"}}}', "field scores.harmless.accuracy"),
     ("zero_shot.json", '{"scores": {"harmless": {"accuracy": 1.5}}}', "less than or equal to 1"),
-    ("current", "009-other", "'009-other' is no version"),
+    ("current", "009-other", "'009-other' is not a version"),
     ("versions/002-2/manifest.json", None, "no such file"),
     ("versions/002-2/manifest.json", "[]", "field the whole file"),
     ("versions/002-2/scores.json", None, "is missing or has changed"),
@@ -196,7 +197,7 @@ def test_damage_behind_an_unlisted_hash_is_named_too(tmp_path, name, content, me
 
 
 def test_an_unknown_parent_and_a_hole_in_the_scores_are_refused(tmp_path):
-    with pytest.raises(InputError, match="'007-x' is no earlier version"):
+    with pytest.raises(InputError, match="'007-x' is not an earlier version"):
         load_run(write_run(tmp_path / "orphan", parents=["000", "007-x", "002-2"]))
     hole = {"a": [0.5, [0.7]], "b": [0.5, [0.5, 0.8]]}
     with pytest.raises(InputError, match="'a' after learning 'b' is missing"):
@@ -370,7 +371,7 @@ def test_report_shows_the_numbers_of_the_run(tmp_path):
     assert ["zero-shot", "52.0", "55.0", "48.0"] in page.rows
     assert ["after harmless", "0.310", "0.060", "−0.030"] in page.rows
     assert ["harmless", "81.0", "81.0", "78.0", "−3.0", "+3.0"] in page.rows
-    assert ["helpful", "3.5", "92.5%", "10.00%", "6.00", "4.00", "8", "0.15%", "0.00%"] in page.rows
+    assert ["helpful", "3.5", "92.5%", "10.00%", "6.00", "4.00", "8.0", "0.15%", "0.00%"] in page.rows
     assert [
         "model.layers.1.self_attn.v_proj",
         "5",
@@ -513,3 +514,11 @@ def test_tables_and_reading_need_no_plots_and_no_torch():
         "sys.exit(len({'torch', 'matplotlib'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_ranks_of_large_models_are_written_out():
+    modules = [
+        SimpleNamespace(**{field: rank if "rank" in field else 0.5 for field, _, _ in _CONSOLIDATION.values()})
+        for rank in (1200, 1269)
+    ]
+    assert [_consolidation_cells(some)[0] for some in (modules, modules[:1])] == ["1234.5", "1200"]

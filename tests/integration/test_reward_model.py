@@ -403,7 +403,7 @@ def test_a_folder_without_facts_and_damaged_facts_are_refused(folder):
     with pytest.raises(InputError, match="damaged JSON"):
         load_reward_model(folder)
     (folder / FACTS_FILE).unlink()
-    with pytest.raises(InputError, match=f"no reward model \\(it has no {FACTS_FILE}\\)"):
+    with pytest.raises(InputError, match=f"not a reward model \\(it has no {FACTS_FILE}\\)"):
         load_reward_model(folder)
 
 

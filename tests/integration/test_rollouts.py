@@ -278,7 +278,7 @@ def test_the_command_takes_prompts(model, tmp_path, monkeypatch, capsys):
         ({"objective": "dpo"}, "dpo learns from no rewards and would ignore reward"),
         (
             {"objective": "snkl", "rollouts": RolloutOptions(rounds=2), "options": {"reference": "previous_task"}},
-            "the policy before the task is not at hand",
+            "the policy before the task is not available",
         ),
     ],
 )
@@ -400,4 +400,4 @@ def test_pairs_without_anybody_who_gives_rewards_are_refused_with_advice(model, 
     given = ("--model", str(model), "--task", f"a={tmp_path}/pairs.jsonl", "--output", str(tmp_path / "run"))
     code, _, errors = run(capsys, "learn", *given, "--objective", "var")
     assert code == 2
-    assert "pairs.jsonl: preferences have no rewards: name who gives them with reward" in errors
+    assert "pairs.jsonl: preferences have no rewards: name a scorer with reward" in errors

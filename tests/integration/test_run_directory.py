@@ -50,7 +50,7 @@ def test_a_folder_with_other_files_is_refused_before_the_model_is_loaded(tmp_pat
     for again in (False, True):
         with pytest.raises(InputError, match="is not empty and holds no run"):
             make_learner("no/such/model", tmp_path, resume=again)
-    with pytest.raises(InputError, match=r"thesis\.tex is no directory"):
+    with pytest.raises(InputError, match=r"thesis\.tex is not a directory"):
         make_learner("no/such/model", tmp_path / "thesis.tex")
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -104,19 +104,19 @@ def test_run_json_tells_how_the_run_was_made(model, finished):
     ],
 )
 def test_other_settings_are_named_and_refused(model, run, arguments, difference):
-    with pytest.raises(InputError, match=rf"was begun with another {difference}: use the same settings, or another"):
+    with pytest.raises(InputError, match=rf"was started with another {difference}: use the same settings, or another"):
         resume(model, run, **arguments)
 
 
 def test_another_model_is_refused(run, tmp_path):
-    with pytest.raises(InputError, match="was begun with another model_fingerprint"):
+    with pytest.raises(InputError, match="was started with another model_fingerprint"):
         resume(save_model(tmp_path / "other", seed=1), run)
 
 
 def test_another_chat_template_is_refused(model, run, tmp_path):
     other = shutil.copytree(model, tmp_path / "other")
     (other / "chat_template.jinja").write_text(DEFAULT_CHAT_TEMPLATE + "!")
-    with pytest.raises(InputError, match="was begun with another template"):
+    with pytest.raises(InputError, match="was started with another template"):
         resume(other, run)
 
 
@@ -186,7 +186,9 @@ def test_a_version_without_its_manifest_is_refused(model, run):
 
 def test_a_missing_parent_is_refused(model, run):
     shutil.rmtree(run / "versions" / "001-warm")
-    with pytest.raises(InputError, match=r"002-brief/manifest\.json: field parent: '001-warm' is no earlier version"):
+    with pytest.raises(
+        InputError, match=r"002-brief/manifest\.json: field parent: '001-warm' is not an earlier version"
+    ):
         resume(model, run)
 
 

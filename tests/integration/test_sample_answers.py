@@ -73,7 +73,7 @@ def test_none_are_written_unless_asked_for(model, tmp_path):
         make_learner(model, tmp_path / "other", sample_answers=-1)
 
 
-@pytest.mark.parametrize("moment", ["answers", "write_version"])
+@pytest.mark.parametrize("moment", [pytest.param("answers", marks=pytest.mark.slow), "write_version"])
 def test_a_run_that_was_killed_has_the_same_answers(model, tmp_path, monkeypatch, moment):
     def learn(name, **options):
         learner = make_learner(model, tmp_path / name, sample_answers=2, **options)

@@ -194,7 +194,7 @@ def test_rows_without_numbers_of_an_earlier_format_are_refused(tmp_path):
         score_rows(rows(), Lengths(fails=2), path, answers_per_batch=1)
     (partial,) = tmp_path.iterdir()
     partial.write_text("[1.0, 2.0, 3.0]\n")
-    with pytest.raises(InputError, match=r"partial: .* was not kept by this version .*: delete this file"):
+    with pytest.raises(InputError, match=r"partial: .* not written by this version .*: delete this file"):
         score_rows(rows(), Lengths(), path)
 
 
@@ -302,10 +302,10 @@ def test_an_edited_function_is_another_one(module):
     [
         ("no_such_module_at_all:f", "cannot import the module no_such_module_at_all"),
         ("my_scorers_for_tests:missing", "no attribute 'missing'"),
-        ("my_scorers_for_tests:number", "is no function but int"),
+        ("my_scorers_for_tests:number", "is not a function but int"),
         ("my_scorers_for_tests:", "must be module:function"),
         (":f", "must be module:function"),
-        ("nowhere", "no reward model"),
+        ("nowhere", "not a reward model"),
     ],
 )
 def test_a_scorer_that_is_not_there_is_named(name, message, module):

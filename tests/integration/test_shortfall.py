@@ -61,7 +61,7 @@ def test_too_few_new_tokens_are_refused_before_training(here, tmp_path, capsys):
     code, _, err = sampled(capsys, tmp_path / "run", 2)
     assert code == 2
     told = " ".join(err.split())
-    assert "of 32 sampled answers did not end or say nothing, more than half: raise --max-new-tokens" in told
+    assert "of 32 sampled answers did not end or are empty, more than half: raise --max-new-tokens" in told
     assert "2 now" in told
     assert not list((tmp_path / "run").glob("versions/*"))
 
@@ -71,7 +71,7 @@ def test_some_unfinished_answers_are_told_of_in_log_manifest_report_and_json(her
     code, out, err = sampled(capsys, tmp_path / "run", 16, "--json")
     assert code == 0, err
     told, *_ = load_run(tmp_path / "run").versions[0].manifest.warnings
-    assert "of 32 sampled answers did not end or say nothing: raise --max-new-tokens (max_new_tokens), 16 now" in told
+    assert "of 32 sampled answers did not end or are empty: raise --max-new-tokens (max_new_tokens), 16 now" in told
     warning = told.removeprefix("round 1: ")
     assert f"warning: prompts.jsonl: {warning}" in " ".join(err.split())
     assert told in render_report([load_run(tmp_path / "run")])

@@ -383,7 +383,7 @@ def test_gamma_of_the_objective_reaches_the_loss():
 # ---- bf16 ----
 
 
-@pytest.mark.parametrize("name", ALL_OBJECTIVES)
+@pytest.mark.parametrize("name", slow_but(["fpo", "var", "snkl"], ALL_OBJECTIVES))
 def test_bf16_training_stays_near_fp32(name, tmp_path):
     curves = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from everalign.modeling.policy import Policy
@@ -50,6 +51,42 @@ def test_norms(dtype, tolerance, learns):
 def test_gated_layers(dtype, tolerance, learns):
     config = random_model("llama").config
     assert_lean_agrees(lambda: LlamaMLP(config), config.hidden_size, dtype, tolerance, learns)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_rotary_embeddings(dtype, tolerance):
+    """Values and gradients of the library's own function, of which the cosines of both halves may differ."""
+    use_lean_layers(random_model("llama"))
+    lean, own = modeling_llama.apply_rotary_pos_emb, modeling_llama.apply_rotary_pos_emb.__wrapped__
+    generator = torch.Generator().manual_seed(0)
+    cos, sin = (torch.randn(1, 7, 8, generator=generator).to(dtype) for _ in range(2))
+    found = {}
+    for name, rotate in {"own": own, "lean": lean}.items():
+        start = [torch.randn(2, heads, 7, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2)]
+        leaves = [x.to(dtype).requires_grad_() for x in start]
+        rotated = rotate(*(leaf * 1.0 for leaf in leaves), cos, sin)
+        sum((x.float() * torch.linspace(-1, 2, x.numel()).view(x.shape)).sum() for x in rotated).backward()
+        found[name] = [*(x.detach() for x in rotated), *(leaf.grad for leaf in leaves)]
+    for theirs, ours in zip(*found.values(), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
+
+
+def test_a_rotary_embedding_writes_into_nothing_that_is_needed():
+    use_lean_layers(random_model("llama"))
+    rotate = modeling_llama.apply_rotary_pos_emb
+    cos, sin = torch.rand(2, 1, 7, 8).unbind(0)
+    leaf, shared = torch.rand(1, 4, 7, 8, requires_grad=True), torch.rand(1, 1, 7, 8).expand(1, 2, 7, 8)
+    before = leaf.detach().clone(), shared.clone()
+    rotate(leaf, shared, cos, sin)
+    assert torch.equal(leaf, before[0])
+    assert torch.equal(shared, before[1])
+    # A product keeps its operands for the backward pass: writing over one is an error, not a wrong gradient.
+    query = leaf * 1.0
+    kept = query * query
+    rotate(query, shared.clone(), cos, sin)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.sum().backward()
 
 
 class Clamped(LlamaMLP):

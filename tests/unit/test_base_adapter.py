@@ -178,11 +178,11 @@ def test_a_classifiers_adapter_is_refused(folder):
 
 def test_an_adapter_as_model_must_say_what_it_belongs_to(folder):
     edit(folder, base_model_name_or_path=None)
-    assert f"does not say of which model: name that as the model (--model BASE --adapter {folder})" in refusal(
+    assert f"that does not name its base model: give that as the model (--model BASE --adapter {folder})" in refusal(
         None, folder
     )
     edit(folder, base_model_name_or_path="/gone/away")
-    assert "is an adapter of /gone/away, which is not there: name its base model" in refusal(None, folder)
+    assert "is an adapter of /gone/away, which cannot be found: give its base model" in refusal(None, folder)
 
 
 def test_two_adapters_are_refused(folder):
@@ -206,7 +206,7 @@ def test_an_adapter_beside_a_models_weights_is_never_passed_over(folder, tmp_pat
 
 @pytest.fixture
 def start(tmp_path):
-    model = save_model(tmp_path / "model")
+    model = save_model(tmp_path / "model", layers=2)
     save_adapter(tmp_path / "start", model)
     return model, tmp_path / "start"
 
@@ -263,7 +263,7 @@ def test_a_changed_adapter_is_not_resumed(start, tmp_path):
     for changed in (None, tmp_path / "other"):
         if changed is not None:
             save_adapter(changed, model, size=0.06)
-        with pytest.raises(InputError, match="was begun with another model_fingerprint"):
+        with pytest.raises(InputError, match="was started with another model_fingerprint"):
             make_learner(model, tmp_path / "run", base_adapter=changed, resume=True)
 
 

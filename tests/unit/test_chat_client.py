@@ -316,8 +316,8 @@ def test_a_stream_is_asked_for_again_only_before_its_first_text(fault):
 @pytest.mark.parametrize(
     ("events", "message"),
     [
-        (["nothing"], "an event that is no JSON object"),
-        ([{"choices": [1]}], "a choice that is no JSON object"),
+        (["nothing"], "an event that is not a JSON object"),
+        ([{"choices": [1]}], "a choice that is not a JSON object"),
         ([{"error": {"message": f"bad {KEY}"}}], r"holds an error: .*bad \*\*\*"),
         ([piece("a"), "[DONE]"], "ends before the text does"),
     ],
@@ -351,10 +351,16 @@ def test_a_huge_stream_is_refused(monkeypatch):
         (Reply(b"x" * 5000, 400), "status 400: x{300}…$"),
         (Reply(b"", 307, {"location": "http://elsewhere/v1"}), "307 leads to http://elsewhere/v1, which is not foll"),
         (Reply(b"", 302), "status 302 leads to nowhere"),
-        (Reply(b'{"choices": [', 200), r"no JSON object \(application/json\): \{\"choices\": \[; is this the address"),
-        (Reply(b"[" * 100_000), "no JSON object"),
-        (Reply(b"<html>", kind="text/html"), r"no JSON object \(text/html\): <html>; is this the address of an API\?"),
-        (Reply(b"[1]"), "no JSON object"),
+        (
+            Reply(b'{"choices": [', 200),
+            r"not a JSON object \(application/json\): \{\"choices\": \[; is this the address",
+        ),
+        (Reply(b"[" * 100_000), "not a JSON object"),
+        (
+            Reply(b"<html>", kind="text/html"),
+            r"not a JSON object \(text/html\): <html>; is this the address of an API\?",
+        ),
+        (Reply(b"[1]"), "not a JSON object"),
         (Reply({"choices": []}), r'no choices: \{"choices": \[\]\}$'),
         (Reply({"error": {"message": "no money"}}), "no choices: no money$"),
         (Reply({"choices": [1]}), "no choices"),

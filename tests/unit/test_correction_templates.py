@@ -315,7 +315,7 @@ def test_a_model_without_corrector_json_needs_its_template_named(tmp_path):
     files = load_corrector_files(tmp_path, "aligner-1")
     assert (files.template.id, files.objectives, files.facts) == ("aligner-1", (), None)
     assert load_corrector_files("aligner/aligner-7b-v1.0", "aligner-1").template is files.template
-    with pytest.raises(InputError, match=r"no corrector \(it has no corrector.json\)"):
+    with pytest.raises(InputError, match=r"not a corrector \(it has no corrector.json\)"):
         load_corrector_files(tmp_path)
 
 

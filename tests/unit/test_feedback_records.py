@@ -31,10 +31,10 @@ from stores_for_tests import NOW, exchange, feedback
         ({"messages": ()}, r"field 'messages': the list is empty"),
         ({"messages": ({"role": "user"}, "hi")}, r"field 'messages\[1\]': must be an object with 'role', found text"),
         ({"messages": ({"content": "hi"},)}, r"field 'messages\[0\]': must be an object with 'role'"),
-        ({"messages": ({"role": "user", "content": {1, 2}},)}, r"field 'messages\[0\]': is no JSON"),
+        ({"messages": ({"role": "user", "content": {1, 2}},)}, r"field 'messages\[0\]': is not JSON"),
         ({"messages": ({"role": "user", "content": "\udfff"},)}, r"field 'messages\[0\]': half a surrogate pair"),
         ({"usage": None}, r"field 'usage': must be an object, found null"),
-        ({"usage": {"x": float("nan")}}, r"field 'usage': is no JSON"),
+        ({"usage": {"x": float("nan")}}, r"field 'usage': is not JSON"),
     ],
 )
 def test_a_wrong_field_of_an_exchange_is_named(given, message):
@@ -60,7 +60,7 @@ def test_a_wrong_field_of_an_exchange_is_named(given, message):
         ({"tags": ["x" * 65]}, r"field 'tags\[0\]': 65 characters; at most 64"),
         ({"tags": [str(i) for i in range(17)]}, r"field 'tags': 17 tags; at most 16"),
         ({"created": None}, r"field 'created': must be a datetime, found null"),
-        ({"rating": None}, r"feedback says nothing: give rating, preferred, edited_text, tags or comment"),
+        ({"rating": None}, r"the feedback is empty: give rating, preferred, edited_text, tags or comment"),
     ],
 )
 def test_a_wrong_field_of_feedback_is_named(given, message):
@@ -72,7 +72,7 @@ def test_messages_of_endless_depth_are_refused():
     deep = []
     for _ in range(5000):
         deep = [deep]
-    with pytest.raises(InputError, match=r"field 'messages\[0\]': is no JSON"):
+    with pytest.raises(InputError, match=r"field 'messages\[0\]': is not JSON"):
         exchange(messages=({"role": "user", "content": deep},))
 
 

@@ -93,7 +93,7 @@ def test_texts_are_cut_by_the_files_rule(tmp_path, rule, pieces):
 
 def test_a_rule_that_transformers_does_not_know_is_refused(tmp_path):
     file = write_gguf(tmp_path / "m.gguf", tiny_llama(), "viking")
-    with pytest.raises(InputError, match="cuts texts by the rule 'viking', which transformers does not know"):
+    with pytest.raises(InputError, match="splits text by the rule 'viking', which transformers does not know"):
         load_tokenizer(str(file))
 
 

@@ -172,7 +172,7 @@ def test_a_reply_that_cannot_be_read_is_asked_for_once_more():
     [
         (
             answer("No \x1b[31mway. " * 100),
-            r"the answer 'a': .* no score, asked twice: (No \[31mway\. )+.*…; take a model",
+            r"the answer 'a': .* not a score, asked twice: (No \[31mway\. )+.*…; take a model",
         ),
         (answer("{", "length"), r"asked twice \(the second reply was cut at the limit of tokens\): \{; take"),
         (answer(""), r"asked twice: \(nothing\); take"),
@@ -286,12 +286,12 @@ def test_a_cache_holds_many_rewards(tmp_path):
 def test_a_cache_that_cannot_be_used_is_named(tmp_path):
     broken = tmp_path / "rewards.sqlite"
     broken.write_text("this is no database, however long it may be" * 50)
-    with pytest.raises(InputError, match=r"rewards\.sqlite: .*damaged, or was not kept by this version .*: delete"):
+    with pytest.raises(InputError, match=r"rewards\.sqlite: .*damaged, or not written by this version .*: delete"):
         reward_cache(tmp_path).read(["key"])
     with pytest.raises(InputError, match="must be a folder"):
         reward_cache(broken)
     (tmp_path / "folder.sqlite").mkdir()
-    with pytest.raises(EveralignError, match=r"folder\.sqlite: nothing can be kept here"):
+    with pytest.raises(EveralignError, match=r"folder\.sqlite: cannot be written"):
         Journal(tmp_path / "folder.sqlite").put({"key": 1.0})
 
 
@@ -366,7 +366,7 @@ def test_reward_score_tells_what_a_judge_took(work, capsys):
 def test_tokens_that_are_not_told_are_no_zero(work, capsys):
     with ChatServer(lambda _: answer("3", usage=None)) as server:
         _, out, _ = run(capsys, *score(server.url))
-    assert "6 requests, 0 + 0 tokens asked and answered; 6 replies did not tell theirs" in out
+    assert "6 requests, 0 + 0 tokens asked and answered; 6 replies did not report theirs" in out
 
 
 def test_own_instructions_and_limits_reach_the_judge(work, capsys):

@@ -328,7 +328,7 @@ def test_an_unfit_quantiser_is_refused_before_training(folder):
     model = load_model(str(folder))
     model.config.quantization_config = {"quant_method": "spqr"}
     model.hf_quantizer = type("Quantizer", (HfQuantizer,), {"__init__": lambda self: None, "is_trainable": False})
-    with pytest.raises(InputError, match="is quantised with spqr, through which transformers trains no adapter"):
+    with pytest.raises(InputError, match="is quantised with spqr, on which transformers cannot train adapters"):
         loading.check_trainable(model, "m")
     with pytest.raises(InputError, match=r"its own weights cannot be trained: give --lora-rank"):
         loading.check_all_weights(model, "m")

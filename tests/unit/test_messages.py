@@ -123,7 +123,7 @@ def test_what_is_more_than_a_text_cannot_be_corrected():
         ({"tools": {"name": "add"}}, "'tools': must be a list of objects"),
         ({"tools": "add"}, "'tools': is text that is not JSON"),
         ({"chat_template_kwargs": ["x"]}, "'chat_template_kwargs': must be an object, found a list"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "'chat_template_kwargs': 'tokenize' is no variable"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "'chat_template_kwargs': 'tokenize' is not a template variable"),
         ({"prompt": [{**USER, "name": 3}]}, "'prompt[0]': 'name' must be text, found a number"),
         ({"prompt": [{"role": "assistant", "tool_calls": ["x"]}, USER]}, "'prompt[0]': 'tool_calls' must be a list of"),
         ({"prompt": [{"role": "user", "tool_calls": [{}]}]}, "'prompt[0]': a message needs 'content'"),

@@ -10,12 +10,12 @@ from everalign.learning.options import PAPER_ADAPTER
 
 NOT_NUMBERS = (math.nan, math.inf, -math.inf, True, None, "1", [1])
 BAD_TRAINING = {
-    "reference": ("Base", "none", "", None),
+    "reference": ("Base", "none", ""),
     "learning_rate": (0, -1e-4, *NOT_NUMBERS),
     "epochs": (0.0, -1, *NOT_NUMBERS),
     "sft_epochs": (-0.5, *NOT_NUMBERS),
     "sft_learning_rate": (0.0, -1e-4, *NOT_NUMBERS),
-    "beta": (0.0, -0.1, *NOT_NUMBERS),
+    "beta": (0.0, -0.1, *(value for value in NOT_NUMBERS if value is not None)),
     "batch_size": (0, -1, 1.5, 16.0, *NOT_NUMBERS),
     "tokens_per_batch": (0, -1, 1.5, *NOT_NUMBERS),
     "max_length": (0, 7, 64.0, *NOT_NUMBERS),
@@ -69,6 +69,7 @@ def test_the_paper_preset_has_the_scripts_values():
     paper = TrainingOptions.preset("paper")
     assert paper.model_dump() == TrainingOptions().model_dump() | {
         "reference": "base",
+        "beta": 0.1,
         "learning_rate": 5e-6,
         "epochs": 3.0,
         "sft_epochs": 3.0,
@@ -96,7 +97,7 @@ def test_presets_take_changes_and_refuse_unknown_names():
     assert TrainingOptions.preset("paper", beta=0.5).beta == 0.5
     with pytest.raises(InputError, match="unknown preset 'Paper': choose one of default, paper"):
         TrainingOptions.preset("Paper")
-    with pytest.raises(InputError, match="lr is no option of TrainingOptions: known are reference, learning_rate"):
+    with pytest.raises(InputError, match="lr is not an option of TrainingOptions: known are reference, learning_rate"):
         TrainingOptions.preset("paper", lr=1.0)
     with pytest.raises(InputError, match="epochs must be"):
         TrainingOptions.preset("paper", epochs=0)

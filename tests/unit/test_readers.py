@@ -177,8 +177,8 @@ DAMAGED = [
     ("a.csv", b"prompt,chosen,rejected,chosen\n", "{}: field 'chosen': 2 columns have this name"),
     ("a.csv", b'prompt,chosen,rejected\n"p,a,b\np,a,b\n', "{}:3: broken CSV: unexpected end of data"),
     ("a.csv", b"prompt,chosen,rejected\np,\xe9,b\n", "{}:2: not UTF-8 (byte 0xe9)"),
-    ("a.parquet", b"PAR1 no", "{}: damaged, or no Parquet file"),
-    ("a.parquet", b"", "{}: damaged, or no Parquet file"),
+    ("a.parquet", b"PAR1 no", "{}: damaged, or not a Parquet file"),
+    ("a.parquet", b"", "{}: damaged, or not a Parquet file"),
     ("a.txt", b"x", "{}: unknown kind of file; the name must end in .json, .json.gz, .jsonl"),
 ]
 

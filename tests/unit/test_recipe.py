@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 
 from everalign.cli.learn import learn as learn_verb
+from everalign.cli.serve import serve
 from everalign.errors import InputError
 from everalign.learning.options import (
     PAPER_ADAPTER,
@@ -18,6 +19,7 @@ from everalign.learning.options import (
 from everalign.learning.recipe import Recipe, load_tasks
 from everalign.methods import METHODS
 from everalign.objectives import Estimator
+from everalign.options import declared
 from everalign.training.objectives import OBJECTIVES
 from everalign.training.options import WeightOptions
 
@@ -158,7 +160,7 @@ def test_a_mistake_is_found_at_its_line(read, tmp_path, text, line, field):
         (b"model: [\n", ":2: broken YAML"),
         (b"- a\n", ": must hold keys and values"),
         (b"", ": must hold keys and values"),
-        (b"model: \xff\n", ": no text file in UTF-8"),
+        (b"model: \xff\n", ": not a UTF-8 text file"),
         (b"model: \x07\n", ": broken YAML"),
         (b"? {a: b}\n: c\n", ":1: broken YAML"),
         (b"model: !!python/object:os.system x\n", ":1: broken YAML"),
@@ -172,7 +174,7 @@ def test_what_is_no_recipe_at_all(content, problem, tmp_path):
     assert str(caught.value).startswith(f"{path}{problem}")
 
 
-@pytest.mark.parametrize(("name", "problem"), [("no.yaml", "no such file"), (".", "no text file in UTF-8")])
+@pytest.mark.parametrize(("name", "problem"), [("no.yaml", "no such file"), (".", "not a UTF-8 text file")])
 def test_a_recipe_that_is_not_there_or_a_folder(name, problem, tmp_path):
     with pytest.raises(InputError, match=problem):
         Recipe.read(tmp_path / name)
@@ -200,6 +202,8 @@ def test_a_given_false_or_zero_counts(read):
 def test_a_wrong_flag_is_named_as_a_flag():
     for flags, problem in (
         ({"learning_rate": float("nan")}, "--learning-rate must be a number above 0"),
+        ({"gamma": -1.0}, "--gamma must be a number of at least 0, found -1.0"),
+        ({"temperature": 0.0}, "--temperature must be a number above 0, found 0.0"),
         ({"tasks": [{"name": "a", "train": "b"}] * 2}, "--task: the name 'a' is given twice"),
         ({"method": ""}, "--method must be text that is not empty"),
     ):
@@ -241,11 +245,12 @@ def test_help_names_every_choice():
     assert all(name in text("objective") for name in OBJECTIVES)
     assert all(name in text("estimator") for name in get_args(Estimator))
     for flag in ("reference", "precision", "attention", "scheduler"):
-        assert all(name in text(flag) for name in get_args(TrainingOptions.model_fields[flag].annotation))
+        assert all(name in text(flag) for name in get_args(declared(TrainingOptions.model_fields[flag]).type))
 
 
 def test_help_tells_the_defaults():
     parameters = inspect.signature(learn_verb).parameters
+    assert "by default" not in inspect.signature(serve).parameters["root_path"].annotation.__metadata__[0].help
     assert "; 16 by default" in parameters["batch_size"].annotation.__metadata__[0].help
     assert "; 0.0001 by default" in parameters["learning_rate"].annotation.__metadata__[0].help
 

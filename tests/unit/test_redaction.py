@@ -67,7 +67,7 @@ def test_only_what_is_asked_for_is_taken_out():
     ("given", "message"),
     [
         ({"kinds": ("name",)}, "redaction: there is no 'name'; choose from email, phone, card, key"),
-        ({"patterns": [("case", "(")]}, "redaction: the pattern of 'case' is no regular expression"),
+        ({"patterns": [("case", "(")]}, "redaction: the pattern of 'case' is not a regular expression"),
         ({"patterns": [("case", r"\d*")]}, "redaction: the pattern of 'case' matches the empty text"),
     ],
 )

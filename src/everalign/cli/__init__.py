@@ -26,7 +26,7 @@ _UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])
 
 app = typer.Typer(
     help="Keeps a language model aligned while preferences keep changing.",
-    epilog="Every verb explains itself: everalign learn --help. "
+    epilog="Help for a command: everalign learn --help. "
     "Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 4 not enough evidence for one.",
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -49,7 +49,9 @@ def train(
     output: Annotated[Path, option("The corrector's folder.", "DIR")],
     test: Annotated[str | None, option("Held-out rows, for the report.", "ROWS")] = None,
     seed: Seed = 0,
-    filtered: Annotated[bool, option("Leave out corrections that teach nothing, and say why.", "", "--filter")] = False,
+    filtered: Annotated[
+        bool, option("Leave out corrections that teach nothing, and report why.", "", "--filter")
+    ] = False,
     allow_overlap: AllowOverlap = False,
     skip_bad_rows: SkipBadRows = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -103,7 +105,7 @@ def train(
     from everalign.reporting.formats import fixed, percent, seconds
 
     if report is None:
-        show("No held-out rows (--test), so what the corrector is worth is not known.")
+        show("No held-out rows (--test), so the corrector was not evaluated.")
     else:
         lines = [
             ("perplexity", fixed(report.perplexity, 2), "per token of the corrections"),
@@ -135,13 +137,13 @@ def _load(source: str, skip_bad_rows: bool) -> "CorrectionSet":
 )
 def steer(
     corrector: Annotated[str, option("A corrector's folder; the direction is written into it.", "DIR")],
-    data: Annotated[str, option("Corrections, best such as it was not trained on.", "CORRECTIONS")],
+    data: Annotated[str, option("Corrections, preferably ones that it was not trained on.", "CORRECTIONS")],
     direction: Annotated[str | None, option("Direction: mean of the differences, or principal.", "KIND")] = None,
     layers: Annotated[str | None, option("Layers to steer together, such as 3,4; the best one by default.")] = None,
     strengths: Annotated[str | None, option('Strengths to try: "-1,-0.5,0.5,1".', "NUMBERS")] = None,
-    rows: Annotated[int | None, option("Most rows to extract from.")] = None,
-    trials: Annotated[int | None, option("Most rows to compare layers on.")] = None,
-    prefix: Annotated[int | None, option("Most tokens of each answer to look at.")] = None,
+    rows: Annotated[int | None, option("Maximum number of rows to extract from.")] = None,
+    trials: Annotated[int | None, option("Maximum number of rows to compare layers on.")] = None,
+    prefix: Annotated[int | None, option("Maximum number of tokens to look at in each answer.")] = None,
     precision: Annotated[str | None, option("Precision of the computation.", "fp32|bf16")] = None,
     tokens_per_batch: TokensPerBatch = None,
     seed: Seed = 0,
@@ -181,7 +183,7 @@ def steer(
             **{name: value for name, value in local.items() if value is not None},
         )
     if as_json:
-        show_json({"corrector": corrector, **facts.model_dump(mode="json")})
+        show_json({"corrector": str(Path(corrector)), **facts.model_dump(mode="json")})
         return
     lines = [
         (f"{one.strength:g}", fixed(one.edit_share, 2), percent(one.changed), percent(one.well_formed))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 DATA_EPILOG = (
     "Example: everalign correct data --data questions.jsonl --answers-from http://127.0.0.1:8000/v1#small "
     "--corrections-from http://127.0.0.1:8000/v1#large --output corrections.jsonl; the key is read from "
-    "OPENAI_API_KEY, and that of another server that corrects from CORRECTIONS_API_KEY"
+    "OPENAI_API_KEY, and of another server for corrections from CORRECTIONS_API_KEY"
 )
 _URL = "://"
 
@@ -49,32 +49,35 @@ def data(
     output: Annotated[Path, option("The corrections.", "FILE.jsonl")],
     answers_from: Annotated[
         str | None,
-        option("Model that answers, on a server or here; the rows' own by default.", "URL#MODEL|MODEL"),
+        option(
+            "Model that answers, on a server or in this process; by default the rows have answers.", "URL#MODEL|MODEL"
+        ),
     ] = None,
     corrections_from: Annotated[
-        str | None, option("Model that corrects, on a server; the rows' own corrections by default.", "URL#MODEL")
+        str | None, option("Model that corrects, on a server; by default the rows have corrections.", "URL#MODEL")
     ] = None,
     instructions: Annotated[Path | None, option("How answers are to be corrected.", "FILE")] = None,
     temperature: Annotated[float | None, option("Temperature of the answers; 0.5 by default.")] = None,
     max_new_tokens: Annotated[
-        int | None, option("Longest answer; by default the server's own limit, and 512 for a model here.")
+        int | None, option("Longest answer, in tokens; by default the server's limit, or 512 in this process.")
     ] = None,
-    seed: Annotated[int | None, option("Seed of the answers of a model here.")] = None,
+    seed: Annotated[int | None, option("Random seed of answers sampled in this process.")] = None,
     keep_going: Annotated[
         bool, option("Write questions that fail into a file, and continue.", "", "--keep-going")
     ] = False,
     template: Annotated[
-        str | None, option("Template whose marks no correction may have; everalign-1 by default.", "ID")
+        str | None, option("Template whose markers corrections must not contain; everalign-1 by default.", "ID")
     ] = None,
-    longest: Annotated[int | None, option("Most characters of a correction.")] = None,
-    near: Annotated[float | None, option("Similarity from which rows are near-duplicates, up to 1.")] = None,
+    longest: Annotated[int | None, option("Maximum number of characters of a correction.")] = None,
+    near: Annotated[float | None, option("Lowest similarity of near-duplicates, up to 1.")] = None,
     concurrency: Concurrency = None,
     requests_per_minute: RequestsPerMinute = None,
     timeout: Timeout = None,
     price_in: Annotated[
-        str | None, option("Price of a million tokens read; two for answers and corrections.", "PRICE[,PRICE]")
+        str | None,
+        option("Price of a million input tokens; give two if answers and corrections differ.", "PRICE[,PRICE]"),
     ] = None,
-    price_out: Annotated[str | None, option("Price of a million tokens written.", "PRICE[,PRICE]")] = None,
+    price_out: Annotated[str | None, option("Price of a million output tokens.", "PRICE[,PRICE]")] = None,
     overwrite: Overwrite = False,
     skip_bad_rows: SkipBadRows = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -106,7 +109,7 @@ def data(
     with resumable(), Display() as display:
         rows = load_drafts(data, skip_bad_rows=skip_bad_rows)
         report_unused(rows)
-        display.log(f"{len(rows)} rows")
+        display.log(f"{rows.row_numbers[-1]} rows")
         done = make_corrections(
             rows,
             output,
@@ -132,7 +135,7 @@ def _answerer(name: str | None, sampling: dict[str, Any], limits: dict[str, Any]
         return None
     if _URL not in name:
         return LocalModel(name, **given)
-    _refuse({"seed": sampling["seed"]}, "a server draws by itself")
+    _refuse({"seed": sampling["seed"]}, "a server chooses its own seed")
     return EndpointAnswers(ChatClient.from_name(name, "who answers", **limits), **given)
 
 
@@ -219,12 +222,12 @@ def _show_data(facts: dict[str, Any]) -> None:
             line += f": {stage['requests']} requests, {stage['prompt_tokens']} + {stage['completion_tokens']} tokens "
             line += "read and written"
             if stage["untold"]:
-                line += f"; {stage['untold']} replies did not tell theirs"
+                line += f"; {stage['untold']} replies did not report theirs"
             if "cost" in stage:
                 line += f", cost {stage['cost']:.4g}"
         show_line("edits" if stage["stage"] == "corrections" else stage["stage"], line)
     if facts["cost"] is not None:
-        least = " at least: not every reply told its tokens" if any(s["untold"] for s in facts["stages"]) else ""
+        least = " at least: not every reply reported its tokens" if any(s["untold"] for s in facts["stages"]) else ""
         show_line("cost", f"{facts['cost']:.4g}{least}")
     show_line("output", facts["output"])
 

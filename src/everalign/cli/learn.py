@@ -47,11 +47,16 @@ def learn(
     task: Annotated[
         list[str] | None, option("A task's name and files; once for each task, in order.", "NAME=TRAIN[,TEST]")
     ] = None,
-    method: Annotated[str | None, option("lifealign (default), er, seqft, mtl or stl.")] = None,
+    method: Annotated[
+        str | None,
+        option(
+            "lifealign (default), lifealign-rf, er, seqft, mtl, stl, gem, ewc, olora, cppo, copr, ogpsa, slao or gdumb."
+        ),
+    ] = None,
     recipe: Annotated[Path | None, option("Read options from a file; flags win.", "FILE.yaml")] = None,
     print_recipe: Annotated[bool, option("Print all options as a recipe, and exit.", "", "--print-recipe")] = False,
     resume: Annotated[
-        bool, option("Continue the run in DIR, with the options it was begun with.", "", "--resume")
+        bool, option("Continue the run in DIR, with the options it was started with.", "", "--resume")
     ] = False,
     as_json: Json = False,
     trust_remote_code: TrustRemoteCode = False,

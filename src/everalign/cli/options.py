@@ -45,7 +45,7 @@ def flags(
             if kind is None or (only and name not in only):
                 continue
             text, default = about.description.partition("\n")[0], field.default
-            if default not in (None, False, 0, ()):
+            if default not in (None, False, 0, (), ""):
                 shown = f"{default:g}" if isinstance(default, float) else default
                 text = f"{text.removesuffix('.')}; {shown} by default."
             flag = typer.Option(
@@ -107,23 +107,23 @@ TrustRemoteCode = Annotated[
     typer.Option("--trust-remote-code", metavar="", help="Run Python code that comes with the model.", callback=_trust),
 ]
 SkipBadRows = Annotated[bool, option("Skip bad rows and report them.", "", "--skip-bad-rows")]
-AllowOverlap = Annotated[bool, option("Allow rows that are in both sets.", "", "--allow-overlap")]
+AllowOverlap = Annotated[bool, option("Allow rows to be in both the training and the test set.", "", "--allow-overlap")]
 Overwrite = Annotated[bool, option("Replace the output file.", "", "--overwrite")]
-Seed = Annotated[int, option("Seed of everything random; 0 by default.")]
-Template = Annotated[str | None, option("What the corrector reads, if it does not say so itself.", "ID")]
+Seed = Annotated[int, option("Random seed; 0 by default.")]
+Template = Annotated[str | None, option("Prompt template of the corrector, if its folder does not name it.", "ID")]
 Objectives = Annotated[
-    str | None, option('Objectives of a corrector on a server, as it was trained: "helpful,harmless".', "WORDS")
+    str | None, option('Objectives that a corrector on a server was trained with: "helpful,harmless".', "WORDS")
 ]
 Gate = Annotated[
-    float | None, option("Return answers unchanged from this mean log-likelihood on, in nats per token.", "NATS")
+    float | None, option("Keep answers with at least this mean log-likelihood, in nats per token.", "NATS")
 ]
 Guarded = Annotated[
-    bool, typer.Option("--guards/--no-guards", help="Return the answer where a correction cannot be trusted.")
+    bool, typer.Option("--guards/--no-guards", help="Return the original answer if a correction cannot be trusted.")
 ]
 Approve = Annotated[
     str | None, option("Scorer that must prefer a correction to the answer.", "DIR|MODULE:FUNCTION|URL#MODEL")
 ]
-Margin = Annotated[float | None, option("Least difference for that, in units of its rewards.")]
+Margin = Annotated[float | None, option("Smallest difference for --approve, in units of its rewards.")]
 MaxNewTokens = Annotated[int | None, option("Longest correction, in tokens; twice the answer plus 256 by default.")]
 LocalPrecision = Annotated[str | None, option("Precision of a corrector in this process.", "fp32|bf16")]
 Strength = Annotated[
@@ -131,9 +131,9 @@ Strength = Annotated[
 ]
 Device = Annotated[str | None, option("Device of a corrector in this process, such as cuda:0.")]
 TokensPerBatch = Annotated[int | None, option("Tokens computed at once; fewer save memory.")]
-Concurrency = Annotated[int | None, option("Most requests under way to a server at once.")]
-RequestsPerMinute = Annotated[float | None, option("Most requests to a server a minute.")]
-Timeout = Annotated[float | None, option("Seconds that a server has for one reply.")]
+Concurrency = Annotated[int | None, option("Maximum number of concurrent requests to a server.")]
+RequestsPerMinute = Annotated[float | None, option("Maximum number of requests to a server per minute.")]
+Timeout = Annotated[float | None, option("Seconds to wait for a server's reply.")]
 JudgeInstructions = Annotated[Path | None, option("Instructions for a judge: what makes an answer good.", "FILE")]
 
 
@@ -143,7 +143,7 @@ def resumable(command: str = "the same command") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say("interrupted", f"{command} goes on from here", "bold yellow")
+        say("interrupted", f"{command} continues from here", "bold yellow")
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -96,7 +96,7 @@ def _show_training(trained: "TrainedRewardModel") -> None:
 
     report = trained.report
     if report is None:
-        show("No held-out pairs (--test), so what the reward model is worth is not known.")
+        show("No held-out pairs (--test), so the reward model was not evaluated.")
     else:
         calibrating = "calibrates it; fitted on these pairs"
         if report.temperature is None:
@@ -184,7 +184,7 @@ def score(
     for label in ("rows", "answers", "mean", "spread"):
         show_line(label, f"{facts[label]:.3f}" if isinstance(facts[label], float) else facts[label])
     if usage:
-        untold = f"; {usage['untold']} replies did not tell theirs" if usage["untold"] else ""
+        untold = f"; {usage['untold']} replies did not report theirs" if usage["untold"] else ""
         tokens = f"{usage['prompt_tokens']} + {usage['completion_tokens']} tokens"
         show_line("judge", f"{usage['requests']} requests, {tokens} asked and answered{untold}")
     show_line("scored", facts["output"])

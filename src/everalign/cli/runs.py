@@ -89,11 +89,13 @@ def rollback(
         str | None,
         typer.Argument(
             metavar="[VERSION]",
-            help="Its name or number, 000 for the base model; the current version's parent when left out.",
+            help="Name or number of the version, 000 for the base model; by default the current version's parent.",
             show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", metavar="", help="Take one that the gate refused.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", metavar="", help="Allow a version that the gate did not promote.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make an earlier version current, or one that was rolled back; learning goes on from there.
@@ -114,14 +116,17 @@ def rollback(
 
 def export(
     run: Run,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The model; must not exist yet.")],
-    version: Annotated[str | None, option("A version of the run's line; the current one.", "VERSION")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the model; must not exist yet.")],
+    version: Annotated[str | None, option("Version to export; the current one by default.", "VERSION")] = None,
     model: Annotated[str | None, option("Where the base model is now, if it was moved.", "MODEL")] = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", metavar="", help="Write the adapter alone, for peft or vLLM.")
     ] = False,
     dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="auto, fp32, bf16 or fp16; auto: the base model's, fp32 of an adapter.")
+        str,
+        typer.Option(
+            metavar="DTYPE", help="auto, fp32, bf16 or fp16; auto is the base model's, or fp32 for an adapter."
+        ),
     ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "Example: everalign serve --upstream http://127.0.0.1:8000/v1 --corrector runs/corrector "
-    "--store sqlite:///feedback.db; clients' keys are read from EVERALIGN_API_KEYS, the upstream's from OPENAI_API_KEY "
-    "(of one with a name from NAME_API_KEY), those of a corrector and a judge on a server from CORRECTOR_API_KEY and "
-    "APPROVER_API_KEY: no server is sent another one's key"
+    "--store sqlite:///feedback.db; API keys are read from the environment: EVERALIGN_API_KEYS (clients), "
+    "OPENAI_API_KEY (the upstream; NAME_API_KEY for NAME=URL), CORRECTOR_API_KEY and APPROVER_API_KEY (a corrector and "
+    "a judge on a server). Each server is sent only its own key"
 )
 
 _KEYLESS = "without keys every client of this port is served with the upstream's key; set EVERALIGN_API_KEYS"
@@ -47,15 +47,15 @@ _THREADS_OF_A_SERVER = 32
     GatewaySettings,
     Limits,
     Access,
+    Timeouts,
     only=(
         *("mode", "on_failure", "keep", "retries", "keepalive", "passthrough", "strict_structured"),
-        *("concurrency", "connections_per_address", "keys_file", "root_path"),
+        *("concurrency", "connections_per_address", "keys_file", "root_path", "total", "correction"),
     ),
+    names={"total": "--timeout", "correction": "--correction-timeout"},
 )
 def serve(
-    upstream: Annotated[
-        list[str], option("An OpenAI-compatible server; several if repeated, with names.", "URL|NAME=URL")
-    ],
+    upstream: Annotated[list[str], option("An OpenAI-compatible server; may be repeated, with names.", "URL|NAME=URL")],
     corrector: Annotated[
         str | None, option("A corrector's folder, a run that promotes them, or one on a server.", "DIR|RUN|URL#MODEL")
     ] = None,
@@ -67,16 +67,18 @@ def serve(
     device: Device = None,
     on_rollback: Annotated[
         str | None,
-        option("While a run is rolled back to its base model: uncorrected answers, or none.", "uncorrected|stop"),
+        option("While a run is rolled back to its base model: uncorrected answers, or errors.", "uncorrected|stop"),
     ] = None,
     store: Annotated[
-        str | None, option("Stores exchanges and feedback: sqlite:///FILE or postgresql://...", "DATABASE_URL")
+        str | None, option("Database for exchanges and feedback: sqlite:///FILE or postgresql://...", "DATABASE_URL")
     ] = None,
     redact: Annotated[
-        str | None, option("Removed before storing: all, or some of email,phone,card,key.", "KINDS")
+        str | None, option("What to remove before storing: all, or some of email,phone,card,key.", "KINDS")
     ] = None,
-    retention_days: Annotated[int | None, option("Delete what is older; nothing by default.", "DAYS")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's needs keys.")] = "127.0.0.1",
+    retention_days: Annotated[int | None, option("Delete older exchanges; none by default.", "DAYS")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but a loopback address needs keys.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.")] = 8080,
     fallback: Annotated[
         str | None, option("Answers when the upstream fails; its key is FALLBACK_API_KEY.", "URL[#MODEL]")
@@ -84,9 +86,9 @@ def serve(
     access_log: Annotated[
         Path | None, option("One line of JSON for each request, without its contents; - for standard error.", "FILE|-")
     ] = None,
-    requests_per_minute: Annotated[int | None, option("Limit of each key; its line in --keys-file wins.")] = None,
-    tokens_per_day: Annotated[int | None, option("Limit of each key; its line in --keys-file wins.")] = None,
-    no_auth: Annotated[bool, option("Without keys, serve everybody.", "", "--no-auth")] = False,
+    requests_per_minute: Annotated[int | None, option("Limit of each key; a limit in --keys-file wins.")] = None,
+    tokens_per_day: Annotated[int | None, option("Limit of each key; a limit in --keys-file wins.")] = None,
+    no_auth: Annotated[bool, option("Serve everybody, without keys.", "", "--no-auth")] = False,
     cors_origin: Annotated[
         list[str] | None, option("A site whose pages may use the API, or * for all; may be repeated.", "ORIGIN")
     ] = None,
@@ -94,20 +96,14 @@ def serve(
         list[str] | None, option("A proxy whose X-Forwarded-For is trusted; may be repeated.", "ADDRESS|NETWORK")
     ] = None,
     forward_header: Annotated[
-        list[str] | None, option("A client's header that the upstream gets too; may be repeated.", "NAME|PREFIX*")
+        list[str] | None, option("Another client header to pass to the upstream; may be repeated.", "NAME|PREFIX*")
     ] = None,
     return_header: Annotated[
-        list[str] | None, option("An upstream's header that clients get too; may be repeated.", "NAME|PREFIX*")
-    ] = None,
-    timeout: Annotated[
-        float | None, option("Seconds for an answer of the upstream, streamed or not; 600 by default.", "SECONDS")
-    ] = None,
-    correction_timeout: Annotated[
-        float | None, option("Seconds for a correction, all attempts included; 60 by default.", "SECONDS")
+        list[str] | None, option("Another upstream header to pass to clients; may be repeated.", "NAME|PREFIX*")
     ] = None,
     store_timeout: Annotated[
         float | None,
-        option("Seconds for the store, after which an answer goes out and says so; 5 by default.", "SECONDS"),
+        option("Seconds to wait for the store before an answer is sent without being stored; 5 by default.", "SECONDS"),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     **given: Any,
@@ -147,7 +143,6 @@ def serve(
     of_store["store-timeout"] = store_timeout
     if store is None:
         _refuse(of_store, "there is nothing to keep exchanges in; name it with --store sqlite:///FILE")
-    seconds = {"total": timeout, "correction": correction_timeout, "store": store_timeout}
     found: dict[str, Any] = {}
     if fallback is not None:
         found["fallback"], found["fallback_model"] = read_fallback(fallback, os.environ)
@@ -158,7 +153,10 @@ def serve(
             "upstreams": read_upstreams(upstream, os.environ),
             "keys": keys,
             "timeouts": Timeouts.from_flags(
-                seconds, total="timeout", correction="correction-timeout", store="store-timeout"
+                {**given, "store": store_timeout},
+                total="timeout",
+                correction="correction-timeout",
+                store="store-timeout",
             ),
             "limits": Limits.from_flags({**given, "per_key": given["concurrency"]}),
             "access": Access.from_flags(
@@ -187,7 +185,7 @@ def serve(
         app = create_app(settings, store=opened, corrections=corrections, reloader=reloader)
 
         def log() -> None:
-            notes.print(f"serving {address_of(listening)}, Ctrl-C ends it")
+            notes.print(f"serving {address_of(listening)}, press Ctrl-C to stop")
             for label, text in description(app.state.gateway, address_of(listening), corrector, store):
                 say(label, text, "dim")
             if not app.state.gateway.keys.needed:
@@ -238,7 +236,7 @@ def _corrections(
     load = partial(load_corrector, template=template, local=local, approver=approver, options=CorrectionOptions(gate))
     if not is_run(name):
         if on_rollback is not None:
-            raise InputError(f"--on-rollback: is for a run, which can be rolled back, and {name} is none; leave it out")
+            raise InputError(f"--on-rollback: only a run can be rolled back, and {name} is not a run; leave it out")
         corrector = load(name)
         threads = _THREADS_OF_A_SERVER if on_server else 1
         return make_corrections(settings, corrector, corrector.fingerprint[:12], threads), None

@@ -105,8 +105,8 @@ def load_corrector_files(folder: str | os.PathLike[str], template: str | None = 
     if not path.is_file():
         if named is None:
             raise InputError(
-                f"{folder}: no corrector (it has no {FACTS_FILE}); train one with everalign correct train, or name the "
-                f"template that it was trained with: {', '.join(TEMPLATES)}"
+                f"{folder}: not a corrector (it has no {FACTS_FILE}); train one with everalign correct train, or name "
+                f"the template that it was trained with: {', '.join(TEMPLATES)}"
             )
         return CorrectorFiles(str(folder), named, (), None)
     facts = read_model(path, CorrectorFacts)

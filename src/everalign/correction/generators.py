@@ -160,8 +160,8 @@ def complete_all(
                 recent[key] = f"{names[key]}: {reply}"
                 if len(recent) == PATIENCE:
                     raise EveralignError(
-                        f"{recent[key]}; so did {PATIENCE - 1} others one after another, so it is hardly for the "
-                        "questions; what was answered before is kept"
+                        f"{recent[key]}; so did {PATIENCE - 1} others in a row, so the questions are hardly "
+                        "the cause; earlier answers are kept"
                     )
             else:
                 replies[key] = reply

@@ -120,15 +120,13 @@ def make_corrections(
         if keep_going and not reply_journal(path).path.exists():
             check_new_file(failures, ".jsonl", overwrite)
         if reviser is None and answerer is not None:
-            raise InputError(
-                f"the answers of {answerer.name} would have nobody who corrects them: name a stronger model"
-            )
+            raise InputError(f"nothing would correct the answers of {answerer.name}: name a stronger model")
         if reviser is None and keep_going:
             raise InputError("keep going: no model is asked, so no question can fail; leave it out")
 
         run = _Run(path, keep_going, log, progress)
         answered = run.own_answers(rows) if answerer is None else run.generate_answers(rows, answerer)
-        corrected = run.own_corrections(answered) if reviser is None else run.generate_corrections(answered, reviser)
+        corrected = run.own_corrections(rows) if reviser is None else run.generate_corrections(answered, reviser)
         kept = run.filter(corrected, rows.source, filters or Filters())
         if run.failed:
             log(f"  {len(run.failed)} questions failed for good: {failures}")
@@ -167,7 +165,7 @@ class _Run:
 
     def own_answers(self, rows: CorrectionSet) -> Sequence[Correction]:
         """Return the rows, each of which must have an answer."""
-        for number, row in enumerate(rows, start=1):
+        for number, row in zip(rows.row_numbers, rows, strict=True):
             if not row.has("answer"):
                 raise InputError(
                     f"{rows.source}: row {number}: has no answer: add 'answer' to every row, or name a model that "
@@ -177,28 +175,27 @@ class _Run:
                 )
         return rows
 
-    def own_corrections(self, rows: Sequence[Correction]) -> list[Correction]:
-        """Return the rows that have a correction."""
+    def own_corrections(self, rows: CorrectionSet) -> list[Correction]:
+        """Return the rows that have a correction; of completions, the worst has it for all."""
         edited = [row for row in rows if row.has("correction")]
         if not edited:
-            source = getattr(rows, "source", "rows")
-            raise InputError(f"{source}: no row has a correction: name a stronger model that gives them")
-        # A question may have several answers, of which only the worst needs a correction.
-        questions, covered = ({Correction(row.question).id for row in part} for part in (rows, edited))
-        if len(covered) < len(questions):
-            self.dropped[UNEDITED] = len(questions) - len(covered)
+            raise InputError(f"{rows.source}: no row has a correction: name a stronger model that gives them")
+        if unedited := rows.row_numbers[-1] - len(edited):
+            self.dropped[UNEDITED] = unedited
         return edited
 
     def generate_answers(self, rows: CorrectionSet, answerer: AnswerSource) -> list[Correction]:
         """Return a row with the model's answer for each different question."""
-        self._note_unused(rows, "answer")
+        answered = {number for number, row in zip(rows.row_numbers, rows, strict=True) if row.has("answer")}
+        self._note_unused(len(answered), "answer")
         first: dict[str, Correction] = {}
         for row in rows:
             question = Correction(row.question, weight=row.weight, name=row.name)
             first.setdefault(question.id, question)
         questions = list(first.values())
-        if len(questions) < len(rows):
-            self.log(f"  {len(rows) - len(questions)} of {len(rows)} questions are there more than once and asked once")
+        count = rows.row_numbers[-1]
+        if repeated := count - len(questions):
+            self.log(f"  {repeated} of {count} questions are there more than once and asked once")
         self.log(f"answers of {answerer.name} to {len(questions)} questions")
         found = answerer.answer(
             [row.question for row in questions], self.output, keep_going=self.keep_going, progress=self.progress
@@ -207,7 +204,7 @@ class _Run:
 
     def generate_corrections(self, rows: Sequence[Correction], reviser: LlmReviser) -> list[Correction]:
         """Return the rows with the model's corrections."""
-        self._note_unused(rows, "correction")
+        self._note_unused(sum(row.has("correction") for row in rows), "correction")
         answers = [Correction(row.question, row.answer, weight=row.weight, name=row.name) for row in rows]
         self.log(f"corrections of {reviser.name} of {len(answers)} answers")
         found = reviser.correct(
@@ -218,15 +215,15 @@ class _Run:
         )
         return self._with_texts(answers, "correction", CORRECTIONS, found)
 
-    def _note_unused(self, rows: Sequence[Correction], column: str) -> None:
-        if count := sum(row.has(column) for row in rows):
-            self.log(f"  {count} rows have {column}s of their own, which are not used: a model gives them")
+    def _note_unused(self, count: int, column: str) -> None:
+        if count:
+            self.log(f"  {count} rows have {column}s of their own, which are not used: a model writes new ones")
 
     def _with_texts(self, rows: Sequence[Correction], column: str, stage: str, found: Generations) -> list[Correction]:
         """Fill a column of the rows that got a text, and record why the others got none."""
         self.usage.append(found.usage)
         if found.usage.earlier:
-            self.log(f"  {found.usage.earlier} of {found.usage.replies} {stage} were had by an earlier run")
+            self.log(f"  {found.usage.earlier} of {found.usage.replies} {stage} were made by an earlier run")
         remedy = "raise --max-new-tokens, or take a model that answers shorter"
         what = f"{stage} are unfinished or empty, and left out"
         for warning in check_shortfall(len(found.lost), len(rows), what, remedy, refuse=False):

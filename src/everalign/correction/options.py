@@ -28,13 +28,13 @@ class CorrectorOptions(Options):
     template: str | None = Field(
         default=None,
         title="ID",
-        description="What the corrector reads: everalign-1, aligner-1, ...\nThat of the corrector that is trained on, "
-        "or everalign-1, if not given.",
+        description="Prompt template of the corrector: everalign-1, aligner-1, ...\nBy default that of the "
+        "corrector that is trained further, or everalign-1.",
     )
     objectives: tuple[str, ...] | None = Field(
         default=None,
         title="WORDS",
-        description='What answers should be more of: "helpful,harmless".\nNamed in every prompt, where the template '
+        description='What corrections should improve: "helpful,harmless".\nNamed in every prompt, where the template '
         "has a place for them. Those of the corrector that is trained on, or none, if not given.",
     )
     identity: float = Field(
@@ -56,7 +56,7 @@ class CorrectorOptions(Options):
     tokens_per_batch: TokensPerBatch = TOKENS_PER_BATCH
     checkpointing: Recompute = "auto"
     warmup: float = Field(
-        default=0.03, ge=0, le=1, description="Share of a stage's steps in which the learning rate rises."
+        default=0.03, ge=0, le=1, description="Share of a stage's steps for the learning-rate warm-up."
     )
     lora_rank: LoraRank = 0
     lora_alpha: LoraAlpha | None = None

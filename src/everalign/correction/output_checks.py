@@ -17,7 +17,7 @@ _AFTER_URL = ".,;:!?"
 
 
 class Approver(Protocol):
-    """Has the last word on corrections; see `everalign.evaluation.ScorerApprover`."""
+    """Has the last word on corrections; see `everalign.evaluation.scoring.ScorerApprover`."""
 
     @property
     def fingerprint(self) -> str:
@@ -34,7 +34,7 @@ class Guards:
     """Conditions on a correction; the name of the guard that rejects it is recorded as the reason.
 
     Args:
-        unfinished: it ends by itself, not at the length limit.
+        unfinished: it ends before the length limit.
         empty: it is not empty.
         echo: it contains no mark of the template that the answer does not contain.
         growth: it has at most this many times the answer's characters; None for no limit.
@@ -72,7 +72,7 @@ class Guards:
         Args:
             answer: the original.
             correction: what the corrector wrote.
-            finished: whether it ended by itself.
+            finished: whether it ended before the token limit.
             template: the corrector's.
         """
         before, after = len(answer), len(correction)

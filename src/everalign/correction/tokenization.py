@@ -144,7 +144,7 @@ class CorrectionEncoder:
         if not usable:
             raise InputError(
                 f"{self._name}: this tokenizer changes the text that it is given to continue, so a correction would "
-                "not be what is learnt; use another model"
+                "not be what is learned; use another model"
             )
         return usable
 

@@ -119,7 +119,7 @@ class Renderer:
         if extends:
             return rendered
         problem = (
-            f"the chat template {lost}, so what was judged would not be what is learnt; change the answer or the "
+            f"the chat template {lost}, so what was judged would not be what is learned; change the answer or the "
             "template, or set what the template reads in 'chat_template_kwargs'"
             if lost
             else "with the answer, the chat template does not extend the text of the prompt (which ends in "

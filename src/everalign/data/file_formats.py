@@ -145,7 +145,7 @@ def _parquet_rows(path: Path, schema: Schema) -> RawRows:
                     where = f"{path}: row {number}"
                     yield where, _table_row({**row, **others}, where, schema)
     except pa.ArrowException as error:
-        raise _error(path, f"damaged, or no Parquet file: {error}") from None
+        raise _error(path, f"damaged, or not a Parquet file: {error}") from None
     except OSError as error:
         raise _error(path, f"cannot be read: {error}") from None
 

@@ -55,7 +55,7 @@ def split_conversations(
     if prompt is not None and prompt.strip() not in {message_text(message).strip() for message in context}:
         raise field_error(
             "prompt",
-            "its text is no message of the conversations in 'chosen' and 'rejected'",
+            "its text is not a message of the conversations in 'chosen' and 'rejected'",
             "leave the column out, or give the answers alone",
         )
     return context, checked_completion(better[shared:], "chosen"), checked_completion(worse[shared:], "rejected")

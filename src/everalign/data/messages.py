@@ -317,7 +317,7 @@ def _checked_variables(value: Any) -> dict[str, Any]:
     variables = {name: item for name, item in value.items() if item is not None}
     for name in variables:
         if name in _RESERVED:
-            raise field_error(field, f"{name!r} is no variable of a template", "leave it out")
+            raise field_error(field, f"{name!r} is not a template variable", "leave it out")
     if not _is_json(variables):
         raise field_error(field, "holds what JSON cannot")
     return variables

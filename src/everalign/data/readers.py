@@ -209,22 +209,24 @@ def read_draft(obj: object, where: str) -> tuple[Correction, ...]:
         question = _one_of(row, "question", "prompt")
         if kinds == ["chosen"]:
             asked = {} if question is None else {"prompt": question}
-            return (replace(correction_of(Preference.from_json({**row, **asked}, "as a preference")), name=name),)
+            pair = Preference.from_json({**row, **asked}, "as a preference")
+            return (replace(correction_of(pair), name=name, place=where),)
         if question is None:
             raise _DRAFT_SCHEMA.missing_column("question", row.keys())
         question = checked_prompt(prompt_of(row, question, "question"), "question", "answer")
         weight = 1.0 if row.get("weight") is None else row["weight"]
         if kinds != ["completions"]:
             answer: Any = row.get("answer")
-            return (Correction(question, answer, _one_of(row, "correction", "edited_text"), weight, name=name),)
+            edit: Any = _one_of(row, "correction", "edited_text")
+            return (Correction(question, answer, edit, weight, name=name, place=where),)
         rewards: Any = row.get("rewards")
         scored = Scored(question, checked_completions(row["completions"]), rewards, weight)
         texts = [checked_answer(text, f"completions[{i}]") for i, text in enumerate(scored.completions)]
-        pair = scored.preference()
-        rows = [Correction(question, text, weight=weight, name=name) for text in texts]
-        if pair is not None:
-            worst = texts.index(checked_answer(pair.rejected, "rejected"))
-            rows[worst] = replace(rows[worst], correction=checked_answer(pair.chosen, "chosen"))
+        rows = [Correction(question, text, weight=weight, name=name, place=where) for text in texts]
+        best_over_worst = scored.preference()
+        if best_over_worst is not None:
+            worst = texts.index(checked_answer(best_over_worst.rejected, "rejected"))
+            rows[worst] = replace(rows[worst], correction=checked_answer(best_over_worst.chosen, "chosen"))
         return tuple(rows)
 
 

@@ -6,7 +6,8 @@ be corrected, a labelled answer for evaluation, or a correction. Code that needs
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -310,6 +311,7 @@ class Correction(Row):
         good: whether the answer is good as it is; None if the correction tells, or nobody knows.
         kind: the row's group in an evaluation report, such as `medical`.
         name: the row's own `id` in its file.
+        place: the file's row, such as `questions.jsonl:7`, where one row may give several corrections.
 
     Raises:
         InputError: a field is wrong or contradicts another; names the field and says what to do.
@@ -324,6 +326,7 @@ class Correction(Row):
     good: bool | None = None
     kind: str | None = None
     name: str | None = None
+    place: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "question", checked_prompt(self.question, "question", "answer"))
@@ -419,6 +422,12 @@ class CorrectionSet(RowSet[Correction]):
     """An immutable sequence of corrections, or of answers without one; a slice is a `CorrectionSet` too."""
 
     record = Correction
+
+    @cached_property
+    def row_numbers(self) -> list[int]:
+        """For each correction, the number from 1 of the file's row that it is from."""
+        numbers: dict[object, int] = {}
+        return [numbers.setdefault(row.place or i, len(numbers) + 1) for i, row in enumerate(self.items)]
 
     @classmethod
     def of_preferences(cls, pairs: Iterable[Preference]) -> "CorrectionSet":

@@ -312,7 +312,7 @@ def tokenize_answers(
     max_length: int,
     name: Callable[[int], str] = lambda i: f"answer {i + 1}",
 ) -> tuple[list[list[int]], int]:
-    """Tokenise answers behind their prompts for a reward model, and `truncate` each sequence by itself.
+    """Tokenise answers behind their prompts for a reward model, and `truncate` each sequence separately.
 
     Args:
         prompts: N prompts, one for each answer.

@@ -167,7 +167,7 @@ class JudgeOptions:
 
 
 class JudgeScorer:
-    """Asks a model to rate each answer by itself, at temperature 0; the reward is the score it gives.
+    """Asks a model to rate each answer separately, at temperature 0; the reward is the score it gives.
 
     A reply other than `{"score": 7}` or `7` is asked for once more.
 
@@ -290,7 +290,7 @@ class JudgeScorer:
         for key, reply in unread.items():
             cut = " (the second reply was cut at the limit of tokens)" if reply.finish_reason == "length" else ""
             raise EveralignError(
-                f"{names[key]}: the judge's reply is no {what}, asked twice{cut}: "
+                f"{names[key]}: the judge's reply is not a {what}, asked twice{cut}: "
                 f"{shortened(reply.text, _REPLY_SHOWN) or '(nothing)'}; take a model that follows instructions better"
             )
         return [found[key] for key in keys]

@@ -119,7 +119,7 @@ class CallableScorer:
         except AttributeError as error:
             raise InputError(f"{name}: {error}") from error
         if not callable(function):
-            raise InputError(f"{name}: is no function but {type(function).__name__}")
+            raise InputError(f"{name}: is not a function but {type(function).__name__}")
         try:
             path = inspect.getsourcefile(inspect.unwrap(function))
         except TypeError:

@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,14 @@ from everalign.training.objectives import check_weighting, make_objective, reads
 from everalign.training.options import StageOptions, WeightOptions
 from everalign.training.reference import ReferenceCache
 
+# Every run asks, and reading a package's metadata takes milliseconds.
+_version = cache(version)
 _LIBRARIES = ("everalign", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that results depend on."""
-    return {name: version(name) for name in _LIBRARIES}
+    return {name: _version(name) for name in _LIBRARIES}
 
 
 def machine_facts() -> dict[str, Any]:
@@ -162,7 +165,9 @@ def make_context(
         raise InputError("sampled answers need rewards: give reward, or leave the sampling options out")
     options = options.resolved(objective)
     if rollouts.rounds > 1 and goal.needs_reference and options.reference == "previous_task":
-        raise InputError("with several rounds the policy before the task is not at hand: set reference to stage_start")
+        raise InputError(
+            "with several rounds the policy before the task is not available: set reference to stage_start"
+        )
     if correction is not None and not reads(objective, "correction"):
         raise InputError(f"correction is for correctors, and the objective {objective} teaches none: leave it out")
     prepare_process()
@@ -185,7 +190,7 @@ def make_context(
     policy = Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed)
     why = policy.head.why_no_prefix_sharing
     sharing = "prompts are computed once for " + (f"each answer: {why}" if why else "all their answers")
-    head = "" if policy.head.chunked else "; the model's head cannot be called apart: all logits are computed"
+    head = "" if policy.head.chunked else "; the model's head cannot be called separately: all logits are computed"
     for line in (sharing + head, *policy.notes):
         log(line)
     return RunContext(

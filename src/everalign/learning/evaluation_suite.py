@@ -102,7 +102,8 @@ class EvaluationSuite:
 
     def scores(self, previous: Mapping[str, LowRankUpdate]) -> dict[str, PreferenceScore]:
         """Score the policy on every test set; `previous` is the policy before this task."""
-        return {name: self._score(held_out, previous) for name, held_out in self._held_out.items()}
+        with self._setup.policy.as_snapshot(previous):
+            return {name: self._score(held_out, previous) for name, held_out in self._held_out.items()}
 
     def answers(self) -> Answers:
         """Write the policy's answers to the prompts that the base model has answered."""

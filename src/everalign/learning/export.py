@@ -327,7 +327,7 @@ def _base_model(run: RunData, name: str) -> Any:
     model = load_model(name, "fp32", adapter=run.base_adapter)
     dtype = torch.bfloat16 if run.facts.settings.get("precision") == "bf16" else torch.float32
     if model_fingerprint(model, dtype) != run.facts.model_fingerprint:
-        raise InputError(f"{name}: is not the model that {run.path} was begun with: name that one as the model")
+        raise InputError(f"{name}: is not the model that {run.path} was started with: name that one as the model")
     return model
 
 

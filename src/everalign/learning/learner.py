@@ -83,7 +83,7 @@ class Learner:
             interrupted continues from its newest checkpoint. A run with other settings is refused.
         allow_overlap: let pairs occur in training and test data.
         sample_answers: held-out prompts of each task that the policy answers, greedily, before the first task and after
-            each; the report shows the answers. A continued run keeps the prompts that it was begun with.
+            each; the report shows the answers. A continued run keeps the prompts that it was started with.
         cache: folder for encoded rows and reference log-probabilities, which runs may share; in `output` when None.
         log: called with one line for each thing that happens; standard error when None.
         progress: called with (stage, steps done, steps in all).

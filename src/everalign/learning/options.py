@@ -48,7 +48,9 @@ class MethodOptions(Options, title="Method"):
     space: Space | None = Field(default=None, description="Space of the consolidation (lifealign).")
     rank_cap: int | None = Field(default=None, ge=1, description="Highest rank of the long-term memory (lifealign).")
     replay: Share | None = Field(default=None, description="Share of a task's rows to replay later (lifealign, er).")
-    capacity: int | None = Field(default=None, ge=0, description="Most rows kept for replay (lifealign, er).")
+    capacity: int | None = Field(
+        default=None, ge=0, description="Maximum number of rows kept for replay (lifealign, er)."
+    )
     anchors: float | None = Field(
         default=None, ge=0, description="Pull of replayed answers back to how likely they were (lifealign, er)."
     )
@@ -108,7 +110,7 @@ class RolloutOptions(Options, title="Sampled answers (given --reward)"):
     the temperature divided by R in all.
     """
 
-    samples: int = Field(default=8, ge=1, description="Answers sampled to each prompt (K).")
+    samples: int = Field(default=8, ge=1, description="Answers sampled for each prompt (K).")
     sampling_temperature: float = Field(
         default=1.0,
         gt=0,
@@ -118,7 +120,9 @@ class RolloutOptions(Options, title="Sampled answers (given --reward)"):
     max_new_tokens: int = Field(
         default=256, ge=1, description="Longest answer, in tokens; unfinished answers are left out."
     )
-    rounds: int = Field(default=1, ge=1, description="Times that answers are sampled anew, from what was learned.")
+    rounds: int = Field(
+        default=1, ge=1, description="Number of rounds, each with answers sampled from the updated policy."
+    )
 
 
 class CorrectionTaskOptions(Options, title="Correctors (objective correction)"):
@@ -127,20 +131,20 @@ class CorrectionTaskOptions(Options, title="Correctors (objective correction)"):
     template: str | None = Field(
         default=None,
         title="ID",
-        description="What the corrector reads: everalign-1, ...\nThat of the corrector that is trained on, or "
-        "everalign-1, if not given.",
+        description="Prompt template of the corrector: everalign-1, ...\nBy default that of the corrector that is "
+        "trained further, or everalign-1.",
     )
     objectives: str | None = Field(
         default=None,
         title="WORDS",
-        description='What answers should be more of: "helpful,harmless".\nNamed in every prompt, where the template '
+        description='What corrections should improve: "helpful,harmless".\nNamed in every prompt, where the template '
         "has a place for them. Those of the corrector that is trained on, or none, if not given.",
     )
     identity: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="Rows that leave a good answer as it is, as a share of the others.\nWhere a task has fewer such "
+        description="Rows whose answer stays unchanged, as a share of the others.\nWhere a task has fewer such "
         "rows, some of its corrections are learned as their own corrections.",
     )
 
@@ -164,7 +168,9 @@ class TrainingOptions(Options, title="Training"):
     learning_rate: LearningRate = Field(default=1e-4, description="Peak learning rate of the preference stage.")
     epochs: Epochs = 1.0
     sft_epochs: float = Field(
-        default=0.0, ge=0, description="Supervised passes over the chosen responses before that; 0 for none."
+        default=0.0,
+        ge=0,
+        description="Supervised passes over the chosen responses before the preference stage; 0 for none.",
     )
     sft_learning_rate: LearningRate = Field(default=1e-4, description="Peak learning rate of the supervised stage.")
     beta: float | None = Field(
@@ -181,12 +187,12 @@ class TrainingOptions(Options, title="Training"):
     attention: Attention = Field(default="sdpa", description="Attention; flex (FlexAttention) needs a GPU.")
     checkpointing: Recompute = "auto"
     warmup: Warmup = 0.1
-    scheduler: Scheduler = Field(default="cosine", description="Course of the learning rate after the warm-up.")
+    scheduler: Scheduler = Field(default="cosine", description="Learning-rate schedule after the warm-up.")
     max_grad_norm: MaxGradNorm = 1.0
     logging_steps: LoggingSteps = 5
     checkpoint_steps: CheckpointSteps = 200
     test_limit: int = Field(
-        default=0, ge=0, description="Most held-out pairs of a task to score, evenly spaced; 0 for all."
+        default=0, ge=0, description="Maximum number of held-out pairs of a task to score, evenly spaced; 0 for all."
     )
 
     @classmethod
@@ -222,6 +228,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
         "reference": "base",
+        "beta": 0.1,
         "learning_rate": 5e-6,
         "epochs": 3.0,
         "sft_epochs": 3.0,
@@ -245,7 +252,7 @@ class DistillOptions(Options, title="Rounds"):
         "log-likelihood (the paper's safe choice). `dpo`, `fpo`: the correction is preferred to the answer. `var`: the "
         "two are a scored group with rewards 1 and 0. These learn from changed answers alone.",
     )
-    rounds: int = Field(default=1, ge=1, description="Times that the model answers anew.")
+    rounds: int = Field(default=1, ge=1, description="Number of rounds, each with new answers of the updated model.")
     sampling_temperature: float = Field(default=1.0, gt=0, description="Divides the logits.")
     max_new_tokens: int = Field(
         default=256, ge=1, description="Longest answer, in tokens; unfinished answers are left out."

@@ -188,7 +188,7 @@ def exclusive_run(run: Path) -> AbstractContextManager[None]:
         InputError: another process writes into it, or the path is a file.
     """
     if run.exists() and not run.is_dir():
-        raise InputError(f"{run} is no directory: choose another output directory")
+        raise InputError(f"{run} is not a directory: choose another output directory")
     return exclusive(run / LOCK, "learning into this run")
 
 
@@ -239,7 +239,7 @@ def roll_back(run: RunData, version: str | None, force: bool) -> Rollback:
         verdict = target.manifest.gate
         if verdict is not None and target.refused and not force:
             unsure = verdict.outcome == "not enough evidence"
-            why = "was not promoted for want of evidence" if unsure else "was refused by the gate"
+            why = "was not promoted for lack of evidence" if unsure else "was refused by the gate"
             raise InputError(f"{target.id} {why} ({what_fell(verdict)}): force it, or choose another")
     current = BASE if target is None else target.id
     # First of all: the interrupted task's checkpoints go on from the version that is being left, and those of a

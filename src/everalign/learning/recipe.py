@@ -77,7 +77,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (IsADirectoryError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: no text file in UTF-8 ({error})") from None
+        raise InputError(f"{path}: not a UTF-8 text file ({error})") from None
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
         raise InputError(f"{path}{line}: broken YAML: {error.problem}", where=f"{path}{line}") from None
@@ -165,10 +165,11 @@ class Recipe(Keys):
     method: MethodKeys | None = None  # type: ignore[valid-type]
     objective: Text | None = Field(
         default=None,
-        description="fpo (default), dpo or sft; var for scored rows; snkl for both; correction for a corrector.",
+        description="fpo (default), fpo-normalised, focalpo, dpo, hypo, hypo-ln or sft; var for scored rows; snkl for "
+        "both; correction for a corrector.",
     )
     output: Text | None = Field(default=None, title="DIR", description="The run directory.")
-    seed: int | None = Field(default=None, description="Seed of everything random; 0 by default.")
+    seed: int | None = Field(default=None, description="Random seed; 0 by default.")
     preset: Text | None = Field(default=None, description="default, or paper (LifeAlign's scripts).")
     tasks: Annotated[list[TaskKeys], Field(min_length=1)] | None = None
     training: TrainingKeys | None = None  # type: ignore[valid-type]
@@ -177,7 +178,7 @@ class Recipe(Keys):
     reward: Text | None = Field(
         default=None,
         title="DIR|MODULE:FUNCTION|URL#MODEL",
-        description="Scorer for answers without rewards, and for answers to sample to prompts.",
+        description="Scorer of answers without rewards, and of answers sampled for prompts.",
     )
     rollouts: RolloutKeys | None = None  # type: ignore[valid-type]
     correction: CorrectionTaskKeys | None = None  # type: ignore[valid-type]
@@ -194,7 +195,9 @@ class Recipe(Keys):
     cache: Text | None = Field(
         default=None, title="DIR", description="Reference log-probabilities; runs may share the folder."
     )
-    allow_overlap: bool | None = Field(default=None, description="Allow rows that are in training and test sets.")
+    allow_overlap: bool | None = Field(
+        default=None, description="Allow rows to be in both the training and the test set."
+    )
     sample_answers: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="Held-out prompts of a task that the policy answers for the report; 4 by default."
     )
@@ -403,7 +406,7 @@ def write_recipe(run: Path, recipe: Recipe) -> None:
 
 
 def completed(recipe: Recipe) -> Recipe:
-    """Fills a recipe in with what the run in its output was begun with.
+    """Fills a recipe in with what the run in its output was started with.
 
     Without tasks of its own it gets those that the run was given and has not finished.
     """
@@ -486,7 +489,7 @@ def _load_rewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
     first = first_columns(source, "train", ("completions", "chosen", "rejected"))
     if first and "completions" not in first:
         raise InputError(
-            f"{source}: preferences have no rewards: name who gives them with reward, or learn them with fpo or snkl"
+            f"{source}: preferences have no rewards: name a scorer with reward, or learn them with fpo or snkl"
         )
     return load_scored(source, skip_bad_rows=skip_bad_rows)
 

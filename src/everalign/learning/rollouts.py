@@ -114,7 +114,7 @@ def check_losses(
         fewest: answers that a prompt needs to be learned from.
     """
     longer = f"raise --max-new-tokens (max_new_tokens), {options.max_new_tokens} now"
-    what = "sampled answers did not end or say nothing"
+    what = "sampled answers did not end or are empty"
     few = f"prompts have fewer than {fewest} answers that ended, and are left out"
     try:
         return (
@@ -136,7 +136,7 @@ def check_sampling(context: RunContext, prompts: RowSet[Any]) -> None:
     if estimator not in ("group", "group_loo", "in_batch"):
         raise InputError(f"the estimator {estimator} is not for sampled answers: use group, group_loo or in_batch")
     if options.samples < objective.fewest_answers:
-        raise InputError(f"one sample a prompt has nothing to be compared to with {estimator}: raise samples")
+        raise InputError(f"with {estimator}, a single sample has nothing to be compared with: raise samples")
     limits = f"max_new_tokens is {options.max_new_tokens} and max_length {context.max_length}"
     if options.max_new_tokens >= context.max_length:
         raise InputError(f"{limits}, which leaves no room for a prompt: raise max_length")
@@ -155,7 +155,7 @@ def score(context: RunContext, rows: ScoredSet, path: Path) -> ScoredSet:
         EveralignError: the scorer fails.
     """
     if context.scorer is None:
-        raise InputError(f"{rows.source}: the answers have no rewards: name who gives them with reward")
+        raise InputError(f"{rows.source}: the answers have no rewards: name a scorer with reward")
     if path.exists():
         return load_scored(path)
     return score_rows(rows, context.scorer, path, log=context.log, progress=context.progress).rows

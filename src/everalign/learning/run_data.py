@@ -271,7 +271,7 @@ def _lineage(versions: Sequence[VersionData], current: str | None) -> list[Versi
     while lineage and (parent := lineage[0].manifest.parent) != BASE:
         if parent not in by_id or by_id[parent] in lineage:
             raise InputError(
-                f"{lineage[0].id}/manifest.json: field parent: {parent!r} is no earlier version of this run "
+                f"{lineage[0].id}/manifest.json: field parent: {parent!r} is not an earlier version of this run "
                 f"({', '.join(by_id)})"
             )
         lineage.insert(0, by_id[parent])
@@ -291,7 +291,7 @@ def _current(run: Path, versions: Sequence[VersionData]) -> str | None:
         return None
     name = path.read_text(encoding="utf-8").strip()
     if name not in (*names, BASE):
-        raise InputError(f"{path}: {name!r} is no version of this run ({', '.join(names) or 'it has none'})")
+        raise InputError(f"{path}: {name!r} is not a version of this run ({', '.join(names) or 'it has none'})")
     return name
 
 

@@ -100,7 +100,7 @@ class RunDirectory:
         if self.exists or not self.path.exists():
             return
         if not self.path.is_dir():
-            raise InputError(f"{self.path} is no directory: choose another output directory")
+            raise InputError(f"{self.path} is not a directory: choose another output directory")
         ours = (_ZERO_SHOT, LOCK, BASE_ADAPTER)
         if any(entry.name not in ours and not is_partial(entry) for entry in self.path.iterdir()):
             raise InputError(f"{self.path} is not empty and holds no run: choose another output directory")
@@ -117,7 +117,7 @@ class RunDirectory:
         write_json(self.path / "run.json", {"format": FORMAT, **facts, "created": now()})
 
     def with_its_precision(self, training: TrainingOptions) -> TrainingOptions:
-        """Returns the options with `auto` replaced by the precision that the run was begun with."""
+        """Returns the options with `auto` replaced by the precision that the run was started with."""
         if training.precision != "auto" or not self.exists:
             return training
         settings = run_files.read_json(self.path / "run.json", run_files.RunFile).settings
@@ -134,7 +134,7 @@ class RunDirectory:
                 then = {**_SETTINGS_SINCE, **then, **free}
             if then != now_given[key]:
                 raise InputError(
-                    f"{self.path} was begun with another {_difference(key, then, now_given[key])}: "
+                    f"{self.path} was started with another {_difference(key, then, now_given[key])}: "
                     "use the same settings, or another output directory"
                 )
 

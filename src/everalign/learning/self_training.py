@@ -154,7 +154,7 @@ def distill(
         InputError: most answers of the first round did not end, the method forgets between tasks or pools them,
             `max_length` leaves no room for a prompt, the
             labels have no use for `weighting` or its estimator needs what corrections do not have, or the run in
-            `output` was begun with another corrector, other prompts or other options.
+            `output` was started with another corrector, other prompts or other options.
         EveralignError: the first round's answers were all good as they are.
     """
     options, method = options or DistillOptions(), LifeAlign() if method is None else method
@@ -228,8 +228,8 @@ class _Run:
         for name, value in facts.items():
             if written.get(name) != value:
                 raise InputError(
-                    f"{path}: was begun with another {name} ({written.get(name)!r} then, {value!r} now): use the same, "
-                    "or another output directory"
+                    f"{path}: was started with another {name} ({written.get(name)!r} then, {value!r} now): use the "
+                    "same, or another output directory"
                 )
 
     def round(self, number: int, sampling: SamplingOptions) -> Round:
@@ -289,7 +289,7 @@ class _Run:
         if not answered:
             limit = f"max_new_tokens {sampling.max_new_tokens}: raise it (--max-new-tokens)"
             raise InputError(f"{self.prompts.source}: no sampled answer ends within {limit}")
-        lost, what = len(self.prompts) - len(answered), "sampled answers did not end or say nothing, and are left out"
+        lost, what = len(self.prompts) - len(answered), "sampled answers did not end or are empty, and are left out"
         remedy = f"raise --max-new-tokens (max_new_tokens), {sampling.max_new_tokens} now"
         # What earlier rounds have taught stands, however long the policy's answers have become.
         for warning in check_shortfall(lost, len(self.prompts), what, remedy, refuse=number == 1):

@@ -191,7 +191,7 @@ def energy_share(singular_values: Tensor, rank: int) -> float:
 def check_share(name: str, value: float) -> None:
     """Raises a ValueError unless `value` lies within 0 and 1."""
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must lie within 0 and 1, not {value}")
+        raise ValueError(f"{name} must lie between 0 and 1, not {value}")
 
 
 def numerical_rank(singular_values: Tensor, shape: tuple[int, int]) -> int:

@@ -75,7 +75,7 @@ def flex_inputs(batch: Batch) -> dict[str, Any]:
 def bucket(length: int) -> int:
     """Return the length that a row is padded to: whole blocks, at least two, and one of eight lengths an octave.
 
-    A row of one block would be compiled for by itself: torch takes a size of 1 for a constant.
+    A row of one block would be compiled separately: torch treats a size of 1 as a constant.
     """
     length = max(length, 2 * _BLOCK)
     step = max(_BLOCK, (1 << (length - 1).bit_length()) // 2 // _LENGTHS_PER_OCTAVE)

@@ -64,12 +64,12 @@ def base_and_adapter(name: str, source: str, adapter: str | None = None) -> tupl
     base = _settings(file).get("base_model_name_or_path")
     if not base:
         raise InputError(
-            f"{name} is an adapter, and does not say of which model: name that as the model (--model BASE --adapter "
+            f"{name} is an adapter that does not name its base model: give that as the model (--model BASE --adapter "
             f"{name})"
         )
     if Path(base).is_absolute() and not Path(base).exists():
         raise InputError(
-            f"{name} is an adapter of {base}, which is not there: name its base model as the model (--model BASE "
+            f"{name} is an adapter of {base}, which cannot be found: give its base model as the model (--model BASE "
             f"--adapter {name})"
         )
     return str(base), name
@@ -121,7 +121,7 @@ def adapter_folder(source: str) -> Path:
         except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"there is no folder {source}, and no adapter of that name could be had from the Hub: {reason}"
+                f"there is no folder {source}, and no adapter of that name could be loaded from the Hub: {reason}"
             ) from error
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"{source}: no adapter here (it has no {CONFIG_FILE})")
@@ -180,7 +180,9 @@ def merge_adapter(model: Any, source: str, base: str) -> Any:
         part = ".modules_to_save"
         twice = [name for name in report.unexpected_keys if part in name and name.replace(part, "", 1) in weights]
         if strange := [*(name for name in report.unexpected_keys if name not in twice), *report.missing_keys]:
-            raise InputError(f"{source} is no adapter of {base}: {len(strange)} weights differ, such as {strange[0]}")
+            raise InputError(
+                f"{source} is not an adapter of {base}: {len(strange)} weights differ, such as {strange[0]}"
+            )
         probe = torch.arange(_PROBE_TOKENS)[None] % model.config.get_text_config().vocab_size
         with torch.no_grad():
             expected = peft_model(input_ids=probe).logits
@@ -219,7 +221,7 @@ def _untie(model: Any, config: Any) -> None:
 
 
 def _resize(model: Any, weights: dict[str, Any]) -> None:
-    """Give the model as many embeddings as the adapter brings along, where it was trained with added tokens."""
+    """Resize the model's embeddings to the adapter's, if it was trained with added tokens."""
     tables = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight")
     rows = {weight.shape[0] for name, weight in weights.items() if name.endswith(tables) and weight.ndim == 2}
     if len(rows) == 1 and (count := rows.pop()) != model.get_input_embeddings().num_embeddings:

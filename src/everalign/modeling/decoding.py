@@ -317,7 +317,7 @@ class RaggedModel:
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"{refused}: takes no attention mask of its own ({type(error).__name__})") from error
         if not (alone - found).abs().max() <= _TOLERANCES[self.dtype] * alone.abs().max().clamp(min=1.0):
-            raise InputError(f"{refused}: its layers do not follow an attention mask that is given to them")
+            raise InputError(f"{refused}: its layers do not follow the attention mask")
 
 
 class RaggedRows:

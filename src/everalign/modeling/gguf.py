@@ -120,8 +120,8 @@ def _check_splitting(file: Path, metadata: dict[str, Any]) -> None:
     known = (*_AS_GPT2, *_SINGLE_DIGITS, *_KNOWN_TO_TRANSFORMERS)
     if metadata.get("tokenizer.ggml.model") == "gpt2" and rule is not None and rule not in known:
         raise InputError(
-            f"{file}: its tokenizer cuts texts by the rule {rule!r}, which transformers does not know, so its tokens "
-            "would be others than those that the model has learned; take the model's folder in Hugging Face format"
+            f"{file}: its tokenizer splits text by the rule {rule!r}, which transformers does not know, so its tokens "
+            "would differ from those that the model was trained on; take the model's folder in Hugging Face format"
         )
 
 

@@ -220,13 +220,13 @@ def check_trainable(model: Any, name: str, merged: bool = False) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_trainable:
         raise InputError(
-            f"{name} is quantised with {quantisation(model.config)}, through which transformers trains no adapter: "
-            "take the model that it was made of, or one that is quantised with bitsandbytes"
+            f"{name} is quantised with {quantisation(model.config)}, on which transformers cannot train adapters: "
+            "take the unquantised model, or one that is quantised with bitsandbytes"
         )
     if merged and quantizer is not None and type(quantizer)._dequantize is HfQuantizer._dequantize:
         raise InputError(
-            f"{name} is quantised with {quantisation(model.config)}, whose weights transformers cannot turn back into "
-            "plain numbers, so that no adapter can be merged into it: take the model that it was made of"
+            f"{name} is quantised with {quantisation(model.config)}, which transformers cannot dequantise, so no "
+            "adapter can be merged into it: take the unquantised model"
         )
 
 
@@ -234,7 +234,7 @@ def plain_weights(model: Any) -> Any:
     """Return a model in fp32 whose weights are plain numbers, as a merge needs them; other models as they are.
 
     Raises:
-        InputError: transformers cannot turn back this kind of quantised weights.
+        InputError: transformers cannot dequantise weights of this kind.
     """
     if getattr(model, "hf_quantizer", None) is None:
         return model
@@ -243,8 +243,8 @@ def plain_weights(model: Any) -> Any:
         model = model.dequantize()
     except (NotImplementedError, ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         raise InputError(
-            f"the base model is quantised with {method}, whose weights transformers cannot turn back into plain "
-            f"numbers ({str(error).splitlines()[0]}), so nothing can be merged into it: use the adapter beside it"
+            f"the base model is quantised with {method}, which transformers cannot dequantise "
+            f"({str(error).splitlines()[0]}), so nothing can be merged into it: use the adapter as it is"
         ) from error
     # How packed weights were read says nothing of how plain ones are written.
     model._weight_conversions = None
@@ -344,7 +344,7 @@ def cannot_load(what: str, name: str, error: Exception, quantised: str | None = 
         return f"{name} is quantised with {quantised}, and cannot be loaded here: {reason}"
     if Path(name).exists():
         return f"cannot load a {what} from the folder {name}: {reason}"
-    return f"there is no folder {name}, and no {what} of that name could be had from the Hub: {reason}"
+    return f"there is no folder {name}, and no {what} of that name could be loaded from the Hub: {reason}"
 
 
 def sequence_limit(wanted: int | None, default: int, model: Any, tokenizer: Any, name: str) -> int:
@@ -369,7 +369,7 @@ def sequence_limit(wanted: int | None, default: int, model: Any, tokenizer: Any,
     if wanted > limit:
         raise InputError(f"max_length: {name} takes at most {limit} tokens, found {wanted}")
     if wanted > stretched:
-        what = "what it says of a row depends on the longest row beside it"
+        what = "its output for a row depends on the longest row beside it"
         raise InputError(f"max_length: {name} stretches its positions beyond {stretched} tokens, where {what}")
     return wanted
 

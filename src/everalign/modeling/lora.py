@@ -117,9 +117,15 @@ class _AdaptedLinear(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         rows = x.to(dtype)
-        # Of the shape that is returned: models may write into it, which a view made in here would forbid.
-        y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        # First, because it is small and kept: behind the result it would split the block that the result leaves.
         inner = rows.reshape(-1, rows.shape[-1]) @ A.T
+        if bias is None:
+            y = F.linear(rows, weight.to(dtype))
+        else:
+            # Models write into the result, which autograd forbids of a view made in here, as F.linear makes one.
+            y = rows.new_empty(*rows.shape[:-1], len(weight))
+            flat = rows.reshape(-1, rows.shape[-1])
+            torch.addmm(bias.to(dtype), flat, weight.to(dtype).T, out=y.view(-1, len(weight)))
         y.view(-1, len(B)).addmm_(inner, B.T)
         ctx.learned = [a or b for a, b in zip(ctx.needs_input_grad[8::2], ctx.needs_input_grad[9::2], strict=True)]
         ctx.save_for_backward(inner, A, B, *((gate_and_up or (x,)) if any(ctx.learned) else ()))

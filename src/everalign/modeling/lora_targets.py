@@ -84,7 +84,7 @@ def choose_targets(model: Any, targets: str | Sequence[str], reached: frozenset[
     useless = [name for name in found if kind_of(name) not in reached]
     notes = [
         *_note("not adapted, since no text passes through them as through a matrix", unreached, _part),
-        *_note("adapted, but no text passes through them, so that they learn nothing", useless, _part),
+        *_note("adapted, but no text passes through them, so they learn nothing", useless, _part),
     ]
     return Targets([name for name in modules if name in found], notes)
 
@@ -100,7 +100,7 @@ def _all_linear(model: Any, modules: dict[str, nn.Module], reached: frozenset[st
         if kind_of(name) in reached and not _is_router(modules, name) and _incompatible(model, name) is None
     ]
     if not names:
-        raise InputError(f"cannot adapt {ALL_LINEAR}: {type(model).__name__} has no linear modules that a text reaches")
+        raise InputError(f"cannot adapt {ALL_LINEAR}: {type(model).__name__} has no linear modules that process text")
     # What is learned for a module that shares its weights would be added to all its sharers once it is merged.
     users = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
     tied = [name for name in names if any(users[id(p)] > 1 for p in modules[name].parameters(recurse=False))]
@@ -149,7 +149,7 @@ def _fitting(modules: dict[str, nn.Module], pattern: str, is_expression: bool) -
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise InputError(f"cannot adapt {pattern}: it is no regular expression ({error})") from error
+        raise InputError(f"cannot adapt {pattern}: it is not a regular expression ({error})") from error
     # An expression is meant for linear modules: `.*mlp.*` also fits what holds them.
     return [name for name, module in modules.items() if is_linear(module) and expression.fullmatch(name)]
 

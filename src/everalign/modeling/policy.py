@@ -93,7 +93,7 @@ class TrainableLM(nn.Module):
 
     def train(self: _Model, mode: bool = True) -> _Model:
         """Note whether it is being trained; the model's own modules stay in evaluation mode."""
-        super().train(mode)
+        self.training = mode
         for part in self.children():
             part.eval()
         return self
@@ -165,11 +165,14 @@ class Policy(TrainableLM):
         self.notes = chosen.notes
         self.peft = adapters.attach(model, SHORT_TERM, rank, alpha, chosen.names)
         adapters.check_untied(self.peft)
-        for layer in adapters.layers(self.peft).values():
+        # Adapters come and go in these same layers.
+        self._layers = list(adapters.layers(self.peft).values())
+        for layer in self._layers:
             # Autocast decides the precision of the products; casting their input to the adapter's fp32 first
             # would only copy it back and forth.
             layer.cast_input_dtype_enabled = not mixed
             fuse(layer)
+        self._snapshot: Updates | None = None
         use_cpu_attention(model)
         use_lean_layers(model)
         self.head = SequenceLogProbs(model, architecture)
@@ -200,10 +203,7 @@ class Policy(TrainableLM):
     @contextmanager
     def decoding(self, batch: Batch) -> Iterator[Decoder]:
         """Yield a decoder of left-padded prompts; the policy must stay as it is inside the `with` block."""
-        with (
-            self._computing(batch["input_ids"]),
-            frozen_for_inference(adapters.layers(self.peft).values(), merging=True),
-        ):
+        with self._computing(batch["input_ids"]), frozen_for_inference(self._layers, merging=True):
             yield Decoder(self.language_model, batch, self.head)
 
     @contextmanager
@@ -212,10 +212,10 @@ class Policy(TrainableLM):
         was_training = self.training
         self.eval()
         try:
-            with torch.no_grad(), frozen_for_inference(adapters.layers(self.peft).values(), merging=False):
+            with torch.no_grad(), frozen_for_inference(self._layers, merging=False):
                 yield
         finally:
-            self.train(was_training)
+            self.training = was_training
 
     # ---- which adapters take part ----
 
@@ -228,7 +228,7 @@ class Policy(TrainableLM):
         """Begin a fresh short-term adapter (A random by `seed`, B = 0), which changes nothing yet."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            for layer in adapters.layers(self.peft).values():
+            for layer in self._layers:
                 layer.reset_lora_parameters(SHORT_TERM, True)
         self._activate()
 
@@ -240,10 +240,14 @@ class Policy(TrainableLM):
     def _activate(self) -> None:
         names = [name for name in (LONG_TERM, SHORT_TERM) if name in self.peft.peft_config]
         self._use(names)
-        self.peft.base_model.set_requires_grad(SHORT_TERM, True)
+        for layer in self._layers:
+            layer.set_requires_grad(SHORT_TERM, True)
 
     def _use(self, names: list[str]) -> None:
-        self.peft.base_model.set_adapter(names, inference_mode=True)
+        # As peft's model does it, which would look for the layers among all modules every time.
+        for layer in self._layers:
+            layer.set_adapter(names, inference_mode=True)
+        self.peft.base_model.active_adapter = names
 
     @contextmanager
     def as_base(self) -> Iterator[None]:
@@ -256,9 +260,10 @@ class Policy(TrainableLM):
 
     @contextmanager
     def as_snapshot(self, updates: Updates) -> Iterator[Any]:
-        """Yield a context manager under which the policy is the base model plus these updates."""
-        adapters.replace(self.peft, _SNAPSHOT, updates)
-        self._activate()
+        """Yield a context manager under which the policy is the base model plus these updates.
+
+        Inside a block of the same updates, their adapter is there already.
+        """
 
         @contextmanager
         def switched() -> Iterator[None]:
@@ -272,9 +277,16 @@ class Policy(TrainableLM):
             finally:
                 self._activate()
 
+        if updates is self._snapshot:
+            yield switched
+            return
+        self._snapshot = updates
         try:
+            adapters.replace(self.peft, _SNAPSHOT, updates)
+            self._activate()
             yield switched
         finally:
+            self._snapshot = None
             adapters.replace(self.peft, _SNAPSHOT, {})
             self._activate()
 

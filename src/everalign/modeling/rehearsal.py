@@ -79,7 +79,7 @@ def _stages(small: Any, kinds: set[str], folder: Path) -> Iterator[str]:
     # With as many tokens, since positions may stretch with the length.
     one, other = (_logits(small, [*tokens[:8], *end])[:, :8] for end in (tokens[8:], tokens[:-8]))
     if not _difference(one, other) <= _TOLERANCE:
-        raise InputError("what it says of a token depends on later ones: it is no causal language model")
+        raise InputError("its output for a token depends on later tokens: it is not a causal language model")
 
     yield "adapting it"
     names = [name for name, module in small.named_modules() if kind_of(name) in kinds and is_linear(module)]
@@ -91,7 +91,7 @@ def _stages(small: Any, kinds: set[str], folder: Path) -> Iterator[str]:
     learned = _logits(policy.peft, tokens)
     change = _difference(learned, before)
     if not change > 0:
-        raise InputError("it changes nothing of what the model says")
+        raise InputError("it does not change the model's output")
 
     def check(model: Any, what: str) -> None:
         error = _difference(_logits(model, tokens), learned)

@@ -260,7 +260,9 @@ def load_reward_model(folder: Path) -> tuple[RewardModel, Any, RewardFacts]:
             the one that it was trained with.
     """
     if not (folder / FACTS_FILE).is_file():
-        raise InputError(f"{folder}: no reward model (it has no {FACTS_FILE}); train one with everalign reward train")
+        raise InputError(
+            f"{folder}: not a reward model (it has no {FACTS_FILE}); train one with everalign reward train"
+        )
     facts = read_model(folder / FACTS_FILE, RewardFacts)
     tokenizer = load_tokenizer(str(folder))
     if template_fingerprint(tokenizer) != facts.template:

@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
+from everalign.modeling.attention import PLAIN_ATTENTION_MODELS
 from everalign.modeling.lora import fused_forward
 from everalign.modeling.shrinking import layer_list
 
@@ -193,10 +194,11 @@ _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 def use_lean_layers(model: nn.Module) -> None:
-    """Let RMS norms and gated feed-forward layers of a model on the CPU keep only their inputs for the backward pass.
+    """Let RMS norms, gated feed-forward layers and rotary embeddings of a model on the CPU take less memory.
 
-    Their usual forward passes keep every intermediate result, norms in fp32 besides: a quarter to a third of what a
-    step keeps (`bench/RESULTS.md`). A layer is changed where it computes the same on small and on large inputs.
+    The usual forward passes of norms and gated layers keep every intermediate result, norms in fp32 besides: a quarter
+    to a third of what a step keeps (`bench/RESULTS.md`). Here they keep their inputs, and rotary embeddings make no
+    copies. A layer is changed where it computes the same on small and on large inputs.
     """
     if next(model.parameters()).device.type != "cpu":
         return
@@ -212,6 +214,74 @@ def use_lean_layers(model: nn.Module) -> None:
             if all(type(part) is nn.Linear and part.weight.is_floating_point() for part in linear):
                 width, dtype = linear[0].in_features, linear[0].weight.dtype
                 _replace_forward(module, partial(_gated, module), width, {dtype})
+    if isinstance(model, PreTrainedModel) and model.config.get_text_config().model_type in PLAIN_ATTENTION_MODELS:
+        for name in {type(module).__module__ for module in model.modules()}:
+            _rotate_in_place(sys.modules[name])
+
+
+def _rotate_in_place(library: Any) -> None:
+    """Let a module of transformers rotate queries and keys in place, if its rotary embedding is the usual one.
+
+    Its own function makes five blocks of a query's size and keeps one, between tensors that stay until the backward
+    pass: what the heap cannot use again of the others was a third of what a step of SmolLM2 took.
+    """
+    own = getattr(library, "apply_rotary_pos_emb", None)
+    if own is None or hasattr(own, "in_place"):
+        return
+    generator = torch.Generator().manual_seed(0)
+    query, key, angles = (torch.randn(shape, generator=generator) for shape in ((1, 4, 6, 8), (1, 2, 6, 8), (1, 6, 4)))
+    cos, sin = (turn(angles).repeat(1, 1, 2) for turn in (torch.cos, torch.sin))
+    try:
+        expected = own(query, key, cos, sin)
+    except (TypeError, RuntimeError):
+        return
+    found = _rotated(query.clone(), key.clone(), cos[:, None], sin[:, None])
+    if not all(torch.allclose(one, other, atol=1e-6) for one, other in zip(expected, found, strict=True)):
+        return
+
+    @wraps(own)
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        usual = unsqueeze_dim == 1 and q.shape[-1] == cos.shape[-1] and q.dtype == k.dtype == cos.dtype
+        # Leaves, and what several rows share, must not be written to.
+        shared = any(0 in x.stride() or (x.is_leaf and x.requires_grad) for x in (q, k))
+        if not usual or shared or q.device.type != "cpu":
+            result: tuple[Tensor, Tensor] = own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+            return result
+        return _rotated(q, k, cos[:, None], sin[:, None])
+
+    rotate.in_place = True  # type: ignore[attr-defined]
+    library.apply_rotary_pos_emb = rotate
+
+
+def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)  # type: ignore[no-untyped-call]
+
+
+class _Rotary(torch.autograd.Function):
+    """x·cos + (-x₂, x₁)·sin for x (R, H, T, D), in place, and angles (R, 1, T, D) (Su et al. 2021, "RoFormer")."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.mark_dirty(x)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        # The inverse of the turn, of which each half has angles of its own.
+        return _turn(gradient.clone(), cos, -sin.roll(sin.shape[-1] // 2, dims=-1)), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    (cos_a, cos_b), (sin_a, sin_b) = ((part[:, 0, :, :half], part[:, 0, :, half:]) for part in (cos, sin))
+    for head in x.unbind(1):  # so that what comes and goes is small
+        a, b = head[..., :half], head[..., half:]
+        turned = a * sin_b
+        a.mul_(cos_a).addcmul_(b, sin_a, value=-1)
+        b.mul_(cos_b).add_(turned)
+    return x
 
 
 def _replace_forward(module: nn.Module, lean: Callable[[Tensor], Tensor], width: int, dtypes: set[torch.dtype]) -> None:

@@ -65,7 +65,7 @@ def turn_end(tokenizer: "PreTrainedTokenizerBase") -> TurnEnd:
 
 
 def stop_token_ids(model: Any, tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """Return the tokens that end an answer, each by itself.
+    """Return the tokens each of which ends an answer.
 
     Those of the generation configuration (at which transformers' `generate` stops), the tokenizer's EOS, and the one
     that the chat template ends a turn with. Also those of the model's configuration that are no ordinary text for the

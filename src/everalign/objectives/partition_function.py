@@ -120,7 +120,7 @@ def effective_share(log_weights: Tensor, segments: Segments) -> Tensor:
 
 
 def warn_of_dead_groups(rewards: Tensor, segments: Segments) -> None:
-    """Warn of groups whose rewards are all -inf: nothing of them is learnt."""
+    """Warn of groups whose rewards are all -inf: nothing of them is learned."""
     dead = segments.ids[segment_max(rewards, segments).isneginf()].tolist()
     if dead:
         named = ", ".join(map(str, dead[:_ROWS_NAMED])) + (", ..." if len(dead) > _ROWS_NAMED else "")

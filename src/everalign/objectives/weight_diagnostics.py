@@ -105,12 +105,12 @@ class WeightStatistics:
             ),
             (
                 self.constant_share > HIGH_CONSTANT_SHARE,
-                f"{self.constant_share:.0%} of the groups have one reward for all their responses, which are learnt "
+                f"{self.constant_share:.0%} of the groups have one reward for all their responses, which are learned "
                 "alike, good or bad. Leave these groups out, or use finer rewards.",
             ),
             (
                 self.capped_share > HIGH_CAPPED_SHARE,
-                f"{self.capped_share:.0%} of the weights are capped, which changes what is learnt. "
+                f"{self.capped_share:.0%} of the weights are capped, which changes what is learned. "
                 "Raise the temperature or the cap.",
             ),
         ]

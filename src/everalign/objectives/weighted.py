@@ -89,9 +89,9 @@ def snkl_loss(
 
         loss_g = KL( softmax_k(r_k / temperature) || softmax_k(log pi(y_k) - log pi_ref(y_k)) ),  k over group g
 
-    Whoever wrote the responses, as long as nothing was impossible to be written, its minimum is pi* (where it is
-    0 for every group): use it where the author is unknown, as for preference pairs collected elsewhere. It moves
-    ratios within a group only, so the likelihood of a group's best response may fall.
+    Its minimum is pi*, where it is 0 for every group, no matter which policy wrote the responses, as long as every
+    response has a positive probability: use it if the author is unknown, as with preference pairs collected elsewhere.
+    It only moves ratios within a group, so the likelihood of a group's best response may fall.
 
     This is InfoNCA's cross-entropy at beta = 1 less the entropy of its labels, which no policy changes.
 
@@ -152,4 +152,4 @@ def _segment_log_softmax(scores: Tensor, segments: Segments) -> Tensor:
 def _refuse_single_responses(segments: Segments) -> None:
     alone = segments.ids[segments.sizes == 1].tolist()
     if alone:
-        raise ValueError(f"{len(alone)} group(s) have one response, from which nothing is learnt: {alone[:5]}")
+        raise ValueError(f"{len(alone)} group(s) have one response, from which nothing is learned: {alone[:5]}")

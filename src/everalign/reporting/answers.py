@@ -29,7 +29,7 @@ class AnswerPair:
         draft: the answer that a corrector was given; None where the policy is none.
         before: the base model's answer.
         after: the policy's.
-        ended_before: whether the base model's answer ended by itself, and not at the limit of tokens.
+        ended_before: whether the base model's answer ended before the token limit.
         ended_after: whether the policy's did.
     """
 
@@ -148,7 +148,7 @@ class CorrectorShow:
         kept_after: the same after correction.
         over_edit_rate: share of the right answers that were changed; None without right answers.
         verified: number of answers that were returned unchanged after a single forward pass.
-        forward_passes: over all answers, each counted by itself.
+        forward_passes: over all answers, counted separately.
         tokens: number of tokens returned; plain decoding takes one forward pass for each.
         examples: answers to show.
     """

@@ -64,14 +64,24 @@ _WEIGHTS: dict[str, tuple[str, _Show]] = {
     "KL, nats": ("kl_to_reference", significant),
 }
 _percent2 = partial(percent, digits=2)
-_rank = "{:.3g}".format
+
+
+def _mean_rank(ranks: Sequence[float]) -> float:
+    return ranks[0] if len(ranks) == 1 else fmean(ranks)
+
+
+def _rank(value: float | None) -> str:
+    """A mean with one decimal; a single module's rank is a whole number."""
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
 _CONSOLIDATION: dict[str, tuple[str, Callable[[list[float]], float], _Show]] = {
-    "rank": ("rank", fmean, _rank),
+    "rank": ("rank", _mean_rank, _rank),
     "energy kept": ("energy_kept", fmean, percent),
     "projected energy": ("projected_energy", fmean, _percent2),
     "norm before": ("norm_before", lambda norms: math.hypot(*norms), significant),
     "norm after": ("norm_after", lambda norms: math.hypot(*norms), significant),
-    "memory rank": ("memory_rank", fmean, _rank),
+    "memory rank": ("memory_rank", _mean_rank, _rank),
     "discarded energy": ("discarded_energy", fmean, _percent2),
     "lost history": ("bank_lost_energy", fmean, _percent2),
 }

@@ -55,7 +55,7 @@ def create_app(
     Raises:
         InputError: the mode needs a corrector.
     """
-    gateway = Gateway.make(settings, store, corrections or CorrectionService())
+    gateway = Gateway(settings, store, corrections or CorrectionService())
     access = settings.access
 
     @asynccontextmanager

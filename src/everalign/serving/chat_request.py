@@ -13,15 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from everalign.serving.eligibility import Api, chosen_mode, offers_tools, question_of, request_rule
-from everalign.serving.errors import not_found, refused
+from everalign.serving.errors import refused
 from everalign.serving.headers import USUAL, HeaderRules
 from everalign.serving.limits import MOST_VALUES, too_many_values
 from everalign.serving.settings import Keep, Limits, Mode, StrictStructured
 from everalign.serving.structured import Structure, structure_of
-from everalign.serving.upstream import Upstream, UpstreamRequest
+from everalign.serving.upstream import Upstream, UpstreamRequest, asks_usage
 
 if TYPE_CHECKING:
     from everalign.data.messages import Message
@@ -31,10 +31,19 @@ _RETRYING_CLIENT = re.compile(r"\b(openai|ai-sdk|litellm)\b", re.IGNORECASE)
 _Object = dict[Any, Any]
 
 
+def _check_model(name: str) -> str:
+    if not name.strip():
+        raise ValueError("must be the name of a model")
+    return name
+
+
+_About = Field(description="One of /v1/models; MODEL:aligned is corrected.", json_schema_extra={"pattern": r"\S"})
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    model: Annotated[str, Field(pattern=r"\S", description="One of /v1/models; MODEL:aligned is corrected.")]
+    model: Annotated[str, AfterValidator(_check_model), _About]
     stream: bool | None = None
     store: Annotated[bool | None, Field(description="Whether the exchange may be kept for feedback.")] = None
 
@@ -86,7 +95,7 @@ class RequestContext:
         rule: why not; see `eligibility`.
         retried_by_client: whether the client itself repeats requests that failed.
         structure: what a strict answer may be besides prose; None for nothing else.
-        started: when it arrived, in seconds of `time.perf_counter`.
+        started: seconds of `time.perf_counter`.
     """
 
     api: Api
@@ -111,14 +120,12 @@ class RequestContext:
 
     @property
     def streams(self) -> bool:
-        """Whether the client wants server-sent events."""
         return bool(self.payload.get("stream"))
 
     @property
     def wants_usage(self) -> bool:
         """Whether the client wants the usage at the end of a stream."""
-        options = self.payload.get("stream_options")
-        return isinstance(options, Mapping) and bool(options.get("include_usage"))
+        return asks_usage(self.payload)
 
     @property
     def reports_storage(self) -> bool:
@@ -131,7 +138,6 @@ class RequestContext:
         return self.mode in ("correct", "strict")
 
     def upstream_request(self) -> UpstreamRequest:
-        """Return the request to the upstream."""
         return UpstreamRequest(
             "POST",
             "chat/completions" if self.api == "chat" else "responses",
@@ -146,16 +152,7 @@ class RequestContext:
 
 @dataclass(frozen=True)
 class RequestParser:
-    """Parses requests.
-
-    Args:
-        upstreams: by name.
-        mode: the server's.
-        keep: which exchanges are stored.
-        limits: of requests.
-        headers: which headers pass the gateway.
-        structured: what strict mode does with requests for JSON and with tools.
-    """
+    """Parses requests; `mode` is the server's, for requests that name none."""
 
     upstreams: Mapping[str, Upstream]
     mode: Mode
@@ -173,15 +170,7 @@ class RequestParser:
         api: Api = "chat",
         deployment: str | None = None,
     ) -> RequestContext:
-        """Return a request.
-
-        Args:
-            content: its body.
-            headers: the client's.
-            key_id: of the client's key.
-            has_corrector: whether the server has a corrector.
-            api: of the request.
-            deployment: model that the path names instead of the body, if any.
+        """Return a request, of a `deployment` if the path names the model instead of the body.
 
         Raises:
             GatewayError: the request cannot be answered; names the field.
@@ -238,14 +227,14 @@ class RequestParser:
         """Return the upstream, its name of the model, and whether `:aligned` was asked for; raises GatewayError."""
         model, aligned = name.removesuffix(ALIGNED), name.endswith(ALIGNED)
         if aligned and not has_corrector:
-            raise not_found(f"model {name[:100]!r}: this server has no corrector", "model_not_found", "model")
+            raise refused(f"model {name[:100]!r}: this server has no corrector", "model", "model_not_found", 404)
         if len(self.upstreams) == 1:
             (upstream,) = self.upstreams.values()
         else:
             first, _, model = model.partition("/")
             if first not in self.upstreams or not model:
                 names = ", ".join(f"{known}/MODEL" for known in self.upstreams)
-                raise not_found(f"model {name[:100]!r}: must be one of {names}", "model_not_found", "model")
+                raise refused(f"model {name[:100]!r}: must be one of {names}", "model", "model_not_found", 404)
             upstream = self.upstreams[first]
         if not model:
             raise refused("model: is empty", "model", "invalid_value")
@@ -289,7 +278,7 @@ def _validate(model: type[BaseModel], body: Mapping[str, Any]) -> None:
         param = str(first) + "".join(f"[{part}]" for part in rest if isinstance(part, int))
         param += ".content" if "content" in rest else ""
         code = "invalid_value" if param in ("model", "messages", "n") else "invalid_type"
-        raise refused(f"{param}: {error['msg']}", param, code) from None
+        raise refused(f"{param}: {error['msg'].removeprefix('Value error, ')}", param, code) from None
 
 
 def _conversation(body: Mapping[str, Any]) -> list[dict[str, Any]]:

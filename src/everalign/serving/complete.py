@@ -132,7 +132,7 @@ class Completions:
 
 
 class _LiveWriter:
-    """Writes a correction while it is being decoded; what is written is never taken back."""
+    """Writes a correction while it is being decoded; what is `written` is never taken back."""
 
     def __init__(self, request: RequestContext, answer: Answer, queue: FrameQueue, headers: Mapping[str, str]) -> None:
         self.written = ""
@@ -140,7 +140,6 @@ class _LiveWriter:
         self._headers = {**headers, **PENDING.headers(request)}
 
     async def write(self, text: str) -> None:
-        """Write a piece of the text."""
         if not self.written:
             self._queue.open(self._headers)
         frames = self._answer.live(text, opens=not self.written)

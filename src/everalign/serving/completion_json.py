@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
-"""Finish reasons of an answer that ended by itself: OpenAI's, and those of other servers."""
+"""Finish reasons of a complete answer: OpenAI's, and those of other servers."""
 
 CUT = ("length", "max_tokens", "MAX_TOKENS", "model_length")
-"""Finish reasons of an answer that was cut at a limit of tokens."""
+"""Finish reasons of an answer cut at the token limit."""
 
 _CALL = ("id", "type", "name", "arguments")
 

@@ -41,12 +41,8 @@ def is_run(name: str) -> bool:
 class CorrectorReloader:
     """The version of a run's corrector that is in service.
 
-    Args:
-        path: the run directory.
-        load: loads a corrector from its folder.
-        on_rollback: what happens to answers while the run is rolled back to its base model.
-        seconds: between two polls of the run.
-        log: called with a line when another version is in service, or could not be loaded.
+    Every few `seconds` the run is polled. `load` loads a corrector from its folder; `log` gets a line when another
+    version is in service, or could not be loaded.
 
     Raises:
         InputError: it is no run, it learned no corrections, or no version of it was ever promoted.
@@ -67,7 +63,7 @@ class CorrectorReloader:
         run = load_run(path)
         if run.facts.objective != "correction":
             raise InputError(
-                f"{path}: learns {run.facts.objective}, so it is no corrector: serve its export as the upstream "
+                f"{path}: learns {run.facts.objective}, so it is not a corrector: serve its export as the upstream "
                 "(everalign export, then transformers serve or vLLM)"
             )
         if all(version.refused for version in run.all_versions):

@@ -138,7 +138,7 @@ class _InService:
 
 @dataclass
 class _Job:
-    """An answer to be corrected, and the events that whoever waits for it gets."""
+    """An answer to be corrected, and the events for whoever is waiting for it."""
 
     key: str
     question: "Question"
@@ -220,7 +220,6 @@ class CorrectionService:
 
     @property
     def withdrawn(self) -> bool:
-        """Whether the corrector was taken out of service."""
         now = self._in_service  # read once: `swap` may be called in another thread
         return now.corrector is None and now.version is not None
 
@@ -231,17 +230,14 @@ class CorrectionService:
 
     @property
     def template(self) -> str | None:
-        """Id of its template."""
         return self._in_service.template
 
     @property
     def depth(self) -> int:
-        """Number of answers that wait."""
         return len(self._waiting)
 
     @property
     def breaker(self) -> CircuitBreaker:
-        """Circuit breaker of the corrector."""
         return self._in_service.breaker
 
     async def correct(self, question: "Question", answer: str, key: str = "") -> Correction:

@@ -42,7 +42,6 @@ class Decision:
     calls: tuple[dict[str, Any], ...] = ()
 
     def returned(self, choice: Choice) -> str:
-        """Return the text that the client gets."""
         return choice.text if self.text is None else self.text
 
 
@@ -78,7 +77,6 @@ class Summary:
         return cls(first.outcome, first.reason, corrections[0].version, corrections[0].template, usage)
 
     def headers(self, request: RequestContext) -> dict[str, str]:
-        """Return it as a reply's headers."""
         found = {
             "x-everalign-id": request.id,
             "x-everalign-mode": request.mode,
@@ -126,14 +124,7 @@ class TextWriter(Protocol):
 
 
 class CorrectionDecider:
-    """Decides on answers, streamed or not.
-
-    Args:
-        corrections: the corrector in service.
-        on_failure: whether mode `correct` returns an answer that could not be corrected, or an error.
-        longest: most characters of an answer that the corrector accepts.
-        metrics: counters of corrections.
-    """
+    """Decides on answers, streamed or not; `longest` is in characters."""
 
     def __init__(self, corrections: CorrectionService, on_failure: OnFailure, longest: int, metrics: Metrics) -> None:
         self._corrections, self._fails_closed, self._longest = corrections, on_failure == "closed", longest
@@ -142,15 +133,9 @@ class CorrectionDecider:
     async def decide(
         self, request: RequestContext, choices: Sequence[Choice], writer: TextWriter | None = None
     ) -> list[Decision]:
-        """Return what becomes of each choice.
+        """Return what becomes of each choice; raises GatewayError if one may not be returned.
 
-        Args:
-            request: what was asked.
-            choices: of the answer.
-            writer: gets the correction while it is being decoded, if it may: a single choice, not in strict mode.
-
-        Raises:
-            GatewayError: a choice may not be returned.
+        `writer` gets the correction while it is being decoded, if it may: a single choice, not in strict mode.
         """
         # All rules come first: a choice that is withheld spares the others' correction.
         ruled = [await self._ruled(request, choice) for choice in choices]
@@ -186,7 +171,7 @@ class CorrectionDecider:
     async def _correct_strings(
         self, request: RequestContext, choice: Choice, structure: Structure, value: Any
     ) -> Decision:
-        """Return a JSON choice with each of its strings that is prose corrected by itself."""
+        """Return a JSON choice with each of its prose strings corrected separately."""
         prose = prose_of(value, structure.schema)
         decisions = await _gather(self._correct(request, Choice(0, text, finish_reason="stop")) for _, text in prose)
         applied = [decision.correction for decision in decisions if decision.outcome == "applied"]

@@ -16,7 +16,7 @@ through, so most rules refuse there:
 | `refusal` | the answer is a refusal in its own field | returned as it is |
 | `content` | its content is something other than text | refused (422) |
 | `empty` | it has no text | returned, empty |
-| `finish_reason` | it ended in another way than by itself, such as `error`, or without a reason | refused (422) |
+| `finish_reason` | it is another one, such as `error`, or missing | refused (422) |
 | `length` | it was cut at a limit of tokens | refused (422) |
 | `content_filter` | the upstream's filter cut it | refused (422) |
 | `too_long` | it is longer than the corrector accepts | refused (422) |
@@ -53,13 +53,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 
 def chosen_mode(asked: str | None, default: Mode, aligned: bool, has_corrector: bool) -> Mode:
-    """Return the mode of a request.
-
-    Args:
-        asked: value of its `x-everalign-mode` header, if any.
-        default: the server's mode.
-        aligned: whether it names `MODEL:aligned`.
-        has_corrector: whether the server has a corrector.
+    """Return the mode of a request that `asked` for one in its header, or named an `aligned` model.
 
     Raises:
         GatewayError: the mode is unknown, needs a corrector, or would weaken a strict server.
@@ -77,13 +71,7 @@ def chosen_mode(asked: str | None, default: Mode, aligned: bool, has_corrector: 
 
 
 def request_rule(api: Api, body: Mapping[str, Any], form: Any) -> str | None:
-    """Return why no answer to a request can be corrected; None if that depends on the answer.
-
-    Args:
-        api: of the request.
-        body: its JSON, validated.
-        form: its response format, if any.
-    """
+    """Return why no answer to a request can be corrected; None if that depends on the answer."""
     include, modalities = body.get("include"), body.get("modalities")
     wants_json = isinstance(form, Mapping) and form.get("type") != "text"
     if wants_json or any(body.get(name) for name in GRAMMARS):
@@ -106,12 +94,7 @@ def offers_tools(body: Mapping[str, Any]) -> bool:
 
 
 def why_not_corrected(choice: Choice, longest: int) -> str | None:
-    """Return why an answer cannot be corrected; None if it can.
-
-    Args:
-        choice: the answer.
-        longest: most characters that the corrector accepts.
-    """
+    """Return why an answer of one choice cannot be corrected; None if it can."""
     rules = {
         "tool_calls": choice.tools,
         "audio": choice.audio,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from everalign.errors import EveralignError
-from everalign.serving.sse import data_frame, strict_json
+from everalign.serving.sse import strict_json
 
 INVALID, FAILED, OVERLOADED = "invalid_request_error", "api_error", "rate_limit_error"
 INTERNAL = "the gateway failed; its log says more"
@@ -51,10 +51,6 @@ class GatewayError(EveralignError):
         own = self.content.get("error")
         return {**self.content, "error": {**error, **own} if isinstance(own, Mapping) else error}
 
-    def frame(self) -> bytes:
-        """The same as a server-sent event, for streams that have begun."""
-        return data_frame(self.body())
-
 
 class UsageRefused(GatewayError):  # noqa: N818 (the name says what is wrong)
     """The upstream refuses `stream_options`, and so cannot report the usage of a stream."""
@@ -65,14 +61,11 @@ def refused(message: str, param: str | None = None, code: str | None = None, sta
     return GatewayError(status, message, INVALID, code, param, _FINAL)
 
 
-def not_found(message: str, code: str, param: str | None = None) -> GatewayError:
-    """Something that does not exist."""
-    return refused(message, param, code, 404)
-
-
-def client_gone() -> GatewayError:
+class ClientGone(GatewayError):  # noqa: N818 (the name says what is wrong)
     """The client closed its connection."""
-    return GatewayError(499, "the client disconnected", code="client_gone")
+
+    def __init__(self) -> None:
+        super().__init__(499, "the client disconnected", code="client_gone")
 
 
 def overloaded(message: str, code: str, wait: float = 1.0, status: int = 429) -> GatewayError:
@@ -103,12 +96,8 @@ def upstream_failure(
 ) -> GatewayError:
     """Return the error that an upstream's unsuccessful reply becomes.
 
-    Args:
-        status: HTTP status of the reply.
-        headers: of the reply, filtered for the client.
-        body: of the reply, or its beginning.
-        key: the upstream's.
-        quoted: whether what the upstream wrote may be passed on.
+    `headers` are those that may be passed on, `body` is the reply's or its beginning, `key` the upstream's, and
+    `quoted` whether what the upstream wrote may be passed on.
     """
     if status < 400:
         return bad_upstream(f"the upstream redirects (status {status}), which is not followed", again=False)

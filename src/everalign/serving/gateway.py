@@ -1,6 +1,5 @@
 """The parts of a running gateway, put together from its settings."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from everalign.serving.chat_request import RequestParser
@@ -10,7 +9,7 @@ from everalign.serving.decide import CorrectionDecider
 from everalign.serving.limits import Allowances, Limiter
 from everalign.serving.request_log import AsyncStore, RequestLog
 from everalign.serving.security import Keys
-from everalign.serving.settings import GatewaySettings, UpstreamSettings
+from everalign.serving.settings import GatewaySettings, Mode, UpstreamSettings
 from everalign.serving.telemetry import Metrics
 from everalign.serving.upstream import Upstream
 from everalign.serving.upstream_transport import CircuitBreaker, Circuits
@@ -22,14 +21,10 @@ if TYPE_CHECKING:
 def make_corrections(
     settings: GatewaySettings, corrector: AnyCorrector | None, version: str, threads: int = 1
 ) -> CorrectionService:
-    """Return a corrector in service, with the settings' limits.
+    """Return a corrector in service under the name `version`, with the settings' limits.
 
-    Args:
-        settings: of the gateway.
-        corrector: the first one; None to begin without.
-        version: its name.
-        threads: corrections at the same time: one for a model in this process; more for one on a server, which gets
-            each answer by itself, so that none waits for or fails with others.
+    One thread is for a corrector whose model is in this process; more are for one on a server, which gets each answer
+    separately, so that none waits for or fails with others.
     """
     return CorrectionService(
         corrector,
@@ -42,38 +37,25 @@ def make_corrections(
     )
 
 
-@dataclass(frozen=True)
 class Gateway:
-    """What the routes work with; upstreams by name."""
+    """What the routes work with; upstreams by name. The arguments are those of `create_app`."""
 
-    settings: GatewaySettings
-    keys: Keys
-    allowances: Allowances
-    upstreams: dict[str, Upstream]
-    fallback: Upstream | None
-    corrections: CorrectionService
-    metrics: Metrics
-    limiter: Limiter
-    parser: RequestParser
-    completions: Completions
-    request_log: RequestLog
-    store: AsyncStore | None
-
-    @classmethod
-    def make(
-        cls, settings: GatewaySettings, store: "FeedbackStore | None", corrections: CorrectionService
-    ) -> "Gateway":
-        """Return a gateway; the arguments are those of `create_app`."""
-        limits, access, metrics = settings.limits, settings.access, Metrics()
-        async_store = None
+    def __init__(
+        self, settings: GatewaySettings, store: "FeedbackStore | None", corrections: CorrectionService
+    ) -> None:
+        limits, access, longest = settings.limits, settings.access, settings.limits.correction_characters
+        self.settings, self.corrections, self.metrics = settings, corrections, Metrics()
+        self.store: AsyncStore | None = None
         if store is not None:
-            async_store = AsyncStore(store, metrics.store_failures.inc, settings.timeouts.store)
-        keys = Keys(settings.keys, access.keys_file, access.no_auth, access.cors_origins)
-        allowances = Allowances(keys.allowance, access.allowance)
-        request_log = RequestLog(metrics, async_store, corrections, limits.correction_characters)
-        decider = CorrectionDecider(corrections, settings.on_failure, limits.correction_characters, metrics)
+            self.store = opened = AsyncStore(store, self.metrics.store_failures.inc, settings.timeouts.store)
+            self.metrics.watch("store_queue", "Writes that wait for the store.", lambda: opened.waiting)
+        self.keys = Keys(settings.keys, access.keys_file, access.no_auth, access.cors_origins)
+        self.allowances = Allowances(self.keys.allowance, access.allowance)
+        self.request_log = RequestLog(self.metrics, self.store, corrections, longest)
+        decider = CorrectionDecider(corrections, settings.on_failure, longest, self.metrics)
+        self.completions = Completions(decider, self.request_log)
         shared = len(settings.keys) > 1 or access.keys_file is not None
-        limiter = Limiter(limits.concurrency, limits.per_key, shared, allowances)
+        self.limiter = Limiter(limits.concurrency, limits.per_key, shared, self.allowances)
 
         def upstream(one: UpstreamSettings, allowances: Allowances | None, fallback: Upstream | None) -> Upstream:
             return Upstream(
@@ -89,40 +71,17 @@ class Gateway:
                 fallback_model=settings.fallback_model,
             )
 
-        fallback = None if settings.fallback is None else upstream(settings.fallback, None, None)
-        upstreams = {one.name: upstream(one, allowances, fallback) for one in settings.upstreams}
-        parser = RequestParser(
-            upstreams,
-            settings.mode or ("off" if corrections.version is None else "correct"),
-            settings.keep,
-            limits,
-            access.headers,
-            settings.strict_structured,
-        )
-        made = cls(
-            settings=settings,
-            keys=keys,
-            allowances=allowances,
-            upstreams=upstreams,
-            fallback=fallback,
-            corrections=corrections,
-            metrics=metrics,
-            limiter=limiter,
-            parser=parser,
-            completions=Completions(decider, request_log),
-            request_log=request_log,
-            store=async_store,
-        )
-        metrics.watch("in_flight", "Requests under way.", lambda: limiter.in_flight)
-        metrics.watch("correction_queue", "Answers that wait for the corrector.", lambda: corrections.depth)
-        if async_store is not None:
-            metrics.watch("store_queue", "Writes that wait for the store.", lambda: async_store.waiting)
-        metrics.watch_circuits(made.circuits)
-        return made
+        self.fallback = None if settings.fallback is None else upstream(settings.fallback, None, None)
+        self.upstreams = {one.name: upstream(one, self.allowances, self.fallback) for one in settings.upstreams}
+        mode: Mode = settings.mode or ("off" if corrections.version is None else "correct")
+        structured = settings.strict_structured
+        self.parser = RequestParser(self.upstreams, mode, settings.keep, limits, access.headers, structured)
+        self.metrics.watch("in_flight", "Requests under way.", lambda: self.limiter.in_flight)
+        self.metrics.watch("correction_queue", "Answers that wait for the corrector.", lambda: corrections.depth)
+        self.metrics.watch_circuits(self.circuits)
 
     @property
     def has_corrector(self) -> bool:
-        """Whether answers can be corrected."""
         return self.corrections.version is not None
 
     def circuits(self) -> dict[str, str]:

@@ -4,14 +4,14 @@ import re
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import anyio.to_thread
 from starlette.requests import ClientDisconnect, Request
 
-from everalign.serving.errors import GatewayError, client_gone, overloaded, refused
+from everalign.serving.errors import ClientGone, GatewayError, overloaded, refused
 from everalign.serving.security import Allowance
 
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"
@@ -49,14 +49,10 @@ async def aside(content: bytes, parse: Callable[[], Result]) -> Result:
 
 
 async def read_body(request: Request, most: int, expected: str = JSON, seconds: float = BODY_SECONDS) -> bytes:
-    """Return a request's body.
+    """Return a request's body, of at most so many bytes.
 
-    Args:
-        request: whose body has not been read.
-        most: bytes.
-        expected: its content type. Web pages may send any type but JSON to other sites without asking, so a form
-            needs a token that other sites do not know.
-        seconds: within which it has to arrive.
+    Web pages may send any content type but JSON to other sites without asking, so a form needs a token that other sites
+    do not know.
 
     Raises:
         GatewayError: its type differs (415), it is compressed (415), too large (413) or too slow (408), or the client
@@ -74,7 +70,7 @@ async def read_body(request: Request, most: int, expected: str = JSON, seconds: 
                 if len(content) > most:
                     raise refused(f"the body is larger than {most} bytes", code="body_too_large", status=413)
     except ClientDisconnect:
-        raise client_gone() from None
+        raise ClientGone from None
     return bytes(content)
 
 
@@ -105,11 +101,7 @@ _Item = TypeVar("_Item", bound=Queued)
 
 
 class FairQueue(Generic[_Item]):
-    """First in, first out within a key; round robin between keys.
-
-    Args:
-        most: items that wait.
-    """
+    """First in, first out within a key; round robin between keys. Holds `most` items."""
 
     def __init__(self, most: int) -> None:
         self._most, self._size = most, 0
@@ -179,11 +171,7 @@ class _Used:
 class Allowances:
     """Counts what keys use, and refuses those that have used their allowance. Used in one event loop.
 
-    Args:
-        of_key: a key's own allowance, if it has one.
-        usual: of the other keys.
-        clock: monotonic seconds.
-        now: seconds since 1970.
+    `of_key` returns a key's own allowance, if it has one; the others have the `usual` one.
     """
 
     def __init__(
@@ -197,7 +185,6 @@ class Allowances:
         self._used: dict[str, _Used] = {}
 
     def of(self, key_id: str) -> Allowance:
-        """Return a key's allowance."""
         return self._of_key(key_id) or self._usual
 
     def enter(self, key_id: str) -> None:
@@ -223,11 +210,9 @@ class Allowances:
         used.left -= 1
 
     def counts_tokens(self, key_id: str) -> bool:
-        """Whether a key's tokens are limited."""
         return self.of(key_id).tokens_per_day is not None
 
     def spend(self, key_id: str, tokens: int) -> None:
-        """Count tokens."""
         if self.counts_tokens(key_id):
             self._of_today(key_id, self.of(key_id)).tokens += tokens
 
@@ -258,30 +243,11 @@ def tokens_of(usage: Any, characters: int) -> int:
     return total if isinstance(total, int) and total >= 0 else characters // _BYTES_PER_TOKEN
 
 
-class Slot:
-    """A place among the concurrent requests; given back once, however often `release` is called."""
-
-    def __init__(self, release: Callable[[], None]) -> None:
-        self._release: Callable[[], None] | None = release
-
-    def release(self) -> None:
-        """Give the place back."""
-        release, self._release = self._release, None
-        if release is not None:
-            release()
-
-
 class Limiter:
     """Limits concurrent requests; streams count until they end.
 
-    If several keys share the server, a key gets no more places than are free: alone it gets half of them, two that
-    want all get a third each, and so on. A newcomer always finds some, however many keys there are.
-
-    Args:
-        concurrency: most requests.
-        per_key: most requests with the same key.
-        shared: whether several keys share the server.
-        allowances: further limits of keys; None for none.
+    If several keys share the server, a key gets no more places than are free: alone it gets half of them, two that want
+    all get a third each, and so on. A newcomer always finds some, however many keys there are.
     """
 
     def __init__(
@@ -292,8 +258,8 @@ class Limiter:
         self._held: Counter[str] = Counter()
         self.in_flight = 0
 
-    def enter(self, key_id: str) -> Slot:
-        """Return a place; raises GatewayError 429 if the key has too many, 503 if the server has."""
+    def enter(self, key_id: str) -> ExitStack:
+        """Return a place, to be closed; raises GatewayError 429 if the key has too many, 503 if the server has."""
         if self.in_flight >= self._most:
             raise overloaded(f"{self._most} requests are under way already", "overloaded", status=503)
         held = self._held[key_id]
@@ -303,7 +269,9 @@ class Limiter:
             self._allowances.enter(key_id)
         self._held[key_id] += 1
         self.in_flight += 1
-        return Slot(lambda: self._leave(key_id))
+        place = ExitStack()
+        place.callback(self._leave, key_id)
+        return place
 
     def _leave(self, key_id: str) -> None:
         self.in_flight -= 1

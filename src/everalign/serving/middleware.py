@@ -70,12 +70,7 @@ class Meant:
 
 
 def meant(path: str, root: str = "") -> Meant:
-    """Return the route that a path leads to.
-
-    Args:
-        path: of the request, without its query.
-        root: path that a proxy serves the gateway under; the proxy may or may not remove it.
-    """
+    """Return the route of a path; a proxy may have removed `root`, which it serves the gateway under, or not."""
     plain = re.sub(r"//+", "/", path).rstrip("/")
     if root and plain.startswith(f"{root}/"):
         plain = plain[len(root) :]
@@ -103,7 +98,6 @@ class AuthMiddleware:
         self._app, self._keys, self._sessions, self._root = app, keys, sessions, root
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, as in ASGI."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -168,7 +162,6 @@ class AuthMiddleware:
 
 
 def is_page(path: str) -> bool:
-    """Whether a path is one of the gateway's pages."""
     return path in _PAGES or path in _OPEN_PAGES or path.startswith(_ANSWERS)
 
 
@@ -179,12 +172,10 @@ def cookie_name(scope: Scope) -> str:
 
 
 def json_response(content: Any, headers: dict[str, str] | None = None, status: int = 200) -> Response:
-    """Return a response in JSON."""
     return Response(json_bytes(content), status, headers, "application/json")
 
 
 def error_response(error: GatewayError) -> Response:
-    """Return an error in the shape that OpenAI's clients read."""
     # The rest of a body that is too large or too slow would be read, and thrown away, as long as it comes.
     close = {"connection": "close"} if error.status in (408, 413) else {}
     return json_response(error.body(), {**error.headers, **close}, error.status)

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
@@ -20,13 +21,13 @@ from starlette.types import Receive, Scope, Send
 
 from everalign.serving.chat_request import read_json
 from everalign.serving.eligibility import chosen_mode
-from everalign.serving.errors import GatewayError, client_gone, refused
+from everalign.serving.errors import ClientGone, GatewayError, refused
 from everalign.serving.gateway import Gateway
 from everalign.serving.limits import JSON, aside, body_deadline, content_type, read_body
 from everalign.serving.middleware import ENDPOINTS
 from everalign.serving.settings import Mode
 from everalign.serving.sse import json_bytes
-from everalign.serving.stream_response import cancel, cancel_on_disconnect, until_gone
+from everalign.serving.stream_response import cancel_on_disconnect
 from everalign.serving.upstream import RawReply, Upstream
 
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
@@ -48,18 +49,14 @@ def passthrough_routes(gateway: Gateway) -> APIRouter:
     async def pass_through(path: str, request: Request) -> Response:
         mode = _allowed_mode(gateway, path, request)
         key_id = request.state.key_id
-        slot = gateway.limiter.enter(key_id)
-        try:
+        with gateway.limiter.enter(key_id) as place:
             reply = await _send(gateway, path, request, quoted=mode != "strict")
             if gateway.allowances.counts_tokens(key_id):
                 parts = gateway.allowances.metered(key_id, reply.parts, _content_length(request))
                 reply = replace(reply, parts=parts)
             headers = {"x-everalign-mode": mode, "x-everalign-correction": "skipped; reason=passthrough"}
             gateway.metrics.requests.labels(mode, "skipped", "passthrough").inc()
-            return _RawResponse(reply, headers, gateway.settings.timeouts.total, slot.release)
-        except BaseException:
-            slot.release()
-            raise
+            return _RawResponse(reply, headers, gateway.settings.timeouts.total, place.pop_all().close)
 
     return router
 
@@ -142,7 +139,7 @@ async def _upload(request: Request, most: int, read: asyncio.Event) -> AsyncIter
             except StopAsyncIteration:
                 break
             except ClientDisconnect:
-                raise client_gone() from None
+                raise ClientGone from None
         size += len(part)
         if size > most:
             raise _too_large(most)
@@ -161,7 +158,7 @@ def _too_large(most: int) -> GatewayError:
 
 
 class _RawResponse(Response):
-    """An upstream's reply, passed on within so many seconds; `release` is called when it has ended."""
+    """An upstream's reply, passed on within a time limit; `release` is called at its end."""
 
     def __init__(self, reply: RawReply, headers: dict[str, str], seconds: float, release: Callable[[], None]) -> None:
         super().__init__(status_code=reply.status, headers={**reply.headers, **headers})
@@ -170,13 +167,10 @@ class _RawResponse(Response):
         self._reply, self._seconds, self._release = reply, seconds, release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender, gone = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(until_gone(receive))
         try:
-            await asyncio.wait({sender, gone}, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
-            if sender.done():
-                sender.result()
+            with suppress(ClientGone, asyncio.TimeoutError):
+                await asyncio.wait_for(cancel_on_disconnect(receive, self._send(send)), self._seconds)
         finally:
-            await cancel(sender, gone)
             await self._reply.aclose()
             self._release()
 

@@ -76,7 +76,7 @@ class _ThreadLane:
         """Return a call's result; raises what it raises, or StoreLate."""
         permit = self._breaker.enter()
         if permit is None:
-            raise StoreLate("the store did not answer in time again and again, and is left alone for a few seconds")
+            raise StoreLate("the store was too slow several times in a row and is not called for a few seconds")
         if self.waiting >= _MOST_WAITING:
             permit.abandoned()
             raise StoreLate(f"{_MOST_WAITING} calls wait for the store already")
@@ -112,10 +112,8 @@ class _ThreadLane:
 class AsyncStore:
     """A store for use in an event loop.
 
-    Args:
-        store: the blocking store.
-        failed: called once for each exchange that could not be stored.
-        seconds: timeout of a call; raises StoreLate.
+    `failed` is called for each exchange that could not be stored. A call that takes longer than `seconds` raises
+    StoreLate.
     """
 
     def __init__(self, store: "FeedbackStore", failed: Callable[[], None] = lambda: None, seconds: float = 5.0) -> None:
@@ -124,7 +122,6 @@ class AsyncStore:
 
     @property
     def waiting(self) -> int:
-        """Number of writes that wait or are in progress."""
         return self._writes.waiting
 
     async def add_exchange(self, exchange: Exchange) -> bool:
@@ -146,7 +143,6 @@ class AsyncStore:
         return await self._reads.run(lambda: self._store.exchange(id, key_id))
 
     async def stats(self) -> "StoreStats":
-        """Return the store's counts; errors as in `add_feedback`."""
         return await self._reads.run(self._store.stats)
 
     async def close(self) -> None:
@@ -181,30 +177,18 @@ class RequestTimer:
         self.outcome, self.reason = "failed", "internal_error"
 
     def end(self, summary: Summary) -> None:
-        """Record that the request was answered."""
         self.outcome, self.reason = summary.outcome, summary.reason or ""
 
 
 class RequestLog:
-    """Counts requests, stores exchanges, and corrects in the background in shadow mode.
-
-    Args:
-        metrics: of the gateway.
-        store: for exchanges; None for none.
-        corrections: the corrector in service.
-        longest: characters of an answer that the corrector is given.
-    """
+    """Counts requests, stores exchanges, and corrects in the background in shadow mode."""
 
     def __init__(
         self, metrics: Metrics, store: AsyncStore | None, corrections: CorrectionService, longest: int
     ) -> None:
         self._metrics, self._store, self._corrections, self._longest = metrics, store, corrections, longest
+        self.has_store = store is not None
         self._background: set[asyncio.Task[None]] = set()
-
-    @property
-    def has_store(self) -> bool:
-        """Whether exchanges can be stored."""
-        return self._store is not None
 
     @contextmanager
     def timed(self, request: RequestContext) -> Iterator[RequestTimer]:
@@ -212,11 +196,9 @@ class RequestLog:
         timer = RequestTimer()
         try:
             yield timer
-        except GatewayError as error:
-            timer.outcome, timer.reason = "failed", error.code or str(error.status)
-            raise
-        except asyncio.CancelledError:
-            timer.outcome, timer.reason = "failed", "client_gone"
+        except (GatewayError, asyncio.CancelledError) as error:
+            code = (error.code or str(error.status)) if isinstance(error, GatewayError) else "client_gone"
+            timer.outcome, timer.reason = "failed", code
             raise
         finally:
             reason = timer.reason if timer.outcome != "failed" or timer.reason in _CODES else "other"

@@ -1,6 +1,6 @@
 """Answers of OpenAI's Responses API on their way to the client: relayed, or written anew with corrected texts.
 
-An answer is a list of items. Each `output_text` of its messages is corrected by itself; reasoning, tool calls and what
+An answer is a list of items. Each `output_text` of its messages is corrected separately; reasoning, tool calls and what
 the server's own tools did pass as they are. In strict mode the answer is written anew, without any of the original's
 words.
 
@@ -49,7 +49,6 @@ class ResponsesAnswer:
         self._sent = self._number = 0
 
     def add(self, event: dict[str, Any]) -> None:
-        """Add the whole answer, or one of its events."""
         if not self._request.streams:
             self._response = event
         elif not self._relayed or event.get("type") in (*RESPONSE_ENDS, "response.output_item.done"):
@@ -125,7 +124,6 @@ class ResponsesAnswer:
         return found
 
     def unchanged(self) -> dict[str, Any]:
-        """Return the whole answer as the upstream sent it."""
         return self._response
 
     def corrected(

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from functools import partial
 from http import HTTPStatus
@@ -15,7 +16,7 @@ from everalign.errors import EveralignError
 from everalign.serving.chat_request import ALIGNED, ChatRequest, ResponsesRequest, read_json
 from everalign.serving.decide import PENDING, summary_before
 from everalign.serving.eligibility import Api
-from everalign.serving.errors import GatewayError, not_found, overloaded, refused
+from everalign.serving.errors import GatewayError, overloaded, refused
 from everalign.serving.gateway import Gateway
 from everalign.serving.limits import aside, read_body
 from everalign.serving.middleware import json_response
@@ -65,23 +66,19 @@ class FeedbackBody(BaseModel):
 
 
 def feedback_routes(gateway: Gateway) -> APIRouter:
-    """Return the router of the feedback endpoint."""
     router = APIRouter()
 
     @router.post(
         "/v1/feedback",
         responses=error_replies(400, 404, 408, 413, 415, 429, 499, 503),
         openapi_extra=json_body(FeedbackBody),
-        summary="Say what an answer is worth",
+        summary="Rate an answer",
     )
     async def feedback(request: Request) -> Response:
-        slot = gateway.limiter.enter(request.state.key_id)
-        try:
+        with gateway.limiter.enter(request.state.key_id):
             content = await read_body(request, _MOST_BYTES)
             said = await aside(content, lambda: read_feedback(read_json(content), request.state.key_id))
             return json_response({"id": said.exchange, "new": await store_feedback(gateway, said)})
-        finally:
-            slot.release()
 
     return router
 
@@ -96,17 +93,8 @@ def read_feedback(content: dict[str, Any], key_id: str) -> Feedback:
         raise refused(f"{field}: {first['msg']}", field, "invalid_value") from None
     if all(not getattr(said, name) and getattr(said, name) != 0 for name in _JUDGEMENTS):
         raise refused(f"the feedback is empty: give at least one of {', '.join(_JUDGEMENTS)}", code="empty_feedback")
-    return Feedback(
-        exchange=said.id,
-        key_id=key_id,
-        user=said.user,
-        rating=said.rating,
-        preferred=said.preferred,
-        edited_text=said.edited_text,
-        tags=tuple(said.tags),
-        comment=said.comment,
-        created=datetime.now(timezone.utc),
-    )
+    given = said.model_dump(exclude={"id", "tags"})
+    return Feedback(said.id, key_id, tags=tuple(said.tags), created=datetime.now(timezone.utc), **given)
 
 
 async def store_feedback(gateway: Gateway, said: Feedback) -> bool:
@@ -121,7 +109,7 @@ async def store_feedback(gateway: Gateway, said: Feedback) -> bool:
             f"id {said.exchange[:100]!r}: no answer of that id was kept for this key; "
             "ask with store: true, and give the id of the completion"
         )
-        raise not_found(message, "unknown_exchange", "id") from None
+        raise refused(message, "id", "unknown_exchange", 404) from None
     except (EveralignError, OSError, RuntimeError) as error:
         raise overloaded(f"the store cannot be written ({type(error).__name__})", "store_failed", status=503) from None
     gateway.metrics.feedback.labels(str(new).lower()).inc()
@@ -136,7 +124,7 @@ _DESCRIPTIONS = {
     409: "The upstream reports a conflict.",
     422: "Strict mode: the answer cannot be checked. Or the upstream refuses the request.",
     499: "The client disconnected.",
-    503: "Not at the moment: overloaded, the upstream away, or no correction where one is needed.",
+    503: "Unavailable: overloaded, the upstream unreachable, or no correction where one is required.",
 }
 _ANSWER_ERRORS = (400, 404, 408, 409, 413, 415, 422, 429, 499, 502, 503, 504)
 
@@ -194,35 +182,24 @@ def json_body(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def chat_routes(gateway: Gateway) -> APIRouter:
-    """Return the routes that answer conversations."""
     router = APIRouter()
 
     async def answer(request: Request, api: Api) -> Response:
         key_id = request.state.key_id
-        slot = gateway.limiter.enter(key_id)
-        try:
+        with gateway.limiter.enter(key_id) as place:
             content = await read_body(request, gateway.settings.limits.body_bytes)
-            parse = partial(
-                gateway.parser.parse,
-                content,
-                request.headers.items(),
-                key_id,
-                gateway.has_corrector,
-                api,
-                request.state.deployment,
-            )
-            context = await aside(content, parse)
-            if context.streams:
-                late = (summary_before(context) or PENDING).headers(context)
-                stream = partial(gateway.completions.stream, context)
-                streaming = stream_response(stream, late, gateway.settings.keepalive, slot.release)
-                return await cancel_on_disconnect(request.receive, streaming)
-            completed = await cancel_on_disconnect(request.receive, gateway.completions.complete(context))
-        except BaseException:
-            slot.release()
-            raise
-        slot.release()
-        return json_response(completed.body, completed.headers)
+            about = request.headers.items(), key_id, gateway.has_corrector, api, request.state.deployment
+            context = await aside(content, lambda: gateway.parser.parse(content, *about))
+            if not context.streams:
+                completed = await cancel_on_disconnect(request.receive, gateway.completions.complete(context))
+                return json_response(completed.body, completed.headers)
+            late = (summary_before(context) or PENDING).headers(context)
+            stream = partial(gateway.completions.stream, context)
+            held = ExitStack()
+            streaming = stream_response(stream, late, gateway.settings.keepalive, held.close)
+            response = await cancel_on_disconnect(request.receive, streaming)
+            held.push(place.pop_all())  # from now on the stream has the place, until it ends
+            return response
 
     mode = {"name": "x-everalign-mode", "in": "header", "required": False}
     parameters = [{**mode, "schema": {"type": "string", "enum": list(MODES)}}]
@@ -256,7 +233,7 @@ def chat_routes(gateway: Gateway) -> APIRouter:
             **error_replies(*_ANSWER_ERRORS),
         },
         openapi_extra={**json_body(ResponsesRequest), "parameters": parameters},
-        summary="Answer a conversation, as OpenAI's Responses",
+        summary="Answer a conversation (OpenAI's Responses API)",
     )
     async def responses(request: Request) -> Response:
         return await answer(request, "responses")
@@ -295,7 +272,6 @@ class Catalogue:
 
 
 def model_routes(gateway: Gateway) -> APIRouter:
-    """Return the routes that list models."""
     router, catalogue = APIRouter(), Catalogue(gateway)
 
     @router.get("/v1/models", responses=error_replies(429, 502, 503, 504), summary="List the models")
@@ -307,9 +283,8 @@ def model_routes(gateway: Gateway) -> APIRouter:
         for known in await catalogue.models():
             if known["id"] == model:
                 return json_response(known)
-        raise not_found(
-            f"model {model[:100]!r}: there is none of that name; see /v1/models", "model_not_found", "model"
-        )
+        message = f"model {model[:100]!r}: no such model; see /v1/models"
+        raise refused(message, "model", "model_not_found", 404)
 
     return router
 

@@ -35,13 +35,7 @@ _PROXY_HEADERS = re.compile(
 
 @dataclass(frozen=True)
 class Session:
-    """A browser session.
-
-    Args:
-        key_id: of the key that it signed in with; empty before signing in.
-        nonce: identifies the session.
-        expires: seconds since 1970.
-    """
+    """A browser session; the `key_id` is empty before signing in, `expires` is in seconds since 1970."""
 
     key_id: str
     nonce: str
@@ -49,12 +43,7 @@ class Session:
 
 
 class Sessions:
-    """Creates, verifies and revokes sessions. Cookies are signed; only revoked sessions are stored.
-
-    Args:
-        seconds: lifetime of a session.
-        clock: seconds since 1970.
-    """
+    """Creates, verifies and revokes sessions. Cookies are signed; only revoked sessions are stored."""
 
     def __init__(self, seconds: int = SESSION_SECONDS, clock: Callable[[], float] = time.time) -> None:
         self.seconds, self._clock = seconds, clock
@@ -72,7 +61,6 @@ class Sessions:
         self._revoked[session.nonce] = session.expires
 
     def cookie(self, session: Session) -> str:
-        """Return the cookie of a session."""
         text = f"{session.key_id}.{session.nonce}.{session.expires}"
         return f"{text}.{self._signature('session', text)}"
 
@@ -91,7 +79,6 @@ class Sessions:
         return self._signature("form", session.nonce)
 
     def is_token(self, session: Session, token: str) -> bool:
-        """Whether a form's CSRF token is the session's."""
         return hmac.compare_digest(self.token(session).encode(), token.encode(errors="replace"))
 
     def _signature(self, use: str, text: str) -> str:
@@ -149,12 +136,10 @@ class Keys:
 
     @property
     def needed(self) -> bool:
-        """Whether clients need a key."""
         return bool(self._known)
 
     @property
     def count(self) -> int:
-        """Number of keys."""
         return len(self._known)
 
     def allowance(self, key_id: str) -> Allowance | None:
@@ -162,7 +147,6 @@ class Keys:
         return self._by_id.get(key_id)
 
     def knows(self, key_id: str) -> bool:
-        """Whether there still is a key of this id."""
         self._reload()
         return key_id in self._by_id
 
@@ -175,11 +159,6 @@ class Keys:
 
     def identify(self, headers: Mapping[str, str], peer: str | None, http_version: str = "1.1") -> str:
         """Return the id of a request's key.
-
-        Args:
-            headers: of the request, with lower-case names.
-            peer: address of the other end of the connection.
-            http_version: of the request.
 
         Raises:
             GatewayError: 401 without a valid key; 403 if there are no keys and the request is not of this machine.
@@ -232,7 +211,7 @@ class Keys:
             self._set(read_key_file(self._file))
             _log.warning("%s: has changed; %d keys are known now", self._file, len(self._known))
         except InputError as error:
-            _log.error("%s; the keys are those of before", error)
+            _log.error("%s; the previous keys stay in use", error)
 
 
 def read_key_file(path: Path) -> dict[str, Allowance | None]:
@@ -246,7 +225,7 @@ def read_key_file(path: Path) -> dict[str, Allowance | None]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise InputError(f"--keys-file {path}: cannot be read: {reason}") from None
     found: dict[str, Allowance | None] = {}
     for number, line in enumerate(lines, start=1):
@@ -261,7 +240,9 @@ def read_key_file(path: Path) -> dict[str, Allowance | None]:
         for limit in limits:
             name, _, value = limit.partition("=")
             if name not in Allowance.__dataclass_fields__ or name in values:
-                raise InputError(f"{where}: behind a key stand requests_per_minute=N and tokens_per_day=N, each once")
+                raise InputError(
+                    f"{where}: a key may be followed by requests_per_minute=N and tokens_per_day=N, each once"
+                )
             if not (value.isascii() and value.isdigit() and int(value) > 0):
                 raise InputError(f"{where}: {name} must be a whole number of at least 1")
             values[name] = int(value)
@@ -273,7 +254,7 @@ def read_key_file(path: Path) -> dict[str, Allowance | None]:
 
 def _digest(key: str, where: str) -> str:
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(f"{where}: a key is empty or has other than letters, digits and signs")
+        raise InputError(f"{where}: a key is empty or has characters other than letters, digits and punctuation")
     return hashlib.sha256(key.encode()).hexdigest()
 
 

@@ -9,13 +9,12 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from everalign.errors import EveralignError, InputError
 from everalign.serving.errors import overloaded
 from everalign.serving.security import is_loopback
-from everalign.serving.settings import UpstreamSettings
+from everalign.serving.settings import GatewaySettings, UpstreamSettings
 from everalign.serving.sse import json_bytes
 
 if TYPE_CHECKING:
@@ -35,43 +34,29 @@ _LARGEST_HEAD = 64 << 10  # bytes
 _NETWORK_BITS = 64  # an IPv6 client usually has a whole network of this size
 
 
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """Limits on the connections of clients.
+class ConnectionTable:
+    """The connections of one server, by address: admits them, and closes slow ones. Used in one event loop.
 
-    Args:
-        most: connections in total.
-        per_address: connections from one address, or from one IPv6 network.
-        head_seconds: for the head of a request, from connecting or from its first byte on.
-        stalled_seconds: how long a client may read nothing of what is sent to it.
-        exempt: addresses of proxies, whose connections are those of many clients.
+    The connections of trusted proxies are those of many clients, so their number is not limited by address.
     """
 
-    most: int
-    per_address: int
-    head_seconds: float
-    stalled_seconds: float
-    exempt: tuple[str, ...] = ()
-
-
-class ConnectionTable:
-    """The connections of one server, by address: admits them, and closes slow ones. Used in one event loop."""
-
-    def __init__(self, limits: ConnectionLimits) -> None:
-        self._limits = limits
-        self._exempt = [ipaddress.ip_network(one) for one in limits.exempt]
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._most = _client_connections(settings.limits.concurrency)
+        self._per_address = settings.limits.connections_per_address
+        self._head_seconds, self._stalled_seconds = settings.timeouts.head, settings.timeouts.stalled
+        self._exempt = [ipaddress.ip_network(one) for one in settings.access.trusted_proxies]
         self._addresses: dict[str, OrderedDict[_LimitedProtocol, None]] = {}
         self._count = 0
-        self._interval = min(1.0, limits.head_seconds / 2, limits.stalled_seconds / 2)
+        self._interval = min(1.0, self._head_seconds / 2, self._stalled_seconds / 2)
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, client: "_LimitedProtocol", host: str) -> bool:
         """Add a connection; False if there is no place for it, even after closing an idle one."""
         address, limited = self._address(host)
         same = self._addresses.get(address, OrderedDict())
-        if limited and len(same) >= self._limits.per_address and not self._close_idle(address):
+        if limited and len(same) >= self._per_address and not self._close_idle(address):
             return False
-        if self._count >= self._limits.most:
+        if self._count >= self._most:
             crowded = max(self._addresses, key=lambda name: len(self._addresses[name]))
             if not (self._close_idle(crowded) or any(self._close_idle(name) for name in tuple(self._addresses))):
                 return False
@@ -109,9 +94,9 @@ class ConnectionTable:
                 self.remove(client)  # also a connection that was handed to another protocol
             elif client.transport.is_closing() and stalled is None:
                 client.stalled_since = now
-            elif waits is not None and now >= waits + self._limits.head_seconds:
+            elif waits is not None and now >= waits + self._head_seconds:
                 client.reply(b"408 Request Timeout")
-            elif stalled is not None and now >= stalled + self._limits.stalled_seconds:
+            elif stalled is not None and now >= stalled + self._stalled_seconds:
                 client.transport.abort()
         if self._count:
             self._timer = asyncio.get_running_loop().call_later(self._interval, self._close_slow)
@@ -142,7 +127,6 @@ class _LimitedProtocol:
 
     @property
     def busy(self) -> bool:
-        """Whether a request is in progress."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -200,7 +184,6 @@ def read_keys(environment: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def key_variable(name: str) -> str:
-    """Return the environment variable with an upstream's key."""
     return "OPENAI_API_KEY" if name == _UNNAMED else f"{name.upper().replace('-', '_')}_API_KEY"
 
 
@@ -253,14 +236,7 @@ def check_host(host: str, keyless: bool, no_auth: bool) -> None:
 
 
 def description(gateway: "Gateway", address: str, corrector: str | None, store: str | None) -> list[tuple[str, str]]:
-    """Return (label, text) lines on what the gateway serves.
-
-    Args:
-        gateway: the gateway.
-        address: the clients' base URL.
-        corrector: its name on the command line.
-        store: its address; a password in it is hidden.
-    """
+    """Return (label, text) lines on what the gateway serves; a password in the store's address is hidden."""
     settings, root = gateway.settings, address.removesuffix("/v1")
     access = settings.access
     shown = root + access.root_path
@@ -290,7 +266,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
-        raise InputError(f"--host {host}: is no name or address of this machine") from None
+        raise InputError(f"--host {host}: is not a name or address of this machine") from None
     # With the protocol's number: without it, asyncio does not disable Nagle's delay of small packets (40 ms).
     found = socket.socket(family, kind, protocol)
     try:
@@ -303,8 +279,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
             advice = "another program listens there; end it, or choose another port (0 for any that is free)"
             raise InputError(f"--port {port}: {advice}") from None
         if error.errno == errno.EACCES:
-            raise InputError(f"--port {port}: is not allowed to this user; choose one from 1024 on") from None
-        raise InputError(f"--host {host}: cannot be listened at: {error.strerror}") from None
+            raise InputError(f"--port {port}: is not allowed to this user; choose 1024 or higher") from None
+        raise InputError(f"--host {host}: cannot listen there: {error.strerror}") from None
     return found
 
 
@@ -317,11 +293,7 @@ def address_of(listening: socket.socket) -> str:
 def serve(app: "FastAPI", listening: socket.socket, ready: Callable[[], None], warn: Callable[[str], None]) -> None:
     """Serve until a signal; requests in progress then have 30 seconds to finish.
 
-    Args:
-        app: the gateway.
-        listening: its socket.
-        ready: called when requests are answered.
-        warn: called with warnings about the gateway's state at that time.
+    `ready` is called when requests are answered, `warn` with warnings about the gateway's state at that time.
 
     Raises:
         EveralignError: the server could not start.
@@ -341,15 +313,8 @@ def make_server(app: "FastAPI") -> "uvicorn.Server":
     import uvicorn
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-    settings = app.state.gateway.settings
-    limits = ConnectionLimits(
-        most=_client_connections(settings.limits.concurrency),
-        per_address=settings.limits.connections_per_address,
-        head_seconds=settings.timeouts.head,
-        stalled_seconds=settings.timeouts.stalled,
-        exempt=settings.access.trusted_proxies,
-    )
-    protocol: Any = type("LimitedProtocol", (_LimitedProtocol, AutoHTTPProtocol), {"table": ConnectionTable(limits)})
+    table = ConnectionTable(app.state.gateway.settings)
+    protocol: Any = type("LimitedProtocol", (_LimitedProtocol, AutoHTTPProtocol), {"table": table})
     # Uvicorn's own log would show whole paths, and its proxy headers believe anybody: see telemetry and
     # --trusted-proxy.
     config = uvicorn.Config(

@@ -65,7 +65,9 @@ def checked_upstream(text: str, resolve: Resolve = resolved) -> str:
     host = httpx.URL(address).host
     name = host.rstrip(".").lower()
     if name in _NAMES or any(map(_is_forbidden, (name, *resolve(host)))):
-        raise InputError(f"upstream {address}: is an address of credentials or of nobody; name the model's server")
+        raise InputError(
+            f"upstream {address}: must not be a metadata service or an unspecified address; name the model's server"
+        )
     return address
 
 
@@ -128,9 +130,9 @@ class Access(Options):
     keys_file: Path | None = Field(
         default=None,
         title="FILE",
-        description="Further API keys, one a line with its limits; read again when it changes.",
+        description="More API keys, one per line with its limits; reloaded when it changes.",
     )
-    no_auth: bool = Field(default=False, description="Without keys, serve everybody.")
+    no_auth: bool = Field(default=False, description="Serve everybody, without keys.")
     cors_origins: tuple[str, ...] = Field(
         default=(), description="Web pages that may use the API, such as https://app.example; * for all."
     )
@@ -153,7 +155,9 @@ class Access(Options):
             try:
                 ipaddress.ip_network(proxy)
             except ValueError:
-                raise InputError(f"--trusted-proxy {proxy}: must be an address or a network, as 10.0.0.0/8") from None
+                raise InputError(
+                    f"--trusted-proxy {proxy}: must be an address or a network, such as 10.0.0.0/8"
+                ) from None
         path = self.root_path.rstrip("/")
         if path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", path):
             raise InputError(f"--root-path {self.root_path}: must be a path of letters and digits, such as /everalign")
@@ -169,10 +173,14 @@ class Timeouts(Options):
 
     connect: Seconds = Field(default=5.0, description="To connect to the upstream.")
     total: Seconds = Field(
-        default=600.0, description="For a whole answer of the upstream, streamed or not, all attempts together."
+        default=600.0,
+        title="SECONDS",
+        description="Seconds for an answer of the upstream, streamed or not, all attempts included.",
     )
     models: Seconds = Field(default=10.0, description="For the upstream's list of models.")
-    correction: Seconds = Field(default=60.0, description="For one correction, waiting and all attempts included.")
+    correction: Seconds = Field(
+        default=60.0, title="SECONDS", description="Seconds for a correction, waiting and all attempts included."
+    )
     store: Seconds = Field(default=5.0, description="To store or read an exchange or feedback.")
     head: Seconds = Field(default=10.0, description="For the head of a client's request.")
     stalled: Seconds = Field(default=60.0, description="For a client that reads too slowly.")
@@ -181,10 +189,12 @@ class Timeouts(Options):
 class Limits(Options):
     """How much at once, and how large."""
 
-    concurrency: Count = Field(default=1000, description="Most requests under way; a key never has more than are free.")
-    per_key: Count = Field(default=500, description="Most requests under way with the same key.")
+    concurrency: Count = Field(
+        default=1000, description="Maximum number of concurrent requests; a key never has more than are free."
+    )
+    per_key: Count = Field(default=500, description="Maximum number of concurrent requests with the same key.")
     connections_per_address: Count = Field(
-        default=1000, description="Most connections from one client's address; idle ones make room."
+        default=1000, description="Maximum number of connections from one client address; idle ones make room."
     )
     body_bytes: Count = Field(default=32 << 20, description="Of a request.")
     upload_bytes: Count = Field(default=512 << 20, description="Of a request that is passed on and is no JSON.")
@@ -206,8 +216,7 @@ class GatewaySettings(Options):
         default=(), description="API keys of the clients; without any, only this machine is served."
     )
     mode: Mode | None = Field(
-        default=None,
-        description="Mode of requests that name none; correct if there is a corrector, else off.",
+        default=None, description="Mode of requests without one; correct if there is a corrector, else off."
     )
     on_failure: OnFailure = Field(
         default="open", description="Without a correction, return the answer (open) or an error (closed)."
@@ -219,7 +228,7 @@ class GatewaySettings(Options):
     timeouts: Timeouts = Field(default=Timeouts(), description="In seconds.")
     limits: Limits = Field(default=Limits(), description="Of size and number.")
     retries: Annotated[int, Field(ge=0)] = Field(
-        default=1, description="Times that a request to an upstream is repeated before its first byte."
+        default=1, description="Retries of a request to an upstream, before the first byte of its reply."
     )
     longest_wait: Seconds = Field(
         default=5.0, description="An upstream that asks for a longer pause, in seconds, is not asked again."
@@ -233,10 +242,10 @@ class GatewaySettings(Options):
     passthrough: str = Field(
         default="all",
         title="all|none|NAME,NAME..",
-        description="Endpoints besides chat that are passed on unchanged, by their first words.",
+        description="Endpoints besides chat that are passed through, by the first part of their path.",
     )
     strict_structured: StrictStructured = Field(
-        default="refuse", description="Requests for JSON and with tools in mode strict."
+        default="refuse", description="What mode strict does with requests for JSON or with tools."
     )
     fallback: UpstreamSettings | None = Field(default=None, description="Answers when the upstream cannot.")
     fallback_model: str | None = Field(
@@ -255,7 +264,9 @@ class GatewaySettings(Options):
             object.__setattr__(self, "fallback", self.fallback.checked())
         for name in self.passthrough.split(","):
             if not re.fullmatch(r"[a-z][a-z0-9_-]*", name.strip()):
-                raise InputError(f"--passthrough {self.passthrough}: must be all, none, or words as embeddings,files")
+                raise InputError(
+                    f"--passthrough {self.passthrough}: must be all, none, or names such as embeddings,files"
+                )
 
         access = self.access
         keys = Keys(self.keys, access.keys_file, access.no_auth)
@@ -265,12 +276,12 @@ class GatewaySettings(Options):
             if value:
                 raise InputError(
                     f"--{flag}: every client of the proxy would be served without a key; set EVERALIGN_API_KEYS or "
-                    "--keys-file, or say that this is meant with --no-auth"
+                    "--keys-file, or allow it with --no-auth"
                 )
         if "*" in access.cors_origins:
             raise InputError(
                 "--cors-origin *: without keys every page that a browser here opens could use the gateway; name the "
-                "sites, set EVERALIGN_API_KEYS, or say that this is meant with --no-auth"
+                "sites, set EVERALIGN_API_KEYS, or allow it with --no-auth"
             )
         return self
 

@@ -24,11 +24,7 @@ class BrokenEvents(Exception):  # noqa: N818 (the name says what is wrong)
 
 
 class EventParser:
-    """Turns bytes, cut anywhere, into the data of whole events.
-
-    Args:
-        largest: most bytes of an event.
-    """
+    """Turns bytes, cut anywhere, into the data of whole events, of at most `largest` bytes each."""
 
     def __init__(self, largest: int = LARGEST_EVENT) -> None:
         self._largest = largest
@@ -90,5 +86,4 @@ def json_bytes(value: Any) -> bytes:
 
 
 def data_frame(value: Any) -> bytes:
-    """Return an event with JSON data."""
     return b"data: " + json_bytes(value) + b"\n\n"

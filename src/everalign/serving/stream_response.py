@@ -3,13 +3,14 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from everalign.serving.errors import INTERNAL, GatewayError, client_gone
-from everalign.serving.sse import PING
+from everalign.serving.errors import INTERNAL, ClientGone, GatewayError
+from everalign.serving.sse import PING, data_frame
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -49,7 +50,6 @@ class FrameQueue:
             self._ready.set()
 
     def close(self) -> None:
-        """End the queue."""
         self._closed = True
         self._ready.set()
 
@@ -112,17 +112,14 @@ class _EventResponse(Response):
         task.add_done_callback(lambda _: queue.close())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = asyncio.ensure_future(self._send(send))
-        gone = asyncio.ensure_future(until_gone(receive))
         try:
-            await asyncio.wait({sender, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if sender.done():
-                sender.result()
+            with suppress(ClientGone):
+                await cancel_on_disconnect(receive, self._send(send))
         finally:
             if self._timer is not None:
                 self._timer.cancel()
             self._release()
-            await cancel(sender, gone, self._task)
+            await cancel(self._task)
 
     async def _send(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
@@ -139,7 +136,7 @@ class _EventResponse(Response):
         if error is not None and not isinstance(error, GatewayError):
             _log.error("a stream failed: %s", type(error).__name__, exc_info=error)
             error = GatewayError(500, INTERNAL, code="internal_error")
-        end = b"" if error is None else error.frame()
+        end = b"" if error is None else data_frame(error.body())
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
     def _break_silence(self) -> None:
@@ -154,19 +151,16 @@ class _EventResponse(Response):
 async def cancel_on_disconnect(
     receive: Receive, work: Coroutine[Any, Any, _Result], after: asyncio.Event | None = None
 ) -> _Result:
-    """Return the result of work; if the client disconnects before, cancel it and raise GatewayError.
+    """Return the result of work; if the client disconnects before, cancel it and raise ClientGone.
 
-    Args:
-        receive: the connection's messages, as in ASGI.
-        work: what is done for the client.
-        after: see `until_gone`.
+    `after` is that of `until_gone`.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(until_gone(receive, after))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise client_gone()
+        raise ClientGone
     finally:
         await cancel(task, gone)
 
@@ -174,9 +168,7 @@ async def cancel_on_disconnect(
 async def until_gone(receive: Callable[[], Awaitable[Any]], after: asyncio.Event | None = None) -> None:
     """Return when the client has disconnected.
 
-    Args:
-        receive: the connection's messages, as in ASGI.
-        after: set when they may be read; until then somebody else reads the request's body from them.
+    The connection's messages are read once `after` is set; until then somebody else reads the request's body from them.
     """
     if after is not None:
         await after.wait()

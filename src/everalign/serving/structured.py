@@ -84,12 +84,7 @@ class Structure:
 
 
 def structure_of(body: Mapping[str, Any], form: Any, corrects: bool) -> Structure | None:
-    """Return what an answer may be; None if that cannot be checked.
-
-    Args:
-        body: JSON of the request.
-        form: its `response_format`, or `text.format` of Responses.
-        corrects: whether strings in JSON are corrected.
+    """Return what an answer to a request of this response format may be; None if that cannot be checked.
 
     Raises:
         GatewayError: a schema of the request is too large.

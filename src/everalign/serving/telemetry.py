@@ -68,7 +68,6 @@ class Metrics:
             gauge.labels(name).set_function(lambda name=name: _STATES[states()[name]])  # type: ignore[misc]
 
     def count_draft_tokens(self, usage: CorrectorUsage) -> None:
-        """Count the draft tokens that a corrector accepted and rejected."""
         for verdict, tokens in (("accepted", usage.accepted), ("rejected", usage.rejected)):
             if tokens:
                 self.draft_tokens.labels(verdict).inc(tokens)
@@ -83,7 +82,6 @@ class Metrics:
         ]
 
     def text(self) -> bytes:
-        """Return the metrics in Prometheus' text format."""
         return bytes(generate_latest(self._registry))
 
 
@@ -91,16 +89,12 @@ class AccessLog:
     """ASGI middleware that logs a line of JSON when a request has ended.
 
     It logs the route's pattern instead of the path, which may contain anything.
-
-    Args:
-        app: the application behind it.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, as in ASGI."""
         if scope["type"] != "http" or not _access_log.isEnabledFor(logging.INFO):
             await self._app(scope, receive, send)
             return

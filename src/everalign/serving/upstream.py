@@ -59,7 +59,7 @@ class UpstreamRequest:
         key_id: of the client's key.
         retried_by_client: whether the client itself repeats requests that failed.
         quoted: whether the upstream's error messages may be passed on.
-        begun: when its time began, in monotonic seconds; a fallback has what is left of that time.
+        begun: monotonic seconds; a fallback has what is left of the time.
     """
 
     method: str
@@ -72,11 +72,11 @@ class UpstreamRequest:
     quoted: bool = True
     begun: float = field(default_factory=time.monotonic)
 
-    @property
-    def asks_usage(self) -> bool:
-        """Whether it asks for the usage at the end of a stream."""
-        options = (self.payload or {}).get("stream_options")
-        return isinstance(options, Mapping) and bool(options.get("include_usage"))
+
+def asks_usage(payload: Mapping[str, Any] | None) -> bool:
+    """Whether a request's JSON asks for the usage at the end of a stream."""
+    options = (payload or {}).get("stream_options")
+    return isinstance(options, Mapping) and bool(options.get("include_usage"))
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ class Upstream:
         circuits: circuit breakers by model.
         largest: most bytes of an answer.
         headers: which of its headers clients get.
-        allowances: count the tokens of keys; None for no counting.
-        fallback: asked if this server is away or fails before its answer begins; None for none.
+        allowances: count the tokens of keys.
+        fallback: asked if this server is away or fails before its answer begins.
         fallback_model: the fallback's name of the model; None for the same name.
     """
 
@@ -152,7 +152,6 @@ class Upstream:
         self._transport = UpstreamTransport(settings.url, settings.key, timeouts.connect, timeouts.total, largest)
 
     async def close(self) -> None:
-        """Close all connections."""
         if self._listing is not None:
             self._listing.cancel()
         await self._transport.aclose()
@@ -200,7 +199,7 @@ class Upstream:
             with_usage: whether the usage is asked for even if the client did not; some servers refuse that.
         """
         counts = self._allowances is not None and self._allowances.counts_tokens(request.key_id)
-        with_usage = (with_usage or counts) and not request.asks_usage and request.path == "chat/completions"
+        with_usage = (with_usage or counts) and not asks_usage(request.payload) and request.path == "chat/completions"
         async with AsyncExitStack() as stack:
             streamed = None
             try:
@@ -305,7 +304,9 @@ class Upstream:
                 choices = event.get("choices")
                 for choice in choices if isinstance(choices, list) else ():
                     if not isinstance(choice, dict) or not isinstance(choice.get("index", 0), int):
-                        raise bad_upstream("the upstream's stream has a choice that is none", "upstream_malformed")
+                        raise bad_upstream(
+                            "the upstream's stream has a choice that is not an object", "upstream_malformed"
+                        )
                     index = choice.get("index", 0)
                     finished[index] = finished.get(index, False) or choice.get("finish_reason") is not None
             if events:
@@ -329,7 +330,7 @@ class Upstream:
             yield response
         except httpx.TimeoutException:
             permit.failed()
-            raise bad_upstream("the upstream's answer stopped coming", "upstream_timeout", 504) from None
+            raise bad_upstream("the upstream's answer stalled", "upstream_timeout", 504) from None
         except httpx.HTTPError:
             permit.failed()
             raise bad_upstream("the upstream's answer breaks off in the middle", "upstream_cut") from None
@@ -398,14 +399,8 @@ class Upstream:
     ) -> RawReply:
         """Return the reply to a request that is passed through unchanged, whatever its status.
 
-        It is sent once and counts for no circuit breaker: it says nothing about answers to chats.
-
-        Args:
-            method: HTTP method.
-            path: behind the upstream's address, with its query.
-            headers: that the upstream gets besides its key.
-            content: the body, whole or in pieces.
-            quoted: whether the upstream's own headers and error messages may be passed on.
+        It is sent once and counts for no circuit breaker: it says nothing about answers to chats. Unless `quoted`, the
+        upstream's own headers and error messages are left out.
 
         Raises:
             GatewayError: no reply came, or one that is about the gateway's own key or redirects.

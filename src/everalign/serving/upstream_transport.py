@@ -27,14 +27,9 @@ _MOST_CIRCUITS = 1000
 class CircuitBreaker:
     """Counts consecutive failures, by key; used in one event loop.
 
-    Closed, it admits everything. After so many failures it opens and admits nothing. After a pause it admits trials,
-    at most one a second: the first that is answered closes it, one that fails opens it again. Failures of a single key
-    open it for that key only: what one client sends may be why.
-
-    Args:
-        failures: consecutive failures that open it.
-        seconds: how long it stays open.
-        clock: monotonic seconds.
+    Closed, it admits everything. After so many `failures` it opens and admits nothing for some `seconds`. Then it
+    admits trials, at most one a second: the first that is answered closes it, one that fails opens it again. Failures
+    of a single key open it for that key only: what one client sends may be why.
     """
 
     def __init__(self, failures: int = 5, seconds: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,7 +42,6 @@ class CircuitBreaker:
 
     @property
     def state(self) -> State:
-        """The current state."""
         if self._opened is None:
             return "closed"
         return "half-open" if self.wait == 0 else "open"
@@ -59,7 +53,6 @@ class CircuitBreaker:
 
     @property
     def idle(self) -> bool:
-        """Whether it has nothing to remember."""
         return self._opened is None and not self._failing
 
     def enter(self, key: str = "") -> "Permit | None":
@@ -120,11 +113,7 @@ class Permit:
 
 
 class Circuits:
-    """The circuit breakers of one server's models.
-
-    Args:
-        make: makes a circuit breaker.
-    """
+    """The circuit breakers of one server's models."""
 
     def __init__(self, make: Callable[[], CircuitBreaker]) -> None:
         self._make = make
@@ -150,15 +139,7 @@ _QUOTED_BYTES = 64 << 10  # of an error's body
 
 
 class UpstreamTransport:
-    """Sends requests to one server.
-
-    Args:
-        url: the server's address.
-        key: its key; empty for none.
-        connect_seconds: until a connection stands.
-        read_seconds: until the reply begins, and between its pieces.
-        largest: most bytes of a reply, decompressed.
-    """
+    """Sends requests to one server, whose replies have at most `largest` bytes, decompressed."""
 
     def __init__(self, url: str, key: str, connect_seconds: float, read_seconds: float, largest: int) -> None:
         self._url, self._largest, self._connect_seconds = url, largest, connect_seconds
@@ -187,7 +168,7 @@ class UpstreamTransport:
         return response
 
     async def beginning(self, response: httpx.Response) -> bytes:
-        """Return the first bytes of an error's body, as far as they come soon."""
+        """Return the first bytes of an error's body that arrive soon."""
         content = bytearray()
         try:
             with anyio.move_on_after(self._connect_seconds):

@@ -33,7 +33,7 @@ Recompute = Annotated[
         "the rest again in the backward pass, `auto` does so where memory is short. It changes no result."
     ),
 ]
-Warmup = Annotated[float, Field(ge=0, lt=1, description="Share of the steps in which the learning rate rises.")]
+Warmup = Annotated[float, Field(ge=0, lt=1, description="Share of the steps for the learning-rate warm-up.")]
 CheckpointSteps = Annotated[int, Field(ge=0, description="Steps between two checkpoints; 0 for none.")]
 LoraRank = Annotated[
     int, Field(ge=0, description="Rank of an adapter to train and merge at the end; 0 trains all weights.")
@@ -48,7 +48,7 @@ ComputePrecision = Annotated[
 ]
 Scheduler = Literal["cosine", "linear", "constant_with_warmup"]
 MaxGradNorm = Annotated[float, Field(ge=0, description="Gradient clipping; 0 for none.")]
-LoggingSteps = Annotated[int, Field(ge=1, description="Steps between two points of the training curve.")]
+LoggingSteps = Annotated[int, Field(ge=1, description="Steps between logged points of the training curve.")]
 
 TOKENS_PER_BATCH = 8192
 
@@ -130,7 +130,7 @@ class WeightOptions(Options, title="Rewards (objectives var, snkl)"):
         default=0.0,
         ge=0,
         lt=1,
-        description="Find the temperature for this effective share of the responses; 0 for none.",
+        description="Find the temperature that gives this effective share of the responses; 0 for none.",
     )
     scale_rewards: bool | None = Field(
         default=None,

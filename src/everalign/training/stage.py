@@ -281,7 +281,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
             reason = f"{_MARK} is missing or cut"
         if not reason:
             return path
-        warnings.warn(f"{path} is no complete checkpoint ({reason}): resuming from before it", stacklevel=2)
+        warnings.warn(f"{path} is not a complete checkpoint ({reason}): resuming from before it", stacklevel=2)
     return None
 
 

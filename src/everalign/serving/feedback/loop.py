@@ -46,7 +46,6 @@ class LearnedFeedback:
 
     @property
     def promoted(self) -> bool:
-        """Whether the version is the run's current one."""
         return self.refusal is None
 
 
@@ -113,9 +112,9 @@ def _check_evidence(task: NextTask, learner: Learner) -> None:
     held_out = sum(not isinstance(row, Correction) or not row.is_identity for row in task.test or ())
     if held_out < needed:
         raise NotEnoughFeedback(
-            f"not enough evidence: with {held_out} held-out rows that have a better and a worse answer, a fall by "
-            f"{learner.gate:.1%} could not be told from chance, which {needed} could at best; wait for more, hold out "
-            f"a larger share, or let accuracies fall further (gate); {task.report.one_line()}",
+            f"not enough evidence: {held_out} held-out rows have a better and a worse answer, and at least {needed} "
+            f"are needed to tell a fall by {learner.gate:.1%} from chance; wait for more, hold out a larger share, or "
+            f"let accuracies fall further (gate); {task.report.one_line()}",
             task.report,
         )
 
@@ -126,8 +125,8 @@ def _check_start(learner: Learner, correctors: set[str | None]) -> None:
     if learner.run.head == BASE and not correctors <= known and not learner.starts_from_corrector:
         raise InputError(
             f"the feedback is on answers of the corrector {', '.join(sorted(map(str, correctors)))}, and the run "
-            f"starts from {learner.run.facts.model}, which is none: name the corrector in service as the model, or its "
-            "run as the output"
+            f"starts from {learner.run.facts.model}, which is not a corrector: give the corrector in service as the "
+            "model, or its run as the output"
         )
 
 

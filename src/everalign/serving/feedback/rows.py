@@ -19,11 +19,7 @@ from everalign.serving.store.records import Exchange, Feedback
 from everalign.text import topic_of
 
 KINDS = ("preferences", "corrections", "scored")
-SETS: dict[str, type[RowSet[Any]]] = {
-    "preferences": PreferenceSet,
-    "corrections": CorrectionSet,
-    "scored": ScoredSet,
-}
+SETS: dict[str, type[RowSet[Any]]] = {"preferences": PreferenceSet, "corrections": CorrectionSet, "scored": ScoredSet}
 
 NO_QUESTION = "no question in text"
 NOTHING = "nothing to learn"
@@ -84,12 +80,10 @@ class Candidate:
 
     @property
     def key_id(self) -> str:
-        """The key of the first judgement."""
         return self.judgements[0].feedback.key_id
 
     @property
     def topic(self) -> str:
-        """Identifies the question."""
         return self.judgements[0].topic
 
     @property
@@ -99,7 +93,6 @@ class Candidate:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The question and all answers of the row."""
         row = self.row
         if isinstance(row, Preference):
             return (question_text(row.prompt), completion_text(row.chosen), completion_text(row.rejected))

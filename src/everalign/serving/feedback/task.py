@@ -14,15 +14,7 @@ from everalign.data.records import Correction, CorrectionSet, Preference, correc
 from everalign.data.rows import RowSet
 from everalign.errors import EveralignError, InputError
 from everalign.options import Options
-from everalign.serving.feedback.rows import (
-    KINDS,
-    NO_QUESTION,
-    SETS,
-    Candidate,
-    Judgement,
-    candidates_of,
-    judgement_of,
-)
+from everalign.serving.feedback.rows import KINDS, NO_QUESTION, SETS, Candidate, Judgement, candidates_of, judgement_of
 from everalign.serving.store.records import Exchange, Feedback
 from everalign.text import folded
 
@@ -84,11 +76,9 @@ class TaskReport:
     left_out: Mapping[str, int] = field(default_factory=Counter)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(self).items()}
 
     def one_line(self) -> str:
-        """One line of text for a log."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
         total = sum(self.left_out.values())
         made = f"{self.feedback} judgements gave {self.rows} rows and {self.held_out} held out"

@@ -21,12 +21,7 @@ _CONTENT_POLICY = (
 
 
 class Pages:
-    """Renders pages.
-
-    Args:
-        sessions: of browsers; their CSRF tokens are part of forms.
-        locked: whether users have to sign in.
-    """
+    """Renders pages; users have to sign in if they are `locked`."""
 
     def __init__(self, sessions: Sessions, locked: bool) -> None:
         self.sessions, self._locked = sessions, locked
@@ -76,12 +71,6 @@ _MOST_FIELDS = 40
 async def read_form(request: Request, sessions: Sessions, most: int, seconds: float = BODY_SECONDS) -> dict[str, str]:
     """Return a form's fields, once its CSRF token is checked.
 
-    Args:
-        request: its body has not been read.
-        sessions: of browsers.
-        most: bytes.
-        seconds: within which the form has to arrive.
-
     Raises:
         GatewayError: the form cannot be read; or it comes from another site, or its session is over (403).
     """
@@ -90,7 +79,7 @@ async def read_form(request: Request, sessions: Sessions, most: int, seconds: fl
     session = request.state.session
     own = session is not None and session.key_id == request.state.key_id
     if not own or not sessions.is_token(session, fields.get("token", "")):
-        message = "this form is too old, or is not from here; nothing was done: please send it again"
+        message = "this form has expired or comes from another site; nothing was done: please send it again"
         raise GatewayError(403, message, "invalid_request_error", "form_expired")
     return fields
 

@@ -25,8 +25,8 @@ _UNKNOWN = "–"
 _OUTCOMES = ("applied", "unchanged", "skipped", "failed")
 _CIRCUITS = {
     "closed": "works",
-    "open": "failed again and again, and is left alone for a while",
-    "half-open": "failed again and again, and is tried once more",
+    "open": "failed repeatedly and gets no requests for a while",
+    "half-open": "failed repeatedly and is being tried again",
 }
 
 
@@ -125,13 +125,7 @@ def share(score: float | None) -> str:
 
 
 def dashboard_routes(gateway: Gateway, pages: Pages, run: Path | None) -> APIRouter:
-    """Return the route of the dashboard.
-
-    Args:
-        gateway: that is shown.
-        pages: renders the page.
-        run: of the corrector; None if it comes from no run.
-    """
+    """Return the route of the dashboard; `run` is None if the corrector comes from no run."""
     router, since = APIRouter(include_in_schema=False), datetime.now(timezone.utc)
 
     @router.get("/dashboard")

@@ -3,8 +3,7 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from everalign.errors import EveralignError
 from everalign.serving.chat_request import ALIGNED
 from everalign.serving.complete import Completed
 from everalign.serving.eligibility import question_of
-from everalign.serving.errors import GatewayError, not_found, overloaded, refused
+from everalign.serving.errors import GatewayError, overloaded, refused
 from everalign.serving.gateway import Gateway
 from everalign.serving.limits import aside
 from everalign.serving.pages.base import Pages, read_form
@@ -34,18 +33,18 @@ _UNKNOWN = "–"
 _REASONS = {
     "corrector_error": "the corrector failed",
     "corrector_timeout": "the corrector took too long",
-    "corrector_down": "the corrector failed several times and is left alone for a while",
+    "corrector_down": "the corrector failed several times and gets no answers for a while",
     "queue_full": "too many answers wait for the corrector",
     "length": "the answer was cut at the limit of tokens",
     "content_filter": "the upstream's filter cut the answer",
-    "too_long": "the answer is longer than the corrector is given",
+    "too_long": "the answer is too long for the corrector",
     "refusal": "the upstream refused to answer",
     "empty": "there was nothing to correct",
     "gate": "the corrector finds it likely enough as it is",
     "not_better": "the correction was not found better",
-    "unfinished": "the correction did not come to an end",
+    "unfinished": "the correction did not end",
     "echo": "the correction repeated its instructions",
-    "growth": "the correction grew out of bounds",
+    "growth": "the correction was much longer than the answer",
     "code": "the correction would have lost code",
     "url": "the correction would have lost a link",
 }
@@ -84,7 +83,6 @@ class AnswerView:
 
     @property
     def editable(self) -> bool:
-        """Whether it is short enough to be edited."""
         return len(self.text) <= LONGEST_EDIT
 
 
@@ -158,11 +156,7 @@ def figures(
 ) -> list[tuple[str, str]]:
     """Return names and values of what an answer cost, as far as they are known.
 
-    Args:
-        usage: the upstream's tokens, with the corrector's as `corrector`.
-        seconds: by name.
-        version: of the corrector, if it was asked.
-        template: of the corrector, if it was asked.
+    The upstream's `usage` holds the corrector's as `corrector`; `version` and `template` are None if it was not asked.
     """
     usage = usage or {}
     found: list[tuple[str, str]] = []
@@ -204,26 +198,20 @@ class Said:
 
 
 class Playground:
-    """The pages for asking and for feedback.
-
-    Args:
-        gateway: answers questions and stores feedback.
-        pages: renders pages.
-    """
+    """The pages for asking and for feedback."""
 
     def __init__(self, gateway: Gateway, pages: Pages) -> None:
         self._gateway, self._pages = gateway, pages
         self._catalogue = Catalogue(gateway)
 
     async def form(self, request: Request) -> Response:
-        """Show an empty form."""
         return await self._page(request, _BLANK)
 
     async def ask(self, request: Request) -> Response:
         """Show the answer to a question, or why there is none."""
         fields = dict(_BLANK)
         try:
-            with self._slot(request):
+            with self._gateway.limiter.enter(request.state.key_id):
                 fields |= await read_form(request, self._pages.sessions, self._gateway.settings.limits.body_bytes)
                 view = await cancel_on_disconnect(request.receive, self._answer(request, fields))
         except GatewayError as error:
@@ -231,7 +219,6 @@ class Playground:
         return await self._page(request, fields, view=view)
 
     async def stored(self, request: Request, id: str) -> Response:
-        """Show a stored answer."""
         try:
             exchange = await self._exchange(request, id)
         except GatewayError as error:
@@ -239,9 +226,8 @@ class Playground:
         return await self._answer_page(request, exchange, Said({}))
 
     async def give_feedback(self, request: Request, id: str) -> Response:
-        """Store feedback on an answer, and show both."""
         try:
-            with self._slot(request):
+            with self._gateway.limiter.enter(request.state.key_id):
                 exchange = await self._exchange(request, id)
                 fields = await read_form(request, self._pages.sessions, _MOST_BYTES)
         except GatewayError as error:
@@ -258,7 +244,7 @@ class Playground:
             "edited": feedback.edited_text is not None,
             f"tags: {', '.join(feedback.tags)}": bool(feedback.tags),
             "commented": feedback.comment is not None,
-            "it takes the place of what you said before": not new,
+            "it replaces your earlier feedback": not new,
         }
         marked = ""
         if feedback.edited_text is not None:
@@ -266,15 +252,6 @@ class Playground:
             marked = diff_html(segments)
         words = tuple(word for word, holds in said.items() if holds)
         return await self._answer_page(request, exchange, Said(fields, words=words, edit=marked))
-
-    @contextmanager
-    def _slot(self, request: Request) -> Iterator[None]:
-        """Take a place among the concurrent requests; raises GatewayError if there is none."""
-        slot = self._gateway.limiter.enter(request.state.key_id)
-        try:
-            yield
-        finally:
-            slot.release()
 
     @property
     def _mode(self) -> str:
@@ -305,7 +282,7 @@ class Playground:
             message = f"the store cannot be read ({type(error).__name__})"
             raise overloaded(message, "store_failed", status=503) from None
         if found is None:
-            raise not_found("no answer of this name is kept for your key", "unknown_exchange")
+            raise refused("no answer with this id is stored for your key", code="unknown_exchange", status=404)
         return found
 
     async def _answer_page(self, request: Request, exchange: Exchange, said: Said, status: int = 200) -> Response:

@@ -34,13 +34,11 @@ def sign_in_routes(pages: Pages, keys: Keys) -> APIRouter:
 
     @router.post(SIGN_IN)
     async def sign_in(request: Request) -> Response:
-        slot = places.enter(request.client.host if request.client else "")
-        try:
-            fields = await read_form(request, pages.sessions, _MOST_BYTES, _SECONDS)
-        except GatewayError as error:
-            return pages.page(request, "login.html.j2", {"error": error.message}, error.status)
-        finally:
-            slot.release()
+        with places.enter(request.client.host if request.client else ""):
+            try:
+                fields = await read_form(request, pages.sessions, _MOST_BYTES, _SECONDS)
+            except GatewayError as error:
+                return pages.page(request, "login.html.j2", {"error": error.message}, error.status)
         key_id = keys.id_of(fields.get("key", "").strip()) if keys.needed else None
         if key_id is None:
             message = "This key is not known here. Keys are set by the operator of the gateway."
@@ -69,13 +67,9 @@ def sign_in_routes(pages: Pages, keys: Keys) -> APIRouter:
 
 
 def page_routes(gateway: Gateway, keys: Keys, sessions: Sessions, run: Path | None) -> APIRouter:
-    """Return the routes of all pages.
+    """Return the routes of all pages; `run` is None if the corrector comes from no run.
 
-    Args:
-        gateway: answers questions.
-        keys: any of them opens the pages; without keys, they are open to this machine.
-        sessions: of browsers.
-        run: of the corrector; None if it comes from no run.
+    Any key opens them; without keys, they are open to this machine.
     """
     router, pages = APIRouter(include_in_schema=False), Pages(sessions, keys.needed)
     router.include_router(playground_routes(gateway, pages))

@@ -11,11 +11,11 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from time import monotonic
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Engine, delete, exists, func, insert, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -23,23 +23,18 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from everalign.errors import EveralignError, InputError
 from everalign.serving.store.engine import (
     NOBODY,
+    READ_ONLY,
     exchange_of,
-    exchange_values,
     exchanges,
     feedback,
     feedback_of,
-    feedback_values,
     learned,
     open_database,
-    read_only,
     translate_errors,
     translated_error,
 )
 from everalign.serving.store.records import Exchange, Feedback, UnknownExchange
 from everalign.serving.store.redaction import Redact, redact_exchange, redact_feedback
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Result = TypeVar("Result")
 
@@ -59,11 +54,8 @@ class _Write:
 class Writer:
     """Commits writes in groups.
 
-    Args:
-        engine: its connections begin transactions that may write.
-        name: of the store, for messages.
-        daily: called once a day in the writing thread, and opens its own transactions; None for nothing.
-        wait: seconds for a write, queueing included; None for no limit.
+    `daily` is called once a day in the writing thread, and opens its own transactions. A write has `wait` seconds,
+    queueing included; None for no limit.
     """
 
     def __init__(
@@ -94,7 +86,7 @@ class Writer:
             self._waiting.put(write)
         # A write that has begun cannot be cancelled: it may still be committed after this error.
         if not wait([write.done], self._wait).done and (write.done.cancel() or not write.done.done()):
-            raise EveralignError(f"{self._name}: not written within {self._wait:g} seconds; see that it answers")
+            raise EveralignError(f"{self._name}: not written within {self._wait:g} seconds; check that it responds")
         result: Result = write.done.result()
         return result
 
@@ -201,41 +193,24 @@ class StoreStats:
     newest: datetime | None
 
 
-class FeedbackStore:
+class FeedbackStore(AbstractContextManager["FeedbackStore"]):
     """Exchanges and feedback in a database; threads may share it. Use `open`.
 
     Whatever a method added is on disk, or with PostgreSQL's server, when it returns. Every method raises EveralignError
     if the database fails, and InputError if it is damaged.
-
-    Args:
-        engine: a database of this version.
-        name: of the store, for messages.
-        retention_days: as in `open`.
-        redaction: as in `open`.
-        wait: as in `open`.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        name: str,
-        retention_days: int | None,
-        redaction: Redact | None,
-        wait: float | None = None,
+        self, engine: Engine, name: str, retention_days: int | None, redaction: Redact | None, wait: float | None = None
     ) -> None:
         self.name = name
-        self._engine, self._read_only = engine, read_only(engine)
+        self._engine, self._read_only = engine, engine.execution_options(**{READ_ONLY: True})
         self._retention_days, self._redaction = retention_days, redaction
         self._writer = Writer(engine, name, daily=self._purge, wait=wait)
 
     @classmethod
     def open(
-        cls,
-        url: str,
-        *,
-        retention_days: int | None = None,
-        redaction: Redact | None = None,
-        wait: float | None = None,
+        cls, url: str, *, retention_days: int | None = None, redaction: Redact | None = None, wait: float | None = None
     ) -> "FeedbackStore":
         """Open or create a store, and remove old exchanges now and once a day.
 
@@ -257,12 +232,7 @@ class FeedbackStore:
         store.purge()
         return store
 
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -276,7 +246,7 @@ class FeedbackStore:
 
         def add(connection: Connection) -> None:
             try:
-                connection.execute(insert(exchanges).values(exchange_values(stored)))
+                connection.execute(insert(exchanges).values({**vars(stored), "messages": list(stored.messages)}))
             except IntegrityError:
                 raise InputError(f"exchange {stored.id!r}: is in the store already; an id names one answer") from None
 
@@ -298,7 +268,7 @@ class FeedbackStore:
             owner = select(exchanges.c.key_id).where(exchanges.c.id == stored.exchange).with_for_update(key_share=True)
             if connection.execute(owner).scalar_one_or_none() != stored.key_id:
                 raise UnknownExchange(
-                    f"exchange {stored.exchange!r}: is not kept for this key; "
+                    f"exchange {stored.exchange!r}: is not stored for this key; "
                     "feedback takes the id of an answer that this key asked for and that was stored"
                 )
             same = (
@@ -306,7 +276,7 @@ class FeedbackStore:
                 & (feedback.c.key_id == stored.key_id)
                 & (feedback.c.user == (stored.user or NOBODY))
             )
-            values = feedback_values(stored)
+            values = {**vars(stored), "id": stored.id, "user": stored.user or NOBODY, "tags": list(stored.tags)}
             if connection.execute(update(feedback).where(same).values(values)).rowcount:
                 return False
             connection.execute(insert(feedback).values(values))
@@ -371,7 +341,6 @@ class FeedbackStore:
         self._writer.write("", mark)
 
     def stats(self) -> StoreStats:
-        """Return the counts of the store."""
         with translate_errors(self.name, "reading"), self._read_only.connect() as connection:
 
             def counts(column: ColumnElement[Any]) -> dict[Any, int]:

@@ -54,11 +54,9 @@ class UtcTime(TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Write in UTC."""
         return None if value is None else value.astimezone(timezone.utc)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Read as UTC."""
         if value is None:
             return None
         return value.replace(tzinfo=timezone.utc) if value.tzinfo is None else value.astimezone(timezone.utc)
@@ -120,17 +118,6 @@ _EXCHANGE = tuple(column.name for column in exchanges.columns)
 _FEEDBACK = ("exchange", "key_id", "user", "rating", "preferred", "edited_text", "tags", "comment", "created")
 
 
-def exchange_values(exchange: Exchange) -> dict[str, Any]:
-    """Return an exchange as the columns of its row."""
-    return {**{name: getattr(exchange, name) for name in _EXCHANGE}, "messages": list(exchange.messages)}
-
-
-def feedback_values(given: Feedback) -> dict[str, Any]:
-    """Return feedback as the columns of its row."""
-    values = {name: getattr(given, name) for name in _FEEDBACK}
-    return {**values, "id": given.id, "user": given.user or NOBODY, "tags": list(given.tags)}
-
-
 def exchange_of(row: Row[Any]) -> Exchange:
     """Return the exchange of a row that begins with the columns of `exchanges`."""
     values = dict(zip(_EXCHANGE, row, strict=False))
@@ -148,26 +135,22 @@ def feedback_of(row: Row[Any]) -> Feedback:
 _EXAMPLES = "such as sqlite:///feedback.db or postgresql://user@host/database"
 _WAIT = 60  # seconds for another process that upgrades or writes
 _ADVISORY_LOCK = 0x45766572  # "Ever"; held in PostgreSQL during an upgrade
-_READ_ONLY = "everalign_read_only"
+READ_ONLY = "everalign_read_only"
+"""The execution option of connections that only read, and so do not wait for a writer."""
+
 _POOL = 10
 
 
 def translated_error(error: SQLAlchemyError | sqlite3.Error, name: str, doing: str) -> EveralignError:
-    """Return our error for a database's: InputError if the file is damaged or no database.
-
-    Args:
-        error: from SQLAlchemy or the driver.
-        name: of the store, for messages.
-        doing: what failed, such as `reading`.
-    """
+    """Return our error for a database's, which failed at `doing` something: InputError if the file is damaged."""
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     # The first line only: the others repeat what was to be written.
     reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
     if "not a database" in reason or "malformed" in reason:
         return InputError(f"{name}: no SQLite database, or a damaged one ({reason}); restore it or name another file")
-    advice = "see that its folder can be written to and has space"
+    advice = "check that its folder is writable and has space"
     if name.startswith("postgresql://"):
-        advice = "see that the server runs and that this user may use the database"
+        advice = "check that the server runs and that this user may use the database"
     return EveralignError(f"{name}: {doing} failed: {reason}; {advice}, then try again")
 
 
@@ -245,11 +228,6 @@ def open_database(address: str, wait: float | None = None) -> tuple[Engine, str]
     return engine, name
 
 
-def read_only(engine: Engine) -> Engine:
-    """Return the engine for connections that only read, which do not wait for a writer."""
-    return engine.execution_options(**{_READ_ONLY: True})
-
-
 def make_engine(url: URL, wait: float = _WAIT) -> Engine:
     """Return the engine of a URL of `parse_url`; a missing SQLite file is created."""
     if url.get_backend_name() != "sqlite":
@@ -288,7 +266,7 @@ def make_engine(url: URL, wait: float = _WAIT) -> Engine:
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         # A writer locks at once: a reader that turns into a writer can fail without waiting.
-        kind = "" if connection.get_execution_options().get(_READ_ONLY) else " IMMEDIATE"
+        kind = "" if connection.get_execution_options().get(READ_ONLY) else " IMMEDIATE"
         connection.exec_driver_sql(f"BEGIN{kind}")
 
     return engine

@@ -138,7 +138,7 @@ class Feedback:
         object.__setattr__(self, "created", _utc(self.created))
         given = (self.rating, self.preferred, self.edited_text, self.comment, self.tags or None)
         if all(value is None for value in given):
-            raise InputError("feedback says nothing: give rating, preferred, edited_text, tags or comment")
+            raise InputError("the feedback is empty: give rating, preferred, edited_text, tags or comment")
 
     @cached_property
     def id(self) -> str:
@@ -187,7 +187,7 @@ def _check_json(value: Any, field: str) -> None:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"field {field!r}: is no JSON: {error}") from None
+        raise InputError(f"field {field!r}: is not JSON: {error}") from None
     _check_encodable(text, field)
 
 

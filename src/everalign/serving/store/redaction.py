@@ -50,7 +50,7 @@ class Redaction:
             that backtracks slows the gateway down.
 
     Raises:
-        InputError: a kind is unknown, or a pattern is no regular expression or matches the empty text.
+        InputError: a kind is unknown, or a pattern is not a regular expression or matches the empty text.
     """
 
     def __init__(self, kinds: Sequence[str] = KINDS, patterns: Sequence[tuple[str, str]] = ()) -> None:
@@ -59,7 +59,7 @@ class Redaction:
             try:
                 compiled = re.compile(pattern)
             except re.error as error:
-                raise InputError(f"redaction: the pattern of {name!r} is no regular expression: {error}") from None
+                raise InputError(f"redaction: the pattern of {name!r} is not a regular expression: {error}") from None
             if compiled.search("") is not None:
                 raise InputError(f"redaction: the pattern of {name!r} matches the empty text; make it find something")
             self._rules.append((compiled, _marked(name)))
@@ -76,15 +76,12 @@ class Redaction:
         self._rules += [rule for kind, rules in built_in.items() if kind in kinds for rule in rules]
 
     def __call__(self, text: str) -> str:
-        """Return the text without what the patterns find."""
         for pattern, replacement in self._rules:
             text = pattern.sub(replacement, text)
         return text
 
 
 def redact_exchange(exchange: Exchange, redact: Redact) -> Exchange:
-    """Return an exchange with redacted messages and answers."""
-
     def redacted(value: Any) -> Any:
         if isinstance(value, str):
             return redact(value)

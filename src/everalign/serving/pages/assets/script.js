@@ -23,7 +23,7 @@ for (const form of document.forms) {
     }
   });
 
-  // Whoever comes back to the page finds the form as it was.
+  // The form is kept for when the user returns to the page.
   window.addEventListener("pageshow", () => {
     form.ariaBusy = null;
     button.textContent = label;
