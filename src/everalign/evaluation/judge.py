@@ -135,6 +135,10 @@ def _only_value(reply: str, name: str) -> Any:
     return found
 
 
+class UnreadableReplyError(EveralignError):
+    """A judge's reply could not be read, asked twice."""
+
+
 SCALE: Scale = (1.0, 10.0)
 _CACHE = "rewards.sqlite"
 
@@ -289,7 +293,7 @@ class JudgeScorer:
             waiting = {key: asked_again(waiting[key], reply.text, request) for key, reply in unread.items()}
         for key, reply in unread.items():
             cut = " (the second reply was cut at the limit of tokens)" if reply.finish_reason == "length" else ""
-            raise EveralignError(
+            raise UnreadableReplyError(
                 f"{names[key]}: the judge's reply is not a {what}, asked twice{cut}: "
                 f"{shortened(reply.text, _REPLY_SHOWN) or '(nothing)'}; take a model that follows instructions better"
             )

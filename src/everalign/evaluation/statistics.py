@@ -5,7 +5,7 @@ runs are crossed, and both are drawn anew: an interval that holds one of them fi
 pigeonhole bootstrap").
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +65,39 @@ def crossed_bootstrap(
         found.append(total)
     low, high = np.quantile(np.concatenate(found), [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(value, float(low), float(high))
+
+
+def bootstrap(
+    count: int,
+    statistic: Callable[[Array], Array],
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    replicates: int = REPLICATES,
+) -> Interval:
+    """Returns a statistic of N rows with a percentile interval; of a single row the interval is that value.
+
+    Args:
+        count: N, at least 1.
+        statistic: returns (B,) values for weights (B, N): how often each row counts.
+        confidence: of the interval.
+        seed: of the draws.
+        replicates: how often the rows are drawn anew.
+    """
+    rng = np.random.default_rng(seed)
+    value = float(statistic(np.ones((1, count)))[0])
+    found: list[Array] = []
+    for start in range(0, replicates, _BATCH):
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=min(_BATCH, replicates - start))
+        found.append(statistic(drawn.astype(np.float64)))
+    low, high = np.quantile(np.concatenate(found), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Interval:
+    """Returns the mean of at least one value with its 95% percentile interval."""
+    rows = np.asarray(values, dtype=np.float64)
+    return bootstrap(len(rows), lambda weights: weights @ rows / len(rows), seed=seed)
 
 
 def paired_permutation_test(differences: Sequence[float], *, seed: int = 0) -> float:
