@@ -1,0 +1,158 @@
+"""The verb `evaluate`: what a run's policies answer to held-out prompts, and what the answers are worth."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from everalign.cli.console import Display, show, show_json, show_line, table
+from everalign.cli.options import (
+    Concurrency,
+    Json,
+    RequestsPerMinute,
+    Timeout,
+    TrustRemoteCode,
+    option,
+    resumable,
+)
+from everalign.cli.runs import Run
+from everalign.errors import InputError
+
+# Name, heading, and by how much a value is multiplied where it is shown.
+_COLUMNS = {
+    "bleu": ("BLEU-4", 1),
+    "rouge_l": ("ROUGE-L", 1),
+    "compat_bleu": ("BLEU-4 compat", 1),
+    "compat_rouge_l": ("ROUGE-L compat", 1),
+    "reward": ("reward", 1),
+    "reward_win_rate": ("wins %", 100),
+    "reward_win_rate_lc": ("wins % at equal length", 100),
+    "judge": ("judge", 1),
+    "judge_win_rate": ("judged wins %", 100),
+    "judge_win_rate_lc": ("judged wins % at equal length", 100),
+    "perplexity": ("perplexity", 1),
+    "chosen_change": ("Δ log p chosen", 1),
+    "rejected_change": ("Δ log p rejected", 1),
+    "kl": ("KL to base", 1),
+    "unfinished": ("unfinished %", 100),
+    "length": ("characters", 1),
+}
+
+
+def evaluate(
+    run: Run,
+    prompts: Annotated[
+        list[str] | None,
+        option(
+            "Held-out prompts of a task, with chosen or completions as references if they have them; repeatable. "
+            "The run's own held-out rows when left out.",
+            "NAME=FILE",
+        ),
+    ] = None,
+    reward: Annotated[
+        str | None, option("Rate the answers, and count wins, by a reward model or function.", "DIR|MODULE:FUNCTION")
+    ] = None,
+    judge: Annotated[
+        str | None, option("Do so by an LLM judge on any OpenAI-compatible server, in both orders.", "URL#MODEL")
+    ] = None,
+    against: Annotated[
+        Path | None, option("Opponent: this run's answers; the base model's when left out.", "RUN")
+    ] = None,
+    rubric: Annotated[
+        str | None,
+        option("What the judge looks at, such as helpful or truthful; by each task's name when left out.", "NAME"),
+    ] = None,
+    every: Annotated[bool, option("Evaluate every version, not the last one alone.", "", "--every")] = False,
+    limit: Annotated[int | None, option("Most prompts of a task.", "N")] = None,
+    max_new_tokens: Annotated[int, option("Longest answer, in tokens; 160 by default.", "N")] = 160,
+    compat: Annotated[
+        bool, option("Also BLEU-4 and ROUGE-L as in LifeAlign's published tables.", "", "--compat")
+    ] = False,
+    standard: Annotated[
+        bool, typer.Option("--standard/--no-standard", help="BLEU-4 and ROUGE-L by sacreBLEU and rouge-score.")
+    ] = True,
+    concurrency: Concurrency = None,
+    requests_per_minute: RequestsPerMinute = None,
+    timeout: Timeout = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Answer held-out prompts greedily with the base model and with what was learned, and measure the answers.
+
+    If it is killed, the same command continues; answers and verdicts are kept in RUN/evaluation.
+    """
+    files = [_named_file(text) for text in prompts or ()]
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit: must be at least 1, found {limit}", field="--limit")
+    if max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens: must be at least 1, found {max_new_tokens}", field="--max-new-tokens")
+    if judge is None:
+        for_judges = {"rubric": rubric, "concurrency": concurrency, "timeout": timeout}
+        for name, value in {**for_judges, "requests-per-minute": requests_per_minute}.items():
+            if value is not None:
+                raise InputError(f"--{name}: is for a judge; name one with --judge URL#MODEL", field=f"--{name}")
+    with resumable(), Display() as display:
+        from everalign.evaluation.judge import JudgeOptions, JudgeScorer
+        from everalign.evaluation.scorers import make_scorer
+        from everalign.learning.answer_evaluation import RESULTS, AnswerSettings, evaluate_run, load_held_out_prompts
+        from everalign.learning.run_data import load_run
+
+        loaded = load_run(run)
+        options = JudgeOptions(concurrency=concurrency, requests_per_minute=requests_per_minute, timeout=timeout)
+        found = evaluate_run(
+            loaded,
+            {name: load_held_out_prompts(file) for name, file in files} or None,
+            AnswerSettings(
+                every=every,
+                limit=limit,
+                max_new_tokens=max_new_tokens,
+                compat=compat,
+                standard=standard,
+                rubric=rubric,
+            ),
+            reward=None if reward is None else make_scorer(reward),
+            judge=None if judge is None else JudgeScorer.from_name(judge, options),
+            against=None if against is None else load_run(against),
+            log=display.log,
+            progress=display.progress,
+        )
+    if as_json:
+        show_json({"run": str(run), **found})
+        return
+    _show(found)
+    show_line("results", run / RESULTS)
+
+
+def _named_file(text: str) -> tuple[str, str]:
+    name, _, file = text.partition("=")
+    if not name.strip() or not file.strip():
+        raise InputError(f"--prompts {text}: must be NAME=FILE", field="--prompts")
+    return name.strip(), file.strip()
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    """Tables of the metrics with their intervals, one for each task, and the worst task of each metric."""
+    tasks = list(dict.fromkeys(row["task"] for row in found["results"]))
+    for task in tasks:
+        rows = [row for row in found["results"] if row["task"] == task]
+        lines = [
+            (title, *(_cell(row["metrics"].get(name), factor) for row in rows))
+            for name, (title, factor) in _COLUMNS.items()
+            if any(name in row["metrics"] for row in rows)
+        ]
+        title = f"{task}: {rows[0]['prompts']} prompts"
+        show(table(("measure", *(row["version"] for row in rows)), lines, title=title))
+        for row in rows:
+            for name, count in row["failed"].items():
+                if count:
+                    show(f"{row['version']}, {name}: {count} replies of the judge could not be read and are left out")
+    for name, worst in found["worst"].items():
+        show_line("worst", f"{_COLUMNS[name][0]}: {worst['value'] * _COLUMNS[name][1]:.3g} on {worst['task']}")
+
+
+def _cell(value: list[float] | None, factor: int) -> str:
+    if value is None:
+        return "–"
+    middle, low, high = (factor * one for one in value)
+    return f"{middle:.4g} [{low:.3g}, {high:.3g}]"

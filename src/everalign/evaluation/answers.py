@@ -1,0 +1,239 @@
+"""What a policy answers to held-out prompts, and what the answers are worth.
+
+`write_answers` writes greedy answers, many at a time, and keeps them; `measure_answers` computes everything that can be
+said of them: similarity to references, rewards, win rates, distance from the base model, unfinished answers.
+Intervals are 95% bootstrap intervals over prompts; they say nothing of other seeds or other tasks.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from everalign.data.chat_tokens import ChatFormat
+from everalign.data.messages import Completion, Prompt, completion_text
+from everalign.data.tokenization import TokenizedRow, truncate
+from everalign.errors import InputError
+from everalign.evaluation.preference import mean_kl
+from everalign.evaluation.scorers import Scorer
+from everalign.evaluation.statistics import Interval, bootstrap, bootstrap_mean
+from everalign.evaluation.text_metrics import BleuCounts, compat_bleu, compat_rouge_l, rouge_l
+from everalign.evaluation.win_rates import WinRate, judged_scores, win_rate
+from everalign.modeling.options import SamplingOptions
+from everalign.modeling.policy import Policy
+from everalign.modeling.sampling import check_prompts, greedy_answers
+from everalign.storage import Journal
+from everalign.training.reference import sequence_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPTS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer.
+
+    Args:
+        text: without its end mark.
+        ended: whether it ended within the limit of tokens.
+    """
+
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
+class HeldOutPrompt:
+    """A held-out prompt, with what is known to be a good and a worse answer to it.
+
+    Args:
+        prompt: text, or chat messages.
+        reference: a good answer; None where none is known.
+        rejected: a worse answer; None where none is known.
+    """
+
+    prompt: Prompt
+    reference: Completion | None = None
+    rejected: Completion | None = None
+
+
+@dataclass(frozen=True)
+class ResponseLogProbs:
+    """Log-likelihood per token, in nats, of given answers under a policy and under the base model.
+
+    Args:
+        policy: of each of N answers.
+        base: the same under the base model.
+        tokens: number of tokens of each answer, its end mark included.
+    """
+
+    policy: tuple[float, ...]
+    base: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def change(self) -> Interval:
+        """What learning has changed of the mean log-likelihood per token."""
+        return bootstrap_mean([now - before for now, before in zip(self.policy, self.base, strict=True)])
+
+    def perplexity(self) -> Interval:
+        """The policy's perplexity: exp of the negative log-likelihood per token, over all tokens."""
+        tokens = torch.tensor(self.tokens, dtype=torch.float64).numpy()
+        total = torch.tensor(self.policy, dtype=torch.float64).numpy() * tokens
+        found = bootstrap(len(tokens), lambda weights: -(weights @ total) / (weights @ tokens))
+        return Interval(*(math.exp(min(value, 700.0)) for value in found))
+
+
+def write_answers(
+    policy: Policy,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    journal: Journal,
+    name: str,
+    *,
+    max_new_tokens: int,
+    max_prompt_tokens: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Answer]:
+    """Writes the greedy answer to every prompt with the adapters that are on now, or takes it from the journal.
+
+    Args:
+        policy: what answers.
+        tokenizer: the model's.
+        prompts: N prompts.
+        journal: keeps the answers after every batch; a killed call continues there.
+        name: identifies the policy in the journal: its weights, and how it is computed.
+        max_new_tokens: longest answer.
+        max_prompt_tokens: longer prompts are an error.
+        progress: called with the prompts done and their number.
+
+    Raises:
+        InputError: a prompt is too long or cannot be rendered, before any is answered.
+    """
+    options = SamplingOptions(completions=1, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens)
+    check_prompts(tokenizer, prompts, options)
+    form = ChatFormat(tokenizer)
+    keys = [_key(name, max_new_tokens, ids) for ids in form.encode_prompts(prompts)]
+    found = journal.read(keys)
+    missing = list({key: i for i, key in enumerate(keys) if key not in found}.items())
+    # Prompts of one length are padded least.
+    missing.sort(key=lambda item: len(str(prompts[item[1]])))
+    for start in range(0, len(missing), PROMPTS_AT_ONCE):
+        batch = missing[start : start + PROMPTS_AT_ONCE]
+        written = greedy_answers(policy, tokenizer, [prompts[i] for _, i in batch], options)
+        fresh = {key: [text, ended] for (key, _), (text, ended) in zip(batch, written, strict=True)}
+        journal.put(fresh)
+        found |= fresh
+        progress(len(keys) - len(missing) + start + len(batch), len(keys))
+    return [Answer(*found[key]) for key in keys]
+
+
+def _key(*facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def response_log_probs(
+    policy: Policy,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    responses: Sequence[Completion],
+    *,
+    max_length: int,
+    tokens_per_batch: int,
+) -> ResponseLogProbs:
+    """Scores given answers under the policy as it is and under its base model; long ones are cut to `max_length`."""
+    rows = _rows(tokenizer, prompts, responses, max_length)
+    lengths = [len(row.responses[0]) for row in rows]
+    now = sequence_logprobs(policy, rows, tokens_per_batch)
+    with policy.as_base():
+        before = sequence_logprobs(policy, rows, tokens_per_batch)
+
+    def per_token(values: Sequence[Tensor]) -> tuple[float, ...]:
+        return tuple(value.item() / length for value, length in zip(values, lengths, strict=True))
+
+    return ResponseLogProbs(per_token(now), per_token(before), tuple(lengths))
+
+
+def kl_to_base(
+    policy: Policy,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer],
+    *,
+    max_length: int,
+) -> Interval:
+    """Returns how far the policy is from its base model on its own greedy answers, nats per token.
+
+    The estimator: at each position of an answer KL(policy ‖ base) of the two next-token distributions, exactly; its
+    mean over the answer's positions; the mean of these over prompts. Greedy answers are no samples of the policy, so it
+    is drift along the answers that users get, not the KL of whole sequences.
+    """
+    given = [(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True) if answer.text]
+    if not given:
+        raise InputError("the policy has written nothing to any prompt: there is no answer to measure its KL on")
+    rows = _rows(tokenizer, [prompt for prompt, _ in given], [text for _, text in given], max_length)
+    return bootstrap_mean([mean_kl(policy, {}, [row]) for row in rows])
+
+
+def _rows(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], responses: Sequence[Completion], max_length: int
+) -> list[TokenizedRow]:
+    encoded = ChatFormat(tokenizer).encode(prompts, [(one,) for one in responses], lambda i: f"prompt {i + 1}")
+    rows = []
+    for number, (prompt, answers) in enumerate(encoded):
+        short, kept = truncate(prompt, answers, max_length, tokenizer.bos_token_id)
+        rows.append(TokenizedRow(str(number), short, kept, (1.0,)))
+    return rows
+
+
+def text_similarity(answers: Sequence[str], references: Sequence[str], *, compat: bool = False) -> dict[str, Interval]:
+    """Returns `bleu` and `rouge_l`, or `compat_bleu` and `compat_rouge_l`, in %; see `text_metrics`.
+
+    Raises:
+        InputError: a package is missing, or the numbers differ.
+    """
+    if compat:
+        pairs = list(zip(answers, references, strict=True))
+        return {
+            "compat_bleu": bootstrap_mean([compat_bleu(*pair) for pair in pairs]),
+            "compat_rouge_l": bootstrap_mean([compat_rouge_l(*pair) for pair in pairs]),
+        }
+    counts = BleuCounts.of(answers, references)
+    return {
+        "bleu": bootstrap(len(answers), counts.scores),
+        "rouge_l": bootstrap_mean(rouge_l(answers, references)),
+    }
+
+
+def answer_rewards(scorer: Scorer, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> tuple[Interval, int]:
+    """Returns the mean reward, and how many answers have none because a judge's reply could not be read.
+
+    Raises:
+        InputError: no reply could be read.
+        EveralignError: the scorer failed.
+    """
+    found = judged_scores(scorer, prompts, [answer.text for answer in answers])
+    rewards = [reward for reward in found if reward is not None]
+    if not rewards:
+        raise InputError(f"none of {len(found)} scores could be read: take a judge that follows instructions better")
+    return bootstrap_mean(rewards), len(found) - len(rewards)
+
+
+def answers_against(
+    scorer: Scorer, prompts: Sequence[Prompt], answers: Sequence[Answer], others: Sequence[Answer]
+) -> WinRate:
+    """Returns how often the answers beat the others; errors as in `win_rate`."""
+    return win_rate(scorer, prompts, [one.text for one in answers], [one.text for one in others])
+
+
+def reference_texts(prompts: Sequence[HeldOutPrompt]) -> list[str] | None:
+    """Returns the references as text; None if a prompt has none."""
+    texts = [None if one.reference is None else completion_text(one.reference) for one in prompts]
+    return None if any(text is None for text in texts) else [text for text in texts if text is not None]

@@ -1,0 +1,323 @@
+"""Evaluate a run by what its policies write: greedy answers of the base model and of versions, and all their metrics.
+
+Answers, rewards and a judge's replies are kept in `RUN/evaluation`: a call that was killed continues, and one that asks
+for another metric writes no answer twice. The result is `RUN/evaluation/results.json`, which `everalign report` shows.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from everalign.data.chat_tokens import template_fingerprint
+from everalign.data.readers import first_columns, load_preferences, load_prompts, load_unscored
+from everalign.errors import InputError
+from everalign.evaluation.answers import (
+    Answer,
+    HeldOutPrompt,
+    answer_rewards,
+    answers_against,
+    kl_to_base,
+    reference_texts,
+    response_log_probs,
+    text_similarity,
+    write_answers,
+)
+from everalign.evaluation.judge import INSTRUCTIONS, JudgeScorer, reward_cache
+from everalign.evaluation.rubrics import RUBRICS, rubric_of
+from everalign.evaluation.scorers import Scorer
+from everalign.evaluation.statistics import bootstrap_mean
+from everalign.learning.options import AdapterOptions
+from everalign.learning.run_data import BASE, RunData
+from everalign.learning.run_store import RunDirectory
+from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
+from everalign.modeling.policy import Policy
+from everalign.modeling.runtime import prepare_process, training_device
+from everalign.storage import Journal, exclusive, lock_of, sha256_of, write_json
+
+RESULTS = Path("evaluation", "results.json")
+_TOKENS_PER_BATCH = 4096
+
+Log = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+Prompts = Mapping[str, Sequence[HeldOutPrompt]]
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """What is evaluated.
+
+    Args:
+        every: every version of the line, not the last one alone; the base model always is.
+        limit: most prompts of a task, evenly spaced; all when None.
+        max_new_tokens: longest answer.
+        compat: also BLEU and ROUGE-L as in LifeAlign's published tables.
+        standard: BLEU and ROUGE-L by sacreBLEU and rouge-score.
+        rubric: name of the rubric for a judge; each task's own, or the general one, when None.
+    """
+
+    every: bool = False
+    limit: int | None = None
+    max_new_tokens: int = 160
+    compat: bool = False
+    standard: bool = True
+    rubric: str | None = None
+
+
+def load_held_out_prompts(source: str | os.PathLike[str]) -> list[HeldOutPrompt]:
+    """Loads prompts alone, with completions (the first is the reference), or with chosen and rejected answers."""
+    columns = first_columns(source, "train", ("completions", "chosen", "rejected"))
+    if not columns:
+        return [HeldOutPrompt(row.prompt) for row in load_prompts(source)]
+    if "completions" in columns:
+        rows = load_unscored(source, overwrite=True)
+        return [HeldOutPrompt(row.prompt, row.completions[0]) for row in rows]
+    return [HeldOutPrompt(row.prompt, row.chosen, row.rejected) for row in load_preferences(source)]
+
+
+def run_prompts(run: RunData) -> dict[str, list[HeldOutPrompt]]:
+    """Returns the held-out rows that the run keeps, by task.
+
+    Raises:
+        InputError: it has none.
+    """
+    directory = RunDirectory(run.path)
+    _, tests, _ = directory.read_zero_shot()
+    if not tests:
+        raise InputError(f"{run.path}: learned without held-out rows; name prompts with --prompts NAME=FILE")
+    found = {}
+    for task, facts in tests.items():
+        rows = directory.read_test(facts, load_preferences)
+        found[task] = [HeldOutPrompt(row.prompt, row.chosen, row.rejected) for row in rows]
+    return found
+
+
+def evaluate_run(
+    run: RunData,
+    prompts: Prompts | None = None,
+    settings: AnswerSettings | None = None,
+    *,
+    reward: Scorer | None = None,
+    judge: JudgeScorer | None = None,
+    against: RunData | None = None,
+    log: Log = lambda _: None,
+    progress: Progress = lambda *_: None,
+) -> dict[str, Any]:
+    """Writes the answers of a run's policies and returns what `results.json` holds.
+
+    Args:
+        run: a run of preferences, scored rows or prompts; not one of corrections.
+        prompts: held-out prompts by task; those that the run keeps when None.
+        settings: what is evaluated.
+        reward: a reward model or function, for mean rewards and win rates.
+        judge: an LLM judge, for mean scores and win rates, whose replies are cached in the run.
+        against: a run whose last version's answers are the opponent; the run's own base model when None.
+        log: called with one line for each thing that happens.
+        progress: called with what is done, how much, and of how much.
+
+    Raises:
+        InputError: run, prompts or settings cannot be used, before any answer is written.
+        EveralignError: a scorer failed; what was written and judged is kept.
+    """
+    settings = settings or AnswerSettings()
+    if settings.rubric is not None and settings.rubric not in RUBRICS:
+        raise InputError(f"rubric: must be one of {', '.join(RUBRICS)}, found {settings.rubric!r}", field="rubric")
+    for one in (run, against):
+        if one is not None and one.facts.objective == "correction":
+            raise InputError(f"{one.path}: learned corrections: evaluate it with everalign correct evaluate")
+    if not run.versions:
+        raise InputError(f"{run.path}: nothing was learned yet")
+    chosen = {task: _spread(rows, settings.limit) for task, rows in (prompts or run_prompts(run)).items()}
+    if any(not rows for rows in chosen.values()) or not chosen:
+        raise InputError("every task needs at least one prompt")
+    if settings.standard and any(reference_texts(rows) is not None for rows in chosen.values()):
+        # Before an hour of writing: are the packages there?
+        text_similarity(["a"], ["a"])
+    with exclusive(lock_of(run.path / "evaluation"), "evaluating this run"):
+        opponents = None if against is None else _written(_Runner(against, settings, log, progress), chosen)
+        runner = _Runner(run, settings, log, progress)
+        scorers = _scorers(run, chosen, reward, judge, settings)
+        written = _written(runner, chosen, base=True)
+        results = []
+        for version in (BASE, *runner.versions):
+            with runner.switched(version):
+                for task, rows in chosen.items():
+                    log(f"  metrics of {version} on {task}")
+                    other = written[BASE] if opponents is None else opponents[next(iter(opponents))]
+                    found = _metrics(runner, version, rows, written[version][task], other[task], scorers[task])
+                    results.append({"version": version, "task": task, "prompts": len(rows), **found})
+        shown = {
+            "against": BASE if against is None else f"{against.path}",
+            "reward": None if reward is None else reward.fingerprint,
+            "judge": None if judge is None else judge.client.model,
+            "settings": asdict(settings),
+            "worst": worst_tasks(results, runner.versions[-1]),
+            "results": results,
+            "answers": _shown_answers(chosen, written),
+        }
+        write_json(run.path / RESULTS, shown)
+    return shown
+
+
+def worst_tasks(results: Sequence[Mapping[str, Any]], version: str) -> dict[str, Any]:
+    """Returns for each metric in which more is better, by the version, the task with the least of it."""
+    better = ["bleu", "rouge_l", "compat_bleu", "compat_rouge_l", "reward", "judge"]
+    better += ["reward_win_rate", "reward_win_rate_lc", "judge_win_rate", "judge_win_rate_lc"]
+    found = {}
+    for name in better:
+        rows = [row for row in results if row["version"] == version and name in row["metrics"]]
+        values = [(row["metrics"][name][0], row["task"]) for row in rows]
+        if values:
+            value, task = min(values)
+            found[name] = {"task": task, "value": value}
+    return found
+
+
+class _Runner:
+    """A run's model, which can be switched to any of its versions."""
+
+    def __init__(self, run: RunData, settings: AnswerSettings, log: Log, progress: Progress) -> None:
+        self.run, self.settings, self.log, self.progress = run, settings, log, progress
+        prepare_process()
+        facts = run.facts
+        self.tokenizer = load_tokenizer(facts.model, adapter=run.base_adapter)
+        precision = facts.settings.get("precision", "fp32")
+        model = load_model(facts.model, precision, adapter=run.base_adapter, device=training_device(log))
+        if model_fingerprint(model) != facts.model_fingerprint:
+            raise InputError(f"{facts.model}: is not the model that {run.path} was begun with")
+        options = AdapterOptions(**{name: facts.settings[name] for name in ("rank", "alpha", "targets")})
+        self.policy = Policy(model, options.rank, options.alpha, options.module_names())
+        self.max_length = int(facts.settings.get("max_length", 1024))
+        versions = [version.id for version in run.versions]
+        self.versions = versions if settings.every else versions[-1:]
+        self.journal = Journal(run.path / "evaluation" / "answers.sqlite")
+        self._model = f"{facts.model_fingerprint} {template_fingerprint(self.tokenizer)}"
+
+    @contextmanager
+    def switched(self, version: str) -> Iterator[None]:
+        if version == BASE:
+            self.policy.reset(0)
+        else:
+            self.policy.load_adapter(self._folder(version), long_term=True, seed=0)
+        yield
+
+    def answers(self, version: str, rows: Sequence[HeldOutPrompt]) -> list[Answer]:
+        adapter = "" if version == BASE else sha256_of(self._folder(version) / "adapter_model.safetensors")
+        return write_answers(
+            self.policy,
+            self.tokenizer,
+            [row.prompt for row in rows],
+            self.journal,
+            f"{self._model} {adapter}",
+            max_new_tokens=self.settings.max_new_tokens,
+            max_prompt_tokens=max(self.max_length, 768),
+            progress=lambda done, total: self.progress(f"answers of {version}", done, total),
+        )
+
+    def _folder(self, version: str) -> Path:
+        return self.run.path / "versions" / version / "adapter"
+
+
+def _written(runner: _Runner, prompts: Prompts, base: bool = False) -> dict[str, dict[str, list[Answer]]]:
+    """The answers by version and task."""
+    found = {}
+    for version in (*((BASE,) if base else ()), *runner.versions):
+        runner.log(f"  answers of {version}")
+        with runner.switched(version):
+            found[version] = {task: runner.answers(version, rows) for task, rows in prompts.items()}
+    return found
+
+
+def _scorers(
+    run: RunData, prompts: Prompts, reward: Scorer | None, judge: JudgeScorer | None, settings: AnswerSettings
+) -> dict[str, dict[str, Scorer]]:
+    """The scorers by task and name; a judge has each task's rubric."""
+    found: dict[str, dict[str, Scorer]] = {}
+    for task in prompts:
+        found[task] = {} if reward is None else {"reward": reward}
+        if judge is not None:
+            rubric = settings.rubric or rubric_of(task)
+            cache = judge.cache or reward_cache(run.path / "evaluation")
+            instructions = INSTRUCTIONS if rubric is None else RUBRICS[rubric]
+            found[task]["judge"] = JudgeScorer(judge.client, instructions=instructions, cache=cache)
+    return found
+
+
+def _metrics(
+    runner: _Runner,
+    version: str,
+    rows: Sequence[HeldOutPrompt],
+    answers: Sequence[Answer],
+    others: Sequence[Answer],
+    scorers: Mapping[str, Scorer],
+) -> dict[str, Any]:
+    """The metrics, each (value, low, high), and how often a judge's reply could not be read."""
+    prompts, settings = [row.prompt for row in rows], runner.settings
+    found: dict[str, Any] = {"unfinished": bootstrap_mean([float(not one.ended) for one in answers])}
+    found["length"] = bootstrap_mean([float(len(one.text)) for one in answers])
+    references, failed = reference_texts(rows), dict[str, int]()
+    if references is not None:
+        texts = [one.text for one in answers]
+        if settings.standard:
+            found |= text_similarity(texts, references)
+        if settings.compat:
+            found |= text_similarity(texts, references, compat=True)
+        found |= _likelihoods(runner, rows)
+    if version != BASE and any(one.text for one in answers):
+        found["kl"] = kl_to_base(runner.policy, runner.tokenizer, prompts, answers, max_length=_long(runner))
+    for name, scorer in scorers.items():
+        found[name], failed[name] = answer_rewards(scorer, prompts, answers)
+        if version != BASE:
+            won = answers_against(scorer, prompts, answers, others)
+            found |= {f"{name}_win_rate": won.win_rate, f"{name}_win_rate_lc": won.length_controlled}
+            failed[f"{name}_win_rate"] = won.failed
+    return {"metrics": {name: list(value) for name, value in found.items()}, "failed": failed}
+
+
+def _long(runner: _Runner) -> int:
+    return max(runner.max_length, 768) + runner.settings.max_new_tokens
+
+
+def _likelihoods(runner: _Runner, rows: Sequence[HeldOutPrompt]) -> dict[str, Any]:
+    """Perplexity of the references, and what learning changed of the log-likelihood of references and rejected."""
+    found: dict[str, Any] = {}
+    for name in ("reference", "rejected"):
+        given = [(row.prompt, getattr(row, name)) for row in rows]
+        if any(response is None for _, response in given):
+            continue
+        scored = response_log_probs(
+            runner.policy,
+            runner.tokenizer,
+            [prompt for prompt, _ in given],
+            [response for _, response in given],
+            max_length=_long(runner),
+            tokens_per_batch=_TOKENS_PER_BATCH,
+        )
+        if name == "reference":
+            found["perplexity"] = scored.perplexity()
+        found[f"{'chosen' if name == 'reference' else name}_change"] = scored.change
+    return found
+
+
+def _shown_answers(prompts: Prompts, written: Mapping[str, Mapping[str, Sequence[Answer]]]) -> dict[str, Any]:
+    """All answers by task: the prompt, and what each version wrote."""
+    return {
+        task: [
+            {
+                "prompt": row.prompt if isinstance(row.prompt, str) else [dict(message) for message in row.prompt],
+                "answers": {version: asdict(found[task][number]) for version, found in written.items()},
+            }
+            for number, row in enumerate(rows)
+        ]
+        for task, rows in prompts.items()
+    }
+
+
+def _spread(rows: Sequence[HeldOutPrompt], limit: int | None) -> list[HeldOutPrompt]:
+    """At most `limit` distinct prompts, evenly far apart."""
+    distinct = list({repr(row.prompt): row for row in reversed(rows)}.values())[::-1]
+    if limit is None or len(distinct) <= limit:
+        return distinct
+    return [distinct[i * len(distinct) // limit] for i in range(limit)]

@@ -1,0 +1,169 @@
+"""Evaluating a run's answers: every metric, answers kept, an LLM judge, and what is refused before any is written."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from chat_server_for_tests import ChatServer
+from cli_for_tests import run as run_verb
+from everalign.data.chat_tokens import ChatFormat
+from everalign.errors import InputError
+from everalign.evaluation.answers import Answer, kl_to_base, response_log_probs
+from everalign.evaluation.scorers import CallableScorer
+from everalign.learning.answer_evaluation import (
+    AnswerSettings,
+    _Runner,
+    evaluate_run,
+    load_held_out_prompts,
+    worst_tasks,
+)
+from everalign.learning.run_data import load_run
+from learner_for_tests import make_learner, save_answering_model, tasks
+
+SETTINGS = AnswerSettings(max_new_tokens=6, limit=3, standard=False, compat=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated")
+    model = save_answering_model(folder / "model")
+    make_learner(model, folder / "run").learn_all(tasks("warm", "brief"))
+    return load_run(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def runner(run):
+    return _Runner(run, SETTINGS, lambda _: None, lambda *_: None)
+
+
+def longest(prompts, answers):
+    return [float(len(answer)) for answer in answers]
+
+
+def test_every_version_is_measured_on_every_task_and_answers_are_written_once(run, monkeypatch):
+    settings = AnswerSettings(max_new_tokens=6, limit=3, standard=False, compat=True, every=True)
+    found = evaluate_run(run, settings=settings, reward=CallableScorer(longest, "length"))
+    versions = ["000", *(version.id for version in run.versions)]
+    assert [(row["version"], row["task"]) for row in found["results"]] == [
+        (version, task) for version in versions for task in ("warm", "brief")
+    ]
+    for row in found["results"]:
+        metrics = row["metrics"]
+        expected = {"unfinished", "length", "compat_bleu", "compat_rouge_l", "perplexity", "reward"}
+        assert expected | {"chosen_change", "rejected_change"} <= metrics.keys()
+        assert all(low <= value <= high for value, low, high in metrics.values())
+        if row["version"] == "000":
+            assert metrics["chosen_change"] == [0.0, 0.0, 0.0]
+        assert metrics["reward"] == metrics["length"]
+    assert found["worst"]["reward_win_rate"]["task"] in ("warm", "brief")
+    assert json.loads((run.path / "evaluation" / "results.json").read_text()) == json.loads(json.dumps(found))
+    assert {len(shown) for shown in found["answers"].values()} == {3}
+
+    monkeypatch.setattr("everalign.evaluation.answers.greedy_answers", lambda *_: pytest.fail("written twice"))
+    assert evaluate_run(run, settings=settings, reward=CallableScorer(longest, "length")) == found
+
+
+def test_log_likelihoods_and_perplexity_are_those_of_the_model(run, runner):
+    prompts, answers = ["q1?", "q2?"], ["yes, gladly! 1", "ok"]
+    with runner.switched(run.versions[-1].id):
+        scored = response_log_probs(
+            runner.policy, runner.tokenizer, prompts, answers, max_length=64, tokens_per_batch=64
+        )
+        expected = []
+        for prompt, (ids, (answer,)) in zip(
+            prompts, ChatFormat(runner.tokenizer).encode(prompts, [(a,) for a in answers]), strict=True
+        ):
+            assert prompt
+            logits = runner.policy.peft(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
+            expected.append(logits[range(len(ids) - 1, len(ids) + len(answer) - 1), answer].mean().item())
+        assert scored.policy == pytest.approx(expected, abs=1e-4)
+        total = sum(value * count for value, count in zip(expected, scored.tokens, strict=True))
+        assert scored.perplexity().value == pytest.approx(math.exp(-total / sum(scored.tokens)), rel=1e-4)
+        assert scored.change.value == pytest.approx(
+            sum(now - then for now, then in zip(scored.policy, scored.base, strict=True)) / 2
+        )
+
+
+def test_the_kl_is_that_of_the_distributions_and_zero_for_the_base_model(run, runner):
+    answers = [Answer("yes", True), Answer("", True), Answer("no 1", False)]
+    arguments = (runner.tokenizer, ["q1?", "q2?", "q3?"], answers)
+    with runner.switched("000"):
+        assert kl_to_base(runner.policy, *arguments, max_length=64).value == pytest.approx(0, abs=1e-6)
+    with runner.switched(run.versions[-1].id):
+        found = kl_to_base(runner.policy, *arguments, max_length=64)
+        expected = []
+        encoded = ChatFormat(runner.tokenizer).encode(["q1?", "q3?"], [("yes",), ("no 1",)])
+        for ids, (answer,) in encoded:
+            tokens, places = torch.tensor([ids + answer]), slice(len(ids) - 1, len(ids) + len(answer) - 1)
+            now = runner.policy.peft(tokens).logits[0, places].log_softmax(-1)
+            with runner.policy.as_base():
+                base = runner.policy.peft(tokens).logits[0, places].log_softmax(-1)
+            expected.append((now.exp() * (now - base)).sum(-1).mean().item())
+        assert found.value == pytest.approx(sum(expected) / 2, rel=1e-3)
+        with pytest.raises(InputError, match="written nothing"):
+            kl_to_base(runner.policy, runner.tokenizer, ["q"], [Answer("", True)], max_length=64)
+
+
+def test_a_judge_scores_and_compares_by_the_tasks_rubric(run, tmp_path, capsys):
+    file = tmp_path / "truthful.jsonl"
+    file.write_text('{"prompt": "q1?"}\n{"prompt": "q2?"}\n')
+
+    def reply(messages):
+        assert "tells the truth" in messages[0]["content"]
+        return '{"better": 2}' if "<answer 1>" in messages[1]["content"] else "6"
+
+    with ChatServer(reply) as server:
+        arguments = ["evaluate", str(run.path), "--prompts", f"truthful={file}", "--judge", f"{server.url}#judge"]
+        arguments += ["--max-new-tokens", "6", "--json"]
+        code, out, error = run_verb(capsys, *arguments)
+        assert code == 0, error
+        asked = len(server.requests)
+        assert run_verb(capsys, *arguments)[1] == out
+        assert len(server.requests) == asked
+    metrics = json.loads(out)["results"][-1]["metrics"]
+    assert metrics["judge"] == [6.0, 6.0, 6.0]
+    # Whatever stands second wins: verdicts that change with the order are ties.
+    assert metrics["judge_win_rate"] == [0.5, 0.5, 0.5]
+    assert "bleu" not in metrics
+
+
+def test_against_another_run(run):
+    found = evaluate_run(run, settings=SETTINGS, reward=CallableScorer(longest, "length"), against=run)
+    last = [row for row in found["results"] if row["version"] == run.versions[-1].id]
+    assert all(row["metrics"]["reward_win_rate"] == [0.5, 0.5, 0.5] for row in last)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--prompts", "nothing"], "must be NAME=FILE"),
+        (["--limit", "0"], "--limit: must be at least 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: must be at least 1"),
+        (["--rubric", "helpful"], "--rubric: is for a judge"),
+        (["--judge", "http://127.0.0.1:9/v1#m", "--rubric", "nice"], "rubric: must be one of"),
+        (["--prompts", "a=missing.jsonl"], "missing.jsonl"),
+        (["--against", "missing"], "missing"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(run, flags, problem, capsys):
+    code, _, error = run_verb(capsys, "evaluate", str(run.path), *flags)
+    assert (code, problem in error) == (2, True), error
+
+
+def test_prompts_with_and_without_references(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "q", "completions": ["a", "b"], "rewards": [1, 0]}\n')
+    (row,) = load_held_out_prompts(file)
+    assert (row.prompt, row.reference, row.rejected) == ("q", "a", None)
+    file.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    (row,) = load_held_out_prompts(file)
+    assert (row.reference, row.rejected) == ("a", "b")
+
+
+def test_the_worst_task_is_the_one_with_the_least():
+    rows = [
+        {"version": "001", "task": task, "metrics": {"bleu": [value, 0, 1]}} for task, value in (("a", 2), ("b", 1))
+    ]
+    assert worst_tasks(rows, "001") == {"bleu": {"task": "b", "value": 1}}
