@@ -9,9 +9,10 @@ import yaml
 
 from cli_for_tests import run, write_rows
 from everalign.bench import execution, worker
-from everalign.bench.data import cut_validation
+from everalign.bench.data import cut_validation, load_rows
 from everalign.bench.recipe import Bench
 from everalign.data import PreferenceSet
+from everalign.errors import InputError
 from learner_for_tests import ANSWERS, held_out, save_model, task_rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -119,15 +120,42 @@ def test_recipes_of_the_project_can_be_made(path):
     assert all(len(order) == len(bench.tasks) for order in bench.task_orders())
 
 
-def test_validation_rows_are_cut_by_prompt():
-    rows = PreferenceSet.of(
-        [{"prompt": f"q{number % 20}", "chosen": f"a{number}", "rejected": "b"} for number in range(60)]
+def questions(*numbers):
+    return PreferenceSet.of(
+        [{"prompt": f"q{number}", "chosen": f"a{i}", "rejected": "b"} for number in numbers for i in range(3)]
     )
-    kept, cut = cut_validation(rows, 0.25, 1)
-    assert (len(kept), len(cut)) == (45, 15)
-    assert not {row.prompt for row in kept} & {row.prompt for row in cut}
-    assert cut_validation(rows, 0.25, 1)[1].fingerprint == cut.fingerprint
-    assert cut_validation(rows, 0.25, 2)[1].fingerprint != cut.fingerprint
+
+
+def test_validation_rows_are_cut_by_prompt():
+    """Also over tasks: what is validated in one is not learned in another."""
+    sides = [cut_validation(questions(*numbers), 0.25, 1) for numbers in (range(200), range(100, 300))]
+    for kept, cut in sides:
+        assert len(kept) + len(cut) == 600
+        assert 90 < len(cut) < 210
+    for kept, _ in sides:
+        for _, cut in sides:
+            assert not {row.prompt for row in kept} & {row.prompt for row in cut}
+    assert cut_validation(questions(*range(200)), 0.25, 2)[1].fingerprint != sides[0][1].fingerprint
+    assert [len(side) for side in cut_validation(questions(1, 2), 0.01, 0)] == [3, 3]
+    assert [len(side) for side in cut_validation(questions(1, 2), 0.99, 0)] == [3, 3]
+    with pytest.raises(InputError, match="has too few prompts to cut validation rows off: name a validation file"):
+        cut_validation(questions(1), 0.5, 0)
+
+
+def test_rows_are_filtered_and_labelled(work, tmp_path):
+    rows = [
+        {"prompt": f"q{i}", "chosen": "yes", "rejected": "no", "domain": "ab"[i % 2], "weight": 1.0} for i in range(40)
+    ]
+    rows[0]["prompt"] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q0"}]
+    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    task = {"train": file, "test": "warm.test.jsonl", "where": {"domain": ["a"]}, "limit": 10, "system": "[a]"}
+    found = load_rows(Bench.read(recipe(work, tasks={"a": task})), "validation")["a"]
+    assert len(found.train) == 10
+    first = [row.prompt[0] for row in (*found.train, *found.held_out)]
+    assert {message["role"] for message in first} == {"system"}
+    assert {message["content"] for message in first} <= {"[a]", "[a]\n\nBe brief."}
+    numbers = {int(row.prompt[1]["content"][1:]) for row in (*found.train, *found.held_out)}
+    assert all(number % 2 == 0 for number in numbers)
 
 
 def test_orders_are_seeded_and_different(work):
