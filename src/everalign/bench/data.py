@@ -36,9 +36,7 @@ def load_rows(bench: Bench, part: Part) -> dict[str, TaskRows]:
     Raises:
         InputError: a file is missing or bad, a filter leaves no row, or validation and training rows share prompts.
     """
-    for name, task in bench.tasks.items():
-        for key in ("train", "validation", "test"):
-            _check_source(f"tasks.{name}.{key}", getattr(task, key))
+    check_files(bench)
     found = {}
     for name, task in bench.tasks.items():
         train = _read(name, task, "train")
@@ -53,6 +51,13 @@ def load_rows(bench: Bench, part: Part) -> dict[str, TaskRows]:
         held_out = _read(name, task, "test") if part == "test" else validation
         found[name] = TaskRows(train, held_out)
     return found
+
+
+def check_files(bench: Bench) -> None:
+    """Refuses a recipe that names a missing file; reads none."""
+    for name, task in bench.tasks.items():
+        for key in ("train", "validation", "test"):
+            _check_source(f"tasks.{name}.{key}", getattr(task, key))
 
 
 def cut_validation(rows: PreferenceSet, share: float, seed: int) -> tuple[PreferenceSet, PreferenceSet]:

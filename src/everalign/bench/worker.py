@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from everalign.bench.records import FORMAT, METRICS, PAIR_METRICS, Run, code_digest
+from everalign.bench.records import FORMAT, METRICS, PAIR_METRICS, Run
 from everalign.errors import EveralignError, InputError
 from everalign.learning.learner import Learner
 from everalign.learning.run_data import RunData, VersionData
@@ -34,16 +34,16 @@ class Place:
         record: its record, written at the end.
         log: what it says meanwhile.
         cache: reference log-probabilities and encoded rows, which all runs share.
+        code: the version of the code, for the record.
         keep_run: whether the run directory stays.
-        keep_failure: whether training that diverges is a result, recorded as such.
     """
 
     run: Path
     record: Path
     log: Path
     cache: Path
+    code: str
     keep_run: bool
-    keep_failure: bool
 
 
 Say = Callable[[str, int, int], None]
@@ -87,7 +87,7 @@ def execute(run: Run, place: Place, say: Say, log: Callable[[str], None]) -> Non
         "seed": run.seed,
         "part": run.part,
         "choice": dict(run.choice),
-        "code": code_digest(),
+        "code": place.code,
     }
     try:
         learner = Learner(
@@ -98,8 +98,7 @@ def execute(run: Run, place: Place, say: Say, log: Callable[[str], None]) -> Non
     except InputError:
         raise
     except EveralignError as error:
-        if not place.keep_failure:
-            raise
+        # Training that diverges is a result: it would do so again.
         record["failed"] = str(error)
     place.record.parent.mkdir(parents=True, exist_ok=True)
     write_json(place.record, {**record, "created": now()})
