@@ -219,7 +219,7 @@ BAD = [
     ({"orders": [["warm"]]}, "must name every task once: warm, brief"),
     ({"tune_on": ["acuracy.last"]}, "unknown measure 'acuracy.last': did you mean 'accuracy.last'?"),
     ({"training": {**TRAINING, "test_limit": 3}}, "training: test_limit stands outside"),
-    ({"modles": ["x"]}, "modles is no option of Bench: did you mean 'models'?"),
+    ({"modles": ["x"]}, "modles is not an option of Bench: did you mean 'models'?"),
     ({"models": []}, "models: must be a list of models, or a mapping"),
     (
         {
@@ -234,7 +234,7 @@ BAD = [
     ),
     ({"contenders": {"seq": {"method": "er", "tune": {"repaly": [1]}}}}, "'repaly': did you mean 'replay'?"),
     ({"contenders": {"seq": {"method": "er", "tune": {"replay": 1}}}}, "replay needs a list of values to try, found 1"),
-    ({"contenders": {"seq": {"method": "er", "objectiv": "dpo"}}}, "contenders.seq.objectiv is no option of Contender"),
+    ({"contenders": {"seq": {"method": "er", "objectiv": "dpo"}}}, "contenders.seq.objectiv is not an option of Contender"),
     ({"contenders": {"seq": {"method": "er", "objective": "correction"}}}, "a bench learns from preferences"),
 ]  # fmt: skip
 

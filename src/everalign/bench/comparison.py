@@ -84,6 +84,11 @@ class ModelResult:
     baseline: str | None
 
 
+def compared(result: ModelResult, metric: str) -> tuple[str, ...]:
+    """The numbers of a metric that are compared with the baseline."""
+    return COMPARED if result.baseline is not None and metric in PAIR_METRICS else ()
+
+
 def compare(model: str, records: Mapping[str, Sequence[Record]], baseline: str | None) -> ModelResult:
     """Compares contenders on one model by their finished runs."""
     base = records.get(baseline or "", [])
