@@ -234,7 +234,7 @@ BAD = [
     ),
     ({"contenders": {"seq": {"method": "er", "tune": {"repaly": [1]}}}}, "'repaly': did you mean 'replay'?"),
     ({"contenders": {"seq": {"method": "er", "tune": {"replay": 1}}}}, "replay needs a list of values to try, found 1"),
-    ({"contenders": {"seq": {"method": "er", "objectiv": "dpo"}}}, "contenders.seq.objectiv is not an option of Contender"),
+    ({"contenders": {"seq": {"method": "er", "objectiv": "dpo"}}}, "seq.objectiv is not an option of Contender"),
     ({"contenders": {"seq": {"method": "er", "objective": "correction"}}}, "a bench learns from preferences"),
 ]  # fmt: skip
 
