@@ -63,6 +63,7 @@ def run_all(
         log(f"  {len(runs) - total} of {len(runs)} runs are finished already")
     if not waiting:
         return
+    log(f"  what each run says goes to {output / 'logs'}")
     context: Any = multiprocessing.get_context(START)
     if START == "forkserver":
         context.set_forkserver_preload([_PRELOADED])

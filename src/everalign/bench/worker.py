@@ -53,6 +53,7 @@ Say = Callable[[str, int, int], None]
 def run_in_process(run: Run, place: Place, pipe: connection.Connection) -> None:
     """Entry of a run's process: reports through the pipe, and ends when the process that started it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what libraries hold is given back
     _end_with_parent()
     place.log.parent.mkdir(parents=True, exist_ok=True)
     with place.log.open("a", buffering=1, encoding="utf-8") as log:
@@ -67,7 +68,7 @@ def run_in_process(run: Run, place: Place, pipe: connection.Connection) -> None:
             pipe.send(("done",))
         except EveralignError as error:
             pipe.send(("refused" if isinstance(error, InputError) else "failed", str(error)))
-        except BaseException as error:
+        except Exception as error:  # whatever it is, the parent names it
             pipe.send(("crashed", f"{type(error).__name__}: {error}"))
             raise
 
