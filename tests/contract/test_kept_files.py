@@ -16,6 +16,7 @@ from everalign.serving.corrector_reload import CorrectorReloader
 from everalign.serving.gateway import make_corrections
 from everalign.serving.settings import GatewaySettings, UpstreamSettings
 from everalign.serving.store import FeedbackStore
+from everalign.training import stage
 from upstream_for_tests import HTTP, Script, UpstreamServer, serving
 
 KEPT = Path(__file__).parents[1] / "kept"
@@ -54,8 +55,12 @@ def test_runs_are_reported_side_by_side(kept, capsys):
     assert "brief" in Path("report.html").read_text()
 
 
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(kept, capsys):
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(kept, capsys, monkeypatch):
+    """It continues from the checkpoint within the stage."""
+    look, found = stage.latest_checkpoint, []
+    monkeypatch.setattr(stage, "latest_checkpoint", lambda folder: found.append(look(folder)) or found[-1])
     run_json(capsys, "learn", "--output", "killed", "--resume")
+    assert [path and path.name for path in found] == ["checkpoint-2"]
     assert [version.id for version in load_run(Path("killed")).versions] == ["001-warm", "002-brief"]
     found, expected = adapter("killed", "002-brief"), adapter("run", "002-brief")
     assert found.keys() == expected.keys()

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, overload
 
@@ -96,10 +96,19 @@ class TokenizedRows(Sequence[TokenizedRow]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over all ids, tokens and weights in order: the key for what is computed from them."""
+        """sha256 over all ids, tokens and weights in order: the key for what is computed from them.
+
+        That of preferences, and of scored rows and corrections without a weight of their own, is the one of version
+        0.1.0, whose unfinished stages are continued.
+        """
         digest = hashlib.sha256()
         for row in self.items:
-            digest.update(repr(astuple(row)).encode())
+            content: tuple[object, ...] = (row.responses, row.weights)
+            if row.weights == (1.0, 1.0):
+                content = (*row.responses, row.weight)
+            elif row.weight != 1.0:
+                content = (*content, row.weight)
+            digest.update(repr((row.id, row.prompt, *content)).encode())
         return digest.hexdigest()
 
     @property
