@@ -104,6 +104,7 @@ def test_a_file_of_either_kind_is_told_by_its_columns(tmp_path):
         ({"answer": 3}, "field 'answer': must be text, found a number"),
         ({"answer": CHAT}, "field 'answer': after the prompt there must be the assistant's message"),
         ({"correction": None}, "field 'correction': must be text, found null"),
+        ({"answer": None}, "field 'answer': must be text, found null"),
         ({"correction": "half \ud83d"}, "field 'correction': half a surrogate pair at character 6"),
         ({"weight": 0}, "field 'weight': must be positive and finite, found 0.0"),
         ({"weight": "2"}, "field 'weight': must be a number, found text"),

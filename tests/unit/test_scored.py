@@ -80,6 +80,7 @@ def test_the_preference_in_it():
         ({"rewards": [True, 1]}, "field 'rewards[0]': must be a number, found a boolean"),
         ({"rewards": 3.0}, "field 'rewards': must be a list of numbers, found a number"),
         ({"rewards": None}, "field 'rewards': must be a list of numbers, found null"),
+        ({"completions": None}, "field 'completions': must be a list of texts, found null"),
         ({"completions": []}, "field 'completions': the list is empty"),
         ({"completions": "one"}, "field 'completions': must be a list of texts, found text"),
         ({"completions": ["one", ""]}, "field 'completions[1]': is empty"),

@@ -132,6 +132,7 @@ PROMPT_SCHEMA = Schema(
     required=("prompt",),
     expected="expected 'prompt' and optionally 'weight'",
 )
+_NUMBERS = ("rewards", "weights", "reference_rewards")
 # For rows made in Python, of which any column but the prompt may be missing.
 _ANY_SCORED = replace(SCORED_SCHEMA, required=("prompt",))
 
@@ -164,10 +165,10 @@ class Scored(Row):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", checked_prompt(self.prompt))
-        numbers = {name for name in ("rewards", "weights", "reference_rewards") if getattr(self, name) is not None}
+        numbers = [name for name in _NUMBERS if getattr(self, name) is not None]
         if self.completions != () or numbers:
             object.__setattr__(self, "completions", checked_completions(self.completions, self.prompt))
-        for name in sorted(numbers, key=("rewards", "weights", "reference_rewards").index):
+        for name in numbers:
             count = None if name == "reference_rewards" else len(self.completions)
             object.__setattr__(self, name, _numbers(getattr(self, name), name, count))
         if self.weights is not None and not (min(self.weights) >= 0 and 0 < max(self.weights) <= _LARGEST_WEIGHT):
@@ -196,7 +197,7 @@ class Scored(Row):
         row = prompt_columns(self.prompt)
         if self.completions:
             row["completions"] = [completion_column(completion) for completion in self.completions]
-        for name in ("rewards", "weights", "reference_rewards"):
+        for name in _NUMBERS:
             if self.has(name):
                 row[name] = list(getattr(self, name))
         return row if self.weight == 1.0 else {**row, "weight": self.weight}
@@ -206,16 +207,9 @@ class Scored(Row):
         """Reads a row of columns; columns outside `schema` are ignored. Errors as in `Preference.from_json`."""
         with located(where):
             row = schema.checked_row(obj)
-            known = {
-                name: row[name]
-                for name in ("completions", "rewards", "weights", "reference_rewards")
-                if name in schema.columns and row.get(name) is not None
-            }
-            found = cls(prompt_of(row, row["prompt"]), weight=_weight(row), **known)
-            for name in schema.required:
-                if not found.has(name):
-                    raise found.lacks(name)
-            return found
+            names = [n for n in ("completions", *_NUMBERS) if n in schema.columns and row.get(n) is not None]
+            cls.check_present(names, schema)
+            return cls(prompt_of(row, row["prompt"]), weight=_weight(row), **{name: row[name] for name in names})
 
     def only(self, indices: Sequence[int]) -> "Scored":
         """Returns the row with some of its completions, at least one of which has to count."""
@@ -382,18 +376,15 @@ class Correction(Row):
         """
         with located(where):
             row = schema.checked_row(obj)
-            names = ("answer", "correction", "good", "kind")
-            known: dict[str, Any] = {name: row.get(name) for name in names if name in schema.columns}
+            names = [n for n in ("answer", "correction", "good", "kind") if n in schema.columns and n in row]
+            known = {name: row[name] for name in names if row[name] is not None}
+            cls.check_present(known, schema)
             good = known.get("good")
             if isinstance(good, str):
                 known["good"] = {"": None, "true": True, "false": False}.get(good.strip().lower(), good)
             known["kind"] = known.get("kind") or None
             weight = _weight(row) if "weight" in schema.columns else 1.0
-            found = cls(prompt_of(row, row["question"], "question"), weight=weight, **known)
-            for name in schema.required:
-                if not found.has(name):
-                    raise found.lacks(name)
-            return found
+            return cls(prompt_of(row, row["question"], "question"), weight=weight, **known)
 
     def preference(self) -> Preference | None:
         """Returns the correction over the answer; None without a correction, or if only white space differs."""

@@ -185,9 +185,17 @@ class Row:
                 raise self.lacks(column).at(f"row {self.id}")
         return self
 
-    def lacks(self, column: str) -> InputError:
+    @classmethod
+    def lacks(cls, column: str) -> InputError:
         """Returns the error for an absent column."""
-        return field_error(column, f"must be {self.column_types.get(column, 'present')}, found null")
+        return field_error(column, f"must be {cls.column_types.get(column, 'present')}, found null")
+
+    @classmethod
+    def check_present(cls, found: Collection[str], schema: Schema) -> None:
+        """Raises an InputError if an optional column of the record that the schema requires is not among `found`."""
+        for name in schema.required:
+            if name in cls.column_types and name not in found:
+                raise cls.lacks(name)
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
