@@ -506,19 +506,16 @@ _LOADERS: dict[str, tuple[Callable[..., RowSet[Any]], Callable[..., RowSet[Any]]
 
 def _load_unrewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
     """Reads rows for a scorer: answers, pairs or prompts alone; rows that have rewards keep them."""
-    first = first_columns(source, "train", ("completions", "chosen", "rejected", "rewards"))
+    others = OTHER_NAMES["completions"]
+    first = first_columns(source, "train", ("completions", "chosen", "rejected", "rewards", *others))
     if "rewards" in first:
         return load_scored(source, skip_bad_rows=skip_bad_rows)
-    if not first:
-        _refuse_other_names(source)
-    return (load_unscored if first else load_prompts)(source, skip_bad_rows=skip_bad_rows)
-
-
-def _refuse_other_names(source: str) -> None:
-    """Refuse what would be taken for prompts alone, its answers unread, because their column has another name."""
-    others = OTHER_NAMES["completions"]
-    if found := [name for name in others if name in first_columns(source, "train", others)]:
+    if not first.isdisjoint(("completions", "chosen", "rejected")):
+        return load_unscored(source, skip_bad_rows=skip_bad_rows)
+    # Without this, rows whose answers are in a column of another name would be taken for prompts alone.
+    if found := [name for name in others if name in first]:
         raise InputError(
             f"{source}: field {found[0]!r}: answers stand in 'completions', a list; rename it, or, to have answers "
             "sampled to the prompts alone, remove it"
         )
+    return load_prompts(source, skip_bad_rows=skip_bad_rows)
