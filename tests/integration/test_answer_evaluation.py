@@ -20,6 +20,7 @@ from everalign.learning.answer_evaluation import (
     worst_tasks,
 )
 from everalign.learning.run_data import load_run
+from everalign.reporting import write_report
 from learner_for_tests import make_learner, save_answering_model, tasks
 
 SETTINGS = AnswerSettings(max_new_tokens=6, limit=3, standard=False, compat=True)
@@ -167,3 +168,15 @@ def test_the_worst_task_is_the_one_with_the_least():
         {"version": "001", "task": task, "metrics": {"bleu": [value, 0, 1]}} for task, value in (("a", 2), ("b", 1))
     ]
     assert worst_tasks(rows, "001") == {"bleu": {"task": "b", "value": 1}}
+
+
+def test_the_report_shows_intervals(run, tmp_path):
+    evaluate_run(run, settings=SETTINGS)
+    page = write_report([run.path], tmp_path / "report.html").read_text()
+    section = page[page.index('id="evaluation"') :].partition("</section>")[0]
+    assert all(text in section for text in ("ROUGE-L compat", "KL to base", run.versions[-1].id, "3 prompts"))
+    (run.path / "evaluation" / "results.json").write_text('{"results": [{"version": 1}]}')
+    with pytest.raises(InputError, match=r"results\.json"):
+        write_report([run.path], tmp_path / "report.html")
+    (run.path / "evaluation" / "results.json").unlink()
+    assert 'id="evaluation"' not in write_report([run.path], tmp_path / "report.html").read_text()

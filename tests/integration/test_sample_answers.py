@@ -60,6 +60,9 @@ def test_answers_are_those_of_greedy_decoding_before_and_after_each_task(model, 
             assert [(one.answer, one.ended) for one in answers] == [generated(folder, one.prompt) for one in answers]
     pairs = answer_pairs(found)["warm"]
     assert [pair.after for pair in pairs] == [answer.answer for answer in found.versions[-1].answers["warm"]]
+    first = found.versions[0].answers["warm"]
+    by_then = [("warm", one.answer if one.ended else f"{one.answer} …") for one in first]
+    assert [list(pair.course) for pair in pairs] == [[one] for one in by_then]
     assert any(pair.before != pair.after for pair in pairs)
     assert LONGEST_ANSWER > 24
 
@@ -133,7 +136,7 @@ def test_report_and_json_show_them(tmp_path, monkeypatch, capsys):
     assert code == 0, err
     found = json.loads(out)["answers"]["warm"]
     assert len(found) == 2
-    assert set(found[0]) == {"prompt", "draft", "before", "after", "ended_before", "ended_after"}
+    assert set(found[0]) == {"prompt", "draft", "before", "after", "ended_before", "ended_after", "course"}
     page = (tmp_path / "run" / "report.html").read_text()
     section = page[page.index('id="answers"') :].partition("</section>")[0]
     changed = sum(pair["before"] != pair["after"] for pair in found)

@@ -19,26 +19,6 @@ from everalign.cli.options import (
 from everalign.cli.runs import Run
 from everalign.errors import InputError
 
-# Name, heading, and by how much a value is multiplied where it is shown.
-_COLUMNS = {
-    "bleu": ("BLEU-4", 1),
-    "rouge_l": ("ROUGE-L", 1),
-    "compat_bleu": ("BLEU-4 compat", 1),
-    "compat_rouge_l": ("ROUGE-L compat", 1),
-    "reward": ("reward", 1),
-    "reward_win_rate": ("wins %", 100),
-    "reward_win_rate_lc": ("wins % at equal length", 100),
-    "judge": ("judge", 1),
-    "judge_win_rate": ("judged wins %", 100),
-    "judge_win_rate_lc": ("judged wins % at equal length", 100),
-    "perplexity": ("perplexity", 1),
-    "chosen_change": ("Δ log p chosen", 1),
-    "rejected_change": ("Δ log p rejected", 1),
-    "kl": ("KL to base", 1),
-    "unfinished": ("unfinished %", 100),
-    "length": ("characters", 1),
-}
-
 
 def evaluate(
     run: Run,
@@ -95,8 +75,8 @@ def evaluate(
     with resumable(), Display() as display:
         from everalign.evaluation.judge import JudgeOptions, JudgeScorer
         from everalign.evaluation.scorers import make_scorer
-        from everalign.learning.answer_evaluation import RESULTS, AnswerSettings, evaluate_run, load_held_out_prompts
-        from everalign.learning.run_data import load_run
+        from everalign.learning.answer_evaluation import AnswerSettings, evaluate_run, load_held_out_prompts
+        from everalign.learning.run_data import RESULTS, load_run
 
         loaded = load_run(run)
         options = JudgeOptions(concurrency=concurrency, requests_per_minute=requests_per_minute, timeout=timeout)
@@ -133,12 +113,14 @@ def _named_file(text: str) -> tuple[str, str]:
 
 def _show(found: Mapping[str, Any]) -> None:
     """Tables of the metrics with their intervals, one for each task, and the worst task of each metric."""
+    from everalign.reporting.formats import ANSWER_METRICS, interval_cell
+
     tasks = list(dict.fromkeys(row["task"] for row in found["results"]))
     for task in tasks:
         rows = [row for row in found["results"] if row["task"] == task]
         lines = [
-            (title, *(_cell(row["metrics"].get(name), factor) for row in rows))
-            for name, (title, factor) in _COLUMNS.items()
+            (title, *(interval_cell(row["metrics"].get(name), factor) for row in rows))
+            for name, (title, factor) in ANSWER_METRICS.items()
             if any(name in row["metrics"] for row in rows)
         ]
         title = f"{task}: {rows[0]['prompts']} prompts"
@@ -148,11 +130,5 @@ def _show(found: Mapping[str, Any]) -> None:
                 if count:
                     show(f"{row['version']}, {name}: {count} replies of the judge could not be read and are left out")
     for name, worst in found["worst"].items():
-        show_line("worst", f"{_COLUMNS[name][0]}: {worst['value'] * _COLUMNS[name][1]:.3g} on {worst['task']}")
-
-
-def _cell(value: list[float] | None, factor: int) -> str:
-    if value is None:
-        return "–"
-    middle, low, high = (factor * one for one in value)
-    return f"{middle:.4g} [{low:.3g}, {high:.3g}]"
+        title, factor = ANSWER_METRICS[name]
+        show_line("worst", f"{title}: {worst['value'] * factor:.3g} on {worst['task']}")

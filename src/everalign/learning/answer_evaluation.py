@@ -30,14 +30,13 @@ from everalign.evaluation.rubrics import RUBRICS, rubric_of
 from everalign.evaluation.scorers import Scorer
 from everalign.evaluation.statistics import bootstrap_mean
 from everalign.learning.options import AdapterOptions
-from everalign.learning.run_data import BASE, RunData
+from everalign.learning.run_data import BASE, RESULTS, RunData
 from everalign.learning.run_store import RunDirectory
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process, training_device
 from everalign.storage import Journal, exclusive, lock_of, sha256_of, write_json
 
-RESULTS = Path("evaluation", "results.json")
 _TOKENS_PER_BATCH = 4096
 
 Log = Callable[[str], None]

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from everalign.errors import InputError
 from everalign.learning.run_files import (
+    AnswerResult,
+    EvaluationFile,
     Manifest,
     ModuleConsolidation,
     RunFile,
@@ -29,6 +31,8 @@ BASE = "000"
 """The parent of a version that started from the base model."""
 BASE_ADAPTER = "base_adapter"
 """Folder of the adapter that was merged into the base model."""
+RESULTS = Path("evaluation", "results.json")
+"""What `everalign evaluate` writes into a run."""
 _METRICS = ("accuracy", "margin", "reward_accuracy")
 Status = Literal["promoted", "", "refused by the gate", "not enough evidence", "rolled back"]
 """What became of a version: it is current, in the lineage, or off it for one of three reasons."""
@@ -220,6 +224,12 @@ def _stamps(folder: Path, names: Sequence[str]) -> tuple[object, ...]:
         else:
             found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     return tuple(found)
+
+
+def read_results(run: Path) -> list[AnswerResult]:
+    """Reads what `everalign evaluate` measured last; nothing of a run that was not evaluated."""
+    path = run / RESULTS
+    return read_json(path, EvaluationFile).results if path.exists() else []
 
 
 def check_is_run(path: Path) -> None:

@@ -80,6 +80,30 @@ class ZeroShotFile(ScoresFile):
     tests: dict[str, DataSource]
 
 
+class AnswerResult(_Record):
+    """What `everalign evaluate` measured of one version's answers to a task's prompts.
+
+    Args:
+        version: of the run; "000" for the base model.
+        task: whose prompts they are.
+        prompts: their number.
+        metrics: by name the value and the ends of its interval.
+        failed: by name how many of a judge's replies could not be read.
+    """
+
+    version: str
+    task: str
+    prompts: int
+    metrics: dict[str, tuple[float, float, float]]
+    failed: dict[str, int] = {}
+
+
+class EvaluationFile(_Record):
+    """evaluation/results.json, as far as a report reads it."""
+
+    results: list[AnswerResult]
+
+
 class Method(_Record):
     """The method's name and, as extra fields, its arguments."""
 

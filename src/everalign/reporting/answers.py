@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from everalign.correction.edits import Segment, diff_html, diff_text, word_diff
 from everalign.learning.run_data import RunData
-from everalign.learning.run_files import SampleAnswer
 from everalign.reporting.formats import count, percent
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ class AnswerPair:
         after: the policy's.
         ended_before: whether the base model's answer ended before the token limit.
         ended_after: whether the policy's did.
+        course: what was learned last, and the answer by then, after each task but the last.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -39,6 +39,7 @@ class AnswerPair:
     after: str
     ended_before: bool
     ended_after: bool
+    course: Sequence[tuple[str, str]] = ()
 
     @property
     def question(self) -> str:
@@ -95,16 +96,18 @@ def answer_pairs(run: RunData) -> dict[str, list[AnswerPair]]:
     """
     found: dict[str, list[AnswerPair]] = {}
     for task, first in run.first_answers.items():
-        last: Sequence[SampleAnswer] = ()
-        for version in run.versions:
-            if run.regime != "separate" or version.task == task:
-                last = version.answers.get(task, last)
-        rows = {answer.row: answer for answer in last}
-        pairs = [
-            AnswerPair(old.prompt, old.draft, old.answer, rows[old.row].answer, old.ended, rows[old.row].ended)
-            for old in first
-            if old.row in rows
+        written = [
+            (version.task, {answer.row: answer for answer in version.answers[task]})
+            for version in run.versions
+            if task in version.answers and (run.regime != "separate" or version.task == task)
         ]
+        last = written[-1][1] if written else {}
+        pairs = []
+        for old in (answer for answer in first if answer.row in last):
+            course = tuple((name, rows[old.row]) for name, rows in written[:-1] if old.row in rows)
+            texts = tuple((name, one.answer if one.ended else f"{one.answer} …") for name, one in course)
+            new = last[old.row]
+            pairs.append(AnswerPair(old.prompt, old.draft, old.answer, new.answer, old.ended, new.ended, texts))
         if pairs:
             found[task] = pairs
     return found

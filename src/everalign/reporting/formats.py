@@ -291,3 +291,34 @@ def best_values(runs: Mapping[str, Scores], metric: Metric) -> dict[str, str]:
 
 def _unit_line(metric: Metric) -> Text:
     return Text(f"{metric.title}, {metric.unit.strip()}. Changes in {metric.change_unit}.", style="dim")
+
+
+# ---- what answers are worth ----
+
+ANSWER_METRICS = {
+    "bleu": ("BLEU-4", 1),
+    "rouge_l": ("ROUGE-L", 1),
+    "compat_bleu": ("BLEU-4 compat", 1),
+    "compat_rouge_l": ("ROUGE-L compat", 1),
+    "reward": ("reward", 1),
+    "reward_win_rate": ("wins %", 100),
+    "reward_win_rate_lc": ("wins % at equal length", 100),
+    "judge": ("judge", 1),
+    "judge_win_rate": ("judged wins %", 100),
+    "judge_win_rate_lc": ("judged wins % at equal length", 100),
+    "perplexity": ("perplexity", 1),
+    "chosen_change": ("Δ log p chosen", 1),
+    "rejected_change": ("Δ log p rejected", 1),
+    "kl": ("KL to base", 1),
+    "unfinished": ("unfinished %", 100),
+    "length": ("characters", 1),
+}
+"""What `everalign evaluate` measures: the heading, and by how much a value is multiplied where it is shown."""
+
+
+def interval_cell(value: Sequence[float] | None, factor: float = 1) -> str:
+    """Return an estimate with the ends of its interval; a dash for what was not measured."""
+    if value is None:
+        return UNMEASURED
+    middle, low, high = (factor * one for one in value)
+    return f"{middle:.4g} [{low:.3g}, {high:.3g}]"

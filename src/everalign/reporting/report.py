@@ -15,11 +15,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from everalign.errors import InputError
 from everalign.learning.promotion import what_fell
-from everalign.learning.run_data import RunData, load_run, run_labels
+from everalign.learning.run_data import RunData, load_run, read_results, run_labels
 from everalign.learning.run_files import ModuleConsolidation
 from everalign.learning.scores import Scores
 from everalign.reporting.answers import CorrectorShow, answer_pairs
 from everalign.reporting.formats import (
+    ANSWER_METRICS,
     METRICS,
     SUMMARY_TITLES,
     UNMEASURED,
@@ -29,6 +30,7 @@ from everalign.reporting.formats import (
     best_values,
     count,
     error_matrix,
+    interval_cell,
     is_chance,
     matrix_cell,
     percent,
@@ -249,7 +251,23 @@ def _run_view(
         "gate": gate_view(run),
         "data": [Row(task, [use, rows.source, count(rows.rows), rows.fingerprint]) for task, use, rows in data],
         "answers": answer_pairs(run),
+        "evaluation": evaluation_view(run),
     }
+
+
+def evaluation_view(run: RunData) -> dict[str, dict[str, Any]]:
+    """Return by task what `everalign evaluate` measured: a row for each measure, a column for each version."""
+    found: dict[str, dict[str, Any]] = {}
+    results = read_results(run.path)
+    for task in dict.fromkeys(result.task for result in results):
+        shown = [result for result in results if result.task == task]
+        lines = [
+            Row(title, [interval_cell(one.metrics.get(name), factor) for one in shown])
+            for name, (title, factor) in ANSWER_METRICS.items()
+            if any(name in one.metrics for one in shown)
+        ]
+        found[task] = {"rows": lines, "versions": [one.version for one in shown], "prompts": shown[0].prompts}
+    return found
 
 
 def matrix_view(scores: Scores, metric: Metric, errors: Errors | None = None) -> list[Row]:
