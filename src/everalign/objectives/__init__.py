@@ -14,6 +14,7 @@ from everalign.objectives.preference import (
 from everalign.objectives.var_weights import (
     Estimator,
     VarWeights,
+    cross_weights,
     global_scale,
     solve_temperature,
     var_weights,
@@ -27,6 +28,7 @@ __all__ = [
     "WeightStatistics",
     "bradley_terry_loss",
     "calibrating_temperature",
+    "cross_weights",
     "dpo_loss",
     "focalpo_loss",
     "fpo_gradient_at_zero",

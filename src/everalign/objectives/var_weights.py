@@ -208,6 +208,47 @@ def var_weights(
     return VarWeights(weights.masked_fill(log_weights >= math.log(weight_cap), weight_cap), log_z, temperature)
 
 
+@torch.no_grad()
+def cross_weights(
+    rewards: Tensor,
+    reference_logprobs: Tensor,
+    lengths: Tensor | None,
+    *,
+    temperature: float = 1.0,
+    reward_scale: float = 1.0,
+) -> VarWeights:
+    """Experimental: the weight of every response among all of the batch as answers to its own prompt, `(B,)`.
+
+        w_i = exp(s_ii) / sum_j exp(s_ij),    s_ij = reward_ij / (reward_scale * temperature) + log pi_ref(y_j | x_i)
+
+    This literal reading of weights "pi_ref * exp(reward)", normalised over the batch, costs B^2 evaluations of reward
+    and reference, has no exact target, and depends on the size of the batch. Weights are in [0, 1] and do *not*
+    average to 1: the learning rate has to make up for their mean.
+
+    Args:
+        rewards: `(B, B)` reward of response j as an answer to prompt i; -inf for one never to be given.
+        reference_logprobs: `(B, B)` log-probability of response j to prompt i under the reference, in nats, summed
+            over its tokens, which must be the same ones for every prompt.
+        lengths: `(B,)` number of tokens of each response, by which the log-probabilities are divided. `None` leaves
+            them summed; then short responses win, or every response its own prompt where lengths are equal.
+        temperature: scaled reward that is worth one nat, above 0.
+        reward_scale: what rewards are divided by, above 0.
+
+    Raises:
+        ValueError: a value is NaN or infinite (names the rows of the flattened matrix), shapes differ or are not
+            square, a length is below 1, or `temperature` or `reward_scale` is not above 0.
+    """
+    _check_numbers(temperature, None, reward_scale, None)
+    if rewards.dim() != 2 or rewards.shape[0] != rewards.shape[1]:
+        raise ValueError(f"rewards must be a square matrix, prompts by responses, not {tuple(rewards.shape)}")
+    ratios = log_ratios(rewards.double(), reference_logprobs, None, lengths)
+    rewards = finite_or_minus_inf(rewards.double(), "reward") / reward_scale
+    scores = finite_or_minus_inf(rewards / temperature, "reward / temperature") + ratios
+    log_z, own = scores.logsumexp(dim=1), scores.diagonal()
+    # A score of -inf weighs nothing even where all that it is compared with is -inf too.
+    return VarWeights((own - log_z).exp().masked_fill(own.isneginf(), 0.0), log_z, temperature)
+
+
 def _check_numbers(
     temperature: float | None, target_ess: float | None, reward_scale: float, weight_cap: float | None
 ) -> None:
