@@ -1,15 +1,21 @@
 """`everalign bench`: a recipe of two contenders on a random model, tuned, rehearsed, tested, continued."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cli_for_tests import run, write_rows
-from everalign.bench import execution
+from everalign.bench import execution, worker
+from everalign.bench.data import cut_validation, load_rows
+from everalign.bench.recipe import Bench
+from everalign.data import PreferenceSet
+from everalign.errors import InputError
 from learner_for_tests import ANSWERS, held_out, save_model, task_rows
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 TRAINING = {"batch_size": 4, "tokens_per_batch": 240, "max_length": 64, "warmup": 0.0, "learning_rate": 0.02}
 
 
@@ -83,11 +89,6 @@ def test_tuned_on_validation_rows_then_tested_once(capsys, work, tmp_path):
     assert not (out / "tested.json").exists()
     assert not list((out / "runs").iterdir())
 
-    code, _, err = run(capsys, *arguments, "--validation", "--jobs", "2")
-    assert code == 0, err
-    assert not (out / "tested.json").exists()
-    assert (out / "validation.html").exists()
-
     code, printed, err = run(capsys, *arguments, "--json")
     assert code == 0, err
     found = json.loads(printed)
@@ -112,6 +113,57 @@ def test_tuned_on_validation_rows_then_tested_once(capsys, work, tmp_path):
     assert [record.stat().st_mtime_ns for record in records] == stamps
 
 
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_the_project_can_be_made(path):
+    bench = Bench.read(path)
+    bench.check_contenders()
+    assert all(len(order) == len(bench.tasks) for order in bench.task_orders())
+
+
+def questions(*numbers):
+    return PreferenceSet.of(
+        [{"prompt": f"q{number}", "chosen": f"a{i}", "rejected": "b"} for number in numbers for i in range(3)]
+    )
+
+
+def test_validation_rows_are_cut_by_prompt():
+    """Also over tasks: what is validated in one is not learned in another."""
+    sides = [cut_validation(questions(*numbers), 0.25, 1) for numbers in (range(200), range(100, 300))]
+    for kept, cut in sides:
+        assert len(kept) + len(cut) == 600
+        assert 90 < len(cut) < 210
+    for kept, _ in sides:
+        for _, cut in sides:
+            assert not {row.prompt for row in kept} & {row.prompt for row in cut}
+    assert cut_validation(questions(*range(200)), 0.25, 2)[1].fingerprint != sides[0][1].fingerprint
+    assert [len(side) for side in cut_validation(questions(1, 2), 0.01, 0)] == [3, 3]
+    assert [len(side) for side in cut_validation(questions(1, 2), 0.99, 0)] == [3, 3]
+    with pytest.raises(InputError, match="has too few prompts to cut validation rows off: name a validation file"):
+        cut_validation(questions(1), 0.5, 0)
+
+
+def test_rows_are_filtered_and_labelled(work, tmp_path):
+    rows = [
+        {"prompt": f"q{i}", "chosen": "yes", "rejected": "no", "domain": "ab"[i % 2], "weight": 1.0} for i in range(40)
+    ]
+    rows[0]["prompt"] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q0"}]
+    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    task = {"train": file, "test": "warm.test.jsonl", "where": {"domain": ["a"]}, "limit": 10, "system": "[a]"}
+    found = load_rows(Bench.read(recipe(work, tasks={"a": task})), "validation")["a"]
+    assert len(found.train) == 10
+    first = [row.prompt[0] for row in (*found.train, *found.held_out)]
+    assert {message["role"] for message in first} == {"system"}
+    assert {message["content"] for message in first} <= {"[a]", "[a]\n\nBe brief."}
+    numbers = {int(row.prompt[1]["content"][1:]) for row in (*found.train, *found.held_out)}
+    assert all(number % 2 == 0 for number in numbers)
+
+
+def test_orders_are_seeded_and_different(work):
+    bench = Bench.read(recipe(work, orders=2))
+    assert bench.task_orders() == [("warm", "brief"), ("brief", "warm")]
+    assert bench.task_orders(tuning=True) == [("warm", "brief")]
+
+
 def test_settings_of_another_recipe_are_refused(capsys, work, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -122,7 +174,56 @@ def test_settings_of_another_recipe_are_refused(capsys, work, tmp_path):
     assert "was chosen for another recipe (0000000000000000, and this is " in err
 
 
-def test_a_diverging_trial_is_a_result_and_a_diverging_run_is_not(capsys, work, tmp_path):
+def numbers(folder: Path):
+    """What the records of a bench say of scores and pairs, without times."""
+    found = {}
+    for path in (folder / "records").iterdir():
+        record = json.loads(path.read_text())
+        found[path.name] = {key: record[key] for key in ("scores", "pairs", "choice", "order", "tasks")}
+    return found
+
+
+def test_runs_do_not_depend_on_those_beside_them_nor_on_a_kill(capsys, work, tmp_path, monkeypatch):
+    path = str(recipe(work, seeds=[3], contenders={"er": {"method": "er"}, "seq": {"method": "seqft"}}))
+    code, _, err = run(capsys, "bench", path, "--output", str(tmp_path / "two"), "--validation", "--jobs", "2")
+    assert code == 0, err
+
+    assert not (tmp_path / "two" / "tested.json").exists()
+
+    learn, calls = worker.Learner._learn, []
+
+    def killed_in_the_second_task(learner, *arguments):
+        calls.append(learner)
+        if len(calls) == 2:
+            os._exit(9)
+        return learn(learner, *arguments)
+
+    one = ("bench", path, "--output", str(tmp_path / "one"), "--validation")
+    with monkeypatch.context() as patched:
+        patched.setattr(worker.Learner, "_learn", killed_in_the_second_task)
+        code, _, err = run(capsys, *one)
+        assert code == 1
+        assert "er on small, seed 3: its process ended with code 9" in err
+    assert not (tmp_path / "one" / "records").exists()
+    code, _, err = run(capsys, *one)
+    assert code == 0, err
+    assert numbers(tmp_path / "one") == numbers(tmp_path / "two")
+    resumed = {
+        record["contender"]: record["cost"]["resumed"]
+        for record in (json.loads(file.read_text()) for file in (tmp_path / "one" / "records").iterdir())
+    }
+    assert resumed == {"er": True, "seq": False}
+
+    code, printed, err = run(capsys, *one, "--without", "brief", "--json")
+    assert code == 0, err
+    found = json.loads(printed)["models"][0]["contenders"]["seq"]
+    assert list(found["tasks"]["accuracy"]) == ["warm"]
+    assert found["numbers"]["accuracy"]["last"]["mean"] == found["tasks"]["accuracy"]["warm"]
+    assert (tmp_path / "one" / "validation.without-brief.html").exists()
+
+
+def test_training_that_diverges_is_a_result(capsys, work, tmp_path):
+    """A trial that failed is not chosen; a run that failed is named, and missing from the numbers."""
     grid = {"learning_rate": [0.01, 1e30]}
     contenders = {"seq": {"method": "seqft", "objective": "dpo", "tune": grid}}
     path, out = str(recipe(work, contenders=contenders)), tmp_path / "out"
@@ -131,11 +232,12 @@ def test_a_diverging_trial_is_a_result_and_a_diverging_run_is_not(capsys, work, 
     assert "failed" in printed
     assert json.loads((out / "chosen.json").read_text())["chosen"]["small"]["seq"] == {"learning_rate": 0.01}
     contenders = {"seq": {"method": "seqft", "objective": "dpo", "training": {"learning_rate": 1e30}}}
-    path = str(recipe(work, contenders=contenders))
-    code, _, err = run(capsys, "bench", path, "--output", str(out / "other"), "--validation")
+    path = str(recipe(work, contenders={**contenders, "er": {"method": "er"}}))
+    code, printed, err = run(capsys, "bench", path, "--output", str(out), "--validation")
     assert code == 1
-    assert "seq on small, seed 0" in err
+    assert "1 runs failed, the first: seq on small, seed 0, warm > brief: " in err
     assert "lower the learning rate" in err
+    assert "without seq, of which no run is finished" in printed
 
 
 BAD = [
@@ -145,7 +247,7 @@ BAD = [
     ({"orders": [["warm"]]}, "must name every task once: warm, brief"),
     ({"tune_on": ["acuracy.last"]}, "unknown measure 'acuracy.last': did you mean 'accuracy.last'?"),
     ({"training": {**TRAINING, "test_limit": 3}}, "training: test_limit stands outside"),
-    ({"modles": ["x"]}, "modles is no option of Bench: did you mean 'models'?"),
+    ({"modles": ["x"]}, "modles is not an option of Bench: did you mean 'models'?"),
     ({"models": []}, "models: must be a list of models, or a mapping"),
     (
         {
@@ -160,7 +262,7 @@ BAD = [
     ),
     ({"contenders": {"seq": {"method": "er", "tune": {"repaly": [1]}}}}, "'repaly': did you mean 'replay'?"),
     ({"contenders": {"seq": {"method": "er", "tune": {"replay": 1}}}}, "replay needs a list of values to try, found 1"),
-    ({"contenders": {"seq": {"method": "er", "objectiv": "dpo"}}}, "contenders.seq.objectiv is no option of Contender"),
+    ({"contenders": {"seq": {"method": "er", "objectiv": "dpo"}}}, "seq.objectiv is not an option of Contender"),
     ({"contenders": {"seq": {"method": "er", "objective": "correction"}}}, "a bench learns from preferences"),
 ]  # fmt: skip
 

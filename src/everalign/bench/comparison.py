@@ -84,13 +84,18 @@ class ModelResult:
     baseline: str | None
 
 
+def compared(result: ModelResult, metric: str) -> tuple[str, ...]:
+    """The numbers of a metric that are compared with the baseline."""
+    return COMPARED if result.baseline is not None and metric in PAIR_METRICS else ()
+
+
 def compare(model: str, records: Mapping[str, Sequence[Record]], baseline: str | None) -> ModelResult:
     """Compares contenders on one model by their finished runs."""
     base = records.get(baseline or "", [])
     found = {name: _contest(name, runs, [] if name == baseline else base) for name, runs in records.items() if runs}
     found = _corrected(found)
     some = next(iter(found.values())).records[0]
-    tasks = sorted(some.tasks)
+    tasks = sorted(some.pairs["accuracy"])
     zero = {metric: dict(zip(some.tasks, some.scores[metric].zero_shot, strict=True)) for metric in METRICS}
     return ModelResult(
         model,
@@ -106,7 +111,7 @@ def _contest(name: str, runs: Sequence[Record], base: Sequence[Record]) -> Conte
     both = [(run, by_place[place]) for run in runs if (place := (tuple(run.order), run.seed)) in by_place]
     numbers = {metric: {number: _number(metric, number, runs, both) for number in NUMBERS} for metric in METRICS}
     tasks = {
-        metric: {task: _mean(_finals(run, metric)[task] for run in runs) for task in sorted(runs[0].tasks)}
+        metric: {task: _mean(_finals(run, metric)[task] for run in runs) for task in sorted(runs[0].pairs["accuracy"])}
         for metric in METRICS
     }
     changes = {metric: _mean(run.change(metric) for run in runs) for metric in METRICS}
@@ -147,7 +152,7 @@ def _parts(run: Record, metric: str, name: str) -> dict[str, tuple[float, Array]
     final = {task: _values(found.final) for task, found in pairs.items()}
     if name == "last":
         return {task: (1 / len(final), values) for task, values in final.items()}
-    earlier = run.tasks[:-1]
+    earlier = [task for task in run.tasks[:-1] if task in final]
     return {
         task: (
             1 / len(earlier) if task in earlier else 0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 from everalign.bench.recipe import Bench, BenchTask, expanded
 from everalign.data.file_formats import raw_rows
+from everalign.data.messages import ChatPrompt, Prompt
 from everalign.data.records import PREFERENCE_SCHEMA, Preference, PreferenceSet
 from everalign.data.rows import content_id
 from everalign.demo.world import demo_tasks
@@ -36,9 +38,7 @@ def load_rows(bench: Bench, part: Part) -> dict[str, TaskRows]:
     Raises:
         InputError: a file is missing or bad, a filter leaves no row, or validation and training rows share prompts.
     """
-    for name, task in bench.tasks.items():
-        for key in ("train", "validation", "test"):
-            _check_source(f"tasks.{name}.{key}", getattr(task, key))
+    check_files(bench)
     found = {}
     for name, task in bench.tasks.items():
         train = _read(name, task, "train")
@@ -51,29 +51,61 @@ def load_rows(bench: Bench, part: Part) -> dict[str, TaskRows]:
             numbers = random.Random(bench.split_seed).sample(range(len(train)), task.limit)
             train = replace(train, items=tuple(train[number] for number in sorted(numbers)))
         held_out = _read(name, task, "test") if part == "test" else validation
+        if task.system is not None:
+            # Last, so that a prompt is cut off alike in tasks with and without.
+            train, held_out = (_with_system(rows, task.system) for rows in (train, held_out))
         found[name] = TaskRows(train, held_out)
     return found
 
 
+def check_files(bench: Bench) -> None:
+    """Refuses a recipe that names a missing file; reads none."""
+    for name, task in bench.tasks.items():
+        for key in ("train", "validation", "test"):
+            _check_source(f"tasks.{name}.{key}", getattr(task, key))
+
+
 def cut_validation(rows: PreferenceSet, share: float, seed: int) -> tuple[PreferenceSet, PreferenceSet]:
-    """Cuts a share of the prompts off; no prompt has rows on both sides.
+    """Cuts about a share of the prompts off, at least one; no prompt has rows on both sides, not in other tasks either.
 
     Raises:
         InputError: there are fewer than two prompts.
     """
-    prompts = sorted({_prompt_key(row) for row in rows})
-    if len(prompts) < 2:
+    places = {key: _place(key, seed) for key in map(_prompt_key, rows)}
+    if len(places) < 2:
         raise InputError(f"{rows.source}: has too few prompts to cut validation rows off: name a validation file")
-    count = min(len(prompts) - 1, max(1, int(share * len(prompts))))
-    cut = set(random.Random(seed).sample(prompts, count))
+    order = sorted(places, key=places.__getitem__)
+    count = min(len(order) - 1, max(1, sum(place < share for place in places.values())))
+    cut = set(order[:count])
     sides: tuple[list[Preference], list[Preference]] = ([], [])
     for row in rows:
         sides[_prompt_key(row) in cut].append(row)
     return replace(rows, items=tuple(sides[0])), replace(rows, items=tuple(sides[1]))
 
 
+def _place(key: str, seed: int) -> float:
+    """A number from 0 to 1 by the prompt and the seed alone, so that tasks that share prompts cut the same ones."""
+    return int(hashlib.sha256(f"{seed}/{key}".encode()).hexdigest()[:16], 16) / 16**16
+
+
 def _prompt_key(row: Preference) -> str:
     return content_id(row.prompt)
+
+
+def _with_system(rows: PreferenceSet, text: str) -> PreferenceSet:
+    """The rows with a system message before every prompt, or before the text of the one that is there."""
+    return replace(rows, items=tuple(replace(row, prompt=_prompt_with_system(row.prompt, text)) for row in rows))
+
+
+def _prompt_with_system(prompt: Prompt, text: str) -> Prompt:
+    if isinstance(prompt, str):
+        return ({"role": "system", "content": text}, {"role": "user", "content": prompt})
+    messages = tuple(prompt)
+    if messages[0]["role"] == "system":
+        messages = ({**messages[0], "content": f"{text}\n\n{messages[0]['content']}"}, *messages[1:])
+    else:
+        messages = ({"role": "system", "content": text}, *messages)
+    return replace(prompt, messages=messages) if isinstance(prompt, ChatPrompt) else messages
 
 
 def _check_apart(name: str, train: PreferenceSet, validation: PreferenceSet) -> None:

@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from everalign.bench.records import Record, Records, Run
+from everalign.bench.records import Record, Records, Run, code_digest
 from everalign.errors import EveralignError, InputError
 from everalign.reporting.formats import percent, seconds
 
@@ -35,6 +35,11 @@ class _Running:
     end: tuple[Any, ...] | None = None
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def tasks(self) -> int:
+        """How many tasks it learns."""
+        return len(self.run.order)
+
 
 def run_all(
     runs: Sequence[Run],
@@ -43,14 +48,14 @@ def run_all(
     *,
     jobs: int,
     keep_runs: bool,
-    keep_failures: bool,
     log: Log,
     progress: Progress,
 ) -> None:
-    """Makes the runs that are not finished yet, `jobs` at a time.
+    """Makes the runs that are not finished yet, `jobs` at a time. Training that diverges is a result, see `Record`.
 
     Raises:
-        EveralignError: a run failed. Others that were under way are stopped, and go on where they were the next time.
+        EveralignError: a run's process crashed, or it was refused. Others that were under way are stopped, and go on
+            where they were the next time.
     """
     waiting = records.missing(runs)
     total = len(waiting)
@@ -58,24 +63,31 @@ def run_all(
         log(f"  {len(runs) - total} of {len(runs)} runs are finished already")
     if not waiting:
         return
+    log(f"  what each run says goes to {output / 'logs'}")
     context: Any = multiprocessing.get_context(START)
     if START == "forkserver":
         context.set_forkserver_preload([_PRELOADED])
-    started, finished = time.monotonic(), 0
+    started, finished, tasks = time.monotonic(), 0, sum(len(run.order) for run in waiting)
     running: list[_Running] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(context, waiting.pop(0), records, output, keep_runs, keep_failures))
+                running.append(_start(context, waiting.pop(0), records, output, keep_runs))
             for pipe in connection.wait([one.pipe for one in running]):
                 one = next(one for one in running if one.pipe is pipe)
                 if not _receive(one):
                     running.remove(one)
                     record = _finish(one, records, output)
                     finished += 1
-                    log(_line(one, record, finished, total, started))
-            done = finished + sum(one.done for one in running)
-            progress("runs", round(1000 * done), 1000 * total)
+                    work = finished + sum(other.done for other in running)
+                    left = (time.monotonic() - started) / work * (total - work)
+                    log(_line(one, record, finished, total, left))
+            under_way = sum(int(one.done * one.tasks) for one in running)
+            progress(
+                "runs",
+                tasks - sum(len(run.order) for run in waiting) - sum(one.tasks for one in running) + under_way,
+                tasks,
+            )
     finally:
         for one in running:
             one.process.terminate()
@@ -83,7 +95,7 @@ def run_all(
             one.process.join()
 
 
-def _start(context: Any, run: Run, records: Records, output: Path, keep_runs: bool, keep_failures: bool) -> _Running:
+def _start(context: Any, run: Run, records: Records, output: Path, keep_runs: bool) -> _Running:
     from everalign.bench.worker import Place, run_in_process
 
     place = Place(
@@ -91,8 +103,8 @@ def _start(context: Any, run: Run, records: Records, output: Path, keep_runs: bo
         records.path(run),
         output / "logs" / f"{run.name}.log",
         output / "cache",
+        code_digest(),
         keep_runs,
-        keep_failures,
     )
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=run_in_process, args=(run, place, theirs), name=run.name)
@@ -134,16 +146,15 @@ def _finish(one: _Running, records: Records, output: Path) -> Record:
     return record
 
 
-def _line(one: _Running, record: Record, finished: int, total: int, started: float) -> str:
+def _line(one: _Running, record: Record, finished: int, total: int, left: float) -> str:
     """One line on a finished run, with the time left for the rest."""
-    now = time.monotonic()
     if record.failed is not None:
         what = f"failed: {record.failed}"
     else:
         shares = ((name, record.number(f"{metric}.last")) for name, metric in _SHOWN.items())
         what = ", ".join(f"{name} {percent(value)}" for name, value in shares if value is not None)
-    left = "" if finished == total else f"; about {seconds((now - started) / finished * (total - finished))} left"
-    return f"  {finished}/{total} {one.run.label}: {what} ({seconds(now - one.started)}){left}"
+    rest = "" if finished == total else f"; about {seconds(left)} left"
+    return f"  {finished}/{total} {one.run.label}: {what} ({seconds(time.monotonic() - one.started)}){rest}"
 
 
 _SHOWN = {"accuracy": "accuracy", "reward accuracy": "reward_accuracy"}

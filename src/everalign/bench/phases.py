@@ -10,11 +10,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from everalign.bench.comparison import ModelResult, compare, to_json
-from everalign.bench.data import Part, TaskRows, load_rows
+from everalign.bench.data import Part, TaskRows, check_files, load_rows
 from everalign.bench.execution import Progress, run_all
 from everalign.bench.recipe import Bench, Choice
 from everalign.bench.records import Record, Records, Run, code_digest, plan, plan_trials
-from everalign.errors import InputError
+from everalign.errors import EveralignError, InputError
 from everalign.learning.run_store import now
 from everalign.storage import exclusive, read_model, write_json
 
@@ -56,10 +56,19 @@ class TestedFile(_File):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a bench is made: where, with what of it, and how many runs side by side."""
+    """How a bench is made.
+
+    Args:
+        output: folder of the records and results.
+        only: contenders to run; all if empty.
+        without: tasks that are learned, and left out of what is compared.
+        jobs: runs side by side.
+        keep_runs: whether run directories stay.
+    """
 
     output: Path
     only: Sequence[str] = ()
+    without: Sequence[str] = ()
     jobs: int = 1
     keep_runs: bool = False
 
@@ -74,11 +83,12 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a comparison came to, for every model, with what a reader should know of it."""
+    """What a comparison came to, for every model, with what a reader should know of it, and the runs that failed."""
 
     part: Part
     models: Sequence[ModelResult]
     notes: Sequence[str]
+    failed: Sequence[str]
     orders: Sequence[tuple[str, ...]]
     seeds: Sequence[int]
 
@@ -90,7 +100,8 @@ def tune(bench: Bench, settings: Settings, log: Log, progress: Progress) -> Tune
     same recipe stay.
     """
     with exclusive(settings.output / ".lock", "making this bench"):
-        rows, records = _rows(bench, settings, "validation", log), Records(settings.output)
+        check_bench(bench, settings)
+        rows, records = _rows(bench, "validation", log), Records(settings.output)
         runs = plan_trials(bench, rows, settings.only)
         log(f"tuning: {len(runs)} runs")
         run_all(
@@ -99,7 +110,6 @@ def tune(bench: Bench, settings: Settings, log: Log, progress: Progress) -> Tune
             settings.output,
             jobs=settings.jobs,
             keep_runs=settings.keep_runs,
-            keep_failures=True,
             log=log,
             progress=progress,
         )
@@ -184,11 +194,12 @@ def confirm(bench: Bench, settings: Settings, part: Part, log: Log, progress: Pr
         InputError: tuning has not chosen yet, or for another recipe.
     """
     with exclusive(settings.output / ".lock", "making this bench"):
+        check_bench(bench, settings)
         chosen, notes = _chosen(bench, settings)
         if part == "test":
             # Before the rows are read: a test that was interrupted has touched them too.
             notes += _touch(bench, settings.output)
-        rows, records = _rows(bench, settings, part, log), Records(settings.output)
+        rows, records = _rows(bench, part, log), Records(settings.output)
         runs = plan(bench, part, rows, chosen, settings.only)
         log(f"{part}: {len(runs)} runs")
         run_all(
@@ -197,40 +208,58 @@ def confirm(bench: Bench, settings: Settings, part: Part, log: Log, progress: Pr
             settings.output,
             jobs=settings.jobs,
             keep_runs=settings.keep_runs,
-            keep_failures=False,
             log=log,
             progress=progress,
         )
         others = [name for name in bench.contenders if settings.only and name not in settings.only]
         known = [name for name in others if all(name in chosen[model] for model in bench.models)]
         runs += plan(bench, part, rows, chosen, known) if known else []
-        outcome = _outcome(bench, part, runs, records, notes)
-        write_json(settings.output / f"{part}.json", outcome_json(bench, outcome))
+        outcome = _outcome(bench, part, runs, records, settings.without, notes)
+        write_json(settings.output / f"{result_name(part, settings)}.json", outcome_json(bench, outcome))
     return outcome
 
 
-def _outcome(bench: Bench, part: Part, runs: Sequence[Run], records: Records, notes: list[str]) -> Outcome:
-    models, codes = [], set()
+def result_name(part: Part, settings: Settings) -> str:
+    """What the files of a comparison are called."""
+    return f"{part}.without-{'-'.join(settings.without)}" if settings.without else part
+
+
+def _outcome(
+    bench: Bench, part: Part, runs: Sequence[Run], records: Records, without: Sequence[str], notes: list[str]
+) -> Outcome:
+    """Compares the finished runs of every model."""
+    finished = [(run, record) for run in runs if (record := records.get(run)) is not None]
+    failed = [f"{run.label}, {' > '.join(run.order)}: {one.failed}" for run, one in finished if one.failed is not None]
+    models = []
     for model in bench.models:
         found: dict[str, list[Record]] = {name: [] for name in bench.contenders}
-        for run in runs:
-            if run.model == model and (record := records.get(run)) is not None:
-                found[run.contender].append(record)
-                codes.add(record.code)
+        for run, record in finished:
+            if run.model == model and record.failed is None:
+                found[run.contender].append(record.without(without) if without else record)
+        if not any(found.values()):
+            raise EveralignError(f"no run on {model} has a result: {failed[0]}")
         models.append(compare(model, found, bench.baseline))
-        absent = [name for name, ones in found.items() if not ones]
-        if absent:
-            notes.append(f"{model}: without {', '.join(absent)}, of which no run is finished")
-        some = next(iter(models[-1].contenders.values()))
-        if some.runs < 6:
-            runs_here = "run" if some.runs == 1 else "runs"
-            notes.append(
-                f"{model}: {some.runs} {runs_here} a contender: a test over runs cannot give p below "
-                f"{min(1.0, 2 / 2**some.runs):.3g}"
-            )
-    if len(codes) > 1:
-        notes.append(f"the runs were made by {len(codes)} versions of the code: {', '.join(sorted(codes))}")
-    return Outcome(part, models, notes, bench.task_orders(), bench.seeds)
+        notes += _limits(models[-1], [name for name, ones in found.items() if not ones])
+    budgets = {name: len(one.trials) for name, one in bench.contenders.items()}
+    if len(set(budgets.values())) > 1:
+        notes.append(f"unequal trials: {', '.join(f'{name} {count}' for name, count in budgets.items())}")
+    if without:
+        notes.append(f"without {', '.join(without)}: learned, and left out of every number")
+    if len(codes := sorted({record.code for _, record in finished})) > 1:
+        notes.append(f"the runs were made by {len(codes)} versions of the code: {', '.join(codes)}")
+    notes += [f"failed, and missing from every number: {text}" for text in failed]
+    return Outcome(part, models, notes, failed, bench.task_orders(), bench.seeds)
+
+
+def _limits(result: ModelResult, absent: Sequence[str]) -> list[str]:
+    """Notes on what a comparison on one model lacks."""
+    found = [f"{result.model}: without {', '.join(absent)}, of which no run is finished"] if absent else []
+    runs = max(one.runs for one in result.contenders.values())
+    if 2 / 2**runs >= 0.05:
+        runs_here = "1 run" if runs == 1 else f"{runs} runs"
+        least = min(1.0, 2 / 2**runs)
+        found.append(f"{result.model}: {runs_here} a contender, with which no test over runs gives p below {least:g}")
+    return found
 
 
 def outcome_json(bench: Bench, outcome: Outcome) -> dict[str, Any]:
@@ -247,11 +276,22 @@ def outcome_json(bench: Bench, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _rows(bench: Bench, settings: Settings, part: Part, log: Log) -> dict[str, TaskRows]:
-    for name in settings.only:
-        if name not in bench.contenders:
-            raise InputError(f"--only {name}: no such contender; the recipe has {', '.join(bench.contenders)}")
+def check_bench(bench: Bench, settings: Settings) -> None:
+    """Refuses what is wrong before anything is learned: contenders, their options, files."""
+    for flag, names, known in (
+        ("--only", settings.only, bench.contenders),
+        ("--without", settings.without, bench.tasks),
+    ):
+        for name in names:
+            if name not in known:
+                raise InputError(f"{flag} {name}: the recipe has no such name, but {', '.join(known)}", field=flag)
+    if len(set(settings.without)) == len(bench.tasks):
+        raise InputError("--without leaves no task to compare", field="--without")
     bench.check_contenders()
+    check_files(bench)
+
+
+def _rows(bench: Bench, part: Part, log: Log) -> dict[str, TaskRows]:
     log("data")
     rows = load_rows(bench, part)
     for name, found in rows.items():

@@ -53,6 +53,7 @@ class BenchTask(Keys):
     test: Text
     where: dict[str, Any] | None = None
     limit: _Positive | None = None
+    system: Text | None = None
 
 
 class Contender(Keys):
@@ -220,7 +221,7 @@ class Bench(Keys):
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that name what the recipe says; not its comments, and not where results go."""
-        text = json.dumps(self.model_dump(exclude={"output"}), sort_keys=True)
+        text = json.dumps(self.model_dump(exclude={"output"}, exclude_none=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

@@ -154,6 +154,23 @@ class Record(_Record):
         found = self.scores[metric]
         return Scores(self.tasks, found.zero_shot, found.matrix, self.regime)
 
+    def without(self, tasks: Sequence[str]) -> Record:
+        """The same run with some tasks left out of every score; they were learned all the same."""
+        kept = [task not in tasks for task in self.tasks]
+
+        def blank(row: Sequence[float | None]) -> list[float | None]:
+            return [score if keep else None for score, keep in zip(row, kept, strict=True)]
+
+        scores = {
+            metric: Matrix(zero_shot=blank(found.zero_shot), matrix=[blank(row) for row in found.matrix])
+            for metric, found in self.scores.items()
+        }
+        pairs = {
+            metric: {task: outcomes for task, outcomes in found.items() if task not in tasks}
+            for metric, found in self.pairs.items()
+        }
+        return self.model_copy(update={"scores": scores, "pairs": pairs})
+
     def number(self, measure: str) -> float | None:
         """A number such as `accuracy.last`."""
         metric, _, name = measure.partition(".")

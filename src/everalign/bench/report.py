@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from everalign.bench.comparison import COMPARED, Contest, ModelResult
+from everalign.bench.comparison import Contest, ModelResult, compared
 from everalign.bench.phases import Outcome
 from everalign.bench.plots import change_since_learned, cost_plot, curves, mean_of_learned
 from everalign.bench.recipe import Bench
@@ -19,7 +19,7 @@ from everalign.bench.tables import COST_COLUMNS, NUMBER_TITLES, choice_text, cos
 from everalign.evaluation.statistics import stars
 from everalign.learning.scores import Scores
 from everalign.reporting.formats import METRICS, UNMEASURED, Cell, Metric, significant
-from everalign.reporting.plots import score_heatmap
+from everalign.reporting.plots import matrix_rows, score_heatmap
 from everalign.reporting.report import Row, matrix_view
 from everalign.storage import write_text
 
@@ -75,7 +75,15 @@ def _model_view(result: ModelResult, anchor: str) -> dict[str, Any]:
         "model": result.model,
         "tasks": tasks,
         "baseline": result.baseline,
-        "columns": ["runs", *NUMBER_TITLES.values(), *_compared_titles(result), *tasks],
+        "columns": {
+            key: [
+                "runs",
+                *NUMBER_TITLES.values(),
+                *(f"Δ {NUMBER_TITLES[name]}" for name in compared(result, key)),
+                *tasks,
+            ]
+            for key in METRICS
+        },
         "tables": {key: _metric_rows(result, metric) for key, metric in METRICS.items()},
         "forgetting": [
             curves(
@@ -105,20 +113,16 @@ def _model_view(result: ModelResult, anchor: str) -> dict[str, Any]:
     }
 
 
-def _compared_titles(result: ModelResult) -> list[str]:
-    return [] if result.baseline is None else [f"Δ {NUMBER_TITLES[name]}" for name in COMPARED]
-
-
 def _metric_rows(result: ModelResult, metric: Metric) -> list[Row]:
     zero = result.zero_shot_tasks[metric.key]
-    compared = COMPARED if result.baseline is not None else ()
-    empty = [Cell(UNMEASURED)] * (len(NUMBER_TITLES) - 1 + len(compared))
+    differences = compared(result, metric.key)
+    empty = [Cell(UNMEASURED)] * (len(NUMBER_TITLES) - 1 + len(differences))
     first = [Cell(""), Cell(metric.value(result.zero_shot[metric.key]), "base"), *empty]
     rows = [Row("base model", [*first, *(Cell(metric.value(value), "base") for value in zero.values())])]
     for name, one in result.contenders.items():
         numbers = one.numbers[metric.key]
         cells = [Cell(str(one.runs)), *(Cell(number_text(metric, key, numbers[key])) for key in NUMBER_TITLES)]
-        for key in compared:
+        for key in differences:
             number = numbers[key]
             sure = number.difference is not None and stars(number.p_holm)
             direction = metric.direction(number.difference.value) if number.difference is not None and sure else ""
@@ -135,7 +139,7 @@ def _matrices(one: Contest, anchor: str) -> dict[str, Any]:
     orders = []
     for number, (order, records) in enumerate(by_order.items()):
         means = {key: mean_scores([record.matrix(key) for record in records]) for key in _DRAWN}
-        found = [score for row in means["accuracy"].matrix for score in row if score is not None]
+        found = [score for _, _, row in matrix_rows(means["accuracy"]) for score in row if score is not None]
         limits = (min(found), max(found)) if found else (0.0, 1.0)
         draw = partial(score_heatmap, means["accuracy"], METRICS["accuracy"], limits)
         orders.append(
@@ -177,7 +181,7 @@ def _facts(bench: Bench, outcome: Outcome) -> list[tuple[str, str]]:
         ("processors", ", ".join(sorted(machines))),
         ("libraries", choice_text(dict(facts.get("libraries", {})))),
         (
-            "training",
+            "settings of the first run",
             choice_text({key: value for key, value in facts.get("settings", {}).items() if value is not None}),
         ),
         ("hours of training", significant(sum(r.cost.seconds for r in records if r.cost is not None) / 3600)),

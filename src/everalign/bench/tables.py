@@ -8,8 +8,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from everalign.bench.comparison import Contest, ModelResult, Number
+from everalign.bench.comparison import Contest, ModelResult, Number, compared
 from everalign.bench.phases import Outcome, Tuned
+from everalign.bench.records import PAIR_METRICS
 from everalign.evaluation.statistics import stars
 from everalign.reporting.formats import METRICS, SUMMARY_TITLES, UNMEASURED, Metric, fixed, significant
 
@@ -46,10 +47,11 @@ def difference_text(metric: Metric, number: Number) -> str:
 def metric_table(result: ModelResult, metric: Metric) -> Table:
     """One metric of all contenders: its numbers, the differences to the baseline, and each task at the end."""
     about = (
-        f"{metric.title}, {metric.unit.strip()}, mean over runs ± half its 95 % interval over runs and pairs. "
-        f"{metric.meaning}"
+        f"{metric.title}, {metric.unit.strip()}, mean over runs"
+        f"{' ± half its 95 % interval over runs and pairs' if metric.key in PAIR_METRICS else ''}. {metric.meaning}"
     )
-    if result.baseline is not None:
+    differences = compared(result, metric.key)
+    if differences:
         about += (
             f" Δ: difference to {result.baseline} in {metric.change_unit}, with its interval; * p < 0.05, ** 0.01, "
             "*** 0.001 by changing signs over runs, after Holm."
@@ -59,20 +61,19 @@ def metric_table(result: ModelResult, metric: Metric) -> Table:
     )
     tasks = list(result.zero_shot_tasks[metric.key])
     table.add_column("contender", style="bold")
-    compared = ["Δ Last", "Δ BWT"] if result.baseline is not None and metric.key != "margin" else []
-    for name in ("runs", *NUMBER_TITLES.values(), *compared, *tasks):
+    for name in ("runs", *NUMBER_TITLES.values(), *(f"Δ {NUMBER_TITLES[key]}" for key in differences), *tasks):
         table.add_column(Text(name), justify="right", no_wrap=True)
     zero = result.zero_shot_tasks[metric.key]
-    empty = [UNMEASURED] * (len(NUMBER_TITLES) - 1 + len(compared))
+    empty = [UNMEASURED] * (len(NUMBER_TITLES) - 1 + len(differences))
     table.add_row(
         "base model", "", metric.value(result.zero_shot[metric.key]), *empty, *map(metric.value, zero.values())
     )
     for name, one in result.contenders.items():
         numbers = one.numbers[metric.key]
         cells = [number_text(metric, number, numbers[number]) for number in NUMBER_TITLES]
-        differences = [difference_text(metric, numbers[n]) for n in ("last", "backward_transfer")][: len(compared)]
+        moved = [difference_text(metric, numbers[key]) for key in differences]
         ends = [metric.value(one.tasks[metric.key][task]) for task in tasks]
-        table.add_row(Text(name), str(one.runs), *cells, *differences, *ends)
+        table.add_row(Text(name), str(one.runs), *cells, *moved, *ends)
     return table
 
 

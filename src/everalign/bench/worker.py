@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from everalign.bench.records import FORMAT, METRICS, PAIR_METRICS, Run, code_digest
+from everalign.bench.records import FORMAT, METRICS, PAIR_METRICS, Run
 from everalign.errors import EveralignError, InputError
 from everalign.learning.learner import Learner
 from everalign.learning.run_data import RunData, VersionData
@@ -34,16 +34,16 @@ class Place:
         record: its record, written at the end.
         log: what it says meanwhile.
         cache: reference log-probabilities and encoded rows, which all runs share.
+        code: the version of the code, for the record.
         keep_run: whether the run directory stays.
-        keep_failure: whether training that diverges is a result, recorded as such.
     """
 
     run: Path
     record: Path
     log: Path
     cache: Path
+    code: str
     keep_run: bool
-    keep_failure: bool
 
 
 Say = Callable[[str, int, int], None]
@@ -53,6 +53,7 @@ Say = Callable[[str, int, int], None]
 def run_in_process(run: Run, place: Place, pipe: connection.Connection) -> None:
     """Entry of a run's process: reports through the pipe, and ends when the process that started it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what libraries hold is given back
     _end_with_parent()
     place.log.parent.mkdir(parents=True, exist_ok=True)
     with place.log.open("a", buffering=1, encoding="utf-8") as log:
@@ -67,7 +68,7 @@ def run_in_process(run: Run, place: Place, pipe: connection.Connection) -> None:
             pipe.send(("done",))
         except EveralignError as error:
             pipe.send(("refused" if isinstance(error, InputError) else "failed", str(error)))
-        except BaseException as error:
+        except Exception as error:  # whatever it is, the parent names it
             pipe.send(("crashed", f"{type(error).__name__}: {error}"))
             raise
 
@@ -87,7 +88,7 @@ def execute(run: Run, place: Place, say: Say, log: Callable[[str], None]) -> Non
         "seed": run.seed,
         "part": run.part,
         "choice": dict(run.choice),
-        "code": code_digest(),
+        "code": place.code,
     }
     try:
         learner = Learner(
@@ -98,8 +99,7 @@ def execute(run: Run, place: Place, say: Say, log: Callable[[str], None]) -> Non
     except InputError:
         raise
     except EveralignError as error:
-        if not place.keep_failure:
-            raise
+        # Training that diverges is a result: it would do so again.
         record["failed"] = str(error)
     place.record.parent.mkdir(parents=True, exist_ok=True)
     write_json(place.record, {**record, "created": now()})

@@ -1,6 +1,7 @@
 """The verb `bench`: methods, seeds, orders and models from one recipe, tuned alike, tested once and compared."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 from everalign.bench.recipe import Bench
 from everalign.cli.console import Display, show, show_json, show_line
 from everalign.cli.options import Json, TrustRemoteCode, option, resumable, split_commas
-from everalign.errors import InputError
+from everalign.errors import EveralignError, InputError
 
 if TYPE_CHECKING:
     from everalign.bench.data import Part
@@ -26,6 +27,9 @@ def bench(
         bool, option("Compare on validation rows; test rows stay untouched.", "", "--validation")
     ] = False,
     only: Annotated[list[str] | None, option("Contenders to run; all if not given.", "NAME,...")] = None,
+    without: Annotated[
+        list[str] | None, option("Tasks to leave out of what is compared; they are learned.", "NAME,...")
+    ] = None,
     jobs: Annotated[int, option("Runs side by side, one thread each; 1 by default.", "N")] = 1,
     keep_runs: Annotated[
         bool, option("Keep the run directories with their versions, not the records alone.", "", "--keep-runs")
@@ -37,6 +41,10 @@ def bench(
 
     Finished runs are never repeated: the same command goes on where it was stopped.
     """
+    if tune and without:
+        raise InputError(
+            "--without is for what is compared, and tuning uses all tasks: leave it out", field="--without"
+        )
     if tune and validation:
         raise InputError("--tune and --validation: give one of them; tune first", field="--tune")
     if jobs < 1:
@@ -45,21 +53,22 @@ def bench(
     folder = output or (Path(wanted.output) if wanted.output else None)
     if folder is None:
         raise InputError("no output given: add --output, or the key 'output' to the recipe", field="--output")
-    names = [name for text in only or [] for name in split_commas(text) or ()]
+    names, left_out = ([name for text in texts or [] for name in split_commas(text) or ()] for texts in (only, without))
     with resumable():
         from everalign.bench import phases
 
-        settings = phases.Settings(folder, names, jobs, keep_runs)
+        settings = phases.Settings(folder, names, left_out, jobs, keep_runs)
         started = time.perf_counter()
         with Display() as display:
+            progress = partial(display.progress, unit="tasks")
             if tune:
-                tuned = phases.tune(wanted, settings, display.log, display.progress)
+                tuned = phases.tune(wanted, settings, display.log, progress)
             else:
                 part: Part = "validation" if validation else "test"
-                outcome = phases.confirm(wanted, settings, part, display.log, display.progress)
+                outcome = phases.confirm(wanted, settings, part, display.log, progress)
                 from everalign.bench.report import write_bench_report
 
-                report = write_bench_report(wanted, outcome, folder / f"{part}.html")
+                report = write_bench_report(wanted, outcome, folder / f"{phases.result_name(part, settings)}.html")
         seconds = time.perf_counter() - started
     from everalign.reporting.formats import seconds as duration
 
@@ -71,10 +80,12 @@ def bench(
         from everalign.bench.tables import outcome_tables
 
         show(*outcome_tables(outcome))
-        show_line("results", folder / f"{part}.json")
+        show_line("results", report.with_suffix(".json"))
         show_line("report", report)
     if not as_json:
         show_line("time", duration(seconds))
+    if not tune and outcome.failed:
+        raise EveralignError(f"{len(outcome.failed)} runs failed, the first: {outcome.failed[0]}")
 
 
 def _show_tuned(tuned: "Tuned", folder: Path, as_json: bool) -> None:

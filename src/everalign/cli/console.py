@@ -113,11 +113,11 @@ class Display:
         notes.print(Text(message, style="" if message.startswith(" ") else "bold"))
         self._wait()
 
-    def progress(self, stage: str, done: int, total: int) -> None:
-        """Moves the bar to `done` of `total` steps of a stage."""
+    def progress(self, stage: str, done: int, total: int, unit: str = "steps") -> None:
+        """Moves the bar to `done` of `total` steps, or other units, of a stage."""
         if stage != self._stage:
             self._begin(stage, total)
-        self._bar.update(self._task, completed=done, steps=f"{done}/{total} steps")
+        self._bar.update(self._task, completed=done, steps=f"{done}/{total} {unit}")
         if done >= total:
             self._wait()
 

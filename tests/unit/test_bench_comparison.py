@@ -1,0 +1,139 @@
+"""Comparisons of benches on made-up records: intervals around the very numbers of the runs, marks, what is left out."""
+
+import random
+from statistics import fmean
+
+import pytest
+
+from everalign.bench.comparison import compare, to_json
+from everalign.bench.records import METRICS, Record
+
+TASKS = ("a", "b", "c")
+PAIRS = 40
+VALUE = {"1": 1.0, "0": 0.0, "=": 0.5}
+
+
+def outcomes(rng, share):
+    return "".join("=" if rng.random() < 0.05 else "01"[rng.random() < share] for _ in range(PAIRS))
+
+
+def share(text):
+    return fmean(VALUE[one] for one in text)
+
+
+def record(name, order, seed, level, regime="sequential"):
+    """A run whose scores are those of its pairs."""
+    rng = random.Random(f"{name}/{order}/{seed}")
+    pairs, matrix = {}, [[0.5] * 3 for _ in range(3)]
+    for j, task in enumerate(order):
+        learned, final = outcomes(rng, level + 0.1), outcomes(rng, level)
+        if j == 2 or regime == "separate":
+            learned = final
+        pairs[task] = {"learned": None if regime == "joint" else learned, "final": final}
+        for i in range(3):
+            matrix[i][j] = share(final) if i == 2 else share(learned) if i == j else rng.random()
+    if regime != "sequential":
+        kept = {"joint": lambda i, j: i == 2, "separate": lambda i, j: i == j}[regime]
+        matrix = [[score if kept(i, j) else None for j, score in enumerate(row)] for i, row in enumerate(matrix)]
+        if regime == "separate":
+            for j, task in enumerate(order):
+                matrix[j][j] = share(pairs[task]["final"])
+    kept_bytes = [{"task": task, "adapter": 300, "state": 30, "buffer": 3 * i} for i, task in enumerate(order, 1)]
+    return Record.model_validate(
+        {
+            "format": 1,
+            "contender": name,
+            "model": "m",
+            "order": list(order),
+            "seed": seed,
+            "part": "test",
+            "choice": {},
+            "code": "",
+            "created": "",
+            "tasks": list(order),
+            "regime": regime,
+            "scores": {metric: {"zero_shot": [0.5] * 3, "matrix": matrix} for metric in METRICS},
+            "pairs": dict.fromkeys(("accuracy", "reward_accuracy"), pairs),
+            "cost": {
+                "seconds": 2.0,
+                "processor_seconds": 1.0 + seed,
+                "peak_bytes": 100 + seed,
+                "kept": kept_bytes,
+                "resumed": seed == 9,
+            },
+        }
+    )
+
+
+def runs(name, level, seeds=range(4), regime="sequential"):
+    return [record(name, order, seed, level, regime) for order in ("abc", "cab") for seed in seeds]
+
+
+def test_estimates_are_the_means_of_the_runs_and_intervals_lie_around_them():
+    records = {"er": runs("er", 0.6), "new": runs("new", 0.8)}
+    found = compare("m", records, "er")
+    for number in ("last", "backward_transfer"):
+        for name, ones in records.items():
+            one = found.contenders[name].numbers["accuracy"][number]
+            assert one.mean == pytest.approx(fmean(run.number(f"accuracy.{number}") for run in ones))
+            assert one.low < one.mean < one.high
+        difference = found.contenders["new"].numbers["accuracy"][number].difference
+        means = [found.contenders[name].numbers["accuracy"][number].mean for name in ("new", "er")]
+        assert difference.value == pytest.approx(means[0] - means[1])
+        assert difference.low < difference.value < difference.high
+    assert found.contenders["er"].numbers["accuracy"]["last"].difference is None
+    last = found.contenders["new"].numbers["accuracy"]["last"]
+    assert last.difference.low > 0
+    # All of eight differences are of one sign.
+    assert last.p_value == last.p_holm == pytest.approx(2 / 2**8)
+
+
+def test_p_values_are_corrected_for_the_number_of_contenders():
+    found = compare("m", {"er": runs("er", 0.6), "x": runs("x", 0.8), "y": runs("y", 0.85)}, "er")
+    values = [found.contenders[name].numbers["accuracy"]["last"] for name in ("x", "y")]
+    assert [one.p_holm for one in values] == pytest.approx([2 * one.p_value for one in values])
+
+
+def test_only_runs_of_both_are_compared():
+    found = compare("m", {"er": runs("er", 0.6, range(2)), "new": runs("new", 0.8)}, "er")
+    assert (found.contenders["new"].runs, found.contenders["new"].paired) == (8, 4)
+    alone = compare("m", {"er": [], "new": runs("new", 0.8)}, "er")
+    assert alone.baseline is None
+    assert alone.contenders["new"].numbers["accuracy"]["last"].difference is None
+
+
+@pytest.mark.parametrize("regime", ["joint", "separate"])
+def test_a_regime_without_backward_transfer_has_none(regime):
+    records = {"er": runs("er", 0.6), "mtl": runs("mtl", 0.8, regime=regime)}
+    numbers = compare("m", records, "er").contenders["mtl"].numbers["accuracy"]
+    assert numbers["backward_transfer"].mean is None
+    assert numbers["last"].difference.value > 0
+    assert numbers["worst"].mean <= numbers["last"].mean
+
+
+def test_a_task_that_is_left_out_counts_for_nothing():
+    records = {name: [run.without(["b"]) for run in runs(name, 0.7)] for name in ("er", "new")}
+    found = compare("m", records, "er")
+    assert list(found.contenders["er"].tasks["accuracy"]) == ["a", "c"]
+    for number in ("last", "backward_transfer"):
+        one = found.contenders["new"].numbers["accuracy"][number]
+        assert one.low < one.mean < one.high
+        mean = fmean(run.number(f"accuracy.{number}") for run in records["new"])
+        base = fmean(run.number(f"accuracy.{number}") for run in records["er"])
+        assert one.difference.value == pytest.approx(mean - base)
+
+
+def test_costs_leave_interrupted_runs_out_and_count_what_is_needed_to_go_on():
+    costs = compare("m", {"er": runs("er", 0.6, (1, 9))}, "er").contenders["er"].costs
+    assert (costs.processor_seconds, costs.peak_bytes) == (2.0, 109)
+    assert (costs.adapter, costs.state, costs.buffer, costs.kept) == (100, 10, 3, 113)
+    separate = compare("m", {"stl": runs("stl", 0.6, (1,), "separate")}, None).contenders["stl"].costs
+    assert (separate.adapter, separate.state) == (300, 30)
+
+
+def test_everything_can_be_written_as_json():
+    found = to_json(compare("m", {"er": runs("er", 0.6), "new": runs("new", 0.8)}, "er"))
+    last = found["contenders"]["new"]["numbers"]["accuracy"]["last"]
+    assert set(last) == {"mean", "deviation", "low", "high", "difference", "p_value", "p_holm"}
+    assert set(last["difference"]) == {"value", "low", "high"}
+    assert found["zero_shot"]["accuracy"] == {"a": 0.5, "b": 0.5, "c": 0.5}
