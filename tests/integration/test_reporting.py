@@ -16,10 +16,10 @@ from everalign.learning.scores import Scores
 from everalign.reporting import comparison_table, load_run, score_table, write_report
 from everalign.reporting.formats import (
     METRICS,
+    elided,
     error_matrix,
     percent,
     seconds,
-    shortened,
     signed,
     significant,
     standard_error,
@@ -261,7 +261,7 @@ def test_number_formats():
     assert significant(6.0) == "6.00"
     assert significant(1234.0) == "1.23e+03"
     assert [seconds(59.96), seconds(61), seconds(3700)] == ["60.0 s", "1 min 1 s", "1 h 1 min"]
-    assert shortened("a long name 17", 9) == "a lo…e 17"
+    assert elided("a long name 17", 9) == "a lo…e 17"
 
 
 # ---- headline ----

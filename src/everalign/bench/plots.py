@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from everalign.bench.comparison import Contest, ModelResult
 from everalign.bench.records import Record
-from everalign.reporting.formats import WIDTH, Metric, shortened, significant
+from everalign.reporting.formats import WIDTH, Metric, elided, significant
 from everalign.reporting.plots import DASHES, MARKERS, PLOT_WIDTH, SERIES, figure, inline_svg, legend_above
 
 Curve = Callable[[Record, str], dict[int, float]]
@@ -66,7 +66,7 @@ def curves(
                 list(points),
                 [mean * metric.scale for mean, _ in points.values()],
                 yerr=[bar * metric.scale for _, bar in points.values()],
-                label=shortened(label, 28),
+                label=elided(label, 28),
                 **_style(number),
                 linestyle=DASHES[number % len(DASHES)],
                 linewidth=2,
@@ -97,7 +97,7 @@ def cost_plot(result: ModelResult, metric: Metric, name: str) -> Markup | None:
                 [seconds],
                 [mean * metric.scale],
                 yerr=[[below * metric.scale], [above * metric.scale]],
-                label=shortened(label, 28),
+                label=elided(label, 28),
                 **_style(number),
                 linestyle="none",
             )

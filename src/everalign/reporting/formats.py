@@ -129,7 +129,7 @@ def seconds(duration: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def shortened(text: str, length: int) -> str:
+def elided(text: str, length: int) -> str:
     """At most `length` characters: of a longer text the beginning and the end, which tell names apart."""
     if len(text) <= length:
         return text

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from everalign.learning.run_files import TrainingStep
 from everalign.learning.scores import Scores
-from everalign.reporting.formats import WIDTH, Errors, Metric, of_change, of_mean, shortened
+from everalign.reporting.formats import WIDTH, Errors, Metric, elided, of_change, of_mean
 
 INK = "#0a0b01"
 MUTED = "#0a0b02"
@@ -132,7 +132,7 @@ def score_heatmap(scores: Scores, metric: Metric, limits: tuple[float, float], n
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xticks(range(len(tasks)), _tick_names(tasks))
         names = {f"after {task}": f"after {name}" for task, name in _numbered_if_long(tasks).items()}
-        axes.set_yticks(range(len(rows)), [shortened(names.get(moment, moment), 22) for moment, _, _ in rows])
+        axes.set_yticks(range(len(rows)), [elided(names.get(moment, moment), 22) for moment, _, _ in rows])
         axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -284,7 +284,7 @@ def _line(axes: Axes, points: Sequence[tuple[int, float]], bars: Sequence[float]
         [x for x, _ in points],
         [y * metric.scale for _, y in points],
         yerr=[bar * metric.scale for bar in bars],
-        label=shortened(label, 28),
+        label=elided(label, 28),
         color=SERIES[number % len(SERIES)],
         marker=MARKERS[number % len(MARKERS)],
         linestyle=DASHES[number % len(DASHES)],
