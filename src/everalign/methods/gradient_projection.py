@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from scipy.optimize import nnls
@@ -26,14 +26,27 @@ class GradientMemory(ExperienceReplay):
     The rows are not learned. Their gradients are those of the stage's own objective at the current weights.
 
     Args:
+        strength: what the method makes of it; its `default_strength` if not given.
         replay: share of a task's rows that goes into the buffer, drawn at random after training.
         capacity: most rows in the buffer; the oldest are dropped first.
         memory_rows: rows of each earlier task that its gradient is computed on, drawn anew for each task.
         refresh: optimiser steps after which the gradients of earlier tasks are computed again.
     """
 
-    def __init__(self, replay: float, capacity: int, memory_rows: int, refresh: int) -> None:
+    default_strength: ClassVar[float]
+    strength_is_share: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        strength: float | None = None,
+        replay: float = 0.2,
+        capacity: int = 3000,
+        memory_rows: int = 16,
+        refresh: int = 5,
+    ) -> None:
         super().__init__(replay, capacity)
+        self.strength = self.default_strength if strength is None else strength
+        (check_share if self.strength_is_share else check_strength)("strength", self.strength)
         for label, value in (("memory_rows", memory_rows), ("refresh", refresh)):
             if value < 1:
                 raise InputError(f"{label} is a number of at least 1, found {value}", field=label)
@@ -45,7 +58,8 @@ class GradientMemory(ExperienceReplay):
 
     def settings(self) -> dict[str, Any]:
         """Returns the arguments."""
-        return {**super().settings(), "memory_rows": self.memory_rows, "refresh": self.refresh}
+        own = {"strength": self.strength, "memory_rows": self.memory_rows, "refresh": self.refresh}
+        return {**super().settings(), **own}
 
     def rows(self, task: Task) -> list[AnyRow]:
         """Returns nothing: the buffer's rows are not learned."""
@@ -111,22 +125,7 @@ class GradientEpisodicMemory(GradientMemory):
     """
 
     name = "gem"
-
-    def __init__(
-        self,
-        strength: float = 0.5,
-        replay: float = 0.2,
-        capacity: int = 3000,
-        memory_rows: int = 16,
-        refresh: int = 5,
-    ) -> None:
-        super().__init__(replay, capacity, memory_rows, refresh)
-        check_strength("strength", strength)
-        self.strength = strength
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the arguments."""
-        return {"strength": self.strength, **super().settings()}
+    default_strength = 0.5
 
     def adjust_gradients(self, policy: Policy) -> None:
         """Projects the step's gradient where an earlier task would lose."""
@@ -180,22 +179,8 @@ class OrthogonalGradients(GradientMemory):
     """
 
     name = "ogpsa"
-
-    def __init__(
-        self,
-        strength: float = 1.0,
-        replay: float = 0.2,
-        capacity: int = 3000,
-        memory_rows: int = 16,
-        refresh: int = 5,
-    ) -> None:
-        super().__init__(replay, capacity, memory_rows, refresh)
-        check_share("strength", strength)
-        self.strength = strength
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the arguments."""
-        return {"strength": self.strength, **super().settings()}
+    default_strength = 1.0
+    strength_is_share = True
 
     def adjust_gradients(self, policy: Policy) -> None:
         """Removes what lies in the span of earlier gradients, tensor by tensor."""
