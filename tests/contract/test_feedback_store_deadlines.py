@@ -122,7 +122,7 @@ def test_what_waits_for_a_store_is_bounded_and_ends_with_the_gateway(monkeypatch
         assert sum(one.done() for one in many) == 30
         assert await asyncio.gather(*many) == [False] * 50
         assert store.calls == 16
-        with pytest.raises(StoreLate, match="left alone"):
+        with pytest.raises(StoreLate, match="not called for a few seconds"):
             await keeper._writes.run(lambda: None)
         started = time.monotonic()
         await keeper.close()

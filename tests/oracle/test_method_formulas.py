@@ -392,7 +392,7 @@ def test_an_average_of_equal_weights_is_these_and_follows_its_formula():
         decay = min(0.9, (1 + step) / (10 + step))
         expected = float(step) if expected is None else decay * expected + (1 - decay) * step
     average.apply(policy)
-    assert float(parameters(policy)[0].flatten()[0]) == pytest.approx(expected, rel=1e-5)
+    assert parameters(policy)[0].flatten()[0].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_fitted_step_has_the_lowest_loss_of_all():

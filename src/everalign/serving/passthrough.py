@@ -183,4 +183,6 @@ class _RawResponse(Response):
             # No end is sent: the client's connection breaks off as the upstream's did.
             _log.error("a reply that is passed on broke off: %s", type(error).__name__)
             return
+        # Before the end is sent: a client that asks again at once must find its place free.
+        self._release()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

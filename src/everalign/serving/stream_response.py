@@ -137,6 +137,8 @@ class _EventResponse(Response):
             _log.error("a stream failed: %s", type(error).__name__, exc_info=error)
             error = GatewayError(500, INTERNAL, code="internal_error")
         end = b"" if error is None else data_frame(error.body())
+        # Before the end is sent: a client that asks again at once must find its place free.
+        self._release()
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
     def _break_silence(self) -> None:
