@@ -54,6 +54,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--epochs", type=float, default=1.0)
+    # Preferences alone teach which of two answers is better, and not to write what the model has never written.
+    parser.add_argument("--sft-epochs", type=float, default=2.0, help="supervised passes over the chosen answers first")
+    parser.add_argument("--sft-learning-rate", type=float, default=1e-3)
     parser.add_argument("--rows", type=int, default=150, help="training pairs of each task")
     parser.add_argument("--answers", type=int, default=8, help="held-out prompts of each task to answer")
     parser.add_argument("--longest", type=int, default=64, help="tokens of an answer")
@@ -70,7 +73,12 @@ def main() -> None:
         arguments.objective,
         output,
         training=TrainingOptions(
-            learning_rate=arguments.learning_rate, epochs=arguments.epochs, max_length=256, precision="bf16"
+            learning_rate=arguments.learning_rate,
+            epochs=arguments.epochs,
+            sft_learning_rate=arguments.sft_learning_rate,
+            sft_epochs=arguments.sft_epochs,
+            max_length=256,
+            precision="bf16",
         ),
         adapter=AdapterOptions(rank=8, alpha=16.0),
         resume=output.exists(),
