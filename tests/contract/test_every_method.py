@@ -1,5 +1,7 @@
 """What every method has to do: leave the base model alone, survive a kill, merge exactly, learn on any architecture."""
 
+import json
+
 import pytest
 import torch
 
@@ -128,6 +130,27 @@ def test_a_stage_that_was_finished_before_the_kill_ends_the_task_alike(model, le
         learn(model, tmp_path / "run", method, resume=True, rows=rows)
     learn(model, tmp_path / "run", method_of(name), resume=True, rows=rows)
     assert same_weights(adapter_weights(tmp_path / "run"), adapter_weights(learned(name)))
+
+
+@pytest.mark.parametrize("name", slow_but(["cppo", "copr", "ewc"], NAMES))
+def test_killed_in_the_stage_after_a_supervised_one_it_is_as_if_undisturbed(model, tmp_path, name):
+    """What the supervised stage started from is known again, though that stage is not trained again."""
+    rows = 60 if name == "lifealign" else 10
+    settings = {"rows": rows, "sft_epochs": 1.0, "checkpoint_steps": 1}
+    learn(model, tmp_path / "whole", method_of(name), **settings)
+    learn(model, tmp_path / "run", method_of(name), ("warm",), **settings)
+    steps = supervised_steps(tmp_path / "whole")
+    with pytest.raises(KilledError):
+        learn(model, tmp_path / "run", kill_at(method_of(name), steps + 1), resume=True, **settings)
+    learn(model, tmp_path / "run", method_of(name), resume=True, **settings)
+    assert same_weights(adapter_weights(tmp_path / "run"), adapter_weights(tmp_path / "whole"))
+
+
+def supervised_steps(run):
+    """The optimiser steps of the second task's supervised stage."""
+    manifest = json.loads((sorted((run / "versions").iterdir())[1] / "manifest.json").read_text())
+    assert [stage["stage"] for stage in manifest["stages"]] == ["sft", "dpo"]
+    return manifest["stages"][0]["steps"]
 
 
 @pytest.mark.parametrize("name", slow_but(["lifealign", "olora", "slao", "er"], NAMES))

@@ -23,6 +23,25 @@ Log = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a bench is made.
+
+    Args:
+        output: folder of the records and results.
+        only: contenders to run; all if empty.
+        without: tasks that are learned, and left out of what is compared.
+        jobs: runs side by side.
+        keep_runs: whether run directories stay.
+    """
+
+    output: Path
+    only: Sequence[str] = ()
+    without: Sequence[str] = ()
+    jobs: int = 1
+    keep_runs: bool = False
+
+
 @dataclass
 class _Running:
     """A run under way. `done` is how much of it, as a share."""
@@ -41,23 +60,14 @@ class _Running:
         return len(self.run.order)
 
 
-def run_all(
-    runs: Sequence[Run],
-    records: Records,
-    output: Path,
-    *,
-    jobs: int,
-    keep_runs: bool,
-    log: Log,
-    progress: Progress,
-) -> None:
-    """Makes the runs that are not finished yet, `jobs` at a time. Training that diverges is a result, see `Record`.
+def run_all(runs: Sequence[Run], records: Records, settings: Settings, log: Log, progress: Progress) -> None:
+    """Makes the runs that are not finished yet, some side by side. Training that diverges is a result, see `Record`.
 
     Raises:
         EveralignError: a run's process crashed, or it was refused. Others that were under way are stopped, and go on
             where they were the next time.
     """
-    waiting = records.missing(runs)
+    output, waiting = settings.output, records.missing(runs)
     total = len(waiting)
     if len(runs) > total:
         log(f"  {len(runs) - total} of {len(runs)} runs are finished already")
@@ -71,8 +81,8 @@ def run_all(
     running: list[_Running] = []
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                running.append(_start(context, waiting.pop(0), records, output, keep_runs))
+            while waiting and len(running) < settings.jobs:
+                running.append(_start(context, waiting.pop(0), records, output, settings.keep_runs))
             for pipe in connection.wait([one.pipe for one in running]):
                 one = next(one for one in running if one.pipe is pipe)
                 if not _receive(one):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from everalign.bench.comparison import ModelResult, compare, to_json
 from everalign.bench.data import Part, TaskRows, check_files, load_rows
-from everalign.bench.execution import Progress, run_all
+from everalign.bench.execution import Progress, Settings, run_all
 from everalign.bench.recipe import Bench, Choice
 from everalign.bench.records import Record, Records, Run, code_digest, plan, plan_trials
 from everalign.errors import EveralignError, InputError
@@ -55,25 +55,6 @@ class TestedFile(_File):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a bench is made.
-
-    Args:
-        output: folder of the records and results.
-        only: contenders to run; all if empty.
-        without: tasks that are learned, and left out of what is compared.
-        jobs: runs side by side.
-        keep_runs: whether run directories stay.
-    """
-
-    output: Path
-    only: Sequence[str] = ()
-    without: Sequence[str] = ()
-    jobs: int = 1
-    keep_runs: bool = False
-
-
-@dataclass(frozen=True)
 class Tuned:
     """What tuning came to: the chosen settings, and notes on them."""
 
@@ -104,15 +85,7 @@ def tune(bench: Bench, settings: Settings, log: Log, progress: Progress) -> Tune
         rows, records = _rows(bench, "validation", log), Records(settings.output)
         runs = plan_trials(bench, rows, settings.only)
         log(f"tuning: {len(runs)} runs")
-        run_all(
-            runs,
-            records,
-            settings.output,
-            jobs=settings.jobs,
-            keep_runs=settings.keep_runs,
-            log=log,
-            progress=progress,
-        )
+        run_all(runs, records, settings, log, progress)
         trials: dict[str, dict[str, list[Trial]]] = {}
         for name, model, choice in bench.all_trials():
             if settings.only and name not in settings.only:
@@ -202,15 +175,7 @@ def confirm(bench: Bench, settings: Settings, part: Part, log: Log, progress: Pr
         rows, records = _rows(bench, part, log), Records(settings.output)
         runs = plan(bench, part, rows, chosen, settings.only)
         log(f"{part}: {len(runs)} runs")
-        run_all(
-            runs,
-            records,
-            settings.output,
-            jobs=settings.jobs,
-            keep_runs=settings.keep_runs,
-            log=log,
-            progress=progress,
-        )
+        run_all(runs, records, settings, log, progress)
         others = [name for name in bench.contenders if settings.only and name not in settings.only]
         known = [name for name in others if all(name in chosen[model] for model in bench.models)]
         runs += plan(bench, part, rows, chosen, known) if known else []

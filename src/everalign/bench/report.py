@@ -8,8 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from everalign.bench.comparison import Contest, ModelResult, compared
 from everalign.bench.phases import Outcome
 from everalign.bench.plots import change_since_learned, cost_plot, curves, mean_of_learned
@@ -20,7 +18,7 @@ from everalign.evaluation.statistics import stars
 from everalign.learning.scores import Scores
 from everalign.reporting.formats import METRICS, UNMEASURED, Cell, Metric, significant
 from everalign.reporting.plots import matrix_rows, score_heatmap
-from everalign.reporting.report import Row, matrix_view
+from everalign.reporting.report import Row, matrix_view, page_template
 from everalign.storage import write_text
 
 _DRAWN = ("accuracy", "reward_accuracy")
@@ -28,14 +26,7 @@ _DRAWN = ("accuracy", "reward_accuracy")
 
 def write_bench_report(bench: Bench, outcome: Outcome, path: Path) -> Path:
     """Writes the report on a comparison, whole or not at all, and returns its path."""
-    environment = Environment(
-        loader=PackageLoader("everalign.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("bench.html.j2").render(
+    page = page_template("bench.html.j2").render(
         part=outcome.part,
         headline=headline(outcome),
         notes=outcome.notes,

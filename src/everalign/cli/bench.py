@@ -56,8 +56,9 @@ def bench(
     names, left_out = ([name for text in texts or [] for name in split_commas(text) or ()] for texts in (only, without))
     with resumable():
         from everalign.bench import phases
+        from everalign.bench.execution import Settings
 
-        settings = phases.Settings(folder, names, left_out, jobs, keep_runs)
+        settings = Settings(folder, names, left_out, jobs, keep_runs)
         started = time.perf_counter()
         with Display() as display:
             progress = partial(display.progress, unit="tasks")

@@ -10,12 +10,14 @@ from typing import Any
 from everalign.errors import InputError
 from everalign.methods.base import Method, Task
 from everalign.methods.baselines import BufferOnly, ExperienceReplay, MultiTask, SequentialFineTuning, SingleTask
+from everalign.methods.copr import OptimalPolicyRegularization
+from everalign.methods.cppo import ContinualPpo
 from everalign.methods.ewc import ElasticWeightConsolidation
 from everalign.methods.gradient_projection import GradientEpisodicMemory, OrthogonalGradients
 from everalign.methods.lifealign import LifeAlign
 from everalign.methods.lifealign_rf import RehearsalFreeLifeAlign
-from everalign.methods.lora_continual import MergeBeforeForget, OrthogonalLora
-from everalign.methods.retention import ContinualPpo, OptimalPolicyRegularization
+from everalign.methods.olora import OrthogonalLora
+from everalign.methods.slao import MergeBeforeForget
 
 __all__ = [
     "METHODS",

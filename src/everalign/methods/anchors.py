@@ -17,7 +17,7 @@ from torch.nn.functional import huber_loss
 
 from everalign.data.collate import Batch
 from everalign.data.tokenization import TokenizedRow
-from everalign.training.hooks import RowTerms, Stage
+from everalign.training.hooks import RowTerms, Stage, sum_by_row
 
 _VALUES, _SIGNS = "anchor", "anchor_sign"
 
@@ -51,8 +51,7 @@ class Anchors:
         sign = batch[_SIGNS]
         worse = torch.relu(sign * (batch[_VALUES] - logprobs)) * sign.abs()
         parts = huber_loss(worse, torch.zeros_like(worse), reduction="none")
-        sums = torch.zeros(len(batch["weight"]), device=parts.device).index_add_(0, batch["row"], parts)
-        return self.strength * sums
+        return self.strength * sum_by_row(parts, batch)
 
     def keep(self, stage: Stage, numbers: Sequence[int], capacity: int) -> None:
         """Add the anchors of a stage's rows that went into the buffer, under the policy as it is now.

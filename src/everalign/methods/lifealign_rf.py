@@ -13,7 +13,7 @@ from everalign.data.replay import AnyRow
 from everalign.errors import InputError
 from everalign.methods.base import Task, check_share, check_strength
 from everalign.methods.lifealign import LifeAlign
-from everalign.training.hooks import RowTerms, Stage
+from everalign.training.hooks import RowTerms, Stage, sum_by_row
 
 
 class RehearsalFreeLifeAlign(LifeAlign):
@@ -87,4 +87,4 @@ class RehearsalFreeLifeAlign(LifeAlign):
     def row_loss(self, logprobs: Tensor, batch: Batch) -> Tensor | None:
         """Returns the negative log-likelihood a token of its own answers, times the strength."""
         parts = -self.strength * batch["own_answer"] * logprobs / batch["lengths"]
-        return torch.zeros(len(batch["weight"]), device=parts.device).index_add_(0, batch["row"], parts)
+        return sum_by_row(parts, batch)

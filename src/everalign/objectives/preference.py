@@ -116,17 +116,9 @@ def hybrid_margin(
     one (HyPO, arXiv 2602.11902, by its abstract). Arguments and errors as in `implicit_margin`; with log-probabilities
     divided by their responses' tokens it is the per-token form.
     """
-    positive(beta, "beta")
-    same_shapes(
-        policy_chosen=policy_chosen,
-        policy_rejected=policy_rejected,
-        reference_chosen=reference_chosen,
-        reference_rejected=reference_rejected,
-    )
-    policy = full_precision(policy_chosen) - full_precision(policy_rejected)
-    reference = full_precision(reference_chosen) - full_precision(reference_rejected)
-    margin = beta * (policy - reference.clamp(min=0))
-    return finite_rows(margin, "margin") if check_finite else margin
+    floor = torch.minimum(full_precision(reference_chosen), full_precision(reference_rejected))
+    # max(0, c - r) = c - min(c, r)
+    return implicit_margin(policy_chosen, policy_rejected, reference_chosen, floor, beta, check_finite)
 
 
 DEFAULT_CENTRING = 0.01

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from everalign.errors import InputError
 from everalign.learning.promotion import what_fell
@@ -97,6 +97,18 @@ class Row:
     cells: Sequence[Any]
 
 
+def page_template(name: str) -> Template:
+    """Return a template of this room: text is escaped, and a value that is missing is an error."""
+    environment = Environment(
+        loader=PackageLoader("everalign.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
 def write_report(runs: Sequence[Path], output: Path, corrector: CorrectorShow | None = None) -> Path:
     """Write the report on some runs to `output`, whole or not at all, and return its path.
 
@@ -135,14 +147,7 @@ def render_report(runs: Sequence[RunData], corrector: CorrectorShow | None = Non
                 ends += [change - bar, change + bar]
     room = max(0.08 * (max(ends) - min(ends)), 0.01)
     limits = (min(ends) - room, max(ends) + room)
-    environment = Environment(
-        loader=PackageLoader("everalign.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return page_template("report.html.j2").render(
         labels=labels,
         headline=headline(runs, labels),
         cautions=cautions(runs, labels),

@@ -148,6 +148,12 @@ def _count(batches: Sequence[Batch]) -> Tensor:
     return torch.stack([batch["count"] for batch in batches]).sum()
 
 
+def sum_by_row(parts: Tensor, batch: Batch) -> Tensor:
+    """Sum what stands for a batch's responses, (S,), over the responses of each row: (B,)."""
+    sums = torch.zeros(len(batch["weight"]), dtype=parts.dtype, device=parts.device)
+    return sums.index_add_(0, batch["row"], parts)
+
+
 def parameters(policy: Policy) -> list[torch.nn.Parameter]:
     """Return the parameters that learn, in the policy's order."""
     return [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -185,7 +191,7 @@ class StageHooks:
         return None
 
     def adjust_gradients(self, policy: Policy) -> None:
-        """Changes a step's complete gradients in place, before the optimiser reads them."""
+        """Changes a step's complete gradients in place, once they are clipped and before the optimiser reads them."""
 
     def after_step(self, policy: Policy) -> None:
         """Looks at the policy after an optimiser step."""

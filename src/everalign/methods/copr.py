@@ -1,4 +1,4 @@
-"""Methods that weigh rows, or replace the loss, by what the policy before the task says of them: CPPO and COPR."""
+"""COPR for pairs: fits a target policy, and keeps earlier pairs as near to theirs as they were."""
 
 import math
 from collections.abc import Mapping
@@ -11,111 +11,10 @@ from torch.nn.functional import logsigmoid
 
 from everalign.data.collate import Batch
 from everalign.errors import InputError
-from everalign.methods.base import Method, ModuleRecord, Task, check_strength
+from everalign.methods.base import ModuleRecord, Task, check_strength
 from everalign.methods.baselines import ExperienceReplay
 from everalign.modeling.policy import Policy
 from everalign.training.hooks import RowTerms, Stage
-
-
-class ContinualPpo(Method):
-    """CPPO (ICLR 2024) for preferences: row weights, and a pull to what the policy before the task gave each answer.
-
-    With P the mean log-probability a token of a pair's chosen answer and R its margin, both under the policy as a stage
-    starts, and "high" and "low" more than `bound` standard deviations from their means over the stage's rows:
-
-        P high, R high    learn more, retain more
-        P high, R low     learn more, retain less
-        P low,  R high    learn more, retain less
-        P low,  R low     learn less, retain less
-        else              1 and 1
-
-    The loss of a row is α·(the objective's) + strength·β·Σ Δ² over its answers, Δ the difference in log-probability a
-    token from the policy before the task. From the first task on nothing but the objective counts until there is an
-    earlier task. The classes are as LifeAlign's authors' code and the reviews of CPPO have them, the paper itself was
-    not at hand; statistics are over the whole stage, because in a batch of n no |z| exceeds (n − 1)/√n. R is the
-    implicit margin; where that is 0 for all rows, as at the start of a stage that is its own reference, it is the
-    policy's own difference in log-probability a token.
-
-    Args:
-        strength: c, of what is to be retained.
-        bound: k, standard deviations beyond which a value is high or low.
-        lowest: α or β where there is to be less.
-        highest: α or β where there is to be more.
-    """
-
-    name = "cppo"
-
-    def __init__(self, strength: float = 0.1, bound: float = 1.0, lowest: float = 0.5, highest: float = 2.0) -> None:
-        check_strength("strength", strength)
-        for label, value in (("bound", bound), ("lowest", lowest), ("highest", highest)):
-            check_strength(label, value)
-        self.strength, self.bound, self.lowest, self.highest = strength, bound, lowest, highest
-        self._index = 0
-        self._before: dict[str, Tensor] = {}
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the arguments."""
-        return {"strength": self.strength, "bound": self.bound, "lowest": self.lowest, "highest": self.highest}
-
-    def begin_task(self, policy: Policy, task: Task) -> None:
-        """Notes whether there is an earlier task."""
-        self._index, self._before = task.index, {}
-
-    def begin_stage(self, stage: Stage) -> RowTerms | None:
-        """Sorts the rows into the classes and notes what the policy before the task gives their answers."""
-        if self._index < 2:
-            return None
-        now = stage.logprobs(range(len(stage.rows)))
-        # In the task's first stage the policy is still the one before it.
-        self._before = self._before or {row.id: value for row, value in zip(stage.rows, now, strict=True)}
-        lengths = [torch.tensor([len(tokens) for tokens in row.responses]) for row in stage.rows]
-        per_token = [value / length for value, length in zip(now, lengths, strict=True)]
-        probability = torch.stack([value[0] for value in per_token])
-        reward = torch.stack([_first_over_last(value) for value in per_token])
-        if stage.reference is not None:
-            ratios = [value - reference for value, reference in zip(now, stage.reference, strict=True)]
-            margin = torch.stack([_first_over_last(value) for value in ratios])
-            reward = margin if bool((margin.abs() > _SAME).any()) else reward
-        learn, retain = self.coefficients(probability, reward)
-        return RowTerms(
-            weights=learn.tolist(),
-            values={
-                "cppo_before": [self._before[row.id] for row in stage.rows],
-                "cppo_retain": [
-                    value.repeat(len(row.responses)) for value, row in zip(retain, stage.rows, strict=True)
-                ],
-            },
-        )
-
-    def coefficients(self, probability: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
-        """Return α and β (N,) of rows with these P and R (N,)."""
-        high_p, low_p = self._beyond(probability)
-        high_r, low_r = self._beyond(reward)
-        one, more, less = (torch.full_like(probability, value) for value in (1.0, self.highest, self.lowest))
-        noisy, normal = low_p & low_r, ~((high_p | low_p) & (high_r | low_r))
-        learn = torch.where(normal, one, torch.where(noisy, less, more))
-        return learn, torch.where(normal, one, torch.where(high_p & high_r, more, less))
-
-    def _beyond(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        centred = values - values.mean()
-        limit = self.bound * values.std(unbiased=False)
-        return centred > limit, centred < -limit
-
-    def row_loss(self, logprobs: Tensor, batch: Batch) -> Tensor | None:
-        """Returns strength·β·Σ Δ² of each row."""
-        if not self.strength:
-            return None
-        change = (logprobs - batch["cppo_before"]) / batch["lengths"]
-        parts = self.strength * batch["cppo_retain"] * change.square()
-        return torch.zeros(len(batch["weight"]), device=parts.device).index_add_(0, batch["row"], parts)
-
-
-# Margins in nats below which a stage is taken to start as its own reference.
-_SAME = 1e-3
-
-
-def _first_over_last(values: Tensor) -> Tensor:
-    return values[0] - values[-1]
 
 
 class OptimalPolicyRegularization(ExperienceReplay):
@@ -159,16 +58,16 @@ class OptimalPolicyRegularization(ExperienceReplay):
     def begin_stage(self, stage: Stage) -> RowTerms | None:
         """Sets the new pairs' targets, and how far the earlier ones are from theirs."""
         self._stage = stage
-        if len(stage.objective.computed(stage.rows[0]).responses) == 1:
-            return None
         if any(len(row.responses) != 2 for row in stage.rows):
             raise InputError("copr learns from pairs: use preferences, or another method")
-        gaps = torch.stack([_first_over_last(value) for value in stage.logprobs(range(len(stage.rows)))])
-        if not self._new:
+        gaps = torch.stack([value[0] - value[-1] for value in stage.logprobs(range(len(stage.rows)))])
+        if not self._new:  # in the task's first stage, where the policy is still the one before it
             beta = stage.objective.options.beta
             for row, gap in zip(stage.rows[: stage.own], gaps, strict=False):
                 advantage = Random(f"{self._seed}/{row.id}/advantage").betavariate(1, 2)
                 self._new[row.id] = _log_shares(gap + 2 * advantage / beta)
+        if len(stage.objective.computed(stage.rows[0]).responses) == 1:
+            return None
         targets = [
             (self._new if number < stage.own else self._targets)[row.id] for number, row in enumerate(stage.rows)
         ]
