@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -151,6 +152,13 @@ def test_against_another_run(run):
 def test_what_cannot_be_used_is_refused(run, flags, problem, capsys):
     code, _, error = run_verb(capsys, "evaluate", str(run.path), *flags)
     assert (code, problem in error) == (2, True), error
+
+
+def test_missing_packages_are_named_with_the_flag_that_needs_none(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
+    code, _, error = run_verb(capsys, "evaluate", str(run.path))
+    assert code == 2
+    assert "pip install 'everalign[text-metrics]', or leave BLEU-4 and ROUGE-L out with --no-standard" in error
 
 
 def test_prompts_with_and_without_references(tmp_path):

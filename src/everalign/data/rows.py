@@ -17,6 +17,8 @@ from everalign.errors import InputError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+T = TypeVar("T")
+
 
 def field_error(field: str, problem: str, hint: str | None = None) -> InputError:
     """Returns the error `field 'NAME': PROBLEM; HINT`."""
@@ -124,6 +126,11 @@ def kind(value: object) -> str:
     names: dict[type, str] = {type(None): "null", bool: "a boolean", int: "a number", float: "a number"}
     names |= {str: "text", list: "a list", tuple: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
+
+
+def spread(rows: Sequence[T], count: int) -> list[T]:
+    """Returns at most `count` rows from the first to the last, evenly far apart."""
+    return [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else list(rows)
 
 
 def content_id(content: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from everalign.data.chat_tokens import template_fingerprint
 from everalign.data.readers import first_columns, load_preferences, load_prompts, load_unscored
+from everalign.data.rows import spread
 from everalign.errors import InputError
 from everalign.evaluation.answers import (
     Answer,
@@ -128,12 +129,16 @@ def evaluate_run(
             raise InputError(f"{one.path}: learned corrections: evaluate it with everalign correct evaluate")
     if not run.versions:
         raise InputError(f"{run.path}: nothing was learned yet")
-    chosen = {task: _spread(rows, settings.limit) for task, rows in (prompts or run_prompts(run)).items()}
+    chosen = {task: _distinct(rows, settings.limit) for task, rows in (prompts or run_prompts(run)).items()}
     if any(not rows for rows in chosen.values()) or not chosen:
         raise InputError("every task needs at least one prompt")
     if settings.standard and any(reference_texts(rows) is not None for rows in chosen.values()):
         # Before an hour of writing: are the packages there?
-        text_similarity(["a"], ["a"])
+        try:
+            text_similarity(["a"], ["a"])
+        except InputError as error:
+            hint = "leave BLEU-4 and ROUGE-L out with --no-standard (standard=False)"
+            raise InputError(f"{error}, or {hint}", hint=hint) from error
     with exclusive(lock_of(run.path / "evaluation"), "evaluating this run"):
         opponents = None if against is None else _written(_Runner(against, settings, log, progress), chosen)
         runner = _Runner(run, settings, log, progress)
@@ -314,9 +319,7 @@ def _shown_answers(prompts: Prompts, written: Mapping[str, Mapping[str, Sequence
     }
 
 
-def _spread(rows: Sequence[HeldOutPrompt], limit: int | None) -> list[HeldOutPrompt]:
+def _distinct(rows: Sequence[HeldOutPrompt], limit: int | None) -> list[HeldOutPrompt]:
     """At most `limit` distinct prompts, evenly far apart."""
     distinct = list({repr(row.prompt): row for row in reversed(rows)}.values())[::-1]
-    if limit is None or len(distinct) <= limit:
-        return distinct
-    return [distinct[i * len(distinct) // limit] for i in range(limit)]
+    return distinct if limit is None else spread(distinct, limit)

@@ -1,6 +1,7 @@
 """Evaluation suite: the held-out rows of all tasks, scored after every task, with sample answers."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class EvaluationSuite:
             raise InputError(f"task {name!r} has other test rows in this run ({known['source']}): use those")
         if name in self._sets:
             return
-        self._held_out[name] = self._prepare(test)
+        self._held_out[name] = prepare_held_out(self._setup, test)
         self._sets[name] = test
         if name not in self._zero_shot:
             self._facts[name] = data_facts(test)
@@ -98,40 +99,52 @@ class EvaluationSuite:
         for name, facts in self._facts.items():
             if name not in self._sets:
                 self._sets[name] = self._run.read_test(facts, self._setup.objective.load_held_out)
-                self._held_out[name] = self._prepare(self._sets[name])
+                self._held_out[name] = prepare_held_out(self._setup, self._sets[name])
 
-    def scores(self, previous: Mapping[str, LowRankUpdate]) -> dict[str, PreferenceScore]:
-        """Score the policy on every test set; `previous` is the policy before this task."""
-        with self._setup.policy.as_snapshot(previous):
-            return {name: self._score(held_out, previous) for name, held_out in self._held_out.items()}
+    def scores(
+        self, previous: Mapping[str, LowRankUpdate] | None, tasks: Sequence[str] | None = None
+    ) -> dict[str, PreferenceScore]:
+        """Score the policy on the test sets of some tasks, or on all when None.
+
+        `previous` is the policy before this task, which the KL is measured to; None leaves that out.
+        """
+        names = [name for name in (self._held_out if tasks is None else tasks) if name in self._held_out]
+        with nullcontext() if previous is None else self._setup.policy.as_snapshot(previous):
+            return {name: self._score(self._held_out[name], previous) for name in names}
 
     def answers(self) -> Answers:
         """Write the policy's answers to the prompts that the base model has answered."""
         return answer_again(self._setup, self._first_answers, self._sets)
 
-    def outcomes(self, tasks: Sequence[str]) -> dict[str, PreferenceScore]:
-        """Score the policy as it is on those of the tasks that have a test set, for a comparison pair by pair."""
-        return {task: self._score(self._held_out[task], None) for task in tasks if task in self._held_out}
-
     def rows(self, tasks: Sequence[str]) -> dict[str, RowSet[Any]]:
         """Return the held-out rows of those of the tasks that have some."""
         return {task: self._sets[task] for task in tasks if task in self._sets}
 
-    def _prepare(self, test: RowSet[Any]) -> HeldOut:
-        setup = self._setup
-        limit = setup.options.test_limit or len(test)
-        pairs = setup.objective.tokenize_held_out(test[:: max(1, len(test) // limit)][:limit], setup)
-        try:
-            warnings = pairs.warnings()
-        except InputError as error:
-            raise InputError(f"{test.source}: {error}") from error
-        for warning in warnings:
-            setup.log(f"  warning: {test.source}: {warning}")
-        base_key = policy_key(setup.model_key, {})
-        with setup.policy.as_base():
-            base = setup.cache.logprobs(setup.policy, base_key, pairs, setup.options.tokens_per_batch)
-        return HeldOut(pairs, torch.stack(base))
-
     def _score(self, held_out: HeldOut, previous: Mapping[str, LowRankUpdate] | None) -> PreferenceScore:
         tokens = self._setup.options.tokens_per_batch
         return score_preferences(self._setup.policy, held_out, tokens_per_batch=tokens, previous=previous)
+
+
+def scored_rows(test: RowSet[Any], setup: RunContext) -> RowSet[Any]:
+    """Return those of a task's held-out rows that are scored, `test_limit` of them at most."""
+    limit = setup.options.test_limit or len(test)
+    return test[:: max(1, len(test) // limit)][:limit]
+
+
+def prepare_held_out(setup: RunContext, test: RowSet[Any]) -> HeldOut:
+    """Encode held-out rows, `test_limit` of them at most, and score them with the base model or take that as known.
+
+    Raises:
+        InputError: most of them lose too much by the length limit.
+    """
+    pairs = setup.objective.tokenize_held_out(scored_rows(test, setup), setup)
+    try:
+        warnings = pairs.warnings()
+    except InputError as error:
+        raise InputError(f"{test.source}: {error}") from error
+    for warning in warnings:
+        setup.log(f"  warning: {test.source}: {warning}")
+    base_key = policy_key(setup.model_key, {})
+    with setup.policy.as_base():
+        base = setup.cache.logprobs(setup.policy, base_key, pairs, setup.options.tokens_per_batch)
+    return HeldOut(pairs, torch.stack(base))

@@ -84,6 +84,10 @@ class Learner:
         allow_overlap: let pairs occur in training and test data.
         sample_answers: held-out prompts of each task that the policy answers, greedily, before the first task and after
             each; the report shows the answers. A continued run keeps the prompts that it was started with.
+        forward_transfer: score every task also before it is learned. Without it each is scored from its own turn on, of
+            a method with a model for each task by its own model alone, and FWT is not known.
+        drift: measure after every task how far it has moved the policy on held-out rows, and score the policy before
+            consolidation too.
         cache: folder for encoded rows and reference log-probabilities, which runs may share; in `output` when None.
         log: called with one line for each thing that happens; standard error when None.
         progress: called with (stage, steps done, steps in all).
@@ -112,6 +116,8 @@ class Learner:
         resume: bool = False,
         allow_overlap: bool = False,
         sample_answers: int = 0,
+        forward_transfer: bool = True,
+        drift: bool = True,
         cache: str | Path | None = None,
         log: Log = _print,
         progress: Progress = lambda stage, done, total: None,
@@ -125,6 +131,7 @@ class Learner:
                 "gate_scorer rates what a corrector writes for a gate: give gate, and objective correction"
             )
         self.gate = gate
+        self._forward_transfer, self._drift = forward_transfer, drift
         self._gate_scorer = make_scorer(gate_scorer) if isinstance(gate_scorer, str) else gate_scorer
         self._run = RunDirectory(Path(output))
         with self._run.exclusive():
@@ -253,18 +260,19 @@ class Learner:
         number = max((version.manifest.index for version in self.run.all_versions), default=0) + 1
         version = version_name(number, name)
         guarded = [] if self.gate is None else [*self._lineage, name]
-        scores_before, written_before = tests.outcomes(guarded), write_corrections(setup, tests.rows(guarded))
+        scores_before, written_before = tests.scores(None, guarded), write_corrections(setup, tests.rows(guarded))
         previous = self.policy.total()
         task = Task(name, prepared.rows, index, task_seed(setup.seed, index), partial(own_answers, setup))
         busy = time.process_time()
         method.begin_task(self.policy, task)
         method_seconds = time.process_time() - busy
         result = train_task(setup, task, prepared, self._run.work(version))
-        before_consolidation = tests.scores(previous) if method.consolidates else None
+        scored, moved_from = self._scored(name), previous if self._drift else None
+        before_consolidation = tests.scores(previous, scored) if method.consolidates and self._drift else None
         busy = time.process_time()
         records = method.end_task(self.policy, result.task)
         method_seconds += time.process_time() - busy
-        scores = tests.scores(previous)
+        scores = tests.scores(moved_from, scored)
         verdict = None
         if self.gate is not None:
             verdict = self._verdict(
@@ -300,6 +308,12 @@ class Learner:
         if verdict is not None and refused:
             raise refusal(version, verdict, self._head)
         return scores
+
+    def _scored(self, name: str) -> list[str] | None:
+        """The tasks to score after learning one; None for all."""
+        if self._forward_transfer or self.method.regime == "joint":
+            return None
+        return [name] if self.method.regime == "separate" else [*self._lineage, name]
 
     def _already_learned(self, rows: AnySet, name: str, test: AnySet | None) -> dict[str, PreferenceScore]:
         done = next(version for version in self.run.versions if version.task == name)

@@ -8,7 +8,7 @@ from everalign.correction.objective import Rewritten
 from everalign.data.chat_tokens import encode_prompt
 from everalign.data.messages import Prompt
 from everalign.data.records import Correction
-from everalign.data.rows import RowSet
+from everalign.data.rows import RowSet, spread
 from everalign.errors import InputError
 from everalign.evaluation.scorers import Scorer
 from everalign.evaluation.scoring import compare_answers
@@ -34,9 +34,9 @@ def first_answers(context: RunContext, name: str, test: RowSet[Any], count: int)
     distinct = list({repr(_question(row)): row for row in reversed(test.items)}.values())[::-1]
     try:
         # More than are wanted, because some may be too long.
-        some = _spread(distinct, 4 * count)
+        some = spread(distinct, 4 * count)
         rows = [row for row in some if len(context.objective.prompt(row, context.tokenizer)) <= _LONGEST_PROMPT]
-        return _answer(context, [(name, row) for row in _spread(rows, count)])
+        return _answer(context, [(name, row) for row in spread(rows, count)])
     except InputError as error:
         context.log(f"  no answers are written for the report: {error}")
         return {}
@@ -64,11 +64,6 @@ def _answer(context: RunContext, rows: Sequence[tuple[str, Any]]) -> Answers:
         shown = {"row": row.id, "prompt": prompt, "draft": getattr(row, "answer", None)}
         answers.setdefault(task, []).append({**shown, "answer": text, "ended": ended})
     return answers
-
-
-def _spread(rows: Sequence[Any], count: int) -> list[Any]:
-    """Return at most `count` rows from the first to the last, evenly far apart."""
-    return [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else list(rows)
 
 
 def _question(row: Any) -> Any:
