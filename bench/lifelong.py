@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from common import OUT, data_folder, mean_and_deviation, preference_rows, write_result
+from controls import NormMatchedShrink
 from everalign import AdapterOptions, Learner, PreferenceSet, TrainingOptions
-from everalign.memory import Consolidation, LowRankUpdate, MemoryBank, consolidate, integrate
 from everalign.methods import (
     ExperienceReplay,
     LifeAlign,
@@ -37,23 +37,6 @@ DOMAINS = ("academy", "business", "entertainment", "literature")
 VALIDATION_SHARE = 0.1
 
 Tasks = list[tuple[str, PreferenceSet, PreferenceSet]]
-
-
-class NormMatchedShrink(LifeAlign):
-    """Control: scale the whole update to the norm that consolidation would leave, instead of projecting it."""
-
-    def new_bank(self) -> MemoryBank:
-        """Return the exact bank; the long-term memory lies outside the bases of a bounded one here."""
-        return MemoryBank()
-
-    def refine(
-        self, memory: LowRankUpdate | None, update: LowRankUpdate, bank: MemoryBank
-    ) -> tuple[Consolidation, LowRankUpdate, float]:
-        """Add the update scaled; the bank remembers what LifeAlign's would."""
-        result = consolidate(update, bank, self.energy, self.keep)
-        norm = update.norm()
-        shrunk = update.scaled(result.norm / norm if norm > 0 else 0.0)
-        return result, *integrate(memory, shrunk, self.rank_cap)
 
 
 @dataclass(frozen=True)

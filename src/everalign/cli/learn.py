@@ -50,7 +50,8 @@ def learn(
     method: Annotated[
         str | None,
         option(
-            "lifealign (default), lifealign-rf, er, seqft, mtl, stl, gem, ewc, olora, cppo, copr, ogpsa, slao or gdumb."
+            "lifealign (default), lifealign-rf, er, seqft, mtl, stl, gem, ewc, olora, cppo, copr, ogpsa, slao, gdumb, "
+            "or a class in a file, FILE.py:CLASS."
         ),
     ] = None,
     recipe: Annotated[Path | None, option("Read options from a file; flags win.", "FILE.yaml")] = None,

@@ -19,7 +19,8 @@ from everalign.data.collate import Batch
 from everalign.data.tokenization import TokenizedRow
 from everalign.training.hooks import RowTerms, Stage, sum_by_row
 
-_VALUES, _SIGNS = "anchor", "anchor_sign"
+VALUES, _SIGNS = "anchor", "anchor_sign"
+"""Names, in `RowTerms.values`, of what a row's responses are pulled to, and of the side they are pulled from."""
 
 
 class Anchors:
@@ -44,12 +45,12 @@ class Anchors:
             # A row whose responses changed in number since has no anchor.
             if len(kept) == len(values[number]):
                 values[number], signs[number] = kept, _signs(stage.rows[number])
-        return RowTerms(values={_VALUES: values, _SIGNS: signs})
+        return RowTerms(values={VALUES: values, _SIGNS: signs})
 
     def row_loss(self, logprobs: Tensor, batch: Batch) -> Tensor:
         """Return the anchors' part of each row's loss, (B,); arguments as in `StageHooks.row_loss`."""
         sign = batch[_SIGNS]
-        worse = torch.relu(sign * (batch[_VALUES] - logprobs)) * sign.abs()
+        worse = torch.relu(sign * (batch[VALUES] - logprobs)) * sign.abs()
         parts = huber_loss(worse, torch.zeros_like(worse), reduction="none")
         return self.strength * sum_by_row(parts, batch)
 
