@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import wilcoxon
 
-from everalign.evaluation.statistics import crossed_bootstrap, holm, paired_permutation_test, stars
+from everalign.evaluation.statistics import crossed_bootstrap, crossed_statistic, holm, paired_permutation_test, stars
 
 
 def test_holm_on_a_worked_example():
@@ -45,6 +45,25 @@ def test_permutation_test_agrees_with_wilcoxon_on_equal_sizes():
 @pytest.mark.parametrize(("differences", "p"), [([0.0, 0.0], 1.0), ([0.3], 1.0)])
 def test_where_nothing_can_be_told_p_is_one(differences, p):
     assert paired_permutation_test(differences) == p
+
+
+def test_any_statistic_has_the_interval_of_the_mean_where_it_is_the_mean():
+    rng = np.random.default_rng(3)
+    tasks = [rng.normal(size=(4, rows)) for rows in (7, 5)]
+    values = np.concatenate(tasks, axis=1)
+    found = crossed_statistic(4, [7, 5], lambda runs, rows: ((runs @ values) * rows).sum(axis=1))
+    assert found == pytest.approx(crossed_bootstrap(tasks, np.full((4, 2), 0.5)))
+    assert found.value == pytest.approx((tasks[0].mean() + tasks[1].mean()) / 2)
+
+
+def test_draws_without_a_value_are_left_out():
+    values = np.array([[1.0, np.nan]])
+
+    def mean_of_known(runs, rows):
+        known = (rows > 0) & ~np.isnan(values)
+        return np.where(known.any(axis=1), 1.0, np.nan)
+
+    assert crossed_statistic(1, [2], mean_of_known) == (1.0, 1.0, 1.0)
 
 
 def test_what_is_no_difference_is_refused():

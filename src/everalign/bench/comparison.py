@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
+from everalign.bench.answer_measures import MEASURES, Said, measure_said, measure_tasks
+from everalign.bench.numbers import Number, corrected
 from everalign.bench.records import METRICS, PAIR_METRICS, Record
-from everalign.evaluation.statistics import Array, Interval, crossed_bootstrap, holm, paired_permutation_test
+from everalign.evaluation.statistics import Array, Interval, crossed_bootstrap, paired_permutation_test
 
 _OUTCOME = {"1": 1.0, "0": 0.0, "=": 0.5}
 NUMBERS = ("last", "backward_transfer", "average_performance", "forward_transfer", "worst")
 COMPARED = ("last", "backward_transfer")
 """Numbers that are compared with the baseline pair by pair."""
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number over a contender's runs.
-
-    Args:
-        mean: over the runs; None where no run has it.
-        deviation: standard deviation over the runs; None of fewer than two.
-        low, high: ends of the 95 % interval over runs and pairs, where pairs are known.
-        difference: to the baseline, over the runs of both, with its own interval.
-        p_value: of that difference over the runs, by changing signs.
-        p_holm: the same, corrected for the number of contenders.
-    """
-
-    mean: float | None
-    deviation: float | None = None
-    low: float | None = None
-    high: float | None = None
-    difference: Interval | None = None
-    p_value: float | None = None
-    p_holm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +39,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Contest:
-    """One contender on one model."""
+    """One contender on one model; `answers` are measures of what it says, `answer_tasks` the same by task."""
 
     name: str
     regime: str
@@ -71,6 +51,8 @@ class Contest:
     tasks: Mapping[str, Mapping[str, float | None]]
     costs: Costs
     records: Sequence[Record]
+    answers: Mapping[str, Number] = field(default_factory=dict)
+    answer_tasks: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,11 +71,16 @@ def compared(result: ModelResult, metric: str) -> tuple[str, ...]:
     return COMPARED if result.baseline is not None and metric in PAIR_METRICS else ()
 
 
-def compare(model: str, records: Mapping[str, Sequence[Record]], baseline: str | None) -> ModelResult:
-    """Compares contenders on one model by their finished runs."""
+def compare(
+    model: str,
+    records: Mapping[str, Sequence[Record]],
+    baseline: str | None,
+    said: Mapping[str, Sequence[Said]] | None = None,
+) -> ModelResult:
+    """Compares contenders on one model by their finished runs, and by what their final policies said."""
     base = records.get(baseline or "", [])
     found = {name: _contest(name, runs, [] if name == baseline else base) for name, runs in records.items() if runs}
-    found = _corrected(found)
+    found = _with_answers(_corrected(found), said or {}, baseline)
     some = next(iter(found.values())).records[0]
     tasks = sorted(some.pairs["accuracy"])
     zero = {metric: dict(zip(some.tasks, some.scores[metric].zero_shot, strict=True)) for metric in METRICS}
@@ -118,6 +105,23 @@ def _contest(name: str, runs: Sequence[Record], base: Sequence[Record]) -> Conte
     return Contest(
         name, runs[0].regime, runs[0].choice, len(runs), len(both), numbers, changes, tasks, _costs(runs), runs
     )
+
+
+def _with_answers(
+    found: Mapping[str, Contest], said: Mapping[str, Sequence[Said]], baseline: str | None
+) -> dict[str, Contest]:
+    numbers, base = measure_said(said, baseline), said.get(baseline or "", [])
+    return {
+        name: replace(
+            one,
+            answers=numbers.get(name, {}),
+            answer_tasks={
+                measure: measure_tasks(said.get(name, []), [] if name == baseline else base, measure)
+                for measure in MEASURES
+            },
+        )
+        for name, one in found.items()
+    }
 
 
 def _finals(run: Record, metric: str) -> dict[str, float | None]:
@@ -177,16 +181,19 @@ def _corrected(found: Mapping[str, Contest]) -> dict[str, Contest]:
     numbers = {name: {metric: dict(ones) for metric, ones in one.numbers.items()} for name, one in found.items()}
     for metric in METRICS:
         for number in NUMBERS:
-            known = [name for name in found if numbers[name][metric][number].p_value is not None]
-            values = holm([numbers[name][metric][number].p_value or 0.0 for name in known])
-            for name, value in zip(known, values, strict=True):
-                one = numbers[name][metric][number]
-                numbers[name][metric][number] = Number(**{**_shallow(one), "p_holm": value})
-    return {name: Contest(**{**_shallow(one), "numbers": numbers[name]}) for name, one in found.items()}
+            for name, one in corrected({name: ones[metric][number] for name, ones in numbers.items()}).items():
+                numbers[name][metric][number] = one
+    return {name: replace(one, numbers=numbers[name]) for name, one in found.items()}
 
 
-def _shallow(one: Any) -> dict[str, Any]:
-    return {name: getattr(one, name) for name in one.__dataclass_fields__}
+def _plain(number: Number) -> dict[str, Any]:
+    """A number as plain values, without what is not known."""
+    found = {name: getattr(number, name) for name in number.__dataclass_fields__}
+    return {
+        name: value._asdict() if isinstance(value, Interval) else value
+        for name, value in found.items()
+        if value is not None
+    }
 
 
 def _costs(runs: Sequence[Record]) -> Costs:
@@ -222,15 +229,13 @@ def to_json(result: ModelResult) -> dict[str, Any]:
             "runs": one.runs,
             "paired": one.paired,
             "numbers": {
-                metric: {
-                    number: {
-                        key: value._asdict() if isinstance(value, Interval) else value
-                        for key, value in _shallow(found).items()
-                        if value is not None
-                    }
-                    for number, found in ones.items()
-                }
+                metric: {number: _plain(found) for number, found in ones.items()}
                 for metric, ones in one.numbers.items()
+            },
+            "answers": {
+                measure: {**_plain(found), "tasks": dict(one.answer_tasks[measure])}
+                for measure, found in one.answers.items()
+                if found.mean is not None
             },
             "changes": dict(one.changes),
             "tasks": {metric: dict(values) for metric, values in one.tasks.items()},

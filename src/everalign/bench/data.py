@@ -16,7 +16,7 @@ from everalign.data.messages import ChatPrompt, Prompt
 from everalign.data.records import PREFERENCE_SCHEMA, Preference, PreferenceSet
 from everalign.data.rows import content_id
 from everalign.demo.world import demo_tasks
-from everalign.errors import InputError
+from everalign.errors import InputError, located
 
 Part = Literal["validation", "test"]
 DEMO = "demo:"
@@ -53,7 +53,7 @@ def load_rows(bench: Bench, part: Part) -> dict[str, TaskRows]:
         held_out = _read(name, task, "test") if part == "test" else validation
         if task.system is not None:
             # Last, so that a prompt is cut off alike in tasks with and without.
-            train, held_out = (_with_system(rows, task.system) for rows in (train, held_out))
+            train, held_out = (with_system(rows, task.system) for rows in (train, held_out))
         found[name] = TaskRows(train, held_out)
     return found
 
@@ -63,6 +63,13 @@ def check_files(bench: Bench) -> None:
     for name, task in bench.tasks.items():
         for key in ("train", "validation", "test"):
             _check_source(f"tasks.{name}.{key}", getattr(task, key))
+    if bench.chat is not None:
+        _check_source("chat.rows", bench.chat.rows)
+    if bench.answers is not None and bench.answers.reward_model is not None:
+        with located("answers.reward_model"):
+            folder = expanded(bench.answers.reward_model)
+        if not os.path.isdir(folder):
+            raise InputError(f"answers.reward_model: {folder}: no such folder; train one with everalign reward train")
 
 
 def cut_validation(rows: PreferenceSet, share: float, seed: int) -> tuple[PreferenceSet, PreferenceSet]:
@@ -92,12 +99,13 @@ def _prompt_key(row: Preference) -> str:
     return content_id(row.prompt)
 
 
-def _with_system(rows: PreferenceSet, text: str) -> PreferenceSet:
-    """The rows with a system message before every prompt, or before the text of the one that is there."""
-    return replace(rows, items=tuple(replace(row, prompt=_prompt_with_system(row.prompt, text)) for row in rows))
+def with_system(rows: PreferenceSet, text: str) -> PreferenceSet:
+    """Returns the rows with a system message before every prompt, or before the text of the one that is there."""
+    return replace(rows, items=tuple(replace(row, prompt=prompt_with_system(row.prompt, text)) for row in rows))
 
 
-def _prompt_with_system(prompt: Prompt, text: str) -> Prompt:
+def prompt_with_system(prompt: Prompt, text: str) -> Prompt:
+    """Returns a prompt with a system message before it, or before the text of the one that is there."""
     if isinstance(prompt, str):
         return ({"role": "system", "content": text}, {"role": "user", "content": prompt})
     messages = tuple(prompt)
@@ -125,7 +133,10 @@ def _check_source(key: str, source: str | None) -> None:
         known = [task.name for task in demo_tasks(1, 1)]
         if source.removeprefix(DEMO) not in known:
             raise InputError(f"{key}: {source!r} is no task of the demo, which has {', '.join(known)}")
-    elif not os.path.isfile(path := expanded(source)):
+        return
+    with located(key):
+        path = expanded(source)
+    if not os.path.isfile(path):
         raise InputError(f"{key}: {path}: no such file")
 
 

@@ -67,7 +67,8 @@ def run_all(runs: Sequence[Run], records: Records, settings: Settings, log: Log,
         EveralignError: a run's process crashed, or it was refused. Others that were under way are stopped, and go on
             where they were the next time.
     """
-    output, waiting = settings.output, records.missing(runs)
+    # Those that learn nothing come first: they are quick, and find a bad instruction at once.
+    output, waiting = settings.output, sorted(records.missing(runs), key=lambda run: run.system is None)
     total = len(waiting)
     if len(runs) > total:
         log(f"  {len(runs) - total} of {len(runs)} runs are finished already")
@@ -111,6 +112,7 @@ def _start(context: Any, run: Run, records: Records, output: Path, keep_runs: bo
     place = Place(
         output / "runs" / run.name,
         records.path(run),
+        records.answers(run),
         output / "logs" / f"{run.name}.log",
         output / "cache",
         code_digest(),

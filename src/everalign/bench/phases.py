@@ -9,10 +9,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from everalign.bench.answer_measures import KeptRewards, Said, read_said
+from everalign.bench.answers import AnswersFile
+from everalign.bench.asked import Asked, check_reward_model, choose_asked
 from everalign.bench.comparison import ModelResult, compare, to_json
 from everalign.bench.data import Part, TaskRows, check_files, load_rows
 from everalign.bench.execution import Progress, Settings, run_all
-from everalign.bench.recipe import Bench, Choice
+from everalign.bench.recipe import Bench, Choice, expanded
 from everalign.bench.records import Record, Records, Run, code_digest, plan, plan_trials
 from everalign.errors import EveralignError, InputError
 from everalign.learning.run_store import now
@@ -64,7 +67,10 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a comparison came to, for every model, with what a reader should know of it, and the runs that failed."""
+    """What a comparison came to, for every model, with what a reader should know of it, and the runs that failed.
+
+    `judge` is the fingerprint of the reward model that has judged the answers; None without one.
+    """
 
     part: Part
     models: Sequence[ModelResult]
@@ -72,6 +78,7 @@ class Outcome:
     failed: Sequence[str]
     orders: Sequence[tuple[str, ...]]
     seeds: Sequence[int]
+    judge: str | None = None
 
 
 def tune(bench: Bench, settings: Settings, log: Log, progress: Progress) -> Tuned:
@@ -83,6 +90,7 @@ def tune(bench: Bench, settings: Settings, log: Log, progress: Progress) -> Tune
     with exclusive(settings.output / ".lock", "making this bench"):
         check_bench(bench, settings)
         rows, records = _rows(bench, "validation", log), Records(settings.output)
+        _asked(bench, rows, log)  # trials are asked nothing, but what is wrong is said before they are learned
         runs = plan_trials(bench, rows, settings.only)
         log(f"tuning: {len(runs)} runs")
         run_all(runs, records, settings, log, progress)
@@ -173,13 +181,14 @@ def confirm(bench: Bench, settings: Settings, part: Part, log: Log, progress: Pr
             # Before the rows are read: a test that was interrupted has touched them too.
             notes += _touch(bench, settings.output)
         rows, records = _rows(bench, part, log), Records(settings.output)
-        runs = plan(bench, part, rows, chosen, settings.only)
+        asked, unsure = _asked(bench, rows, log)
+        runs = plan(bench, part, rows, chosen, settings.only, asked)
         log(f"{part}: {len(runs)} runs")
         run_all(runs, records, settings, log, progress)
         others = [name for name in bench.contenders if settings.only and name not in settings.only]
         known = [name for name in others if all(name in chosen[model] for model in bench.models)]
-        runs += plan(bench, part, rows, chosen, known) if known else []
-        outcome = _outcome(bench, part, runs, records, settings.without, notes)
+        runs += plan(bench, part, rows, chosen, known, asked) if known else []
+        outcome = _outcome(bench, part, runs, records, settings, [*notes, *unsure], log)
         write_json(settings.output / f"{result_name(part, settings)}.json", outcome_json(bench, outcome))
     return outcome
 
@@ -189,23 +198,56 @@ def result_name(part: Part, settings: Settings) -> str:
     return f"{part}.without-{'-'.join(settings.without)}" if settings.without else part
 
 
+def _asked(bench: Bench, rows: Mapping[str, TaskRows], log: Log) -> tuple[dict[str, Asked], list[str]]:
+    """What every model's final policies are asked, and notes on it."""
+    try:
+        asked, notes = choose_asked(bench, rows), check_reward_model(bench, rows)
+    except InputError as error:
+        raise bench.located(error) from None
+    for model, one in asked.items():
+        for task, count in one.too_long.items():
+            if count:
+                longest = one.max_prompt_tokens
+                notes.append(f"{model}: {count} prompts of {task} have over {longest} tokens and are not answered")
+    for note in notes:
+        log(f"  warning: {note}")
+    return asked, notes
+
+
 def _outcome(
-    bench: Bench, part: Part, runs: Sequence[Run], records: Records, without: Sequence[str], notes: list[str]
+    bench: Bench,
+    part: Part,
+    runs: Sequence[Run],
+    records: Records,
+    settings: Settings,
+    notes: list[str],
+    log: Log,
 ) -> Outcome:
     """Compares the finished runs of every model."""
+    without, scorer = settings.without, None
+    if bench.answers is not None and bench.answers.reward_model is not None:
+        from everalign.evaluation.scorers import RewardModelScorer
+
+        folder = expanded(bench.answers.reward_model)
+        scorer = KeptRewards(RewardModelScorer.from_folder(folder), settings.output / "rewards.sqlite")
+        log(f"rewards by {folder}")
     finished = [(run, record) for run in runs if (record := records.get(run)) is not None]
     failed = [f"{run.label}, {' > '.join(run.order)}: {one.failed}" for run, one in finished if one.failed is not None]
     models = []
     for model in bench.models:
         found: dict[str, list[Record]] = {name: [] for name in bench.contenders}
+        said: dict[str, list[Said]] = {name: [] for name in bench.contenders}
         for run, record in finished:
             if run.model == model and record.failed is None:
                 found[run.contender].append(record.without(without) if without else record)
+                if run.asked is not None and records.answers(run).exists():
+                    file = read_model(records.answers(run), AnswersFile, "delete this file, and the run is made again")
+                    said[run.contender].append(read_said(record, file, scorer, without))
         if not any(found.values()):
             raise EveralignError(f"no run on {model} has a result: {failed[0]}")
-        models.append(compare(model, found, bench.baseline))
+        models.append(compare(model, found, bench.baseline, said))
         notes += _limits(models[-1], [name for name, ones in found.items() if not ones])
-    budgets = {name: len(one.trials) for name, one in bench.contenders.items()}
+    budgets = bench.budgets
     if len(set(budgets.values())) > 1:
         notes.append(f"unequal trials: {', '.join(f'{name} {count}' for name, count in budgets.items())}")
     if without:
@@ -213,7 +255,8 @@ def _outcome(
     if len(codes := sorted({record.code for _, record in finished})) > 1:
         notes.append(f"the runs were made by {len(codes)} versions of the code: {', '.join(codes)}")
     notes += [f"failed, and missing from every number: {text}" for text in failed]
-    return Outcome(part, models, notes, failed, bench.task_orders(), bench.seeds)
+    judge = None if scorer is None else scorer.fingerprint
+    return Outcome(part, models, notes, failed, bench.task_orders(), bench.seeds, judge)
 
 
 def _limits(result: ModelResult, absent: Sequence[str]) -> list[str]:
@@ -237,6 +280,7 @@ def outcome_json(bench: Bench, outcome: Outcome) -> dict[str, Any]:
         "orders": [list(order) for order in outcome.orders],
         "seeds": list(outcome.seeds),
         "notes": list(outcome.notes),
+        "reward_model": outcome.judge,
         "models": [to_json(result) for result in outcome.models],
     }
 
@@ -252,8 +296,11 @@ def check_bench(bench: Bench, settings: Settings) -> None:
                 raise InputError(f"{flag} {name}: the recipe has no such name, but {', '.join(known)}", field=flag)
     if len(set(settings.without)) == len(bench.tasks):
         raise InputError("--without leaves no task to compare", field="--without")
-    bench.check_contenders()
-    check_files(bench)
+    try:
+        bench.check_contenders()
+        check_files(bench)
+    except InputError as error:
+        raise bench.located(error) from None
 
 
 def _rows(bench: Bench, part: Part, log: Log) -> dict[str, TaskRows]:

@@ -24,19 +24,24 @@ import math
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+import yaml
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from everalign.errors import InputError
 from everalign.learning.recipe import AdapterKeys, Keys, MethodKeys, Recipe, Text, TrainingKeys, line_of, read_yaml
 from everalign.options import first_problem
+from everalign.storage import sha256_of
 from everalign.training.objectives import OBJECTIVES, reads
 
 Choice = Mapping[str, Any]
 """Values of the options that a contender is tuned on; of one trial, or those that were chosen."""
+
+NO_METHOD = "none"
+"""The method of a contender that learns nothing: the base model as it is, or with an instruction."""
 
 TUNABLE = ("accuracy", "reward_accuracy", "margin")
 _NUMBERS = ("last", "backward_transfer", "average_performance")
@@ -57,9 +62,14 @@ class BenchTask(Keys):
 
 
 class Contender(Keys):
-    """A method with its arguments, its objective, and what differs from the shared settings."""
+    """A method with its arguments, its objective, and what differs from the shared settings.
+
+    With the method `none` nothing is learned: the base model is scored with a system message, `system`, the same for
+    all tasks or one for each.
+    """
 
     method: MethodKeys
+    system: Text | dict[str, Text] | None = None
     objective: Text | None = None
     preset: Text | None = None
     training: TrainingKeys | None = None
@@ -83,6 +93,36 @@ class Contender(Keys):
         return tune
 
     @property
+    def learns(self) -> bool:
+        """Whether there is anything to learn."""
+        return str(self.method.name) != NO_METHOD
+
+    def check_instruction(self, tasks: Iterable[str]) -> None:
+        """Refuses what a contender that learns nothing would ignore, and an instruction of one that learns."""
+        tried = (self.tune or {}).get("system", [])
+        given = [*([] if self.system is None else [self.system]), *tried]
+        if self.learns:
+            if given:
+                raise InputError(
+                    f"system: is the instruction of a contender of the method {NO_METHOD}, which learns nothing; one "
+                    "that all contenders get stands in the task"
+                )
+            return
+        whole = self.model_dump(exclude_none=True, exclude={"system"})
+        whole["tune"] = [name for name in whole.get("tune", {}) if name != "system"]
+        whole["method"].pop("name")
+        ignored = next((key for key, value in whole.items() if value), None)
+        if ignored is not None:
+            raise InputError(f"{ignored}: the method {NO_METHOD} learns nothing and would ignore this: leave it out")
+        for texts in given:
+            if isinstance(texts, str) and texts:
+                continue
+            if not isinstance(texts, dict) or not all(isinstance(text, str) and text for text in texts.values()):
+                raise InputError(f"system: must be a text, or a mapping from tasks to texts, found {texts!r}")
+            if unknown := next((task for task in texts if task not in tasks), None):
+                raise InputError(f"system: {_unknown('task', unknown, list(tasks))}")
+
+    @property
     def trials(self) -> list[Choice]:
         """Every combination of the values to try; one empty choice where nothing is tuned."""
         grid = self.tune or {}
@@ -94,6 +134,21 @@ class Tuning(Keys):
 
     seeds: Annotated[list[int], Field(min_length=1)] = Field(default=[1000])
     orders: Any = 1
+
+
+class AnswerKeys(Keys):
+    """What is asked of every final policy: its greedy answers to held-out prompts, and who judges them."""
+
+    prompts: _Positive = 50
+    max_new_tokens: _Positive = 96
+    reward_model: Text | None = None
+
+
+class ChatKeys(Keys):
+    """Held-out chat rows that have nothing to do with the tasks, for the perplexity of every final policy."""
+
+    rows: Text
+    limit: _Positive = 200
 
 
 class Bench(Keys):
@@ -110,10 +165,14 @@ class Bench(Keys):
     tuning: Tuning = Tuning()
     tune_on: Annotated[list[Text], Field(min_length=1)] = Field(default=["accuracy.last", "reward_accuracy.last"])
     unequal_budget: bool = False
+    forward_transfer: bool | None = None
+    answers: AnswerKeys | None = None
+    chat: ChatKeys | None = None
     validation_share: _Share = 0.1
     split_seed: int = 20261120
     test_limit: Annotated[int, Field(ge=0)] = 0
     output: Text | None = None
+    _source: tuple[Path, yaml.Node] | None = PrivateAttr(default=None)
 
     @field_validator("models", mode="before")
     @classmethod
@@ -175,7 +234,11 @@ class Bench(Keys):
             self._check_orders(key, orders)
         if self.baseline is not None and self.baseline not in self.contenders:
             raise InputError(f"baseline: {_unknown('contender', self.baseline, list(self.contenders))}")
-        budgets = {name: len(contender.trials) for name, contender in self.contenders.items()}
+        self._check_contenders()
+        return self
+
+    def _check_contenders(self) -> None:
+        budgets = self.budgets
         if len(set(budgets.values())) > 1 and not self.unequal_budget:
             counts = ", ".join(f"{name} {count}" for name, count in budgets.items())
             raise InputError(
@@ -183,12 +246,15 @@ class Bench(Keys):
                 "out, or say `unequal_budget: true`"
             )
         for name, contender in self.contenders.items():
+            try:
+                contender.check_instruction(self.tasks)
+            except InputError as error:
+                raise InputError(f"contenders.{name}.{error}") from None
             kind = OBJECTIVES[contender.objective].rows if contender.objective in OBJECTIVES else "preferences"
             if kind not in ("preferences", "judged"):
                 raise InputError(
                     f"contenders.{name}: a bench learns from preferences, and {contender.objective} cannot"
                 )
-        return self
 
     def _check_orders(self, key: str, orders: Any) -> None:
         if isinstance(orders, int):
@@ -205,7 +271,9 @@ class Bench(Keys):
         """Reads a recipe; an InputError names the file, the line and the key."""
         value, nodes = read_yaml(path)
         try:
-            return cls.model_validate(value)
+            found = cls.model_validate(value)
+            found._source = (path, nodes)
+            return found
         except ValidationError as error:
             problem = first_problem(cls, error)
             where: tuple[int | str, ...] = problem.where
@@ -221,8 +289,26 @@ class Bench(Keys):
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that name what the recipe says; not its comments, and not where results go."""
-        text = json.dumps(self.model_dump(exclude={"output"}, exclude_none=True), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        from everalign.methods.from_file import method_file
+
+        said = self.model_dump(exclude={"output"}, exclude_none=True)
+        # A method in a file is no part of the package's code.
+        files = {file for one in self.contenders.values() if (file := method_file(str(one.method.name))) is not None}
+        said |= {"files": {str(file): sha256_of(file) for file in files}} if files else {}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+    def located(self, error: InputError) -> InputError:
+        """Returns an error whose message begins with a key of the recipe with the file and line of that key."""
+        where = str(error).partition(":")[0].split(".")
+        if self._source is None or where[0] not in type(self).model_fields:
+            return error
+        path, nodes = self._source
+        return error.at(f"{path}:{line_of(nodes, where)}")
+
+    @property
+    def budgets(self) -> dict[str, int]:
+        """The number of trials of every contender that learns."""
+        return {name: len(one.trials) for name, one in self.contenders.items() if one.learns}
 
     @property
     def is_tuned(self) -> bool:
@@ -242,21 +328,31 @@ class Bench(Keys):
                 found.append(tuple(order))
         return found
 
+    def instruction(self, contender: str, choice: Choice) -> Mapping[str, str] | None:
+        """Returns by task the system message of a contender that learns nothing; None for one that learns."""
+        one = self.contenders[contender]
+        texts = choice.get("system", one.system)
+        if one.learns:
+            return None
+        return texts or {} if not isinstance(texts, str) else dict.fromkeys(self.tasks, texts)
+
     def learn_recipe(self, contender: str, choice: Choice, model: str, seed: int) -> Recipe:
         """Returns the recipe of one run, without its output and tasks.
+
+        That of a contender that learns nothing holds the shared settings, which held-out rows are scored with.
 
         Raises:
             InputError: names the contender, and the option that is wrong or would be ignored.
         """
         one = self.contenders[contender]
-        objective = choice.get("objective", one.objective)
+        objective = choice.get("objective", one.objective) if one.learns else "dpo"
         # What all share and an objective does not read is no mistake of the contender.
         shared = _given(self.training)
         shared = {key: value for key, value in shared.items() if key not in _OF_MARGINS or reads(objective, key)}
         sections: dict[str, dict[str, Any]] = {
             "training": {**shared, **_given(one.training), "test_limit": self.test_limit},
             "adapter": {**_given(self.adapter), **_given(one.adapter)},
-            "method": _given(one.method),
+            "method": _given(one.method) if one.learns else {"name": "seqft"},
         }
         for option, value in choice.items():
             section = _section_of(option)
@@ -298,15 +394,15 @@ def _given(keys: Any) -> dict[str, Any]:
 
 
 def _section_of(option: str) -> str:
-    """Where an option that is tuned belongs: a section of a learner's recipe, or nothing for the objective."""
+    """Where an option that is tuned belongs: a section of a learner's recipe, or nothing for one beside them."""
     homes = {"training": TrainingKeys, "adapter": AdapterKeys, "method": MethodKeys}
     known = {name: section for section, keys in homes.items() for name in keys.model_fields}
     for fixed in ("name", "test_limit"):
         del known[fixed]
-    if option == "objective":
+    if option in ("objective", "system"):
         return ""
     if option not in known:
-        raise InputError(_unknown("option", option, ["objective", *known], listed=False), field=option)
+        raise InputError(_unknown("option", option, ["objective", "system", *known], listed=False), field=option)
     return known[option]
 
 

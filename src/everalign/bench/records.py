@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import resource
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -13,10 +15,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
+from everalign.bench.asked import Asked
 from everalign.bench.data import Part, TaskRows
 from everalign.bench.recipe import Bench, Choice
 from everalign.learning.recipe import Recipe
 from everalign.learning.scores import Regime, Scores
+from everalign.reporting.formats import elided
 from everalign.storage import read_model
 
 METRICS = ("accuracy", "reward_accuracy", "margin", "chosen_logprob", "rejected_logprob")
@@ -35,6 +39,17 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def peak_bytes() -> int:
+    """The largest resident memory of this process; a process that was forked counts from there on."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of a bench: a contender, a model, an order of the tasks and a seed, scored on one part of the rows.
@@ -48,6 +63,9 @@ class Run:
         choice: values of the tuned options.
         recipe: how it is learned, without output and cache.
         rows: of every task.
+        forward_transfer: whether tasks are scored before they are learned too.
+        system: by task the system message of a run that learns nothing; None for one that learns.
+        asked: what the final policy is asked at the end; None for nothing.
     """
 
     contender: str
@@ -58,12 +76,19 @@ class Run:
     choice: Choice
     recipe: Recipe
     rows: Mapping[str, TaskRows]
+    forward_transfer: bool = True
+    system: Mapping[str, str] | None = None
+    asked: Asked | None = None
 
     @cached_property
     def name(self) -> str:
         """Names the run's files: what it is, and a hash of all that its result depends on but the code."""
         data = {name: (rows.train.fingerprint, rows.held_out.fingerprint) for name, rows in self.rows.items()}
         facts = [self.contender, self.model, self.order, self.seed, self.part, self.recipe.complete(), data]
+        # What is left out or asked for besides; a record from before there was such a choice keeps its name.
+        facts += [] if self.forward_transfer else ["without forward transfer"]
+        facts += [] if self.system is None else ["nothing learned", dict(self.system)]
+        facts += [] if self.asked is None else ["asked", self.asked.facts]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
         return f"{re.sub(r'[^A-Za-z0-9_.+-]', '-', self.contender)}.{self.model}.{self.part}.{self.seed}.{digest}"
 
@@ -71,7 +96,7 @@ class Run:
     def label(self) -> str:
         """The run in words."""
         chosen = "".join(
-            f" {name}={value:g}" if isinstance(value, float) else f" {name}={value}"
+            f" {name}={value:g}" if isinstance(value, float) else f" {name}={elided(str(value), 40)}"
             for name, value in self.choice.items()
         )
         return f"{self.contender} on {self.model},{f'{chosen},' if chosen else ''} seed {self.seed}"
@@ -220,6 +245,10 @@ class Records:
         """A run's file."""
         return self.folder / f"{run.name}.json"
 
+    def answers(self, run: Run) -> Path:
+        """The file of what a run's final policies said."""
+        return self.folder.parent / "answers" / f"{run.name}.json"
+
     def get(self, run: Run) -> Record | None:
         """A finished run's record; None where it is not finished."""
         path = self.path(run)
@@ -229,7 +258,12 @@ class Records:
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
         """Those of the runs that are not finished."""
-        return [run for run in runs if self.get(run) is None]
+        return [run for run in runs if not self._finished(run)]
+
+    def _finished(self, run: Run) -> bool:
+        record = self.get(run)
+        said = run.asked is None or self.answers(run).exists()
+        return record is not None and (said or record.failed is not None)
 
 
 def plan(
@@ -238,6 +272,7 @@ def plan(
     rows: Mapping[str, TaskRows],
     chosen: Mapping[str, Mapping[str, Choice]],
     only: Sequence[str],
+    asked: Mapping[str, Asked] | None = None,
 ) -> list[Run]:
     """Returns the runs of the comparison: contenders within seeds within orders within models.
 
@@ -247,18 +282,10 @@ def plan(
         rows: of every task.
         chosen: by model and contender, the values of its tuned options.
         only: names of the contenders; all if empty.
+        asked: by model, what final policies are asked; nothing when None.
     """
     return [
-        Run(
-            name,
-            model,
-            order,
-            seed,
-            part,
-            chosen[model][name],
-            bench.learn_recipe(name, chosen[model][name], model, seed),
-            rows,
-        )
+        _run(bench, part, rows, (name, model, chosen[model][name]), order, seed, (asked or {}).get(model))
         for model in bench.models
         for order in bench.task_orders()
         for seed in bench.seeds
@@ -270,9 +297,34 @@ def plan(
 def plan_trials(bench: Bench, rows: Mapping[str, TaskRows], only: Sequence[str]) -> list[Run]:
     """Returns the runs of the trials; arguments as in `plan`."""
     return [
-        Run(name, model, order, seed, "validation", choice, bench.learn_recipe(name, choice, model, seed), rows)
+        _run(bench, "validation", rows, trial, order, seed)
         for order in bench.task_orders(tuning=True)
         for seed in bench.tuning.seeds
-        for name, model, choice in bench.all_trials()
-        if not only or name in only
+        for trial in bench.all_trials()
+        if not only or trial[0] in only
     ]
+
+
+def _run(
+    bench: Bench,
+    part: Part,
+    rows: Mapping[str, TaskRows],
+    trial: tuple[str, str, Choice],
+    order: tuple[str, ...],
+    seed: int,
+    asked: Asked | None = None,
+) -> Run:
+    name, model, choice = trial
+    return Run(
+        name,
+        model,
+        order,
+        seed,
+        part,
+        choice,
+        bench.learn_recipe(name, choice, model, seed),
+        rows,
+        bench.forward_transfer is not False,
+        bench.instruction(name, choice),
+        asked,
+    )

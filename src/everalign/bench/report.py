@@ -8,15 +8,26 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from everalign.bench.answer_measures import WINS
 from everalign.bench.comparison import Contest, ModelResult, compared
 from everalign.bench.phases import Outcome
 from everalign.bench.plots import change_since_learned, cost_plot, curves, mean_of_learned
 from everalign.bench.recipe import Bench
 from everalign.bench.records import Record
-from everalign.bench.tables import COST_COLUMNS, NUMBER_TITLES, choice_text, cost_cells, difference_text, number_text
+from everalign.bench.tables import (
+    ANSWERS_ABOUT,
+    COST_COLUMNS,
+    NUMBER_TITLES,
+    answer_measures,
+    answer_text,
+    choice_text,
+    cost_cells,
+    difference_text,
+    number_text,
+)
 from everalign.evaluation.statistics import stars
 from everalign.learning.scores import Scores
-from everalign.reporting.formats import METRICS, UNMEASURED, Cell, Metric, significant
+from everalign.reporting.formats import ANSWER_METRICS, METRICS, UNMEASURED, Cell, Metric, percent, significant
 from everalign.reporting.plots import matrix_rows, score_heatmap
 from everalign.reporting.report import Row, matrix_view, page_template
 from everalign.storage import write_text
@@ -99,6 +110,7 @@ def _model_view(result: ModelResult, anchor: str) -> dict[str, Any]:
             for key in _DRAWN
         ],
         "costs": [cost_plot(result, METRICS[key], f"{anchor}-{key}-cost") for key in _DRAWN],
+        "answers": _answers(result),
         "cost_rows": [Row(name, cost_cells(one)) for name, one in result.contenders.items()],
         "matrices": [_matrices(one, f"{anchor}-{number}") for number, one in enumerate(result.contenders.values())],
     }
@@ -120,6 +132,28 @@ def _metric_rows(result: ModelResult, metric: Metric) -> list[Row]:
             cells.append(Cell(difference_text(metric, number), direction=direction))
         rows.append(Row(name, [*cells, *(Cell(metric.value(one.tasks[metric.key][task])) for task in zero)]))
     return rows
+
+
+def _answers(result: ModelResult) -> dict[str, Any] | None:
+    """The table of what answers are worth, and the share of prompts won by task; None where nothing was asked."""
+    measures = answer_measures(result)
+    if not measures:
+        return None
+    rows, wins = [], []
+    for name, one in result.contenders.items():
+        rows.append(
+            Row(name, [str(one.runs), *(answer_text(measure, one.answers.get(measure)) for measure in measures)])
+        )
+        if won := one.answer_tasks.get(WINS[0]):
+            wins.append(Row(name, [percent(share) for share in won.values()]))
+    tasks = next((list(won) for one in result.contenders.values() if (won := one.answer_tasks.get(WINS[0]))), [])
+    return {
+        "about": ANSWERS_ABOUT.format(baseline=result.baseline or "the baseline"),
+        "columns": ["runs", *(ANSWER_METRICS[measure][0] for measure in measures)],
+        "rows": rows,
+        "tasks": tasks,
+        "wins": wins,
+    }
 
 
 def _matrices(one: Contest, anchor: str) -> dict[str, Any]:

@@ -8,11 +8,22 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from everalign.bench.comparison import Contest, ModelResult, Number, compared
+from everalign.bench.answer_measures import MEASURES
+from everalign.bench.comparison import Contest, ModelResult, compared
+from everalign.bench.numbers import Number
 from everalign.bench.phases import Outcome, Tuned
 from everalign.bench.records import PAIR_METRICS
 from everalign.evaluation.statistics import stars
-from everalign.reporting.formats import METRICS, SUMMARY_TITLES, UNMEASURED, Metric, fixed, significant
+from everalign.reporting.formats import (
+    ANSWER_METRICS,
+    METRICS,
+    SUMMARY_TITLES,
+    UNMEASURED,
+    Metric,
+    elided,
+    fixed,
+    significant,
+)
 
 NUMBER_TITLES = {**SUMMARY_TITLES, "worst": "Worst"}
 
@@ -22,7 +33,8 @@ def choice_text(choice: object) -> str:
     if not isinstance(choice, dict) or not choice:
         return UNMEASURED
     return ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in choice.items()
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {elided(str(value), 40)}"
+        for name, value in choice.items()
     )
 
 
@@ -77,6 +89,48 @@ def metric_table(result: ModelResult, metric: Metric) -> Table:
     return table
 
 
+def answer_measures(result: ModelResult) -> list[str]:
+    """The measures of answers and of chat that any contender has."""
+    found = [one.answers for one in result.contenders.values() if one.answers]
+    return [name for name in MEASURES if any(numbers[name].mean is not None for numbers in found)]
+
+
+def answer_text(name: str, number: Number | None) -> str:
+    """A measure of answers with half its 95 % interval, and the mark of its difference to the baseline."""
+    factor = ANSWER_METRICS[name][1]
+    if number is None or number.mean is None:
+        return UNMEASURED
+    text = significant(factor * number.mean)
+    if number.low is not None and number.high is not None:
+        text += f" ± {significant(factor * (number.high - number.low) / 2, 2)}"
+    return f"{text}{stars(number.p_holm)}"
+
+
+ANSWERS_ABOUT = (
+    "Greedy answers of the final policies to held-out prompts, mean over runs and tasks ± half the 95 % interval over "
+    "runs and prompts. Wins: share of prompts on which the reward model prefers the answer to that of {baseline} with "
+    "the same order and seed; ties count half. Length in characters; KL to the base model along the answers, nats per "
+    "token; perplexity of held-out chat. Marked: what differs from {baseline} (wins: from half), * p < 0.05, ** 0.01, "
+    "*** 0.001 by changing signs over runs, after Holm."
+)
+
+
+def answers_table(result: ModelResult) -> Table | None:
+    """What the contenders' answers are worth; None where nothing was asked."""
+    measures = answer_measures(result)
+    if not measures:
+        return None
+    about = ANSWERS_ABOUT.format(baseline=result.baseline or "the baseline")
+    table = Table(title=Text(f"Answers on {result.model}"), title_justify="left", caption=about, caption_justify="left")
+    table.add_column("contender", style="bold")
+    for name in ("runs", *(ANSWER_METRICS[measure][0] for measure in measures)):
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    for name, one in result.contenders.items():
+        cells = [answer_text(measure, one.answers.get(measure)) for measure in measures]
+        table.add_row(Text(name), str(one.runs), *cells)
+    return table
+
+
 def cost_cells(one: Contest) -> list[str]:
     """Processor seconds, peak memory, and bytes kept a task, with what they are."""
     costs, kib = one.costs, 1024
@@ -116,7 +170,9 @@ def outcome_tables(outcome: Outcome) -> list[RenderableType]:
     """One table a metric and model, then the costs and the notes."""
     tables: list[RenderableType] = []
     for result in outcome.models:
-        tables += [*(metric_table(result, metric) for metric in METRICS.values()), cost_table(result)]
+        tables += [metric_table(result, metric) for metric in METRICS.values()]
+        answers = answers_table(result)
+        tables += [*([] if answers is None else [answers]), cost_table(result)]
     return [*_spaced(tables), *(Text(f"note: {note}", style="yellow") for note in outcome.notes), Text("")]
 
 

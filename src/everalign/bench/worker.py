@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from everalign.bench.records import FORMAT, METRICS, PAIR_METRICS, Run
+from everalign.bench.answers import write_answers_file
+from everalign.bench.base_model import base_results, load_base
+from everalign.bench.records import FORMAT, METRICS, PAIR_METRICS, Run, peak_bytes
 from everalign.errors import EveralignError, InputError
 from everalign.learning.learner import Learner
+from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import RunData, VersionData
 from everalign.learning.run_store import now
 from everalign.storage import write_json
@@ -32,6 +34,7 @@ class Place:
     Args:
         run: its run directory.
         record: its record, written at the end.
+        answers: what its final policies said, if they are asked.
         log: what it says meanwhile.
         cache: reference log-probabilities and encoded rows, which all runs share.
         code: the version of the code, for the record.
@@ -40,6 +43,7 @@ class Place:
 
     run: Path
     record: Path
+    answers: Path
     log: Path
     cache: Path
     code: str
@@ -90,12 +94,19 @@ def execute(run: Run, place: Place, say: Say, log: Callable[[str], None]) -> Non
         "choice": dict(run.choice),
         "code": place.code,
     }
+    if replace(run).name != place.record.stem:
+        raise InputError(f"contenders.{run.contender}: the method's file has changed meanwhile: run the command again")
     try:
-        learner = Learner(
-            **recipe.learner_arguments(needs_tasks=False), resume=True, log=log, progress=_by_task(run, say)
-        )
-        learner.learn_all([(name, run.rows[name].train, run.rows[name].held_out) for name in run.order])
-        record |= results(learner.run, resumed)
+        if run.system is not None:
+            base = load_base(recipe, log)
+            record |= base_results(base, run)
+            policy, tokenizer, data = base.policy, base.tokenizer, None
+        else:
+            learner = _learned(run, recipe, say, log)
+            policy, tokenizer, data = learner.policy, learner.tokenizer, learner.run
+            record |= results(data, resumed)
+        if run.asked is not None:
+            write_answers_file(run, policy, tokenizer, data, place.run, place.answers, log)
     except InputError:
         raise
     except EveralignError as error:
@@ -105,6 +116,18 @@ def execute(run: Run, place: Place, say: Say, log: Callable[[str], None]) -> Non
     write_json(place.record, {**record, "created": now()})
     if not place.keep_run:
         shutil.rmtree(place.run, ignore_errors=True)
+
+
+def _learned(run: Run, recipe: Recipe, say: Say, log: Callable[[str], None]) -> Learner:
+    """Learns all tasks, or what is left of them."""
+    arguments = recipe.learner_arguments(needs_tasks=False)
+    # Scores that no record holds are not computed.
+    ahead = run.forward_transfer and arguments["method"].regime != "separate"
+    learner = Learner(
+        **arguments, forward_transfer=ahead, drift=False, resume=True, log=log, progress=_by_task(run, say)
+    )
+    learner.learn_all([(name, run.rows[name].train, run.rows[name].held_out) for name in run.order])
+    return learner
 
 
 def _by_task(run: Run, say: Say) -> Say:
@@ -167,17 +190,6 @@ def _kept(data: RunData, version: VersionData) -> dict[str, Any]:
         "state": size("method.safetensors"),
         "buffer": size("replay.jsonl"),
     }
-
-
-def peak_bytes() -> int:
-    """The largest resident memory of this process; a process that was forked counts from there on."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _end_with_parent() -> None:

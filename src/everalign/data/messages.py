@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
-from everalign.data.rows import check_text, field_error, kind
+from everalign.data.rows import check_text, content_id, field_error, kind
 
 Message = dict[str, Any]
 """A chat message: `role` (one of `ROLES`), `content` (text, or a list of text parts), and further keys."""
@@ -120,6 +120,17 @@ def is_same(first: Completion, second: Completion) -> bool:
     if isinstance(first, str) and isinstance(second, str):
         return first.strip() == second.strip()
     return first == second
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Returns 16 hexadecimal digits that name what is asked, to find a prompt again in other data.
+
+    A text and a chat of one user's message with that text have one key, whatever a system message says.
+    """
+    if isinstance(prompt, str):
+        return content_id([["user", prompt.strip()]])
+    turns = [(one["role"], one.get("content")) for one in prompt if one["role"] not in ("system", "developer")]
+    return content_id([[role, said.strip() if isinstance(said, str) else said] for role, said in turns])
 
 
 def checked_prompt(value: Any, name: str = "prompt", follows: str = "chosen") -> Prompt:

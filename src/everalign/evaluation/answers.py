@@ -24,6 +24,7 @@ from everalign.evaluation.scorers import Scorer
 from everalign.evaluation.statistics import Interval, bootstrap, bootstrap_mean
 from everalign.evaluation.text_metrics import BleuCounts, compat_bleu, compat_rouge_l, rouge_l
 from everalign.evaluation.win_rates import WinRate, judged_scores, win_rate
+from everalign.memory import LowRankUpdate
 from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.sampling import check_prompts, greedy_answers
@@ -175,11 +176,27 @@ def kl_to_base(
     mean over the answer's positions; the mean of these over prompts. Greedy answers are no samples of the policy, so it
     is drift along the answers that users get, not the KL of whole sequences.
     """
-    given = [(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True) if answer.text]
-    if not given:
+    found = [kl for kl in answer_kls(policy, tokenizer, prompts, answers, max_length=max_length) if kl is not None]
+    if not found:
         raise InputError("the policy has written nothing to any prompt: there is no answer to measure its KL on")
+    return bootstrap_mean(found)
+
+
+def answer_kls(
+    policy: Policy,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer],
+    *,
+    max_length: int,
+) -> list[float | None]:
+    """Returns for each answer the mean of `kl_to_base` over its positions; None for an empty one."""
+    given = [(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True) if answer.text]
     rows = _rows(tokenizer, [prompt for prompt, _ in given], [text for _, text in given], max_length)
-    return bootstrap_mean([mean_kl(policy, {}, [row]) for row in rows])
+    base: dict[str, LowRankUpdate] = {}
+    with policy.as_snapshot(base):  # once for all
+        measured = iter([mean_kl(policy, base, [row]) for row in rows])
+    return [next(measured) if answer.text else None for answer in answers]
 
 
 def _rows(

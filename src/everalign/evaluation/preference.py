@@ -94,16 +94,16 @@ def score_preferences(
     if previous is not None:
         step = max(1, len(held_out.pairs) // kl_pairs)
         kl = mean_kl(policy, previous, held_out.pairs[::step][:kl_pairs])
-    return _score(log_probs, held_out, kl)
+    return score_log_probs(log_probs, held_out, kl)
 
 
 def score_base(held_out: HeldOut) -> PreferenceScore:
     """Score the base model by the log-probabilities that are at hand; errors as in `score_preferences`."""
-    return _score(held_out.base, held_out, None)
+    return score_log_probs(held_out.base, held_out)
 
 
-def _score(log_probs: Tensor, held_out: HeldOut, kl: float | None) -> PreferenceScore:
-    """Score a policy by its (N, 2) summed log-probabilities of chosen and rejected."""
+def score_log_probs(log_probs: Tensor, held_out: HeldOut, kl: float | None = None) -> PreferenceScore:
+    """Score a policy by its (N, 2) summed log-probabilities of held-out pairs; errors as in `score_preferences`."""
     if not torch.isfinite(log_probs).all():
         raise EveralignError("the policy gives NaN or infinite log-probabilities: lower the learning rate, or use fp32")
     lengths = torch.tensor([[len(tokens) for tokens in pair.responses] for pair in held_out.pairs])

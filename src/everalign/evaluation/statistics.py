@@ -67,6 +67,43 @@ def crossed_bootstrap(
     return Interval(value, float(low), float(high))
 
 
+def crossed_statistic(
+    runs: int,
+    tasks: Sequence[int],
+    statistic: Callable[[Array, Array], Array],
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    replicates: int = REPLICATES,
+) -> Interval:
+    """Returns any statistic of R runs on the rows of T tasks, with a percentile interval.
+
+    Args:
+        runs: R, at least 1.
+        tasks: number of rows of each task, N in all.
+        statistic: returns (B,) values for what each run (B, R) and each row, task by task, (B, N) counts. Both sum to
+            1, and tasks count alike. NaN where it is not defined; such draws are left out.
+        confidence: of the interval.
+        seed: of the draws.
+        replicates: how often runs and, within every task, rows are drawn anew.
+    """
+    value = float(statistic(np.full((1, runs), 1 / runs), equal_weights(tasks)[None])[0])
+    rng = np.random.default_rng(seed)
+    found: list[Array] = []
+    for start in range(0, replicates, _BATCH):
+        size = min(_BATCH, replicates - start)
+        drawn = rng.multinomial(runs, np.full(runs, 1 / runs), size=size) / runs
+        again = [rng.multinomial(rows, np.full(rows, 1 / rows), size=size) / rows / len(tasks) for rows in tasks]
+        found.append(statistic(drawn, np.concatenate(again, axis=1)))
+    low, high = np.nanquantile(np.concatenate(found), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def equal_weights(tasks: Sequence[int]) -> Array:
+    """Returns (N,) weights of the rows of T tasks: rows of a task count alike, and so do tasks; they sum to 1."""
+    return np.concatenate([np.full(rows, 1 / rows / len(tasks)) for rows in tasks])
+
+
 def bootstrap(
     count: int,
     statistic: Callable[[Array], Array],

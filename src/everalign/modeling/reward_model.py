@@ -5,7 +5,7 @@ whatever loads such a model loads ours; its logits are rewards that are not cent
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from everalign.data.chat_tokens import template_fingerprint
 from everalign.data.collate import batches_by_length
+from everalign.data.messages import Prompt, prompt_key
 from everalign.data.tokenization import pad_right
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.base_adapter import base_and_adapter
@@ -33,7 +34,7 @@ from everalign.modeling.loading import (
 )
 from everalign.modeling.options import Precision
 from everalign.modeling.runtime import training_device
-from everalign.storage import check_free, new_folder, read_model, write_json
+from everalign.storage import check_free, new_folder, read_json, read_model, write_json
 
 _PADDING = "<|pad|>"
 
@@ -209,6 +210,8 @@ def sequence_rewards(
 
 
 FACTS_FILE = "everalign_reward.json"
+PROMPTS_FILE = "everalign_reward_prompts.json"
+"""Keys of the training prompts, by which their overlap with what is to be judged is found."""
 
 
 class RewardFacts(BaseModel):
@@ -243,13 +246,48 @@ class RewardFacts(BaseModel):
     settings: dict[str, Any]
 
 
-def save_reward_model(folder: Path, model: RewardModel, tokenizer: Any, facts: RewardFacts) -> None:
-    """Write a reward model's folder, whole or not at all; refuses one that is not empty."""
+def save_reward_model(
+    folder: Path, model: RewardModel, tokenizer: Any, facts: RewardFacts, prompts: Iterable[Prompt]
+) -> None:
+    """Write a reward model's folder, whole or not at all; refuses one that is not empty.
+
+    Args:
+        folder: where.
+        model: the classifier.
+        tokenizer: its tokenizer.
+        facts: what is known of it.
+        prompts: those of its training pairs, of which the keys are kept.
+    """
     check_free(folder)
     with new_folder(folder) as temporary:
         model.classifier.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / FACTS_FILE, facts.model_dump())
+        write_json(temporary / PROMPTS_FILE, sorted(set(map(prompt_key, prompts))))
+
+
+def read_reward_facts(folder: Path) -> RewardFacts:
+    """Return what is known of the reward model in a folder, without loading it.
+
+    Raises:
+        InputError: the folder is no reward model's, or the file is damaged.
+    """
+    if not (folder / FACTS_FILE).is_file():
+        raise InputError(
+            f"{folder}: not a reward model (it has no {FACTS_FILE}); train one with everalign reward train"
+        )
+    return read_model(folder / FACTS_FILE, RewardFacts)
+
+
+def read_reward_prompts(folder: Path) -> set[str] | None:
+    """Return the keys of a reward model's training prompts (see `prompt_key`); None where they were not kept."""
+    path = folder / PROMPTS_FILE
+    if not path.exists():
+        return None
+    keys = read_json(path)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise InputError(f"{path}: must be a list of keys of prompts: restore the file")
+    return set(keys)
 
 
 def load_reward_model(folder: Path) -> tuple[RewardModel, Any, RewardFacts]:
@@ -259,11 +297,7 @@ def load_reward_model(folder: Path) -> tuple[RewardModel, Any, RewardFacts]:
         InputError: the folder is no reward model's, a file of it is damaged, or its tokenizer or chat template is not
             the one that it was trained with.
     """
-    if not (folder / FACTS_FILE).is_file():
-        raise InputError(
-            f"{folder}: not a reward model (it has no {FACTS_FILE}); train one with everalign reward train"
-        )
-    facts = read_model(folder / FACTS_FILE, RewardFacts)
+    facts = read_reward_facts(folder)
     tokenizer = load_tokenizer(str(folder))
     if template_fingerprint(tokenizer) != facts.template:
         raise InputError(

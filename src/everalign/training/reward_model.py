@@ -239,7 +239,7 @@ def train_reward_model(
         )
         if any(not isinstance(row.prompt, str) for row in train):
             keep_template(tokenizer)
-        save_reward_model(folder, rewards, tokenizer, facts)
+        save_reward_model(folder, rewards, tokenizer, facts, (row.prompt for row in train))
         return TrainedRewardModel(folder, facts, report, training)
 
 
