@@ -81,6 +81,7 @@ def test_every_method_is_made_by_its_name():
             "slao",
             "gdumb",
             "lifealign-rf",
+            "experts",
         )
     }
     for name, kind in METHODS.items():

@@ -69,43 +69,41 @@ def test_every_version_is_measured_on_every_task_and_answers_are_written_once(ru
 
 def test_log_likelihoods_and_perplexity_are_those_of_the_model(run, runner):
     prompts, answers = ["q1?", "q2?"], ["yes, gladly! 1", "ok"]
-    with runner.switched(run.versions[-1].id):
-        scored = response_log_probs(
-            runner.policy, runner.tokenizer, prompts, answers, max_length=64, tokens_per_batch=64
-        )
-        expected = []
-        for prompt, (ids, (answer,)) in zip(
-            prompts, ChatFormat(runner.tokenizer).encode(prompts, [(a,) for a in answers]), strict=True
-        ):
-            assert prompt
-            logits = runner.policy.peft(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
-            expected.append(logits[range(len(ids) - 1, len(ids) + len(answer) - 1), answer].mean().item())
-        assert scored.policy == pytest.approx(expected, abs=1e-4)
-        total = sum(value * count for value, count in zip(expected, scored.tokens, strict=True))
-        assert scored.perplexity().value == pytest.approx(math.exp(-total / sum(scored.tokens)), rel=1e-4)
-        assert scored.change.value == pytest.approx(
-            sum(now - then for now, then in zip(scored.policy, scored.base, strict=True)) / 2
-        )
+    runner.switch(run.versions[-1].id, "warm")
+    scored = response_log_probs(runner.policy, runner.tokenizer, prompts, answers, max_length=64, tokens_per_batch=64)
+    expected = []
+    for prompt, (ids, (answer,)) in zip(
+        prompts, ChatFormat(runner.tokenizer).encode(prompts, [(a,) for a in answers]), strict=True
+    ):
+        assert prompt
+        logits = runner.policy.peft(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
+        expected.append(logits[range(len(ids) - 1, len(ids) + len(answer) - 1), answer].mean().item())
+    assert scored.policy == pytest.approx(expected, abs=1e-4)
+    total = sum(value * count for value, count in zip(expected, scored.tokens, strict=True))
+    assert scored.perplexity().value == pytest.approx(math.exp(-total / sum(scored.tokens)), rel=1e-4)
+    assert scored.change.value == pytest.approx(
+        sum(now - then for now, then in zip(scored.policy, scored.base, strict=True)) / 2
+    )
 
 
 def test_the_kl_is_that_of_the_distributions_and_zero_for_the_base_model(run, runner):
     answers = [Answer("yes", True), Answer("", True), Answer("no 1", False)]
     arguments = (runner.tokenizer, ["q1?", "q2?", "q3?"], answers)
-    with runner.switched("000"):
-        assert kl_to_base(runner.policy, *arguments, max_length=64).value == pytest.approx(0, abs=1e-6)
-    with runner.switched(run.versions[-1].id):
-        found = kl_to_base(runner.policy, *arguments, max_length=64)
-        expected = []
-        encoded = ChatFormat(runner.tokenizer).encode(["q1?", "q3?"], [("yes",), ("no 1",)])
-        for ids, (answer,) in encoded:
-            tokens, places = torch.tensor([ids + answer]), slice(len(ids) - 1, len(ids) + len(answer) - 1)
-            now = runner.policy.peft(tokens).logits[0, places].log_softmax(-1)
-            with runner.policy.as_base():
-                base = runner.policy.peft(tokens).logits[0, places].log_softmax(-1)
-            expected.append((now.exp() * (now - base)).sum(-1).mean().item())
-        assert found.value == pytest.approx(sum(expected) / 2, rel=1e-3)
-        with pytest.raises(InputError, match="written nothing"):
-            kl_to_base(runner.policy, runner.tokenizer, ["q"], [Answer("", True)], max_length=64)
+    runner.switch("000", "warm")
+    assert kl_to_base(runner.policy, *arguments, max_length=64).value == pytest.approx(0, abs=1e-6)
+    runner.switch(run.versions[-1].id, "warm")
+    found = kl_to_base(runner.policy, *arguments, max_length=64)
+    expected = []
+    encoded = ChatFormat(runner.tokenizer).encode(["q1?", "q3?"], [("yes",), ("no 1",)])
+    for ids, (answer,) in encoded:
+        tokens, places = torch.tensor([ids + answer]), slice(len(ids) - 1, len(ids) + len(answer) - 1)
+        now = runner.policy.peft(tokens).logits[0, places].log_softmax(-1)
+        with runner.policy.as_base():
+            base = runner.policy.peft(tokens).logits[0, places].log_softmax(-1)
+        expected.append((now.exp() * (now - base)).sum(-1).mean().item())
+    assert found.value == pytest.approx(sum(expected) / 2, rel=1e-3)
+    with pytest.raises(InputError, match="written nothing"):
+        kl_to_base(runner.policy, runner.tokenizer, ["q"], [Answer("", True)], max_length=64)
 
 
 def test_a_judge_scores_and_compares_by_the_tasks_rubric(run, tmp_path, capsys):

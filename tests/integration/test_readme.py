@@ -96,6 +96,12 @@ def workspace(tmp_path, monkeypatch):
     write_rows(tmp_path / "corrections.test.jsonl", corrections[6:])
     write_rows(tmp_path / "answers.jsonl", [{"question": f"q{i}?", "answer": "no"} for i in range(2)])
     write_rows(tmp_path / "completions.jsonl", [{"prompt": "q?", "completions": ["yes", "no"]}])
+    for name, rows in (("customers", task_rows), ("customers.test", held_out)):
+        named = (("acme", "warm"), ("globex", "brief"))
+        write_rows(
+            tmp_path / f"{name}.jsonl",
+            [{**row.to_json(), "customer": customer} for customer, task in named for row in rows(task)],
+        )
     with FeedbackStore.open("sqlite:///feedback.db") as store:
         for i in range(40):
             key, about = f"{i % 4:012d}", {"question": f"q{i}?", "original": f"no {i}", "returned": f"no {i}"}
@@ -155,11 +161,11 @@ def test_an_interrupted_run_goes_on_with_the_tasks_that_are_left(workspace, caps
 
     learn, learned = Learner._learn, []
 
-    def interrupted(self, rows, name, *others):
-        if name == "helpful" and not learned:
-            learned.append(name)
+    def interrupted(self, task, *others):
+        if task.name == "helpful" and not learned:
+            learned.append(task.name)
             raise KeyboardInterrupt
-        return learn(self, rows, name, *others)
+        return learn(self, task, *others)
 
     monkeypatch.setattr(Learner, "_learn", interrupted)
     assert run(capsys, *quickened(words(line)))[0] == 130

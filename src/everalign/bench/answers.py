@@ -88,8 +88,9 @@ def write_answers_file(
                 kls = answer_kls(policy, tokenizer, prompts, answers, max_length=longest)
         found[task] = [_written(*three) for three in zip(prompts, answers, kls, strict=True)]
     chat = None
-    # Of a model for each task there is no one policy, and an instruction is one for tasks.
-    if asked.chat and not run.system and (data is None or data.regime != "separate"):
+    # Of a model for each task or label there is no one policy, and an instruction is one for tasks.
+    apart = data is not None and (data.regime == "separate" or data.versions[-1].manifest.label is not None)
+    if asked.chat and not run.system and not apart:
         log("  perplexity of chat")
         with _final(policy, data, run.order[-1]):
             scored = response_log_probs(
@@ -104,13 +105,17 @@ def write_answers_file(
 
 @contextmanager
 def _final(policy: Policy, data: RunData | None, task: str) -> Iterator[str]:
-    """Switches to what answers a task's prompts in the end: the last version, or the task's own; yields its name."""
+    """Switches to what answers a task's prompts in the end and yields its name.
+
+    That is the last version; of a model for each task the task's own, and with labels the last of the task's label.
+    """
     if data is None:
         policy.reset(0)
         yield "base"
         return
     own: Mapping[str, Any] = {version.task: version for version in data.versions}
-    version = own[task] if data.regime == "separate" else data.versions[-1]
+    label = own[task].manifest.label if task in own else None
+    version = own[task] if data.regime == "separate" else data.adapters_at(data.versions[-1])[label]
     policy.load_adapter(data.path / "versions" / version.id / "adapter", long_term=True, seed=0)
     yield version.id
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from everalign.bench.recipe import Bench, BenchTask, expanded
 from everalign.data.file_formats import raw_rows
 from everalign.data.messages import ChatPrompt, Prompt
+from everalign.data.readers import label_of, with_label
 from everalign.data.records import PREFERENCE_SCHEMA, Preference, PreferenceSet
 from everalign.data.rows import content_id
 from everalign.demo.world import demo_tasks
@@ -41,16 +42,17 @@ def load_rows(bench: Bench, part: Part) -> dict[str, TaskRows]:
     check_files(bench)
     found = {}
     for name, task in bench.tasks.items():
-        train = _read(name, task, "train")
+        train = _read(name, task, "train", bench.label)
         if task.validation is None:
             train, validation = cut_validation(train, bench.validation_share, bench.split_seed)
         else:
-            validation = _read(name, task, "validation")
+            validation = _read(name, task, "validation", bench.label)
             _check_apart(name, train, validation)
         if task.limit is not None and len(train) > task.limit:
             numbers = random.Random(bench.split_seed).sample(range(len(train)), task.limit)
             train = replace(train, items=tuple(train[number] for number in sorted(numbers)))
-        held_out = _read(name, task, "test") if part == "test" else validation
+        held_out = _read(name, task, "test", bench.label) if part == "test" else validation
+        _check_label(name, bench.label, train, held_out)
         if task.system is not None:
             # Last, so that a prompt is cut off alike in tasks with and without.
             train, held_out = (with_system(rows, task.system) for rows in (train, held_out))
@@ -126,6 +128,15 @@ def _check_apart(name: str, train: PreferenceSet, validation: PreferenceSet) -> 
         )
 
 
+def _check_label(name: str, column: str | None, train: PreferenceSet, held_out: PreferenceSet) -> None:
+    labels = list(dict.fromkeys([*train.labels, *held_out.labels]))
+    if len(labels) > 1:
+        raise InputError(
+            f"tasks.{name}: its rows have several labels in {column!r} ({', '.join(labels)}), and a task has one: keep "
+            f"those of one with `where: {{{column}: {labels[0]}}}`"
+        )
+
+
 def _check_source(key: str, source: str | None) -> None:
     if source is None:
         return
@@ -140,23 +151,27 @@ def _check_source(key: str, source: str | None) -> None:
         raise InputError(f"{key}: {path}: no such file")
 
 
-def _read(name: str, task: BenchTask, key: Literal["train", "validation", "test"]) -> PreferenceSet:
-    """Reads one file of a task with its filter."""
+def _read(name: str, task: BenchTask, key: Literal["train", "validation", "test"], label: str | None) -> PreferenceSet:
+    """Reads one file of a task with its filter, and the column of labels where there is one."""
     source = str(getattr(task, key))
     if source.startswith(DEMO):
+        if label is not None:
+            raise InputError(f"tasks.{name}.{key}: the demo's tasks have no column {label!r}: leave label out")
         return _demo_rows(name, source, key, task.where)
     path, where = expanded(source), task.where or {}
-    schema = replace(PREFERENCE_SCHEMA, columns=tuple(dict.fromkeys((*PREFERENCE_SCHEMA.columns, *where))))
+    labelled = PREFERENCE_SCHEMA if label is None else with_label(PREFERENCE_SCHEMA, label)
+    schema = replace(labelled, columns=tuple(dict.fromkeys((*labelled.columns, *where))))
     rows = []
     for place, raw in raw_rows(path, "train", schema):
         if isinstance(raw, InputError):
             raise raw
         if not isinstance(raw, Mapping) or _matches(raw, where, place):
-            rows.append(Preference.from_json(raw, place))
-    label = f"{path} where {json.dumps(where, ensure_ascii=False)}" if where else path
+            row = Preference.from_json(raw, place)
+            rows.append(row if label is None else replace(row, label=label_of(raw, label, place, schema)))
+    shown = f"{path} where {json.dumps(where, ensure_ascii=False)}" if where else path
     if not rows:
-        raise InputError(f"tasks.{name}.{key}: {label}: no row is left")
-    return PreferenceSet(tuple(rows), label)
+        raise InputError(f"tasks.{name}.{key}: {shown}: no row is left")
+    return PreferenceSet(tuple(rows), shown)
 
 
 def _matches(row: Mapping[str, Any], where: Mapping[str, Any], place: str) -> bool:

@@ -156,6 +156,7 @@ class Bench(Keys):
 
     models: Any
     tasks: Annotated[dict[str, BenchTask], Field(min_length=1)]
+    label: Text | None = None
     orders: Any = 1
     seeds: Annotated[list[int], Field(min_length=1)]
     contenders: Annotated[dict[str, Contender], Field(min_length=1)]

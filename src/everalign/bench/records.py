@@ -89,6 +89,8 @@ class Run:
         facts += [] if self.forward_transfer else ["without forward transfer"]
         facts += [] if self.system is None else ["nothing learned", dict(self.system)]
         facts += [] if self.asked is None else ["asked", self.asked.facts]
+        if labels := {name: rows.train.labels for name, rows in self.rows.items() if rows.train.labels}:
+            facts.append(labels)
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
         return f"{re.sub(r'[^A-Za-z0-9_.+-]', '-', self.contender)}.{self.model}.{self.part}.{self.seed}.{digest}"
 

@@ -179,16 +179,18 @@ def results(data: RunData, resumed: bool) -> dict[str, Any]:
 
 
 def _kept(data: RunData, version: VersionData) -> dict[str, Any]:
-    folder = data.path / "versions" / version.id
+    """Bytes that learning goes on from after a version; with labels, the adapters of all labels so far."""
 
-    def size(*names: str) -> int:
-        return sum((folder / name).stat().st_size for name in names if (folder / name).exists())
+    def size(one: VersionData, name: str) -> int:
+        path = data.path / "versions" / one.id / name
+        return path.stat().st_size if path.exists() else 0
 
+    adapters = data.adapters_at(version).values()
     return {
         "task": version.task,
-        "adapter": size("adapter/adapter_model.safetensors"),
-        "state": size("method.safetensors"),
-        "buffer": size("replay.jsonl"),
+        "adapter": sum(size(one, "adapter/adapter_model.safetensors") for one in adapters),
+        "state": size(version, "method.safetensors"),
+        "buffer": size(version, "replay.jsonl"),
     }
 
 

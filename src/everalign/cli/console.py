@@ -190,7 +190,7 @@ def version_table(run: "RunData") -> Table:
         change = None if row["then"] is None or row["now"] is None else row["now"] - row["then"]
         made.add_row(
             Text(row["version"]),
-            Text(row["task"]),
+            Text(row["task"] if row["label"] in (None, row["task"]) else f"{row['task']} (label {row['label']})"),
             row["created"][:16].replace("T", " "),
             accuracy.value(row["then"]),
             accuracy.value(row["now"]),

@@ -24,7 +24,15 @@ from everalign.learning.options import (
     RolloutOptions,
     TrainingOptions,
 )
-from everalign.learning.recipe import LoadedTask, Recipe, completed, load_tasks, nothing_left, write_recipe
+from everalign.learning.recipe import (
+    LoadedTask,
+    Recipe,
+    completed,
+    left_to_learn,
+    load_tasks,
+    nothing_left,
+    write_recipe,
+)
 from everalign.training.options import WeightOptions
 
 if TYPE_CHECKING:
@@ -51,7 +59,7 @@ def learn(
         str | None,
         option(
             "lifealign (default), lifealign-rf, er, seqft, mtl, stl, gem, ewc, olora, cppo, copr, ogpsa, slao, gdumb, "
-            "or a class in a file, FILE.py:CLASS."
+            "experts (an adapter for each label), or a class in a file, FILE.py:CLASS."
         ),
     ] = None,
     recipe: Annotated[Path | None, option("Read options from a file; flags win.", "FILE.yaml")] = None,
@@ -96,12 +104,15 @@ def learn(
             if from_feedback is not None or any(value is not None for value in feedback.values()):
                 run, refusal = _learn_feedback(from_feedback, feedback, bool(tasks), wanted, display)
             else:
+                goes_on = resume and wanted.tasks is None
                 wanted = completed(wanted) if resume else wanted
-                if resume and wanted.tasks is None and (Path(wanted.output or "") / "run.json").exists():
+                goes_on = goes_on and (Path(wanted.output or "") / "run.json").exists()
+                if goes_on and wanted.tasks is None:
                     raise nothing_left(wanted)
                 arguments = wanted.learner_arguments()
                 with exclusive_run(Path(arguments["output"])):
                     loaded = _load(wanted, display)
+                    loaded = left_to_learn(wanted, loaded) if goes_on else loaded
                     learner = Learner(**arguments, resume=resume, log=display.log, progress=display.progress)
                     write_recipe(learner.run.path, wanted)
                     try:
@@ -149,6 +160,8 @@ def _learn_feedback(
     if store is None:
         name = next(iter(given)).replace("_", "-")
         raise InputError(f"--{name}: is for feedback; name its store with --from-feedback", field=name)
+    if recipe.label is not None:
+        raise InputError("label: feedback has no labels; leave it out", field="label")
     if has_tasks:
         raise InputError("--task: what is learned from feedback is the only task; leave --task out")
     if recipe.tasks:

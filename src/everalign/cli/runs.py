@@ -128,6 +128,7 @@ def export(
             metavar="DTYPE", help="auto, fp32, bf16 or fp16; auto is the base model's, or fp32 for an adapter."
         ),
     ] = "auto",
+    label: Annotated[str | None, option("Whose adapter, of a run that keeps one for each label.", "LABEL")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -142,9 +143,10 @@ def export(
 
     kind = checked_dtype(dtype)
     prepare_process()
-    done = (export_adapter if adapter else export_version)(load_run(run), folder, version, model, None, kind)
+    done = (export_adapter if adapter else export_version)(load_run(run), folder, version, model, None, kind, label)
     if as_json:
         shown = {"version": done.version, "model": str(folder), "corrector": done.corrector, "dtype": done.dtype}
+        shown |= {} if label is None else {"label": label}
         more = {"rank": done.rank, "vllm": done.command} if adapter else {"rounding": done.rounding}
         show_json({"run": str(run), **shown, **more})
         return

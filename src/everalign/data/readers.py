@@ -25,14 +25,16 @@ from everalign.data.records import (
     checked_completions,
     correction_of,
 )
-from everalign.data.rows import Row, RowSet, Schema, field_error, kind
+from everalign.data.rows import Row, RowSet, Schema, check_text, field_error, kind
 from everalign.errors import InputError, located
 
 Set = TypeVar("Set", bound=RowSet[Any])
 Source = str | os.PathLike[str]
 
 
-def load_preferences(source: Source, *, split: str = "train", skip_bad_rows: bool = False) -> PreferenceSet:
+def load_preferences(
+    source: Source, *, split: str = "train", skip_bad_rows: bool = False, label: str | None = None
+) -> PreferenceSet:
     """Loads preferences from a file, or from the Hugging Face Hub if no such file exists.
 
     Args:
@@ -40,27 +42,34 @@ def load_preferences(source: Source, *, split: str = "train", skip_bad_rows: boo
             Hub.
         split: split of a Hub dataset; a file has no splits.
         skip_bad_rows: skip bad rows and keep one message for each in `.skipped`, instead of stopping at the first.
+        label: column of the rows' labels, texts or whole numbers, one in every row; none are read when None.
 
     Raises:
         InputError: the source cannot be read, holds no usable row, or a row is bad; names the file, the line and the
             field.
     """
-    return _load(PreferenceSet, PREFERENCE_SCHEMA, source, split, skip_bad_rows)
+    return _load(PreferenceSet, PREFERENCE_SCHEMA, source, split, skip_bad_rows, label=label)
 
 
-def load_scored(source: Source, *, split: str = "train", skip_bad_rows: bool = False) -> ScoredSet:
+def load_scored(
+    source: Source, *, split: str = "train", skip_bad_rows: bool = False, label: str | None = None
+) -> ScoredSet:
     """Loads rows of `prompt`, `completions` and `rewards`."""
-    return _load(ScoredSet, SCORED_SCHEMA, source, split, skip_bad_rows)
+    return _load(ScoredSet, SCORED_SCHEMA, source, split, skip_bad_rows, label=label)
 
 
-def load_prompts(source: Source, *, split: str = "train", skip_bad_rows: bool = False) -> ScoredSet:
+def load_prompts(
+    source: Source, *, split: str = "train", skip_bad_rows: bool = False, label: str | None = None
+) -> ScoredSet:
     """Loads the prompts of a file alone, whose answers are to be sampled."""
-    return _load(ScoredSet, PROMPT_SCHEMA, source, split, skip_bad_rows)
+    return _load(ScoredSet, PROMPT_SCHEMA, source, split, skip_bad_rows, label=label)
 
 
-def load_corrections(source: Source, *, split: str = "train", skip_bad_rows: bool = False) -> CorrectionSet:
+def load_corrections(
+    source: Source, *, split: str = "train", skip_bad_rows: bool = False, label: str | None = None
+) -> CorrectionSet:
     """Loads rows of `question`, `answer` and `correction`."""
-    return _load(CorrectionSet, CORRECTION_SCHEMA, source, split, skip_bad_rows)
+    return _load(CorrectionSet, CORRECTION_SCHEMA, source, split, skip_bad_rows, label=label)
 
 
 def load_answers(source: Source, *, split: str = "train", skip_bad_rows: bool = False) -> CorrectionSet:
@@ -68,14 +77,16 @@ def load_answers(source: Source, *, split: str = "train", skip_bad_rows: bool = 
     return _load(CorrectionSet, LABELLED_SCHEMA, source, split, skip_bad_rows)
 
 
-def load_judged(source: Source, *, split: str = "train", skip_bad_rows: bool = False) -> ScoredSet | PreferenceSet:
+def load_judged(
+    source: Source, *, split: str = "train", skip_bad_rows: bool = False, label: str | None = None
+) -> ScoredSet | PreferenceSet:
     """Loads scored rows, or preferences if the first row has `chosen` or `rejected` and no `completions`.
 
     All rows must be of one kind.
     """
     first = first_columns(source, split, ("completions", "chosen", "rejected"))
     load = load_preferences if first and "completions" not in first else load_scored
-    return load(source, split=split, skip_bad_rows=skip_bad_rows)
+    return load(source, split=split, skip_bad_rows=skip_bad_rows, label=label)
 
 
 def load_edits(source: Source, *, split: str = "train", skip_bad_rows: bool = False) -> CorrectionSet | PreferenceSet:
@@ -97,7 +108,12 @@ _UNREWARDED = replace(UNSCORED_SCHEMA, columns=("prompt", "completions", "weight
 
 
 def load_unscored(
-    source: Source, *, split: str = "train", skip_bad_rows: bool = False, overwrite: bool = False
+    source: Source,
+    *,
+    split: str = "train",
+    skip_bad_rows: bool = False,
+    overwrite: bool = False,
+    label: str | None = None,
 ) -> ScoredSet:
     """Loads answers to be scored: `completions`, or the `chosen` and `rejected` answers of preferences.
 
@@ -106,6 +122,7 @@ def load_unscored(
         split: split of a Hub dataset.
         skip_bad_rows: skip bad rows and keep one message for each in `.skipped`.
         overwrite: drop rewards that rows have already.
+        label: column of the rows' labels.
 
     Raises:
         InputError: also if a row has rewards and `overwrite` is not set; names the first such row.
@@ -127,7 +144,7 @@ def load_unscored(
         rewarded.append(row.get("rewards") is not None)
         return (found,)
 
-    rows = _load(ScoredSet, UNSCORED_SCHEMA, source, split, skip_bad_rows, read)
+    rows = _load(ScoredSet, UNSCORED_SCHEMA, source, split, skip_bad_rows, read, label)
     if any(rewarded) and not overwrite:
         where = f"{rows.source}: row {rewarded.index(True) + 1}"
         problem = f"{sum(rewarded)} rows have rewards already"
@@ -237,6 +254,32 @@ def _one_of(row: Mapping[Any, Any], first: str, second: str) -> Any:
     return row.get(second) if row.get(first) is None else row[first]
 
 
+def with_label(schema: Schema, column: str) -> Schema:
+    """Returns a schema with a column of labels that every row must have.
+
+    Raises:
+        InputError: the column is read for something else.
+    """
+    if column in schema.columns:
+        raise InputError(f"label: {column!r} is read as a part of every row: name a column that holds labels")
+    return replace(schema, columns=(*schema.columns, column), required=(*schema.required, column))
+
+
+def label_of(row: Any, column: str, where: str, schema: Schema) -> str:
+    """Returns a raw row's label, without white space at its ends.
+
+    Raises:
+        InputError: the row has no such column, or it holds neither text nor a whole number; names the row.
+    """
+    with located(where):
+        schema.checked_row(row)
+        value = row.get(column)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        check_text(value, column)
+        return str(value).strip()
+
+
 def first_columns(source: Source, split: str, columns: tuple[str, ...]) -> set[str]:
     """Returns which of `columns` the first readable row has, to tell what kind of rows a file holds."""
     schema = Schema(("prompt", *columns), required=(), expected=f"expected some of {', '.join(columns)}", lists=())
@@ -272,9 +315,12 @@ def _load(
     split: str,
     skip_bad_rows: bool,
     read: Callable[[object, str], Iterable[Row]] | None = None,
+    label: str | None = None,
 ) -> Set:
     """Reads all rows of a source; `read` makes one row or more of a raw one, `kind.record.from_json` by default."""
-    items: list[Row] = []
+    if label is not None:
+        schema = with_label(schema, label)
+    items: list[Any] = []
     skipped: list[str] = []
     ignored: dict[str, None] = {}
     for where, value in raw_rows(source, split, schema):
@@ -283,7 +329,11 @@ def _load(
         try:
             if isinstance(value, InputError):
                 raise value
-            items += (kind.record.from_json(value, where, schema),) if read is None else read(value, where)
+            rows: Iterable[Any] = read(value, where) if read else (kind.record.from_json(value, where, schema),)
+            if label is not None:
+                named = label_of(value, label, where, schema)
+                rows = [replace(row, label=named) for row in rows]
+            items += rows
         except InputError as error:
             if not skip_bad_rows:
                 raise

@@ -24,7 +24,18 @@ from everalign.data.messages import (
     prompt_columns,
     prompt_of,
 )
-from everalign.data.rows import Row, RowSet, Schema, check_text, checked_weight, field_error, is_finite, kind, shown
+from everalign.data.rows import (
+    Row,
+    RowSet,
+    Schema,
+    check_label,
+    check_text,
+    checked_weight,
+    field_error,
+    is_finite,
+    kind,
+    shown,
+)
 from everalign.data.rows import kind as kind_of
 from everalign.errors import located
 
@@ -49,6 +60,7 @@ class Preference(Row):
             white space.
         rejected: the worse answer; differs from `chosen` by more than white space at its ends.
         weight: how much the row counts in a mean loss; positive and finite.
+        label: what the row belongs to, such as a customer; no part of its content.
 
     Raises:
         InputError: a field is wrong; names the field and says what to do.
@@ -58,6 +70,7 @@ class Preference(Row):
     chosen: Completion
     rejected: Completion
     weight: float = 1.0
+    label: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", checked_prompt(self.prompt))
@@ -66,6 +79,7 @@ class Preference(Row):
         if is_same(self.chosen, self.rejected):
             raise field_error("rejected", "equal to 'chosen'", "a pair needs two different answers")
         object.__setattr__(self, "weight", checked_weight(self.weight))
+        check_label(self.label)
 
     def __hash__(self) -> int:
         return hash((self.id, self.weight))
@@ -149,6 +163,7 @@ class Scored(Row):
         weights: how much each completion counts, at least 0 and not all 0; None where yet to be computed.
         reference_rewards: finite rewards of independent answers of the reference policy to the same prompt, at least
             one, on the scale of `rewards`; not those of the completions.
+        label: what the row belongs to, such as a customer; no part of its content.
 
     Raises:
         InputError: a field is wrong; names the field and says what to do.
@@ -162,6 +177,7 @@ class Scored(Row):
     weight: float = 1.0
     weights: tuple[float, ...] | None = None
     reference_rewards: tuple[float, ...] | None = None
+    label: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", checked_prompt(self.prompt))
@@ -175,6 +191,7 @@ class Scored(Row):
             problem = f"must be from 0 to {_LARGEST_WEIGHT:g} and not all 0"
             raise field_error("weights", problem, "remove rows of no weight")
         object.__setattr__(self, "weight", checked_weight(self.weight))
+        check_label(self.label)
 
     def __hash__(self) -> int:
         return hash((self.id, self.weight, self.weights, self.reference_rewards))
@@ -220,7 +237,7 @@ class Scored(Row):
     @classmethod
     def from_preference(cls, pair: Preference, rewards: tuple[float, float] | None = (1.0, 0.0)) -> "Scored":
         """Returns a row of two completions, the chosen one first; unscored if `rewards` is None."""
-        return cls(pair.prompt, (pair.chosen, pair.rejected), rewards, pair.weight)  # type: ignore[arg-type]
+        return cls(pair.prompt, (pair.chosen, pair.rejected), rewards, pair.weight, label=pair.label)  # type: ignore[arg-type]
 
     def preference(self) -> Preference | None:
         """Returns the best completion over the worst; None if there are no rewards, or both are equal."""
@@ -230,7 +247,7 @@ class Scored(Row):
         chosen, rejected = self.completions[best], self.completions[worst]
         if self.rewards[best] == self.rewards[worst] or is_same(chosen, rejected):
             return None
-        return Preference(self.prompt, chosen, rejected, self.weight)
+        return Preference(self.prompt, chosen, rejected, self.weight, self.label)
 
 
 @dataclass(frozen=True, repr=False)
@@ -306,6 +323,7 @@ class Correction(Row):
         kind: the row's group in an evaluation report, such as `medical`.
         name: the row's own `id` in its file.
         place: the file's row, such as `questions.jsonl:7`, where one row may give several corrections.
+        label: what the row belongs to, such as a customer; no part of its content.
 
     Raises:
         InputError: a field is wrong or contradicts another; names the field and says what to do.
@@ -321,6 +339,7 @@ class Correction(Row):
     kind: str | None = None
     name: str | None = None
     place: str | None = field(default=None, compare=False, repr=False)
+    label: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "question", checked_prompt(self.question, "question", "answer"))
@@ -330,6 +349,7 @@ class Correction(Row):
         if self.has("correction") and not self.has("answer"):
             raise field_error("answer", "no such column, though there is an edit of it", "add it")
         object.__setattr__(self, "weight", checked_weight(self.weight))
+        check_label(self.label)
         if self.has("kind"):
             check_text(self.kind, "kind")
         if self.good is None:
@@ -390,7 +410,7 @@ class Correction(Row):
         """Returns the correction over the answer; None without a correction, or if only white space differs."""
         if not self.has("correction") or self.answer.strip() == self.correction.strip():
             return None
-        return Preference(self.question, self.correction, self.answer, self.weight)
+        return Preference(self.question, self.correction, self.answer, self.weight, self.label)
 
     def scored(self) -> Scored | None:
         """Returns the correction with reward 1 and the answer with reward 0; None where there is no preference."""

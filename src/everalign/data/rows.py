@@ -105,6 +105,12 @@ def checked_weight(value: Any) -> float:
     return float(value)
 
 
+def check_label(value: Any) -> None:
+    """Raises an InputError unless `value` is None or text that is not blank."""
+    if value is not None:
+        check_text(value, "label")
+
+
 def is_finite(value: Real) -> bool:
     """Whether a float can hold the number; JSON allows integers of any size."""
     try:
@@ -150,6 +156,8 @@ class Row:
     """Base of the records. A record is a frozen dataclass whose optional columns are None or () where absent."""
 
     weight: float
+    # What the row belongs to, such as a customer; no part of its content.
+    label: str | None
     # What an optional column must be, for the error of a row that lacks it.
     column_types: ClassVar[Mapping[str, str]] = {}
 
@@ -256,6 +264,30 @@ class RowSet(Sequence[AnyRow], Generic[AnyRow]):
                 if not row.has(column):
                     raise row.lacks(column).at(f"{self.source}: row {number}")
         return self
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of the rows, each once, in the order of their first rows; none where no row has one.
+
+        Raises:
+            InputError: some rows have a label and others have none.
+        """
+        found = list(dict.fromkeys(row.label for row in self.items))
+        if None in found and len(found) > 1:
+            number = [row.label for row in self.items].index(None) + 1
+            raise InputError(f"{self.source}: row {number}: field 'label': is null, and other rows have one: add it")
+        return [label for label in found if label is not None]
+
+    def by_label(self) -> dict[str, Self]:
+        """Returns the rows of each label as a set of their own, in the order of `labels`; errors as there."""
+        labels = self.labels
+        if len(labels) == 1:
+            return {labels[0]: self}
+        found = {}
+        for label in labels:
+            items = tuple(row for row in self.items if row.label == label)
+            found[label] = replace(self, items=items, source=f"{self.source} ({label})", skipped=(), ignored=())
+        return found
 
     @overload
     def __getitem__(self, index: int) -> AnyRow: ...

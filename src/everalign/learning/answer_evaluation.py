@@ -5,8 +5,7 @@ for another metric writes no answer twice. The result is `RUN/evaluation/results
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +93,25 @@ def run_prompts(run: RunData) -> dict[str, list[HeldOutPrompt]]:
     return found
 
 
+def labels_of_prompts(run: RunData) -> dict[str, str]:
+    """Returns which label is meant by a task's name, or by a label; nothing of a run without labels."""
+    _, tests, _ = RunDirectory(run.path).read_zero_shot()
+    known = {task: facts["label"] for task, facts in tests.items()}
+    known |= {version.task: version.manifest.label for version in run.versions}
+    labels = {label: label for label in known.values() if label is not None}
+    return {**labels, **{task: label for task, label in known.items() if label is not None}}
+
+
+def _check_labels(runs: Sequence[RunData], prompts: Prompts) -> None:
+    for run in runs:
+        known = labels_of_prompts(run)
+        if known and (unknown := next((name for name in prompts if name not in known), None)):
+            raise InputError(
+                f"{run.path}: keeps an adapter for each label, and {unknown!r} is none of its tasks and labels, so "
+                f"that nothing tells which adapter answers: name the prompts by one of {', '.join(known)}"
+            )
+
+
 def evaluate_run(
     run: RunData,
     prompts: Prompts | None = None,
@@ -139,6 +157,7 @@ def evaluate_run(
         except InputError as error:
             hint = "leave BLEU-4 and ROUGE-L out with --no-standard (standard=False)"
             raise InputError(f"{error}, or {hint}", hint=hint) from error
+    _check_labels([run] if against is None else [run, against], chosen)
     with exclusive(lock_of(run.path / "evaluation"), "evaluating this run"):
         opponents = None if against is None else _written(_Runner(against, settings, log, progress), chosen)
         runner = _Runner(run, settings, log, progress)
@@ -146,12 +165,12 @@ def evaluate_run(
         written = _written(runner, chosen, base=True)
         results = []
         for version in (BASE, *runner.versions):
-            with runner.switched(version):
-                for task, rows in chosen.items():
-                    log(f"  metrics of {version} on {task}")
-                    other = written[BASE] if opponents is None else opponents[next(iter(opponents))]
-                    found = _metrics(runner, version, rows, written[version][task], other[task], scorers[task])
-                    results.append({"version": version, "task": task, "prompts": len(rows), **found})
+            for task, rows in chosen.items():
+                log(f"  metrics of {version} on {task}")
+                runner.switch(version, task)
+                other = written[BASE] if opponents is None else opponents[next(iter(opponents))]
+                found = _metrics(runner, version, rows, written[version][task], other[task], scorers[task])
+                results.append({"version": version, "task": task, "prompts": len(rows), **found})
         shown = {
             "against": BASE if against is None else f"{against.path}",
             "reward": None if reward is None else reward.fingerprint,
@@ -198,17 +217,22 @@ class _Runner:
         self.versions = versions if settings.every else versions[-1:]
         self.journal = Journal(run.path / "evaluation" / "answers.sqlite")
         self._model = f"{facts.model_fingerprint} {template_fingerprint(self.tokenizer)}"
+        self._labels = labels_of_prompts(run)
+        self._loaded: Path | None = None
 
-    @contextmanager
-    def switched(self, version: str) -> Iterator[None]:
-        if version == BASE:
+    def switch(self, version: str, task: str) -> None:
+        """Makes the policy what answers to a task's prompts as of a version: with labels, its label's adapter."""
+        folder = self._folder(version, task)
+        if folder is None:
             self.policy.reset(0)
-        else:
-            self.policy.load_adapter(self._folder(version), long_term=True, seed=0)
-        yield
+        elif folder != self._loaded:
+            self.policy.load_adapter(folder, long_term=True, seed=0)
+        self._loaded = folder
 
-    def answers(self, version: str, rows: Sequence[HeldOutPrompt]) -> list[Answer]:
-        adapter = "" if version == BASE else sha256_of(self._folder(version) / "adapter_model.safetensors")
+    def answers(self, version: str, task: str, rows: Sequence[HeldOutPrompt]) -> list[Answer]:
+        self.switch(version, task)
+        folder = self._folder(version, task)
+        adapter = "" if folder is None else sha256_of(folder / "adapter_model.safetensors")
         return write_answers(
             self.policy,
             self.tokenizer,
@@ -220,8 +244,13 @@ class _Runner:
             progress=lambda done, total: self.progress(f"answers of {version}", done, total),
         )
 
-    def _folder(self, version: str) -> Path:
-        return self.run.path / "versions" / version / "adapter"
+    def _folder(self, version: str, task: str) -> Path | None:
+        """The adapter's folder; None for the base model."""
+        if version == BASE:
+            return None
+        found = self.run.adapters_at(next(one for one in self.run.versions if one.id == version))
+        own = found.get(self._labels[task] if self._labels else None)
+        return None if own is None else self.run.path / "versions" / own.id / "adapter"
 
 
 def _written(runner: _Runner, prompts: Prompts, base: bool = False) -> dict[str, dict[str, list[Answer]]]:
@@ -229,8 +258,7 @@ def _written(runner: _Runner, prompts: Prompts, base: bool = False) -> dict[str,
     found = {}
     for version in (*((BASE,) if base else ()), *runner.versions):
         runner.log(f"  answers of {version}")
-        with runner.switched(version):
-            found[version] = {task: runner.answers(version, rows) for task, rows in prompts.items()}
+        found[version] = {task: runner.answers(version, task, rows) for task, rows in prompts.items()}
     return found
 
 

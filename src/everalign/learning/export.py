@@ -3,7 +3,7 @@
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from everalign.data.chat_template import DEFAULT_CHAT_TEMPLATE, uses_default_tem
 from everalign.errors import InputError
 from everalign.learning.promotion import check_version
 from everalign.learning.run_data import RunData, VersionData
+from everalign.learning.run_files import Score
 from everalign.modeling.base_adapter import tokenizer_folder
 from everalign.modeling.loading import load_config, load_model, load_tokenizer, model_fingerprint, resolve_model
 from everalign.modeling.model_files import DTYPES, OutputDtype, merged_into, source_folder, write_checked
@@ -29,6 +30,8 @@ from everalign.storage import exclusive, lock_of, new_folder, read_json, write_j
 # Ranks that vLLM makes room for; its default is 16.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+# Labels that vLLM can take for a model's name as they are.
+_MODEL_NAME = re.compile(r"[\w.:@+/-]+")
 _NAMED_OTHERWISE = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
@@ -42,13 +45,14 @@ def servable(base: str, source: Path) -> str:
     return base if Path(base).is_dir() or _ON_THE_HUB.fullmatch(base) else str(source)
 
 
-def vllm_command(base: str, folder: Path, rank: int) -> str | None:
-    """Returns the command that serves an adapter with vLLM; None where its rank is too high for that."""
+def vllm_command(base: str, folder: Path, rank: int, label: str | None = None) -> str | None:
+    """Returns the command that serves an adapter with vLLM, by its label; None where its rank is too high for that."""
     most = max_lora_rank(rank)
     if most is None:
         return None
+    name = label if label is not None and _MODEL_NAME.fullmatch(label) else folder.name
     return (
-        f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {folder.name}={folder} "
+        f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {name}={folder} "
         f"--generation-config {folder}"
     )
 
@@ -60,7 +64,7 @@ def model_card(
 
     Args:
         run: the run.
-        line: the exported version and those that it builds on, oldest first.
+        line: the exported version and those that it builds on, oldest first; with labels, those of one label.
         base: the base model's name for others.
         source: its folder, whose card may name a licence.
         folder: the export.
@@ -68,11 +72,13 @@ def model_card(
         rank: of the adapter; None where it is merged.
     """
     facts, version, merged = run.facts, line[-1], rank is None
+    label = version.manifest.label
+    whose = "" if label is None else f" for the label `{label}`"
     tasks = "1 task" if len(line) == 1 else f"{len(line)} tasks one after another"
     kind = "merged into the base model" if merged else f"an adapter of rank {rank}"
     about = (
-        f"`{base}` after {tasks}, learned with the method `{facts.method.name}` and the objective `{facts.objective}`: "
-        f"version `{version.id}` of a run of Everalign {facts.everalign}, {kind}, in {dtype}."
+        f"`{base}`{whose} after {tasks}, learned with the method `{facts.method.name}` and the objective "
+        f"`{facts.objective}`: version `{version.id}` of a run of Everalign {facts.everalign}, {kind}, in {dtype}."
     )
     learned = [
         [
@@ -83,7 +89,7 @@ def model_card(
     ]
     own = {one.task: one.scores.get(one.task) for one in line}
     scores = []
-    for task, now in version.scores.items():
+    for task, now in _own_scores(line).items():
         found = (run.zero_shot.get(task), own.get(task), now)
         scores.append([task, now.pairs, *("–" if one is None else f"{100 * one.accuracy:.1f}" for one in found)])
     method = {name: value for name, value in facts.method.model_dump().items() if name != "name"}
@@ -98,11 +104,18 @@ def model_card(
         + _table(["task", "pairs", "base model", "after its task", "now"], scores)
         if scores
         else "",
-        f"## Use\n\n{_use_merged(source, folder) if rank is None else _use_adapter(base, source, folder, rank)}",
+        f"## Use\n\n{_use_merged(source, folder) if rank is None else _use_adapter(base, source, folder, rank, label)}",
         "## Making\n\n"
         + _table(["setting", "value"], [[name, value] for name, value in settings.items() if value is not None]),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _own_scores(line: Sequence[VersionData]) -> Mapping[str, Score]:
+    """What the exported version scored; with labels, on those tasks alone that its adapter has learned."""
+    if line[-1].manifest.label is None:
+        return line[-1].scores
+    return {one.task: line[-1].scores[one.task] for one in line if one.task in line[-1].scores}
 
 
 def _front_matter(base: str, source: Path, merged: bool) -> str:
@@ -135,9 +148,9 @@ write = pipeline("{_kind(source)[0]}", model="{folder}")
 or `vllm serve {folder}`. Answers end at the tokens that `generation_config.json` names.'''
 
 
-def _use_adapter(base: str, source: Path, folder: Path, rank: int) -> str:
+def _use_adapter(base: str, source: Path, folder: Path, rank: int, label: str | None) -> str:
     base, auto = servable(base, source), _kind(source)[1]
-    command = vllm_command(base, folder, rank)
+    command = vllm_command(base, folder, rank, label)
     served = (
         f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, and this one has rank {rank}: serve the merged model."
         if command is None
@@ -198,6 +211,7 @@ def export_version(
     model: str | None = None,
     tokenizer: Any = None,
     dtype: OutputDtype = "auto",
+    label: str | None = None,
 ) -> Exported:
     """Writes a version merged into its base model: the base model's folder with other weights and a model card.
 
@@ -211,14 +225,15 @@ def export_version(
         model: where the base model is now; where it was when the run was begun, when None.
         tokenizer: the one that was learned with; the model's when None.
         dtype: of the weights; the base model's own with `auto`.
+        label: whose adapter, of a run that keeps one for each label; as of the version.
 
     Raises:
-        InputError: nothing was learned yet, the folder exists, the line has no such version, it is damaged, or the
-            base model is not the run's.
+        InputError: nothing was learned yet, the folder exists, the line has no such version or label, the version is
+            damaged, or the base model is not the run's.
         EveralignError: merged logits differ from the adapter's by more than 1e-4 of their largest value, or what was
             written from the merged ones.
     """
-    line = _line_up_to(run, version)
+    line = _line_up_to(run, version, label)
     source = run.path / "versions" / line[-1].id
     name = run.facts.model if model is None else model
     with _alone(folder):
@@ -247,12 +262,13 @@ def export_adapter(
     model: str | None = None,
     tokenizer: Any = None,
     dtype: OutputDtype = "auto",
+    label: str | None = None,
 ) -> Exported:
     """Writes a version's adapter alone, in PEFT's format, with its tokenizer, stop tokens and a model card.
 
     Arguments and errors as in `export_version`; with `auto` the adapter stays in fp32, as it was learned.
     """
-    line = _line_up_to(run, version)
+    line = _line_up_to(run, version, label)
     source = run.path / "versions" / line[-1].id
     if run.base_adapter is not None:
         raise InputError(
@@ -279,22 +295,36 @@ def export_adapter(
                 shutil.copyfile(file, temporary / file.name)
         _finish(temporary, _generation_config(base, name), tokenizer, run, line)
         write_text(temporary / "README.md", model_card(run, line, name, base, folder, kind, rank))
-    command = vllm_command(servable(name, base), folder, rank)
+    command = vllm_command(servable(name, base), folder, rank, label)
     return Exported(folder, line[-1].id, False, kind, rank=rank, command=command)
 
 
-def _line_up_to(run: RunData, version: str | None) -> list[VersionData]:
-    """The version, whose files are checked, after those it builds on."""
+def _line_up_to(run: RunData, version: str | None, label: str | None) -> list[VersionData]:
+    """The version, whose files are checked, after those it builds on; with labels, the last of the label."""
     if not run.versions:
         raise InputError("nothing to export: learn a task first")
     for number, one in enumerate(run.versions, start=1):
         if one.is_called(version or run.head):
-            check_version(run.path / "versions" / one.id, one.manifest.files)
-            return list(run.versions[:number])
+            line = _of_label(run, run.versions[:number], label)
+            check_version(run.path / "versions" / line[-1].id, line[-1].manifest.files)
+            return line
     if any(one.is_called(str(version)) for one in run.off_lineage):
         raise InputError(f"{run.path}: {version} was left out of the run's line: roll back to it first")
     names = ", ".join(one.id for one in run.versions)
     raise InputError(f"{run.path}: has no version {version!r}: choose one of {names}")
+
+
+def _of_label(run: RunData, line: Sequence[VersionData], label: str | None) -> list[VersionData]:
+    """The versions of a label; all of a run that has none."""
+    known = [name for name in dict.fromkeys(one.manifest.label for one in line) if name is not None]
+    if not known and label is not None:
+        method = run.facts.method.name
+        raise InputError(f"{run.path}: the method {method} keeps no adapter for each label: leave label out")
+    if known and label not in known:
+        names = ", ".join(known)
+        what = "keeps an adapter for each label" if label is None else f"has no adapter for the label {label!r}"
+        raise InputError(f"{run.path}: {what}: name one with label: {names}", field="label")
+    return [one for one in line if one.manifest.label == label]
 
 
 @contextmanager
@@ -336,7 +366,7 @@ def _corrector_facts(run: RunData, line: list[VersionData], model: str) -> Corre
     if run.facts.objective != "correction":
         return None
     trained = [version.manifest.train for version in line]
-    scores = {task: score.model_dump() for task, score in line[-1].scores.items()}
+    scores = {task: score.model_dump() for task, score in _own_scores(line).items()}
     settings = run.facts.settings
     return CorrectorFacts(
         template=settings["template"],

@@ -37,7 +37,7 @@ from everalign.learning.run_files import Verdict
 from everalign.learning.run_store import RunDirectory, data_facts, version_name
 from everalign.learning.sample_answers import compare_written, own_answers, write_corrections
 from everalign.learning.scores import Scores
-from everalign.learning.task_training import AnySet, Rows, as_set, prepare_rows, task_seed, train_task
+from everalign.learning.task_training import AnySet, GivenTask, Rows, as_set, prepare_rows, task_seed, train_task
 from everalign.methods import LifeAlign, Method, Task
 from everalign.modeling.model_files import OutputDtype
 from everalign.training.base_objective import PreparedRows
@@ -183,7 +183,7 @@ class Learner:
 
         Args:
             rows: the task's training rows: preferences, scored rows for the objectives `var` and `snkl`, or corrections
-                for `correction`.
+                for `correction`. A method that reads labels takes the task's name for that of rows without one.
             name: unique in the run.
             test: held-out preferences of the task; of scored rows, the best completion over the worst; corrections for
                 a corrector, where a correction is to be likelier than the answer as it is.
@@ -192,37 +192,39 @@ class Learner:
             Scores by task of the policy that has now learned this one.
 
         Raises:
-            InputError: the name is taken by other rows, the task has no rows, or it mixes training and test rows.
+            InputError: the name is taken by other rows, the task has no rows, or it mixes training and test rows, or
+                rows of several labels.
             GateRefusedError: accuracies fell; or, as NotEnoughEvidenceError, nothing shows that none did. The version
                 stays on disk, and the learner is as it was before the task.
             EveralignError: training diverged, or an earlier call was interrupted.
         """
         with self._run.exclusive():
-            return self._learn(as_set(rows), name, None if test is None else self._as_test(test))
+            return self._learn(self._given(name, rows, test))
 
     def learn_all(self, tasks: Sequence[tuple[str, Rows, Rows | None]]) -> None:
         """Learns (name, rows, test) tasks in order; every test set is scored from the start, also before its turn.
 
         A joint method learns them all at once. A task that the gate refuses ends it: later ones are not learned.
         """
-        sets = [(name, as_set(rows), None if test is None else self._as_test(test)) for name, rows, test in tasks]
+        given = [self._given(name, rows, test) for name, rows, test in tasks]
+        sets = [(task.name, as_set(rows)) for task, (_, rows, _) in zip(given, tasks, strict=True)]
         with self._run.exclusive():
-            self._tests.check(sets)
-            if self._setup.rollouts != RolloutOptions() and not any(rows.prompts_alone for _, rows, _ in sets):
+            self._tests.check(given)
+            if self._setup.rollouts != RolloutOptions() and not any(rows.prompts_alone for _, rows in sets):
                 self._setup.log("no task has prompts alone: nothing is sampled, and the sampling options do nothing")
-            for name, _, test in sets:
-                if test is not None:
-                    self.register_test(name, test)
+            for task in given:
+                self._tests.register(task, self._lineage)
             joint = self.method.regime == "joint"
             # All that are still to be learned, before the first of them is. Rewards of different tasks have no common
             # scale, so that rows are weighted task by task before a joint method pools them.
-            ahead = [(name, rows) for name, rows, _ in sets if joint or name not in self._lineage]
+            ahead = [(name, rows) for name, rows in sets if joint or name not in self._lineage]
             new = {name: prepare_rows(self._setup, rows) for name, rows in ahead}
             if joint and any(prepared.to_sample for prepared in new.values()):
                 raise InputError(f"{self.method.name} pools rows, not prompts: learn the tasks one after another")
-            pooled = [(name, new[name].rows if joint else rows) for name, rows, _ in sets]
+            pooled = [(name, new[name].rows if joint else rows) for name, rows in sets]
+            labels = {task.name: task.label for task in given}
             for name, rows in self.method.pool(pooled):
-                self._learn(rows, name, None, None if joint else new.get(name))
+                self._learn(GivenTask(name, rows, None, labels.get(name)), None if joint else new.get(name))
 
     def register_test(self, name: str, test: Rows) -> None:
         """Registers a task's held-out rows and scores the base model on them (the zero-shot row).
@@ -231,38 +233,42 @@ class Learner:
             InputError: the run knows other test rows of this task, or rows that were trained on are among them.
         """
         with self._run.exclusive():
-            self._tests.register(name, self._as_test(test), self._lineage)
+            self._tests.register(self._given(name, None, test), self._lineage)
 
-    def _as_test(self, rows: Rows) -> AnySet:
-        return self._setup.objective.held_out(as_set(rows), self._setup.log)
+    def _given(self, name: str, rows: Rows | None, test: Rows | None) -> GivenTask:
+        held_out = None if test is None else self._setup.objective.held_out(as_set(test), self._setup.log)
+        return GivenTask.of(self._setup, name, None if rows is None else as_set(rows), held_out)
 
-    def _learn(
-        self, rows: AnySet, name: str, test: AnySet | None, prepared: PreparedRows | None = None
-    ) -> dict[str, PreferenceScore]:
+    def _learn(self, given: GivenTask, prepared: PreparedRows | None = None) -> dict[str, PreferenceScore]:
         """Learns one task with the run's lock held; `prepared` are its rows where they are prepared already."""
         setup, tests, method = self._setup, self._tests, self.method
+        name, rows, label = given.name, given.rows, given.label
+        assert rows is not None  # a task to learn has some
         self._check_up_to_date()
-        tests.check([(name, rows, test)])
+        tests.check([given])
         if name in self._lineage:
-            return self._already_learned(rows, name, test)
+            return self._already_learned(rows, given)
         prepared = prepare_rows(setup, rows) if prepared is None else prepared
-        if test is not None:
-            self.register_test(name, test)
+        tests.register(given, self._lineage)
         tests.restore()
-        tests.trained_on(rows)
+        tests.trained_on(rows, label)
         self._check_whole()
         self._learning = True
 
-        index = len(self._lineage) + 1
-        setup.log(f"task {index}: {name}")
+        # Tasks of other labels were learned by other policies, and this one changes nothing of what they taught.
+        before = [version.task for version in self.run.versions if version.manifest.label == label]
+        index = len(before) + 1
+        whose = "" if label is None else f", task {index} of the label {label!r}"
+        setup.log(f"task {len(self._lineage) + 1}: {name}{whose}")
         for line in prepared.lines:
             setup.log(line)
         number = max((version.manifest.index for version in self.run.all_versions), default=0) + 1
         version = version_name(number, name)
-        guarded = [] if self.gate is None else [*self._lineage, name]
-        scores_before, written_before = tests.scores(None, guarded), write_corrections(setup, tests.rows(guarded))
-        previous = self.policy.total()
-        task = Task(name, prepared.rows, index, task_seed(setup.seed, index), partial(own_answers, setup))
+        guarded = [] if self.gate is None else [*before, name]
+        with method.answering(self.policy, label):
+            scores_before, written_before = tests.scores(None, guarded), write_corrections(setup, tests.rows(guarded))
+        previous = tests.policies()
+        task = Task(name, prepared.rows, index, task_seed(setup.seed, index), partial(own_answers, setup), label)
         busy = time.process_time()
         method.begin_task(self.policy, task)
         method_seconds = time.process_time() - busy
@@ -281,6 +287,7 @@ class Learner:
         manifest = {
             "index": number,
             "name": name,
+            "label": label,
             "parent": BASE if method.regime == "separate" else self._head,
             "train": data_facts(prepared.given),
             "test": tests.facts(name),
@@ -315,14 +322,17 @@ class Learner:
             return None
         return [name] if self.method.regime == "separate" else [*self._lineage, name]
 
-    def _already_learned(self, rows: AnySet, name: str, test: AnySet | None) -> dict[str, PreferenceScore]:
+    def _already_learned(self, rows: AnySet, given: GivenTask) -> dict[str, PreferenceScore]:
+        name = given.name
         done = next(version for version in self.run.versions if version.task == name)
         if done.manifest.train.fingerprint != rows.fingerprint:
             raise InputError(f"task {name!r} was learned from other rows already: give this task another name")
+        if done.manifest.label != given.label:
+            labels = f"{done.manifest.label!r}, not {given.label!r}"
+            raise InputError(f"task {name!r} was learned with the label {labels}: give this task another name")
         self._setup.log(f"task {[*self._lineage].index(name) + 1}: {name} (learned already)")
-        if test is not None:
-            self.register_test(name, test)
-        self._tests.trained_on(rows)
+        self._tests.register(given, self._lineage)
+        self._tests.trained_on(rows, given.label)
         return {task: PreferenceScore(**score.model_dump()) for task, score in done.scores.items()}
 
     def _verdict(
@@ -377,12 +387,13 @@ class Learner:
     def _restore(self) -> None:
         """Loads the version that is current on disk; `_lineage` is it with its parents, by task, oldest first."""
         found = self._run.data
-        self._run.restore(found.head, self._setup.policy, self._setup.method, self._setup.seed, self._at_first)
+        self._run.restore(found, self._setup.policy, self._setup.method, self._setup.seed, self._at_first)
         self._lineage = {version.task: version.id for version in found.versions}
 
     def _return_to_current(self) -> None:
         self._restore()
-        self._tests.forget_trained({version.manifest.train.fingerprint for version in self.run.versions})
+        kept = {(version.manifest.train.fingerprint, version.manifest.label) for version in self.run.versions}
+        self._tests.forget_trained(kept)
 
     def _check_up_to_date(self) -> None:
         """Refuses to continue where another learner, or a rollback, has changed the lineage on disk."""
@@ -410,7 +421,13 @@ class Learner:
         """The score matrix of held-out preference accuracy, with Last, BWT, AP and FWT."""
         return self.run.scores("accuracy")
 
-    def export(self, folder: str | Path, version: str | None = None, dtype: OutputDtype = "auto") -> Path:
+    def export(
+        self,
+        folder: str | Path,
+        version: str | None = None,
+        dtype: OutputDtype = "auto",
+        label: str | None = None,
+    ) -> Path:
         """Writes a version merged into the base model, in fp32, checked against the adapter's logits, and rounded once.
 
         A run that learned corrections gives a corrector's folder, which `Corrector.from_pretrained` loads.
@@ -419,16 +436,24 @@ class Learner:
             folder: must not exist yet.
             version: one of the lineage; the current one when None.
             dtype: of the weights: `fp32`, `bf16`, `fp16`, or the base model's own with `auto`.
+            label: whose adapter, of a run that keeps one for each label.
 
         Raises:
-            InputError: nothing was learned yet, the folder exists, or the lineage has no such version.
+            InputError: nothing was learned yet, the folder exists, or the lineage has no such version or label.
             EveralignError: the merged model's logits differ from the adapter's.
         """
-        return export_version(self.run, Path(folder), version, self._setup.model_name, self.tokenizer, dtype).folder
+        name = self._setup.model_name
+        return export_version(self.run, Path(folder), version, name, self.tokenizer, dtype, label).folder
 
-    def export_adapter(self, folder: str | Path, version: str | None = None, dtype: OutputDtype = "auto") -> Path:
+    def export_adapter(
+        self,
+        folder: str | Path,
+        version: str | None = None,
+        dtype: OutputDtype = "auto",
+        label: str | None = None,
+    ) -> Path:
         """Writes a version's adapter alone, in PEFT's format, with its tokenizer and a model card.
 
         Arguments and errors as in `export`; with `auto` it stays in fp32.
         """
-        return export_adapter(self.run, Path(folder), version, None, self.tokenizer, dtype).folder
+        return export_adapter(self.run, Path(folder), version, None, self.tokenizer, dtype, label).folder

@@ -172,6 +172,12 @@ class Recipe(Keys):
     seed: int | None = Field(default=None, description="Random seed; 0 by default.")
     preset: Text | None = Field(default=None, description="default, or paper (LifeAlign's scripts).")
     tasks: Annotated[list[TaskKeys], Field(min_length=1)] | None = None
+    label: Text | None = Field(
+        default=None,
+        title="COLUMN",
+        description="Column of the rows' labels (experts); a task of several labels is learned as one task each.\n"
+        "Without it a task's name is its label.",
+    )
     training: TrainingKeys | None = None  # type: ignore[valid-type]
     adapter: AdapterKeys | None = None  # type: ignore[valid-type]
     weighting: WeightKeys | None = None  # type: ignore[valid-type]
@@ -291,12 +297,19 @@ class Recipe(Keys):
             if getattr(self, name) is None and (needs_tasks or name != "tasks"):
                 raise InputError(f"no {name} given: add {flag}, or the key {name!r} to the recipe", field=name)
         self._refuse_ignored()
+        method = self.make_method()
+        if self.label is not None and not method.labelled:
+            raise InputError(
+                f"the method {method.name} would ignore label: leave it out, or choose experts, which learns an "
+                "adapter for each label",
+                field="label",
+            )
         given = self._given()
         plain = ("model", "base_adapter", "objective", "output", "seed", "reward", "gate", "gate_scorer", "cache")
         return {
             "sample_answers": SAMPLE_ANSWERS if self.sample_answers is None else self.sample_answers,
             **{name: given[name] for name in (*plain, "allow_overlap") if name in given},
-            "method": self.make_method(),
+            "method": method,
             "training": self.training_options(),
             "adapter": self.adapter_options(),
             **self._sections_of_objective(),
@@ -470,28 +483,57 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
     load, load_test = _LOADERS[kind]
     if recipe.reward is not None:
         load = _load_unrewarded
-    loaded: list[LoadedTask] = [
-        (
-            task.name,
-            load(task.train, skip_bad_rows=skip),
-            None if task.test is None else load_test(task.test, skip_bad_rows=skip),
-        )
-        for task in tasks
-    ]
-    for _, train, _ in loaded:
-        for _, _, test in loaded:
-            check_disjoint(train, test or (), allow=bool(recipe.allow_overlap))
+    loaded: list[LoadedTask] = []
+    for task in tasks:
+        train = load(task.train, skip_bad_rows=skip, label=recipe.label)
+        test = None if task.test is None else load_test(task.test, skip_bad_rows=skip, label=recipe.label)
+        loaded += [(task.name, train, test)] if recipe.label is None else _by_label(task.name, train, test)
+    names = [name for name, _, _ in loaded]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two tasks are called {repeated!r} once they are split by label: rename one")
+    labelled = recipe.make_method().labelled
+    for name, train, _ in loaded:
+        for other, _, test in loaded:
+            # What another label's policy has learned leaks nothing.
+            if test is not None and (not labelled or (train.labels or [name]) == (test.labels or [other])):
+                check_disjoint(train, test, allow=bool(recipe.allow_overlap))
     return loaded
 
 
-def _load_rewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
+def left_to_learn(recipe: Recipe, loaded: Sequence[LoadedTask]) -> list[LoadedTask]:
+    """Returns those tasks of a run to continue that have no version yet, whatever became of it.
+
+    Raises:
+        InputError: there are none.
+    """
+    done = {version.task for version in load_run(recipe.output or "").all_versions}
+    left = [task for task in loaded if task[0] not in done]
+    if not left:
+        raise nothing_left(recipe)
+    return left
+
+
+def _by_label(name: str, train: RowSet[Any], test: RowSet[Any] | None) -> list[LoadedTask]:
+    """The task, or where its rows have several labels a task NAME/LABEL for each."""
+    parts, tests = train.by_label(), {} if test is None else test.by_label()
+    if test is not None and (unknown := next((label for label in tests if label not in parts), None)):
+        raise InputError(
+            f"{test.source}: has rows of the label {unknown!r}, of which {train.source} has none: leave them out, or "
+            "give them with the task that learns this label"
+        )
+    if len(parts) == 1:
+        return [(name, train, test)]
+    return [(f"{name}/{label}", rows, tests.get(label)) for label, rows in parts.items()]
+
+
+def _load_rewarded(source: str, *, skip_bad_rows: bool, label: str | None) -> RowSet[Any]:
     """Read scored rows; preferences are what people give most often in their place."""
     first = first_columns(source, "train", ("completions", "chosen", "rejected"))
     if first and "completions" not in first:
         raise InputError(
             f"{source}: preferences have no rewards: name a scorer with reward, or learn them with fpo or snkl"
         )
-    return load_scored(source, skip_bad_rows=skip_bad_rows)
+    return load_scored(source, skip_bad_rows=skip_bad_rows, label=label)
 
 
 # By what an objective learns from: what reads its rows, and its held-out rows. Those of scored rows are judged as
@@ -504,18 +546,18 @@ _LOADERS: dict[str, tuple[Callable[..., RowSet[Any]], Callable[..., RowSet[Any]]
 }
 
 
-def _load_unrewarded(source: str, *, skip_bad_rows: bool) -> RowSet[Any]:
+def _load_unrewarded(source: str, *, skip_bad_rows: bool, label: str | None) -> RowSet[Any]:
     """Reads rows for a scorer: answers, pairs or prompts alone; rows that have rewards keep them."""
     others = OTHER_NAMES["completions"]
     first = first_columns(source, "train", ("completions", "chosen", "rejected", "rewards", *others))
     if "rewards" in first:
-        return load_scored(source, skip_bad_rows=skip_bad_rows)
+        return load_scored(source, skip_bad_rows=skip_bad_rows, label=label)
     if not first.isdisjoint(("completions", "chosen", "rejected")):
-        return load_unscored(source, skip_bad_rows=skip_bad_rows)
+        return load_unscored(source, skip_bad_rows=skip_bad_rows, label=label)
     # Without this, rows whose answers are in a column of another name would be taken for prompts alone.
     if found := [name for name in others if name in first]:
         raise InputError(
             f"{source}: field {found[0]!r}: answers stand in 'completions', a list; rename it, or, to have answers "
             "sampled to the prompts alone, remove it"
         )
-    return load_prompts(source, skip_bad_rows=skip_bad_rows)
+    return load_prompts(source, skip_bad_rows=skip_bad_rows, label=label)

@@ -104,6 +104,17 @@ class RunData:
         """The version that learning continues from; "000" for the base model."""
         return self.versions[-1].id if self.versions else BASE
 
+    def adapters_at(self, version: VersionData) -> dict[str | None, VersionData]:
+        """Returns the versions whose adapters answer as of a version of the lineage: that one alone.
+
+        With labels, the newest of each label up to that version, by label; the version itself comes last.
+        """
+        found: dict[str | None, VersionData] = {}
+        for one in self.versions[: self.versions.index(version) + 1]:
+            found.pop(one.manifest.label, None)
+            found[one.manifest.label] = one
+        return found
+
     def status(self, version: VersionData) -> Status:
         """What became of a version."""
         if version.id == self.current:
@@ -318,6 +329,7 @@ def version_rows(run: RunData) -> list[dict[str, Any]]:
             "index": version.manifest.index,
             "version": version.id,
             "task": version.task,
+            "label": version.manifest.label,
             "created": version.manifest.created,
             "then": getattr(version.scores.get(version.task), "accuracy", None),
             "now": None if run.regime == "separate" else getattr(promoted.get(version.task), "accuracy", None),

@@ -41,11 +41,12 @@ class Score(_Record):
 
 
 class DataSource(_Record):
-    """Where a task's rows came from."""
+    """Where a task's rows came from, and of held-out rows the label whose policy is scored on them."""
 
     source: str
     rows: Count
     fingerprint: str
+    label: str | None = None
 
 
 class SampleAnswer(_Record):
@@ -192,6 +193,7 @@ class Manifest(_Record):
     name: Annotated[str, Field(min_length=1)]
     parent: str
     created: str
+    label: str | None = None
     train: DataSource
     test: DataSource | None
     chats: bool | None = None

@@ -221,11 +221,11 @@ class RunDirectory:
             with self.exclusive():
                 promote(self.path, run.head)
 
-    def restore(self, name: str, policy: Policy, method: Method, seed: int, at_first: Mapping[str, Tensor]) -> None:
-        """Loads policy and method as version `name` left them.
+    def restore(self, run: RunData, policy: Policy, method: Method, seed: int, at_first: Mapping[str, Tensor]) -> None:
+        """Loads policy and method as the version that learning continues from left them.
 
         Args:
-            name: the version; "000" is the base model.
+            run: the run as it is on disk.
             policy: what learns.
             method: what is carried from task to task.
             seed: seeds the policy.
@@ -234,16 +234,20 @@ class RunDirectory:
         Raises:
             InputError: a file of the version is missing or was changed.
         """
-        if name == BASE:
+        if run.head == BASE:
             policy.reset(seed)
             method.load_state_dict(at_first)
             if method.buffer is not None:
                 method.buffer = ReplayBuffer(method.buffer.capacity)
             return
-        folder = self.path / "versions" / name
-        check_version(folder, read_json(folder / "manifest.json")["files"])
-        policy.load_adapter(folder / "adapter", method.long_term, seed)
+        folder = self.path / "versions" / run.head
+        versions = run.adapters_at(run.versions[-1])
+        for version in versions.values():
+            check_version(self.path / "versions" / version.id, version.manifest.files)
         method.load_state_dict(load_file(folder / "method.safetensors"))
+        for label, version in versions.items():
+            policy.load_adapter(self.path / "versions" / version.id / "adapter", method.long_term, seed)
+            method.adopt(policy, label)
         if method.buffer is not None:
             method.buffer = ReplayBuffer.from_jsonl(folder / "replay.jsonl", method.buffer.capacity)
 

@@ -162,7 +162,7 @@ def distill(
     room = training.max_length - options.max_new_tokens
     if not prompts:
         raise InputError(f"{prompts.source}: no rows in it")
-    if method.regime != "sequential":
+    if method.regime != "sequential" or method.labelled:
         raise InputError(f"{method.name} does not go on from round to round: choose a method that learns task by task")
     if room < 1:
         limits = f"max_new_tokens is {options.max_new_tokens} and max_length {training.max_length}"

@@ -42,6 +42,42 @@ def as_set(rows: Rows) -> AnySet:
     return kind.of(rows)  # type: ignore[arg-type]  # told by the first
 
 
+@dataclass(frozen=True)
+class GivenTask:
+    """A task as it was given.
+
+    Args:
+        name: unique in a run.
+        rows: its training rows; None where only its test set is given.
+        test: held-out rows; None for none.
+        label: whose policy learns the rows and is scored on them; None of a method that does not read labels.
+    """
+
+    name: str
+    rows: AnySet | None
+    test: AnySet | None
+    label: str | None
+
+    @classmethod
+    def of(cls, context: RunContext, name: str, rows: AnySet | None, test: AnySet | None) -> "GivenTask":
+        """Return a task with the label of its rows, which is its name where they have none.
+
+        Raises:
+            InputError: the rows have several labels.
+        """
+        found: dict[str, AnySet] = {}
+        for given in (rows, test):
+            if context.method.labelled and given is not None:
+                found |= dict.fromkeys(given.labels, given)
+        if len(found) > 1:
+            names = ", ".join(map(repr, found))
+            raise InputError(
+                f"task {name!r}: its rows have several labels ({names}), and a task has one: split the rows "
+                "(rows.by_label()), and learn those of each label as a task of their own"
+            )
+        return cls(name, rows, test, next(iter(found), name) if context.method.labelled else None)
+
+
 def prepare_rows(context: RunContext, rows: AnySet) -> PreparedRows:
     """Make a task's rows ready to be learned.
 

@@ -13,6 +13,7 @@ from everalign.methods.baselines import BufferOnly, ExperienceReplay, MultiTask,
 from everalign.methods.copr import OptimalPolicyRegularization
 from everalign.methods.cppo import ContinualPpo
 from everalign.methods.ewc import ElasticWeightConsolidation
+from everalign.methods.experts import LabelledExperts
 from everalign.methods.from_file import method_file, method_from_file
 from everalign.methods.gradient_projection import GradientEpisodicMemory, OrthogonalGradients
 from everalign.methods.lifealign import LifeAlign
@@ -23,6 +24,7 @@ from everalign.methods.slao import MergeBeforeForget
 __all__ = [
     "METHODS",
     "ExperienceReplay",
+    "LabelledExperts",
     "LifeAlign",
     "Method",
     "MultiTask",
@@ -49,6 +51,7 @@ METHODS: dict[str, type[Method]] = {
         MergeBeforeForget,
         BufferOnly,
         RehearsalFreeLifeAlign,
+        LabelledExperts,
     )
 }
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,10 +45,12 @@ class Task:
     Args:
         name: unique in a run.
         rows: its training rows: preferences, scored rows or corrections.
-        index: 1 for the first task of the policy's lineage; refused and rolled-back tasks do not count.
+        index: 1 for the first task of the policy's lineage, with labels of its label; refused and rolled-back tasks do
+            not count.
         seed: seeds everything random in this task.
         answer: writes one sampled answer to each of some prompts with the policy as it is, given a seed; returns those
             that ended, with their prompts' numbers.
+        label: what its rows belong to; None of a method that keeps no policy apart for each label.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Task:
     index: int
     seed: int
     answer: Answerer | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Method(StageHooks):
         buffer: rows of earlier tasks, None for a method without replay.
         long_term: whether the policy between tasks is the long-term adapter.
         consolidates: whether `end_task` changes the policy, which is then scored before and after.
+        labelled: whether each label has a policy of its own, which `answering` switches to.
     """
 
     name: ClassVar[str]
@@ -110,6 +115,7 @@ class Method(StageHooks):
     buffer: ReplayBuffer | None = None
     long_term = False
     consolidates = False
+    labelled = False
 
     def settings(self) -> dict[str, Any]:
         """Returns the arguments that shape the result, for the manifest."""
@@ -137,6 +143,13 @@ class Method(StageHooks):
     def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
         """Carries over what the task taught; returns a record for each module that was consolidated."""
         return []
+
+    def adopt(self, policy: Policy, label: str | None) -> None:
+        """Takes the policy, as a version of the line has left it, as its label's; called once for each label."""
+
+    def answering(self, policy: Policy, label: str | None) -> AbstractContextManager[None]:
+        """Context manager that makes the policy the one that answers to a label."""
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the state to keep until the next task, besides the adapter and the replay buffer."""

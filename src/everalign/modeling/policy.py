@@ -152,6 +152,7 @@ class Policy(TrainableLM):
     Attributes:
         head: computes log-probabilities.
         notes: what stays frozen though one might think that it is adapted; a line each.
+        seed: of the short-term adapter that it was made with.
     """
 
     def __init__(
@@ -176,6 +177,7 @@ class Policy(TrainableLM):
         use_cpu_attention(model)
         use_lean_layers(model)
         self.head = SequenceLogProbs(model, architecture)
+        self.seed = seed
         self.reset(seed)
 
     @property

@@ -66,6 +66,11 @@ class CorrectorReloader:
                 f"{path}: learns {run.facts.objective}, so it is not a corrector: serve its export as the upstream "
                 "(everalign export, then transformers serve or vLLM)"
             )
+        if any(version.manifest.label is not None for version in run.all_versions):
+            raise InputError(
+                f"{path}: keeps a corrector for each label: export the one to serve "
+                f"(everalign export {path} DIR --label LABEL), and give that folder as the corrector"
+            )
         if all(version.refused for version in run.all_versions):
             raise InputError(f"{path}: no version of it is promoted: learn corrections first")
         self.path = path

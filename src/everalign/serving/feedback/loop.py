@@ -77,6 +77,10 @@ def learn_from_feedback(
         InputError: the run's files were changed, or it starts from a model that is no corrector, while the feedback is
             on answers of one.
     """
+    if learner.method.labelled:
+        raise InputError(
+            f"feedback has no labels, and {learner.method.name} keeps an adapter for each: choose another method"
+        )
     kind = kind_of(learner.run.facts.objective)
     options = (options or NextTaskOptions()).replace(kind=kind)
     with learner.exclusive():
