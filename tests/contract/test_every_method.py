@@ -31,6 +31,7 @@ SMALL = {
     "gdumb": {"replay": 0.5},
     "ewc": {"fisher_rows": 4},
     "olora": {"shrinkage": 0.01},
+    "l2p": {"pool_size": 4, "prompt_length": 2, "top_prompts": 2, "prompt_rate": 5.0},
     "lifealign-rf": {"own_answers": 0.5, "average": 0.8},
 }
 ZERO = {

@@ -75,6 +75,7 @@ def test_every_method_is_made_by_its_name():
             "gem",
             "ewc",
             "olora",
+            "l2p",
             "cppo",
             "copr",
             "ogpsa",

@@ -80,15 +80,16 @@ def tasks(*names: str):
 def make_learner(model: Path, output: Path, method=None, objective="dpo", *, lines=None, options=None, **arguments):
     """A learner with the tests' options; what it announces goes to the list `lines`."""
     arguments.setdefault("training", TrainingOptions(**{**FAST, **(options or {})}))
-    arguments.setdefault("adapter", AdapterOptions(rank=4, alpha=8.0, targets="q_proj,v_proj"))
+    small = AdapterOptions(rank=4, alpha=8.0, targets="q_proj,v_proj")
+    arguments.setdefault("adapter", None if getattr(method, "prompts", None) is not None else small)
     say = (lambda _: None) if lines is None else lines.append
     return Learner(str(model), method, objective, output, log=say, **arguments)
 
 
 def adapter_weights(output: Path, index: int = -1):
-    """The adapter's tensors of a version: by default of the newest."""
-    folder = sorted((output / "versions").iterdir())[index]
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
+    """The tensors of a version's adapter, or of its prompts: by default of the newest."""
+    (file,) = (sorted((output / "versions").iterdir())[index] / "adapter").glob("*.safetensors")
+    return load_file(file)
 
 
 def same_weights(first, second) -> bool:

@@ -345,14 +345,19 @@ class Bench(Keys):
         Raises:
             InputError: names the contender, and the option that is wrong or would be ignored.
         """
+        from everalign.methods import METHODS
+
         one = self.contenders[contender]
         objective = choice.get("objective", one.objective) if one.learns else "dpo"
-        # What all share and an objective does not read is no mistake of the contender.
+        # What all share, and an objective or a method has no use for, is no mistake of the contender.
         shared = _given(self.training)
         shared = {key: value for key, value in shared.items() if key not in _OF_MARGINS or reads(objective, key)}
+        without_adapter = getattr(METHODS.get(one.method.name), "prompts", None) is not None
+        if without_adapter:
+            shared.pop("reference", None)
         sections: dict[str, dict[str, Any]] = {
             "training": {**shared, **_given(one.training), "test_limit": self.test_limit},
-            "adapter": {**_given(self.adapter), **_given(one.adapter)},
+            "adapter": {**({} if without_adapter else _given(self.adapter)), **_given(one.adapter)},
             "method": _given(one.method) if one.learns else {"name": "seqft"},
         }
         for option, value in choice.items():

@@ -24,6 +24,8 @@ from everalign.learning.learner import Learner
 from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import RunData, VersionData
 from everalign.learning.run_store import now
+from everalign.modeling.lora import WEIGHTS
+from everalign.modeling.prompt_pool import PROMPTS_FILE
 from everalign.storage import write_json
 
 
@@ -188,7 +190,7 @@ def _kept(data: RunData, version: VersionData) -> dict[str, Any]:
     adapters = data.adapters_at(version).values()
     return {
         "task": version.task,
-        "adapter": sum(size(one, "adapter/adapter_model.safetensors") for one in adapters),
+        "adapter": sum(size(one, f"adapter/{name}") for one in adapters for name in (WEIGHTS, PROMPTS_FILE)),
         "state": size(version, "method.safetensors"),
         "buffer": size(version, "replay.jsonl"),
     }

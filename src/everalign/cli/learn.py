@@ -58,7 +58,7 @@ def learn(
     method: Annotated[
         str | None,
         option(
-            "lifealign (default), lifealign-rf, er, seqft, mtl, stl, gem, ewc, olora, cppo, copr, ogpsa, slao, gdumb, "
+            "lifealign (default), lifealign-rf, er, seqft, mtl, stl, gem, ewc, olora, l2p, cppo, copr, ogpsa, slao, gdumb, "
             "experts (an adapter for each label), or a class in a file, FILE.py:CLASS."
         ),
     ] = None,

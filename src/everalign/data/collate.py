@@ -95,6 +95,8 @@ def training_plan(
 
 Batch = dict[str, Tensor]
 
+# Beside tokens and positions, what a batch says of each of its places.
+_LAYOUT = ("segments", "prefixes", "attention_mask")
 _PREFIX = 1  # segment number of a group's prompt; its answers follow
 
 
@@ -225,6 +227,58 @@ def _layout(groups: Sequence[_Group], shared: bool) -> Batch:
     return {**batch, **{name: torch.tensor(padded[name]) for name in masks}}
 
 
+def prompt_places(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the G prompts of a collated batch; one that is laid out for each of its responses counts as often.
+
+    Returns:
+        Where in R·T positions each prompt starts and where it ends, both (G,), and the number (S,) of each sequence's.
+    """
+    sequences, predictors, width = batch["sequences"], batch["predictors"], batch["input_ids"].shape[1]
+    first = torch.full_like(batch["lengths"], len(sequences))
+    first.scatter_reduce_(0, sequences, torch.arange(len(sequences), device=sequences.device), "amin")
+    # A sequence's first token is predicted at the end of its prompt.
+    last, whose = torch.unique(predictors[first], return_inverse=True)
+    place = batch["position_ids"].flatten()[last] if "position_ids" in batch else last % width
+    return last - place, last + 1, whose
+
+
+def with_prefix(batch: Batch, length: int, first: int) -> Batch:
+    """Put tokens of their own in front of each prompt of a collated batch.
+
+    Args:
+        batch: as `collate` lays it out.
+        length: how many.
+        first: the first of them; the next prompt's follow its last.
+
+    Returns:
+        The batch in rows of more positions, with the same sequences and response tokens in the same order.
+    """
+    starts, _, _ = prompt_places(batch)
+    rows, width = batch["input_ids"].shape
+    device = starts.device
+    # Each position moves to the right by the prefixes of the prompts that start at or before it.
+    before = torch.zeros(rows * width, dtype=torch.long, device=device)
+    before[starts] = 1
+    before = before.view(rows, width).cumsum(1)
+    wider = width + length * int(before[:, -1].max())
+    row, column = torch.arange(rows, device=device)[:, None], torch.arange(width, device=device)
+    moved = (row * wider + column + length * before).flatten()
+    places = moved[starts][:, None] + torch.arange(-length, 0, device=device)  # (G, length)
+    own = {
+        "input_ids": first + torch.arange(places.numel(), device=device).view_as(places),
+        "position_ids": torch.arange(length, device=device).expand_as(places),
+        **{name: batch[name].flatten()[starts][:, None].expand_as(places) for name in _LAYOUT if name in batch},
+    }
+    changed = {"predictors": moved[batch["predictors"]]}
+    for name in own.keys() & batch.keys():
+        values = batch[name].flatten()
+        if name == "position_ids":
+            values = torch.where(batch["segments"].flatten() > 0, values + length, values)
+        changed[name] = values.new_zeros(rows * wider).index_copy_(0, moved, values)
+        changed[name] = changed[name].index_copy_(0, places.flatten(), own[name].flatten()).view(rows, wider)
+    return {**batch, **changed}
+
+
 def split_by_length(batch: Batch, kind: Callable[[int], tuple[int, ...]]) -> list[tuple[Batch, Tensor]]:
     """Split a batch into batches whose sequences are of one kind each, by their number of tokens, prompt included.
 
@@ -236,14 +290,11 @@ def split_by_length(batch: Batch, kind: Callable[[int], tuple[int, ...]]) -> lis
         Batches that cover the batch's sequences, with what their rows are computed from, and the numbers (K',) of the
         response tokens in each. A batch of one kind is left as it is; the rows of others hold one sequence each.
     """
-    flat, width = batch["input_ids"].flatten(), batch["input_ids"].shape[1]
-    positions = batch["position_ids"].flatten() if "position_ids" in batch else None
+    flat, (starts, ends, whose) = batch["input_ids"].flatten(), prompt_places(batch)
     parts: dict[tuple[int, ...], list[tuple[list[int], list[int], Tensor]]] = {}
-    for sequence in range(len(batch["lengths"])):
+    for sequence, group in enumerate(whose.tolist()):
         numbers = (batch["sequences"] == sequence).nonzero()[:, 0]
-        last = batch["predictors"][numbers[0]]  # of the prompt
-        place = last % width if positions is None else positions[last]
-        prompt, response = flat[last - place : last + 1].tolist(), batch["targets"][numbers].tolist()
+        prompt, response = flat[starts[group] : ends[group]].tolist(), batch["targets"][numbers].tolist()
         parts.setdefault(kind(len(prompt) + len(response)), []).append((prompt, response, numbers))
     if len(parts) < 2:
         return [(batch, torch.arange(len(batch["targets"]), device=batch["targets"].device))]
@@ -260,8 +311,15 @@ def largest_token(row: TokenizedRow) -> int:
     return max(max(tokens, default=0) for tokens in (row.prompt, *row.responses))
 
 
-def row_tokens(row: TokenizedRow, shared: bool) -> int:
-    """Return the tokens that a row takes in a batch: its prompt once where it is shared, else once a response."""
+def row_tokens(row: TokenizedRow, shared: bool, prefix: int = 0) -> int:
+    """Return the tokens that a row takes in a batch: its prompt once where it is shared, else once a response.
+
+    Args:
+        row: the row.
+        shared: whether its prompt is computed once for all its responses.
+        prefix: tokens that are put in front of every prompt.
+    """
+    prompt = prefix + len(row.prompt)
     if shared:
-        return len(row.prompt) + sum(map(len, row.responses))
-    return len(row.responses) * (len(row.prompt) + max(map(len, row.responses)))
+        return prompt + sum(map(len, row.responses))
+    return len(row.responses) * (prompt + max(map(len, row.responses)))

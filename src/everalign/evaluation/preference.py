@@ -1,6 +1,6 @@
 """Held-out preference accuracy, length-normalised margin, and drift from the previous policy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +10,7 @@ from torch import Tensor
 from everalign.data.collate import batches_by_length, collate, row_tokens
 from everalign.data.tokenization import TokenizedRow
 from everalign.errors import EveralignError
-from everalign.memory import LowRankUpdate
-from everalign.modeling.policy import Policy
+from everalign.modeling.policy import Earlier, Policy
 from everalign.training.reference import sequence_logprobs
 
 _TIE = 0.5
@@ -74,7 +73,7 @@ def score_preferences(
     held_out: HeldOut,
     *,
     tokens_per_batch: int,
-    previous: Mapping[str, LowRankUpdate] | None = None,
+    previous: Earlier | None = None,
     kl_pairs: int = 64,
 ) -> PreferenceScore:
     """Score the policy as it is switched now.
@@ -83,7 +82,7 @@ def score_preferences(
         policy: what is judged.
         held_out: the task's held-out pairs.
         tokens_per_batch: tokens computed at once, padding included.
-        previous: the updates of the policy before this task, for the KL; None leaves it out.
+        previous: the policy before this task, for the KL; None leaves it out.
         kl_pairs: the KL is measured on at most this many evenly spaced pairs.
 
     Raises:
@@ -137,7 +136,7 @@ def _share_positive(values: Tensor) -> float:
     return ((values > 0).double() + _TIE * (values == 0).double()).mean().item()
 
 
-def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequence[TokenizedRow]) -> float:
+def mean_kl(policy: Policy, previous: Earlier, pairs: Sequence[TokenizedRow]) -> float:
     """Return the mean over response positions of KL(now ‖ previous), on the chosen responses, nats per token.
 
     Positions are those of the given responses, not of the policy's own samples: an estimate of drift, not of the
@@ -145,8 +144,9 @@ def mean_kl(policy: Policy, previous: Mapping[str, LowRankUpdate], pairs: Sequen
     """
     total, positions = 0.0, 0
     chosen = [pair.only([0]) for pair in pairs]
+    lengths = [row_tokens(row, True, policy.prefix_length) for row in chosen]
     with policy.as_snapshot(previous) as switched, policy.evaluating():
-        for numbers in batches_by_length([row_tokens(row, shared=True) for row in chosen], _KL_TOKENS):
+        for numbers in batches_by_length(lengths, _KL_TOKENS):
             # Hidden states of the whole batch once, then the heads of a few positions at a time.
             batch = policy.on_device(collate([chosen[number] for number in numbers], policy.head.shared))
             states = policy.response_states(batch)

@@ -32,8 +32,11 @@ from everalign.evaluation.statistics import bootstrap_mean
 from everalign.learning.options import AdapterOptions
 from everalign.learning.run_data import BASE, RESULTS, RunData
 from everalign.learning.run_store import RunDirectory
+from everalign.methods import METHODS, make_method
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
+from everalign.modeling.lora import WEIGHTS
 from everalign.modeling.policy import Policy
+from everalign.modeling.prompt_pool import PROMPTS_FILE, PromptShape
 from everalign.modeling.runtime import prepare_process, training_device
 from everalign.storage import Journal, exclusive, lock_of, sha256_of, write_json
 
@@ -210,8 +213,9 @@ class _Runner:
         model = load_model(facts.model, precision, adapter=run.base_adapter, device=training_device(log))
         if model_fingerprint(model) != facts.model_fingerprint:
             raise InputError(f"{facts.model}: is not the model that {run.path} was begun with")
-        options = AdapterOptions(**{name: facts.settings[name] for name in ("rank", "alpha", "targets")})
-        self.policy = Policy(model, options.rank, options.alpha, options.module_names())
+        shape = {name: facts.settings[name] for name in AdapterOptions.model_fields if name in facts.settings}
+        options = AdapterOptions(**shape)
+        self.policy = Policy(model, options.rank, options.alpha, options.module_names(), prompts=_prompts(run))
         self.max_length = int(facts.settings.get("max_length", 1024))
         versions = [version.id for version in run.versions]
         self.versions = versions if settings.every else versions[-1:]
@@ -232,7 +236,8 @@ class _Runner:
     def answers(self, version: str, task: str, rows: Sequence[HeldOutPrompt]) -> list[Answer]:
         self.switch(version, task)
         folder = self._folder(version, task)
-        adapter = "" if folder is None else sha256_of(folder / "adapter_model.safetensors")
+        learned = WEIGHTS if self.policy.prompts is None else PROMPTS_FILE
+        adapter = "" if folder is None else sha256_of(folder / learned)
         return write_answers(
             self.policy,
             self.tokenizer,
@@ -251,6 +256,13 @@ class _Runner:
         found = self.run.adapters_at(next(one for one in self.run.versions if one.id == version))
         own = found.get(self._labels[task] if self._labels else None)
         return None if own is None else self.run.path / "versions" / own.id / "adapter"
+
+
+def _prompts(run: RunData) -> PromptShape | None:
+    """The size of the pool that the run's method learns; None for an adapter."""
+    arguments = run.facts.method.model_dump(exclude={"gamma"})  # which is the objective's, too
+    known = METHODS.get(arguments["name"])
+    return None if known is None or known.prompts is None else make_method(**arguments).prompts
 
 
 def _written(runner: _Runner, prompts: Prompts, base: bool = False) -> dict[str, dict[str, list[Answer]]]:

@@ -98,16 +98,20 @@ class RunContext(TaskContext):
         return new
 
     def stages(self) -> list[tuple[Objective, StageOptions]]:
-        """Return the stages of a task, in order."""
-        main = (self.objective, self.options.preference_stage())
-        if self.options.sft_epochs == 0:
-            return [main]
-        return [(make_objective("sft"), self.options.sft_stage()), main]
+        """Return the stages of a task, in order, with the method's own learning rates."""
+        found = [(self.objective, self.options.preference_stage())]
+        if self.options.sft_epochs > 0:
+            found.insert(0, (make_objective("sft"), self.options.sft_stage()))
+        factor = self.method.rate_factor
+        return [
+            (objective, options.replace(learning_rate=factor * options.learning_rate)) for objective, options in found
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what run.json tells about the set-up."""
         own = self.objective.settings()
         gamma = {"gamma": own.pop("gamma")} if "gamma" in own else {}
+        adapter = {} if self.method.prompts is not None else self.adapter.model_dump()
         rewards = {} if self.scorer is None else {"reward": self.scorer.fingerprint, **self.rollouts.model_dump()}
         return {
             "everalign": library_versions()["everalign"],
@@ -117,7 +121,7 @@ class RunContext(TaskContext):
             "template": template_fingerprint(self.tokenizer),
             "method": {"name": self.method.name, **gamma, **self.method.settings()},
             "objective": self.objective.name,
-            "settings": {**self.options.model_dump(), **self.adapter.model_dump(), **own, **rewards},
+            "settings": {**self.options.model_dump(), **adapter, **own, **rewards},
             "seed": self.seed,
             "libraries": library_versions(),
             "machine": {**machine_facts(), "threads": torch.get_num_threads()},
@@ -130,7 +134,7 @@ def make_context(
     method: Method,
     objective: str,
     options: TrainingOptions,
-    adapter: AdapterOptions,
+    adapter: AdapterOptions | None,
     weighting: WeightOptions,
     scorer: Scorer | None,
     rollouts: RolloutOptions,
@@ -145,6 +149,8 @@ def make_context(
     Raises:
         InputError: the settings contradict each other, or the model cannot be used.
     """
+    method.check_fits(objective, options.reference, adapter is not None)
+    adapter = adapter or AdapterOptions()
     goal = make_objective(
         objective,
         options.beta,
@@ -163,7 +169,7 @@ def make_context(
         raise InputError(f"the objective {objective} learns from no rewards and would ignore reward: leave it out")
     if scorer is None and rollouts != RolloutOptions():
         raise InputError("sampled answers need rewards: give reward, or leave the sampling options out")
-    options = options.resolved(objective)
+    options = options.resolved(objective, method.reference)
     if rollouts.rounds > 1 and goal.needs_reference and options.reference == "previous_task":
         raise InputError(
             "with several rounds the policy before the task is not available: set reference to stage_start"
@@ -183,11 +189,12 @@ def make_context(
     check_trainable(base, model)
     check_vocabulary(base, tokenizer, model)
     rehearse(base, adapter.module_names())
-    options = options.replace(max_length=readable_length(options.max_length, base, model, log))
+    prefix = 0 if method.prompts is None else method.prompts.tokens
+    options = options.replace(max_length=readable_length(options.max_length, base, model, log, prefix))
     model_key = model_fingerprint(base)
     if options.attention == "flex":
         use_flex_attention(base)
-    policy = Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed)
+    policy = Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed, method.prompts)
     why = policy.head.why_no_prefix_sharing
     sharing = "prompts are computed once for " + (f"each answer: {why}" if why else "all their answers")
     head = "" if policy.head.chunked else "; the model's head cannot be called separately: all logits are computed"

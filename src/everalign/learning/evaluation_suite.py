@@ -14,11 +14,11 @@ from everalign.learning.context import RunContext
 from everalign.learning.run_store import RunDirectory, data_facts
 from everalign.learning.sample_answers import Answers, answer_again, first_answers
 from everalign.learning.task_training import GivenTask
-from everalign.modeling.policy import Updates
+from everalign.modeling.policy import Snapshot
 from everalign.training.reference import policy_key
 
-Labelled = dict[str | None, Updates]
-"""The policy by the labels of held-out rows, as its difference from the base model; None stands for all rows."""
+Labelled = dict[str | None, Snapshot]
+"""The policy by the labels of held-out rows; None stands for all rows."""
 
 
 class EvaluationSuite:
@@ -119,7 +119,7 @@ class EvaluationSuite:
         found: Labelled = {}
         for label in self._labels():
             with self._answering(label):
-                found[label] = self._setup.policy.total()
+                found[label] = self._setup.policy.snapshot()
         return found
 
     def scores(self, previous: Labelled | None, tasks: Sequence[str] | None = None) -> dict[str, PreferenceScore]:
@@ -159,7 +159,7 @@ class EvaluationSuite:
     def _answering(self, label: str | None) -> AbstractContextManager[None]:
         return self._setup.method.answering(self._setup.policy, label)
 
-    def _score(self, held_out: HeldOut, previous: Updates | None) -> PreferenceScore:
+    def _score(self, held_out: HeldOut, previous: Snapshot | None) -> PreferenceScore:
         tokens = self._setup.options.tokens_per_batch
         return score_preferences(self._setup.policy, held_out, tokens_per_batch=tokens, previous=previous)
 

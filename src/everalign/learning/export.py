@@ -23,7 +23,9 @@ from everalign.learning.run_data import RunData, VersionData
 from everalign.learning.run_files import Score
 from everalign.modeling.base_adapter import tokenizer_folder
 from everalign.modeling.loading import load_config, load_model, load_tokenizer, model_fingerprint, resolve_model
+from everalign.modeling.lora import CONFIG, WEIGHTS
 from everalign.modeling.model_files import DTYPES, OutputDtype, merged_into, source_folder, write_checked
+from everalign.modeling.prompt_pool import refuse_prompts
 from everalign.modeling.stopping import write_ends
 from everalign.storage import exclusive, lock_of, new_folder, read_json, write_json, write_text
 
@@ -176,7 +178,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |" for cells in lines)
 
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # How texts and images are read, beside what the tokenizer saves itself.
 _READING = ("tokenizer.model", "tekken.json", "preprocessor_config.json", "processor_config.json")
 
@@ -278,17 +279,17 @@ def export_adapter(
     name = run.facts.model if model is None else model
     base = source_folder(resolve_model(name))
     kind = "fp32" if dtype == "auto" else dtype
-    adapter = {key: tensor.to(DTYPES[kind]) for key, tensor in load_file(source / "adapter" / _WEIGHTS).items()}
+    adapter = {key: tensor.to(DTYPES[kind]) for key, tensor in load_file(source / "adapter" / WEIGHTS).items()}
     if not all(tensor.isfinite().all() for tensor in adapter.values()):
         raise InputError(f"the adapter has values beyond the range of {kind}: choose --dtype bf16 or fp32")
-    config = read_json(source / "adapter" / _CONFIG)
+    config = read_json(source / "adapter" / CONFIG)
     if model is not None:
         config["base_model_name_or_path"] = servable(model, base)
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     with _alone(folder), new_folder(folder) as temporary:
         tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
-        save_file(adapter, temporary / _WEIGHTS, metadata={"format": "pt"})
-        write_json(temporary / _CONFIG, config)
+        save_file(adapter, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_json(temporary / CONFIG, config)
         tokenizer.save_pretrained(temporary)
         for file in (base / file for file in (*_READING, "generation_config.json")):
             if file.is_file():
@@ -306,6 +307,7 @@ def _line_up_to(run: RunData, version: str | None, label: str | None) -> list[Ve
     for number, one in enumerate(run.versions, start=1):
         if one.is_called(version or run.head):
             line = _of_label(run, run.versions[:number], label)
+            refuse_prompts(run.path / "versions" / line[-1].id / "adapter")
             check_version(run.path / "versions" / line[-1].id, line[-1].manifest.files)
             return line
     if any(one.is_called(str(version)) for one in run.off_lineage):

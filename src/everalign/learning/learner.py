@@ -142,7 +142,7 @@ class Learner:
             method,
             objective,
             self._run.with_its_precision(training or TrainingOptions()),
-            adapter or AdapterOptions(),
+            adapter,
             weighting or WeightOptions(),
             make_scorer(reward) if isinstance(reward, str) else reward,
             rollouts or RolloutOptions(),

@@ -58,7 +58,7 @@ class MethodOptions(Options, title="Method"):
         default=None, ge=0, lt=1, description="Decay of an average over a task's steps; 0 for none (lifealign)."
     )
     strength: float | None = Field(
-        default=None, ge=0, description="Strength of the method (gem, ewc, olora, cppo, ogpsa, lifealign-rf)."
+        default=None, ge=0, description="Strength of the method (gem, ewc, olora, l2p, cppo, ogpsa, lifealign-rf)."
     )
     memory_rows: int | None = Field(default=None, ge=1, description="Rows of a task's gradient (gem, ogpsa).")
     refresh: int | None = Field(default=None, ge=1, description="Steps between two such gradients (gem, ogpsa).")
@@ -71,6 +71,12 @@ class MethodOptions(Options, title="Method"):
     highest: float | None = Field(default=None, ge=0, description="Weight of rows to learn or keep more (cppo).")
     own_answers: Share | None = Field(
         default=None, description="Share of the prompts that the policy answers first (lifealign-rf)."
+    )
+    pool_size: int | None = Field(default=None, ge=1, description="Learned prompts in the pool (l2p).")
+    prompt_length: int | None = Field(default=None, ge=1, description="Vectors of a learned prompt (l2p).")
+    top_prompts: int | None = Field(default=None, ge=1, description="Learned prompts in front of each prompt (l2p).")
+    prompt_rate: float | None = Field(
+        default=None, gt=0, description="Learning rate of prompts, in units of --learning-rate (l2p)."
     )
     rate: float | None = Field(default=None, ge=0, description="Rate of the multipliers' ascent (copr).")
     step: Step | None = Field(
@@ -163,7 +169,7 @@ class TrainingOptions(Options, title="Training"):
         default=None,
         description="Policy that implicit rewards are measured against.\n`base`: always the base model. "
         "`stage_start`: the policy as this stage begins. `previous_task`: the policy before this task. If not given, "
-        "base with hypo and hypo-ln, and stage_start with the others.",
+        "base with hypo, hypo-ln and the method l2p, and stage_start with the others.",
     )
     learning_rate: LearningRate = Field(default=1e-4, description="Peak learning rate of the preference stage.")
     epochs: Epochs = 1.0
@@ -206,12 +212,17 @@ class TrainingOptions(Options, title="Training"):
             raise InputError(f"unknown preset {name!r}: choose one of {', '.join(_PRESETS)}", field="preset")
         return cls(**{**_PRESETS[name], **changes})
 
-    def resolved(self, objective: str) -> "TrainingOptions":
-        """Returns the options with the objective's own β and reference where none are given."""
+    def resolved(self, objective: str, reference: str | None = None) -> "TrainingOptions":
+        """Returns the options with the objective's own β and reference where none are given.
+
+        Args:
+            objective: its name.
+            reference: the one that the method makes sense with; None for any.
+        """
         entry = OBJECTIVES[objective]
         return self.replace(
             beta=entry.beta if self.beta is None else self.beta,
-            reference=entry.reference if self.reference is None else self.reference,
+            reference=(reference or entry.reference) if self.reference is None else self.reference,
         )
 
     def sft_stage(self) -> StageOptions:

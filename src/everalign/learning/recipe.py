@@ -297,7 +297,8 @@ class Recipe(Keys):
             if getattr(self, name) is None and (needs_tasks or name != "tasks"):
                 raise InputError(f"no {name} given: add {flag}, or the key {name!r} to the recipe", field=name)
         self._refuse_ignored()
-        method = self.make_method()
+        method, training = self.make_method(), self.training_options()
+        method.check_fits(self.objective or DEFAULT_OBJECTIVE, training.reference, bool(self._given("adapter")))
         if self.label is not None and not method.labelled:
             raise InputError(
                 f"the method {method.name} would ignore label: leave it out, or choose experts, which learns an "
@@ -310,8 +311,8 @@ class Recipe(Keys):
             "sample_answers": SAMPLE_ANSWERS if self.sample_answers is None else self.sample_answers,
             **{name: given[name] for name in (*plain, "allow_overlap") if name in given},
             "method": method,
-            "training": self.training_options(),
-            "adapter": self.adapter_options(),
+            "training": training,
+            "adapter": None if method.prompts is not None else self.adapter_options(),
             **self._sections_of_objective(),
         }
 
@@ -323,7 +324,8 @@ class Recipe(Keys):
             name: weighting_settings(self.objective, options) if isinstance(options, WeightOptions) else dict(options)
             for name, options in self._sections_of_objective().items()
         }
-        training = self.training_options().resolved(self.objective or DEFAULT_OBJECTIVE)
+        training = self.training_options().resolved(self.objective or DEFAULT_OBJECTIVE, method.reference)
+        adapter = {} if method.prompts is not None else {"adapter": dict(self.adapter_options())}
         return {
             "objective": DEFAULT_OBJECTIVE,
             "seed": 0,
@@ -331,7 +333,7 @@ class Recipe(Keys):
             **{key: value for key, value in self._given().items() if key != "preset"},
             "method": {"name": method.name, **gamma, **method.settings()},
             "training": {name: value for name, value in training if name not in self._ignored()},
-            "adapter": dict(self.adapter_options()),
+            **adapter,
             **sections,
         }
 

@@ -16,6 +16,7 @@ from everalign.methods.ewc import ElasticWeightConsolidation
 from everalign.methods.experts import LabelledExperts
 from everalign.methods.from_file import method_file, method_from_file
 from everalign.methods.gradient_projection import GradientEpisodicMemory, OrthogonalGradients
+from everalign.methods.l2p import LearningToPrompt
 from everalign.methods.lifealign import LifeAlign
 from everalign.methods.lifealign_rf import RehearsalFreeLifeAlign
 from everalign.methods.olora import OrthogonalLora
@@ -45,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
         GradientEpisodicMemory,
         ElasticWeightConsolidation,
         OrthogonalLora,
+        LearningToPrompt,
         ContinualPpo,
         OptimalPolicyRegularization,
         OrthogonalGradients,

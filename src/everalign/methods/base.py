@@ -13,6 +13,7 @@ from everalign.data.replay import AnyRow, ReplayBuffer
 from everalign.data.rows import RowSet
 from everalign.errors import InputError
 from everalign.modeling.policy import Policy
+from everalign.modeling.prompt_pool import PromptShape
 from everalign.training.hooks import StageHooks
 
 Answerer = Callable[[Sequence[Prompt], int], list[tuple[int, str]]]
@@ -107,6 +108,9 @@ class Method(StageHooks):
         long_term: whether the policy between tasks is the long-term adapter.
         consolidates: whether `end_task` changes the policy, which is then scored before and after.
         labelled: whether each label has a policy of its own, which `answering` switches to.
+        prompts: size of the pool of prompts that it learns in place of an adapter; None for an adapter.
+        rate_factor: what the stages' learning rates are multiplied by.
+        reference: the one reference policy that it makes sense with; None for any.
     """
 
     name: ClassVar[str]
@@ -116,10 +120,25 @@ class Method(StageHooks):
     long_term = False
     consolidates = False
     labelled = False
+    prompts: PromptShape | None = None
+    rate_factor = 1.0
+    reference: ClassVar[str | None] = None
 
     def settings(self) -> dict[str, Any]:
         """Returns the arguments that shape the result, for the manifest."""
         return {}
+
+    def check_fits(self, objective: str, reference: str | None, adapter: bool) -> None:
+        """Refuses what the method cannot be combined with, before anything is loaded.
+
+        Args:
+            objective: its name.
+            reference: the reference policy that was asked for; None for none.
+            adapter: whether the shape of an adapter was asked for.
+
+        Raises:
+            InputError: names the option and says why.
+        """
 
     def pool(self, tasks: Sequence[tuple[str, RowSet[Any]]]) -> list[tuple[str, RowSet[Any]]]:
         """Returns what to learn one after another, given all tasks at once as (name, rows). For `joint` methods."""

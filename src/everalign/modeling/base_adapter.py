@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from everalign.errors import InputError
+from everalign.modeling.prompt_pool import refuse_prompts
 from everalign.storage import read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -123,6 +124,7 @@ def adapter_folder(source: str) -> Path:
             raise InputError(
                 f"there is no folder {source}, and no adapter of that name could be loaded from the Hub: {reason}"
             ) from error
+    refuse_prompts(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"{source}: no adapter here (it has no {CONFIG_FILE})")
     return folder

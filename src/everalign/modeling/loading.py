@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationMethod
 
+from everalign.data.tokenization import SHORTEST_MAX_LENGTH
 from everalign.errors import InputError
 from everalign.modeling.architecture import study_lengths
 from everalign.modeling.base_adapter import base_and_adapter, merge_adapter, tokenizer_folder, without_adapter
@@ -374,7 +375,7 @@ def sequence_limit(wanted: int | None, default: int, model: Any, tokenizer: Any,
     return wanted
 
 
-def readable_length(wanted: int, model: Any, name: str, log: Callable[[str], None]) -> int:
+def readable_length(wanted: int, model: Any, name: str, log: Callable[[str], None], prefix: int = 0) -> int:
     """Return how many tokens of a row a language model learns from: what is wanted, or what it can read.
 
     Args:
@@ -382,13 +383,20 @@ def readable_length(wanted: int, model: Any, name: str, log: Callable[[str], Non
         model: a loaded model.
         name: the model's, as the user named it.
         log: called with a line where rows are cut, or longer than what the model was made for.
+        prefix: tokens that will stand in front of every prompt besides.
+
+    Raises:
+        InputError: they leave no room for a row.
     """
     longest, named = study_lengths(model).longest, named_length(model.config)
-    if longest is not None and longest < wanted:
-        log(f"max_length is {longest} instead of {wanted}, the most tokens that {name} can read")
-        return longest
-    if longest is None and named is not None and named < wanted:
-        log(f"max_length is {wanted}, while {name} was made for rows of up to {named} tokens")
+    beside = f", with {prefix} in front of every prompt" if prefix else ""
+    if longest is not None and longest - prefix < wanted:
+        if longest - prefix < SHORTEST_MAX_LENGTH and prefix:
+            raise InputError(f"{name} can read {longest} tokens{beside}: that leaves no room for prompts and answers")
+        log(f"max_length is {longest - prefix} instead of {wanted}, the most tokens that {name} can read{beside}")
+        return longest - prefix
+    if longest is None and named is not None and named < wanted + prefix:
+        log(f"max_length is {wanted}{beside}, while {name} was made for rows of up to {named} tokens")
     return wanted
 
 

@@ -189,7 +189,7 @@ def _merge_frozen(layer: Any, names: list[str]) -> tuple[Tensor, list[str]]:
 # ---- adapters as low-rank updates ----
 
 _PREFIX = "base_model.model."
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -334,8 +334,8 @@ def save(peft_model: Any, adapter: str, folder: Path) -> None:
     for name, (left, right) in read_factors(peft_model, adapter).items():
         state[f"{_PREFIX}{name}.lora_A.weight"] = right.contiguous()
         state[f"{_PREFIX}{name}.lora_B.weight"] = left.contiguous()
-    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
-    follow_umask(folder / _WEIGHTS)
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    follow_umask(folder / WEIGHTS)
     config = peft_model.peft_config[adapter]
     was_inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(folder)
@@ -348,12 +348,12 @@ def load_scale(folder: Path) -> tuple[int, float]:
     Raises:
         InputError: its configuration is missing or damaged.
     """
-    path = folder / _CONFIG
+    path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         return int(config["r"]), float(config["lora_alpha"])
     except FileNotFoundError as error:
-        raise InputError(f"{folder}: no adapter here (expected {_CONFIG} and {_WEIGHTS})") from error
+        raise InputError(f"{folder}: no adapter here (expected {CONFIG} and {WEIGHTS})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged, or not a LoRA adapter's ({error!r}); restore it") from error
 
@@ -364,11 +364,11 @@ def load_factors(peft_model: Any, folder: Path) -> dict[str, tuple[Tensor, Tenso
     Raises:
         InputError: a file is missing or damaged, or modules or shapes differ.
     """
-    path = folder / _WEIGHTS
+    path = folder / WEIGHTS
     try:
         state: dict[str, Tensor] = load_file(path)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; an adapter is {_CONFIG} and {_WEIGHTS}") from error
+        raise InputError(f"{path}: no such file; an adapter is {CONFIG} and {WEIGHTS}") from error
     except SafetensorError as error:
         raise InputError(f"{path}: the adapter is damaged ({error}); restore it or learn the task again") from error
     factors = {}

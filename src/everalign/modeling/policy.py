@@ -7,28 +7,35 @@
 so every reference policy is a switch and never a second model. The long-term adapter is frozen and fp32; its rank
 follows what memory consolidation writes into it. Built on peft, whose checkpoint format is ours.
 
+A policy may learn prompts instead (see `everalign.modeling.prompt_pool`): its adapters stay switched off, and the base
+model is the policy without prompts.
+
 `FullModel` is the alternative without adapters, where all weights learn. Trainers take either as a `TrainableLM`.
 """
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from everalign.data.collate import Batch
+from everalign.data.collate import Batch, prompt_places, with_prefix
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
 from everalign.modeling import lora as adapters
 from everalign.modeling.architecture import study
 from everalign.modeling.attention import use_cpu_attention
-from everalign.modeling.decoding import Decoder
+from everalign.modeling.decoding import Decoder, pad_left
 from everalign.modeling.logprobs import SequenceLogProbs, naming
 from everalign.modeling.lora import frozen_for_inference, fuse
 from everalign.modeling.lora_targets import ALL_LINEAR, choose_targets
 from everalign.modeling.options import Precision
+from everalign.modeling.prompt_pool import PromptPool, PromptShape, check_readable, looked_up, refuse_prompts
 from everalign.modeling.runtime import use_lean_layers
 
 SHORT_TERM = "stm"
@@ -36,6 +43,22 @@ LONG_TERM = "ltm"
 _SNAPSHOT = "snapshot"
 
 Updates = Mapping[str, LowRankUpdate]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A policy as it was: its difference from the base model.
+
+    Args:
+        updates: of adapted modules.
+        prompts: a copy of the pool; None for a policy that learns none.
+    """
+
+    updates: Updates
+    prompts: PromptPool | None = None
+
+
+Earlier = Snapshot | Updates
 _Model = TypeVar("_Model", bound="TrainableLM")
 
 
@@ -62,6 +85,11 @@ class TrainableLM(nn.Module):
         """The Hugging Face model, adapters injected or not."""
         raise NotImplementedError
 
+    @property
+    def prefix_length(self) -> int:
+        """Tokens that are put in front of every prompt."""
+        return 0
+
     def forward(self, batch: Batch) -> Tensor:
         """Sum the log-probabilities of each sequence's response tokens.
 
@@ -71,19 +99,25 @@ class TrainableLM(nn.Module):
         Returns:
             (S,) fp32, in nats.
         """
-        with self._computing(batch["input_ids"]):
-            return self.head.response_log_probs(batch)
+        with self._reading(batch) as read:
+            return self.head.response_log_probs(read)
 
     def response_choices(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return, of the batch's K response tokens, log-probabilities (K,) fp32 and the likeliest tokens (K,)."""
-        with self._computing(batch["input_ids"]):
-            return self.head.response_choices(batch)
+        with self._reading(batch) as read:
+            return self.head.response_choices(read)
 
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch on the model's device; refuses tokens that the model has no embeddings for."""
         self.head.check_token(int(batch["input_ids"].max()))
         device = next(self.parameters()).device
         return {name: value.to(device) for name, value in batch.items()}
+
+    @contextmanager
+    def _reading(self, batch: Batch) -> Iterator[Batch]:
+        """Compute inside the `with` block what a collated batch holds; yields the batch as the model is given it."""
+        with self._computing(batch["input_ids"]):
+            yield batch
 
     @contextmanager
     def _computing(self, like: Tensor) -> Iterator[None]:
@@ -144,7 +178,8 @@ class Policy(TrainableLM):
         rank: rank r of the short-term adapter.
         alpha: LoRA's α; the update of a module is (α/r)·B·A.
         targets: names of the modules to adapt or their last parts, a regular expression, or `all-linear`.
-        seed: seeds the short-term adapter's A (B starts at 0).
+        seed: seeds the short-term adapter's A (B starts at 0), or the pool.
+        prompts: size of a pool of prompts, which is then all that learns; None for none.
 
     A base model in bf16 computes under bf16 autocast, in training, evaluation and as reference alike; adapters and
     log-probabilities stay fp32.
@@ -153,17 +188,29 @@ class Policy(TrainableLM):
         head: computes log-probabilities.
         notes: what stays frozen though one might think that it is adapted; a line each.
         seed: of the short-term adapter that it was made with.
+        prompts: the pool; None for none.
+
+    Raises:
+        InputError: the model has no such modules, or cannot read learned prompts.
     """
 
+    prompts: PromptPool | None
+
     def __init__(
-        self, model: Any, rank: int, alpha: float, targets: str | list[str] = ALL_LINEAR, seed: int = 0
+        self,
+        model: Any,
+        rank: int,
+        alpha: float,
+        targets: str | list[str] = ALL_LINEAR,
+        seed: int = 0,
+        prompts: PromptShape | None = None,
     ) -> None:
         mixed = next(model.parameters()).dtype == torch.bfloat16
         super().__init__(mixed)
         # Before anything of it is replaced: the copy is made of its classes as they are.
         architecture = study(model)
         chosen = choose_targets(model, targets, architecture.reached)
-        self.notes = chosen.notes
+        self.notes = chosen.notes if prompts is None else []
         self.peft = adapters.attach(model, SHORT_TERM, rank, alpha, chosen.names)
         adapters.check_untied(self.peft)
         # Adapters come and go in these same layers.
@@ -178,24 +225,41 @@ class Policy(TrainableLM):
         use_lean_layers(model)
         self.head = SequenceLogProbs(model, architecture)
         self.seed = seed
+        self.prompts = None if prompts is None else self._make_prompts(prompts)
+        # The pool whose prompts are put in front now stands last. In a list, which does not make it a part of the
+        # policy.
+        self._pools = [self.prompts]
         self.reset(seed)
+        if self.prompts is not None:
+            check_readable(model, self.prompts)
+
+    def _make_prompts(self, shape: PromptShape) -> PromptPool:
+        kind = type(self.language_model).__name__
+        if not self.head.chunked:
+            raise InputError(f"{kind} cannot be learned with the method l2p: its hidden states cannot be read apart")
+        self._queries: dict[tuple[int, ...], Tensor] = {}
+        return PromptPool(shape, self._embeddings, self._query((0,)).shape[-1])
 
     @property
     def language_model(self) -> Any:
         """The base model with both adapters injected."""
         return self.peft.get_base_model()
 
+    @property
+    def _embeddings(self) -> Any:
+        return self.language_model.get_input_embeddings()
+
     # ---- what it computes ----
 
     def response_logits(self, batch: Batch) -> Tensor:
         """Return the logits (K, V) fp32 that predict the batch's K response tokens, in the order of its `targets`."""
-        with self._computing(batch["input_ids"]):
-            return self.head.response_logits(batch).float()
+        with self._reading(batch) as read:
+            return self.head.response_logits(read).float()
 
     def response_states(self, batch: Batch) -> Tensor:
         """Return what `logits` makes the batch's logits of: (K, d), a row for each of its K response tokens."""
-        with self._computing(batch["input_ids"]):
-            return self.head.states(batch)
+        with self._reading(batch) as read:
+            return self.head.states(read)
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the logits (K, V) fp32 of some of the rows that `response_states` returned."""
@@ -206,7 +270,17 @@ class Policy(TrainableLM):
     def decoding(self, batch: Batch) -> Iterator[Decoder]:
         """Yield a decoder of left-padded prompts; the policy must stay as it is inside the `with` block."""
         with self._computing(batch["input_ids"]), frozen_for_inference(self._layers, merging=True):
-            yield Decoder(self.language_model, batch, self.head)
+            if self.prefix_length == 0:
+                yield Decoder(self.language_model, batch, self.head)
+                return
+            rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True)
+            prompts = [[token for token, shown in zip(*row, strict=True) if shown] for row in rows]
+            with self._prompted(prompts) as first:
+                starts = range(first, first + len(prompts) * self.prefix_length, self.prefix_length)
+                longer = [[*range(n, n + self.prefix_length), *ids] for n, ids in zip(starts, prompts, strict=True)]
+                device = batch["input_ids"].device
+                padded = {name: value.to(device) for name, value in pad_left(longer, 0).items()}
+                yield Decoder(self.language_model, padded, self.head)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -219,12 +293,78 @@ class Policy(TrainableLM):
         finally:
             self.training = was_training
 
+    # ---- prompts in front of prompts ----
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens that are put in front of every prompt."""
+        pool = self._pools[-1]
+        return 0 if pool is None else pool.shape.tokens
+
+    def queries(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Return the queries (B, d) fp32 by which pools choose: means of the base model's last hidden states.
+
+        Over a prompt's tokens, and nothing that follows them. Each prompt is computed alone and once, so that its query
+        does not depend on what it is computed beside.
+        """
+        found = []
+        for tokens in map(tuple, prompts):
+            if tokens not in self._queries:
+                self._queries[tokens] = self._query(tokens)
+            found.append(self._queries[tokens])
+        return torch.stack(found).to(self._embeddings.weight.device)
+
+    @torch.no_grad()
+    def _query(self, tokens: tuple[int, ...]) -> Tensor:
+        ids = torch.tensor([tokens], device=self._embeddings.weight.device)
+        places = torch.arange(len(tokens), device=ids.device)
+        # All of its tokens as if they were predictors.
+        batch = {"input_ids": ids, "predictors": places, "targets": ids[0]}
+        batch |= {"sequences": torch.zeros_like(places), "lengths": torch.tensor([len(tokens)], device=ids.device)}
+        with self._computing(ids):
+            return self.head.states(batch).float().mean(dim=0).cpu()
+
+    @contextmanager
+    def _reading(self, batch: Batch) -> Iterator[Batch]:
+        with self._computing(batch["input_ids"]):
+            if self.prefix_length == 0:
+                yield batch
+                return
+            flat = batch["input_ids"].flatten().tolist()
+            starts, ends, _ = (places.tolist() for places in prompt_places(batch))
+            prompts = [flat[start:end] for start, end in zip(starts, ends, strict=True)]
+            with self._prompted(prompts) as first:
+                yield with_prefix(batch, self.prefix_length, first)
+
+    @contextmanager
+    def _prompted(self, prompts: Sequence[Sequence[int]]) -> Iterator[int]:
+        """Let the embeddings look up what stands in front of each of these prompts; yields its first token."""
+        pool = self._pools[-1]
+        assert pool is not None
+        vectors = pool.in_front(self.queries(prompts)).flatten(0, 1)
+        with looked_up(self._embeddings, vectors) as first:
+            yield first
+
+    @contextmanager
+    def _with_pool(self, pool: PromptPool | None) -> Iterator[None]:
+        """Put this pool's prompts in front inside the `with` block, or none."""
+        self._pools.append(pool)
+        try:
+            yield
+        finally:
+            self._pools.pop()
+
     # ---- which adapters take part ----
 
     def reset(self, seed: int) -> None:
-        """Forget everything: no long-term memory, a fresh short-term adapter; the policy is the base model."""
+        """Forget everything: no long-term memory, a fresh short-term adapter; the policy is the base model.
+
+        With fresh prompts, which change something from the start, where it learns those.
+        """
         self.write_long_term({})
         self.start_short_term(seed)
+        if self.prompts is not None:
+            self.prompts.reset(self._embeddings, seed)
 
     def start_short_term(self, seed: int) -> None:
         """Begin a fresh short-term adapter (A random by `seed`, B = 0), which changes nothing yet."""
@@ -240,6 +380,9 @@ class Policy(TrainableLM):
         self._activate()
 
     def _activate(self) -> None:
+        if self.prompts is not None:
+            self.peft.base_model.disable_adapter_layers()
+            return
         names = [name for name in (LONG_TERM, SHORT_TERM) if name in self.peft.peft_config]
         self._use(names)
         for layer in self._layers:
@@ -255,17 +398,21 @@ class Policy(TrainableLM):
     def as_base(self) -> Iterator[None]:
         """Compute as the base model inside the `with` block."""
         try:
-            with self.peft.disable_adapter():
+            with self.peft.disable_adapter(), self._with_pool(None):
                 yield
         finally:
             self._activate()
 
     @contextmanager
-    def as_snapshot(self, updates: Updates) -> Iterator[Any]:
-        """Yield a context manager under which the policy is the base model plus these updates.
+    def as_snapshot(self, earlier: Earlier) -> Iterator[Any]:
+        """Yield a context manager under which the policy is what it was, or the base model plus these updates.
 
         Inside a block of the same updates, their adapter is there already.
         """
+        if self.prompts is not None:
+            yield partial(self._with_pool, earlier.prompts if isinstance(earlier, Snapshot) else None)
+            return
+        updates = earlier.updates if isinstance(earlier, Snapshot) else earlier
 
         @contextmanager
         def switched() -> Iterator[None]:
@@ -293,6 +440,12 @@ class Policy(TrainableLM):
             self._activate()
 
     # ---- what it has learned ----
+
+    def snapshot(self) -> Snapshot:
+        """Return the policy as it is now, for `as_snapshot`."""
+        if self.prompts is None:
+            return Snapshot(self.total())
+        return Snapshot({}, copy.deepcopy(self.prompts).requires_grad_(False))
 
     def short_term(self) -> dict[str, LowRankUpdate]:
         """Return (α/r)·B·A of every adapted module, in factored form, detached fp32 copies on the CPU."""
@@ -328,7 +481,11 @@ class Policy(TrainableLM):
         """Write the policy as one PEFT adapter that plain peft loads.
 
         The long-term adapter where there is one (the short-term one must be fresh then), else the short-term one.
+        Prompts, where it learns those, are written alone: plain peft must not take an empty adapter for the policy.
         """
+        if self.prompts is not None:
+            self.prompts.save(folder)
+            return
         name = LONG_TERM if LONG_TERM in self.peft.peft_config else SHORT_TERM
         if name == LONG_TERM and any(update.norm() > 0 for update in self.short_term().values()):
             raise RuntimeError("save_adapter: the short-term adapter holds an update that was not consolidated")
@@ -340,6 +497,10 @@ class Policy(TrainableLM):
         Raises:
             InputError: the folder holds no adapter, or one of another model or shape; the policy is as it was.
         """
+        if self.prompts is not None:
+            self.prompts.load(folder)
+            return
+        refuse_prompts(folder)
         rank, alpha = adapters.load_scale(folder)
         factors = adapters.load_factors(self.peft, folder)
         config = self.peft.peft_config[SHORT_TERM]

@@ -70,10 +70,10 @@ def sample_completions(
             become longer than the model can read or write.
     """
     tokens = _checked(ChatFormat(tokenizer), prompts, options)
-    longest = max((len(ids) for ids in tokens), default=0) + options.max_new_tokens
+    longest = policy.prefix_length + max((len(ids) for ids in tokens), default=0) + options.max_new_tokens
     policy.head.lengths.check_written(longest, "lower max_new_tokens, or shorten the prompts")
     ends = _Ends(tokenizer, stop_token_ids(policy.peft, tokenizer), turn_end(tokenizer))
-    lengths = [options.completions * (len(ids) + options.max_new_tokens) for ids in tokens]
+    lengths = [options.completions * (policy.prefix_length + len(ids) + options.max_new_tokens) for ids in tokens]
     found: dict[int, Samples] = {}
     was_training = policy.training
     policy.eval()

@@ -137,9 +137,9 @@ class Objective:
         """Return the row with the responses alone that the loss reads."""
         return row
 
-    def tokens(self, row: TokenizedRow, shared: bool) -> int:
-        """Return the tokens that a row takes in a batch."""
-        return row_tokens(self.computed(row), shared)
+    def tokens(self, row: TokenizedRow, shared: bool, prefix: int = 0) -> int:
+        """Return the tokens that a row takes in a batch, with `prefix` more in front of every prompt."""
+        return row_tokens(self.computed(row), shared, prefix)
 
     def collate(self, rows: Sequence[TokenizedRow], shared: bool) -> Batch:
         """Lay out rows as tensors; `count` is what the loss of the whole step is divided by: here, the rows."""

@@ -135,7 +135,7 @@ class Stage:
 
     def _batches(self, numbers: Sequence[int]) -> list[Batch]:
         shared, rows = self.policy.head.shared, [self.rows[number] for number in numbers]
-        lengths = [self.objective.tokens(row, shared) for row in rows]
+        lengths = [self.objective.tokens(row, shared, self.policy.prefix_length) for row in rows]
         chosen = [[numbers[i] for i in places] for places in batches_by_length(lengths, self.tokens_per_batch)]
         return [make_batch(self.rows, places, self.objective, shared, self.reference) for places in chosen]
 

@@ -46,9 +46,9 @@ class SupervisedObjective(LikelihoodObjective):
         """Return the chosen response."""
         return row.only([0])
 
-    def tokens(self, row: TokenizedRow, shared: bool) -> int:
+    def tokens(self, row: TokenizedRow, shared: bool, prefix: int = 0) -> int:
         """Return the tokens of both responses: rows are batched as in the preference stage that may follow."""
-        return row_tokens(row, shared)
+        return row_tokens(row, shared, prefix)
 
     def collate(self, rows: Sequence[TokenizedRow], shared: bool) -> Batch:
         """Lay out the chosen sequences; `count` is the number of their response tokens."""

@@ -40,8 +40,9 @@ def sequence_logprobs(
     order: list[int] = []
     parts: list[Tensor] = []
     shared = policy.head.shared
+    lengths = [row_tokens(row, shared, policy.prefix_length) for row in rows]
     with policy.evaluating():
-        for numbers in batches_by_length([row_tokens(row, shared) for row in rows], tokens_per_batch):
+        for numbers in batches_by_length(lengths, tokens_per_batch):
             parts.append(policy(policy.on_device(collate([rows[number] for number in numbers], shared))))
             order += numbers
             if progress is not None:

@@ -138,9 +138,9 @@ class BradleyTerryObjective(Objective):
         super().__init__("reward", ObjectiveOptions())
         self._padding, self._centring = padding, centring
 
-    def tokens(self, row: TokenizedRow, shared: bool) -> int:
+    def tokens(self, row: TokenizedRow, shared: bool, prefix: int = 0) -> int:
         """Return the tokens of both sequences, padded to the longer one."""
-        return row_tokens(row, shared=False)
+        return row_tokens(row, False, prefix)
 
     def collate(self, rows: Sequence[TokenizedRow], shared: bool) -> dict[str, Tensor]:
         """Lay out both sequences of every pair, each with its prompt; `count` is the number of pairs."""

@@ -141,7 +141,8 @@ def train_stage(
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory())) if folder is None else folder / "checkpoints"
         arguments = training_arguments(place, options, seed)
-        lengths = [objective.tokens(row, shared) for row in learned]
+        prefix = getattr(model, "prefix_length", 0)
+        lengths = [objective.tokens(row, shared, prefix) for row in learned]
         plan = training_plan(
             lengths,
             options.batch_size,
