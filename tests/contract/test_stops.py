@@ -134,7 +134,7 @@ class Scripted:
     def __init__(self, tokens, generation=None):
         self.peft, self.tokens, self.training = random_model(vocabulary=len(tokens) + 400), tokens, False
         self.peft.generation_config = GenerationConfig(eos_token_id=generation)
-        self.head = SimpleNamespace(lengths=Lengths())
+        self.head, self.prefix_length = SimpleNamespace(lengths=Lengths()), 0
         self.peft.config.eos_token_id, self.place = None, 0
 
     def eval(self):

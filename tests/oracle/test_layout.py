@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everalign.data.collate import collate, row_tokens
+from everalign.data.collate import collate, row_tokens, with_prefix
 from everalign.data.tokenization import TokenizedRow
-from models_for_tests import collate_chosen
+from models_for_tests import collate_chosen, random_groups, random_pairs
 
 SHORT = TokenizedRow.pair("a", [5], [6], [7, 8], 1.0)
 LONG = TokenizedRow.pair("b", [11, 12, 13], [14, 15], [16], 0.5)
+LAYOUT = ("input_ids", "position_ids", "segments", "prefixes", "attention_mask")
 ALIKE = TokenizedRow.pair("c", [9], [1, 2, 3, 4], [1, 2, 5], 1.0)
 
 
@@ -118,3 +119,51 @@ def test_every_token_sees_its_own_past_and_nothing_else(pairs):
         assert target == sequences[sequence][end]
         seen[sequence] += 1
     assert seen == batch["lengths"].tolist() == [len(s) - b for s, b in zip(sequences, starts, strict=True)]
+
+
+def seen(batch, predictor):
+    """The tokens that a predictor sees, itself included, in the order of their positions."""
+    width = batch["input_ids"].shape[1]
+    row, column = divmod(predictor, width)
+    tokens = batch["input_ids"][row].tolist()[: column + 1]
+    if "segments" not in batch:
+        assert "attention_mask" not in batch or batch["attention_mask"][row, : column + 1].all()
+        return tokens
+    segments, prefixes, places = (batch[name][row].tolist() for name in ("segments", "prefixes", "position_ids"))
+    found = [i for i, segment in enumerate(segments) if i <= column and segment in (segments[column], prefixes[column])]
+    assert [places[i] for i in found] == list(range(len(found)))
+    return [tokens[i] for i in found]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "rows", [random_groups(9, seed=3), random_pairs(6), [SHORT], [SHORT.only([0]), LONG.only([1])]]
+)
+def test_what_is_put_in_front_of_prompts_is_seen_before_them(rows, shared):
+    plain = collate(rows, shared)
+    batch = with_prefix(plain, 2, 1000)
+    assert {name for name in plain if not torch.equal(plain[name], batch[name])} <= {*LAYOUT, "predictors"}
+    responses = [response for row in rows for response in row.responses]
+    written, fronts = [0] * len(responses), {}
+    for predictor, target, sequence in zip(
+        *(batch[k].tolist() for k in ("predictors", "targets", "sequences")), strict=True
+    ):
+        row = int(batch["row"][sequence])
+        first, second, *tokens = seen(batch, predictor)
+        assert second == first + 1
+        assert tokens == rows[row].prompt + responses[sequence][: written[sequence]]
+        assert target == responses[sequence][written[sequence]]
+        written[sequence] += 1
+        # Prompts of their own have tokens of their own.
+        assert fronts.setdefault(row if shared else sequence, first) == first
+    assert sorted(fronts.values()) == list(range(1000, 1000 + 2 * len(fronts), 2))
+    assert int((batch["input_ids"] >= 1000).sum()) == 2 * len(fronts)
+    if "segments" in batch:
+        padding = batch["segments"] == 0
+        assert int(padding.sum()) == batch["input_ids"].numel() - int((plain["segments"] > 0).sum()) - 2 * len(fronts)
+
+
+def test_nothing_is_moved_by_nothing_in_front():
+    batch = collate(random_groups(5), shared=True)
+    moved = with_prefix(batch, 0, 1000)
+    assert all(torch.equal(batch[name], moved[name]) for name in batch)

@@ -31,7 +31,7 @@ class Table(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.head = SimpleNamespace(shared=True)
+        self.head, self.prefix_length = SimpleNamespace(shared=True), 0
 
     def forward(self, batch):
         return torch.zeros(len(batch["lengths"])).index_add(0, batch["sequences"], batch["targets"] / -10)

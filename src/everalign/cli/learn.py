@@ -58,8 +58,8 @@ def learn(
     method: Annotated[
         str | None,
         option(
-            "lifealign (default), lifealign-rf, er, seqft, mtl, stl, gem, ewc, olora, l2p, cppo, copr, ogpsa, slao, gdumb, "
-            "experts (an adapter for each label), or a class in a file, FILE.py:CLASS."
+            "lifealign (default), lifealign-rf, er, seqft, mtl, stl, gem, ewc, olora, l2p, cppo, copr, ogpsa, slao, "
+            "gdumb, experts (an adapter for each label), or a class in a file, FILE.py:CLASS."
         ),
     ] = None,
     recipe: Annotated[Path | None, option("Read options from a file; flags win.", "FILE.yaml")] = None,

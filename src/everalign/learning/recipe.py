@@ -325,17 +325,17 @@ class Recipe(Keys):
             for name, options in self._sections_of_objective().items()
         }
         training = self.training_options().resolved(self.objective or DEFAULT_OBJECTIVE, method.reference)
-        adapter = {} if method.prompts is not None else {"adapter": dict(self.adapter_options())}
-        return {
+        whole = {
             "objective": DEFAULT_OBJECTIVE,
             "seed": 0,
             "sample_answers": SAMPLE_ANSWERS,
             **{key: value for key, value in self._given().items() if key != "preset"},
             "method": {"name": method.name, **gamma, **method.settings()},
             "training": {name: value for name, value in training if name not in self._ignored()},
-            **adapter,
+            "adapter": None if method.prompts is not None else dict(self.adapter_options()),
             **sections,
         }
+        return {key: value for key, value in whole.items() if value is not None}
 
     def _sections_of_objective(self) -> dict[str, WeightOptions | RolloutOptions | CorrectionTaskOptions]:
         """Returns the options of those sections that the objective, or a scorer of answers, looks at."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from everalign.data.collate import Batch, prompt_places
 from everalign.errors import InputError
-from everalign.methods.base import Method, check_strength
+from everalign.methods.base import Method, Task, check_strength
 from everalign.modeling.policy import Policy
 from everalign.modeling.prompt_pool import PromptShape, nearest_keys
 from everalign.training.hooks import RowTerms, Stage
@@ -90,6 +90,10 @@ class LearningToPrompt(Method):
                 "another method",
                 field="method",
             )
+
+    def begin_task(self, policy: Policy, task: Task) -> None:
+        """Puts the pool's prompts in front, as they were learned so far."""
+        policy.use_prompts()
 
     def begin_stage(self, stage: Stage) -> RowTerms | None:
         """Asks for a loss of each row."""

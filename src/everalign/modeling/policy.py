@@ -7,8 +7,8 @@
 so every reference policy is a switch and never a second model. The long-term adapter is frozen and fp32; its rank
 follows what memory consolidation writes into it. Built on peft, whose checkpoint format is ours.
 
-A policy may learn prompts instead (see `everalign.modeling.prompt_pool`): its adapters stay switched off, and the base
-model is the policy without prompts.
+A policy may learn prompts instead (see `everalign.modeling.prompt_pool`): its adapters stay switched off, and it is the
+base model where no prompts are put in front.
 
 `FullModel` is the alternative without adapters, where all weights learn. Trainers take either as a `TrainableLM`.
 """
@@ -226,9 +226,8 @@ class Policy(TrainableLM):
         self.head = SequenceLogProbs(model, architecture)
         self.seed = seed
         self.prompts = None if prompts is None else self._make_prompts(prompts)
-        # The pool whose prompts are put in front now stands last. In a list, which does not make it a part of the
-        # policy.
-        self._pools = [self.prompts]
+        # The pool whose prompts are put in front now stands last. In a list, which makes it no part of the policy.
+        self._pools: list[PromptPool | None] = [None]
         self.reset(seed)
         if self.prompts is not None:
             check_readable(model, self.prompts)
@@ -301,6 +300,10 @@ class Policy(TrainableLM):
         pool = self._pools[-1]
         return 0 if pool is None else pool.shape.tokens
 
+    def use_prompts(self) -> None:
+        """Put the pool's prompts in front from now on, until `reset`."""
+        self._pools[0] = self.prompts
+
     def queries(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Return the queries (B, d) fp32 by which pools choose: means of the base model's last hidden states.
 
@@ -359,10 +362,11 @@ class Policy(TrainableLM):
     def reset(self, seed: int) -> None:
         """Forget everything: no long-term memory, a fresh short-term adapter; the policy is the base model.
 
-        With fresh prompts, which change something from the start, where it learns those.
+        Where it learns prompts, these are fresh too, and nothing is put in front.
         """
         self.write_long_term({})
         self.start_short_term(seed)
+        self._pools[0] = None
         if self.prompts is not None:
             self.prompts.reset(self._embeddings, seed)
 
@@ -443,9 +447,8 @@ class Policy(TrainableLM):
 
     def snapshot(self) -> Snapshot:
         """Return the policy as it is now, for `as_snapshot`."""
-        if self.prompts is None:
-            return Snapshot(self.total())
-        return Snapshot({}, copy.deepcopy(self.prompts).requires_grad_(False))
+        pool = self._pools[-1]
+        return Snapshot(self.total(), None if pool is None else copy.deepcopy(pool).requires_grad_(False))
 
     def short_term(self) -> dict[str, LowRankUpdate]:
         """Return (α/r)·B·A of every adapted module, in factored form, detached fp32 copies on the CPU."""
@@ -499,6 +502,7 @@ class Policy(TrainableLM):
         """
         if self.prompts is not None:
             self.prompts.load(folder)
+            self.use_prompts()
             return
         refuse_prompts(folder)
         rank, alpha = adapters.load_scale(folder)
