@@ -15,11 +15,11 @@ from everalign.bench.plots import change_since_learned, cost_plot, curves, mean_
 from everalign.bench.recipe import Bench
 from everalign.bench.records import Record
 from everalign.bench.tables import (
-    ANSWERS_ABOUT,
     COST_COLUMNS,
     NUMBER_TITLES,
     answer_measures,
     answer_text,
+    answers_about,
     choice_text,
     cost_cells,
     difference_text,
@@ -148,7 +148,7 @@ def _answers(result: ModelResult) -> dict[str, Any] | None:
             wins.append(Row(name, [percent(share) for share in won.values()]))
     tasks = next((list(won) for one in result.contenders.values() if (won := one.answer_tasks.get(WINS[0]))), [])
     return {
-        "about": ANSWERS_ABOUT.format(baseline=result.baseline or "the baseline"),
+        "about": answers_about(result, measures),
         "columns": ["runs", *(ANSWER_METRICS[measure][0] for measure in measures)],
         "rows": rows,
         "tasks": tasks,

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from everalign.bench.answer_measures import MEASURES
+from everalign.bench.answer_measures import MEASURES, WINS
 from everalign.bench.comparison import Contest, ModelResult, compared
 from everalign.bench.numbers import Number
 from everalign.bench.phases import Outcome, Tuned
@@ -106,13 +106,29 @@ def answer_text(name: str, number: Number | None) -> str:
     return f"{text}{stars(number.p_holm)}"
 
 
-ANSWERS_ABOUT = (
-    "Greedy answers of the final policies to held-out prompts, mean over runs and tasks ± half the 95 % interval over "
-    "runs and prompts. Wins: share of prompts on which the reward model prefers the answer to that of {baseline} with "
-    "the same order and seed; ties count half. Length in characters; KL to the base model along the answers, nats per "
-    "token; perplexity of held-out chat. Marked: what differs from {baseline} (wins: from half), * p < 0.05, ** 0.01, "
-    "*** 0.001 by changing signs over runs, after Holm."
-)
+def answers_about(result: ModelResult, measures: Sequence[str]) -> str:
+    """What the table of answers shows, of the measures that are in it."""
+    baseline = result.baseline or "the baseline"
+    has_wins, about = any(name in measures for name in WINS), []
+    if has_wins:
+        about.append(
+            f"Wins: share of prompts on which the reward model prefers the answer to that of {baseline} with the same "
+            "order and seed; ties count half."
+        )
+    about += [text for name, text in _ABOUT_MEASURE.items() if name in measures]
+    from_half = " (wins: from half)" if has_wins else ""
+    return (
+        "Greedy answers of the final policies to held-out prompts, mean over runs and tasks ± half the 95 % interval "
+        f"over runs and prompts. {' '.join(about)} Marked: what differs from {baseline}{from_half}, * p < 0.05, "
+        "** 0.01, *** 0.001 by changing signs over runs, after Holm."
+    )
+
+
+_ABOUT_MEASURE = {
+    "length": "Length in characters.",
+    "kl": "KL to the base model along the answers, nats per token.",
+    "perplexity": "Perplexity of held-out chat.",
+}
 
 
 def answers_table(result: ModelResult) -> Table | None:
@@ -120,7 +136,7 @@ def answers_table(result: ModelResult) -> Table | None:
     measures = answer_measures(result)
     if not measures:
         return None
-    about = ANSWERS_ABOUT.format(baseline=result.baseline or "the baseline")
+    about = answers_about(result, measures)
     table = Table(title=Text(f"Answers on {result.model}"), title_justify="left", caption=about, caption_justify="left")
     table.add_column("contender", style="bold")
     for name in ("runs", *(ANSWER_METRICS[measure][0] for measure in measures)):
