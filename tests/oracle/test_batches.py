@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everalign.data.collate import batches_by_length, training_plan
+from everalign.data.collate import Review, batches_by_length, training_plan
 
 
 def rows_of(plan):
@@ -62,6 +62,21 @@ def test_rows_of_similar_length_share_a_batch():
     padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in steps)
     assert padded < 1.1 * sum(lengths)
     assert steps != sorted(steps, key=lambda rows: -lengths[rows[0]])
+
+
+def test_a_review_takes_the_last_steps_and_gives_every_group_equally_many_rows():
+    # 60 rows of a new task, 12 and 3 of earlier ones: the last fifth is shared out evenly, the rest is as it was.
+    groups, lengths = [range(60), range(60, 72), range(72, 75)], [5] * 75
+    plain = [row for step in rows_of(training_plan(lengths, 15, 999, 2.0, seed=1)) for row in step]
+    plan = training_plan(lengths, 15, 999, 2.0, seed=1, review=Review(groups, 0.2))
+    rows = [row for step in rows_of(plan) for row in step]
+    assert len(rows) == len(plain) == 150
+    assert rows[:120] == plain[:120]
+    seen = [Counter(row for row in rows[120:] if row in group) for group in groups]
+    assert [sum(times.values()) for times in seen] == [10, 10, 10]
+    # Without repetition where a group has enough rows, equally often where it does not.
+    assert [set(times.values()) for times in seen] == [{1}, {1}, {3, 4}]
+    assert plan == training_plan(lengths, 15, 999, 2.0, seed=1, review=Review(groups, 0.2))
 
 
 @settings(max_examples=200, deadline=None)

@@ -19,6 +19,7 @@ from everalign.objectives import (
     implicit_margin,
     token_nll,
 )
+from everalign.training.objectives import make_objective
 
 EXTREMES = [-100.0, -88.5, -50.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 50.0, 88.5, 100.0]
 
@@ -291,6 +292,28 @@ def test_the_hybrid_margin_is_never_above_the_plain_one_and_equal_where_the_refe
         torch.testing.assert_close(hybrid, plain)
     else:
         assert hybrid <= plain + 1e-9
+
+
+def test_dpo_with_the_ranking_is_the_mean_of_both_losses_by_their_formulas():
+    # Chosen and rejected of two pairs; the second row counts three times.
+    policy = torch.tensor([-12.0, -20.0, -30.0, -9.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-15.0, -18.0, -32.0, -10.0], dtype=torch.float64)
+    lengths, weight = torch.tensor([6.0, 10.0, 10.0, 2.0]), torch.tensor([1.0, 3.0])
+    batch = {"reference": reference, "lengths": lengths, "weight": weight}
+    objective = make_objective("dpo+hypo-ln", beta=0.2)
+    loss, metrics = objective.loss(lambda _: policy, batch, torch.tensor(4.0))
+
+    def softplus(x: float) -> float:
+        return math.log1p(math.exp(-x))
+
+    gains = [0.2 * ((-12 + 15) - (-20 + 18)), 0.2 * ((-30 + 32) - (-9 + 10))]
+    # per token: -2 and -2 against -2.5 and -1.8 (wrong, so nothing is subtracted); -3 and -4.5 against -3.2 and -5
+    rankings = [10 * (-2 + 2.0), 10 * ((-3 + 4.5) - (-3.2 + 5))]
+    terms = [(softplus(gain) + softplus(ranking)) / 2 for gain, ranking in zip(gains, rankings, strict=True)]
+    assert loss.item() == pytest.approx((terms[0] + 3 * terms[1]) / 4, rel=1e-6)
+    assert metrics["margin"].tolist() == pytest.approx(gains)
+    assert metrics["accuracy"].tolist() == [1.0, 1.0]
+    assert torch.autograd.grad(loss, policy)[0].sign().tolist() == [-1, 1, -1, 1]
 
 
 @pytest.mark.parametrize("loss", [fpo_loss, focalpo_loss])

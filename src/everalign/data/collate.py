@@ -1,7 +1,7 @@
 """Prefix-packed collation: each prompt once with all its responses, and batches under a token budget."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,14 +50,43 @@ class TrainingPlan:
         return len(self.shares) // self.processes
 
 
+@dataclass(frozen=True)
+class Review:
+    """The end of a stage, in which every group of rows is seen equally often.
+
+    Args:
+        groups: row indices, at least one group of at least one.
+        share: of the stage's steps, between 0 and 1.
+    """
+
+    groups: Sequence[Sequence[int]]
+    share: float
+
+    def draw(self, count: int, rng: random.Random) -> list[int]:
+        """Return `count` rows, the groups by turns, each in random order and over again where it is used up."""
+        turns = [_endless(group, rng) for group in self.groups]
+        return [next(turns[place % len(turns)]) for place in range(count)]
+
+
+def _endless(rows: Sequence[int], rng: random.Random) -> Iterator[int]:
+    while True:
+        yield from rng.sample(rows, len(rows))
+
+
 def training_plan(
-    lengths: Sequence[int], batch_size: int, tokens_per_batch: int, epochs: float, seed: int, processes: int = 1
+    lengths: Sequence[int],
+    batch_size: int,
+    tokens_per_batch: int,
+    epochs: float,
+    seed: int,
+    processes: int = 1,
+    review: Review | None = None,
 ) -> TrainingPlan:
     """Plan a stage.
 
-    Every row occurs once an epoch (in a last, partial epoch at most once); every step has `batch_size` rows but the
-    last, which has what is left. The order depends on the arguments alone, and a step's rows on neither
-    `tokens_per_batch` nor `processes`.
+    Every row occurs once an epoch (in a last, partial epoch at most once), but for a review's part; every step has
+    `batch_size` rows but the last, which has what is left. The order depends on the arguments alone, and a step's rows
+    on neither `tokens_per_batch` nor `processes`.
 
     Args:
         lengths: tokens of each row; rows of similar length share a batch.
@@ -66,6 +95,7 @@ def training_plan(
         epochs: passes over the rows, fractions allowed.
         seed: seeds the order.
         processes: how many share the work.
+        review: what takes the place of the last steps; None for nothing.
 
     Raises:
         ValueError: there are no rows.
@@ -85,6 +115,9 @@ def training_plan(
             batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         rng.shuffle(batches)
         stream += [row for batch in batches for row in batch]
+    if review is not None:
+        kept = total - round(review.share * total)
+        stream = [*stream[:kept], *review.draw(total - kept, rng)]
     shares = []
     for start in range(0, len(stream), batch_size):
         # Dealt out longest first, so that the processes have about the same to compute.

@@ -169,7 +169,7 @@ class TrainingOptions(Options, title="Training"):
         default=None,
         description="Policy that implicit rewards are measured against.\n`base`: always the base model. "
         "`stage_start`: the policy as this stage begins. `previous_task`: the policy before this task. If not given, "
-        "base with hypo, hypo-ln and the method l2p, and stage_start with the others.",
+        "base with hypo, hypo-ln, dpo+hypo-ln and the method l2p, and stage_start with the others.",
     )
     learning_rate: LearningRate = Field(default=1e-4, description="Peak learning rate of the preference stage.")
     epochs: Epochs = 1.0

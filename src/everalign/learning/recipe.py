@@ -165,8 +165,8 @@ class Recipe(Keys):
     method: MethodKeys | None = None  # type: ignore[valid-type]
     objective: Text | None = Field(
         default=None,
-        description="fpo (default), fpo-normalised, focalpo, dpo, hypo, hypo-ln or sft; var for scored rows; snkl for "
-        "both; correction for a corrector.",
+        description="fpo (default), fpo-normalised, focalpo, dpo, hypo, hypo-ln, dpo+hypo-ln or sft; var for scored "
+        "rows; snkl for both; correction for a corrector.",
     )
     output: Text | None = Field(default=None, title="DIR", description="The run directory.")
     seed: int | None = Field(default=None, description="Random seed; 0 by default.")

@@ -1,11 +1,12 @@
 """Baselines: sequential, single-task and multi-task fine-tuning, and experience replay."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from everalign.data.collate import Batch
+from everalign.data.collate import Batch, Review
 from everalign.data.replay import AnyRow, ReplayBuffer, drawn
 from everalign.data.rows import RowSet
 from everalign.methods.anchors import Anchors
@@ -117,31 +118,49 @@ class ExperienceReplay(Method):
         replay: share of a task's rows that goes into the buffer, drawn at random after training.
         capacity: most rows in the buffer; the oldest are dropped first.
         anchors: strength of the pull of replayed answers back to the log-probabilities that they had; 0 for none.
+        review: share of a stage's steps, its last ones, in which all tasks so far are seen equally often; 0 for none.
+            The number of steps stays the same.
     """
 
     name = "er"
 
-    def __init__(self, replay: float = 0.2, capacity: int = 3000, anchors: float = 0.0) -> None:
+    def __init__(self, replay: float = 0.2, capacity: int = 3000, anchors: float = 0.0, review: float = 0.0) -> None:
         check_share("replay", replay)
         check_strength("anchors", anchors)
+        check_share("review", review)
+        self._review = review
         self._replay, self._anchors = replay, Anchors(anchors)
         self.buffer: ReplayBuffer = ReplayBuffer(capacity)
         self.watches_stages = anchors > 0
         self._stage: Stage | None = None
+        self._replayed_tasks: list[str] = []
 
     def settings(self) -> dict[str, Any]:
-        """Returns the replay share, the capacity and, where there are any, the anchors' strength."""
-        anchors = {"anchors": self._anchors.strength} if self._anchors.strength else {}
-        return {"replay": self._replay, "capacity": self.buffer.capacity, **anchors}
+        """Returns the replay share and the capacity; the anchors' strength and the review's share where not 0."""
+        extra = {"anchors": self._anchors.strength, "review": self._review}
+        given = {name: value for name, value in extra.items() if value}
+        return {"replay": self._replay, "capacity": self.buffer.capacity, **given}
 
     def rows(self, task: Task) -> list[AnyRow]:
         """Returns the buffer's rows of other tasks."""
+        self._replayed_tasks = self.buffer.names(exclude_task=task.name)
         return self.buffer.rows(exclude_task=task.name)
 
     def begin_stage(self, stage: Stage) -> RowTerms | None:
-        """Returns the replayed rows' anchors."""
+        """Returns the replayed rows' anchors, and the review."""
         self._stage = stage
-        return self._anchors.terms(stage)
+        terms = self._anchors.terms(stage)
+        if not self._review or not stage.replayed:
+            return terms
+        groups = [range(stage.own), *self.replayed_groups(stage)]
+        return replace(terms or RowTerms(), review=Review([group for group in groups if group], self._review))
+
+    def replayed_groups(self, stage: Stage) -> list[list[int]]:
+        """Returns the stage's replayed rows, a list for each earlier task, oldest first."""
+        groups: dict[str, list[int]] = {}
+        for number, name in enumerate(self._replayed_tasks, stage.own):
+            groups.setdefault(name, []).append(number)
+        return list(groups.values())
 
     def row_loss(self, logprobs: Tensor, batch: Batch) -> Tensor | None:
         """Returns the anchors' part of the loss."""

@@ -53,6 +53,7 @@ class LifeAlign(ExperienceReplay):
         replay: share of a task's rows that goes into the buffer, drawn at random after training.
         capacity: most rows in the buffer; the oldest are dropped first.
         anchors: strength of the pull of replayed answers back to the log-probabilities that they had; 0 for none.
+        review: share of a stage's steps, its last ones, in which all tasks so far are seen equally often; 0 for none.
     """
 
     name = "lifealign"
@@ -70,8 +71,9 @@ class LifeAlign(ExperienceReplay):
         replay: float = 0.2,
         capacity: int = 3000,
         anchors: float = 0.0,
+        review: float = 0.0,
     ) -> None:
-        super().__init__(replay, capacity, anchors)
+        super().__init__(replay, capacity, anchors, review)
         for label, value in (("energy", energy), ("keep", keep)):
             check_share(label, value)
         if space not in ("product", "factors"):
@@ -150,9 +152,7 @@ class LifeAlign(ExperienceReplay):
         """Consolidates every module's update, fills the replay buffer, and notes its anchors."""
         if self.step == "fitted" and self._stage is not None:
             stage = self._stage
-            names = self.buffer.names(exclude_task=task.name)
-            replayed = [[stage.own + i for i, name in enumerate(names) if name == earlier] for earlier in set(names)]
-            fit_step(stage, [*replayed, range(stage.learned, len(stage.rows))])
+            fit_step(stage, [*self.replayed_groups(stage), range(stage.learned, len(stage.rows))])
         records = self._end_product(policy, task) if self.space == "product" else self._end_factors(policy)
         super().end_task(policy, task)
         return records

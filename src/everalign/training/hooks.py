@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from everalign.data.collate import Batch, batches_by_length
+from everalign.data.collate import Batch, Review, batches_by_length
 from everalign.data.tokenization import TokenizedRow
 from everalign.modeling.policy import Policy
 from everalign.training.base_objective import Objective
@@ -23,10 +23,12 @@ class RowTerms:
         weights: for each row of the stage, what its weight in the objective's loss is multiplied by; None for 1.
         values: by name, for each row of the stage (K,) numbers, one for each of its responses. They stand in every
             batch under that name, (S,) for its S responses, for `StageHooks.row_loss` to read.
+        review: learned rows that take the place of the stage's last steps; None for none.
     """
 
     weights: Sequence[float] | None = None
     values: Mapping[str, RowValues] = field(default_factory=dict)
+    review: Review | None = None
 
 
 def make_batch(

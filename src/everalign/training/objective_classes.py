@@ -37,6 +37,8 @@ from everalign.training.reward_weights import TAKE_ONE_COMPLETION, check_compara
 
 DEFAULT_GAMMA = 2.0
 FOCALPO_GAMMA = 0.05
+# HyPO's β per token for DPO's on sums: 5 at 0.1.
+TOKENS_TO_BETA = 50.0
 
 
 class SupervisedObjective(LikelihoodObjective):
@@ -140,6 +142,24 @@ class TokenHybridObjective(HybridObjective):
     """HyPO on log-probabilities per token (`hypo-ln`)."""
 
     per_token = True
+
+
+class RankedDpoObjective(DpoObjective):
+    """The mean of DPO's loss and of HyPO's per token (`dpo+hypo-ln`), from the same log-probabilities.
+
+    DPO stops pushing a pair that is better ordered than under the reference, also where the policy still ranks it
+    wrongly; the second term goes on there. Metrics are DPO's.
+    """
+
+    def loss(self, model: Callable[[Batch], Tensor], batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
+        """Return Σ weight·(DPO + HyPO)/2 / count; metrics `margin` and `accuracy` per pair, of DPO's margin."""
+        policy, reference, lengths = model(batch), batch["reference"], batch["lengths"]
+        margin = self._margin(policy, reference, check_finite=False)
+        beta = TOKENS_TO_BETA * self.options.beta
+        ranked = hybrid_margin(*_pairs(policy / lengths, reference / lengths), beta, check_finite=False)
+        losses = (self.margin_loss(margin) + self.margin_loss(ranked)) / 2 * batch["weight"]
+        detached = margin.detach()
+        return losses.sum() / count, {"margin": detached, "accuracy": (detached > 0).float()}
 
 
 class VarObjective(LikelihoodObjective):

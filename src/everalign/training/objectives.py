@@ -50,6 +50,7 @@ OBJECTIVES: dict[str, Entry] = {
     "focalpo": Entry(f"{_CLASSES}:FocalPoObjective", "preferences", _MARGIN | {"gamma"}),
     "hypo": Entry(f"{_CLASSES}:HybridObjective", "preferences", _MARGIN, reference="base"),
     "hypo-ln": Entry(f"{_CLASSES}:TokenHybridObjective", "preferences", _MARGIN, beta=5.0, reference="base"),
+    "dpo+hypo-ln": Entry(f"{_CLASSES}:RankedDpoObjective", "preferences", _MARGIN, reference="base"),
     "var": Entry(f"{_CLASSES}:VarObjective", "scored", frozenset({"reward", "weighting", *WeightOptions.model_fields})),
     "snkl": Entry(
         f"{_CLASSES}:SelfNormalisedObjective",

@@ -150,6 +150,7 @@ def train_stage(
             options.epochs,
             seed,
             processes=arguments.world_size,
+            review=None if terms is None else terms.review,
         )
         # Rounded down: the first step of a warm-up has learning rate 0, and a short stage must not end with it.
         arguments.warmup_steps = int(options.warmup * plan.steps)
