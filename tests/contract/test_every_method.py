@@ -24,7 +24,7 @@ NAMES = [name for name in METHODS if name != "mtl"]  # learns all tasks at once
 # Settings under which there is something of every part of a method, with ten rows a task.
 SMALL = {
     "lifealign": {"replay": 0.5, "anchors": 0.1, "average": 0.8, "step": "fitted", "review": 0.25},
-    "er": {"replay": 0.5, "anchors": 0.1, "review": 0.25},
+    "er": {"replay": 0.5, "review": 0.25},
     "gem": {"replay": 0.5, "refresh": 2},
     "ogpsa": {"replay": 0.5, "refresh": 2},
     "copr": {"replay": 0.5},

@@ -13,9 +13,10 @@ from everalign.methods.base import Task
 from everalign.methods.ewc import fisher_diagonal
 from everalign.methods.gradient_projection import gem_projection
 from everalign.methods.slow_weights import AdapterAverage, fit_step
-from everalign.training.hooks import Stage, StageHooks, parameters
+from everalign.training.hooks import Stage, StageHooks, make_batch, parameters
 from everalign.training.objectives import make_objective
 from everalign.training.reference import sequence_logprobs
+from learner_for_tests import task_rows
 from models_for_tests import perturb, random_pairs, random_policy
 from stages_for_tests import difference, train, weights
 
@@ -412,6 +413,22 @@ def test_the_fitted_step_has_the_lowest_loss_of_all():
     assert fit_step(stage, [[], []]) == 1.0
 
 
+def test_a_review_is_of_the_task_and_of_every_earlier_one_that_has_rows():
+    method = make_method("er", review=0.3)
+    stage = stage_of(random_policy(), rows=9, replayed=5)
+    for name, count in (("first", 3), ("second", 2)):
+        method.buffer.add(name, task_rows("warm", count), fraction=1.0)
+    assert method.begin_stage(stage_of(random_policy(), rows=4)) is None
+    assert len(method.rows(task(3, "third"))) == 5
+    terms = method.begin_stage(stage)
+    review = terms.review
+    assert review.share == 0.3
+    assert [list(group) for group in review.groups] == [[0, 1, 2, 3], [4, 5, 6], [7, 8]]
+    # Nothing else is added.
+    batch = make_batch(stage.rows, [0, 5], stage.objective, True, stage.reference, terms)
+    assert method.row_loss(torch.zeros(4), batch) is None
+
+
 @pytest.mark.parametrize(
     ("name", "argument", "value"),
     [
@@ -427,6 +444,7 @@ def test_the_fitted_step_has_the_lowest_loss_of_all():
         ("copr", "rate", -1.0),
         ("gdumb", "replay", 1.1),
         ("er", "anchors", -1.0),
+        ("er", "review", 1.5),
         ("lifealign", "average", 1.0),
         ("lifealign", "step", "measured"),
     ],

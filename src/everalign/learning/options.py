@@ -54,6 +54,9 @@ class MethodOptions(Options, title="Method"):
     anchors: float | None = Field(
         default=None, ge=0, description="Pull of replayed answers back to how likely they were (lifealign, er)."
     )
+    review: Share | None = Field(
+        default=None, description="Share of a task's steps, its last, that see all tasks alike (lifealign, er)."
+    )
     average: float | None = Field(
         default=None, ge=0, lt=1, description="Decay of an average over a task's steps; 0 for none (lifealign)."
     )

@@ -47,8 +47,10 @@ class Anchors:
                 values[number], signs[number] = kept, _signs(stage.rows[number])
         return RowTerms(values={VALUES: values, _SIGNS: signs})
 
-    def row_loss(self, logprobs: Tensor, batch: Batch) -> Tensor:
-        """Return the anchors' part of each row's loss, (B,); arguments as in `StageHooks.row_loss`."""
+    def row_loss(self, logprobs: Tensor, batch: Batch) -> Tensor | None:
+        """Return the anchors' part of each row's loss, (B,), or None; arguments as in `StageHooks.row_loss`."""
+        if _SIGNS not in batch:
+            return None
         sign = batch[_SIGNS]
         worse = torch.relu(sign * (batch[VALUES] - logprobs)) * sign.abs()
         parts = huber_loss(worse, torch.zeros_like(worse), reduction="none")
