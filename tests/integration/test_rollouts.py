@@ -12,9 +12,10 @@ from everalign.demo.world import questions
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.scorers import CallableScorer
 from everalign.learning import task_training as lesson
-from everalign.learning.recipe import Recipe, load_tasks
+from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import load_run
 from everalign.learning.run_files import TrainingStep
+from everalign.learning.task_files import load_tasks
 from everalign.learning.task_training import prepare_rows
 from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
 from everalign.reporting.plots import stage_curves

@@ -16,7 +16,8 @@ from everalign.learning.options import (
     RolloutOptions,
     TrainingOptions,
 )
-from everalign.learning.recipe import Recipe, load_tasks
+from everalign.learning.recipe import Recipe
+from everalign.learning.task_files import load_tasks
 from everalign.methods import METHODS
 from everalign.objectives import Estimator
 from everalign.options import declared

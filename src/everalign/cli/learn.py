@@ -24,15 +24,8 @@ from everalign.learning.options import (
     RolloutOptions,
     TrainingOptions,
 )
-from everalign.learning.recipe import (
-    LoadedTask,
-    Recipe,
-    completed,
-    left_to_learn,
-    load_tasks,
-    nothing_left,
-    write_recipe,
-)
+from everalign.learning.recipe import Recipe, completed, nothing_left, write_recipe
+from everalign.learning.task_files import LoadedTask, left_to_learn, load_tasks
 from everalign.training.options import WeightOptions
 
 if TYPE_CHECKING:

@@ -1,0 +1,116 @@
+"""The tasks of a recipe: their files, read by what the objective learns from, and which of them are left to learn."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from everalign.data.readers import (
+    check_disjoint,
+    first_columns,
+    load_corrections,
+    load_judged,
+    load_preferences,
+    load_prompts,
+    load_scored,
+    load_unscored,
+)
+from everalign.data.rows import OTHER_NAMES, RowSet
+from everalign.errors import InputError
+from everalign.learning.recipe import Recipe, nothing_left
+from everalign.learning.run_data import load_run
+from everalign.training.objectives import OBJECTIVES
+
+LoadedTask = tuple[str, RowSet[Any], RowSet[Any] | None]
+
+
+def load_tasks(recipe: Recipe) -> list[LoadedTask]:
+    """Read the tasks' files, all of them before anything is trained.
+
+    Returns:
+        Name, training rows and test rows (None where the task has none) of every task.
+
+    Raises:
+        InputError: a file cannot be read, a row is bad, or a test set shares rows with any task's training set.
+    """
+    skip, tasks = bool(recipe.skip_bad_rows), recipe.tasks or []
+    kind = OBJECTIVES[recipe.objective].rows if recipe.objective in OBJECTIVES else "preferences"
+    load, load_test = _LOADERS[kind]
+    if recipe.reward is not None:
+        load = _load_unrewarded
+    loaded: list[LoadedTask] = []
+    for task in tasks:
+        train = load(task.train, skip_bad_rows=skip, label=recipe.label)
+        test = None if task.test is None else load_test(task.test, skip_bad_rows=skip, label=recipe.label)
+        loaded += [(task.name, train, test)] if recipe.label is None else _by_label(task.name, train, test)
+    names = [name for name, _, _ in loaded]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two tasks are called {repeated!r} once they are split by label: rename one")
+    labelled = recipe.make_method().labelled
+    for name, train, _ in loaded:
+        for other, _, test in loaded:
+            # What another label's policy has learned leaks nothing.
+            if test is not None and (not labelled or (train.labels or [name]) == (test.labels or [other])):
+                check_disjoint(train, test, allow=bool(recipe.allow_overlap))
+    return loaded
+
+
+def left_to_learn(recipe: Recipe, loaded: Sequence[LoadedTask]) -> list[LoadedTask]:
+    """Returns those tasks of a run to continue that have no version yet, whatever became of it.
+
+    Raises:
+        InputError: there are none.
+    """
+    done = {version.task for version in load_run(recipe.output or "").all_versions}
+    left = [task for task in loaded if task[0] not in done]
+    if not left:
+        raise nothing_left(recipe)
+    return left
+
+
+def _by_label(name: str, train: RowSet[Any], test: RowSet[Any] | None) -> list[LoadedTask]:
+    """The task, or where its rows have several labels a task NAME/LABEL for each."""
+    parts, tests = train.by_label(), {} if test is None else test.by_label()
+    if test is not None and (unknown := next((label for label in tests if label not in parts), None)):
+        raise InputError(
+            f"{test.source}: has rows of the label {unknown!r}, of which {train.source} has none: leave them out, or "
+            "give them with the task that learns this label"
+        )
+    if len(parts) == 1:
+        return [(name, train, test)]
+    return [(f"{name}/{label}", rows, tests.get(label)) for label, rows in parts.items()]
+
+
+def _load_rewarded(source: str, *, skip_bad_rows: bool, label: str | None) -> RowSet[Any]:
+    """Read scored rows; preferences are what people give most often in their place."""
+    first = first_columns(source, "train", ("completions", "chosen", "rejected"))
+    if first and "completions" not in first:
+        raise InputError(
+            f"{source}: preferences have no rewards: name a scorer with reward, or learn them with fpo or snkl"
+        )
+    return load_scored(source, skip_bad_rows=skip_bad_rows, label=label)
+
+
+# By what an objective learns from: what reads its rows, and its held-out rows. Those of scored rows are judged as
+# preferences, whichever way they are written.
+_LOADERS: dict[str, tuple[Callable[..., RowSet[Any]], Callable[..., RowSet[Any]]]] = {
+    "preferences": (load_preferences, load_preferences),
+    "scored": (_load_rewarded, load_judged),
+    "judged": (load_judged, load_judged),
+    "corrections": (load_corrections, load_corrections),
+}
+
+
+def _load_unrewarded(source: str, *, skip_bad_rows: bool, label: str | None) -> RowSet[Any]:
+    """Reads rows for a scorer: answers, pairs or prompts alone; rows that have rewards keep them."""
+    others = OTHER_NAMES["completions"]
+    first = first_columns(source, "train", ("completions", "chosen", "rejected", "rewards", *others))
+    if "rewards" in first:
+        return load_scored(source, skip_bad_rows=skip_bad_rows, label=label)
+    if not first.isdisjoint(("completions", "chosen", "rejected")):
+        return load_unscored(source, skip_bad_rows=skip_bad_rows, label=label)
+    # Without this, rows whose answers are in a column of another name would be taken for prompts alone.
+    if found := [name for name in others if name in first]:
+        raise InputError(
+            f"{source}: field {found[0]!r}: answers stand in 'completions', a list; rename it, or, to have answers "
+            "sampled to the prompts alone, remove it"
+        )
+    return load_prompts(source, skip_bad_rows=skip_bad_rows, label=label)
