@@ -19,7 +19,7 @@ from everalign.errors import InputError
 from everalign.learning.recipe import Recipe
 from everalign.methods import METHODS, ExperienceReplay, LifeAlign, MultiTask
 from everalign.modeling.loading import load_model, load_tokenizer
-from everalign.modeling.policy import FullModel
+from everalign.modeling.trainable import FullModel
 from everalign.training.objectives import make_objective
 from learner_for_tests import adapter_weights, make_learner, same_weights, task_rows
 from models_for_tests import saved_model

@@ -22,7 +22,8 @@ from everalign.data import Correction, CorrectionSet
 from everalign.data.collate import collate
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.loading import load_model, load_tokenizer
-from everalign.modeling.policy import FullModel, Policy
+from everalign.modeling.policy import Policy
+from everalign.modeling.trainable import FullModel
 from everalign.training.base_objective import LikelihoodObjective
 from models_for_tests import random_groups, random_model, random_policy, saved_model
 from tiers_for_tests import slow_but

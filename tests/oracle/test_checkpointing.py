@@ -9,8 +9,9 @@ from everalign.data.collate import collate
 from everalign.errors import InputError
 from everalign.modeling import runtime
 from everalign.modeling import runtime as checkpointing_module
-from everalign.modeling.policy import FullModel, Policy
+from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import SavedBytes, recomputable_layers, recomputing
+from everalign.modeling.trainable import FullModel
 from everalign.training import stage
 from everalign.training.objectives import make_objective
 from everalign.training.options import StageOptions

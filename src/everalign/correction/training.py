@@ -53,9 +53,10 @@ from everalign.modeling.loading import (
 )
 from everalign.modeling.model_files import merged_into, write_checked
 from everalign.modeling.options import Precision
-from everalign.modeling.policy import FullModel, Policy
+from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.modeling.stopping import write_ends
+from everalign.modeling.trainable import FullModel
 from everalign.storage import check_free, exclusive, lock_of, new_folder
 from everalign.training.base_objective import LikelihoodObjective
 from everalign.training.stage import StageResult, train_stage
