@@ -1,6 +1,7 @@
 """The learner's promises: every method with every objective, honest references, clean test sets."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -54,6 +55,18 @@ def test_every_method_learns_writes_versions_and_goes_on_after_a_resume(model, t
         assert files[0].exists() == files[1].exists()
         assert not files[0].exists() or files[0].read_bytes() == files[1].read_bytes()
     assert learner.scores == again.scores
+
+
+def test_a_learning_rate_that_teaches_nothing_is_said(model, tmp_path):
+    lines: list[str] = []
+    for name, rate in (("low", 1e-7), ("high", 3e-2)):
+        options = {"learning_rate": rate, "logging_steps": 1, "epochs": 4.0}
+        learner = make_learner(model, tmp_path / name, lines=lines, options=options)
+        learner.learn(task_rows("warm"), "warm")
+    (warning,) = load_run(tmp_path / "low").versions[0].manifest.warnings
+    assert re.search(r"hardly moved: after \d+ steps .* in dpo; try a higher learning rate \(1e-07 now\)", warning)
+    assert f"  warning: {warning}" in lines
+    assert not load_run(tmp_path / "high").versions[0].manifest.warnings
 
 
 def check_versions(output, method, objective, scores):

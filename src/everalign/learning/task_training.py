@@ -24,7 +24,7 @@ from everalign.learning.context import RunContext
 from everalign.learning.rollouts import check_sampling, sample_and_score, score
 from everalign.methods import Task
 from everalign.storage import exclusive
-from everalign.training.base_objective import PreparedRows
+from everalign.training.base_objective import Objective, PreparedRows
 from everalign.training.reference import Reference, policy_key, sequence_logprobs
 from everalign.training.stage import StageResult, train_stage
 
@@ -125,6 +125,10 @@ def _rewarded(context: RunContext, rows: AnySet) -> AnySet:
 
 
 _PROBE_ROWS = 16
+# Nats that chosen answers gain on rejected ones, over all of their tokens: less is nothing, in answers of any length.
+_STANDSTILL = 0.3
+# A margin at step 0 that is none: the stage begins at its reference.
+_NO_MARGIN = 1e-3
 # Random generators take 32 bits.
 _SEEDS = 2**31
 # Stages of a task use consecutive seeds; tasks are this far apart, and runs of neighbouring seeds further.
@@ -206,7 +210,20 @@ def train_task(context: RunContext, task: Task, rows: PreparedRows, work: Path) 
                     log=context.log,
                 )
             )
+            _note_standstill(context, result, objective)
     return result
+
+
+def _note_standstill(context: RunContext, result: TaskResult, objective: Objective) -> None:
+    """Warn where the stage that ends has taught next to nothing: what a learning rate far too low looks like."""
+    stage = result.reports[-1]
+    gained = objective.gained(stage.curve)
+    if gained is not None and abs(stage.step0_margin or 0.0) < _NO_MARGIN and abs(gained) < _STANDSTILL:
+        result.warnings += (
+            f"the policy has hardly moved: after {stage.steps} steps chosen answers have gained {gained:.2g} nats on "
+            f"rejected ones, in {stage.stage}; try a higher learning rate ({context.options.learning_rate:g} now)",
+        )
+        context.log(f"  warning: {result.warnings[-1]}")
 
 
 def _reference(context: RunContext, rows: TokenizedRows) -> Callable[[], Reference]:

@@ -90,6 +90,13 @@ class DpoObjective(Objective):
         margin = implicit_margin(*_pairs(policy, reference), self.options.beta)
         return "step0_margin", "margin at step 0", margin.mean().item()
 
+    def gained(self, curve: Sequence[dict[str, Any]]) -> float | None:
+        """Return the mean implicit margin over β of the last third of the logged steps."""
+        if self.margin is not implicit_margin or len(curve) < 3:
+            return None
+        last = curve[-(len(curve) // 3) :]
+        return float(sum(point["margin"] for point in last)) / len(last) / self.options.beta
+
     def _margin(self, policy: Tensor, reference: Tensor, check_finite: bool) -> Tensor:
         return self.margin(*_pairs(policy, reference), self.options.beta, check_finite)
 
