@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from chat_server_for_tests import ChatServer
 from cli_for_tests import run as run_verb
 from everalign.data.chat_tokens import ChatFormat
 from everalign.errors import InputError
-from everalign.evaluation.answers import Answer, kl_to_base, response_log_probs
+from everalign.evaluation.answers import Answer, HeldOutPrompt, kl_to_base, response_log_probs
 from everalign.evaluation.scorers import CallableScorer
 from everalign.learning.answer_evaluation import (
     AnswerSettings,
@@ -21,6 +22,7 @@ from everalign.learning.answer_evaluation import (
     worst_tasks,
 )
 from everalign.learning.run_data import load_run
+from everalign.methods import SingleTask
 from everalign.reporting import write_report
 from learner_for_tests import make_learner, save_answering_model, tasks
 
@@ -133,6 +135,21 @@ def test_against_another_run(run):
     found = evaluate_run(run, settings=SETTINGS, reward=CallableScorer(longest, "length"), against=run)
     last = [row for row in found["results"] if row["version"] == run.versions[-1].id]
     assert all(row["metrics"]["reward_win_rate"] == [0.5, 0.5, 0.5] for row in last)
+    # The opponent is the other run's last version, whichever versions of this one are measured.
+    every = replace(SETTINGS, every=True)
+    found = evaluate_run(run, settings=every, reward=CallableScorer(longest, "length"), against=run)
+    assert [row for row in found["results"] if row["version"] == run.versions[-1].id] == last
+
+
+def test_a_run_with_a_model_for_each_task_is_measured_by_each_tasks_own(run, tmp_path):
+    make_learner(run.facts.model, tmp_path / "run", SingleTask()).learn_all(tasks("warm", "brief"))
+    separate = load_run(tmp_path / "run")
+    first, second = (version.id for version in separate.versions)
+    runner = _Runner(separate, SETTINGS, lambda _: None, lambda *_: None)
+    answering = [runner._folder(*which) for which in ((first, "brief"), (first, "warm"), (second, "warm"))]
+    assert [folder and folder.parent.name for folder in answering] == [None, first, first]
+    with pytest.raises(InputError, match="has a model for each task, and 'other' is none of them"):
+        evaluate_run(separate, {"other": [HeldOutPrompt("q?")]}, SETTINGS)
 
 
 @pytest.mark.parametrize(

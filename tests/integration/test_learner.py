@@ -233,13 +233,23 @@ def test_test_sets_may_be_announced_before_any_task(model, output):
     assert learner.scores.forward_transfer is not None
 
 
-def test_test_limit_takes_evenly_spaced_pairs(model, output):
-    learner = make_learner(model, output, options={"test_limit": 3})
-    scores = learner.learn(task_rows("warm"), "warm", held_out("warm", 10))
-    assert scores["warm"].pairs == 3
-    assert [pair.id for pair in learner._tests._held_out["warm"].pairs] == [
-        row.id for row in held_out("warm", 10)[::3][:3]
-    ]
+def test_test_limit_takes_evenly_spaced_pairs_up_to_the_end(model, output):
+    rows = held_out("warm", 10)
+    learner = make_learner(model, output, options={"test_limit": 6})
+    scores = learner.learn(task_rows("warm"), "warm", rows)
+    assert scores["warm"].pairs == 6
+    scored = [rows[place].id for place in (0, 1, 3, 5, 6, 8)]
+    assert [pair.id for pair in learner._tests._held_out["warm"].pairs] == scored
+
+    again = make_learner(model, output, options={"test_limit": 6}, resume=True)
+    again.learn(task_rows("brief"), "brief")
+    assert [pair.id for pair in again._tests._held_out["warm"].pairs] == scored
+    # A run of before goes on with the rows that it has scored.
+    file = output / "zero_shot.json"
+    file.write_text(file.read_text().replace('"evenly": true', '"evenly": false'))
+    older = make_learner(model, output, options={"test_limit": 6}, resume=True)
+    older.learn(task_rows("calm"), "calm")
+    assert [pair.id for pair in older._tests._held_out["warm"].pairs] == [row.id for row in rows[:6]]
 
 
 def test_a_task_without_a_test_set_is_learned_and_not_scored(model, output):

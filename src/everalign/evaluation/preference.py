@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from everalign.data.collate import batches_by_length, collate, row_tokens
+from everalign.data.rows import spread
 from everalign.data.tokenization import TokenizedRow
 from everalign.errors import EveralignError
 from everalign.modeling.policy import Earlier, Policy
@@ -91,8 +92,7 @@ def score_preferences(
     log_probs = torch.stack(sequence_logprobs(policy, held_out.pairs, tokens_per_batch))
     kl = None
     if previous is not None:
-        step = max(1, len(held_out.pairs) // kl_pairs)
-        kl = mean_kl(policy, previous, held_out.pairs[::step][:kl_pairs])
+        kl = mean_kl(policy, previous, spread(held_out.pairs, kl_pairs))
     return score_log_probs(log_probs, held_out, kl)
 
 

@@ -6,7 +6,7 @@ for another metric writes no answer twice. The result is `RUN/evaluation/results
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,24 @@ def labels_of_prompts(run: RunData) -> dict[str, str]:
     return {**labels, **{task: label for task, label in known.items() if label is not None}}
 
 
-def _check_labels(runs: Sequence[RunData], prompts: Prompts) -> None:
+def _check_packages() -> None:
+    """Refuses, before an hour of writing, to compare texts without the packages for it."""
+    try:
+        text_similarity(["a"], ["a"])
+    except InputError as error:
+        hint = "leave BLEU-4 and ROUGE-L out with --no-standard (standard=False)"
+        raise InputError(f"{error}, or {hint}", hint=hint) from error
+
+
+def _check_names(runs: Sequence[RunData], prompts: Prompts) -> None:
+    """Refuses prompts of which nothing tells which of a run's models answers them."""
     for run in runs:
+        tasks = [version.task for version in run.versions]
+        if run.regime == "separate" and (unknown := next((name for name in prompts if name not in tasks), None)):
+            raise InputError(
+                f"{run.path}: has a model for each task, and {unknown!r} is none of them: name the prompts by one of "
+                f"{', '.join(tasks)}"
+            )
         known = labels_of_prompts(run)
         if known and (unknown := next((name for name in prompts if name not in known), None)):
             raise InputError(
@@ -154,15 +170,12 @@ def evaluate_run(
     if any(not rows for rows in chosen.values()) or not chosen:
         raise InputError("every task needs at least one prompt")
     if settings.standard and any(reference_texts(rows) is not None for rows in chosen.values()):
-        # Before an hour of writing: are the packages there?
-        try:
-            text_similarity(["a"], ["a"])
-        except InputError as error:
-            hint = "leave BLEU-4 and ROUGE-L out with --no-standard (standard=False)"
-            raise InputError(f"{error}, or {hint}", hint=hint) from error
-    _check_labels([run] if against is None else [run, against], chosen)
+        _check_packages()
+    _check_names([run] if against is None else [run, against], chosen)
     with exclusive(lock_of(run.path / "evaluation"), "evaluating this run"):
-        opponents = None if against is None else _written(_Runner(against, settings, log, progress), chosen)
+        opponents = None
+        if against is not None:
+            opponents = _written(_Runner(against, replace(settings, every=False), log, progress), chosen)
         runner = _Runner(run, settings, log, progress)
         scorers = _scorers(run, chosen, reward, judge, settings)
         written = _written(runner, chosen, base=True)
@@ -171,7 +184,7 @@ def evaluate_run(
             for task, rows in chosen.items():
                 log(f"  metrics of {version} on {task}")
                 runner.switch(version, task)
-                other = written[BASE] if opponents is None else opponents[next(iter(opponents))]
+                other = written[BASE] if opponents is None else next(iter(opponents.values()))
                 found = _metrics(runner, version, rows, written[version][task], other[task], scorers[task])
                 results.append({"version": version, "task": task, "prompts": len(rows), **found})
         shown = {
@@ -253,8 +266,13 @@ class _Runner:
         """The adapter's folder; None for the base model."""
         if version == BASE:
             return None
-        found = self.run.adapters_at(next(one for one in self.run.versions if one.id == version))
-        own = found.get(self._labels[task] if self._labels else None)
+        at = next(one for one in self.run.versions if one.id == version)
+        if self.run.regime == "separate":
+            # Each task is answered by its own model, once it has one.
+            until = self.run.versions[: self.run.versions.index(at) + 1]
+            own = next((one for one in until if one.task == task), None)
+        else:
+            own = self.run.adapters_at(at).get(self._labels[task] if self._labels else None)
         return None if own is None else self.run.path / "versions" / own.id / "adapter"
 
 

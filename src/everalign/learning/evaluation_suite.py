@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from everalign.data.readers import check_disjoint
-from everalign.data.rows import RowSet
+from everalign.data.rows import RowSet, spread
 from everalign.errors import InputError
 from everalign.evaluation import HeldOut, PreferenceScore, score_base, score_preferences
 from everalign.learning.context import RunContext
@@ -16,6 +17,9 @@ from everalign.learning.sample_answers import Answers, answer_again, first_answe
 from everalign.learning.task_training import GivenTask
 from everalign.modeling.policy import Snapshot
 from everalign.training.reference import policy_key
+
+# A fact of a test set: which of its rows are scored, see `scored_rows`.
+_EVENLY = "evenly"
 
 Labelled = dict[str | None, Snapshot]
 """The policy by the labels of held-out rows; None stands for all rows."""
@@ -97,10 +101,11 @@ class EvaluationSuite:
             )
         if name in self._sets:
             return
-        self._held_out[name] = prepare_held_out(self._setup, test)
+        facts = {**data_facts(test), "label": task.label, _EVENLY: True} if known is None else known
+        self._held_out[name] = prepare_held_out(self._setup, test, facts.get(_EVENLY, False))
         self._sets[name] = test
         if name not in self._zero_shot:
-            self._facts[name] = {**data_facts(test), "label": task.label}
+            self._facts[name] = facts
             self._run.write_test(test)
             self._zero_shot[name] = score_base(self._held_out[name])
             with self._setup.policy.as_base():
@@ -112,7 +117,7 @@ class EvaluationSuite:
         for name, facts in self._facts.items():
             if name not in self._sets:
                 self._sets[name] = self._run.read_test(facts, self._setup.objective.load_held_out)
-                self._held_out[name] = prepare_held_out(self._setup, self._sets[name])
+                self._held_out[name] = prepare_held_out(self._setup, self._sets[name], facts.get(_EVENLY, False))
 
     def policies(self) -> Labelled:
         """Return the policy as it is now, of every label that test sets have."""
@@ -164,19 +169,29 @@ class EvaluationSuite:
         return score_preferences(self._setup.policy, held_out, tokens_per_batch=tokens, previous=previous)
 
 
-def scored_rows(test: RowSet[Any], setup: RunContext) -> RowSet[Any]:
-    """Return those of a task's held-out rows that are scored, `test_limit` of them at most."""
+def scored_rows(test: RowSet[Any], setup: RunContext, evenly: bool = True) -> RowSet[Any]:
+    """Return those of a task's held-out rows that are scored, `test_limit` of them at most.
+
+    Args:
+        test: all of them.
+        setup: the learner's parts.
+        evenly: from the first to the last; False for the choice of older runs, which may leave out the last rows.
+    """
     limit = setup.options.test_limit or len(test)
+    if evenly:
+        return replace(test, items=tuple(spread(test, limit)))
     return test[:: max(1, len(test) // limit)][:limit]
 
 
-def prepare_held_out(setup: RunContext, test: RowSet[Any]) -> HeldOut:
-    """Encode held-out rows, `test_limit` of them at most, and score them with the base model or take that as known.
+def prepare_held_out(setup: RunContext, test: RowSet[Any], evenly: bool = True) -> HeldOut:
+    """Encode the held-out rows that are scored, and score them with the base model or take that as known.
+
+    Arguments as in `scored_rows`.
 
     Raises:
         InputError: most of them lose too much by the length limit.
     """
-    pairs = setup.objective.tokenize_held_out(scored_rows(test, setup), setup)
+    pairs = setup.objective.tokenize_held_out(scored_rows(test, setup, evenly), setup)
     try:
         warnings = pairs.warnings()
     except InputError as error:

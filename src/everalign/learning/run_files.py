@@ -41,12 +41,18 @@ class Score(_Record):
 
 
 class DataSource(_Record):
-    """Where a task's rows came from, and of held-out rows the label whose policy is scored on them."""
+    """Where a task's rows came from; of held-out rows the label whose policy is scored on them, and which are scored.
+
+    Args:
+        evenly: whether those that are scored reach from the first row to the last; runs of before may leave out the
+            last.
+    """
 
     source: str
     rows: Count
     fingerprint: str
     label: str | None = None
+    evenly: bool = False
 
 
 class SampleAnswer(_Record):

@@ -93,8 +93,7 @@ def write_corrections(context: RunContext, tests: Mapping[str, RowSet[Correction
     """Write the policy's corrections of held-out answers, as it is switched now; nothing where it writes none."""
     found = {}
     for name, test in tests.items():
-        rows = test[:: max(1, len(test) // MOST_WRITTEN)][:MOST_WRITTEN]
-        found[name] = context.objective.rewrite(context.policy, rows, context.max_length)
+        found[name] = context.objective.rewrite(context.policy, spread(test, MOST_WRITTEN), context.max_length)
     return {name: written for name, written in found.items() if written is not None}
 
 
