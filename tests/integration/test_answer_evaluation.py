@@ -161,6 +161,7 @@ def test_a_run_with_a_model_for_each_task_is_measured_by_each_tasks_own(run, tmp
         (["--rubric", "helpful"], "--rubric: is for a judge"),
         (["--judge", "http://127.0.0.1:9/v1#m", "--rubric", "nice"], "rubric: must be one of"),
         (["--prompts", "a=missing.jsonl"], "missing.jsonl"),
+        (["--prompts", "a=one.jsonl", "--prompts", "a=two.jsonl"], "two files are called 'a'"),
         (["--against", "missing"], "missing"),
     ],
 )
@@ -174,6 +175,14 @@ def test_missing_packages_are_named_with_the_flag_that_needs_none(run, monkeypat
     code, _, error = run_verb(capsys, "evaluate", str(run.path))
     assert code == 2
     assert "pip install 'everalign[text-metrics]', or leave BLEU-4 and ROUGE-L out with --no-standard" in error
+
+
+def test_a_task_without_all_references_says_what_it_goes_without(run):
+    lines: list[str] = []
+    rows = [HeldOutPrompt("q1?", "yes"), HeldOutPrompt("q2?")]
+    found = evaluate_run(run, {"warm": rows}, SETTINGS, log=lines.append)
+    assert "  warm: 1 of 2 prompts have no reference: no BLEU-4, ROUGE-L and likelihoods" in lines
+    assert not {"compat_bleu", "perplexity"} & found["results"][0]["metrics"].keys()
 
 
 def test_prompts_with_and_without_references(tmp_path):

@@ -63,6 +63,9 @@ def evaluate(
     If it is killed, the same command continues; answers and verdicts are kept in RUN/evaluation.
     """
     files = [_named_file(text) for text in prompts or ()]
+    names = [name for name, _ in files]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"--prompts: two files are called {repeated!r}: name each differently", field="--prompts")
     if limit is not None and limit < 1:
         raise InputError(f"--limit: must be at least 1, found {limit}", field="--limit")
     if max_new_tokens < 1:

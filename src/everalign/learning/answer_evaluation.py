@@ -105,8 +105,13 @@ def labels_of_prompts(run: RunData) -> dict[str, str]:
     return {**labels, **{task: label for task, label in known.items() if label is not None}}
 
 
-def _check_packages() -> None:
-    """Refuses, before an hour of writing, to compare texts without the packages for it."""
+def _check_references(prompts: Prompts, settings: AnswerSettings, log: Log) -> None:
+    """Refuses, before an hour of writing, to compare with references without the packages for it."""
+    for task, rows in prompts.items():
+        if lacking := sum(row.reference is None for row in rows):
+            log(f"  {task}: {lacking} of {len(rows)} prompts have no reference: no BLEU-4, ROUGE-L and likelihoods")
+    if not settings.standard or all(reference_texts(rows) is None for rows in prompts.values()):
+        return
     try:
         text_similarity(["a"], ["a"])
     except InputError as error:
@@ -169,8 +174,7 @@ def evaluate_run(
     chosen = {task: _distinct(rows, settings.limit) for task, rows in (prompts or run_prompts(run)).items()}
     if any(not rows for rows in chosen.values()) or not chosen:
         raise InputError("every task needs at least one prompt")
-    if settings.standard and any(reference_texts(rows) is not None for rows in chosen.values()):
-        _check_packages()
+    _check_references(chosen, settings, log)
     _check_names([run] if against is None else [run, against], chosen)
     with exclusive(lock_of(run.path / "evaluation"), "evaluating this run"):
         opponents = None
