@@ -40,6 +40,10 @@ class InputError(EveralignError, ValueError):
         return type(self)(f"{where}: {self}", where=place, field=self.field, hint=self.hint)
 
 
+class DivergedError(EveralignError):
+    """Training left NaN or infinite values; it would do so again."""
+
+
 def not_installed(what: str, package: str, extras: str) -> InputError:
     """Returns the error for a missing package that one of our extras installs."""
     return InputError(f"{what} needs {package}, which is not installed: pip install 'everalign[{extras}]'")

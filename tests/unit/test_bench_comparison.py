@@ -2,11 +2,13 @@
 
 import random
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 
 from everalign.bench.comparison import compare, to_json
 from everalign.bench.records import METRICS, Record
+from everalign.bench.report import headline
 
 TASKS = ("a", "b", "c")
 PAIRS = 40
@@ -86,6 +88,24 @@ def test_estimates_are_the_means_of_the_runs_and_intervals_lie_around_them():
     assert last.difference.low > 0
     # All of eight differences are of one sign.
     assert last.p_value == last.p_holm == pytest.approx(2 / 2**8)
+
+
+def test_two_that_learn_nothing_are_compared_without_a_test():
+    """Six equal differences would give p = 0.03."""
+
+    def same(name, level):
+        first = record(name, "abc", 0, level, "joint")
+        cost = first.cost.model_copy(update={"kept": []})
+        return [first.model_copy(update={"seed": seed, "cost": cost}) for seed in range(6)]
+
+    found = compare("m", {"plain": same("plain", 0.5), "told": same("told", 0.9), "er": runs("er", 0.9)}, "plain")
+    last = found.contenders["told"].numbers["accuracy"]["last"]
+    assert last.difference.low > 0
+    assert (last.p_value, last.p_holm) == (None, None)
+    outcome = SimpleNamespace(models=[compare("m", {"plain": same("plain", 0.5), "told": same("told", 0.9)}, "plain")])
+    assert headline(outcome).endswith("points against plain, which no test over runs can judge: neither learns.")
+    # One that learns varies, and is tested as before.
+    assert found.contenders["er"].numbers["accuracy"]["last"].p_holm is not None
 
 
 def test_p_values_are_corrected_for_the_number_of_contenders():

@@ -51,6 +51,7 @@ class Said:
         texts: (N,) the answers.
         values: by measure (N,) numbers of the answers; NaN where there is none.
         chat: (2, C) negative log-likelihood per token of the chat rows, and their tokens; None where not measured.
+        learns: whether anything was learned, so that another seed answers otherwise.
     """
 
     place: tuple[tuple[str, ...], int]
@@ -58,6 +59,7 @@ class Said:
     texts: Sequence[str]
     values: Mapping[str, Array]
     chat: Array | None
+    learns: bool = True
 
 
 class KeptRewards:
@@ -105,7 +107,7 @@ def read_said(record: Record, file: AnswersFile, scorer: Scorer | None, without:
     if file.chat is not None:
         chat = np.array([[-value for value in file.chat.log_probs], file.chat.tokens], dtype=np.float64)
     sizes = {task: len(found) for task, found in answers.items()}
-    return Said((tuple(record.order), record.seed), sizes, [one.text for one in written], values, chat)
+    return Said((tuple(record.order), record.seed), sizes, [one.text for one in written], values, chat, record.learns)
 
 
 def measure_said(said: Mapping[str, Sequence[Said]], baseline: str | None) -> dict[str, dict[str, Number]]:
@@ -154,11 +156,14 @@ def _number(measure: str, runs: Sequence[Said], both: Sequence[tuple[Said, Said]
     value, low, high = crossed_statistic(len(known), sizes, own)
     each = _each(own, len(known), sizes)
     deviation = stdev(each.tolist()) if len(known) > 1 else None
+    compared = [pair for pair in both if all(_has(one, measure) for one in pair)]
+    varies = any(one.learns for pair in compared for one in pair)
     if measure in WINS:
-        return Number(value, deviation, low, high, p_value=paired_permutation_test((each - 0.5).tolist()))
+        p_value = paired_permutation_test((each - 0.5).tolist()) if varies else None
+        return Number(value, deviation, low, high, p_value=p_value)
     if not others:
         return Number(value, deviation, low, high)
-    mine = _statistic(measure, [one for one, other in both if _has(one, measure) and _has(other, measure)], [])
+    mine = _statistic(measure, [one for one, _ in compared], [])
     its = _statistic(measure, others, [])
 
     def moved(weights: Array, rows: Array) -> Array:
@@ -166,7 +171,8 @@ def _number(measure: str, runs: Sequence[Said], both: Sequence[tuple[Said, Said]
 
     difference = crossed_statistic(len(others), sizes, moved)
     changes = _each(moved, len(others), sizes)
-    return Number(value, deviation, low, high, difference, paired_permutation_test(changes.tolist()))
+    p_value = paired_permutation_test(changes.tolist()) if varies else None
+    return Number(value, deviation, low, high, difference, p_value)
 
 
 def _each(statistic: Statistic, runs: int, sizes: Sequence[int]) -> Array:
@@ -193,11 +199,12 @@ def _statistic(measure: str, runs: Sequence[Said], others: Sequence[Said]) -> St
     if measure == "perplexity":
         chat = np.stack([one.chat for one in runs if one.chat is not None])
         return partial(_perplexity, chat[:, 0], chat[0, 1])
+    sizes = list(runs[0].tasks.values())
     if measure not in WINS:
-        return partial(_mean, np.stack([one.values[measure] for one in runs]))
+        return partial(_mean, np.stack([one.values[measure] for one in runs]), sizes)
     outcomes = np.stack([_outcomes(*pair) for pair in zip(runs, others, strict=True)])
     if measure == "reward_win_rate":
-        return partial(_mean, outcomes)
+        return partial(_mean, outcomes, sizes)
     lengths = np.stack([one.values["length"] - its.values["length"] for one, its in zip(runs, others, strict=True)])
     return partial(_at_equal_length, outcomes, lengths)
 
@@ -211,12 +218,15 @@ def _outcomes(one: Said, other: Said) -> Array:
     return (1 + np.where(same, 0.0, ahead)) / 2
 
 
-def _mean(values: Array, runs: Array, rows: Array) -> Array:
-    """(B,) weighted means of (R, N) values; those that are missing count for nothing."""
+def _mean(values: Array, sizes: Sequence[int], runs: Array, rows: Array) -> Array:
+    """(B,) means over tasks of weighted means of (R, N) values; missing ones, and tasks without any, count nothing."""
     known = ~np.isnan(values)
-    total = ((runs @ np.where(known, values, 0.0)) * rows).sum(axis=1)
-    weight = ((runs @ known.astype(np.float64)) * rows).sum(axis=1)
-    found: Array = np.divide(total, weight, out=np.full(len(total), np.nan), where=weight > 0)
+    starts = np.cumsum([0, *sizes[:-1]])
+    total = np.add.reduceat((runs @ np.where(known, values, 0.0)) * rows, starts, axis=1)
+    weight = np.add.reduceat((runs @ known.astype(np.float64)) * rows, starts, axis=1)
+    means = np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)
+    tasks = (weight > 0).sum(axis=1)
+    found: Array = np.divide(means.sum(axis=1), tasks, out=np.full(len(tasks), np.nan), where=tasks > 0)
     return found
 
 

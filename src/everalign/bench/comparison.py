@@ -147,7 +147,10 @@ def _number(metric: str, name: str, runs: Sequence[Record], both: Sequence[tuple
         mine, its = _parts(run, metric, name), _parts(other, metric, name)
         moved.append({task: (share, value - its[task][1]) for task, (share, value) in mine.items()})
     differences = [(run.number(measure) or 0.0) - (other.number(measure) or 0.0) for run, other in known]
-    return Number(fmean(values), deviation, own.low, own.high, _interval(moved), paired_permutation_test(differences))
+    # Without learning all runs are one: equal differences in each would pass for evidence.
+    varies = any(run.learns for pair in known for run in pair)
+    p_value = paired_permutation_test(differences) if varies else None
+    return Number(fmean(values), deviation, own.low, own.high, _interval(moved), p_value)
 
 
 def _parts(run: Record, metric: str, name: str) -> dict[str, tuple[float, Array]]:

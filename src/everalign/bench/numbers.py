@@ -17,7 +17,8 @@ class Number:
         deviation: standard deviation over the runs; None of fewer than two.
         low, high: ends of the 95 % interval over runs and pairs, where pairs are known.
         difference: to the baseline, over the runs of both, with its own interval.
-        p_value: of that difference over the runs, by changing signs.
+        p_value: of that difference over the runs, by changing signs; None where nothing is compared, or neither side
+            learns: then all runs are one.
         p_holm: the same, corrected for the number of contenders.
     """
 

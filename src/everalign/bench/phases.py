@@ -13,9 +13,10 @@ from everalign.bench.answer_measures import KeptRewards, Said, read_said
 from everalign.bench.answers import AnswersFile
 from everalign.bench.asked import Asked, check_reward_model, choose_asked
 from everalign.bench.comparison import ModelResult, compare, to_json
+from everalign.bench.contenders import Choice
 from everalign.bench.data import Part, TaskRows, check_files, load_rows
 from everalign.bench.execution import Progress, Settings, run_all
-from everalign.bench.recipe import Bench, Choice, expanded
+from everalign.bench.recipe import Bench, expanded
 from everalign.bench.records import Record, Records, Run, code_digest, plan, plan_trials
 from everalign.errors import EveralignError, InputError
 from everalign.learning.run_store import now
@@ -106,7 +107,7 @@ def tune(bench: Bench, settings: Settings, log: Log, progress: Progress) -> Tune
             ]
             trials.setdefault(model, {}).setdefault(name, []).append(_trial(choice, found, bench.tune_on))
         chosen: dict[str, dict[str, Any]] = {}
-        notes: list[str] = []
+        notes = bench.preset_notes()
         for model, contenders in trials.items():
             for name, tried in contenders.items():
                 chosen.setdefault(model, {})[name] = _best(name, model, tried)
@@ -188,7 +189,7 @@ def confirm(bench: Bench, settings: Settings, part: Part, log: Log, progress: Pr
         others = [name for name in bench.contenders if settings.only and name not in settings.only]
         known = [name for name in others if all(name in chosen[model] for model in bench.models)]
         runs += plan(bench, part, rows, chosen, known, asked) if known else []
-        outcome = _outcome(bench, part, runs, records, settings, [*notes, *unsure], log)
+        outcome = _outcome(bench, part, runs, records, settings, [*bench.preset_notes(), *notes, *unsure], log)
         write_json(settings.output / f"{result_name(part, settings)}.json", outcome_json(bench, outcome))
     return outcome
 

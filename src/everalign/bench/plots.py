@@ -8,10 +8,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from markupsafe import Markup
+from scipy.stats import t
 
 from everalign.bench.comparison import Contest, ModelResult
 from everalign.bench.records import Record
-from everalign.reporting.formats import WIDTH, Metric, elided, significant
+from everalign.reporting.formats import Metric, elided, significant
 from everalign.reporting.plots import DASHES, MARKERS, PLOT_WIDTH, SERIES, figure, inline_svg, legend_above
 
 Curve = Callable[[Record, str], dict[int, float]]
@@ -125,12 +126,14 @@ def _last(one: Contest, metric: str) -> tuple[float, float, float]:
 
 
 def _averaged(runs: Sequence[Mapping[int, float]]) -> dict[int, tuple[float, float]]:
-    """Mean and half the 95 % interval over runs of every point."""
+    """Mean of every point, and half its 95 % interval over runs by Student's t; NaN of a single run, which has none."""
     found = {}
     for x in sorted({x for run in runs for x in run}):
         values = [run[x] for run in runs if x in run]
-        spread = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-        found[x] = (fmean(values), WIDTH * spread)
+        bar = math.nan
+        if len(values) > 1:
+            bar = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+        found[x] = (fmean(values), bar)
     return found
 
 

@@ -16,32 +16,25 @@ Files and models are named from where the command runs; `$NAME` stands for an en
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import itertools
 import json
 import math
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from everalign.bench.contenders import OF_MARGINS, Choice, Contender, given, section_of, unknown_name
 from everalign.errors import InputError
-from everalign.learning.recipe import AdapterKeys, Keys, MethodKeys, Recipe, Text, TrainingKeys, line_of, read_yaml
+from everalign.learning.recipe import AdapterKeys, Keys, Recipe, Text, TrainingKeys, line_of, read_yaml
 from everalign.options import first_problem
 from everalign.storage import sha256_of
-from everalign.training.objectives import OBJECTIVES, reads
-
-Choice = Mapping[str, Any]
-"""Values of the options that a contender is tuned on; of one trial, or those that were chosen."""
-
-NO_METHOD = "none"
-"""The method of a contender that learns nothing: the base model as it is, or with an instruction."""
+from everalign.training.objectives import reads
 
 TUNABLE = ("accuracy", "reward_accuracy", "margin")
 _NUMBERS = ("last", "backward_transfer", "average_performance")
@@ -61,79 +54,21 @@ class BenchTask(Keys):
     system: Text | None = None
 
 
-class Contender(Keys):
-    """A method with its arguments, its objective, and what differs from the shared settings.
-
-    With the method `none` nothing is learned: the base model is scored with a system message, `system`, the same for
-    all tasks or one for each.
-    """
-
-    method: MethodKeys
-    system: Text | dict[str, Text] | None = None
-    objective: Text | None = None
-    preset: Text | None = None
-    training: TrainingKeys | None = None
-    adapter: AdapterKeys | None = None
-    tune: dict[str, Any] | None = None
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    @field_validator("tune")
-    @classmethod
-    def _lists(cls, tune: dict[str, Any] | None) -> dict[str, Any] | None:
-        for option, values in (tune or {}).items():
-            _section_of(option)
-            if not isinstance(values, list) or not values:
-                raise InputError(f"{option} needs a list of values to try, found {values!r}", field=option)
-            if any(values.count(value) > 1 for value in values):
-                raise InputError(f"{option} names a value twice: {values}", field=option)
-        return tune
-
-    @property
-    def learns(self) -> bool:
-        """Whether there is anything to learn."""
-        return str(self.method.name) != NO_METHOD
-
-    def check_instruction(self, tasks: Iterable[str]) -> None:
-        """Refuses what a contender that learns nothing would ignore, and an instruction of one that learns."""
-        tried = (self.tune or {}).get("system", [])
-        given = [*([] if self.system is None else [self.system]), *tried]
-        if self.learns:
-            if given:
-                raise InputError(
-                    f"system: is the instruction of a contender of the method {NO_METHOD}, which learns nothing; one "
-                    "that all contenders get stands in the task"
-                )
-            return
-        whole = self.model_dump(exclude_none=True, exclude={"system"})
-        whole["tune"] = [name for name in whole.get("tune", {}) if name != "system"]
-        whole["method"].pop("name")
-        ignored = next((key for key, value in whole.items() if value), None)
-        if ignored is not None:
-            raise InputError(f"{ignored}: the method {NO_METHOD} learns nothing and would ignore this: leave it out")
-        for texts in given:
-            if isinstance(texts, str) and texts:
-                continue
-            if not isinstance(texts, dict) or not all(isinstance(text, str) and text for text in texts.values()):
-                raise InputError(f"system: must be a text, or a mapping from tasks to texts, found {texts!r}")
-            if unknown := next((task for task in texts if task not in tasks), None):
-                raise InputError(f"system: {_unknown('task', unknown, list(tasks))}")
-
-    @property
-    def trials(self) -> list[Choice]:
-        """Every combination of the values to try; one empty choice where nothing is tuned."""
-        grid = self.tune or {}
-        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-
 class Tuning(Keys):
     """The seeds and orders of the trials, apart from those of the comparison."""
 
     seeds: Annotated[list[int], Field(min_length=1)] = Field(default=[1000])
     orders: Any = 1
+
+    @field_validator("orders")
+    @classmethod
+    def _known_orders(cls, value: Any) -> Any:
+        return _checked_orders(value)
+
+    @field_validator("seeds")
+    @classmethod
+    def _different_seeds(cls, seeds: list[int]) -> list[int]:
+        return _checked_seeds(seeds)
 
 
 class AnswerKeys(Keys):
@@ -196,18 +131,10 @@ class Bench(Keys):
     def _known_orders(cls, value: Any) -> Any:
         return _checked_orders(value)
 
-    @field_validator("tuning")
-    @classmethod
-    def _known_tuning_orders(cls, value: Tuning) -> Tuning:
-        _checked_orders(value.orders)
-        return value
-
     @field_validator("seeds")
     @classmethod
     def _different_seeds(cls, seeds: list[int]) -> list[int]:
-        if repeated := next((seed for seed in seeds if seeds.count(seed) > 1), None):
-            raise InputError(f"the seed {repeated} is given twice")
-        return seeds
+        return _checked_seeds(seeds)
 
     @field_validator("training")
     @classmethod
@@ -222,7 +149,7 @@ class Bench(Keys):
         known = [f"{metric}.{number}" for metric in TUNABLE for number in _NUMBERS]
         for name in names:
             if name not in known:
-                raise InputError(_unknown("measure", name, known))
+                raise InputError(unknown_name("measure", name, known))
         return names
 
     @model_validator(mode="after")
@@ -234,7 +161,7 @@ class Bench(Keys):
         for key, orders in (("orders", self.orders), ("tuning.orders", self.tuning.orders)):
             self._check_orders(key, orders)
         if self.baseline is not None and self.baseline not in self.contenders:
-            raise InputError(f"baseline: {_unknown('contender', self.baseline, list(self.contenders))}")
+            raise InputError(f"baseline: {unknown_name('contender', self.baseline, list(self.contenders))}")
         self._check_contenders()
         return self
 
@@ -249,13 +176,11 @@ class Bench(Keys):
         for name, contender in self.contenders.items():
             try:
                 contender.check_instruction(self.tasks)
+                contender.check_tuned()
+                contender.check_objectives()
+                contender.check_preset(self.training)
             except InputError as error:
                 raise InputError(f"contenders.{name}.{error}") from None
-            kind = OBJECTIVES[contender.objective].rows if contender.objective in OBJECTIVES else "preferences"
-            if kind not in ("preferences", "judged"):
-                raise InputError(
-                    f"contenders.{name}: a bench learns from preferences, and {contender.objective} cannot"
-                )
 
     def _check_orders(self, key: str, orders: Any) -> None:
         if isinstance(orders, int):
@@ -293,6 +218,10 @@ class Bench(Keys):
         from everalign.methods.from_file import method_file
 
         said = self.model_dump(exclude={"output"}, exclude_none=True)
+        # A mapping has no order as JSON, and that of the tasks is the order of learning.
+        said["order"] = [list(self.tasks), self.task_orders(), self.task_orders(tuning=True)]
+        # A filter may ask for null, which is no key that is left out.
+        said["where"] = [task.where for task in self.tasks.values()]
         # A method in a file is no part of the package's code.
         files = {file for one in self.contenders.values() if (file := method_file(str(one.method.name))) is not None}
         said |= {"files": {str(file): sha256_of(file) for file in files}} if files else {}
@@ -350,18 +279,18 @@ class Bench(Keys):
         one = self.contenders[contender]
         objective = choice.get("objective", one.objective) if one.learns else "dpo"
         # What all share, and an objective or a method has no use for, is no mistake of the contender.
-        shared = _given(self.training)
-        shared = {key: value for key, value in shared.items() if key not in _OF_MARGINS or reads(objective, key)}
+        shared = given(self.training)
+        shared = {key: value for key, value in shared.items() if key not in OF_MARGINS or reads(objective, key)}
         without_adapter = getattr(METHODS.get(one.method.name), "prompts", None) is not None
         if without_adapter:
             shared.pop("reference", None)
         sections: dict[str, dict[str, Any]] = {
-            "training": {**shared, **_given(one.training), "test_limit": self.test_limit},
-            "adapter": {**({} if without_adapter else _given(self.adapter)), **_given(one.adapter)},
-            "method": _given(one.method) if one.learns else {"name": "seqft"},
+            "training": {**shared, **given(one.training), "test_limit": self.test_limit},
+            "adapter": {**({} if without_adapter else given(self.adapter)), **given(one.adapter)},
+            "method": given(one.method) if one.learns else {"name": "seqft"},
         }
         for option, value in choice.items():
-            section = _section_of(option)
+            section = section_of(option)
             if section:
                 sections[section][option] = value
         whole = {"model": expanded(self.models[model]), "objective": objective, "preset": one.preset, "seed": seed}
@@ -384,6 +313,29 @@ class Bench(Keys):
                 make_objective(made.get("objective", DEFAULT_OBJECTIVE), made["training"].beta, made["method"].gamma)
             except InputError as error:
                 raise error if str(error).startswith("contenders.") else error.at(f"contenders.{name}") from None
+            self._check_measures(name, made["method"].regime if self.contenders[name].learns else "joint")
+
+    def _check_measures(self, name: str, regime: str) -> None:
+        """Refuses to choose among trials by a measure that none of them will have."""
+        numbers = {measure.rpartition(".")[2] for measure in self.tune_on}
+        lacking = numbers - {"last"} if regime != "sequential" else set()
+        if len(self.tasks) == 1:
+            lacking |= numbers & {"backward_transfer"}
+        if lacking and len(self.contenders[name].trials) > 1:
+            measure = next(measure for measure in self.tune_on if measure.rpartition(".")[2] in lacking)
+            why = "of a single task" if len(self.tasks) == 1 else "of a method that does not learn tasks in sequence"
+            raise InputError(
+                f"tune_on: contenders.{name} cannot be tuned on {measure}, which there is none {why}: tune "
+                "on .last, or give it no choice under `tune`"
+            )
+
+    def preset_notes(self) -> list[str]:
+        """Returns what the shared settings replace of contenders' presets, a note for each."""
+        return [
+            f"{name}: the shared settings replace some of its preset: {', '.join(replaced)}"
+            for name, one in self.contenders.items()
+            if (replaced := one.replaced(self.training, self.adapter))
+        ]
 
     def all_trials(self) -> Iterator[tuple[str, str, Choice]]:
         """Yields contender, model and choice of every trial."""
@@ -392,30 +344,11 @@ class Bench(Keys):
                 yield from ((name, model, choice) for choice in contender.trials)
 
 
-_OF_MARGINS = ("reference", "beta", "sft_epochs")
-
-
-def _given(keys: Any) -> dict[str, Any]:
-    return {} if keys is None else keys.model_dump(exclude_none=True)
-
-
-def _section_of(option: str) -> str:
-    """Where an option that is tuned belongs: a section of a learner's recipe, or nothing for one beside them."""
-    homes = {"training": TrainingKeys, "adapter": AdapterKeys, "method": MethodKeys}
-    known = {name: section for section, keys in homes.items() for name in keys.model_fields}
-    for fixed in ("name", "test_limit"):
-        del known[fixed]
-    if option in ("objective", "system"):
-        return ""
-    if option not in known:
-        raise InputError(_unknown("option", option, ["objective", "system", *known], listed=False), field=option)
-    return known[option]
-
-
-def _unknown(what: str, name: str, known: Sequence[str], listed: bool = True) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}" if listed else "see learn --help"
-    return f"unknown {what} {name!r}: {hint}"
+def _checked_seeds(seeds: list[int]) -> list[int]:
+    repeated = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+    if repeated is not None:
+        raise InputError(f"the seed {repeated} is given twice")
+    return seeds
 
 
 def _checked_orders(value: Any) -> Any:

@@ -16,8 +16,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from everalign.bench.asked import Asked
+from everalign.bench.contenders import Choice
 from everalign.bench.data import Part, TaskRows
-from everalign.bench.recipe import Bench, Choice
+from everalign.bench.recipe import Bench
 from everalign.learning.recipe import Recipe
 from everalign.learning.scores import Regime, Scores
 from everalign.reporting.formats import elided
@@ -175,6 +176,11 @@ class Record(_Record):
     cost: Cost | None = None
     facts: dict[str, Any] = {}
     warnings: list[str] = []
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything was learned; what learns nothing comes out alike with every seed."""
+        return self.cost is not None and bool(self.cost.kept)
 
     def matrix(self, metric: str) -> Scores:
         """The score matrix in one metric."""

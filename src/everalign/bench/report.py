@@ -65,6 +65,8 @@ def headline(outcome: Outcome) -> str:
         text = f"On {result.model}, {name} ends highest in accuracy: {metric.full(last.mean)}"
         if last.difference is not None:
             sure = "" if stars(last.p_holm) else ", which may be chance"
+            if last.p_holm is None:
+                sure = ", which no test over runs can judge: neither learns"
             text += f", {metric.change(last.difference.value)} points against {result.baseline}{sure}"
         sentences.append(f"{text}.")
     return " ".join(sentences) or "No held-out pairs were scored."

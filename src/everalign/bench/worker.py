@@ -19,7 +19,7 @@ import torch
 from everalign.bench.answers import write_answers_file
 from everalign.bench.base_model import base_results, load_base
 from everalign.bench.records import FORMAT, METRICS, PAIR_METRICS, Run, peak_bytes
-from everalign.errors import EveralignError, InputError
+from everalign.errors import DivergedError, EveralignError, InputError
 from everalign.learning.learner import Learner
 from everalign.learning.recipe import Recipe
 from everalign.learning.run_data import RunData, VersionData
@@ -109,10 +109,10 @@ def execute(run: Run, place: Place, say: Say, log: Callable[[str], None]) -> Non
             record |= results(data, resumed)
         if run.asked is not None:
             write_answers_file(run, policy, tokenizer, data, place.run, place.answers, log)
-    except InputError:
-        raise
-    except EveralignError as error:
-        # Training that diverges is a result: it would do so again.
+    except DivergedError as error:
+        if run.system is not None:
+            raise  # nothing was trained
+        # Training that diverges is a result: it would do so again. Whatever else fails may not.
         record["failed"] = str(error)
     place.record.parent.mkdir(parents=True, exist_ok=True)
     write_json(place.record, {**record, "created": now()})

@@ -10,7 +10,7 @@ from torch import Tensor
 from everalign.data.collate import batches_by_length, collate, row_tokens
 from everalign.data.rows import spread
 from everalign.data.tokenization import TokenizedRow
-from everalign.errors import EveralignError
+from everalign.errors import DivergedError, EveralignError
 from everalign.modeling.policy import Earlier, Policy
 from everalign.training.reference import sequence_logprobs
 
@@ -87,7 +87,7 @@ def score_preferences(
         kl_pairs: the KL is measured on at most this many evenly spaced pairs.
 
     Raises:
-        EveralignError: the policy gives NaN or infinite log-probabilities.
+        DivergedError: the policy gives NaN or infinite log-probabilities.
     """
     log_probs = torch.stack(sequence_logprobs(policy, held_out.pairs, tokens_per_batch))
     kl = None
@@ -97,14 +97,20 @@ def score_preferences(
 
 
 def score_base(held_out: HeldOut) -> PreferenceScore:
-    """Score the base model by the log-probabilities that are at hand; errors as in `score_preferences`."""
+    """Score the base model by the log-probabilities that are at hand.
+
+    Raises:
+        EveralignError: it gives NaN or infinite ones, for which no training is to blame.
+    """
+    if not torch.isfinite(held_out.base).all():
+        raise EveralignError("the base model gives NaN or infinite log-probabilities: check its weights, or use fp32")
     return score_log_probs(held_out.base, held_out)
 
 
 def score_log_probs(log_probs: Tensor, held_out: HeldOut, kl: float | None = None) -> PreferenceScore:
     """Score a policy by its (N, 2) summed log-probabilities of held-out pairs; errors as in `score_preferences`."""
     if not torch.isfinite(log_probs).all():
-        raise EveralignError("the policy gives NaN or infinite log-probabilities: lower the learning rate, or use fp32")
+        raise DivergedError("the policy gives NaN or infinite log-probabilities: lower the learning rate, or use fp32")
     lengths = torch.tensor([[len(tokens) for tokens in pair.responses] for pair in held_out.pairs])
     per_token = log_probs / lengths
     margin = per_token[:, 0] - per_token[:, 1]

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from everalign.data.collate import largest_token, training_plan
 from everalign.data.tokenization import TokenizedRow
-from everalign.errors import EveralignError, InputError
+from everalign.errors import DivergedError, InputError
 from everalign.modeling.options import Checkpointing
 from everalign.modeling.runtime import SavedBytes, free_memory, language_model, recomputable_layers, recomputing
 from everalign.storage import checksums, differing_files, new_folder, read_json, write_json
@@ -111,7 +111,7 @@ def train_stage(
     Raises:
         InputError: checkpointing is on, and the model's layers are not known; or a row holds a token that the model
             has no embedding for.
-        EveralignError: the loss or the weights became NaN or infinite.
+        DivergedError: the loss or the weights became NaN or infinite.
     """
     finished = folder is not None and is_finished(folder)
     if finished and not (hooks is not None and hooks.watches_stages):
@@ -201,12 +201,12 @@ def save_result(
         hooks: whose state is kept beside it; None for nobody's.
 
     Raises:
-        EveralignError: weights are NaN or infinite. The trainer sees a loss only before each step, so nothing has
+        DivergedError: weights are NaN or infinite. The trainer sees a loss only before each step, so nothing has
             checked what the last one left.
     """
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     if not all(torch.isfinite(value).all() for value in weights.values()):
-        raise EveralignError(f"{stage} left NaN or infinite weights: lower the learning rate, or train in fp32")
+        raise DivergedError(f"{stage} left NaN or infinite weights: lower the learning rate, or train in fp32")
     with new_folder(folder / "done") as done:
         save_file(weights, done / _WEIGHTS)
         _save_hooks(hooks, done)

@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from everalign.data.collate import Batch, TrainingPlan
 from everalign.data.tokenization import TokenizedRow
-from everalign.errors import EveralignError
+from everalign.errors import DivergedError
 from everalign.training.base_objective import Objective
 from everalign.training.hooks import RowTerms, RowValues, StageHooks, make_batch
 from everalign.training.options import StageOptions
@@ -158,13 +158,13 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         """Look at the losses since the last look.
 
         Raises:
-            EveralignError: one is NaN or infinite; the message says at which step.
+            DivergedError: one is NaN or infinite; the message says at which step.
         """
         steps, losses = [step for step, _ in self._losses], [loss for _, loss in self._losses]
         self._losses.clear()
         for step, loss in zip(steps, torch.stack(losses).tolist() if losses else [], strict=True):
             if not math.isfinite(loss):
-                raise EveralignError(f"step {step}: the loss became {loss}: lower the learning rate, or train in fp32")
+                raise DivergedError(f"step {step}: the loss became {loss}: lower the learning rate, or train in fp32")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics' means since the last log; only here and before a checkpoint is the device waited for."""
