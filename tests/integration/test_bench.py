@@ -107,8 +107,9 @@ def test_tuned_on_validation_rows_then_tested_once(capsys, work, tmp_path):
     stamps = [record.stat().st_mtime_ns for record in records]
     code, printed, err = run(capsys, *arguments)
     assert code == 0, err
-    assert "test rows were first scored on" in printed
-    assert "this is test 2 in this folder" in printed
+    # It is the same test, of which nothing was scored anew.
+    assert "test rows were first scored on" not in printed
+    assert json.loads((out / "tested.json").read_text())["again"] == []
     assert "2 of 2 runs are finished already" in err
     assert [record.stat().st_mtime_ns for record in records] == stamps
 
@@ -147,9 +148,12 @@ def test_rows_are_filtered_and_labelled(work, tmp_path):
         {"prompt": f"q{i}", "chosen": "yes", "rejected": "no", "domain": "ab"[i % 2], "weight": 1.0} for i in range(40)
     ]
     rows[0]["prompt"] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q0"}]
-    file = str(write_rows(tmp_path / "rows.jsonl", rows))
-    task = {"train": file, "test": "warm.test.jsonl", "where": {"domain": ["a"]}, "limit": 10, "system": "[a]"}
-    found = load_rows(Bench.read(recipe(work, tasks={"a": task})), "validation")["a"]
+    file = str(write_rows(tmp_path / "rows.jsonl", [{**row, "nobody": 1} for row in rows]))
+    test = str(write_rows(tmp_path / "test.jsonl", [{**rows[2], "prompt": "q"}]))
+    task = {"train": file, "test": test, "where": {"domain": ["a"]}, "limit": 10, "system": "[a]"}
+    said: list[str] = []
+    found = load_rows(Bench.read(recipe(work, tasks={"a": task, "b": task})), "validation", said.append)["a"]
+    assert said == [f"note: {file}: columns that are not read: nobody"]
     assert len(found.train) == 10
     first = [row.prompt[0] for row in (*found.train, *found.held_out)]
     assert {message["role"] for message in first} == {"system"}
@@ -313,6 +317,7 @@ def test_contenders_are_checked_before_anything_is_learned(capsys, work, tmp_pat
             {"train": "warm.jsonl", "validation": "warm.jsonl", "test": "warm.test.jsonl"},
             "tasks.warm.validation: 10 of 10 rows have a prompt that is trained on",
         ),
+        ({"train": "warm.jsonl", "test": "half.jsonl"}, "half.jsonl:1: field 'rejected': no such column"),
         (
             {"train": "warm.jsonl", "test": "warm.test.jsonl", "where": {"rejected": "maybe"}},
             'where {"rejected": "maybe"}: no row is left',
@@ -320,6 +325,7 @@ def test_contenders_are_checked_before_anything_is_learned(capsys, work, tmp_pat
     ],
 )
 def test_bad_files_are_refused_before_anything_is_learned(capsys, work, tmp_path, task, message):
+    (work / "half.jsonl").write_text('{"prompt": "q?", "chosen": "a"}\n')
     path = str(recipe(work, tasks={"warm": task}))
     code, _, err = run(capsys, "bench", path, "--output", str(tmp_path / "out"), "--tune")
     assert code == 2

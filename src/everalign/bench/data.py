@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,20 +27,29 @@ _DEMO_ROWS = (240, 60)
 
 @dataclass(frozen=True)
 class TaskRows:
-    """What is learned of a task, and what it is scored on."""
+    """What is learned of a task, what it is scored on, and the fingerprint of its validation rows."""
 
     train: PreferenceSet
     held_out: PreferenceSet
+    validation: str = ""
 
 
-def load_rows(bench: Bench, part: Part) -> dict[str, TaskRows]:
-    """Reads the tasks' files; test files only for the part `test`. What is learned is the same for both parts.
+def load_rows(bench: Bench, part: Part, log: Callable[[str], None] = lambda _: None) -> dict[str, TaskRows]:
+    """Reads the tasks' files. What is learned is the same for both parts.
+
+    Test files are read for the part `validation` too: what is wrong with them is said before anything is tuned.
+
+    Args:
+        bench: the recipe.
+        part: what is held out.
+        log: called with a note on the columns of a file that nothing reads.
 
     Raises:
         InputError: a file is missing or bad, a filter leaves no row, or validation and training rows share prompts.
     """
     check_files(bench)
-    found = {}
+    found: dict[str, TaskRows] = {}
+    unread: dict[str, None] = {}
     for name, task in bench.tasks.items():
         train = _read(name, task, "train", bench.label)
         if task.validation is None:
@@ -51,12 +60,20 @@ def load_rows(bench: Bench, part: Part) -> dict[str, TaskRows]:
         if task.limit is not None and len(train) > task.limit:
             numbers = random.Random(bench.split_seed).sample(range(len(train)), task.limit)
             train = replace(train, items=tuple(train[number] for number in sorted(numbers)))
-        held_out = _read(name, task, "test", bench.label) if part == "test" else validation
-        _check_label(name, bench.label, train, held_out)
+        test = _read(name, task, "test", bench.label)
+        _check_label(name, bench.label, train, validation, test)
+        for key, rows in (("train", train), ("validation", validation), ("test", test)):
+            if rows.ignored:
+                # By file, which several tasks may have rows of.
+                file = expanded(str(getattr(task, key) or task.train))
+                unread[f"note: {file}: columns that are not read: {', '.join(rows.ignored)}"] = None
+        held_out, validated = test if part == "test" else validation, validation.fingerprint
         if task.system is not None:
             # Last, so that a prompt is cut off alike in tasks with and without.
             train, held_out = (with_system(rows, task.system) for rows in (train, held_out))
-        found[name] = TaskRows(train, held_out)
+        found[name] = TaskRows(train, held_out, validated)
+    for note in unread:
+        log(note)
     return found
 
 
@@ -128,8 +145,8 @@ def _check_apart(name: str, train: PreferenceSet, validation: PreferenceSet) -> 
         )
 
 
-def _check_label(name: str, column: str | None, train: PreferenceSet, held_out: PreferenceSet) -> None:
-    labels = list(dict.fromkeys([*train.labels, *held_out.labels]))
+def _check_label(name: str, column: str | None, *sets: PreferenceSet) -> None:
+    labels = list(dict.fromkeys(label for rows in sets for label in rows.labels))
     if len(labels) > 1:
         raise InputError(
             f"tasks.{name}: its rows have several labels in {column!r} ({', '.join(labels)}), and a task has one: keep "
@@ -161,17 +178,19 @@ def _read(name: str, task: BenchTask, key: Literal["train", "validation", "test"
     path, where = expanded(source), task.where or {}
     labelled = PREFERENCE_SCHEMA if label is None else with_label(PREFERENCE_SCHEMA, label)
     schema = replace(labelled, columns=tuple(dict.fromkeys((*labelled.columns, *where))))
-    rows = []
+    rows, ignored = [], dict[str, None]()
     for place, raw in raw_rows(path, "train", schema):
         if isinstance(raw, InputError):
             raise raw
+        if isinstance(raw, Mapping):
+            ignored |= dict.fromkeys(str(column) for column in raw if column not in schema.columns)
         if not isinstance(raw, Mapping) or _matches(raw, where, place):
             row = Preference.from_json(raw, place)
             rows.append(row if label is None else replace(row, label=label_of(raw, label, place, schema)))
     shown = f"{path} where {json.dumps(where, ensure_ascii=False)}" if where else path
     if not rows:
         raise InputError(f"tasks.{name}.{key}: {shown}: no row is left")
-    return PreferenceSet(tuple(rows), shown)
+    return PreferenceSet(tuple(rows), shown, ignored=tuple(ignored))
 
 
 def _matches(row: Mapping[str, Any], where: Mapping[str, Any], place: str) -> bool:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any
 
 from everalign.bench.answer_measures import KeptRewards, Said, read_said
 from everalign.bench.answers import AnswersFile
@@ -16,6 +13,18 @@ from everalign.bench.comparison import ModelResult, compare, to_json
 from everalign.bench.contenders import Choice
 from everalign.bench.data import Part, TaskRows, check_files, load_rows
 from everalign.bench.execution import Progress, Settings, run_all
+from everalign.bench.locked import (
+    ChosenFile,
+    Trial,
+    best_of,
+    check_chosen,
+    data_facts,
+    merged,
+    read_chosen,
+    touch,
+    trial_of,
+)
+from everalign.bench.models import find_models
 from everalign.bench.recipe import Bench, expanded
 from everalign.bench.records import Record, Records, Run, code_digest, plan, plan_trials
 from everalign.errors import EveralignError, InputError
@@ -23,39 +32,6 @@ from everalign.learning.run_store import now
 from everalign.storage import exclusive, read_model, write_json
 
 Log = Callable[[str], None]
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
-    format: Literal[1]
-    recipe: str
-
-
-class Trial(BaseModel):
-    """One trial: the values tried, and the mean of the measures that are tuned on; None where training failed."""
-
-    choice: dict[str, Any]
-    score: float | None
-    failed: str | None = None
-
-
-class ChosenFile(_File):
-    """chosen.json: what tuning has chosen, by model and contender."""
-
-    code: str
-    created: str
-    tune_on: list[str]
-    chosen: dict[str, dict[str, dict[str, Any]]]
-    trials: dict[str, dict[str, list[Trial]]]
-
-
-class TestedFile(_File):
-    """tested.json: when test rows were first scored, with which recipe, and when again."""
-
-    __test__ = False  # no test class of pytest's
-    code: str
-    first: str
-    again: list[dict[str, str]] = []
 
 
 @dataclass(frozen=True)
@@ -89,53 +65,66 @@ def tune(bench: Bench, settings: Settings, log: Log, progress: Progress) -> Tune
     same recipe stay.
     """
     with exclusive(settings.output / ".lock", "making this bench"):
-        check_bench(bench, settings)
+        models = check_bench(bench, settings)
         rows, records = _rows(bench, "validation", log), Records(settings.output)
         _asked(bench, rows, log)  # trials are asked nothing, but what is wrong is said before they are learned
-        runs = plan_trials(bench, rows, settings.only)
+        runs = plan_trials(bench, rows, settings.only, models)
+        notes = [*bench.preset_notes(), *_checked(bench, records, runs)]
         log(f"tuning: {len(runs)} runs")
         run_all(runs, records, settings, log, progress)
-        trials: dict[str, dict[str, list[Trial]]] = {}
-        for name, model, choice in bench.all_trials():
-            if settings.only and name not in settings.only:
-                continue
-            found = [
-                record
-                for run in runs
-                if (run.contender, run.model, run.choice) == (name, model, choice)
-                and (record := records.get(run)) is not None
-            ]
-            trials.setdefault(model, {}).setdefault(name, []).append(_trial(choice, found, bench.tune_on))
-        chosen: dict[str, dict[str, Any]] = {}
-        notes = bench.preset_notes()
-        for model, contenders in trials.items():
+        file, wrong = _choose(bench, settings, runs, records)
+        file = file.model_copy(update={"data": data_facts(rows), "models": models})
+        path = settings.output / "chosen.json"
+        write_json(path, merged(path, file).model_dump())
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise bench.located(InputError(f"{wrong[0]}{more}; what the others chose is in {path}"))
+        for model, contenders in file.trials.items():
             for name, tried in contenders.items():
-                chosen.setdefault(model, {})[name] = _best(name, model, tried)
-                notes += _edges(bench, name, model, chosen[model][name])
+                notes += _edges(bench, name, model, file.chosen[model][name])
                 notes += [f"{name} on {model}: {one.choice} failed: {one.failed}" for one in tried if one.failed]
-        file = _merged(bench, settings.output, chosen, trials)
-        write_json(settings.output / "chosen.json", file.model_dump())
-    return Tuned(file, notes)
+    return Tuned(read_model(path, ChosenFile), notes)
 
 
-def _trial(choice: Choice, found: Sequence[Record], measures: Sequence[str]) -> Trial:
-    failed = next((record.failed for record in found if record.failed is not None), None)
-    if failed is not None:
-        return Trial(choice=dict(choice), score=None, failed=failed)
-    scores = [score for record in found if (score := record.mean(measures)) is not None]
-    score = sum(scores) / len(scores) if scores and len(scores) == len(found) else None
-    return Trial(choice=dict(choice), score=score)
+def _choose(
+    bench: Bench, settings: Settings, runs: Sequence[Run], records: Records
+) -> tuple[ChosenFile, list[InputError]]:
+    """Returns what the trials' records choose, and an error for every contender that they choose nothing for."""
+    chosen: dict[str, dict[str, Any]] = {model: {} for model in bench.models}
+    trials: dict[str, dict[str, list[Trial]]] = {model: {} for model in bench.models}
+    codes: dict[str, dict[str, list[str]]] = {model: {} for model in bench.models}
+    for name, model, choice in bench.all_trials():
+        if settings.only and name not in settings.only:
+            continue
+        mine = [run for run in runs if (run.contender, run.model, run.choice) == (name, model, choice)]
+        found = [record for run in mine if (record := records.get(run)) is not None]
+        trials[model].setdefault(name, []).append(trial_of(choice, found, bench.tune_on))
+        codes[model][name] = sorted({*codes[model].get(name, []), *(record.code for record in found)})
+    wrong = []
+    for model, contenders in trials.items():
+        for name, tried in contenders.items():
+            try:
+                chosen[model][name] = best_of(name, model, tried)
+            except InputError as error:
+                wrong.append(error)
+    file = ChosenFile(
+        format=1,
+        recipe=bench.digest,
+        created=now(),
+        tune_on=bench.tune_on,
+        chosen=chosen,
+        trials=trials,
+        codes=codes,
+    )
+    return file, wrong
 
 
-def _best(name: str, model: str, tried: Sequence[Trial]) -> dict[str, Any]:
-    """The choice of the highest score, the first of equals."""
-    known = [one for one in tried if one.score is not None]
-    if not known:
-        if len(tried) == 1 and tried[0].failed is None:
-            return tried[0].choice  # a method without one of the measures, and nothing to choose from
-        why = tried[0].failed or "it has none of the measures that are tuned on"
-        raise InputError(f"contenders.{name}: no trial on {model} has a score: {why}")
-    return max(known, key=lambda one: one.score or 0.0).choice
+def _checked(bench: Bench, records: Records, runs: Sequence[Run]) -> list[str]:
+    """Refuses records of models that have changed; returns notes on those that do not say."""
+    try:
+        return records.check_models(runs)
+    except InputError as error:
+        raise bench.located(error) from None
 
 
 def _edges(bench: Bench, name: str, model: str, choice: Choice) -> list[str]:
@@ -148,27 +137,6 @@ def _edges(bench: Bench, name: str, model: str, choice: Choice) -> list[str]:
     return found
 
 
-def _merged(
-    bench: Bench, output: Path, chosen: dict[str, dict[str, Any]], trials: dict[str, dict[str, list[Trial]]]
-) -> ChosenFile:
-    """The new choices beside those that other contenders have from the same recipe."""
-    path = output / "chosen.json"
-    if path.exists():
-        earlier = read_model(path, ChosenFile, "delete it and tune again")
-        if earlier.recipe == bench.digest:
-            chosen = {model: {**earlier.chosen.get(model, {}), **ones} for model, ones in chosen.items()}
-            trials = {model: {**earlier.trials.get(model, {}), **ones} for model, ones in trials.items()}
-    return ChosenFile(
-        format=1,
-        recipe=bench.digest,
-        code=code_digest(),
-        created=now(),
-        tune_on=bench.tune_on,
-        chosen=chosen,
-        trials=trials,
-    )
-
-
 def confirm(bench: Bench, settings: Settings, part: Part, log: Log, progress: Progress) -> Outcome:
     """Compares the contenders, each with its chosen settings, on validation or on test rows.
 
@@ -176,22 +144,35 @@ def confirm(bench: Bench, settings: Settings, part: Part, log: Log, progress: Pr
         InputError: tuning has not chosen yet, or for another recipe.
     """
     with exclusive(settings.output / ".lock", "making this bench"):
-        check_bench(bench, settings)
-        chosen, notes = _chosen(bench, settings)
-        if part == "test":
-            # Before the rows are read: a test that was interrupted has touched them too.
-            notes += _touch(bench, settings.output)
+        models, path = check_bench(bench, settings), settings.output / "chosen.json"
+        file = read_chosen(bench, path, settings.only)
         rows, records = _rows(bench, part, log), Records(settings.output)
+        notes = bench.preset_notes()
+        if file is not None:
+            notes += check_chosen(path, file, rows, models, settings.only)
+        chosen = file.chosen if file is not None else _untuned(bench)
         asked, unsure = _asked(bench, rows, log)
-        runs = plan(bench, part, rows, chosen, settings.only, asked)
+        runs = plan(bench, part, rows, chosen, settings.only, asked, models)
+        notes += _checked(bench, records, runs)
         log(f"{part}: {len(runs)} runs")
+        if part == "test":
+            # Last, when nothing can be refused any more; and before a row is scored, for a test that is interrupted.
+            notes += touch(bench, settings.output, bool(records.missing(runs)))
         run_all(runs, records, settings, log, progress)
         others = [name for name in bench.contenders if settings.only and name not in settings.only]
         known = [name for name in others if all(name in chosen[model] for model in bench.models)]
-        runs += plan(bench, part, rows, chosen, known, asked) if known else []
-        outcome = _outcome(bench, part, runs, records, settings, [*bench.preset_notes(), *notes, *unsure], log)
+        if known:
+            more = plan(bench, part, rows, chosen, known, asked, models)
+            notes += _checked(bench, records, more)
+            runs += more
+        outcome = _outcome(bench, part, runs, records, settings, [*notes, *unsure], log)
         write_json(settings.output / f"{result_name(part, settings)}.json", outcome_json(bench, outcome))
     return outcome
+
+
+def _untuned(bench: Bench) -> dict[str, dict[str, Choice]]:
+    """The one choice of every contender where nothing is tuned."""
+    return {model: {name: one.trials[0] for name, one in bench.contenders.items()} for model in bench.models}
 
 
 def result_name(part: Part, settings: Settings) -> str:
@@ -286,8 +267,8 @@ def outcome_json(bench: Bench, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def check_bench(bench: Bench, settings: Settings) -> None:
-    """Refuses what is wrong before anything is learned: contenders, their options, files."""
+def check_bench(bench: Bench, settings: Settings) -> dict[str, str | None]:
+    """Refuses what is wrong before anything is learned: contenders, their options, files. Returns models' contents."""
     for flag, names, known in (
         ("--only", settings.only, bench.contenders),
         ("--without", settings.without, bench.tasks),
@@ -300,47 +281,14 @@ def check_bench(bench: Bench, settings: Settings) -> None:
     try:
         bench.check_contenders()
         check_files(bench)
+        return find_models(bench)
     except InputError as error:
         raise bench.located(error) from None
 
 
 def _rows(bench: Bench, part: Part, log: Log) -> dict[str, TaskRows]:
     log("data")
-    rows = load_rows(bench, part)
+    rows = load_rows(bench, part, lambda line: log(f"  {line}"))
     for name, found in rows.items():
         log(f"  {name}: {len(found.train)} rows to learn, {len(found.held_out)} of the {part} part")
     return rows
-
-
-def _chosen(bench: Bench, settings: Settings) -> tuple[Mapping[str, Mapping[str, Choice]], list[str]]:
-    """The settings to compare, and notes on where they come from."""
-    path = settings.output / "chosen.json"
-    if not bench.is_tuned:
-        return {model: {name: one.trials[0] for name, one in bench.contenders.items()} for model in bench.models}, []
-    if not path.exists():
-        raise InputError(f"{path}: no settings are chosen yet: run the same command with --tune first")
-    file = read_model(path, ChosenFile, "delete it and tune again")
-    if file.recipe != bench.digest:
-        raise InputError(
-            f"{path}: was chosen for another recipe ({file.recipe}, and this is {bench.digest}): run the same command "
-            "with --tune again; trials that are the same are not repeated"
-        )
-    wanted = settings.only or list(bench.contenders)
-    missing = [name for name in wanted if any(name not in file.chosen.get(model, {}) for model in bench.models)]
-    if missing:
-        raise InputError(f"{path}: has no settings for {', '.join(missing)}: tune them first, with --tune")
-    notes = [] if file.code == code_digest() else ["the settings were chosen by another version of the code"]
-    return file.chosen, notes
-
-
-def _touch(bench: Bench, output: Path) -> list[str]:
-    """Records that test rows are scored, and says so where they were before."""
-    path = output / "tested.json"
-    if not path.exists():
-        write_json(path, TestedFile(format=1, recipe=bench.digest, code=code_digest(), first=now()).model_dump())
-        return []
-    file = read_model(path, TestedFile)
-    again = [*file.again, {"at": now(), "recipe": bench.digest, "code": code_digest()}]
-    write_json(path, file.model_copy(update={"again": again}).model_dump())
-    changed = "" if file.recipe == bench.digest else f", with another recipe ({file.recipe})"
-    return [f"test rows were first scored on {file.first}{changed}; this is test {len(again) + 1} in this folder"]

@@ -19,6 +19,7 @@ from everalign.bench.asked import Asked
 from everalign.bench.contenders import Choice
 from everalign.bench.data import Part, TaskRows
 from everalign.bench.recipe import Bench
+from everalign.errors import InputError
 from everalign.learning.recipe import Recipe
 from everalign.learning.scores import Regime, Scores
 from everalign.reporting.formats import elided
@@ -67,6 +68,7 @@ class Run:
         forward_transfer: whether tasks are scored before they are learned too.
         system: by task the system message of a run that learns nothing; None for one that learns.
         asked: what the final policy is asked at the end; None for nothing.
+        model_content: identifies the model's files; no part of the name, but of the record, which is checked.
     """
 
     contender: str
@@ -80,6 +82,7 @@ class Run:
     forward_transfer: bool = True
     system: Mapping[str, str] | None = None
     asked: Asked | None = None
+    model_content: str | None = None
 
     @cached_property
     def name(self) -> str:
@@ -157,7 +160,10 @@ class Pairs(_Record):
 
 
 class Record(_Record):
-    """Everything that is kept of one run; `failed` says why there are no scores."""
+    """Everything that is kept of one run; `failed` says why there are no scores.
+
+    `model_content` identifies the model's files; records from before it was kept have none.
+    """
 
     format: Literal[1]
     contender: str
@@ -168,6 +174,7 @@ class Record(_Record):
     choice: dict[str, Any]
     code: str
     created: str
+    model_content: str | None = None
     failed: str | None = None
     tasks: list[str] = []
     regime: Regime = "sequential"
@@ -268,6 +275,31 @@ class Records:
         """Those of the runs that are not finished."""
         return [run for run in runs if not self._finished(run)]
 
+    def check_models(self, runs: Sequence[Run]) -> list[str]:
+        """Refuses records of runs whose model's files have changed since; returns notes on records that do not say.
+
+        Raises:
+            InputError: names the model, the records and what to do.
+        """
+        unsure: dict[str, int] = {}
+        for run in runs:
+            record = self.get(run)
+            if record is None or run.model_content is None:
+                continue
+            if record.model_content is None:
+                unsure[run.model] = unsure.get(run.model, 0) + 1
+            elif record.model_content != run.model_content:
+                raise InputError(
+                    f"models.{run.model}: its files are others than those of finished runs, such as {self.path(run)}: "
+                    f"put the earlier model back, choose another output, or delete {self.folder}/*.{run.model}.*.json "
+                    "to make the runs again"
+                )
+        return [
+            f"{model}: {count} records do not say which files of the model they were made with; whether it is still "
+            "the same is not checked"
+            for model, count in unsure.items()
+        ]
+
     def _finished(self, run: Run) -> bool:
         record = self.get(run)
         said = run.asked is None or self.answers(run).exists()
@@ -281,6 +313,7 @@ def plan(
     chosen: Mapping[str, Mapping[str, Choice]],
     only: Sequence[str],
     asked: Mapping[str, Asked] | None = None,
+    models: Mapping[str, str | None] | None = None,
 ) -> list[Run]:
     """Returns the runs of the comparison: contenders within seeds within orders within models.
 
@@ -291,9 +324,11 @@ def plan(
         chosen: by model and contender, the values of its tuned options.
         only: names of the contenders; all if empty.
         asked: by model, what final policies are asked; nothing when None.
+        models: by model, what identifies its files; not known when None.
     """
+    contents, questions = models or {}, asked or {}
     return [
-        _run(bench, part, rows, (name, model, chosen[model][name]), order, seed, (asked or {}).get(model))
+        _run(bench, part, rows, (name, model, chosen[model][name]), order, seed, contents, questions.get(model))
         for model in bench.models
         for order in bench.task_orders()
         for seed in bench.seeds
@@ -302,10 +337,15 @@ def plan(
     ]
 
 
-def plan_trials(bench: Bench, rows: Mapping[str, TaskRows], only: Sequence[str]) -> list[Run]:
+def plan_trials(
+    bench: Bench,
+    rows: Mapping[str, TaskRows],
+    only: Sequence[str],
+    models: Mapping[str, str | None] | None = None,
+) -> list[Run]:
     """Returns the runs of the trials; arguments as in `plan`."""
     return [
-        _run(bench, "validation", rows, trial, order, seed)
+        _run(bench, "validation", rows, trial, order, seed, models or {})
         for order in bench.task_orders(tuning=True)
         for seed in bench.tuning.seeds
         for trial in bench.all_trials()
@@ -320,6 +360,7 @@ def _run(
     trial: tuple[str, str, Choice],
     order: tuple[str, ...],
     seed: int,
+    models: Mapping[str, str | None],
     asked: Asked | None = None,
 ) -> Run:
     name, model, choice = trial
@@ -335,4 +376,5 @@ def _run(
         bench.forward_transfer is not False,
         bench.instruction(name, choice),
         asked,
+        models.get(model),
     )

@@ -202,7 +202,7 @@ def tuning_tables(tuned: Tuned) -> list[RenderableType]:
             table.add_column(name, justify="right" if name == "score" else "left", no_wrap=True)
         for name, trials in contenders.items():
             for trial in trials:
-                mark = "chosen" if trial.choice == tuned.file.chosen[model][name] else ""
+                mark = "chosen" if trial.choice == tuned.file.chosen[model].get(name) else ""
                 score = "failed" if trial.failed else fixed(trial.score, 4)
                 table.add_row(Text(name), choice_text(trial.choice), score, mark)
         tables.append(table)

@@ -95,6 +95,7 @@ def execute(run: Run, place: Place, say: Say, log: Callable[[str], None]) -> Non
         "part": run.part,
         "choice": dict(run.choice),
         "code": place.code,
+        "model_content": run.model_content,
     }
     if replace(run).name != place.record.stem:
         raise InputError(f"contenders.{run.contender}: the method's file has changed meanwhile: run the command again")
