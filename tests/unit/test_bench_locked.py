@@ -201,4 +201,8 @@ def test_what_is_refused_has_touched_no_test_rows(tmp_path, monkeypatch):
     found = bench(tmp_path, models={"m": "tiny", "other": "/no/such/folder"}, contenders={"x": {"method": "none"}})
     with pytest.raises(InputError, match=r"bench\.yaml:\d+: models\.other: there is no model folder"):
         phases.confirm(found, Settings(tmp_path), "test", quiet, quiet)
+    contenders = {"x": {"method": "er", "objective": "dpo", "tune": {"targets": ["q_proj", "all-linear", "qq_proj"]}}}
+    found = bench(tmp_path, contenders=contenders)
+    with pytest.raises(InputError, match=r"bench\.yaml:\d+: contenders\.x: on m: cannot adapt qq_proj: no module of "):
+        phases.tune(found, Settings(tmp_path), quiet, quiet)
     assert not (tmp_path / "tested.json").exists()

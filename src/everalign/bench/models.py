@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
+
+from accelerate import init_empty_weights
+from huggingface_hub import try_to_load_from_cache
 
 from everalign.bench.recipe import Bench, expanded
 from everalign.errors import located
+from everalign.modeling.base_adapter import base_and_adapter
+from everalign.modeling.loading import language_model_class, load_config, resolve_model
+from everalign.modeling.lora_targets import choose_targets
+from everalign.modeling.shrinking import MODEL_ERRORS, quiet
 from everalign.storage import sha256_of
 
 _READ = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
@@ -26,6 +34,40 @@ def find_models(bench: Bench) -> dict[str, str | None]:
     return found
 
 
+def check_targets(bench: Bench) -> None:
+    """Refuses adapters of modules that a model does not have, by its configuration alone.
+
+    Raises:
+        InputError: names the contender and the module.
+    """
+    wanted: dict[str, dict[str, str | list[str]]] = {model: {} for model in bench.models}
+    for name, model, choice in bench.all_trials():
+        recipe = bench.learn_recipe(name, choice, model, 0)
+        if bench.contenders[name].learns and recipe.make_method().prompts is None:
+            targets = recipe.adapter_options().module_names()
+            if targets != "all-linear":
+                wanted[model][f"{name} {targets}"] = targets
+    for model, found in wanted.items():
+        skeleton = _skeleton(expanded(bench.models[model])) if found else None
+        for key, targets in found.items():
+            if skeleton is not None:
+                with located(f"contenders.{key.partition(' ')[0]}: on {model}"):
+                    choose_targets(skeleton, targets, frozenset())
+
+
+def _skeleton(model: str) -> Any | None:
+    """A model without values; None where its configuration does not suffice to make one, so that its run will tell."""
+    base, _ = base_and_adapter(model, resolve_model(model))
+    config = load_config(resolve_model(base), "model", base)
+    if getattr(config, "auto_map", None):
+        return None  # code of its own is run when the model is loaded, and not before
+    try:
+        with quiet(), init_empty_weights():
+            return language_model_class(config).from_config(config)
+    except MODEL_ERRORS:
+        return None
+
+
 def content_of(model: str) -> str | None:
     """Returns 16 hexadecimal digits of a model's files, with its base model's where it is an adapter.
 
@@ -34,9 +76,6 @@ def content_of(model: str) -> str | None:
     Raises:
         InputError: there is no such model.
     """
-    from everalign.modeling.base_adapter import base_and_adapter
-    from everalign.modeling.loading import load_config, resolve_model
-
     base, adapter = base_and_adapter(model, resolve_model(model))
     sources = [resolve_model(name) for name in (base, adapter) if name is not None]
     load_config(sources[0], "model", base)
@@ -51,8 +90,6 @@ def _files(folder: Path) -> str:
 
 
 def _commit(name: str) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
-
     for file in ("config.json", "adapter_config.json"):
         found = try_to_load_from_cache(name, file)
         if isinstance(found, str):

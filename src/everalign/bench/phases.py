@@ -24,7 +24,7 @@ from everalign.bench.locked import (
     touch,
     trial_of,
 )
-from everalign.bench.models import find_models
+from everalign.bench.models import check_targets, find_models
 from everalign.bench.recipe import Bench, expanded
 from everalign.bench.records import Record, Records, Run, code_digest, plan, plan_trials
 from everalign.errors import EveralignError, InputError
@@ -281,7 +281,9 @@ def check_bench(bench: Bench, settings: Settings) -> dict[str, str | None]:
     try:
         bench.check_contenders()
         check_files(bench)
-        return find_models(bench)
+        found = find_models(bench)
+        check_targets(bench)
+        return found
     except InputError as error:
         raise bench.located(error) from None
 
