@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from everalign.bench.comparison import compare, to_json
+from everalign.bench.phases import _limits
 from everalign.bench.records import METRICS, Record
 from everalign.bench.report import headline
 
@@ -149,6 +150,18 @@ def test_costs_leave_interrupted_runs_out_and_count_what_is_needed_to_go_on():
     assert (costs.adapter, costs.state, costs.buffer, costs.kept) == (100, 10, 3, 113)
     separate = compare("m", {"stl": runs("stl", 0.6, (1,), "separate")}, None).contenders["stl"].costs
     assert (separate.adapter, separate.state) == (300, 30)
+
+
+def test_pairs_that_were_cut_to_different_lengths_are_no_secret():
+    """As where learned prompts leave a model less room."""
+
+    def cut(name, length):
+        facts = {"settings": {"max_length": length}}
+        return [run.model_copy(update={"facts": facts}) for run in runs(name, 0.6)]
+
+    assert _limits(compare("m", {"er": cut("er", 128), "new": cut("new", 128)}, "er"), []) == []
+    (note,) = _limits(compare("m", {"er": cut("er", 128), "l2p": cut("l2p", 103)}, "er"), [])
+    assert note.startswith("m: held-out pairs are not the same for all, but cut to max_length tokens, er 128, l2p 103")
 
 
 def test_everything_can_be_written_as_json():

@@ -244,6 +244,18 @@ def _outcome(
 def _limits(result: ModelResult, absent: Sequence[str]) -> list[str]:
     """Notes on what a comparison on one model lacks."""
     found = [f"{result.model}: without {', '.join(absent)}, of which no run is finished"] if absent else []
+    # Contenders share the option, but a model may have no room for it behind a method's learned prompts.
+    lengths = {
+        name: length
+        for name, one in result.contenders.items()
+        if (length := one.records[0].facts.get("settings", {}).get("max_length")) is not None
+    }
+    if len(set(lengths.values())) > 1:
+        named = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        found.append(
+            f"{result.model}: held-out pairs are not the same for all, but cut to max_length tokens, {named}: set it "
+            f"to {min(lengths.values())} in the shared training"
+        )
     runs = max(one.runs for one in result.contenders.values())
     if 2 / 2**runs >= 0.05:
         runs_here = "1 run" if runs == 1 else f"{runs} runs"
