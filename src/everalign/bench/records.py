@@ -93,6 +93,11 @@ class Run:
         facts += [] if self.forward_transfer else ["without forward transfer"]
         facts += [] if self.system is None else ["nothing learned", dict(self.system)]
         facts += [] if self.asked is None else ["asked", self.asked.facts]
+        limit = self.recipe.training_options().test_limit
+        # Before, the first rows were scored where a file had less than twice as many.
+        facts += (
+            ["scored up to the last row"] if any(0 < limit < len(rows.held_out) for rows in self.rows.values()) else []
+        )
         if labels := {name: rows.train.labels for name, rows in self.rows.items() if rows.train.labels}:
             facts.append(labels)
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
