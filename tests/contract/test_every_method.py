@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from everalign.data import ScoredSet
 from everalign.errors import InputError
 from everalign.methods import METHODS, LifeAlign, SequentialFineTuning, make_method
 from learner_for_tests import (
@@ -211,11 +210,3 @@ def test_its_own_answers_are_their_likelihood_alone():
     batch = {"own_answer": torch.tensor([0.0, 0.0, 1.0, 0.0]), "lengths": torch.tensor([2, 3, 4, 5])}
     batch |= {"row": torch.tensor([0, 0, 1, 1]), "weight": torch.tensor([1.0, 0.0])}
     assert method.row_loss(torch.tensor([-1.0, -2.0, -6.0, -9.0]), batch).tolist() == [0.0, 3.0]
-
-
-def test_without_rows_lifealign_learns_preferences_only(tmp_path):
-    rows = ScoredSet.of([{"prompt": f"q{i}", "completions": ["a", "bb"], "rewards": [0.0, 1.0]} for i in range(20)])
-    learner = make_learner(save_model(tmp_path / "model"), tmp_path / "run", make_method("lifealign-rf"), "var")
-    learner.learn(rows, "first")
-    with pytest.raises(InputError, match="learns from preferences"):
-        learner.learn(ScoredSet.of([{**row.to_json(), "prompt": f"r{i}"} for i, row in enumerate(rows)]), "second")

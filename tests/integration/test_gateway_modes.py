@@ -101,10 +101,11 @@ def test_off_and_shadow_hand_on_what_comes(stream, upstream):
             assert "reasoning_content" in reply.text
             assert reply.headers["x-everalign-id"] in reply.text
             assert "usage" not in reply.text or not stream
-        until = time.monotonic() + 2
-        while "everalign_shadow_corrections_total" not in metrics(gateway) and time.monotonic() < until:
+        # Counted after the answer has left.
+        counted, until = 'everalign_shadow_corrections_total{outcome="applied",reason=""} 1.0', time.monotonic() + 10
+        while counted not in metrics(gateway) and time.monotonic() < until:
             time.sleep(0.01)
-        assert 'everalign_shadow_corrections_total{outcome="applied",reason=""} 1.0' in metrics(gateway)
+        assert counted in metrics(gateway)
         assert len(fake.questions) == 1
 
 

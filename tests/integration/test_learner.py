@@ -69,6 +69,13 @@ def test_a_learning_rate_that_teaches_nothing_is_said(model, tmp_path):
     assert not load_run(tmp_path / "high").versions[0].manifest.warnings
 
 
+def test_a_method_that_has_learned_in_another_run_is_refused(model, tmp_path):
+    method = METHODS["er"]()
+    make_learner(model, tmp_path / "first", method).learn(task_rows("warm"), "warm")
+    with pytest.raises(InputError, match="has learned in another run already"):
+        make_learner(model, tmp_path / "second", method)
+
+
 def check_versions(output, method, objective, scores):
     run = load_run(output)
     assert [version.id for version in run.versions] == ["001-warm", "002-brief"]

@@ -6,6 +6,8 @@ from itertools import combinations
 import pytest
 import torch
 
+from everalign.data.records import PreferenceSet
+from everalign.data.tokenization import TokenizedRow
 from everalign.errors import InputError
 from everalign.methods import METHODS, make_method
 from everalign.methods.anchors import Anchors
@@ -453,6 +455,75 @@ def test_bad_arguments_name_themselves(name, argument, value):
     with pytest.raises(InputError) as error:
         make_method(name, **{argument: value})
     assert error.value.field == argument
+
+
+@pytest.mark.parametrize("argument", ["anchors", "review"])
+@pytest.mark.parametrize("name", ["er", "lifealign"])
+def test_what_is_for_replayed_rows_is_refused_without_any(name, argument):
+    with pytest.raises(InputError, match="is for replayed rows, and replay is 0") as error:
+        make_method(name, replay=0.0, **{argument: 0.1})
+    assert error.value.field == argument
+
+
+@pytest.mark.parametrize("name", ["copr", "lifealign-rf"])
+@pytest.mark.parametrize("objective", ["var", "snkl", "correction"])
+def test_methods_of_pairs_refuse_other_rows_before_anything_is_loaded(name, objective):
+    with pytest.raises(InputError, match=f"{name} learns from preferences, and the objective {objective}"):
+        make_method(name).check_fits(objective, None, False)
+    make_method(name).check_fits("dpo", None, False)
+
+
+def test_copr_refuses_a_reference():
+    with pytest.raises(InputError, match="would ignore reference"):
+        make_method("copr").check_fits("dpo", "base", False)
+
+
+def test_gems_gradient_is_no_longer_than_it_was_clipped_to():
+    policy = perturb(random_policy(), size=0.5)
+    method = make_method("gem")
+    learned = parameters(policy)
+    for parameter in learned:
+        parameter.grad = torch.ones_like(parameter)
+    size = math.sqrt(sum(parameter.numel() for parameter in learned))
+    memories = [[-torch.ones_like(parameter) for parameter in learned] for _ in range(3)]
+    method.earlier_gradients = lambda: memories
+    method.adjust_gradients(policy)
+    after = torch.cat([parameter.grad.flatten() for parameter in learned])
+    assert 0 < after.norm().item() <= size * (1 + 1e-5)
+    assert (after @ torch.cat([part.flatten() for part in memories[0]])).item() > 0
+
+
+def test_a_fitted_steps_rows_are_held_back_by_place():
+    method = make_method("lifealign", step="fitted")
+    few = PreferenceSet.of([row for _ in range(10) for row in task_rows("warm", 5)])
+    repeated = Task("t", few, 1, seed=0)
+    assert (len(method.own_rows(repeated)), len(method.apart(repeated))) == (45, 5)
+    short = Task("t", task_rows("warm", 39), 1, seed=0)
+    assert (len(method.own_rows(short)), len(method.apart(short))) == (39, 0)
+
+
+def test_a_tasks_update_is_not_fitted_on_earlier_tasks_alone():
+    policy = perturb(random_policy(), size=0.5)
+    method = make_method("lifealign", step="fitted", keep=1.0, energy=1.0)
+    few = Task("t", task_rows("warm", 5), 2, seed=0)
+    method.buffer.add("earlier", task_rows("brief", 4), fraction=1.0)
+    method.rows(few)
+    method.begin_stage(stage_of(policy, rows=9, replayed=4))
+    before = {name: update.dense() for name, update in policy.total().items()}
+    method.end_task(policy, few)
+    for name, update in policy.total().items():
+        torch.testing.assert_close(update.dense(), before[name], atol=1e-5, rtol=1e-4)
+
+
+def test_cppo_takes_the_best_and_the_worst_answer_of_scored_rows():
+    from everalign.methods.cppo import _best_and_worst
+
+    def row(*weights):
+        return TokenizedRow("r", [1], tuple([2] for _ in weights), weights)
+
+    assert _best_and_worst(row(1.0, 1.0)) == (0, 1)
+    assert _best_and_worst(row(0.2, 1.7, 0.1)) == (1, 2)
+    assert _best_and_worst(row(1.0)) == (0, 0)
 
 
 def test_all_arguments_of_the_methods_are_options_of_the_command_line():

@@ -39,6 +39,11 @@ def test_a_method_in_a_file_is_named_by_its_content(tmp_path, monkeypatch):
         ("a.py:Mine", "class Mine(:\n", r"a\.py:1: invalid syntax"),
         ("a.py:Mine", "import nothing_like_it\n", "cannot be loaded: ModuleNotFoundError: No module"),
         ("a.py:Other", MINE.format("pass"), "has no class Other of a method; it has Mine"),
+        (
+            "a.py:LifeAlign",
+            "from everalign.methods import LifeAlign\n",
+            "has no class LifeAlign of a method; it has none",
+        ),
         ("a.py:path", "from os import path\n", "has no class path of a method; it has none"),
         ("a.py:Mine", MINE.format("regime = 'joint'"), "must learn its tasks in sequence, and this one is joint"),
     ],

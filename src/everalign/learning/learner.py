@@ -38,7 +38,7 @@ from everalign.learning.run_store import RunDirectory, data_facts, version_name
 from everalign.learning.sample_answers import compare_written, own_answers, write_corrections
 from everalign.learning.scores import Scores
 from everalign.learning.task_training import AnySet, GivenTask, Rows, as_set, prepare_rows, task_seed, train_task
-from everalign.methods import LifeAlign, Method, Task
+from everalign.methods import METHODS, LifeAlign, Method, Task
 from everalign.modeling.model_files import OutputDtype
 from everalign.training.base_objective import PreparedRows
 from everalign.training.objectives import reads
@@ -156,6 +156,9 @@ class Learner:
         with self._run.exclusive():
             # Again: loading a model takes long, and another process may have begun a run here meanwhile.
             self._run.check_usable(resume)
+            # A user's own method may have a state from the start; ours have none.
+            if method.buffer or (type(method) in METHODS.values() and method.state_dict()):
+                raise InputError(f"this {method.name} has learned in another run already: make a new one for each run")
             self._at_first = copy.deepcopy(method.state_dict())
             self._lineage: dict[str, str] = {}
             if self._run.exists:

@@ -127,10 +127,14 @@ def refusal(version: str, verdict: Verdict, current: str) -> GateRefusedError:
             f"{what_fell(verdict)}; {current} stays current: look at the task's rows, or raise the tolerance"
         )
         return GateRefusedError(message, version, verdict.fell)
+    remedy = f"give more held-out rows (at least {rows_needed(verdict.tolerance)} of each task), or raise the tolerance"
+    if verdict.unchanged:
+        remedy = "raise the learning rate or the epochs"
+    elif not verdict.tolerance:
+        remedy = "allow a tolerance above 0: no number of held-out rows shows that nothing fell at all"
     message = (
         f"{version} is not promoted, there is not enough evidence that nothing fell by more than "
-        f"{verdict.tolerance:.1%}: {what_fell(verdict)}; {current} stays current: give more held-out rows (at least "
-        f"{rows_needed(verdict.tolerance)} of each task), or raise the tolerance"
+        f"{verdict.tolerance:.1%}: {what_fell(verdict)}; {current} stays current: {remedy}"
     )
     return NotEnoughEvidenceError(message, version, verdict.fell)
 

@@ -173,7 +173,7 @@ def train_task(context: RunContext, task: Task, rows: PreparedRows, work: Path) 
     """
     result = TaskResult(task, rows.facts, warnings=rows.warnings)
     method = context.method
-    replayed, apart = method.rows(task), method.apart(task)
+    replayed = method.rows(task)
     # A task whose answers are given has one round, without sampling.
     rounds = context.rollouts.rounds if rows.to_sample else 1
     scale, learned, folder, seed = None, rows, work, task.seed
@@ -186,7 +186,7 @@ def train_task(context: RunContext, task: Task, rows: PreparedRows, work: Path) 
             # The first round's, so that a reward is worth as many nats in every round.
             scale = learned.facts["scale"] if learned.facts else None
             result.task, result.weights = replace(task, rows=learned.rows), learned.facts
-        own = method.own_rows(result.task)
+        own, apart = method.own_rows(result.task), method.apart(result.task)
         tokenized = context.objective.tokenize(own, [*replayed, *apart], context)
         if tokenized.altered:
             context.log(f"  {tokenized.one_line()}")

@@ -15,6 +15,7 @@ from everalign.errors import InputError
 from everalign.modeling.policy import Policy
 from everalign.modeling.prompt_pool import PromptShape
 from everalign.training.hooks import StageHooks
+from everalign.training.objectives import OBJECTIVES
 
 Answerer = Callable[[Sequence[Prompt], int], list[tuple[int, str]]]
 
@@ -111,6 +112,7 @@ class Method(StageHooks):
         prompts: size of the pool of prompts that it learns in place of an adapter; None for an adapter.
         rate_factor: what the stages' learning rates are multiplied by.
         reference: the one reference policy that it makes sense with; None for any.
+        pairs_only: whether it learns from preferences alone.
     """
 
     name: ClassVar[str]
@@ -123,6 +125,7 @@ class Method(StageHooks):
     prompts: PromptShape | None = None
     rate_factor = 1.0
     reference: ClassVar[str | None] = None
+    pairs_only: ClassVar[bool] = False
 
     def settings(self) -> dict[str, Any]:
         """Returns the arguments that shape the result, for the manifest."""
@@ -139,6 +142,12 @@ class Method(StageHooks):
         Raises:
             InputError: names the option and says why.
         """
+        if self.pairs_only and objective in OBJECTIVES and OBJECTIVES[objective].rows != "preferences":
+            raise InputError(
+                f"{self.name} learns from preferences, and the objective {objective} from other rows: choose an "
+                "objective such as dpo, or another method",
+                field="objective",
+            )
 
     def pool(self, tasks: Sequence[tuple[str, RowSet[Any]]]) -> list[tuple[str, RowSet[Any]]]:
         """Returns what to learn one after another, given all tasks at once as (name, rows). For `joint` methods."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from everalign.data.collate import Batch, Review
 from everalign.data.replay import AnyRow, ReplayBuffer, drawn
 from everalign.data.rows import RowSet
+from everalign.errors import InputError
 from everalign.methods.anchors import Anchors
 from everalign.methods.base import Method, ModuleRecord, Task, check_share, check_strength
 from everalign.modeling.policy import Policy
@@ -128,6 +129,9 @@ class ExperienceReplay(Method):
         check_share("replay", replay)
         check_strength("anchors", anchors)
         check_share("review", review)
+        for label, value in (("anchors", anchors), ("review", review)):
+            if value and not replay:
+                raise InputError(f"{label} is for replayed rows, and replay is 0: leave it out", field=label)
         self._review = review
         self._replay, self._anchors = replay, Anchors(anchors)
         self.buffer: ReplayBuffer = ReplayBuffer(capacity)

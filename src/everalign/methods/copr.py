@@ -34,6 +34,7 @@ class OptimalPolicyRegularization(ExperienceReplay):
     """
 
     name = "copr"
+    pairs_only = True
 
     def __init__(self, rate: float = 0.1, replay: float = 0.2, capacity: int = 3000) -> None:
         super().__init__(replay, capacity)
@@ -49,6 +50,12 @@ class OptimalPolicyRegularization(ExperienceReplay):
         """Returns the arguments."""
         return {"rate": self.rate, **super().settings()}
 
+    def check_fits(self, objective: str, reference: str | None, adapter: bool) -> None:
+        """Refuses rows that are no pairs, and a reference, which it has none of."""
+        super().check_fits(objective, reference, adapter)
+        if reference is not None:
+            raise InputError("copr fits targets of its own and would ignore reference: leave it out", field="reference")
+
     def begin_task(self, policy: Policy, task: Task) -> None:
         """Notes the task's seed."""
         self._seed = task.seed
@@ -58,8 +65,6 @@ class OptimalPolicyRegularization(ExperienceReplay):
     def begin_stage(self, stage: Stage) -> RowTerms | None:
         """Sets the new pairs' targets, and how far the earlier ones are from theirs."""
         self._stage = stage
-        if any(len(row.responses) != 2 for row in stage.rows):
-            raise InputError("copr learns from pairs: use preferences, or another method")
         gaps = torch.stack([value[0] - value[-1] for value in stage.logprobs(range(len(stage.rows)))])
         if not self._new:  # in the task's first stage, where the policy is still the one before it
             beta = stage.objective.options.beta
@@ -81,6 +86,7 @@ class OptimalPolicyRegularization(ExperienceReplay):
                 "copr_target": targets,
                 "copr_task": [torch.tensor([float(task)] * 2) for task in tasks],
                 "copr_start": [value.repeat(2) for value in start],
+                "copr_weight": [torch.full((2,), row.weight) for row in stage.rows],
             },
         )
 
@@ -91,7 +97,7 @@ class OptimalPolicyRegularization(ExperienceReplay):
         self._excess.append((task.detach(), torch.where(batch["counts"] > 0, excess, 0.0).detach()))
         multipliers = torch.cat([torch.ones(1), self._multipliers]).to(distance)
         scale = 1 + multipliers[1:].sum()
-        return torch.where(task > 0, multipliers[task] * excess, distance) / scale
+        return batch["copr_weight"][::2] * torch.where(task > 0, multipliers[task] * excess, distance) / scale
 
     def after_step(self, policy: Policy) -> None:
         """Raises the multipliers of the tasks that have lost, lowers those of the others."""

@@ -1,11 +1,13 @@
 """CPPO for preferences: row weights, and a pull to what the policy before the task gave each answer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from everalign.data.collate import Batch
+from everalign.data.tokenization import TokenizedRow
 from everalign.methods.base import Method, Task, check_strength
 from everalign.modeling.policy import Policy
 from everalign.training.hooks import RowTerms, Stage, sum_by_row
@@ -66,15 +68,17 @@ class ContinualPpo(Method):
         if self._index < 2:
             return None
         now = stage.logprobs(range(len(stage.rows)))
-        # In the task's first stage the policy is still the one before it.
-        self._before = self._before or {row.id: value for row, value in zip(stage.rows, now, strict=True)}
+        # In the task's first stage the policy is still the one before it. Answers that a later round has sampled are
+        # kept as likely as they were when they were.
+        self._before = {**{row.id: value for row, value in zip(stage.rows, now, strict=True)}, **self._before}
         lengths = [torch.tensor([len(tokens) for tokens in row.responses]) for row in stage.rows]
         per_token = [value / length for value, length in zip(now, lengths, strict=True)]
-        probability = torch.stack([value[0] for value in per_token])
-        reward = torch.stack([value[0] - value[-1] for value in per_token])
+        ends = [_best_and_worst(row) for row in stage.rows]
+        probability = torch.stack([value[best] for value, (best, _) in zip(per_token, ends, strict=True)])
+        reward = _differences(per_token, ends)
         if stage.reference is not None:
             ratios = [value - reference for value, reference in zip(now, stage.reference, strict=True)]
-            margin = torch.stack([value[0] - value[-1] for value in ratios])
+            margin = _differences(ratios, ends)
             reward = margin if bool((margin.abs() > _SAME).any()) else reward
         learn, retain = self.coefficients(probability, reward)
         return RowTerms(
@@ -108,3 +112,15 @@ class ContinualPpo(Method):
         change = (logprobs - batch["cppo_before"]) / batch["lengths"]
         parts = self.strength * batch["cppo_retain"] * change.square()
         return sum_by_row(parts, batch)
+
+
+def _best_and_worst(row: TokenizedRow) -> tuple[int, int]:
+    """Return the places of a row's best and worst responses: chosen and rejected, or by weight; one may be both."""
+    weights = list(row.weights)
+    if len(set(weights)) == 1:
+        return 0, len(weights) - 1
+    return weights.index(max(weights)), weights.index(min(weights))
+
+
+def _differences(values: Sequence[Tensor], ends: Sequence[tuple[int, int]]) -> Tensor:
+    return torch.stack([value[best] - value[worst] for value, (best, worst) in zip(values, ends, strict=True)])

@@ -45,7 +45,7 @@ def _loaded(path: Path, digest: str, name: str, class_name: str) -> type[Method]
     except Exception as error:  # whatever a user's file does
         raise InputError(f"{name}: {path} cannot be loaded: {type(error).__name__}: {error}") from error
     found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, Method)):
+    if not (isinstance(found, type) and issubclass(found, Method) and found.__module__ == module_name):
         own = [
             key
             for key, value in vars(module).items()

@@ -134,7 +134,10 @@ class GradientEpisodicMemory(GradientMemory):
         if not earlier:
             return
         memory = torch.stack([_flat(gradient) for gradient in earlier])
-        projected = gem_projection(_flat([_gradient(parameter) for parameter in learned]), memory, self.strength)
+        clipped = _flat([_gradient(parameter) for parameter in learned])
+        projected = gem_projection(clipped, memory, self.strength)
+        # No longer than it was clipped to: shorter, it still loses for no earlier task.
+        projected *= (clipped.norm() / projected.norm().clamp(min=1e-30)).clamp(max=1.0)
         sizes = [parameter.numel() for parameter in learned]
         for parameter, part in zip(learned, torch.split(projected, sizes), strict=True):
             _gradient(parameter).copy_(part.view_as(parameter))

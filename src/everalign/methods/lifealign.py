@@ -49,7 +49,8 @@ class LifeAlign(ExperienceReplay):
             0 for none. It rises to this value from 0.1, as (1 + t) / (10 + t) after t steps.
         step: `fixed` adds the consolidated update as it is; `fitted` first multiplies the task's update by the number
             among 0.4, 0.6, 0.8, 1 and 1.2 whose mean loss is lowest over the tasks, with every task's rows in the
-            buffer and a tenth of the new task's rows, which is then not trained on.
+            buffer and a tenth of the new task's rows, which is then not trained on; of fewer than 40 rows none is held
+            back, and the update is added as it is.
         replay: share of a task's rows that goes into the buffer, drawn at random after training.
         capacity: most rows in the buffer; the oldest are dropped first.
         anchors: strength of the pull of replayed answers back to the log-probabilities that they had; 0 for none.
@@ -115,17 +116,17 @@ class LifeAlign(ExperienceReplay):
 
     def own_rows(self, task: Task) -> Sequence[AnyRow]:
         """Returns all rows but those that the step is fitted on."""
-        held_back = {row.id for row in self._held_back(task)}
-        return [row for row in task.rows if row.id not in held_back] if held_back else task.rows
+        held_back = set(self._held_back(task))
+        return [row for place, row in enumerate(task.rows) if place not in held_back] if held_back else task.rows
 
     def apart(self, task: Task) -> list[AnyRow]:
         """Returns the rows of the task that the step is fitted on."""
-        return self._held_back(task)
+        return [task.rows[place] for place in self._held_back(task)]
 
-    def _held_back(self, task: Task) -> list[AnyRow]:
+    def _held_back(self, task: Task) -> list[int]:
         if self.step == "fixed" or len(task.rows) < _FEWEST_TO_HOLD_BACK:
             return []
-        return random.Random(f"{task.seed}/{task.name}/held back").sample(list(task.rows), len(task.rows) // 10)
+        return random.Random(f"{task.seed}/{task.name}/held back").sample(range(len(task.rows)), len(task.rows) // 10)
 
     def begin_stage(self, stage: Stage) -> RowTerms | None:
         """Returns the replayed rows' anchors."""
@@ -150,8 +151,9 @@ class LifeAlign(ExperienceReplay):
 
     def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
         """Consolidates every module's update, fills the replay buffer, and notes its anchors."""
-        if self.step == "fitted" and self._stage is not None:
-            stage = self._stage
+        stage = self._stage
+        # Rows of earlier tasks alone would choose the shortest step.
+        if self.step == "fitted" and stage is not None and len(stage.rows) > stage.learned:
             fit_step(stage, [*self.replayed_groups(stage), range(stage.learned, len(stage.rows))])
         records = self._end_product(policy, task) if self.space == "product" else self._end_factors(policy)
         super().end_task(policy, task)

@@ -33,6 +33,7 @@ class RehearsalFreeLifeAlign(LifeAlign):
     """
 
     name = "lifealign-rf"
+    pairs_only = True
 
     def __init__(
         self,
@@ -63,8 +64,6 @@ class RehearsalFreeLifeAlign(LifeAlign):
         if task.index < 2 or not self.strength or not count or task.answer is None:
             return []
         pairs = [row for row in task.rows if isinstance(row, Preference)]
-        if len(pairs) < len(task.rows):
-            raise InputError(f"{self.name} learns from preferences: give them, or choose another method")
         asked = Random(f"{task.seed}/{task.name}/own answers").sample(pairs, count)
         found: list[AnyRow] = []
         for number, text in task.answer([row.prompt for row in asked], task.seed):
