@@ -64,7 +64,7 @@ def test_a_learning_rate_that_teaches_nothing_is_said(model, tmp_path):
         learner = make_learner(model, tmp_path / name, lines=lines, options=options)
         learner.learn(task_rows("warm"), "warm")
     (warning,) = load_run(tmp_path / "low").versions[0].manifest.warnings
-    assert re.search(r"hardly moved: after \d+ steps .* in dpo; try a higher learning rate \(1e-07 now\)", warning)
+    assert re.search(r"dpo taught next to nothing: after \d+ steps .* too low \(1e-07 now\)", warning)
     assert f"  warning: {warning}" in lines
     assert not load_run(tmp_path / "high").versions[0].manifest.warnings
 

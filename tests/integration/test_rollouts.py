@@ -17,7 +17,7 @@ from everalign.learning.run_data import load_run
 from everalign.learning.run_files import TrainingStep
 from everalign.learning.task_files import load_tasks
 from everalign.learning.task_training import prepare_rows
-from everalign.methods import ExperienceReplay, LifeAlign, MultiTask
+from everalign.methods import ExperienceReplay, LifeAlign, MultiTask, make_method
 from everalign.reporting.plots import stage_curves
 from everalign.reporting.report import render_report
 from everalign.storage import Journal
@@ -155,6 +155,24 @@ def test_each_task_is_sampled_from_what_was_learned_before(model, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run/versions/002-second/replay.jsonl").read_text().splitlines()]
     assert {row["task"] for row in rows} == {"first", "second"}
     assert all(len(row["weights"]) == len(row["completions"]) == len(row["rewards"]) for row in rows)
+
+
+def test_a_fitted_step_is_fitted_on_sampled_answers(model, tmp_path):
+    rollouts = RolloutOptions(samples=4, max_new_tokens=24)
+    found = learner(model, tmp_path / "run", LifeAlign(step="fitted"), rollouts=rollouts)
+    found.learn(prompts(60), "a")
+    facts = manifest(tmp_path / "run")
+    answered = facts.rollouts[0]["prompts"]
+    assert answered >= 40
+    # The tenth is of the prompts whose answers can be told apart: a few less.
+    assert 0.8 * answered < facts.stages[0].rows <= answered - answered // 10
+
+
+def test_cppo_goes_on_with_the_answers_of_later_rounds(model, tmp_path):
+    rollouts = RolloutOptions(samples=4, max_new_tokens=24, rounds=2)
+    found = learner(model, tmp_path / "run", make_method("cppo"), rollouts=rollouts, options={"learning_rate": 1e-3})
+    found.learn_all([("first", prompts(), None), ("second", prompts(6, 50), None)])
+    assert len(manifest(tmp_path / "run", 1).stages) == 2
 
 
 def test_prompts_and_scored_rows_are_tasks_of_one_run(model, tmp_path):

@@ -342,6 +342,8 @@ def test_coprs_distance_is_0_at_the_target_and_its_multipliers_follow_the_excess
     found = method.row_loss(start, batch)
     assert found[4:].abs().max() < 1e-6
     torch.testing.assert_close(found[:4], method_distance(start, batch)[:4] / 2)
+    heavy = {**batch, "copr_weight": batch["copr_weight"] * 3}
+    torch.testing.assert_close(method.row_loss(start, heavy)[:4], 3 * found[:4])
     method._excess = [(torch.tensor([0, 1, 1]), torch.tensor([9.0, 1.0, 3.0]))]
     method.after_step(policy)
     assert method._multipliers.tolist() == pytest.approx([math.exp(0.1 * 2.0)])

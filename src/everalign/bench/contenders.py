@@ -11,7 +11,7 @@ from pydantic import field_validator
 
 from everalign.errors import InputError, located
 from everalign.learning.options import PAPER_ADAPTER, TrainingOptions
-from everalign.learning.recipe import AdapterKeys, Keys, MethodKeys, Text, TrainingKeys
+from everalign.learning.recipe import AdapterKeys, Keys, MethodKeys, Text, TrainingKeys, name_alone
 from everalign.training.objectives import OBJECTIVES, reads
 
 Choice = Mapping[str, Any]
@@ -23,7 +23,7 @@ NO_METHOD = "none"
 OF_MARGINS = ("reference", "beta", "sft_epochs")
 """Options of training that some objectives have no use for."""
 
-_SAME_FOR_ALL = {
+SAME_FOR_ALL = {
     "test_limit": "test_limit stands outside, beside seeds: it is the same for all",
     "max_length": "max_length stands in the shared training: held-out pairs are cut to it too, so it is the same for "
     "all",
@@ -45,15 +45,12 @@ class Contender(Keys):
     adapter: AdapterKeys | None = None
     tune: dict[str, Any] | None = None
 
-    @field_validator("method", mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+    _name_alone = field_validator("method", mode="before")(name_alone)
 
     @field_validator("training")
     @classmethod
     def _differs_in_learning_alone(cls, training: Any) -> Any:
-        for option, why in _SAME_FOR_ALL.items():
+        for option, why in SAME_FOR_ALL.items():
             if getattr(training, option, None) is not None:
                 raise InputError(why, field=option)
         return training
@@ -162,8 +159,8 @@ def section_of(option: str) -> str:
     del known["name"]
     if option in ("objective", "system"):
         return ""
-    if option in _SAME_FOR_ALL:
-        raise InputError(_SAME_FOR_ALL[option], field=option)
+    if option in SAME_FOR_ALL:
+        raise InputError(SAME_FOR_ALL[option], field=option)
     if option not in known:
         raise InputError(unknown_name("option", option, ["objective", "system", *known], listed=False), field=option)
     return known[option]

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from everalign.bench.contenders import OF_MARGINS, Choice, Contender, given, section_of, unknown_name
+from everalign.bench.contenders import OF_MARGINS, SAME_FOR_ALL, Choice, Contender, given, section_of, unknown_name
 from everalign.errors import InputError
 from everalign.learning.recipe import AdapterKeys, Keys, Recipe, Text, TrainingKeys, line_of, read_yaml
 from everalign.options import first_problem
@@ -41,6 +41,31 @@ _NUMBERS = ("last", "backward_transfer", "average_performance")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+*-]*")
 _Share = Annotated[float, Field(gt=0, lt=1)]
 _Positive = Annotated[int, Field(ge=1)]
+
+
+def _checked_orders(value: Any) -> Any:
+    """A number of orders, or a list of lists of task names."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    if not isinstance(value, list) or not value or not all(isinstance(order, list) and order for order in value):
+        raise InputError(f"must be a number of orders, or a list of lists of task names, found {value!r}")
+    for order in value:
+        if not all(isinstance(name, str) for name in order):
+            raise InputError(f"{order} must hold names of tasks")
+        if value.count(order) > 1:
+            raise InputError(f"the order {order} is given twice")
+    return value
+
+
+def _checked_seeds(seeds: list[int]) -> list[int]:
+    repeated = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+    if repeated is not None:
+        raise InputError(f"the seed {repeated} is given twice")
+    return seeds
+
+
+_Orders = Annotated[Any, AfterValidator(_checked_orders)]
+_Seeds = Annotated[list[int], Field(min_length=1), AfterValidator(_checked_seeds)]
 
 
 class BenchTask(Keys):
@@ -57,18 +82,8 @@ class BenchTask(Keys):
 class Tuning(Keys):
     """The seeds and orders of the trials, apart from those of the comparison."""
 
-    seeds: Annotated[list[int], Field(min_length=1)] = Field(default=[1000])
-    orders: Any = 1
-
-    @field_validator("orders")
-    @classmethod
-    def _known_orders(cls, value: Any) -> Any:
-        return _checked_orders(value)
-
-    @field_validator("seeds")
-    @classmethod
-    def _different_seeds(cls, seeds: list[int]) -> list[int]:
-        return _checked_seeds(seeds)
+    seeds: _Seeds = Field(default=[1000])
+    orders: _Orders = 1
 
 
 class AnswerKeys(Keys):
@@ -92,8 +107,8 @@ class Bench(Keys):
     models: Any
     tasks: Annotated[dict[str, BenchTask], Field(min_length=1)]
     label: Text | None = None
-    orders: Any = 1
-    seeds: Annotated[list[int], Field(min_length=1)]
+    orders: _Orders = 1
+    seeds: _Seeds
     contenders: Annotated[dict[str, Contender], Field(min_length=1)]
     training: TrainingKeys | None = None
     adapter: AdapterKeys | None = None
@@ -126,21 +141,11 @@ class Bench(Keys):
                 raise InputError(f"{name!r}: {model!r} must be a model's name with its folder or Hub name")
         return value
 
-    @field_validator("orders")
-    @classmethod
-    def _known_orders(cls, value: Any) -> Any:
-        return _checked_orders(value)
-
-    @field_validator("seeds")
-    @classmethod
-    def _different_seeds(cls, seeds: list[int]) -> list[int]:
-        return _checked_seeds(seeds)
-
     @field_validator("training")
     @classmethod
     def _one_limit(cls, training: Any) -> Any:
         if training is not None and training.test_limit is not None:
-            raise InputError("test_limit stands outside, beside seeds: it is the same for all")
+            raise InputError(SAME_FOR_ALL["test_limit"])
         return training
 
     @field_validator("tune_on")
@@ -342,27 +347,6 @@ class Bench(Keys):
         for model in self.models:
             for name, contender in self.contenders.items():
                 yield from ((name, model, choice) for choice in contender.trials)
-
-
-def _checked_seeds(seeds: list[int]) -> list[int]:
-    repeated = next((seed for seed in seeds if seeds.count(seed) > 1), None)
-    if repeated is not None:
-        raise InputError(f"the seed {repeated} is given twice")
-    return seeds
-
-
-def _checked_orders(value: Any) -> Any:
-    """A number of orders, or a list of lists of task names."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    if not isinstance(value, list) or not value or not all(isinstance(order, list) and order for order in value):
-        raise InputError(f"must be a number of orders, or a list of lists of task names, found {value!r}")
-    for order in value:
-        if not all(isinstance(name, str) for name in order):
-            raise InputError(f"{order} must hold names of tasks")
-        if value.count(order) > 1:
-            raise InputError(f"the order {order} is given twice")
-    return value
 
 
 def expanded(name: str) -> str:

@@ -115,6 +115,11 @@ def _keys_of(options: type[BaseModel], **more: Any) -> Any:
     return create_model(options.__name__.replace("Options", "Keys"), __base__=Keys, **keys)
 
 
+def name_alone(value: Any) -> Any:
+    """Returns what a recipe says of a method: its name alone stands for a mapping with it."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 class TaskKeys(Keys):
     """One task: its name, unique in the run, and its files or Hub names."""
 
@@ -199,10 +204,7 @@ class Recipe(Keys):
     skip_bad_rows: bool | None = Field(default=None, description="Skip bad rows and report them.")
     report: bool | None = Field(default=None, description="Write DIR/report.html at the end; on by default.")
 
-    @field_validator("method", mode="before")
-    @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+    _name_alone = field_validator("method", mode="before")(name_alone)
 
     @field_validator("tasks")
     @classmethod

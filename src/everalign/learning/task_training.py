@@ -219,11 +219,13 @@ def _note_standstill(context: RunContext, result: TaskResult, objective: Objecti
     stage = result.reports[-1]
     gained = objective.gained(stage.curve)
     if gained is not None and abs(stage.step0_margin or 0.0) < _NO_MARGIN and abs(gained) < _STANDSTILL:
-        result.warnings += (
-            f"the policy has hardly moved: after {stage.steps} steps chosen answers have gained {gained:.2g} nats on "
-            f"rejected ones, in {stage.stage}; try a higher learning rate ({context.options.learning_rate:g} now)",
+        warning = (
+            f"{stage.stage} taught next to nothing: after {stage.steps} steps chosen answers have gained "
+            f"{gained:.2g} nats on rejected ones; the learning rate may be too low "
+            f"({context.options.learning_rate:g} now)"
         )
-        context.log(f"  warning: {result.warnings[-1]}")
+        result.warnings += (warning,)
+        context.log(f"  warning: {warning}")
 
 
 def _reference(context: RunContext, rows: TokenizedRows) -> Callable[[], Reference]:

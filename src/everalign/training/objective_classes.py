@@ -38,7 +38,7 @@ from everalign.training.reward_weights import TAKE_ONE_COMPLETION, check_compara
 DEFAULT_GAMMA = 2.0
 FOCALPO_GAMMA = 0.05
 # HyPO's β per token for DPO's on sums: 5 at 0.1.
-TOKENS_TO_BETA = 50.0
+PER_TOKEN_BETA_RATIO = 50.0
 
 
 class SupervisedObjective(LikelihoodObjective):
@@ -162,7 +162,7 @@ class RankedDpoObjective(DpoObjective):
         """Return Σ weight·(DPO + HyPO)/2 / count; metrics `margin` and `accuracy` per pair, of DPO's margin."""
         policy, reference, lengths = model(batch), batch["reference"], batch["lengths"]
         margin = self._margin(policy, reference, check_finite=False)
-        beta = TOKENS_TO_BETA * self.options.beta
+        beta = PER_TOKEN_BETA_RATIO * self.options.beta
         ranked = hybrid_margin(*_pairs(policy / lengths, reference / lengths), beta, check_finite=False)
         losses = (self.margin_loss(margin) + self.margin_loss(ranked)) / 2 * batch["weight"]
         detached = margin.detach()
