@@ -164,6 +164,20 @@ def test_pairs_that_were_cut_to_different_lengths_are_no_secret():
     assert note.startswith("m: held-out pairs are not the same for all, but cut to max_length tokens, er 128, l2p 103")
 
 
+def test_a_contender_with_too_few_runs_for_a_test_is_named():
+    """As where some of its runs diverged, whatever the others have."""
+    records = {"er": runs("er", 0.6), "new": runs("new", 0.8), "torn": runs("torn", 0.7, range(2))}
+    end = "beside the baseline's, with which no test over runs gives p below"
+    assert _limits(compare("m", records, "er"), []) == [f"m: 4 runs of torn {end} 0.125"]
+    few = {name: ones[:1] for name, ones in records.items()}
+    assert _limits(compare("m", few, "er"), []) == [f"m: 1 run a contender {end} 1"]
+    # Runs in places where the baseline failed are compared with nothing.
+    apart = {"er": records["er"], "torn": [record("torn", "bca", 0, 0.7)]}
+    assert _limits(compare("m", apart, "er"), []) == [f"m: 0 runs a contender {end} 1"]
+    for alone in ({"er": records["er"][:1]}, {"new": records["new"][:1]}):
+        assert _limits(compare("m", alone, "er"), []) == []
+
+
 def test_everything_can_be_written_as_json():
     found = to_json(compare("m", {"er": runs("er", 0.6), "new": runs("new", 0.8)}, "er"))
     last = found["contenders"]["new"]["numbers"]["accuracy"]["last"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,20 @@ def _behind(told: TokenizedRow, whole: TokenizedRow, plain: TokenizedRow) -> Tok
         whole: the row without it, not cut.
         plain: the same, cut: prompt on the left, responses on the right.
     """
-    start = max(0, len(told.prompt) - len(whole.prompt))
-    lost = len(whole.prompt) - len(plain.prompt)
-    prompt = told.prompt[:start] + told.prompt[start + lost :]
-    responses = [own[: len(cut)] for own, cut in zip(told.responses, plain.responses, strict=True)]
-    return replace(told, prompt=prompt, responses=tuple(responses))
+    responses = tuple(
+        own[: max(1, len(own) - len(without) + len(cut))]
+        for own, without, cut in zip(told.responses, whole.responses, plain.responses, strict=True)
+    )
+    lost, prompt = len(whole.prompt) - len(plain.prompt), told.prompt
+    if lost:
+        # The cut is made behind a leading BOS, which stays.
+        first = 1 if plain.prompt == whole.prompt[:1] + whole.prompt[1 + lost :] else 0
+        # What both have in common is the prompt itself. Around it templates put what they like: a system message of
+        # their own, or, where the row is plain text, the marks of a turn.
+        place, same, length = SequenceMatcher(None, prompt, whole.prompt, autojunk=False).find_longest_match()
+        start, end = (min(max(cut - same, 0), length) for cut in (first, first + lost))
+        prompt = prompt[: place + start] + prompt[place + end :]
+    return replace(told, prompt=prompt, responses=responses)
 
 
 def _length(row: TokenizedRow) -> int:

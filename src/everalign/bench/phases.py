@@ -256,11 +256,18 @@ def _limits(result: ModelResult, absent: Sequence[str]) -> list[str]:
             f"{result.model}: held-out pairs are not the same for all, but cut to max_length tokens, {named}: set it "
             f"to {min(lengths.values())} in the shared training"
         )
-    runs = max(one.runs for one in result.contenders.values())
-    if 2 / 2**runs >= 0.05:
-        runs_here = "1 run" if runs == 1 else f"{runs} runs"
-        least = min(1.0, 2 / 2**runs)
-        found.append(f"{result.model}: {runs_here} a contender, with which no test over runs gives p below {least:g}")
+    # Runs that failed, of the baseline too, leave a contender with fewer pairs than others.
+    paired: dict[int, list[str]] = {}
+    others = [(name, one) for name, one in result.contenders.items() if name != result.baseline]
+    for name, one in others if result.baseline is not None else []:
+        paired.setdefault(one.paired, []).append(name)
+    for runs, names in sorted(paired.items()):
+        if 2 / 2**runs >= 0.05:
+            who = "a contender" if len(names) == len(others) else f"of {', '.join(names)}"
+            found.append(
+                f"{result.model}: {runs} {'run' if runs == 1 else 'runs'} {who} beside the baseline's, with which no "
+                f"test over runs gives p below {min(1.0, 2 / 2**runs):g}"
+            )
     return found
 
 
