@@ -86,6 +86,15 @@ def test_the_first_task_is_learned_as_by_sequential_training(learned, name):
     assert not same_weights(adapter_weights(learned(name), 1), adapter_weights(learned("seqft"), 1))
 
 
+def test_coprs_targets_are_of_the_runs_beta_also_behind_a_supervised_stage(model, tmp_path):
+    targets = []
+    for epochs in (0.0, 1.0):
+        method = method_of("copr")
+        learn(model, tmp_path / str(epochs), method, ("warm",), sft_epochs=epochs, beta=2.0)
+        targets.append(method.state_dict())
+    assert same_weights(*targets)
+
+
 class KilledError(Exception):
     pass
 

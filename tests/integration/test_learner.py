@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from everalign.methods import METHODS, LifeAlign, SequentialFineTuning, SingleTa
 from everalign.methods.base import Method
 from everalign.storage import checksums
 from everalign.training.reference import sequence_logprobs
+from everalign.training.stage import train_stage
 from learner_for_tests import FAST, adapter_weights, held_out, make_learner, same_weights, save_model, task_rows, tasks
 from tiers_for_tests import slow_but
 
@@ -185,6 +187,31 @@ def test_the_margin_at_step_0_is_zero_exactly_where_the_stage_starts_from_its_re
     expected = [f"reference = {reference}, margin at step 0 = {margin:.6g}" for margin in margins]
     assert [line.split("), ")[1] for line in said] == expected
     assert all(version.manifest.stages[-1].reference == reference for version in learner.run.versions)
+
+
+@pytest.mark.parametrize("name", ["slao", "stl", "mtl", "gdumb"])
+def test_the_policy_before_a_task_is_the_one_that_the_method_has_not_begun_to_change(model, output, name, monkeypatch):
+    """Of a method that starts each task from the base model that is the base model."""
+    learner = make_learner(model, output, METHODS[name](), options={"reference": "previous_task", "sft_epochs": 1.0})
+    learner.learn(task_rows("warm"), "warm")
+    pairs, found = learner._setup.objective.tokenize_held_out(task_rows("brief"), learner._setup), {}
+    with nullcontext() if name == "slao" else learner.policy.as_base():
+        before = {
+            row.id: value for row, value in zip(pairs, sequence_logprobs(learner.policy, pairs, 120), strict=True)
+        }
+
+    def recorded(*given, **arguments):
+        if arguments["reference"] is not None:
+            found.update(
+                {row.id: value for row, value in zip(given[2], arguments["reference"]().logprobs, strict=True)}
+            )
+        return train_stage(*given, **arguments)
+
+    monkeypatch.setattr("everalign.learning.task_training.train_stage", recorded)
+    learner.learn(task_rows("brief"), "brief")
+    assert found
+    for id in found.keys() & before.keys():
+        torch.testing.assert_close(found[id], before[id], rtol=1e-5, atol=1e-4)
 
 
 def test_the_step_0_margin_against_the_base_model_is_the_policys_gain(model, output):

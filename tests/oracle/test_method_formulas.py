@@ -15,7 +15,7 @@ from everalign.methods.base import Task
 from everalign.methods.ewc import fisher_diagonal
 from everalign.methods.gradient_projection import gem_projection
 from everalign.methods.slow_weights import AdapterAverage, fit_step
-from everalign.training.hooks import Stage, StageHooks, make_batch, parameters
+from everalign.training.hooks import RowTerms, Stage, StageHooks, make_batch, parameters, sum_by_row
 from everalign.training.objectives import make_objective
 from everalign.training.reference import sequence_logprobs
 from learner_for_tests import task_rows
@@ -76,8 +76,6 @@ class Terms(StageHooks):
         self.weights = weights
 
     def begin_stage(self, stage):
-        from everalign.training.hooks import RowTerms
-
         values = [torch.full((2,), float(number)) for number in range(len(stage.rows))]
         return RowTerms(weights=self.weights, values={"place": values})
 
@@ -97,6 +95,53 @@ def test_terms_of_rows_join_the_loss_and_their_weights_its_rows(tmp_path):
     added = 0.01 * start.square().mean().item()
     assert losses["terms"] == pytest.approx(losses["none"] + added, rel=1e-4)
     assert losses["weights"] == pytest.approx(added, rel=1e-4)
+
+
+class FirstResponses(StageHooks):
+    """Adds the square of the log-probability of each row's first computed response, times a constant."""
+
+    def begin_stage(self, stage):
+        return RowTerms()
+
+    def row_loss(self, logprobs, batch):
+        return sum_by_row(0.01 * logprobs.square(), batch)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [480, 60])
+@pytest.mark.parametrize("objective", ["sft", "var"])
+def test_terms_of_rows_count_by_rows_where_the_objective_counts_tokens(tmp_path, objective, tokens_per_batch):
+    pairs, options = random_pairs(8), {"tokens_per_batch": tokens_per_batch}
+    losses = [
+        train(perturb(random_policy()), objective, pairs, tmp_path, hooks=hooks, **options).curve[0]["loss"]
+        for hooks in (None, {"hooks": FirstResponses()})
+    ]
+    start = torch.stack(sequence_logprobs(perturb(random_policy()), pairs, 400)).square()
+    added = 0.01 * (start[:, 0] if objective == "sft" else start.sum(dim=1)).mean().item()
+    assert losses[1] - losses[0] == pytest.approx(added, rel=1e-4)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [480, 60])
+def test_the_margin_of_the_tasks_own_rows_is_told_apart(tmp_path, tokens_per_batch):
+    pairs, policy = random_pairs(8), perturb(random_policy())
+    now = torch.stack(sequence_logprobs(policy, pairs, 400))
+    with policy.as_base():
+        gain = now - torch.stack(sequence_logprobs(policy, pairs, 400))
+    margins = 0.1 * (gain[:, 0] - gain[:, 1])
+    for replayed, own in ((None, None), (3, margins[:5].mean().item())):
+        hooks = {} if replayed is None else {"replayed": replayed}
+        result = train(perturb(random_policy()), "dpo", pairs, tmp_path, hooks=hooks, tokens_per_batch=tokens_per_batch)
+        point = result.curve[0]
+        assert point["margin"] == pytest.approx(margins.mean().item(), rel=1e-4)
+        assert point.get("own_margin") == (None if own is None else pytest.approx(own, rel=1e-4))
+
+
+def test_what_a_stage_has_taught_is_what_its_own_rows_gained():
+    curve = [{"margin": 5.0, "own_margin": 0.1 * step} for step in range(6)]
+    del curve[1]["own_margin"]  # a step of replayed rows alone
+    objective = make_objective("dpo", beta=0.5)
+    assert objective.gained(curve) == pytest.approx(0.5 / 0.5)
+    assert objective.gained([{"margin": 0.1 * step} for step in range(6)]) == pytest.approx(0.45 / 0.5)
+    assert objective.gained(curve[:3]) is None
 
 
 # ---- GEM ----
@@ -415,6 +460,20 @@ def test_the_fitted_step_has_the_lowest_loss_of_all():
         torch.testing.assert_close(left, trained[name][0] * best)
     policy.write_factors(trained)
     assert fit_step(stage, [[], []]) == 1.0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_gdumb_learns_its_buffer_and_nothing_else(share):
+    method = make_method("gdumb", replay=share, capacity=7)
+    for index, name in enumerate(("warm", "brief", "calm"), start=1):
+        new = Task(name, task_rows(name, 10), index, seed=0)
+        learned = [*method.rows(new), *method.own_rows(new)]
+        method.end_task(random_policy(), new)
+        assert learned == method.buffer.rows()
+        assert 0 < len(learned) <= 7
+        sizes = method.buffer.tasks()
+        assert len(sizes) == index
+        assert max(sizes.values()) - min(sizes.values()) <= 1
 
 
 def test_a_review_is_of_the_task_and_of_every_earlier_one_that_has_rows():

@@ -68,6 +68,27 @@ def test_the_oldest_rows_leave_first():
     assert buffer.tasks() == {"c": 10}
 
 
+def test_a_balanced_buffer_drops_rows_of_the_largest_task():
+    buffer = ReplayBuffer(capacity=12)
+    for name, count, sizes in [
+        ("a", 30, {"a": 12}),
+        ("b", 3, {"a": 9, "b": 3}),
+        ("c", 30, {"a": 4, "b": 3, "c": 5}),
+        ("d", 1, {"a": 4, "b": 3, "c": 4, "d": 1}),
+    ]:
+        before, rows = buffer, task_rows(name, count)
+        buffer = before.balanced_with(name, rows, 1.0, seed=0)
+        assert buffer.tasks() == sizes
+        assert {*buffer.rows(exclude_task=name)} <= {*before.rows()}
+        again = ReplayBuffer(30)
+        again.add(name, rows, fraction=1.0)
+        assert [row for row in buffer.rows() if row in rows] == again.rows()[count - sizes[name] :]
+    small = ReplayBuffer(1)
+    for name in "ab":
+        small = small.balanced_with(name, task_rows(name, 4), 1.0, seed=0)
+        assert small.tasks() == {name: 1}
+
+
 def test_rows_without_one_task():
     buffer = ReplayBuffer()
     for name in "abc":

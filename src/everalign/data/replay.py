@@ -52,6 +52,25 @@ class ReplayBuffer:
         self._extend((task, rows[place]) for place in places)
         return len(places)
 
+    def balanced_with(self, task: str, rows: Sequence[AnyRow], fraction: float, seed: int) -> "ReplayBuffer":
+        """Returns a buffer that holds a share of another task's rows too, drawn as `add` draws them.
+
+        Above the capacity it drops rows of the task that has most, again and again, of several such tasks the oldest:
+        the greedy balance of GDumb (ECCV 2020), with tasks for classes. What is left of a task is a random sample.
+        """
+        entries = [*self._entries, *((task, rows[place]) for place in drawn(task, len(rows), fraction, seed))]
+        sizes, surplus = Counter(name for name, _ in entries), Counter[str]()
+        for _ in range(len(entries) - self.capacity):
+            largest = max(sizes, key=lambda name: sizes[name])
+            sizes[largest] -= 1
+            surplus[largest] += 1
+        buffer = ReplayBuffer(self.capacity)
+        for name, row in entries:
+            surplus[name] -= 1
+            if surplus[name] < 0:
+                buffer._extend([(name, row)])
+        return buffer
+
     def rows(self, exclude_task: str | None = None) -> list[AnyRow]:
         """The stored rows, oldest first, without those of one task if asked."""
         return [row for task, row in self._entries if exclude_task is None or task != exclude_task]

@@ -273,9 +273,10 @@ class Learner:
         previous = tests.policies()
         task = Task(name, prepared.rows, index, task_seed(setup.seed, index), partial(own_answers, setup), label)
         busy = time.process_time()
+        before_task = self.policy.snapshot() if method.starts_elsewhere else None
         method.begin_task(self.policy, task)
         method_seconds = time.process_time() - busy
-        result = train_task(setup, task, prepared, self._run.work(version))
+        result = train_task(setup, task, prepared, self._run.work(version), before_task)
         scored, moved_from = self._scored(name), previous if self._drift else None
         before_consolidation = tests.scores(previous, scored) if method.consolidates and self._drift else None
         busy = time.process_time()

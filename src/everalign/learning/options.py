@@ -49,7 +49,7 @@ class MethodOptions(Options, title="Method"):
     rank_cap: int | None = Field(default=None, ge=1, description="Highest rank of the long-term memory (lifealign).")
     replay: Share | None = Field(default=None, description="Share of a task's rows to replay later (lifealign, er).")
     capacity: int | None = Field(
-        default=None, ge=0, description="Maximum number of rows kept for replay (lifealign, er)."
+        default=None, ge=1, description="Maximum number of rows kept for replay (lifealign, er)."
     )
     anchors: float | None = Field(
         default=None, ge=0, description="Pull of replayed answers back to how likely they were (lifealign, er)."
@@ -171,8 +171,9 @@ class TrainingOptions(Options, title="Training"):
     reference: Reference | None = Field(
         default=None,
         description="Policy that implicit rewards are measured against.\n`base`: always the base model. "
-        "`stage_start`: the policy as this stage begins. `previous_task`: the policy before this task. If not given, "
-        "base with hypo, hypo-ln, dpo+hypo-ln and the method l2p, and stage_start with the others.",
+        "`stage_start`: the policy as this stage begins. `previous_task`: the policy before this task, "
+        "which is the base model where a method starts each task from it (stl, mtl, gdumb). If not given, base with "
+        "hypo, hypo-ln, dpo+hypo-ln and the method l2p, and stage_start with the others.",
     )
     learning_rate: LearningRate = Field(default=1e-4, description="Peak learning rate of the preference stage.")
     epochs: Epochs = 1.0

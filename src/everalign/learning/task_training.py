@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from everalign.errors import InputError, ShortfallError
 from everalign.learning.context import RunContext
 from everalign.learning.rollouts import check_sampling, sample_and_score, score
 from everalign.methods import Task
+from everalign.modeling.policy import Snapshot
 from everalign.storage import exclusive
 from everalign.training.base_objective import Objective, PreparedRows
 from everalign.training.reference import Reference, policy_key, sequence_logprobs
@@ -159,7 +160,9 @@ def task_seed(run_seed: int, index: int) -> int:
     return (run_seed * _RUN_STRIDE + index * _TASK_STRIDE) % _SEEDS
 
 
-def train_task(context: RunContext, task: Task, rows: PreparedRows, work: Path) -> TaskResult:
+def train_task(
+    context: RunContext, task: Task, rows: PreparedRows, work: Path, before: Snapshot | None = None
+) -> TaskResult:
     """Train the policy in place on a task and on what the method replays beside it.
 
     Args:
@@ -167,6 +170,7 @@ def train_task(context: RunContext, task: Task, rows: PreparedRows, work: Path) 
         task: the task; of prompts alone, what is learned is sampled here.
         rows: its rows, prepared.
         work: folder for checkpoints and samples; what a killed attempt left there is continued.
+        before: the policy before the task, where that is not the policy as it is now.
 
     Raises:
         ShortfallError: most answers sampled in the first round did not end, or most prompts have too few that did.
@@ -192,7 +196,7 @@ def train_task(context: RunContext, task: Task, rows: PreparedRows, work: Path) 
             context.log(f"  {tokenized.one_line()}")
         # What the folder holds of other rows is left alone.
         folder = folder / tokenized.fingerprint[:16]
-        reference = _reference(context, tokenized)
+        reference = _reference(context, tokenized, before)
         for index, (objective, options) in enumerate(context.stages()):
             result.reports.append(
                 train_stage(
@@ -228,19 +232,27 @@ def _note_standstill(context: RunContext, result: TaskResult, objective: Objecti
         context.log(f"  warning: {warning}")
 
 
-def _reference(context: RunContext, rows: TokenizedRows) -> Callable[[], Reference]:
+def _reference(context: RunContext, rows: TokenizedRows, before: Snapshot | None) -> Callable[[], Reference]:
     """Return what computes or looks up the reference; at once where it is the policy before the task's stages."""
+    policy, name = context.policy, str(context.options.reference)
 
     def compute() -> Reference:
-        base = context.options.reference == "base"
-        key = policy_key(context.model_key, {} if base else context.policy.total())
-        probe = rows[:: max(1, len(rows) // _PROBE_ROWS)][:_PROBE_ROWS]
-        with context.policy.as_base() if base else nullcontext():
-            logprobs = context.cache.logprobs(context.policy, key, rows, context.tokens_per_batch)
-            probed = sequence_logprobs(context.policy, probe, context.tokens_per_batch)
-        return Reference(str(context.options.reference), logprobs, probe, probed)
+        with ExitStack() as stack:
+            if name == "base":
+                updates = {}
+                stack.enter_context(policy.as_base())
+            elif name == "previous_task" and before is not None:
+                updates = dict(before.updates)
+                stack.enter_context(stack.enter_context(policy.as_snapshot(before))())
+            else:
+                updates = policy.total()
+            key = policy_key(context.model_key, updates)
+            probe = rows[:: max(1, len(rows) // _PROBE_ROWS)][:_PROBE_ROWS]
+            logprobs = context.cache.logprobs(policy, key, rows, context.tokens_per_batch)
+            probed = sequence_logprobs(policy, probe, context.tokens_per_batch)
+        return Reference(name, logprobs, probe, probed)
 
-    if context.options.reference == "previous_task" and context.objective.needs_reference:
+    if name == "previous_task" and context.objective.needs_reference:
         found = compute()
         return lambda: found
     return compute

@@ -110,6 +110,8 @@ class Method(StageHooks):
         consolidates: whether `end_task` changes the policy, which is then scored before and after.
         labelled: whether each label has a policy of its own, which `answering` switches to.
         prompts: size of the pool of prompts that it learns in place of an adapter; None for an adapter.
+        starts_elsewhere: whether `begin_task` changes what the policy answers, so that the reference `previous_task` is
+            not the policy that the training starts from. Not of methods that start anew: nothing is before their tasks.
         rate_factor: what the stages' learning rates are multiplied by.
         reference: the one reference policy that it makes sense with; None for any.
         pairs_only: whether it learns from preferences alone.
@@ -123,6 +125,7 @@ class Method(StageHooks):
     consolidates = False
     labelled = False
     prompts: PromptShape | None = None
+    starts_elsewhere: ClassVar[bool] = False
     rate_factor = 1.0
     reference: ClassVar[str | None] = None
     pairs_only: ClassVar[bool] = False

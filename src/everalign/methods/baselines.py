@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from everalign.data.collate import Batch, Review
-from everalign.data.replay import AnyRow, ReplayBuffer, drawn
+from everalign.data.replay import AnyRow, ReplayBuffer
 from everalign.data.rows import RowSet
 from everalign.errors import InputError
 from everalign.methods.anchors import Anchors
@@ -72,12 +72,12 @@ class MultiTask(Method):
 class BufferOnly(Method):
     """GDumb: learns, from the base model, a buffer of all tasks so far and nothing else (ECCV 2020).
 
-    The control that shows what a method adds to the rows it keeps. Here each task gives the buffer the same share of
-    its rows; the paper's buffer has as many of every class.
+    The control that shows what a method adds to the rows it keeps. Each task gives the buffer the same share of its
+    rows; where they are too many, the task that has most loses some, as classes do in the paper.
 
     Args:
-        replay: share of a task's rows that goes into the buffer, drawn at random; only these are learned.
-        capacity: most rows in the buffer; the oldest are dropped first.
+        replay: share of a task's rows that goes into the buffer, drawn at random; one row at least.
+        capacity: most rows in the buffer, and so most that are learned.
     """
 
     name = "gdumb"
@@ -96,18 +96,22 @@ class BufferOnly(Method):
         policy.reset(task.seed)
 
     def rows(self, task: Task) -> list[AnyRow]:
-        """Returns the buffer's rows of other tasks."""
-        return self.buffer.rows(exclude_task=task.name)
+        """Returns what the buffer with the task's share holds of other tasks."""
+        return self._filled(task).rows(exclude_task=task.name)
 
     def own_rows(self, task: Task) -> Sequence[AnyRow]:
-        """Returns the task's share; one row at least."""
-        places = drawn(task.name, len(task.rows), self._replay, task.seed)
-        return [task.rows[place] for place in places or [0]]
+        """Returns what it holds of this task."""
+        filled = self._filled(task)
+        return filled.rows()[len(filled.rows(exclude_task=task.name)) :]
 
     def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
         """Puts the task's share into the buffer."""
-        self.buffer.add(task.name, task.rows, self._replay, task.seed)
+        self.buffer = self._filled(task)
         return []
+
+    def _filled(self, task: Task) -> ReplayBuffer:
+        share = max(self._replay, 1 / len(task.rows))
+        return self.buffer.balanced_with(task.name, task.rows, share, task.seed)
 
 
 class ExperienceReplay(Method):

@@ -18,6 +18,7 @@ class MergeBeforeForget(Method):
     """
 
     name = "slao"
+    starts_elsewhere = True
 
     def __init__(self) -> None:
         self._own: dict[str, Tensor] = {}  # the last task's own B

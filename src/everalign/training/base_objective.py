@@ -162,13 +162,14 @@ class Objective:
         return "step0_log_ratio", "mean |log-ratio| at step 0", (policy - reference).abs().mean().item()
 
     def gained(self, curve: Sequence[dict[str, Any]]) -> float | None:
-        """Return how many nats chosen answers have gained on rejected ones by the end of a stage that began at 0.
+        """Return how many nats the task's chosen answers have gained on rejected ones, in a stage that began at 0.
 
         Args:
             curve: the stage's logged steps.
 
         Returns:
-            The mean over the last third of them; None where the objective does not measure it, or too little is logged.
+            The mean over the last third of them, of the task's own rows; None where the objective does not measure it,
+            or too little is logged.
         """
         return None
 

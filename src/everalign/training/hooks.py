@@ -181,6 +181,8 @@ class StageHooks:
     def row_loss(self, logprobs: Tensor, batch: Batch) -> Tensor | None:
         """Returns what to add to the loss of each row of a micro-batch, (B,), or None.
 
+        The step's loss grows by the mean over its rows, also where the objective's own is a mean over tokens.
+
         Args:
             logprobs: (S,) summed log-probabilities of the batch's responses under the policy, in nats, with gradients.
             batch: as collated, with the values of `RowTerms`; `row` (S,) says whose each response is, and `counts` (B,)

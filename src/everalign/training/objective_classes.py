@@ -92,10 +92,12 @@ class DpoObjective(Objective):
 
     def gained(self, curve: Sequence[dict[str, Any]]) -> float | None:
         """Return the mean implicit margin over β of the last third of the logged steps."""
-        if self.margin is not implicit_margin or len(curve) < 3:
+        own = [point["own_margin"] for point in curve if "own_margin" in point]
+        margins = own or [point["margin"] for point in curve]
+        if self.margin is not implicit_margin or len(margins) < 3:
             return None
-        last = curve[-(len(curve) // 3) :]
-        return float(sum(point["margin"] for point in last)) / len(last) / self.options.beta
+        last = margins[-(len(margins) // 3) :]
+        return float(sum(last)) / len(last) / self.options.beta
 
     def _margin(self, policy: Tensor, reference: Tensor, check_finite: bool) -> Tensor:
         return self.margin(*_pairs(policy, reference), self.options.beta, check_finite)

@@ -154,7 +154,7 @@ def train_stage(
         )
         # Rounded down: the first step of a warm-up has learning rate 0, and a short stage must not end with it.
         arguments.warmup_steps = int(options.warmup * plan.steps)
-        steps = Steps(rows, plan, objective, shared, logprobs, terms)
+        steps = Steps(rows, plan, objective, shared, logprobs, terms, own if replayed else None)
         callbacks = [*([] if hooks is None else [_KeepHooks(hooks)]), MarkComplete(), _StepCallback(progress)]
         trainer = Trainer(model, objective, arguments, steps, hooks, callbacks)
         checkpoint = latest_checkpoint(place)

@@ -32,6 +32,7 @@ class Steps(Dataset[list[Batch]]):
         reference: for each row (K,), summed log-probabilities of its responses under the reference; None where the
             objective needs none.
         terms: what a method adds to the rows; None for nothing.
+        own: how many of the rows, from the first on, are the task's own; None for all.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Steps(Dataset[list[Batch]]):
         shared: bool,
         reference: RowValues | None,
         terms: RowTerms | None = None,
+        own: int | None = None,
     ) -> None:
-        self._rows, self._objective, self._shared = rows, objective, shared
+        self._rows, self._objective, self._shared, self._own = rows, objective, shared, own
         self._reference, self._terms = reference, terms
         self._shares = plan.shares
 
@@ -59,8 +61,14 @@ class Steps(Dataset[list[Batch]]):
         return [rows for share in self._shares for rows in share]
 
     def batch(self, rows: list[int]) -> Batch:
-        """Lay out a micro-batch of these rows; of some row that does not count where there are none."""
-        return make_batch(self._rows, rows, self._objective, self._shared, self._reference, self._terms)
+        """Lay out a micro-batch of these rows; of some row that does not count where there are none.
+
+        Where not all rows are the task's own, `own` (B,) says which are.
+        """
+        batch = make_batch(self._rows, rows, self._objective, self._shared, self._reference, self._terms)
+        if self._own is not None:
+            batch["own"] = torch.tensor([row < self._own for row in rows] or [False])
+        return batch
 
 
 class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carries no types
@@ -94,7 +102,9 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         # Says that the loss is divided by the whole step's count already.
         self.model_accepts_loss_kwargs = True
         self._penalty_due = False
+        self._step_rows: Tensor | None = None  # over all processes; None where a method adds nothing to rows
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+        self._own: list[Tensor] = []  # which values of the metric `margin` are of the task's own rows
         self._losses: list[tuple[int, Tensor]] = []
 
     def get_batch_samples(
@@ -105,8 +115,13 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         self._penalty_due = True
         if not samples:
             return samples, None
-        count = torch.stack([batch["count"] for share in samples for batch in share]).sum().to(device)
-        return samples, self.accelerator.gather(count).sum()
+        batches = [batch for share in samples for batch in share]
+        found = [torch.stack([batch["count"] for batch in batches]).sum()]
+        if "counts" in batches[0]:
+            found.append(torch.cat([batch["counts"] for batch in batches]).sum())
+        count, *rows = (self.accelerator.gather(part.to(device)).sum() for part in found)
+        self._step_rows = rows[0] if rows else None
+        return samples, count
 
     def training_step(self, model: nn.Module, inputs: list[Batch], num_items_in_batch: Any = None) -> Tensor:
         """Compute a step's micro-batches one after the other; the processes exchange gradients with the last."""
@@ -138,6 +153,8 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         self._losses.append((self.state.global_step + 1, loss.detach()))
         for name, values in metrics.items():
             self._metrics[name].append(values)
+        if "own" in inputs and "margin" in metrics:
+            self._own.append(inputs["own"])
         return (loss, metrics) if return_outputs else loss
 
     def _loss_with_rows(
@@ -152,7 +169,10 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
 
         loss, metrics = self.objective.loss(remembered, batch, count)
         rows = hooks.row_loss(seen[-1], batch)
-        return (loss if rows is None else loss + (rows * batch["counts"]).sum() / count), metrics
+        if rows is None:
+            return loss, metrics
+        assert self._step_rows is not None  # counted where batches have `counts`
+        return loss + (rows * batch["counts"]).sum() / self._step_rows, metrics
 
     def check_losses(self) -> None:
         """Look at the losses since the last look.
@@ -170,7 +190,11 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         """Add the metrics' means since the last log; only here and before a checkpoint is the device waited for."""
         for name, values in self._metrics.items():
             logs[name] = torch.cat(values).mean().item()
+        if self._own:
+            own = torch.cat(self._metrics["margin"])[torch.cat(self._own)]
+            logs |= {"own_margin": own.mean().item()} if len(own) else {}
         self._metrics.clear()
+        self._own.clear()
         super().log(logs, start_time)
 
 
