@@ -10,7 +10,9 @@ import yaml
 
 from cli_for_tests import run, write_rows
 from everalign.bench import execution
-from everalign.bench.data import prompt_with_system
+from everalign.bench.asked import choose_asked
+from everalign.bench.data import load_rows, prompt_with_system
+from everalign.bench.recipe import Bench
 from everalign.data.chat_tokens import ChatFormat
 from everalign.evaluation.scorers import RewardModelScorer
 from everalign.methods import LifeAlign, SingleTask
@@ -203,8 +205,12 @@ def test_finished_runs_stay_and_the_report_shows_the_answers(capsys, work, compa
     stamps = {path: path.stat().st_mtime_ns for path in (work / "out" / "records").iterdir()}
     assert {path.name for path in stamps} == {path.name for path in (work / "out" / "answers").iterdir()}
     monkeypatch.setattr(RewardModelScorer, "score", lambda *_: pytest.fail("scored twice"))
+    monkeypatch.setattr(RewardModelScorer, "cut_note", lambda _, prompts, texts: [f"4 of {len(texts)} answers are cut"])
     code, printed, err = run(capsys, "bench", recipe(work), "--output", "out")
     assert code == 0, err
+    # Five contenders, two seeds, two tasks, three prompts.
+    assert "note: 4 of 60 answers are cut" in printed
+    assert "4 of 60 answers are cut" in (work / "out" / "test.html").read_text()
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert all(title in printed for title in ("Answers on small", "wins % at equal length", "KL to base", "perplexity"))
     page = (work / "out" / "test.html").read_text()
@@ -215,8 +221,6 @@ def test_finished_runs_stay_and_the_report_shows_the_answers(capsys, work, compa
     name = next(name for name in records if name.startswith("swapped"))
     (work / "mine.py").write_text(Path(SWAPPED.rpartition(":")[0]).read_text() + "\n# edited\n")
     digests = set()
-    from everalign.bench.recipe import Bench
-
     for text in ("", "x = 1\n"):
         with (work / "mine.py").open("a") as file:
             file.write(text)
@@ -296,6 +300,16 @@ def test_what_cannot_be_asked_is_refused_with_its_line(capsys, work, tmp_path, c
     assert (code, message in err) == (2, True), err
     assert "bench.yaml:" in err or "bad.jsonl:1" in err
     assert not (tmp_path / "out" / "records").exists()
+
+
+@pytest.mark.parametrize(("max_length", "method", "longest"), [(64, "er", None), (512, "er", 128), (512, "l2p", 103)])
+def test_chat_rows_are_cut_to_what_all_contenders_can_read(work, max_length, method, longest):
+    write_rows(work / "long.jsonl", [{"prompt": "hi", "output": "well " * 200}, *CHAT])
+    contenders = {"er": ER, "other": {"method": method, "objective": "dpo"}}
+    path = recipe(work, contenders=contenders, chat={"rows": "long.jsonl"}, training={"max_length": max_length})
+    bench = Bench.read(Path(path))
+    asked = choose_asked(bench, load_rows(bench, "test"))["small"]
+    assert (asked.max_chat_tokens, asked.chat_cut, len(asked.chat)) == (longest, 1, 5)
 
 
 def test_an_instruction_is_tuned_without_counting_as_a_trial_of_a_method(capsys, work, tmp_path):

@@ -368,6 +368,13 @@ def test_an_answer_is_cut_on_its_own_and_keeps_its_beginning():
     assert text == "p" * 8 + "b" * 24
 
 
+def test_a_scorer_says_how_many_answers_it_cuts():
+    scorer = RewardModelScorer.from_folder(reward_model().path)
+    assert scorer.cut_note(["q1?", "q2?"], ["yes!", "no."]) == []
+    (note,) = scorer.cut_note(["q1?", "q2?", "q? " * 80], ["yes!", "no. " * 80, "yes!"])
+    assert note.startswith("2 of 3 answers are cut, with their prompts, to the 64 tokens that the reward model reads")
+
+
 def test_a_cut_that_ends_in_padding_is_refused():
     tokenizer = load_tokenizer(str(saved_model()))
     with pytest.raises(InputError, match="answer 2: ends in the padding token '<pad>'"):

@@ -10,7 +10,7 @@ TEXTS = {
     "reward_win_rate": "prefers the answer to that of er with",
     "length": "Length in characters.",
     "kl": "KL to the base model",
-    "perplexity": "Perplexity of held-out chat.",
+    "perplexity": "Perplexity of held-out chat: exp of the mean",
 }
 
 

@@ -1,15 +1,18 @@
 """Comparisons of benches on made-up records: intervals around the very numbers of the runs, marks, what is left out."""
 
 import random
+from io import StringIO
 from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from everalign.bench.comparison import compare, to_json
 from everalign.bench.phases import _limits
 from everalign.bench.records import METRICS, Record
 from everalign.bench.report import headline
+from everalign.bench.tables import outcome_tables
 
 TASKS = ("a", "b", "c")
 PAIRS = 40
@@ -109,6 +112,13 @@ def test_two_that_learn_nothing_are_compared_without_a_test():
     assert found.contenders["er"].numbers["accuracy"]["last"].p_holm is not None
 
 
+def test_contenders_that_end_alike_are_all_named():
+    records = {name: runs("one", 0.8) for name in ("er", "x", "y")} | {"low": runs("low", 0.3)}
+    found = headline(SimpleNamespace(models=[compare("m", records, "er")]))
+    assert found.startswith("On m, er, x and y end highest in accuracy: ")
+    assert found.endswith("%.")
+
+
 def test_p_values_are_corrected_for_the_number_of_contenders():
     found = compare("m", {"er": runs("er", 0.6), "x": runs("x", 0.8), "y": runs("y", 0.85)}, "er")
     values = [found.contenders[name].numbers["accuracy"]["last"] for name in ("x", "y")]
@@ -167,7 +177,7 @@ def test_pairs_that_were_cut_to_different_lengths_are_no_secret():
 def test_a_contender_with_too_few_runs_for_a_test_is_named():
     """As where some of its runs diverged, whatever the others have."""
     records = {"er": runs("er", 0.6), "new": runs("new", 0.8), "torn": runs("torn", 0.7, range(2))}
-    end = "beside the baseline's, with which no test over runs gives p below"
+    end = "to compare with the baseline's: no test over runs gives p below"
     assert _limits(compare("m", records, "er"), []) == [f"m: 4 runs of torn {end} 0.125"]
     few = {name: ones[:1] for name, ones in records.items()}
     assert _limits(compare("m", few, "er"), []) == [f"m: 1 run a contender {end} 1"]
@@ -176,6 +186,21 @@ def test_a_contender_with_too_few_runs_for_a_test_is_named():
     assert _limits(compare("m", apart, "er"), []) == [f"m: 0 runs a contender {end} 1"]
     for alone in ({"er": records["er"][:1]}, {"new": records["new"][:1]}):
         assert _limits(compare("m", alone, "er"), []) == []
+
+
+def test_a_narrow_terminal_cuts_nothing_off():
+    records = {"er": runs("er", 0.6), "experience-replay": runs("experience-replay", 0.8)}
+    outcome = SimpleNamespace(models=[compare("m", records, "er")], notes=["m: a note"])
+    last = outcome.models[0].contenders["experience-replay"].numbers["accuracy"]["last"]
+    for width in (80, 200):
+        file = StringIO()
+        for table in outcome_tables(outcome):
+            Console(width=width, file=file).print(table)
+        shown = file.getvalue()
+        assert "…" not in shown
+        assert shown.count("│ experience-replay ") == 8
+        assert f"{100 * last.mean:.1f}" in shown
+        assert all(text in shown for text in ("BWT: mean change", "CPU seconds", "settings", "m: a note"))
 
 
 def test_everything_can_be_written_as_json():

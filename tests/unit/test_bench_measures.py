@@ -1,6 +1,7 @@
 """Numbers of a bench on made-up values: answers without a KL, bars over few runs, runs in which nothing varies."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,6 +42,25 @@ def test_answers_of_what_learns_nothing_are_compared_without_a_test(learns, test
     for measure in ("kl", "reward", "reward_win_rate"):
         assert (found[measure].p_value is not None) == (found[measure].p_holm is not None) == tested
     assert found["reward"].difference.value == pytest.approx(1)
+
+
+def test_perplexity_counts_every_token_alike_and_runs_before_exp():
+    """As computed by hand: two rows of 1 and 9 tokens with 10 and 2 nats in all, and a second run with 20 and 4."""
+    tokens = [1.0, 9.0]
+    runs = [
+        replace(
+            said(seed, [], {"a": 0}),
+            chat=np.array([[total / n for total, n in zip(sums, tokens, strict=True)], tokens]),
+        )
+        for seed, sums in enumerate([(10, 2), (20, 4)])
+    ]
+    one = measure_said({"x": runs[:1]}, None)["x"]["perplexity"]
+    assert one.mean == pytest.approx(math.exp(12 / 10))
+    both = measure_said({"x": runs}, None)["x"]["perplexity"]
+    assert both.mean == pytest.approx(math.exp((12 + 24) / 20))
+    assert both.mean == pytest.approx(math.sqrt(math.exp(1.2) * math.exp(2.4)))
+    assert both.low <= both.mean <= both.high
+    assert both.deviation == pytest.approx((math.exp(2.4) - math.exp(1.2)) / math.sqrt(2))
 
 
 def test_bars_over_few_runs_hold_the_mean_as_often_as_they_say():

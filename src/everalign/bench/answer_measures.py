@@ -21,7 +21,7 @@ from everalign.bench.records import Record
 from everalign.data.messages import Completion, Prompt
 from everalign.data.rows import content_id
 from everalign.errors import EveralignError
-from everalign.evaluation.scorers import Scorer
+from everalign.evaluation.scorers import RewardModelScorer, Scorer
 from everalign.evaluation.scoring import checked_rewards
 from everalign.evaluation.statistics import (
     Array,
@@ -63,15 +63,16 @@ class Said:
 
 
 class KeptRewards:
-    """A scorer whose rewards are kept in a file: an answer is scored once, whatever it is compared with.
+    """A reward model whose rewards are kept in a file: an answer is scored once, whatever it is compared with.
 
     Args:
         scorer: gives the rewards.
         path: the file.
     """
 
-    def __init__(self, scorer: Scorer, path: Path) -> None:
+    def __init__(self, scorer: RewardModelScorer, path: Path) -> None:
         self._scorer, self._journal, self.fingerprint = scorer, Journal(path), scorer.fingerprint
+        self.cut_note = scorer.cut_note
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
         """Returns the rewards; errors are the scorer's."""

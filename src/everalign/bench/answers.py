@@ -95,7 +95,7 @@ def write_answers_file(
         with _final(policy, data, run.order[-1]):
             scored = response_log_probs(
                 *(policy, tokenizer, [row.prompt for row in asked.chat], [row.answer for row in asked.chat]),
-                max_length=run.recipe.training_options().max_length,
+                max_length=asked.max_chat_tokens or run.recipe.training_options().max_length,
                 tokens_per_batch=_TOKENS_PER_BATCH,
             )
         chat = Chat(log_probs=list(scored.policy), tokens=list(scored.tokens))

@@ -6,9 +6,9 @@ All contenders on one model are asked the same. What cannot be asked is found be
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from everalign.bench.data import TaskRows, prompt_with_system
 from everalign.bench.recipe import Bench, expanded
@@ -24,6 +24,10 @@ from everalign.data.messages import (
 )
 from everalign.data.rows import Schema, content_id, spread
 from everalign.errors import InputError, located
+from everalign.learning.options import TrainingOptions
+
+if TYPE_CHECKING:
+    from everalign.data.chat_tokens import ChatFormat
 
 _LEAST_ROOM = 768
 """Tokens of a prompt that is answered, where the model can read as many and rows to learn are shorter."""
@@ -53,6 +57,8 @@ class Asked:
         max_prompt_tokens: longest prompt, with an instruction.
         chat: rows for the perplexity; none where it is not wanted.
         too_long: by task, how many prompts were passed over because they leave no room for an answer.
+        max_chat_tokens: longest chat row; longer ones are cut. None for what rows to learn are cut to.
+        chat_cut: how many chat rows are longer.
     """
 
     prompts: Mapping[str, Sequence[Prompt]]
@@ -60,12 +66,15 @@ class Asked:
     max_prompt_tokens: int
     chat: Sequence[ChatRow]
     too_long: Mapping[str, int]
+    max_chat_tokens: int | None = None
+    chat_cut: int = 0
 
     @property
     def facts(self) -> list[Any]:
         """What answers and perplexities depend on, as plain values."""
         prompts = {task: [content_id(prompt) for prompt in ones] for task, ones in self.prompts.items()}
-        return [prompts, self.max_new_tokens, [content_id([row.prompt, row.answer]) for row in self.chat]]
+        facts = [prompts, self.max_new_tokens, [content_id([row.prompt, row.answer]) for row in self.chat]]
+        return facts if self.max_chat_tokens is None else [*facts, self.max_chat_tokens]
 
 
 def choose_asked(bench: Bench, rows: Mapping[str, TaskRows]) -> dict[str, Asked]:
@@ -78,22 +87,37 @@ def choose_asked(bench: Bench, rows: Mapping[str, TaskRows]) -> dict[str, Asked]
     if bench.answers is None and bench.chat is None:
         return {}
     chat = [] if bench.chat is None else _chat(bench, rows)
-    if bench.answers is None:
-        return {model: Asked({}, 1, 1, chat, {}) for model in bench.models}
-    return {model: _answerable(bench, rows, model, chat) for model in bench.models}
+    return {model: _asked(bench, rows, model, chat) for model in bench.models}
 
 
-def _answerable(bench: Bench, rows: Mapping[str, TaskRows], model: str, chat: Sequence[ChatRow]) -> Asked:
-    """Takes evenly spaced prompts that leave room for an answer, also behind every contender's instruction."""
+def _asked(bench: Bench, rows: Mapping[str, TaskRows], model: str, chat: Sequence[ChatRow]) -> Asked:
+    """Finds out what a model has room for behind the longest learned prompts of any contender."""
     from everalign.data.chat_tokens import ChatFormat
     from everalign.modeling.loading import load_config, load_tokenizer, resolve_model
     from everalign.modeling.positions import named_length
 
-    wanted = bench.answers
-    assert wanted is not None
     name = expanded(bench.models[model])
     form = ChatFormat(load_tokenizer(name))
     readable = named_length(load_config(resolve_model(name), "language model", name))
+    learners = (bench.learn_recipe(one, choice, model, 0) for one, at, choice in bench.all_trials() if at == model)
+    pools = [pool.tokens for recipe in learners if (pool := recipe.make_method().prompts) is not None]
+    readable = None if readable is None else readable - max(pools, default=0)
+    asked = Asked({}, 1, 1, chat, {}) if bench.answers is None else _answerable(bench, rows, model, form, readable)
+    if not chat:
+        return asked
+    wanted = (bench.training and bench.training.max_length) or TrainingOptions().max_length
+    encoded = form.encode([row.prompt for row in chat], [(row.answer,) for row in chat], lambda i: f"chat row {i + 1}")
+    longest = wanted if readable is None else min(wanted, readable)
+    cut = sum(len(prompt) + len(answer) > longest for prompt, (answer,) in encoded)
+    return replace(asked, chat=chat, max_chat_tokens=None if longest == wanted else longest, chat_cut=cut)
+
+
+def _answerable(
+    bench: Bench, rows: Mapping[str, TaskRows], model: str, form: ChatFormat, readable: int | None
+) -> Asked:
+    """Takes evenly spaced prompts that leave room for an answer, also behind every contender's instruction."""
+    wanted = bench.answers
+    assert wanted is not None
     room = max(_LEAST_ROOM, (bench.training and bench.training.max_length) or 0)
     room = room if readable is None else min(room, readable - wanted.max_new_tokens)
     instructions = [
@@ -113,7 +137,7 @@ def _answerable(bench: Bench, rows: Mapping[str, TaskRows], model: str, chat: Se
                 f"prompt on {model}, and every prompt of {task} is longer: lower it"
             )
         prompts[task], too_long[task] = spread(fit, wanted.prompts), len(distinct) - len(fit)
-    return Asked(prompts, wanted.max_new_tokens, max(room, 1), chat, too_long)
+    return Asked(prompts, wanted.max_new_tokens, max(room, 1), [], too_long)
 
 
 def _chat(bench: Bench, rows: Mapping[str, TaskRows]) -> list[ChatRow]:

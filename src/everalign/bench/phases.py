@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from everalign.bench.answer_measures import KeptRewards, Said, read_said
-from everalign.bench.answers import AnswersFile
+from everalign.bench.answers import AnswersFile, Written
 from everalign.bench.asked import Asked, check_reward_model, choose_asked
 from everalign.bench.comparison import ModelResult, compare, to_json
 from everalign.bench.contenders import Choice
@@ -191,6 +191,9 @@ def _asked(bench: Bench, rows: Mapping[str, TaskRows], log: Log) -> tuple[dict[s
             if count:
                 longest = one.max_prompt_tokens
                 notes.append(f"{model}: {count} prompts of {task} have over {longest} tokens and are not answered")
+        if one.chat_cut:
+            rows_cut = f"{model}: {one.chat_cut} of {len(one.chat)} chat rows"
+            notes.append(f"{rows_cut} have more tokens than max_length, or than the model reads, and are cut")
     for note in notes:
         log(f"  warning: {note}")
     return asked, notes
@@ -206,16 +209,10 @@ def _outcome(
     log: Log,
 ) -> Outcome:
     """Compares the finished runs of every model."""
-    without, scorer = settings.without, None
-    if bench.answers is not None and bench.answers.reward_model is not None:
-        from everalign.evaluation.scorers import RewardModelScorer
-
-        folder = expanded(bench.answers.reward_model)
-        scorer = KeptRewards(RewardModelScorer.from_folder(folder), settings.output / "rewards.sqlite")
-        log(f"rewards by {folder}")
+    without, scorer = settings.without, _scorer(bench, settings, log)
     finished = [(run, record) for run in runs if (record := records.get(run)) is not None]
     failed = [f"{run.label}, {' > '.join(run.order)}: {one.failed}" for run, one in finished if one.failed is not None]
-    models = []
+    models, judged = list[ModelResult](), list[Written]()
     for model in bench.models:
         found: dict[str, list[Record]] = {name: [] for name in bench.contenders}
         said: dict[str, list[Said]] = {name: [] for name in bench.contenders}
@@ -225,10 +222,13 @@ def _outcome(
                 if run.asked is not None and records.answers(run).exists():
                     file = read_model(records.answers(run), AnswersFile, "delete this file, and the run is made again")
                     said[run.contender].append(read_said(record, file, scorer, without))
+                    judged += [one for task, ones in file.answers.items() if task not in without for one in ones]
         if not any(found.values()):
             raise EveralignError(f"no run on {model} has a result: {failed[0]}")
         models.append(compare(model, found, bench.baseline, said))
         notes += _limits(models[-1], [name for name, ones in found.items() if not ones])
+    if scorer is not None:
+        notes += scorer.cut_note([one.prompt for one in judged], [one.text for one in judged])
     budgets = bench.budgets
     if len(set(budgets.values())) > 1:
         notes.append(f"unequal trials: {', '.join(f'{name} {count}' for name, count in budgets.items())}")
@@ -239,6 +239,17 @@ def _outcome(
     notes += [f"failed, and missing from every number: {text}" for text in failed]
     judge = None if scorer is None else scorer.fingerprint
     return Outcome(part, models, notes, failed, bench.task_orders(), bench.seeds, judge)
+
+
+def _scorer(bench: Bench, settings: Settings, log: Log) -> KeptRewards | None:
+    """The reward model that judges the answers, with the rewards that it has given already; None without one."""
+    if bench.answers is None or bench.answers.reward_model is None:
+        return None
+    from everalign.evaluation.scorers import RewardModelScorer
+
+    folder = expanded(bench.answers.reward_model)
+    log(f"rewards by {folder}")
+    return KeptRewards(RewardModelScorer.from_folder(folder), settings.output / "rewards.sqlite")
 
 
 def _limits(result: ModelResult, absent: Sequence[str]) -> list[str]:
@@ -265,7 +276,7 @@ def _limits(result: ModelResult, absent: Sequence[str]) -> list[str]:
         if 2 / 2**runs >= 0.05:
             who = "a contender" if len(names) == len(others) else f"of {', '.join(names)}"
             found.append(
-                f"{result.model}: {runs} {'run' if runs == 1 else 'runs'} {who} beside the baseline's, with which no "
+                f"{result.model}: {runs} {'run' if runs == 1 else 'runs'} {who} to compare with the baseline's: no "
                 f"test over runs gives p below {min(1.0, 2 / 2**runs):g}"
             )
     return found

@@ -105,7 +105,7 @@ def cost_plot(result: ModelResult, metric: Metric, name: str) -> Markup | None:
         zero = result.zero_shot[metric.key]
         if zero is not None:
             axes.axhline(zero * metric.scale, linestyle=":", linewidth=1, color=SERIES[7])
-        axes.set_xlabel("processor seconds of a run's training")
+        axes.set_xlabel("CPU seconds of a run's training")
         axes.set_ylabel(f"Last {metric.title.lower()}, {metric.unit.strip()}")
         axes.grid(linewidth=0.8)
         legend_above(drawn)

@@ -62,8 +62,10 @@ def headline(outcome: Outcome) -> str:
             continue
         name = max(known, key=lambda n: known[n].numbers["accuracy"]["last"].mean or 0.0)
         last = known[name].numbers["accuracy"]["last"]
-        text = f"On {result.model}, {name} ends highest in accuracy: {metric.full(last.mean)}"
-        if last.difference is not None:
+        best = [n for n, one in known.items() if one.numbers["accuracy"]["last"].mean == last.mean]
+        names = f"{', '.join(best[:-1])} and {best[-1]} end" if len(best) > 1 else f"{name} ends"
+        text = f"On {result.model}, {names} highest in accuracy: {metric.full(last.mean)}"
+        if last.difference is not None and len(best) == 1:
             sure = "" if stars(last.p_holm) else ", which may be chance"
             if last.p_holm is None:
                 sure = ", which no test over runs can judge: neither learns"
@@ -96,7 +98,7 @@ def _model_view(result: ModelResult, anchor: str) -> dict[str, Any]:
                 change_since_learned,
                 f"{anchor}-{key}-forgetting",
                 f"Forgetting in {METRICS[key].title.lower()} on {result.model}",
-                ("tasks learned since", f"change, {METRICS[key].change_unit}"),
+                ("tasks learned since", f"change in {METRICS[key].title.lower()}, {METRICS[key].change_unit}"),
             )
             for key in _DRAWN
         ],
@@ -107,7 +109,7 @@ def _model_view(result: ModelResult, anchor: str) -> dict[str, Any]:
                 mean_of_learned,
                 f"{anchor}-{key}-progress",
                 f"Mean {METRICS[key].title.lower()} over the tasks learned so far on {result.model}",
-                ("tasks learned", f"{METRICS[key].title.lower()}, {METRICS[key].unit.strip()}"),
+                ("tasks learned", f"mean {METRICS[key].title.lower()}, {METRICS[key].unit.strip()}"),
             )
             for key in _DRAWN
         ],
@@ -200,11 +202,14 @@ def _facts(bench: Bench, outcome: Outcome) -> list[tuple[str, str]]:
     records = [record for result in outcome.models for one in result.contenders.values() for record in one.records]
     facts: Mapping[str, Any] = records[0].facts
     machines = {str(record.facts.get("machine", {}).get("cpu")) for record in records}
-    failed = sum(record.cost is not None and record.cost.resumed for record in records)
+    resumed = sum(record.cost is not None and record.cost.resumed for record in records)
+    runs = (
+        f"{len(records)}; the times of {resumed} that were interrupted are left out" if resumed else f"{len(records)}"
+    )
     return [
         ("recipe", bench.digest),
         ("code", ", ".join(sorted({record.code for record in records}))),
-        ("runs", f"{len(records)}; {failed} of them were interrupted and count for no times"),
+        ("runs", runs),
         ("processors", ", ".join(sorted(machines))),
         ("libraries", choice_text(dict(facts.get("libraries", {})))),
         (

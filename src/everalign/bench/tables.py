@@ -56,8 +56,24 @@ def difference_text(metric: Metric, number: Number) -> str:
     return f"{value} [{low}, {high}]{stars(number.p_holm)}"
 
 
+_ABOUT_NUMBERS = (
+    "Last: mean over the tasks, after the last one. BWT: mean change of earlier tasks since each was learned; below "
+    "zero is forgetting. AP: mean, over time, of the mean over the tasks learned by then. FWT: mean gain over the base "
+    "model on a task just before it is learned. Worst: the lowest task at the end, mean over the runs."
+)
+
+
+def _table(title: str, caption: str, columns: Sequence[str]) -> Table:
+    """A table of contenders. Where the terminal is too narrow, cells take several lines: nothing is cut."""
+    table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("contender", style="bold", no_wrap=True, overflow="fold")
+    for name in columns:
+        table.add_column(Text(name), justify="left" if name == "settings" else "right", overflow="fold")
+    return table
+
+
 def metric_table(result: ModelResult, metric: Metric) -> Table:
-    """One metric of all contenders: its numbers, the differences to the baseline, and each task at the end."""
+    """One metric of all contenders: its numbers, and the differences to the baseline."""
     about = (
         f"{metric.title}, {metric.unit.strip()}, mean over runs"
         f"{' ± half its 95 % interval over runs and pairs' if metric.key in PAIR_METRICS else ''}. {metric.meaning}"
@@ -68,24 +84,26 @@ def metric_table(result: ModelResult, metric: Metric) -> Table:
             f" Δ: difference to {result.baseline} in {metric.change_unit}, with its interval; * p < 0.05, ** 0.01, "
             "*** 0.001 by changing signs over runs, after Holm."
         )
-    table = Table(
-        title=Text(f"{metric.title} on {result.model}"), title_justify="left", caption=about, caption_justify="left"
-    )
-    tasks = list(result.zero_shot_tasks[metric.key])
-    table.add_column("contender", style="bold")
-    for name in ("runs", *NUMBER_TITLES.values(), *(f"Δ {NUMBER_TITLES[key]}" for key in differences), *tasks):
-        table.add_column(Text(name), justify="right", no_wrap=True)
-    zero = result.zero_shot_tasks[metric.key]
+    columns = ("runs", *NUMBER_TITLES.values(), *(f"Δ {NUMBER_TITLES[key]}" for key in differences))
+    table = _table(f"{metric.title} on {result.model}", about, columns)
     empty = [UNMEASURED] * (len(NUMBER_TITLES) - 1 + len(differences))
-    table.add_row(
-        "base model", "", metric.value(result.zero_shot[metric.key]), *empty, *map(metric.value, zero.values())
-    )
+    table.add_row("base model", "", metric.value(result.zero_shot[metric.key]), *empty)
     for name, one in result.contenders.items():
         numbers = one.numbers[metric.key]
         cells = [number_text(metric, number, numbers[number]) for number in NUMBER_TITLES]
         moved = [difference_text(metric, numbers[key]) for key in differences]
-        ends = [metric.value(one.tasks[metric.key][task]) for task in tasks]
-        table.add_row(Text(name), str(one.runs), *cells, *moved, *ends)
+        table.add_row(Text(name), str(one.runs), *cells, *moved)
+    return table
+
+
+def task_table(result: ModelResult, metric: Metric) -> Table:
+    """One metric of all contenders on each task at the end."""
+    zero = result.zero_shot_tasks[metric.key]
+    about = f"{metric.title}, {metric.unit.strip()}, after the last task, mean over runs."
+    table = _table(f"{metric.title} by task on {result.model}", about, list(zero))
+    table.add_row("base model", *map(metric.value, zero.values()))
+    for name, one in result.contenders.items():
+        table.add_row(Text(name), *(metric.value(one.tasks[metric.key][task]) for task in zero))
     return table
 
 
@@ -127,7 +145,7 @@ def answers_about(result: ModelResult, measures: Sequence[str]) -> str:
 _ABOUT_MEASURE = {
     "length": "Length in characters.",
     "kl": "KL to the base model along the answers, nats per token.",
-    "perplexity": "Perplexity of held-out chat.",
+    "perplexity": "Perplexity of held-out chat: exp of the mean loss per token, over all tokens and runs.",
 }
 
 
@@ -137,10 +155,8 @@ def answers_table(result: ModelResult) -> Table | None:
     if not measures:
         return None
     about = answers_about(result, measures)
-    table = Table(title=Text(f"Answers on {result.model}"), title_justify="left", caption=about, caption_justify="left")
-    table.add_column("contender", style="bold")
-    for name in ("runs", *(ANSWER_METRICS[measure][0] for measure in measures)):
-        table.add_column(Text(name), justify="right", no_wrap=True)
+    columns = ("runs", *(ANSWER_METRICS[measure][0] for measure in measures))
+    table = _table(f"Answers on {result.model}", about, columns)
     for name, one in result.contenders.items():
         cells = [answer_text(measure, one.answers.get(measure)) for measure in measures]
         table.add_row(Text(name), str(one.runs), *cells)
@@ -161,34 +177,48 @@ def cost_cells(one: Contest) -> list[str]:
 
 
 COST_COLUMNS = (
-    "processor s", "peak MiB", "adapter KiB", "state KiB", "buffer KiB", "kept KiB a task", "Δ chosen", "Δ rejected",
+    "CPU seconds", "peak MiB", "adapter KiB", "state KiB", "buffer KiB", "kept KiB a task", "Δ chosen", "Δ rejected",
     "settings",
 )  # fmt: skip
 
 
+_COSTS = 6
+"""How many of the columns are costs; the others are shown apart, so that a terminal of 80 columns has room."""
+
+
 def cost_table(result: ModelResult) -> Table:
-    """What the contenders cost, what they did to the log-likelihoods, and the settings they had."""
+    """What the contenders cost."""
     about = (
-        "Processor seconds of a run's training with what the method does around it, scoring left out; bytes kept at "
-        "the end for each task. Δ chosen, Δ rejected: change of the log-likelihood per token against the base model, "
-        "nats, mean over the tasks at the end."
+        "CPU seconds: processor time of a run's training with what the method does around it, scoring left out. KiB "
+        "kept at the end for each task: the sum of the three before it."
     )
-    table = Table(title=Text(f"Cost on {result.model}"), title_justify="left", caption=about, caption_justify="left")
-    table.add_column("contender", style="bold")
-    for name in COST_COLUMNS:
-        table.add_column(name, justify="left" if name == "settings" else "right", no_wrap=True)
+    table = _table(f"Cost on {result.model}", about, COST_COLUMNS[:_COSTS])
     for name, one in result.contenders.items():
-        table.add_row(Text(name), *cost_cells(one))
+        table.add_row(Text(name), *cost_cells(one)[:_COSTS])
+    return table
+
+
+def settings_table(result: ModelResult) -> Table:
+    """What the contenders did to the log-likelihoods, and the settings they had."""
+    about = (
+        "Δ chosen, Δ rejected: change of the log-likelihood per token against the base model, nats, mean over the "
+        "tasks at the end."
+    )
+    table = _table(f"Log-likelihoods and settings on {result.model}", about, COST_COLUMNS[_COSTS:])
+    for name, one in result.contenders.items():
+        table.add_row(Text(name), *cost_cells(one)[_COSTS:])
     return table
 
 
 def outcome_tables(outcome: Outcome) -> list[RenderableType]:
-    """One table a metric and model, then the costs and the notes."""
+    """Two tables a metric and model, then the answers, the costs and the notes."""
     tables: list[RenderableType] = []
     for result in outcome.models:
-        tables += [metric_table(result, metric) for metric in METRICS.values()]
+        for metric in METRICS.values():
+            tables += [metric_table(result, metric), task_table(result, metric)]
+        tables.append(Text(_ABOUT_NUMBERS, style="dim"))
         answers = answers_table(result)
-        tables += [*([] if answers is None else [answers]), cost_table(result)]
+        tables += [*([] if answers is None else [answers]), cost_table(result), settings_table(result)]
     return [*_spaced(tables), *(Text(f"note: {note}", style="yellow") for note in outcome.notes), Text("")]
 
 
@@ -199,7 +229,7 @@ def tuning_tables(tuned: Tuned) -> list[RenderableType]:
         caption = f"Score: mean of {', '.join(tuned.file.tune_on)} on validation rows."
         table = Table(title=Text(f"Trials on {model}"), title_justify="left", caption=caption, caption_justify="left")
         for name in ("contender", "settings", "score", ""):
-            table.add_column(name, justify="right" if name == "score" else "left", no_wrap=True)
+            table.add_column(name, justify="right" if name == "score" else "left", overflow="fold")
         for name, trials in contenders.items():
             for trial in trials:
                 mark = "chosen" if trial.choice == tuned.file.chosen[model].get(name) else ""

@@ -27,7 +27,7 @@ from everalign.evaluation.answers import (
 )
 from everalign.evaluation.judge import INSTRUCTIONS, JudgeScorer, reward_cache
 from everalign.evaluation.rubrics import RUBRICS, rubric_of
-from everalign.evaluation.scorers import Scorer
+from everalign.evaluation.scorers import RewardModelScorer, Scorer
 from everalign.evaluation.statistics import bootstrap_mean
 from everalign.learning.options import AdapterOptions
 from everalign.learning.run_data import BASE, RESULTS, RunData
@@ -191,6 +191,7 @@ def evaluate_run(
                 other = written[BASE] if opponents is None else next(iter(opponents.values()))
                 found = _metrics(runner, version, rows, written[version][task], other[task], scorers[task])
                 results.append({"version": version, "task": task, "prompts": len(rows), **found})
+        _warn_of_cuts(reward, chosen, [*written.values(), *(opponents or {}).values()], log)
         shown = {
             "against": BASE if against is None else f"{against.path}",
             "reward": None if reward is None else reward.fingerprint,
@@ -202,6 +203,17 @@ def evaluate_run(
         }
         write_json(run.path / RESULTS, shown)
     return shown
+
+
+def _warn_of_cuts(
+    reward: Scorer | None, prompts: Prompts, written: Sequence[Mapping[str, Sequence[Answer]]], log: Log
+) -> None:
+    if not isinstance(reward, RewardModelScorer):
+        return
+    asked = [row.prompt for by_task in written for task in by_task for row in prompts[task]]
+    texts = [one.text for by_task in written for answers in by_task.values() for one in answers]
+    for note in reward.cut_note(asked, texts):
+        log(f"  warning: {note}")
 
 
 def worst_tasks(results: Sequence[Mapping[str, Any]], version: str) -> dict[str, Any]:
