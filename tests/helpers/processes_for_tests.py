@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 # A process has one such server, and the first child that is started decides what it imports: so this is all of it.
-IMPORTED = ["test_resume", "two_processes_for_tests", "stores_for_tests", "everalign.serving.store.database", "psycopg"]
+# Last comes what freezes all objects there are, so that no child's garbage collection walks them.
+IMPORTED = ["everalign.serving.store.database", "psycopg", "stores_for_tests", "two_processes_for_tests", "test_resume"]
 
 
 @pytest.fixture(scope="session")
