@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from chat_server_for_tests import ChatServer
+from chat_server_for_tests import ChatServer, refused
 from cli_for_tests import run as run_verb
 from everalign.data.chat_tokens import ChatFormat
 from everalign.errors import InputError
@@ -129,6 +130,54 @@ def test_a_judge_scores_and_compares_by_the_tasks_rubric(run, tmp_path, capsys):
     # Whatever stands second wins: verdicts that change with the order are ties.
     assert metrics["judge_win_rate"] == [0.5, 0.5, 0.5]
     assert "bleu" not in metrics
+
+
+def test_a_judge_that_fails_is_asked_on_and_what_it_cannot_say_is_counted_and_kept(run, tmp_path, capsys):
+    """The longer answer wins, whatever its place; of two prompts no reply can be read; the key expires on the way."""
+    file, left = tmp_path / "prompts.jsonl", [7]
+    file.write_text("".join(f'{{"prompt": "q{number}?"}}\n' for number in range(6)))
+    other = tmp_path / "other"
+    make_learner(run.facts.model, other).learn_all(tasks("brief", "warm"))
+
+    def reply(messages):
+        if left[0] == 0:
+            return refused(401, "this key has expired")
+        left[0] -= 1
+        text = messages[1]["content"]
+        if "q0?" in text or "q1?" in text:
+            return "Both are fine."
+        found = re.findall(r"<answer \d>\n(.*?)\n</answer", text, re.DOTALL)
+        if not found:
+            return '{"score": 6}'
+        return f'{{"better": {1 + (len(found[1]) > len(found[0]))}}}'
+
+    with ChatServer(reply) as server:
+        arguments = ["evaluate", str(run.path), "--prompts", f"mine={file}", "--judge", f"{server.url}#judge"]
+        arguments += ["--max-new-tokens", "6", "--against", str(other)]
+        code, _, error = run_verb(capsys, *arguments)
+        assert (code, "this key has expired" in error) == (1, True), error
+        left[0] = 10**6
+        code, out, error = run_verb(capsys, *arguments)
+        assert code == 0, error
+        asked = [json.dumps(request.messages) for request in server.requests]
+        again = run_verb(capsys, *arguments)
+        assert again[:2] == (0, out)
+        assert len(server.requests) == len(asked)
+    assert "judged wins %: 2 of 6 prompts are left out, because the judge's replies could not be read" in out
+    found = json.loads((run.path / "evaluation" / "results.json").read_text())
+    row = found["results"][-1]
+    assert row["failed"] == {"judge": 2, "judge_win_rate": 2}
+    mine, its = (
+        _Runner(one, replace(SETTINGS, max_new_tokens=6), lambda _: None, lambda *_: None)
+        for one in (run, load_run(other))
+    )
+    rows = [HeldOutPrompt(f"q{number}?") for number in range(2, 6)]
+    pairs = zip(*(runner.answers(runner.versions[-1], "mine", rows) for runner in (mine, its)), strict=True)
+    expected = [0.5 if a.text == b.text else float(len(a.text) > len(b.text)) for a, b in pairs]
+    assert row["metrics"]["judge_win_rate"][0] == sum(expected) / 4
+    # Nothing that the judge answered was asked for twice, but by the one that refused.
+    repeated = {text: asked.count(text) for text in asked if asked.count(text) > 1}
+    assert sum(repeated.values()) <= 2 * len(repeated)
 
 
 def test_against_another_run(run):

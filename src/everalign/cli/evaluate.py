@@ -131,7 +131,9 @@ def _show(found: Mapping[str, Any]) -> None:
         for row in rows:
             for name, count in row["failed"].items():
                 if count:
-                    show(f"{row['version']}, {name}: {count} replies of the judge could not be read and are left out")
+                    left_out = f"{count} of {row['prompts']} prompts are left out"
+                    title = ANSWER_METRICS[name][0]
+                    show(f"{row['version']}, {title}: {left_out}, because the judge's replies could not be read")
     for name, worst in found["worst"].items():
         title, factor = ANSWER_METRICS[name]
         show_line("worst", f"{title}: {worst['value'] * factor:.3g} on {worst['task']}")

@@ -180,6 +180,8 @@ class JudgeScorer:
         instructions: what makes an answer good; how to treat the data and how to reply is added.
         scale: the worst and the best score, finite and in this order.
         cache: keeps each reward as soon as it arrives; None to keep none.
+        keep_unreadable: keep a second reply that cannot be read too, for callers that count those: it is not asked for
+            again. Without it, another call asks again.
 
     Attributes:
         fingerprint: sha256 over the server's address, the model, the instructions, the scale and the reply format.
@@ -195,13 +197,14 @@ class JudgeScorer:
         instructions: str = INSTRUCTIONS,
         scale: Scale = SCALE,
         cache: Journal | None = None,
+        keep_unreadable: bool = False,
     ) -> None:
         if not instructions.strip():
             raise InputError("the judge's instructions are empty: say what makes an answer good")
         if not (all(map(math.isfinite, scale)) and scale[0] < scale[1]):
             raise InputError(f"scale: must go from a worst to a better best score, found {scale[0]} to {scale[1]}")
         self.client, self.cache = client, cache
-        self._instructions, self._scale = instructions, scale
+        self._instructions, self._scale, self._keep_unreadable = instructions, scale, keep_unreadable
         system = instruction_text(instructions, scale)
         self.fingerprint = _digest(FORMAT, client.base_url, client.model, system, list(map(float, scale)))
 
@@ -271,9 +274,11 @@ class JudgeScorer:
             request: the sentence that says how to reply.
             what: what a reply holds, for error messages.
         """
-        found: dict[str, float] = self.cache.read(keys) if self.cache else {}
+        kept: dict[str, float | str] = self.cache.read(keys) if self.cache else {}
+        found = {key: value for key, value in kept.items() if not isinstance(value, str)}
+        unreadable = {key: text for key, text in kept.items() if isinstance(text, str) and self._keep_unreadable}
         names = {key: f"the answer '{shortened(text, _ANSWER_SHOWN)}'" for key, text in zip(keys, answers, strict=True)}
-        waiting = {key: asked for key, asked in zip(keys, conversations, strict=True) if key not in found}
+        waiting = {key: asked for key, asked in zip(keys, conversations, strict=True) if key not in found | unreadable}
         unread: dict[str, Reply] = {}
         for _ in range(2):
             asked, unread = list(waiting), {}
@@ -291,11 +296,14 @@ class JudgeScorer:
             except ChatError as error:
                 raise EveralignError(f"{names[asked[error.index]]}: {error}") from error
             waiting = {key: asked_again(waiting[key], reply.text, request) for key, reply in unread.items()}
-        for key, reply in unread.items():
-            cut = " (the second reply was cut at the limit of tokens)" if reply.finish_reason == "length" else ""
+        if self.cache and self._keep_unreadable:
+            self.cache.put({key: reply.text for key, reply in unread.items()})
+        cut = {key for key, reply in unread.items() if reply.finish_reason == "length"}
+        for key, text in (unreadable | {key: reply.text for key, reply in unread.items()}).items():
+            how = " (the second reply was cut at the limit of tokens)" if key in cut else ""
             raise UnreadableReplyError(
-                f"{names[key]}: the judge's reply is not a {what}, asked twice{cut}: "
-                f"{shortened(reply.text, _REPLY_SHOWN) or '(nothing)'}; take a model that follows instructions better"
+                f"{names[key]}: the judge's reply is not a {what}, asked twice{how}: "
+                f"{shortened(text, _REPLY_SHOWN) or '(nothing)'}; take a model that follows instructions better"
             )
         return [found[key] for key in keys]
 

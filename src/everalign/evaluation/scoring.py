@@ -111,7 +111,9 @@ def compare_answers(
     asked = [prompts[i] for i in numbers]
     first, second = ([answers[i] for i in numbers] for answers in (before, after))
     if isinstance(scorer, JudgeScorer):
-        there, back = scorer.compare(asked, first, second), scorer.compare(asked, second, first)
+        # At once, so that a reply that cannot be read leaves none of the others unasked.
+        replies = scorer.compare([*asked, *asked], [*first, *second], [*second, *first])
+        there, back = replies[: len(asked)], replies[len(asked) :]
         # The second time the answers change places: (2, 1) is a win of the second answer in both orders.
         wins = {(2.0, 1.0): 1, (1.0, 2.0): -1}
         found = [wins.get(pair, 0) for pair in zip(there, back, strict=True)]

@@ -319,7 +319,9 @@ def _scorers(
             rubric = settings.rubric or rubric_of(task)
             cache = judge.cache or reward_cache(run.path / "evaluation")
             instructions = INSTRUCTIONS if rubric is None else RUBRICS[rubric]
-            found[task]["judge"] = JudgeScorer(judge.client, instructions=instructions, cache=cache)
+            found[task]["judge"] = JudgeScorer(
+                judge.client, instructions=instructions, cache=cache, keep_unreadable=True
+            )
     return found
 
 
