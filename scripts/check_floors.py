@@ -23,7 +23,7 @@ FLOORS = [
     ["methods", "correction", "evaluation"],
     ["contrib"],
     ["learning"],
-    ["reporting"],
+    ["reporting", "estimate"],
     ["demo", "serving"],
     ["bench"],
     ["cli"],

@@ -44,6 +44,7 @@ HELP = [
     ["--help"],
     ["learn", "--help"],
     ["bench", "--help"],
+    ["estimate", "--help"],
     ["evaluate", "--help"],
     ["rollback", "--help"],
     ["export", "--help"],

@@ -13,6 +13,7 @@ import typer
 from everalign.cli.bench import bench
 from everalign.cli.console import say
 from everalign.cli.correct import correct
+from everalign.cli.estimate import estimate
 from everalign.cli.evaluate import evaluate
 from everalign.cli.feedback import feedback
 from everalign.cli.learn import learn
@@ -37,6 +38,9 @@ app.command(
 )(learn)
 app.command(epilog="Example: everalign demo --output runs/demo")(demo)
 app.command(epilog="Example: everalign bench recipes/demo_methods.yaml --tune --output runs/demo_methods")(bench)
+app.command(epilog="Example: everalign estimate --model tiny --task polite=polite.jsonl --gpu h100 --price 2.5")(
+    estimate
+)
 app.command(epilog="Example: everalign evaluate runs/polite --reward runs/reward --every")(evaluate)
 app.add_typer(reward, name="reward")
 app.add_typer(correct, name="correct")

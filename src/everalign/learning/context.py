@@ -129,29 +129,22 @@ class RunContext(TaskContext):
         }
 
 
-def make_context(
-    model: str,
-    base_adapter: str | None,
+def checked_objective(
     method: Method,
     objective: str,
     options: TrainingOptions,
-    adapter: AdapterOptions | None,
+    has_adapter: bool,
     weighting: WeightOptions,
     scorer: Scorer | None,
     rollouts: RolloutOptions,
     correction: CorrectionTaskOptions | None,
-    seed: int,
-    cache: Path,
-    log: Log,
-    progress: Progress,
-) -> RunContext:
-    """Load the model and put a learner's parts together; arguments as in `Learner`.
+) -> tuple[Objective, TrainingOptions]:
+    """Return the objective, and the options with its own defaults; `has_adapter` says whether one was asked for.
 
     Raises:
-        InputError: the settings contradict each other, or the model cannot be used.
+        InputError: the settings contradict each other.
     """
-    method.check_fits(objective, options.reference, adapter is not None)
-    adapter = adapter or AdapterOptions()
+    method.check_fits(objective, options.reference, has_adapter)
     goal = make_objective(
         objective,
         options.beta,
@@ -177,6 +170,34 @@ def make_context(
         )
     if correction is not None and not reads(objective, "correction"):
         raise InputError(f"correction is for correctors, and the objective {objective} teaches none: leave it out")
+    return goal, options
+
+
+def make_context(
+    model: str,
+    base_adapter: str | None,
+    method: Method,
+    objective: str,
+    options: TrainingOptions,
+    adapter: AdapterOptions | None,
+    weighting: WeightOptions,
+    scorer: Scorer | None,
+    rollouts: RolloutOptions,
+    correction: CorrectionTaskOptions | None,
+    seed: int,
+    cache: Path,
+    log: Log,
+    progress: Progress,
+) -> RunContext:
+    """Load the model and put a learner's parts together; arguments as in `Learner`.
+
+    Raises:
+        InputError: the settings contradict each other, or the model cannot be used.
+    """
+    goal, options = checked_objective(
+        method, objective, options, adapter is not None, weighting, scorer, rollouts, correction
+    )
+    adapter = adapter or AdapterOptions()
     prepare_process()
     device = training_device(log)
     options = options.replace(precision=resolve_precision(options.precision, device))

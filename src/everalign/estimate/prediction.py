@@ -1,0 +1,375 @@
+"""What a planned run takes on a machine: seconds from operations, bytes and launches; memory; disk.
+
+The formulas, their sources and what they assume are in docs/estimate.md.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from everalign.estimate.machines import Machine
+from everalign.estimate.shape import ModelShape, Saved
+from everalign.estimate.work import RunPlan, Work, longest_answer
+from everalign.modeling.options import Checkpointing
+
+# Times that what is kept for the backward pass crosses memory, by element-wise work: forward and back, and forward.
+_TRAFFIC = {"training": 6.0, "forward": 2.0}
+# The same of logits: written, exponentiated, summed, and multiplied back.
+_LOGIT_TRAFFIC = {"training": 6.0, "forward": 4.0}
+# Passes over the layers: launches of a forward pass, and of forward and back, in units of a machine's `launch`.
+_LAUNCHES = {"training": 3.0, "forward": 1.0}
+# Bytes for each number that learns: itself, its gradient and AdamW's two moments, in fp32.
+_LEARNED_BYTES = 16
+# Of them, those that training takes when it begins (`everalign.training.stage`), and the share of free memory that it
+# may take before activations are computed twice.
+_TRAINED_BYTES, _USABLE = 12, 0.8
+# Logits that exist at once (`everalign.modeling.logprobs`): of a step on a processor and on a GPU; of a divergence.
+_CHUNK_LOGITS = {True: 16_777_216, False: 67_108_864}
+_LIVE_LOGITS, _KL_COPIES = 67_108_864, 6
+# Parts of a run that alternatives to it have too.
+_LEARNING = ("rollouts", "reference", "training", "consolidation")
+# What a GPU's allocator holds in pieces that nothing fits into: an assumption.
+_FRAGMENTS = 0.05
+# Imports, the rehearsal on a shrunk copy, the report; and bytes a second at which weights are read.
+_START_SECONDS = (9.0, 18.0)
+_READING = (0.5e9, 3e9)
+# The decompositions of a consolidation, always on the processor: operations for each (m + n)·k², and a second.
+_CONSOLIDATION_FLOPS, _CONSOLIDATION_RATE = 24.0, (5e9, 40e9)
+# Rows that a corrector writes at once for a gate (`everalign.correction.objective`).
+_CORRECTED_AT_ONCE = 16
+# Bytes of a cached log-probability, of a token of replayed text, and of what a version holds besides.
+_CACHED_BYTES, _TEXT_BYTES, _VERSION_BYTES, _REPORT_BYTES = 150, 5, 40_000, 1_500_000
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number that lies between two; both are seconds, or dollars."""
+
+    low: float = 0.0
+    high: float = 0.0
+
+    def __add__(self, other: "Range") -> "Range":
+        return Range(self.low + other.low, self.high + other.high)
+
+    def times(self, factor: float) -> "Range":
+        """Return the range of `factor` times as much."""
+        return Range(self.low * factor, self.high * factor)
+
+    @property
+    def middle(self) -> float:
+        """The geometric mean of both ends: as far from one as from the other by a factor."""
+        return math.sqrt(self.low * self.high)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the highest.
+
+    Args:
+        parts: by what takes them.
+        checkpointing: whether activations are computed twice.
+        available: of the machine.
+    """
+
+    parts: Mapping[str, float]
+    checkpointing: bool
+    available: float
+
+    @property
+    def peak(self) -> float:
+        """All of them."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the machine has as much."""
+        return self.peak <= self.available
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run takes.
+
+    Args:
+        machine: on which.
+        steps: optimiser steps.
+        seconds: by part of the run.
+        tasks: seconds by task, with what is scored after it.
+        memory: at the highest.
+        disk: bytes by what is written.
+        flops: operations of all matrix products.
+        calibrated: measured over predicted seconds of real steps; None where nothing was measured.
+    """
+
+    machine: Machine
+    steps: int
+    seconds: Mapping[str, Range]
+    tasks: Mapping[str, Range]
+    task_steps: Mapping[str, int]
+    memory: Memory
+    disk: Mapping[str, float]
+    flops: float
+    calibrated: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def total(self) -> Range:
+        """Seconds of the whole run."""
+        return sum(self.seconds.values(), Range())
+
+    @property
+    def learning(self) -> Range:
+        """Seconds of what teaches alone: without the start, held-out rows and sample answers."""
+        return sum((self.seconds[name] for name in _LEARNING if name in self.seconds), Range())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON holds it."""
+        return {
+            "machine": self.machine.to_dict(),
+            "steps": self.steps,
+            "seconds": {"low": self.total.low, "expected": self.total.middle, "high": self.total.high},
+            "parts": {name: [part.low, part.high] for name, part in self.seconds.items()},
+            "tasks": {
+                name: {"steps": self.task_steps[name], "seconds": [part.low, part.high]}
+                for name, part in self.tasks.items()
+            },
+            "memory": {
+                "peak": self.memory.peak,
+                "available": self.memory.available,
+                "fits": self.memory.fits,
+                "checkpointing": self.memory.checkpointing,
+                "parts": dict(self.memory.parts),
+            },
+            "disk": {"total": sum(self.disk.values()), "parts": dict(self.disk)},
+            "flops": self.flops,
+            "calibrated": self.calibrated,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Turns work on a model into seconds on a machine.
+
+    Args:
+        shape: the model's.
+        machine: where.
+        precision: `fp32` or `bf16`.
+        saved: bytes that are kept of a token for the backward pass.
+        recomputed: whether activations are computed twice.
+        factor: measured over predicted, low and high.
+    """
+
+    shape: ModelShape
+    machine: Machine
+    precision: str
+    saved: float
+    recomputed: bool = False
+    factor: tuple[float, float] = (1.0, 1.0)
+
+    def flops(self, work: Work, kind: str, memory_rank: int = 0) -> float:
+        """Return the operations of matrix products.
+
+        Forward 2·T·N, 2·T·r·Σ(m+n), 2·K·V·d, and 4 for each score and number of a head; back to the inputs as much
+        again (of attention, twice), and for the adapters' own gradients once more. The output matrix's gradient is
+        taken in the forward pass.
+        """
+        shape = self.shape
+        adapters, memory = shape.rank * shape.adapted, memory_rank * shape.adapted
+        if kind == "forward":
+            passed = 2 * work.tokens * (shape.matrices + adapters + memory)
+            return passed + 2 * work.targets * shape.vocabulary * shape.hidden + 4 * work.pairs * shape.attention
+        passed = work.tokens * (4 * shape.matrices + 6 * adapters + 4 * memory)
+        head = 4 * work.targets * shape.vocabulary * shape.hidden
+        again = 0.0
+        if self.recomputed:
+            again = 2 * work.tokens * (shape.matrices + adapters + memory) + 4 * work.pairs * shape.attention
+        return passed + head + 12 * work.pairs * shape.attention + again
+
+    def seconds(self, work: Work, kind: str, memory_rank: int = 0, steps: int = 0) -> Range:
+        """Return what work takes: products at a share of the peak, the rest at a share of the bandwidth, launches."""
+        machine, shape = self.machine, self.shape
+        products = self.flops(work, kind, memory_rank) / machine.peak(self.precision)
+        moved = work.tokens * self.saved * _TRAFFIC[kind] * (4 / 3 if self.recomputed and kind == "training" else 1)
+        moved += work.targets * shape.vocabulary * 4 * _LOGIT_TRAFFIC[kind]
+        moved += work.batches * shape.weight_bytes * (2 if kind == "training" else 1)
+        launches = work.batches * shape.layers * machine.launch * _LAUNCHES[kind] + steps * machine.step
+        low, high = (
+            products / machine.share[best] + moved / machine.bandwidth / machine.traffic[best] + launches
+            for best in (1, 0)
+        )
+        return Range(low * self.factor[0], high * self.factor[1])
+
+    def decoding(self, rows: float, tokens: float, context: float, at_once: float) -> Range:
+        """Return what writing takes: `rows` answers of `tokens` tokens each, `at_once` of them side by side.
+
+        Every step reads all weights, and keys and values of what stands before (Pope et al. 2022, arXiv 2211.05102).
+        """
+        if not rows or not tokens:
+            return Range()
+        shape, machine = self.shape, self.machine
+        steps, beside = math.ceil(rows / at_once) * tokens, min(rows, at_once)
+        read = shape.weight_bytes + beside * (context + tokens / 2) * shape.cache_bytes
+        numbers = shape.matrices + shape.vocabulary * shape.hidden
+        products = 2 * numbers * beside / machine.peak(self.precision)
+        launches = shape.layers * machine.launch
+        low, high = (
+            steps * (max(products / machine.share[best], read / machine.bandwidth / machine.traffic[best]) + launches)
+            for best in (1, 0)
+        )
+        return Range(low * self.factor[0], high * self.factor[1])
+
+
+def peak_memory(
+    shape: ModelShape,
+    machine: Machine,
+    saved: Saved,
+    tokens: int,
+    targets: float,
+    memory_rank: int,
+    checkpointing: Checkpointing,
+    kl: bool,
+    free: float | None = None,
+) -> Memory:
+    """Return the bytes that a run takes at the highest.
+
+    Args:
+        shape: the model's.
+        machine: where.
+        saved: what a micro-batch keeps.
+        tokens: positions of the largest micro-batch.
+        targets: response tokens in it.
+        memory_rank: highest rank of the long-term adapter.
+        checkpointing: as it was asked for.
+        kl: whether distributions of two policies are compared.
+        free: of a processor's memory, what may still be taken.
+    """
+    factor = tokens / saved.tokens
+    kept, layer = saved.total * factor, saved.layer * factor
+    base = {
+        "libraries": machine.reserved,
+        "weights": float(shape.weight_bytes),
+        "learned": float(_LEARNED_BYTES * shape.trained),
+        "long-term memory": 4.0 * memory_rank * shape.adapted,
+    }
+    room = free if free is not None else machine.memory - machine.reserved - shape.weight_bytes
+    needed = kept + _TRAINED_BYTES * shape.trained
+    recomputed = checkpointing == "on" or (checkpointing == "auto" and needed > _USABLE * room)
+    if recomputed and layer:
+        kept = min(kept, shape.layers * tokens * shape.hidden * shape.itemsize + layer)
+    rows = max(128.0, _CHUNK_LOGITS[machine.is_cpu] // shape.vocabulary) if shape.chunked else targets
+    block = min(rows, targets) * shape.vocabulary * (shape.itemsize if machine.is_cpu else shape.itemsize + 4)
+    # What the backward pass of one layer makes on its way.
+    step = kept + layer + block
+    compared = min(_LIVE_LOGITS, _KL_COPIES * targets * shape.vocabulary) * 4.0 if kl else 0.0
+    parts = {**base, "activations": kept, "a step besides": max(step, compared) - kept}
+    if not machine.is_cpu:
+        parts["fragments"] = _FRAGMENTS * (sum(parts.values()) - machine.reserved)
+    return Memory(parts, recomputed, machine.memory)
+
+
+def predict(
+    plan: RunPlan, clock: Clock, memory: Memory, consolidates: bool, rank_cap: int, replayed_rows: int
+) -> Prediction:
+    """Return what a planned run takes.
+
+    Args:
+        plan: its work.
+        clock: turns it into seconds.
+        memory: at the highest.
+        consolidates: whether every task's update goes into long-term memory.
+        rank_cap: highest rank of that.
+        replayed_rows: that are kept at the end.
+    """
+    shape, machine = clock.shape, clock.machine
+    parts: dict[str, Range] = {"start": _start(shape, machine)}
+    tasks: dict[str, Range] = {}
+
+    def add(name: str, seconds: Range) -> Range:
+        parts[name] = parts.get(name, Range()) + seconds
+        return seconds
+
+    short, long = longest_answer(plan)
+
+    def written(prompts: int, calls: int) -> Range:
+        low = clock.decoding(prompts, short, plan.prompt, max(1.0, prompts / max(1, calls))).low
+        return Range(low, clock.decoding(prompts, long, plan.prompt, max(1.0, prompts / max(1, calls))).high)
+
+    add("held-out rows", clock.seconds(plan.start, "forward"))
+    add("sample answers", written(plan.answers, plan.calls))
+    flops = clock.flops(plan.start, "forward")
+    for task in plan.tasks:
+        seconds = Range()
+        rank = task.memory_rank
+        if task.rollouts[0]:
+            seconds += add(
+                "rollouts", clock.decoding(*task.rollouts, plan.prompt, _rollouts_at_once(plan, task.rollouts))
+            )
+        for stage in task.stages:
+            seconds += add("reference", clock.seconds(stage.reference, "forward", rank))
+            seconds += add("training", clock.seconds(stage.work, "training", rank, stage.steps))
+            flops += clock.flops(stage.work, "training", rank) + clock.flops(stage.reference, "forward", rank)
+        seconds += add("held-out rows", clock.seconds(task.scoring, "forward", rank + shape.rank))
+        seconds += add(
+            "held-out rows",
+            Range(*[task.kl * shape.vocabulary * 4 * 8 / machine.bandwidth / machine.traffic[i] for i in (1, 0)]),
+        )
+        flops += clock.flops(task.scoring, "forward", rank + shape.rank)
+        seconds += add("sample answers", written(task.answers, 1))
+        if task.corrections:
+            seconds += add("gate", clock.decoding(task.corrections, plan.answer, plan.prompt, _CORRECTED_AT_ONCE))
+        if consolidates:
+            seconds += add("consolidation", _consolidation(shape, min(2 * rank_cap, rank + shape.rank)))
+        tasks[task.name] = seconds
+    steps = {task.name: sum(stage.steps for stage in task.stages) for task in plan.tasks}
+    return Prediction(
+        machine, plan.steps, parts, tasks, steps, memory,
+        _disk(plan, shape, consolidates, rank_cap, replayed_rows), flops,
+    )  # fmt: skip
+
+
+def _start(shape: ModelShape, machine: Machine) -> Range:
+    low, high = (shape.weight_bytes / rate for rate in reversed(_READING))
+    return Range(_START_SECONDS[0] + low, _START_SECONDS[1] + high)
+
+
+def _rollouts_at_once(plan: RunPlan, rollouts: tuple[int, int]) -> float:
+    """As many answers as twice the tokens of a micro-batch hold (`everalign.learning.rollouts`)."""
+    return max(1.0, 2 * plan.tokens_per_batch / (plan.prompt + rollouts[1]))
+
+
+def _consolidation(shape: ModelShape, width: int) -> Range:
+    work = _CONSOLIDATION_FLOPS * shape.adapted * (width + shape.rank) ** 2
+    return Range(work / _CONSOLIDATION_RATE[1], work / _CONSOLIDATION_RATE[0])
+
+
+def _disk(plan: RunPlan, shape: ModelShape, consolidates: bool, rank_cap: int, replayed_rows: int) -> dict[str, float]:
+    """Return the bytes of what a run leaves: versions, caches, and checkpoints while it trains."""
+    versions, rank = 0.0, 0
+    for number, _ in enumerate(plan.tasks, start=1):
+        rank = min(number * shape.rank, rank_cap) if consolidates else shape.rank
+        bank = 4.0 * min(number * shape.rank, 2 * rank_cap) * shape.adapted if consolidates else 0.0
+        versions += 4.0 * rank * shape.adapted + bank + _VERSION_BYTES
+    responses = sum(rows.count * len(rows.sample[0].responses) for rows in plan.rows)
+    return {
+        "versions": versions,
+        "replayed rows": replayed_rows * (plan.prompt + 2 * plan.answer) * _TEXT_BYTES * len(plan.tasks) / 2,
+        "checkpoints": 2.0 * _TRAINED_BYTES * shape.trained,
+        "cache": float(responses * _CACHED_BYTES * len(plan.tasks)),
+        "report": float(_REPORT_BYTES),
+    }
+
+
+def calibrated(prediction: Prediction, factor: float, spread: float) -> Prediction:
+    """Return the prediction with all but the start multiplied by a measured factor, and within `spread` of it."""
+
+    def middle(name: str, part: Range) -> Range:
+        return part if name == "start" else Range(part.middle * factor / spread, part.middle * factor * spread)
+
+    return replace(
+        prediction,
+        seconds={name: middle(name, part) for name, part in prediction.seconds.items()},
+        tasks={name: middle("", part) for name, part in prediction.tasks.items()},
+        calibrated=factor,
+    )
