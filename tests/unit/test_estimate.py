@@ -66,14 +66,15 @@ def test_of_routed_experts_those_count_that_a_token_is_given():
     assert shape.matrices < config.num_hidden_layers * (stacks + linear)
 
 
+@pytest.mark.parametrize("objective", ["dpo", "sft"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_family_is_counted_without_weights(family):
+def test_every_family_is_counted_without_weights(family, objective):
     model = random_model(family).to("meta")
     policy = meta_policy(model, ADAPTER)
     shape = shape_of(policy, on_cpu=False)
     assert shape.matrices > 0
     assert shape.weight_bytes > 0
-    assert saved_bytes(policy, make_objective("dpo"), pairs(2)).total > 0
+    assert saved_bytes(policy, make_objective(objective), pairs(2)).total > 0
 
 
 # ---- operations ----

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface
 
 from everalign.data.tokenization import TokenizedRow
 from everalign.errors import EveralignError, InputError
@@ -290,5 +289,5 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+# Without a mask of its own: how the library makes one depends on values, which are not there.
 AttentionInterface.register(_COUNTED, _attention)
-AttentionMaskInterface.register(_COUNTED, sdpa_mask)
