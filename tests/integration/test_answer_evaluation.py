@@ -164,6 +164,7 @@ def test_a_judge_that_fails_is_asked_on_and_what_it_cannot_say_is_counted_and_ke
         assert again[:2] == (0, out)
         assert len(server.requests) == len(asked)
     assert "judged wins %: 2 of 6 prompts are left out, because the judge's replies could not be read" in out
+    assert f"000 is the base model; wins are those over {other}, ties count half" in out
     found = json.loads((run.path / "evaluation" / "results.json").read_text())
     row = found["results"][-1]
     assert row["failed"] == {"judge": 2, "judge_win_rate": 2}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from everalign.cli.console import Display, show, show_json, show_line, table
 from everalign.cli.options import (
@@ -116,6 +117,7 @@ def _named_file(text: str) -> tuple[str, str]:
 
 def _show(found: Mapping[str, Any]) -> None:
     """Tables of the metrics with their intervals, one for each task, and the worst task of each metric."""
+    from everalign.learning.run_data import BASE
     from everalign.reporting.formats import ANSWER_METRICS, interval_cell
 
     tasks = list(dict.fromkeys(row["task"] for row in found["results"]))
@@ -134,6 +136,12 @@ def _show(found: Mapping[str, Any]) -> None:
                     left_out = f"{count} of {row['prompts']} prompts are left out"
                     title = ANSWER_METRICS[name][0]
                     show(f"{row['version']}, {title}: {left_out}, because the judge's replies could not be read")
+    against = "the base model" if found["against"] == BASE else found["against"]
+    about = (
+        f"Means with their 95 % intervals over prompts. {BASE} is the base model; wins are those over {against}, ties "
+        "count half. Δ log p (change since the base model) and KL are in nats per token."
+    )
+    show(Text(about))
     for name, worst in found["worst"].items():
         title, factor = ANSWER_METRICS[name]
         show_line("worst", f"{title}: {worst['value'] * factor:.3g} on {worst['task']}")

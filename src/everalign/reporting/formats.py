@@ -321,4 +321,4 @@ def interval_cell(value: Sequence[float] | None, factor: float = 1) -> str:
     if value is None:
         return UNMEASURED
     middle, low, high = (factor * one for one in value)
-    return f"{middle:.4g} [{low:.3g}, {high:.3g}]"
+    return f"{middle:.4g} [{low:.3g}, {high:.3g}]".replace("-", "−")
