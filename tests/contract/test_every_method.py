@@ -1,6 +1,7 @@
 """What every method has to do: leave the base model alone, survive a kill, merge exactly, learn on any architecture."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ ARCHITECTURES = ("gemma3", "gpt2", "phi3", "qwen3", "llama")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
+    return save_answering_model(tmp_path_factory.mktemp("model"), layers=1)
 
 
 def method_of(name):
@@ -190,7 +191,9 @@ def test_the_merged_model_is_the_learned_one_and_the_base_is_untouched(model, le
     ],
 )
 def test_two_tasks_are_learned_on_any_architecture(tmp_path, name, family):
-    learner = make_learner(saved_model(family), tmp_path / "run", method_of(name), adapter=None)
+    # Random models do not end their answers.
+    method = make_method(name, own_answers=0.0) if name == "lifealign-rf" else method_of(name)
+    learner = make_learner(saved_model(family), tmp_path / "run", method, adapter=None)
     for task in ("warm", "brief"):
         scores = learner.learn(task_rows(task), task, held_out(task))
     assert set(scores) == {"warm", "brief"}
@@ -212,6 +215,28 @@ def test_what_the_policy_answers_before_a_task_is_learned_beside_it_and_nothing_
     assert stages[0].replayed == 0
     assert 0 < stages[1].replayed <= 10
     assert (sorted((tmp_path / "run" / "versions").iterdir())[1] / "replay.jsonl").read_text() == ""
+
+
+def test_own_answers_that_do_not_end_are_counted_and_refused_where_none_is_left(model, tmp_path):
+    lines = []
+    learner = make_learner(model, tmp_path / "run", make_method("lifealign-rf", own_answers=1.0), lines=lines)
+    for name in ("warm", "brief"):
+        learner.learn(task_rows(name), name)
+    learned = learner.run.versions[1].manifest.stages[0].replayed
+    assert 0 < learned < 10
+    said = (
+        r"  (\d) of 10 prompts are answered .*: (\d) answers did not end within 32 tokens, or are empty, and 0 prompts"
+    )
+    (found,) = [match for line in lines if (match := re.match(said, line))]
+    assert (int(found[1]), int(found[1]) + int(found[2])) == (learned, 10)
+
+    silent = make_learner(save_model(tmp_path / "model"), tmp_path / "silent", make_method("lifealign-rf"))
+    silent.learn(task_rows("warm"), "warm")
+    with pytest.raises(
+        InputError, match=r"task 'brief': none of the policy's own answers to 1 of its prompts"
+    ) as error:
+        silent.learn(task_rows("brief"), "brief")
+    assert error.value.field == "own_answers"
 
 
 def test_its_own_answers_are_their_likelihood_alone():

@@ -38,9 +38,9 @@ def save_model(folder: Path, seed: int = 0, layers: int = 1) -> Path:
     return folder
 
 
-def save_answering_model(folder: Path) -> Path:
+def save_answering_model(folder: Path, layers: int = 2) -> Path:
     """One that ends its answers soon: a random one hardly ever does."""
-    save_model(folder, layers=2)
+    save_model(folder, layers=layers)
     network, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     network.config.tie_word_embeddings = False
     head = torch.nn.Linear(32, len(tokenizer), bias=False)

@@ -20,7 +20,11 @@ from everalign.training.stage import train_stage
 from learner_for_tests import FAST, adapter_weights, held_out, make_learner, same_weights, save_model, task_rows, tasks
 from tiers_for_tests import slow_but
 
-MAKERS = {**METHODS, "lifealign in factors": lambda: LifeAlign(space="factors")}
+MAKERS = {
+    **METHODS,
+    "lifealign in factors": lambda: LifeAlign(space="factors"),
+    "lifealign-rf": lambda: METHODS["lifealign-rf"](own_answers=0.0),  # random models do not end their answers
+}
 
 
 @pytest.fixture(scope="module")

@@ -101,10 +101,10 @@ def test_many_rows_hold_few_logits_and_are_drawn_as_all_at_once(whole, monkeypat
     model = scaled_by_itself(random_model(vocabulary=vocabulary)) if whole else random_model(vocabulary=vocabulary)
 
     def drawn():
-        torch.manual_seed(0)
         decoder = Decoder(model, pad_left(PROMPTS, 0))
         decoder.select(torch.arange(4).repeat_interleave(30))
-        return continue_rows(decoder, lambda logits: draw(logits / 0.9), [], 6)
+        chances = torch.rand(120, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        return continue_rows(decoder, lambda logits, chances: draw(logits / 0.9, chances), [], 6, chances=chances)
 
     expected = drawn()
     monkeypatch.setattr(token_log_probs, "_LIVE_LOGITS", limit)
@@ -114,10 +114,12 @@ def test_many_rows_hold_few_logits_and_are_drawn_as_all_at_once(whole, monkeypat
 
 
 def test_no_token_is_drawn_that_has_no_probability():
-    torch.manual_seed(0)
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0, float("-inf")]]).repeat(4000, 1)
-    drawn = draw(logits)
+    chances = torch.rand(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chances[0], chances[1] = 0.0, 1 - 2**-53
+    drawn = draw(logits, chances)
     assert set(drawn.tolist()) == {1, 3}
+    assert drawn[:2].tolist() == [1, 3]
     assert (drawn == 3).float().mean().item() == pytest.approx(torch.tensor(1.0).sigmoid().item(), abs=0.03)
 
 

@@ -582,9 +582,33 @@ def test_cppo_takes_the_best_and_the_worst_answer_of_scored_rows():
     def row(*weights):
         return TokenizedRow("r", [1], tuple([2] for _ in weights), weights)
 
-    assert _best_and_worst(row(1.0, 1.0)) == (0, 1)
-    assert _best_and_worst(row(0.2, 1.7, 0.1)) == (1, 2)
-    assert _best_and_worst(row(1.0)) == (0, 0)
+    assert _best_and_worst(row(1.0, 1.0), first_is_best=True) == (0, 1)
+    assert _best_and_worst(row(0.2, 1.7, 0.1), first_is_best=False) == (1, 2)
+    assert _best_and_worst(row(0.4, 0.4), first_is_best=False) == (0, 0)
+    assert _best_and_worst(row(1.0), first_is_best=True) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "weights", "signs"),
+    [
+        ("dpo", (1.0, 1.0), (1, -1)),
+        ("sft", (1.0, 1.0), (1, -1)),
+        ("var", (1.0, 1.0), (0, 0)),
+        ("snkl", (0.5, 0.5), (0, 0)),
+        ("var", (0.11, 0.11, 0.11), (0, 0, 0)),
+        ("var", (0.3, 1.2, 0.3), (-1, 1, -1)),
+        ("var", (2.0, 2.0, 0.5), (1, 1, -1)),
+        ("var", (0.7,), (1,)),
+    ],
+)
+def test_anchors_leave_answers_alone_whose_rewards_are_equal(objective, weights, signs):
+    rows = tuple(TokenizedRow(id, [1], tuple([2, 3] for _ in weights), weights) for id in "ab")
+    stage = Stage(random_policy(), make_objective(objective), rows, 1, 1, None, 400)
+    anchors = Anchors(1.0)
+    anchors.keep(stage, [1], capacity=5)
+    found = anchors.terms(stage).values["anchor_sign"]
+    assert tuple(found[1].tolist()) == signs
+    assert not found[0].any()
 
 
 def test_all_arguments_of_the_methods_are_options_of_the_command_line():

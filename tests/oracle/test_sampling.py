@@ -49,10 +49,9 @@ def exact(policy, prompt):
 
 def test_frequencies_are_the_policy_s_probabilities(small):
     """Two prompts of different lengths beside each other, so that one is padded."""
-    torch.manual_seed(0)
     options = SamplingOptions(completions=DRAWS, max_new_tokens=LONGEST)
     with torch.no_grad():
-        drawn = _draw(small, PROMPTS, ENDS, options, PROMPTS)
+        drawn = _draw(small, PROMPTS, ENDS, options, PROMPTS, [(0, 0), (0, 1)])
     for prompt, rows in zip(PROMPTS, (drawn[:DRAWS], drawn[DRAWS:]), strict=True):
         expected = exact(small, prompt)
         assert expected.sum().item() == pytest.approx(1.0, abs=1e-5)
@@ -74,7 +73,7 @@ def test_the_two_prompts_are_told_apart(small):
 def test_a_low_temperature_draws_the_likeliest_token(small):
     options = SamplingOptions(completions=50, temperature=1e-4, max_new_tokens=1)
     with torch.no_grad():
-        drawn = _draw(small, PROMPTS, ENDS, options, PROMPTS)
+        drawn = _draw(small, PROMPTS, ENDS, options, PROMPTS, [(0, 0), (0, 1)])
         for prompt, rows in zip(PROMPTS, (drawn[:50], drawn[50:]), strict=True):
             logits = small.peft(input_ids=torch.tensor([prompt])).logits[0, -1]
             assert rows == [[logits.argmax().item()]] * 50
@@ -88,6 +87,16 @@ def test_the_seed_decides_and_the_global_state_stays(assistant):
     assert first == again != other
     assert torch.equal(torch.get_rng_state(), state)
     assert [len(found.texts) + found.unfinished for found in first] == [3, 3]
+
+
+def test_what_is_beside_a_prompt_changes_nothing(assistant):
+    prompts, options = ["a", CHAT, "b c d", CHAT, "Once upon"], SamplingOptions(completions=3, max_new_tokens=40)
+    alone, some, all_at_once = (
+        sample_completions(*assistant, prompts, options, seed=5, tokens_per_batch=tokens)
+        for tokens in (1, 200, 100_000)
+    )
+    assert alone == some == all_at_once
+    assert alone[1].texts != alone[3].texts  # the same prompt, drawn anew
 
 
 def test_answers_come_without_end_mark_and_prompt(assistant):

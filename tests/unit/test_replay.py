@@ -7,6 +7,7 @@ import pytest
 from everalign.data.records import Preference
 from everalign.data.replay import ReplayBuffer
 from everalign.errors import InputError
+from everalign.learning.options import MethodOptions
 
 
 def task_rows(name, count):
@@ -135,8 +136,11 @@ def test_damaged_files_are_refused(tmp_path, line, expected):
 
 
 def test_senseless_sizes_are_refused():
-    with pytest.raises(InputError, match="replay capacity: must be at least 1, found 0"):
+    with pytest.raises(InputError, match="replay capacity: must be at least 1, found 0") as error:
         ReplayBuffer(0)
+    assert error.value.field == "capacity"
+    with pytest.raises(InputError, match=r"^capacity must be"):
+        MethodOptions(capacity=0)
     for fraction in (-0.1, 1.1, float("nan")):
         with pytest.raises(InputError, match="replay fraction: must lie between 0 and 1"):
             ReplayBuffer().add("a", [], fraction)

@@ -35,7 +35,7 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int = 3000) -> None:
         if capacity < 1:
-            raise InputError(f"replay capacity: must be at least 1, found {capacity}")
+            raise InputError(f"replay capacity: must be at least 1, found {capacity}", field="capacity")
         self.capacity = capacity
         self._entries: deque[tuple[str, AnyRow]] = deque()
 

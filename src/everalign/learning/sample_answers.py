@@ -71,7 +71,9 @@ def _question(row: Any) -> Any:
 
 
 def own_answers(context: RunContext, prompts: Sequence[Prompt], seed: int) -> list[tuple[int, str]]:
-    """Sample an answer to each prompt from the policy as it is; prompts that leave no room for one are passed over.
+    """Sample an answer to each prompt from the policy as it is, but for prompts that leave no room for one.
+
+    How many prompts have no answer is logged.
 
     Returns:
         The numbers of the prompts whose answers ended, with these.
@@ -82,7 +84,14 @@ def own_answers(context: RunContext, prompts: Sequence[Prompt], seed: int) -> li
     options = SamplingOptions(completions=1, temperature=1.0, max_new_tokens=longest, max_prompt_tokens=room)
     asked = [prompts[number] for number in fit]
     found = sample_completions(context.policy, context.tokenizer, asked, options, seed=seed) if asked else []
-    return [(number, samples.texts[0]) for number, samples in zip(fit, found, strict=True) if samples.texts]
+    answers = [(number, samples.texts[0]) for number, samples in zip(fit, found, strict=True) if samples.texts]
+    if len(answers) < len(prompts):
+        context.log(
+            f"  {len(answers)} of {len(prompts)} prompts are answered by the policy before the task: "
+            f"{len(fit) - len(answers)} answers did not end within {longest} tokens, or are empty, and "
+            f"{len(prompts) - len(fit)} prompts leave no room for one (max_length {context.max_length})"
+        )
+    return answers
 
 
 MOST_WRITTEN = 200

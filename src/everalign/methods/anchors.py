@@ -1,7 +1,8 @@
 """Anchored replay: what a replayed answer's log-probability was at the end of its task, and a pull back to it.
 
-Only what got worse is pulled: a chosen answer that became less likely, a rejected one that became likelier. With S the
-summed log-probability of an answer now, Ŝ at the end of its task, and h the Huber loss with threshold 1,
+Only what got worse is pulled: a chosen answer that became less likely, a rejected one that became likelier; of a scored
+row, an answer of more than the row's mean weight and one of less. With S the summed log-probability of an answer now,
+Ŝ at the end of its task, and h the Huber loss with threshold 1,
 
     α · [h(relu(Ŝ_w − S_w)) + h(relu(S_l − Ŝ_l))]
 
@@ -19,6 +20,7 @@ from everalign.data.collate import Batch
 from everalign.data.tokenization import TokenizedRow
 from everalign.training.hooks import RowTerms, Stage, sum_by_row
 
+_EQUAL = 1e-9  # share of a row's largest weight by which equal ones may differ
 VALUES, _SIGNS = "anchor", "anchor_sign"
 """Names, in `RowTerms.values`, of what a row's responses are pulled to, and of the side they are pulled from."""
 
@@ -44,7 +46,7 @@ class Anchors:
         for number, kept in zip(replayed, self._kept, strict=True):
             # A row whose responses changed in number since has no anchor.
             if len(kept) == len(values[number]):
-                values[number], signs[number] = kept, _signs(stage.rows[number])
+                values[number], signs[number] = kept, _signs(stage.rows[number], stage.objective.first_is_best)
         return RowTerms(values={VALUES: values, _SIGNS: signs})
 
     def row_loss(self, logprobs: Tensor, batch: Batch) -> Tensor | None:
@@ -79,9 +81,11 @@ class Anchors:
         self._kept = list(torch.split(state["anchors"], state["anchor_sizes"].tolist())) if found else []
 
 
-def _signs(row: TokenizedRow) -> Tensor:
+def _signs(row: TokenizedRow, first_is_best: bool) -> Tensor:
     """Return 1 for a response that is to stay likely, −1 for one that is to stay unlikely, 0 for one in between."""
-    weights = torch.tensor(row.weights)
-    if len(weights) == 2 and weights[0] == weights[1]:
-        return torch.tensor([1.0, -1.0])
-    return torch.ones(1) if len(weights) == 1 else torch.sign(weights - weights.mean())
+    if first_is_best or len(row.weights) == 1:
+        return torch.tensor([1.0] + [-1.0] * (len(row.weights) - 1))
+    weights = torch.tensor(row.weights, dtype=torch.float64)
+    above = weights - weights.mean()
+    # The mean of equal numbers is not always that number.
+    return torch.where(above.abs() > _EQUAL * weights.max(), above.sign(), 0.0).float()

@@ -73,7 +73,7 @@ class ContinualPpo(Method):
         self._before = {**{row.id: value for row, value in zip(stage.rows, now, strict=True)}, **self._before}
         lengths = [torch.tensor([len(tokens) for tokens in row.responses]) for row in stage.rows]
         per_token = [value / length for value, length in zip(now, lengths, strict=True)]
-        ends = [_best_and_worst(row) for row in stage.rows]
+        ends = [_best_and_worst(row, stage.objective.first_is_best) for row in stage.rows]
         probability = torch.stack([value[best] for value, (best, _) in zip(per_token, ends, strict=True)])
         reward = _differences(per_token, ends)
         if stage.reference is not None:
@@ -114,10 +114,10 @@ class ContinualPpo(Method):
         return sum_by_row(parts, batch)
 
 
-def _best_and_worst(row: TokenizedRow) -> tuple[int, int]:
+def _best_and_worst(row: TokenizedRow, first_is_best: bool) -> tuple[int, int]:
     """Return the places of a row's best and worst responses: chosen and rejected, or by weight; one may be both."""
     weights = list(row.weights)
-    if len(set(weights)) == 1:
+    if first_is_best:
         return 0, len(weights) - 1
     return weights.index(max(weights)), weights.index(min(weights))
 

@@ -161,13 +161,14 @@ class Decoder:
         return self._head.last(inputs)
 
     @torch.no_grad()
-    def choose(self, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    def choose(self, choose: Callable[..., Tensor], *beside: Tensor) -> Tensor:
         """Return the next token (R,) of each row, by a function from logits (R', V) fp32 of some rows to tokens (R',).
 
-        Logits of many rows and a large vocabulary are never all held at once.
+        Logits of many rows and a large vocabulary are never all held at once. Of tensors `beside`, (R, ...), the
+        function gets the same rows.
         """
-        parts = self._head.chunks(self._states, copies=_CHOICE_COPIES)
-        return torch.cat([choose(self._head.logits(states).float()) for (states,) in parts])
+        parts = self._head.chunks(self._states, *beside, copies=_CHOICE_COPIES)
+        return torch.cat([choose(self._head.logits(states).float(), *others) for states, *others in parts])
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows (R',) int64, in this order; a row may be taken several times."""
@@ -184,19 +185,21 @@ class Decoder:
 
 def continue_rows(
     decoder: Decoder,
-    choose: Callable[[Tensor], Tensor],
+    choose: Callable[..., Tensor],
     ends: Collection[int],
     limit: int,
     finished: Callable[[int, list[int]], bool] = lambda number, tokens: False,
+    chances: Tensor | None = None,
 ) -> list[list[int]]:
     """Write tokens behind every row until it has ended.
 
     Args:
         decoder: R rows.
-        choose: from logits (R', V) of some of the rows, in order, to tokens (R',).
+        choose: from logits (R', V) of some of the rows, in order, to tokens (R',); with `chances`, from these too.
         ends: tokens that end a row.
         limit: most tokens of a row.
         finished: called with a row's number and its new tokens; ends the row where it returns True.
+        chances: (R, limit), a random number for each row's every token; `choose` gets (R',) of them. None for none.
 
     Returns:
         The new tokens of each row: up to and with the first end, or `limit` of them.
@@ -206,7 +209,7 @@ def continue_rows(
     numbers, ended = list(range(len(found))), [False] * len(found)
     stop = frozenset(ends)
     for written in range(1, limit + 1):
-        tokens = decoder.choose(choose)
+        tokens = decoder.choose(choose, *([] if chances is None else [chances[:, written - 1]]))
         for place, (number, token) in enumerate(zip(numbers, tokens.tolist(), strict=True)):
             if not ended[place]:
                 found[number].append(token)
@@ -218,16 +221,21 @@ def continue_rows(
             rows = torch.tensor(going)
             decoder.select(rows)
             tokens = tokens[rows.to(tokens.device)]
+            chances = None if chances is None else chances[rows.to(chances.device)]
             numbers, ended = [numbers[place] for place in going], [False] * len(going)
         decoder.append(tokens)
     return found
 
 
-def draw(logits: Tensor) -> Tensor:
-    """Draw a token (R,) from each row of logits (R, V): the inverse of the distribution at one random number a row."""
+def draw(logits: Tensor, chances: Tensor) -> Tensor:
+    """Draw a token (R,) from each row of logits (R, V): the inverse of the distribution at one random number a row.
+
+    `chances` (R,) fp64 are these, at least 0 and below 1.
+    """
     shares = logits.softmax(-1).double().cumsum(-1)
-    drawn = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * shares[:, -1:]
-    return torch.searchsorted(shares, drawn, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    return torch.searchsorted(shares, chances[:, None] * shares[:, -1:], right=True)[:, 0].clamp(
+        max=logits.shape[1] - 1
+    )
 
 
 # ---- rows that grow and shrink on their own ----

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from everalign.data.chat_tokens import ChatFormat
@@ -51,7 +52,8 @@ def sample_completions(
 ) -> list[Samples]:
     """Draw K completions for every prompt from the policy with the adapters that are on now.
 
-    The draw depends on the seed, the prompts and `tokens_per_batch`, never on the global random state.
+    A prompt's draw depends on the seed, on its place among the prompts and, by rounding alone, on those beside it in a
+    batch; never on the global random state.
 
     Args:
         policy: in training mode or not; it is in evaluation mode meanwhile.
@@ -77,11 +79,11 @@ def sample_completions(
     found: dict[int, Samples] = {}
     was_training = policy.training
     policy.eval()
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
+    with torch.no_grad():
         for rows in batches_by_length(lengths, tokens_per_batch):
             asked = [prompts[row] for row in rows]
-            drawn = _draw(policy, [tokens[row] for row in rows], ends, options, asked)
+            seeds = [(seed, row) for row in rows]
+            drawn = _draw(policy, [tokens[row] for row in rows], ends, options, asked, seeds)
             for place, row in enumerate(rows):
                 answers = drawn[place * options.completions : (place + 1) * options.completions]
                 found[row] = _samples(ends, prompts[row], tokens[row], answers)
@@ -216,17 +218,27 @@ class _Ends:
 
 
 def _draw(
-    policy: Policy, prompt_ids: Sequence[list[int]], ends: _Ends, options: SamplingOptions, prompts: Sequence[Prompt]
+    policy: Policy,
+    prompt_ids: Sequence[list[int]],
+    ends: _Ends,
+    options: SamplingOptions,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[tuple[int, int]],
 ) -> list[list[int]]:
     """Draw K answers to every prompt, prompt by prompt: the new tokens, up to the first end or the limit."""
-    with policy.decoding(policy.on_device(pad_left(prompt_ids, min(ends.tokens)))) as decoder:
+    # A generator for each prompt, so that its answers are the same beside any others.
+    size = (options.completions, options.max_new_tokens)
+    chances = torch.from_numpy(np.concatenate([np.random.default_rng(pair).random(size) for pair in seeds]))
+    batch = policy.on_device({**pad_left(prompt_ids, min(ends.tokens)), "chances": chances})
+    with policy.decoding(batch) as decoder:
         decoder.select(torch.arange(len(prompts)).repeat_interleave(options.completions))
         return continue_rows(
             decoder,
-            lambda logits: draw(logits / options.temperature),
+            lambda logits, chances: draw(logits / options.temperature, chances),
             ends.tokens,
             options.max_new_tokens,
             lambda number, ids: ends.finished(prompts[number // options.completions], ids),
+            batch["chances"],
         )
 
 

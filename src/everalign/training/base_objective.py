@@ -88,9 +88,11 @@ class Objective:
     Attributes:
         needs_reference: whether the loss reads `batch["reference"]`, log-probabilities (S,) under the reference.
         fewest_answers: answers that a sampled prompt needs to be learned from.
+        first_is_best: whether a row's first response is the better one; False where their weights rank them.
     """
 
     needs_reference = False
+    first_is_best = True
     fewest_answers = 2
 
     def __init__(self, name: str, options: ObjectiveOptions) -> None:

@@ -180,6 +180,7 @@ class VarObjective(LikelihoodObjective):
     """
 
     what, can_cap = "weights", True
+    first_is_best = False
 
     @property
     def fewest_answers(self) -> int:  # type: ignore[override]
