@@ -48,11 +48,11 @@ class Rewritten:
 
 
 class Fake:
-    """Writes "yes" where an answer's length is even, and lets the others be; stops at its n-th call."""
+    """Writes "yes" where the sum of an answer's bytes is even, and lets the others be; stops at its n-th call."""
 
     fingerprint = "even"
 
-    def __init__(self, stops_at=0, rewrite=lambda answer: "yes" if len(answer) % 2 == 0 else answer):
+    def __init__(self, stops_at=0, rewrite=lambda answer: "yes" if sum(answer.encode()) % 2 == 0 else answer):
         self.calls, self.pairs, self._stops_at, self._rewrite = 0, [], stops_at, rewrite
 
     def correct_batch(self, pairs):

@@ -47,9 +47,11 @@ class MethodOptions(Options, title="Method"):
     keep: Share | None = Field(default=None, description="Share of what overlaps earlier tasks to keep (lifealign).")
     space: Space | None = Field(default=None, description="Space of the consolidation (lifealign).")
     rank_cap: int | None = Field(default=None, ge=1, description="Highest rank of the long-term memory (lifealign).")
-    replay: Share | None = Field(default=None, description="Share of a task's rows to replay later (lifealign, er).")
+    replay: Share | None = Field(
+        default=None, description="Share of a task's rows to keep (lifealign, er, gem, ogpsa, copr, gdumb)."
+    )
     capacity: int | None = Field(
-        default=None, ge=1, description="Maximum number of rows kept for replay (lifealign, er)."
+        default=None, ge=1, description="Maximum number of rows kept (lifealign, er, gem, ogpsa, copr, gdumb)."
     )
     anchors: float | None = Field(
         default=None, ge=0, description="Pull of replayed answers back to how likely they were (lifealign, er)."
