@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import multiprocessing
 import os
 import shutil
 import sys
@@ -10,7 +11,6 @@ from collections.abc import Generator, Iterator
 import pytest
 from hypothesis import settings
 
-from processes_for_tests import quick_processes  # noqa: F401
 from stores_for_tests import address, cluster  # noqa: F401  # fixtures of every test of the store
 
 # Nothing that a test does may need the network.
@@ -41,6 +41,20 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _left_objects() -> Iterator[None]:
+    """Leave out, too, what a file's tests have left: hundreds of gateways, and what libraries keep of them."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def quick_processes() -> multiprocessing.context.ForkContext:
+    """The context whose `Process` is forked from the tests' own: it has everything imported already."""
+    return multiprocessing.get_context("fork")
 
 
 @pytest.fixture(autouse=True)

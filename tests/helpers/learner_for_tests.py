@@ -1,6 +1,5 @@
 """A random small Llama, three small tasks and a learner over them: what a real run has, in about a second."""
 
-import gc
 from pathlib import Path
 
 import torch
@@ -11,8 +10,6 @@ from everalign import AdapterOptions, Learner, TrainingOptions
 from everalign.data import PreferenceSet
 from tokenizers_for_tests import byte_tokenizer
 
-# Every stage ends in a full collection, which would walk all objects of the imported libraries.
-gc.freeze()
 # Tensors this small only lose by threads, and tests run beside each other.
 torch.set_num_threads(1)
 

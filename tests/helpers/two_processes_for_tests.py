@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 from models_for_tests import perturb, random_policy, random_rows
 from stages_for_tests import train, weights
@@ -44,6 +45,8 @@ def run_stages(folder: Path):
 def main(output: Path, environment: dict[str, str]) -> None:
     """What one of the processes does."""
     os.environ.update(environment)
+    # The process that this one is forked from may have trained, alone.
+    AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(1)
     torch.save(run_stages(output / "checkpoints"), output / f"result.{environment['RANK']}")
     torch.distributed.destroy_process_group()
