@@ -6,7 +6,8 @@ export HF_HUB_OFFLINE = 1
 # Where bytecode may not be written, every start compiles thousands of files again.
 export PYTHONDONTWRITEBYTECODE =
 
-# Two workers of one thread each: small models gain nothing from more, and lose when the threads wait for one another.
+# One thread each: small models gain nothing from more, and lose when the threads wait for one another. Three workers for
+# two cores: tests of gateways, stores and killed processes wait for a good part of their time.
 # A file's tests stay together, so that what they share is made once. Files start in the order of their names: the slow
 # tiers, contract and integration, come first, and no worker waits at the end for a long file of the other.
 
@@ -16,7 +17,7 @@ demo: $(VENV)/ready
 	$(BIN)/everalign demo --output runs/demo
 
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

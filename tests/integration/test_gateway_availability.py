@@ -5,7 +5,6 @@ import json
 import threading
 import time
 
-import httpx
 import pytest
 
 from chat_server_for_tests import ChatServer, Reply, refused
@@ -70,7 +69,7 @@ def test_a_stream_that_is_the_trial_holds_nobody_up(upstream):
         post(gateway)
         time.sleep(0.06)
         upstream.answer = lambda body: Script("long " * 40, drip=0.02) if body.get("stream") else Script()
-        with httpx.stream(
+        with HTTP.stream(
             "POST", f"{gateway.url}/chat/completions", json={"model": "small", "messages": QUESTION, "stream": True}
         ) as streamed:
             next(streamed.iter_lines())
@@ -320,7 +319,7 @@ def test_a_stream_that_stays_as_it_is_is_passed_on_from_its_first_byte(asked, up
     body = {"model": "small", "messages": QUESTION, **STREAMED, **asked}
     with serving(upstream, corrector=Fake()) as gateway:
         started = time.monotonic()
-        with httpx.stream("POST", f"{gateway.url}/chat/completions", json=body) as reply:
+        with HTTP.stream("POST", f"{gateway.url}/chat/completions", json=body) as reply:
             assert reply.headers["x-everalign-correction"].startswith("skipped; reason=")
             lines = reply.iter_lines()
             next(line for line in lines if line.startswith("data:"))

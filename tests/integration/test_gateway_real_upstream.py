@@ -1,9 +1,9 @@
 """The gateway before a real server: `transformers serve` with the tiny assistant, and the official SDK in front."""
 
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 
@@ -13,7 +13,7 @@ import pytest
 
 from everalign.modeling.loading import tiny_assistant_path
 from everalign.serving.settings import UpstreamSettings
-from upstream_for_tests import Fake, serving
+from upstream_for_tests import HTTP, Fake, serving
 
 MODEL = str(tiny_assistant_path())
 ASKED = {"model": MODEL, "messages": [{"role": "user", "content": "How should I store eggs?"}], "max_tokens": 40}
@@ -24,45 +24,35 @@ def free_port():
         return listening.getsockname()[1]
 
 
+def serve(port):
+    from transformers.cli import transformers
+
+    sys.argv = ["transformers", "serve", "--host", "127.0.0.1", "--port", f"{port}", "--device", "cpu", MODEL]
+    transformers.main()
+
+
 @pytest.fixture(scope="module")
 def real():
-    """`transformers serve` on a free port."""
+    """`transformers serve` on a free port, in a process forked from this one, which has imported transformers."""
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "transformers.cli.transformers",
-        "serve",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        f"{port}",
-    ]
-    process = subprocess.Popen(
-        [*command, "--device", "cpu", MODEL],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = multiprocessing.get_context("fork").Process(target=serve, args=(port,), daemon=True)
+    process.start()
     until = time.monotonic() + 90
     while True:
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200:
+            if HTTP.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                 break
         except httpx.TransportError:
             pass
-        if process.poll() is not None:
-            pytest.fail(f"transformers serve ended: {process.stderr.read()[-2000:]}")
+        assert process.is_alive(), f"transformers serve ended with {process.exitcode}"
         assert time.monotonic() < until, "transformers serve did not start"
         time.sleep(0.2)
     yield UpstreamSettings("default", f"http://127.0.0.1:{port}/v1")
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(15)
-    except subprocess.TimeoutExpired:
+    os.kill(process.pid, signal.SIGINT)
+    process.join(15)
+    if process.is_alive():
         process.kill()
-        process.wait()
+        process.join()
 
 
 def client(served):
