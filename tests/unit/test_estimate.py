@@ -199,6 +199,20 @@ def test_a_buffer_keeps_as_many_rows_as_is_predicted():
         assert kept == len(buffer)
 
 
+@pytest.mark.parametrize("capacity", [3000, 25, 7, 1])
+def test_gdumb_learns_as_many_rows_as_is_predicted(capacity):
+    from everalign.estimate.work import balanced_rows, replayed_rows
+
+    own, buffer = [Rows(pairs(4), 50) for _ in range(4)], ReplayBuffer(capacity)
+    earlier, _ = replayed_rows(own, 0.2, capacity)
+    for number, rows in enumerate(own):
+        name = f"task-{number}"
+        buffer = buffer.balanced_with(name, rows.spread_over(rows.count), 0.2, seed=0)
+        new, old = balanced_rows(rows, earlier[number], number, 0.2, capacity)
+        assert new.count + (0 if old is None else old.count) == len(buffer)
+        assert abs(new.count - buffer.tasks()[name]) <= 1
+
+
 # ---- value ----
 
 RATE = WinRate(0.6, 0.55, 0.65, "judge_win_rate", 200, "002-b")

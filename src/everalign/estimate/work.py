@@ -206,8 +206,8 @@ def plan_run(
     answers = sum(min(sample_answers, test.count) for test in tests)
     plans = []
     for number, (name, rows) in enumerate(zip(names, own_rows, strict=True)):
-        if context.method.name == "gdumb":
-            rows = replace(rows, count=max(1, math.floor(context.method.settings()["replay"] * rows.count)))
+        if context.method.name == "gdumb" and buffer is not None:
+            rows, replayed[number] = balanced_rows(rows, replayed[number], number, share, buffer.capacity)
         rank = context.adapter.rank * number if context.method.long_term else 0
         stages = [
             plan_stage(context, objective, options, rows, replayed[number], packed)
@@ -298,6 +298,14 @@ def replayed_rows(own: Sequence[Rows], share: float, capacity: int) -> tuple[lis
             oldest = held.pop(0)  # the oldest are dropped first
             held = [replace(oldest, count=oldest.count - excess), *held] if oldest.count > excess else held
     return found, sum(part.count for part in held)
+
+
+def balanced_rows(own: Rows, old: Rows | None, earlier: int, share: float, capacity: int) -> tuple[Rows, Rows | None]:
+    """Return what GDumb learns of a task's rows and of those of earlier tasks, which are as many as the task's."""
+    drawn, held = max(1, math.floor(share * own.count + 1e-9)), 0 if old is None else old.count
+    kept = min(drawn, max(1, capacity - held, capacity // (earlier + 1)))
+    left = min(held, capacity - kept)
+    return replace(own, count=kept), replace(old, count=left) if old is not None and left else None
 
 
 # ---- what is computed of them ----
