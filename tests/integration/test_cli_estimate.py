@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli_for_tests import FAST, make_workspace, run, task, write_rows
+from cli_for_tests import FAST, learn, make_workspace, run, task, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +213,25 @@ def test_flags_are_checked_before_torch_is_loaded(flags):
     code = f"import sys\nfrom everalign.cli import main\nprint(main({arguments!r}), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "False"]
+
+
+def test_a_run_keeps_what_was_predicted_beside_what_it_took(capsys, folder):
+    predicted = as_json(capsys, *TASKS)
+    code, _, error = run(capsys, *learn(*TASKS))
+    assert code == 0, error
+    assert "predicted: 6 steps" in error
+    kept = json.loads((folder / "run" / "run.json").read_text())["predicted"]
+    assert {name: one["steps"] for name, one in kept.items()} == {"warm": 3, "brief": 3}
+    assert kept["warm"]["memory"] == pytest.approx(predicted["memory"]["peak"], rel=0.05)
+    versions = json.loads(run(capsys, "versions", "run", "--json")[1])["versions"]
+    for version in versions:
+        assert version["predicted"] == kept[version["task"]]
+        assert version["actual"]["processor_seconds"] > 0
+        assert version["actual"]["memory"] > 2**20
+        manifest = json.loads((folder / "run" / "versions" / version["version"] / "manifest.json").read_text())
+        assert manifest["stages"][0]["steps"] == version["predicted"]["steps"]
+    assert "took" in run(capsys, "versions", "run")[1]
+    # A later task joins them.
+    code, _, error = run(capsys, *learn(*task("calm"), "--resume"))
+    assert code == 0, error
+    assert list(json.loads((folder / "run" / "run.json").read_text())["predicted"]) == ["warm", "brief", "calm"]

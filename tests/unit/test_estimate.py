@@ -12,7 +12,7 @@ from everalign.data.replay import ReplayBuffer
 from everalign.data.tokenization import TokenizedRow
 from everalign.errors import InputError
 from everalign.estimate.machines import MACHINES, find_machine
-from everalign.estimate.prediction import Clock, Range, peak_memory
+from everalign.estimate.prediction import Clock, Range, predicted_memory
 from everalign.estimate.shape import Saved, meta_policy, saved_bytes, saved_bytes_on_cpu, shape_of
 from everalign.estimate.value import Value, WinRate, parse_api_price, read_win_rate
 from everalign.estimate.work import Rows, Work, pooled, work_of_batches
@@ -160,15 +160,15 @@ def test_autocast_is_there_again_after_counting(empty):
 def test_activations_are_computed_twice_where_memory_is_short(empty):
     shape, machine = shape_of(empty, on_cpu=False), MACHINES["l4"]
     saved = Saved(total=30e9, layer=15e9, tokens=1000)
-    large = peak_memory(shape, machine, saved, 1000, 100, 0, "auto", kl=False)
+    large = predicted_memory(shape, machine, saved, 1000, 100, 0, "auto", kl=False)
     assert large.checkpointing
     assert large.parts["activations"] < 30e9
-    small = peak_memory(shape, machine, saved, 100, 100, 0, "auto", kl=False)
+    small = predicted_memory(shape, machine, saved, 100, 100, 0, "auto", kl=False)
     assert not small.checkpointing
     assert small.parts["activations"] == pytest.approx(3e9)
-    off = peak_memory(shape, machine, saved, 1000, 100, 0, "off", kl=False)
+    off = predicted_memory(shape, machine, saved, 1000, 100, 0, "off", kl=False)
     assert not off.fits
-    assert peak_memory(shape, machine, saved, 10, 100, 0, "on", kl=False).checkpointing
+    assert predicted_memory(shape, machine, saved, 10, 100, 0, "on", kl=False).checkpointing
 
 
 # ---- rows ----

@@ -181,12 +181,16 @@ def version_table(run: "RunData") -> Table:
         f"Changes in points.{''.join(refused)}"
     )
     made = Table(caption=Text(caption, style="dim"), caption_justify="left")
+    rows = version_rows(run)
+    timed = any(row["predicted"] for row in rows)
     for title in ("version", "task", "learned (UTC)"):
         made.add_column(title, overflow="fold")
     for title in ("then", "now", "change"):
         made.add_column(title, justify="right", no_wrap=True)
     made.add_column("status")
-    for row in version_rows(run):
+    for title in ("predicted", "took") if timed else ():
+        made.add_column(title, justify="right")
+    for row in rows:
         change = None if row["then"] is None or row["now"] is None else row["now"] - row["then"]
         made.add_row(
             Text(row["version"]),
@@ -196,5 +200,24 @@ def version_table(run: "RunData") -> Table:
             accuracy.value(row["now"]),
             Text(accuracy.change(change), style=colours[accuracy.direction(change)]),
             row["status"],
+            *((_predicted(row["predicted"]), _took(row["actual"])) if timed else ()),
         )
     return made
+
+
+def _predicted(found: dict[str, Any] | None) -> str:
+    from everalign.reporting.formats import seconds
+
+    if found is None:
+        return "–"
+    low, high = found["seconds"]
+    return f"{seconds(low)} to {seconds(high)}, {found['memory'] / 2**30:.1f} GiB"
+
+
+def _took(found: dict[str, Any] | None) -> str:
+    from everalign.reporting.formats import seconds
+
+    if found is None:
+        return "–"
+    processor = f" ({seconds(found['processor_seconds'])} of processors)"
+    return f"{seconds(found['seconds'])}{processor}, {found['memory'] / 2**30:.1f} GiB"

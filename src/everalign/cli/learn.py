@@ -1,6 +1,7 @@
 """The verb `learn`: tasks in, a run directory out. Most of its flags are the keys of a recipe."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,7 @@ from everalign.learning.task_files import LoadedTask, left_to_learn, load_tasks
 from everalign.training.options import WeightOptions
 
 if TYPE_CHECKING:
+    from everalign.learning.learner import Learner
     from everalign.learning.run_data import RunData
 
 _FEEDBACK = "Feedback"
@@ -108,6 +110,7 @@ def learn(
                     loaded = left_to_learn(wanted, loaded) if goes_on else loaded
                     learner = Learner(**arguments, resume=resume, log=display.log, progress=display.progress)
                     write_recipe(learner.run.path, wanted)
+                    _predict(learner, loaded, arguments, display)
                     try:
                         learner.learn_all(loaded)
                     except GateRefusedError as error:
@@ -140,6 +143,22 @@ def _load(recipe: Recipe, display: Display) -> list[LoadedTask]:
             if rows is not None:
                 report_unused(rows)
     return tasks
+
+
+def _predict(learner: "Learner", tasks: list[LoadedTask], arguments: Mapping[str, Any], display: Display) -> None:
+    """Writes into the run what its tasks will take; `versions` shows it beside what they took."""
+    from everalign.estimate.estimator import predict_learner
+
+    try:
+        found = predict_learner(learner.context, tasks, arguments["sample_answers"], arguments.get("gate"))
+    except InputError as error:
+        display.log(f"  how long it takes is not predicted: {error}")
+        return
+    from everalign.reporting.formats import seconds as duration
+
+    learner.record_prediction(found.tasks_to_dict())
+    time_needed = " to ".join(duration(part) for part in (found.total.low, found.total.high))
+    display.log(f"predicted: {found.steps} steps, {time_needed}, {found.memory.peak / 2**30:.1f} GiB of memory")
 
 
 def _learn_feedback(

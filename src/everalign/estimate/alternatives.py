@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from everalign.estimate.estimator import Estimated, context_from_config, stage_of_rows
-from everalign.estimate.prediction import Clock, Range, peak_memory
+from everalign.estimate.prediction import Clock, Range, predicted_memory
 from everalign.estimate.shape import saved_bytes, saved_bytes_on_cpu, shape_of
 from everalign.estimate.work import Rows, Work, pooled
 from everalign.learning.context import Log
@@ -179,7 +179,7 @@ def _upstream(estimated: Estimated, arguments: Mapping[str, Any], upstream: str 
         saved = saved_bytes_on_cpu(config, precision, context.adapter, context.objective, shape.layers)
     else:
         saved = saved_bytes(context.policy, context.objective, largest.largest)
-    memory = peak_memory(
+    memory = predicted_memory(
         shape, machine, saved, round(largest.largest_work.tokens), largest.largest_work.targets, 0,
         context.options.checkpointing, False,
     )  # fmt: skip

@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from everalign.data.collate import training_plan
 from everalign.data.tokenization import TokenizedRow
 from everalign.errors import EveralignError, InputError
 from everalign.estimate.machines import Machine, machine_at_hand, this_processor
-from everalign.estimate.prediction import Clock, Prediction, calibrated, peak_memory, predict
+from everalign.estimate.prediction import Clock, Prediction, calibrated, predict, predicted_memory
 from everalign.estimate.shape import (
     ModelShape,
     Saved,
@@ -33,7 +32,7 @@ from everalign.learning.task_files import LoadedTask
 from everalign.methods import Method
 from everalign.modeling.loading import load_tokenizer, readable_length
 from everalign.modeling.options import Precision
-from everalign.modeling.runtime import free_memory, prepare_process, training_device
+from everalign.modeling.runtime import free_memory, peak_memory, prepare_process, training_device
 from everalign.training.options import WeightOptions
 from everalign.training.reference import Reference, ReferenceCache, sequence_logprobs
 from everalign.training.stage import train_stage
@@ -165,10 +164,10 @@ def predict_learner(
     """
     if context.method.prompts is not None:
         raise InputError("what learned prompts take is not estimated")
-    device = next(context.policy.parameters()).device
-    machine = machine_at_hand(device)
+    machine = machine_at_hand(next(context.policy.parameters()).device)
     shape = shape_of(context.policy, machine.is_cpu)
-    return _estimated(context, tasks, machine, shape, sample_answers, gate).prediction
+    silent = replace(context, log=lambda _: None)
+    return _estimated(silent, tasks, machine, shape, sample_answers, gate).prediction
 
 
 def _estimated(
@@ -184,7 +183,7 @@ def _estimated(
     largest = max((stage for task in plan.tasks for stage in task.stages), key=lambda stage: stage.largest_work.tokens)
     saved = _saved(context, shape, machine, largest.largest)
     has_tests = plan.start.tokens > 0
-    memory = peak_memory(
+    memory = predicted_memory(
         shape,
         machine,
         saved,
@@ -310,7 +309,7 @@ def measure(arguments: Mapping[str, Any], estimated: Estimated, log: Log) -> tup
             lambda *_: None,
         )
         seconds, predicted = _timed(context, estimated, device)
-    found = Measured(seconds, predicted, _peak(device), here.name)
+    found = Measured(seconds, predicted, float(peak_memory(device)), here.name)
     factor = found.factor
     prediction = calibrated(estimated.prediction, factor, _CALIBRATED_SPREAD)
     return replace(estimated, prediction=prediction, clock=replace(estimated.clock, factor=(factor, factor))), found
@@ -353,23 +352,3 @@ def _timed(context: RunContext, estimated: Estimated, device: torch.device) -> t
 def _clock(device: torch.device) -> float:
     """Seconds that other programs do not lengthen: a processor's own time, divided by its threads."""
     return time.perf_counter() if device.type == "cuda" else time.process_time() / torch.get_num_threads()
-
-
-def _peak(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_reserved(device))
-    return peak_resident()
-
-
-def peak_resident() -> float:
-    """Return the most bytes of memory that this process has held."""
-    info = psutil.Process().memory_info()
-    return float(getattr(info, "peak_wset", 0) or _high_water() or info.rss)
-
-
-def _high_water() -> float:
-    import resource
-    import sys
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -3,6 +3,7 @@
 import difflib
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 from everalign.errors import InputError
@@ -116,6 +117,7 @@ def machine_at_hand(device: Any = None) -> Machine:
     return replace(MACHINES[max(fitting, key=len)], memory=float(properties.total_memory))
 
 
+@cache
 def this_processor() -> Machine:
     """Measure this machine's processor: two matrix products and a sum of long vectors, less than half a second.
 

@@ -123,6 +123,17 @@ class Prediction:
         """Seconds of what teaches alone: without the start, held-out rows and sample answers."""
         return sum((self.seconds[name] for name in _LEARNING if name in self.seconds), Range())
 
+    def tasks_to_dict(self) -> dict[str, dict[str, Any]]:
+        """Return what each task takes, as a run keeps it (`everalign.learning.run_files.Predicted`)."""
+        return {
+            name: {
+                "steps": self.task_steps[name],
+                "seconds": [round(part.low, 3), round(part.high, 3)],
+                "memory": round(self.memory.peak),
+            }
+            for name, part in self.tasks.items()
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON holds it."""
         return {
@@ -221,7 +232,7 @@ class Clock:
         return Range(low * self.factor[0], high * self.factor[1])
 
 
-def peak_memory(
+def predicted_memory(
     shape: ModelShape,
     machine: Machine,
     saved: Saved,

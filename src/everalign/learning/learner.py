@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from everalign.correction.corrector_files import is_corrector
 from everalign.correction.objective import Rewritten
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
-from everalign.learning.context import Log, Progress, make_context
+from everalign.learning.context import Log, Progress, RunContext, make_context
 from everalign.learning.evaluation_suite import EvaluationSuite
 from everalign.learning.export import export_adapter, export_version
 from everalign.learning.options import (
@@ -40,6 +41,7 @@ from everalign.learning.scores import Scores
 from everalign.learning.task_training import AnySet, GivenTask, Rows, as_set, prepare_rows, task_seed, train_task
 from everalign.methods import METHODS, LifeAlign, Method, Task
 from everalign.modeling.model_files import OutputDtype
+from everalign.modeling.runtime import peak_memory
 from everalign.training.base_objective import PreparedRows
 from everalign.training.objectives import reads
 from everalign.training.options import WeightOptions
@@ -265,6 +267,7 @@ class Learner:
         setup.log(f"task {len(self._lineage) + 1}: {name}{whose}")
         for line in prepared.lines:
             setup.log(line)
+        started, all_busy = time.perf_counter(), time.process_time()
         number = max((version.manifest.index for version in self.run.all_versions), default=0) + 1
         version = version_name(number, name)
         guarded = [] if self.gate is None else [*before, name]
@@ -288,6 +291,7 @@ class Learner:
             verdict = self._verdict(
                 scores_before, scores, written_before, write_corrections(setup, tests.rows(guarded))
             )
+        answers = tests.answers()
         manifest = {
             "index": number,
             "name": name,
@@ -303,12 +307,17 @@ class Learner:
             "seed": task.seed,
             "stages": [report.to_dict() for report in result.reports],
             "method_seconds": round(method_seconds, 3),
+            "actual": {
+                "seconds": round(time.perf_counter() - started, 3),
+                "processor_seconds": round(time.process_time() - all_busy, 3),
+                "memory": peak_memory(next(self.policy.parameters()).device),
+            },
             "warnings": list(result.warnings),
             "replay_ids": [] if method.buffer is None else method.buffer.ids(),
         }
         self._run.write_version(
             *(version, manifest, self.policy, method, result.reports, records),
-            *(scores, before_consolidation, tests.answers()),
+            *(scores, before_consolidation, answers),
         )
         refused = verdict is not None and not verdict.promoted
         if refused:
@@ -409,6 +418,16 @@ class Learner:
             raise EveralignError("a task was interrupted: continue with a new learner that resumes the run")
 
     # ---- results ----
+
+    @property
+    def context(self) -> RunContext:
+        """What the run is made of: model, objective and options."""
+        return self._setup
+
+    def record_prediction(self, tasks: Mapping[str, Any]) -> None:
+        """Writes what tasks are predicted to take into the run, by name, to be compared with what they took."""
+        with self._run.exclusive():
+            self._run.record_prediction(tasks)
 
     @property
     def starts_from_corrector(self) -> bool:

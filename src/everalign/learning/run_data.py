@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 from everalign.errors import InputError
 from everalign.learning.run_files import (
+    Actual,
     AnswerResult,
     EvaluationFile,
     Manifest,
     ModuleConsolidation,
+    Predicted,
     RunFile,
     SampleAnswer,
     Score,
@@ -321,7 +323,7 @@ def version_rows(run: RunData) -> list[dict[str, Any]]:
 
     `then` is a version's accuracy on its own task, `now` the promoted version's on that task; null where it was not
     measured, or where versions do not build on each other (STL). `status` is what became of a version, `gate` the
-    gate's verdict where there was one.
+    gate's verdict where there was one. `predicted` and `actual` are what its task was to take and what it took.
     """
     promoted = next((version.scores for version in run.versions if version.id == run.current), run.zero_shot)
     return [
@@ -337,6 +339,12 @@ def version_rows(run: RunData) -> list[dict[str, Any]]:
             "status": run.status(version),
             "warnings": version.manifest.warnings,
             "gate": None if version.manifest.gate is None else version.manifest.gate.model_dump(mode="json"),
+            "predicted": _dumped(run.facts.predicted.get(version.task)),
+            "actual": _dumped(version.manifest.actual),
         }
         for version in run.all_versions
     ]
+
+
+def _dumped(record: Predicted | Actual | None) -> dict[str, Any] | None:
+    return None if record is None else record.model_dump(mode="json")

@@ -118,8 +118,36 @@ class Method(_Record):
     name: str
 
 
+class Predicted(_Record):
+    """What a task was predicted to take, before it was learned.
+
+    Args:
+        steps: optimiser steps.
+        seconds: at least and at most, on a machine that does nothing else.
+        memory: bytes at the highest.
+    """
+
+    steps: Count
+    seconds: tuple[FiniteFloat, FiniteFloat]
+    memory: FiniteFloat
+
+
+class Actual(_Record):
+    """What a task took.
+
+    Args:
+        seconds: wall-clock time, of the last uninterrupted piece.
+        processor_seconds: processor time of all threads meanwhile.
+        memory: bytes that the process, or the GPU, had held at the highest by then.
+    """
+
+    seconds: FiniteFloat
+    processor_seconds: FiniteFloat
+    memory: FiniteFloat
+
+
 class RunFile(_Record):
-    """run.json: how the run was set up."""
+    """run.json: how the run was set up; `predicted` is by task."""
 
     format: Literal[1]
     everalign: str
@@ -133,6 +161,7 @@ class RunFile(_Record):
     created: str
     libraries: dict[str, str]
     machine: dict[str, Any]
+    predicted: dict[str, Predicted] = {}
 
 
 class Stage(_Record):
@@ -209,6 +238,7 @@ class Manifest(_Record):
     gate: Verdict | None = None
     stages: list[Stage]
     method_seconds: FiniteFloat | None = None
+    actual: Actual | None = None
     files: dict[str, str]
 
 

@@ -1,6 +1,7 @@
 """Process settings that training profits from, and what a step keeps: activation checkpointing, lean layers."""
 
 import ctypes
+import resource
 import sys
 import warnings
 import weakref
@@ -97,6 +98,13 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(int(psutil.virtual_memory().available), _free_in_container())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held: of a GPU's memory, or of RAM."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _free_in_container(root: Path = Path("/sys/fs/cgroup")) -> int:
