@@ -12,10 +12,10 @@ from everalign.estimate.shape import saved_bytes, saved_bytes_on_cpu, shape_of
 from everalign.estimate.work import Rows, Work, pooled
 from everalign.learning.context import Log
 
-# TRL 1.16: DPOConfig.per_device_train_batch_size, gradient_checkpointing; GRPOConfig.num_generations,
-# max_completion_length and per_device_train_batch_size.
+# Defaults of TRL 1.16: per_device_train_batch_size; GRPOConfig.num_generations and max_completion_length. Both trainers
+# compute activations twice (gradient_checkpointing), and GRPO has no reference (beta 0).
 _TRL_BATCH = 8
-_GRPO_ANSWERS, _GRPO_LONGEST = 8, 256
+_GRPO_ANSWERS, _GRPO_LONGEST = 8, 512
 # Answers that GRPO writes side by side: an assumption.
 _GRPO_AT_ONCE = 64
 # Logits that TRL holds: as computed, in fp32, and their log-softmax.
@@ -142,7 +142,7 @@ def _trl_batches(rows: Rows) -> tuple[Work, int]:
 
 def _grpo(estimated: Estimated) -> Alternative:
     """GRPO on the same prompts: answers are written, scored by a model of the same size, and learned once."""
-    clock, plan, context = estimated.clock, estimated.plan, estimated.context
+    clock, plan, context = replace(estimated.clock, recomputed=True), estimated.plan, estimated.context
     count = sum(rows.count for rows in plan.rows) * _GRPO_ANSWERS
     low, high = min(plan.answer, _GRPO_LONGEST), float(_GRPO_LONGEST)
     ends = []
@@ -156,7 +156,8 @@ def _grpo(estimated: Estimated) -> Alternative:
         )
     shape = clock.shape
     tokens = _TRL_BATCH * (plan.prompt + high)
-    kept = min(estimated.saved.total * tokens / estimated.saved.tokens, clock.machine.memory * 100)
+    kept = tokens * shape.layers * shape.hidden * shape.itemsize
+    kept += estimated.saved.layer * tokens / estimated.saved.tokens + _TRL_LOGITS * 4.0 * tokens * shape.vocabulary
     base = sum(estimated.prediction.memory.parts[part] for part in ("libraries", "weights", "learned"))
     cache = _GRPO_AT_ONCE * (plan.prompt + high) * shape.cache_bytes
     memory = base + shape.weight_bytes + max(kept, cache)
