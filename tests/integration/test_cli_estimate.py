@@ -234,4 +234,21 @@ def test_a_run_keeps_what_was_predicted_beside_what_it_took(capsys, folder):
     # A later task joins them.
     code, _, error = run(capsys, *learn(*task("calm"), "--resume"))
     assert code == 0, error
-    assert list(json.loads((folder / "run" / "run.json").read_text())["predicted"]) == ["warm", "brief", "calm"]
+    kept = json.loads((folder / "run" / "run.json").read_text())["predicted"]
+    assert list(kept) == ["warm", "brief", "calm"]
+    # 10 rows of its own, and 4 that the buffer holds of the others, in batches of 4.
+    assert kept["calm"]["steps"] == 4
+    manifest = json.loads((folder / "run" / "versions" / "003-calm" / "manifest.json").read_text())
+    assert manifest["stages"][0]["steps"] == 4
+
+
+def test_held_out_rows_that_say_nothing_are_left_to_the_learner(capsys, folder):
+    same = [{"question": f"q{i}?", "answer": "yes", "correction": "yes"} for i in range(4)]
+    write_rows(folder / "same.test.jsonl", same)
+    rows = [{"question": f"q{i}!", "answer": f"no {i}", "correction": f"yes {i}"} for i in range(12)]
+    write_rows(folder / "more.jsonl", rows)
+    arguments = ["--task", "a=more.jsonl,same.test.jsonl", "--objective", "correction", "--max-length", "512"]
+    assert as_json(capsys, *arguments, "--gpu", "h100")["parts"]["held-out rows"] == [0.0, 0.0]
+    code, _, error = run(capsys, *learn(*arguments, "--output", "refused"))
+    assert code == 2
+    assert "has no rows" in error

@@ -213,6 +213,14 @@ def test_gdumb_learns_as_many_rows_as_is_predicted(capacity):
         assert abs(new.count - buffer.tasks()[name]) <= 1
 
 
+def test_rows_that_a_buffer_holds_already_are_replayed_first():
+    from everalign.estimate.work import replayed_rows
+
+    predicted, kept = replayed_rows([Rows(pairs(4), 50), Rows(pairs(4), 50)], 0.2, 25, [Rows(pairs(2), 18)])
+    assert [rows.count for rows in predicted if rows is not None] == [18, 25]
+    assert kept == 25
+
+
 # ---- value ----
 
 RATE = WinRate(0.6, 0.55, 0.65, "judge_win_rate", 200, "002-b")

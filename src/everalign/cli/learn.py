@@ -150,9 +150,12 @@ def _predict(learner: "Learner", tasks: list[LoadedTask], arguments: Mapping[str
     from everalign.estimate.estimator import predict_learner
 
     try:
-        found = predict_learner(learner.context, tasks, arguments["sample_answers"], arguments.get("gate"))
+        done = [version.task for version in learner.run.versions]
+        found = predict_learner(learner.context, tasks, arguments["sample_answers"], arguments.get("gate"), done)
     except InputError as error:
-        display.log(f"  how long it takes is not predicted: {error}")
+        display.log(f"how long it takes is not predicted: {error}")
+        return
+    if found is None:
         return
     from everalign.reporting.formats import seconds as duration
 

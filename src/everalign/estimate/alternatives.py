@@ -143,7 +143,7 @@ def _trl_batches(rows: Rows) -> tuple[Work, int]:
 def _grpo(estimated: Estimated) -> Alternative:
     """GRPO on the same prompts: answers are written, scored by a model of the same size, and learned once."""
     clock, plan, context = replace(estimated.clock, recomputed=True), estimated.plan, estimated.context
-    count = sum(rows.count for rows in plan.rows) * _GRPO_ANSWERS
+    count = sum(rows.count for rows in plan.rows) * _GRPO_ANSWERS * context.options.epochs
     low, high = min(plan.answer, _GRPO_LONGEST), float(_GRPO_LONGEST)
     ends = []
     for tokens in (low, high):

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -155,19 +155,35 @@ def estimate_run(
 
 
 def predict_learner(
-    context: RunContext, tasks: Sequence[LoadedTask], sample_answers: int, gate: float | None
-) -> Prediction:
+    context: RunContext,
+    tasks: Sequence[LoadedTask],
+    sample_answers: int,
+    gate: float | None,
+    learned: Collection[str] = (),
+) -> Prediction | None:
     """Predict what a learner, whose model is loaded, is about to do on its machine.
+
+    Args:
+        context: its parts.
+        tasks: name, training rows and held-out rows of each.
+        sample_answers: held-out prompts of a task that are answered.
+        gate: its tolerance; None for none.
+        learned: names of tasks that are learned already.
+
+    Returns:
+        None where no task is left.
 
     Raises:
         InputError: the GPU is unknown, or the model cannot be counted.
     """
     if context.method.prompts is not None:
         raise InputError("what learned prompts take is not estimated")
+    if all(name in learned for name, _, _ in tasks):
+        return None
     machine = machine_at_hand(next(context.policy.parameters()).device)
     shape = shape_of(context.policy, machine.is_cpu)
     silent = replace(context, log=lambda _: None)
-    return _estimated(silent, tasks, machine, shape, sample_answers, gate).prediction
+    return _estimated(silent, tasks, machine, shape, sample_answers, gate, learned).prediction
 
 
 def _estimated(
@@ -177,9 +193,10 @@ def _estimated(
     shape: ModelShape,
     sample_answers: int,
     gate: float | None,
+    learned: Collection[str] = (),
 ) -> Estimated:
     flex = context.options.attention == "flex"
-    plan = plan_run(context, tasks, sample_answers, shape.packed or (flex and shape.shared), gate is not None)
+    plan = plan_run(context, tasks, sample_answers, shape.packed or (flex and shape.shared), gate is not None, learned)
     largest = max((stage for task in plan.tasks for stage in task.stages), key=lambda stage: stage.largest_work.tokens)
     saved = _saved(context, shape, machine, largest.largest)
     has_tests = plan.start.tokens > 0

@@ -1,7 +1,7 @@
 """The work of a run: its steps, and the tokens that are computed, by the code that training plans batches with."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,8 +170,9 @@ def plan_run(
     sample_answers: int,
     packed: bool,
     gated: bool,
+    learned: Collection[str] = (),
 ) -> RunPlan:
-    """Plan a run.
+    """Plan a run, or what is left of it.
 
     Args:
         context: the learner's parts; its policy may lie on the meta device.
@@ -179,53 +180,51 @@ def plan_run(
         sample_answers: held-out prompts of a task that are answered.
         packed: whether rows are computed without padding, as on a processor and by FlexAttention.
         gated: whether every task is scored before it is learned too.
+        learned: names of tasks that are learned already, whose held-out rows alone are computed.
 
     Raises:
         InputError: what the learner would refuse of the rows.
     """
-    limit = max(1, MOST_ROWS // sum(1 if test is None else 2 for _, _, test in tasks))
-    names = [name for name, _, _ in tasks]
-    own = [_tokenized(context, rows, limit) for _, rows, _ in tasks]
+    method, left = context.method, [task for task in tasks if task[0] not in learned]
+    limit = max(1, MOST_ROWS // max(1, sum(1 if test is None else 2 for _, _, test in tasks)))
+    names = [name for name, _, _ in left]
+    own = [_tokenized(context, rows, limit) for _, rows, _ in left]
     tests = [_held_out(context, test, limit) for _, _, test in tasks if test is not None]
-    if context.method.regime == "joint":
+    if method.regime == "joint":
         names, own_rows = ["all-tasks"], [pooled(own)]
     else:
         own_rows = own
-    replayed: list[Rows | None] = [None] * len(own_rows)
-    buffer, kept = context.method.buffer, 0
-    if buffer is not None:
-        share = float(context.method.settings().get("replay", 1.0))
-        replayed, kept = replayed_rows(own_rows, share, buffer.capacity)
+    replayed, kept = _replayed(context, own_rows, limit)
     start = sum((forward_work(context, test, packed) for test in tests), Work())
     kl = sum((_kl_work(context, test, packed) for test in tests), Work())
-    times = 2 if context.method.consolidates else 1
-    scored = (start + kl).times(times) + (start if gated else Work())
+    times = 2 if method.consolidates else 1
     corrects = gated and context.objective.name == "correction"
-    # Before and after, of the answers as they are and of people's corrections.
-    corrected = 4 * sum(min(MOST_WRITTEN, test.count) for test in tests) if corrects else 0
     answers = sum(min(sample_answers, test.count) for test in tests)
+    before = max((update.left.shape[1] for update in context.policy.long_term().values()), default=0)
     plans = []
     for number, (name, rows) in enumerate(zip(names, own_rows, strict=True)):
-        if context.method.name == "gdumb" and buffer is not None:
-            rows, replayed[number] = balanced_rows(rows, replayed[number], number, share, buffer.capacity)
-        rank = context.adapter.rank * number if context.method.long_term else 0
+        if method.name == "gdumb" and method.buffer is not None:
+            share = float(method.settings()["replay"])
+            rows, replayed[number] = balanced_rows(rows, replayed[number], number, share, method.buffer.capacity)
+        rank = before + context.adapter.rank * number if method.long_term else 0
+        sampled = context.scorer is not None and left[min(number, len(left) - 1)][1].prompts_alone
+        rounds = context.rollouts.rounds if sampled else 1
         stages = [
             plan_stage(context, objective, options, rows, replayed[number], packed)
             for objective, options in context.stages()
         ]
-        rolled = (rows.count * context.rollouts.samples, context.rollouts.max_new_tokens)
-        sampled = context.scorer is not None and tasks[min(number, len(tasks) - 1)][1].prompts_alone
-        rounds = context.rollouts.rounds if sampled else 1
+        drawn = rows.count * context.rollouts.samples * rounds
         plans.append(
             TaskPlan(
                 name,
                 stages * rounds,
-                scored,
+                (start + kl).times(times) + (start if gated else Work()),
                 kl.targets * times,
                 answers,
-                (rolled[0] * rounds, rolled[1]) if sampled else (0, 0),
-                corrected,
-                min(rank, getattr(context.method, "rank_cap", rank)),
+                (drawn, context.rollouts.max_new_tokens) if sampled else (0, 0),
+                # Before and after, of the answers as they are and of people's corrections.
+                4 * sum(min(MOST_WRITTEN, test.count) for test in tests) if corrects else 0,
+                min(rank, getattr(method, "rank_cap", rank)),
             )
         )
     sample = [row for rows in own for row in rows.sample]
@@ -240,6 +239,17 @@ def plan_run(
         context.tokens_per_batch,
         kept,
     )
+
+
+def _replayed(context: RunContext, own: Sequence[Rows], limit: int) -> tuple[list[Rows | None], int]:
+    """Return for each task what the method's buffer will hold of earlier ones, those learned already included."""
+    buffer = context.method.buffer
+    if buffer is None:
+        return [None] * len(own), 0
+    held = buffer.rows()
+    some = list(context.objective.tokenize(spread(held, limit), (), context)) if held else []
+    share = float(context.method.settings().get("replay", 1.0))
+    return replayed_rows(own, share, buffer.capacity, [Rows(some, len(held))] if some else [])
 
 
 # ---- rows ----
@@ -274,6 +284,8 @@ def _rewarded(row: Any) -> Scored:
 def _held_out(context: RunContext, test: RowSet[Any], limit: int) -> Rows:
     judged = context.objective.held_out(test, context.log)
     count = min(context.options.test_limit or len(judged), len(judged))
+    if not count:
+        return Rows([], 0)
     some = replace(judged, items=tuple(spread(judged.items, min(limit, count))))
     return Rows(list(context.objective.tokenize_held_out(some, context)), count)
 
@@ -286,9 +298,11 @@ def pooled(parts: Sequence[Rows]) -> Rows:
     return Rows(rows, total)
 
 
-def replayed_rows(own: Sequence[Rows], share: float, capacity: int) -> tuple[list[Rows | None], int]:
-    """Return for each task the rows of earlier ones in a replay buffer, and how many it holds in the end."""
-    held: list[Rows] = []
+def replayed_rows(
+    own: Sequence[Rows], share: float, capacity: int, held: Sequence[Rows] = ()
+) -> tuple[list[Rows | None], int]:
+    """Return for each task the rows of earlier ones in a replay buffer that holds some, and how many in the end."""
+    held = list(held)
     found: list[Rows | None] = []
     for rows in own:
         found.append(pooled(held) if held else None)
@@ -340,6 +354,8 @@ def plan_stage(
 
 def forward_work(context: RunContext, rows: Rows, packed: bool) -> Work:
     """Count a forward pass over all responses of some rows, as references and scores are computed."""
+    if not rows.count:
+        return Work()  # no held-out row changes anything; the learner refuses such a set
     shared = context.policy.head.shared
     planned = rows.spread_over(min(rows.count, _PLANNED_ROWS))
     lengths = [row_tokens(row, shared) for row in planned]
