@@ -271,15 +271,15 @@ def test_two_tasks_are_learned_versioned_reloaded_and_exported(name, tmp_path, m
     write(ARCHITECTURES[name](), tmp_path / "model")
     said = []
     learner = learn(tmp_path / "model", tmp_path / "run", said)
-    learned = logits(learner.policy.peft)
-    assert not same(learned, logits(plain(tmp_path / "model")), 1e-3)
+    learned, base = logits(learner.policy.peft), plain(tmp_path / "model")
+    assert not same(learned, logits(base), 1e-3)
+    has_experts = any("experts." in name and p.ndim == 3 for name, p in base.named_parameters())
+    assert has_experts == any("routed experts are not adapted" in line for line in said)
     (adapter,) = (tmp_path / "run" / "versions").glob("002-*/adapter")
-    served = PeftModel.from_pretrained(plain(tmp_path / "model"), str(adapter)).eval()
+    served = PeftModel.from_pretrained(base, str(adapter)).eval()
     assert same(logits(served), learned)
     learner.export(tmp_path / "out")
     assert same(logits(plain(tmp_path / "out")), learned)
-    has_experts = any("experts." in name and p.ndim == 3 for name, p in plain(tmp_path / "model").named_parameters())
-    assert has_experts == any("routed experts are not adapted" in line for line in said)
     with torch.no_grad():
         found = learner.policy(collate(PAIRS, learner.policy.head.shared)).view(-1, 2)
     for i, pair in enumerate(PAIRS):

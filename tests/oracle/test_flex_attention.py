@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask
 
 from everalign.data.collate import collate
@@ -61,6 +60,8 @@ def test_rows_of_all_lengths_are_of_few_and_whole_blocks():
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_one_compilation_serves_batches_of_all_shapes():
     """Rows from one to thirty, of one block and of many; compiled to plain operations, which are quick to make."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # takes a worker half a second
+
     model = random_model()
     model.set_attn_implementation(FLEX)
     batches = [
