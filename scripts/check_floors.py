@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "src" / "everalign"
 FLOORS = [
     ["errors"],
+    ["distributed"],
     ["options", "storage", "deadlines", "llm_reply"],
     ["data", "objectives", "memory", "llm_client"],
     ["text", "modeling"],

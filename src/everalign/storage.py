@@ -15,12 +15,13 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from everalign.distributed import main_holds, on_main
 from everalign.errors import EveralignError, InputError
 
 if TYPE_CHECKING:
@@ -239,13 +240,12 @@ def lock_of(output: Path) -> Path:
     return named.with_name(f"{named.name}.lock")
 
 
-@contextmanager
 def exclusive(
     lock: Path, doing: str = "writing this output", wait: Callable[[str], None] | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Keep other processes, and other threads of this one, out of the block. The same thread may enter it again.
 
-    The lock is released when the process ends, however it ends.
+    The lock is released when the process ends, however it ends. Of processes that share one job the main one holds it.
 
     Args:
         lock: the lock file, created with its folder, and removed at the end; it says who holds it.
@@ -256,6 +256,11 @@ def exclusive(
         InputError: another process or thread holds the lock; names process and host.
         EveralignError: the file system has no locks.
     """
+    return main_holds(_exclusive(lock, doing, wait))
+
+
+@contextmanager
+def _exclusive(lock: Path, doing: str, wait: Callable[[str], None] | None) -> Iterator[None]:
     new_parent = not lock.parent.exists()
     key = (os.path.realpath(lock), os.getpid(), threading.get_ident())
     handle, depth = _held.get(key) or (_lock_file(lock, doing, wait), 0)
@@ -313,7 +318,7 @@ class Journal:
     """A durable map from keys to JSON values in an SQLite file, for the results of work that may be killed.
 
     Values are on disk when `put` returns. Processes may share a journal. What a kill cut off is undone by SQLite, and a
-    value whose checksum differs is an error.
+    value whose checksum differs is an error. Of processes that share one job the main one reads and writes for all.
 
     Args:
         path: the file; created, with its folder, when first written to.
@@ -332,6 +337,7 @@ class Journal:
         """Return a permanent journal in a folder; `facts` as in `beside`."""
         return cls(folder / f"{name}-{_digest(*facts)}.sqlite")
 
+    @on_main
     def read(self, keys: Iterable[Key]) -> dict[Key, Any]:
         """Return the values that are there, in the order of the keys.
 
@@ -354,6 +360,7 @@ class Journal:
             raise self.damaged()
         return {key: json.loads(rows[key][0]) for key in wanted if key in rows}
 
+    @on_main
     def put(self, values: Mapping[Key, Any]) -> None:
         """Store values, all or none; errors as in `read`, and ValueError for NaN and infinity."""
         texts = {key: json.dumps(value, allow_nan=False) for key, value in values.items()}
@@ -368,6 +375,7 @@ class Journal:
             database.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", rows)
             database.execute("COMMIT")
 
+    @on_main
     def remove(self) -> None:
         """Delete the file, once the output is complete."""
         self.path.unlink(missing_ok=True)

@@ -499,12 +499,6 @@ def test_a_cleared_folder_is_usable(model, output):
     make_learner(model, output)
 
 
-def test_several_processes_are_refused(model, output, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="a learner runs in one process"):
-        make_learner(model, output)
-
-
 @pytest.mark.parametrize("name", slow_but(["lifealign", "stl"], METHODS))
 def test_a_run_without_test_sets_can_be_read(model, output, name):
     learner = make_learner(model, output, METHODS[name]())

@@ -4,18 +4,23 @@ Results go to standard output (with `--json` one JSON object and nothing else), 
 Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 4 not enough evidence for one, 130 interrupted.
 """
 
+import os
+import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
 import typer
 
+from everalign import distributed
 from everalign.cli.bench import bench
-from everalign.cli.console import say
+from everalign.cli.console import notes, say
 from everalign.cli.correct import correct
 from everalign.cli.estimate import estimate
 from everalign.cli.evaluate import evaluate
 from everalign.cli.feedback import feedback
+from everalign.cli.launch import check_verb, end_with_launcher
 from everalign.cli.learn import learn
 from everalign.cli.reward import reward
 from everalign.cli.runs import demo, export, report, rollback, versions
@@ -82,21 +87,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; those of the process when None.
     """
     warnings.showwarning = _show_warning
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if int(os.environ.get("RANK", "0")) > 0:
+        # The main process prints for all of them.
+        sys.stdout, notes.quiet = open(os.devnull, "w"), True  # noqa: SIM115  # until the process ends
     try:
-        code = app(args=arguments, prog_name="everalign", standalone_mode=False)
+        end_with_launcher()
+        check_verb(arguments)
+        code = app(args=arguments, prog_name="everalign", standalone_mode=False, obj=arguments)
+        distributed.stop()
     except EveralignError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code, isinstance(error, distributed.LostProcessError))
     except _UsageError as error:
         return _fail(_usage(error), InputError.exit_code)
     except OSError as error:
         # A full disk, a missing permission: nothing in a traceback would help.
         return _fail(str(error), EveralignError.exit_code)
+    except Exception as error:
+        if distributed.world() == 1:
+            raise
+        trace = "".join(traceback.format_exception(error))
+        return _fail(
+            f"{type(error).__name__}: {error}", EveralignError.exit_code, distributed.lost_contact(error), trace
+        )
     return code if isinstance(code, int) else 0
 
 
-def _fail(message: str, code: int) -> int:
-    say("error", message, "bold red")
-    return code
+def _fail(message: str, code: int, lost: bool = False, trace: str = "") -> int:
+    def show(message: str) -> None:
+        notes.quiet = False
+        if not lost:
+            sys.stderr.write(trace)
+        say("error", message, "bold red")
+
+    return distributed.report_failure(message, code, show, lost)
 
 
 def _usage(error: Exception) -> str:

@@ -7,6 +7,7 @@ import typer
 
 from everalign.cli import correct_data, correct_run
 from everalign.cli.console import Display, say, show, show_json, show_line, table
+from everalign.cli.launch import Processes, say_processes, share_work
 from everalign.cli.options import (
     AllowOverlap,
     Json,
@@ -41,6 +42,7 @@ correct.command(epilog=correct_run.EVALUATE_EPILOG)(correct_run.evaluate)
 )
 @flags(CorrectorOptions)
 def train(
+    context: typer.Context,
     model: Annotated[
         str,
         option("A Hugging Face folder, a Hub name, a .gguf file, `tiny`, `smollm2`, or a corrector to train further."),
@@ -55,6 +57,7 @@ def train(
     allow_overlap: AllowOverlap = False,
     skip_bad_rows: SkipBadRows = False,
     trust_remote_code: TrustRemoteCode = False,
+    processes: Processes = None,
     as_json: Json = False,
     **given: Any,
 ) -> None:
@@ -63,6 +66,8 @@ def train(
     If it is killed, the same command continues.
     """
     options = CorrectorOptions.from_flags(given)
+    share_work(processes, context)
+    say_processes()
     with resumable():
         from everalign.correction import filter_corrections, get_template, train_corrector
 

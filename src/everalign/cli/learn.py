@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from everalign.cli.console import (
     Display,
     run_answers,
@@ -16,7 +18,9 @@ from everalign.cli.console import (
     show_yaml,
 )
 from everalign.cli.feedback import check_is_there
+from everalign.cli.launch import Processes, say_processes, share_work
 from everalign.cli.options import Json, TrustRemoteCode, flags, option, report_unused, resumable
+from everalign.distributed import gather, on_main, world
 from everalign.errors import GateRefusedError, InputError
 from everalign.learning.options import (
     AdapterOptions,
@@ -47,6 +51,7 @@ _FEEDBACK = "Feedback"
     names={"base_adapter": "--adapter"},
 )
 def learn(
+    context: typer.Context,
     task: Annotated[
         list[str] | None, option("A task's name and files; once for each task, in order.", "NAME=TRAIN[,TEST]")
     ] = None,
@@ -62,6 +67,7 @@ def learn(
     resume: Annotated[
         bool, option("Continue the run in DIR, with the options it was started with.", "", "--resume")
     ] = False,
+    processes: Processes = None,
     as_json: Json = False,
     trust_remote_code: TrustRemoteCode = False,
     from_feedback: Annotated[
@@ -94,6 +100,8 @@ def learn(
         from everalign.learning.promotion import exclusive_run
 
         feedback = {"minimum": minimum, "key_share": key_share, "agreement": agreement, "held_out": held_out}
+        share_work(processes, context)
+        say_processes()
         started, refusal = time.perf_counter(), None
         with Display() as display:
             if from_feedback is not None or any(value is not None for value in feedback.values()):
@@ -109,16 +117,17 @@ def learn(
                     loaded = _load(wanted, display)
                     loaded = left_to_learn(wanted, loaded) if goes_on else loaded
                     learner = Learner(**arguments, resume=resume, log=display.log, progress=display.progress)
-                    write_recipe(learner.run.path, wanted)
+                    on_main(write_recipe)(learner.run.path, wanted)
                     _predict(learner, loaded, arguments, display)
                     try:
                         learner.learn_all(loaded)
                     except GateRefusedError as error:
                         refusal = error  # raised after the results
                     run = learner.run
-            report = None if wanted.report is False else _write_report(run.path)
+            report = None if wanted.report is False else on_main(_write_report)(run.path)
         seconds = time.perf_counter() - started
     (_show_json if as_json else _show)(run, refusal, report, seconds)
+    gather(None)  # a process that ends with an error ends the others, which may still be printing
     if refusal is not None:
         raise refusal
 
@@ -147,6 +156,9 @@ def _load(recipe: Recipe, display: Display) -> list[LoadedTask]:
 
 def _predict(learner: "Learner", tasks: list[LoadedTask], arguments: Mapping[str, Any], display: Display) -> None:
     """Writes into the run what its tasks will take; `versions` shows it beside what they took."""
+    if world() > 1:
+        display.log("  how long it takes is not predicted: estimates are for one process")
+        return
     from everalign.estimate.estimator import predict_learner
 
     try:
@@ -175,6 +187,8 @@ def _learn_feedback(
     if store is None:
         name = next(iter(given)).replace("_", "-")
         raise InputError(f"--{name}: is for feedback; name its store with --from-feedback", field=name)
+    if world() > 1:
+        raise InputError(f"--from-feedback: feedback is learned in one process, found {world()}: leave --processes out")
     if recipe.label is not None:
         raise InputError("label: feedback has no labels; leave it out", field="label")
     if has_tasks:

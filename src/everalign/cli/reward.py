@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everalign.cli.console import Display, show, show_json, show_line, table
+from everalign.cli.launch import Processes, say_processes, share_work
 from everalign.cli.options import (
     AllowOverlap,
     Concurrency,
@@ -40,6 +41,7 @@ reward = typer.Typer(help="Train a reward model on preferences, and score answer
 )
 @flags(RewardOptions)
 def train(
+    context: typer.Context,
     model: Annotated[str, option("A Hugging Face folder, a Hub name, a .gguf file, `tiny` or `smollm2`.")],
     data: Annotated[str, option("Preferences to learn.", "PAIRS")],
     output: Annotated[Path, option("The reward model's folder.", "DIR")],
@@ -48,11 +50,14 @@ def train(
     allow_overlap: AllowOverlap = False,
     skip_bad_rows: SkipBadRows = False,
     trust_remote_code: TrustRemoteCode = False,
+    processes: Processes = None,
     as_json: Json = False,
     **given: Any,
 ) -> None:
     """Train a Bradley-Terry reward model on preferences: the whole model or an adapter, with one score per answer."""
     options = RewardOptions.from_flags(given)
+    share_work(processes, context)
+    say_processes()
     with Display() as display:
         from everalign.training.reward_model import train_reward_model
 

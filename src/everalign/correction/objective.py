@@ -17,6 +17,7 @@ from everalign.data.messages import ChatPrompt
 from everalign.data.readers import load_corrections
 from everalign.data.records import Correction, CorrectionSet
 from everalign.data.tokenization import TokenizedRows
+from everalign.distributed import share
 from everalign.errors import InputError
 from everalign.modeling.policy import Policy
 from everalign.modeling.sampling import greedy_continuations
@@ -142,16 +143,21 @@ class CorrectionObjective(LikelihoodObjective):
         self, policy: Policy, pairs: Sequence[tuple[Correction, str]], max_length: int
     ) -> tuple[list[str], int]:
         """Return what becomes of answers to the rows' questions, and how many corrections a guard has refused."""
+        batches = [pairs[start : start + _AT_ONCE] for start in range(0, len(pairs), _AT_ONCE)]
+        found = share(lambda own: [self._correct_batch(policy, batch, max_length) for batch in own], batches)
+        return [text for texts, _ in found for text in texts], sum(refused for _, refused in found)
+
+    def _correct_batch(
+        self, policy: Policy, batch: Sequence[tuple[Correction, str]], max_length: int
+    ) -> tuple[list[str], int]:
         encoder, texts, refused = self.encoder, [], 0
-        for start in range(0, len(pairs), _AT_ONCE):
-            batch = pairs[start : start + _AT_ONCE]
-            longest = max(len(encoder.response(text)) for row, _ in batch for text in (row.answer, row.correction))
-            prompts = [encoder.prompt(row.question, answer) for row, answer in batch]
-            limit = min(max_length - max(map(len, prompts)), _TIMES * longest + _MORE)
-            written = greedy_continuations(policy, prompts, encoder.ends, limit)
-            for (_, answer), ids in zip(batch, written, strict=True):
-                text, finished = encoder.decode(ids), ids[-1] in encoder.ends
-                objection = text != answer and Guards().first_violation(answer, text, finished, encoder.template)
-                refused += bool(objection)
-                texts.append(answer if objection else text)
+        longest = max(len(encoder.response(text)) for row, _ in batch for text in (row.answer, row.correction))
+        prompts = [encoder.prompt(row.question, answer) for row, answer in batch]
+        limit = min(max_length - max(map(len, prompts)), _TIMES * longest + _MORE)
+        written = greedy_continuations(policy, prompts, encoder.ends, limit)
+        for (_, answer), ids in zip(batch, written, strict=True):
+            text, finished = encoder.decode(ids), ids[-1] in encoder.ends
+            objection = text != answer and Guards().first_violation(answer, text, finished, encoder.template)
+            refused += bool(objection)
+            texts.append(answer if objection else text)
         return texts, refused

@@ -39,6 +39,7 @@ from everalign.data.collate import batches_by_length, collate, row_tokens
 from everalign.data.readers import check_disjoint
 from everalign.data.records import CorrectionSet
 from everalign.data.tokenization import TokenizedRow
+from everalign.distributed import on_main, share, start
 from everalign.errors import InputError
 from everalign.modeling.base_adapter import base_and_adapter, tokenizer_folder
 from everalign.modeling.loading import (
@@ -121,6 +122,7 @@ def train_corrector(
 ) -> TrainedCorrector:
     """Train a corrector and write its folder atomically.
 
+    Processes that a launcher has started share the work; all of them call this with the same arguments.
     After a kill, the same call continues from its newest checkpoint. Until it is done, checkpoints are in
     `OUTPUT.training` beside the folder.
 
@@ -142,6 +144,7 @@ def train_corrector(
         EveralignError: the loss became NaN or infinite; names the step.
     """
     folder = Path(output)
+    start()
     with exclusive(lock_of(folder), "training a corrector there"):
         _check_input(rows, test, folder, allow_overlap)
         options = options or CorrectorOptions()
@@ -198,14 +201,12 @@ def train_corrector(
             held_out=None if report is None else asdict(report),
             settings={**options.model_dump(), "objectives": list(encoder.objectives), "seed": seed},
         )
-        _write_folder(folder, learner, model, tokenizer, facts)
-        shutil.rmtree(work)
+        on_main(_write_folder)(folder, learner, model, tokenizer, facts)
+        on_main(shutil.rmtree)(work)
         return TrainedCorrector(folder, facts, report, results)
 
 
 def _check_input(rows: CorrectionSet, test: CorrectionSet | None, folder: Path, allow_overlap: bool) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("a corrector is trained in one process, found WORLD_SIZE above 1")
     check_free(folder)
     for part in (rows, *([] if test is None else [test])):
         if not part:
@@ -296,23 +297,28 @@ def corrector_report(model: Policy | FullModel, rows: Sequence[TokenizedRow], to
         tokens_per_batch: tokens computed at once, padding included.
     """
     shared = model.head.shared
-    parts, order = [], list[int]()
-    for indices in batches_by_length([row_tokens(row, shared) for row in rows], tokens_per_batch):
-        batch = model.on_device(collate([rows[i] for i in indices], shared))
-        log_probs, greedy = model.response_choices(batch)
-        lengths, sequences = batch["lengths"], batch["sequences"]
-        zeros = torch.zeros(len(lengths), device=log_probs.device, dtype=torch.float64)
-        right = (greedy == batch["targets"]).double()
-        # The tokens of a sequence are in order, though not contiguous: a stable sort puts its first one first.
-        firsts = sequences.argsort(stable=True)[lengths.cumsum(0) - lengths]
-        sums = (
-            zeros.index_add(0, sequences, log_probs.double()),
-            lengths.double(),
-            right[firsts],
-            (zeros.index_add(0, sequences, right) == lengths).double(),
-        )
-        parts.append(torch.stack(sums).cpu())
-        order += indices
+
+    def compute(own: Sequence[list[int]]) -> list[torch.Tensor]:
+        parts = []
+        for indices in own:
+            batch = model.on_device(collate([rows[i] for i in indices], shared))
+            log_probs, greedy = model.response_choices(batch)
+            lengths, sequences = batch["lengths"], batch["sequences"]
+            zeros = torch.zeros(len(lengths), device=log_probs.device, dtype=torch.float64)
+            right = (greedy == batch["targets"]).double()
+            # The tokens of a sequence are in order, though not contiguous: a stable sort puts its first one first.
+            firsts = sequences.argsort(stable=True)[lengths.cumsum(0) - lengths]
+            sums = (
+                zeros.index_add(0, sequences, log_probs.double()),
+                lengths.double(),
+                right[firsts],
+                (zeros.index_add(0, sequences, right) == lengths).double(),
+            )
+            parts.append(torch.stack(sums).cpu())
+        return parts
+
+    batches = batches_by_length([row_tokens(row, shared) for row in rows], tokens_per_batch)
+    parts, order = share(compute, batches), [i for batch in batches for i in batch]
     # Each (N, 2): of every row, its correction and its answer.
     log_likelihood, length, first_right, all_right = torch.cat(parts, dim=1).view(4, len(rows), 2)
     per_token = log_likelihood.sum(0) / length.sum(0)

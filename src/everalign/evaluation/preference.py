@@ -10,6 +10,7 @@ from torch import Tensor
 from everalign.data.collate import batches_by_length, collate, row_tokens
 from everalign.data.rows import spread
 from everalign.data.tokenization import TokenizedRow
+from everalign.distributed import share
 from everalign.errors import DivergedError, EveralignError
 from everalign.modeling.policy import Earlier, Policy
 from everalign.training.reference import sequence_logprobs
@@ -148,11 +149,13 @@ def mean_kl(policy: Policy, previous: Earlier, pairs: Sequence[TokenizedRow]) ->
     Positions are those of the given responses, not of the policy's own samples: an estimate of drift, not of the
     sequence-level KL.
     """
-    total, positions = 0.0, 0
     chosen = [pair.only([0]) for pair in pairs]
     lengths = [row_tokens(row, True, policy.prefix_length) for row in chosen]
-    with policy.as_snapshot(previous) as switched, policy.evaluating():
-        for numbers in batches_by_length(lengths, _KL_TOKENS):
+
+    def compute(batches: Sequence[list[int]]) -> list[list[tuple[float, int]]]:
+        found = []
+        for numbers in batches:
+            parts = []
             # Hidden states of the whole batch once, then the heads of a few positions at a time.
             batch = policy.on_device(collate([chosen[number] for number in numbers], policy.head.shared))
             states = policy.response_states(batch)
@@ -163,8 +166,13 @@ def mean_kl(policy: Policy, previous: Earlier, pairs: Sequence[TokenizedRow]) ->
                 with switched():  # the head may be adapted too
                     before = F.log_softmax(policy.logits(part_before), dim=-1)
                 shares = now.exp()
-                total += shares.mul_(now.sub_(before)).sum(dim=-1).double().sum().item()
-                positions += len(part)
+                parts.append((shares.mul_(now.sub_(before)).sum(dim=-1).double().sum().item(), len(part)))
                 del now, before, shares
+            found.append(parts)
+        return found
+
+    with policy.as_snapshot(previous) as switched, policy.evaluating():
+        parts = [part for batch in share(compute, batches_by_length(lengths, _KL_TOKENS)) for part in batch]
+    total, positions = sum(total for total, _ in parts), sum(positions for _, positions in parts)
     # Rounding may leave equal distributions just below zero.
     return max(total / positions, 0.0)

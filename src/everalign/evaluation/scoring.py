@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from everalign.data.messages import Prompt
 from everalign.data.records import Scored, ScoredSet
 from everalign.data.rows import is_finite, shown
+from everalign.distributed import on_main
 from everalign.errors import EveralignError, InputError, check_shortfall
 from everalign.evaluation.judge import JudgeScorer
 from everalign.storage import Journal, check_new_file, exclusive, json_line, lock_of, write_text
@@ -207,7 +208,9 @@ def score_rows(
         missing = [number for number in range(len(rows)) if number not in done]
         cut_before = scorer.cut if isinstance(scorer, RewardModelScorer) else 0
         for batch in _batches(rows, missing, answers_per_batch):
-            found = _score_batch(asked, rows, batch)
+            # Reward models share a batch between processes; a function or a judge is asked by one of them.
+            shared = isinstance(scorer, RewardModelScorer)
+            found = (_score_batch if shared else on_main(_score_batch))(asked, rows, batch)
             journal.put(found)
             done |= found
             progress("scoring", len(done), len(rows))
@@ -217,7 +220,7 @@ def score_rows(
             for warning in check_shortfall(scorer.cut - cut_before, answers, what, remedy, refuse=False):
                 log(f"  warning: {rows.source}: {warning}")
         scored = tuple(replace(row, rewards=tuple(done[number])) for number, row in enumerate(rows))
-        write_text(path, "".join(json_line(row.to_json()) for row in scored))
+        on_main(write_text)(path, "".join(json_line(row.to_json()) for row in scored))
         journal.remove()
         if asked is not scorer:
             single_scores.remove()

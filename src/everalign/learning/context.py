@@ -13,6 +13,7 @@ import torch
 
 from everalign.data.chat_tokens import template_fingerprint
 from everalign.data.rows import RowSet
+from everalign.distributed import start, world
 from everalign.errors import InputError
 from everalign.evaluation.scorers import Scorer
 from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
@@ -125,7 +126,7 @@ class RunContext(TaskContext):
             "settings": {**self.options.model_dump(), **adapter, **own, **rewards},
             "seed": self.seed,
             "libraries": library_versions(),
-            "machine": {**machine_facts(), "threads": torch.get_num_threads()},
+            "machine": {**machine_facts(), "threads": torch.get_num_threads(), "processes": world()},
         }
 
 
@@ -156,8 +157,6 @@ def checked_objective(
         raise InputError(
             f"sft_epochs adds a stage before a preference objective; with objective {objective} set epochs"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("a learner runs in one process, found WORLD_SIZE above 1: start it without accelerate launch")
     check_weighting(objective, [name for name, value in weighting if value != getattr(WeightOptions(), name)])
     if scorer is not None and not reads(objective, "reward"):
         raise InputError(f"the objective {objective} learns from no rewards and would ignore reward: leave it out")
@@ -199,6 +198,7 @@ def make_context(
     )
     adapter = adapter or AdapterOptions()
     prepare_process()
+    start()
     device = training_device(log)
     options = options.replace(precision=resolve_precision(options.precision, device))
     log(f"the base model is computed in {options.precision} on {place_name(device)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from everalign.correction.corrector_files import is_corrector
 from everalign.correction.objective import Rewritten
+from everalign.distributed import on_main
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
@@ -53,6 +54,9 @@ def _print(message: str) -> None:
 
 class Learner:
     """Learns preference tasks one after another into a run directory.
+
+    Started by `torchrun` or `accelerate launch`, several processes share the work: all of them make the learner and
+    call it with the same arguments, and the main one writes.
 
     The constructor loads the model and runs it: it sets the process up for training
     (`everalign.modeling.runtime.prepare_process`), rehearses a step on the model's layers, and makes two probes with
@@ -363,7 +367,8 @@ class Learner:
         }
         for task, now in written.items():
             self._setup.log(f"  {task}: {now.one_line}; before, {written_before[task].one_line}")
-        compared |= compare_written(written_before, written, self._gate_scorer)
+        # Once: the scorer may be a function or a judge, which costs money and may answer otherwise the second time.
+        compared |= on_main(compare_written)(written_before, written, self._gate_scorer)
         if written_before:
             same = all(written_before[task].texts == now.texts for task, now in written.items())
         else:
@@ -388,7 +393,7 @@ class Learner:
         with self._run.exclusive():
             self._check_up_to_date()
             self._check_whole()
-            done = roll_back(self.run, version, force)
+            done = on_main(roll_back)(self.run, version, force)
             self._return_to_current()
         return done
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from everalign.data.replay import ReplayBuffer
 from everalign.data.rows import RowSet
+from everalign.distributed import on_main
 from everalign.errors import InputError
 from everalign.evaluation import PreferenceScore
 from everalign.learning import run_files
@@ -65,7 +66,7 @@ def data_facts(rows: RowSet[Any]) -> dict[str, Any]:
 
 
 class RunDirectory:
-    """Writes a run and restores its state.
+    """Writes a run and restores its state; of processes that share one job, the main one writes.
 
     Args:
         path: created when missing; anything else than a run of ours in it is refused.
@@ -105,6 +106,7 @@ class RunDirectory:
         if any(entry.name not in ours and not is_partial(entry) for entry in self.path.iterdir()):
             raise InputError(f"{self.path} is not empty and holds no run: choose another output directory")
 
+    @on_main
     def begin(self, facts: Mapping[str, Any]) -> None:
         """Begins a run; run.json comes last, because it makes the folder a run."""
         if facts.get("base_adapter") is not None:
@@ -116,6 +118,7 @@ class RunDirectory:
         self.write_zero_shot({}, {}, {})
         write_json(self.path / "run.json", {"format": FORMAT, **facts, "created": now()})
 
+    @on_main
     def record_prediction(self, tasks: Mapping[str, Any]) -> None:
         """Writes what tasks are predicted to take (see `run_files.Predicted`) into run.json, beside those of others."""
         facts = read_json(self.path / "run.json")
@@ -148,6 +151,7 @@ class RunDirectory:
         """Returns the folder for checkpoints of the task that becomes version `name`."""
         return work_folder(self.path, name)
 
+    @on_main
     def write_zero_shot(
         self, scores: Mapping[str, PreferenceScore], tests: Mapping[str, Any], answers: Answers
     ) -> None:
@@ -161,6 +165,7 @@ class RunDirectory:
         answers = {task: [one.model_dump() for one in found] for task, found in written.answers.items()}
         return scores, {task: test.model_dump() for task, test in written.tests.items()}, answers
 
+    @on_main
     def write_test(self, rows: RowSet[Any]) -> None:
         """Writes a test set's rows."""
         lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows]
@@ -185,6 +190,7 @@ class RunDirectory:
     def _test_path(self, fingerprint: str) -> Path:
         return self.path / "tests" / f"{fingerprint[:16]}.jsonl"
 
+    @on_main
     def write_version(
         self,
         name: str,
@@ -220,6 +226,7 @@ class RunDirectory:
         gate = manifest["gate"]
         promote(self.path, name if gate is None or gate["promoted"] else manifest["parent"])
 
+    @on_main
     def finish_promotion(self, run: RunData) -> None:
         """Completes the promotion, or refusal, of a version that a kill interrupted."""
         newest = run.all_versions[-1:]

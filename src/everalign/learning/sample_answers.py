@@ -9,6 +9,7 @@ from everalign.data.chat_tokens import encode_prompt
 from everalign.data.messages import Prompt
 from everalign.data.records import Correction
 from everalign.data.rows import RowSet, spread
+from everalign.distributed import on_main
 from everalign.errors import InputError
 from everalign.evaluation.scorers import Scorer
 from everalign.evaluation.scoring import compare_answers
@@ -54,7 +55,8 @@ def _answer(context: RunContext, rows: Sequence[tuple[str, Any]]) -> Answers:
     answers: Answers = {}
     if not rows:
         return answers
-    found = context.objective.answers(
+    # Once, because they are few, and written in one batch.
+    found = on_main(context.objective.answers)(
         context.policy, context.tokenizer, [row for _, row in rows], LONGEST_ANSWER, _LONGEST_PROMPT
     )
     for (task, row), (text, ended) in zip(rows, found, strict=True):

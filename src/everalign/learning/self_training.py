@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from everalign.correction.edits import edit_share, words
 from everalign.data.records import Correction, CorrectionSet, PreferenceSet, Scored, ScoredSet
 from everalign.data.rows import RowSet
+from everalign.distributed import launched
 from everalign.errors import EveralignError, InputError, check_shortfall
 from everalign.learning.context import Log, Progress
 from everalign.learning.learner import Learner
@@ -157,6 +158,8 @@ def distill(
             `output` was started with another corrector, other prompts or other options.
         EveralignError: the first round's answers were all good as they are.
     """
+    if (count := launched() or 1) > 1:
+        raise InputError(f"a corrector rewrites answers in one process, found {count}: start it without a launcher")
     options, method = options or DistillOptions(), LifeAlign() if method is None else method
     training = training or TrainingOptions()
     room = training.max_length - options.max_new_tokens

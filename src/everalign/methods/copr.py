@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from everalign.data.collate import Batch
+from everalign.distributed import gather
 from everalign.errors import InputError
 from everalign.methods.base import ModuleRecord, Task, check_strength
 from everalign.methods.baselines import ExperienceReplay
@@ -101,10 +102,12 @@ class OptimalPolicyRegularization(ExperienceReplay):
 
     def after_step(self, policy: Policy) -> None:
         """Raises the multipliers of the tasks that have lost, lowers those of the others."""
-        if not self._excess:
-            return
-        tasks, excess = (torch.cat(parts).cpu() for parts in zip(*self._excess, strict=True))
+        mine = [(task.cpu(), excess.cpu()) for task, excess in self._excess]
         self._excess = []
+        found = [part for parts in gather(mine) for part in parts]
+        if not found:
+            return
+        tasks, excess = (torch.cat(values) for values in zip(*found, strict=True))
         for number in range(len(self._multipliers)):
             own = excess[tasks == number + 1]
             if len(own):

@@ -1,11 +1,12 @@
 """Elastic weight consolidation: a quadratic pull to the weights after earlier tasks, by how much those mattered."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from everalign.distributed import add_up
 from everalign.errors import InputError
 from everalign.methods.base import Method, ModuleRecord, Task, check_share, check_strength
 from everalign.modeling.policy import Policy
@@ -119,9 +120,14 @@ def fisher_diagonal(stage: Stage, numbers: range) -> list[Tensor]:
         stage: its objective's loss is differentiated, at the policy's current weights.
         numbers: rows of the stage, one backward pass each: the square of a batch's mean gradient is another thing.
     """
-    sums = [torch.zeros_like(value) for value in parameters(stage.policy)]
-    for number in numbers:
-        for total, gradient in zip(sums, stage.gradient([number]), strict=True):
-            total += gradient.square()
+
+    def squares(own: Sequence[int]) -> list[Tensor]:
+        sums = [torch.zeros_like(value) for value in parameters(stage.policy)]
+        for number in own:
+            for total, gradient in zip(sums, stage.gradient([number]), strict=True):
+                total += gradient.square()
+        return sums
+
+    sums = add_up(squares, numbers)
     mean = torch.cat([total.flatten() for total in sums]).mean()
     return [total / mean.clamp(min=torch.finfo(total.dtype).tiny) for total in sums]

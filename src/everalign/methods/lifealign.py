@@ -5,12 +5,13 @@ Focalized Preference Optimization, its other half, is the objective `fpo`.
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
 from everalign.data.replay import AnyRow
+from everalign.distributed import on_main, rank
 from everalign.errors import InputError
 from everalign.memory import (
     Consolidation,
@@ -26,6 +27,7 @@ from everalign.methods.slow_weights import AdapterAverage, fit_step
 from everalign.modeling.policy import Policy
 from everalign.training.hooks import RowTerms, Stage
 
+T = TypeVar("T")
 Space = Literal["product", "factors"]
 Step = Literal["fixed", "fitted"]
 _RANK_CAP = 64
@@ -171,22 +173,34 @@ class LifeAlign(ExperienceReplay):
 
     def _end_product(self, policy: Policy, task: Task) -> list[ModuleRecord]:
         long_term, updates = policy.long_term(), policy.short_term()
-        # Made before the threads start, which must not write the dictionary of banks.
-        banks = {module: self._banks[module] for module in updates}
 
         def consolidated(module: str) -> tuple[LowRankUpdate, ModuleRecord]:
-            bank, update = banks[module], updates[module]
+            bank, update = self._banks[module], updates[module]
             result, memory, discarded = self.refine(long_term.get(module), update, bank)
             lost = bank.lost_energy
             return memory, _record(module, result, update.norm(), memory.width, discarded, lost)
 
-        results = for_each_weight(consolidated, list(updates))
+        for module in updates:  # before the threads start, which must not write the dictionary of banks
+            _ = self._banks[module]
+        results = self._once(lambda: for_each_weight(consolidated, list(updates)))
         long_term.update({module: memory for module, (memory, _) in zip(updates, results, strict=True)})
         policy.write_long_term(long_term)
         policy.start_short_term(task.seed)
         return [record for _, record in results]
 
+    def _once(self, consolidate: Callable[[], T]) -> T:
+        """Consolidates in the main process; all get its result and the banks: two machines' SVDs may differ."""
+        result, banks = on_main(lambda: (consolidate(), dict(self._banks)))()
+        if rank() > 0:
+            self._banks.update(banks)
+        return result
+
     def _end_factors(self, policy: Policy) -> list[ModuleRecord]:
+        factors, records = self._once(lambda: self._consolidated_factors(policy))
+        policy.write_factors(factors)
+        return records
+
+    def _consolidated_factors(self, policy: Policy) -> tuple[dict[str, tuple[Tensor, Tensor]], list[ModuleRecord]]:
         factors, records = {}, []
         for module, ends in policy.factors().items():
             start, names = self._start[module], (f"{module}.B", f"{module}.A")
@@ -196,8 +210,7 @@ class LifeAlign(ExperienceReplay):
             factors[module] = (start[0] + results[0].refined.dense(), start[1] + results[1].refined.dense())
             for name, delta, result in zip(names, deltas, results, strict=True):
                 records.append(_record(name, result, float(delta.norm()), memory_rank=ends[0].shape[1]))
-        policy.write_factors(factors)
-        return records
+        return factors, records
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the anchors, and the banks' entries as `MODULE/NAME`."""

@@ -20,6 +20,7 @@ from everalign.data.chat_tokens import template_fingerprint
 from everalign.data.collate import batches_by_length
 from everalign.data.messages import Prompt, prompt_key
 from everalign.data.tokenization import pad_right
+from everalign.distributed import share, world
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.base_adapter import base_and_adapter
 from everalign.modeling.loading import (
@@ -183,7 +184,7 @@ def sequence_rewards(
         model: in evaluation mode; gradients are off.
         sequences: tokens of prompt and answer.
         tokens_per_batch: tokens computed at once, padding included.
-        progress: called with (sequences done, sequences in all) after each batch.
+        progress: called with (sequences done, sequences in all) after each of this process's batches.
 
     Returns:
         (N,) fp32 on the CPU.
@@ -191,19 +192,26 @@ def sequence_rewards(
     Raises:
         EveralignError: a reward is NaN or infinite.
     """
-    device = next(model.parameters()).device
-    order: list[int] = []
-    parts: list[Tensor] = []
-    for rows in batches_by_length([len(tokens) for tokens in sequences], tokens_per_batch):
-        batch = pad_right([sequences[row] for row in rows], model.padding)
-        with torch.no_grad():
-            parts.append(model({name: values.to(device) for name, values in batch.items()}))
-        order += rows
-        if progress is not None:
-            progress(len(order), len(sequences))
-    rewards = torch.empty(len(sequences))
+    device, processes = next(model.parameters()).device, world()
+
+    def compute(batches: Sequence[list[int]]) -> list[Tensor]:
+        parts, done = [], 0
+        for rows in batches:
+            batch = pad_right([sequences[row] for row in rows], model.padding)
+            with torch.no_grad():
+                parts.append(model({name: values.to(device) for name, values in batch.items()}))
+            done += len(rows)
+            if progress is not None:
+                progress(min(done * processes, len(sequences)), len(sequences))
+        if not parts:
+            return []
+        whole = torch.cat(parts).cpu()  # the device is waited for once
+        return [part.clone() for part in torch.split(whole, [len(part) for part in parts])]
+
+    batches = batches_by_length([len(tokens) for tokens in sequences], tokens_per_batch)
+    parts, rewards = share(compute, batches), torch.empty(len(sequences))
     if parts:
-        rewards[order] = torch.cat(parts).cpu()  # the device is waited for once
+        rewards[[row for rows in batches for row in rows]] = torch.cat(parts)
     if not torch.isfinite(rewards).all():
         raise EveralignError("the model gives NaN or infinite rewards: lower the learning rate, or check its weights")
     return rewards

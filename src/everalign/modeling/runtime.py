@@ -1,6 +1,7 @@
 """Process settings that training profits from, and what a step keeps: activation checkpointing, lean layers."""
 
 import ctypes
+import os
 import resource
 import sys
 import warnings
@@ -21,6 +22,7 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
+from everalign.distributed import world
 from everalign.modeling.attention import PLAIN_ATTENTION_MODELS
 from everalign.modeling.lora import fused_forward
 from everalign.modeling.shrinking import layer_list
@@ -66,7 +68,7 @@ def training_device(log: Callable[[str], None] = lambda _: None) -> torch.device
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", torch.cuda.current_device())
-    if (count := torch.cuda.device_count()) > 1:
+    if (count := torch.cuda.device_count()) > 1 and world() == 1:
         use = f"one is used, {place_name(device)}"
         log(f"{count} GPUs are visible and {use}; set CUDA_VISIBLE_DEVICES to choose another")
     return device
@@ -97,7 +99,9 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(int(psutil.virtual_memory().available), _free_in_container())
+    # Processes that share the work share the machine's memory too.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world() > 1 else 1
+    return min(int(psutil.virtual_memory().available), _free_in_container()) // processes
 
 
 def peak_memory(device: torch.device) -> int:

@@ -10,6 +10,7 @@ import torch
 from everalign.data.chat_tokens import ChatFormat
 from everalign.data.collate import batches_by_length
 from everalign.data.messages import Prompt
+from everalign.distributed import share
 from everalign.errors import InputError
 from everalign.modeling.decoding import continue_rows, draw, pad_left
 from everalign.modeling.options import SamplingOptions
@@ -53,7 +54,8 @@ def sample_completions(
     """Draw K completions for every prompt from the policy with the adapters that are on now.
 
     A prompt's draw depends on the seed, on its place among the prompts and, by rounding alone, on those beside it in a
-    batch; never on the global random state.
+    batch; never on the global random state, nor on how many
+    processes share the batches.
 
     Args:
         policy: in training mode or not; it is in evaluation mode meanwhile.
@@ -76,20 +78,27 @@ def sample_completions(
     policy.head.lengths.check_written(longest, "lower max_new_tokens, or shorten the prompts")
     ends = _Ends(tokenizer, stop_token_ids(policy.peft, tokenizer), turn_end(tokenizer))
     lengths = [options.completions * (policy.prefix_length + len(ids) + options.max_new_tokens) for ids in tokens]
-    found: dict[int, Samples] = {}
-    was_training = policy.training
-    policy.eval()
-    with torch.no_grad():
-        for rows in batches_by_length(lengths, tokens_per_batch):
+
+    def answer(batches: Sequence[list[int]]) -> list[list[Samples]]:
+        found = []
+        for rows in batches:
             asked = [prompts[row] for row in rows]
             seeds = [(seed, row) for row in rows]
             drawn = _draw(policy, [tokens[row] for row in rows], ends, options, asked, seeds)
-            for place, row in enumerate(rows):
-                answers = drawn[place * options.completions : (place + 1) * options.completions]
-                found[row] = _samples(ends, prompts[row], tokens[row], answers)
+            own = [drawn[i : i + options.completions] for i in range(0, len(drawn), options.completions)]
+            found.append([_samples(ends, prompts[row], tokens[row], some) for row, some in zip(rows, own, strict=True)])
             if progress is not None:
                 progress(len(rows))
+        return found
+
+    was_training = policy.training
+    policy.eval()
+    batches = batches_by_length(lengths, tokens_per_batch)
+    with torch.no_grad():
+        drawn = share(answer, batches)
     policy.train(was_training)
+    rows = [row for batch in batches for row in batch]
+    found = dict(zip(rows, (samples for some in drawn for samples in some), strict=True))
     return [found[row] for row in range(len(prompts))]
 
 

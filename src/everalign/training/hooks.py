@@ -8,6 +8,7 @@ from torch import Tensor
 
 from everalign.data.collate import Batch, Review, batches_by_length
 from everalign.data.tokenization import TokenizedRow
+from everalign.distributed import add_up, share
 from everalign.modeling.policy import Policy
 from everalign.training.base_objective import Objective
 from everalign.training.reference import sequence_logprobs
@@ -112,10 +113,10 @@ class Stage:
 
     def loss(self, numbers: Sequence[int]) -> float:
         """Return the objective's mean loss over these rows under the policy as it is now."""
+        batches = self._batches(numbers)
+        count = _count(batches)
         with self.policy.evaluating():
-            batches = self._batches(numbers)
-            count = _count(batches)
-            return sum(float(self._loss(batch, count)) for batch in batches)
+            return sum(share(lambda own: [float(self._loss(batch, count)) for batch in own], batches))
 
     def gradient(self, numbers: Sequence[int]) -> list[Tensor]:
         """Return the gradient of the objective's mean loss over these rows.
@@ -126,14 +127,18 @@ class Stage:
             A tensor for each parameter that learns, in the order of `parameters`, detached.
         """
         learned = parameters(self.policy)
-        sums = [torch.zeros_like(parameter) for parameter in learned]
         batches = self._batches(numbers)
         count = _count(batches)
-        with torch.enable_grad():
-            for batch in batches:
-                for total, part in zip(sums, torch.autograd.grad(self._loss(batch, count), learned), strict=True):
-                    total += part
-        return sums
+
+        def compute(own: Sequence[Batch]) -> list[Tensor]:
+            sums = [torch.zeros_like(parameter) for parameter in learned]
+            with torch.enable_grad():
+                for batch in own:
+                    for total, part in zip(sums, torch.autograd.grad(self._loss(batch, count), learned), strict=True):
+                        total += part
+            return sums
+
+        return add_up(compute, batches)
 
     def _batches(self, numbers: Sequence[int]) -> list[Batch]:
         shared, rows = self.policy.head.shared, [self.rows[number] for number in numbers]
@@ -167,6 +172,10 @@ class StageHooks:
     The trainer calls `begin_stage`; in every step `row_loss` for each micro-batch, `penalty`, `adjust_gradients` and
     `after_step`; then `end_stage`. What has to survive a kill within a stage is in `stage_state`, which is kept with
     every checkpoint and with the finished stage.
+
+    Several processes call the same hooks with the same stage, but `row_loss` and `penalty`: `row_loss` with their own
+    rows, so that what a method sums over a step's rows it has to `everalign.distributed.gather`; `penalty` all of them,
+    of whose gradients the mean counts.
 
     Class attributes:
         watches_stages: whether `begin_stage` is needed even if an earlier call has finished the stage.

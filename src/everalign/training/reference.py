@@ -15,6 +15,7 @@ from torch import Tensor
 
 from everalign.data.collate import batches_by_length, collate, row_tokens
 from everalign.data.tokenization import TokenizedRow
+from everalign.distributed import share
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
 from everalign.storage import Journal
@@ -32,24 +33,32 @@ def sequence_logprobs(
         policy: is put into evaluation mode meanwhile, without gradients.
         rows: N tokenised rows.
         tokens_per_batch: tokens computed at once, padding included.
-        progress: called with the number of rows done after each batch.
+        progress: called with the number of rows done after each of this process's batches.
 
     Returns:
         For each row (K,) fp32 on the CPU, one for each of its K responses, in nats.
     """
-    order: list[int] = []
-    parts: list[Tensor] = []
     shared = policy.head.shared
     lengths = [row_tokens(row, shared, policy.prefix_length) for row in rows]
-    with policy.evaluating():
-        for numbers in batches_by_length(lengths, tokens_per_batch):
+
+    def compute(batches: Sequence[list[int]]) -> list[Tensor]:
+        parts = []
+        for numbers in batches:
             parts.append(policy(policy.on_device(collate([rows[number] for number in numbers], shared))))
-            order += numbers
             if progress is not None:
                 progress(len(numbers))
+        if not parts:
+            return []
+        whole = torch.cat(parts).cpu()  # the device is waited for once
+        return [part.clone() for part in torch.split(whole, [len(part) for part in parts])]
+
+    batches = batches_by_length(lengths, tokens_per_batch)
+    with policy.evaluating():
+        # Whole batches, so that every one is computed, and rounded, as by one process.
+        parts = share(compute, batches)
     if not parts:
         return []
-    values = torch.cat(parts).cpu()  # the device is waited for once
+    order, values = [number for numbers in batches for number in numbers], torch.cat(parts)
     found = dict(zip(order, torch.split(values, [len(rows[number].responses) for number in order]), strict=True))
     return [found[number] for number in range(len(rows))]
 

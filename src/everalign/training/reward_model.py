@@ -25,6 +25,7 @@ from everalign.data.collate import Batch, row_tokens
 from everalign.data.readers import check_disjoint
 from everalign.data.records import PreferenceSet
 from everalign.data.tokenization import TokenizedRow, TokenizedRows, check_end, pad_right, tokenize_preferences
+from everalign.distributed import on_main, start
 from everalign.errors import InputError
 from everalign.modeling.loading import (
     check_all_weights,
@@ -169,6 +170,8 @@ def train_reward_model(
 ) -> TrainedRewardModel:
     """Train a reward model and write its folder, whole or not at all.
 
+    Processes that a launcher has started share the work; all of them call this with the same arguments.
+
     Args:
         model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`. A
             language model gets a fresh score head.
@@ -186,6 +189,7 @@ def train_reward_model(
         EveralignError: the loss became NaN or infinite; the message says at which step.
     """
     options, folder = options or RewardOptions(), Path(output)
+    start()
     with exclusive(lock_of(folder), "training a reward model there"):
         _check_input(train, test, folder, allow_overlap)
         prepare_process()
@@ -239,7 +243,7 @@ def train_reward_model(
         )
         if any(not isinstance(row.prompt, str) for row in train):
             keep_template(tokenizer)
-        save_reward_model(folder, rewards, tokenizer, facts, (row.prompt for row in train))
+        on_main(save_reward_model)(folder, rewards, tokenizer, facts, (row.prompt for row in train))
         return TrainedRewardModel(folder, facts, report, training)
 
 
@@ -259,8 +263,6 @@ def _load(
 
 
 def _check_input(train: PreferenceSet, test: PreferenceSet | None, folder: Path, allow_overlap: bool) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("a reward model is trained in one process, found WORLD_SIZE above 1")
     check_free(folder)
     for rows in (train, *([] if test is None else [test])):
         if not rows:

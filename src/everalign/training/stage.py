@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
 from everalign.data.collate import largest_token, training_plan
 from everalign.data.tokenization import TokenizedRow
+from everalign.distributed import gather, on_main, start
 from everalign.errors import DivergedError, InputError
 from everalign.modeling.options import Checkpointing
 from everalign.modeling.runtime import SavedBytes, free_memory, language_model, recomputable_layers, recomputing
@@ -113,6 +113,7 @@ def train_stage(
             has no embedding for.
         DivergedError: the loss or the weights became NaN or infinite.
     """
+    start()
     finished = folder is not None and is_finished(folder)
     if finished and not (hooks is not None and hooks.watches_stages):
         return _load_finished(model, objective, folder, None, log)  # type: ignore[arg-type]
@@ -121,7 +122,7 @@ def train_stage(
         # Before any of it is on a GPU, where such a token ends the process.
         head.check_token(max(map(largest_token, rows), default=0))
     shared = head is not None and head.shared
-    against, start, logprobs = None if reference is None else reference(), {}, None
+    against, drift, logprobs = None if reference is None else reference(), {}, None
     busy = time.process_time()
     learned = rows[: len(rows) - apart]
     announced = f"  {objective.name}: {len(learned)} rows" + ("" if replayed is None else f" ({replayed} replayed)")
@@ -131,7 +132,7 @@ def train_stage(
         if against.probe:
             now = torch.cat(sequence_logprobs(model, against.probe, options.tokens_per_batch))  # type: ignore[arg-type]
             name, what, value = objective.drift(now, torch.cat(list(against.probe_logprobs)))
-            start, announced = {name: value}, f"{announced}, {what} = {value:.6g}"
+            drift, announced = {name: value}, f"{announced}, {what} = {value:.6g}"
     own = len(learned) - (replayed or 0)
     stage = Stage(model, objective, rows, own, replayed or 0, logprobs, options.tokens_per_batch)  # type: ignore[arg-type]
     terms = None if hooks is None else hooks.begin_stage(stage)
@@ -179,15 +180,14 @@ def train_stage(
         rows=len(learned),
         replayed=replayed or 0,
         curve=[{**entry, "epoch": entry["epoch"] * options.epochs} for entry in history],
-        **start,
+        **drift,
     )
     if folder is not None:
-        if PartialState().is_main_process:
-            save_result(model, asdict(result), folder, objective.name, hooks)
-        PartialState().wait_for_everyone()
+        save_result(model, asdict(result), folder, objective.name, hooks)
     return result
 
 
+@on_main
 def save_result(
     model: nn.Module, report: Mapping[str, Any], folder: Path, stage: str, hooks: StageHooks | None = None
 ) -> None:
@@ -215,6 +215,7 @@ def save_result(
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
+@on_main
 def is_finished(folder: Path) -> bool:
     """Whether `save_result` has kept a whole result in a stage's folder; removes what is not whole."""
     done = folder / "done"
@@ -261,13 +262,14 @@ class MarkComplete(TrainerCallback):  # type: ignore[misc]  # transformers carri
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Mark the checkpoint that was just saved."""
-        PartialState().wait_for_everyone()  # each process writes files of its own
+        gather(None)  # each process writes files of its own
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"{_CHECKPOINT}{state.global_step}"
         write_json(folder / _MARK, checksums(folder, exclude=frozenset({_MARK})))
 
 
+@on_main
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint of a stage, or None.
 

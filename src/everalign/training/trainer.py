@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from everalign.data.collate import Batch, TrainingPlan
 from everalign.data.tokenization import TokenizedRow
+from everalign.distributed import gather
 from everalign.errors import DivergedError
 from everalign.training.base_objective import Objective
 from everalign.training.hooks import RowTerms, RowValues, StageHooks, make_batch
@@ -104,7 +105,7 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         self._penalty_due = False
         self._step_rows: Tensor | None = None  # over all processes; None where a method adds nothing to rows
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
-        self._own: list[Tensor] = []  # which values of the metric `margin` are of the task's own rows
+        self._counted: dict[str, list[Tensor]] = defaultdict(list)
         self._losses: list[tuple[int, Tensor]] = []
 
     def get_batch_samples(
@@ -153,8 +154,11 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         self._losses.append((self.state.global_step + 1, loss.detach()))
         for name, values in metrics.items():
             self._metrics[name].append(values)
+            # Which of them count, and are looked at where the device is waited for anyway.
+            self._counted[name].append((inputs["count"] > 0).expand(len(values)))
         if "own" in inputs and "margin" in metrics:
-            self._own.append(inputs["own"])
+            self._metrics["own_margin"].append(metrics["margin"])
+            self._counted["own_margin"].append(inputs["own"])
         return (loss, metrics) if return_outputs else loss
 
     def _loss_with_rows(
@@ -175,26 +179,27 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         return loss + (rows * batch["counts"]).sum() / self._step_rows, metrics
 
     def check_losses(self) -> None:
-        """Look at the losses since the last look.
+        """Look at the losses since the last look, of all processes.
 
         Raises:
             DivergedError: one is NaN or infinite; the message says at which step.
         """
         steps, losses = [step for step, _ in self._losses], [loss for _, loss in self._losses]
         self._losses.clear()
-        for step, loss in zip(steps, torch.stack(losses).tolist() if losses else [], strict=True):
-            if not math.isfinite(loss):
-                raise DivergedError(f"step {step}: the loss became {loss}: lower the learning rate, or train in fp32")
+        found = zip(steps, torch.stack(losses).tolist() if losses else [], strict=True)
+        own = next(((step, loss) for step, loss in found if not math.isfinite(loss)), None)
+        bad = [one for one in gather(own) if one is not None]
+        if bad:
+            step, loss = min(bad, key=lambda one: one[0])
+            raise DivergedError(f"step {step}: the loss became {loss}: lower the learning rate, or train in fp32")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics' means since the last log; only here and before a checkpoint is the device waited for."""
-        for name, values in self._metrics.items():
-            logs[name] = torch.cat(values).mean().item()
-        if self._own:
-            own = torch.cat(self._metrics["margin"])[torch.cat(self._own)]
-            logs |= {"own_margin": own.mean().item()} if len(own) else {}
+        own = {name: torch.cat(parts)[torch.cat(self._counted[name])].cpu() for name, parts in self._metrics.items()}
+        for name, values in _joined(gather(own)).items():
+            logs |= {name: values.mean().item()} if len(values) else {}
         self._metrics.clear()
-        self._own.clear()
+        self._counted.clear()
         super().log(logs, start_time)
 
 
@@ -220,6 +225,12 @@ class _HookCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._hooks.after_step(kwargs["model"])
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the values of several processes by name; a process may have none of a name."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
 
 
 def _only(items: list[list[Batch]]) -> list[Batch]:

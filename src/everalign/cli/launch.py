@@ -1,0 +1,118 @@
+"""`--processes N`: run a verb in several processes of this machine, by torch's own launcher."""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from typing import Annotated
+
+import typer
+
+from everalign import distributed
+from everalign.cli.console import say
+from everalign.cli.options import INTERRUPTED, option
+from everalign.errors import EveralignError, InputError
+
+Processes = Annotated[
+    int | None, option("Processes of this machine that share the work: one for each GPU, or some on CPUs.", "N")
+]
+
+# Seconds that processes have to end in when one of them has failed.
+_SHUTDOWN = 10
+# Verbs that several processes can share.
+_SHARED = (("learn",), ("reward", "train"), ("correct", "train"))
+
+
+def check_verb(arguments: list[str]) -> None:
+    """Refuses a verb that every one of several launched processes would do again."""
+    verb = [word for word in arguments[:2] if not word.startswith("-")]
+    count = distributed.launched() or 1
+    if count > 1 and verb and not any(tuple(verb[: len(shared)]) == shared for shared in _SHARED):
+        raise InputError(f"{' '.join(verb)} runs in one process, found {count}: start it without a launcher")
+
+
+def share_work(processes: int | None, context: typer.Context) -> None:
+    """Joins the processes of a launcher, or starts as many as were asked for, waits for them, and leaves the verb."""
+    if not distributed.check_processes(processes):
+        distributed.start()
+        return
+    assert processes is not None
+    raise typer.Exit(_launch(processes, context.find_root().obj))
+
+
+def say_processes() -> None:
+    """Prints how many processes run, where there is a launcher that was meant to start some."""
+    if distributed.launched() is not None:
+        say("processes", distributed.one_line(), "bold")
+
+
+def _launch(processes: int, arguments: list[str]) -> int:
+    """Run the command line in several processes; returns the exit code."""
+    import torch
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise InputError(f"--processes {processes}: this machine has {gpus} GPUs, one for each process")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ[LAUNCHER] = str(os.getpid())
+    # What ends the processes is said by them and below, not by the launcher's own log.
+    logging.disable(logging.CRITICAL)
+    try:
+        with tempfile.TemporaryDirectory() as logs:
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=processes,
+                run_id=f"everalign-{os.getpid()}",
+                rdzv_backend="c10d",
+                rdzv_endpoint="127.0.0.1:0",
+                local_addr="127.0.0.1",
+                max_restarts=0,
+                shutdown_timeout=_SHUTDOWN,
+                logs_specs=DefaultLogsSpecs(log_dir=logs),
+            )
+            elastic_launch(config, sys.executable)("-m", "everalign", *arguments)
+    except ChildFailedError as error:
+        return _failed({number: failure.exitcode for number, failure in error.failures.items()}, processes)
+    except SignalException as stopped:
+        return INTERRUPTED if stopped.sigval == signal.SIGINT else EveralignError.exit_code
+    finally:
+        logging.disable(logging.NOTSET)
+        del os.environ[LAUNCHER]
+    return 0
+
+
+def _failed(codes: dict[int, int], processes: int) -> int:
+    """Name a process that was killed, which cannot do so itself; returns the exit code of the one that failed first."""
+    # The launcher ends the others by SIGTERM.
+    killed = [number for number, code in codes.items() if code < 0 and -code != signal.SIGTERM]
+    if killed or all(code < 0 for code in codes.values()):
+        number = min(killed or codes)
+        name = signal.Signals(-codes[number]).name
+        say("error", f"rank {number} of {processes} was ended by {name}, and the others with it", "bold red")
+        if name == "SIGKILL":
+            say("note", "the system kills a process that takes more memory than there is", "cyan")
+        return EveralignError.exit_code
+    return max(codes.values())
+
+
+LAUNCHER = "EVERALIGN_LAUNCHER"
+"""Environment variable: the process that has started this one as one of several."""
+
+
+def end_with_launcher() -> None:
+    """Lets this process end when the launcher that started it is killed; on Linux."""
+    parent = os.environ.get(LAUNCHER)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it is gone already
+        sys.exit(EveralignError.exit_code)
