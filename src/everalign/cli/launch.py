@@ -21,15 +21,15 @@ Processes = Annotated[
 # Seconds that processes have to end in when one of them has failed.
 _SHUTDOWN = 10
 # Verbs that several processes can share.
-_SHARED = (("learn",), ("reward", "train"), ("correct", "train"))
+_SHARED = ("learn", "reward train", "correct train")
+_GROUPS = (["reward"], ["correct"], ["feedback"])
 
 
 def check_verb(arguments: list[str]) -> None:
     """Refuses a verb that every one of several launched processes would do again."""
-    verb = [word for word in arguments[:2] if not word.startswith("-")]
-    count = distributed.launched() or 1
-    if count > 1 and verb and not any(tuple(verb[: len(shared)]) == shared for shared in _SHARED):
-        raise InputError(f"{' '.join(verb)} runs in one process, found {count}: start it without a launcher")
+    verb = " ".join(arguments[: 2 if arguments[:1] in _GROUPS else 1])
+    if verb and not verb.startswith("-") and verb not in _SHARED and (count := distributed.launched() or 1) > 1:
+        raise InputError(f"{verb} runs in one process, found {count}: start it without a launcher")
 
 
 def share_work(processes: int | None, context: typer.Context) -> None:
