@@ -98,6 +98,9 @@ class LearningToPrompt(Method):
     def begin_stage(self, stage: Stage) -> RowTerms | None:
         """Asks for a loss of each row."""
         self._policy = stage.policy
+        if stage.policy.prompts is not None:
+            # Several processes wait for the gradients of all that learns, and without strength keys have none.
+            stage.policy.prompts.keys.requires_grad_(self.strength > 0)
         return RowTerms() if self.strength else None
 
     def row_loss(self, logprobs: Tensor, batch: Batch) -> Tensor | None:
