@@ -132,7 +132,7 @@ def test_another_number_of_processes_goes_on(quick_processes, whole, model, tmp_
 
 
 def test_a_process_that_stands_still_is_given_up(quick_processes, model, tmp_path):
-    pair = Pair(quick_processes, model, tmp_path / "run", (1, "step", 3, signal.SIGSTOP), timeout=20.0)
+    pair = Pair(quick_processes, model, tmp_path / "run", (1, "step", 3, signal.SIGSTOP), timeout=8.0)
     try:
         assert pair.ended(0) == [1]
     finally:
