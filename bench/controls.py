@@ -23,8 +23,11 @@ from everalign.training.hooks import RowTerms, Stage
 class NormMatchedShrink(LifeAlign):
     """Is it the projection? Scales the whole update to the norm that consolidation would leave, and projects nothing.
 
-    Arguments as in `LifeAlign`; in the space `product`.
+    Arguments as in `LifeAlign`, of which this is the one in the space `product`.
     """
+
+    def __init__(self, gamma: float | None = None, energy: float = 0.9, keep: float = 0.5, replay: float = 0.2) -> None:
+        super().__init__(gamma, energy, keep, "product", replay=replay)
 
     def new_bank(self) -> MemoryBank:
         """Return the exact bank; the long-term memory lies outside the bases of a bounded one here."""

@@ -114,7 +114,7 @@ def run_seed(seed: int, folder: Path, scored: bool) -> list[dict[str, Any]]:
         for name, edited, style in zip(("too little", "good", "bad"), batches, styles, strict=True):
             learner = Learner(
                 str(first),
-                LifeAlign(),
+                LifeAlign(space="product"),
                 "correction",
                 run,
                 training=TRAINING,

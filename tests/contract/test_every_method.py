@@ -23,7 +23,14 @@ from tiers_for_tests import slow_but
 NAMES = [name for name in METHODS if name != "mtl"]  # learns all tasks at once
 # Settings under which there is something of every part of a method, with ten rows a task.
 SMALL = {
-    "lifealign": {"replay": 0.5, "anchors": 0.1, "average": 0.8, "step": "fitted", "review": 0.25},
+    "lifealign": {
+        "space": "product",
+        "replay": 0.5,
+        "anchors": 0.1,
+        "average": 0.8,
+        "step": "fitted",
+        "review": 0.25,
+    },
     "er": {"replay": 0.5, "review": 0.25},
     "gem": {"replay": 0.5, "refresh": 2},
     "ogpsa": {"replay": 0.5, "refresh": 2},
@@ -201,8 +208,8 @@ def test_two_tasks_are_learned_on_any_architecture(tmp_path, name, family):
 
 
 def test_lifealign_with_its_parts_switched_off_is_what_it_was(learned, model, tmp_path):
-    learn(model, tmp_path / "on", LifeAlign(anchors=0.0, average=0.0, step="fixed"))
-    learn(model, tmp_path / "off", LifeAlign())
+    learn(model, tmp_path / "on", LifeAlign(anchors=0.0, average=0.0, step="fixed", space="product"))
+    learn(model, tmp_path / "off", LifeAlign(space="product"))
     assert same_weights(adapter_weights(tmp_path / "on"), adapter_weights(tmp_path / "off"))
 
 

@@ -90,8 +90,32 @@ def test_every_method_is_made_by_its_name():
         assert kind.name == name
 
 
-def test_lifealign_has_the_papers_defaults():
+def test_lifealign_reviews_and_consolidates_nothing_by_default():
     method = make_method("lifealign")
+    assert (method.gamma, method.consolidates, method.long_term) == (None, False, False)
+    assert method.settings() == {"space": "none", "replay": 0.2, "capacity": 3000, "review": 0.3}
+
+
+def test_without_replay_there_is_no_review():
+    assert make_method("lifealign", replay=0.0).settings()["review"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "given", [{"energy": 0.8}, {"keep": 1.0}, {"rank_cap": 8}, {"average": 0.9}, {"step": "fitted"}]
+)
+def test_what_is_for_consolidated_updates_is_refused_where_none_is(given):
+    with pytest.raises(InputError, match=f"{next(iter(given))} is for consolidated updates, .* add space 'product'"):
+        make_method("lifealign", **given)
+
+
+def test_the_default_is_replay_with_a_review(learned):
+    replay = learned(ExperienceReplay(review=0.3))
+    for index in (0, 1):
+        assert same_weights(adapter_weights(learned(LifeAlign()), index), adapter_weights(replay, index))
+
+
+def test_consolidating_lifealign_has_the_papers_defaults():
+    method = make_method("lifealign", space="product")
     assert method.gamma is None
     assert method.settings() == {
         "energy": 0.9,
@@ -132,7 +156,7 @@ def test_an_argument_that_a_method_would_ignore_is_refused(name, argument):
         ({"replay": 20}, "replay is a share"),
         ({"replay": -0.1}, "replay is a share"),
         ({"capacity": 0}, "replay capacity"),
-        ({"space": "weights"}, "space is 'product' or 'factors', found 'weights'"),
+        ({"space": "weights"}, "space is 'none', 'product' or 'factors', found 'weights'"),
         ({"rank_cap": 0}, "rank_cap is a rank of at least 1"),
         ({"space": "factors", "rank_cap": 8}, "rank_cap means nothing in the space 'factors'"),
         ({"gamma": -1.0}, "gamma is a number of at least 0"),
@@ -147,7 +171,7 @@ def test_bad_arguments_are_refused_before_anything_is_trained(arguments, message
 @pytest.mark.parametrize("objective", ["dpo", "sft"])
 def test_gamma_without_fpo_is_refused(model, tmp_path, objective):
     with pytest.raises(InputError, match=f"gamma is the focusing exponent of fpo, .*; the objective '{objective}'"):
-        make_learner(model, tmp_path / "run", LifeAlign(gamma=2.0), objective)
+        make_learner(model, tmp_path / "run", LifeAlign(gamma=2.0, space="product"), objective)
     assert not (tmp_path / "run").exists()
 
 
@@ -161,15 +185,19 @@ def test_replay_of_nothing_is_sequential_fine_tuning(learned):
 
 
 def test_fpo_with_gamma_0_is_dpo(learned):
-    focal, plain = learned(LifeAlign(gamma=0.0), "fpo"), learned(LifeAlign(), "dpo")
+    focal, plain = learned(LifeAlign(gamma=0.0, space="product"), "fpo"), learned(LifeAlign(space="product"), "dpo")
     for index in (0, 1):
         assert same_weights(adapter_weights(focal, index), adapter_weights(plain, index))
 
 
 def test_fpo_has_gamma_2_by_default(learned):
-    default = learned(LifeAlign(), "fpo", "warm")
-    assert same_weights(adapter_weights(default), adapter_weights(learned(LifeAlign(gamma=2.0), "fpo", "warm")))
-    assert not same_weights(adapter_weights(default), adapter_weights(learned(LifeAlign(gamma=1.0), "fpo", "warm")))
+    default = learned(LifeAlign(space="product"), "fpo", "warm")
+    assert same_weights(
+        adapter_weights(default), adapter_weights(learned(LifeAlign(gamma=2.0, space="product"), "fpo", "warm"))
+    )
+    assert not same_weights(
+        adapter_weights(default), adapter_weights(learned(LifeAlign(gamma=1.0, space="product"), "fpo", "warm"))
+    )
 
 
 def test_factors_with_everything_kept_are_experience_replay(learned):
@@ -233,7 +261,7 @@ def test_consolidation_is_recorded_module_by_module(learned, space):
 
 
 def test_the_long_term_adapter_grows_to_its_cap(learned):
-    output = learned(LifeAlign(energy=1.0, rank_cap=6))
+    output = learned(LifeAlign(energy=1.0, rank_cap=6, space="product"))
     records = [
         json.loads((folder / "consolidation.json").read_text()) for folder in sorted((output / "versions").iterdir())
     ]

@@ -27,7 +27,7 @@ def learn(model, output, started, crash=None):
     """Run in a process of its own: learn two tasks with two stages each, from wherever the run stands."""
     if crash is not None:
         crash_at(*crash)
-    learner = make_learner(model, output, LifeAlign(), "fpo", resume=True, options=OPTIONS)
+    learner = make_learner(model, output, LifeAlign(space="product"), "fpo", resume=True, options=OPTIONS)
     started.set()
     learner.learn_all(tasks("warm", "brief"))
 
@@ -37,7 +37,7 @@ def learn_past_a_refusal(model, output, started, crash=None):
     if crash is not None:
         crash_at(*crash)
     options = {"checkpoint_steps": 1}
-    learner = make_learner(model, output, LifeAlign(), resume=True, options=options, gate=0.25)
+    learner = make_learner(model, output, LifeAlign(space="product"), resume=True, options=options, gate=0.25)
     started.set()
     warm, calm = ((name, rows, held_out(name, 12)) for name, rows, _ in tasks("warm", "calm"))
     for name, rows, test in (warm, ("poison", swapped("warm"), None), calm):

@@ -132,7 +132,7 @@ def test_every_method_learns_corrections(method, tmp_path):
 
 def test_learning_raises_what_held_out_rows_are_scored_by(tmp_path):
     lines = []
-    learned = learner(tmp_path / "run", LifeAlign(), lines=lines, options={"epochs": 10.0})
+    learned = learner(tmp_path / "run", LifeAlign(space="product"), lines=lines, options={"epochs": 10.0})
     test = edits("warm", 10, 100)
     after = learned.learn(edits("warm", 30), "warm", test)
     before = learned.run.zero_shot["warm"]
@@ -195,7 +195,7 @@ def test_tasks_learned_together_are_pooled_once(tmp_path):
 
 
 def test_an_export_is_a_corrector(tmp_path, capsys):
-    learned = learner(tmp_path / "run", LifeAlign(), correction=CorrectionTaskOptions(objectives="kind"))
+    learned = learner(tmp_path / "run", LifeAlign(space="product"), correction=CorrectionTaskOptions(objectives="kind"))
     learned.learn_all(tasks())
     folder = learned.export(tmp_path / "corrector")
     files = load_corrector_files(folder)
@@ -262,7 +262,7 @@ def test_rows_of_another_kind_are_refused(tmp_path):
         ("correction", {"correction": CorrectionTaskOptions(objectives="kind,,safe")}, r"objectives\[1\]"),
         ("correction", {"options": {"sft_epochs": 1.0}}, "with objective correction set epochs"),
         ("correction", {"reward": lambda: None}, "the objective correction learns from no rewards"),
-        ("correction", {"method": LifeAlign(gamma=1.0)}, "gamma is the focusing exponent of fpo"),
+        ("correction", {"method": LifeAlign(gamma=1.0, space="product")}, "gamma is the focusing exponent of fpo"),
     ],
 )
 def test_settings_that_would_be_ignored_or_cannot_be_are_refused(objective, arguments, message, tmp_path):

@@ -49,7 +49,7 @@ def test_the_exported_model_is_base_plus_adapter(model, tmp_path, name):
 
 
 def test_the_learned_policy_and_the_exported_model_agree(model, tmp_path):
-    learner = make_learner(model, tmp_path / "run", LifeAlign())
+    learner = make_learner(model, tmp_path / "run", LifeAlign(space="product"))
     learner.learn_all(tasks("warm", "brief"))
     exported = AutoModelForCausalLM.from_pretrained(learner.export(tmp_path / "out"))
     torch.testing.assert_close(logits(exported), logits(learner.policy.peft), rtol=1e-4, atol=1e-4)
@@ -58,7 +58,7 @@ def test_the_learned_policy_and_the_exported_model_agree(model, tmp_path):
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "run"
-    make_learner(model, output, LifeAlign()).learn_all(tasks("warm", "brief", "calm"))
+    make_learner(model, output, LifeAlign(space="product")).learn_all(tasks("warm", "brief", "calm"))
     return output
 
 
@@ -73,7 +73,7 @@ def exported(folder):
 
 def test_what_is_exported_is_the_current_version_or_one_of_its_line(model, finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
-    learner = make_learner(model, run, LifeAlign(), resume=True)
+    learner = make_learner(model, run, LifeAlign(space="product"), resume=True)
     learner.rollback()
     expected = {version: adapted(model, run, version) for version in ("001-warm", "002-brief", "003-calm")}
     assert (expected["002-brief"] - expected["001-warm"]).abs().max() > 1e-3

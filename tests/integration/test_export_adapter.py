@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "run"
-    make_learner(model, output, LifeAlign()).learn_all(tasks("warm", "brief"))
+    make_learner(model, output, LifeAlign(space="product")).learn_all(tasks("warm", "brief"))
     return output
 
 
@@ -97,7 +97,9 @@ def test_vllm_is_told_the_next_rank_that_it_takes(rank, most):
 def test_a_rank_beyond_what_vllm_takes_is_said(model, tmp_path, capsys, finished):
     assert max_lora_rank(513) is None
     run = tmp_path / "run"
-    learner = make_learner(model, run, LifeAlign(), adapter=AdapterOptions(rank=4, alpha=8.0, targets="q_proj"))
+    learner = make_learner(
+        model, run, LifeAlign(space="product"), adapter=AdapterOptions(rank=4, alpha=8.0, targets="q_proj")
+    )
     learner.learn_all(tasks("warm"))
     adapter = run / "versions" / "001-warm" / "adapter"
     weights = load_file(adapter / "adapter_model.safetensors")
@@ -140,7 +142,7 @@ def test_the_command_line_says_what_serving_takes(model, finished, tmp_path, cap
 
 
 def test_an_adapter_beyond_fp16_is_refused(model, tmp_path):
-    learner = make_learner(model, tmp_path / "run", LifeAlign())
+    learner = make_learner(model, tmp_path / "run", LifeAlign(space="product"))
     learner.learn_all(tasks("warm"))
     weights = tmp_path / "run" / "versions" / "001-warm" / "adapter" / "adapter_model.safetensors"
     save_file({key: tensor * 1e6 for key, tensor in load_file(weights).items()}, weights)

@@ -21,7 +21,7 @@ PAIRS = 12
 """Held-out pairs of a task: with a tolerance of 0.25, the fewest that can show anything are 9."""
 
 SEQUENTIAL = {
-    "lifealign": LifeAlign,
+    "lifealign": lambda: LifeAlign(space="product"),
     "lifealign in factors": lambda: LifeAlign(space="factors"),
     "er": ExperienceReplay,
     "seqft": SequentialFineTuning,
@@ -39,7 +39,7 @@ def output(tmp_path):
 
 
 def gated(model, output, method=None, **arguments):
-    return make_learner(model, output, method or LifeAlign(), **{"gate": 0.25, **arguments})
+    return make_learner(model, output, method or LifeAlign(space="product"), **{"gate": 0.25, **arguments})
 
 
 def learn(learner, name):
@@ -246,7 +246,7 @@ def test_the_verdict_is_on_record_and_announced(model, output):
 
 
 def test_without_a_gate_everything_is_promoted(model, output):
-    learner = make_learner(model, output, LifeAlign())
+    learner = make_learner(model, output, LifeAlign(space="product"))
     learn(learner, "warm")
     learner.learn(swapped("warm"), "poison")
     run = load_run(output)
@@ -287,10 +287,10 @@ def test_a_refused_task_can_be_learned_again_from_other_rows_or_without_a_gate(m
     poison(learner)
     learner.learn(task_rows("calm"), "poison")
     assert [version.id for version in learner.run.versions] == ["001-warm", "003-poison"]
-    again = make_learner(model, output.with_name("other"), LifeAlign(), gate=0.25)
+    again = make_learner(model, output.with_name("other"), LifeAlign(space="product"), gate=0.25)
     learn(again, "warm")
     poison(again)
-    bold = make_learner(model, output.with_name("other"), LifeAlign(), resume=True)
+    bold = make_learner(model, output.with_name("other"), LifeAlign(space="product"), resume=True)
     bold.learn(swapped("warm"), "poison")
     assert load_run(output.with_name("other")).current == "003-poison"
 
@@ -361,7 +361,7 @@ def test_a_kill_around_a_refusal_is_settled_as_the_gate_has_decided(model, outpu
     with pytest.raises(EveralignError, match="a task was interrupted"):
         learn(learner, "calm")
     assert [version.id for version in load_run(output).versions] == ["001-warm"]
-    again = make_learner(model, output, LifeAlign(), resume=True)
+    again = make_learner(model, output, LifeAlign(space="product"), resume=True)
     assert load_run(output).current == "001-warm"
     assert (output / "work").exists() == (not (output / "versions" / "002-poison").exists())
     learn(again, "calm")
@@ -370,7 +370,7 @@ def test_a_kill_around_a_refusal_is_settled_as_the_gate_has_decided(model, outpu
 
 @pytest.mark.parametrize("tolerance", [None, 0.25])
 def test_a_kill_before_a_promotion_is_settled_as_the_gate_has_decided(model, output, clean, monkeypatch, tolerance):
-    learner = make_learner(model, output, LifeAlign(), gate=tolerance)
+    learner = make_learner(model, output, LifeAlign(space="product"), gate=tolerance)
     learn(learner, "warm")
     with monkeypatch.context() as patch:
         kill_at(patch, "current", "before")
@@ -378,7 +378,7 @@ def test_a_kill_before_a_promotion_is_settled_as_the_gate_has_decided(model, out
             learn(learner, "calm")
     read = load_run(output)
     assert (read.current, [one.id for one in read.off_lineage]) == ("002-calm", [])
-    make_learner(model, output, LifeAlign(), resume=True)
+    make_learner(model, output, LifeAlign(space="product"), resume=True)
     assert (output / "current").read_text() == "002-calm\n"
     assert not (output / "work").exists()
     check_as_if_never_seen(output, clean("lifealign"))

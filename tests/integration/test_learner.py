@@ -22,6 +22,7 @@ from tiers_for_tests import slow_but
 
 MAKERS = {
     **METHODS,
+    "lifealign in product": lambda: LifeAlign(space="product"),
     "lifealign in factors": lambda: LifeAlign(space="factors"),
     "lifealign-rf": lambda: METHODS["lifealign-rf"](own_answers=0.0),  # random models do not end their answers
 }

@@ -44,7 +44,7 @@ def learner(path, **arguments):
     """Without damping and replay: with them LifeAlign hardly learns what undoes an earlier task."""
     return Learner(
         "tiny",
-        LifeAlign(keep=1.0, replay=0.0),
+        LifeAlign(keep=1.0, replay=0.0, space="product"),
         "correction",
         path,
         training=TRAINING,
@@ -146,7 +146,7 @@ def test_the_loop(tmp_path):
 
 def quick_learner(path, **arguments):
     options = {"max_length": 200, "tokens_per_batch": 1200}
-    return make_learner(saved_model(), path, LifeAlign(), "correction", options=options, **arguments)
+    return make_learner(saved_model(), path, LifeAlign(space="product"), "correction", options=options, **arguments)
 
 
 def filled(store, count=30, start=0):

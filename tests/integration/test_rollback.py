@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 
 import pytest
 from filelock import FileLock
@@ -17,7 +18,7 @@ from learner_for_tests import held_out, make_learner, same_weights, save_model, 
 from runs_for_tests import write_run
 from tiers_for_tests import slow_but
 
-METHODS = {"lifealign": LifeAlign, "er": ExperienceReplay, "seqft": SequentialFineTuning}
+METHODS = {"lifealign": partial(LifeAlign, space="product"), "er": ExperienceReplay, "seqft": SequentialFineTuning}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "run"
-    make_learner(model, output, LifeAlign()).learn_all(tasks("warm", "brief"))
+    make_learner(model, output, LifeAlign(space="product")).learn_all(tasks("warm", "brief"))
     return output
 
 
@@ -45,7 +46,7 @@ def written(tmp_path):
 
 
 def resume(model, run, method=None):
-    return make_learner(model, run, method or LifeAlign(), resume=True)
+    return make_learner(model, run, method or LifeAlign(space="product"), resume=True)
 
 
 def weights(run, version):
@@ -240,7 +241,7 @@ def test_a_rolled_back_task_can_be_learned_again_from_other_rows(model, run):
 
 def test_a_test_set_that_came_while_a_version_was_left_out_does_not_count_for_it(model, tmp_path):
     """Its score right after learning is not known."""
-    learner = make_learner(model, tmp_path / "run", LifeAlign())
+    learner = make_learner(model, tmp_path / "run", LifeAlign(space="product"))
     learner.learn(task_rows("warm"), "warm")
     learner.rollback()
     learner.learn(task_rows("warm"), "warm", held_out("warm"))

@@ -149,7 +149,9 @@ def test_a_round_with_the_answers_of_the_one_before_is_learned_too(model, tmp_pa
 
 def test_each_task_is_sampled_from_what_was_learned_before(model, tmp_path):
     scorer = Scorer()
-    found = learner(model, tmp_path / "run", LifeAlign(replay=0.5), reward=scorer, options={"learning_rate": 5e-2})
+    found = learner(
+        model, tmp_path / "run", LifeAlign(replay=0.5, space="product"), reward=scorer, options={"learning_rate": 5e-2}
+    )
     found.learn_all([("first", prompts(), None), ("second", prompts(6, 50), None)])
     assert scorer.asked == sum(manifest(tmp_path / "run", i).rollouts[0]["answers"] for i in range(2))
     rows = [json.loads(line) for line in (tmp_path / "run/versions/002-second/replay.jsonl").read_text().splitlines()]
@@ -159,7 +161,7 @@ def test_each_task_is_sampled_from_what_was_learned_before(model, tmp_path):
 
 def test_a_fitted_step_is_fitted_on_sampled_answers(model, tmp_path):
     rollouts = RolloutOptions(samples=4, max_new_tokens=24)
-    found = learner(model, tmp_path / "run", LifeAlign(step="fitted"), rollouts=rollouts)
+    found = learner(model, tmp_path / "run", LifeAlign(step="fitted", space="product"), rollouts=rollouts)
     found.learn(prompts(60), "a")
     facts = manifest(tmp_path / "run")
     answered = facts.rollouts[0]["prompts"]

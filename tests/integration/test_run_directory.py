@@ -23,7 +23,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "run"
-    make_learner(model, output, LifeAlign()).learn_all(tasks("warm", "brief"))
+    make_learner(model, output, LifeAlign(space="product")).learn_all(tasks("warm", "brief"))
     return output
 
 
@@ -34,7 +34,7 @@ def run(finished, tmp_path):
 
 
 def resume(model, run, method=None, objective="dpo", **arguments):
-    return make_learner(model, run, method or LifeAlign(), objective, resume=True, **arguments)
+    return make_learner(model, run, method or LifeAlign(space="product"), objective, resume=True, **arguments)
 
 
 # ---- beginning ----
@@ -42,7 +42,7 @@ def resume(model, run, method=None, objective="dpo", **arguments):
 
 def test_a_run_is_not_continued_by_accident(model, run):
     with pytest.raises(InputError, match="holds a run already: resume it, or choose another output directory"):
-        make_learner(model, run, LifeAlign())
+        make_learner(model, run, LifeAlign(space="product"))
 
 
 def test_a_folder_with_other_files_is_refused_before_the_model_is_loaded(tmp_path):
@@ -82,7 +82,7 @@ def test_run_json_tells_how_the_run_was_made(model, finished):
     assert len(facts["model_fingerprint"]) == 64
     assert facts["settings"]["learning_rate"] == 2e-2
     assert facts["settings"]["rank"] == 4
-    assert facts["method"] == {"name": "lifealign"} | LifeAlign().settings()
+    assert facts["method"] == {"name": "lifealign"} | LifeAlign(space="product").settings()
     assert {"torch", "transformers", "peft", "everalign"} <= set(facts["libraries"])
     assert {"cpu", "cores", "platform", "threads"} <= set(facts["machine"])
 
@@ -96,7 +96,7 @@ def test_run_json_tells_how_the_run_was_made(model, finished):
         ({"seed": 1}, r"seed \(0 then, 1 now\)"),
         ({"objective": "fpo"}, r"objective \('dpo' then, 'fpo' now\)"),
         ({"method": ExperienceReplay()}, r"method \(name: 'lifealign' then, 'er' now\)"),
-        ({"method": LifeAlign(keep=0.25)}, r"method \(keep: 0.5 then, 0.25 now\)"),
+        ({"method": LifeAlign(keep=0.25, space="product")}, r"method \(keep: 0.5 then, 0.25 now\)"),
         ({"method": LifeAlign(space="factors")}, r"method \(space: 'product' then, 'factors' now\)"),
         ({"options": {"beta": 0.2}}, r"settings \(beta: 0.1 then, 0.2 now\)"),
         ({"options": {"sft_epochs": 1.0}}, r"settings \(sft_epochs: 0.0 then, 1.0 now\)"),

@@ -555,7 +555,7 @@ def test_gems_gradient_is_no_longer_than_it_was_clipped_to():
 
 
 def test_a_fitted_steps_rows_are_held_back_by_place():
-    method = make_method("lifealign", step="fitted")
+    method = make_method("lifealign", space="product", step="fitted")
     few = PreferenceSet.of([row for _ in range(10) for row in task_rows("warm", 5)])
     repeated = Task("t", few, 1, seed=0)
     assert (len(method.own_rows(repeated)), len(method.apart(repeated))) == (45, 5)
@@ -565,7 +565,7 @@ def test_a_fitted_steps_rows_are_held_back_by_place():
 
 def test_a_tasks_update_is_not_fitted_on_earlier_tasks_alone():
     policy = perturb(random_policy(), size=0.5)
-    method = make_method("lifealign", step="fitted", keep=1.0, energy=1.0)
+    method = make_method("lifealign", space="product", step="fitted", keep=1.0, energy=1.0)
     few = Task("t", task_rows("warm", 5), 2, seed=0)
     method.buffer.add("earlier", task_rows("brief", 4), fraction=1.0)
     method.rows(few)

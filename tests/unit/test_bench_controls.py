@@ -58,7 +58,7 @@ def test_what_is_no_method_is_refused(tmp_path, monkeypatch, name, content, mess
 
 def test_the_norm_matched_update_has_the_norm_of_the_consolidated_one():
     torch.manual_seed(0)
-    control, whole = make_method(f"{CONTROLS}NormMatchedShrink", energy=0.8), LifeAlign(energy=0.8)
+    control, whole = make_method(f"{CONTROLS}NormMatchedShrink", energy=0.8), LifeAlign(energy=0.8, space="product")
     memories, banks = [None, None], [control.new_bank(), control.new_bank()]
     for _ in range(3):
         update = LowRankUpdate(torch.randn(12, 4), torch.randn(4, 10))

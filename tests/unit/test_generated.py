@@ -84,4 +84,4 @@ def test_the_interval_of_a_mean_is_students():
 def test_a_scorer_without_a_gate_or_a_corrector_is_refused(tmp_path, arguments):
     given = {"objective": "correction", **arguments}
     with pytest.raises(InputError, match="gate_scorer rates what a corrector writes for a gate"):
-        make_learner(saved_model(), tmp_path / "run", LifeAlign(), gate_scorer="builtins:len", **given)
+        make_learner(saved_model(), tmp_path / "run", LifeAlign(space="product"), gate_scorer="builtins:len", **given)

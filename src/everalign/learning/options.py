@@ -28,7 +28,7 @@ from everalign.training.options import (
 Reference = Literal["base", "stage_start", "previous_task"]
 Attention = Literal["sdpa", "flex"]
 Preset = Literal["default", "paper"]
-Space = Literal["product", "factors"]
+Space = Literal["none", "product", "factors"]
 Step = Literal["fixed", "fitted"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -45,7 +45,7 @@ class MethodOptions(Options, title="Method"):
     gamma: float | None = Field(default=None, ge=0, description="Focusing exponent of fpo (lifealign).")
     energy: Share | None = Field(default=None, description="Share of an update's energy to keep (lifealign).")
     keep: Share | None = Field(default=None, description="Share of what overlaps earlier tasks to keep (lifealign).")
-    space: Space | None = Field(default=None, description="Space of the consolidation (lifealign).")
+    space: Space | None = Field(default=None, description="Where updates are consolidated (lifealign).")
     rank_cap: int | None = Field(default=None, ge=1, description="Highest rank of the long-term memory (lifealign).")
     replay: Share | None = Field(
         default=None, description="Share of a task's rows to keep (lifealign, er, gem, ogpsa, copr, gdumb)."

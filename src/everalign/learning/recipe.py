@@ -273,7 +273,10 @@ class Recipe(Keys):
         """Builds the method; an argument that it would ignore is refused."""
         from everalign.methods import make_method
 
-        return make_method(**{"name": DEFAULT_METHOD, **self._given("method")})
+        given = {"name": DEFAULT_METHOD, **self._given("method")}
+        if self.preset == "paper" and given["name"] == DEFAULT_METHOD:
+            given = {"space": "factors", **given}
+        return make_method(**given)
 
     def learner_arguments(self, needs_tasks: bool = True) -> dict[str, Any]:
         """Returns keyword arguments of `Learner`; what is not given is left to its defaults.

@@ -1,4 +1,4 @@
-"""LifeAlign: replay and short-to-long memory consolidation of every task's update (arXiv 2509.17183, §3.3).
+"""LifeAlign: replay with a review of all tasks, and the paper's consolidation of updates (arXiv 2509.17183, §3.3).
 
 Focalized Preference Optimization, its other half, is the objective `fpo`.
 """
@@ -28,9 +28,10 @@ from everalign.modeling.policy import Policy
 from everalign.training.hooks import RowTerms, Stage
 
 T = TypeVar("T")
-Space = Literal["product", "factors"]
+Space = Literal["none", "product", "factors"]
 Step = Literal["fixed", "fitted"]
 _RANK_CAP = 64
+_REVIEW = 0.3
 # Below this a tenth is too few rows to choose a step on.
 _FEWEST_TO_HOLD_BACK = 40
 # Directions of the bank's bases for each of the long-term memory's, which takes half of them: the rest is history.
@@ -38,14 +39,20 @@ _BANK_TO_MEMORY = 2
 
 
 class LifeAlign(ExperienceReplay):
-    """Denoises a task's update, damps what lies in the span of earlier updates, adds it to long-term memory (SLMC).
+    """Learns each task beside replayed rows and ends it with a review of all tasks, or consolidates its update.
+
+    By default one adapter goes on from task to task, and the last steps of a task, its review, consolidate what all
+    tasks have taught. The paper's short-to-long memory consolidation (SLMC) denoises the task's update, damps what lies
+    in the span of earlier updates, and adds it to long-term memory: `space` turns it on. Which is better was measured:
+    see bench/RESULTS.md.
 
     Args:
         gamma: focusing exponent for the objective `fpo`; None for the objective's own 2.
         energy: θ, least share of the update's energy that denoising keeps.
         keep: λ, share that is kept of the component inside the span of earlier updates; 1 keeps all of it.
-        space: `product` consolidates the update B·A itself, with a frozen long-term adapter and a fresh short-term one
-            for each task; `factors` treats B and A as separate matrices of one adapter, as the paper is written.
+        space: where updates are consolidated. `none`: not at all. `product`: the update B·A itself, with a frozen
+            long-term adapter and a fresh short-term one for each task. `factors`: B and A as separate matrices of one
+            adapter, as the paper is written. Only these two have energy, keep, rank_cap, average and step.
         rank_cap: highest rank of the long-term adapter, in `product` space.
         average: decay of an average of the short-term adapter over the task's steps, which takes its place at the end;
             0 for none. It rises to this value from 0.1, as (1 + t) / (10 + t) after t steps.
@@ -57,52 +64,51 @@ class LifeAlign(ExperienceReplay):
         capacity: most rows in the buffer; the oldest are dropped first.
         anchors: strength of the pull of replayed answers back to the log-probabilities that they had; 0 for none.
         review: share of a stage's steps, its last ones, in which all tasks so far are seen equally often; 0 for none.
+            None for 0.3 where rows are replayed and nothing is consolidated, and 0 elsewhere.
     """
 
     name = "lifealign"
-    consolidates = True
 
     def __init__(
         self,
         gamma: float | None = None,
         energy: float = 0.9,
         keep: float = 0.5,
-        space: Space = "product",
+        space: Space = "none",
         rank_cap: int = _RANK_CAP,
         average: float = 0.0,
         step: Step = "fixed",
         replay: float = 0.2,
         capacity: int = 3000,
         anchors: float = 0.0,
-        review: float = 0.0,
+        review: float | None = None,
     ) -> None:
+        if review is None:
+            review = _REVIEW if replay and space == "none" else 0.0
         super().__init__(replay, capacity, anchors, review)
         for label, value in (("energy", energy), ("keep", keep)):
             check_share(label, value)
-        if space not in ("product", "factors"):
-            raise InputError(f"space is 'product' or 'factors', found {space!r}", field="space")
         if rank_cap < 1:
             raise InputError(f"rank_cap is a rank of at least 1, found {rank_cap}", field="rank_cap")
-        if space == "factors" and rank_cap != _RANK_CAP:
-            problem = "rank_cap means nothing in the space 'factors', where the adapter keeps its rank"
-            raise InputError(problem, field="rank_cap")
         if not 0.0 <= average < 1.0:
             raise InputError(f"average is a decay of at least 0 and below 1, found {average}", field="average")
         if step not in ("fixed", "fitted"):
             raise InputError(f"step is 'fixed' or 'fitted', found {step!r}", field="step")
-        if space == "factors" and step == "fitted":
-            raise InputError("a fitted step is one of the space 'product': leave space out, or step", field="step")
+        changed = {"energy": energy != 0.9, "keep": keep != 0.5, "rank_cap": rank_cap != _RANK_CAP}
+        _check_space(space, {**changed, "average": average != 0, "step": step != "fixed"})
         if gamma is not None:
             check_strength("gamma", gamma)
         self.gamma, self.energy, self.keep, self.space, self.rank_cap = gamma, energy, keep, space, rank_cap
         self.step, self._average = step, AdapterAverage(average)
-        self.long_term = space == "product"
+        self.long_term, self.consolidates = space == "product", space != "none"
         self.watches_stages = self.watches_stages or step == "fitted"
         self._banks: dict[str, MemoryBank] = defaultdict(self.new_bank)
         self._start: dict[str, tuple[Tensor, Tensor]] = {}
 
     def settings(self) -> dict[str, Any]:
-        """Returns all arguments but gamma, which belongs to the objective."""
+        """Returns all arguments that do something but gamma, which belongs to the objective."""
+        if self.space == "none":
+            return {"space": "none", **super().settings(), "review": self._review}
         own: dict[str, Any] = {"energy": self.energy, "keep": self.keep, "space": self.space, "rank_cap": self.rank_cap}
         # Recorded only where they do something.
         own |= {"average": self._average.decay} if self._average.decay else {}
@@ -110,10 +116,10 @@ class LifeAlign(ExperienceReplay):
         return {**own, **super().settings()}
 
     def begin_task(self, policy: Policy, task: Task) -> None:
-        """Gives the task a fresh short-term adapter; in `factors` space, notes where the one adapter starts."""
+        """Gives the task a fresh short-term adapter (`product`), or notes where the one adapter starts (`factors`)."""
         if self.space == "product":
             policy.start_short_term(task.seed)
-        else:
+        elif self.space == "factors":
             self._start = policy.factors()
 
     def own_rows(self, task: Task) -> Sequence[AnyRow]:
@@ -152,12 +158,14 @@ class LifeAlign(ExperienceReplay):
         self._average.load_state_dict(state, policy)
 
     def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
-        """Consolidates every module's update, fills the replay buffer, and notes its anchors."""
+        """Consolidates every module's update, if at all, fills the replay buffer, and notes its anchors."""
         stage = self._stage
         # Rows of earlier tasks alone would choose the shortest step.
         if self.step == "fitted" and stage is not None and len(stage.rows) > stage.learned:
             fit_step(stage, [*self.replayed_groups(stage), range(stage.learned, len(stage.rows))])
-        records = self._end_product(policy, task) if self.space == "product" else self._end_factors(policy)
+        records: list[ModuleRecord] = []
+        if self.space != "none":
+            records = self._end_product(policy, task) if self.space == "product" else self._end_factors(policy)
         super().end_task(policy, task)
         return records
 
@@ -232,6 +240,20 @@ class LifeAlign(ExperienceReplay):
         self._banks.clear()
         for module, entries in by_module.items():
             self._banks[module].load_state_dict(entries)
+
+
+def _check_space(space: str, changed: Mapping[str, bool]) -> None:
+    """Refuses what is no space, and arguments that it would ignore; `changed` says which are not at their defaults."""
+    if space not in ("none", "product", "factors"):
+        raise InputError(f"space is 'none', 'product' or 'factors', found {space!r}", field="space")
+    for name in (name for name, differs in changed.items() if differs and space == "none"):
+        problem = f"{name} is for consolidated updates, and without a space none is: add space 'product'"
+        raise InputError(problem, field=name)
+    if space == "factors" and changed["rank_cap"]:
+        problem = "rank_cap means nothing in the space 'factors', where the adapter keeps its rank"
+        raise InputError(problem, field="rank_cap")
+    if space == "factors" and changed["step"]:
+        raise InputError("a fitted step is one of the space 'product': choose that, or leave step out", field="step")
 
 
 def _record(

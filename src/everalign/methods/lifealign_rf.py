@@ -23,8 +23,8 @@ class RehearsalFreeLifeAlign(LifeAlign):
     answer each. These are learned beside the task by their negative log-likelihood a token, times `strength`: up to a
     constant the divergence KL(π_before ‖ π) a token on those prompts, so that the policy keeps answering as it did
     where the task does not ask for a change (self-generated replay; arXiv 2605.26097 by its abstract). The update is
-    averaged and consolidated as in `LifeAlign`. Nothing of a task's rows is kept; weights may still reveal some of
-    them.
+    averaged and consolidated as in `LifeAlign` in `product` space. Nothing of a task's rows is kept; weights may still
+    reveal some of them.
 
     Args:
         gamma, energy, keep, rank_cap, average: as in `LifeAlign`.
@@ -45,7 +45,7 @@ class RehearsalFreeLifeAlign(LifeAlign):
         strength: float = 1.0,
         own_answers: float = 0.1,
     ) -> None:
-        super().__init__(gamma, energy, keep, rank_cap=rank_cap, average=average, replay=0.0)
+        super().__init__(gamma, energy, keep, "product", rank_cap, average, replay=0.0)
         check_strength("strength", strength)
         check_share("own_answers", own_answers)
         self.strength, self.own_answers = strength, own_answers
