@@ -219,7 +219,7 @@ class Watched(LifeAlign):
     """Keeps the policy's update before and after every consolidation."""
 
     def __init__(self, **arguments):
-        super().__init__(**arguments)
+        super().__init__(**{"space": "product", **arguments})
         self.trained, self.consolidated = [], []
 
     def end_task(self, policy, task):

@@ -83,7 +83,7 @@ def test_a_malformed_task(text, work, capsys):
         (["--objective", "ppo"], "unknown objective 'ppo': choose one of sft, dpo, fpo"),
         (["--preset", "papr"], "unknown preset 'papr': choose one of default, paper"),
         (["--reference", "bse"], "--reference must be one of base, stage_start, previous_task, found 'bse'"),
-        (["--space", "x"], "--space must be one of product, factors, found 'x'"),
+        (["--space", "x"], "--space must be one of none, product, factors, found 'x'"),
         (["--checkpointing", "yes"], "--checkpointing must be one of auto, on, off, found 'yes'"),
         (["--precision", "fp16"], "--precision must be one of auto, fp32, bf16, found 'fp16'"),
         (["--gamma", "2", "--objective", "dpo"], "gamma is the focusing exponent of fpo"),

@@ -88,7 +88,7 @@ def test_permuted_anchors_are_those_of_other_pairs_per_token():
     method, plain = make_method(f"{CONTROLS}PermutedAnchors", anchors=0.1), ExperienceReplay(anchors=0.1)
     rows = [TokenizedRow.pair(str(i), [1], [2] * (i + 1), [3] * (2 * i + 1), 1.0) for i in range(9)]
     kept = {"anchors": -torch.arange(1.0, 17.0), "anchor_sizes": torch.full((8,), 2)}
-    stage = SimpleNamespace(rows=rows, own=1, replayed=8, learned=9)
+    stage = SimpleNamespace(rows=rows, own=1, replayed=8, learned=9, objective=SimpleNamespace(first_is_best=True))
     found = []
     for one in (method, plain):
         one.load_state_dict(kept)

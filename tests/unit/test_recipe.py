@@ -88,6 +88,13 @@ def test_what_is_not_given_is_left_to_the_learner(read):
     assert arguments["method"].settings() == METHODS["lifealign"]().settings()
 
 
+def test_the_papers_preset_consolidates_factors_unless_another_space_is_named(read):
+    assert read("preset: paper").make_method().settings()["space"] == "factors"
+    assert read("{preset: paper, method: {space: product}}").make_method().settings()["space"] == "product"
+    assert read("{preset: paper, method: er}").make_method().settings() == METHODS["er"]().settings()
+    assert read("preset: default").make_method().settings()["space"] == "none"
+
+
 def test_a_method_may_be_its_name_alone(read):
     assert read("method: er").make_method().name == "er"
     assert read("method: {replay: 0.5}").make_method().settings()["replay"] == 0.5
@@ -118,7 +125,7 @@ def test_numbers_mean_what_they_look_like(number, value, read):
         ("training: {batch_size: true}", "training.batch_size must be a whole number of at least 1, found True"),
         ("training: {precision: fp16}", "training.precision must be one of auto, fp32, bf16, found 'fp16'"),
         ("training: 3", "training must be keys and values, found 3"),
-        ("method: {name: er, space: x}", "method.space must be one of product, factors, found 'x'"),
+        ("method: {name: er, space: x}", "method.space must be one of none, product, factors, found 'x'"),
         ("seed: one", "seed must be a whole number, found 'one'"),
         ("allow_overlap: 1", "allow_overlap must be true or false, found 1"),
         ("model: ''", "model must be text that is not empty, found ''"),
