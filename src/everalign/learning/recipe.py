@@ -425,6 +425,9 @@ def completed(recipe: Recipe) -> Recipe:
     run = load_run(path)
     known = Recipe.read(path / _FILE) if (path / _FILE).exists() else _from_facts(run)
     whole = recipe.over(known)
+    if whole._given("method").get("name", DEFAULT_METHOD) == run.facts.method.name:
+        # What was left at a default stays at the default that the run was begun with.
+        whole = whole.over(Recipe(method=_method_settings(run)))
     if recipe.tasks is not None:
         return whole
     done = {version.task for version in run.all_versions}
@@ -454,9 +457,13 @@ def _from_facts(run: RunData) -> Recipe:
         keys = {name: settings[name] for name in SECTIONS[section].model_fields if name in settings}
         if keys and (section != "correction" or reads(facts.objective, "correction")):
             given[section] = keys
-    known = SECTIONS["method"].model_fields
-    method = facts.method.model_dump()
-    # `fpo` has an exponent of its own, also where the method has none.
-    drop = () if facts.method.name == DEFAULT_METHOD else ("gamma",)
-    given["method"] = {n: v for n, v in method.items() if n in known and n not in drop and v is not None}
+    given["method"] = _method_settings(run)
     return Recipe.model_validate(given)
+
+
+def _method_settings(run: RunData) -> dict[str, Any]:
+    """Returns the method's name and arguments, as a recipe has them."""
+    known, method = SECTIONS["method"].model_fields, run.facts.method
+    # `fpo` has an exponent of its own, also where the method has none.
+    drop = () if method.name == DEFAULT_METHOD else ("gamma",)
+    return {n: v for n, v in method.model_dump().items() if n in known and n not in drop and v is not None}
