@@ -31,7 +31,7 @@ def learn(model, output, log, environment, started=None, fault=None):
         join(environment)
         if fault is not None and fault[0] == distributed.rank():
             break_at(*fault[1:])
-        learner = make_learner(model, output, LifeAlign(), "fpo", resume=True, options=OPTIONS)
+        learner = make_learner(model, output, LifeAlign(space="product"), "fpo", resume=True, options=OPTIONS)
         if started is not None:
             started.set()
         learner.learn_all(tasks("warm", "brief"))
@@ -122,7 +122,9 @@ def test_killed_again_and_again_and_resumed(quick_processes, whole, model, tmp_p
 def test_another_number_of_processes_goes_on(quick_processes, whole, model, tmp_path):
     run = tmp_path / "run"
     assert Pair(quick_processes, model, run, (1, "step", 8, signal.SIGKILL)).ended()[1] == -signal.SIGKILL
-    make_learner(model, run, LifeAlign(), "fpo", resume=True, options=OPTIONS).learn_all(tasks("warm", "brief"))
+    make_learner(model, run, LifeAlign(space="product"), "fpo", resume=True, options=OPTIONS).learn_all(
+        tasks("warm", "brief")
+    )
     assert load_run(run).current == "002-brief"
     for index in (0, 1):
         found, expected = adapter_weights(run, index), adapter_weights(whole[0], index)

@@ -34,7 +34,10 @@ STAGES = {
 # By method: the objective that it learns, and settings under which there is something of every part of it. All
 # methods, and all objectives.
 RUNS = {
-    "lifealign": ("fpo", {"replay": 0.5, "anchors": 0.1, "average": 0.8, "step": "fitted", "review": 0.25}),
+    "lifealign": (
+        "fpo",
+        {"space": "product", "replay": 0.5, "anchors": 0.1, "average": 0.8, "step": "fitted", "review": 0.25},
+    ),
     "er": ("snkl", {"replay": 0.5, "anchors": 0.1}),
     "gem": ("hypo", {"replay": 0.5, "refresh": 2}),
     "ogpsa": ("hypo-ln", {"replay": 0.5, "refresh": 2}),
