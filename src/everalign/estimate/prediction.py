@@ -5,18 +5,20 @@ The formulas, their sources and what they assume are in docs/estimate.md.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from everalign.estimate.machines import Machine
 from everalign.estimate.shape import ModelShape, Saved
-from everalign.estimate.work import RunPlan, Work, longest_answer
+from everalign.estimate.work import RunPlan, TaskPlan, Work, longest_answer
 from everalign.modeling.options import Checkpointing
 
 # Times that what is kept for the backward pass crosses memory, by element-wise work: forward and back, and forward.
 _TRAFFIC = {"training": 6.0, "forward": 2.0}
 # The same of logits: written, exponentiated, summed, and multiplied back.
 _LOGIT_TRAFFIC = {"training": 6.0, "forward": 4.0}
+# Times that a distribution crosses memory where two are compared.
+_KL_TRAFFIC = 8.0
 # Passes over the layers: launches of a forward pass, and of forward and back, in units of a machine's `launch`.
 _LAUNCHES = {"training": 3.0, "forward": 1.0}
 # Bytes for each number that learns: itself, its gradient and AdamW's two moments, in fp32.
@@ -96,6 +98,7 @@ class Prediction:
         steps: optimiser steps.
         seconds: by part of the run.
         tasks: seconds by task, with what is scored after it.
+        task_steps: optimiser steps by task.
         memory: at the highest.
         disk: bytes by what is written.
         flops: operations of all matrix products.
@@ -111,7 +114,6 @@ class Prediction:
     disk: Mapping[str, float]
     flops: float
     calibrated: float | None = None
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def total(self) -> Range:
@@ -155,7 +157,6 @@ class Prediction:
             "disk": {"total": sum(self.disk.values()), "parts": dict(self.disk)},
             "flops": self.flops,
             "calibrated": self.calibrated,
-            "notes": list(self.notes),
         }
 
 
@@ -231,6 +232,12 @@ class Clock:
         )
         return Range(low * self.factor[0], high * self.factor[1])
 
+    def comparing(self, positions: float) -> Range:
+        """Return what a divergence takes besides its forward passes: whole distributions, read and written."""
+        moved = _KL_TRAFFIC * positions * self.shape.vocabulary * 4 / self.machine.bandwidth
+        low, high = (moved / self.machine.traffic[best] for best in (1, 0))
+        return Range(low * self.factor[0], high * self.factor[1])
+
 
 def predicted_memory(
     shape: ModelShape,
@@ -268,7 +275,9 @@ def predicted_memory(
     needed = kept + _TRAINED_BYTES * shape.trained
     recomputed = checkpointing == "on" or (checkpointing == "auto" and needed > _USABLE * room)
     if recomputed and layer:
-        kept = min(kept, shape.layers * tokens * shape.hidden * shape.itemsize + layer)
+        # Inputs of layers, one layer in full, and what lies outside of them, such as the mask that they share.
+        outside = max(0.0, kept - shape.layers * layer)
+        kept = min(kept, shape.layers * tokens * shape.hidden * shape.itemsize + layer + outside)
     rows = max(128.0, _CHUNK_LOGITS[machine.is_cpu] // shape.vocabulary) if shape.chunked else targets
     block = min(rows, targets) * shape.vocabulary * (shape.itemsize if machine.is_cpu else shape.itemsize + 4)
     # What the backward pass of one layer makes on its way.
@@ -293,61 +302,66 @@ def predict(
         rank_cap: highest rank of that.
         replayed_rows: that are kept at the end.
     """
-    shape, machine = clock.shape, clock.machine
-    parts: dict[str, Range] = {"start": _start(shape, machine)}
+    shape = clock.shape
+    parts = {
+        "start": _start(shape),
+        "held-out rows": clock.seconds(plan.start, "forward"),
+        "sample answers": _written(clock, plan, plan.answers, plan.calls),
+    }
     tasks: dict[str, Range] = {}
-
-    def add(name: str, seconds: Range) -> Range:
-        parts[name] = parts.get(name, Range()) + seconds
-        return seconds
-
-    short, long = longest_answer(plan)
-
-    def written(prompts: int, calls: int) -> Range:
-        low = clock.decoding(prompts, short, plan.prompt, max(1.0, prompts / max(1, calls))).low
-        return Range(low, clock.decoding(prompts, long, plan.prompt, max(1.0, prompts / max(1, calls))).high)
-
-    add("held-out rows", clock.seconds(plan.start, "forward"))
-    add("sample answers", written(plan.answers, plan.calls))
     flops = clock.flops(plan.start, "forward")
     for task in plan.tasks:
-        seconds = Range()
         rank = task.memory_rank
-        if task.rollouts[0]:
-            seconds += add(
-                "rollouts", clock.decoding(*task.rollouts, plan.prompt, _rollouts_at_once(plan, task.rollouts))
-            )
-        for stage in task.stages:
-            seconds += add("reference", clock.seconds(stage.reference, "forward", rank))
-            seconds += add("training", clock.seconds(stage.work, "training", rank, stage.steps))
-            flops += clock.flops(stage.work, "training", rank) + clock.flops(stage.reference, "forward", rank)
-        seconds += add("held-out rows", clock.seconds(task.scoring, "forward", rank + shape.rank))
-        seconds += add(
-            "held-out rows",
-            Range(*[task.kl * shape.vocabulary * 4 * 8 / machine.bandwidth / machine.traffic[i] for i in (1, 0)]),
-        )
-        flops += clock.flops(task.scoring, "forward", rank + shape.rank)
-        seconds += add("sample answers", written(task.answers, 1))
-        if task.corrections:
-            seconds += add("gate", clock.decoding(task.corrections, plan.answer, plan.prompt, _CORRECTED_AT_ONCE))
+        found = _task_parts(plan, task, clock)
         if consolidates:
-            seconds += add("consolidation", _consolidation(shape, min(2 * rank_cap, rank + shape.rank)))
-        tasks[task.name] = seconds
-    steps = {task.name: sum(stage.steps for stage in task.stages) for task in plan.tasks}
+            found["consolidation"] = _consolidation(shape, min(2 * rank_cap, rank + shape.rank))
+        for name, seconds in found.items():
+            parts[name] = parts.get(name, Range()) + seconds
+        tasks[task.name] = sum(found.values(), Range())
+        flops += clock.flops(task.scoring, "forward", rank + shape.rank)
+        for stage in task.stages:
+            flops += clock.flops(stage.work, "training", rank) + clock.flops(stage.reference, "forward", rank)
     return Prediction(
-        machine, plan.steps, parts, tasks, steps, memory,
-        _disk(plan, shape, consolidates, rank_cap, replayed_rows), flops,
-    )  # fmt: skip
+        machine=clock.machine,
+        steps=plan.steps,
+        seconds=parts,
+        tasks=tasks,
+        task_steps={task.name: sum(stage.steps for stage in task.stages) for task in plan.tasks},
+        memory=memory,
+        disk=_disk(plan, shape, consolidates, rank_cap, replayed_rows),
+        flops=flops,
+    )
 
 
-def _start(shape: ModelShape, machine: Machine) -> Range:
+def _task_parts(plan: RunPlan, task: TaskPlan, clock: Clock) -> dict[str, Range]:
+    """Return the seconds of a task by what takes them, without its consolidation."""
+    rank, (answers, tokens) = task.memory_rank, task.rollouts
+    found = {"reference": Range(), "training": Range()}
+    if answers:
+        # As many at once as twice the tokens of a micro-batch hold (`everalign.learning.rollouts`).
+        at_once = max(1.0, 2 * plan.tokens_per_batch / (plan.prompt + tokens))
+        found["rollouts"] = clock.decoding(answers, tokens, plan.prompt, at_once)
+    for stage in task.stages:
+        found["reference"] += clock.seconds(stage.reference, "forward", rank)
+        found["training"] += clock.seconds(stage.work, "training", rank, stage.steps)
+    scored = clock.seconds(task.scoring, "forward", rank + clock.shape.rank)
+    found["held-out rows"] = scored + clock.comparing(task.kl)
+    found["sample answers"] = _written(clock, plan, task.answers, 1)
+    if task.corrections:
+        found["gate"] = clock.decoding(task.corrections, plan.answer, plan.prompt, _CORRECTED_AT_ONCE)
+    return found
+
+
+def _written(clock: Clock, plan: RunPlan, prompts: int, calls: int) -> Range:
+    """Return what sample answers take, written in so many calls: short ones at best, the longest at worst."""
+    at_once = max(1.0, prompts / max(1, calls))
+    low, high = (clock.decoding(prompts, tokens, plan.prompt, at_once) for tokens in longest_answer(plan))
+    return Range(low.low, high.high)
+
+
+def _start(shape: ModelShape) -> Range:
     low, high = (shape.weight_bytes / rate for rate in reversed(_READING))
     return Range(_START_SECONDS[0] + low, _START_SECONDS[1] + high)
-
-
-def _rollouts_at_once(plan: RunPlan, rollouts: tuple[int, int]) -> float:
-    """As many answers as twice the tokens of a micro-batch hold (`everalign.learning.rollouts`)."""
-    return max(1.0, 2 * plan.tokens_per_batch / (plan.prompt + rollouts[1]))
 
 
 def _consolidation(shape: ModelShape, width: int) -> Range:
