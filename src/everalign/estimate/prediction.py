@@ -41,7 +41,7 @@ _CONSOLIDATION_FLOPS, _CONSOLIDATION_RATE = 24.0, (5e9, 40e9)
 # Rows that a corrector writes at once for a gate (`everalign.correction.objective`).
 _CORRECTED_AT_ONCE = 16
 # Bytes of a cached log-probability, of a token of replayed text, and of what a version holds besides.
-_CACHED_BYTES, _TEXT_BYTES, _VERSION_BYTES, _REPORT_BYTES = 150, 5, 40_000, 1_500_000
+_CACHED_BYTES, _TEXT_BYTES, _VERSION_BYTES, _REPORT_BYTES = 150, 5, 40_000, 150_000
 
 
 @dataclass(frozen=True)
