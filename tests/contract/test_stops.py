@@ -154,7 +154,7 @@ class Scripted:
     def __len__(self):
         return self.rows
 
-    def choose(self, choose):
+    def choose(self, choose, *beside):
         return torch.full((self.rows,), self.tokens[min(self.place, len(self.tokens) - 1)])
 
     def select(self, rows):

@@ -142,7 +142,7 @@ def quickened(arguments):
 def test_a_run_goes_on_with_nothing_but_its_output(workspace, capsys):
     line = next(line for line in commands("README.md") if line.startswith("everalign learn --model"))
     arguments = quickened(words(line))
-    assert run(capsys, *arguments, "--gate", "0.9")[0] == 0
+    assert run(capsys, *arguments, "--gate", "1.0")[0] == 0
     code, _, error = run(capsys, "learn", "--resume", "--output", "runs/assistant")
     assert code == 2
     assert "every task that it was given is learned" in error
@@ -152,7 +152,7 @@ def test_a_run_goes_on_with_nothing_but_its_output(workspace, capsys):
     )
     assert code == 0, error
     calm = load_run("runs/assistant").versions[-1].manifest
-    assert (calm.name, calm.gate.tolerance) == ("calm", 0.9)
+    assert (calm.name, calm.gate.tolerance) == ("calm", 1.0)
 
 
 def test_an_interrupted_run_goes_on_with_the_tasks_that_are_left(workspace, capsys, monkeypatch):

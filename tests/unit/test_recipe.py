@@ -222,7 +222,7 @@ def test_a_wrong_flag_is_named_as_a_flag():
 OPTIONS = (TrainingOptions, AdapterOptions, WeightOptions, CorrectionTaskOptions, RolloutOptions)
 # Flags that say how one command behaves; every other one is a recipe's key.
 OF_THE_COMMAND = {
-    *("recipe", "resume", "as_json", "print_recipe", "trust_remote_code"),
+    *("context", "processes", "recipe", "resume", "as_json", "print_recipe", "trust_remote_code"),
     *("from_feedback", "minimum", "key_share", "agreement", "held_out"),
 }
 
@@ -240,7 +240,7 @@ def test_a_flag_that_is_not_given_leaves_no_trace():
     parameters = inspect.signature(learn_verb).parameters
     given = {name: parameter.default for name, parameter in parameters.items()}
     assert all(
-        given[name] is None for name in given if name not in ("resume", "as_json", "print_recipe", "trust_remote_code")
+        given[name] is None for name in given if name not in ("context", "resume", "as_json", "print_recipe", "trust_remote_code")
     )
 
 
