@@ -23,7 +23,7 @@ from everalign.learning.answer_evaluation import (
     worst_tasks,
 )
 from everalign.learning.run_data import load_run
-from everalign.methods import SingleTask
+from everalign.methods import LifeAlign, SingleTask
 from everalign.reporting import write_report
 from learner_for_tests import make_learner, save_answering_model, tasks
 
@@ -34,7 +34,7 @@ SETTINGS = AnswerSettings(max_new_tokens=6, limit=3, standard=False, compat=True
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
     model = save_answering_model(folder / "model")
-    make_learner(model, folder / "run").learn_all(tasks("warm", "brief"))
+    make_learner(model, folder / "run", LifeAlign(space="product")).learn_all(tasks("warm", "brief"))
     return load_run(folder / "run")
 
 
