@@ -240,7 +240,9 @@ def test_a_flag_that_is_not_given_leaves_no_trace():
     parameters = inspect.signature(learn_verb).parameters
     given = {name: parameter.default for name, parameter in parameters.items()}
     assert all(
-        given[name] is None for name in given if name not in ("context", "resume", "as_json", "print_recipe", "trust_remote_code")
+        given[name] is None
+        for name in given
+        if name not in ("context", "resume", "as_json", "print_recipe", "trust_remote_code")
     )
 
 
