@@ -459,13 +459,19 @@ def test_hostile_names_are_escaped_everywhere(tmp_path):
         ({"untested": tuple(LIFEALIGN)}, "No held-out pairs were scored."),
         ({"untested": tuple(LIFEALIGN)}, "no held-out pairs were scored, so nothing can be said"),
         ({"untested": ("helpful",)}, "After 3 tasks, lifealign prefers the chosen response in 77.5%"),
-        ({"method": "er"}, "This run does not consolidate."),
         ({"method": "mtl"}, "All tasks were learned at once"),
         ({"method": "stl", "parents": ["000"] * 3}, "Each task was learned by a model of its own"),
     ],
 )
 def test_unusual_runs_have_a_report(tmp_path, arguments, expected):
     assert expected in report(tmp_path, write_run(tmp_path / "run", **arguments)).text
+
+
+def test_consolidation_is_shown_where_a_run_consolidates(tmp_path):
+    plain, consolidating = write_run(tmp_path / "plain", method="er"), write_run(tmp_path / "consolidating")
+    for runs, shown in (([plain], False), ([plain, consolidating], True)):
+        text = write_report(runs, tmp_path / "report.html").read_text()
+        assert (text.count("#consolidation"), 'id="consolidation"' in text) == (shown, shown)
 
 
 def test_long_and_many_task_names_become_numbers_in_plots(tmp_path):
