@@ -101,7 +101,16 @@ def test_without_replay_there_is_no_review():
 
 
 @pytest.mark.parametrize(
-    "given", [{"energy": 0.8}, {"keep": 1.0}, {"rank_cap": 8}, {"average": 0.9}, {"step": "fitted"}]
+    "given",
+    [
+        {"energy": 0.8},
+        {"energy": 0.9},
+        {"keep": 0.5},
+        {"rank_cap": 8},
+        {"rank_cap": 64},
+        {"average": 0.9},
+        {"step": "fitted"},
+    ],
 )
 def test_what_is_for_consolidated_updates_is_refused_where_none_is(given):
     with pytest.raises(InputError, match=f"{next(iter(given))} is for consolidated updates, .* add space 'product'"):

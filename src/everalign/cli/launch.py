@@ -18,6 +18,9 @@ Processes = Annotated[
     int | None, option("Processes of this machine that share the work: one for each GPU, or some on CPUs.", "N")
 ]
 
+LAUNCHER = "EVERALIGN_LAUNCHER"
+"""Environment variable: the process that has started this one as one of several."""
+
 # Seconds that processes have to end in when one of them has failed.
 _SHUTDOWN = 10
 # Verbs that several processes can share.
@@ -99,10 +102,6 @@ def _failed(codes: dict[int, int], processes: int) -> int:
             say("note", "the system kills a process that takes more memory than there is", "cyan")
         return EveralignError.exit_code
     return max(codes.values())
-
-
-LAUNCHER = "EVERALIGN_LAUNCHER"
-"""Environment variable: the process that has started this one as one of several."""
 
 
 def end_with_launcher() -> None:

@@ -42,7 +42,7 @@ _MEASURED_STEPS = 3
 _CALIBRATED_SPREAD = 1.25
 # Tokens that are counted on a model that is there.
 _COUNTED_TOKENS = 512
-# Kept at least for what a task does besides training.
+# Highest rank of a long-term adapter whose method sets none.
 _RANK_CAP = 64
 
 

@@ -43,10 +43,18 @@ class MethodOptions(Options, title="Method"):
     """Arguments of the methods; None leaves one at the method's own default. See `everalign.methods`."""
 
     gamma: float | None = Field(default=None, ge=0, description="Focusing exponent of fpo (lifealign).")
-    energy: Share | None = Field(default=None, description="Share of an update's energy to keep (lifealign).")
-    keep: Share | None = Field(default=None, description="Share of what overlaps earlier tasks to keep (lifealign).")
-    space: Space | None = Field(default=None, description="Where updates are consolidated (lifealign).")
-    rank_cap: int | None = Field(default=None, ge=1, description="Highest rank of the long-term memory (lifealign).")
+    energy: Share | None = Field(
+        default=None, description="Share of an update's energy to keep (lifealign, with --space)."
+    )
+    keep: Share | None = Field(
+        default=None, description="Share of what overlaps earlier tasks to keep (lifealign, with --space)."
+    )
+    space: Space | None = Field(
+        default=None, description="Where updates are consolidated; none by default (lifealign)."
+    )
+    rank_cap: int | None = Field(
+        default=None, ge=1, description="Highest rank of the long-term memory (lifealign, with --space)."
+    )
     replay: Share | None = Field(
         default=None, description="Share of a task's rows to keep (lifealign, er, gem, ogpsa, copr, gdumb)."
     )

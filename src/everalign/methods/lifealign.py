@@ -30,7 +30,7 @@ from everalign.training.hooks import RowTerms, Stage
 T = TypeVar("T")
 Space = Literal["none", "product", "factors"]
 Step = Literal["fixed", "fitted"]
-_RANK_CAP = 64
+_ENERGY, _KEEP, _RANK_CAP = 0.9, 0.5, 64
 _REVIEW = 0.3
 # Below this a tenth is too few rows to choose a step on.
 _FEWEST_TO_HOLD_BACK = 40
@@ -48,12 +48,12 @@ class LifeAlign(ExperienceReplay):
 
     Args:
         gamma: focusing exponent for the objective `fpo`; None for the objective's own 2.
-        energy: θ, least share of the update's energy that denoising keeps.
-        keep: λ, share that is kept of the component inside the span of earlier updates; 1 keeps all of it.
+        energy: θ, least share of the update's energy that denoising keeps; None for 0.9.
+        keep: λ, share that is kept of the component inside the span of earlier updates; 1 keeps all of it, None is 0.5.
         space: where updates are consolidated. `none`: not at all. `product`: the update B·A itself, with a frozen
             long-term adapter and a fresh short-term one for each task. `factors`: B and A as separate matrices of one
             adapter, as the paper is written. Only these two have energy, keep, rank_cap, average and step.
-        rank_cap: highest rank of the long-term adapter, in `product` space.
+        rank_cap: highest rank of the long-term adapter, in `product` space; None for 64.
         average: decay of an average of the short-term adapter over the task's steps, which takes its place at the end;
             0 for none. It rises to this value from 0.1, as (1 + t) / (10 + t) after t steps.
         step: `fixed` adds the consolidated update as it is; `fitted` first multiplies the task's update by the number
@@ -72,10 +72,10 @@ class LifeAlign(ExperienceReplay):
     def __init__(
         self,
         gamma: float | None = None,
-        energy: float = 0.9,
-        keep: float = 0.5,
+        energy: float | None = None,
+        keep: float | None = None,
         space: Space = "none",
-        rank_cap: int = _RANK_CAP,
+        rank_cap: int | None = None,
         average: float = 0.0,
         step: Step = "fixed",
         replay: float = 0.2,
@@ -86,6 +86,10 @@ class LifeAlign(ExperienceReplay):
         if review is None:
             review = _REVIEW if replay and space == "none" else 0.0
         super().__init__(replay, capacity, anchors, review)
+        # Given at their defaults they are refused too, where they would do nothing.
+        given = {"energy": energy is not None, "keep": keep is not None, "rank_cap": rank_cap is not None}
+        energy, keep = _ENERGY if energy is None else energy, _KEEP if keep is None else keep
+        rank_cap = _RANK_CAP if rank_cap is None else rank_cap
         for label, value in (("energy", energy), ("keep", keep)):
             check_share(label, value)
         if rank_cap < 1:
@@ -94,8 +98,7 @@ class LifeAlign(ExperienceReplay):
             raise InputError(f"average is a decay of at least 0 and below 1, found {average}", field="average")
         if step not in ("fixed", "fitted"):
             raise InputError(f"step is 'fixed' or 'fitted', found {step!r}", field="step")
-        changed = {"energy": energy != 0.9, "keep": keep != 0.5, "rank_cap": rank_cap != _RANK_CAP}
-        _check_space(space, {**changed, "average": average != 0, "step": step != "fixed"})
+        _check_space(space, {**given, "average": average != 0, "step": step != "fixed"}, rank_cap)
         if gamma is not None:
             check_strength("gamma", gamma)
         self.gamma, self.energy, self.keep, self.space, self.rank_cap = gamma, energy, keep, space, rank_cap
@@ -242,17 +245,19 @@ class LifeAlign(ExperienceReplay):
             self._banks[module].load_state_dict(entries)
 
 
-def _check_space(space: str, changed: Mapping[str, bool]) -> None:
-    """Refuses what is no space, and arguments that it would ignore; `changed` says which are not at their defaults."""
+def _check_space(space: str, given: Mapping[str, bool], rank_cap: int) -> None:
+    """Refuses what is no space, and arguments that it would ignore; `given` says which of them ask for something."""
     if space not in ("none", "product", "factors"):
         raise InputError(f"space is 'none', 'product' or 'factors', found {space!r}", field="space")
-    for name in (name for name, differs in changed.items() if differs and space == "none"):
-        problem = f"{name} is for consolidated updates, and without a space none is: add space 'product'"
-        raise InputError(problem, field=name)
-    if space == "factors" and changed["rank_cap"]:
+    unused = next((name for name, asks in given.items() if asks), None) if space == "none" else None
+    if unused is not None:
+        problem = f"{unused} is for consolidated updates, and without a space none is: add space 'product'"
+        raise InputError(problem, field=unused)
+    # Runs have the default on record in this space too.
+    if space == "factors" and rank_cap != _RANK_CAP:
         problem = "rank_cap means nothing in the space 'factors', where the adapter keeps its rank"
         raise InputError(problem, field="rank_cap")
-    if space == "factors" and changed["step"]:
+    if space == "factors" and given["step"]:
         raise InputError("a fitted step is one of the space 'product': choose that, or leave step out", field="step")
 
 
