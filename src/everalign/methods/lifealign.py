@@ -44,7 +44,7 @@ class LifeAlign(ExperienceReplay):
     By default one adapter goes on from task to task, and the last steps of a task, its review, consolidate what all
     tasks have taught. The paper's short-to-long memory consolidation (SLMC) denoises the task's update, damps what lies
     in the span of earlier updates, and adds it to long-term memory: `space` turns it on. Which is better was measured:
-    see bench/RESULTS.md.
+    see bench/results/methods.md.
 
     Args:
         gamma: focusing exponent for the objective `fpo`; None for the objective's own 2.
