@@ -209,8 +209,8 @@ def use_lean_layers(model: nn.Module) -> None:
     """Let RMS norms, gated feed-forward layers and rotary embeddings of a model on the CPU take less memory.
 
     The usual forward passes of norms and gated layers keep every intermediate result, norms in fp32 besides: a quarter
-    to a third of what a step keeps (`bench/results/speed.md`). Here they keep their inputs, and rotary embeddings make no
-    copies. A layer is changed where it computes the same on small and on large inputs.
+    to a third of what a step keeps (`bench/results/speed.md`). Here they keep their inputs, and rotary embeddings make
+    no copies. A layer is changed where it computes the same on small and on large inputs.
     """
     if next(model.parameters()).device.type != "cpu":
         return
