@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from everalign.cli.console import (
     version_table,
 )
 from everalign.cli.options import Json, TrustRemoteCode, option
+from everalign.errors import InputError
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as `learn` writes it.")]
 
@@ -129,6 +130,9 @@ def export(
         ),
     ] = "auto",
     label: Annotated[str | None, option("Whose adapter, of a run that keeps one for each label.", "LABEL")] = None,
+    base: Annotated[
+        str | None, option("Merge into this full-precision model; for a run on a quantised copy of it.", "MODEL")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -142,17 +146,25 @@ def export(
     from everalign.modeling.runtime import prepare_process
 
     kind = checked_dtype(dtype)
+    if adapter and base is not None:
+        raise InputError("--base: an adapter is merged into nothing: leave it out, or leave --adapter out")
     prepare_process()
-    done = (export_adapter if adapter else export_version)(load_run(run), folder, version, model, None, kind, label)
+    if adapter:
+        done = export_adapter(load_run(run), folder, version, model, None, kind, label)
+    else:
+        done = export_version(load_run(run), folder, version, model, None, kind, label, base)
     if as_json:
         shown = {"version": done.version, "model": str(folder), "corrector": done.corrector, "dtype": done.dtype}
         shown |= {} if label is None else {"label": label}
-        more = {"rank": done.rank, "vllm": done.command} if adapter else {"rounding": done.rounding}
+        more: dict[str, Any] = {"rank": done.rank, "vllm": done.command} if adapter else {"rounding": done.rounding}
+        more |= {} if done.quantisation is None else {"quantisation": done.quantisation}
         show_json({"run": str(run), **shown, **more})
         return
     show_line("version", done.version)
     show_line("adapter" if adapter else "corrector" if done.corrector else "model", folder)
     show_line("dtype", done.dtype)
+    if done.quantisation is not None:
+        show_line("quantised", f"logits differ by {done.quantisation:.1%} of their norm from those it was learned with")
     if adapter:
         show_line("rank", done.rank)
         show_line("vllm", done.command or "takes no adapter of this rank: export the merged model, without --adapter")

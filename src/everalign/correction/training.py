@@ -43,8 +43,6 @@ from everalign.distributed import on_main, share, start
 from everalign.errors import InputError
 from everalign.modeling.base_adapter import base_and_adapter, tokenizer_folder
 from everalign.modeling.loading import (
-    check_all_weights,
-    check_trainable,
     load_model,
     load_tokenizer,
     model_fingerprint,
@@ -55,6 +53,7 @@ from everalign.modeling.loading import (
 from everalign.modeling.model_files import merged_into, write_checked
 from everalign.modeling.options import Precision
 from everalign.modeling.policy import Policy
+from everalign.modeling.quantization import check_all_weights, check_trainable
 from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.modeling.stopping import write_ends
 from everalign.modeling.trainable import FullModel

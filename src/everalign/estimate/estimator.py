@@ -109,7 +109,7 @@ def context_from_config(arguments: Mapping[str, Any], machine: Machine, log: Log
     model, base_adapter = arguments["model"], arguments.get("base_adapter")
     tokenizer = load_tokenizer(model, adapter=base_adapter)
     goal.bind(model, tokenizer)
-    base = model_from_config(model, base_adapter, precision, tokenizer)
+    base = model_from_config(model, base_adapter, precision, tokenizer, options.quantize)
     options = options.replace(precision=precision, max_length=readable_length(options.max_length, base, model, log))
     policy = meta_policy(base, adapter)
     return RunContext(

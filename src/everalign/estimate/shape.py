@@ -19,11 +19,12 @@ from everalign.modeling.loading import (
     check_vocabulary,
     language_model_class,
     load_config,
-    quantisation,
     resolve_model,
 )
 from everalign.modeling.lora_targets import is_linear
+from everalign.modeling.options import Quantize
 from everalign.modeling.policy import Policy
+from everalign.modeling.quantization import check_plain, quantisation
 from everalign.modeling.runtime import SavedBytes, prepare_process, recomputable_layers
 from everalign.modeling.shrinking import MODEL_ERRORS
 from everalign.training.base_objective import Objective
@@ -91,7 +92,9 @@ class Saved:
     tokens: int
 
 
-def model_from_config(model: str, base_adapter: str | None, precision: str, tokenizer: Any) -> Any:
+def model_from_config(
+    model: str, base_adapter: str | None, precision: str, tokenizer: Any, quantize: Quantize | None = None
+) -> Any:
     """Return the model on the meta device: its classes and sizes without a single weight.
 
     Raises:
@@ -99,7 +102,12 @@ def model_from_config(model: str, base_adapter: str | None, precision: str, toke
     """
     name, _ = base_and_adapter(model, resolve_model(model), base_adapter)
     config = load_config(resolve_model(name), "model", name)
+    if quantize is not None:
+        check_plain(config, name)
+        config.quantization_config = {"load_in_4bit": True}  # bitsandbytes itself need not be there
     built = _built(config, precision, "meta", name)
+    if quantisation(config) is not None:
+        built.config.quantization_config = config.quantization_config  # of which `shape_of` counts the bits
     check_vocabulary(built, tokenizer, name)
     return built
 

@@ -33,7 +33,7 @@ from everalign.learning.options import AdapterOptions
 from everalign.learning.run_data import BASE, RESULTS, RunData
 from everalign.learning.run_store import RunDirectory
 from everalign.methods import METHODS, make_method
-from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
+from everalign.modeling.loading import load_base, load_tokenizer
 from everalign.modeling.lora import WEIGHTS
 from everalign.modeling.policy import Policy
 from everalign.modeling.prompt_pool import PROMPTS_FILE, PromptShape
@@ -239,8 +239,14 @@ class _Runner:
         facts = run.facts
         self.tokenizer = load_tokenizer(facts.model, adapter=run.base_adapter)
         precision = facts.settings.get("precision", "fp32")
-        model = load_model(facts.model, precision, adapter=run.base_adapter, device=training_device(log))
-        if model_fingerprint(model) != facts.model_fingerprint:
+        model, key = load_base(
+            facts.model,
+            precision,
+            adapter=run.base_adapter,
+            device=training_device(log),
+            quantize=facts.settings.get("quantize"),
+        )
+        if key != facts.model_fingerprint:
             raise InputError(f"{facts.model}: is not the model that {run.path} was begun with")
         shape = {name: facts.settings[name] for name in AdapterOptions.model_fields if name in facts.settings}
         options = AdapterOptions(**shape)

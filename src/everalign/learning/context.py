@@ -21,16 +21,16 @@ from everalign.methods import Method
 from everalign.modeling.attention import use_flex_attention
 from everalign.modeling.base_adapter import base_and_adapter
 from everalign.modeling.loading import (
-    check_trainable,
     check_vocabulary,
-    load_model,
+    load_base,
     load_tokenizer,
-    model_fingerprint,
     readable_length,
     resolve_model,
     resolve_precision,
 )
+from everalign.modeling.options import Precision
 from everalign.modeling.policy import Policy
+from everalign.modeling.quantization import check_library, check_trainable
 from everalign.modeling.rehearsal import rehearse
 from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.training.base_objective import Objective, TaskContext
@@ -197,6 +197,7 @@ def make_context(
         method, objective, options, adapter is not None, weighting, scorer, rollouts, correction
     )
     adapter = adapter or AdapterOptions()
+    check_library(options.quantize)
     prepare_process()
     start()
     device = training_device(log)
@@ -207,13 +208,13 @@ def make_context(
         log(f"the base model is {model} with the adapter {base_adapter} merged into it")
     tokenizer = load_tokenizer(model, adapter=base_adapter)
     goal.bind(model, tokenizer)
-    base = load_model(model, options.precision, adapter=base_adapter, device=device)  # type: ignore[arg-type]
+    precision: Precision = options.precision  # type: ignore[assignment]  # resolved above
+    base, model_key = load_base(model, precision, adapter=base_adapter, device=device, quantize=options.quantize)
     check_trainable(base, model)
     check_vocabulary(base, tokenizer, model)
     rehearse(base, adapter.module_names())
     prefix = 0 if method.prompts is None else method.prompts.tokens
     options = options.replace(max_length=readable_length(options.max_length, base, model, log, prefix))
-    model_key = model_fingerprint(base)
     if options.attention == "flex":
         use_flex_attention(base)
     policy = Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed, method.prompts)

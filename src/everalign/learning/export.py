@@ -22,10 +22,25 @@ from everalign.learning.promotion import check_version
 from everalign.learning.run_data import RunData, VersionData
 from everalign.learning.run_files import Score
 from everalign.modeling.base_adapter import tokenizer_folder
-from everalign.modeling.loading import load_config, load_model, load_tokenizer, model_fingerprint, resolve_model
+from everalign.modeling.loading import (
+    base_key,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+)
 from everalign.modeling.lora import CONFIG, WEIGHTS
-from everalign.modeling.model_files import DTYPES, OutputDtype, merged_into, source_folder, write_checked
+from everalign.modeling.model_files import (
+    DTYPES,
+    OutputDtype,
+    merged_into,
+    moved_by_quantisation,
+    source_folder,
+    write_checked,
+)
 from everalign.modeling.prompt_pool import refuse_prompts
+from everalign.modeling.quantization import quantisation
 from everalign.modeling.stopping import write_ends
 from everalign.storage import exclusive, lock_of, new_folder, read_json, write_json, write_text
 
@@ -192,6 +207,8 @@ class Exported:
         corrector: whether it is a corrector.
         dtype: of the weights, such as `bf16`.
         rounding: by how much rounding to that dtype has changed the logits, as a share of their norm; 0 of an adapter.
+        quantisation: by how much they differ, by the same measure, from those on the quantised weights that it was
+            learned on; None where it was learned on the weights that it is merged into, or is an adapter.
         rank: of an adapter; None where it is merged.
         command: how vLLM serves an adapter; None where it is merged, or cannot be served so.
     """
@@ -201,6 +218,7 @@ class Exported:
     corrector: bool
     dtype: str
     rounding: float = 0.0
+    quantisation: float | None = None
     rank: int | None = None
     command: str | None = None
 
@@ -213,6 +231,7 @@ def export_version(
     tokenizer: Any = None,
     dtype: OutputDtype = "auto",
     label: str | None = None,
+    base: str | None = None,
 ) -> Exported:
     """Writes a version merged into its base model: the base model's folder with other weights and a model card.
 
@@ -227,10 +246,13 @@ def export_version(
         tokenizer: the one that was learned with; the model's when None.
         dtype: of the weights; the base model's own with `auto`.
         label: whose adapter, of a run that keeps one for each label; as of the version.
+        base: the model in full precision to merge into, where the run learned on a quantised copy of it. One that
+            was quantised as it was loaded is merged into its plain weights without this.
 
     Raises:
         InputError: nothing was learned yet, the folder exists, the line has no such version or label, the version is
-            damaged, or the base model is not the run's.
+            damaged, the base model is not the run's, or logits on `base` are further from those on the quantised
+            weights than quantisation explains.
         EveralignError: merged logits differ from the adapter's by more than 1e-4 of their largest value, or what was
             written from the merged ones.
     """
@@ -239,21 +261,26 @@ def export_version(
     name = run.facts.model if model is None else model
     with _alone(folder):
         tokenizer = load_tokenizer(name, adapter=run.base_adapter) if tokenizer is None else tokenizer
-        base = _base_model(run, name)
-        generation, base_folder = base.generation_config, source_folder(base.name_or_path)
-        merged = merged_into(base, source / "adapter")
-        corrector = _corrector_facts(run, line, name)
+        own = _base_model(run, name)
+        learned_on = _quantised(run, name, own, base)
+        plain = own if base is None else load_model(base, "fp32")
+        generation, base_folder = plain.generation_config, source_folder(plain.name_or_path)
+        merged = merged_into(plain, source / "adapter")
+        moved = None
+        if learned_on is not None:
+            moved = moved_by_quantisation(learned_on, source / "adapter", merged, base or name, tokenizer)
+        corrector = _corrector_facts(run, line, base or name)
         with new_folder(folder) as temporary:
             written = write_checked(merged, temporary, dtype)
             if run.base_adapter is not None and tokenizer_folder(run.base_adapter) is not None:
                 # The adapter's own, which may have more tokens than the base model's.
                 tokenizer.save_pretrained(temporary)
             _finish(temporary, generation, tokenizer, run, line)
-            card = model_card(run, line, name, base_folder, folder, written.dtype, None)
+            card = model_card(run, line, base or name, base_folder, folder, written.dtype, None)
             write_text(temporary / "README.md", card)
             if corrector is not None:
                 write_corrector_facts(temporary, corrector)
-    return Exported(folder, line[-1].id, corrector is not None, written.dtype, written.rounding)
+    return Exported(folder, line[-1].id, corrector is not None, written.dtype, written.rounding, moved)
 
 
 def export_adapter(
@@ -358,9 +385,25 @@ def _base_model(run: RunData, name: str) -> Any:
     """The run's base model in fp32."""
     model = load_model(name, "fp32", adapter=run.base_adapter)
     dtype = torch.bfloat16 if run.facts.settings.get("precision") == "bf16" else torch.float32
-    if model_fingerprint(model, dtype) != run.facts.model_fingerprint:
+    if base_key(model_fingerprint(model, dtype), run.facts.settings.get("quantize")) != run.facts.model_fingerprint:
         raise InputError(f"{name}: is not the model that {run.path} was started with: name that one as the model")
     return model
+
+
+def _quantised(run: RunData, name: str, own: Any, base: str | None) -> Any:
+    """The model that a run learned on, where a version is merged into other weights than those; else None."""
+    quantize = run.facts.settings.get("quantize")
+    if base is None:
+        return None if quantize is None else load_model(name, run.facts.settings["precision"], quantize=quantize)
+    if quantize is not None:
+        raise InputError(
+            f"base: {run.path} quantised {name} as it was loaded, and merges into its plain weights: leave base out, "
+            "or say with model where that model is now",
+            field="base",
+        )
+    if quantisation(own.config) is None:
+        raise InputError(f"base: the base model of {run.path}, {name}, is not quantised: leave base out", field="base")
+    return own
 
 
 def _corrector_facts(run: RunData, line: list[VersionData], model: str) -> CorrectorFacts | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from everalign.errors import InputError
-from everalign.modeling.options import PrecisionChoice, SamplingOptions
+from everalign.modeling.options import PrecisionChoice, Quantize, SamplingOptions
 from everalign.options import Options
 from everalign.training.objectives import OBJECTIVES
 from everalign.training.options import (
@@ -203,6 +203,11 @@ class TrainingOptions(Options, title="Training"):
         default="auto",
         description="Precision of the base model and of the computation.\n`auto` is bf16 on a GPU that has it and "
         "fp32 elsewhere. Adapters are always fp32.",
+    )
+    quantize: Quantize | None = Field(
+        default=None,
+        description="Quantise the base model as it is loaded; nf4 is 4 bits a weight (QLoRA).\nNeeds bitsandbytes "
+        "(`pip install everalign[quantize]`). The head, the embeddings and the adapters stay as they are.",
     )
     attention: Attention = Field(default="sdpa", description="Attention; flex (FlexAttention) needs a GPU.")
     checkpointing: Recompute = "auto"

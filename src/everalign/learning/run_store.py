@@ -45,7 +45,7 @@ _ZERO_SHOT = "zero_shot.json"
 # In the order in which differences are named: a model in another precision has another fingerprint too.
 _SAME = ("format", "objective", "method", "settings", "seed", "model_fingerprint", "template")
 # Settings that early runs do not record, with the value that they had.
-_SETTINGS_SINCE = {"attention": "sdpa"}
+_SETTINGS_SINCE = {"attention": "sdpa", "quantize": None}
 # Settings that change no result, so that a run may continue with other ones.
 _FREE_SETTINGS = ("checkpointing",)
 

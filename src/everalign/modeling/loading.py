@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -19,18 +18,16 @@ from transformers import (
     AutoTokenizer,
     modeling_utils,
 )
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
-from transformers.utils.quantization_config import QuantizationMethod
 
 from everalign.data.tokenization import SHORTEST_MAX_LENGTH
 from everalign.errors import InputError
 from everalign.modeling.architecture import study_lengths
 from everalign.modeling.base_adapter import base_and_adapter, merge_adapter, tokenizer_folder, without_adapter
 from everalign.modeling.gguf import SMOLLM2, smollm2_path, unpacked
-from everalign.modeling.options import Precision, PrecisionChoice
+from everalign.modeling.options import Precision, PrecisionChoice, Quantize
 from everalign.modeling.positions import named_length
+from everalign.modeling.quantization import cast, check_known, keep_differentiable, quantize_on_loading
 from everalign.storage import read_json
 
 
@@ -94,7 +91,12 @@ def resolve_model(name: str) -> str:
 
 
 def load_model(
-    name: str, precision: Precision = "fp32", *, adapter: str | None = None, device: torch.device | None = None
+    name: str,
+    precision: Precision = "fp32",
+    *,
+    adapter: str | None = None,
+    device: torch.device | None = None,
+    quantize: Quantize | None = None,
 ) -> Any:
     """Load the frozen base model.
 
@@ -105,26 +107,39 @@ def load_model(
             stay as they are, and this is what they are computed in.
         adapter: a PEFT adapter to be merged into it, in fp32.
         device: where it is to be; the CPU when None.
+        quantize: the format that its linear modules are quantised to as they are read; None to leave them as they are.
 
     Raises:
         InputError: nothing loadable is there, it is not a causal language model, it needs a package that is missing or
-            code of its own that was not allowed (see `allow_remote_code`), or the adapter is none that can be merged.
+            code of its own that was not allowed (see `allow_remote_code`), the adapter is none that can be merged, or
+            the model cannot be quantised.
     """
     base, adapter = base_and_adapter(name, resolve_model(name), adapter)
     source = resolve_model(base)
     dtype = DTYPES["fp32" if adapter else precision]
     config, place = load_config(source, "model", base), None if adapter else device
+    packing = None
+    if quantize is not None:
+        if adapter is not None:
+            raise InputError(
+                f"quantize {quantize}: an adapter is merged into plain weights; write the merged model first "
+                "(everalign export, or peft's merge_and_unload), and name that as the model",
+                field="quantize",
+            )
+        packing = quantize_on_loading(config, base, quantize, dtype)
     if (ends := Path(source) / "generation_config.json").is_file():
         read_json(ends)  # transformers would go on without it where it is damaged, and never stop at its end tokens
     with without_adapter(source) as weights:
-        model, loaded = load_weights(language_model_class(config), "model", base, weights, config, dtype, place)
+        model, loaded = load_weights(
+            language_model_class(config), "model", base, weights, config, dtype, place, packing
+        )
     if missing := sorted(loaded["missing_keys"]):
         # They would be random numbers.
         raise InputError(f"the weights of {base} lack {len(missing)} of the model's parameters, such as {missing[0]}")
     model.config._name_or_path = model.name_or_path = source
     if adapter is not None:
         model = merge_adapter(model, resolve_model(adapter), base)
-        _cast(model, DTYPES[precision])
+        cast(model, DTYPES[precision])
         model.to(device or "cpu")
     model.eval()
     model.requires_grad_(False)
@@ -152,7 +167,14 @@ def load_config(source: str, what: str, name: str, **changes: Any) -> Any:
 
 
 def load_weights(
-    auto: Any, what: str, name: str, source: str, config: Any, dtype: torch.dtype, device: torch.device | None = None
+    auto: Any,
+    what: str,
+    name: str,
+    source: str,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    packing: Any = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Load a model of one of transformers' auto classes, without holding its weights in two precisions at once.
 
@@ -164,6 +186,7 @@ def load_weights(
         config: its configuration.
         dtype: of the weights, as far as they are not quantised.
         device: where they are to be; the CPU when None.
+        packing: how plain weights are quantised as they are read (see `quantize_on_loading`); None to leave them.
 
     Returns:
         The model, and which weights were missing.
@@ -171,12 +194,11 @@ def load_weights(
     Raises:
         InputError: it cannot be loaded.
     """
-    method = quantisation(config)
-    if method is not None and method not in {*QuantizationMethod, *AUTO_QUANTIZATION_CONFIG_MAPPING}:
-        # transformers would take such weights for plain numbers.
-        raise InputError(f"{name} is quantised with {method}, which transformers does not know: take the plain model")
+    method = check_known(config, name)
     # Quantised weights cannot be moved later, some of them, and others need not take the way over the CPU either.
-    place = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
+    place: dict[str, Any] = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
+    if packing is not None:
+        place["quantization_config"] = packing
     try:
         with _read_one_by_one(config, dtype):
             model, loaded = auto.from_pretrained(
@@ -191,72 +213,44 @@ def load_weights(
         raise InputError(cannot_load(what, name, error, method)) from error
     if method is not None and getattr(model, "hf_quantizer", None) is None:
         # transformers has turned them back into plain numbers, in another precision than those that were plain.
-        _cast(model, dtype)
+        cast(model, dtype)
         model._weight_conversions = None
+    if method is not None or packing is not None:
+        keep_differentiable(model)
     return model, loaded
 
 
-def quantisation(config: Any) -> str | None:
-    """Return how the weights of a model are quantised, such as `bitsandbytes`; None where they are plain numbers."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        found = getattr(config.get_text_config(), "quantization_config", None)
-    if not found:
-        return None
-    settings = found if isinstance(found, dict) else vars(found)
-    method = settings.get("quant_method")
-    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
-        method = "bitsandbytes"  # as it was written before there were others
-    return str(getattr(method, "value", method or "a method that it does not name"))
+def load_base(
+    name: str,
+    precision: Precision,
+    *,
+    adapter: str | None = None,
+    device: torch.device | None = None,
+    quantize: Quantize | None = None,
+) -> tuple[Any, str]:
+    """Load a run's base model; returns it and what identifies it.
 
-
-def check_trainable(model: Any, name: str, merged: bool = False) -> None:
-    """Refuse a model that is quantised in a way through which no adapter can be trained.
-
-    Args:
-        model: as it was loaded.
-        name: as the user named it.
-        merged: whether the adapter is to be merged into it in the end, which not all such weights allow.
+    Of a model that is quantised here, that is the fingerprint of its plain weights, which an export has to find again,
+    and the format. Arguments and errors as in `load_model`.
     """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_trainable:
-        raise InputError(
-            f"{name} is quantised with {quantisation(model.config)}, on which transformers cannot train adapters: "
-            "take the unquantised model, or one that is quantised with bitsandbytes"
-        )
-    if merged and quantizer is not None and type(quantizer)._dequantize is HfQuantizer._dequantize:
-        raise InputError(
-            f"{name} is quantised with {quantisation(model.config)}, which transformers cannot dequantise, so no "
-            "adapter can be merged into it: take the unquantised model"
-        )
+    model = load_model(name, precision, adapter=adapter, device=device, quantize=quantize)
+    if quantize is None:
+        return model, model_fingerprint(model)
+    return model, base_key(_plain_fingerprint(name, precision), quantize)
 
 
-def plain_weights(model: Any) -> Any:
-    """Return a model in fp32 whose weights are plain numbers, as a merge needs them; other models as they are.
-
-    Raises:
-        InputError: transformers cannot dequantise weights of this kind.
-    """
-    if getattr(model, "hf_quantizer", None) is None:
-        return model
-    method = quantisation(model.config)
-    try:
-        model = model.dequantize()
-    except (NotImplementedError, ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"the base model is quantised with {method}, which transformers cannot dequantise "
-            f"({str(error).splitlines()[0]}), so nothing can be merged into it: use the adapter as it is"
-        ) from error
-    # How packed weights were read says nothing of how plain ones are written.
-    model._weight_conversions = None
-    _cast(model, torch.float32)
-    return model
+def base_key(fingerprint: str, quantize: str | None) -> str:
+    """Return what identifies a base model of this fingerprint that is quantised to this format, or None."""
+    return fingerprint if quantize is None else f"{fingerprint}-{quantize}"
 
 
-def check_all_weights(model: Any, name: str) -> None:
-    """Refuse to train all weights of a model that is quantised: they are no numbers that a step could change."""
-    if (method := quantisation(model.config)) is not None:
-        raise InputError(f"{name} is quantised with {method}, so its own weights cannot be trained: give --lora-rank")
+def _plain_fingerprint(name: str, precision: Precision) -> str:
+    """Return the fingerprint of a model's plain weights, which stay in the memory map of its files."""
+    source = resolve_model(name)
+    config = load_config(source, "model", name)
+    own = getattr(config, "dtype", None) or torch.float32
+    model, _ = load_weights(language_model_class(config), "model", name, source, config, own)
+    return model_fingerprint(model, DTYPES[precision])
 
 
 @contextmanager
@@ -278,12 +272,6 @@ def _read_one_by_one(config: Any, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         modeling_utils.safe_open = safe_open
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast parameters, one after the other; buffers, such as the frequencies of positions, stay as they are."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def load_tokenizer(name: str, *, adapter: str | None = None) -> Any:

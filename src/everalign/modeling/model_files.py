@@ -25,7 +25,8 @@ from transformers.core_model_loading import (
 )
 
 from everalign.errors import EveralignError, InputError
-from everalign.modeling.loading import load_model, plain_weights
+from everalign.modeling.loading import load_model
+from everalign.modeling.quantization import plain_weights
 from everalign.storage import read_json, write_json
 
 OutputDtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -301,6 +302,13 @@ _TOLERANCE = 1e-4
 # What rounding the weights may change, as a share of the logits' norm. It is the median of the probe's positions, since
 # a router of experts that is undecided about some of them sends these elsewhere after any change.
 _ROUNDING = {torch.float32: _TOLERANCE, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# What undoing 4-bit quantisation may change, measured likewise on logits without their mean. NF4 moves those of small
+# models by a tenth to a third (docs/large_models.md); those of an unrelated model differ by more than their norm.
+_QUANTISATION = 0.6
+_PROBE_TEXT = (
+    "The capital of France is Paris, which lies on the Seine. People who visit the city for the first time often walk "
+    "along the river, and ask where they can have lunch."
+)
 
 
 @dataclass(frozen=True)
@@ -333,6 +341,39 @@ def merged_into(base: Any, adapter: Path) -> Any:
     if not error <= _TOLERANCE:
         raise EveralignError(f"the merged model's logits differ from the adapter's by {error:.2e} of their size")
     return merged
+
+
+@torch.no_grad()
+def moved_by_quantisation(quantised: Any, adapter: Path, merged: Any, name: str, tokenizer: Any) -> float:
+    """Return by how much a merged model's logits differ from those of the adapter on quantised weights.
+
+    Args:
+        quantised: the base model as the adapter was learned on it; changed in place.
+        adapter: a PEFT adapter folder of it.
+        merged: the same adapter merged into plain weights.
+        name: the model that the plain weights came from, for the error.
+        tokenizer: of both; they are given a text, since quantisation moves more of what no text leads to.
+
+    Returns:
+        The share of their norm, logits taken without their mean, which means nothing; the median of the
+        positions.
+
+    Raises:
+        InputError: it is more than quantisation explains.
+    """
+    ids = torch.tensor([tokenizer(_PROBE_TEXT)["input_ids"]])
+    found = []
+    for model in (PeftModel.from_pretrained(quantised, str(adapter)).eval(), merged):
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+        found.append(logits - logits.mean(dim=-1, keepdim=True))
+    moved: float = ((found[1] - found[0]).norm(dim=-1).median() / found[0].norm(dim=-1).median()).item()
+    if not moved <= _QUANTISATION:
+        raise InputError(
+            f"merged into {name}, the adapter's logits differ by {moved:.2f} of their norm from those on the quantised "
+            f"weights that it was learned on ({_QUANTISATION} is allowed): name the model that was quantised, or "
+            "export the adapter alone (--adapter)"
+        )
+    return moved
 
 
 def write_checked(model: Any, folder: Path, dtype: OutputDtype = "auto") -> Written:

@@ -8,6 +8,7 @@ from everalign.options import Options
 
 Precision = Literal["fp32", "bf16"]
 PrecisionChoice = Literal["auto", "fp32", "bf16"]
+Quantize = Literal["nf4"]
 Checkpointing = Literal["auto", "on", "off"]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]

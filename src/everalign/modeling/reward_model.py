@@ -25,15 +25,14 @@ from everalign.errors import EveralignError, InputError
 from everalign.modeling.base_adapter import base_and_adapter
 from everalign.modeling.loading import (
     DTYPES,
-    check_trainable,
     load_config,
     load_model,
     load_tokenizer,
     load_weights,
-    plain_weights,
     resolve_model,
 )
 from everalign.modeling.options import Precision
+from everalign.modeling.quantization import check_trainable, plain_weights
 from everalign.modeling.runtime import training_device
 from everalign.storage import check_free, new_folder, read_json, read_model, write_json
 

@@ -28,13 +28,13 @@ from everalign.data.tokenization import TokenizedRow, TokenizedRows, check_end, 
 from everalign.distributed import on_main, start
 from everalign.errors import InputError
 from everalign.modeling.loading import (
-    check_all_weights,
     load_tokenizer,
     model_fingerprint,
     resolve_precision,
     sequence_limit,
 )
 from everalign.modeling.options import Precision
+from everalign.modeling.quantization import check_all_weights
 from everalign.modeling.reward_model import (
     RewardFacts,
     RewardModel,
