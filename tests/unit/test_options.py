@@ -21,6 +21,7 @@ BAD_TRAINING = {
     "max_length": (0, 7, 64.0, *NOT_NUMBERS),
     "checkpointing": ("yes", True, None),
     "precision": ("fp16", "float32", None),
+    "quantize": ("int4", "NF4", True, 4),
     "attention": ("flash", "flex_attention", None),
     "warmup": (-0.1, 1, 1.5, 100, *NOT_NUMBERS),
     "scheduler": ("Cosine", "constant", "reduce_lr_on_plateau", None),
