@@ -47,6 +47,7 @@ HELP = [
     ["estimate", "--help"],
     ["evaluate", "--help"],
     ["rollback", "--help"],
+    ["watch", "--help"],
     ["export", "--help"],
     ["reward", "train", "--help"],
     ["reward", "score", "--help"],

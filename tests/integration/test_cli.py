@@ -119,7 +119,7 @@ def test_an_interrupted_run_exits_130_and_resumes_to_the_same_weights_past_a_dam
     arguments = learn(*task("warm"), "--checkpoint-steps", "1")
 
     def interrupt(_, stage, done, total):
-        if done == 2:
+        if stage == "fpo" and done == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -422,17 +422,20 @@ def test_a_terminal_has_a_bar_with_steps_and_time_left_that_goes_away(terminal, 
     with Display() as shown:
         monkeypatch.setattr(shown._bar, "get_time", lambda: float(next(seconds)))
         shown.log("task 1: warm")
+        shown.figures("fpo", 0, {})
         for done in range(1, 6):
             shown.progress("fpo", done, 10)
+        shown.figures("fpo", 5, {"loss": 0.51234, "accuracy": 0.8125, "learning_rate": 1e-4})
         shown._bar.refresh()
         before = len(terminal.getvalue())
         shown.progress("fpo", 10, 10)
+        shown.figures("fpo", 10, {"loss": 0.4})
         shown._bar.refresh()
         assert "left" not in terminal.getvalue()[before:]
         assert "working" in terminal.getvalue()[before:]
     text = terminal.getvalue()
     assert "task 1: warm" in text
-    assert "5/10 steps" in text
+    assert "5/10 steps, loss 0.512, accuracy 81%" in text
     assert " left" in text[:before]
     assert text.rstrip().endswith("\x1b[2K")  # the bar's line is erased at the end
 
@@ -447,11 +450,33 @@ def test_a_resumed_stage_does_not_count_the_steps_before_as_fast_ones(terminal, 
         assert shown._bar.tasks[0].time_remaining == pytest.approx(95, abs=1)
 
 
-def test_without_a_terminal_there_are_only_lines(capsys):
+def test_without_a_terminal_there_are_lines_of_the_first_step_the_last_and_every_half_minute(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
     with Display() as shown:
+        monkeypatch.setattr(shown._bar, "get_time", lambda: clock[0])
         shown.log("task 1: warm")
-        shown.progress("fpo", 1, 10)
-    assert capsys.readouterr().err == "task 1: warm\n"
+        shown.progress("evaluating warm", 40, 40)  # a quick pass says nothing
+        shown.figures("fpo", 0, {})
+        for done in range(1, 11):
+            clock[0] += 8.0
+            shown.progress("fpo", done, 10)
+            if done in (1, 5, 10):
+                shown.figures("fpo", done, {"loss": 1 / done, "accuracy": done / 10})
+        shown.progress("scoring", 0, 900)
+        for done in (300, 600, 900):
+            clock[0] += 40.0
+            shown.progress("scoring", done, 900)
+    assert capsys.readouterr().err.splitlines() == [
+        "task 1: warm",
+        "  fpo: 1/10 steps, loss 1, accuracy 10%",
+        "  fpo: 5/10 steps, loss 1, accuracy 10%, 40 s left",
+        "  fpo: 9/10 steps, loss 0.2, accuracy 50%, 8 s left",
+        "  fpo: 10/10 steps, loss 0.1, accuracy 100%",
+        "  scoring: 300/900 rows",
+        "  scoring: 600/900 rows, 40 s left",
+        "  scoring: 900/900 rows",
+    ]
 
 
 def test_main_without_arguments_takes_those_of_the_process(monkeypatch, capsys):

@@ -72,7 +72,7 @@ def test_weighting_flags_reach_the_learner(work, capsys):
     assert (weighting["weight_cap"], weighting["weight_floor"]) == (3, 0.01)
     code, _, err = run(capsys, *distill("--as", "var", "--resume"))
     assert code == 2
-    assert "was started with another" in err
+    assert "was started with different settings" in err
 
 
 def test_an_interruption_exits_130(work, capsys, monkeypatch):

@@ -145,7 +145,7 @@ def test_an_output_that_holds_a_run_is_not_written_over(work, capsys):
 def test_resume_refuses_other_settings_other_rows_and_a_damaged_version(work, capsys):
     assert run(capsys, *learn(*task("warm")))[0] == 0
     error = refused(capsys, *learn(*task("warm"), "--resume", "--beta", "0.3"))
-    assert "was started with another settings (beta: 0.1 then, 0.3 now)" in error
+    assert "was started with different settings (beta: 0.1 then, 0.3 now)" in error
     error = refused(capsys, *learn(*task("warm", "calm.jsonl"), "--resume"))
     assert "task 'warm' was learned from other rows already" in error
     weights = work / "run/versions/001-warm/adapter/adapter_model.safetensors"

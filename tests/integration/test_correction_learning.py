@@ -178,7 +178,7 @@ def test_identity_rows_are_learned_and_told(tmp_path):
     assert "  4 corrections are learned as answers that stay as they are, too" in lines
     settings = learned.run.facts.settings
     assert (settings["objectives"], settings["identity"]) == ("kind,brief", 0.75)
-    with pytest.raises(InputError, match=r"started with another settings \(identity"):
+    with pytest.raises(InputError, match=r"started with different settings \(identity"):
         learner(
             tmp_path / "run", ExperienceReplay(), correction=CorrectionTaskOptions(objectives="kind,brief"), resume=True
         )

@@ -248,9 +248,9 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(model, tmp_path):
     run(model, tmp_path / "run")
     other = Fake()
     other.fingerprint = "other"
-    with pytest.raises(InputError, match=r"was started with another corrector \('even' then, 'other' now\)"):
+    with pytest.raises(InputError, match=r"was started with a different corrector \('even' then, 'other' now\)"):
         run(model, tmp_path / "run", other, resume=True)
-    with pytest.raises(InputError, match="was started with another prompts"):
+    with pytest.raises(InputError, match="was started with different prompts"):
         run(model, tmp_path / "run", rows=prompts(5), resume=True)
     with pytest.raises(InputError, match="holds a run already"):
         run(model, tmp_path / "run")

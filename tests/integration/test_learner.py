@@ -470,7 +470,7 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(model, out
     make_learner(model, output, resume=True).learn(task_rows("brief"), "brief")
     facts["settings"]["attention"] = "flex"
     (output / "run.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError, match=r"started with another settings \(attention: 'flex' then, 'sdpa' now\)"):
+    with pytest.raises(InputError, match=r"started with different settings \(attention: 'flex' then, 'sdpa' now\)"):
         make_learner(model, output, resume=True)
 
 

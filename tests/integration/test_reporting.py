@@ -1,5 +1,7 @@
 """Runs are read faithfully, shown with their own numbers, and damaged ones are refused by name."""
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -11,9 +13,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from everalign.cli.console import version_table
 from everalign.errors import InputError
 from everalign.learning.scores import Scores
 from everalign.reporting import comparison_table, load_run, score_table, write_report
+from everalign.reporting.answers import AnswerPair
 from everalign.reporting.formats import (
     METRICS,
     elided,
@@ -25,7 +29,16 @@ from everalign.reporting.formats import (
     standard_error,
 )
 from everalign.reporting.headline import cautions, headline
-from everalign.reporting.plots import change_bar, change_lines, progress_lines
+from everalign.reporting.plots import (
+    SERIES,
+    Tip,
+    change_bar,
+    change_lines,
+    figure,
+    fitted_names,
+    inline_svg,
+    progress_lines,
+)
 from everalign.reporting.report import _CONSOLIDATION, _consolidation_cells, forgetting_view, matrix_view
 from everalign.serving.pages.dashboard import forgetting_views
 from runs_for_tests import LIFEALIGN, SEQUENTIAL, module, score, write_run, write_version
@@ -70,7 +83,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.cell is not None and data.strip():
             self.cell.append(data.strip())
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.words.append(data)
 
     @property
@@ -328,7 +341,8 @@ def test_every_curve_of_held_out_scores_has_error_bars(tmp_path):
 
     def heights(drawn):
         """Of the vertical strokes in a figure, as they are written: M x y1 L x y2."""
-        strokes = re.findall(r'd="M ([\d.]+) ([\d.]+) \nL ([\d.]+) ([\d.]+) \n"', drawn)
+        wide = drawn.partition('<div class="narrow">')[0]
+        strokes = re.findall(r'd="M ([\d.]+) ([\d.]+) \nL ([\d.]+) ([\d.]+) \n"', wide)
         return sorted(abs(float(b) - float(d)) for a, b, c, d in strokes if a == c and b != d)
 
     limits = (-0.5, 0.5)
@@ -366,7 +380,7 @@ def test_small_differences_and_unlike_runs_are_pointed_out(tmp_path):
 
 def test_report_shows_the_numbers_of_the_run(tmp_path):
     page = report(tmp_path, write_run(tmp_path / "run"))
-    assert ["lifealign", "79.2", "−2.3", "80.6", "+1.5"] in page.rows
+    assert ["lifealign", "79.2 ± 3.2", "−2.3 ± 5.4", "80.6", "+1.5"] in page.rows
     assert ["after truthful", "78.0 −3.0", "82.5 −1.5", "77.0"] in page.rows
     assert ["zero-shot", "52.0", "55.0", "48.0"] in page.rows
     assert ["after harmless", "0.310", "0.060", "−0.030"] in page.rows
@@ -412,8 +426,13 @@ def test_report_shows_the_numbers_of_the_run(tmp_path):
 def test_report_sets_runs_side_by_side(tmp_path):
     plain = write_run(tmp_path / "plain", SEQUENTIAL, method="seqft", seed=8)
     page = report(tmp_path, plain, write_run(tmp_path / "ours"))
-    assert ["seqft", "71.2", "−17.2", "77.6", "+1.5"] in page.rows
-    assert ["lifealign", "79.2", "−2.3", "80.6", "+1.5"] in page.rows
+    summary = [[cell.partition(" ±")[0] for cell in row] for row in page.rows]
+    assert ["seqft", "71.2", "−17.2", "77.6", "+1.5"] in summary
+    assert ["lifealign", "79.2", "−2.3", "80.6", "+1.5"] in summary
+    errors = error_matrix(load_run(tmp_path / "ours"))
+    last = 196 * math.sqrt(sum(error**2 for error in errors[-1])) / 3
+    assert any(row[:2] == ["lifealign", f"79.2 ± {last:.1f}"] for row in page.rows)
+    assert "All runs: loss, margin" in page.text
     assert ["seed", "8", "7"] in page.rows
     assert "This run does not consolidate." in page.text
     best = [attrs for tag, attrs in page.tags if tag == "td" and attrs.get("class") == "best"]
@@ -426,12 +445,16 @@ def test_report_is_one_self_contained_accessible_file(tmp_path):
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert re.findall(r"https?://[^\"' ]*", text) == []
-    assert not {"script", "link", "img", "iframe", "image"} & {tag for tag, _ in page.tags}
+    assert not {"link", "img", "iframe", "image"} & {tag for tag, _ in page.tags}
+    # Of scripts its policy allows this one alone.
+    [script] = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text.replace("&#39;", "'")
     assert all(value.startswith("#") for _, attrs in page.tags if (value := attrs.get("href")))
     assert "url(" not in re.sub(r"url\(#[\w-]+\)", "", text)
     assert len(page.ids) == len(set(page.ids))
     plots = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(plots) == 1 + 2 * 3
+    assert len(plots) == 2 * (2 + 2 * 2)  # each for a wide page and for a narrow one
     for attrs in plots:
         assert attrs["role"] == "img"
         assert all(name in page.ids for name in attrs["aria-labelledby"].split())
@@ -444,7 +467,7 @@ def test_hostile_names_are_escaped_everywhere(tmp_path):
     path = write_run(tmp_path / "run", accuracies, model="<b>bold</b>")
     text = write_report([path], tmp_path / "report.html").read_text()
     page = Page(text)
-    assert "<script" not in text
+    assert text.count("<script") == 1
     assert "<b>" not in text
     assert "<i>" not in text
     assert [HOSTILE, "80.0", "80.0", "70.0", "−10.0", "+10.0"] in page.rows
@@ -467,6 +490,60 @@ def test_unusual_runs_have_a_report(tmp_path, arguments, expected):
     assert expected in report(tmp_path, write_run(tmp_path / "run", **arguments)).text
 
 
+def test_names_on_an_axis_are_in_lines_where_they_fit_and_turned_where_not():
+    assert fitted_names(["courteous-kitchen", "plain"], 560) == (["courteous-kitchen", "plain"], False)
+    assert fitted_names(["courteous-kitchen", "b", "c", "d"], 560)[0][0] == "courteous-\nkitchen"
+    assert fitted_names(["courteous-kitchen", "b", "c", "d"], 320) == (["courteous-kitchen", "b", "c", "d"], True)
+    assert fitted_names(["unbreakablename"] * 6, 560)[1]
+
+
+def test_points_of_a_plot_tell_their_values_where_they_are_drawn(tmp_path):
+    text = write_report([write_run(tmp_path / "run")], tmp_path / "report.html").read_text()
+    tips = re.findall(
+        r'<circle class="tip" cx="([\d.]+)" cy="([\d.]+)" r="9" fill="transparent"><title>(.*?)</title>', text
+    )
+    words = [words for _, _, words in tips]
+    assert any(re.fullmatch(r"harmless, after truthful: −3.0 ± [\d.]+ points", one) for one in words)
+    assert any(one.startswith("lifealign, harmless, fpo, step") for one in words)
+    with figure(400, 300) as drawn:
+        axes = drawn.subplots()
+        axes.plot([1, 2], [3, 4], marker="o", linestyle="none", color=SERIES[0])
+        drawn_svg = inline_svg(drawn, "x", "x", "x", [Tip(axes, 1, 3, "<first>"), Tip(axes, 2, 4, "second")])
+    markers = re.findall(r'<use href="#\w+" x="([\d.]+)" y="([\d.]+)" style="fill: var\(--series-0', drawn_svg)
+    circles = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn_svg)
+    for mark, circle in zip(markers, circles, strict=True):
+        assert [float(x) for x in circle] == pytest.approx([float(x) for x in mark], abs=0.1)
+    assert "<title>&lt;first&gt;</title>" in drawn_svg
+
+
+def test_a_run_whose_only_task_was_refused_says_so(tmp_path):
+    path = write_run(tmp_path / "run", {"a": [0.5, [0.4]]})
+    folder = path / "versions" / "001-1"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    gate = {"tolerance": 0.02, "promoted": False, "fell": {"a": [0.5, 0.4]}, "outcome": "refused"}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"gate": gate}))
+    (path / "current").write_text("000\n")
+    run = load_run(path)
+    assert "no version was promoted" in printed(score_table(run.scores()))
+    assert headline([run], ["er"]).startswith(
+        "er: no version is promoted, so nothing has changed. Tried: 001-1 (refused"
+    )
+    page = report(tmp_path, path)
+    assert "No version was promoted: the scores are the base model's." in page.text
+    table = printed(version_table(run))
+    assert "+10.0" not in table
+
+
+def test_answers_are_compared_from_task_to_task():
+    pair = AnswerPair("q?", None, "Boil it now.", "Boil it well today.", True, True, (("a", "Boil it well."),), "b")
+    assert [name for name, _ in pair.steps] == ["base model", "a", "b"]
+    assert [str(html) for _, html in pair.steps] == [
+        "Boil it now.",
+        "Boil it <del>now</del><ins>well</ins>.",
+        "Boil it well<ins> today</ins>.",
+    ]
+
+
 def test_consolidation_is_shown_where_a_run_consolidates(tmp_path):
     plain, consolidating = write_run(tmp_path / "plain", method="er"), write_run(tmp_path / "consolidating")
     for runs, shown in (([plain], False), ([plain, consolidating], True)):
@@ -474,10 +551,11 @@ def test_consolidation_is_shown_where_a_run_consolidates(tmp_path):
         assert (text.count("#consolidation"), 'id="consolidation"' in text) == (shown, shown)
 
 
-def test_long_and_many_task_names_become_numbers_in_plots(tmp_path):
+def test_long_and_many_task_names_stay_whole(tmp_path):
     many = {f"a rather long name {i}": [0.5, [0.5] * i + [0.9] * (9 - i)] for i in range(9)}
     page = report(tmp_path, write_run(tmp_path / "run", many))
-    assert "after 9 a r…ong name 8" in page.text
+    assert "after a rather long name 8" in page.text
+    assert "…" not in page.text
     assert ["a rather long name 7", "90.0", "90.0", "90.0", "0.0", "0.0"] in page.rows
 
 

@@ -104,19 +104,21 @@ def test_run_json_tells_how_the_run_was_made(model, finished):
     ],
 )
 def test_other_settings_are_named_and_refused(model, run, arguments, difference):
-    with pytest.raises(InputError, match=rf"was started with another {difference}: use the same settings, or another"):
+    with pytest.raises(
+        InputError, match=rf"was started with (a )?different {difference}: use the same settings, or another"
+    ):
         resume(model, run, **arguments)
 
 
 def test_another_model_is_refused(run, tmp_path):
-    with pytest.raises(InputError, match="was started with another model_fingerprint"):
+    with pytest.raises(InputError, match="was started with a different model_fingerprint"):
         resume(save_model(tmp_path / "other", seed=1), run)
 
 
 def test_another_chat_template_is_refused(model, run, tmp_path):
     other = shutil.copytree(model, tmp_path / "other")
     (other / "chat_template.jinja").write_text(DEFAULT_CHAT_TEMPLATE + "!")
-    with pytest.raises(InputError, match="was started with another template"):
+    with pytest.raises(InputError, match="was started with a different template"):
         resume(other, run)
 
 

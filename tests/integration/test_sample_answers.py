@@ -136,7 +136,7 @@ def test_report_and_json_show_them(tmp_path, monkeypatch, capsys):
     assert code == 0, err
     found = json.loads(out)["answers"]["warm"]
     assert len(found) == 2
-    assert set(found[0]) == {"prompt", "draft", "before", "after", "ended_before", "ended_after", "course"}
+    assert set(found[0]) == {"prompt", "draft", "before", "after", "ended_before", "ended_after", "course", "last"}
     page = (tmp_path / "run" / "report.html").read_text()
     section = page[page.index('id="answers"') :].partition("</section>")[0]
     changed = sum(pair["before"] != pair["after"] for pair in found)

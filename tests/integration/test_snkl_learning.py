@@ -122,7 +122,7 @@ def test_the_manifest_tells_what_the_targets_are_like(model, tmp_path):
 def test_a_run_is_resumed_only_with_the_same_targets(model, tmp_path):
     learner(model, tmp_path / "cut").learn(scored(), "warm")
     learner(model, tmp_path / "cut", resume=True).learn(task_rows("brief"), "brief")
-    with pytest.raises(InputError, match=r"started with another settings \(temperature: 1.0 then, 2.0 now\)"):
+    with pytest.raises(InputError, match=r"started with different settings \(temperature: 1.0 then, 2.0 now\)"):
         learner(model, tmp_path / "cut", resume=True, weighting=WeightOptions(temperature=2.0))
 
 

@@ -93,7 +93,7 @@ def test_the_report_shows_the_weights_of_every_task(model, tmp_path):
 
 def test_a_run_is_not_resumed_with_other_weights(model, tmp_path):
     learner(model, tmp_path / "run").learn(scored("warm"), "warm", test=held_out("warm"))
-    with pytest.raises(InputError, match=r"started with another settings \(temperature: 1.0 then, 2.0 now\)"):
+    with pytest.raises(InputError, match=r"started with different settings \(temperature: 1.0 then, 2.0 now\)"):
         learner(model, tmp_path / "run", resume=True, weighting=WeightOptions(temperature=2.0))
 
 

@@ -227,7 +227,7 @@ def test_a_resumed_run_weighs_alike(model, tmp_path):
     learner(model, tmp_path / "cut", WeightOptions(estimator="support")).learn_all(sets[:1])
     learner(model, tmp_path / "cut", WeightOptions(estimator="support"), resume=True).learn_all(sets)
     assert same_weights(*(adapter_weights(tmp_path / name) for name in ("whole", "cut")))
-    with pytest.raises(InputError, match=r"started with another settings \(length_normalize: False then, True now\)"):
+    with pytest.raises(InputError, match=r"started with different settings \(length_normalize: False then, True now\)"):
         learner(model, tmp_path / "cut", WeightOptions(estimator="support", length_normalize=True), resume=True)
 
 

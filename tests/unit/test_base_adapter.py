@@ -263,7 +263,7 @@ def test_a_changed_adapter_is_not_resumed(start, tmp_path):
     for changed in (None, tmp_path / "other"):
         if changed is not None:
             save_adapter(changed, model, size=0.06)
-        with pytest.raises(InputError, match="was started with another model_fingerprint"):
+        with pytest.raises(InputError, match="was started with a different model_fingerprint"):
             make_learner(model, tmp_path / "run", base_adapter=changed, resume=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,8 +27,8 @@ from everalign.bench.tables import (
 from everalign.evaluation.statistics import stars
 from everalign.learning.scores import Scores
 from everalign.reporting.formats import ANSWER_METRICS, METRICS, UNMEASURED, Cell, Metric, percent, significant
-from everalign.reporting.plots import matrix_rows, score_heatmap
-from everalign.reporting.report import Row, matrix_view, page_template
+from everalign.reporting.plots import matrix_rows
+from everalign.reporting.report import Row, heat_view, matrix_view, page_template
 from everalign.storage import write_text
 
 _DRAWN = ("accuracy", "reward_accuracy")
@@ -116,7 +115,7 @@ def _model_view(result: ModelResult, anchor: str) -> dict[str, Any]:
         "costs": [cost_plot(result, METRICS[key], f"{anchor}-{key}-cost") for key in _DRAWN],
         "answers": _answers(result),
         "cost_rows": [Row(name, cost_cells(one)) for name, one in result.contenders.items()],
-        "matrices": [_matrices(one, f"{anchor}-{number}") for number, one in enumerate(result.contenders.values())],
+        "matrices": [_matrices(one) for one in result.contenders.values()],
     }
 
 
@@ -160,23 +159,22 @@ def _answers(result: ModelResult) -> dict[str, Any] | None:
     }
 
 
-def _matrices(one: Contest, anchor: str) -> dict[str, Any]:
-    """A contender's mean matrices over seeds, for every order; the first as a heat map too."""
+def _matrices(one: Contest) -> dict[str, Any]:
+    """A contender's mean matrices over seeds, for every order."""
     by_order: dict[tuple[str, ...], list[Record]] = {}
     for record in one.records:
         by_order.setdefault(tuple(record.order), []).append(record)
     orders = []
-    for number, (order, records) in enumerate(by_order.items()):
+    for order, records in by_order.items():
         means = {key: mean_scores([record.matrix(key) for record in records]) for key in _DRAWN}
         found = [score for _, _, row in matrix_rows(means["accuracy"]) for score in row if score is not None]
         limits = (min(found), max(found)) if found else (0.0, 1.0)
-        draw = partial(score_heatmap, means["accuracy"], METRICS["accuracy"], limits)
         orders.append(
             {
                 "order": " > ".join(order),
                 "tasks": means["accuracy"].tasks,
-                "rows": {key: matrix_view(scores, METRICS[key]) for key, scores in means.items()},
-                "heatmap": draw(f"{anchor}-matrix", one.name) if not number else None,
+                "rows": {key: matrix_view(scores, METRICS[key]) for key, scores in means.items() if key != "accuracy"},
+                "heatmap": heat_view(means["accuracy"], METRICS["accuracy"], limits),
             }
         )
     return {"name": one.name, "orders": orders}

@@ -23,7 +23,7 @@ from everalign.cli.feedback import feedback
 from everalign.cli.launch import check_verb, end_with_launcher
 from everalign.cli.learn import learn
 from everalign.cli.reward import reward
-from everalign.cli.runs import demo, export, report, rollback, versions
+from everalign.cli.runs import demo, export, report, rollback, versions, watch
 from everalign.cli.serve import EPILOG as SERVE_EPILOG
 from everalign.cli.serve import serve
 from everalign.errors import EveralignError, InputError
@@ -52,6 +52,7 @@ app.add_typer(correct, name="correct")
 app.add_typer(feedback, name="feedback")
 app.command(epilog=SERVE_EPILOG)(serve)
 app.command(epilog="Example: everalign report runs/lifealign runs/seqft --output comparison.html")(report)
+app.command(epilog="Example: everalign watch runs/polite")(watch)
 app.command(epilog="Example: everalign versions runs/polite")(versions)
 app.command(epilog="Example: everalign rollback runs/polite 001-polite")(rollback)
 app.command(epilog="Example: everalign export runs/polite polite-model")(export)

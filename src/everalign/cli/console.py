@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ def has_colours() -> bool:
 
 def show_line(label: str, value: object) -> None:
     """Prints a label and a value on one unwrapped line, so that a path can be copied."""
-    Console(highlight=False, soft_wrap=True).print(Text.assemble((f"{label:<8}", "dim"), str(value)))
+    Console(highlight=False, soft_wrap=True).print(Text.assemble((f"{label:<7} ", "dim"), str(value)))
 
 
 def show_yaml(value: dict[str, Any]) -> None:
@@ -73,6 +74,10 @@ def show_json(value: dict[str, Any]) -> None:
 
 # Steps of a big model take long: a shorter window would often hold too few of them for an estimate.
 _WINDOW_SECONDS = 300.0
+# Where no bar can be shown, a line this often.
+_LINE_SECONDS = 30.0
+# What is shown of a training step: the figure, its name, and how it is printed.
+_FIGURES = (("loss", "loss", "{:.3g}"), ("accuracy", "accuracy", "{:.0%}"))
 
 
 class _TimeLeft(TimeRemainingColumn):
@@ -82,13 +87,17 @@ class _TimeLeft(TimeRemainingColumn):
 
 
 class Display:
-    """Context manager that shows log lines and a progress bar on standard error."""
+    """Context manager that shows log lines and progress on standard error.
+
+    On a terminal that is a bar for the stage in work. Elsewhere it is a line every 30 seconds, and the first and the
+    last step of a stage that is trained.
+    """
 
     def __init__(self) -> None:
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=20),
             TextColumn("{task.fields[steps]}"),
             _TimeLeft(compact=True),
             console=notes,
@@ -97,6 +106,10 @@ class Display:
             speed_estimate_period=_WINDOW_SECONDS,
         )
         self._stage: str | None = None
+        self._trained = False  # whether the stage reports figures
+        self._measured = ""
+        self._place = (0, 0)  # units done, in all
+        self._lines, self._said = 0, 0.0  # lines printed for this stage, and when the last was, or the stage began
         self._task = self._bar.add_task("starting", total=None, steps="")
 
     def __enter__(self) -> "Display":
@@ -113,12 +126,36 @@ class Display:
         notes.print(Text(message, style="" if message.startswith(" ") else "bold"))
         self._wait()
 
-    def progress(self, stage: str, done: int, total: int, unit: str = "steps") -> None:
-        """Moves the bar to `done` of `total` steps, or other units, of a stage."""
+    def progress(self, stage: str, done: int, total: int, unit: str | None = None) -> None:
+        """Moves the bar to `done` of `total` of a stage: steps where it is trained, otherwise rows or `unit`."""
         if stage != self._stage:
             self._begin(stage, total)
-        self._bar.update(self._task, completed=done, steps=f"{done}/{total} {unit}")
-        if done >= total:
+        self._place = done, total
+        unit = unit or ("steps" if self._trained else "rows")
+        self._show(f"{done}/{total} {unit}", done >= total and not self._trained)
+
+    def figures(self, stage: str, step: int, measured: Mapping[str, float]) -> None:
+        """Shows what was measured at a step of training; without figures, such a stage begins."""
+        if stage != self._stage:
+            self._begin(stage, None)
+        self._trained = True
+        if not measured:
+            return
+        found = [(name, text, measured[key]) for key, name, text in _FIGURES if key in measured]
+        self._measured = "".join(f", {name} {text.format(value)}" for name, text, value in found)
+        done, total = self._place
+        self._show(f"{done}/{total} steps", done >= total, first=not self._lines)
+
+    def _show(self, steps: str, last: bool, first: bool = False) -> None:
+        self._bar.update(self._task, completed=self._place[0], total=self._place[1], steps=steps + self._measured)
+        if not notes.is_terminal:
+            now = time.monotonic()
+            if first or now - self._said >= _LINE_SECONDS or (last and self._lines):
+                left = self._bar.tasks[0].time_remaining
+                rest = "" if not left or last else f", {_duration(left)} left"
+                notes.print(f"  {self._stage}: {steps}{self._measured}{rest}")
+                self._lines, self._said = self._lines + 1, now
+        if last:
             self._wait()
 
     def _wait(self) -> None:
@@ -129,7 +166,14 @@ class Display:
         # A new line instead of a reset one: rich keeps a known total even where None is given.
         self._bar.remove_task(self._task)
         self._task = self._bar.add_task(stage or "working", total=total, steps="")
-        self._stage = stage
+        self._stage, self._trained, self._measured = stage, False, ""
+        self._place, self._lines, self._said = (0, 0), 0, time.monotonic()
+
+
+def _duration(left: float) -> str:
+    minutes, rest = divmod(round(left), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 # ---- what a run came to ----
@@ -191,7 +235,9 @@ def version_table(run: "RunData") -> Table:
     for title in ("predicted", "took") if timed else ():
         made.add_column(title, justify="right")
     for row in rows:
-        change = None if row["then"] is None or row["now"] is None else row["now"] - row["then"]
+        # What a version that was not kept had learned is not what the promoted one gained.
+        kept = row["status"] in ("", "promoted") and row["then"] is not None and row["now"] is not None
+        change = row["now"] - row["then"] if kept else None
         made.add_row(
             Text(row["version"]),
             Text(row["task"] if row["label"] in (None, row["task"]) else f"{row['task']} (label {row['label']})"),

@@ -1,5 +1,6 @@
 """The verbs `correct train` and `correct steer`, and the group of all verbs on correctors."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,6 +90,7 @@ def train(
                 allow_overlap=allow_overlap,
                 log=display.log,
                 progress=display.progress,
+                figures=display.figures,
             )
     facts, report, stages = trained.facts, trained.report, trained.stages
     if as_json:
@@ -184,7 +186,7 @@ def steer(
             seed=seed,
             overwrite=overwrite,
             log=display.log,
-            progress=display.progress,
+            progress=partial(display.progress, unit="trials"),
             **{name: value for name, value in local.items() if value is not None},
         )
     if as_json:

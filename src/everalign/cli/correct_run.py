@@ -295,6 +295,8 @@ def evaluate(
         columns = {"all": report.overall, **report.kinds}
         lines = [(title, *map(cell, columns.values())) for title, cell in _measures(report)]
         show(table(("measure", *columns), lines, title=f"{report.overall.rows} answers"))
+        if report.overall.win is not None and not report.overall.edit_rate:
+            show("No answer was edited, so there is no win rate.")
 
 
 def _measures(report: "EvaluationReport") -> list[tuple[str, Callable[["CorrectionScores"], str]]]:
@@ -304,9 +306,13 @@ def _measures(report: "EvaluationReport") -> list[tuple[str, Callable[["Correcti
     def kept(reason: str) -> Callable[["CorrectionScores"], str]:
         return lambda one: percent(one.kept.get(reason, 0.0))
 
+    def net(one: "CorrectionScores") -> str:
+        return UNMEASURED if one.win is None or not one.edit_rate else percent(one.win.net)
+
     def interval(one: "CorrectionScores") -> str:
         win = one.win
-        known = win is not None and win.low is not None and win.high is not None
+        # Where nothing was edited, there are no corrections to compare with the answers.
+        known = win is not None and win.low is not None and win.high is not None and one.edit_rate
         return f"{percent(win.low)} to {percent(win.high)}" if known else UNMEASURED  # type: ignore[union-attr]
 
     lines: list[tuple[str, Callable[[CorrectionScores], str]]] = [
@@ -323,8 +329,8 @@ def _measures(report: "EvaluationReport") -> list[tuple[str, Callable[["Correcti
     if report.overall.win is not None:
         lines += [
             ("wins / draws / losses", lambda o: "" if (w := o.win) is None else f"{w.wins} / {w.draws} / {w.losses}"),
-            ("net win rate", lambda one: UNMEASURED if one.win is None else percent(one.win.net)),
+            ("net win rate", net),
             ("95 % interval", interval),
-            ("p (sign test)", lambda one: UNMEASURED if one.win is None else f"{one.win.p_value:.2g}"),
+            ("p (sign test)", lambda o: UNMEASURED if o.win is None or not o.edit_rate else f"{o.win.p_value:.2g}"),
         ]
     return lines

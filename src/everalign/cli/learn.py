@@ -116,7 +116,9 @@ def learn(
                 with exclusive_run(Path(arguments["output"])):
                     loaded = _load(wanted, display)
                     loaded = left_to_learn(wanted, loaded) if goes_on else loaded
-                    learner = Learner(**arguments, resume=resume, log=display.log, progress=display.progress)
+                    learner = Learner(
+                        **arguments, resume=resume, log=display.log, progress=display.progress, figures=display.figures
+                    )
                     on_main(write_recipe)(learner.run.path, wanted)
                     _predict(learner, loaded, arguments, display)
                     try:
@@ -217,7 +219,9 @@ def _learn_feedback(
         recipe = recipe.model_copy(update={"objective": "correction"})
     arguments = {"gate": GATE, **recipe.learner_arguments(needs_tasks=False)}
     with exclusive_run(Path(arguments["output"])), FeedbackStore.open(store) as opened:
-        learner = Learner(**arguments, resume=resume, log=display.log, progress=display.progress)
+        learner = Learner(
+            **arguments, resume=resume, log=display.log, progress=display.progress, figures=display.figures
+        )
         write_recipe(learner.run.path, recipe)
         learned = learn_from_feedback(opened, learner, options, display.log)
     return learner.run, learned.refusal

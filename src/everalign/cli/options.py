@@ -1,5 +1,6 @@
 """Command-line flags: generated from option models, and those that several verbs share."""
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import typer
 from pydantic import BaseModel
 
 from everalign.cli.console import say
+from everalign.errors import InputError
 from everalign.options import Declared, declared
 
 if TYPE_CHECKING:
@@ -91,6 +93,13 @@ def split_commas(text: str | None) -> tuple[str, ...] | None:
     if text is None or not text.strip():
         return None if text is None else ()
     return tuple(part.strip() for part in text.split(","))
+
+
+def require(doing: str, *packages: str) -> None:
+    """Refuses a verb on pages or a gateway where one of its packages is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"{doing} needs {missing[0]}, which is not installed: pip install 'everalign[serve]'")
 
 
 def _trust(given: bool) -> bool:

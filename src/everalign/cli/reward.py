@@ -72,6 +72,7 @@ def train(
             allow_overlap=allow_overlap,
             log=display.log,
             progress=display.progress,
+            figures=display.figures,
         )
     if not as_json:
         _show_training(trained)
@@ -103,7 +104,7 @@ def _show_training(trained: "TrainedRewardModel") -> None:
     if report is None:
         show("No held-out pairs (--test), so the reward model was not evaluated.")
     else:
-        calibrating = "calibrates it; fitted on these pairs"
+        calibrating = "makes the log-loss smallest; fitted on these pairs"
         if report.temperature is None:
             calibrating = "none is best: the model ranks no pair wrongly, or no more pairs rightly than chance"
         lines = [

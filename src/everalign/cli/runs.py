@@ -1,5 +1,6 @@
 """The verb `demo`, and those on run directories: `report`, `versions`, `rollback` and `export`."""
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,12 +12,13 @@ from everalign.cli.console import (
     has_colours,
     run_scores,
     run_summary,
+    say,
     show,
     show_json,
     show_line,
     version_table,
 )
-from everalign.cli.options import Json, TrustRemoteCode, option
+from everalign.cli.options import Json, TrustRemoteCode, option, require
 from everalign.errors import InputError
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as `learn` writes it.")]
@@ -82,6 +84,26 @@ def versions(run: Run, as_json: Json = False) -> None:
         show_json({"run": str(run), "current": loaded.current, "versions": version_rows(loaded)})
     else:
         show(version_table(loaded))
+
+
+def watch(
+    run: Run,
+    port: Annotated[int, typer.Option(metavar="N", help="Port to listen on; 0 for any free one.")] = 8765,
+) -> None:
+    """Show a run in a browser while it trains: curves, scores and versions, on this machine alone."""
+    require("watching", "fastapi", "uvicorn")
+    import uvicorn
+
+    from everalign.learning.run_data import check_is_run
+    from everalign.serving.pages.watch import watch_app
+    from everalign.serving.server import bound_socket
+
+    check_is_run(run)
+    listening = bound_socket("127.0.0.1", port)
+    say("watching", f"http://127.0.0.1:{listening.getsockname()[1]}/ (Ctrl+C ends it)", "bold")
+    config = uvicorn.Config(watch_app(run), access_log=False, log_level="warning", timeout_graceful_shutdown=1)
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 def rollback(

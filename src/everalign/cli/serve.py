@@ -1,6 +1,5 @@
 """The verb `serve`: the gateway."""
 
-import importlib.util
 import os
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from everalign.cli.options import (
     TrustRemoteCode,
     flags,
     option,
+    require,
 )
 from everalign.errors import InputError
 from everalign.serving.settings import Access, GatewaySettings, Limits, Timeouts
@@ -112,13 +112,7 @@ def serve(
 
     Clients change their base URL, and nothing else.
     """
-    missing = [
-        name
-        for name in ("fastapi", "uvicorn", "prometheus_client", "jsonschema")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise InputError(f"serving needs {missing[0]}, which is not installed: pip install 'everalign[serve]'")
+    require("serving", "fastapi", "uvicorn", "prometheus_client", "jsonschema")
     from everalign.serving.headers import HeaderRules
     from everalign.serving.security import Allowance
     from everalign.serving.server import (

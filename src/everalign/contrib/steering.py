@@ -195,7 +195,7 @@ def steer_corrector(
         precision: of the weights; vectors found in fp32 serve bf16 too.
         tokens_per_batch: tokens computed at once.
         log: called with one line for each step.
-        progress: called with ("steering", trials done, trials in all).
+        progress: called with ("steering", trials done, trials in all); a trial corrects some rows at one strength.
 
     Returns:
         The content of `steering.json`.
@@ -232,7 +232,8 @@ def steer_corrector(
             length = differences[layer].norm(dim=1).mean()
             shifts[layer] = (common_direction(differences[layer], options.direction) * length).float()
         engine = SteeredEngine(model, encoder, tokens_per_batch)
-        trials = _Trials(engine, sorted({0.0, *options.strengths}), len(candidates) + 1, progress)
+        strengths = sorted({0.0, *options.strengths})
+        trials = _Trials(engine, strengths, len(strengths) * (len(candidates) + 1), progress)
         steering = _best_layers(trials, choosing, shifts, candidates, log)
         settings = trials.run(reporting, steering)
         usable = well_formed([one for one in settings if steering.lowest <= one.strength <= steering.highest])
@@ -346,8 +347,8 @@ class _Trials:
             settings.append(found or self._measure(rows, self.engine.at(strength, unlimited), strength))
             if strength == 0:
                 self.unsteered[ids] = settings[-1]
-        self.done += 1
-        self.progress("steering", self.done, self.count)
+            self.done += 1
+            self.progress("steering", self.done, self.count)
         return settings
 
     def _measure(self, rows: Sequence[Correction], engine: SteeredEngine, strength: float) -> SteeringSetting:

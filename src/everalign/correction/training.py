@@ -59,7 +59,7 @@ from everalign.modeling.stopping import write_ends
 from everalign.modeling.trainable import FullModel
 from everalign.storage import check_free, exclusive, lock_of, new_folder
 from everalign.training.base_objective import LikelihoodObjective
-from everalign.training.stage import StageResult, train_stage
+from everalign.training.stage import StageFigures, StageResult, train_stage
 
 LONGEST_BY_DEFAULT = 2048
 
@@ -118,6 +118,7 @@ def train_corrector(
     allow_overlap: bool = False,
     log: Callable[[str], None] = lambda _: None,
     progress: Progress = lambda *_: None,
+    figures: StageFigures = lambda *_: None,
 ) -> TrainedCorrector:
     """Train a corrector and write its folder atomically.
 
@@ -136,6 +137,7 @@ def train_corrector(
         allow_overlap: allow rows to be in both `rows` and `test`.
         log: called with one line for each step.
         progress: called with (stage, steps done, steps in all).
+        figures: called with (stage, steps done, figures), see `everalign.training.stage.Figures`.
 
     Raises:
         InputError: the model, the rows, the options or the output folder cannot be used, another process is training
@@ -181,6 +183,7 @@ def train_corrector(
                 place / f"{index}-{name}",
                 seed=seed + index,
                 progress=partial(progress, name),
+                figures=partial(figures, name),
                 log=log,
             )
             for index, (name, tokenized) in enumerate(stages.items())

@@ -1,6 +1,6 @@
 """Held-out preference accuracy, length-normalised margin, and drift from the previous policy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ from everalign.data.tokenization import TokenizedRow
 from everalign.distributed import share
 from everalign.errors import DivergedError, EveralignError
 from everalign.modeling.policy import Earlier, Policy
-from everalign.training.reference import sequence_logprobs
+from everalign.training.reference import counted, sequence_logprobs
 
 _TIE = 0.5
 _KL_TOKENS = 4096
@@ -77,6 +77,7 @@ def score_preferences(
     tokens_per_batch: int,
     previous: Earlier | None = None,
     kl_pairs: int = 64,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PreferenceScore:
     """Score the policy as it is switched now.
 
@@ -86,11 +87,13 @@ def score_preferences(
         tokens_per_batch: tokens computed at once, padding included.
         previous: the policy before this task, for the KL; None leaves it out.
         kl_pairs: the KL is measured on at most this many evenly spaced pairs.
+        progress: called with (pairs done, pairs in all).
 
     Raises:
         DivergedError: the policy gives NaN or infinite log-probabilities.
     """
-    log_probs = torch.stack(sequence_logprobs(policy, held_out.pairs, tokens_per_batch))
+    count = counted(progress, len(held_out.pairs))
+    log_probs = torch.stack(sequence_logprobs(policy, held_out.pairs, tokens_per_batch, count))
     kl = None
     if previous is not None:
         kl = mean_kl(policy, previous, spread(held_out.pairs, kl_pairs))

@@ -17,6 +17,7 @@ from everalign.distributed import start, world
 from everalign.errors import InputError
 from everalign.evaluation.scorers import Scorer
 from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
+from everalign.learning.tracking import Tracker
 from everalign.methods import Method
 from everalign.modeling.attention import use_flex_attention
 from everalign.modeling.base_adapter import base_and_adapter
@@ -76,6 +77,7 @@ class RunContext(TaskContext):
         rollouts: how answers are sampled where there are none.
         folder: holds what may be computed once and used again.
         progress: called with (stage, steps done, steps in all).
+        tracker: gets what is measured while a stage is trained; None for nobody.
         said: lines that are logged once a run, and have been.
     """
 
@@ -89,6 +91,7 @@ class RunContext(TaskContext):
     rollouts: RolloutOptions
     folder: Path
     progress: Progress
+    tracker: Tracker | None = None
     said: set[str] = field(default_factory=set)
 
     def notes(self, rows: RowSet[Any]) -> tuple[str, ...]:
@@ -187,6 +190,7 @@ def make_context(
     cache: Path,
     log: Log,
     progress: Progress,
+    tracker: Tracker | None = None,
 ) -> RunContext:
     """Load the model and put a learner's parts together; arguments as in `Learner`.
 
@@ -242,4 +246,5 @@ def make_context(
         cache=ReferenceCache(cache),
         log=log,
         progress=progress,
+        tracker=tracker,
     )

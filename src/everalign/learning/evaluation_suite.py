@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ class EvaluationSuite:
             with self._answering(label), snapshot:
                 for name in names:
                     if self._label(name) == label:
-                        found[name] = self._score(self._held_out[name], before)
+                        found[name] = self._score(name, before)
         return {name: found[name] for name in names}
 
     def answers(self) -> Answers:
@@ -164,9 +165,14 @@ class EvaluationSuite:
     def _answering(self, label: str | None) -> AbstractContextManager[None]:
         return self._setup.method.answering(self._setup.policy, label)
 
-    def _score(self, held_out: HeldOut, previous: Snapshot | None) -> PreferenceScore:
-        tokens = self._setup.options.tokens_per_batch
-        return score_preferences(self._setup.policy, held_out, tokens_per_batch=tokens, previous=previous)
+    def _score(self, name: str, previous: Snapshot | None) -> PreferenceScore:
+        return score_preferences(
+            self._setup.policy,
+            self._held_out[name],
+            tokens_per_batch=self._setup.options.tokens_per_batch,
+            previous=previous,
+            progress=partial(self._setup.progress, f"evaluating {name}"),
+        )
 
 
 def scored_rows(test: RowSet[Any], setup: RunContext, evenly: bool = True) -> RowSet[Any]:
@@ -200,5 +206,6 @@ def prepare_held_out(setup: RunContext, test: RowSet[Any], evenly: bool = True) 
         setup.log(f"  warning: {test.source}: {warning}")
     base_key = policy_key(setup.model_key, {})
     with setup.policy.as_base():
-        base = setup.cache.logprobs(setup.policy, base_key, pairs, setup.options.tokens_per_batch)
+        progress = partial(setup.progress, "evaluating the base model")
+        base = setup.cache.logprobs(setup.policy, base_key, pairs, setup.options.tokens_per_batch, progress)
     return HeldOut(pairs, torch.stack(base))

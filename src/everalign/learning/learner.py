@@ -40,12 +40,15 @@ from everalign.learning.run_store import RunDirectory, data_facts, version_name
 from everalign.learning.sample_answers import compare_written, own_answers, write_corrections
 from everalign.learning.scores import Scores
 from everalign.learning.task_training import AnySet, GivenTask, Rows, as_set, prepare_rows, task_seed, train_task
+from everalign.learning.tracking import Tracker
 from everalign.methods import METHODS, LifeAlign, Method, Task
 from everalign.modeling.model_files import OutputDtype
 from everalign.modeling.runtime import peak_memory
 from everalign.training.base_objective import PreparedRows
 from everalign.training.objectives import reads
 from everalign.training.options import WeightOptions
+from everalign.training.stage import StageFigures
+from everalign.training.trainer import training_arguments
 
 
 def _print(message: str) -> None:
@@ -95,8 +98,12 @@ class Learner:
         drift: measure after every task how far it has moved the policy on held-out rows, and score the policy before
             consolidation too.
         cache: folder for encoded rows and reference log-probabilities, which runs may share; in `output` when None.
+        log_to: experiment trackers that figures, scores and sample answers also go to: `tensorboard` (into the folder
+            `tensorboard` of the run), `wandb`, `trackio`, `mlflow`; their packages have to be installed. A run's own
+            `training.jsonl` is always written.
         log: called with one line for each thing that happens; standard error when None.
-        progress: called with (stage, steps done, steps in all).
+        progress: called with (stage, steps done, steps in all), of training, evaluation and reference passes.
+        figures: called with (stage, steps done, what was measured), see `everalign.training.stage.Figures`.
 
     Raises:
         InputError: model, settings or output directory cannot be used.
@@ -125,8 +132,10 @@ class Learner:
         forward_transfer: bool = True,
         drift: bool = True,
         cache: str | Path | None = None,
+        log_to: Sequence[str] = (),
         log: Log = _print,
         progress: Progress = lambda stage, done, total: None,
+        figures: StageFigures = lambda stage, step, measured: None,
     ) -> None:
         if weighting is not None and not reads(objective, "weighting"):
             raise InputError(f"weighting is for rewards, and the objective {objective} has none: leave it out")
@@ -142,6 +151,7 @@ class Learner:
         self._run = RunDirectory(Path(output))
         with self._run.exclusive():
             self._run.check_usable(resume)
+            self._tracker = Tracker(Path(output), log_to, figures)
         self._setup = make_context(
             str(model),
             None if base_adapter is None else str(base_adapter),
@@ -157,7 +167,10 @@ class Learner:
             self._run.cache if cache is None else Path(cache),
             log,
             progress,
+            self._tracker,
         )
+        stage = self._setup.options.preference_stage()
+        self._tracker.connect(partial(training_arguments, Path(output), stage, seed))
         self.method, self.policy, self.tokenizer = self._setup.method, self._setup.policy, self._setup.tokenizer
         with self._run.exclusive():
             # Again: loading a model takes long, and another process may have begun a run here meanwhile.
@@ -329,6 +342,7 @@ class Learner:
         else:
             self._lineage[name] = version
         self._learning = False
+        self._tracker.task_done(name, self.scores, scores, answers)
         if verdict is not None and refused:
             raise refusal(version, verdict, self._head)
         return scores

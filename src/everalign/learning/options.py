@@ -1,6 +1,8 @@
 """Options of a run: method, adapter, training, rollouts and distillation. Importing them loads nothing heavy."""
 
 import re
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -301,3 +303,26 @@ class DistillOptions(Options, title="Rounds"):
             max_new_tokens=self.max_new_tokens,
             max_prompt_tokens=room,
         )
+
+
+TRACKERS: Mapping[str, Sequence[str]] = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+    "mlflow": ("mlflow",),
+}
+"""Experiment trackers by name, each with the packages of which one has to be installed."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that are not known or not installed; loads nothing.
+
+    Raises:
+        InputError: names the tracker and what to do.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            known = ", ".join(TRACKERS)
+            raise InputError(f"log_to: there is no tracker {name!r}; choose from {known}", field="log_to")
+        if all(find_spec(package) is None for package in TRACKERS[name]):
+            raise InputError(f"log_to {name}: the package is not installed: pip install {name}", field="log_to")

@@ -21,6 +21,7 @@ from everalign.learning.options import (
     MethodOptions,
     RolloutOptions,
     TrainingOptions,
+    check_trackers,
 )
 from everalign.learning.run_data import RunData, load_run
 from everalign.options import STRICT, Problem, first_problem
@@ -201,6 +202,11 @@ class Recipe(Keys):
     sample_answers: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="Held-out prompts of a task that the policy answers for the report; 4 by default."
     )
+    log_to: Text | None = Field(
+        default=None,
+        title="TRACKER,...",
+        description="Experiment trackers to log to as well: tensorboard, wandb, trackio, mlflow.",
+    )
     skip_bad_rows: bool | None = Field(default=None, description="Skip bad rows and report them.")
     report: bool | None = Field(default=None, description="Write DIR/report.html at the end; on by default.")
 
@@ -299,11 +305,13 @@ class Recipe(Keys):
                 "adapter for each label",
                 field="label",
             )
-        given = self._given()
+        given, log_to = self._given(), [name.strip() for name in (self.log_to or "").split(",") if name.strip()]
+        check_trackers(log_to)
         plain = ("model", "base_adapter", "objective", "output", "seed", "reward", "gate", "gate_scorer", "cache")
         return {
             "sample_answers": SAMPLE_ANSWERS if self.sample_answers is None else self.sample_answers,
             **{name: given[name] for name in (*plain, "allow_overlap") if name in given},
+            "log_to": log_to,
             "method": method,
             "training": training,
             "adapter": None if method.prompts is not None else self.adapter_options(),

@@ -35,6 +35,8 @@ BASE_ADAPTER = "base_adapter"
 """Folder of the adapter that was merged into the base model."""
 RESULTS = Path("evaluation", "results.json")
 """What `everalign evaluate` writes into a run."""
+TRAINING_LOG = "training.jsonl"
+"""What a run writes while it trains, see `learning.tracking`; a version has a file of that name with its own curve."""
 _METRICS = ("accuracy", "margin", "reward_accuracy")
 Status = Literal["promoted", "", "refused by the gate", "not enough evidence", "rolled back"]
 """What became of a version: it is current, in the lineage, or off it for one of three reasons."""

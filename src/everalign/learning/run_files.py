@@ -249,6 +249,26 @@ class TrainingStep(_Record):
     step: Count
     loss: float | None = None
     margin: float | None = None
+    accuracy: float | None = None
+
+
+class LoggedStep(TrainingStep):
+    """One line of the run's training.jsonl, with what else was measured as extra fields.
+
+    Args:
+        task: its name.
+        version: that it becomes.
+        round: of sampled answers, from 1.
+        stage_number: of the stage in the task, from 0.
+        time: when it was logged, in seconds since 1970.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    task: str
+    version: str
+    round: Count
+    stage_number: Count
+    time: FiniteFloat
 
 
 class ModuleConsolidation(_Record):
@@ -270,10 +290,11 @@ def read_json(path: Path, kind: type[T]) -> T:
     return _validated(files.read_json(path), kind, str(path))
 
 
-def read_json_lines(path: Path, kind: type[T]) -> list[T]:
-    """One `kind` for each line that is not empty."""
+def read_json_lines(path: Path, kind: type[T], growing: bool = False) -> list[T]:
+    """One `kind` for each line that is not empty; of a file that is `growing`, for each that ends."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        text = path.read_text(encoding="utf-8")
+        lines = (text[: text.rfind("\n") + 1] if growing else text).split("\n")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the run directory is incomplete") from None
     except UnicodeDecodeError as error:

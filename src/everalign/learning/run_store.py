@@ -143,7 +143,7 @@ class RunDirectory:
                 then = {**_SETTINGS_SINCE, **then, **free}
             if then != now_given[key]:
                 raise InputError(
-                    f"{self.path} was started with another {_difference(key, then, now_given[key])}: "
+                    f"{self.path} was started with {_difference(key, then, now_given[key])}: "
                     "use the same settings, or another output directory"
                 )
 
@@ -266,11 +266,12 @@ class RunDirectory:
 
 
 def _difference(key: str, written: Any, expected: Any) -> str:
+    which = f"{'' if key.endswith('s') else 'a '}different {key}"
     if isinstance(written, dict) and isinstance(expected, dict):
         for name in {**written, **expected}:
             if written.get(name) != expected.get(name):
-                return f"{key} ({name}: {written.get(name)!r} then, {expected.get(name)!r} now)"
-    return f"{key} ({written!r} then, {expected!r} now)"
+                return f"{which} ({name}: {written.get(name)!r} then, {expected.get(name)!r} now)"
+    return f"{which} ({written!r} then, {expected!r} now)"
 
 
 def _as_json(scores: Mapping[str, PreferenceScore]) -> dict[str, Any]:

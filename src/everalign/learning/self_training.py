@@ -230,8 +230,9 @@ class _Run:
         written = read_json(path)
         for name, value in facts.items():
             if written.get(name) != value:
+                which = f"{'' if name.endswith('s') else 'a '}different {name}"
                 raise InputError(
-                    f"{path}: was started with another {name} ({written.get(name)!r} then, {value!r} now): use the "
+                    f"{path}: was started with {which} ({written.get(name)!r} then, {value!r} now): use the "
                     "same, or another output directory"
                 )
 

@@ -22,6 +22,7 @@ from everalign.data.tokenization import TokenizedRows
 from everalign.errors import InputError, ShortfallError
 from everalign.learning.context import RunContext
 from everalign.learning.rollouts import check_sampling, sample_and_score, score
+from everalign.learning.tracking import Attempt
 from everalign.methods import Task
 from everalign.modeling.policy import Snapshot
 from everalign.storage import exclusive
@@ -198,6 +199,7 @@ def train_task(
         folder = folder / tokenized.fingerprint[:16]
         reference = _reference(context, tokenized, before)
         for index, (objective, options) in enumerate(context.stages()):
+            attempt = Attempt(work.name, task.name, number, index, objective.name)
             result.reports.append(
                 train_stage(
                     context.policy,
@@ -211,6 +213,7 @@ def train_task(
                     apart=len(apart),
                     hooks=method,
                     progress=partial(context.progress, objective.name),
+                    figures=None if context.tracker is None else partial(context.tracker.figures, attempt),
                     log=context.log,
                 )
             )
@@ -248,7 +251,8 @@ def _reference(context: RunContext, rows: TokenizedRows, before: Snapshot | None
                 updates = policy.total()
             key = policy_key(context.model_key, updates)
             probe = rows[:: max(1, len(rows) // _PROBE_ROWS)][:_PROBE_ROWS]
-            logprobs = context.cache.logprobs(policy, key, rows, context.tokens_per_batch)
+            progress = partial(context.progress, "reference")
+            logprobs = context.cache.logprobs(policy, key, rows, context.tokens_per_batch, progress)
             probed = sequence_logprobs(policy, probe, context.tokens_per_batch)
         return Reference(name, logprobs, probe, probed)
 

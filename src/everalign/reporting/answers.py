@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from everalign.correction.edits import Segment, diff_html, diff_text, word_diff
@@ -31,6 +32,7 @@ class AnswerPair:
         ended_before: whether the base model's answer ended before the token limit.
         ended_after: whether the policy's did.
         course: what was learned last, and the answer by then, after each task but the last.
+        last: the task that was learned last.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -40,6 +42,7 @@ class AnswerPair:
     ended_before: bool
     ended_after: bool
     course: Sequence[tuple[str, str]] = ()
+    last: str = ""
 
     @property
     def question(self) -> str:
@@ -67,6 +70,19 @@ class AnswerPair:
         return (self.before, self.ended_before) == (self.after, self.ended_after)
 
     @property
+    def steps(self) -> list[tuple[str, Markup]]:
+        """After each task the answer, with what has changed since the one before marked; the base model's first."""
+        texts = [
+            ("base model", self.before if self.ended_before else f"{self.before} …"),
+            *self.course,
+            (self.last, self.after if self.ended_after else f"{self.after} …"),
+        ]
+        marked = [diff_html([Segment("same", texts[0][1])])]
+        for (_, old), (_, new) in pairwise(texts):
+            marked.append(diff_html(marked_edit(old, new) or [Segment("same", new)]))
+        return [(name, html) for (name, _), html in zip(texts, marked, strict=True)]
+
+    @property
     def before_html(self) -> Markup:
         """The first answer with what the second does not have marked as removed."""
         return self._marked("removed", self.before, self.ended_before)
@@ -79,14 +95,19 @@ class AnswerPair:
     @cached_property
     def _diff(self) -> Sequence[Segment] | None:
         """The word diff; None where the second answer is no edit of the first."""
-        diff = word_diff(self.before, self.after)
-        common = sum(len(segment.text) for segment in diff if segment.kind == "same")
-        return diff if common >= _LEAST_COMMON * max(len(self.before), len(self.after)) else None
+        return marked_edit(self.before, self.after)
 
     def _marked(self, kind: str, text: str, ended: bool) -> Markup:
         segments = [Segment("same", text)] if self._diff is None else self._diff
         shown = [segment for segment in segments if segment.kind in ("same", kind)]
         return diff_html(shown if ended else [*shown, Segment("same", " …")])
+
+
+def marked_edit(before: str, after: str) -> Sequence[Segment] | None:
+    """Return the word diff of two texts; None where the second is no edit of the first."""
+    diff = word_diff(before, after)
+    common = sum(len(segment.text) for segment in diff if segment.kind == "same")
+    return diff if common >= _LEAST_COMMON * max(len(before), len(after)) else None
 
 
 def answer_pairs(run: RunData) -> dict[str, list[AnswerPair]]:
@@ -107,7 +128,8 @@ def answer_pairs(run: RunData) -> dict[str, list[AnswerPair]]:
             course = tuple((name, rows[old.row]) for name, rows in written[:-1] if old.row in rows)
             texts = tuple((name, one.answer if one.ended else f"{one.answer} …") for name, one in course)
             new = last[old.row]
-            pairs.append(AnswerPair(old.prompt, old.draft, old.answer, new.answer, old.ended, new.ended, texts))
+            ends = (old.answer, new.answer, old.ended, new.ended)
+            pairs.append(AnswerPair(old.prompt, old.draft, *ends, texts, written[-1][0]))
         if pairs:
             found[task] = pairs
     return found

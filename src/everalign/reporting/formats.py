@@ -189,12 +189,16 @@ class Cell:
         kind: in a score matrix `learned` (just then), `later`, `future`, `base` or `unmeasured`; in a summary `best`.
         change: since the task was learned.
         direction: `gained` or `lost`; empty where the change may be chance.
+        strength: of the colour in a heat map, between 0 and 1; None for none.
+        title: what is shown when it is pointed at.
     """
 
     text: str
     kind: str = ""
     change: str = ""
     direction: str = ""
+    strength: float | None = None
+    title: str = ""
 
 
 def matrix_cell(scores: Scores, metric: Metric, errors: Errors | None, i: int, j: int) -> Cell:
@@ -231,7 +235,12 @@ def score_table(scores: Scores, metric: str = "accuracy", title: str = "", error
     kind = METRICS[metric]
     cells = summary_cells(scores, kind)
     parts = [f"{title} {cells[name]}" for name, title in SUMMARY_TITLES.items() if cells[name] != UNMEASURED]
-    caption = Text("   ".join(parts) or "no held-out pairs were scored").append("\n").append_text(_unit_line(kind))
+    scored = any(score is not None for score in scores.zero_shot)
+    none = "no version was promoted" if scored and not scores.learned else "no held-out pairs were scored"
+    # Longer than a narrow table, it would be broken to fit under it.
+    caption = (
+        Text("   ".join(parts) or none, no_wrap=True, overflow="ignore").append("\n").append_text(_unit_line(kind))
+    )
     table = Table(title=Text(title) if title else None, caption=caption, caption_justify="left")
     table.add_column("after learning", style="bold")
     for task in scores.tasks:

@@ -71,6 +71,9 @@ def _too_close(name: str, rows: list[tuple[float, float, str, int]]) -> str:
 def _one_run(run: RunData, label: str) -> str:
     scores = run.scores()
     last, transfer, lost = scores.last, scores.backward_transfer, scores.forgetting
+    if last is None and not run.versions and run.off_lineage:
+        tried = ", ".join(f"{version.id} ({run.status(version)})" for version in run.off_lineage)
+        return f"{label}: no version is promoted, so nothing has changed. Tried: {tried}."
     if last is None:
         return f"{label}: no held-out pairs were scored, so nothing can be said about what it keeps."
     n = len(scores.learned)

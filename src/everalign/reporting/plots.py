@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
 import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from everalign.learning.run_files import TrainingStep
 from everalign.learning.scores import Scores
-from everalign.reporting.formats import WIDTH, Errors, Metric, elided, of_change, of_mean
+from everalign.reporting.formats import WIDTH, Errors, Metric, fixed, of_change, of_mean
 
 INK = "#0a0b01"
 MUTED = "#0a0b02"
 GRID = "#0a0b03"
-HEAT = "#0a0b04"
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":")
 SERIES = tuple(f"#0a0b1{i}" for i in range(8))
-_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", HEAT: "--heat"} | {
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {
     colour: f"--series-{i}" for i, colour in enumerate(SERIES)
 }
 
@@ -51,19 +53,42 @@ _STYLE = {
     "legend.fontsize": 13,
     "legend.frameon": False,
 }
-PLOT_WIDTH = 560.0
+PLOT_WIDTH, PHONE_WIDTH = 560.0, 320.0
+"""CSS pixels of a plot, and of the one that takes its place on a narrow page, with text of the same size."""
+
+
+class Tip(NamedTuple):
+    """A point of a plot that tells its values when it is pointed at."""
+
+    axes: Axes
+    x: float
+    y: float
+    text: str
+
+
+def for_both_widths(draw: Callable[[float, str], Markup | None]) -> Markup | None:
+    """Return a plot drawn twice, of which the page shows the one that fits; None where there is nothing to draw.
+
+    Args:
+        draw: gets a width and an ending for the figure's name.
+    """
+    wide, narrow = draw(PLOT_WIDTH, ""), draw(PHONE_WIDTH, "-narrow")
+    if wide is None or narrow is None:
+        return None
+    return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(wide, narrow)
 
 
 @contextmanager
 def figure(width: float, height: float) -> Iterator[Figure]:
     """An empty transparent figure of `width` x `height` CSS pixels; text and axes made inside take the page's style."""
     with matplotlib.rc_context(_STYLE):
-        made = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        # One pixel of a screen is one of the SVG, so that tips find their points.
+        made = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
         made.patch.set_alpha(0)
         yield made
 
 
-def inline_svg(drawn: Figure, name: str, title: str, description: str) -> Markup:
+def inline_svg(drawn: Figure, name: str, title: str, description: str, tips: Sequence[Tip] = ()) -> Markup:
     """Return a figure as an `<svg>` element, which screen readers announce by `title` and `description`.
 
     Args:
@@ -71,6 +96,7 @@ def inline_svg(drawn: Figure, name: str, title: str, description: str) -> Markup
         name: must differ between the figures of one page: it keeps the ids inside them apart.
         title: what the figure shows.
         description: its numbers in words.
+        tips: points that show their values.
     """
     text = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -82,7 +108,7 @@ def inline_svg(drawn: Figure, name: str, title: str, description: str) -> Markup
     svg = svg.replace("xlink:href", "href")
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
-    opening = re.search(r'<svg[^>]*(viewBox="0 0 ([\d.]+) [\d.]+")[^>]*>', svg)
+    opening = re.search(r'<svg[^>]*(viewBox="0 0 ([\d.]+) ([\d.]+)")[^>]*>', svg)
     if opening is None:
         raise ValueError("matplotlib wrote an SVG without a view box")
     head = (
@@ -91,54 +117,21 @@ def inline_svg(drawn: Figure, name: str, title: str, description: str) -> Markup
         f'<title id="{name}-title">{escape(title)}</title>'
         f'<desc id="{name}-description">{escape(description)}</desc>'
     )
-    return Markup(head + svg[opening.end() :])
+    body, end = svg[opening.end() :].rsplit("</svg>", 1)
+    return Markup(head + body + "".join(_tip_svg(tip, float(opening.group(3))) for tip in tips) + "</svg>" + end)
+
+
+def _tip_svg(tip: Tip, height: float) -> str:
+    x, y = tip.axes.transData.transform((tip.x, tip.y))
+    return (
+        f'<circle class="tip" cx="{x:.1f}" cy="{height - y:.1f}" r="9" fill="transparent">'
+        f"<title>{escape(tip.text)}</title></circle>"
+    )
 
 
 def _font(match: re.Match[str]) -> str:
     weight, size = match.groups()
     return f"font-size: {size}px" + (f"; font-weight: {weight}" if weight else "")
-
-
-def score_heatmap(scores: Scores, metric: Metric, limits: tuple[float, float], name: str, label: str) -> Markup | None:
-    """Draw the score matrix below the zero-shot row; a box marks each task's score right after learning it.
-
-    Args:
-        scores: of one run.
-        metric: of which they are.
-        limits: the scores drawn palest and strongest, so that several runs can share one scale.
-        name: of the figure, see `inline_svg`.
-        label: of the run.
-
-    Returns:
-        The plot; None where nothing was scored.
-    """
-    rows, tasks = matrix_rows(scores), scores.tasks
-    if all(score is None for _, _, row in rows for score in row):
-        return None
-    low, high = limits
-    with figure(max(PLOT_WIDTH, 150 + 62 * len(tasks)), 96 + 46 * len(rows)) as drawn:
-        axes = drawn.subplots()
-        for y, (_, i, row) in enumerate(rows):
-            for x, score in enumerate(row):
-                place, width, height = (x - 0.47, y - 0.46), 0.94, 0.92
-                if score is not None:
-                    strength = 0.08 + 0.5 * ((score - low) / (high - low) if high > low else 0.5)
-                    axes.add_patch(Rectangle(place, width, height, facecolor=HEAT, alpha=strength, linewidth=0))
-                colour = MUTED if score is None else INK
-                axes.text(x, y, metric.value(score), ha="center", va="center", color=colour, fontsize=15)
-                if x == i and score is not None and scores.regime != "joint":
-                    axes.add_patch(Rectangle(place, width, height, fill=False, edgecolor=INK, linewidth=2))
-        axes.set_xlim(-0.5, len(tasks) - 0.5)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xticks(range(len(tasks)), _tick_names(tasks))
-        names = {f"after {task}": f"after {name}" for task, name in _numbered_if_long(tasks).items()}
-        axes.set_yticks(range(len(rows)), [elided(names.get(moment, moment), 22) for moment, _, _ in rows])
-        axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        texts = [[f"{task} {metric.full(score)}" for task, score in zip(tasks, row, strict=True)] for _, _, row in rows]
-        words = "; ".join(f"{moment}: {', '.join(cells)}" for (moment, _, _), cells in zip(rows, texts, strict=True))
-        return inline_svg(drawn, name, f"{metric.title} of {label} by task, after each task", words)
 
 
 def matrix_rows(scores: Scores) -> list[tuple[str, int, Sequence[float | None]]]:
@@ -168,22 +161,36 @@ def change_lines(
     Returns:
         The plot; None where no task was scored again after a later one.
     """
-    lines, names = change_series(scores), _numbered_if_long(scores.learned)
+    return for_both_widths(partial(_change_lines, scores, errors, metric, limits, name, label))
+
+
+def _change_lines(
+    scores: Scores,
+    errors: Errors,
+    metric: Metric,
+    limits: tuple[float, float],
+    name: str,
+    label: str,
+    width: float,
+    ending: str,
+) -> Markup | None:
+    lines, tips = change_series(scores), list[Tip]()
     if not lines:
         return None
-    with figure(PLOT_WIDTH, 320) as drawn:
+    with figure(width, 320) as drawn:
         axes = drawn.subplots()
         axes.axhline(0, color=MUTED, linewidth=1)
         for task, points in lines.items():
             bars = [change_bar(errors, rows, scores.learned.index(task)) for rows, _ in points]
-            _line(axes, points, bars, metric, names[task])
+            moments = [f"{task}, after {scores.learned[rows - 1]}" for rows, _ in points]
+            tips += _line(axes, points, bars, metric, task, moments, metric.change, metric.change_unit)
         axes.set_ylim(limits[0] * metric.scale, limits[1] * metric.scale)
         axes.set_ylabel(f"change, {metric.change_unit}")
-        _task_axis(axes, len(scores.learned), "after learning task", _tick_names(scores.learned))
-        legend_above(drawn)
+        _task_axis(axes, len(scores.learned), "after learning", width, scores.learned)
+        legend_above(drawn, width)
         ends = ", ".join(f"{task} {metric.change(points[-1][1])}" for task, points in lines.items())
         description = f"Change of each score since its task was learned, {metric.change_unit}; at the end: {ends}"
-        return inline_svg(drawn, name, f"Forgetting of {label}", description)
+        return inline_svg(drawn, name + ending, f"Forgetting of {label}", description, tips)
 
 
 def change_bar(errors: Errors, rows: int, task: int) -> float:
@@ -206,7 +213,18 @@ def progress_lines(
     runs: Mapping[str, Scores], errors: Mapping[str, Errors], metric: Metric, name: str
 ) -> Markup | None:
     """Draw each run's mean score over the tasks learned so far, with 95 % intervals; None below two moments."""
-    series = {}
+    return for_both_widths(partial(_progress_lines, runs, errors, metric, name))
+
+
+def _progress_lines(
+    runs: Mapping[str, Scores],
+    errors: Mapping[str, Errors],
+    metric: Metric,
+    name: str,
+    width: float,
+    ending: str,
+) -> Markup | None:
+    series, tips = {}, list[Tip]()
     for label, scores in runs.items():
         if scores.regime == "sequential":
             means = ((rows, scores.up_to(rows).last) for rows in range(1, len(scores.matrix) + 1))
@@ -215,56 +233,111 @@ def progress_lines(
                 series[label] = points
     if not series:
         return None
-    with figure(PLOT_WIDTH, 300) as drawn:
+    with figure(width, 300) as drawn:
         axes = drawn.subplots()
         for label, points in series.items():
             bars = [WIDTH * (of_mean(errors[label][rows - 1][:rows]) or 0.0) for rows, _ in points]
-            _line(axes, points, bars, metric, label)
+            moments = [f"{label}, {rows} learned" for rows, _ in points]
+            tips += _line(axes, points, bars, metric, label, moments, metric.value, metric.unit.strip())
         axes.set_ylabel(f"{metric.title.lower()}, {metric.unit.strip()}")
-        _task_axis(axes, max(points[-1][0] for points in series.values()), "tasks learned")
-        legend_above(drawn)
+        _task_axis(axes, max(points[-1][0] for points in series.values()), "tasks learned", width)
+        legend_above(drawn, width)
         ends = ", ".join(f"{label} {metric.full(points[-1][1])}" for label, points in series.items())
         description = f"{metric.title} averaged over the tasks learned so far; at the end: {ends}"
-        return inline_svg(drawn, name, f"Mean {metric.title.lower()} over the tasks learned so far", description)
+        title = f"Mean {metric.title.lower()} over the tasks learned so far"
+        return inline_svg(drawn, name + ending, title, description, tips)
 
 
-def training_curves(training: Sequence[tuple[str, Sequence[TrainingStep]]], name: str, label: str) -> Markup | None:
-    """Draw loss above and margin below over the steps of all tasks in a row; None where no step was logged.
+Training = Sequence[tuple[str, Sequence[TrainingStep]]]
+"""The logged steps of each task."""
 
-    Each stage has its colour and counts its steps from 1; a rule stands between tasks.
+# Of a curve: pixels lie closer than anybody points.
+_MOST_TIPS = 60
+_FIELDS = {"loss": "loss", "margin": "margin, nats", "accuracy": "accuracy, %"}
+
+
+def training_curves(runs: Mapping[str, Training], name: str) -> Markup | None:
+    """Draw loss, margin and accuracy over the steps of all tasks in a row; None where no step was logged.
+
+    Of one run each stage has a colour and tasks are named; of several each run has one.
     """
-    stages = list(dict.fromkeys(step.stage for _, steps in training for step in steps))
-    every = [step for _, steps in training for step in steps]
-    fields = [field for field in ("loss", "margin") if any(getattr(step, field) is not None for step in every)]
+    return for_both_widths(partial(_training_curves, runs, name))
+
+
+def _training_curves(runs: Mapping[str, Training], name: str, width: float, ending: str) -> Markup | None:
+    every = [step for training in runs.values() for _, steps in training for step in steps]
+    fields = [field for field in _FIELDS if any(getattr(step, field) is not None for step in every)]
     if not fields:
         return None
-    with figure(PLOT_WIDTH, 70 + 170 * len(fields)) as drawn:
+    alone, tips = len(runs) == 1, list[Tip]()
+    keys = list(dict.fromkeys(step.stage for step in every)) if alone else list(runs)
+    with figure(width, 70 + 150 * len(fields)) as drawn:
         panels = drawn.subplots(len(fields), 1, sharex=True, squeeze=False)[:, 0]
-        offset = 0
-        for title, (_, steps) in zip(_tick_names([task for task, _ in training]), training, strict=True):
-            start = offset
-            if start:
-                for axes in panels:
-                    axes.axvline(start, color=GRID, linewidth=1)
-            for lines in stage_curves(steps):
-                stage = lines[0].stage
-                colour = SERIES[stages.index(stage) % len(SERIES)]
-                for axes, field in zip(panels, fields, strict=True):
-                    points = [(offset + s.step, y) for s in lines if (y := getattr(s, field)) is not None]
-                    if points:
-                        dots = "o" if len(points) == 1 else ""
-                        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, marker=dots, label=stage)
-                offset += max(step.step for step in lines)
-            # The task's name above the first panel, in the middle of its steps.
-            place = {"xycoords": panels[0].get_xaxis_transform(), "textcoords": "offset points", "xytext": (0, 4)}
-            panels[0].annotate(title, ((start + offset) / 2, 1), ha="center", va="bottom", **place)
+        borders: dict[str, tuple[int, int]] = {}
+        for label, training in runs.items():
+            offset = 0
+            for task, steps in training:
+                start = offset
+                for lines in stage_curves(steps):
+                    key = lines[0].stage if alone else label
+                    for axes, field in zip(panels, fields, strict=True):
+                        tips += _curve(axes, field, lines, offset, key, keys.index(key), f"{label}, {task}")
+                    offset += max(step.step for step in lines)
+                borders[task] = (start, offset)
+        if alone:
+            _name_tasks(list(panels), borders, offset, width)
         for axes, field in zip(panels, fields, strict=True):
-            axes.set_ylabel(field if field == "loss" else "margin, nats")
+            axes.set_ylabel(_FIELDS[field])
         panels[-1].set_xlabel("training step, all tasks in a row")
-        legend_above(drawn)
-        tasks = ", ".join(task for task, _ in training)
-        description = f"{' and '.join(fields)} by step; stages {', '.join(stages)}; tasks {tasks}"
-        return inline_svg(drawn, name, f"Training curves of {label}", description)
+        legend_above(drawn, width)
+        tasks = ", ".join(dict.fromkeys(task for training in runs.values() for task, _ in training))
+        description = f"{', '.join(fields)} by step; {', '.join(keys)}; tasks {tasks}"
+        return inline_svg(drawn, name + ending, f"Training curves of {', '.join(runs)}", description, tips)
+
+
+def _curve(
+    axes: Axes, field: str, lines: Sequence[TrainingStep], offset: int, key: str, number: int, where: str
+) -> list[Tip]:
+    """Draw one stage's curve in a panel."""
+    scale, digits = (100.0, 1) if field == "accuracy" else (1.0, 3)
+    points = [(one.step, scale * y) for one in lines if (y := getattr(one, field)) is not None]
+    if not points:
+        return []
+    axes.plot(
+        [offset + step for step, _ in points],
+        [y for _, y in points],
+        color=SERIES[number % len(SERIES)],
+        linestyle=DASHES[number % len(DASHES)],
+        linewidth=1.8,
+        marker="o" if len(points) == 1 else "",
+        label=key,
+    )
+    stage = lines[0].stage
+    return [
+        Tip(axes, offset + step, y, f"{where}, {stage}, step {step}: {field} {fixed(y, digits)}")
+        for step, y in points[:: max(1, len(points) // _MOST_TIPS)]
+        if math.isfinite(y)
+    ]
+
+
+def _name_tasks(panels: Sequence[Axes], borders: Mapping[str, tuple[int, int]], steps: int, width: float) -> None:
+    """Put a rule between tasks, and each name above the first panel in the middle of its steps."""
+    names, turned = fitted_names(list(borders), width)
+    for (start, end), name in zip(borders.values(), names, strict=True):
+        if start:
+            for axes in panels:
+                axes.axvline(start, color=GRID, linewidth=1)
+        panels[0].annotate(
+            name,
+            ((start + end) / 2, 1),
+            xycoords=panels[0].get_xaxis_transform(),
+            textcoords="offset points",
+            xytext=(0, 4),
+            va="bottom",
+            ha="left" if turned else "center",
+            rotation=30 if turned else 0,
+            rotation_mode="anchor",
+        )
 
 
 def stage_curves(steps: Sequence[TrainingStep]) -> list[list[TrainingStep]]:
@@ -277,14 +350,23 @@ def stage_curves(steps: Sequence[TrainingStep]) -> list[list[TrainingStep]]:
     return stages
 
 
-def _line(axes: Axes, points: Sequence[tuple[int, float]], bars: Sequence[float], metric: Metric, label: str) -> None:
+def _line(
+    axes: Axes,
+    points: Sequence[tuple[int, float]],
+    bars: Sequence[float],
+    metric: Metric,
+    label: str,
+    moments: Sequence[str],
+    show: Callable[[float], str],
+    unit: str,
+) -> list[Tip]:
     """Add a line whose colour, marker and dash all differ, so that lines can be told apart without colour."""
     number = len(axes.containers)
     axes.errorbar(
         [x for x, _ in points],
         [y * metric.scale for _, y in points],
         yerr=[bar * metric.scale for bar in bars],
-        label=elided(label, 28),
+        label=label,
         color=SERIES[number % len(SERIES)],
         marker=MARKERS[number % len(MARKERS)],
         linestyle=DASHES[number % len(DASHES)],
@@ -293,33 +375,45 @@ def _line(axes: Axes, points: Sequence[tuple[int, float]], bars: Sequence[float]
         capsize=3,
         elinewidth=1,
     )
+    return [
+        Tip(axes, x, y * metric.scale, f"{moment}: {show(y)} ± {fixed(bar * metric.scale, metric.digits)} {unit}")
+        for (x, y), bar, moment in zip(points, bars, moments, strict=True)
+    ]
 
 
-def _task_axis(axes: Axes, n: int, label: str, names: Sequence[str] | None = None) -> None:
-    axes.set_xticks(range(1, n + 1), names)
+def _task_axis(axes: Axes, n: int, label: str, width: float, tasks: Sequence[str] = ()) -> None:
+    names, turned = fitted_names(tasks, width)
+    axes.set_xticks(range(1, n + 1), names or None)
+    if turned:
+        for text in axes.get_xticklabels():
+            text.set(rotation=30, ha="right", rotation_mode="anchor")
     axes.set_xlim(0.8, n + 0.2)
     axes.set_xlabel(label)
     axes.grid(axis="y", linewidth=0.8)
 
 
-def legend_above(drawn: Figure) -> None:
-    """Put a legend above the axes, each name once, in as many columns as fit."""
+_CHARACTER = 8
+"""Pixels that a character needs, with room to spare."""
+
+
+def legend_above(drawn: Figure, width: float = PLOT_WIDTH) -> None:
+    """Put a legend above the axes, each name once and whole, in as many columns as fit."""
     handles, names = drawn.axes[0].get_legend_handles_labels()
-    once = dict(zip(names, handles, strict=True))
-    columns = max(1, int(PLOT_WIDTH / (60 + 8 * max(map(len, once)))))
+    most = int((width - 70) / _CHARACTER)
+    once = {_wrapped(name, most): handle for name, handle in zip(names, handles, strict=True)}
+    longest = max(len(line) for name in once for line in name.split("\n"))
+    columns = max(1, int(width / (60 + _CHARACTER * longest)))
     drawn.legend(once.values(), once.keys(), loc="outside upper left", ncols=min(columns, len(once)))
 
 
-def _tick_names(tasks: Sequence[str]) -> list[str]:
-    """Return the tasks' names where they fit side by side, otherwise their numbers."""
-    return list(tasks) if _fit(tasks) else [str(number) for number in range(1, len(tasks) + 1)]
+def fitted_names(names: Sequence[str], width: float) -> tuple[list[str], bool]:
+    """Return names for an axis whole: in lines where they fit side by side, else in one line each, to be turned."""
+    room = int((width - 100) / max(1, len(names)) / _CHARACTER)
+    lines = [textwrap.wrap(name, max(1, room), break_long_words=False) for name in names]
+    if all(len(line) <= room for parts in lines for line in parts) and all(len(parts) <= 3 for parts in lines):
+        return ["\n".join(parts) for parts in lines], False
+    return [_wrapped(name, 24) for name in names], True
 
 
-def _numbered_if_long(tasks: Sequence[str]) -> dict[str, str]:
-    """Return each task's name where there is room for it, with its number if the ticks show numbers."""
-    return {task: task if _fit(tasks) else f"{number} {task}" for number, task in enumerate(tasks, 1)}
-
-
-def _fit(tasks: Sequence[str]) -> bool:
-    """Whether the names fit under one axis: 8 pixels a character, each within its share of the width."""
-    return max((len(task) for task in tasks), default=0) * 8 + 12 <= 400 / max(1, len(tasks))
+def _wrapped(name: str, most: int) -> str:
+    return "\n".join(textwrap.wrap(name, most)) or name

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from everalign.errors import InputError
 from everalign.learning.promotion import what_fell
 from everalign.learning.run_data import RunData, load_run, read_results, run_labels
-from everalign.learning.run_files import ModuleConsolidation
+from everalign.learning.run_files import ModuleConsolidation, TrainingStep
 from everalign.learning.scores import Scores
 from everalign.reporting.answers import CorrectorShow, answer_pairs
 from everalign.reporting.formats import (
@@ -24,6 +28,7 @@ from everalign.reporting.formats import (
     METRICS,
     SUMMARY_TITLES,
     UNMEASURED,
+    WIDTH,
     Cell,
     Errors,
     Metric,
@@ -33,6 +38,8 @@ from everalign.reporting.formats import (
     interval_cell,
     is_chance,
     matrix_cell,
+    of_last,
+    of_transfer,
     percent,
     seconds,
     significant,
@@ -45,7 +52,6 @@ from everalign.reporting.plots import (
     change_series,
     matrix_rows,
     progress_lines,
-    score_heatmap,
     training_curves,
 )
 from everalign.storage import write_text
@@ -106,7 +112,19 @@ def page_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {"script": Markup(_script()), "script_hash": _script_hash()}
     return environment.get_template(name)
+
+
+@cache
+def _script() -> str:
+    return (files("everalign.reporting") / "templates" / "report.js").read_text(encoding="utf-8")
+
+
+@cache
+def _script_hash() -> str:
+    """The hash by which a page's content policy allows this script, and no other."""
+    return b64encode(sha256(f"\n{_script()}\n".encode()).digest()).decode()
 
 
 def write_report(runs: Sequence[Path], output: Path, corrector: CorrectorShow | None = None) -> Path:
@@ -145,6 +163,7 @@ def render_report(runs: Sequence[RunData], corrector: CorrectorShow | None = Non
             for rows, change in line:
                 bar = change_bar(errors[label], rows, one.learned.index(task))
                 ends += [change - bar, change + bar]
+    trained = {label: training for label, run in by_label.items() if (training := _training(run))}
     room = max(0.08 * (max(ends) - min(ends)), 0.01)
     limits = (min(ends) - room, max(ends) + room)
     return page_template("report.html.j2").render(
@@ -154,6 +173,7 @@ def render_report(runs: Sequence[RunData], corrector: CorrectorShow | None = Non
         summary_titles=SUMMARY_TITLES,
         summaries={key: _summaries(by_label, metric) for key, metric in METRICS.items()},
         progress=progress_lines(scores, errors, _ACCURACY, "progress"),
+        curves=training_curves(trained, "curves") if len(trained) > 1 else None,
         metrics=METRICS,
         runs=[_run_view(run, label, f"run-{i}", heat, limits) for i, (label, run) in enumerate(by_label.items(), 1)],
         corrector=corrector,
@@ -173,8 +193,29 @@ def _summaries(runs: Mapping[str, RunData], metric: Metric) -> list[Row]:
     rows = []
     for label, one in scores.items():
         cells = summary_cells(one, metric)
-        rows.append(Row(label, [Cell(text, "best" if text == best.get(name) else "") for name, text in cells.items()]))
+        errors = {"last": of_last(runs[label]), "backward_transfer": of_transfer(runs[label])}
+        bars = {name: _bar(error, metric) for name, error in errors.items() if metric.key == "accuracy"}
+        rows.append(
+            Row(
+                label,
+                [
+                    Cell(
+                        text, "best" if text == best.get(name) else "", "" if text == UNMEASURED else bars.get(name, "")
+                    )
+                    for name, text in cells.items()
+                ],
+            )
+        )
     return rows
+
+
+def _bar(error: float | None, metric: Metric) -> str:
+    """Return half a 95 % interval, nothing where the error is not known."""
+    return "" if error is None else f"± {metric.value(WIDTH * error)}"
+
+
+def _training(run: RunData) -> list[tuple[str, Sequence[TrainingStep]]]:
+    return [(version.task, version.training) for version in run.versions if version.training]
 
 
 def _run_view(
@@ -200,9 +241,10 @@ def _run_view(
         "label": label,
         "tasks": run.tasks,
         "regime": run.regime,
-        "heatmap": score_heatmap(scores, _ACCURACY, heat, f"{anchor}-heatmap", label),
+        "heatmap": heat_view(scores, _ACCURACY, heat, errors),
+        "refused": bool(run.off_lineage and not run.versions),
         "changes": change_lines(scores, errors, _ACCURACY, limits, f"{anchor}-changes", label),
-        "curves": training_curves([(v.task, v.training) for v in run.versions], f"{anchor}-curves", label),
+        "curves": training_curves({label: _training(run)}, f"{anchor}-curves"),
         "matrices": {
             key: matrix_view(run.scores(key), metric, error_matrix(run, key)) for key, metric in METRICS.items()
         },
@@ -284,6 +326,27 @@ def matrix_view(scores: Scores, metric: Metric, errors: Errors | None = None) ->
         Row(name, [matrix_cell(scores, metric, errors, i, j) for j in range(len(row))])
         for name, i, row in matrix_rows(scores)
     ]
+
+
+def heat_view(scores: Scores, metric: Metric, limits: tuple[float, float], errors: Errors | None = None) -> list[Row]:
+    """Return the score matrix with colours, palest at the first of the limits; nothing where nothing was scored."""
+    low, high = limits
+    rows, found = matrix_view(scores, metric, errors), matrix_rows(scores)
+    if all(score is None for _, _, row in found for score in row):
+        return []
+    shown = []
+    for line, (moment, i, row) in zip(rows, found, strict=True):
+        cells = []
+        for j, (cell, score) in enumerate(zip(line.cells, row, strict=True)):
+            if score is None:
+                cells.append(cell)
+                continue
+            strength = (score - low) / (high - low) if high > low else 0.5
+            bar = "" if errors is None or i < 0 else f" {_bar(errors[i][j], metric)}"
+            text = f"{scores.tasks[j]}, {moment}: {metric.value(score)}{bar}{metric.unit}"
+            cells.append(replace(cell, strength=round(strength, 3), title=text))
+        shown.append(Row(line.name, cells))
+    return shown
 
 
 def forgetting_view(scores: Scores, metric: Metric, errors: Errors | None = None) -> list[Row]:

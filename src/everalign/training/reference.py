@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everalign.data.collate import batches_by_length, collate, row_tokens
 from everalign.data.tokenization import TokenizedRow
-from everalign.distributed import share
+from everalign.distributed import share, world
 from everalign.memory import LowRankUpdate
 from everalign.modeling.policy import Policy
 from everalign.storage import Journal
@@ -63,6 +63,18 @@ def sequence_logprobs(
     return [found[number] for number in range(len(rows))]
 
 
+def counted(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """Return what counts this process's rows for `sequence_logprobs` and reports (rows done by all, rows in all)."""
+    done = 0
+
+    def count(rows: int) -> None:
+        nonlocal done
+        done += rows
+        progress(min(done * world(), total), total)
+
+    return count
+
+
 def policy_key(fingerprint: str, updates: Mapping[str, LowRankUpdate]) -> str:
     """Name a policy: the base model's fingerprint and precision together with every value of its update."""
     digest = hashlib.sha256(fingerprint.encode())
@@ -84,7 +96,14 @@ class ReferenceCache:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def logprobs(self, policy: Policy, key: str, rows: Sequence[TokenizedRow], tokens_per_batch: int) -> list[Tensor]:
+    def logprobs(
+        self,
+        policy: Policy,
+        key: str,
+        rows: Sequence[TokenizedRow],
+        tokens_per_batch: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[Tensor]:
         """Return what `sequence_logprobs` does, computing only the rows with a response that is missing.
 
         Args:
@@ -92,6 +111,7 @@ class ReferenceCache:
             key: its `policy_key`.
             rows: N tokenised rows.
             tokens_per_batch: tokens computed at once, padding included.
+            progress: called with (rows done, rows to compute).
 
         Raises:
             InputError: the cache file is damaged; the message says to delete it.
@@ -103,7 +123,9 @@ class ReferenceCache:
         missing = {names: row for names, row in zip(keys, rows, strict=True) if any(k not in known for k in names)}
         if missing:
             fresh: dict[str, float] = {}
-            computed = sequence_logprobs(policy, list(missing.values()), tokens_per_batch)
+            computed = sequence_logprobs(
+                policy, list(missing.values()), tokens_per_batch, counted(progress, len(missing))
+            )
             for names, values in zip(missing, computed, strict=True):
                 for name, value in zip(names, values.tolist(), strict=True):
                     if name not in known:

@@ -50,7 +50,7 @@ from everalign.objectives import bradley_terry_loss, calibrating_temperature, dp
 from everalign.storage import check_free, exclusive, lock_of
 from everalign.training.base_objective import Metrics, Objective
 from everalign.training.options import ObjectiveOptions, RewardOptions, StageOptions
-from everalign.training.stage import StageResult, train_stage
+from everalign.training.stage import StageFigures, StageResult, train_stage
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,7 @@ def train_reward_model(
     allow_overlap: bool = False,
     log: Callable[[str], None] = lambda _: None,
     progress: Progress = lambda *_: None,
+    figures: StageFigures = lambda *_: None,
 ) -> TrainedRewardModel:
     """Train a reward model and write its folder, whole or not at all.
 
@@ -183,6 +184,7 @@ def train_reward_model(
         allow_overlap: let rows be in `train` and `test`.
         log: called with one line for each thing that happens.
         progress: called with (stage, done, all).
+        figures: called with (stage, steps done, figures), see `everalign.training.stage.Figures`.
 
     Raises:
         InputError: the model, the rows, the options or the output folder cannot be used.
@@ -217,6 +219,7 @@ def train_reward_model(
             None,
             seed=seed,
             progress=partial(progress, "reward"),
+            figures=partial(figures, "reward"),
             log=log,
         )
         if options.lora_rank:

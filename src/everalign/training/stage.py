@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from everalign.data.collate import largest_token, training_plan
+from everalign.data.collate import TrainingPlan, largest_token, training_plan
 from everalign.data.tokenization import TokenizedRow
 from everalign.distributed import gather, on_main, start
 from everalign.errors import DivergedError, InputError
@@ -36,6 +36,13 @@ _MARK, _CHECKPOINT = "complete.json", "checkpoint-"
 _USABLE = 0.8
 # Bytes for each trained parameter: a gradient and AdamW's two moments, in fp32.
 _TRAINED_BYTES = 12
+
+Figures = Callable[[int, Mapping[str, float]], None]
+"""Called with the steps done and what was measured over the last of them: once before the first step, with nothing,
+then at every logged step (`steps` in all, `loss`, the objective's own such as `accuracy` and `margin`, `learning_rate`,
+`tokens_per_second`)."""
+StageFigures = Callable[[str, int, Mapping[str, float]], None]
+"""The same, with the stage's name in front."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ def train_stage(
     hooks: StageHooks | None = None,
     apart: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    figures: Figures | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> StageResult:
     """Train a model in place on one stage's rows, or load what an earlier call has left.
@@ -106,6 +114,7 @@ def train_stage(
         hooks: what a method does beside the objective, for policies.
         apart: how many rows at the end are at hand for the hooks and not learned.
         progress: called with (steps done, steps in all).
+        figures: called with what is measured of the training, see `Figures`.
         log: called with one line for each thing that happens.
 
     Raises:
@@ -156,7 +165,11 @@ def train_stage(
         # Rounded down: the first step of a warm-up has learning rate 0, and a short stage must not end with it.
         arguments.warmup_steps = int(options.warmup * plan.steps)
         steps = Steps(rows, plan, objective, shared, logprobs, terms, own if replayed else None)
-        callbacks = [*([] if hooks is None else [_KeepHooks(hooks)]), MarkComplete(), _StepCallback(progress)]
+        callbacks = [
+            *([] if hooks is None else [_KeepHooks(hooks)]),
+            MarkComplete(),
+            _StepCallback(progress, figures, _step_tokens(plan, lengths)),
+        ]
         trainer = Trainer(model, objective, arguments, steps, hooks, callbacks)
         checkpoint = latest_checkpoint(place)
         if checkpoint is not None:
@@ -335,13 +348,44 @@ def _bytes_needed(model: nn.Module, objective: Objective, steps: Steps, lengths:
 
 
 class _StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
-    """Reports progress, and logs the last step."""
+    """Reports progress and figures, and logs the last step.
 
-    def __init__(self, progress: Callable[[int, int], None] | None) -> None:
-        self._progress = progress
+    Args:
+        progress: called with (steps done, steps in all); None for nobody.
+        figures: called with what was measured; None for nobody.
+        tokens: computed in each step, by all processes.
+    """
+
+    def __init__(
+        self, progress: Callable[[int, int], None] | None, figures: Figures | None, tokens: Sequence[int]
+    ) -> None:
+        self._progress, self._figures, self._tokens = progress, figures, tokens
+        self._since = 0, 0.0  # the step and the time of the last figures
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since = state.global_step, time.perf_counter()
+        if self._figures is not None:
+            self._figures(state.global_step, {})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == state.max_steps:
             control.should_log = True
         if self._progress is not None:
             self._progress(state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self._figures is None or logs is None or "loss" not in logs:
+            return
+        (step, then), now = self._since, time.perf_counter()
+        self._since = state.global_step, now
+        tokens = sum(self._tokens[step : state.global_step])
+        shown = {name: value for name, value in logs.items() if name != "epoch"}
+        self._figures(
+            state.global_step, {"steps": state.max_steps, **shown, "tokens_per_second": tokens / max(now - then, 1e-9)}
+        )
+
+
+def _step_tokens(plan: TrainingPlan, lengths: Sequence[int]) -> list[int]:
+    """Return how many tokens each step computes, over all processes, padding left out."""
+    shares = [sum(lengths[row] for rows in share for row in rows) for share in plan.shares]
+    return [sum(shares[first : first + plan.processes]) for first in range(0, len(shares), plan.processes)]

@@ -14,7 +14,7 @@ from everalign.serving.middleware import cookie_name
 from everalign.serving.security import Session, Sessions
 
 # Nothing inline, nothing from other sites, forms only to this one.
-_CONTENT_POLICY = (
+CONTENT_POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
@@ -48,7 +48,7 @@ class Pages:
         text = self._templates.get_template(template).render({**common, **values})
         # An upstream may have sent half a surrogate pair, which no encoding has.
         content = text.encode(errors="replace")
-        response = Response(content, status, {"content-security-policy": _CONTENT_POLICY}, "text/html; charset=utf-8")
+        response = Response(content, status, {"content-security-policy": CONTENT_POLICY}, "text/html; charset=utf-8")
         if not known:
             self.send_cookie(request, response, session)
         return response
