@@ -311,7 +311,7 @@ class Recipe(Keys):
         return {
             "sample_answers": SAMPLE_ANSWERS if self.sample_answers is None else self.sample_answers,
             **{name: given[name] for name in (*plain, "allow_overlap") if name in given},
-            "log_to": log_to,
+            **({"log_to": log_to} if log_to else {}),
             "method": method,
             "training": training,
             "adapter": None if method.prompts is not None else self.adapter_options(),
