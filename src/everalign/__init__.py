@@ -5,10 +5,11 @@ The names below are loaded when first used, so `import everalign` costs millisec
 
 import os
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from everalign.correction.corrector import Corrector
     from everalign.data import (
         Correction,
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 # Read when the first product is computed, by torch itself; what the user set stays.
 for _capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_capacity, "64")
-
-__version__ = version("everalign")
 
 __all__ = [
     "AdapterOptions",
@@ -72,6 +71,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # takes as long as all the rest
+
+        return version("everalign")
     if name not in _HOMES:
         raise AttributeError(f"module 'everalign' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,5 +1,6 @@
 """What is carried from task to task: identities between methods, replay, and the hooks."""
 
+import inspect
 import json
 import math
 from itertools import pairwise
@@ -19,6 +20,7 @@ from everalign.methods import (
     SingleTask,
     make_method,
 )
+from everalign.methods.table import ENTRIES
 from learner_for_tests import adapter_weights, make_learner, same_weights, save_model, task_rows, tasks
 
 
@@ -88,6 +90,9 @@ def test_every_method_is_made_by_its_name():
     for name, kind in METHODS.items():
         assert type(make_method(name)) is kind
         assert kind.name == name
+        entry = ENTRIES[name]
+        assert set(entry.takes) == set(inspect.signature(kind).parameters)
+        assert (entry.regime, entry.labelled) == (kind.regime, kind.labelled)
 
 
 def test_lifealign_reviews_and_consolidates_nothing_by_default():

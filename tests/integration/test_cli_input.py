@@ -80,7 +80,7 @@ def test_a_malformed_task(text, work, capsys):
     [
         (task("warm"), "--task: the name 'warm' is given twice"),
         (["--method", "lifealing"], "unknown method 'lifealing' (did you mean 'lifealign'?)"),
-        (["--objective", "ppo"], "unknown objective 'ppo': choose one of sft, dpo, fpo"),
+        (["--objective", "ppo"], "unknown objective 'ppo' (did you mean 'fpo'?): choose one of sft, dpo, fpo"),
         (["--preset", "papr"], "unknown preset 'papr': choose one of default, paper"),
         (["--reference", "bse"], "--reference must be one of base, stage_start, previous_task, found 'bse'"),
         (["--space", "x"], "--space must be one of none, product, factors, found 'x'"),

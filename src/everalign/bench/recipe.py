@@ -32,6 +32,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, field_
 from everalign.bench.contenders import OF_MARGINS, SAME_FOR_ALL, Choice, Contender, given, section_of, unknown_name
 from everalign.errors import InputError
 from everalign.learning.recipe import AdapterKeys, Keys, Recipe, Text, TrainingKeys, line_of, read_yaml
+from everalign.methods.table import method_file
 from everalign.options import first_problem
 from everalign.storage import sha256_of
 from everalign.training.objectives import reads
@@ -220,8 +221,6 @@ class Bench(Keys):
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that name what the recipe says; not its comments, and not where results go."""
-        from everalign.methods.from_file import method_file
-
         said = self.model_dump(exclude={"output"}, exclude_none=True)
         # A mapping has no order as JSON, and that of the tasks is the order of learning.
         said["order"] = [list(self.tasks), self.task_orders(), self.task_orders(tuning=True)]

@@ -9,53 +9,68 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated, Any, cast
 
 import typer
 
 from everalign import distributed
-from everalign.cli.bench import bench
 from everalign.cli.console import notes, say
-from everalign.cli.correct import correct
-from everalign.cli.estimate import estimate
-from everalign.cli.evaluate import evaluate
-from everalign.cli.feedback import feedback
 from everalign.cli.launch import check_verb, end_with_launcher
-from everalign.cli.learn import learn
-from everalign.cli.reward import reward
-from everalign.cli.runs import demo, export, report, rollback, versions, watch
-from everalign.cli.serve import EPILOG as SERVE_EPILOG
-from everalign.cli.serve import serve
 from everalign.errors import EveralignError, InputError
 
 # A wrong flag or argument. Some versions of typer take it from click, others carry it inside; BadParameter is public.
 _UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])
 
-app = typer.Typer(
-    help="Keeps a language model aligned while preferences keep changing.",
-    epilog="Help for a command: everalign learn --help. "
-    "Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 4 not enough evidence for one.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command(
-    epilog="Example: everalign learn --model tiny --task polite=polite.jsonl,polite.test.jsonl --output runs/polite"
-)(learn)
-app.command(epilog="Example: everalign demo --output runs/demo")(demo)
-app.command(epilog="Example: everalign bench recipes/demo_methods.yaml --tune --output runs/demo_methods")(bench)
-app.command(epilog="Example: everalign estimate --model tiny --task polite=polite.jsonl --gpu h100 --price 2.5")(
-    estimate
-)
-app.command(epilog="Example: everalign evaluate runs/polite --reward runs/reward --every")(evaluate)
-app.add_typer(reward, name="reward")
-app.add_typer(correct, name="correct")
-app.add_typer(feedback, name="feedback")
-app.command(epilog=SERVE_EPILOG)(serve)
-app.command(epilog="Example: everalign report runs/lifealign runs/seqft --output comparison.html")(report)
-app.command(epilog="Example: everalign watch runs/polite")(watch)
-app.command(epilog="Example: everalign versions runs/polite")(versions)
-app.command(epilog="Example: everalign rollback runs/polite 001-polite")(rollback)
-app.command(epilog="Example: everalign export runs/polite polite-model")(export)
+# Each verb's module, and an example. A module is imported when its verb is called, or when help lists them all: most of
+# the time until a mistake is reported is that of imports.
+_VERBS = {
+    "learn": (
+        "learn",
+        "Example: everalign learn --model tiny --task polite=polite.jsonl,polite.test.jsonl --output runs/polite",
+    ),
+    "demo": ("runs", "Example: everalign demo --output runs/demo"),
+    "bench": ("bench", "Example: everalign bench recipes/demo_methods.yaml --tune --output runs/demo_methods"),
+    "estimate": (
+        "estimate",
+        "Example: everalign estimate --model tiny --task polite=polite.jsonl --gpu h100 --price 2.5",
+    ),
+    "evaluate": ("evaluate", "Example: everalign evaluate runs/polite --reward runs/reward --every"),
+    "reward": ("reward", None),
+    "correct": ("correct", None),
+    "feedback": ("feedback", None),
+    "serve": (
+        "serve",
+        "Example: everalign serve --upstream http://127.0.0.1:8000/v1 --corrector runs/corrector "
+        "--store sqlite:///feedback.db; API keys are read from the environment: EVERALIGN_API_KEYS (clients), "
+        "OPENAI_API_KEY (the upstream; NAME_API_KEY for NAME=URL), CORRECTOR_API_KEY and APPROVER_API_KEY (a corrector "
+        "and a judge on a server). Each server is sent only its own key",
+    ),
+    "report": ("runs", "Example: everalign report runs/lifealign runs/seqft --output comparison.html"),
+    "watch": ("runs", "Example: everalign watch runs/polite"),
+    "versions": ("runs", "Example: everalign versions runs/polite"),
+    "rollback": ("runs", "Example: everalign rollback runs/polite 001-polite"),
+    "export": ("runs", "Example: everalign export runs/polite polite-model"),
+}
+
+
+def make_app(verb: str | None = None) -> typer.Typer:
+    """Returns the command line with one verb, or with all of them where it is none."""
+    app = typer.Typer(
+        help="Keeps a language model aligned while preferences keep changing.",
+        epilog="Help for a command: everalign learn --help. "
+        "Exit codes: 0 done, 1 failed, 2 bad input, 3 refused by a gate, 4 not enough evidence for one.",
+        pretty_exceptions_enable=False,
+    )
+    app.callback(invoke_without_command=True)(_everalign)
+    for name in [verb] if verb in _VERBS else _VERBS:
+        module, example = _VERBS[name]
+        found = getattr(import_module(f"everalign.cli.{module}"), name)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=name)
+        else:
+            app.command(name, epilog=example)(found)
+    return app
 
 
 def _print_version(wanted: bool) -> None:
@@ -66,7 +81,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def _everalign(
     context: typer.Context,
     version: Annotated[
@@ -95,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         end_with_launcher()
         check_verb(arguments)
-        code = app(args=arguments, prog_name="everalign", standalone_mode=False, obj=arguments)
+        code = make_app(next(iter(arguments), None))(
+            args=arguments, prog_name="everalign", standalone_mode=False, obj=arguments
+        )
         distributed.stop()
     except EveralignError as error:
         return _fail(str(error), error.exit_code, isinstance(error, distributed.LostProcessError))

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -35,13 +36,22 @@ def check_verb(arguments: list[str]) -> None:
         raise InputError(f"{verb} runs in one process, found {count}: start it without a launcher")
 
 
-def share_work(processes: int | None, context: typer.Context) -> None:
-    """Joins the processes of a launcher, or starts as many as were asked for, waits for them, and leaves the verb."""
-    if not distributed.check_processes(processes):
+def share_work(processes: int | None, context: typer.Context, check: Callable[[], object] = lambda: None) -> None:
+    """Joins the processes of a launcher, or starts as many as were asked for, waits for them, and leaves the verb.
+
+    Args:
+        processes: as many as were asked for.
+        context: of the verb.
+        check: finds mistakes: before processes are started, which takes long, or once they have joined, so that one of
+            them reports it.
+    """
+    starts = distributed.check_processes(processes)
+    if not starts:
         distributed.start()
-        return
-    assert processes is not None
-    raise typer.Exit(_launch(processes, context.find_root().obj))
+    check()
+    if starts:
+        assert processes is not None
+        raise typer.Exit(_launch(processes, context.find_root().obj))
 
 
 def say_processes() -> None:

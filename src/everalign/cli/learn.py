@@ -20,6 +20,7 @@ from everalign.cli.console import (
 from everalign.cli.feedback import check_is_there
 from everalign.cli.launch import Processes, say_processes, share_work
 from everalign.cli.options import Json, TrustRemoteCode, flags, option, report_unused, resumable
+from everalign.data.file_formats import check_source
 from everalign.distributed import gather, on_main, world
 from everalign.errors import GateRefusedError, InputError
 from everalign.learning.options import (
@@ -29,7 +30,8 @@ from everalign.learning.options import (
     RolloutOptions,
     TrainingOptions,
 )
-from everalign.learning.recipe import Recipe, completed, nothing_left, write_recipe
+from everalign.learning.promotion import check_output, exclusive_run
+from everalign.learning.recipe import Recipe, completed, is_begun, nothing_left, write_recipe
 from everalign.learning.task_files import LoadedTask, left_to_learn, load_tasks
 from everalign.training.options import WeightOptions
 
@@ -96,42 +98,60 @@ def learn(
         if print_recipe:
             show_yaml(wanted.complete())
             return
-        from everalign.learning.learner import Learner
-        from everalign.learning.promotion import exclusive_run
-
         feedback = {"minimum": minimum, "key_share": key_share, "agreement": agreement, "held_out": held_out}
-        share_work(processes, context)
+        of_feedback = from_feedback is not None or any(value is not None for value in feedback.values())
+        goes_on = resume and wanted.tasks is None and is_begun(wanted)
+        if resume and not of_feedback:
+            wanted = completed(wanted)
+        share_work(processes, context, lambda: None if of_feedback else _check(wanted, resume, goes_on))
         say_processes()
         started, refusal = time.perf_counter(), None
         with Display() as display:
-            if from_feedback is not None or any(value is not None for value in feedback.values()):
+            if of_feedback:
                 run, refusal = _learn_feedback(from_feedback, feedback, bool(tasks), wanted, display)
             else:
-                goes_on = resume and wanted.tasks is None
-                wanted = completed(wanted) if resume else wanted
-                goes_on = goes_on and (Path(wanted.output or "") / "run.json").exists()
-                if goes_on and wanted.tasks is None:
-                    raise nothing_left(wanted)
-                arguments = wanted.learner_arguments()
-                with exclusive_run(Path(arguments["output"])):
-                    loaded = _load(wanted, display)
-                    loaded = left_to_learn(wanted, loaded) if goes_on else loaded
-                    learner = Learner(
-                        **arguments, resume=resume, log=display.log, progress=display.progress, figures=display.figures
-                    )
-                    on_main(write_recipe)(learner.run.path, wanted)
-                    _predict(learner, loaded, arguments, display)
-                    try:
-                        learner.learn_all(loaded)
-                    except GateRefusedError as error:
-                        refusal = error  # raised after the results
-                    run = learner.run
+                run, refusal = _learn_tasks(wanted, resume, goes_on, display)
             report = None if wanted.report is False else on_main(_write_report)(run.path)
         seconds = time.perf_counter() - started
     (_show_json if as_json else _show)(run, refusal, report, seconds)
     gather(None)  # a process that ends with an error ends the others, which may still be printing
     if refusal is not None:
         raise refusal
+
+
+def _check(recipe: Recipe, resume: bool, goes_on: bool) -> None:
+    """Finds mistakes in flags, files and folders while nothing heavy is loaded."""
+    if goes_on and recipe.tasks is None:
+        raise nothing_left(recipe)
+    recipe.check()
+    for task in recipe.tasks or []:
+        for source in filter(None, (task.train, task.test)):
+            check_source(source)
+    check_output(Path(recipe.output or ""), resume)
+
+
+def _learn_tasks(
+    recipe: Recipe, resume: bool, goes_on: bool, display: Display
+) -> tuple["RunData", GateRefusedError | None]:
+    """Learns a recipe's tasks; `goes_on` says that they are those that the run was given before."""
+    output = Path(recipe.output or "")
+    with exclusive_run(output):
+        loaded = _load(recipe, display)
+        loaded = left_to_learn(recipe, loaded) if goes_on else loaded
+        arguments = recipe.learner_arguments()
+        from everalign.learning.learner import Learner
+
+        learner = Learner(
+            **arguments, resume=resume, log=display.log, progress=display.progress, figures=display.figures
+        )
+        on_main(write_recipe)(learner.run.path, recipe)
+        _predict(learner, loaded, arguments, display)
+        refusal = None
+        try:
+            learner.learn_all(loaded)
+        except GateRefusedError as error:
+            refusal = error  # raised after the results
+        return learner.run, refusal
 
 
 def parse_task(text: str) -> dict[str, str]:
@@ -197,15 +217,15 @@ def _learn_feedback(
         raise InputError("--task: what is learned from feedback is the only task; leave --task out")
     if recipe.tasks:
         raise InputError("tasks: what is learned from feedback is the only task; leave them out of the recipe")
-    from everalign.correction.corrector_files import FACTS_FILE, is_corrector
-    from everalign.learning.learner import Learner
-    from everalign.learning.promotion import exclusive_run
-    from everalign.serving.feedback.loop import GATE, learn_from_feedback
     from everalign.serving.feedback.task import NextTaskOptions
     from everalign.serving.store import FeedbackStore
 
     check_is_there(store)
     options = NextTaskOptions.from_flags(given)
+    from everalign.correction.corrector_files import FACTS_FILE, is_corrector
+    from everalign.learning.learner import Learner
+    from everalign.serving.feedback.loop import GATE, learn_from_feedback
+
     # Unfinished tasks of the run's own wait for a command that names them, or says --resume alone.
     recipe = completed(recipe).model_copy(update={"tasks": None})
     output = Path(recipe.output or "")

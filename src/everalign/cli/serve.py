@@ -29,13 +29,6 @@ if TYPE_CHECKING:
     from everalign.serving.corrector_service import CorrectionService
     from everalign.serving.store import FeedbackStore
 
-EPILOG = (
-    "Example: everalign serve --upstream http://127.0.0.1:8000/v1 --corrector runs/corrector "
-    "--store sqlite:///feedback.db; API keys are read from the environment: EVERALIGN_API_KEYS (clients), "
-    "OPENAI_API_KEY (the upstream; NAME_API_KEY for NAME=URL), CORRECTOR_API_KEY and APPROVER_API_KEY (a corrector and "
-    "a judge on a server). Each server is sent only its own key"
-)
-
 _KEYLESS = "without keys every client of this port is served with the upstream's key; set EVERALIGN_API_KEYS"
 _LOCAL = "without keys only this machine is served; set EVERALIGN_API_KEYS before you put a proxy in front"
 

@@ -21,7 +21,7 @@ from everalign.errors import InputError, located
 
 RawRows = Iterator[tuple[str, object]]
 
-SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".parquet")
+SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
 """Ends of the names of files that can be read."""
 
 _BOM = b"\xef\xbb\xbf"
@@ -35,8 +35,12 @@ _FILE_ENDINGS = (
 )  # fmt: skip
 
 
-def raw_rows(source: str | os.PathLike[str], split: str, schema: Schema) -> RawRows:
-    """Reads a file, or a Hub dataset if no such file exists and the name can be that of a dataset."""
+def check_source(source: str | os.PathLike[str], split: str = "train") -> Path | None:
+    """Returns the file of a source, or None of a Hub dataset, if no such file exists and the name can be that of one.
+
+    Raises:
+        InputError: it is neither, or a file of an unknown kind.
+    """
     path = Path(source).expanduser()
     # Unlike Path.exists, this is no error for names that no file can have.
     exists = os.path.exists(path)
@@ -44,23 +48,31 @@ def raw_rows(source: str | os.PathLike[str], split: str, schema: Schema) -> RawR
         owner, _, name = source.rpartition("/")
         in_local_folder = bool(owner) and Path(owner).is_dir()
         if Path(name).suffix.lower() not in _FILE_ENDINGS and not in_local_folder:
-            return _hub_rows(source, split, schema)
+            return None
     if not exists:
         raise _error(path, "no such file")
     if path.is_dir():
         raise _error(path, f"is a directory; name one file in it ({', '.join(SUFFIXES)})")
     if split != "train":
         raise _error(path, f"split={split!r} means nothing for a file; name the file of that split")
+    if not path.name.lower().endswith(SUFFIXES):
+        raise _error(path, f"unknown kind of file; the name must end in {', '.join(SUFFIXES)}")
+    return path
+
+
+def raw_rows(source: str | os.PathLike[str], split: str, schema: Schema) -> RawRows:
+    """Reads a file, or a Hub dataset; errors as in `check_source`."""
+    path = check_source(source, split)
+    if path is None:
+        return _hub_rows(str(source), split, schema)
     name = path.name.lower()
     if name.endswith((".json", ".json.gz")):
         return _json_rows(path)
     if name.endswith((".jsonl", ".jsonl.gz")):
         return jsonl_rows(path)
-    if name.endswith(".csv"):
+    if name.endswith((".csv", ".tsv")):
         return _csv_rows(path, schema)
-    if name.endswith(".parquet"):
-        return _parquet_rows(path, schema)
-    raise _error(path, f"unknown kind of file; the name must end in {', '.join(SUFFIXES)}")
+    return _parquet_rows(path, schema)
 
 
 def jsonl_rows(path: Path) -> RawRows:
@@ -101,15 +113,17 @@ def _json_rows(path: Path) -> RawRows:
 
 
 def _csv_rows(path: Path, schema: Schema) -> RawRows:
-    """Reads comma-separated text with a header line; cells may hold lists as JSON."""
+    """Reads comma- or tab-separated text with a header line; cells may hold lists as JSON."""
     text = _text(path)
+    tabs = path.suffix.lower() == ".tsv"
+    kind, separator = ("TSV", "tabs") if tabs else ("CSV", "commas")
     # Python refuses cells above 128 KiB by default, which long conversations exceed; the limit is global.
     limit = csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter="\t" if tabs else ",")
     try:
         records = list(reader)
     except csv.Error as error:
-        raise _error(f"{path}:{reader.line_num}", f"broken CSV: {error}; check the quotes") from None
+        raise _error(f"{path}:{reader.line_num}", f"broken {kind}: {error}; check the quotes") from None
     finally:
         csv.field_size_limit(limit)
     if not records:
@@ -120,7 +134,7 @@ def _csv_rows(path: Path, schema: Schema) -> RawRows:
         where = f"{path}: row {number}"
         if len(record) != len(header):
             found = f"{len(record)} cells under {len(header)} columns"
-            yield where, _error(where, f"{found}; quote the cells that hold commas or line breaks")
+            yield where, _error(where, f"{found}; quote the cells that hold {separator} or line breaks")
             continue
         cells: dict[str, Any] = dict(zip(header, record, strict=True))
         if "weight" in cells:

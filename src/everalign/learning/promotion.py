@@ -10,9 +10,9 @@ from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 from everalign.errors import GateRefusedError, InputError, NotEnoughEvidenceError
-from everalign.learning.run_data import BASE, RunData, check_is_run, load_run
+from everalign.learning.run_data import BASE, BASE_ADAPTER, ZERO_SHOT, RunData, check_is_run, load_run
 from everalign.learning.run_files import Comparison, Outcome, Verdict
-from everalign.storage import differing_files, exclusive, write_text
+from everalign.storage import differing_files, exclusive, is_partial, write_text
 
 CONFIDENCE = 0.95
 """Of each end of a confidence interval."""
@@ -194,6 +194,23 @@ def exclusive_run(run: Path) -> AbstractContextManager[None]:
     if run.exists() and not run.is_dir():
         raise InputError(f"{run} is not a directory: choose another output directory")
     return exclusive(run / LOCK, "learning into this run")
+
+
+def check_output(path: Path, resume: bool) -> None:
+    """Refuses a folder that holds a run, unless it is to be resumed, or other files.
+
+    A run that was killed as it began may have left files, but no run.json: they do not count.
+    """
+    exists = (path / "run.json").exists()
+    if exists and not resume:
+        raise InputError(f"{path} holds a run already: resume it, or choose another output directory")
+    if exists or not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"{path} is not a directory: choose another output directory")
+    ours = (ZERO_SHOT, LOCK, BASE_ADAPTER)
+    if any(entry.name not in ours and not is_partial(entry) for entry in path.iterdir()):
+        raise InputError(f"{path} is not empty and holds no run: choose another output directory")
 
 
 def promote(path: Path, version: str) -> None:

@@ -23,10 +23,13 @@ from everalign.learning.options import (
     TrainingOptions,
     check_trackers,
 )
+from everalign.learning.promotion import check_tolerance
 from everalign.learning.run_data import RunData, load_run
+from everalign.methods.table import ENTRIES, check_method, check_space
+from everalign.modeling.options import check_model_path
 from everalign.options import STRICT, Problem, first_problem
 from everalign.storage import write_text
-from everalign.training.objectives import OBJECTIVES, check_weighting, reads, weighting_settings
+from everalign.training.objectives import OBJECTIVES, check_objective, check_weighting, reads, weighting_settings
 from everalign.training.options import WeightOptions
 
 if TYPE_CHECKING:
@@ -275,38 +278,67 @@ class Recipe(Keys):
         """Returns the preset's adapter options with the given ones in their place."""
         return (PAPER_ADAPTER if self.preset == "paper" else AdapterOptions()).replace(**self._given("adapter"))
 
-    def make_method(self) -> Method:
-        """Builds the method; an argument that it would ignore is refused."""
-        from everalign.methods import make_method
-
+    def _method_arguments(self) -> dict[str, Any]:
         given = {"name": DEFAULT_METHOD, **self._given("method")}
         if self.preset == "paper" and given["name"] == DEFAULT_METHOD:
             given = {"space": "factors", **given}
-        return make_method(**given)
+        return given
 
-    def learner_arguments(self, needs_tasks: bool = True) -> dict[str, Any]:
-        """Returns keyword arguments of `Learner`; what is not given is left to its defaults.
+    @property
+    def labelled(self) -> bool:
+        """Whether the method keeps a policy for each label; a method in a file is loaded for it."""
+        entry = ENTRIES.get(self._method_arguments()["name"])
+        return self.make_method().labelled if entry is None else entry.labelled
+
+    @property
+    def trackers(self) -> list[str]:
+        """The experiment trackers that are told of the training."""
+        return [name.strip() for name in (self.log_to or "").split(",") if name.strip()]
+
+    def make_method(self) -> Method:
+        """Builds the method, which loads torch; an argument that it would ignore is refused."""
+        from everalign.methods import make_method
+
+        return make_method(**self._method_arguments())
+
+    def check(self, needs_tasks: bool = True) -> None:
+        """Finds what can be found wrong before anything heavy is loaded; `learner_arguments` finds the rest.
 
         Args:
             needs_tasks: whether tasks have to be given.
 
         Raises:
-            InputError: model, output or tasks are not given, or an option has a value it cannot have.
+            InputError: model, output or tasks are not given, an option has a value it cannot have, or would be ignored.
         """
         for name, flag in (("model", "--model"), ("output", "--output"), ("tasks", "--task")):
             if getattr(self, name) is None and (needs_tasks or name != "tasks"):
                 raise InputError(f"no {name} given: add {flag}, or the key {name!r} to the recipe", field=name)
+        check_objective(self.objective or DEFAULT_OBJECTIVE)
         self._refuse_ignored()
-        method, training = self.make_method(), self.training_options()
-        method.check_fits(self.objective or DEFAULT_OBJECTIVE, training.reference, bool(self._given("adapter")))
-        if self.label is not None and not method.labelled:
+        given = self._method_arguments()
+        name = given.pop("name")
+        method = check_method(name, given)
+        if method is not None and "space" in method.takes:
+            check_space(given.get("space", "none"), given)
+        check_tolerance(self.gate, name, "sequential" if method is None else method.regime)
+        if self.label is not None and not self.labelled:
             raise InputError(
-                f"the method {method.name} would ignore label: leave it out, or choose experts, which learns an "
+                f"the method {name} would ignore label: leave it out, or choose experts, which learns an "
                 "adapter for each label",
                 field="label",
             )
-        given, log_to = self._given(), [name.strip() for name in (self.log_to or "").split(",") if name.strip()]
-        check_trackers(log_to)
+        self.training_options()
+        self.adapter_options()
+        self._sections_of_objective()
+        check_trackers(self.trackers)
+        check_model_path(self.model or "")
+
+    def learner_arguments(self, needs_tasks: bool = True) -> dict[str, Any]:
+        """Returns keyword arguments of `Learner`; what is not given is left to its defaults. Errors as in `check`."""
+        self.check(needs_tasks)
+        method, training = self.make_method(), self.training_options()
+        method.check_fits(self.objective or DEFAULT_OBJECTIVE, training.reference, bool(self._given("adapter")))
+        given, log_to = self._given(), self.trackers
         plain = ("model", "base_adapter", "objective", "output", "seed", "reward", "gate", "gate_scorer", "cache")
         return {
             "sample_answers": SAMPLE_ANSWERS if self.sample_answers is None else self.sample_answers,
@@ -422,14 +454,19 @@ def write_recipe(run: Path, recipe: Recipe) -> None:
     write_text(path, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
 
 
+def is_begun(recipe: Recipe) -> bool:
+    """Whether a run was begun in a recipe's output."""
+    return recipe.output is not None and (Path(recipe.output) / "run.json").exists()
+
+
 def completed(recipe: Recipe) -> Recipe:
     """Fills a recipe in with what the run in its output was started with.
 
     Without tasks of its own it gets those that the run was given and has not finished.
     """
-    path = Path(recipe.output or "")
-    if recipe.output is None or not (path / "run.json").exists():
+    if not is_begun(recipe):
         return recipe
+    path = Path(recipe.output or "")
     run = load_run(path)
     known = Recipe.read(path / _FILE) if (path / _FILE).exists() else _from_facts(run)
     whole = recipe.over(known)

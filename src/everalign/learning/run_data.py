@@ -33,6 +33,8 @@ BASE = "000"
 """The parent of a version that started from the base model."""
 BASE_ADAPTER = "base_adapter"
 """Folder of the adapter that was merged into the base model."""
+ZERO_SHOT = "zero_shot.json"
+"""The base model's scores."""
 RESULTS = Path("evaluation", "results.json")
 """What `everalign evaluate` writes into a run."""
 TRAINING_LOG = "training.jsonl"
@@ -202,7 +204,7 @@ class RunReader:
         stamps = {folder: _stamps(folder, _VERSION_FILES) for folder in folders}
         # A version that is not settled yet has its checkpoints still.
         unsettled = [work_folder(self.path, folder.name).exists() for folder in folders]
-        stamp = (_stamps(self.path, ("run.json", "zero_shot.json", "current")), *stamps.items(), *unsettled)
+        stamp = (_stamps(self.path, ("run.json", ZERO_SHOT, "current")), *stamps.items(), *unsettled)
         if self._run is not None and stamp == self._stamp:
             return self._run
 
@@ -214,7 +216,7 @@ class RunReader:
             self._versions[folder.name] = found, version
         versions = sorted((version for _, version in self._versions.values()), key=lambda v: v.manifest.index)
         facts = read_json(self.path / "run.json", RunFile)
-        base = read_json(self.path / "zero_shot.json", ScoresFile)
+        base = read_json(self.path / ZERO_SHOT, ScoresFile)
         current = _current(self.path, versions)
         lineage = versions if facts.method.name == "stl" else _lineage(versions, current)
         off = [version for version in versions if version not in lineage]

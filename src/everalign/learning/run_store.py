@@ -30,18 +30,17 @@ from everalign.errors import InputError
 from everalign.evaluation import PreferenceScore
 from everalign.learning import run_files
 from everalign.learning.options import TrainingOptions
-from everalign.learning.promotion import LOCK, check_version, exclusive_run, promote
-from everalign.learning.run_data import BASE, BASE_ADAPTER, RunData, RunReader, work_folder
+from everalign.learning.promotion import check_output, check_version, exclusive_run, promote
+from everalign.learning.run_data import BASE, BASE_ADAPTER, ZERO_SHOT, RunData, RunReader, work_folder
 from everalign.learning.sample_answers import Answers
 from everalign.methods import Method
 from everalign.methods.base import ModuleRecord
 from everalign.modeling.base_adapter import adapter_files
 from everalign.modeling.policy import Policy
-from everalign.storage import checksums, is_partial, new_folder, read_json, write_json, write_text
+from everalign.storage import checksums, new_folder, read_json, write_json, write_text
 from everalign.training.stage import StageResult
 
 FORMAT = 1
-_ZERO_SHOT = "zero_shot.json"
 # In the order in which differences are named: a model in another precision has another fingerprint too.
 _SAME = ("format", "objective", "method", "settings", "seed", "model_fingerprint", "template")
 # Settings that early runs do not record, with the value that they had.
@@ -92,19 +91,8 @@ class RunDirectory:
         return (self.path / "run.json").exists()
 
     def check_usable(self, resume: bool) -> None:
-        """Refuses a folder that holds a run, unless it is to be resumed, or other files.
-
-        A killed `begin` may have left files, but no run.json: they do not count.
-        """
-        if self.exists and not resume:
-            raise InputError(f"{self.path} holds a run already: resume it, or choose another output directory")
-        if self.exists or not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise InputError(f"{self.path} is not a directory: choose another output directory")
-        ours = (_ZERO_SHOT, LOCK, BASE_ADAPTER)
-        if any(entry.name not in ours and not is_partial(entry) for entry in self.path.iterdir()):
-            raise InputError(f"{self.path} is not empty and holds no run: choose another output directory")
+        """Refuses a folder that holds a run, unless it is to be resumed, or other files."""
+        check_output(self.path, resume)
 
     @on_main
     def begin(self, facts: Mapping[str, Any]) -> None:
@@ -156,11 +144,11 @@ class RunDirectory:
         self, scores: Mapping[str, PreferenceScore], tests: Mapping[str, Any], answers: Answers
     ) -> None:
         """Writes the base model's scores and answers by task, and the facts of the test sets (see `data_facts`)."""
-        write_json(self.path / _ZERO_SHOT, {"scores": _as_json(scores), "tests": dict(tests), "answers": answers})
+        write_json(self.path / ZERO_SHOT, {"scores": _as_json(scores), "tests": dict(tests), "answers": answers})
 
     def read_zero_shot(self) -> tuple[dict[str, PreferenceScore], dict[str, Any], Answers]:
         """Reads what `write_zero_shot` wrote."""
-        written = run_files.read_json(self.path / _ZERO_SHOT, run_files.ZeroShotFile)
+        written = run_files.read_json(self.path / ZERO_SHOT, run_files.ZeroShotFile)
         scores = {task: PreferenceScore(**score.model_dump()) for task, score in written.scores.items()}
         answers = {task: [one.model_dump() for one in found] for task, found in written.answers.items()}
         return scores, {task: test.model_dump() for task, test in written.tests.items()}, answers

@@ -44,7 +44,7 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
     names = [name for name, _, _ in loaded]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"two tasks are called {repeated!r} once they are split by label: rename one")
-    labelled = recipe.make_method().labelled
+    labelled = recipe.labelled
     for name, train, _ in loaded:
         for other, _, test in loaded:
             # What another label's policy has learned leaks nothing.

@@ -7,13 +7,8 @@ from pathlib import Path
 
 from everalign.errors import InputError
 from everalign.methods.base import Method
+from everalign.methods.table import method_file
 from everalign.storage import sha256_of
-
-
-def method_file(name: str) -> Path | None:
-    """Returns the file of a method named `FILE.py:CLASS`, relative to the working directory; None of other names."""
-    file, colon, _ = name.rpartition(":")
-    return Path(file) if colon and file.endswith(".py") else None
 
 
 def method_from_file(name: str) -> type[Method]:

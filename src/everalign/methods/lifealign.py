@@ -24,13 +24,14 @@ from everalign.memory import (
 from everalign.methods.base import ModuleRecord, Task, check_share, check_strength
 from everalign.methods.baselines import ExperienceReplay
 from everalign.methods.slow_weights import AdapterAverage, fit_step
+from everalign.methods.table import RANK_CAP, check_space
 from everalign.modeling.policy import Policy
 from everalign.training.hooks import RowTerms, Stage
 
 T = TypeVar("T")
 Space = Literal["none", "product", "factors"]
 Step = Literal["fixed", "fitted"]
-_ENERGY, _KEEP, _RANK_CAP = 0.9, 0.5, 64
+_ENERGY, _KEEP = 0.9, 0.5
 _REVIEW = 0.3
 # Below this a tenth is too few rows to choose a step on.
 _FEWEST_TO_HOLD_BACK = 40
@@ -87,9 +88,9 @@ class LifeAlign(ExperienceReplay):
             review = _REVIEW if replay and space == "none" else 0.0
         super().__init__(replay, capacity, anchors, review)
         # Given at their defaults they are refused too, where they would do nothing.
-        given = {"energy": energy is not None, "keep": keep is not None, "rank_cap": rank_cap is not None}
+        given = {"energy": energy, "keep": keep, "rank_cap": rank_cap, "average": average, "step": step}
         energy, keep = _ENERGY if energy is None else energy, _KEEP if keep is None else keep
-        rank_cap = _RANK_CAP if rank_cap is None else rank_cap
+        rank_cap = RANK_CAP if rank_cap is None else rank_cap
         for label, value in (("energy", energy), ("keep", keep)):
             check_share(label, value)
         if rank_cap < 1:
@@ -98,7 +99,7 @@ class LifeAlign(ExperienceReplay):
             raise InputError(f"average is a decay of at least 0 and below 1, found {average}", field="average")
         if step not in ("fixed", "fitted"):
             raise InputError(f"step is 'fixed' or 'fitted', found {step!r}", field="step")
-        _check_space(space, {**given, "average": average != 0, "step": step != "fixed"}, rank_cap)
+        check_space(space, given)
         if gamma is not None:
             check_strength("gamma", gamma)
         self.gamma, self.energy, self.keep, self.space, self.rank_cap = gamma, energy, keep, space, rank_cap
@@ -243,22 +244,6 @@ class LifeAlign(ExperienceReplay):
         self._banks.clear()
         for module, entries in by_module.items():
             self._banks[module].load_state_dict(entries)
-
-
-def _check_space(space: str, given: Mapping[str, bool], rank_cap: int) -> None:
-    """Refuses what is no space, and arguments that it would ignore; `given` says which of them ask for something."""
-    if space not in ("none", "product", "factors"):
-        raise InputError(f"space is 'none', 'product' or 'factors', found {space!r}", field="space")
-    unused = next((name for name, asks in given.items() if asks), None) if space == "none" else None
-    if unused is not None:
-        problem = f"{unused} is for consolidated updates, and without a space none is: add space 'product'"
-        raise InputError(problem, field=unused)
-    # Runs have the default on record in this space too.
-    if space == "factors" and rank_cap != _RANK_CAP:
-        problem = "rank_cap means nothing in the space 'factors', where the adapter keeps its rank"
-        raise InputError(problem, field="rank_cap")
-    if space == "factors" and given["step"]:
-        raise InputError("a fitted step is one of the space 'product': choose that, or leave step out", field="step")
 
 
 def _record(

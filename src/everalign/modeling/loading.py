@@ -25,7 +25,7 @@ from everalign.errors import InputError
 from everalign.modeling.architecture import study_lengths
 from everalign.modeling.base_adapter import base_and_adapter, merge_adapter, tokenizer_folder, without_adapter
 from everalign.modeling.gguf import SMOLLM2, smollm2_path, unpacked
-from everalign.modeling.options import Precision, PrecisionChoice, Quantize
+from everalign.modeling.options import Precision, PrecisionChoice, Quantize, check_model_path
 from everalign.modeling.positions import named_length
 from everalign.modeling.quantization import cast, check_known, keep_differentiable, quantize_on_loading
 from everalign.storage import read_json
@@ -81,12 +81,9 @@ def resolve_model(name: str) -> str:
         return str(tiny_assistant_path())
     if name == SMOLLM2:
         return str(unpacked(smollm2_path()))
-    file = Path(name).suffix.lower() == ".gguf"
-    if file and Path(name).is_file():
+    if Path(name).suffix.lower() == ".gguf" and Path(name).is_file():
         return str(unpacked(Path(name).resolve()))
-    only_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or file
-    if only_path and not Path(name).exists():
-        raise InputError(f"there is no model {'file' if file else 'folder'} {name}")
+    check_model_path(name)
     return str(name)
 
 

@@ -4,6 +4,7 @@ A new objective is a file with a subclass of `everalign.training.base_objective.
 the table loads nothing heavy; an objective's module is loaded when the objective is first made.
 """
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -62,6 +63,14 @@ OBJECTIVES: dict[str, Entry] = {
 }
 
 
+def check_objective(name: str) -> None:
+    """Refuses an objective that is not in the table."""
+    if name not in OBJECTIVES:
+        near = difflib.get_close_matches(name, OBJECTIVES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise InputError(f"unknown objective {name!r}{hint}: choose one of {', '.join(OBJECTIVES)}", field="objective")
+
+
 def reads(objective: str | None, option: str) -> bool:
     """Whether an objective reads an option: for None the default, `fpo`; unknown objectives read all options."""
     entry = OBJECTIVES.get(objective or "fpo")
@@ -98,8 +107,7 @@ def make_objective(name: str, beta: float | None = None, gamma: float | None = N
         gamma: focusing exponent of those that have one; None for the objective's own, anything else refuses it.
         options: further fields of `ObjectiveOptions`.
     """
-    if name not in OBJECTIVES:
-        raise InputError(f"unknown objective {name!r}: choose one of {', '.join(OBJECTIVES)}", field="objective")
+    check_objective(name)
     if gamma is not None and "gamma" not in OBJECTIVES[name].reads:
         raise InputError(
             f"gamma is the focusing exponent of {', '.join(readers_of('gamma'))}; the objective {name!r} would ignore "
