@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -21,6 +21,9 @@ from everalign.errors import EveralignError, InputError
 
 # A wrong flag or argument. Some versions of typer take it from click, others carry it inside; BadParameter is public.
 _UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])
+
+if TYPE_CHECKING:
+    app: typer.Typer  # the whole command line, made when it is asked for
 
 # Each verb's module, and an example. A module is imported when its verb is called, or when help lists them all: most of
 # the time until a mistake is reported is that of imports.
@@ -71,6 +74,12 @@ def make_app(verb: str | None = None) -> typer.Typer:
         else:
             app.command(name, epilog=example)(found)
     return app
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        return make_app()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,22 +11,26 @@ from everalign.cli.console import Display, say, show, show_json, show_line, tabl
 from everalign.cli.launch import Processes, say_processes, share_work
 from everalign.cli.options import (
     AllowOverlap,
+    Columns,
     Json,
     Overwrite,
     Seed,
     SkipBadRows,
     TokensPerBatch,
     TrustRemoteCode,
+    check_inputs,
     flags,
     option,
     report_unused,
     resumable,
+    source,
 )
 from everalign.correction.options import CorrectorOptions
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
     from everalign.data import CorrectionSet
+    from everalign.data.readers import Source
 
 correct = typer.Typer(
     help="Make a corrector, which reads an answer and writes a better one, and use it.", no_args_is_help=True
@@ -51,6 +55,7 @@ def train(
     data: Annotated[str, option("Corrections to learn, or preferences (rejected into chosen).", "ROWS")],
     output: Annotated[Path, option("The corrector's folder.", "DIR")],
     test: Annotated[str | None, option("Held-out rows, for the report.", "ROWS")] = None,
+    columns: Columns = None,
     seed: Seed = 0,
     filtered: Annotated[
         bool, option("Leave out corrections that teach nothing, and report why.", "", "--filter")
@@ -67,31 +72,31 @@ def train(
     If it is killed, the same command continues.
     """
     options = CorrectorOptions.from_flags(given)
-    share_work(processes, context)
+    share_work(processes, context, lambda: check_inputs(model, data, test))
     say_processes()
-    with resumable():
+    with resumable(), Display() as display:
+        display.log("data")
+        rows = _load(source(data, columns), skip_bad_rows)
+        held_out = None if test is None else _load(source(test, columns), skip_bad_rows)
         from everalign.correction import filter_corrections, get_template, train_corrector
 
-        with Display() as display:
-            display.log("data")
-            rows = _load(data, skip_bad_rows)
-            if filtered:
-                template = None if options.template is None else get_template(options.template)
-                kept = filter_corrections(rows, template=template)
-                display.log(f"  {kept.one_line()}")
-                rows = kept.rows
-            trained = train_corrector(
-                model,
-                rows,
-                output,
-                test=None if test is None else _load(test, skip_bad_rows),
-                options=options,
-                seed=seed,
-                allow_overlap=allow_overlap,
-                log=display.log,
-                progress=display.progress,
-                figures=display.figures,
-            )
+        if filtered:
+            template = None if options.template is None else get_template(options.template)
+            kept = filter_corrections(rows, template=template)
+            display.log(f"  {kept.one_line()}")
+            rows = kept.rows
+        trained = train_corrector(
+            model,
+            rows,
+            output,
+            test=held_out,
+            options=options,
+            seed=seed,
+            allow_overlap=allow_overlap,
+            log=display.log,
+            progress=display.progress,
+            figures=display.figures,
+        )
     facts, report, stages = trained.facts, trained.report, trained.stages
     if as_json:
         show_json(
@@ -127,7 +132,7 @@ def train(
     show_line("model", trained.path)
 
 
-def _load(source: str, skip_bad_rows: bool) -> "CorrectionSet":
+def _load(source: "Source", skip_bad_rows: bool) -> "CorrectionSet":
     from everalign.data import CorrectionSet, load_edits
 
     rows = load_edits(source, skip_bad_rows=skip_bad_rows)
@@ -145,6 +150,7 @@ def _load(source: str, skip_bad_rows: bool) -> "CorrectionSet":
 def steer(
     corrector: Annotated[str, option("A corrector's folder; the direction is written into it.", "DIR")],
     data: Annotated[str, option("Corrections, preferably ones that it was not trained on.", "CORRECTIONS")],
+    columns: Columns = None,
     direction: Annotated[str | None, option("Direction: mean of the differences, or principal.", "KIND")] = None,
     layers: Annotated[str | None, option("Layers to steer together, such as 3,4; the best one by default.")] = None,
     strengths: Annotated[str | None, option('Strengths to try: "-1,-0.5,0.5,1".', "NUMBERS")] = None,
@@ -160,6 +166,7 @@ def steer(
     as_json: Json = False,
 ) -> None:
     """Find the direction between copying and correcting, and report what each strength does to held-out answers."""
+    check_inputs(corrector, data)
     from everalign.contrib.steering import SteeringOptions, steer_corrector
     from everalign.contrib.steering_vectors import FACTS_FILE
     from everalign.data import load_corrections
@@ -176,7 +183,7 @@ def steer(
     options = SteeringOptions(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     local: dict[str, Any] = {"precision": precision, "tokens_per_batch": tokens_per_batch}
     with Display() as display:
-        found = load_corrections(data, skip_bad_rows=skip_bad_rows)
+        found = load_corrections(source(data, columns), skip_bad_rows=skip_bad_rows)
         report_unused(found)
         display.log("steering")
         facts = steer_corrector(

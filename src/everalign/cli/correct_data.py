@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from everalign.cli.console import Display, run_scores, run_summary, show, show_json, show_line, table
 from everalign.cli.correct_run import CorrectorName, load_corrector
 from everalign.cli.options import (
+    Columns,
     Concurrency,
     Json,
     Objectives,
@@ -22,10 +23,12 @@ from everalign.cli.options import (
     Template,
     Timeout,
     TrustRemoteCode,
+    check_inputs,
     flags,
     option,
     report_unused,
     resumable,
+    source,
     split_commas,
 )
 from everalign.errors import InputError
@@ -47,6 +50,7 @@ _URL = "://"
 def data(
     data: Annotated[str, option("Questions; rows may have answers and corrections, or be preferences.", "ROWS")],
     output: Annotated[Path, option("The corrections.", "FILE.jsonl")],
+    columns: Columns = None,
     answers_from: Annotated[
         str | None,
         option(
@@ -88,6 +92,7 @@ def data(
     Corrections come from a stronger model, from people's edits (`correction` or `edited_text`), or from preferences
     (rejected into chosen). If it is killed, the same command continues and repeats no request.
     """
+    check_inputs(None, data)
     started = time.perf_counter()
     servers = [name for name in (answers_from, corrections_from) if name is not None and _URL in name]
     prices = _prices(price_in, price_out, len(servers))
@@ -107,7 +112,7 @@ def data(
     given = {"longest": longest, "near": near, "template": None if template is None else get_template(template)}
     filters = Filters(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     with resumable(), Display() as display:
-        rows = load_drafts(data, skip_bad_rows=skip_bad_rows)
+        rows = load_drafts(source(data, columns), skip_bad_rows=skip_bad_rows)
         report_unused(rows)
         display.log(f"{rows.row_numbers[-1]} rows")
         done = make_corrections(
@@ -258,6 +263,7 @@ def distill(
     corrector: CorrectorName,
     data: Annotated[str, option("Prompts; other columns are not read.", "ROWS")],
     output: Annotated[Path, option("The run directory.", "DIR")],
+    columns: Columns = None,
     test: Annotated[str | None, option("Held-out preferences, scored after every round.", "PAIRS")] = None,
     template: Template = None,
     objectives: Objectives = None,
@@ -275,6 +281,7 @@ def distill(
     with --resume continues.
     """
     options = DistillOptions.from_flags(given)
+    check_inputs(model, data, test)
     started = time.perf_counter()
     with resumable("the same command with --resume"), Display() as display:
         from everalign.data.readers import load_preferences, load_questions
@@ -288,7 +295,7 @@ def distill(
         arguments = recipe.learner_arguments()
         for name in ("objective", "sample_answers"):
             arguments.pop(name, None)
-        prompts = load_questions(data, skip_bad_rows=skip_bad_rows)
+        prompts = load_questions(source(data, columns), skip_bad_rows=skip_bad_rows)
         report_unused(prompts)
         display.log(f"{len(prompts)} prompts")
         done = run_rounds(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from everalign.cli.console import Display, show, show_json, show_line, table
 from everalign.cli.options import (
     Approve,
+    Columns,
     Concurrency,
     Device,
     Gate,
@@ -30,9 +31,11 @@ from everalign.cli.options import (
     Timeout,
     TokensPerBatch,
     TrustRemoteCode,
+    check_inputs,
     option,
     report_unused,
     resumable,
+    source,
     split_commas,
 )
 from everalign.errors import InputError
@@ -60,6 +63,7 @@ def run(
     corrector: CorrectorName,
     data: Annotated[str, option("Rows with question and answer, or prompt and completion.", "ROWS")],
     output: Annotated[Path, option("The corrections.", "FILE.jsonl")],
+    columns: Columns = None,
     template: Template = None,
     objectives: Objectives = None,
     gate: Gate = None,
@@ -81,6 +85,7 @@ def run(
 
     If it is killed, the same command continues from its last batch.
     """
+    check_inputs(None if "://" in corrector else corrector, data)
     from everalign.correction import NO_GUARDS, CorrectionOptions, Guards
     from everalign.correction.batch import ROWS_PER_BATCH, correct_rows
     from everalign.data.readers import load_uncorrected
@@ -96,7 +101,7 @@ def run(
     started = time.perf_counter()
     # Locked before anything is loaded, so that a second process fails at once.
     with resumable(), Display() as display, exclusive(lock_of(output)):
-        rows = load_uncorrected(data, skip_bad_rows=skip_bad_rows)
+        rows = load_uncorrected(source(data, columns), skip_bad_rows=skip_bad_rows)
         report_unused(rows)
         display.log(f"{len(rows)} rows to correct")
         done = correct_rows(
@@ -227,6 +232,7 @@ def load_corrector(
 def evaluate(
     corrector: CorrectorName,
     data: Annotated[str, option("Rows with question, answer, and what is known: correction, good, kind.", "ROWS")],
+    columns: Columns = None,
     scorer: Annotated[str | None, option("Scorer that compares the answers.", "DIR|MODULE:FUNCTION|URL#MODEL")] = None,
     template: Template = None,
     objectives: Objectives = None,
@@ -253,6 +259,7 @@ def evaluate(
 
     With --cache, the same command continues if it is killed, and another scorer rates the same corrections.
     """
+    check_inputs(None if "://" in corrector else corrector, data)
     from everalign.correction import NO_GUARDS, CorrectionOptions, Guards
     from everalign.correction.evaluation import evaluate_corrector
     from everalign.data.readers import load_answers
@@ -268,7 +275,7 @@ def evaluate(
         "strength": strength or None,
     }
     with resumable() if cache else nullcontext(), Display() as display:
-        rows = load_answers(data, skip_bad_rows=skip_bad_rows)
+        rows = load_answers(source(data, columns), skip_bad_rows=skip_bad_rows)
         report_unused(rows)
         # The cache keeps corrections for any scorer, and verdicts of a judge.
         verdicts = cache if scorer is not None and "://" in scorer else None
@@ -292,9 +299,9 @@ def evaluate(
     if as_json:
         show_json({"corrector": corrector, "scorer": scorer, **report.to_dict()})
     else:
-        columns = {"all": report.overall, **report.kinds}
-        lines = [(title, *map(cell, columns.values())) for title, cell in _measures(report)]
-        show(table(("measure", *columns), lines, title=f"{report.overall.rows} answers"))
+        groups = {"all": report.overall, **report.kinds}
+        lines = [(title, *map(cell, groups.values())) for title, cell in _measures(report)]
+        show(table(("measure", *groups), lines, title=f"{report.overall.rows} answers"))
         if report.overall.win is not None and not report.overall.edit_rate:
             show("No answer was edited, so there is no win rate.")
 

@@ -9,7 +9,7 @@ import typer
 
 from everalign.cli.console import Display, say, show, show_json, show_line, table
 from everalign.cli.learn import parse_task
-from everalign.cli.options import TrustRemoteCode, flags, option
+from everalign.cli.options import Columns, TrustRemoteCode, flags, option
 from everalign.errors import InputError
 from everalign.estimate.machines import find_machine
 from everalign.estimate.value import Value, WinRate, parse_api_price, read_win_rate
@@ -50,6 +50,7 @@ def estimate(
     task: Annotated[
         list[str] | None, option("A task's name and files; once for each task, in order.", "NAME=TRAIN[,TEST]")
     ] = None,
+    columns: Columns = None,
     method: Annotated[str | None, option("As for learn; lifealign by default.")] = None,
     gpu: Annotated[
         str,
@@ -92,7 +93,7 @@ def estimate(
     prices = parse_api_price(api_price)
     win_rate = _win_rate(value_per_better_answer, evaluation, price)
     tasks = [parse_task(text) for text in task or []]
-    wanted = Recipe.from_flags({**given, "method": method, "tasks": tasks or None})
+    wanted = Recipe.from_flags({**given, "method": method, "tasks": tasks or None, "columns": columns})
     if recipe is not None:
         wanted = wanted.over(Recipe.read(recipe))
     # A run's folder is not needed, and none is written.

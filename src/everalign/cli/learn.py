@@ -19,7 +19,7 @@ from everalign.cli.console import (
 )
 from everalign.cli.feedback import check_is_there
 from everalign.cli.launch import Processes, say_processes, share_work
-from everalign.cli.options import Json, TrustRemoteCode, flags, option, report_unused, resumable
+from everalign.cli.options import Columns, Json, TrustRemoteCode, flags, option, report_unused, resumable
 from everalign.data.file_formats import check_source
 from everalign.distributed import gather, on_main, world
 from everalign.errors import GateRefusedError, InputError
@@ -64,6 +64,7 @@ def learn(
             "gdumb, experts (an adapter for each label), or a class in a file, FILE.py:CLASS."
         ),
     ] = None,
+    columns: Columns = None,
     recipe: Annotated[Path | None, option("Read options from a file; flags win.", "FILE.yaml")] = None,
     print_recipe: Annotated[bool, option("Print all options as a recipe, and exit.", "", "--print-recipe")] = False,
     resume: Annotated[
@@ -92,7 +93,7 @@ def learn(
     """Teach a model task after task, and keep what it learned before."""
     with resumable("the same command with --resume"):
         tasks = [parse_task(text) for text in task or []]
-        wanted = Recipe.from_flags({**given, "method": method, "tasks": tasks or None})
+        wanted = Recipe.from_flags({**given, "method": method, "tasks": tasks or None, "columns": columns})
         if recipe is not None:
             wanted = wanted.over(Recipe.read(recipe))
         if print_recipe:

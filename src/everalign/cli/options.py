@@ -15,6 +15,7 @@ from everalign.errors import InputError
 from everalign.options import Declared, declared
 
 if TYPE_CHECKING:
+    from everalign.data.readers import Source
     from everalign.data.rows import RowSet
 
 INTERRUPTED = 130
@@ -116,6 +117,10 @@ TrustRemoteCode = Annotated[
     typer.Option("--trust-remote-code", metavar="", help="Run Python code that comes with the model.", callback=_trust),
 ]
 SkipBadRows = Annotated[bool, option("Skip bad rows and report them.", "", "--skip-bad-rows")]
+Columns = Annotated[
+    str | None,
+    option('Columns with other names in the file: "prompt=question,chosen=better".', "NAME=COLUMN,..."),
+]
 AllowOverlap = Annotated[bool, option("Allow rows to be in both the training and the test set.", "", "--allow-overlap")]
 Overwrite = Annotated[bool, option("Replace the output file.", "", "--overwrite")]
 Seed = Annotated[int, option("Random seed; 0 by default.")]
@@ -154,6 +159,24 @@ def resumable(command: str = "the same command") -> Iterator[None]:
     except KeyboardInterrupt:
         say("interrupted", f"{command} continues from here", "bold yellow")
         raise typer.Exit(INTERRUPTED) from None
+
+
+def source(name: str, columns: str | None) -> "Source":
+    """Returns a file or a Hub name with the names of its columns, as --columns says them."""
+    from everalign.data.readers import parse_columns, renamed
+
+    return renamed(name, None if columns is None else parse_columns(columns))
+
+
+def check_inputs(model: str | None, *sources: str | None) -> None:
+    """Refuses a model's folder and files of rows that are not there, before anything heavy is loaded."""
+    from everalign.data.file_formats import check_source
+    from everalign.modeling.options import check_model_path
+
+    check_model_path(model or "")
+    for name in sources:
+        if name is not None:
+            check_source(name)
 
 
 def report_unused(rows: "RowSet[Any]") -> None:

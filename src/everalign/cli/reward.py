@@ -12,6 +12,7 @@ from everalign.cli.console import Display, show, show_json, show_line, table
 from everalign.cli.launch import Processes, say_processes, share_work
 from everalign.cli.options import (
     AllowOverlap,
+    Columns,
     Concurrency,
     Json,
     JudgeInstructions,
@@ -21,15 +22,18 @@ from everalign.cli.options import (
     Timeout,
     TokensPerBatch,
     TrustRemoteCode,
+    check_inputs,
     flags,
     option,
     report_unused,
     resumable,
+    source,
 )
 from everalign.training.options import RewardOptions
 
 if TYPE_CHECKING:
     from everalign.data import PreferenceSet
+    from everalign.data.readers import Source
     from everalign.training.reward_model import TrainedRewardModel
 
 reward = typer.Typer(help="Train a reward model on preferences, and score answers.", no_args_is_help=True)
@@ -46,6 +50,7 @@ def train(
     data: Annotated[str, option("Preferences to learn.", "PAIRS")],
     output: Annotated[Path, option("The reward model's folder.", "DIR")],
     test: Annotated[str | None, option("Held-out preferences, for the report.", "PAIRS")] = None,
+    columns: Columns = None,
     seed: Seed = 0,
     allow_overlap: AllowOverlap = False,
     skip_bad_rows: SkipBadRows = False,
@@ -56,17 +61,19 @@ def train(
 ) -> None:
     """Train a Bradley-Terry reward model on preferences: the whole model or an adapter, with one score per answer."""
     options = RewardOptions.from_flags(given)
-    share_work(processes, context)
+    share_work(processes, context, lambda: check_inputs(model, data, test))
     say_processes()
     with Display() as display:
+        display.log("data")
+        rows = _load(source(data, columns), skip_bad_rows)
+        held_out = None if test is None else _load(source(test, columns), skip_bad_rows)
         from everalign.training.reward_model import train_reward_model
 
-        display.log("data")
         trained = train_reward_model(
             model,
-            _load(data, skip_bad_rows),
+            rows,
             output,
-            test=None if test is None else _load(test, skip_bad_rows),
+            test=held_out,
             options=options,
             seed=seed,
             allow_overlap=allow_overlap,
@@ -89,7 +96,7 @@ def train(
     )
 
 
-def _load(source: str, skip_bad_rows: bool) -> "PreferenceSet":
+def _load(source: "Source", skip_bad_rows: bool) -> "PreferenceSet":
     from everalign.data import load_preferences
 
     rows = load_preferences(source, skip_bad_rows=skip_bad_rows)
@@ -132,6 +139,7 @@ def score(
     ],
     data: Annotated[str, option("Rows with prompt and completions, or preferences.", "ROWS")],
     output: Annotated[Path, option("The rows with their rewards.", "FILE.jsonl")],
+    columns: Columns = None,
     overwrite: Annotated[
         bool, option("Ignore rewards that rows have, and replace FILE.jsonl.", "", "--overwrite")
     ] = False,
@@ -150,6 +158,7 @@ def score(
     If it is killed, the same command continues.
     """
     started = time.perf_counter()
+    check_inputs(None, data)
     with resumable():
         from everalign.data import load_unscored
         from everalign.evaluation.judge import JudgeOptions, JudgeScorer
@@ -160,7 +169,7 @@ def score(
         judge = JudgeOptions(judge_instructions, cache, concurrency, requests_per_minute, timeout)
         # Locked before anything is loaded, so that a second process fails at once.
         with Display() as display, exclusive(lock_of(Path(output))):
-            rows = load_unscored(data, overwrite=overwrite)
+            rows = load_unscored(source(data, columns), overwrite=overwrite)
             display.log(f"{len(rows)} rows to score")
             scorer = make_scorer(model, tokens_per_batch, judge)
             scored = score_rows(

@@ -1,4 +1,4 @@
-"""Raw rows of JSON, JSON Lines, CSV and Parquet files and of Hub datasets, each with its place for error messages.
+"""Raw rows of JSON, JSON Lines, CSV, TSV and Parquet files, of Hub datasets and of tables in memory, with their places.
 
 A row that cannot be read is yielded as an `InputError`, which the caller may skip; what makes the whole file unreadable
 is raised.
@@ -11,8 +11,9 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,27 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_ENDINGS = (
     ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zip", ".zst", ".bz2",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A source in which some columns have other names.
+
+    Args:
+        source: a file, a name on the Hub, or a table in memory.
+        columns: the source's names of columns, by the names that are read here: `{"question": "query"}`.
+    """
+
+    source: Any
+    columns: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return source_name(self.source)
+
+
+def source_name(source: Any) -> str:
+    """Returns what errors call a source: a file's or dataset's name, or `memory`."""
+    return str(source) if isinstance(source, str | os.PathLike | Renamed) else "memory"
 
 
 def check_source(source: str | os.PathLike[str], split: str = "train") -> Path | None:
@@ -60,8 +82,42 @@ def check_source(source: str | os.PathLike[str], split: str = "train") -> Path |
     return path
 
 
-def raw_rows(source: str | os.PathLike[str], split: str, schema: Schema) -> RawRows:
-    """Reads a file, or a Hub dataset; errors as in `check_source`."""
+def raw_rows(source: Any, split: str, schema: Schema) -> RawRows:
+    """Reads a file or a Hub dataset (see `check_source`), a table in memory, or one of them `Renamed`."""
+    if not isinstance(source, Renamed):
+        return _rows_by_kind(source, split, schema)
+    columns = {name: theirs for name, theirs in source.columns.items() if name in schema.columns}
+
+    def in_source(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(columns.get(name, name) for name in names)
+
+    found = replace(
+        schema,
+        columns=in_source(schema.columns),
+        required=in_source(schema.required),
+        lists=in_source(schema.lists),
+        numbers=in_source(schema.numbers),
+    )
+    return _renamed(_rows_by_kind(source.source, split, found), columns, found)
+
+
+def _renamed(rows: RawRows, columns: Mapping[str, str], found: Schema) -> RawRows:
+    """Gives the columns their names here; one that a row does not have is an error, also where it may be left out."""
+    for where, value in rows:
+        if not isinstance(value, Mapping):
+            yield where, value
+            continue
+        lost = next((theirs for theirs in columns.values() if theirs not in value), None)
+        if lost is not None:
+            yield where, found.missing_column(lost, value.keys()).at(where)
+            continue
+        others = {name: cell for name, cell in value.items() if name not in {*columns, *columns.values()}}
+        yield where, {**others, **{name: value[theirs] for name, theirs in columns.items()}}
+
+
+def _rows_by_kind(source: Any, split: str, schema: Schema) -> RawRows:
+    if not isinstance(source, str | os.PathLike):
+        return _table_in_memory(source, schema)
     path = check_source(source, split)
     if path is None:
         return _hub_rows(str(source), split, schema)
@@ -73,6 +129,35 @@ def raw_rows(source: str | os.PathLike[str], split: str, schema: Schema) -> RawR
     if name.endswith((".csv", ".tsv")):
         return _csv_rows(path, schema)
     return _parquet_rows(path, schema)
+
+
+def _table_in_memory(source: Any, schema: Schema) -> RawRows:
+    """Reads a list of mappings, a pandas DataFrame or a `datasets.Dataset`; records are yielded as they are."""
+    if isinstance(source, Mapping) and all(hasattr(part, "column_names") for part in source.values()):
+        raise InputError(f"the dataset has the splits {', '.join(map(repr, source))}: give one of them")
+    if hasattr(source, "column_names") and hasattr(source, "select_columns"):
+        return _dataset_rows(source, "memory", schema)
+    if hasattr(source, "columns") and hasattr(source, "itertuples"):
+        return _frame_rows(source, schema)
+    if isinstance(source, Sequence) and not isinstance(source, bytes):
+        return ((f"memory: row {number}", row) for number, row in enumerate(source, start=1))
+    raise InputError(
+        f"rows cannot be read from {type(source).__name__}: give the path of a file, a name on the Hub, a list of "
+        "dictionaries, a pandas DataFrame or a datasets.Dataset"
+    )
+
+
+def _frame_rows(frame: Any, schema: Schema) -> RawRows:
+    """Reads a DataFrame, in which NaN and NA stand for what is missing."""
+    columns, others = _check_header(map(str, frame.columns), "memory", schema)
+    frame = frame.set_axis([str(name) for name in frame.columns], axis=1)[columns]
+    for number, cells in enumerate(frame.itertuples(index=False, name=None), start=1):
+        # numpy's numbers and arrays as Python's; NaN and NA alone differ from themselves, or cannot be compared.
+        values = [cell.tolist() if hasattr(cell, "tolist") else cell for cell in cells]
+        missing = [type(value).__name__ in ("NAType", "NaTType") or value != value for value in values]
+        row = {name: None if lost else value for name, value, lost in zip(columns, values, missing, strict=True)}
+        where = f"memory: row {number}"
+        yield where, _table_row({**row, **others}, where, schema)
 
 
 def jsonl_rows(path: Path) -> RawRows:
@@ -137,10 +222,11 @@ def _csv_rows(path: Path, schema: Schema) -> RawRows:
             yield where, _error(where, f"{found}; quote the cells that hold {separator} or line breaks")
             continue
         cells: dict[str, Any] = dict(zip(header, record, strict=True))
-        if "weight" in cells:
+        for name in schema.numbers:
             # An empty cell is absent; text that is no number is left for the record to refuse.
-            with suppress(ValueError):
-                cells["weight"] = float(cells["weight"]) if cells["weight"].strip() else None
+            if name in cells:
+                with suppress(ValueError):
+                    cells[name] = float(cells[name]) if cells[name].strip() else None
         yield where, _table_row(cells, where, schema)
 
 
@@ -179,9 +265,13 @@ def _hub_rows(name: str, split: str, schema: Schema) -> RawRows:
             f"split={split!r}) failed: {type(error).__name__}: {reason}; "
             "check the name, the split and the network, or give a file",
         ) from None
-    columns, others = _check_header(dataset.column_names, f"{name}[{split}]", schema)
+    yield from _dataset_rows(dataset, f"{name}[{split}]", schema)
+
+
+def _dataset_rows(dataset: Any, name: str, schema: Schema) -> RawRows:
+    columns, others = _check_header(dataset.column_names, name, schema)
     for number, row in enumerate(dataset.select_columns(columns), start=1):
-        where = f"{name}[{split}]: row {number}"
+        where = f"{name}: row {number}"
         yield where, _table_row({**row, **others}, where, schema)
 
 

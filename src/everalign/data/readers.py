@@ -1,14 +1,16 @@
-"""Load training rows from a file or the Hugging Face Hub; an error names file, line and field.
+"""Load training rows from a file, the Hugging Face Hub or memory; an error names file, line and field.
 
-Every `load_*` function takes the same arguments, explained at `load_preferences`.
+Every `load_*` function takes the same arguments, explained at `load_preferences`. Those without `columns` take a source
+with columns of other names as `renamed(source, columns)`.
 """
 
+import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from everalign.data.file_formats import raw_rows
+from everalign.data.file_formats import Renamed, raw_rows, source_name
 from everalign.data.messages import PROMPT_COLUMNS, checked_answer, checked_prompt, prompt_of
 from everalign.data.records import (
     CORRECTION_SCHEMA,
@@ -29,47 +31,106 @@ from everalign.data.rows import Row, RowSet, Schema, check_text, field_error, ki
 from everalign.errors import InputError, located
 
 Set = TypeVar("Set", bound=RowSet[Any])
-Source = str | os.PathLike[str]
+Source = str | os.PathLike[str] | Renamed | Sequence[Any] | Any
+"""A path, a name on the Hub, a list of dictionaries, a pandas DataFrame, or a `datasets.Dataset`."""
+
+
+def check_columns(columns: Mapping[str, str]) -> Mapping[str, str]:
+    """Returns a source's names of columns, by the names that are read here.
+
+    Raises:
+        InputError: no reader reads a column of that name, or two are to come from one.
+    """
+    for name in columns:
+        if name not in _COLUMNS:
+            near = difflib.get_close_matches(name, _COLUMNS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_COLUMNS)}"
+            raise InputError(f"columns: no column {name!r} is read: {hint}", field="columns", hint=hint)
+    if len(set(columns.values())) < len(columns):
+        raise InputError("columns: one column of the source is given for two columns", field="columns")
+    return columns
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Returns the columns of a text such as `prompt=question,chosen=better`."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name.strip() and theirs.strip() for name, _, theirs in pairs):
+        raise InputError(f"columns: must be NAME=COLUMN,... such as prompt=question, found {text!r}", field="columns")
+    columns = {name.strip(): theirs.strip() for name, _, theirs in pairs}
+    if len(columns) < len(pairs):
+        raise InputError(f"columns: a column is given twice in {text!r}", field="columns")
+    return columns
+
+
+def renamed(source: Source, columns: Mapping[str, str] | None) -> Source:
+    """Returns a source whose columns have the names that are read here; errors as in `check_columns`."""
+    return Renamed(source, dict(check_columns(columns))) if columns else source
 
 
 def load_preferences(
-    source: Source, *, split: str = "train", skip_bad_rows: bool = False, label: str | None = None
+    source: Source,
+    *,
+    split: str = "train",
+    skip_bad_rows: bool = False,
+    label: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> PreferenceSet:
-    """Loads preferences from a file, or from the Hugging Face Hub if no such file exists.
+    """Loads preferences: rows of `prompt`, `chosen` and `rejected`, and optionally `weight`.
+
+        load_preferences("pairs.csv", columns={"prompt": "question", "chosen": "better", "rejected": "worse"})
+        load_preferences([{"prompt": "Is the sea salty?", "chosen": "Yes.", "rejected": "No."}])
 
     Args:
-        source: a path that ends in .json (one list), .jsonl, .json.gz, .jsonl.gz, .csv or .parquet; or a name on the
-            Hub.
-        split: split of a Hub dataset; a file has no splits.
+        source: a path that ends in .json (one list), .jsonl, .json.gz, .jsonl.gz, .csv, .tsv or .parquet; if there is
+            no such file, a name on the Hugging Face Hub; or a list of dictionaries, a pandas DataFrame or a
+            `datasets.Dataset`.
+        split: split of a dataset on the Hub; other sources have none.
         skip_bad_rows: skip bad rows and keep one message for each in `.skipped`, instead of stopping at the first.
         label: column of the rows' labels, texts or whole numbers, one in every row; none are read when None.
+        columns: the source's names of columns that are called otherwise there, by their names here:
+            `{"prompt": "question"}`.
 
     Raises:
         InputError: the source cannot be read, holds no usable row, or a row is bad; names the file, the line and the
             field.
     """
-    return _load(PreferenceSet, PREFERENCE_SCHEMA, source, split, skip_bad_rows, label=label)
+    return _load(PreferenceSet, PREFERENCE_SCHEMA, renamed(source, columns), split, skip_bad_rows, label=label)
 
 
 def load_scored(
-    source: Source, *, split: str = "train", skip_bad_rows: bool = False, label: str | None = None
+    source: Source,
+    *,
+    split: str = "train",
+    skip_bad_rows: bool = False,
+    label: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> ScoredSet:
     """Loads rows of `prompt`, `completions` and `rewards`."""
-    return _load(ScoredSet, SCORED_SCHEMA, source, split, skip_bad_rows, label=label)
+    return _load(ScoredSet, SCORED_SCHEMA, renamed(source, columns), split, skip_bad_rows, label=label)
 
 
 def load_prompts(
-    source: Source, *, split: str = "train", skip_bad_rows: bool = False, label: str | None = None
+    source: Source,
+    *,
+    split: str = "train",
+    skip_bad_rows: bool = False,
+    label: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> ScoredSet:
     """Loads the prompts of a file alone, whose answers are to be sampled."""
-    return _load(ScoredSet, PROMPT_SCHEMA, source, split, skip_bad_rows, label=label)
+    return _load(ScoredSet, PROMPT_SCHEMA, renamed(source, columns), split, skip_bad_rows, label=label)
 
 
 def load_corrections(
-    source: Source, *, split: str = "train", skip_bad_rows: bool = False, label: str | None = None
+    source: Source,
+    *,
+    split: str = "train",
+    skip_bad_rows: bool = False,
+    label: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> CorrectionSet:
     """Loads rows of `question`, `answer` and `correction`."""
-    return _load(CorrectionSet, CORRECTION_SCHEMA, source, split, skip_bad_rows, label=label)
+    return _load(CorrectionSet, CORRECTION_SCHEMA, renamed(source, columns), split, skip_bad_rows, label=label)
 
 
 def load_answers(source: Source, *, split: str = "train", skip_bad_rows: bool = False) -> CorrectionSet:
@@ -187,6 +248,16 @@ _DRAFT_SCHEMA = Schema(
     expected="expected 'question' or 'prompt', alone or with 'answer' (and 'correction' or 'edited_text'), "
     "'chosen' and 'rejected', or 'completions' (and 'rewards')",
 )  # fmt: skip
+
+
+# What any reader reads, for columns that have other names.
+_COLUMNS = tuple(
+    dict.fromkeys(
+        name
+        for schema in (PREFERENCE_SCHEMA, SCORED_SCHEMA, LABELLED_SCHEMA, _UNCORRECTED_SCHEMA, _DRAFT_SCHEMA)
+        for name in schema.columns
+    )
+)
 
 
 def load_drafts(source: Source, *, split: str = "train", skip_bad_rows: bool = False) -> CorrectionSet:
@@ -320,6 +391,7 @@ def _load(
     """Reads all rows of a source; `read` makes one row or more of a raw one, `kind.record.from_json` by default."""
     if label is not None:
         schema = with_label(schema, label)
+    name = source_name(source)
     items: list[Any] = []
     skipped: list[str] = []
     ignored: dict[str, None] = {}
@@ -329,8 +401,10 @@ def _load(
         try:
             if isinstance(value, InputError):
                 raise value
-            rows: Iterable[Any] = read(value, where) if read else (kind.record.from_json(value, where, schema),)
-            if label is not None:
+            rows: list[Any] = [value]
+            if not isinstance(value, kind.record):
+                rows = [*read(value, where)] if read else [kind.record.from_json(value, where, schema)]
+            if label is not None and rows != [value]:
                 named = label_of(value, label, where, schema)
                 rows = [replace(row, label=named) for row in rows]
             items += rows
@@ -340,5 +414,6 @@ def _load(
             skipped.append(str(error))
     if not items:
         found = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "no rows in it"
-        raise InputError(f"{source}: {found}", where=str(source))
-    return kind(tuple(items), str(source), tuple(skipped), tuple(map(str, ignored)))
+        raise InputError(f"{name}: {found}", where=name)
+    columns = source.columns if isinstance(source, Renamed) else {}
+    return kind(tuple(items), name, tuple(skipped), tuple(map(str, ignored)), columns)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
@@ -50,12 +50,14 @@ class Schema:
         required: columns without which no row can be read.
         expected: describes the columns in error messages.
         lists: columns of lists, which a CSV file holds as JSON.
+        numbers: columns of numbers, which a CSV file holds as text.
     """
 
     columns: tuple[str, ...]
     required: tuple[str, ...]
     expected: str
     lists: tuple[str, ...] = ("completions", "rewards", "weights", "reference_rewards")
+    numbers: tuple[str, ...] = ("weight",)
 
     def checked_row(self, value: object) -> Mapping[Any, Any]:
         """Returns a raw row if it is a mapping with all required columns."""
@@ -213,6 +215,10 @@ class Row:
                 raise cls.lacks(name)
 
 
+def _cut(text: str, longest: int = 200) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 
@@ -225,6 +231,7 @@ class RowSet(Sequence[AnyRow], Generic[AnyRow]):
         source: where the rows came from, as the user named it.
         skipped: one message for each bad row that was skipped on request; slices keep them.
         ignored: columns of the source that are not read.
+        columns: the source's names of columns that have another name there (see `Renamed`).
     """
 
     record: ClassVar[Any]
@@ -234,6 +241,7 @@ class RowSet(Sequence[AnyRow], Generic[AnyRow]):
     source: str = "memory"
     skipped: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, rows: Iterable[AnyRow | Mapping[str, Any]], source: str = "memory") -> Self:
@@ -303,4 +311,5 @@ class RowSet(Sequence[AnyRow], Generic[AnyRow]):
 
     def __repr__(self) -> str:
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
-        return f"{type(self).__name__}({self.source!r}, {len(self)} rows{skipped})"
+        first = f", first: {self.items[0]!r}" if self.items else ""
+        return f"{type(self).__name__}({self.source!r}, {len(self)} rows{skipped}{_cut(first)})"

@@ -39,6 +39,7 @@ from everalign.learning.run_files import Verdict
 from everalign.learning.run_store import RunDirectory, data_facts, version_name
 from everalign.learning.sample_answers import compare_written, own_answers, write_corrections
 from everalign.learning.scores import Scores
+from everalign.learning.task_files import loaders
 from everalign.learning.task_training import AnySet, GivenTask, Rows, as_set, prepare_rows, task_seed, train_task
 from everalign.learning.tracking import Tracker
 from everalign.methods import METHODS, LifeAlign, Method, Task
@@ -205,7 +206,9 @@ class Learner:
 
         Args:
             rows: the task's training rows: preferences, scored rows for the objectives `var` and `snkl`, or corrections
-                for `correction`. A method that reads labels takes the task's name for that of rows without one.
+                for `correction`. A set that a `load_*` function returned, or whatever they take: a path, a list of
+                dictionaries, a pandas DataFrame, a `datasets.Dataset`. A method that reads labels takes the task's name
+                for that of rows without one.
             name: unique in the run.
             test: held-out preferences of the task; of scored rows, the best completion over the worst; corrections for
                 a corrector, where a correction is to be likelier than the answer as it is.
@@ -229,7 +232,7 @@ class Learner:
         A joint method learns them all at once. A task that the gate refuses ends it: later ones are not learned.
         """
         given = [self._given(name, rows, test) for name, rows, test in tasks]
-        sets = [(task.name, as_set(rows)) for task, (_, rows, _) in zip(given, tasks, strict=True)]
+        sets = [(task.name, task.rows) for task in given if task.rows is not None]
         with self._run.exclusive():
             self._tests.check(given)
             if self._setup.rollouts != RolloutOptions() and not any(rows.prompts_alone for _, rows in sets):
@@ -258,8 +261,9 @@ class Learner:
             self._tests.register(self._given(name, None, test), self._lineage)
 
     def _given(self, name: str, rows: Rows | None, test: Rows | None) -> GivenTask:
-        held_out = None if test is None else self._setup.objective.held_out(as_set(test), self._setup.log)
-        return GivenTask.of(self._setup, name, None if rows is None else as_set(rows), held_out)
+        load, load_test = loaders(self._setup.objective.name, self._setup.scorer is not None)
+        held_out = None if test is None else self._setup.objective.held_out(as_set(test, load_test), self._setup.log)
+        return GivenTask.of(self._setup, name, None if rows is None else as_set(rows, load), held_out)
 
     def _learn(self, given: GivenTask, prepared: PreparedRows | None = None) -> dict[str, PreferenceScore]:
         """Learns one task with the run's lock held; `prepared` are its rows where they are prepared already."""

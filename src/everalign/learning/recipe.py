@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, create_model, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, create_model, field_validator
 
+from everalign.data.readers import check_columns, parse_columns
 from everalign.errors import InputError
 from everalign.learning.options import (
     DEFAULT_METHOD,
@@ -124,12 +125,21 @@ def name_alone(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _parsed_columns(value: Any) -> Any:
+    """Returns what a recipe says of columns, which a flag says as NAME=COLUMN,..."""
+    return parse_columns(value) if isinstance(value, str) else value
+
+
+Columns = Annotated[dict[Text, Text], BeforeValidator(_parsed_columns), AfterValidator(check_columns)]
+
+
 class TaskKeys(Keys):
-    """One task: its name, unique in the run, and its files or Hub names."""
+    """One task: its name, unique in the run, its files or Hub names, and their names of columns."""
 
     name: Text
     train: Text
     test: Text | None = None
+    columns: Columns | None = None
 
 
 MethodKeys = _keys_of(MethodOptions, name=Text)
@@ -170,6 +180,7 @@ class Recipe(Keys):
     seed: int | None = Field(default=None, description="Random seed; 0 by default.")
     preset: Text | None = Field(default=None, description="default, or paper (LifeAlign's scripts).")
     tasks: Annotated[list[TaskKeys], Field(min_length=1)] | None = None
+    columns: Columns | None = None
     label: Text | None = Field(
         default=None,
         title="COLUMN",
@@ -446,8 +457,11 @@ def write_recipe(run: Path, recipe: Recipe) -> None:
     for task in recipe.tasks or []:
         # Files are named from the root; names on the Hub stay.
         files = {name: file for name in ("train", "test") if (file := getattr(task, name)) and Path(file).exists()}
-        tasks[task.name] = task.model_copy(update={name: str(Path(file).resolve()) for name, file in files.items()})
-    kept = recipe.model_dump(exclude_none=True, exclude={"tasks", "output"})
+        changes: dict[str, Any] = {name: str(Path(file).resolve()) for name, file in files.items()}
+        # A later task may come from files with other columns.
+        changes["columns"] = task.columns or recipe.columns
+        tasks[task.name] = task.model_copy(update=changes)
+    kept = recipe.model_dump(exclude_none=True, exclude={"tasks", "output", "columns"})
     kept = {name: value for name, value in kept.items() if value != {}}
     if tasks:
         kept["tasks"] = [task.model_dump(exclude_none=True) for task in tasks.values()]

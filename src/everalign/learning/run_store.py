@@ -61,7 +61,8 @@ def version_name(index: int, task: str) -> str:
 
 def data_facts(rows: RowSet[Any]) -> dict[str, Any]:
     """Returns what identifies a set of rows: its source, their number, and a hash of their ids."""
-    return {"source": rows.source, "rows": len(rows), "fingerprint": rows.fingerprint}
+    columns = {"columns": dict(rows.columns)} if rows.columns else {}
+    return {"source": rows.source, "rows": len(rows), "fingerprint": rows.fingerprint, **columns}
 
 
 class RunDirectory:

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from everalign.data.file_formats import source_name
 from everalign.data.readers import (
+    Source,
     check_disjoint,
     first_columns,
     load_corrections,
@@ -12,14 +14,23 @@ from everalign.data.readers import (
     load_prompts,
     load_scored,
     load_unscored,
+    renamed,
 )
-from everalign.data.rows import OTHER_NAMES, RowSet
+from everalign.data.rows import OTHER_NAMES, RowSet, field_error
 from everalign.errors import InputError
+from everalign.learning.options import DEFAULT_OBJECTIVE
 from everalign.learning.recipe import Recipe, nothing_left
 from everalign.learning.run_data import load_run
 from everalign.training.objectives import OBJECTIVES
 
 LoadedTask = tuple[str, RowSet[Any], RowSet[Any] | None]
+Load = Callable[..., RowSet[Any]]
+
+
+def loaders(objective: str, rewarded: bool) -> tuple[Load, Load]:
+    """Returns what reads an objective's rows, and its held-out rows; `rewarded` says that a scorer gives rewards."""
+    load, load_test = _LOADERS[OBJECTIVES[objective].rows if objective in OBJECTIVES else "preferences"]
+    return (_load_unrewarded if rewarded else load), load_test
 
 
 def load_tasks(recipe: Recipe) -> list[LoadedTask]:
@@ -32,14 +43,14 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
         InputError: a file cannot be read, a row is bad, or a test set shares rows with any task's training set.
     """
     skip, tasks = bool(recipe.skip_bad_rows), recipe.tasks or []
-    kind = OBJECTIVES[recipe.objective].rows if recipe.objective in OBJECTIVES else "preferences"
-    load, load_test = _LOADERS[kind]
-    if recipe.reward is not None:
-        load = _load_unrewarded
+    load, load_test = loaders(recipe.objective or DEFAULT_OBJECTIVE, recipe.reward is not None)
     loaded: list[LoadedTask] = []
     for task in tasks:
-        train = load(task.train, skip_bad_rows=skip, label=recipe.label)
-        test = None if task.test is None else load_test(task.test, skip_bad_rows=skip, label=recipe.label)
+        columns = task.columns or recipe.columns
+        train = load(renamed(task.train, columns), skip_bad_rows=skip, label=recipe.label)
+        test = None
+        if task.test is not None:
+            test = load_test(renamed(task.test, columns), skip_bad_rows=skip, label=recipe.label)
         loaded += [(task.name, train, test)] if recipe.label is None else _by_label(task.name, train, test)
     names = [name for name, _, _ in loaded]
     if repeated := next((name for name in names if names.count(name) > 1), None):
@@ -79,19 +90,20 @@ def _by_label(name: str, train: RowSet[Any], test: RowSet[Any] | None) -> list[L
     return [(f"{name}/{label}", rows, tests.get(label)) for label, rows in parts.items()]
 
 
-def _load_rewarded(source: str, *, skip_bad_rows: bool, label: str | None) -> RowSet[Any]:
+def _load_rewarded(source: Source, *, skip_bad_rows: bool = False, label: str | None = None) -> RowSet[Any]:
     """Read scored rows; preferences are what people give most often in their place."""
     first = first_columns(source, "train", ("completions", "chosen", "rejected"))
     if first and "completions" not in first:
         raise InputError(
-            f"{source}: preferences have no rewards: name a scorer with reward, or learn them with fpo or snkl"
+            f"{source_name(source)}: preferences have no rewards: name a scorer with reward, or learn them with fpo or "
+            "snkl"
         )
     return load_scored(source, skip_bad_rows=skip_bad_rows, label=label)
 
 
 # By what an objective learns from: what reads its rows, and its held-out rows. Those of scored rows are judged as
 # preferences, whichever way they are written.
-_LOADERS: dict[str, tuple[Callable[..., RowSet[Any]], Callable[..., RowSet[Any]]]] = {
+_LOADERS: dict[str, tuple[Load, Load]] = {
     "preferences": (load_preferences, load_preferences),
     "scored": (_load_rewarded, load_judged),
     "judged": (load_judged, load_judged),
@@ -99,7 +111,7 @@ _LOADERS: dict[str, tuple[Callable[..., RowSet[Any]], Callable[..., RowSet[Any]]
 }
 
 
-def _load_unrewarded(source: str, *, skip_bad_rows: bool, label: str | None) -> RowSet[Any]:
+def _load_unrewarded(source: Source, *, skip_bad_rows: bool = False, label: str | None = None) -> RowSet[Any]:
     """Reads rows for a scorer: answers, pairs or prompts alone; rows that have rewards keep them."""
     others = OTHER_NAMES["completions"]
     first = first_columns(source, "train", ("completions", "chosen", "rejected", "rewards", *others))
@@ -109,8 +121,9 @@ def _load_unrewarded(source: str, *, skip_bad_rows: bool, label: str | None) -> 
         return load_unscored(source, skip_bad_rows=skip_bad_rows, label=label)
     # Without this, rows whose answers are in a column of another name would be taken for prompts alone.
     if found := [name for name in others if name in first]:
-        raise InputError(
-            f"{source}: field {found[0]!r}: answers stand in 'completions', a list; rename it, or, to have answers "
-            "sampled to the prompts alone, remove it"
-        )
+        raise field_error(
+            found[0],
+            "answers stand in 'completions', a list",
+            "rename it, or, to have answers sampled to the prompts alone, remove it",
+        ).at(source_name(source))
     return load_prompts(source, skip_bad_rows=skip_bad_rows, label=label)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from everalign.data.readers import Source
 from everalign.data.records import (
     Correction,
     CorrectionSet,
@@ -22,6 +23,7 @@ from everalign.data.tokenization import TokenizedRows
 from everalign.errors import InputError, ShortfallError
 from everalign.learning.context import RunContext
 from everalign.learning.rollouts import check_sampling, sample_and_score, score
+from everalign.learning.task_files import Load
 from everalign.learning.tracking import Attempt
 from everalign.methods import Task
 from everalign.modeling.policy import Snapshot
@@ -30,18 +32,25 @@ from everalign.training.base_objective import Objective, PreparedRows
 from everalign.training.reference import Reference, policy_key, sequence_logprobs
 from everalign.training.stage import StageResult, train_stage
 
-Rows = Sequence[Preference] | Sequence[Scored] | Sequence[Correction]
+Rows = Sequence[Preference] | Sequence[Scored] | Sequence[Correction] | Source
 AnySet = RowSet[Any]
 
-_SETS: tuple[type[AnySet], ...] = (ScoredSet, CorrectionSet)
+_SETS: tuple[type[AnySet], ...] = (PreferenceSet, ScoredSet, CorrectionSet)
 
 
-def as_set(rows: Rows) -> AnySet:
-    """Return rows as a set of their kind."""
+def as_set(rows: Rows, load: Load) -> AnySet:
+    """Return rows as a set of their kind.
+
+    Args:
+        rows: a set, a sequence of records, or whatever else a reader takes.
+        load: reads what is neither.
+    """
     if isinstance(rows, RowSet):
         return rows
-    kind = next((kind for kind in _SETS if any(isinstance(row, kind.record) for row in rows[:1])), PreferenceSet)
-    return kind.of(rows)  # type: ignore[arg-type]  # told by the first
+    given: Any = rows
+    first = next(iter(given), None) if isinstance(given, Sequence) and not isinstance(given, str) else None
+    kind = next((kind for kind in _SETS if isinstance(first, kind.record)), None)
+    return load(given) if kind is None else kind.of(given)
 
 
 @dataclass(frozen=True)
