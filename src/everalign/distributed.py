@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from everalign.errors import EveralignError, InputError
 
@@ -57,8 +57,17 @@ class _Group:
     store: Any
 
 
+class Follower(Protocol):
+    """What all processes have to compute together even while each has work of its own."""
+
+    def follow(self, error: Exception | None) -> None:
+        """Take part in what others still compute, until all are done; `error` ended this process's own work."""
+
+
 _group: _Group | None = None
 _alone = 0
+_follower: Follower | None = None
+_fsdp = False
 
 
 # ---- who we are ----
@@ -111,14 +120,45 @@ def check_processes(wanted: int | None) -> bool:
     return wanted is not None and wanted > 1 and running is None
 
 
+def asks_for_fsdp() -> bool:
+    """Whether `accelerate launch` was configured for FSDP.
+
+    The first call takes that out of the environment: else transformers and accelerate would shard too, and adapters
+    with the base model.
+
+    Raises:
+        InputError: the configuration has settings that would be ignored.
+    """
+    global _fsdp
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true"):
+        return _fsdp
+    for name, wanted, advice in _FSDP_SETTINGS:
+        if (found := os.environ.get(name, wanted)) != wanted:
+            raise InputError(f"accelerate's {name.lower()} is {found}, and only {wanted} is possible: {advice}")
+    del os.environ["ACCELERATE_USE_FSDP"]
+    _fsdp = True
+    return True
+
+
+# Of `accelerate launch`: variable, the only value that is possible, and what to do.
+_FSDP_SETTINGS = (
+    ("FSDP_VERSION", "2", "set fsdp_version: 2"),
+    ("FSDP_RESHARD_AFTER_FORWARD", "true", "set it, or leave FSDP out where the model fits a GPU"),
+    ("FSDP_OFFLOAD_PARAMS", "false", "leave it out"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", "false", "use --checkpointing on"),
+    ("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP", "each decoder layer is a unit"),
+)
+
+
 def start() -> None:
     """Join the processes that a launcher has started; does nothing without one, or when called again.
 
     Raises:
-        InputError: this machine has fewer GPUs than processes.
+        InputError: this machine has fewer GPUs than processes, or a launcher's settings would be ignored.
         LostProcessError: the others do not come.
     """
     global _group
+    asks_for_fsdp()
     if _group is not None or (launched() or 1) < 2:
         return
     import torch
@@ -169,6 +209,40 @@ def stop() -> None:
         _group = None
 
 
+def machine_groups() -> tuple[Any, Any]:
+    """Returns torch's groups of the processes on this machine, for tensors on their devices and for those on the CPU.
+
+    They are those of all processes where each machine runs one, or their numbers differ.
+    """
+    import torch.distributed as dist
+
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    regular = int(os.environ.get("LOCAL_RANK", rank() % size)) == rank() % size
+    if size == 1 or world() % size or gather((size, regular)) != [(size, True)] * world():
+        size = world()
+    wait = timedelta(seconds=float(os.environ.get(TIMEOUT, _TIMEOUT)))
+    make: Any = dist.new_subgroups  # torch gives it no types
+    with _watched():
+        on_device, on_cpu = (make(size, timeout=wait, backend=name)[0] for name in (dist.get_backend(), "gloo"))
+    return on_device, on_cpu
+
+
+def follow_with(follower: Follower | None) -> None:
+    """Have processes that are done with their share of some work follow the others in this, from now on."""
+    global _follower
+    _follower = follower
+
+
+def follows(follower: Follower) -> bool:
+    """Whether processes that are done follow the others in this."""
+    return _follower is follower
+
+
+def apart() -> bool:
+    """Whether this process does its share of some work, and the others do theirs, or wait."""
+    return _alone > 0
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """Context manager in which this process is the only one: what it calls there exchanges nothing."""
@@ -199,11 +273,12 @@ def on_main(work: Callable[P, R]) -> Callable[P, R]:
         with _watched():
             # So that nothing changes on disk that another process is still reading.
             dist.barrier(_group.objects)
-        done = _attempt(lambda: work(*args, **kwargs)) if rank() == 0 else None
-        box = [None if done is None else _portable(done)]
+        main = rank() == 0
+        done = _attempt(lambda: work(*args, **kwargs) if main else None)
+        box = [_portable(done) if main else None]
         with _watched():
             dist.broadcast_object_list(box, src=0, group=_group.objects)
-        return _unpack(done or pickle.loads(box[0]))  # type: ignore[arg-type, no-any-return]
+        return _unpack(done if main else pickle.loads(box[0]))  # type: ignore[arg-type, no-any-return]
 
     return run
 
@@ -271,11 +346,16 @@ def main_holds(context: AbstractContextManager[None]) -> Iterator[None]:
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """Do this process's share, then follow the others until theirs is done; returns its result, or its error."""
+    done: tuple[Any, Exception | None]
     with alone():
         try:
-            return work(), None
+            done = work(), None
         except Exception as error:  # noqa: BLE001  # raised again, by all processes
-            return None, error
+            done = None, error
+    if _follower is not None:
+        _follower.follow(done[1])
+    return done
 
 
 def _unpack(done: tuple[Any, Exception | None]) -> Any:

@@ -62,12 +62,13 @@ def square(policy):
     return 0.1 * sum(p.square().sum() for p in policy.parameters() if p.requires_grad)
 
 
-def run_stages(folder: Path):
+def run_stages(folder: Path, stages=STAGES, prepare=lambda policy: None):
     """By stage: final weights, every step's gradients, every step's loss and metrics."""
     results = {}
-    for name, settings in STAGES.items():
+    for name, settings in stages.items():
         gradients = []
         policy = perturb(random_policy())
+        prepare(policy)
         options = {key: value for key, value in settings.items() if key not in ("rows", "penalty")}
         hooks = {
             "gradient_hook": lambda policy, seen=gradients: seen.append(

@@ -1,6 +1,7 @@
 """Starting several processes from the command line: how many run is said, and a number that is not true is refused."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from cli_for_tests import run, write_rows
 from everalign import distributed
@@ -18,12 +21,14 @@ from everalign.learning.run_data import load_run
 from learner_for_tests import adapter_weights, held_out, same_weights, save_model, task_rows
 
 LAUNCHER = {"RANK": "0", "WORLD_SIZE": "1"}
+CONFIGS = Path(__file__).parents[2] / "configs"
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """Sets the environment of a launcher."""
+    monkeypatch.setattr(distributed, "_fsdp", False)
 
     def setting(**environment):
         for name, value in environment.items():
@@ -95,6 +100,40 @@ def test_a_time_that_is_none_is_refused(launched):
     launched(**{**LAUNCHER, "WORLD_SIZE": "2", distributed.TIMEOUT: "soon"})
     with pytest.raises(InputError, match="must be seconds, found 'soon'"):
         distributed.start()
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp_machines", "fsdp"])
+def test_accelerate_parses_the_configurations(name, launched):
+    arguments = ["--config_file", f"{CONFIGS / name}.yaml", "-m", "everalign", "learn"]
+    found, *_ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    assert (found.num_processes, found.num_machines) == {"ddp_machines": (16, 2)}.get(name, (8, 1))
+    launched(**{key: value for key, value in prepare_multi_gpu_env(found).items() if key not in os.environ})
+    # What accelerate and transformers would shard by is gone, and asked for of us.
+    assert distributed.asks_for_fsdp() == (name == "fsdp")
+    assert "ACCELERATE_USE_FSDP" not in os.environ
+
+
+def test_what_would_be_ignored_of_a_configuration_is_refused(launched):
+    launched(ACCELERATE_USE_FSDP="true", FSDP_VERSION="1")
+    with pytest.raises(InputError, match="fsdp_version is 1, and only 2 is possible"):
+        distributed.start()
+    launched(FSDP_VERSION="2", FSDP_OFFLOAD_PARAMS="true")
+    with pytest.raises(InputError, match="fsdp_offload_params is true, and only false"):
+        distributed.start()
+
+
+def test_sharding_needs_processes_and_a_verb_that_can(launched, model, tmp_path, capsys):
+    rows = write_rows(tmp_path / "warm.jsonl", [row.to_json() for row in task_rows("warm", 4)])
+    learn = ["learn", "--model", f"{model}", "--task", f"warm={rows}", "--output", f"{tmp_path}/run"]
+    code, _, err = run(capsys, *learn, "--fsdp")
+    assert (code, "--fsdp shares the base model between processes: give --processes N too" in err) == (2, True)
+    launched(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    code, _, err = run(
+        capsys, "reward", "train", "--model", f"{model}", "--data", f"{rows}", "--output", f"{tmp_path}/reward"
+    )
+    assert (code, "configured for FSDP, which only learn can use" in err) == (2, True)
+    code, _, err = run(capsys, *learn)
+    assert (code, "shares the base model between processes, found one" in err) == (2, True)
 
 
 def test_a_killed_process_is_named(capsys):
@@ -175,6 +214,35 @@ def test_two_from_the_command_line_are_killed_and_resumed(model, folder, tmp_pat
     assert load_run(tmp_path / "run").scores() == load_run(tmp_path / "whole").scores()
     for index in (0, 1):
         assert same_weights(adapter_weights(tmp_path / "run", index), adapter_weights(tmp_path / "whole", index))
+
+
+@pytest.mark.slow
+def test_a_sharded_base_is_killed_and_resumed_in_another_layout(model, folder, tmp_path):
+    processes = ("--processes", "2")
+    whole = finished(command(model, folder, tmp_path / "whole", *processes, "--fsdp"))
+    assert whole.returncode == 0, whole.stderr
+    assert "the layers of the base model are shared by 2 processes (FSDP2)" in whole.stderr
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        command(model, folder, run, *processes, "--fsdp"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list((run / "work").rglob("checkpoint-*")):
+        time.sleep(0.02)
+    (victim,) = [child for child in children(process.pid) if rank_of(child) == "1"]
+    os.kill(victim, signal.SIGKILL)
+    _, err = process.communicate(timeout=600)
+    assert (process.returncode, "rank 1 of 2 was ended by SIGKILL" in err) == (1, True)
+    shutil.copytree(run, tmp_path / "other")
+    for output, layout in ((run, (*processes, "--fsdp")), (tmp_path / "other", ())):
+        resumed = finished(command(model, folder, output, *layout, "--resume"))
+        assert resumed.returncode == 0, resumed.stderr
+        for index in (0, 1):
+            found, expected = (adapter_weights(path, index) for path in (output, tmp_path / "whole"))
+            assert not layout or same_weights(found, expected)
+            for name in (name for name in found if "lora_A" in name):
+                other = name.replace("lora_A", "lora_B")
+                update, wanted = (weights[other] @ weights[name] for weights in (found, expected))
+                assert (update - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 @pytest.mark.slow

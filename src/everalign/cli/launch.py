@@ -19,6 +19,11 @@ Processes = Annotated[
     int | None, option("Processes of this machine that share the work: one for each GPU, or some on CPUs.", "N")
 ]
 
+Fsdp = Annotated[
+    bool,
+    option("Have each process hold a part of the base model's layers, and gather a layer to compute it.", "", "--fsdp"),
+]
+
 LAUNCHER = "EVERALIGN_LAUNCHER"
 """Environment variable: the process that has started this one as one of several."""
 
@@ -36,7 +41,12 @@ def check_verb(arguments: list[str]) -> None:
         raise InputError(f"{verb} runs in one process, found {count}: start it without a launcher")
 
 
-def share_work(processes: int | None, context: typer.Context, check: Callable[[], object] = lambda: None) -> None:
+def share_work(
+    processes: int | None,
+    context: typer.Context,
+    check: Callable[[], object] = lambda: None,
+    fsdp: bool | None = None,
+) -> None:
     """Joins the processes of a launcher, or starts as many as were asked for, waits for them, and leaves the verb.
 
     Args:
@@ -44,8 +54,13 @@ def share_work(processes: int | None, context: typer.Context, check: Callable[[]
         context: of the verb.
         check: finds mistakes: before processes are started, which takes long, or once they have joined, so that one of
             them reports it.
+        fsdp: whether the user wants to shard the base model; None where the verb cannot.
     """
+    if fsdp is None and distributed.asks_for_fsdp():
+        raise InputError("accelerate is configured for FSDP, which only learn can use: take a configuration for DDP")
     starts = distributed.check_processes(processes)
+    if fsdp and not starts and (distributed.launched() or 1) < 2:
+        raise InputError("--fsdp shares the base model between processes: give --processes N too", field="fsdp")
     if not starts:
         distributed.start()
     check()

@@ -18,7 +18,7 @@ from everalign.cli.console import (
     show_yaml,
 )
 from everalign.cli.feedback import check_is_there
-from everalign.cli.launch import Processes, say_processes, share_work
+from everalign.cli.launch import Fsdp, Processes, say_processes, share_work
 from everalign.cli.options import Columns, Json, TrustRemoteCode, flags, option, report_unused, resumable
 from everalign.data.file_formats import check_source
 from everalign.distributed import gather, on_main, world
@@ -71,6 +71,7 @@ def learn(
         bool, option("Continue the run in DIR, with the options it was started with.", "", "--resume")
     ] = False,
     processes: Processes = None,
+    fsdp: Fsdp = False,
     as_json: Json = False,
     trust_remote_code: TrustRemoteCode = False,
     from_feedback: Annotated[
@@ -104,14 +105,14 @@ def learn(
         goes_on = resume and wanted.tasks is None and is_begun(wanted)
         if resume and not of_feedback:
             wanted = completed(wanted)
-        share_work(processes, context, lambda: None if of_feedback else _check(wanted, resume, goes_on))
+        share_work(processes, context, lambda: None if of_feedback else _check(wanted, resume, goes_on), fsdp)
         say_processes()
         started, refusal = time.perf_counter(), None
         with Display() as display:
             if of_feedback:
                 run, refusal = _learn_feedback(from_feedback, feedback, bool(tasks), wanted, display)
             else:
-                run, refusal = _learn_tasks(wanted, resume, goes_on, display)
+                run, refusal = _learn_tasks(wanted, resume, goes_on, fsdp, display)
             report = None if wanted.report is False else on_main(_write_report)(run.path)
         seconds = time.perf_counter() - started
     (_show_json if as_json else _show)(run, refusal, report, seconds)
@@ -132,7 +133,7 @@ def _check(recipe: Recipe, resume: bool, goes_on: bool) -> None:
 
 
 def _learn_tasks(
-    recipe: Recipe, resume: bool, goes_on: bool, display: Display
+    recipe: Recipe, resume: bool, goes_on: bool, fsdp: bool, display: Display
 ) -> tuple["RunData", GateRefusedError | None]:
     """Learns a recipe's tasks; `goes_on` says that they are those that the run was given before."""
     output = Path(recipe.output or "")

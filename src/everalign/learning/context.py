@@ -13,7 +13,7 @@ import torch
 
 from everalign.data.chat_tokens import template_fingerprint
 from everalign.data.rows import RowSet
-from everalign.distributed import start, world
+from everalign.distributed import asks_for_fsdp, follow_with, start, world
 from everalign.errors import InputError
 from everalign.evaluation.scorers import Scorer
 from everalign.learning.options import AdapterOptions, CorrectionTaskOptions, RolloutOptions, TrainingOptions
@@ -34,6 +34,7 @@ from everalign.modeling.policy import Policy
 from everalign.modeling.quantization import check_library, check_trainable
 from everalign.modeling.rehearsal import rehearse
 from everalign.modeling.runtime import place_name, prepare_process, training_device
+from everalign.modeling.sharding import shard
 from everalign.training.base_objective import Objective, TaskContext
 from everalign.training.objectives import check_weighting, make_objective, reads
 from everalign.training.options import StageOptions, WeightOptions
@@ -117,6 +118,7 @@ class RunContext(TaskContext):
         own = self.objective.settings()
         gamma = {"gamma": own.pop("gamma")} if "gamma" in own else {}
         adapter = {} if self.method.prompts is not None else self.adapter.model_dump()
+        layout = {"processes": world(), "fsdp": self.policy.sharded}
         rewards = {} if self.scorer is None else {"reward": self.scorer.fingerprint, **self.rollouts.model_dump()}
         return {
             "everalign": library_versions()["everalign"],
@@ -129,7 +131,7 @@ class RunContext(TaskContext):
             "settings": {**self.options.model_dump(), **adapter, **own, **rewards},
             "seed": self.seed,
             "libraries": library_versions(),
-            "machine": {**machine_facts(), "threads": torch.get_num_threads(), "processes": world()},
+            "machine": {**machine_facts(), "threads": torch.get_num_threads(), **layout},
         }
 
 
@@ -191,6 +193,7 @@ def make_context(
     log: Log,
     progress: Progress,
     tracker: Tracker | None = None,
+    fsdp: bool = False,
 ) -> RunContext:
     """Load the model and put a learner's parts together; arguments as in `Learner`.
 
@@ -204,6 +207,12 @@ def make_context(
     check_library(options.quantize)
     prepare_process()
     start()
+    follow_with(None)
+    fsdp = fsdp or asks_for_fsdp()
+    if fsdp and world() == 1:
+        raise InputError("fsdp shares the base model between processes, found one: give --processes", field="fsdp")
+    if fsdp and options.quantize is not None:
+        raise InputError(f"fsdp shares plain weights, and quantize is {options.quantize}: leave one of them out")
     device = training_device(log)
     options = options.replace(precision=resolve_precision(options.precision, device))
     log(f"the base model is computed in {options.precision} on {place_name(device)}")
@@ -213,15 +222,19 @@ def make_context(
     tokenizer = load_tokenizer(model, adapter=base_adapter)
     goal.bind(model, tokenizer)
     precision: Precision = options.precision  # type: ignore[assignment]  # resolved above
-    base, model_key = load_base(model, precision, adapter=base_adapter, device=device, quantize=options.quantize)
+    # Sharded on the CPU, where all processes map the same file, and not on a GPU that may be too small for all of it.
+    place = None if fsdp else device
+    base, model_key = load_base(model, precision, adapter=base_adapter, device=place, quantize=options.quantize)
     check_trainable(base, model)
     check_vocabulary(base, tokenizer, model)
     rehearse(base, adapter.module_names())
     prefix = 0 if method.prompts is None else method.prompts.tokens
     options = options.replace(max_length=readable_length(options.max_length, base, model, log, prefix))
     if options.attention == "flex":
-        use_flex_attention(base)
-    policy = Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed, method.prompts)
+        use_flex_attention(base, device)
+    policy = Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed, method.prompts, device)
+    if fsdp:
+        log(f"the layers of the base model are shared by {shard(policy, device)} processes (FSDP2)")
     why = policy.head.why_no_prefix_sharing
     sharing = "prompts are computed once for " + (f"each answer: {why}" if why else "all their answers")
     head = "" if policy.head.chunked else "; the model's head cannot be called separately: all logits are computed"

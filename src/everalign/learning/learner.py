@@ -102,6 +102,8 @@ class Learner:
         log_to: experiment trackers that figures, scores and sample answers also go to: `tensorboard` (into the folder
             `tensorboard` of the run), `wandb`, `trackio`, `mlflow`; their packages have to be installed. A run's own
             `training.jsonl` is always written.
+        fsdp: have the processes of a machine hold a part of the base model's layers each, and gather a layer when they
+            compute it (FSDP2). It changes no result beyond rounding, and a run may be resumed with or without it.
         log: called with one line for each thing that happens; standard error when None.
         progress: called with (stage, steps done, steps in all), of training, evaluation and reference passes.
         figures: called with (stage, steps done, what was measured), see `everalign.training.stage.Figures`.
@@ -134,6 +136,7 @@ class Learner:
         drift: bool = True,
         cache: str | Path | None = None,
         log_to: Sequence[str] = (),
+        fsdp: bool = False,
         log: Log = _print,
         progress: Progress = lambda stage, done, total: None,
         figures: StageFigures = lambda stage, step, measured: None,
@@ -169,6 +172,7 @@ class Learner:
             log,
             progress,
             self._tracker,
+            fsdp,
         )
         stage = self._setup.options.preference_stage()
         self._tracker.connect(partial(training_arguments, Path(output), stage, seed))

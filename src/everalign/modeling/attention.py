@@ -26,13 +26,17 @@ _LENGTHS_PER_OCTAVE = 8
 _ENTRIES_AT_ONCE = 16_777_216
 
 
-def use_flex_attention(model: Any) -> None:
+def use_flex_attention(model: Any, device: torch.device | None = None) -> None:
     """Let a model attend through FlexAttention.
 
+    Args:
+        model: a Hugging Face model.
+        device: where it is going to compute; where it is when None.
+
     Raises:
-        InputError: the model is not on a GPU, or its architecture does not support it.
+        InputError: that is not a GPU, or the model's architecture does not support it.
     """
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if device is None else device
     if device.type != "cuda":
         raise InputError(f"attention flex needs a GPU, and the model is on {device}: use attention sdpa")
     try:

@@ -162,9 +162,12 @@ class _AdaptedLinear(torch.autograd.Function):
 def _merge_frozen(layer: Any, names: list[str]) -> tuple[Tensor, list[str]]:
     """Return the weight with the frozen adapters' updates added where that pays, and the adapters that remain.
 
-    What earlier tasks taught then costs nothing in a pass, however many tasks there were.
+    What earlier tasks taught then costs nothing in a pass, however many tasks there were. Not of a weight that comes
+    and goes (`keeps_weight` is False): the copies of all of them would stay.
     """
     weight: Tensor = layer.base_layer.weight
+    if not getattr(layer, "keeps_weight", True):
+        return weight, names
     all_frozen = getattr(layer, "merging", False)
     frozen = [name for name in names if all_frozen or not layer.lora_B[name].weight.requires_grad]
     rank = sum(len(layer.lora_A[name].weight) for name in frozen)

@@ -71,6 +71,7 @@ class Policy(TrainableLM):
         targets: names of the modules to adapt or their last parts, a regular expression, or `all-linear`.
         seed: seeds the short-term adapter's A (B starts at 0), or the pool.
         prompts: size of a pool of prompts, which is then all that learns; None for none.
+        device: where it is going to compute; where the model is when None.
 
     A base model in bf16 computes under bf16 autocast, in training, evaluation and as reference alike; adapters and
     log-probabilities stay fp32.
@@ -95,6 +96,7 @@ class Policy(TrainableLM):
         targets: str | list[str] = ALL_LINEAR,
         seed: int = 0,
         prompts: PromptShape | None = None,
+        device: torch.device | None = None,
     ) -> None:
         mixed = next(model.parameters()).dtype == torch.bfloat16
         super().__init__(mixed)
@@ -112,8 +114,9 @@ class Policy(TrainableLM):
             layer.cast_input_dtype_enabled = not mixed
             fuse(layer)
         self._snapshot: Updates | None = None
-        use_cpu_attention(model)
-        use_lean_layers(model)
+        if device is None or device.type == "cpu":
+            use_cpu_attention(model)
+            use_lean_layers(model)
         self.head = SequenceLogProbs(model, architecture)
         self.seed = seed
         self.prompts = None if prompts is None else self._make_prompts(prompts)

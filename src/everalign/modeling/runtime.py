@@ -16,6 +16,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
@@ -176,6 +177,11 @@ class SavedBytes:
     def __init__(self, model: nn.Module) -> None:
         self.total = 0
         self._known = {part.untyped_storage()._cdata for part in (*model.parameters(), *model.buffers())}
+        for module in (part for part in model.modules() if isinstance(part, FSDPModule)):
+            # Gathered weights come and go in the same storages, which are empty in between.
+            module.unshard()
+            self._known |= {part.untyped_storage()._cdata for part in module.parameters()}
+            module.reshard()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def __enter__(self) -> "SavedBytes":

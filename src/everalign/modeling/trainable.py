@@ -26,9 +26,11 @@ class TrainableLM(nn.Module):
 
     Attributes:
         head: computes log-probabilities.
+        sharded: whether processes hold parts of its frozen weights each (see `everalign.modeling.sharding`).
     """
 
     head: SequenceLogProbs
+    sharded = False
 
     def __init__(self, mixed: bool) -> None:
         super().__init__()

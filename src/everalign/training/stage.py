@@ -164,7 +164,8 @@ def train_stage(
         )
         # Rounded down: the first step of a warm-up has learning rate 0, and a short stage must not end with it.
         arguments.warmup_steps = int(options.warmup * plan.steps)
-        steps = Steps(rows, plan, objective, shared, logprobs, terms, own if replayed else None)
+        in_step = getattr(model, "sharded", False)
+        steps = Steps(rows, plan, objective, shared, logprobs, terms, own if replayed else None, in_step)
         callbacks = [
             *([] if hooks is None else [_KeepHooks(hooks)]),
             MarkComplete(),

@@ -17,6 +17,7 @@ from everalign.data.collate import Batch, TrainingPlan
 from everalign.data.tokenization import TokenizedRow
 from everalign.distributed import gather
 from everalign.errors import DivergedError
+from everalign.modeling.sharding import data_parallel
 from everalign.training.base_objective import Objective
 from everalign.training.hooks import RowTerms, RowValues, StageHooks, make_batch
 from everalign.training.options import StageOptions
@@ -34,6 +35,7 @@ class Steps(Dataset[list[Batch]]):
             objective needs none.
         terms: what a method adds to the rows; None for nothing.
         own: how many of the rows, from the first on, are the task's own; None for all.
+        in_step: give all processes as many micro-batches of a step.
     """
 
     def __init__(
@@ -45,17 +47,22 @@ class Steps(Dataset[list[Batch]]):
         reference: RowValues | None,
         terms: RowTerms | None = None,
         own: int | None = None,
+        in_step: bool = False,
     ) -> None:
         self._rows, self._objective, self._shared, self._own = rows, objective, shared, own
         self._reference, self._terms = reference, terms
-        self._shares = plan.shares
+        self._shares, self._processes, self._in_step = plan.shares, plan.processes, in_step
 
     def __len__(self) -> int:
         return len(self._shares)
 
     def __getitem__(self, index: int) -> list[Batch]:
-        # An empty share, where the other processes have the step's last rows: some row that does not count.
-        return [self.batch(rows) for rows in self._shares[index] or [[]]]
+        # Where the other processes have the step's last rows, some row that does not count.
+        least, first = 1, index - index % self._processes
+        if self._in_step:
+            least = max(map(len, self._shares[first : first + self._processes]))
+        share = self._shares[index]
+        return [self.batch(rows) for rows in [*share, *[[]] * (least - len(share))]]
 
     def batches(self) -> list[list[int]]:
         """Return the rows of every micro-batch, of all processes, in order."""
@@ -99,6 +106,9 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         watching = [*callbacks, _StopDiverged(self), *([] if hooks is None else [_HookCallback(hooks)])]
         super().__init__(model=policy, args=arguments, train_dataset=steps, data_collator=_only, callbacks=watching)
         self.remove_callback(PrinterCallback)
+        if getattr(policy, "sharded", False):
+            # accelerate wraps no model with sharded parameters, and leaves one alone that is wrapped.
+            self.model_wrapped = data_parallel(policy, arguments.device)
         self.objective, self._hooks = objective, hooks
         # Says that the loss is divided by the whole step's count already.
         self.model_accepts_loss_kwargs = True
