@@ -242,7 +242,8 @@ def test_a_sharded_base_is_killed_and_resumed_in_another_layout(model, folder, t
             for name in (name for name in found if "lora_A" in name):
                 other = name.replace("lora_A", "lora_B")
                 update, wanted = (weights[other] @ weights[name] for weights in (found, expected))
-                assert (update - wanted).norm() <= 1e-5 * wanted.norm()
+                # Steps of Adam, which may be whole ones for the smallest gradients.
+                assert (update - wanted).norm() <= 1e-3 * wanted.norm()
 
 
 @pytest.mark.slow
