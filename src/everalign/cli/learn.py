@@ -144,7 +144,12 @@ def _learn_tasks(
         from everalign.learning.learner import Learner
 
         learner = Learner(
-            **arguments, resume=resume, log=display.log, progress=display.progress, figures=display.figures
+            **arguments,
+            resume=resume,
+            fsdp=fsdp,
+            log=display.log,
+            progress=display.progress,
+            figures=display.figures,
         )
         on_main(write_recipe)(learner.run.path, recipe)
         _predict(learner, loaded, arguments, display)
