@@ -24,7 +24,7 @@ from common import OUT, data_folder, write_result
 from correction_task import FOLDER, LONGEST, approving, corrector_folder, judge, pairs, smaller, training_rows
 from everalign.correction import Corrector
 from everalign.data.records import Scored, ScoredSet
-from everalign.evaluation.scorers import RewardModelScorer
+from everalign.evaluation.scorers import RewardModel
 from everalign.evaluation.scoring import ScorerApprover
 from everalign.learning.options import DistillOptions, TrainingOptions
 from everalign.learning.self_training import distill
@@ -42,7 +42,7 @@ RESAMPLES = 9999
 class Referee:
     """Rates what a policy answers to held-out questions."""
 
-    scorer: RewardModelScorer
+    scorer: RewardModel
     tokenizer: Any
     prompts: list[Any]
     samples: int

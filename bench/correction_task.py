@@ -16,7 +16,7 @@ from everalign.correction.options import CorrectorOptions
 from everalign.correction.training import train_corrector
 from everalign.data import Correction, CorrectionSet, PreferenceSet
 from everalign.data.records import correction_of
-from everalign.evaluation.scorers import RewardModelScorer
+from everalign.evaluation.scorers import RewardModel
 from everalign.modeling.loading import load_model, load_tokenizer
 from var_real import reward_model
 
@@ -76,12 +76,12 @@ def corrector_folder(name: str, base: str, rows: CorrectionSet, **options: Any) 
     return folder
 
 
-def judge() -> tuple[RewardModelScorer, float]:
+def judge() -> tuple[RewardModel, float]:
     """Who says which answer is better, and the share of held-out pairs that it orders as people did."""
     return reward_model("judge", pairs("safe_rlhf", "train")[1::2], pairs("safe_rlhf", "test"))
 
 
-def approving() -> tuple[RewardModelScorer, float]:
+def approving() -> tuple[RewardModel, float]:
     """Who approves of corrections: a reward model of pairs that the corrector learned from."""
     return reward_model("rewards", pairs("safe_rlhf", "train")[::2], pairs("safe_rlhf", "test"))
 

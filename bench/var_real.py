@@ -22,7 +22,7 @@ from common import OUT, data_folder, mean_and_deviation, preference_rows, write_
 from everalign.data import PreferenceSet, Scored
 from everalign.data.tokenization import drop_overlong, tokenize_preferences
 from everalign.evaluation import HeldOut, score_preferences
-from everalign.evaluation.scorers import RewardModelScorer
+from everalign.evaluation.scorers import RewardModel
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
@@ -57,7 +57,7 @@ def start() -> Policy:
     return Policy(load_model(str(data_folder() / "base-model"), "fp32"), 16, 32.0, seed=0)
 
 
-def reward_model(name: str, pairs: PreferenceSet, test: PreferenceSet) -> tuple[RewardModelScorer, float]:
+def reward_model(name: str, pairs: PreferenceSet, test: PreferenceSet) -> tuple[RewardModel, float]:
     """A reward model of some pairs, trained once and kept, and its accuracy on the held-out ones."""
     folder = FOLDER / f"{name}-{pairs.fingerprint[:12]}"
     accuracy = folder / "held_out_accuracy.txt"
@@ -66,10 +66,10 @@ def reward_model(name: str, pairs: PreferenceSet, test: PreferenceSet) -> tuple[
         trained = train_reward_model(str(data_folder() / "base-model"), pairs, folder, test=test, options=options)
         assert trained.report is not None
         accuracy.write_text(str(trained.report.accuracy))
-    return RewardModelScorer.from_folder(folder), float(accuracy.read_text())
+    return RewardModel.from_folder(folder), float(accuracy.read_text())
 
 
-def scored(scorer: RewardModelScorer, rows: list[Scored]) -> list[Scored]:
+def scored(scorer: RewardModel, rows: list[Scored]) -> list[Scored]:
     """Answers with their rewards, in units of the deviation over all of them."""
     prompts = [row.prompt for row in rows for _ in row.completions]
     rewards = scorer.score(prompts, [text for row in rows for text in row.completions])
@@ -89,9 +89,7 @@ def sampled(policy: Policy, tokenizer: Any, prompts: list[Any], count: int, seed
 class Judge:
     """Measures policies on held-out prompts and pairs."""
 
-    def __init__(
-        self, tokenizer: Any, test: PreferenceSet, rewards: RewardModelScorer, judge: RewardModelScorer
-    ) -> None:
+    def __init__(self, tokenizer: Any, test: PreferenceSet, rewards: RewardModel, judge: RewardModel) -> None:
         self._tokenizer, self._scorers = tokenizer, {"reward": rewards, "judge": judge}
         self._prompts = [row.prompt for row in test]
         self._pairs = tokenize_preferences(test, tokenizer, LONGEST)
@@ -147,7 +145,7 @@ class Source:
         seed: seeds the draw.
     """
 
-    def __init__(self, part: PreferenceSet, rewards: RewardModelScorer, tokenizer: Any, count: int, seed: int) -> None:
+    def __init__(self, part: PreferenceSet, rewards: RewardModel, tokenizer: Any, count: int, seed: int) -> None:
         self._part, self._rewards, self._tokenizer, self._count, self._seed = part, rewards, tokenizer, count, seed
         judged = [Scored(row.prompt, (row.chosen, row.rejected), (1.0, 0.0)) for row in part]
         unscored = [Scored.from_preference(row, rewards=None) for row in part]

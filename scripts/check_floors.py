@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1] / "src" / "everalign"
 FLOORS = [
     ["errors"],
     ["distributed"],
-    ["options", "storage", "deadlines", "llm_reply"],
+    ["options", "storage", "deadlines", "llm_reply", "notebook"],
     ["data", "objectives", "memory", "llm_client"],
     ["text", "modeling"],
     ["training"],

@@ -8,17 +8,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    __version__: str
-
     from everalign.correction.corrector import Corrector
+    from everalign.correction.options import CorrectorOptions
+    from everalign.correction.training import train_corrector
     from everalign.data import (
         Correction,
         CorrectionSet,
         Preference,
         PreferenceSet,
+        Scored,
+        ScoredSet,
         load_corrections,
         load_preferences,
+        load_prompts,
+        load_scored,
     )
+    from everalign.errors import DivergedError, EveralignError, GateRefusedError, InputError, NotEnoughEvidenceError
+    from everalign.evaluation.scorers import RewardModel
     from everalign.learning import (
         AdapterOptions,
         CorrectionTaskOptions,
@@ -28,6 +34,11 @@ if TYPE_CHECKING:
         TrainingOptions,
         WeightOptions,
     )
+    from everalign.methods import make_method
+    from everalign.training.options import RewardOptions
+    from everalign.training.reward_model import train_reward_model
+
+    __version__: str
 
 # torch keeps what oneDNN made ready for a product, by the product's shape, in two caches of 1,024 each. Batches of text
 # are never of one shape for long, and up to 2 MB are kept of each: a bf16 training on a CPU would grow by gigabytes.
@@ -35,39 +46,69 @@ if TYPE_CHECKING:
 for _capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_capacity, "64")
 
+_HOMES = {
+    "AdapterOptions": "everalign.learning",
+    "Correction": "everalign.data",
+    "CorrectionSet": "everalign.data",
+    "CorrectionTaskOptions": "everalign.learning",
+    "Corrector": "everalign.correction.corrector",
+    "CorrectorOptions": "everalign.correction.options",
+    "DivergedError": "everalign.errors",
+    "EveralignError": "everalign.errors",
+    "GateRefusedError": "everalign.errors",
+    "InputError": "everalign.errors",
+    "Learner": "everalign.learning",
+    "NotEnoughEvidenceError": "everalign.errors",
+    "Preference": "everalign.data",
+    "PreferenceSet": "everalign.data",
+    "RewardModel": "everalign.evaluation.scorers",
+    "RewardOptions": "everalign.training.options",
+    "RolloutOptions": "everalign.learning",
+    "Scored": "everalign.data",
+    "ScoredSet": "everalign.data",
+    "Scores": "everalign.learning",
+    "TrainingOptions": "everalign.learning",
+    "WeightOptions": "everalign.learning",
+    "load_corrections": "everalign.data",
+    "load_preferences": "everalign.data",
+    "load_prompts": "everalign.data",
+    "load_scored": "everalign.data",
+    "make_method": "everalign.methods",
+    "train_corrector": "everalign.correction.training",
+    "train_reward_model": "everalign.training.reward_model",
+}
+
 __all__ = [
     "AdapterOptions",
     "Correction",
     "CorrectionSet",
     "CorrectionTaskOptions",
     "Corrector",
+    "CorrectorOptions",
+    "DivergedError",
+    "EveralignError",
+    "GateRefusedError",
+    "InputError",
     "Learner",
+    "NotEnoughEvidenceError",
     "Preference",
     "PreferenceSet",
+    "RewardModel",
+    "RewardOptions",
     "RolloutOptions",
+    "Scored",
+    "ScoredSet",
     "Scores",
     "TrainingOptions",
     "WeightOptions",
     "load_corrections",
     "load_preferences",
+    "load_prompts",
+    "load_scored",
+    "make_method",
+    "train_corrector",
+    "train_reward_model",
 ]
-
-_HOMES = {
-    "AdapterOptions": "everalign.learning",
-    "Correction": "everalign.data",
-    "CorrectionSet": "everalign.data",
-    "Corrector": "everalign.correction.corrector",
-    "CorrectionTaskOptions": "everalign.learning",
-    "Learner": "everalign.learning",
-    "Preference": "everalign.data",
-    "PreferenceSet": "everalign.data",
-    "RolloutOptions": "everalign.learning",
-    "Scores": "everalign.learning",
-    "TrainingOptions": "everalign.learning",
-    "WeightOptions": "everalign.learning",
-    "load_corrections": "everalign.data",
-    "load_preferences": "everalign.data",
-}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from cli_for_tests import run
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector
-from everalign.evaluation.scorers import RewardModelScorer
+from everalign.evaluation.scorers import RewardModel
 from everalign.learning.run_data import load_run
 from everalign.serving.corrector_reload import CorrectorReloader
 from everalign.serving.gateway import make_corrections
@@ -117,7 +117,7 @@ def test_a_store_is_opened_exported_and_learned_on(kept, capsys):
 
 
 def test_a_reward_model_gives_the_same_rewards(kept):
-    found = RewardModelScorer.from_folder("reward").score(["q1?", "q2?"], ["yes", "no"])
+    found = RewardModel.from_folder("reward").score(["q1?", "q2?"], ["yes", "no"])
     assert found == pytest.approx(EXPECTED["rewards"], abs=1e-5)
 
 

@@ -14,7 +14,7 @@ from everalign.bench.asked import choose_asked
 from everalign.bench.data import load_rows, prompt_with_system
 from everalign.bench.recipe import Bench
 from everalign.data.chat_tokens import ChatFormat
-from everalign.evaluation.scorers import RewardModelScorer
+from everalign.evaluation.scorers import RewardModel
 from everalign.methods import LifeAlign, SingleTask
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.training.reward_model import train_reward_model
@@ -150,7 +150,7 @@ def test_an_instruction_is_scored_against_the_base_model_without_it(files, compa
 
 def test_wins_lengths_and_perplexity_are_those_of_the_answers(files, compared):
     found, _, said = compared
-    scorer = RewardModelScorer.from_folder(files / "reward")
+    scorer = RewardModel.from_folder(files / "reward")
 
     def rewards(file):
         return {
@@ -204,8 +204,8 @@ def test_wins_lengths_and_perplexity_are_those_of_the_answers(files, compared):
 def test_finished_runs_stay_and_the_report_shows_the_answers(capsys, work, compared, monkeypatch):
     stamps = {path: path.stat().st_mtime_ns for path in (work / "out" / "records").iterdir()}
     assert {path.name for path in stamps} == {path.name for path in (work / "out" / "answers").iterdir()}
-    monkeypatch.setattr(RewardModelScorer, "score", lambda *_: pytest.fail("scored twice"))
-    monkeypatch.setattr(RewardModelScorer, "cut_note", lambda _, prompts, texts: [f"4 of {len(texts)} answers are cut"])
+    monkeypatch.setattr(RewardModel, "score", lambda *_: pytest.fail("scored twice"))
+    monkeypatch.setattr(RewardModel, "cut_note", lambda _, prompts, texts: [f"4 of {len(texts)} answers are cut"])
     code, printed, err = run(capsys, "bench", recipe(work), "--output", "out")
     assert code == 0, err
     # Five contenders, two seeds, two tasks, three prompts.

@@ -20,11 +20,11 @@ from transformers import (
 from everalign.data import PreferenceSet
 from everalign.data.tokenization import pad_right, tokenize_answers, tokenize_preferences
 from everalign.errors import EveralignError, InputError
-from everalign.evaluation.scorers import RewardModelScorer
+from everalign.evaluation.scorers import RewardModel
 from everalign.modeling.loading import load_tokenizer
 from everalign.modeling.reward_model import (
     FACTS_FILE,
-    RewardModel,
+    RewardNetwork,
     load_classifier,
     load_reward_model,
     sequence_rewards,
@@ -75,7 +75,7 @@ def test_the_embedded_assistant_learns_it_too(tmp_path):
 def test_the_training_answers_are_centred():
     trained = reward_model()
     prompts, completions = answers(pairs())
-    rewards = torch.tensor(RewardModelScorer.from_folder(trained.path).score(prompts, completions))
+    rewards = torch.tensor(RewardModel.from_folder(trained.path).score(prompts, completions))
     assert rewards.mean().abs() < 1e-5
     assert rewards.std(correction=0).item() == pytest.approx(trained.facts.scale, abs=1e-5)
 
@@ -119,9 +119,9 @@ def test_bf16_learns_it_and_its_rewards_are_computed_so(rank, tmp_path):
     assert trained.report.accuracy > 0.9
     assert {value.dtype for value in load_file(trained.path / "model.safetensors").values()} == {torch.float32}
     prompts, completions = answers()
-    mixed = torch.tensor(RewardModelScorer.from_folder(trained.path).score(prompts, completions))
+    mixed = torch.tensor(RewardModel.from_folder(trained.path).score(prompts, completions))
     edit(trained.path / FACTS_FILE, settings={**trained.facts.settings, "precision": "fp32"})
-    exact = torch.tensor(RewardModelScorer.from_folder(trained.path).score(prompts, completions))
+    exact = torch.tensor(RewardModel.from_folder(trained.path).score(prompts, completions))
     assert not torch.equal(mixed, exact)
     assert (mixed - exact).abs().max() < 0.05 * exact.std()
     # The head computes in fp32: bf16 would give only a few hundred different numbers.
@@ -158,7 +158,7 @@ def classifier_of(family="llama", seed=0):
     tokenizer = load_tokenizer(str(saved_model(family)))
     classifier = load_classifier(str(saved_model(family)), fresh_head=True, seed=seed)
     set_padding(classifier, tokenizer)
-    return RewardModel(classifier), tokenizer
+    return RewardNetwork(classifier), tokenizer
 
 
 def test_a_weight_counts_like_repeated_rows():
@@ -286,7 +286,7 @@ def test_scoring_equals_an_unbatched_forward_by_plain_transformers():
     classifier = AutoModelForSequenceClassification.from_pretrained(trained.path).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained.path)
     prompts, completions = answers()
-    found = RewardModelScorer.from_folder(trained.path, tokens_per_batch=200).score(prompts, completions)
+    found = RewardModel.from_folder(trained.path, tokens_per_batch=200).score(prompts, completions)
     sequences = tokenize_answers(prompts, completions, tokenizer, 64)[0]
     with torch.no_grad():
         alone = [classifier(torch.tensor([tokens])).logits.item() - trained.facts.mean for tokens in sequences]
@@ -301,7 +301,7 @@ def test_the_side_of_the_padding_changes_no_reward(side):
     texts = [f"q{i}?" + "yes! " * i + "</s>" for i in range(1, 6)]
     with torch.no_grad():
         found = classifier(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0]
-    ours = RewardModelScorer.from_folder(trained.path)
+    ours = RewardModel.from_folder(trained.path)
     expected = ours.score([f"q{i}?" for i in range(1, 6)], ["yes! " * i for i in range(1, 6)])
     torch.testing.assert_close(found - trained.facts.mean, torch.tensor(expected), rtol=0, atol=1e-5)
 
@@ -330,7 +330,7 @@ def test_an_encoder_is_as_good_a_backbone(tmp_path):
         str(tmp_path / "model"), pairs(), tmp_path / "reward", test=pairs(20, 100), options=FAST
     )
     assert trained.report.accuracy > 0.9
-    scorer = RewardModelScorer.from_folder(trained.path)
+    scorer = RewardModel.from_folder(trained.path)
     prompts, completions = answers()
     alone = [scorer.score([prompt], [text])[0] for prompt, text in zip(prompts, completions, strict=True)]
     assert scorer.score(prompts, completions) == pytest.approx(alone, abs=1e-5)
@@ -369,7 +369,7 @@ def test_an_answer_is_cut_on_its_own_and_keeps_its_beginning():
 
 
 def test_a_scorer_says_how_many_answers_it_cuts():
-    scorer = RewardModelScorer.from_folder(reward_model().path)
+    scorer = RewardModel.from_folder(reward_model().path)
     assert scorer.cut_note(["q1?", "q2?"], ["yes!", "no."]) == []
     (note,) = scorer.cut_note(["q1?", "q2?", "q? " * 80], ["yes!", "no. " * 80, "yes!"])
     assert note.startswith("2 of 3 answers are cut, with their prompts, to the 64 tokens that the reward model reads")
@@ -399,7 +399,7 @@ def test_another_template_is_refused(folder):
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
     with pytest.raises(InputError, match="the chat template is not the one that this reward model was trained with"):
-        RewardModelScorer.from_folder(folder)
+        RewardModel.from_folder(folder)
 
 
 def test_a_folder_without_facts_and_damaged_facts_are_refused(folder):
@@ -419,18 +419,18 @@ def test_rewards_that_are_not_finite_are_refused(folder):
     with torch.no_grad():
         model.classifier.score.weight.fill_(float("nan"))
     with pytest.raises(EveralignError, match="NaN or infinite rewards"):
-        RewardModelScorer(model, tokenizer, facts).score(["p"], ["a"])
+        RewardModel(model, tokenizer, facts).score(["p"], ["a"])
 
 
 def test_the_fingerprint_knows_the_weights_and_the_mean(folder):
     model, tokenizer, facts = load_reward_model(folder)
-    first = RewardModelScorer(model, tokenizer, facts).fingerprint
-    assert RewardModelScorer.from_folder(folder).fingerprint == first
-    moved = RewardModelScorer(model, tokenizer, facts.model_copy(update={"mean": facts.mean + 1}))
+    first = RewardModel(model, tokenizer, facts).fingerprint
+    assert RewardModel.from_folder(folder).fingerprint == first
+    moved = RewardModel(model, tokenizer, facts.model_copy(update={"mean": facts.mean + 1}))
     assert moved.fingerprint != first
     with torch.no_grad():
         model.classifier.score.weight[0, 0] += 0.1
-    assert RewardModelScorer(model, tokenizer, facts).fingerprint != first
+    assert RewardModel(model, tokenizer, facts).fingerprint != first
 
 
 # ---- the report ----

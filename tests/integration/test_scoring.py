@@ -9,7 +9,7 @@ import pytest
 
 from everalign.data import Preference, Scored, ScoredSet, load_scored, load_unscored
 from everalign.errors import EveralignError, InputError
-from everalign.evaluation.scorers import CallableScorer, RewardModelScorer, make_scorer
+from everalign.evaluation.scorers import CallableScorer, RewardModel, make_scorer
 from everalign.evaluation.scoring import score_rows
 from everalign.storage import Journal
 from rewards_for_tests import reward_model
@@ -325,13 +325,13 @@ def test_options_that_a_scorer_would_ignore_or_cannot_use_are_refused(module):
 
 def test_a_reward_model_scores_its_own_kind_of_answers(tmp_path):
     items = [{"prompt": f"q{i}?", "completions": ["no. no.", "yes! yes!"]} for i in range(60, 70)]
-    result = score_rows(rows(items), RewardModelScorer.from_folder(reward_model().path), tmp_path / "out.jsonl")
+    result = score_rows(rows(items), RewardModel.from_folder(reward_model().path), tmp_path / "out.jsonl")
     assert all(isinstance(row.preference(), Preference) for row in result.rows)
     assert all(row.preference().chosen == "yes! yes!" for row in result.rows)
 
 
 def test_batches_of_any_size_give_the_same_rewards(tmp_path):
-    model = RewardModelScorer.from_folder(reward_model().path)
+    model = RewardModel.from_folder(reward_model().path)
     found = [
         [
             reward

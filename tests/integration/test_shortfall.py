@@ -8,7 +8,7 @@ from cli_for_tests import FAST, make_workspace, run, write_rows
 from corrections_for_tests import corrections
 from everalign.data import PreferenceSet, ScoredSet
 from everalign.errors import InputError, ShortfallError, check_shortfall
-from everalign.evaluation.scorers import RewardModelScorer
+from everalign.evaluation.scorers import RewardModel
 from everalign.evaluation.scoring import score_rows
 from everalign.learning import task_training as lesson
 from everalign.learning.options import RolloutOptions
@@ -154,7 +154,7 @@ def test_a_reward_model_refuses_equal_pairs_and_tells_of_cut_answers(tmp_path):
 
 
 def test_answers_that_are_scored_without_their_ends_are_told_of(tmp_path):
-    lines, scorer = [], RewardModelScorer.from_folder(reward_model().path)
+    lines, scorer = [], RewardModel.from_folder(reward_model().path)
     rows = ScoredSet.of([{"prompt": "q", "completions": ["short", "x" * 500]} for _ in range(3)], "answers")
     score_rows(rows, scorer, tmp_path / "out.jsonl", log=lines.append)
     assert any("warning: answers: 3 of 6 answers with their prompts were cut" in line for line in lines)

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from everalign.cli import main
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector
 from everalign.evaluation.judge import JudgeScorer, reward_cache
-from everalign.evaluation.scorers import RewardModelScorer
+from everalign.evaluation.scorers import RewardModel
 from everalign.learning.run_data import load_run
 from everalign.serving.store import Exchange, Feedback, FeedbackStore
 from everalign.storage import Journal
@@ -169,7 +169,7 @@ class Judge:
 
 def make_expected():
     """What the old code makes of these files."""
-    corrector, rewards = Corrector.from_pretrained("corrector"), RewardModelScorer.from_folder("reward")
+    corrector, rewards = Corrector.from_pretrained("corrector"), RewardModel.from_folder("reward")
     runs = {name: load_run(Path(name)) for name in ("run", "rated", "correcting", "learned")}
     free = CorrectionOptions(guards=NO_GUARDS, max_new_tokens=12)
     expected = {

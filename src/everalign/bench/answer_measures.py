@@ -21,7 +21,7 @@ from everalign.bench.records import Record
 from everalign.data.messages import Completion, Prompt
 from everalign.data.rows import content_id
 from everalign.errors import EveralignError
-from everalign.evaluation.scorers import RewardModelScorer, Scorer
+from everalign.evaluation.scorers import RewardModel, Scorer
 from everalign.evaluation.scoring import checked_rewards
 from everalign.evaluation.statistics import (
     Array,
@@ -70,7 +70,7 @@ class KeptRewards:
         path: the file.
     """
 
-    def __init__(self, scorer: RewardModelScorer, path: Path) -> None:
+    def __init__(self, scorer: RewardModel, path: Path) -> None:
         self._scorer, self._journal, self.fingerprint = scorer, Journal(path), scorer.fingerprint
         self.cut_note = scorer.cut_note
 

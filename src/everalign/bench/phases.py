@@ -245,11 +245,11 @@ def _scorer(bench: Bench, settings: Settings, log: Log) -> KeptRewards | None:
     """The reward model that judges the answers, with the rewards that it has given already; None without one."""
     if bench.answers is None or bench.answers.reward_model is None:
         return None
-    from everalign.evaluation.scorers import RewardModelScorer
+    from everalign.evaluation.scorers import RewardModel
 
     folder = expanded(bench.answers.reward_model)
     log(f"rewards by {folder}")
-    return KeptRewards(RewardModelScorer.from_folder(folder), settings.output / "rewards.sqlite")
+    return KeptRewards(RewardModel.from_folder(folder), settings.output / "rewards.sqlite")
 
 
 def _limits(result: ModelResult, absent: Sequence[str]) -> list[str]:

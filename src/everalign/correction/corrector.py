@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from everalign.correction.edits import common_prefix_length
 from everalign.correction.engines import (
@@ -21,9 +21,12 @@ from everalign.correction.engines import (
     Gate,
     Pair,
 )
+from everalign.correction.options import CorrectorOptions
 from everalign.correction.output_checks import Approver, Guards
 from everalign.correction.templates import Question, Template, get_template
 from everalign.data.messages import checked_prompt
+from everalign.data.readers import load_corrections
+from everalign.data.records import CorrectionSet
 from everalign.data.rows import check_text
 from everalign.errors import EveralignError, InputError
 from everalign.llm_client import ChatClient
@@ -102,7 +105,51 @@ class Corrector:
     def __init__(
         self, engine: Engine, options: CorrectionOptions | None = None, approver: Approver | None = None
     ) -> None:
+        if isinstance(engine, str | os.PathLike):
+            call = "from_endpoint(url, model, template=...)" if "://" in str(engine) else f"from_pretrained({engine!r})"
+            raise InputError(f"a corrector is loaded by Corrector.{call}; Corrector() itself takes an engine")
+        if not callable(getattr(engine, "write", None)):
+            raise InputError(
+                f"Corrector takes an engine, found {type(engine).__name__}: load a folder with "
+                "Corrector.from_pretrained(folder), use a server with Corrector.from_endpoint(url, model, "
+                "template=...), or train one with Corrector.train(model, rows, folder)"
+            )
         self._engine, self._options, self._approver = engine, options or CorrectionOptions(), approver
+
+    def __repr__(self) -> str:
+        approver = "" if self._approver is None else f", approver={type(self._approver).__name__}"
+        return f"Corrector({type(self._engine).__name__}, template={self.template.id!r}{approver})"
+
+    @classmethod
+    def train(
+        cls, model: str, rows: Any, output: str | os.PathLike[str], *, test: Any = None, **arguments: Any
+    ) -> "Corrector":
+        """Train a corrector, write its folder, and load it.
+
+            corrector = Corrector.train("tiny", "edits.csv", "runs/corrector", test="edits.test.csv", epochs=2)
+            corrector.correct("Is the sea salty?", "No.").text
+
+        Args:
+            model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`; a corrector is trained
+                further.
+            rows: what `load_corrections` returns, or takes: a path, a list of dictionaries, a DataFrame, ...
+            output: the corrector's folder; must be empty or not exist yet.
+            test: held-out rows, for the report in `corrector.json`.
+            arguments: those of `train_corrector`, which also returns the report, or single options of
+                `CorrectorOptions`, such as `epochs=2` and `lora_rank=16`.
+
+        Raises:
+            InputError: rows, options or model cannot be used.
+        """
+        from everalign.correction.training import train_corrector  # loads torch
+
+        given = {name: arguments.pop(name) for name in [*arguments] if name in CorrectorOptions.model_fields}
+        if given:
+            options = arguments.get("options")
+            arguments["options"] = CorrectorOptions(**given) if options is None else options.replace(**given)
+        held_out = None if test is None else as_corrections(test)
+        trained = train_corrector(model, as_corrections(rows), output, test=held_out, **arguments)
+        return cls.from_pretrained(trained.path)
 
     @classmethod
     def from_pretrained(
@@ -252,6 +299,11 @@ class Corrector:
                 if not approved:
                     results[i] = replace(results[i], text=answer, changed=False, reason="not_better")
         return results
+
+
+def as_corrections(rows: Any) -> CorrectionSet:
+    """Returns corrections as a set: one already, or whatever `load_corrections` takes."""
+    return rows if isinstance(rows, CorrectionSet) else load_corrections(rows)
 
 
 def _checked(pair: Pair, where: str) -> Pair:

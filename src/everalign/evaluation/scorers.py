@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from everalign.data.messages import Completion, Prompt, completion_column
+from everalign.data.readers import load_preferences
+from everalign.data.records import PreferenceSet
 from everalign.data.tokenization import tokenize_answers
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.judge import JudgeOptions, JudgeScorer
 from everalign.modeling.loading import model_fingerprint
-from everalign.modeling.reward_model import RewardFacts, RewardModel, load_reward_model, sequence_rewards
+from everalign.modeling.reward_model import RewardFacts, RewardNetwork, load_reward_model, sequence_rewards
 from everalign.modeling.runtime import prepare_process
 from everalign.storage import sha256_of
-from everalign.training.options import TOKENS_PER_BATCH
+from everalign.training.options import TOKENS_PER_BATCH, RewardOptions
+from everalign.training.reward_model import train_reward_model
 
 RewardFunction = Callable[[list[Any], list[Any]], list[float]]
 
@@ -40,8 +43,11 @@ class Scorer(Protocol):
         ...
 
 
-class RewardModelScorer:
-    """A reward model of `train_reward_model`; the mean reward of its training answers is subtracted.
+class RewardModel:
+    """A reward model, which gives answers their rewards; the mean reward of its training answers is subtracted.
+
+    reward = RewardModel.from_folder("runs/reward")
+    reward.score(["Is the sea salty?"], ["Yes."])
 
     Args:
         model: the classifier.
@@ -55,7 +61,7 @@ class RewardModelScorer:
     """
 
     def __init__(
-        self, model: RewardModel, tokenizer: Any, facts: RewardFacts, tokens_per_batch: int = TOKENS_PER_BATCH
+        self, model: RewardNetwork, tokenizer: Any, facts: RewardFacts, tokens_per_batch: int = TOKENS_PER_BATCH
     ) -> None:
         self._model, self._tokenizer, self._facts = model.eval(), tokenizer, facts
         self._tokens_per_batch, self.cut = tokens_per_batch, 0
@@ -63,9 +69,39 @@ class RewardModelScorer:
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     @classmethod
-    def from_folder(
-        cls, folder: str | os.PathLike[str], tokens_per_batch: int = TOKENS_PER_BATCH
-    ) -> "RewardModelScorer":
+    def train(
+        cls, model: str, pairs: Any, output: str | os.PathLike[str], *, test: Any = None, **arguments: Any
+    ) -> "RewardModel":
+        """Trains a reward model on preferences, writes its folder, and loads it.
+
+            reward = RewardModel.train("tiny", "pairs.csv", "runs/reward", test="pairs.test.csv", learning_rate=1e-3)
+            reward.score(["Is the sea salty?"], ["Yes."])
+
+        Args:
+            model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`.
+            pairs: what `load_preferences` returns, or takes: a path, a list of dictionaries, a DataFrame, ...
+            output: the reward model's folder; must be empty or not exist yet.
+            test: held-out pairs, for the report.
+            arguments: those of `train_reward_model`, which also returns the report, or single options of
+                `RewardOptions`, such as `epochs=2` and `lora_rank=16`.
+
+        Raises:
+            InputError: pairs, options or model cannot be used.
+        """
+        given = {name: arguments.pop(name) for name in [*arguments] if name in RewardOptions.model_fields}
+        if given:
+            options = arguments.get("options")
+            arguments["options"] = RewardOptions(**given) if options is None else options.replace(**given)
+        rows = pairs if isinstance(pairs, PreferenceSet) else load_preferences(pairs)
+        if test is not None:
+            arguments["test"] = test if isinstance(test, PreferenceSet) else load_preferences(test)
+        return cls.from_folder(train_reward_model(model, rows, output, **arguments).path)
+
+    def __repr__(self) -> str:
+        return f"RewardModel(base_model={self._facts.base_model!r}, max_length={self._facts.max_length})"
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str], tokens_per_batch: int = TOKENS_PER_BATCH) -> "RewardModel":
         """Loads a reward model's folder, onto the GPU if there is one; errors as in `load_reward_model`."""
         if tokens_per_batch < 1:
             raise InputError(f"tokens per batch: must be at least 1, found {tokens_per_batch}")
@@ -170,7 +206,7 @@ def make_scorer(name: str, tokens_per_batch: int | None = None, judge: JudgeOpti
     if judge is not None and judge.given:
         raise InputError(f"{judge.given[0]}: {name} would ignore it; only a judge (URL#MODEL) has it, so leave it out")
     if Path(name).exists() or ":" not in name:
-        return RewardModelScorer.from_folder(name, TOKENS_PER_BATCH if tokens_per_batch is None else tokens_per_batch)
+        return RewardModel.from_folder(name, TOKENS_PER_BATCH if tokens_per_batch is None else tokens_per_batch)
     if tokens_per_batch is not None:
         raise InputError(f"tokens per batch: the function {name} would ignore it; leave it out")
     return CallableScorer.from_name(name)

@@ -184,7 +184,7 @@ def score_rows(
     """
     path = Path(output)
     # A gateway that compares answers by a judge loads this module, and no torch.
-    from everalign.evaluation.scorers import RewardModelScorer
+    from everalign.evaluation.scorers import RewardModel
 
     with exclusive(lock_of(path)):
         if not rows:
@@ -206,15 +206,15 @@ def score_rows(
         if resumed:
             log(f"  {resumed} of {len(rows)} rows were scored by an earlier run")
         missing = [number for number in range(len(rows)) if number not in done]
-        cut_before = scorer.cut if isinstance(scorer, RewardModelScorer) else 0
+        cut_before = scorer.cut if isinstance(scorer, RewardModel) else 0
         for batch in _batches(rows, missing, answers_per_batch):
             # Reward models share a batch between processes; a function or a judge is asked by one of them.
-            shared = isinstance(scorer, RewardModelScorer)
+            shared = isinstance(scorer, RewardModel)
             found = (_score_batch if shared else on_main(_score_batch))(asked, rows, batch)
             journal.put(found)
             done |= found
             progress("scoring", len(done), len(rows))
-        if isinstance(scorer, RewardModelScorer):
+        if isinstance(scorer, RewardModel):
             answers = sum(len(rows[number].completions) for number in missing)
             what, remedy = "answers with their prompts were cut before they were scored", "train with more --max-length"
             for warning in check_shortfall(scorer.cut - cut_before, answers, what, remedy, refuse=False):

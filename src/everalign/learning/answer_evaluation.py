@@ -27,7 +27,7 @@ from everalign.evaluation.answers import (
 )
 from everalign.evaluation.judge import INSTRUCTIONS, JudgeScorer, reward_cache
 from everalign.evaluation.rubrics import RUBRICS, rubric_of
-from everalign.evaluation.scorers import RewardModelScorer, Scorer
+from everalign.evaluation.scorers import RewardModel, Scorer
 from everalign.evaluation.statistics import bootstrap_mean
 from everalign.learning.options import AdapterOptions
 from everalign.learning.run_data import BASE, RESULTS, RunData
@@ -208,7 +208,7 @@ def evaluate_run(
 def _warn_of_cuts(
     reward: Scorer | None, prompts: Prompts, written: Sequence[Mapping[str, Sequence[Answer]]], log: Log
 ) -> None:
-    if not isinstance(reward, RewardModelScorer):
+    if not isinstance(reward, RewardModel):
         return
     asked = [row.prompt for by_task in written for task in by_task for row in prompts[task]]
     texts = [one.text for by_task in written for answers in by_task.values() for one in answers]

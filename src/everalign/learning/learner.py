@@ -1,6 +1,7 @@
 """The learner: a loop over preference tasks that trains, evaluates, gates and writes versions into a run directory."""
 
 import copy
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from everalign.learning.options import (
     CorrectionTaskOptions,
     RolloutOptions,
     TrainingOptions,
+    collect_options,
 )
 from everalign.learning.promotion import (
     Rollback,
@@ -42,11 +44,12 @@ from everalign.learning.scores import Scores
 from everalign.learning.task_files import loaders
 from everalign.learning.task_training import AnySet, GivenTask, Rows, as_set, prepare_rows, task_seed, train_task
 from everalign.learning.tracking import Tracker
-from everalign.methods import METHODS, LifeAlign, Method, Task
+from everalign.methods import METHODS, Method, Task, as_method
 from everalign.modeling.model_files import OutputDtype
 from everalign.modeling.runtime import peak_memory
+from everalign.notebook import default_progress
 from everalign.training.base_objective import PreparedRows
-from everalign.training.objectives import reads
+from everalign.training.objectives import check_objective, reads
 from everalign.training.options import WeightOptions
 from everalign.training.stage import StageFigures
 from everalign.training.trainer import training_arguments
@@ -68,16 +71,24 @@ class Learner:
     A run to continue is read and its current version loaded; the first task encodes and scores its held-out rows
     with the base model.
 
+        learner = Learner("tiny", method="er", output="runs/polite", epochs=2, learning_rate=1e-3, replay=0.3)
+        learner.learn("polite.csv", name="polite", test="polite.test.csv")
+        learner.scores
+
     Args:
-        model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`.
+        model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`; or a loaded causal
+            language model of transformers, which is written into the run first, so that the run can be continued and
+            exported.
         base_adapter: a PEFT adapter to start from, merged into the base model, which then is what `base` means: the
             reference, what versions sit on, and what an export holds. A `model` that is an adapter itself stands for
             its base model with that adapter.
-        method: what is carried from task to task; LifeAlign when None.
+        tokenizer: of a model that is given as an object; loaded from where the model was when None.
+        method: what is carried from task to task: a method, its name on the command line, or a dictionary of `name` and
+            arguments; LifeAlign when None.
         objective: what a row teaches: a preference, `fpo`, `dpo` or `sft`; a scored row, `var`; either, `snkl`; a
             correction, `correction`.
         output: the run directory; created when missing.
-        training: how every task is trained.
+        training: how every task is trained. These five sections are options or dictionaries of them.
         adapter: shape of the adapter.
         weighting: how rewards become weights, for `var`, and targets, for `snkl`.
         reward: scorer for answers without rewards: a reward model's folder, `module:function`, a judge's
@@ -107,6 +118,7 @@ class Learner:
         log: called with one line for each thing that happens; standard error when None.
         progress: called with (stage, steps done, steps in all), of training, evaluation and reference passes.
         figures: called with (stage, steps done, what was measured), see `everalign.training.stage.Figures`.
+        options: single options by name, of any section or of the method: `epochs=2`, `rank=4`, `replay=0.3`.
 
     Raises:
         InputError: model, settings or output directory cannot be used.
@@ -114,18 +126,19 @@ class Learner:
 
     def __init__(
         self,
-        model: str,
-        method: Method | None = None,
+        model: Any,
+        method: Method | type[Method] | str | Mapping[str, Any] | None = None,
         objective: str = DEFAULT_OBJECTIVE,
         output: str | Path = "runs/everalign",
         *,
+        tokenizer: Any = None,
         base_adapter: str | Path | None = None,
-        training: TrainingOptions | None = None,
-        adapter: AdapterOptions | None = None,
-        weighting: WeightOptions | None = None,
+        training: TrainingOptions | Mapping[str, Any] | None = None,
+        adapter: AdapterOptions | Mapping[str, Any] | None = None,
+        weighting: WeightOptions | Mapping[str, Any] | None = None,
         reward: str | Scorer | None = None,
-        rollouts: RolloutOptions | None = None,
-        correction: CorrectionTaskOptions | None = None,
+        rollouts: RolloutOptions | Mapping[str, Any] | None = None,
+        correction: CorrectionTaskOptions | Mapping[str, Any] | None = None,
         gate: float | None = None,
         gate_scorer: str | Scorer | None = None,
         seed: int = 0,
@@ -138,12 +151,16 @@ class Learner:
         log_to: Sequence[str] = (),
         fsdp: bool = False,
         log: Log = _print,
-        progress: Progress = lambda stage, done, total: None,
+        progress: Progress | None = None,
         figures: StageFigures = lambda stage, step, measured: None,
+        **options: Any,
     ) -> None:
-        if weighting is not None and not reads(objective, "weighting"):
+        check_objective(objective)
+        sections = {"training": training, "adapter": adapter, "weighting": weighting, "rollouts": rollouts}
+        chosen, arguments = collect_options({**sections, "correction": correction}, options)
+        method = as_method(method, arguments)
+        if chosen["weighting"] is not None and not reads(objective, "weighting"):
             raise InputError(f"weighting is for rewards, and the objective {objective} has none: leave it out")
-        method = LifeAlign() if method is None else method
         check_tolerance(gate, method.name, method.regime)
         if gate_scorer is not None and (gate is None or not reads(objective, "correction")):
             raise InputError(
@@ -156,21 +173,25 @@ class Learner:
         with self._run.exclusive():
             self._run.check_usable(resume)
             self._tracker = Tracker(Path(output), log_to, figures)
+            if not isinstance(model, str | os.PathLike):
+                model = self._run.keep_model(model, tokenizer)
+            elif tokenizer is not None:
+                raise InputError("tokenizer: is for a model that is given as an object: leave it out")
         self._setup = make_context(
             str(model),
             None if base_adapter is None else str(base_adapter),
             method,
             objective,
-            self._run.with_its_precision(training or TrainingOptions()),
-            adapter,
-            weighting or WeightOptions(),
+            self._run.with_its_precision(chosen["training"] or TrainingOptions()),
+            chosen["adapter"],
+            chosen["weighting"] or WeightOptions(),
             make_scorer(reward) if isinstance(reward, str) else reward,
-            rollouts or RolloutOptions(),
-            correction,
+            chosen["rollouts"] or RolloutOptions(),
+            chosen["correction"],
             seed,
             self._run.cache if cache is None else Path(cache),
             log,
-            progress,
+            progress or default_progress(),
             self._tracker,
             fsdp,
         )
@@ -194,6 +215,13 @@ class Learner:
                 self._run.begin(self._setup.to_dict())
         self._tests = EvaluationSuite(self._setup, self._run, allow_overlap, sample_answers)
         self._learning = False
+
+    def __repr__(self) -> str:
+        setup, learned = self._setup, ", ".join(self._lineage) or "no task yet"
+        return (
+            f"Learner({setup.model_name!r}, {self.method!r}, {setup.objective.name!r}, {str(self._run.path)!r}; "
+            f"learned: {learned})"
+        )
 
     # ---- learning ----
 

@@ -1,5 +1,6 @@
 """Options of a run: method, adapter, training, rollouts and distillation. Importing them loads nothing heavy."""
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from everalign.errors import InputError
+from everalign.methods import table
 from everalign.modeling.options import PrecisionChoice, Quantize, SamplingOptions
 from everalign.options import Options
 from everalign.training.objectives import OBJECTIVES
@@ -25,6 +27,7 @@ from everalign.training.options import (
     StageOptions,
     TokensPerBatch,
     Warmup,
+    WeightOptions,
 )
 
 Reference = Literal["base", "stage_start", "previous_task"]
@@ -34,7 +37,7 @@ Space = Literal["none", "product", "factors"]
 Step = Literal["fixed", "fitted"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-DEFAULT_METHOD = "lifealign"
+DEFAULT_METHOD = table.DEFAULT
 DEFAULT_OBJECTIVE = "fpo"
 
 # Characters of regular expressions that no module's name has.
@@ -326,3 +329,47 @@ def check_trackers(names: Sequence[str]) -> None:
             raise InputError(f"log_to: there is no tracker {name!r}; choose from {known}", field="log_to")
         if all(find_spec(package) is None for package in TRACKERS[name]):
             raise InputError(f"log_to {name}: the package is not installed: pip install {name}", field="log_to")
+
+
+_SECTIONS: dict[str, type[Options]] = {
+    "training": TrainingOptions,
+    "adapter": AdapterOptions,
+    "weighting": WeightOptions,
+    "rollouts": RolloutOptions,
+    "correction": CorrectionTaskOptions,
+}
+
+
+def collect_options(sections: Mapping[str, Any], keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Puts a learner's options together.
+
+    Args:
+        sections: `training`, `adapter`, ...: their options, a dictionary of them, or None.
+        keywords: single options by name, of any section or of the method; they win.
+
+    Returns:
+        The options of each section, None where nothing is given, and the method's arguments.
+
+    Raises:
+        InputError: an option is unknown, or has a value it cannot have.
+    """
+    found: dict[str, Any] = {}
+    for section, kind in _SECTIONS.items():
+        value = sections[section]
+        if isinstance(value, Mapping):
+            value = kind(**value)
+        if value is not None and not isinstance(value, kind):
+            what = f"{kind.__name__} or a dictionary of its options, found {type(value).__name__}"
+            raise InputError(f"{section}: must be {what}", field=section)
+        if own := {name: given for name, given in keywords.items() if name in kind.model_fields}:
+            value = kind(**own) if value is None else value.replace(**own)
+        found[section] = value
+    of_method = {name: given for name, given in keywords.items() if name in MethodOptions.model_fields}
+    kinds: list[type[Options]] = [MethodOptions, *_SECTIONS.values()]
+    known = [name for kind in kinds for name in kind.model_fields]
+    for name in keywords:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "help(everalign.Learner) lists them"
+            raise InputError(f"{name!r} is not an option of a learner: {hint}", field=name, hint=hint)
+    return found, of_method

@@ -10,7 +10,7 @@ from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 from everalign.errors import GateRefusedError, InputError, NotEnoughEvidenceError
-from everalign.learning.run_data import BASE, BASE_ADAPTER, ZERO_SHOT, RunData, check_is_run, load_run
+from everalign.learning.run_data import BASE, BASE_ADAPTER, BASE_MODEL, ZERO_SHOT, RunData, check_is_run, load_run
 from everalign.learning.run_files import Comparison, Outcome, Verdict
 from everalign.storage import differing_files, exclusive, is_partial, write_text
 
@@ -208,7 +208,7 @@ def check_output(path: Path, resume: bool) -> None:
         return
     if not path.is_dir():
         raise InputError(f"{path} is not a directory: choose another output directory")
-    ours = (ZERO_SHOT, LOCK, BASE_ADAPTER)
+    ours = (ZERO_SHOT, LOCK, BASE_ADAPTER, BASE_MODEL)
     if any(entry.name not in ours and not is_partial(entry) for entry in path.iterdir()):
         raise InputError(f"{path} is not empty and holds no run: choose another output directory")
 

@@ -33,6 +33,8 @@ BASE = "000"
 """The parent of a version that started from the base model."""
 BASE_ADAPTER = "base_adapter"
 """Folder of the adapter that was merged into the base model."""
+BASE_MODEL = "base_model"
+"""Folder of a base model that was given as an object."""
 ZERO_SHOT = "zero_shot.json"
 """The base model's scores."""
 RESULTS = Path("evaluation", "results.json")

@@ -3,6 +3,7 @@
     run.json  zero_shot.json  current  versions/001-NAME/{manifest, scores, training, consolidation, adapter, ...}
     current   names the version that learning continues from; versions off its lineage were refused or rolled back
     work/     checkpoints of the task being learned; empty between tasks
+    base_model/    the base model, if it was given as an object
     base_adapter/  the adapter that was merged into the base model, if there was one
     cache/    encoded rows and reference log-probabilities
     tests/    the held-out rows that every version is scored on
@@ -22,6 +23,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from everalign.data.replay import ReplayBuffer
 from everalign.data.rows import RowSet
@@ -31,11 +33,12 @@ from everalign.evaluation import PreferenceScore
 from everalign.learning import run_files
 from everalign.learning.options import TrainingOptions
 from everalign.learning.promotion import check_output, check_version, exclusive_run, promote
-from everalign.learning.run_data import BASE, BASE_ADAPTER, ZERO_SHOT, RunData, RunReader, work_folder
+from everalign.learning.run_data import BASE, BASE_ADAPTER, BASE_MODEL, ZERO_SHOT, RunData, RunReader, work_folder
 from everalign.learning.sample_answers import Answers
 from everalign.methods import Method
 from everalign.methods.base import ModuleRecord
 from everalign.modeling.base_adapter import adapter_files
+from everalign.modeling.loading import DTYPES, load_tokenizer, model_fingerprint
 from everalign.modeling.policy import Policy
 from everalign.storage import checksums, new_folder, read_json, write_json, write_text
 from everalign.training.stage import StageResult
@@ -94,6 +97,34 @@ class RunDirectory:
     def check_usable(self, resume: bool) -> None:
         """Refuses a folder that holds a run, unless it is to be resumed, or other files."""
         check_output(self.path, resume)
+
+    @on_main
+    def keep_model(self, model: Any, tokenizer: Any) -> str:
+        """Writes a loaded model into the run, and returns its folder; a run that is continued has it already.
+
+        Args:
+            model: a causal language model of transformers.
+            tokenizer: its tokenizer; loaded from where the model was when None.
+
+        Raises:
+            InputError: it is no such model, has no tokenizer, or is not the one that the run was started with.
+        """
+        folder = (self.path / BASE_MODEL).resolve()
+        if not isinstance(model, PreTrainedModel):
+            what = f"a folder, a name, or a causal language model of transformers, found {type(model).__name__}"
+            raise InputError(f"model: must be {what}", field="model")
+        if self.exists:
+            facts = run_files.read_json(self.path / "run.json", run_files.RunFile)
+            dtype = DTYPES[facts.settings.get("precision", "fp32")]
+            if not folder.exists() or model_fingerprint(model, dtype) != facts.model_fingerprint:
+                raise InputError(f"{self.path} was started with a different model: use the same, or another output")
+            return str(folder)
+        tokenizer = load_tokenizer(model.name_or_path) if tokenizer is None else tokenizer
+        shutil.rmtree(folder, ignore_errors=True)
+        with new_folder(folder) as written:
+            model.save_pretrained(written)
+            tokenizer.save_pretrained(written)
+        return str(folder)
 
     @on_main
     def begin(self, facts: Mapping[str, Any]) -> None:

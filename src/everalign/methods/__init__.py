@@ -5,10 +5,12 @@ costs nothing.
 """
 
 import inspect
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from everalign.methods.table import ENTRIES, check_method, check_taken, method_file
+from everalign.errors import InputError
+from everalign.methods.table import DEFAULT, ENTRIES, check_method, check_taken, method_file
 
 if TYPE_CHECKING:
     from everalign.methods.base import Method, Task
@@ -45,6 +47,36 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES, "METHODS"})
+
+
+def as_method(
+    method: "Method | type[Method] | str | Mapping[str, Any] | None", arguments: Mapping[str, Any]
+) -> "Method":
+    """Returns a method, or makes one.
+
+    Args:
+        method: a method, the name of one, or a dictionary of `name` and arguments; None for `lifealign`.
+        arguments: further ones, by name.
+
+    Raises:
+        InputError: there is no such method, or an argument would be ignored.
+    """
+    if isinstance(method, Mapping):
+        return make_method(**{"name": DEFAULT, **method, **arguments})
+    if method is None or isinstance(method, str):
+        return make_method(method or DEFAULT, **arguments)
+    kind: type[Method] = __getattr__("Method")
+    if isinstance(method, type) and issubclass(method, kind):
+        return method(**arguments)
+    if not isinstance(method, kind):
+        raise InputError(
+            f"method: must be a name such as 'er', or a method such as ExperienceReplay(), found {method!r}",
+            field="method",
+        )
+    if arguments:
+        name = next(iter(arguments))
+        raise InputError(f"{name}: give it to the method itself, {type(method).__name__}({name}=...)", field=name)
+    return method
 
 
 def make_method(name: str, **arguments: Any) -> "Method":

@@ -134,6 +134,11 @@ class Method(StageHooks):
         """Returns the arguments that shape the result, for the manifest."""
         return {}
 
+    def __repr__(self) -> str:
+        gamma = {} if self.gamma is None else {"gamma": self.gamma}
+        given = ", ".join(f"{name}={value!r}" for name, value in {**gamma, **self.settings()}.items())
+        return f"{type(self).__name__}({given})"
+
     def check_fits(self, objective: str, reference: str | None, adapter: bool) -> None:
         """Refuses what the method cannot be combined with, before anything is loaded.
 

@@ -52,6 +52,7 @@ ENTRIES: Mapping[str, Entry] = {
     "experts": Entry("experts", "LabelledExperts", labelled=True),
 }
 
+DEFAULT = "lifealign"
 SPACES = ("none", "product", "factors")
 RANK_CAP = 64
 

@@ -39,7 +39,7 @@ from everalign.storage import check_free, new_folder, read_json, read_model, wri
 _PADDING = "<|pad|>"
 
 
-class RewardModel(nn.Module):
+class RewardNetwork(nn.Module):
     """A classifier as a function of token sequences.
 
     Args:
@@ -172,7 +172,7 @@ def set_padding(classifier: Any, tokenizer: Any) -> None:
 
 
 def sequence_rewards(
-    model: RewardModel,
+    model: RewardNetwork,
     sequences: Sequence[list[int]],
     tokens_per_batch: int,
     progress: Callable[[int, int], None] | None = None,
@@ -254,7 +254,7 @@ class RewardFacts(BaseModel):
 
 
 def save_reward_model(
-    folder: Path, model: RewardModel, tokenizer: Any, facts: RewardFacts, prompts: Iterable[Prompt]
+    folder: Path, model: RewardNetwork, tokenizer: Any, facts: RewardFacts, prompts: Iterable[Prompt]
 ) -> None:
     """Write a reward model's folder, whole or not at all; refuses one that is not empty.
 
@@ -297,7 +297,7 @@ def read_reward_prompts(folder: Path) -> set[str] | None:
     return set(keys)
 
 
-def load_reward_model(folder: Path) -> tuple[RewardModel, Any, RewardFacts]:
+def load_reward_model(folder: Path) -> tuple[RewardNetwork, Any, RewardFacts]:
     """Load what `save_reward_model` wrote: the model (on the GPU if there is one), its tokenizer and its facts.
 
     Raises:
@@ -314,4 +314,4 @@ def load_reward_model(folder: Path) -> tuple[RewardModel, Any, RewardFacts]:
     classifier = load_classifier(str(folder), fresh_head=False, device=training_device())
     # As they were computed when the mean was found that is subtracted from them.
     precision: Precision = "bf16" if facts.settings.get("precision") == "bf16" else "fp32"
-    return RewardModel(classifier, precision), tokenizer, facts
+    return RewardNetwork(classifier, precision), tokenizer, facts

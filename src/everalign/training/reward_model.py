@@ -37,7 +37,7 @@ from everalign.modeling.options import Precision
 from everalign.modeling.quantization import check_all_weights
 from everalign.modeling.reward_model import (
     RewardFacts,
-    RewardModel,
+    RewardNetwork,
     add_adapter,
     load_classifier,
     save_reward_model,
@@ -207,7 +207,7 @@ def train_reward_model(
         pairs = _encode("training", train, tokenizer, max_length, log)
         held_out = _encode("held-out", test, tokenizer, max_length, log) if test else None
 
-        rewards = RewardModel(classifier, precision)
+        rewards = RewardNetwork(classifier, precision)
         stage = StageOptions(
             **{**options.shared_with(StageOptions), "learning_rate": options.rate, "checkpoint_steps": 0}
         )
@@ -225,7 +225,7 @@ def train_reward_model(
         if options.lora_rank:
             plain = load_classifier(model, fresh_head=True, seed=seed, device=device)
             set_padding(plain, tokenizer)
-            rewards = RewardModel(with_adapter_merged(classifier, plain).to(device), precision)
+            rewards = RewardNetwork(with_adapter_merged(classifier, plain).to(device), precision)
         rewards.eval()
         raw = _pair_rewards(rewards, pairs, options, "centring", progress)
         report = None
@@ -299,7 +299,7 @@ def _sequences(rows: Sequence[TokenizedRow]) -> list[list[int]]:
 
 
 def _pair_rewards(
-    model: RewardModel, pairs: Sequence[TokenizedRow], options: RewardOptions, stage: str, progress: Progress
+    model: RewardNetwork, pairs: Sequence[TokenizedRow], options: RewardOptions, stage: str, progress: Progress
 ) -> Tensor:
     """Return the rewards (N, 2), not centred, of chosen and rejected."""
     found = sequence_rewards(
