@@ -1,5 +1,6 @@
 """The gateway's pages: what they show, what they keep, and what they say where something is missing."""
 
+import json
 import re
 
 import pytest
@@ -60,6 +61,52 @@ def test_an_answer_beside_its_correction_and_what_it_took(browser, upstream):
     asked = upstream.requests[-1].body
     assert asked["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How?"}]
     assert asked["model"] == "small"
+
+
+def test_a_conversation_goes_on(browser, upstream):
+    first = browser.ask("How?", system="Be brief.")
+    history = hidden(first, "history")
+    assert json.loads(history) == [
+        {"role": "user", "content": "How?"},
+        {"role": "assistant", "content": "Boil them <later>."},
+    ]
+    second = browser.ask("And then?", system="Be brief.", history=history)
+    asked = upstream.requests[-1].body["messages"]
+    assert [one["role"] for one in asked] == ["system", "user", "assistant", "user"]
+    assert asked[2]["content"] == "Boil them <later>."
+    assert len(json.loads(hidden(second, "history"))) == 4
+    assert "You How? Answer Boil them <later>. You And then?" in read(second).replace("  ", " ")
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        "{",
+        "3",
+        "[3]",
+        '[{"role": "user", "content": "a"}]',
+        '[{"role": "system", "content": "a"}, {"role": "user"}]',
+        '[{"role": "user", "content": 1}, {"role": "assistant", "content": "b"}]',
+    ],
+)
+def test_a_conversation_that_no_page_sent_is_refused(history, browser):
+    reply = browser.ask("And then?", history=history)
+    assert reply.status_code == 400
+    assert "the conversation cannot be read: begin a new one" in read(reply)
+
+
+def test_a_script_gets_the_answer_as_events_and_the_page_last(browser):
+    fields = {"token": browser.token(), "model": "small", "question": "How?"}
+    reply = browser.post("/", data=fields, headers={"accept": "text/event-stream"})
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    events = [line[6:] for line in reply.text.splitlines() if line.startswith("data: ")]
+    found = [json.loads(event) for event in events if event != "[DONE]"]
+    text = "".join(one["choices"][0]["delta"].get("content") or "" for one in found[:-1] if one.get("choices"))
+    assert text == "Boil them <later>."
+    assert "Boil them <ins>&lt;later&gt;</ins>." in found[-1]["page"]
+    wrong = browser.post("/", data={**fields, "question": " "}, headers={"accept": "text/event-stream"})
+    assert wrong.status_code == 400
+    assert "the question is empty" in read(wrong)
 
 
 def test_upstream_models_alone_are_offered(browser):

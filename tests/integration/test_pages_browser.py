@@ -99,6 +99,60 @@ def test_ask_edit_and_keep(script, open_page, store):
     assert said.edited_text == "With pleasure! Boil the eggs for eight minutes."
 
 
+def test_a_conversation_goes_on_and_begins_anew(open_page):
+    page = open_page()
+    for question in ("How do I boil eggs?", "And then?"):
+        page.get_by_label("question").fill(question)
+        page.get_by_role("button", name="Ask").click()
+        page.get_by_role("listitem").filter(has_text=question).wait_for()
+    assert page.locator(".turns li").count() == 4
+    assert page.get_by_label("Next question").input_value() == ""
+    page.get_by_role("link", name="New conversation").click()
+    page.get_by_label("Question").wait_for()
+    assert page.locator(".turns").count() == 0
+
+
+def test_an_answer_is_shown_while_it_is_written(chromium):
+    script = Script("Boil the eggs for seven minutes.", piece=5, drip=0.3)
+    with UpstreamServer(lambda _: script) as upstream, serving(upstream) as running:
+        page = chromium.new_context(base_url=running.url[:-3]).new_page()
+        page.goto("/")
+        page.get_by_label("Question").fill("How?")
+        page.get_by_role("button", name="Ask").click()
+        live = page.locator("#live")
+        live.get_by_text("Writing …").wait_for()
+        assert page.get_by_role("button", name="Asking …").is_visible()
+        begun = live.locator("[data-text]").inner_text()
+        assert begun.startswith("Boil")
+        assert begun != script.text
+        page.wait_for_selector("#answer")
+        assert not live.is_visible()
+        assert page.locator("#answer .text").inner_text() == script.text
+
+
+def test_an_answer_that_fails_is_said_and_the_question_stays(chromium):
+    with UpstreamServer(lambda _: Script(status=400)) as upstream, serving(upstream) as running:
+        page = chromium.new_context(base_url=running.url[:-3]).new_page()
+        page.goto("/")
+        page.get_by_label("Question").fill("How?")
+        page.get_by_role("button", name="Ask").click()
+        page.get_by_role("alert").wait_for()
+        assert page.get_by_label("Question").input_value() == "How?"
+        assert page.get_by_role("button", name="Ask").is_visible()
+
+
+def test_the_dashboard_keeps_fresh(open_page, gateway):
+    page = open_page()
+    page.clock.install()
+    page.goto("/dashboard")
+    page.get_by_text("It is read again every 10 seconds.").wait_for()
+    before = int(page.locator("dt:text-is('skipped') + dd").inner_text())
+    timeline = gateway.gateway.metrics
+    timeline.requests.labels("off", "skipped", "off").inc()
+    page.clock.fast_forward(11_000)
+    page.locator(f"dt:text-is('skipped') + dd:text-is('{before + 1}')").wait_for()
+
+
 def test_what_is_not_edited_is_no_edit(open_page, store):
     page = open_page()
     page.get_by_label("Question").fill("How?")

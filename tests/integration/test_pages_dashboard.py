@@ -8,8 +8,9 @@ import pytest
 from everalign.learning.run_data import load_run
 from everalign.learning.scores import Scores
 from everalign.serving.corrector_service import CorrectionService
-from everalign.serving.pages.dashboard import SHADES, forgetting_views, heat_rows, version_views
+from everalign.serving.pages.dashboard import SHADES, forgetting_views, heat_rows, hour_view, version_views
 from everalign.serving.store.database import FeedbackStore
+from everalign.serving.telemetry import Timeline
 from pages_for_tests import Browser, form_action, hidden, read
 from runs_for_tests import write_run
 from upstream_for_tests import Fake, IdleReloader, Script, UpstreamServer, serving
@@ -132,10 +133,49 @@ def test_feedback_requests_and_circuits(upstream, tmp_path):
         assert "waiting to be learned 1 feedback in all 1 rated good 0 rated bad 1 edits 1 answers kept 1" in text
         assert "applied 1 unchanged 0 skipped 0 failed 0" in text
         assert "applied correct – 1" in text
+        assert "Requests a minute" in text
+        assert re.search(r"\d\d:\d\d: 1 request, 0 failed", text)
+        assert "Is it salty?" in text.partition("Your newest feedback")[2]
+        assert "bad; edited" in text
+        assert "waiting" in text.partition("bad; edited")[2]
         assert "upstream default closed works corrector closed works" in text
         for _ in range(5):
             gateway.gateway.corrections.breaker.enter().failed()
         assert "corrector open failed repeatedly" in read(browser.get("/dashboard"))
+
+
+def test_feedback_of_other_keys_is_not_listed(upstream, tmp_path):
+    store = FeedbackStore.open(f"sqlite:///{tmp_path}/feedback.db")
+    with serving(upstream, store=store, keys=("sk-client-one", "sk-client-two")) as gateway:
+        for key, seen in (("sk-client-one", True), ("sk-client-two", False)):
+            with Browser(gateway) as browser:
+                browser.sign_in(key)
+                if seen:
+                    asked = browser.ask("A secret?")
+                    browser.submit(form_action(asked), digest=hidden(asked, "digest"), rating="good", comment="Mine.")
+                text = browser.get("/dashboard").text
+                assert ("A secret?" in text, "Mine." in text) == (seen, seen)
+
+
+def test_the_last_hour_minute_by_minute():
+    clock = [0.0]
+    timeline = Timeline(lambda: clock[0])
+    assert hour_view(timeline.minutes()) is None
+    for second in range(0, 7200, 20):  # three a minute, for two hours
+        clock[0] = second
+        timeline.add("failed" if second % 60 == 0 else "applied", 3.0 if second % 60 == 40 else 1.0)
+    minutes = timeline.minutes()
+    assert [one.number for one in minutes] == list(range(60, 120))
+    assert all(one.total == 3 and one.quantile(0.5) == 1.0 and one.quantile(0.95) == 3.0 for one in minutes)
+    view = hour_view(minutes)
+    assert (view.most, view.median, view.tail) == (3, "1.00 s", "3.00 s")
+    assert view.requests[0].words == "01:00: 3 requests, 1 failed"
+    assert (view.requests[0].high, view.requests[0].low) == (1.0, pytest.approx(1 / 3))
+    clock[0] += 600.0
+    assert [one.total for one in timeline.minutes()[-10:]] == [0] * 10
+    for _ in range(5000):
+        timeline.add("applied", 1.0)
+    assert len(timeline.minutes()[-1].seconds) == 1000
 
 
 def test_a_store_that_cannot_be_read_costs_its_section_alone(upstream, tmp_path, monkeypatch):

@@ -71,19 +71,26 @@ class Completions:
             spent = timer.upstream.seconds, timer.corrector.seconds
             return Completed(request, body, headers, first, returned, summary, usage, *spent)
 
-    async def stream(self, request: RequestContext, queue: FrameQueue) -> None:
-        """Write a streamed answer to a queue; raises GatewayError if it fails or may not be returned."""
+    async def stream(self, request: RequestContext, queue: FrameQueue, remembers: bool = False) -> Completed:
+        """Write a streamed answer to a queue; raises GatewayError if it fails or may not be returned.
+
+        Args:
+            request: what is asked.
+            queue: gets the frames.
+            remembers: whether the result has the texts of an answer that is passed on as it comes; its body is empty.
+        """
         with self._request_log.timed(request) as timer:
             known = summary_before(request)
             if known is None:
-                await self._stream_corrected(request, queue, timer)
-            else:
-                await self._relay(request, queue, timer, known)
+                return await self._stream_corrected(request, queue, timer)
+            return await self._relay(request, queue, timer, known, remembers)
 
-    async def _relay(self, request: RequestContext, queue: FrameQueue, timer: RequestTimer, summary: Summary) -> None:
+    async def _relay(
+        self, request: RequestContext, queue: FrameQueue, timer: RequestTimer, summary: Summary, remembers: bool
+    ) -> Completed:
         """Pass an answer on while it comes."""
         keeps = request.keep and self._request_log.has_store
-        remembers = keeps or request.mode == "shadow"
+        remembers = remembers or keeps or request.mode == "shadow"
         answer = _ANSWERS[request.api](request, relayed=True)
         with timer.upstream:
             async with request.upstream.stream(request.upstream_request(), with_usage=keeps) as streamed:
@@ -97,11 +104,12 @@ class Completions:
         if remembers:
             answer.end()
         returned = answer.choices[0].text if answer.choices else ""
-        summary, _ = await self._store(request, answer, summary, returned)
+        summary, usage = await self._store(request, answer, summary, returned)
         timer.end(summary)
         await queue.send(relay.rest(summary))
+        return Completed(request, {}, {}, returned, returned, summary, usage, timer.upstream.seconds, 0.0)
 
-    async def _stream_corrected(self, request: RequestContext, queue: FrameQueue, timer: RequestTimer) -> None:
+    async def _stream_corrected(self, request: RequestContext, queue: FrameQueue, timer: RequestTimer) -> Completed:
         """Read an answer whole, and write what becomes of it."""
         answer = _ANSWERS[request.api](request, relayed=False)
         with timer.upstream:
@@ -119,6 +127,9 @@ class Completions:
         timer.end(summary)
         queue.open({**headers, **summary.headers(request)})
         await queue.send(answer.remaining(decisions, summary, usage, writer.written))
+        spent = timer.upstream.seconds, timer.corrector.seconds
+        first = answer.choices[0].text if answer.choices else ""
+        return Completed(request, {}, headers, first, returned, summary, usage, *spent)
 
     async def _store(
         self, request: RequestContext, answer: Answer, summary: Summary, returned: str

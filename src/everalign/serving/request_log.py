@@ -145,6 +145,10 @@ class AsyncStore:
     async def stats(self) -> "StoreStats":
         return await self._reads.run(self._store.stats)
 
+    async def recent_feedback(self, key_id: str, count: int) -> list[tuple[Exchange, Feedback, bool]]:
+        """Return a key's newest feedback, see `FeedbackStore.recent_feedback`."""
+        return await self._reads.run(lambda: self._store.recent_feedback(key_id, count))
+
     async def close(self) -> None:
         """Finish writing and close the store; a store that hangs is abandoned."""
         closing = call_in_thread(self._store.close, "everalign-store")
@@ -208,6 +212,7 @@ class RequestLog:
             if corrector:
                 self._metrics.corrector_seconds.observe(corrector)
             elapsed = time.perf_counter() - request.started
+            self._metrics.timeline.add(timer.outcome, elapsed)
             self._metrics.overhead_seconds.observe(max(0.0, elapsed - upstream - corrector))
 
     async def store(

@@ -66,7 +66,7 @@ class FrameQueue:
 
 
 async def stream_response(
-    work: Callable[[FrameQueue], Coroutine[Any, Any, None]],
+    work: Callable[[FrameQueue], Coroutine[Any, Any, object]],
     late: Mapping[str, str],
     keepalive: float,
     release: Callable[[], None],
@@ -99,7 +99,7 @@ class _EventResponse(Response):
     def __init__(
         self,
         queue: FrameQueue,
-        task: "asyncio.Task[None]",
+        task: "asyncio.Task[object]",
         headers: Mapping[str, str],
         keepalive: float,
         release: Callable[[], None],

@@ -2,12 +2,16 @@
 
 import json
 import logging
+import random
 import sys
 import time
+from collections import Counter as Counts
+from collections import deque
 from collections.abc import Callable
 from datetime import datetime, timezone
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import Headers
@@ -33,6 +37,56 @@ _LONGEST_HEADER = 200  # characters
 _access_log = logging.getLogger("everalign.access")
 
 
+class Minute(NamedTuple):
+    """The chat completions that ended within one minute.
+
+    Args:
+        number: minutes since 1970.
+        outcomes: how they ended.
+        seconds: how long some of them took, drawn at random where they are many.
+    """
+
+    number: int
+    outcomes: Counts[str]
+    seconds: list[float]
+
+    @property
+    def total(self) -> int:
+        return self.outcomes.total()
+
+    def quantile(self, share: float) -> float | None:
+        """Return the seconds within which this share of them ended; None of none."""
+        ordered = sorted(self.seconds)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
+
+
+class Timeline:
+    """The chat completions of the last hour, minute by minute, of this process."""
+
+    MINUTES = 60
+    _MOST = 1000  # durations of one minute
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock, self._minutes = clock, deque[Minute](maxlen=self.MINUTES)
+
+    def add(self, outcome: str, seconds: float) -> None:
+        number = int(self._clock() // 60)
+        if not self._minutes or self._minutes[-1].number < number:
+            self._minutes.append(Minute(number, Counts(), []))
+        minute = self._minutes[-1]
+        minute.outcomes[outcome] += 1
+        if len(minute.seconds) < self._MOST:
+            minute.seconds.append(seconds)
+        elif (place := random.randrange(minute.total)) < self._MOST:
+            minute.seconds[place] = seconds  # each request has the same chance to be kept
+
+    def minutes(self) -> list[Minute]:
+        """Return the last hour's minutes, the oldest first, also those without a request."""
+        now, known = int(self._clock() // 60), {one.number: one for one in self._minutes}
+        numbers = range(now - self.MINUTES + 1, now + 1)
+        return [known.get(number) or Minute(number, Counts(), []) for number in numbers]
+
+
 class Metrics:
     """The metrics of one gateway, in a registry of its own."""
 
@@ -55,6 +109,7 @@ class Metrics:
         self.corrector_seconds = histogram("corrector_seconds", "In the corrector, waiting included.")
         self.overhead_seconds = histogram("overhead_seconds", "Of a request, besides upstream and corrector.")
         self.feedback = counter("feedback", "Feedback kept.", "new")
+        self.timeline = Timeline()
         self.store_failures = counter("unkept_exchanges", "Exchanges that the store refused.")
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:

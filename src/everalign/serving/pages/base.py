@@ -15,7 +15,7 @@ from everalign.serving.security import Session, Sessions
 
 # Nothing inline, nothing from other sites, forms only to this one.
 CONTENT_POLICY = (
-    "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
+    "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 

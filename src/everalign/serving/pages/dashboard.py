@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,11 +18,16 @@ from everalign.learning.scores import Scores
 from everalign.reporting.formats import Errors, is_chance
 from everalign.serving.gateway import Gateway
 from everalign.serving.pages.base import Pages
+from everalign.serving.store.records import Exchange, Feedback
+from everalign.serving.telemetry import Minute
 
 SHADES = 10
 """Colours of the score matrix, from the lowest score to the highest."""
 
 _UNKNOWN = "–"
+_TAIL = 0.95
+# Newest feedback of the page's own key that is listed.
+_RECENT = 20
 _OUTCOMES = ("applied", "unchanged", "skipped", "failed")
 _CIRCUITS = {
     "closed": "works",
@@ -50,6 +56,94 @@ class HeatCell:
     text: str
     shade: int | None
     own: bool
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A minute's bar in a chart: its place, the heights of the whole and of a part of it, and what it says.
+
+    Heights are shares of the chart's; `high` holds `low`.
+    """
+
+    place: int
+    high: float
+    low: float
+    words: str
+
+
+@dataclass(frozen=True)
+class HourView:
+    """The last hour's chat completions.
+
+    Args:
+        requests: bars of their number, and of those that failed.
+        latency: bars of the seconds within which 95 % ended, and half of them.
+        most: requests of the busiest minute.
+        slowest: seconds of the slowest minute's 95 %.
+        median: seconds within which half of the hour's ended; None of none.
+        tail: the same of 95 %.
+    """
+
+    requests: Sequence[Bar]
+    latency: Sequence[Bar]
+    most: int
+    slowest: str
+    median: str
+    tail: str
+
+
+def hour_view(minutes: Sequence[Minute]) -> HourView | None:
+    """Return what the charts show; None where nothing was asked."""
+    most = max(one.total for one in minutes)
+    if not most:
+        return None
+    slowest = max(one.quantile(_TAIL) or 0.0 for one in minutes) or 1.0
+    requests, latency = [], []
+    for place, one in enumerate(minutes):
+        if not one.total:
+            continue
+        when = datetime.fromtimestamp(60 * one.number, timezone.utc).strftime("%H:%M")
+        failed, half, tail = one.outcomes["failed"], one.quantile(0.5) or 0.0, one.quantile(_TAIL) or 0.0
+        words = f"{when}: {one.total} {'request' if one.total == 1 else 'requests'}, {failed} failed"
+        requests.append(Bar(place, one.total / most, failed / most, words))
+        spent = f"{when}: half within {half:.2f} s, 95 % within {tail:.2f} s"
+        latency.append(Bar(place, tail / slowest, half / slowest, spent))
+    whole = Minute(0, Counter(), [spent for one in minutes for spent in one.seconds])
+    median, tail = whole.quantile(0.5) or 0.0, whole.quantile(_TAIL) or 0.0
+    return HourView(requests, latency, most, f"{slowest:.2f} s", f"{median:.2f} s", f"{tail:.2f} s")
+
+
+@dataclass(frozen=True)
+class FeedbackView:
+    """A line of the list of feedback, as texts."""
+
+    id: str
+    when: str
+    question: str
+    said: str
+    comment: str
+    state: str
+
+
+def feedback_view(exchange: Exchange, feedback: Feedback, learned: bool) -> FeedbackView:
+    """Return one line on what somebody said of an answer."""
+    users = [message.get("content") for message in exchange.messages if message["role"] == "user"]
+    question = next((text for text in reversed(users) if isinstance(text, str)), "") or _UNKNOWN
+    words = {
+        "good": feedback.rating == 1,
+        "bad": feedback.rating == -1,
+        f"prefers {feedback.preferred}": feedback.preferred is not None,
+        "edited": feedback.edited_text is not None,
+        ", ".join(feedback.tags): bool(feedback.tags),
+    }
+    return FeedbackView(
+        exchange.id,
+        feedback.created.strftime("%Y-%m-%d %H:%M"),
+        question,
+        "; ".join(text for text, holds in words.items() if holds) or _UNKNOWN,
+        feedback.comment or "",
+        "learned" if learned else "waiting",
+    )
 
 
 @dataclass(frozen=True)
@@ -140,12 +234,14 @@ def dashboard_routes(gateway: Gateway, pages: Pages, run: Path | None) -> APIRou
         totals: Counter[str] = Counter()
         for _, outcome, _, number in rows:
             totals[outcome] += number
-        stats, trouble = None, None
+        stats, trouble, recent = None, None, list[FeedbackView]()
         if gateway.store is None:
             trouble = "Feedback is off: the gateway has no store. Give it one with serve --store."
         else:
             try:
                 stats = await gateway.store.stats()
+                found = await gateway.store.recent_feedback(request.state.key_id, _RECENT)
+                recent = [feedback_view(*one) for one in found]
             except (EveralignError, OSError, RuntimeError) as error:
                 # The type alone: a database's message may contain its address and user.
                 trouble = f"The store cannot be read ({type(error).__name__}); the log says more."
@@ -159,7 +255,8 @@ def dashboard_routes(gateway: Gateway, pages: Pages, run: Path | None) -> APIRou
             "since": since.strftime("%Y-%m-%d %H:%M"),
             "outcomes": [(name, totals[name]) for name in _OUTCOMES],
             "request_rows": rows,
-            "feedback": {"stats": stats, "trouble": trouble},
+            "hour": hour_view(gateway.metrics.timeline.minutes()),
+            "feedback": {"stats": stats, "trouble": trouble, "recent": recent},
             "run": await asyncio.to_thread(_run_values, run, corrections.version),
         }
         return pages.page(request, "dashboard.html.j2", values)

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,21 +15,24 @@ from markupsafe import Markup, escape
 
 from everalign.correction.edits import diff_html, word_diff
 from everalign.errors import EveralignError
-from everalign.serving.chat_request import ALIGNED
+from everalign.serving.chat_request import ALIGNED, RequestContext
 from everalign.serving.complete import Completed
+from everalign.serving.decide import PENDING, summary_before
 from everalign.serving.eligibility import question_of
 from everalign.serving.errors import GatewayError, overloaded, refused
 from everalign.serving.gateway import Gateway
 from everalign.serving.limits import aside
 from everalign.serving.pages.base import Pages, read_form
 from everalign.serving.routes import LONGEST_EDIT, Catalogue, read_feedback, store_feedback
+from everalign.serving.sse import data_frame, strict_json
 from everalign.serving.store.records import Exchange
-from everalign.serving.stream_response import cancel_on_disconnect
+from everalign.serving.stream_response import FrameQueue, cancel_on_disconnect, stream_response
 
 # An edited text of the greatest length, with each letter as %XX four times, and the other fields.
 _MOST_BYTES = 4 << 20
 _FORWARDED_HEADERS = ("user-agent", "accept-language")
-_BLANK = {"model": "", "system": "", "question": ""}
+_BLANK = {"model": "", "system": "", "question": "", "history": ""}
+_EVENTS = "text/event-stream"
 _UNKNOWN = "–"
 _REASONS = {
     "corrector_error": "the corrector failed",
@@ -208,15 +212,38 @@ class Playground:
         return await self._page(request, _BLANK)
 
     async def ask(self, request: Request) -> Response:
-        """Show the answer to a question, or why there is none."""
-        fields = dict(_BLANK)
+        """Show the answer to a question, or why there is none; to a script that asks for events, while it comes."""
+        fields, live = dict(_BLANK), _EVENTS in request.headers.get("accept", "")
         try:
-            with self._gateway.limiter.enter(request.state.key_id):
+            with self._gateway.limiter.enter(request.state.key_id) as place:
                 fields |= await read_form(request, self._pages.sessions, self._gateway.settings.limits.body_bytes)
-                view = await cancel_on_disconnect(request.receive, self._answer(request, fields))
+                context = await self._context(request, fields, live)
+                if live:
+                    work = partial(self._write, request, fields, context)
+                    late, held = (summary_before(context) or PENDING).headers(context), ExitStack()
+                    streaming = stream_response(work, late, self._gateway.settings.keepalive, held.close)
+                    response = await cancel_on_disconnect(request.receive, streaming)
+                    held.push(place.pop_all())  # from now on the stream has the place, until it ends
+                    return response
+                completed = await cancel_on_disconnect(request.receive, self._gateway.completions.complete(context))
         except GatewayError as error:
             return await self._page(request, fields, error=error)
-        return await self._page(request, fields, view=view)
+        return await self._completed_page(request, fields, completed)
+
+    async def _write(
+        self, request: Request, fields: Mapping[str, str], context: RequestContext, queue: FrameQueue
+    ) -> None:
+        """Write an answer's chunks, and last the page with it."""
+        completed = await self._gateway.completions.stream(context, queue, remembers=True)
+        page = await self._completed_page(request, fields, completed)
+        await queue.send(data_frame({"page": bytes(page.body).decode()}))
+
+    async def _completed_page(self, request: Request, fields: Mapping[str, str], completed: Completed) -> Response:
+        """Show an answer, in a form that goes on with the conversation."""
+        view = await asyncio.to_thread(completed_view, completed)
+        turns = [*_turns(fields), _turn("user", fields["question"]), _turn("assistant", completed.returned)]
+        further = {**fields, "question": "", "history": json.dumps(turns)}
+        return await self._page(request, further, view=view)
 
     async def stored(self, request: Request, id: str) -> Response:
         try:
@@ -260,19 +287,18 @@ class Playground:
             return "strict"
         return "correct" if self._gateway.has_corrector else "off"
 
-    async def _answer(self, request: Request, fields: Mapping[str, str]) -> AnswerView:
+    async def _context(self, request: Request, fields: Mapping[str, str], live: bool) -> RequestContext:
         if not fields["question"].strip():
             raise refused("the question is empty: write one", "question", "invalid_value")
-        messages = [{"role": "user", "content": fields["question"]}]
+        messages = [*_turns(fields), _turn("user", fields["question"])]
         if fields["system"].strip():
-            messages.insert(0, {"role": "system", "content": fields["system"]})
-        body = {"model": fields["model"].strip(), "messages": messages, "store": True}
+            messages.insert(0, _turn("system", fields["system"]))
+        body = {"model": fields["model"].strip(), "messages": messages, "store": True, "stream": live}
         headers = [(name, value) for name, value in request.headers.items() if name in _FORWARDED_HEADERS]
         content, headers = json.dumps(body).encode(), [*headers, ("x-everalign-mode", self._mode)]
         parser = self._gateway.parser
         parse = partial(parser.parse, content, headers, request.state.key_id, self._gateway.has_corrector)
-        completed = await self._gateway.completions.complete(await aside(content, parse))
-        return await asyncio.to_thread(completed_view, completed)
+        return await aside(content, parse)
 
     async def _exchange(self, request: Request, id: str) -> Exchange:
         store = self._gateway.store
@@ -310,8 +336,12 @@ class Playground:
             not_stored = f"{off} has no store (serve --store)."
         elif self._gateway.settings.keep == "none":
             not_stored = f"{off} was told to keep none (serve --keep)."
+        turns: list[dict[str, str]] = []
+        with suppress(GatewayError):  # said as the error already
+            turns = _turns(fields)
         values = {
             "fields": fields,
+            "turns": turns,
             "models": models,
             "trouble": trouble,
             "view": view,
@@ -321,6 +351,24 @@ class Playground:
             "mode": self._mode,
         }
         return self._pages.page(request, "playground.html.j2", values, 200 if error is None else error.status)
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _turns(fields: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return the earlier messages of a form's conversation; raises GatewayError if they are not what a page sent."""
+    if not fields["history"]:
+        return []
+    try:
+        found = strict_json(fields["history"])
+        roles = [one["role"] for one in found]
+        if roles != ["user", "assistant"] * (len(found) // 2) or not all(type(one["content"]) is str for one in found):
+            raise ValueError
+    except (ValueError, TypeError, KeyError):
+        raise refused("the conversation cannot be read: begin a new one", "history", "invalid_value") from None
+    return [_turn(one["role"], one["content"]) for one in found]
 
 
 def _feedback_body(id: str, fields: Mapping[str, str]) -> dict[str, Any]:

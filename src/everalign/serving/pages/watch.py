@@ -35,7 +35,7 @@ def watch_app(path: Path) -> FastAPI:
     @app.get("/")
     def page() -> Response:
         text = templates.get_template("watch.html.j2").render(name=path.resolve().name)
-        headers = {"content-security-policy": f"{CONTENT_POLICY}; connect-src 'self'"}
+        headers = {"content-security-policy": CONTENT_POLICY}
         return Response(text, headers=headers, media_type="text/html; charset=utf-8")
 
     @app.get("/data")

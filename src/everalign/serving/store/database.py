@@ -314,6 +314,21 @@ class FeedbackStore(AbstractContextManager["FeedbackStore"]):
             for row in connection.execution_options(yield_per=_BATCH).execute(query):
                 yield exchange_of(row), feedback_of(row)
 
+    def recent_feedback(self, key_id: str, count: int) -> list[tuple[Exchange, Feedback, bool]]:
+        """Return a key's newest feedback, the newest first: its exchange, itself, and whether it was learned."""
+        known = exists().where(learned.c.id == feedback.c.id).label("is_learned")
+        query = (
+            select(exchanges, known, feedback)
+            .join(feedback, feedback.c.exchange == exchanges.c.id)
+            .where(feedback.c.key_id == key_id)
+            .order_by(feedback.c.created.desc(), feedback.c.id)
+            .limit(count)
+        )
+        with translate_errors(self.name, "reading"), self._read_only.connect() as connection:
+            return [
+                (exchange_of(row), feedback_of(row), bool(row.is_learned)) for row in connection.execute(query).all()
+            ]
+
     def mark_learned(self, feedback_ids: Iterable[str], task: str) -> None:
         """Record that feedback was learned.
 
