@@ -130,6 +130,16 @@ def test_an_answer_is_shown_while_it_is_written(chromium):
         assert page.locator("#answer .text").inner_text() == script.text
 
 
+def test_without_keys_a_page_s_own_forms_are_taken(chromium):
+    """The browser has to name the page's site, or the gateway cannot tell it from others."""
+    with UpstreamServer(lambda _: Script("Boil them.")) as upstream, serving(upstream) as running:
+        page = chromium.new_context(base_url=running.url[:-3], java_script_enabled=False).new_page()
+        page.goto("/")
+        page.get_by_label("Question").fill("How?")
+        page.get_by_role("button", name="Ask").click()
+        assert page.locator("#answer .text").inner_text() == "Boil them."
+
+
 def test_an_answer_that_fails_is_said_and_the_question_stays(chromium):
     with UpstreamServer(lambda _: Script(status=400)) as upstream, serving(upstream) as running:
         page = chromium.new_context(base_url=running.url[:-3]).new_page()

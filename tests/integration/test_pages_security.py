@@ -167,7 +167,7 @@ def test_what_a_page_may_load_and_who_may_frame_it(path, locked):
         assert not re.search(r"<style|style=|<script(?! src=\"/assets/)|\son\w+=|https?://", reply.text)
     assert reply.headers["x-content-type-options"] == "nosniff"
     assert reply.headers["x-frame-options"] == "DENY"
-    assert reply.headers["referrer-policy"] == "no-referrer"
+    assert reply.headers["referrer-policy"] == "same-origin"
     assert reply.headers["cache-control"] == "no-store"
 
 
