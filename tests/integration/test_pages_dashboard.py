@@ -51,7 +51,7 @@ def test_a_run_is_drawn(upstream, run):
     cells = [re.findall(r'<td class="([^"]*)">([^<]*)</td>', cells) for _, cells in rows]
     assert cells[3] == [("shade-2", "60.0"), ("shade-8", "90.0"), ("shade-9 own", "100.0")]
     assert "the stronger the colour, the higher, from 47.0 to 100.0" in text
-    assert '<td class="lost">−20.0</td>' in found.text
+    assert '<td data-label="change" class="lost">−20.0</td>' in found.text
     assert '<span class="status promoted">promoted, not in service yet</span>' in found.text
 
 
