@@ -148,7 +148,7 @@ class Learner:
         forward_transfer: bool = True,
         drift: bool = True,
         cache: str | Path | None = None,
-        log_to: Sequence[str] = (),
+        log_to: str | Sequence[str] = (),
         fsdp: bool = False,
         log: Log = _print,
         progress: Progress | None = None,
@@ -172,7 +172,7 @@ class Learner:
         self._run = RunDirectory(Path(output))
         with self._run.exclusive():
             self._run.check_usable(resume)
-            self._tracker = Tracker(Path(output), log_to, figures)
+            self._tracker = Tracker(Path(output), [log_to] if isinstance(log_to, str) else log_to, figures)
             if not isinstance(model, str | os.PathLike):
                 model = self._run.keep_model(model, tokenizer)
             elif tokenizer is not None:
