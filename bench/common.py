@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from everalign.learning.context import library_versions, machine_facts
+from everalign.modeling.machine import library_versions, machine_facts
 from everalign.storage import write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent

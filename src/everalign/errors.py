@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -38,6 +39,25 @@ class InputError(EveralignError, ValueError):
         """Returns the same error with its place in front of the message."""
         place = where if self.where is None else f"{where}: {self.where}"
         return type(self)(f"{where}: {self}", where=place, field=self.field, hint=self.hint)
+
+
+class NondeterministicError(EveralignError):
+    """Under `deterministic` something was to be computed that has no deterministic version."""
+
+
+@contextmanager
+def naming_nondeterministic() -> Iterator[None]:
+    """Turns what torch says of an operation without a deterministic version into a `NondeterministicError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+        if found is None:
+            raise
+        raise NondeterministicError(
+            f"deterministic: torch has no deterministic version of {found[1]} on this device: leave deterministic out, "
+            "or whatever needs this operation"
+        ) from error
 
 
 class DivergedError(EveralignError):

@@ -1,13 +1,16 @@
 """Crash-safe storage: atomic files and folders, locks between processes, and a journal of finished work.
 
 Two ways to survive a kill: `write_text` and `new_folder` leave the old state or the new one, never a part; a `Journal`
-keeps the results of long work one by one until the whole can be written.
+keeps the results of long work one by one until the whole can be written. A full disk, a folder that is read-only and a
+lost lock are errors that name the file and what to do.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -40,6 +43,80 @@ _KEYS_PER_QUERY = 500  # SQLite limits the parameters of a query
 # The file descriptor of a lock and how often it was entered, by the lock's path, process and thread.
 _held: dict[tuple[str, int, int], tuple[int, int]] = {}
 
+_AGAIN = "then give the same command again; what was finished is kept"
+_FULL = f"the disk is full: free some space, {_AGAIN}"
+_NOT_WHOLE = f"see whether the disk is full, {_AGAIN}"
+_READ_ONLY = "it may not be written to: make it writable, or choose another output"
+_FAILED = f"the disk or the network file system failed: check it, {_AGAIN}"
+_NO_FOLDER = "a part of this path is a file and no folder: choose another output"
+_A_FOLDER = "a folder has this name: choose another output"
+_TAKEN = "another process has written something there: choose another output"
+_NO_LOCKS = "this file system has no locks, or its lock server does not answer: write to another one"
+# What is wrong where a file cannot be written, and what to do about it.
+_FAULTS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: f"your quota of the disk is used up: free some space, {_AGAIN}",
+    errno.EFBIG: f"it is larger than the file system or a limit (ulimit -f) allows: lift the limit, {_AGAIN}",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _READ_ONLY),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN), _FAILED),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), _NO_FOLDER),
+    **dict.fromkeys((errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS), _NO_LOCKS),
+    errno.EISDIR: _A_FOLDER,
+    errno.ENOTEMPTY: _TAKEN,
+}
+_SQLITE_FAULTS = {
+    "disk is full": _FULL,
+    "readonly": _READ_ONLY,
+    "unable to open": _READ_ONLY,
+    "locked": f"another process holds it, or the network file system has lost its lock: end that process, {_AGAIN}",
+    "I/O error": _FAILED,
+}
+# Errors that are the user's: another output would do.
+_INPUT_FAULTS = (_READ_ONLY, _NO_FOLDER, _A_FOLDER, _TAKEN)
+# What torch says of a file that it could not write to its end; it does not say why.
+_TORCH_FAULTS = ("PytorchStreamWriter", "iostream error", "unexpected pos")
+
+
+# ---- Faults ----
+
+
+def write_fault(error: BaseException, path: Path) -> EveralignError | None:
+    """Return the error for a file that could not be written, with what to do; None where that was not the problem.
+
+    Args:
+        error: of the system, or of a library that writes: safetensors and tokenizers give the system's number in their
+            message, torch says only that it could not.
+        path: what was to be written.
+    """
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    if isinstance(error, OSError):
+        reason, advice = error.strerror, _FAULTS.get(error.errno or 0)
+    elif said:
+        reason, advice = os.strerror(int(said[1])), _FAULTS.get(int(said[1]))
+    elif isinstance(error, RuntimeError) and any(word in str(error) for word in _TORCH_FAULTS):
+        reason, advice = "torch could not write all of it", _NOT_WHOLE
+    else:
+        return None
+    if advice is None:
+        return None
+    if isinstance(error, OSError) and isinstance(error.filename, str) and advice == _READ_ONLY:
+        path = Path(error.filename)
+    kind = InputError if advice in _INPUT_FAULTS else EveralignError
+    # What it was to be called in the end.
+    return kind(f"{str(path).replace(_PARTIAL, '')}: cannot be written ({reason}): {advice}")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Context manager that turns what the system or a library says of a failed write into ours, see `write_fault`."""
+    try:
+        yield
+    except Exception as error:
+        fault = write_fault(error, path)
+        if fault is None:
+            raise
+        raise fault from error
+
 
 # ---- Files ----
 
@@ -47,15 +124,21 @@ _held: dict[tuple[str, int, int], tuple[int, int]] = {}
 def write_text(path: Path, text: str) -> None:
     """Replace a file atomically and durably; of several processes, the last one's text stays."""
     temporary = path.with_name(path.name + _PARTIAL)
-    # Locked, because two processes that write the same temporary file would mix their texts.
-    handle = _lock_file(temporary, wait=lambda _: None)
-    with os.fdopen(handle, "r+", encoding="utf-8") as file:
-        file.truncate(0)
-        file.write(text)
-        file.flush()
-        os.fsync(handle)
-        os.replace(temporary, path)
-    _sync(path.parent)
+    with writing(path):
+        # Locked, because two processes that write the same temporary file would mix their texts.
+        handle = _lock_file(temporary, wait=lambda _: None)
+        with os.fdopen(handle, "r+", encoding="utf-8") as file:
+            try:
+                file.truncate(0)
+                file.write(text)
+                file.flush()
+                os.fsync(handle)
+                _check_locks()
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -124,16 +207,17 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
     """Replace a file by named tensors, atomically; several processes may write it at the same time."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=_PARTIAL)
-    os.close(handle)
-    try:
-        save_file({**tensors, _CHECKSUM: _tensor_checksum(tensors)}, temporary)
-        follow_umask(Path(temporary))
-        os.replace(temporary, path)
-    except BaseException:  # a full disk or Ctrl-C: nobody else would ever remove the file
-        os.unlink(temporary)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=_PARTIAL)
+        os.close(handle)
+        try:
+            save_file({**tensors, _CHECKSUM: _tensor_checksum(tensors)}, temporary)
+            follow_umask(Path(temporary))
+            os.replace(temporary, path)
+        except BaseException:  # a full disk or Ctrl-C: nobody else would ever remove the file
+            os.unlink(temporary)
+            raise
 
 
 def read_tensors(path: Path, names: tuple[str, ...], what: str) -> "dict[str, Tensor] | None":
@@ -197,18 +281,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(path.name + _PARTIAL)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        # It may be as large as a model.
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    follow_umask(temporary)
-    for entry in [temporary, *temporary.rglob("*")]:
-        _sync(entry)
-    os.replace(temporary, path)
-    _sync(path.parent)
+    with writing(path):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            follow_umask(temporary)
+            for entry in [temporary, *temporary.rglob("*")]:
+                _sync(entry)
+            _check_locks()
+            os.replace(temporary, path)
+        except BaseException:
+            # It may be as large as a model.
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync(path.parent)
 
 
 def follow_umask(path: Path) -> None:
@@ -227,8 +313,10 @@ def follow_umask(path: Path) -> None:
 
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 # ---- Locks ----
@@ -246,6 +334,8 @@ def exclusive(
     """Keep other processes, and other threads of this one, out of the block. The same thread may enter it again.
 
     The lock is released when the process ends, however it ends. Of processes that share one job the main one holds it.
+    If its file goes while it is held, another process may hold a new one: from then on `write_text`, `new_folder` and
+    journals write nothing more here.
 
     Args:
         lock: the lock file, created with its folder, and removed at the end; it says who holds it.
@@ -276,7 +366,9 @@ def _exclusive(lock: Path, doing: str, wait: Callable[[str], None] | None) -> It
         else:
             del _held[key]
             # While it is still locked: a waiting process sees that the name is gone, and starts over.
-            lock.unlink(missing_ok=True)
+            if _is_there(lock, handle):  # not another process's, which took its place
+                with suppress(OSError):  # a folder that is read-only by now: the lock ends with the descriptor
+                    lock.unlink()
             os.close(handle)
             if new_parent:
                 with suppress(OSError):  # not empty
@@ -286,11 +378,12 @@ def _exclusive(lock: Path, doing: str, wait: Callable[[str], None] | None) -> It
 def _lock_file(lock: Path, doing: str = "writing this output", wait: Callable[[str], None] | None = None) -> int:
     """Return the descriptor of a locked file, unlocked when it is closed; arguments and errors as in `exclusive`."""
     while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the folder's creator just removed it
-            continue
+        with writing(lock):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # the folder's creator just removed it
+                continue
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -300,15 +393,36 @@ def _lock_file(lock: Path, doing: str = "writing this output", wait: Callable[[s
                     raise InputError(f"{lock}: {holder} is {doing}: wait for it, or stop it") from None
                 wait(holder)
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):  # the former holder removed or renamed the file that we locked
-                if os.path.samestat(os.stat(lock), os.fstat(handle)):
-                    return handle
+            if _is_there(lock, handle):
+                return handle
         except BaseException as error:
             os.close(handle)
             if isinstance(error, OSError):
-                raise EveralignError(f"{lock}: cannot be locked ({error.strerror}): write elsewhere") from error
+                raise EveralignError(f"{lock}: cannot be locked ({error.strerror}): {_NO_LOCKS}") from error
             raise
-        os.close(handle)
+        os.close(handle)  # its former holder removed or renamed the file that we locked
+
+
+def _is_there(lock: Path, handle: int) -> bool:
+    """Whether a lock's file is still the one that is locked."""
+    try:
+        return os.path.samestat(os.stat(lock), os.fstat(handle))
+    except OSError:  # removed, or a network file system has lost it
+        return False
+
+
+def _check_locks() -> None:
+    """Refuse to write where a lock that this process holds is gone.
+
+    Raises:
+        EveralignError: its file was removed or replaced, so that another process may be writing too.
+    """
+    for (lock, process, _), (handle, _) in list(_held.items()):
+        if process == os.getpid() and not _is_there(Path(lock), handle):
+            raise EveralignError(
+                f"{lock}: this lock was removed while it was held, so another process may be writing here too: "
+                f"nothing more is written; see that no other works here, {_AGAIN}"
+            )
 
 
 # ---- Journals ----
@@ -322,20 +436,25 @@ class Journal:
 
     Args:
         path: the file; created, with its folder, when first written to.
+        facts_id: a digest of what its values depend on; one of other values is an error. Empty to tell none apart.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, facts_id: str = "") -> None:
         self.path = path
+        # As SQLite's `application_id`, which is 0 in files of version 0.1.0.
+        self._id = int(facts_id[:7] or "0", 16)
 
     @classmethod
     def beside(cls, output: Path, *facts: str) -> "Journal":
         """Return the journal beside an output that is not finished; `facts` are what its results depend on."""
-        return cls(output.with_name(f"{output.name}.{_digest(*facts)}{_PARTIAL}"))
+        facts_id = _digest(*facts)
+        return cls(output.with_name(f"{output.name}.{facts_id}{_PARTIAL}"), facts_id)
 
     @classmethod
     def within(cls, folder: Path, name: str, *facts: str) -> "Journal":
         """Return a permanent journal in a folder; `facts` as in `beside`."""
-        return cls(folder / f"{name}-{_digest(*facts)}.sqlite")
+        facts_id = _digest(*facts)
+        return cls(folder / f"{name}-{facts_id}.sqlite", facts_id)
 
     @on_main
     def read(self, keys: Iterable[Key]) -> dict[Key, Any]:
@@ -365,13 +484,16 @@ class Journal:
         """Store values, all or none; errors as in `read`, and ValueError for NaN and infinity."""
         texts = {key: json.dumps(value, allow_nan=False) for key, value in values.items()}
         rows = [(key, text, _digest(repr(key), text)) for key, text in texts.items()]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        _check_locks()
         with self._open() as database:
             # Immediate: a transaction that begins by reading cannot wait for another process that writes.
             database.execute("BEGIN IMMEDIATE")
             if self._is_empty(database):
                 database.execute("CREATE TABLE entries (key PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL)")
                 database.execute(f"PRAGMA user_version = {_JOURNAL_FORMAT}")
+                database.execute(f"PRAGMA application_id = {self._id}")
             database.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", rows)
             database.execute("COMMIT")
 
@@ -386,7 +508,10 @@ class Journal:
         return InputError(f"{self.path}: the results kept by an earlier run are damaged: delete this file")
 
     def _is_empty(self, database: sqlite3.Connection) -> bool:
-        """Whether nothing was put yet; refuses a file of another program or an earlier format."""
+        """Whether nothing was put yet; refuses a file of another program, an earlier format, or other values."""
+        (owner,) = database.execute("PRAGMA application_id").fetchone()
+        if owner and self._id and owner != self._id:
+            raise InputError(f"{self.path}: holds the results of other work: delete this file")
         (version,) = database.execute("PRAGMA user_version").fetchone()
         tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         if (version, tables) == (_JOURNAL_FORMAT, ["entries"]):
@@ -403,7 +528,9 @@ class Journal:
             with closing(sqlite3.connect(self.path, timeout=_JOURNAL_WAIT, isolation_level=None)) as database:
                 yield database
         except sqlite3.OperationalError as error:
-            raise EveralignError(f"{self.path}: cannot be written: {error}") from error
+            advice = next((text for word, text in _SQLITE_FAULTS.items() if word in str(error)), "check its folder")
+            kind = InputError if advice in _INPUT_FAULTS else EveralignError
+            raise kind(f"{self.path}: cannot be written ({error}): {advice}") from error
         except sqlite3.DatabaseError as error:
             raise InputError(
                 f"{self.path}: the results kept by an earlier run are damaged, or not written by this "

@@ -58,7 +58,7 @@ def test_runs_are_reported_side_by_side(kept, capsys):
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(kept, capsys, monkeypatch):
     """It continues from the checkpoint within the stage."""
     look, found = stage.latest_checkpoint, []
-    monkeypatch.setattr(stage, "latest_checkpoint", lambda folder: found.append(look(folder)) or found[-1])
+    monkeypatch.setattr(stage, "latest_checkpoint", lambda *given: found.append(look(*given)) or found[-1])
     run_json(capsys, "learn", "--output", "killed", "--resume")
     assert [path and path.name for path in found] == ["checkpoint-2"]
     assert [version.id for version in load_run(Path("killed")).versions] == ["001-warm", "002-brief"]

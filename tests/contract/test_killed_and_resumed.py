@@ -80,7 +80,7 @@ VERBS = {
     },
     "model": {
         "correct train": "--model roomy --data edits.jsonl --batch-size 2 --epochs 2 --checkpoint-steps 1",
-        "reward train": "--model model --data warm.jsonl --batch-size 2",
+        "reward train": "--model model --data warm.jsonl --batch-size 2 --checkpoint-steps 1",
     },
     "run": {
         "learn": f"--model model {TASK} {STEPS}",

@@ -30,22 +30,24 @@ class Verb:
         arguments: of `everalign`.
         place: files whose names begin so hold what it prints, and how far it is.
         gated: whether it waits at the second batch of its work, for good.
+        before: called in the process before the command.
     """
 
-    def __init__(self, arguments, place: Path, gated: bool = False) -> None:
+    def __init__(self, arguments, place: Path, gated: bool = False, before=lambda: None) -> None:
         self._inside, self._output = place.with_suffix(".inside"), place.with_suffix(".out")
         self._code = None
         _started.append(self)
         self.pid = os.fork()
         if not self.pid:
-            self._run(list(map(str, arguments)), gated)
+            self._run(list(map(str, arguments)), gated, before)
 
-    def _run(self, arguments, gated):
+    def _run(self, arguments, gated, before):
         code = 99
         try:
             with self._output.open("w", buffering=1) as output, redirect_stdout(output), redirect_stderr(output):
                 if gated:
                     self._close_gates()
+                before()
                 code = main(arguments)
         finally:
             os._exit(code)

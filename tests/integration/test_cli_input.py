@@ -168,7 +168,8 @@ def test_what_is_no_run_and_a_damaged_run(verb, work, capsys):
 def test_a_report_on_the_same_run_twice_or_into_a_folder(work, capsys):
     write_run(work / "run")
     assert "the same run is given twice" in refused(capsys, "report", "run", "run")
-    assert "the report cannot be written there" in refused(capsys, "report", "run", "--output", "run")
+    taken = "run: cannot be written (Is a directory): a folder has this name"
+    assert taken in refused(capsys, "report", "run", "--output", "run")
 
 
 def test_a_recipe_s_mistake_names_the_file(work, capsys):

@@ -288,8 +288,10 @@ def test_leftovers_of_a_broken_off_version_are_replaced(model, tmp_path, monkeyp
         patch.setattr(os, "replace", full_disk)
         with pytest.raises(OSError, match="disk full"):
             failing.learn(task_rows("warm"), "warm")
-    assert [entry.name for entry in (output / "versions").iterdir()] == ["001-warm.partial"]
+    assert not list((output / "versions").iterdir())
     assert not (output / "current").exists()
+    # As a kill would leave it.
+    (output / "versions" / "001-warm.partial").mkdir()
     (output / "versions" / "001-warm.partial" / "junk").write_text("x")
     again = make_learner(model, output, resume=True)
     assert again.run.versions == []

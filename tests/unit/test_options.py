@@ -28,6 +28,7 @@ BAD_TRAINING = {
     "max_grad_norm": (-1.0, *NOT_NUMBERS),
     "logging_steps": (0, -1, 2.5, *NOT_NUMBERS),
     "checkpoint_steps": (-1, 0.5, *NOT_NUMBERS),
+    "deterministic": ("yes", 1, None),
     "test_limit": (-1, 0.5, *NOT_NUMBERS),
 }
 BAD_ADAPTER = {

@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -17,7 +18,7 @@ import typer
 from everalign import distributed
 from everalign.cli.console import notes, say
 from everalign.cli.launch import check_verb, end_with_launcher
-from everalign.errors import EveralignError, InputError
+from everalign.errors import EveralignError, InputError, naming_nondeterministic
 
 # A wrong flag or argument. Some versions of typer take it from click, others carry it inside; BadParameter is public.
 _UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])
@@ -118,9 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         end_with_launcher()
         check_verb(arguments)
-        code = make_app(next(iter(arguments), None))(
-            args=arguments, prog_name="everalign", standalone_mode=False, obj=arguments
-        )
+        with naming_nondeterministic():
+            code = make_app(next(iter(arguments), None))(
+                args=arguments, prog_name="everalign", standalone_mode=False, obj=arguments
+            )
         distributed.stop()
     except EveralignError as error:
         return _fail(str(error), error.exit_code, isinstance(error, distributed.LostProcessError))
@@ -128,7 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(_usage(error), InputError.exit_code)
     except OSError as error:
         # A full disk, a missing permission: nothing in a traceback would help.
-        return _fail(str(error), EveralignError.exit_code)
+        from everalign.storage import write_fault
+
+        fault = write_fault(error, Path(error.filename or "output"))
+        return _fail(str(fault or error), EveralignError.exit_code)
     except Exception as error:
         if distributed.world() == 1:
             raise

@@ -59,11 +59,14 @@ def train(
     as_json: Json = False,
     **given: Any,
 ) -> None:
-    """Train a Bradley-Terry reward model on preferences: the whole model or an adapter, with one score per answer."""
+    """Train a Bradley-Terry reward model on preferences: the whole model or an adapter, with one score per answer.
+
+    If it is killed, the same command continues from its last checkpoint.
+    """
     options = RewardOptions.from_flags(given)
     share_work(processes, context, lambda: check_inputs(model, data, test))
     say_processes()
-    with Display() as display:
+    with resumable(), Display() as display:
         display.log("data")
         rows = _load(source(data, columns), skip_bad_rows)
         held_out = None if test is None else _load(source(test, columns), skip_bad_rows)

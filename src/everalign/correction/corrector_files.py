@@ -35,6 +35,8 @@ class CorrectorFacts(BaseModel):
         rows: number of rows it was trained on.
         held_out: the report on held-out rows; None without any.
         settings: how it was trained.
+        machine: where, see `machine_facts`.
+        libraries: with which versions.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -50,6 +52,8 @@ class CorrectorFacts(BaseModel):
     rows: Annotated[int, Field(ge=1)]
     held_out: dict[str, Any] | None
     settings: dict[str, Any]
+    machine: dict[str, Any] = {}
+    libraries: dict[str, str] = {}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from everalign.training.options import (
     BatchSize,
     CheckpointSteps,
     ComputePrecision,
+    Deterministic,
     Epochs,
     LearningRate,
     LoraAlpha,
@@ -62,6 +63,7 @@ class CorrectorOptions(Options):
     lora_alpha: LoraAlpha | None = None
     precision: ComputePrecision = "auto"
     checkpoint_steps: CheckpointSteps = 200
+    deterministic: Deterministic = False
 
     @model_validator(mode="after")
     def _check_alpha(self) -> "CorrectorOptions":

@@ -50,6 +50,7 @@ from everalign.modeling.loading import (
     resolve_precision,
     sequence_limit,
 )
+from everalign.modeling.machine import library_versions, machine_facts
 from everalign.modeling.model_files import merged_into, write_checked
 from everalign.modeling.options import Precision
 from everalign.modeling.policy import Policy
@@ -150,7 +151,7 @@ def train_corrector(
         _check_input(rows, test, folder, allow_overlap)
         options = options or CorrectorOptions()
         template, objectives = chosen_template(model, options.template, options.objectives)
-        prepare_process()
+        prepare_process(options.deterministic)
         device = training_device(log)
         options = options.replace(
             template=template.id, objectives=objectives, precision=resolve_precision(options.precision, device)
@@ -182,6 +183,7 @@ def train_corrector(
                 options.stage(warming_up=name == "identity"),
                 place / f"{index}-{name}",
                 seed=seed + index,
+                learns_for=base,
                 progress=partial(progress, name),
                 figures=partial(figures, name),
                 log=log,
@@ -202,6 +204,8 @@ def train_corrector(
             rows=len(corrections),
             held_out=None if report is None else asdict(report),
             settings={**options.model_dump(), "objectives": list(encoder.objectives), "seed": seed},
+            machine=machine_facts(),
+            libraries=library_versions(),
         )
         on_main(_write_folder)(folder, learner, model, tokenizer, facts)
         on_main(shutil.rmtree)(work)
@@ -281,7 +285,9 @@ def _training_key(
     seed: int,
 ) -> str:
     """Return a digest of everything that a training's result depends on, which names its folder of checkpoints."""
-    settings = options.model_dump(exclude={"checkpointing"})  # changes no result
+    # Left out is what changes no result, and what version 0.1.0 did not have.
+    later = set() if options.deterministic else {"deterministic"}
+    settings = options.model_dump(exclude={"checkpointing", *later})
     digest = hashlib.sha256(json.dumps([base, encoder.fingerprint, settings, seed], sort_keys=True).encode())
     for row in (row for rows in stages.values() for row in rows):
         # A weight for each response, as in version 0.1.0, whose checkpoints are found by this name.

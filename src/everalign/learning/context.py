@@ -1,15 +1,9 @@
 """The run context: model, tokenizer, method, objective and options, put together once for all tasks."""
 
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from everalign.data.chat_tokens import template_fingerprint
 from everalign.data.rows import RowSet
@@ -29,6 +23,7 @@ from everalign.modeling.loading import (
     resolve_model,
     resolve_precision,
 )
+from everalign.modeling.machine import library_versions, machine_facts
 from everalign.modeling.options import Precision
 from everalign.modeling.policy import Policy
 from everalign.modeling.quantization import check_library, check_trainable
@@ -39,25 +34,6 @@ from everalign.training.base_objective import Objective, TaskContext
 from everalign.training.objectives import check_weighting, make_objective, reads
 from everalign.training.options import StageOptions, WeightOptions
 from everalign.training.reference import ReferenceCache
-
-# Every run asks, and reading a package's metadata takes milliseconds.
-_version = cache(version)
-_LIBRARIES = ("everalign", "torch", "transformers", "peft", "accelerate", "safetensors")
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that results depend on."""
-    return {name: _version(name) for name in _LIBRARIES}
-
-
-def machine_facts() -> dict[str, Any]:
-    """Return processor, core count and platform."""
-    info, cpu = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
-    if info.exists():
-        models = [line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
-        cpu = models[0].split(":", 1)[1].strip() if models else cpu
-    return {"cpu": cpu, "cores": os.cpu_count() or 1, "platform": platform.platform()}
-
 
 Log = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -131,7 +107,7 @@ class RunContext(TaskContext):
             "settings": {**self.options.model_dump(), **adapter, **own, **rewards},
             "seed": self.seed,
             "libraries": library_versions(),
-            "machine": {**machine_facts(), "threads": torch.get_num_threads(), **layout},
+            "machine": {**machine_facts(), **layout},
         }
 
 
@@ -205,7 +181,7 @@ def make_context(
     )
     adapter = adapter or AdapterOptions()
     check_library(options.quantize)
-    prepare_process()
+    prepare_process(options.deterministic)
     start()
     follow_with(None)
     fsdp = fsdp or asks_for_fsdp()

@@ -13,7 +13,7 @@ from typing import Any
 from everalign.correction.corrector_files import is_corrector
 from everalign.correction.objective import Rewritten
 from everalign.distributed import on_main
-from everalign.errors import EveralignError, InputError
+from everalign.errors import EveralignError, InputError, naming_nondeterministic
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
 from everalign.learning.context import Log, Progress, RunContext, make_context
@@ -45,6 +45,7 @@ from everalign.learning.task_files import loaders
 from everalign.learning.task_training import AnySet, GivenTask, Rows, as_set, prepare_rows, task_seed, train_task
 from everalign.learning.tracking import Tracker
 from everalign.methods import METHODS, Method, Task, as_method
+from everalign.modeling.machine import library_versions, machine_facts
 from everalign.modeling.model_files import OutputDtype
 from everalign.modeling.runtime import peak_memory
 from everalign.notebook import default_progress
@@ -297,6 +298,7 @@ class Learner:
         held_out = None if test is None else self._setup.objective.held_out(as_set(test, load_test), self._setup.log)
         return GivenTask.of(self._setup, name, None if rows is None else as_set(rows, load), held_out)
 
+    @naming_nondeterministic()
     def _learn(self, given: GivenTask, prepared: PreparedRows | None = None) -> dict[str, PreferenceScore]:
         """Learns one task with the run's lock held; `prepared` are its rows where they are prepared already."""
         setup, tests, method = self._setup, self._tests, self.method
@@ -366,6 +368,11 @@ class Learner:
                 "memory": peak_memory(next(self.policy.parameters()).device),
             },
             "warnings": list(result.warnings),
+            # Another machine than the run was begun on may go on with it.
+            "machine": machine_facts(),
+            "libraries": library_versions(),
+            "precision": setup.options.precision,
+            "deterministic": setup.options.deterministic,
             "replay_ids": [] if method.buffer is None else method.buffer.ids(),
         }
         self._run.write_version(

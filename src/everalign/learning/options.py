@@ -17,6 +17,7 @@ from everalign.training.options import (
     TOKENS_PER_BATCH,
     BatchSize,
     CheckpointSteps,
+    Deterministic,
     Epochs,
     LearningRate,
     LoggingSteps,
@@ -221,6 +222,7 @@ class TrainingOptions(Options, title="Training"):
     max_grad_norm: MaxGradNorm = 1.0
     logging_steps: LoggingSteps = 5
     checkpoint_steps: CheckpointSteps = 200
+    deterministic: Deterministic = False
     test_limit: int = Field(
         default=0, ge=0, description="Maximum number of held-out pairs of a task to score, evenly spaced; 0 for all."
     )

@@ -24,6 +24,7 @@ from everalign.learning.run_files import (
     check_hashes,
     read_json,
     read_json_lines,
+    setup_id,
 )
 from everalign.learning.scores import Regime, Scores
 
@@ -218,6 +219,12 @@ class RunReader:
             self._versions[folder.name] = found, version
         versions = sorted((version for _, version in self._versions.values()), key=lambda v: v.manifest.index)
         facts = read_json(self.path / "run.json", RunFile)
+        for version in versions:
+            if version.manifest.setup not in (None, setup_id(facts)):
+                raise InputError(
+                    f"{self.path}/versions/{version.id}: is a version of another run, with another model, method or "
+                    "settings: restore this run's own folder"
+                )
         base = read_json(self.path / ZERO_SHOT, ScoresFile)
         current = _current(self.path, versions)
         lineage = versions if facts.method.name == "stl" else _lineage(versions, current)

@@ -5,6 +5,7 @@ Every problem is an `InputError` that names the file and, where there is one, th
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -164,6 +165,12 @@ class RunFile(_Record):
     predicted: dict[str, Predicted] = {}
 
 
+def setup_id(facts: RunFile) -> str:
+    """A digest of a run's set-up, by which its versions are told from another run's."""
+    own = facts.model_dump(include={"model_fingerprint", "method", "objective", "settings", "seed"})
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+
+
 class Stage(_Record):
     """One stage of training a task."""
 
@@ -221,7 +228,7 @@ class Verdict(_Record):
 
 
 class Manifest(_Record):
-    """manifest.json of one version."""
+    """manifest.json of one version; `setup` is the `setup_id` of its run, None before there was one."""
 
     format: Literal[1]
     index: Annotated[int, Field(ge=1)]
@@ -239,6 +246,7 @@ class Manifest(_Record):
     stages: list[Stage]
     method_seconds: FiniteFloat | None = None
     actual: Actual | None = None
+    setup: str | None = None
     files: dict[str, str]
 
 

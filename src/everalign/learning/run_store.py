@@ -47,7 +47,7 @@ FORMAT = 1
 # In the order in which differences are named: a model in another precision has another fingerprint too.
 _SAME = ("format", "objective", "method", "settings", "seed", "model_fingerprint", "template")
 # Settings that early runs do not record, with the value that they had.
-_SETTINGS_SINCE = {"attention": "sdpa", "quantize": None}
+_SETTINGS_SINCE = {"attention": "sdpa", "quantize": None, "deterministic": False}
 # Settings that change no result, so that a run may continue with other ones.
 _FREE_SETTINGS = ("checkpointing",)
 
@@ -241,7 +241,8 @@ class RunDirectory:
             )
             points = [{"stage": report.stage, **point} for report in reports for point in report.curve]
             write_text(folder / "training.jsonl", "".join(json.dumps(point) + "\n" for point in points))
-            full = {"format": FORMAT, **manifest, "created": now(), "files": checksums(folder)}
+            setup = run_files.setup_id(run_files.read_json(self.path / "run.json", run_files.RunFile))
+            full = {"format": FORMAT, **manifest, "setup": setup, "created": now(), "files": checksums(folder)}
             write_json(folder / "manifest.json", full)
         gate = manifest["gate"]
         promote(self.path, name if gate is None or gate["promoted"] else manifest["parent"])

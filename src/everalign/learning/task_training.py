@@ -220,6 +220,7 @@ def train_task(
                     reference=reference if objective.needs_reference else None,
                     replayed=len(replayed),
                     apart=len(apart),
+                    learns_for=f"{context.model_key} {method.name} {method.settings()} {task.index} {task.name}",
                     hooks=method,
                     progress=partial(context.progress, objective.name),
                     figures=None if context.tracker is None else partial(context.tracker.figures, attempt),

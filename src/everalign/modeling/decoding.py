@@ -227,15 +227,21 @@ def continue_rows(
     return found
 
 
+_UNITS = 2.0**52
+
+
 def draw(logits: Tensor, chances: Tensor) -> Tensor:
     """Draw a token (R,) from each row of logits (R, V): the inverse of the distribution at one random number a row.
 
     `chances` (R,) fp64 are these, at least 0 and below 1.
     """
-    shares = logits.softmax(-1).double().cumsum(-1)
-    return torch.searchsorted(shares, chances[:, None] * shares[:, -1:], right=True)[:, 0].clamp(
-        max=logits.shape[1] - 1
-    )
+    shares = logits.softmax(-1).double()
+    if torch.are_deterministic_algorithms_enabled():
+        # A GPU has no fixed order for running sums of fractions; those of whole numbers are exact in any order.
+        shares = (shares * _UNITS).long()
+    shares = shares.cumsum(-1)
+    drawn = (chances[:, None] * shares[:, -1:]).to(shares.dtype)
+    return torch.searchsorted(shares, drawn, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 # ---- rows that grow and shrink on their own ----

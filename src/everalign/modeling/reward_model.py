@@ -34,12 +34,13 @@ from everalign.modeling.loading import (
 from everalign.modeling.options import Precision
 from everalign.modeling.quantization import check_trainable, plain_weights
 from everalign.modeling.runtime import training_device
+from everalign.modeling.trainable import LearnedState
 from everalign.storage import check_free, new_folder, read_json, read_model, write_json
 
 _PADDING = "<|pad|>"
 
 
-class RewardNetwork(nn.Module):
+class RewardNetwork(LearnedState):
     """A classifier as a function of token sequences.
 
     Args:
@@ -236,6 +237,8 @@ class RewardFacts(BaseModel):
         pairs: number of training pairs.
         accuracy: share of held-out pairs that it ranks as wished; None without held-out pairs.
         settings: how it was trained.
+        machine: where, see `machine_facts`.
+        libraries: with which versions.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -251,6 +254,8 @@ class RewardFacts(BaseModel):
     pairs: Annotated[int, Field(ge=1)]
     accuracy: Annotated[FiniteFloat, Field(ge=0, le=1)] | None
     settings: dict[str, Any]
+    machine: dict[str, Any] = {}
+    libraries: dict[str, str] = {}
 
 
 def save_reward_model(

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from everalign.distributed import world
 from everalign.modeling.attention import PLAIN_ATTENTION_MODELS
 from everalign.modeling.lora import fused_forward
+from everalign.modeling.machine import compute_deterministically
 from everalign.modeling.shrinking import layer_list
 
 _M_TRIM_THRESHOLD = -1
@@ -34,13 +35,17 @@ _REUSED_BLOCK_BYTES = 1 << 28
 _KEPT_FREE_BYTES = 1 << 30
 
 
-def prepare_process() -> None:
+def prepare_process(deterministic: bool = False) -> None:
     """Set the process up for training; safe to call more than once.
+
+    With `deterministic` operations give the same bits each time, see `compute_deterministically`.
 
     Subnormal numbers are flushed to zero: the gradient of a softmax over a vocabulary is full of them, and a processor
     takes them a hundred times slower (measured: the fp32 backward pass of a small model, four times as long). Worker
     threads inherit this from the thread that starts them: call it before torch computes anything.
     """
+    if deterministic:
+        compute_deterministically()
     torch.set_flush_denormal(True)
     keep_freed_memory()
     allow_tf32()

@@ -16,7 +16,28 @@ from everalign.modeling.options import Precision
 _Model = TypeVar("_Model", bound="TrainableLM")
 
 
-class TrainableLM(nn.Module):
+class LearnedState(nn.Module):
+    """A module whose state is what it learns, without the parameters that are frozen."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what is being learned, each parameter once: a checkpoint is no larger than that."""
+        state = super().state_dict(*args, **kwargs)
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        prefix = kwargs.get("prefix", "")
+        for key in [key for key in state if key.removeprefix(prefix) not in trainable]:
+            del state[key]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` returned; frozen parameters are not expected."""
+        differing = set(self.state_dict()) ^ set(state_dict)
+        if differing:
+            raise InputError(f"the checkpoint does not fit this model or adapter: {sorted(differing)[:3]} differ")
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+class TrainableLM(LearnedState):
     """A causal language model that a trainer can train: response log-probabilities of collated batches.
 
     Dropout is always off, so that batches may be cut anywhere and every reference policy compares.
@@ -87,23 +108,6 @@ class TrainableLM(nn.Module):
         for part in self.children():
             part.eval()
         return self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what is being learned, each parameter once: a checkpoint is no larger than that."""
-        state = super().state_dict(*args, **kwargs)
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        prefix = kwargs.get("prefix", "")
-        for key in [key for key in state if key.removeprefix(prefix) not in trainable]:
-            del state[key]
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` returned; frozen parameters are not expected."""
-        differing = set(self.state_dict()) ^ set(state_dict)
-        if differing:
-            raise InputError(f"the checkpoint does not fit this model or adapter: {sorted(differing)[:3]} differ")
-        super().load_state_dict(state_dict, strict=False, assign=assign)
-        return torch.nn.modules.module._IncompatibleKeys([], [])
 
 
 class FullModel(TrainableLM):

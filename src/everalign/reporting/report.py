@@ -140,11 +140,7 @@ def write_report(runs: Sequence[Path], output: Path, corrector: CorrectorShow | 
     """
     if not runs:
         raise InputError("a report needs at least one run directory")
-    page = render_report([load_run(run) for run in runs], corrector)
-    try:
-        write_text(Path(output), page)
-    except OSError as error:
-        raise InputError(f"{output}: the report cannot be written there: {error.strerror}") from error
+    write_text(Path(output), render_report([load_run(run) for run in runs], corrector))
     return Path(output)
 
 

@@ -232,7 +232,8 @@ class Allowances:
         if used is None:
             used = self._used[key_id] = _Used(float(allowance.requests_per_minute or 0), self._clock())
         day = int(self._now() // _DAY)
-        if used.day != day:
+        # A clock that goes back over midnight gives no second allowance for the same day.
+        if day not in (used.day, used.day - 1):
             used.day, used.tokens = day, 0
         return used
 

@@ -129,7 +129,9 @@ class AsyncStore:
         try:
             await self._writes.run(lambda: self._store.add_exchange(exchange))
         except Exception as error:  # noqa: BLE001 (whatever a database raises, the answer is delivered)
-            _log.error("exchange %s could not be kept: %s", exchange.id, type(error).__name__)
+            # Ours say what the store's operator can do, and repeat no text.
+            reason = str(error) if isinstance(error, EveralignError) else type(error).__name__
+            _log.error("exchange %s could not be kept: %s", exchange.id, reason)
             self._failed()
             return False
         return True

@@ -1,6 +1,7 @@
 """Routes for chat completions, Responses, models, feedback, health and metrics."""
 
 import asyncio
+import logging
 import time
 from contextlib import ExitStack
 from datetime import datetime, timezone
@@ -97,6 +98,9 @@ def read_feedback(content: dict[str, Any], key_id: str) -> Feedback:
     return Feedback(said.id, key_id, tags=tuple(said.tags), created=datetime.now(timezone.utc), **given)
 
 
+_log = logging.getLogger(__name__)
+
+
 async def store_feedback(gateway: Gateway, said: Feedback) -> bool:
     """Store feedback; return whether it is new. Raises GatewayError if it cannot be stored."""
     if gateway.store is None:
@@ -111,6 +115,7 @@ async def store_feedback(gateway: Gateway, said: Feedback) -> bool:
         )
         raise refused(message, "id", "unknown_exchange", 404) from None
     except (EveralignError, OSError, RuntimeError) as error:
+        _log.error("feedback on %s could not be kept: %s", said.exchange, error)
         raise overloaded(f"the store cannot be written ({type(error).__name__})", "store_failed", status=503) from None
     gateway.metrics.feedback.labels(str(new).lower()).inc()
     return new

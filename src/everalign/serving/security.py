@@ -35,7 +35,7 @@ _PROXY_HEADERS = re.compile(
 
 @dataclass(frozen=True)
 class Session:
-    """A browser session; the `key_id` is empty before signing in, `expires` is in seconds since 1970."""
+    """A browser session; the `key_id` is empty before signing in, `expires` is in seconds of the server's clock."""
 
     key_id: str
     nonce: str
@@ -43,9 +43,13 @@ class Session:
 
 
 class Sessions:
-    """Creates, verifies and revokes sessions. Cookies are signed; only revoked sessions are stored."""
+    """Creates, verifies and revokes sessions. Cookies are signed; only revoked sessions are stored.
 
-    def __init__(self, seconds: int = SESSION_SECONDS, clock: Callable[[], float] = time.time) -> None:
+    They end with the process, so that its own clock will do: one that nobody sets cannot go back, which would prolong
+    sessions and forget that they were revoked.
+    """
+
+    def __init__(self, seconds: int = SESSION_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds, self._clock = seconds, clock
         self._secret = secrets.token_bytes(32)
         self._revoked: dict[str, int] = {}

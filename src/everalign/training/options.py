@@ -33,6 +33,13 @@ Recompute = Annotated[
         "the rest again in the backward pass, `auto` does so where memory is short. It changes no result."
     ),
 ]
+Deterministic = Annotated[
+    bool,
+    Field(
+        description="The same bits each time, also on a GPU.\nOperations that have no deterministic version are an "
+        "error that names them. Slower on a GPU, and without effect on a CPU, which computes so anyway."
+    ),
+]
 Warmup = Annotated[float, Field(ge=0, lt=1, description="Share of the steps for the learning-rate warm-up.")]
 CheckpointSteps = Annotated[int, Field(ge=0, description="Steps between two checkpoints; 0 for none.")]
 LoraRank = Annotated[
@@ -86,6 +93,8 @@ class RewardOptions(Options):
     lora_rank: LoraRank = 0
     lora_alpha: LoraAlpha | None = None
     precision: ComputePrecision = "auto"
+    checkpoint_steps: CheckpointSteps = 200
+    deterministic: Deterministic = False
 
     @model_validator(mode="after")
     def _check_alpha(self) -> "RewardOptions":

@@ -9,7 +9,10 @@ The whole model, or an adapter on it, is fine-tuned with the Bradley-Terry loss 
 it is computed in bf16. The same arguments give the same weights on the same machine.
 """
 
+import hashlib
+import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +36,7 @@ from everalign.modeling.loading import (
     resolve_precision,
     sequence_limit,
 )
+from everalign.modeling.machine import library_versions, machine_facts
 from everalign.modeling.options import Precision
 from everalign.modeling.quantization import check_all_weights
 from everalign.modeling.reward_model import (
@@ -172,6 +176,8 @@ def train_reward_model(
     """Train a reward model and write its folder, whole or not at all.
 
     Processes that a launcher has started share the work; all of them call this with the same arguments.
+    After a kill, the same call continues from its newest checkpoint. Until it is done, checkpoints are in
+    `OUTPUT.training` beside the folder.
 
     Args:
         model: a folder in Hugging Face format, a Hub name, a GGUF file, `tiny` or `smollm2`. A
@@ -194,7 +200,7 @@ def train_reward_model(
     start()
     with exclusive(lock_of(folder), "training a reward model there"):
         _check_input(train, test, folder, allow_overlap)
-        prepare_process()
+        prepare_process(options.deterministic)
         device = training_device(log)
         precision = resolve_precision(options.precision, device)
         options = options.replace(precision=precision)
@@ -208,16 +214,16 @@ def train_reward_model(
         held_out = _encode("held-out", test, tokenizer, max_length, log) if test else None
 
         rewards = RewardNetwork(classifier, precision)
-        stage = StageOptions(
-            **{**options.shared_with(StageOptions), "learning_rate": options.rate, "checkpoint_steps": 0}
-        )
+        work = folder.with_name(folder.name + ".training")
+        template = template_fingerprint(tokenizer)
         training = train_stage(
             rewards,
             BradleyTerryObjective(rewards.padding, options.centring),
             pairs,
-            stage,
-            None,
+            StageOptions(**{**options.shared_with(StageOptions), "learning_rate": options.rate}),
+            work / _training_key(base, template, pairs, options, seed),
             seed=seed,
+            learns_for=base,
             progress=partial(progress, "reward"),
             figures=partial(figures, "reward"),
             log=log,
@@ -236,17 +242,20 @@ def train_reward_model(
             mean=raw.double().mean().item(),
             scale=raw.double().std(correction=0).item(),
             max_length=max_length,
-            template=template_fingerprint(tokenizer),
+            template=template,
             base_model=model,
             base_fingerprint=base,
             data=train.fingerprint,
             pairs=len(train),
             accuracy=None if report is None else report.accuracy,
             settings={**options.model_dump(), "learning_rate": options.rate, "max_length": max_length, "seed": seed},
+            machine=machine_facts(),
+            libraries=library_versions(),
         )
         if any(not isinstance(row.prompt, str) for row in train):
             keep_template(tokenizer)
         on_main(save_reward_model)(folder, rewards, tokenizer, facts, (row.prompt for row in train))
+        on_main(shutil.rmtree)(work)
         return TrainedRewardModel(folder, facts, report, training)
 
 
@@ -263,6 +272,13 @@ def _load(
         return classifier.requires_grad_(True), base
     alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
     return add_adapter(classifier, options.lora_rank, alpha, seed, model), base
+
+
+def _training_key(base: str, template: str, pairs: TokenizedRows, options: RewardOptions, seed: int) -> str:
+    """Return a digest of everything that a training's result depends on, which names its folder of checkpoints."""
+    settings = options.model_dump(exclude={"checkpointing", "checkpoint_steps"})  # change no result
+    facts = [base, template, pairs.fingerprint, settings, seed]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_input(train: PreferenceSet, test: PreferenceSet | None, folder: Path, allow_overlap: bool) -> None:

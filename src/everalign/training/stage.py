@@ -1,5 +1,6 @@
 """Train one stage: checkpoints inside it, its result kept at the end, so that a killed run need not train it again."""
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -19,10 +20,10 @@ from transformers import TrainerCallback
 from everalign.data.collate import TrainingPlan, largest_token, training_plan
 from everalign.data.tokenization import TokenizedRow
 from everalign.distributed import gather, on_main, start
-from everalign.errors import DivergedError, InputError
+from everalign.errors import DivergedError, InputError, naming_nondeterministic
 from everalign.modeling.options import Checkpointing
 from everalign.modeling.runtime import SavedBytes, free_memory, language_model, recomputable_layers, recomputing
-from everalign.storage import checksums, differing_files, new_folder, read_json, write_json
+from everalign.storage import checksums, differing_files, new_folder, read_json, write_json, writing
 from everalign.training.base_objective import Objective
 from everalign.training.hooks import Stage, StageHooks
 from everalign.training.options import StageOptions
@@ -32,6 +33,12 @@ from everalign.training.trainer import Steps, Trainer, training_arguments
 _WEIGHTS, _REPORT, _FILES = "policy.safetensors", "report.json", "files.json"
 _HOOKS = "method.safetensors"
 _MARK, _CHECKPOINT = "complete.json", "checkpoint-"
+# Which stage a checkpoint or a result is of; those of version 0.1.0 do not say.
+_STAGE = "stage.json"
+# Complete checkpoints to keep: a kill may come while one is written.
+_CHECKPOINTS = 2
+# What a stage's options may differ in between two calls.
+_FREE_OPTIONS = {"checkpointing", "checkpoint_steps", "logging_steps"}
 # Share of the free memory that activations, gradients and the optimiser may take: other things come and go beside them.
 _USABLE = 0.8
 # Bytes for each trained parameter: a gradient and AdamW's two moments, in fp32.
@@ -83,6 +90,7 @@ class StageResult:
         return {key: value for key, value in asdict(self).items() if key != "curve"}
 
 
+@naming_nondeterministic()
 def train_stage(
     model: nn.Module,
     objective: Objective,
@@ -95,6 +103,7 @@ def train_stage(
     replayed: int | None = None,
     hooks: StageHooks | None = None,
     apart: int = 0,
+    learns_for: str = "",
     progress: Callable[[int, int], None] | None = None,
     figures: Figures | None = None,
     log: Callable[[str], None] = lambda _: None,
@@ -107,11 +116,14 @@ def train_stage(
         rows: the N rows, replayed ones included.
         options: how.
         folder: holds checkpoints, and in the end the result. A later call continues from the newest complete
-            checkpoint, or loads the result. None to keep nothing.
+            checkpoint, or loads the result; one of another stage, or of another run, is passed over with a warning.
+            None to keep nothing.
         seed: seeds the order of the rows.
         reference: computes the reference, where the objective needs one and the stage is not finished.
         replayed: how many of the rows are replayed, for the report; None where nothing is replayed by design.
         hooks: what a method does beside the objective, for policies.
+        learns_for: the base model, and whatever else tells this stage from others that learn the same rows; what is in
+            the folder for something else is passed over.
         apart: how many rows at the end are at hand for the hooks and not learned.
         progress: called with (steps done, steps in all).
         figures: called with what is measured of the training, see `Figures`.
@@ -123,7 +135,8 @@ def train_stage(
         DivergedError: the loss or the weights became NaN or infinite.
     """
     start()
-    finished = folder is not None and is_finished(folder)
+    stage_id = "" if folder is None else _stage_id(objective, rows, options, seed, learns_for)
+    finished = folder is not None and is_finished(folder, stage_id)
     if finished and not (hooks is not None and hooks.watches_stages):
         return _load_finished(model, objective, folder, None, log)  # type: ignore[arg-type]
     head = getattr(model, "head", None)
@@ -168,15 +181,16 @@ def train_stage(
         steps = Steps(rows, plan, objective, shared, logprobs, terms, own if replayed else None, in_step)
         callbacks = [
             *([] if hooks is None else [_KeepHooks(hooks)]),
-            MarkComplete(),
+            MarkComplete(stage_id),
             _StepCallback(progress, figures, _step_tokens(plan, lengths)),
         ]
         trainer = Trainer(model, objective, arguments, steps, hooks, callbacks)
-        checkpoint = latest_checkpoint(place)
+        checkpoint = latest_checkpoint(place, stage_id)
         if checkpoint is not None:
             _load_hooks(hooks, checkpoint, model)
         started = time.perf_counter()
-        with recomputing(_recomputed(model, objective, steps, lengths, options.checkpointing, log)):
+        recomputed = _recomputed(model, objective, steps, lengths, options.checkpointing, log)
+        with recomputing(recomputed), writing(place):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - started
     if hooks is not None:
@@ -197,13 +211,29 @@ def train_stage(
         **drift,
     )
     if folder is not None:
-        save_result(model, asdict(result), folder, objective.name, hooks)
+        save_result(model, asdict(result), folder, objective.name, hooks, stage_id)
     return result
+
+
+def _stage_id(
+    objective: Objective, rows: Sequence[TokenizedRow], options: StageOptions, seed: int, learns_for: str
+) -> str:
+    """Return a digest of what a stage is, whatever it is computed on and by how many processes."""
+    facts = (objective.name, options.model_dump(exclude=_FREE_OPTIONS), seed, learns_for)
+    digest = hashlib.sha256(repr(facts).encode())
+    for row in rows:
+        digest.update(repr((row.id, len(row.prompt), [len(tokens) for tokens in row.responses])).encode())
+    return digest.hexdigest()[:16]
 
 
 @on_main
 def save_result(
-    model: nn.Module, report: Mapping[str, Any], folder: Path, stage: str, hooks: StageHooks | None = None
+    model: nn.Module,
+    report: Mapping[str, Any],
+    folder: Path,
+    stage: str,
+    hooks: StageHooks | None = None,
+    stage_id: str = "",
 ) -> None:
     """Keep a stage's result in `folder`, whole or not at all, and drop the checkpoints there.
 
@@ -213,6 +243,7 @@ def save_result(
         folder: the stage's.
         stage: its name, for messages.
         hooks: whose state is kept beside it; None for nobody's.
+        stage_id: kept with it, for `is_finished`.
 
     Raises:
         DivergedError: weights are NaN or infinite. The trainer sees a loss only before each step, so nothing has
@@ -225,18 +256,35 @@ def save_result(
         save_file(weights, done / _WEIGHTS)
         _save_hooks(hooks, done)
         write_json(done / _REPORT, report)
+        write_json(done / _STAGE, {"stage": stage_id})
         write_json(done / _FILES, checksums(done))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 @on_main
-def is_finished(folder: Path) -> bool:
-    """Whether `save_result` has kept a whole result in a stage's folder; removes what is not whole."""
+def is_finished(folder: Path, stage_id: str = "") -> bool:
+    """Whether `save_result` has kept a whole result of this stage; removes what is none, with a warning."""
     done = folder / "done"
-    if done.exists() and not differing_files(done, read_json(done / _FILES)):
+    if not done.exists():
+        return False
+    if not (reason := _what_is_wrong(done, _FILES, stage_id)):
         return True
+    warnings.warn(f"{done} is not used ({reason}): this stage is trained again", stacklevel=2)
     shutil.rmtree(done, ignore_errors=True)
     return False
+
+
+def _what_is_wrong(folder: Path, mark: str, stage_id: str) -> str:
+    """Return why a checkpoint or a result cannot be used: files that differ from its checksums, or another stage."""
+    try:
+        expected = json.loads((folder / mark).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return f"{mark} is missing or cut"
+    if wrong := differing_files(folder, expected):
+        return ", ".join(f"{name} is cut or missing" for name in wrong)
+    stage = folder / _STAGE
+    other = stage.exists() and read_json(stage)["stage"] not in ("", stage_id)
+    return "it is of another stage or run" if other and stage_id else ""
 
 
 def _load_finished(
@@ -272,7 +320,13 @@ class _KeepHooks(TrainerCallback):  # type: ignore[misc]  # transformers carries
 
 
 class MarkComplete(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
-    """Writes the checksums of a checkpoint's files into it once all of them are written."""
+    """Writes the checksums of a checkpoint's files into it once all of them are written, and removes earlier ones.
+
+    transformers would remove those with the earliest times: after a clock has gone back, the newest.
+    """
+
+    def __init__(self, stage_id: str = "") -> None:
+        self._stage_id = stage_id
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Mark the checkpoint that was just saved."""
@@ -280,24 +334,30 @@ class MarkComplete(TrainerCallback):  # type: ignore[misc]  # transformers carri
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"{_CHECKPOINT}{state.global_step}"
+        write_json(folder / _STAGE, {"stage": self._stage_id})
         write_json(folder / _MARK, checksums(folder, exclude=frozenset({_MARK})))
+        found = _checkpoints(folder.parent)
+        kept = [path for step, path in found if step <= state.global_step][:_CHECKPOINTS]
+        for _, path in found:
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return a stage's checkpoints with their steps, the newest first."""
+    found = ((path.name.removeprefix(_CHECKPOINT), path) for path in folder.glob(f"{_CHECKPOINT}*"))
+    return sorted(((int(step), path) for step, path in found if step.isdigit()), reverse=True)
 
 
 @on_main
-def latest_checkpoint(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path, stage_id: str = "") -> Path | None:
     """Return the newest complete checkpoint of a stage, or None.
 
-    One that a kill or a full disk left incomplete is passed over with a warning that names it.
+    One that a kill or a full disk left incomplete, or that is of another stage, is passed over with a warning that
+    names it.
     """
-    numbers = {path: path.name.removeprefix(_CHECKPOINT) for path in folder.glob(f"{_CHECKPOINT}*")}
-    found = [path for path, number in numbers.items() if number.isdigit()]
-    for path in sorted(found, key=lambda path: int(numbers[path]), reverse=True):
-        try:
-            expected = json.loads((path / _MARK).read_text(encoding="utf-8"))
-            reason = ", ".join(f"{name} is cut or missing" for name in differing_files(path, expected))
-        except (FileNotFoundError, ValueError):
-            reason = f"{_MARK} is missing or cut"
-        if not reason:
+    for _, path in _checkpoints(folder):
+        if not (reason := _what_is_wrong(path, _MARK, stage_id)):
             return path
         warnings.warn(f"{path} is not a complete checkpoint ({reason}): resuming from before it", stacklevel=2)
     return None

@@ -267,7 +267,6 @@ def training_arguments(folder: Path, options: StageOptions, seed: int) -> Traini
         logging_nan_inf_filter=False,
         save_strategy="steps" if options.checkpoint_steps else "no",
         save_steps=options.checkpoint_steps or 500,
-        save_total_limit=2,
         ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,

@@ -148,7 +148,7 @@ def translated_error(error: SQLAlchemyError | sqlite3.Error, name: str, doing: s
     reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
     if "not a database" in reason or "malformed" in reason:
         return InputError(f"{name}: no SQLite database, or a damaged one ({reason}); restore it or name another file")
-    advice = "check that its folder is writable and has space"
+    advice = "check that its folder is writable, has space and is on a disk of this machine"
     if name.startswith("postgresql://"):
         advice = "check that the server runs and that this user may use the database"
     return EveralignError(f"{name}: {doing} failed: {reason}; {advice}, then try again")
@@ -281,8 +281,10 @@ def _exclusive(engine: Engine, url: URL) -> Iterator[Connection]:
             yield connection
         return
     path = Path(str(url.database))
+    lock = path.with_name(f"{path.name}.lock")
     try:
-        with FileLock(path.with_name(f"{path.name}.lock"), timeout=_WAIT, mode=0o600):
+        # Without locks it would take the mere presence of the file for one, which a kill leaves behind.
+        with FileLock(lock, timeout=_WAIT, mode=0o600, fallback_to_soft=False):
             with engine.connect() as connection:
                 # Stored in the file; can only be set outside a transaction.
                 connection.connection.cursor().execute("PRAGMA journal_mode = WAL")
@@ -290,6 +292,8 @@ def _exclusive(engine: Engine, url: URL) -> Iterator[Connection]:
                 yield connection
     except Timeout as error:
         raise EveralignError(f"{path}: another process has been opening it for {_WAIT} s; stop that one") from error
+    except (OSError, NotImplementedError) as error:  # also for want of locks in the file system
+        raise InputError(f"{lock}: cannot be locked ({error}); name a file in a folder of this machine") from error
 
 
 def _upgrade(connection: Connection, name: str) -> None:
