@@ -178,8 +178,9 @@ def test_a_classifiers_adapter_is_refused(folder):
 
 def test_an_adapter_as_model_must_say_what_it_belongs_to(folder):
     edit(folder, base_model_name_or_path=None)
-    assert f"that does not name its base model: give that as the model (--model BASE --adapter {folder})" in refusal(
-        None, folder
+    assert (
+        f"that does not name its base model: give that as the model (--model BASE --base-adapter {folder})"
+        in refusal(None, folder)
     )
     edit(folder, base_model_name_or_path="/gone/away")
     assert "is an adapter of /gone/away, which cannot be found: give its base model" in refusal(None, folder)

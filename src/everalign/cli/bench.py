@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def bench(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to compare; see recipes/.")],
-    output: Annotated[Path | None, option("Folder for records, results and the report.", "DIR")] = None,
+    output: Annotated[
+        Path | None, option("Folder for records, results and the report; the recipe's by default.", "DIR")
+    ] = None,
     tune: Annotated[
         bool, option("Try every contender's settings on validation rows, and choose.", "", "--tune")
     ] = False,
@@ -28,7 +30,8 @@ def bench(
     ] = False,
     only: Annotated[list[str] | None, option("Contenders to run; all if not given.", "NAME,...")] = None,
     without: Annotated[
-        list[str] | None, option("Tasks to leave out of what is compared; they are learned.", "NAME,...")
+        list[str] | None,
+        option("Tasks to leave out of what is compared; they are learned.", "NAME,...", default="none"),
     ] = None,
     jobs: Annotated[int, option("Runs side by side, one thread each; 1 by default.", "N")] = 1,
     keep_runs: Annotated[

@@ -54,7 +54,7 @@ def train(
     ],
     data: Annotated[str, option("Corrections to learn, or preferences (rejected into chosen).", "ROWS")],
     output: Annotated[Path, option("The corrector's folder.", "DIR")],
-    test: Annotated[str | None, option("Held-out rows, for the report.", "ROWS")] = None,
+    test: Annotated[str | None, option("Held-out rows, for the report.", "ROWS", default="none")] = None,
     columns: Columns = None,
     seed: Seed = 0,
     filtered: Annotated[
@@ -151,13 +151,17 @@ def steer(
     corrector: Annotated[str, option("A corrector's folder; the direction is written into it.", "DIR")],
     data: Annotated[str, option("Corrections, preferably ones that it was not trained on.", "CORRECTIONS")],
     columns: Columns = None,
-    direction: Annotated[str | None, option("Direction: mean of the differences, or principal.", "KIND")] = None,
+    direction: Annotated[
+        str | None, option("Direction: mean of the differences, or principal.", "KIND", default="mean")
+    ] = None,
     layers: Annotated[str | None, option("Layers to steer together, such as 3,4; the best one by default.")] = None,
-    strengths: Annotated[str | None, option('Strengths to try: "-1,-0.5,0.5,1".', "NUMBERS")] = None,
-    rows: Annotated[int | None, option("Maximum number of rows to extract from.")] = None,
-    trials: Annotated[int | None, option("Maximum number of rows to compare layers on.")] = None,
-    prefix: Annotated[int | None, option("Maximum number of tokens to look at in each answer.")] = None,
-    precision: Annotated[str | None, option("Precision of the computation.", "fp32|bf16")] = None,
+    strengths: Annotated[
+        str | None, option('Strengths to try; by default "-0.75,-0.5,-0.25,0.25,0.5,0.75".', "NUMBERS")
+    ] = None,
+    rows: Annotated[int | None, option("Maximum number of rows to extract from.", default="64")] = None,
+    trials: Annotated[int | None, option("Maximum number of rows to compare layers on.", default="24")] = None,
+    prefix: Annotated[int | None, option("Maximum number of tokens to look at in each answer.", default="8")] = None,
+    precision: Annotated[str | None, option("Precision of the computation.", "fp32|bf16", default="fp32")] = None,
     tokens_per_batch: TokensPerBatch = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,

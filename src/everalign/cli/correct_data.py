@@ -60,28 +60,36 @@ def data(
     corrections_from: Annotated[
         str | None, option("Model that corrects, on a server; by default the rows have corrections.", "URL#MODEL")
     ] = None,
-    instructions: Annotated[Path | None, option("How answers are to be corrected.", "FILE")] = None,
+    instructions: Annotated[
+        Path | None, option("How answers are to be corrected; built-in instructions by default.", "FILE")
+    ] = None,
     temperature: Annotated[float | None, option("Temperature of the answers; 0.5 by default.")] = None,
     max_new_tokens: Annotated[
         int | None, option("Longest answer, in tokens; by default the server's limit, or 512 in this process.")
     ] = None,
-    seed: Annotated[int | None, option("Random seed of answers sampled in this process.")] = None,
+    seed: Annotated[int | None, option("Random seed of answers sampled in this process.", default="0")] = None,
     keep_going: Annotated[
         bool, option("Write questions that fail into a file, and continue.", "", "--keep-going")
     ] = False,
     template: Annotated[
         str | None, option("Template whose markers corrections must not contain; everalign-1 by default.", "ID")
     ] = None,
-    longest: Annotated[int | None, option("Maximum number of characters of a correction.")] = None,
-    near: Annotated[float | None, option("Lowest similarity of near-duplicates, up to 1.")] = None,
+    longest: Annotated[int | None, option("Maximum number of characters of a correction.", default="16384")] = None,
+    near: Annotated[float | None, option("Lowest similarity of near-duplicates, up to 1.", default="0.9")] = None,
     concurrency: Concurrency = None,
     requests_per_minute: RequestsPerMinute = None,
     timeout: Timeout = None,
     price_in: Annotated[
         str | None,
-        option("Price of a million input tokens; give two if answers and corrections differ.", "PRICE[,PRICE]"),
+        option(
+            "Price of a million input tokens; give two if answers and corrections differ.",
+            "PRICE[,PRICE]",
+            default="none",
+        ),
     ] = None,
-    price_out: Annotated[str | None, option("Price of a million output tokens.", "PRICE[,PRICE]")] = None,
+    price_out: Annotated[
+        str | None, option("Price of a million output tokens.", "PRICE[,PRICE]", default="none")
+    ] = None,
     overwrite: Overwrite = False,
     skip_bad_rows: SkipBadRows = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -264,7 +272,9 @@ def distill(
     data: Annotated[str, option("Prompts; other columns are not read.", "ROWS")],
     output: Annotated[Path, option("The run directory.", "DIR")],
     columns: Columns = None,
-    test: Annotated[str | None, option("Held-out preferences, scored after every round.", "PAIRS")] = None,
+    test: Annotated[
+        str | None, option("Held-out preferences, scored after every round.", "PAIRS", default="none")
+    ] = None,
     template: Template = None,
     objectives: Objectives = None,
     seed: Seed = 0,

@@ -74,7 +74,9 @@ def run(
     strength: Strength = None,
     precision: LocalPrecision = None,
     device: Device = None,
-    batch_size: Annotated[int | None, option("Rows corrected at once; results are kept after each batch.")] = None,
+    batch_size: Annotated[
+        int | None, option("Rows corrected at once; results are kept after each batch.", default="64")
+    ] = None,
     tokens_per_batch: TokensPerBatch = None,
     overwrite: Overwrite = False,
     skip_bad_rows: SkipBadRows = False,
@@ -233,7 +235,9 @@ def evaluate(
     corrector: CorrectorName,
     data: Annotated[str, option("Rows with question, answer, and what is known: correction, good, kind.", "ROWS")],
     columns: Columns = None,
-    scorer: Annotated[str | None, option("Scorer that compares the answers.", "DIR|MODULE:FUNCTION|URL#MODEL")] = None,
+    scorer: Annotated[
+        str | None, option("Scorer that compares the answers.", "DIR|MODULE:FUNCTION|URL#MODEL", default="none")
+    ] = None,
     template: Template = None,
     objectives: Objectives = None,
     gate: Gate = None,
@@ -243,7 +247,9 @@ def evaluate(
     strength: Strength = None,
     max_new_tokens: MaxNewTokens = None,
     judge_instructions: JudgeInstructions = None,
-    cache: Annotated[Path | None, option("Folder that keeps corrections and a judge's verdicts.", "DIR")] = None,
+    cache: Annotated[
+        Path | None, option("Folder that keeps corrections and a judge's verdicts.", "DIR", default="none")
+    ] = None,
     concurrency: Concurrency = None,
     requests_per_minute: RequestsPerMinute = None,
     timeout: Timeout = None,

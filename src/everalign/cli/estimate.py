@@ -40,7 +40,6 @@ _PANEL = "Estimate"
     WeightOptions,
     RolloutOptions,
     CorrectionTaskOptions,
-    names={"base_adapter": "--adapter"},
 )
 def estimate(
     recipe: Annotated[
@@ -48,28 +47,50 @@ def estimate(
         typer.Argument(metavar="[RECIPE]", help="A recipe of learn; flags win.", show_default=False),
     ] = None,
     task: Annotated[
-        list[str] | None, option("A task's name and files; once for each task, in order.", "NAME=TRAIN[,TEST]")
+        list[str] | None,
+        option(
+            "A task's name and files; once for each task, in order; those of the recipe by default.",
+            "NAME=TRAIN[,TEST]",
+        ),
     ] = None,
     columns: Columns = None,
     method: Annotated[str | None, option("As for learn; lifealign by default.")] = None,
     gpu: Annotated[
         str,
-        option("h100, h200, a100-80, a100-40, l40s, l4, rtx4090, mi300x, or cpu (this machine).", "NAME", panel=_PANEL),
+        option(
+            "h100, h200, a100-80, a100-40, l40s, l4, rtx4090, mi300x, or cpu (this machine), the default.",
+            "NAME",
+            panel=_PANEL,
+        ),
     ] = "cpu",
-    price: Annotated[float | None, option("Dollars for an hour of the machine.", "DOLLARS", panel=_PANEL)] = None,
+    price: Annotated[
+        float | None, option("Dollars for an hour of the machine.", "DOLLARS", panel=_PANEL, default="none")
+    ] = None,
     measure: Annotated[
-        bool, option("Load the model, train three steps here, and correct the estimate by them.", "", panel=_PANEL)
+        bool,
+        option(
+            "Load the model, train three steps here, and correct the estimate by them.", "", "--measure", panel=_PANEL
+        ),
     ] = False,
     upstream: Annotated[
-        str | None, option("The model whose answers a corrector corrects, to compare with.", "MODEL", panel=_PANEL)
+        str | None,
+        option("The model whose answers a corrector corrects, to compare with.", "MODEL", panel=_PANEL, default="none"),
     ] = None,
     api_price: Annotated[
         str | None,
-        option("A larger model's price: dollars for a million tokens read, and written.", "IN,OUT", panel=_PANEL),
+        option(
+            "A larger model's price: dollars for a million tokens read, and written.",
+            "IN,OUT",
+            panel=_PANEL,
+            default="none",
+        ),
     ] = None,
-    answers: Annotated[float | None, option("Answers served over the time that counts.", "N", panel=_PANEL)] = None,
+    answers: Annotated[
+        float | None, option("Answers served over the time that counts.", "N", panel=_PANEL, default="none")
+    ] = None,
     value_per_better_answer: Annotated[
-        float | None, option("Dollars that a better answer is worth; needs --evaluation.", "DOLLARS", panel=_PANEL)
+        float | None,
+        option("Dollars that a better answer is worth; needs --evaluation.", "DOLLARS", panel=_PANEL, default="none"),
     ] = None,
     evaluation: Annotated[
         Path | None,
@@ -77,10 +98,11 @@ def estimate(
             "Your own evaluation: a run that everalign evaluate has judged, or its results.json.",
             "RUN|FILE",
             panel=_PANEL,
+            default="none",
         ),
     ] = None,
     json_file: Annotated[
-        Path | None, option("Write everything as JSON; - prints it.", "FILE", "--json", panel=_PANEL)
+        Path | None, option("Write everything as JSON, - prints it.", "FILE", "--json", panel=_PANEL, default="none")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     **given: Any,

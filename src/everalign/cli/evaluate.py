@@ -32,10 +32,14 @@ def evaluate(
         ),
     ] = None,
     reward: Annotated[
-        str | None, option("Rate the answers, and count wins, by a reward model or function.", "DIR|MODULE:FUNCTION")
+        str | None,
+        option(
+            "Rate the answers, and count wins, by a reward model or function.", "DIR|MODULE:FUNCTION", default="none"
+        ),
     ] = None,
     judge: Annotated[
-        str | None, option("Do so by an LLM judge on any OpenAI-compatible server, in both orders.", "URL#MODEL")
+        str | None,
+        option("Do so by an LLM judge on any OpenAI-compatible server, in both orders.", "URL#MODEL", default="none"),
     ] = None,
     against: Annotated[
         Path | None, option("Opponent: this run's answers; the base model's when left out.", "RUN")
@@ -45,7 +49,7 @@ def evaluate(
         option("What the judge looks at, such as helpful or truthful; by each task's name when left out.", "NAME"),
     ] = None,
     every: Annotated[bool, option("Evaluate every version, not the last one alone.", "", "--every")] = False,
-    limit: Annotated[int | None, option("Most prompts of a task.", "N")] = None,
+    limit: Annotated[int | None, option("Most prompts of a task.", "N", default="all")] = None,
     max_new_tokens: Annotated[int, option("Longest answer, in tokens; 160 by default.", "N")] = 160,
     compat: Annotated[
         bool, option("Also BLEU-4 and ROUGE-L as in LifeAlign's published tables.", "", "--compat")

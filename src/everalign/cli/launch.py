@@ -16,7 +16,8 @@ from everalign.cli.options import INTERRUPTED, option
 from everalign.errors import EveralignError, InputError
 
 Processes = Annotated[
-    int | None, option("Processes of this machine that share the work: one for each GPU, or some on CPUs.", "N")
+    int | None,
+    option("Processes of this machine that share the work: one for each GPU, or some on CPUs.", "N", default="1"),
 ]
 
 Fsdp = Annotated[

@@ -50,12 +50,15 @@ _FEEDBACK = "Feedback"
     WeightOptions,
     RolloutOptions,
     CorrectionTaskOptions,
-    names={"base_adapter": "--adapter"},
 )
 def learn(
     context: typer.Context,
     task: Annotated[
-        list[str] | None, option("A task's name and files; once for each task, in order.", "NAME=TRAIN[,TEST]")
+        list[str] | None,
+        option(
+            "A task's name and files; once for each task, in order; those of the recipe by default.",
+            "NAME=TRAIN[,TEST]",
+        ),
     ] = None,
     method: Annotated[
         str | None,
@@ -65,7 +68,7 @@ def learn(
         ),
     ] = None,
     columns: Columns = None,
-    recipe: Annotated[Path | None, option("Read options from a file; flags win.", "FILE.yaml")] = None,
+    recipe: Annotated[Path | None, option("Read options from a file, flags win; none by default.", "FILE.yaml")] = None,
     print_recipe: Annotated[bool, option("Print all options as a recipe, and exit.", "", "--print-recipe")] = False,
     resume: Annotated[
         bool, option("Continue the run in DIR, with the options it was started with.", "", "--resume")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +24,30 @@ INTERRUPTED = 130
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 
-def option(text: str, metavar: str | None = None, *names: str, panel: str | None = None) -> Any:
-    """A flag with its help. Without `names` it is called as its parameter; a metavar of "" takes no value."""
+def option(
+    text: str, metavar: str | None = None, *names: str, panel: str | None = None, default: str | None = None
+) -> Any:
+    """A flag with its help. Without `names` it is called as its parameter; a metavar of "" takes no value.
+
+    `default` says what holds without the flag, if the text does not.
+    """
+    text = text if default is None else with_default(text, default)
     return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel, show_default=False)
+
+
+def with_default(text: str, default: Any) -> str:
+    """Returns a help text that says what the default is, as it stands if it says so already."""
+    if re.search(r"default|if not given|left out", text):
+        return text
+    if isinstance(default, bool | None):
+        shown = {None: "none", True: "on", False: "off"}[default]
+    elif isinstance(default, float):
+        shown = f"{default:g}"
+    elif isinstance(default, tuple):
+        shown = ",".join(map(str, default)) or "none"
+    else:
+        shown = default
+    return f"{text.removesuffix('.')}; {shown} by default."
 
 
 def flags(
@@ -47,10 +69,10 @@ def flags(
             kind = _flag_type(about)
             if kind is None or (only and name not in only):
                 continue
-            text, default = about.description.partition("\n")[0], field.default
-            if default not in (None, False, 0, (), ""):
-                shown = f"{default:g}" if isinstance(default, float) else default
-                text = f"{text.removesuffix('.')}; {shown} by default."
+            text = about.description.partition("\n")[0]
+            if not field.is_required():
+                off = kind is bool and field.default is None
+                text = with_default(text, False if off else None if field.default == "" else field.default)
             flag = typer.Option(
                 *([names[name]] if names and name in names else []),
                 help=text,
@@ -119,36 +141,50 @@ TrustRemoteCode = Annotated[
 SkipBadRows = Annotated[bool, option("Skip bad rows and report them.", "", "--skip-bad-rows")]
 Columns = Annotated[
     str | None,
-    option('Columns with other names in the file: "prompt=question,chosen=better".', "NAME=COLUMN,..."),
+    option(
+        'Columns with other names in the file: "prompt=question,chosen=better"; none by default.', "NAME=COLUMN,..."
+    ),
 ]
 AllowOverlap = Annotated[bool, option("Allow rows to be in both the training and the test set.", "", "--allow-overlap")]
 Overwrite = Annotated[bool, option("Replace the output file.", "", "--overwrite")]
 Seed = Annotated[int, option("Random seed; 0 by default.")]
-Template = Annotated[str | None, option("Prompt template of the corrector, if its folder does not name it.", "ID")]
+Template = Annotated[str | None, option("Prompt template of the corrector; what its folder names by default.", "ID")]
 Objectives = Annotated[
-    str | None, option('Objectives that a corrector on a server was trained with: "helpful,harmless".', "WORDS")
+    str | None,
+    option('Objectives that a corrector on a server was trained with: "helpful,harmless"; none by default.', "WORDS"),
 ]
 Gate = Annotated[
-    float | None, option("Keep answers with at least this mean log-likelihood, in nats per token.", "NATS")
+    float | None,
+    option("Keep answers with at least this mean log-likelihood, in nats per token.", "NATS", default="none"),
 ]
 Guarded = Annotated[
     bool, typer.Option("--guards/--no-guards", help="Return the original answer if a correction cannot be trusted.")
 ]
 Approve = Annotated[
-    str | None, option("Scorer that must prefer a correction to the answer.", "DIR|MODULE:FUNCTION|URL#MODEL")
+    str | None,
+    option("Scorer that must prefer a correction to the answer.", "DIR|MODULE:FUNCTION|URL#MODEL", default="none"),
 ]
-Margin = Annotated[float | None, option("Smallest difference for --approve, in units of its rewards.")]
+Margin = Annotated[float | None, option("Smallest difference for --approve, in units of its rewards.", default="0")]
 MaxNewTokens = Annotated[int | None, option("Longest correction, in tokens; twice the answer plus 256 by default.")]
-LocalPrecision = Annotated[str | None, option("Precision of a corrector in this process.", "fp32|bf16")]
+LocalPrecision = Annotated[str | None, option("Precision of a corrector in this process.", "fp32|bf16", default="fp32")]
 Strength = Annotated[
-    float | None, option("Steer towards copying (below 0) or correcting (above 0); see correct steer.", "ALPHA")
+    float | None,
+    option("Steer towards copying (below 0) or correcting (above 0), see correct steer.", "ALPHA", default="0"),
 ]
-Device = Annotated[str | None, option("Device of a corrector in this process, such as cuda:0.")]
-TokensPerBatch = Annotated[int | None, option("Tokens computed at once; fewer save memory.")]
-Concurrency = Annotated[int | None, option("Maximum number of concurrent requests to a server.")]
-RequestsPerMinute = Annotated[float | None, option("Maximum number of requests to a server per minute.")]
-Timeout = Annotated[float | None, option("Seconds to wait for a server's reply.")]
-JudgeInstructions = Annotated[Path | None, option("Instructions for a judge: what makes an answer good.", "FILE")]
+Device = Annotated[
+    str | None, option("Device of a corrector in this process, such as cuda:0.", default="the GPU if there is one")
+]
+TokensPerBatch = Annotated[
+    int | None, option("Tokens computed at once, fewer save memory; 8192, or 4096 of a corrector, by default.")
+]
+Concurrency = Annotated[int | None, option("Maximum number of concurrent requests to a server.", default="8")]
+RequestsPerMinute = Annotated[
+    float | None, option("Maximum number of requests to a server per minute.", default="no limit")
+]
+Timeout = Annotated[float | None, option("Seconds to wait for a server's reply.", default="60")]
+JudgeInstructions = Annotated[
+    Path | None, option("Instructions for a judge: what makes an answer good; built-in ones by default.", "FILE")
+]
 
 
 @contextmanager

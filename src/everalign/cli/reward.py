@@ -49,7 +49,7 @@ def train(
     model: Annotated[str, option("A Hugging Face folder, a Hub name, a .gguf file, `tiny` or `smollm2`.")],
     data: Annotated[str, option("Preferences to learn.", "PAIRS")],
     output: Annotated[Path, option("The reward model's folder.", "DIR")],
-    test: Annotated[str | None, option("Held-out preferences, for the report.", "PAIRS")] = None,
+    test: Annotated[str | None, option("Held-out preferences, for the report.", "PAIRS", default="none")] = None,
     columns: Columns = None,
     seed: Seed = 0,
     allow_overlap: AllowOverlap = False,
@@ -146,10 +146,14 @@ def score(
     overwrite: Annotated[
         bool, option("Ignore rewards that rows have, and replace FILE.jsonl.", "", "--overwrite")
     ] = False,
-    batch_size: Annotated[int | None, option("Answers scored at once; results are kept after each batch.")] = None,
+    batch_size: Annotated[
+        int | None, option("Answers scored at once; results are kept after each batch.", default="64")
+    ] = None,
     tokens_per_batch: TokensPerBatch = None,
     judge_instructions: JudgeInstructions = None,
-    cache: Annotated[Path | None, option("Folder that keeps a judge's rewards for later calls.", "DIR")] = None,
+    cache: Annotated[
+        Path | None, option("Folder that keeps a judge's rewards for later calls.", "DIR", default="none")
+    ] = None,
     concurrency: Concurrency = None,
     requests_per_minute: RequestsPerMinute = None,
     timeout: Timeout = None,

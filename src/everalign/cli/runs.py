@@ -141,7 +141,9 @@ def export(
     run: Run,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the model; must not exist yet.")],
     version: Annotated[str | None, option("Version to export; the current one by default.", "VERSION")] = None,
-    model: Annotated[str | None, option("Where the base model is now, if it was moved.", "MODEL")] = None,
+    model: Annotated[
+        str | None, option("Where the base model is now, if it was moved.", "MODEL", default="where it was")
+    ] = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", metavar="", help="Write the adapter alone, for peft or vLLM.")
     ] = False,
@@ -151,9 +153,12 @@ def export(
             metavar="DTYPE", help="auto, fp32, bf16 or fp16; auto is the base model's, or fp32 for an adapter."
         ),
     ] = "auto",
-    label: Annotated[str | None, option("Whose adapter, of a run that keeps one for each label.", "LABEL")] = None,
+    label: Annotated[
+        str | None, option("Whose adapter, of a run that keeps one for each label.", "LABEL", default="all of them")
+    ] = None,
     base: Annotated[
-        str | None, option("Merge into this full-precision model; for a run on a quantised copy of it.", "MODEL")
+        str | None,
+        option("Merge into this full-precision model; for a run on a quantised copy of it.", "MODEL", default="none"),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,

@@ -50,7 +50,10 @@ _THREADS_OF_A_SERVER = 32
 def serve(
     upstream: Annotated[list[str], option("An OpenAI-compatible server; may be repeated, with names.", "URL|NAME=URL")],
     corrector: Annotated[
-        str | None, option("A corrector's folder, a run that promotes them, or one on a server.", "DIR|RUN|URL#MODEL")
+        str | None,
+        option(
+            "A corrector's folder, a run that promotes them, or one on a server.", "DIR|RUN|URL#MODEL", default="none"
+        ),
     ] = None,
     template: Template = None,
     gate: Gate = None,
@@ -60,13 +63,21 @@ def serve(
     device: Device = None,
     on_rollback: Annotated[
         str | None,
-        option("While a run is rolled back to its base model: uncorrected answers, or errors.", "uncorrected|stop"),
+        option(
+            "While a run is rolled back to its base model: uncorrected answers, or errors.",
+            "uncorrected|stop",
+            default="uncorrected",
+        ),
     ] = None,
     store: Annotated[
-        str | None, option("Database for exchanges and feedback: sqlite:///FILE or postgresql://...", "DATABASE_URL")
+        str | None,
+        option(
+            "Database for exchanges and feedback: sqlite:///FILE or postgresql://...", "DATABASE_URL", default="none"
+        ),
     ] = None,
     redact: Annotated[
-        str | None, option("What to remove before storing: all, or some of email,phone,card,key.", "KINDS")
+        str | None,
+        option("What to remove before storing: all, or some of email,phone,card,key.", "KINDS", default="nothing"),
     ] = None,
     retention_days: Annotated[int | None, option("Delete older exchanges; none by default.", "DAYS")] = None,
     host: Annotated[
@@ -74,25 +85,37 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.")] = 8080,
     fallback: Annotated[
-        str | None, option("Answers when the upstream fails; its key is FALLBACK_API_KEY.", "URL[#MODEL]")
+        str | None,
+        option("Answers when the upstream fails; its key is FALLBACK_API_KEY.", "URL[#MODEL]", default="none"),
     ] = None,
     access_log: Annotated[
-        Path | None, option("One line of JSON for each request, without its contents; - for standard error.", "FILE|-")
+        Path | None,
+        option(
+            "One line of JSON for each request, without its contents; - for standard error.", "FILE|-", default="none"
+        ),
     ] = None,
-    requests_per_minute: Annotated[int | None, option("Limit of each key; a limit in --keys-file wins.")] = None,
-    tokens_per_day: Annotated[int | None, option("Limit of each key; a limit in --keys-file wins.")] = None,
+    requests_per_minute: Annotated[
+        int | None, option("Limit of each key; a limit in --keys-file wins.", default="none")
+    ] = None,
+    tokens_per_day: Annotated[
+        int | None, option("Limit of each key; a limit in --keys-file wins.", default="none")
+    ] = None,
     no_auth: Annotated[bool, option("Serve everybody, without keys.", "", "--no-auth")] = False,
     cors_origin: Annotated[
-        list[str] | None, option("A site whose pages may use the API, or * for all; may be repeated.", "ORIGIN")
+        list[str] | None,
+        option("A site whose pages may use the API, or * for all; may be repeated.", "ORIGIN", default="none"),
     ] = None,
     trusted_proxy: Annotated[
-        list[str] | None, option("A proxy whose X-Forwarded-For is trusted; may be repeated.", "ADDRESS|NETWORK")
+        list[str] | None,
+        option("A proxy whose X-Forwarded-For is trusted; may be repeated.", "ADDRESS|NETWORK", default="none"),
     ] = None,
     forward_header: Annotated[
-        list[str] | None, option("Another client header to pass to the upstream; may be repeated.", "NAME|PREFIX*")
+        list[str] | None,
+        option("Another client header to pass to the upstream; may be repeated.", "NAME|PREFIX*", default="none"),
     ] = None,
     return_header: Annotated[
-        list[str] | None, option("Another upstream header to pass to clients; may be repeated.", "NAME|PREFIX*")
+        list[str] | None,
+        option("Another upstream header to pass to clients; may be repeated.", "NAME|PREFIX*", default="none"),
     ] = None,
     store_timeout: Annotated[
         float | None,

@@ -29,7 +29,7 @@ class CorrectorOptions(Options):
     template: str | None = Field(
         default=None,
         title="ID",
-        description="Prompt template of the corrector: everalign-1, aligner-1, ...\nBy default that of the "
+        description="Prompt template of the corrector, such as aligner-1; everalign-1 by default.\nOr that of the "
         "corrector that is trained further, or everalign-1.",
     )
     objectives: tuple[str, ...] | None = Field(

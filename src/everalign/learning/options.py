@@ -48,58 +48,95 @@ _EXPRESSION = re.compile(r"[*+?\[\](){}|^$\\]")
 class MethodOptions(Options, title="Method"):
     """Arguments of the methods; None leaves one at the method's own default. See `everalign.methods`."""
 
-    gamma: float | None = Field(default=None, ge=0, description="Focusing exponent of fpo (lifealign).")
+    gamma: float | None = Field(default=None, ge=0, description="Focusing exponent of fpo; 2 by default (lifealign).")
     energy: Share | None = Field(
-        default=None, description="Share of an update's energy to keep (lifealign, with --space)."
+        default=None, description="Share of an update's energy to keep; 0.9 by default (lifealign, with --space)."
     )
     keep: Share | None = Field(
-        default=None, description="Share of what overlaps earlier tasks to keep (lifealign, with --space)."
+        default=None,
+        description="Share of what overlaps earlier tasks to keep; 0.5 by default (lifealign, with --space).",
     )
     space: Space | None = Field(
         default=None, description="Where updates are consolidated; none by default (lifealign)."
     )
     rank_cap: int | None = Field(
-        default=None, ge=1, description="Highest rank of the long-term memory (lifealign, with --space)."
+        default=None, ge=1, description="Highest rank of the long-term memory; 64 by default (lifealign, with --space)."
     )
     replay: Share | None = Field(
-        default=None, description="Share of a task's rows to keep (lifealign, er, gem, ogpsa, copr, gdumb)."
+        default=None,
+        description="Share of a task's rows to keep; 0.2 by default (lifealign, er, gem, ogpsa, copr, gdumb).",
     )
     capacity: int | None = Field(
-        default=None, ge=1, description="Maximum number of rows kept (lifealign, er, gem, ogpsa, copr, gdumb)."
+        default=None,
+        ge=1,
+        description="Maximum number of rows kept; 3000 by default (lifealign, er, gem, ogpsa, copr, gdumb).",
     )
     anchors: float | None = Field(
-        default=None, ge=0, description="Pull of replayed answers back to how likely they were (lifealign, er)."
+        default=None,
+        ge=0,
+        description="Pull of replayed answers back to how likely they were; 0 by default (lifealign, er).",
     )
     review: Share | None = Field(
-        default=None, description="Share of a task's steps, its last, that see all tasks alike (lifealign, er)."
+        default=None,
+        description="Share of a task's steps, its last, that see all tasks alike; by default 0.3 "
+        "(lifealign that replays and has no --space) or 0 (er).",
     )
     average: float | None = Field(
-        default=None, ge=0, lt=1, description="Decay of an average over a task's steps; 0 for none (lifealign)."
+        default=None,
+        ge=0,
+        lt=1,
+        description="Decay of an average over a task's steps; 0 for none, the default (lifealign).",
     )
     strength: float | None = Field(
-        default=None, ge=0, description="Strength of the method (gem, ewc, olora, l2p, cppo, ogpsa, lifealign-rf)."
+        default=None,
+        ge=0,
+        description="Strength of the method; by default 1 (ewc, ogpsa, lifealign-rf), 0.5 (gem, "
+        "olora) or 0.1 (l2p, cppo).",
     )
-    memory_rows: int | None = Field(default=None, ge=1, description="Rows of a task's gradient (gem, ogpsa).")
-    refresh: int | None = Field(default=None, ge=1, description="Steps between two such gradients (gem, ogpsa).")
-    online: bool | None = Field(default=None, description="One penalty for all tasks, or one each (ewc).")
-    decay: Share | None = Field(default=None, description="Share of the earlier penalty to keep (ewc, online).")
-    fisher_rows: int | None = Field(default=None, ge=1, description="Most rows of a Fisher information (ewc).")
-    shrinkage: float | None = Field(default=None, ge=0, description="Pull of a new adapter to 0 (olora).")
-    bound: float | None = Field(default=None, ge=0, description="Deviations beyond which a row is special (cppo).")
-    lowest: float | None = Field(default=None, ge=0, description="Weight of rows to learn or keep less (cppo).")
-    highest: float | None = Field(default=None, ge=0, description="Weight of rows to learn or keep more (cppo).")
+    memory_rows: int | None = Field(
+        default=None, ge=1, description="Rows of a task's gradient; 16 by default (gem, ogpsa)."
+    )
+    refresh: int | None = Field(
+        default=None, ge=1, description="Steps between two such gradients; 5 by default (gem, ogpsa)."
+    )
+    online: bool | None = Field(
+        default=None, description="One penalty for all tasks, or one each; on by default (ewc)."
+    )
+    decay: Share | None = Field(
+        default=None, description="Share of the earlier penalty to keep; 1 by default (ewc, online)."
+    )
+    fisher_rows: int | None = Field(
+        default=None, ge=1, description="Most rows of a Fisher information; 200 by default (ewc)."
+    )
+    shrinkage: float | None = Field(default=None, ge=0, description="Pull of a new adapter to 0; 0 by default (olora).")
+    bound: float | None = Field(
+        default=None, ge=0, description="Deviations beyond which a row is special; 1 by default (cppo)."
+    )
+    lowest: float | None = Field(
+        default=None, ge=0, description="Weight of rows to learn or keep less; 0.5 by default (cppo)."
+    )
+    highest: float | None = Field(
+        default=None, ge=0, description="Weight of rows to learn or keep more; 2 by default (cppo)."
+    )
     own_answers: Share | None = Field(
-        default=None, description="Share of the prompts that the policy answers first (lifealign-rf)."
+        default=None, description="Share of the prompts that the policy answers first; 0.1 by default (lifealign-rf)."
     )
-    pool_size: int | None = Field(default=None, ge=1, description="Learned prompts in the pool (l2p).")
-    prompt_length: int | None = Field(default=None, ge=1, description="Vectors of a learned prompt (l2p).")
-    top_prompts: int | None = Field(default=None, ge=1, description="Learned prompts in front of each prompt (l2p).")
+    pool_size: int | None = Field(default=None, ge=1, description="Learned prompts in the pool; 10 by default (l2p).")
+    prompt_length: int | None = Field(
+        default=None, ge=1, description="Vectors of a learned prompt; 5 by default (l2p)."
+    )
+    top_prompts: int | None = Field(
+        default=None, ge=1, description="Learned prompts in front of each prompt; 5 by default (l2p)."
+    )
     prompt_rate: float | None = Field(
-        default=None, gt=0, description="Learning rate of prompts, in units of --learning-rate (l2p)."
+        default=None, gt=0, description="Learning rate of prompts, in units of --learning-rate; 300 by default (l2p)."
     )
-    rate: float | None = Field(default=None, ge=0, description="Rate of the multipliers' ascent (copr).")
+    rate: float | None = Field(
+        default=None, ge=0, description="Rate of the multipliers' ascent; 0.1 by default (copr)."
+    )
     step: Step | None = Field(
-        default=None, description="Length of a task's update: as it is, or fitted on held-back rows (lifealign)."
+        default=None,
+        description="Length of a task's update: fixed, the default, or fitted on held-back rows (lifealign).",
     )
 
 
@@ -156,7 +193,7 @@ class CorrectionTaskOptions(Options, title="Correctors (objective correction)"):
     template: str | None = Field(
         default=None,
         title="ID",
-        description="Prompt template of the corrector: everalign-1, ...\nBy default that of the corrector that is "
+        description="Prompt template of the corrector; everalign-1 by default.\nOr that of the corrector that is "
         "trained further, or everalign-1.",
     )
     objectives: str | None = Field(
@@ -186,7 +223,8 @@ class TrainingOptions(Options, title="Training"):
 
     reference: Reference | None = Field(
         default=None,
-        description="Policy that implicit rewards are measured against.\n`base`: always the base model. "
+        description="Policy that implicit rewards are measured against; stage_start, or base with "
+        "hypo and l2p, by default.\n`base`: always the base model. "
         "`stage_start`: the policy as this stage begins. `previous_task`: the policy before this task, "
         "which is the base model where a method starts each task from it (stl, mtl, gdumb). If not given, base with "
         "hypo, hypo-ln, dpo+hypo-ln and the method l2p, and stage_start with the others.",
@@ -200,15 +238,17 @@ class TrainingOptions(Options, title="Training"):
     )
     sft_learning_rate: LearningRate = Field(default=1e-4, description="Peak learning rate of the supervised stage.")
     beta: float | None = Field(
-        default=None, gt=0, description="Inverse temperature of the implicit reward (β); 0.1, or 5 with hypo-ln."
+        default=None,
+        gt=0,
+        description="Inverse temperature of the implicit reward (β); by default 0.1, or 5 with hypo-ln.",
     )
     batch_size: BatchSize = 16
     tokens_per_batch: TokensPerBatch = TOKENS_PER_BATCH
     max_length: MaxLength = 1024
     precision: PrecisionChoice = Field(
         default="auto",
-        description="Precision of the base model and of the computation.\n`auto` is bf16 on a GPU that has it and "
-        "fp32 elsewhere. Adapters are always fp32.",
+        description="Precision of the base model; auto, the default, is bf16 on a GPU that has it, else fp32.\nAlso "
+        "of the computation. Adapters are always fp32.",
     )
     quantize: Quantize | None = Field(
         default=None,

@@ -165,10 +165,11 @@ class Recipe(Keys):
     """What was given, by a file or by flags, and what the learner makes of it."""
 
     model: Text | None = Field(
-        default=None, description="A Hugging Face folder, a Hub name, a .gguf file, `tiny` or `smollm2`."
+        default=None,
+        description="A Hugging Face folder, a Hub name, a .gguf file, `tiny` or `smollm2`; the recipe's by default.",
     )
     base_adapter: Text | None = Field(
-        default=None, title="DIR", description="A PEFT adapter to start from, merged into the model."
+        default=None, title="DIR", description="A PEFT adapter to start from, merged into the model; none by default."
     )
     method: MethodKeys | None = None  # type: ignore[valid-type]
     objective: Text | None = Field(
@@ -176,7 +177,7 @@ class Recipe(Keys):
         description="fpo (default), fpo-normalised, focalpo, dpo, hypo, hypo-ln, dpo+hypo-ln or sft; var for scored "
         "rows; snkl for both; correction for a corrector.",
     )
-    output: Text | None = Field(default=None, title="DIR", description="The run directory.")
+    output: Text | None = Field(default=None, title="DIR", description="The run directory; the recipe's by default.")
     seed: int | None = Field(default=None, description="Random seed; 0 by default.")
     preset: Text | None = Field(default=None, description="default, or paper (LifeAlign's scripts).")
     tasks: Annotated[list[TaskKeys], Field(min_length=1)] | None = None

@@ -58,20 +58,20 @@ def base_and_adapter(name: str, source: str, adapter: str | None = None) -> tupl
             return name, adapter
         raise InputError(
             f"{name} holds the weights of a model and an adapter beside them ({CONFIG_FILE}): for both, give it as the "
-            f"adapter too (--adapter {name}); for the weights alone, move {CONFIG_FILE} away"
+            f"adapter too (--base-adapter {name}); for the weights alone, move {CONFIG_FILE} away"
         )
     if adapter is not None:
         raise InputError(f"{name} is an adapter itself, and only one can be merged: name its base model as the model")
     base = _settings(file).get("base_model_name_or_path")
     if not base:
         raise InputError(
-            f"{name} is an adapter that does not name its base model: give that as the model (--model BASE --adapter "
-            f"{name})"
+            f"{name} is an adapter that does not name its base model: give that as the model (--model BASE "
+            f"--base-adapter {name})"
         )
     if Path(base).is_absolute() and not Path(base).exists():
         raise InputError(
             f"{name} is an adapter of {base}, which cannot be found: give its base model as the model (--model BASE "
-            f"--adapter {name})"
+            f"--base-adapter {name})"
         )
     return str(base), name
 
@@ -161,7 +161,7 @@ def merge_adapter(model: Any, source: str, base: str) -> Any:
     if getattr(model, "hf_quantizer", None) is not None:
         raise InputError(
             f"{source} cannot be merged into {base}, whose weights are quantised: name the model that it was made of "
-            f"(--model BASE --adapter {source})"
+            f"(--model BASE --base-adapter {source})"
         )
     try:
         config = PeftConfig.from_pretrained(str(folder))

@@ -216,7 +216,7 @@ class GatewaySettings(Options):
         default=(), description="API keys of the clients; without any, only this machine is served."
     )
     mode: Mode | None = Field(
-        default=None, description="Mode of requests without one; correct if there is a corrector, else off."
+        default=None, description="Mode of requests without one; by default correct if there is a corrector, else off."
     )
     on_failure: OnFailure = Field(
         default="open", description="Without a correction, return the answer (open) or an error (closed)."

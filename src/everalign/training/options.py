@@ -29,8 +29,9 @@ MaxLength = Annotated[int, Field(ge=SHORTEST_MAX_LENGTH, description="Longest pr
 Recompute = Annotated[
     Checkpointing,
     Field(
-        description="Compute activations twice to save memory.\n`on` keeps only the inputs of each layer and computes "
-        "the rest again in the backward pass, `auto` does so where memory is short. It changes no result."
+        description="Compute activations twice to save memory; auto, the default, does so where memory is short.\n"
+        "`on` keeps only the inputs of each layer and computes the rest again in the backward pass. "
+        "It changes no result."
     ),
 ]
 Deterministic = Annotated[
@@ -49,7 +50,8 @@ LoraAlpha = Annotated[float, Field(gt=0, description="The adapter's α; twice it
 ComputePrecision = Annotated[
     PrecisionChoice,
     Field(
-        description="Precision of the computation; auto is bf16 on a GPU that has it.\nThe weights under an adapter "
+        description="Precision of the computation; auto, the default, is bf16 on a GPU that has "
+        "it.\nThe weights under an adapter "
         "are kept in it too. What is learned is fp32."
     ),
 ]
@@ -132,7 +134,8 @@ class WeightOptions(Options, title="Rewards (objectives var, snkl)"):
     temperature: float | None = Field(
         default=None,
         gt=0,
-        description="Reward that is worth one nat.\nIn units of the dataset's standard deviation of rewards, or as "
+        description="Reward that is worth one nat; by default 1, or 0.25 with quantile.\nIn units of "
+        "the dataset's standard deviation of rewards, or as "
         "they are without `scale_rewards`. 1 if not given, or 0.25 with `quantile`, where the unit is all ranks.",
     )
     target_ess: float = Field(
@@ -143,7 +146,8 @@ class WeightOptions(Options, title="Rewards (objectives var, snkl)"):
     )
     scale_rewards: bool | None = Field(
         default=None,
-        description="Divide rewards by their standard deviation over the dataset.\nOn if not given, but for "
+        description="Divide rewards by their standard deviation over the dataset; on by default, but "
+        "with quantile.\nOn if not given, but for "
         "`quantile`, whose ranks have no scale.",
     )
     weight_cap: float = Field(default=0.0, ge=0, description="Largest weight; 0 for none.")
