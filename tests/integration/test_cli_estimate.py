@@ -103,6 +103,27 @@ def test_methods_differ_in_what_they_replay_and_pool(capsys):
     assert list(steps["mtl"]["tasks"]) == ["all-tasks"]
 
 
+def test_what_methods_compute_besides_is_counted(capsys):
+    names = ("seqft", "gem", "ogpsa", "ewc")
+    found = {name: as_json(capsys, *TASKS, "--method", name, "--gpu", "h100") for name in names}
+    assert {one["steps"] for one in found.values()} == {6}  # earlier rows are not learned
+    assert all(found[name]["flops"] > found["seqft"]["flops"] for name in names[1:])
+    often = as_json(capsys, *TASKS, "--method", "gem", "--refresh", "1", "--gpu", "h100")
+    assert often["flops"] > found["gem"]["flops"]
+
+
+def test_accelerators_share_a_run(capsys):
+    one = as_json(capsys, *TASKS, "--gpu", "h100", "--price", "2")
+    two = as_json(capsys, *TASKS, "--gpu", "h100", "--price", "2", "--processes", "2", "--fsdp")
+    assert (two["processes"], two["fsdp"], two["steps"]) == (2, True, one["steps"])
+    assert two["memory"]["parts"]["weights"] < one["memory"]["parts"]["weights"]
+    assert two["memory"]["parts"]["gathered layers"] > 0
+    assert two["cost"]["high"] == pytest.approx(two["seconds"]["high"] / 3600 * 2 * 2)
+    code, out, error = run(capsys, *estimate(*TASKS, "--gpu", "h100", "--processes", "2", "--fsdp"))
+    assert code == 0, error
+    assert "2 x h100, FSDP" in out
+
+
 def test_a_corrector_is_set_against_its_upstream(capsys, folder):
     rows = [{"question": f"q{i}?", "answer": f"no {i}", "correction": f"yes {i}"} for i in range(12)]
     write_rows(folder / "corrections.jsonl", rows)
@@ -166,6 +187,10 @@ BAD = {
     "output is a folder": (["--json", "model"], "--json"),
     "another machine is measured": (["--gpu", "h100", "--measure"], "--measure"),
     "learned prompts": (["--method", "l2p"], "l2p"),
+    "no processes": (["--processes", "0"], "--processes"),
+    "processes of a processor": (["--processes", "2"], "--gpu"),
+    "a shared base of one": (["--gpu", "h100", "--fsdp"], "--processes"),
+    "several are measured": (["--gpu", "h100", "--processes", "2", "--measure"], "--measure"),
     "flex without a gpu": (["--attention", "flex"], "flex"),
     "no such method": (["--method", "lifealine"], "did you mean"),
     "an ignored option": (["--objective", "sft", "--beta", "0.3"], "beta"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from everalign.data.collate import collate, training_plan
 from everalign.data.replay import ReplayBuffer
 from everalign.data.tokenization import TokenizedRow
 from everalign.errors import InputError
-from everalign.estimate.machines import MACHINES, find_machine
+from everalign.estimate.machines import MACHINES, Layout, find_machine
 from everalign.estimate.prediction import Clock, Range, predicted_memory
 from everalign.estimate.shape import Saved, meta_policy, saved_bytes, saved_bytes_on_cpu, shape_of
 from everalign.estimate.value import Value, WinRate, parse_api_price, read_win_rate
@@ -169,6 +170,48 @@ def test_activations_are_computed_twice_where_memory_is_short(empty):
     off = predicted_memory(shape, machine, saved, 1000, 100, 0, "off", kl=False)
     assert not off.fits
     assert predicted_memory(shape, machine, saved, 10, 100, 0, "on", kl=False).checkpointing
+
+
+# ---- several processes ----
+
+
+def test_processes_divide_work_and_exchange_gradients_and_layers(policy):
+    shape, machine = shape_of(policy, on_cpu=False), MACHINES["h100"]
+    layers = [p for name, p in policy.named_parameters() if ".layers." in name and not p.requires_grad]
+    assert shape.layer_bytes == sum(p.numel() * p.itemsize for p in layers) < shape.weight_bytes
+    one, eight, shared, far = (
+        Clock(shape, machine, "bf16", 0.0, layout=layout)
+        for layout in (Layout(), Layout(8), Layout(8, fsdp=True), Layout(64, fsdp=True))
+    )
+    assert one.exchanged(3, "training", 1) == 0
+    reduced = 2 * 4 * shape.trained * 7 / 8 / machine.link
+    assert eight.exchanged(3, "training", 1) == pytest.approx(reduced)
+    gathered = shape.layer_bytes * 7 / 8 / machine.link
+    assert shared.exchanged(3, "training", 1) == pytest.approx(reduced + 2 * 3 * gathered)
+    assert shared.exchanged(3, "forward", 0) == pytest.approx(3 * gathered)
+    # The base is shared on a machine; gradients cross the network.
+    assert far.exchanged(3, "training", 1) == pytest.approx(
+        2 * 4 * shape.trained * 63 / 64 / machine.network + 2 * 3 * gathered
+    )
+    work = Work(8e6, 2e6, 1e9, 16)
+    times = [clock.seconds(work, "training", steps=1, uneven=1.0) for clock in (one, eight, shared)]
+    assert times[1].low == pytest.approx((times[0].low - machine.step) / 8 + machine.step)
+    assert times[1].high < times[2].high < times[0].high
+    assert eight.seconds(work, "training", 0, 1, 2.0).low > times[1].low
+    # 9 batches take as long as 16: one process has two.
+    assert eight.seconds(replace(work, batches=9), "forward").low > eight.seconds(work, "forward").low
+
+
+def test_a_shared_base_takes_less_memory(empty):
+    shape, saved = shape_of(empty, on_cpu=False), Saved(1e9, 1e8, 1000)
+    arguments = (shape, MACHINES["h100"], saved, 1000, 100, 0, "off", False, None)
+    alone, whole, shared = (
+        predicted_memory(*arguments, layout).parts for layout in (Layout(), Layout(8), Layout(8, fsdp=True))
+    )
+    assert whole["learned"] == 20 / 16 * alone["learned"]
+    assert alone["weights"] == whole["weights"] == shape.weight_bytes
+    assert shared["weights"] == pytest.approx(shape.weight_bytes - shape.layer_bytes * 7 / 8)
+    assert shared["gathered layers"] == 2 * shape.layer_bytes / shape.layers
 
 
 # ---- rows ----

@@ -11,7 +11,7 @@ from everalign.cli.console import Display, say, show, show_json, show_line, tabl
 from everalign.cli.learn import parse_task
 from everalign.cli.options import Columns, TrustRemoteCode, flags, option
 from everalign.errors import InputError
-from everalign.estimate.machines import find_machine
+from everalign.estimate.machines import Layout, find_machine
 from everalign.estimate.value import Value, WinRate, parse_api_price, read_win_rate
 from everalign.learning.options import (
     AdapterOptions,
@@ -64,8 +64,15 @@ def estimate(
         ),
     ] = "cpu",
     price: Annotated[
-        float | None, option("Dollars for an hour of the machine.", "DOLLARS", panel=_PANEL, default="none")
+        float | None, option("Dollars for an hour of one accelerator.", "DOLLARS", panel=_PANEL, default="none")
     ] = None,
+    processes: Annotated[
+        int, option("Accelerators that share the run, 8 a machine; 1 by default.", "N", panel=_PANEL)
+    ] = 1,
+    fsdp: Annotated[
+        bool,
+        option("Those of a machine share the base model's layers, as with learn --fsdp.", "", "--fsdp", panel=_PANEL),
+    ] = False,
     measure: Annotated[
         bool,
         option(
@@ -108,10 +115,15 @@ def estimate(
     **given: Any,
 ) -> None:
     """Estimate steps, hours, memory, disk and cost of a run, beside its alternatives, without loading weights."""
-    machine = find_machine(gpu)
+    machine, layout = find_machine(gpu), Layout(processes, fsdp)
+    if processes < 1:
+        raise InputError(f"--processes {processes}: must be at least 1", field="--processes")
+    if measure and processes > 1:
+        raise InputError("--measure: takes steps on one accelerator; leave --processes out", field="--measure")
     for name, number in (("price", price), ("answers", answers), ("value-per-better-answer", value_per_better_answer)):
         if number is not None and not (math.isfinite(number) and number >= 0):
             raise InputError(f"--{name}: must be a number of at least 0, found {number}", field=f"--{name}")
+    price = None if price is None else price * processes  # of all of them
     prices = parse_api_price(api_price)
     win_rate = _win_rate(value_per_better_answer, evaluation, price)
     tasks = [parse_task(text) for text in task or []]
@@ -130,7 +142,7 @@ def estimate(
 
     with Display() as display:
         loaded = load_tasks(wanted)
-        estimated = estimate_run(arguments, loaded, machine, display.log)
+        estimated = estimate_run(arguments, loaded, machine, display.log, layout)
         measured: Measured | None = None
         if measure:
             estimated, measured = measure_steps(arguments, estimated, display.log)
@@ -216,7 +228,7 @@ def _show(
         ("disk", size(sum(prediction.disk.values())), _sizes(prediction.disk)),
         ("cost", cost, "give --price DOLLARS" if price is None else f"at ${price:g} an hour"),
     ]
-    title = f"{context.model_name}, {context.method.name}, {context.objective.name} on {prediction.machine.name}"
+    title = f"{context.model_name}, {context.method.name}, {context.objective.name} on {_machines(prediction)}"
     show(table(("measure", "", "meaning"), lines, title=title))
     if memory.checkpointing:
         show("Activations are computed twice (checkpointing): memory would not suffice otherwise, or it was asked for.")
@@ -240,6 +252,11 @@ def _show(
     if worth is not None:
         _show_value(worth)
     say("note", f"{prediction.machine.source}; formulas and assumptions: docs/estimate.md", "cyan")
+
+
+def _machines(prediction: "Prediction") -> str:
+    count, name = prediction.layout.processes, prediction.machine.name
+    return name if count == 1 else f"{count} x {name}{', FSDP' if prediction.layout.fsdp else ''}"
 
 
 def _show_value(worth: Value) -> None:

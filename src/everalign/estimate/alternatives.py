@@ -95,7 +95,7 @@ def _joint(estimated: Estimated) -> Alternative:
     for number in range(1, len(own) + 1):
         for stage in stage_of_rows(estimated, pooled(own[:number])):
             seconds += estimated.clock.seconds(stage.reference, "forward")
-            seconds += estimated.clock.seconds(stage.work, "training", 0, stage.steps)
+            seconds += estimated.clock.seconds(stage.work, "training", 0, stage.steps, stage.uneven)
     rows = sum(part.count for part in own)
     note = f"after every task, from the base model; {rows:,} rows in the end" if len(own) > 1 else "one task: the same"
     return Alternative(name, seconds, memory.peak, memory.available, note)
@@ -122,9 +122,15 @@ def _trl_dpo(estimated: Estimated) -> Alternative:
         tokens * shape.layers * shape.hidden * shape.itemsize + estimated.saved.layer * tokens / estimated.saved.tokens
     )
     logits = _TRL_LOGITS * 4.0 * tokens * shape.vocabulary
-    base = sum(estimated.prediction.memory.parts[part] for part in ("libraries", "weights", "learned"))
+    base = _standing(estimated)
     note = "prompts twice, padding, references in every step, activations computed twice"
     return Alternative(name, seconds, base + kept + logits, available, note)
+
+
+def _standing(estimated: Estimated) -> float:
+    """Return the bytes of what is there whatever is computed."""
+    parts = estimated.prediction.memory.parts
+    return sum(parts.get(part, 0.0) for part in ("libraries", "weights", "learned", "gathered layers"))
 
 
 def _trl_batches(rows: Rows) -> tuple[Work, int]:
@@ -158,7 +164,7 @@ def _grpo(estimated: Estimated) -> Alternative:
     tokens = _TRL_BATCH * (plan.prompt + high)
     kept = tokens * shape.layers * shape.hidden * shape.itemsize
     kept += estimated.saved.layer * tokens / estimated.saved.tokens + _TRL_LOGITS * 4.0 * tokens * shape.vocabulary
-    base = sum(estimated.prediction.memory.parts[part] for part in ("libraries", "weights", "learned"))
+    base = _standing(estimated)
     cache = _GRPO_AT_ONCE * (plan.prompt + high) * shape.cache_bytes
     memory = base + shape.weight_bytes + max(kept, cache)
     note = f"{_GRPO_ANSWERS} answers of up to {_GRPO_LONGEST} tokens a prompt, and a reward model of the same size"
@@ -182,10 +188,11 @@ def _upstream(estimated: Estimated, arguments: Mapping[str, Any], upstream: str 
         saved = saved_bytes(context.policy, context.objective, largest.largest)
     memory = predicted_memory(
         shape, machine, saved, round(largest.largest_work.tokens), largest.largest_work.targets, 0,
-        context.options.checkpointing, False,
+        context.options.checkpointing, False, layout=estimated.clock.layout,
     )  # fmt: skip
-    clock = Clock(shape, machine, precision, saved.total / saved.tokens, memory.checkpointing, estimated.clock.factor)
-    seconds = clock.seconds(estimated.plan.training, "training", 0, estimated.plan.steps)
+    own = estimated.clock
+    clock = Clock(shape, machine, precision, saved.total / saved.tokens, memory.checkpointing, own.factor, own.layout)
+    seconds = clock.seconds(estimated.plan.training, "training", 0, estimated.plan.steps, 1.0)
     return Alternative(name, seconds, memory.peak, machine.memory, f"{upstream}, as many rows and tokens")
 
 

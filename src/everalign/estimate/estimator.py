@@ -13,7 +13,7 @@ import torch
 from everalign.data.collate import training_plan
 from everalign.data.tokenization import TokenizedRow
 from everalign.errors import EveralignError, InputError
-from everalign.estimate.machines import Machine, machine_at_hand, this_processor
+from everalign.estimate.machines import ONE, Layout, Machine, machine_at_hand, this_processor
 from everalign.estimate.prediction import Clock, Prediction, calibrated, predict, predicted_memory
 from everalign.estimate.shape import (
     ModelShape,
@@ -135,7 +135,11 @@ def context_from_config(arguments: Mapping[str, Any], machine: Machine, log: Log
 
 
 def estimate_run(
-    arguments: Mapping[str, Any], tasks: Sequence[LoadedTask], machine: Machine | None, log: Log
+    arguments: Mapping[str, Any],
+    tasks: Sequence[LoadedTask],
+    machine: Machine | None,
+    log: Log,
+    layout: Layout = ONE,
 ) -> Estimated:
     """Estimate a run from the model's configuration; no weights are loaded.
 
@@ -144,14 +148,22 @@ def estimate_run(
         tasks: name, training rows and held-out rows of each.
         machine: where it would run; None for this machine's processor.
         log: called with one line for each thing that happens.
+        layout: how many accelerators share it.
 
     Raises:
         InputError: what the learner would refuse, or the model cannot be counted.
     """
     machine = this_processor() if machine is None else machine
+    if layout.processes > 1 and machine.is_cpu:
+        raise InputError("--processes: those of a processor share its cores; give --gpu too", field="--processes")
+    if layout.fsdp and layout.processes == 1:
+        raise InputError("--fsdp shares the base model between processes: give --processes N too", field="--fsdp")
     context = context_from_config(arguments, machine, log)
     shape = shape_of(context.policy, machine.is_cpu)
-    return _estimated(context, tasks, machine, shape, arguments.get("sample_answers", 0), arguments.get("gate"))
+    if layout.fsdp and not shape.layer_bytes:
+        raise InputError("--fsdp: the base model is quantised, or its layers are not known: leave it out")
+    answers, gate = arguments.get("sample_answers", 0), arguments.get("gate")
+    return _estimated(context, tasks, machine, shape, answers, gate, layout=layout)
 
 
 def predict_learner(
@@ -194,9 +206,11 @@ def _estimated(
     sample_answers: int,
     gate: float | None,
     learned: Collection[str] = (),
+    layout: Layout = ONE,
 ) -> Estimated:
     flex = context.options.attention == "flex"
-    plan = plan_run(context, tasks, sample_answers, shape.packed or (flex and shape.shared), gate is not None, learned)
+    packed = shape.packed or (flex and shape.shared)
+    plan = plan_run(context, tasks, sample_answers, packed, gate is not None, learned, layout.processes)
     largest = max((stage for task in plan.tasks for stage in task.stages), key=lambda stage: stage.largest_work.tokens)
     saved = _saved(context, shape, machine, largest.largest)
     has_tests = plan.start.tokens > 0
@@ -210,8 +224,10 @@ def _estimated(
         context.options.checkpointing,
         has_tests,
         _free(machine, shape),
+        layout,
     )
-    clock = Clock(shape, machine, str(context.options.precision), saved.total / saved.tokens, memory.checkpointing)
+    precision, twice = str(context.options.precision), memory.checkpointing
+    clock = Clock(shape, machine, precision, saved.total / saved.tokens, twice, layout=layout)
     cap = int(getattr(context.method, "rank_cap", _RANK_CAP))
     consolidates = context.method.consolidates and context.method.long_term
     replayed = 0 if context.method.buffer is None else plan.kept_rows
@@ -220,8 +236,8 @@ def _estimated(
 
 def stage_of_rows(estimated: Estimated, rows: Rows) -> list[StagePlan]:
     """Plan the stages of one task that has these rows, for alternatives."""
-    context, packed = estimated.context, estimated.clock.shape.packed
-    return [plan_stage(context, objective, options, rows, None, packed) for objective, options in context.stages()]
+    context, packed, processes = estimated.context, estimated.clock.shape.packed, estimated.clock.layout.processes
+    return [plan_stage(context, goal, options, rows, None, packed, processes) for goal, options in context.stages()]
 
 
 def _free(machine: Machine, shape: ModelShape) -> float | None:

@@ -28,6 +28,8 @@ class Machine:
         step: seconds of an optimiser step besides: the optimiser itself, and the loop around it.
         reserved: bytes that the libraries take before anything is loaded.
         source: of peak, bandwidth and memory.
+        link: bytes a second that one sends to others of its machine, while it receives as many.
+        network: the same to other machines; an assumption where the maker's own servers are not usual.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Machine:
     launch: float = 4e-4
     step: float = 0.02
     reserved: float = 1.0 * _GIB
+    link: float = 0.0
+    network: float = 0.0
 
     @property
     def is_cpu(self) -> bool:
@@ -56,27 +60,60 @@ class Machine:
         return asdict(self)
 
 
-def _gpu(name: str, bf16: float, fp32: float, bandwidth: float, gigabytes: float, source: str) -> Machine:
+@dataclass(frozen=True)
+class Layout:
+    """How many accelerators share a run.
+
+    Args:
+        processes: one for each.
+        fsdp: whether those of a machine hold a part of the base model's layers each.
+        per_machine: accelerators of a machine.
+    """
+
+    processes: int = 1
+    fsdp: bool = False
+    per_machine: int = 8
+
+    @property
+    def sharing(self) -> int:
+        """How many hold the base model's layers together."""
+        return min(self.processes, self.per_machine) if self.fsdp else 1
+
+    def rate(self, machine: Machine) -> float:
+        """Return the bytes a second of the slowest link between all."""
+        return machine.link if self.processes <= self.per_machine else machine.network
+
+
+ONE = Layout()
+
+
+def _gpu(
+    name: str, bf16: float, fp32: float, bandwidth: float, gigabytes: float, link: float, network: float, source: str
+) -> Machine:
     """Units as makers give them: teraflops, gigabytes a second; memory as the driver shows it, in GiB."""
-    return Machine(name, bf16 * 1e12, fp32 * 1e12, bandwidth * 1e9, gigabytes * _GIB, source)
+    found = Machine(name, bf16 * 1e12, fp32 * 1e12, bandwidth * 1e9, gigabytes * _GIB, source)
+    return replace(found, link=link * 1e9, network=network * 1e9)
 
 
 _AMPERE = "NVIDIA A100 datasheet, nvidia.com/en-us/data-center/a100"
+_H200 = "NVIDIA H200 datasheet, nvidia.com/en-us/data-center/h200, dense"
+_ADA = "NVIDIA Ada GPU architecture whitepaper, appendix A, fp32 accumulate"
 _HOPPER = "NVIDIA H100 datasheet, nvidia.com/en-us/data-center/h100, dense: half of what it lists with sparsity"
 
-# Peaks without sparsity. A little of the memory is never free: an H100 of 80 GB shows 79.6 GiB.
+# Peaks without sparsity; links in one direction, half of what makers list; networks of eight adapters a server, or
+# assumed. A little of the memory is never free: an H100 of 80 GB shows 79.6 GiB.
 MACHINES: dict[str, Machine] = {
     machine.name: machine
     for machine in (
-        _gpu("h100", 989.4, 494.7, 3350, 79.6, _HOPPER),
-        _gpu("h100-pcie", 756, 378, 2000, 79.6, _HOPPER),
-        _gpu("h200", 989.4, 494.7, 4800, 139.8, "NVIDIA H200 datasheet, nvidia.com/en-us/data-center/h200, dense"),
-        _gpu("a100-80", 312, 156, 2039, 79.2, _AMPERE),
-        _gpu("a100-40", 312, 156, 1555, 39.4, _AMPERE),
-        _gpu("l40s", 362, 183, 864, 44.5, "NVIDIA L40S datasheet, nvidia.com/en-us/data-center/l40s, dense"),
-        _gpu("l4", 121, 60, 300, 22.0, "NVIDIA L4 datasheet, nvidia.com/en-us/data-center/l4, dense"),
-        _gpu("rtx4090", 165.2, 82.6, 1008, 23.6, "NVIDIA Ada GPU architecture whitepaper, appendix A, fp32 accumulate"),
-        _gpu("mi300x", 1307.4, 653.7, 5300, 191.5, "AMD Instinct MI300X datasheet, amd.com, dense"),
+        _gpu("h100", 989.4, 494.7, 3350, 79.6, 450, 50, _HOPPER),
+        _gpu("h100-pcie", 756, 378, 2000, 79.6, 64, 25, _HOPPER),
+        _gpu("h200", 989.4, 494.7, 4800, 139.8, 450, 50, _H200),
+        _gpu("a100-80", 312, 156, 2039, 79.2, 300, 25, _AMPERE),
+        _gpu("a100-40", 312, 156, 1555, 39.4, 300, 25, _AMPERE),
+        _gpu("l40s", 362, 183, 864, 44.5, 32, 12.5, "NVIDIA L40S datasheet, nvidia.com/en-us/data-center/l40s, dense"),
+        _gpu("l4", 121, 60, 300, 22.0, 32, 12.5, "NVIDIA L4 datasheet, nvidia.com/en-us/data-center/l4, dense"),
+        _gpu("rtx4090", 165.2, 82.6, 1008, 23.6, 32, 1.25, _ADA),
+        _gpu("mi300x", 1307.4, 653.7, 5300, 191.5, 448, 50, "AMD Instinct MI300X datasheet, amd.com, dense"),
     )
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from everalign.estimate.machines import Machine
+from everalign.estimate.machines import ONE, Layout, Machine
 from everalign.estimate.shape import ModelShape, Saved
 from everalign.estimate.work import RunPlan, TaskPlan, Work, longest_answer
 from everalign.modeling.options import Checkpointing
@@ -21,8 +21,10 @@ _LOGIT_TRAFFIC = {"training": 6.0, "forward": 4.0}
 _KL_TRAFFIC = 8.0
 # Passes over the layers: launches of a forward pass, and of forward and back, in units of a machine's `launch`.
 _LAUNCHES = {"training": 3.0, "forward": 1.0}
-# Bytes for each number that learns: itself, its gradient and AdamW's two moments, in fp32.
-_LEARNED_BYTES = 16
+# Bytes for each number that learns: itself, its gradient and AdamW's two moments, in fp32; and DDP's copy of gradients.
+_LEARNED_BYTES, _BUCKET_BYTES = 16, 4
+# Layers of a shared base that are whole at once: the one that is computed, and the next.
+_GATHERED = 2
 # Of them, those that training takes when it begins (`everalign.training.stage`), and the share of free memory that it
 # may take before activations are computed twice.
 _TRAINED_BYTES, _USABLE = 12, 0.8
@@ -103,6 +105,7 @@ class Prediction:
         disk: bytes by what is written.
         flops: operations of all matrix products.
         calibrated: measured over predicted seconds of real steps; None where nothing was measured.
+        layout: how many machines of this kind share it.
     """
 
     machine: Machine
@@ -114,6 +117,7 @@ class Prediction:
     disk: Mapping[str, float]
     flops: float
     calibrated: float | None = None
+    layout: Layout = ONE
 
     @property
     def total(self) -> Range:
@@ -140,6 +144,8 @@ class Prediction:
         """Return it as JSON holds it."""
         return {
             "machine": self.machine.to_dict(),
+            "processes": self.layout.processes,
+            "fsdp": self.layout.fsdp,
             "steps": self.steps,
             "seconds": {"low": self.total.low, "expected": self.total.middle, "high": self.total.high},
             "parts": {name: [part.low, part.high] for name, part in self.seconds.items()},
@@ -171,6 +177,7 @@ class Clock:
         saved: bytes that are kept of a token for the backward pass.
         recomputed: whether activations are computed twice.
         factor: measured over predicted, low and high.
+        layout: how many share the work.
     """
 
     shape: ModelShape
@@ -179,6 +186,7 @@ class Clock:
     saved: float
     recomputed: bool = False
     factor: tuple[float, float] = (1.0, 1.0)
+    layout: Layout = ONE
 
     def flops(self, work: Work, kind: str, memory_rank: int = 0) -> float:
         """Return the operations of matrix products.
@@ -199,9 +207,40 @@ class Clock:
             again = 2 * work.tokens * (shape.matrices + adapters + memory) + 4 * work.pairs * shape.attention
         return passed + head + 12 * work.pairs * shape.attention + again
 
-    def seconds(self, work: Work, kind: str, memory_rank: int = 0, steps: int = 0) -> Range:
-        """Return what work takes: products at a share of the peak, the rest at a share of the bandwidth, launches."""
-        machine, shape = self.machine, self.shape
+    @property
+    def _gathered(self) -> float:
+        """Bytes that a process receives to have every layer of a shared base once."""
+        return self.shape.layer_bytes * (1 - 1 / self.layout.sharing)
+
+    @property
+    def reduced(self) -> float:
+        """Bytes that a process sends in an optimiser step, for the sum of the gradients around a ring."""
+        return 2 * 4.0 * self.shape.trained * (1 - 1 / self.layout.processes)
+
+    def exchanged(self, batches: float, kind: str, steps: float) -> float:
+        """Return the seconds that links take at their full rate, for micro-batches of one process, and steps."""
+        layout, machine = self.layout, self.machine
+        if layout.processes == 1:
+            return 0.0
+        passes = batches * (2 if kind == "training" else 1)
+        return passes * self._gathered / machine.link + steps * self.reduced / layout.rate(machine)
+
+    def seconds(
+        self, work: Work, kind: str, memory_rank: int = 0, steps: int = 0, uneven: float | None = None
+    ) -> Range:
+        """Return what work takes: products at a share of the peak, the rest at a share of the bandwidth, launches.
+
+        Args:
+            work: of all processes.
+            kind: `training`, forward and back, or `forward`.
+            memory_rank: of the long-term adapter.
+            steps: of the optimiser.
+            uneven: the largest share of the processes over the mean; None where whole batches are dealt out.
+        """
+        machine, shape, count = self.machine, self.shape, self.layout.processes
+        if uneven is None:
+            uneven = max(1.0, math.ceil(work.batches / count) * count / work.batches) if work.batches else 1.0
+        work = work.times(uneven / count)
         products = self.flops(work, kind, memory_rank) / machine.peak(self.precision)
         moved = work.tokens * self.saved * _TRAFFIC[kind] * (4 / 3 if self.recomputed and kind == "training" else 1)
         moved += work.targets * shape.vocabulary * 4 * _LOGIT_TRAFFIC[kind]
@@ -211,21 +250,26 @@ class Clock:
             products / machine.share[best] + moved / machine.bandwidth / machine.traffic[best] + launches
             for best in (1, 0)
         )
+        sent = self.exchanged(work.batches, kind, steps)
+        # At best while something is computed, at worst while nothing is.
+        low, high = max(low, sent / machine.traffic[1]), high + sent / machine.traffic[0]
         return Range(low * self.factor[0], high * self.factor[1])
 
-    def decoding(self, rows: float, tokens: float, context: float, at_once: float) -> Range:
+    def decoding(self, rows: float, tokens: float, context: float, at_once: float, alone: bool = False) -> Range:
         """Return what writing takes: `rows` answers of `tokens` tokens each, `at_once` of them side by side.
 
-        Every step reads all weights, and keys and values of what stands before (Pope et al. 2022, arXiv 2211.05102).
+        Every step reads all weights, and keys and values of what stands before (Pope et al. 2022, arXiv 2211.05102),
+        and gathers the layers of a shared base. Of several processes one does it if `alone`; else each has a part.
         """
         if not rows or not tokens:
             return Range()
         shape, machine = self.shape, self.machine
+        rows = rows if alone else rows / self.layout.processes
         steps, beside = math.ceil(rows / at_once) * tokens, min(rows, at_once)
         read = shape.weight_bytes + beside * (context + tokens / 2) * shape.cache_bytes
         numbers = shape.matrices + shape.vocabulary * shape.hidden
         products = 2 * numbers * beside / machine.peak(self.precision)
-        launches = shape.layers * machine.launch
+        launches = shape.layers * machine.launch + self.exchanged(1, "forward", 0) / machine.traffic[0]
         low, high = (
             steps * (max(products / machine.share[best], read / machine.bandwidth / machine.traffic[best]) + launches)
             for best in (1, 0)
@@ -234,7 +278,7 @@ class Clock:
 
     def comparing(self, positions: float) -> Range:
         """Return what a divergence takes besides its forward passes: whole distributions, read and written."""
-        moved = _KL_TRAFFIC * positions * self.shape.vocabulary * 4 / self.machine.bandwidth
+        moved = _KL_TRAFFIC * positions * self.shape.vocabulary * 4 / self.machine.bandwidth / self.layout.processes
         low, high = (moved / self.machine.traffic[best] for best in (1, 0))
         return Range(low * self.factor[0], high * self.factor[1])
 
@@ -249,6 +293,7 @@ def predicted_memory(
     checkpointing: Checkpointing,
     kl: bool,
     free: float | None = None,
+    layout: Layout = ONE,
 ) -> Memory:
     """Return the bytes that a run takes at the highest.
 
@@ -262,16 +307,22 @@ def predicted_memory(
         checkpointing: as it was asked for.
         kl: whether distributions of two policies are compared.
         free: of a processor's memory, what may still be taken.
+        layout: how many processes share the work.
     """
+    whole = shape.weight_bytes - shape.layer_bytes
+    weights = whole + shape.layer_bytes / layout.sharing
+    learned = _LEARNED_BYTES + (_BUCKET_BYTES if layout.processes > 1 else 0)
     factor = tokens / saved.tokens
     kept, layer = saved.total * factor, saved.layer * factor
     base = {
         "libraries": machine.reserved,
-        "weights": float(shape.weight_bytes),
-        "learned": float(_LEARNED_BYTES * shape.trained),
+        "weights": float(weights),
+        "learned": float(learned * shape.trained),
         "long-term memory": 4.0 * memory_rank * shape.adapted,
     }
-    room = free if free is not None else machine.memory - machine.reserved - shape.weight_bytes
+    if layout.sharing > 1:
+        base["gathered layers"] = _GATHERED * shape.layer_bytes / shape.layers
+    room = free if free is not None else machine.memory - machine.reserved - weights
     needed = kept + _TRAINED_BYTES * shape.trained
     recomputed = checkpointing == "on" or (checkpointing == "auto" and needed > _USABLE * room)
     if recomputed and layer:
@@ -322,6 +373,7 @@ def predict(
         for stage in task.stages:
             flops += clock.flops(stage.work, "training", rank) + clock.flops(stage.reference, "forward", rank)
     return Prediction(
+        layout=clock.layout,
         machine=clock.machine,
         steps=plan.steps,
         seconds=parts,
@@ -343,7 +395,7 @@ def _task_parts(plan: RunPlan, task: TaskPlan, clock: Clock) -> dict[str, Range]
         found["rollouts"] = clock.decoding(answers, tokens, plan.prompt, at_once)
     for stage in task.stages:
         found["reference"] += clock.seconds(stage.reference, "forward", rank)
-        found["training"] += clock.seconds(stage.work, "training", rank, stage.steps)
+        found["training"] += clock.seconds(stage.work, "training", rank, stage.steps, stage.uneven)
     scored = clock.seconds(task.scoring, "forward", rank + clock.shape.rank)
     found["held-out rows"] = scored + clock.comparing(task.kl)
     found["sample answers"] = _written(clock, plan, task.answers, 1)
@@ -355,7 +407,7 @@ def _task_parts(plan: RunPlan, task: TaskPlan, clock: Clock) -> dict[str, Range]
 def _written(clock: Clock, plan: RunPlan, prompts: int, calls: int) -> Range:
     """Return what sample answers take, written in so many calls: short ones at best, the longest at worst."""
     at_once = max(1.0, prompts / max(1, calls))
-    low, high = (clock.decoding(prompts, tokens, plan.prompt, at_once) for tokens in longest_answer(plan))
+    low, high = (clock.decoding(prompts, tokens, plan.prompt, at_once, alone=True) for tokens in longest_answer(plan))
     return Range(low.low, high.high)
 
 

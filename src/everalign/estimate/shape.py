@@ -26,7 +26,7 @@ from everalign.modeling.options import Quantize
 from everalign.modeling.policy import Policy
 from everalign.modeling.quantization import check_plain, quantisation
 from everalign.modeling.runtime import SavedBytes, prepare_process, recomputable_layers
-from everalign.modeling.shrinking import MODEL_ERRORS
+from everalign.modeling.shrinking import MODEL_ERRORS, layer_list
 from everalign.training.base_objective import Objective
 
 _COUNTED = "everalign_counted"
@@ -55,6 +55,7 @@ class ModelShape:
         packed: whether rows are computed without padding, as on a processor.
         chunked: whether logits exist for a few positions at a time.
         itemsize: bytes of a number that is computed.
+        layer_bytes: of the frozen weights, those of decoder layers; 0 where they cannot be shared by processes.
     """
 
     matrices: int
@@ -70,6 +71,7 @@ class ModelShape:
     packed: bool
     chunked: bool
     itemsize: int
+    layer_bytes: int = 0
 
     @property
     def trained(self) -> int:
@@ -158,6 +160,8 @@ def shape_of(policy: Policy, on_cpu: bool) -> ModelShape:
     weights = sum(p.numel() * p.itemsize for p in frozen.values())
     if bits is not None and any(p.is_meta for p in frozen.values()):
         weights -= round(matrices * (itemsize - bits / 8))
+    layers = {id(part) for layer in layer_list(model) or () for part in layer.parameters()}
+    in_layers = sum(p.numel() * p.itemsize for number, p in frozen.items() if number in layers)
     return ModelShape(
         matrices=matrices,
         adapted=sum(left.shape[0] + right.shape[1] for left, right in factors),
@@ -172,6 +176,7 @@ def shape_of(policy: Policy, on_cpu: bool) -> ModelShape:
         packed=on_cpu and policy.head.shared,
         chunked=policy.head.chunked,
         itemsize=itemsize,
+        layer_bytes=in_layers if bits is None else 0,
     )
 
 

@@ -14,6 +14,8 @@ from everalign.errors import InputError
 from everalign.learning.context import RunContext
 from everalign.learning.sample_answers import LONGEST_ANSWER, MOST_WRITTEN
 from everalign.learning.task_training import prepare
+from everalign.methods.ewc import ElasticWeightConsolidation
+from everalign.methods.gradient_projection import GradientMemory
 from everalign.modeling.attention import runs_of
 from everalign.training.base_objective import Objective
 from everalign.training.options import StageOptions
@@ -90,6 +92,7 @@ class StagePlan:
         reference: forward, of the reference policy.
         largest: rows of the micro-batch of the most tokens.
         largest_work: its own work.
+        uneven: of the processes, the largest share of a step's tokens over the mean, over all steps.
     """
 
     stage: str
@@ -100,6 +103,7 @@ class StagePlan:
     reference: Work
     largest: Sequence[TokenizedRow]
     largest_work: Work
+    uneven: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,7 @@ def plan_run(
     packed: bool,
     gated: bool,
     learned: Collection[str] = (),
+    processes: int = 1,
 ) -> RunPlan:
     """Plan a run, or what is left of it.
 
@@ -181,6 +186,7 @@ def plan_run(
         packed: whether rows are computed without padding, as on a processor and by FlexAttention.
         gated: whether every task is scored before it is learned too.
         learned: names of tasks that are learned already, whose held-out rows alone are computed.
+        processes: how many share the work.
 
     Raises:
         InputError: what the learner would refuse of the rows.
@@ -210,7 +216,7 @@ def plan_run(
         sampled = context.scorer is not None and left[min(number, len(left) - 1)][1].prompts_alone
         rounds = context.rollouts.rounds if sampled else 1
         stages = [
-            plan_stage(context, objective, options, rows, replayed[number], packed)
+            plan_stage(context, objective, options, rows, replayed[number], packed, processes, number + len(learned))
             for objective, options in context.stages()
         ]
         drawn = rows.count * context.rollouts.samples * rounds
@@ -326,19 +332,31 @@ def balanced_rows(own: Rows, old: Rows | None, earlier: int, share: float, capac
 
 
 def plan_stage(
-    context: RunContext, objective: Objective, options: StageOptions, own: Rows, old: Rows | None, packed: bool
+    context: RunContext,
+    objective: Objective,
+    options: StageOptions,
+    own: Rows,
+    old: Rows | None,
+    packed: bool,
+    processes: int = 1,
+    earlier: int = 0,
 ) -> StagePlan:
+    method = context.method
+    apart, old = (old, None) if isinstance(method, GradientMemory) else (None, old)
     rows = own if old is None else pooled([own, old])
     shared = context.policy.head.shared
     planned = rows.spread_over(min(rows.count, _PLANNED_ROWS))
     lengths = [objective.tokens(row, shared, 0) for row in planned]
-    plan = training_plan(lengths, options.batch_size, options.tokens_per_batch, options.epochs, context.seed)
+    plan = training_plan(lengths, options.batch_size, options.tokens_per_batch, options.epochs, context.seed, processes)
+    shares = [sum(len(batch) * max(lengths[i] for i in batch) for batch in share) for share in plan.shares]
+    slowest = sum(max(shares[first : first + processes]) for first in range(0, len(shares), processes))
     batches = [batch for share in plan.shares for batch in share]
     total = max(1, round(options.epochs * rows.count))
     steps = -(-total // options.batch_size)
     work = work_of_batches(
         [[planned[i] for i in batch] for batch in batches], lambda part: objective.collate(part, shared), shared, packed
     ).times(total / sum(map(len, batches)))
+    work += _of_method(context, objective, own, apart, earlier, steps, packed)
     reference = Work()
     if objective.needs_reference:
         # A cached base model knows what it has computed for earlier tasks.
@@ -349,7 +367,29 @@ def plan_stage(
     old_count = 0 if old is None else old.count
     chosen = [planned[i] for i in largest]
     alone = _work_of(objective.collate(chosen, shared), packed)
-    return StagePlan(objective.name, rows.count, old_count, steps, work, reference, chosen, alone)
+    return StagePlan(
+        objective.name, rows.count, old_count, steps, work, reference, chosen, alone, slowest * processes / sum(shares)
+    )
+
+
+def _of_method(
+    context: RunContext, objective: Objective, own: Rows, apart: Rows | None, earlier: int, steps: int, packed: bool
+) -> Work:
+    """Count the passes, forward and back, that a method makes besides: over earlier rows, or for Fisher information."""
+    method, shared = context.method, context.policy.head.shared
+    if isinstance(method, GradientMemory) and apart is not None:
+        rows, times = min(apart.count, method.memory_rows * earlier), -(-steps // method.refresh)
+        sample, at_once = apart, context.tokens_per_batch
+    elif isinstance(method, ElasticWeightConsolidation) and method.strength:
+        rows, times, sample, at_once = min(own.count, method.fisher_rows), 1, own, 0  # one row a pass
+    else:
+        return Work()
+    some = sample.spread_over(min(rows, _PLANNED_ROWS))
+    batches = batches_by_length([objective.tokens(row, shared, 0) for row in some], at_once)
+    found = work_of_batches(
+        [[some[i] for i in batch] for batch in batches], lambda part: objective.collate(part, shared), shared, packed
+    )
+    return found.times(times * rows / len(some))
 
 
 def forward_work(context: RunContext, rows: Rows, packed: bool) -> Work:
