@@ -19,7 +19,7 @@ FLOORS = [
     ["distributed"],
     ["options", "storage", "deadlines", "llm_reply", "notebook"],
     ["data", "objectives", "memory", "llm_client"],
-    ["text", "modeling"],
+    ["text", "modeling", "bulk"],
     ["training"],
     ["methods", "correction", "evaluation"],
     ["contrib"],

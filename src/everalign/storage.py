@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -28,6 +28,7 @@ from everalign.distributed import main_holds, on_main
 from everalign.errors import EveralignError, InputError
 
 if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
     from torch import Tensor
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
@@ -139,6 +140,24 @@ def write_text(path: Path, text: str) -> None:
                 temporary.unlink(missing_ok=True)
                 raise
         _sync(path.parent)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a temporary file that becomes `path` when the block ends without an error.
+
+    For files that are too large for `write_text`. Callers hold a lock on `path`, see `exclusive`.
+    """
+    temporary = path.with_name(path.name + _PARTIAL)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -256,6 +275,34 @@ def _tensor_checksum(tensors: Mapping[str, "Tensor"]) -> "Tensor":
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+# ---- URLs ----
+
+
+def is_url(name: str | os.PathLike[str]) -> bool:
+    """Whether this is the URL of a file, such as s3://bucket/rows.jsonl."""
+    return isinstance(name, str) and "://" in name
+
+
+def url_filesystem(url: str) -> "tuple[AbstractFileSystem, str]":
+    """Return fsspec's file system of a URL, and the file's name there.
+
+    Raises:
+        InputError: nothing can open such a URL, or the package that could is missing.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url)  # type: ignore[no-any-return]
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{url}: {error}; or copy the file here", where=url) from None
+
+
+def open_url(url: str) -> BinaryIO:
+    """Open the file at a URL for reading; OSError as `open` has it, and InputError as in `url_filesystem`."""
+    filesystem, name = url_filesystem(url)
+    return filesystem.open(name, "rb")  # type: ignore[no-any-return]
 
 
 # ---- Folders ----
@@ -478,6 +525,17 @@ class Journal:
         if any(checksum != _digest(repr(key), value) for key, (value, checksum) in rows.items()):
             raise self.damaged()
         return {key: json.loads(rows[key][0]) for key in wanted if key in rows}
+
+    @on_main
+    def count(self) -> int:
+        """Return how many values are there; errors as in `read`."""
+        if not self.path.exists():
+            return 0
+        with self._open() as database:
+            if self._is_empty(database):
+                return 0
+            (found,) = database.execute("SELECT COUNT(*) FROM entries").fetchone()
+            return int(found)
 
     @on_main
     def put(self, values: Mapping[Key, Any]) -> None:

@@ -73,8 +73,8 @@ CORRECTOR = "--corrector model --template aligner-1"
 # By what each writes: a file, a model's folder, a run.
 VERBS = {
     "out.jsonl": {
-        "reward score": "--model rewards:length --data answers.jsonl --batch-size 4",
-        "correct run": f"{CORRECTOR} --data edits.jsonl --batch-size 4 --max-new-tokens 6 --no-guards",
+        "reward score": "--model rewards:length --data answers.jsonl --batch-size 4 --window 5",
+        "correct run": f"{CORRECTOR} --data edits.jsonl --batch-size 4 --window 5 --max-new-tokens 6 --no-guards",
         "correct data": "--data questions.jsonl --answers-from answering --max-new-tokens 24 "
         "--corrections-from SERVER#large",
     },

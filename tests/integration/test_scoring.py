@@ -98,7 +98,9 @@ def test_a_bad_row_names_line_and_field(row, message, tmp_path):
 
 def test_rewards_are_only_ignored_on_request(tmp_path):
     path = write(tmp_path / "rows.jsonl", [ROWS[0], {**ROWS[3], "rewards": [1, 2]}])
-    with pytest.raises(InputError, match=r"row 2: field 'rewards': 1 rows have rewards already; ask for --overwrite"):
+    with pytest.raises(
+        InputError, match=r"rows.jsonl:2: field 'rewards': the row has rewards already; ask for --overwrite"
+    ):
         load_unscored(path)
     assert [row.completions for row in load_unscored(path, overwrite=True)] == [("a", "bb", "ccc"), ("e", "e")]
     # A table gives a row the columns of the others, empty.

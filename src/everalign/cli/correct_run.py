@@ -2,13 +2,13 @@
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from everalign.bulk.options import BulkOptions
 from everalign.cli.console import Display, show, show_json, show_line, table
 from everalign.cli.options import (
     Approve,
@@ -32,7 +32,9 @@ from everalign.cli.options import (
     TokensPerBatch,
     TrustRemoteCode,
     check_inputs,
+    flags,
     option,
+    report_skipped,
     report_unused,
     resumable,
     source,
@@ -41,8 +43,9 @@ from everalign.cli.options import (
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
+    from everalign.bulk.job import Finished
     from everalign.correction import CorrectionOptions, Corrector
-    from everalign.correction.batch import CorrectionRun
+    from everalign.correction.batch import CorrectionWork
     from everalign.correction.evaluation import CorrectionScores, EvaluationReport
     from everalign.correction.output_checks import Approver
 
@@ -59,10 +62,11 @@ EVALUATE_EPILOG = (
 CorrectorName = Annotated[str, option("A corrector's folder, or one on a server.", "DIR|URL#MODEL")]
 
 
+@flags(BulkOptions)
 def run(
     corrector: CorrectorName,
     data: Annotated[str, option("Rows with question and answer, or prompt and completion.", "ROWS")],
-    output: Annotated[Path, option("The corrections.", "FILE.jsonl")],
+    output: Annotated[str, option("The corrections: .jsonl or .parquet.", "FILE|URL")],
     columns: Columns = None,
     template: Template = None,
     objectives: Objectives = None,
@@ -82,16 +86,18 @@ def run(
     skip_bad_rows: SkipBadRows = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Correct answers, and write question, answer, correction, and whether it changed.
 
-    If it is killed, the same command continues from its last batch.
+    Memory does not grow with the rows. If it is killed, the same command continues from its last batch.
     """
     check_inputs(None if "://" in corrector else corrector, data)
+    from everalign.bulk.run import run_bulk
     from everalign.correction import NO_GUARDS, CorrectionOptions, Guards
-    from everalign.correction.batch import ROWS_PER_BATCH, correct_rows
-    from everalign.data.readers import load_uncorrected
-    from everalign.storage import exclusive, lock_of
+    from everalign.correction.batch import ROWS_PER_BATCH, CorrectionWork, shortfalls
+    from everalign.data.readers import UNCORRECTED
+    from everalign.data.streams import RowStream
 
     options = CorrectionOptions(gate, Guards() if guards else NO_GUARDS, max_new_tokens)
     local = {
@@ -100,22 +106,22 @@ def run(
         "tokens_per_batch": tokens_per_batch,
         "strength": strength or None,
     }
+    load = partial(_load, corrector, template, local, approve, margin, split_commas(objectives))
     started = time.perf_counter()
-    # Locked before anything is loaded, so that a second process fails at once.
-    with resumable(), Display() as display, exclusive(lock_of(output)):
-        rows = load_uncorrected(source(data, columns), skip_bad_rows=skip_bad_rows)
-        report_unused(rows)
-        display.log(f"{len(rows)} rows to correct")
-        done = correct_rows(
-            rows,
-            load_corrector(corrector, template, local, make_approver(approve, margin), split_commas(objectives)),
+    with resumable(), Display() as display:
+        done = run_bulk(
+            RowStream(source(data, columns), UNCORRECTED, skip_bad_rows),
+            partial(_correction_work, load, options, ROWS_PER_BATCH if batch_size is None else batch_size),
             output,
-            options=options,
+            CorrectionWork.words,
+            options=BulkOptions.from_flags(given),
             overwrite=overwrite,
-            rows_per_batch=ROWS_PER_BATCH if batch_size is None else batch_size,
             log=display.log,
-            progress=display.progress,
+            progress=partial(display.progress, unit="rows"),
+            found=partial(report_skipped, data),
         )
+        for warning in shortfalls(_reasons(done), done.rows):
+            display.log(f"  warning: {warning}")
     facts = _facts(done, time.perf_counter() - started)
     if as_json:
         show_json(facts)
@@ -134,24 +140,47 @@ def run(
     show_line("output", facts["output"])
 
 
-def _facts(done: "CorrectionRun", seconds: float) -> dict[str, Any]:
-    rows = done.corrected
+def _correction_work(
+    load: "Callable[[], Corrector]", options: "CorrectionOptions", rows_per_batch: int
+) -> "CorrectionWork":
+    """Loads the corrector; a Ray worker calls it too."""
+    from everalign.correction.batch import CorrectionWork
 
+    return CorrectionWork(load(), options, rows_per_batch)
+
+
+def _load(
+    name: str,
+    template: str | None,
+    local: dict[str, Any],
+    approve: str | None,
+    margin: float | None,
+    objectives: tuple[str, ...] | None,
+) -> "Corrector":
+    return load_corrector(name, template, local, make_approver(approve, margin), objectives)
+
+
+def _reasons(done: "Finished") -> dict[str, int]:
+    """Why answers were kept, and how many."""
+    return {name.removeprefix("kept "): int(n) for name, n in done.totals.items() if name.startswith("kept ")}
+
+
+def _facts(done: "Finished", seconds: float) -> dict[str, Any]:
     def total(name: str) -> int | None:
         """The sum of a count; None where nothing is known, as of a server's passes."""
-        known = [count for row in rows if (count := getattr(row, name)) is not None]
-        return sum(known) if known else None
+        return int(done.totals[name]) if name in done.totals else None
 
     return {
-        "output": str(done.path),
-        "rows": len(rows),
+        "output": done.output,
+        "rows": done.rows,
         "resumed": done.resumed,
-        "changed": sum(row.changed for row in rows) / len(rows),
-        "kept_because": dict(Counter(row.reason for row in rows if row.reason is not None)),
+        "skipped": done.checked.skipped,
+        "changed": done.totals["changed"] / done.rows,
+        "kept_because": _reasons(done),
         "forward_passes": total("forward_passes"),
         "accepted_draft_tokens": total("accepted_draft_tokens"),
         "rejected_draft_tokens": total("rejected_draft_tokens"),
-        "tokens_per_second": round(sum(row.output_tokens or 0 for row in rows[done.resumed :]) / seconds, 1),
+        "tokens_per_second": round(done.totals["written"] / seconds, 1),
         "seconds": round(seconds, 3),
     }
 

@@ -3,7 +3,7 @@
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -18,6 +18,7 @@ from everalign.options import Declared, declared
 if TYPE_CHECKING:
     from everalign.data.readers import Source
     from everalign.data.rows import RowSet
+    from everalign.data.streams import CheckedStream
 
 INTERRUPTED = 130
 
@@ -217,8 +218,16 @@ def check_inputs(model: str | None, *sources: str | None) -> None:
 
 def report_unused(rows: "RowSet[Any]") -> None:
     """Reports how many bad rows were skipped, with the first reason, and the columns that are not read."""
-    if rows.skipped:
-        message = f"{rows.source}: {len(rows.skipped)} bad rows left out; the first: {rows.skipped[0]}"
-        say("warning", message, "yellow")
-    if rows.ignored:
-        say("note", f"{rows.source}: columns that are not read: {', '.join(rows.ignored)}", "cyan")
+    _report(rows.source, len(rows.skipped), rows.skipped[0] if rows.skipped else "", rows.ignored)
+
+
+def report_skipped(source: str, checked: "CheckedStream") -> None:
+    """Reports the same of rows that are not held in memory."""
+    _report(source, checked.skipped, checked.first, checked.ignored)
+
+
+def _report(source: str, skipped: int, first: str, ignored: Sequence[str]) -> None:
+    if skipped:
+        say("warning", f"{source}: {skipped} bad rows left out; the first: {first}", "yellow")
+    if ignored:
+        say("note", f"{source}: columns that are not read: {', '.join(ignored)}", "cyan")

@@ -1,13 +1,15 @@
 """The verbs `reward train` and `reward score`: a reward model from preferences, and rewards for answers."""
 
-import statistics
+import math
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from everalign.bulk.options import BulkOptions
 from everalign.cli.console import Display, show, show_json, show_line, table
 from everalign.cli.launch import Processes, say_processes, share_work
 from everalign.cli.options import (
@@ -25,6 +27,7 @@ from everalign.cli.options import (
     check_inputs,
     flags,
     option,
+    report_skipped,
     report_unused,
     resumable,
     source,
@@ -32,8 +35,11 @@ from everalign.cli.options import (
 from everalign.training.options import RewardOptions
 
 if TYPE_CHECKING:
+    from everalign.bulk.job import Finished
     from everalign.data import PreferenceSet
     from everalign.data.readers import Source
+    from everalign.evaluation.judge import JudgeOptions
+    from everalign.evaluation.scoring import ScoringWork
     from everalign.training.reward_model import TrainedRewardModel
 
 reward = typer.Typer(help="Train a reward model on preferences, and score answers.", no_args_is_help=True)
@@ -131,21 +137,26 @@ def _show_training(trained: "TrainedRewardModel") -> None:
     show_line("model", trained.path)
 
 
+_USAGE = ("requests", "prompt_tokens", "completion_tokens", "untold")  # of a judge
+
+
 @reward.command(
     epilog="Example: everalign reward score --model runs/reward --data answers.jsonl --output scored.jsonl; "
     "with a judge, whose key is read from OPENAI_API_KEY: --model http://127.0.0.1:8000/v1#qwen2.5"
 )
+@flags(BulkOptions)
 def score(
     model: Annotated[
         str,
         option("A reward model's folder, a Python function, or a judge on a server.", "DIR|MODULE:FUNCTION|URL#MODEL"),
     ],
     data: Annotated[str, option("Rows with prompt and completions, or preferences.", "ROWS")],
-    output: Annotated[Path, option("The rows with their rewards.", "FILE.jsonl")],
+    output: Annotated[str, option("The rows with their rewards: .jsonl or .parquet.", "FILE|URL")],
     columns: Columns = None,
     overwrite: Annotated[
-        bool, option("Ignore rewards that rows have, and replace FILE.jsonl.", "", "--overwrite")
+        bool, option("Ignore rewards that rows have, and replace the output.", "", "--overwrite")
     ] = False,
+    skip_bad_rows: SkipBadRows = False,
     batch_size: Annotated[
         int | None, option("Answers scored at once; results are kept after each batch.", default="64")
     ] = None,
@@ -159,46 +170,63 @@ def score(
     timeout: Timeout = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Score answers, and write them as rows to learn from with `--objective var`.
 
-    If it is killed, the same command continues.
+    Memory does not grow with the rows. If it is killed, the same command continues.
     """
     started = time.perf_counter()
     check_inputs(None, data)
-    with resumable():
-        from everalign.data import load_unscored
-        from everalign.evaluation.judge import JudgeOptions, JudgeScorer
-        from everalign.evaluation.scorers import make_scorer
-        from everalign.evaluation.scoring import ANSWERS_PER_BATCH, score_rows
-        from everalign.storage import exclusive, lock_of
+    with resumable(), Display() as display:
+        from everalign.bulk.run import run_bulk
+        from everalign.data.readers import unscored_reader
+        from everalign.data.streams import RowStream
+        from everalign.evaluation.judge import JudgeOptions
+        from everalign.evaluation.scoring import ANSWERS_PER_BATCH, ScoringWork, cut_warnings
 
         judge = JudgeOptions(judge_instructions, cache, concurrency, requests_per_minute, timeout)
-        # Locked before anything is loaded, so that a second process fails at once.
-        with Display() as display, exclusive(lock_of(Path(output))):
-            rows = load_unscored(source(data, columns), overwrite=overwrite)
-            display.log(f"{len(rows)} rows to score")
-            scorer = make_scorer(model, tokens_per_batch, judge)
-            scored = score_rows(
-                rows,
-                scorer,
-                output,
-                overwrite=overwrite,
-                answers_per_batch=ANSWERS_PER_BATCH if batch_size is None else batch_size,
-                log=display.log,
-                progress=display.progress,
-            )
-    rewards = [reward for row in scored.rows for reward in row.rewards]
-    usage = asdict(scorer.client.usage) if isinstance(scorer, JudgeScorer) else {}
+        answers_per_batch = ANSWERS_PER_BATCH if batch_size is None else batch_size
+        done = run_bulk(
+            RowStream(source(data, columns), unscored_reader(overwrite), skip_bad_rows),
+            partial(_scoring_work, model, tokens_per_batch, judge, answers_per_batch),
+            output,
+            ScoringWork.words,
+            options=BulkOptions.from_flags(given),
+            overwrite=overwrite,
+            log=display.log,
+            progress=partial(display.progress, unit="rows"),
+            found=partial(report_skipped, data),
+        )
+        for warning in cut_warnings(int(done.totals["cut"]), int(done.totals["computed"])):
+            display.log(f"  warning: {data}: {warning}")
+    _show_scores(done, time.perf_counter() - started, as_json)
+
+
+def _scoring_work(
+    model: str, tokens_per_batch: int | None, judge: "JudgeOptions", answers_per_batch: int
+) -> "ScoringWork":
+    """Loads the scorer; a Ray worker calls it too."""
+    from everalign.evaluation.scorers import make_scorer
+    from everalign.evaluation.scoring import ScoringWork
+
+    return ScoringWork(make_scorer(model, tokens_per_batch, judge), answers_per_batch)
+
+
+def _show_scores(done: "Finished", seconds: float, as_json: bool) -> None:
+    totals = done.totals
+    mean = totals["sum"] / totals["answers"]
+    usage = {name: int(totals[name]) for name in _USAGE if name in totals}
     facts: dict[str, Any] = {
-        "output": str(scored.path),
-        "rows": len(scored.rows),
-        "resumed": scored.resumed,
-        "answers": len(rewards),
-        "mean": statistics.fmean(rewards),
-        "spread": statistics.pstdev(rewards),
+        "output": done.output,
+        "rows": done.rows,
+        "resumed": done.resumed,
+        "skipped": done.checked.skipped,
+        "answers": int(totals["answers"]),
+        "mean": mean,
+        "spread": math.sqrt(max(totals["squares"] / totals["answers"] - mean * mean, 0.0)),
         **usage,
-        "seconds": round(time.perf_counter() - started, 3),
+        "seconds": round(seconds, 3),
     }
     if as_json:
         show_json(facts)

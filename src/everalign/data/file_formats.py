@@ -1,7 +1,8 @@
 """Raw rows of JSON, JSON Lines, CSV, TSV and Parquet files, of Hub datasets and of tables in memory, with their places.
 
 A row that cannot be read is yielded as an `InputError`, which the caller may skip; what makes the whole file unreadable
-is raised.
+is raised. JSON Lines and Parquet are read piece by piece, whatever their size. A file may be at a URL that
+fsspec opens.
 """
 
 import csv
@@ -10,15 +11,18 @@ import io
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from everalign.data.rows import Schema, field_error
 from everalign.errors import InputError, located
+from everalign.storage import is_url, open_url
 
 RawRows = Iterator[tuple[str, object]]
 
@@ -30,10 +34,30 @@ _MESSAGE_LIST = re.compile(
     r"""\s*\[\s*\{\s*["'](role|content|name|tool_calls|tool_call_id|reasoning_content|reasoning|thinking)["']\s*:"""
 )
 _LIST = re.compile(r"\s*\[")
+_ROWS_AT_ONCE = 1024  # of a Parquet file
+_BLOCK = 1 << 20
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_ENDINGS = (
     ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zip", ".zst", ".bz2",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """A contiguous part of a file, see `cut`.
+
+    Args:
+        start: where it begins: a byte of a .jsonl file, the number of a row from 0 in any other.
+        stop: where the next part begins.
+        lines: lines of a .jsonl file before it, for the numbers in error messages.
+    """
+
+    start: int = 0
+    stop: int = sys.maxsize
+    lines: int = 0
+
+
+WHOLE = Part()
 
 
 @dataclass(frozen=True)
@@ -57,35 +81,52 @@ def source_name(source: Any) -> str:
     return str(source) if isinstance(source, str | os.PathLike | Renamed) else "memory"
 
 
-def check_source(source: str | os.PathLike[str], split: str = "train") -> Path | None:
-    """Returns the file of a source, or None of a Hub dataset, if no such file exists and the name can be that of one.
+def check_source(source: str | os.PathLike[str], split: str = "train") -> Path | str | None:
+    """Returns the path or URL of a source, or None of a Hub dataset.
+
+    It is one if no such file exists and the name can be that of a dataset.
 
     Raises:
         InputError: it is neither, or a file of an unknown kind.
     """
-    path = Path(source).expanduser()
-    # Unlike Path.exists, this is no error for names that no file can have.
-    exists = os.path.exists(path)
-    if not exists and isinstance(source, str) and _HUB_NAME.fullmatch(source):
-        owner, _, name = source.rpartition("/")
-        in_local_folder = bool(owner) and Path(owner).is_dir()
-        if Path(name).suffix.lower() not in _FILE_ENDINGS and not in_local_folder:
+    path = _local_or_url(source)
+    if isinstance(path, Path):
+        # Unlike Path.exists, this is no error for names that no file can have.
+        exists = os.path.exists(path)
+        if not exists and isinstance(source, str) and _may_be_on_hub(source):
             return None
-    if not exists:
-        raise _error(path, "no such file")
-    if path.is_dir():
-        raise _error(path, f"is a directory; name one file in it ({', '.join(SUFFIXES)})")
+        if not exists:
+            raise _error(path, "no such file")
+        if path.is_dir():
+            raise _error(path, f"is a directory; name one file in it ({', '.join(SUFFIXES)})")
     if split != "train":
         raise _error(path, f"split={split!r} means nothing for a file; name the file of that split")
-    if not path.name.lower().endswith(SUFFIXES):
+    if not str(path).lower().endswith(SUFFIXES):
         raise _error(path, f"unknown kind of file; the name must end in {', '.join(SUFFIXES)}")
     return path
 
 
-def raw_rows(source: Any, split: str, schema: Schema) -> RawRows:
-    """Reads a file or a Hub dataset (see `check_source`), a table in memory, or one of them `Renamed`."""
+def file_size(source: str) -> int:
+    """Returns the size of a file in bytes; InputError if it cannot be read."""
+    with _opened(_local_or_url(source)) as file:
+        return file.seek(0, os.SEEK_END)
+
+
+def _local_or_url(source: str | os.PathLike[str]) -> Path | str:
+    return str(source) if is_url(source) else Path(source).expanduser()
+
+
+def _may_be_on_hub(name: str) -> bool:
+    """Whether this can be the name of a dataset, and is not that of a missing file."""
+    owner, _, last = name.rpartition("/")
+    in_local_folder = bool(owner) and Path(owner).is_dir()
+    return bool(_HUB_NAME.fullmatch(name)) and Path(last).suffix.lower() not in _FILE_ENDINGS and not in_local_folder
+
+
+def raw_rows(source: Any, split: str, schema: Schema, part: Part = WHOLE) -> RawRows:
+    """Reads a file or a Hub dataset (see `check_source`), a table in memory, or one of them `Renamed`; or a part."""
     if not isinstance(source, Renamed):
-        return _rows_by_kind(source, split, schema)
+        return _rows_by_kind(source, split, schema, part)
     columns = {name: theirs for name, theirs in source.columns.items() if name in schema.columns}
 
     def in_source(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -98,7 +139,7 @@ def raw_rows(source: Any, split: str, schema: Schema) -> RawRows:
         lists=in_source(schema.lists),
         numbers=in_source(schema.numbers),
     )
-    return _renamed(_rows_by_kind(source.source, split, found), columns, found)
+    return _renamed(_rows_by_kind(source.source, split, found, part), columns, found)
 
 
 def _renamed(rows: RawRows, columns: Mapping[str, str], found: Schema) -> RawRows:
@@ -115,20 +156,58 @@ def _renamed(rows: RawRows, columns: Mapping[str, str], found: Schema) -> RawRow
         yield where, {**others, **{name: value[theirs] for name, theirs in columns.items()}}
 
 
-def _rows_by_kind(source: Any, split: str, schema: Schema) -> RawRows:
-    if not isinstance(source, str | os.PathLike):
-        return _table_in_memory(source, schema)
-    path = check_source(source, split)
-    if path is None:
-        return _hub_rows(str(source), split, schema)
-    name = path.name.lower()
+def _rows_by_kind(source: Any, split: str, schema: Schema, part: Part) -> RawRows:
+    if isinstance(source, str | os.PathLike):
+        path = check_source(source, split)
+        name = str(path).lower()
+        if path is not None and name.endswith(".jsonl"):
+            return jsonl_rows(path, part)
+        if path is not None and name.endswith(".parquet"):
+            return _parquet_rows(path, schema, part)
+        rows = _hub_rows(str(source), split, schema) if path is None else _unsplit_rows(path, name, schema)
+    else:
+        rows = _table_in_memory(source, schema)
+    return islice(rows, part.start, part.stop)
+
+
+def _unsplit_rows(path: Path | str, name: str, schema: Schema) -> RawRows:
+    """Reads a file that can only be read from its beginning, and mostly is held whole."""
     if name.endswith((".json", ".json.gz")):
         return _json_rows(path)
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        return jsonl_rows(path)
-    if name.endswith((".csv", ".tsv")):
-        return _csv_rows(path, schema)
-    return _parquet_rows(path, schema)
+    return jsonl_rows(path) if name.endswith(".jsonl.gz") else _csv_rows(path, schema)
+
+
+def cut(source: Any, split: str, schema: Schema, parts: int) -> list[Part]:
+    """Cuts a file into contiguous parts that hold every row once: a .jsonl file by bytes, any other by rows.
+
+    A .jsonl file is read once to count its lines; of a Parquet file the footer is enough; any other file is parsed.
+
+    Returns:
+        `parts` parts; some are empty where rows are few or long.
+    """
+    name = source_name(source)
+    if not name.lower().endswith(".jsonl"):
+        rows = _parquet_length(name) if name.lower().endswith(".parquet") else None
+        if rows is None:
+            rows = sum(1 for _ in raw_rows(source, split, schema))
+        return [Part(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
+    with _opened(_local_or_url(name)) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        # A part begins at the first line that begins at or after its share of the bytes.
+        starts, lines, position = [(0, 0)], 0, 0
+        for i in range(1, parts):
+            aim = size * i // parts
+            while position < aim - 1 and (block := file.read(min(_BLOCK, aim - 1 - position))):
+                position += len(block)
+                lines += block.count(b"\n")
+            if position < aim:
+                rest = file.readline()
+                position += len(rest)
+                lines += rest.endswith(b"\n")
+            starts.append((position, lines))
+    stops = [start for start, _ in starts[1:]] + [size]
+    return [Part(start, stop, before) for (start, before), stop in zip(starts, stops, strict=True)]
 
 
 def _table_in_memory(source: Any, schema: Schema) -> RawRows:
@@ -160,9 +239,9 @@ def _frame_rows(frame: Any, schema: Schema) -> RawRows:
         yield where, _table_row({**row, **others}, where, schema)
 
 
-def jsonl_rows(path: Path) -> RawRows:
+def jsonl_rows(path: Path | str, part: Part = WHOLE) -> RawRows:
     """Reads one JSON object a line; blank lines are counted but hold no row."""
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(_lines(path, part), start=part.lines + 1):
         content = line.removeprefix(_BOM) if number == 1 else line
         if not content.strip():
             continue
@@ -180,7 +259,7 @@ def jsonl_rows(path: Path) -> RawRows:
         yield where, value
 
 
-def _json_rows(path: Path) -> RawRows:
+def _json_rows(path: Path | str) -> RawRows:
     text = _text(path)
     if not text.strip():
         return
@@ -197,10 +276,10 @@ def _json_rows(path: Path) -> RawRows:
         yield f"{path}: row {number}", row
 
 
-def _csv_rows(path: Path, schema: Schema) -> RawRows:
+def _csv_rows(path: Path | str, schema: Schema) -> RawRows:
     """Reads comma- or tab-separated text with a header line; cells may hold lists as JSON."""
     text = _text(path)
-    tabs = path.suffix.lower() == ".tsv"
+    tabs = str(path).lower().endswith(".tsv")
     kind, separator = ("TSV", "tabs") if tabs else ("CSV", "commas")
     # Python refuses cells above 128 KiB by default, which long conversations exceed; the limit is global.
     limit = csv.field_size_limit(2**31 - 1)
@@ -230,24 +309,43 @@ def _csv_rows(path: Path, schema: Schema) -> RawRows:
         yield where, _table_row(cells, where, schema)
 
 
-def _parquet_rows(path: Path, schema: Schema) -> RawRows:
-    """Reads the schema's columns; messages are lists of structs, or JSON text."""
+def _parquet_rows(path: Path | str, schema: Schema, part: Part) -> RawRows:
+    """Reads the schema's columns, one row group after the other; messages are lists of structs, or JSON text."""
+    with _parquet_file(path) as file:
+        columns, others = _check_header(file.schema_arrow.names, str(path), schema)
+        number = 0
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if number + size <= part.start or number >= part.stop:
+                number += size
+                continue
+            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    if part.start < number <= part.stop:
+                        where = f"{path}: row {number}"
+                        yield where, _table_row({**row, **others}, where, schema)
+
+
+@contextmanager
+def _parquet_file(path: Path | str) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
-            columns, others = _check_header(file.schema_arrow.names, str(path), schema)
-            number = 0
-            for batch in file.iter_batches(columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    where = f"{path}: row {number}"
-                    yield where, _table_row({**row, **others}, where, schema)
+        with _opened(path) as stream, pq.ParquetFile(stream) as file:
+            yield file
     except pa.ArrowException as error:
         raise _error(path, f"damaged, or not a Parquet file: {error}") from None
-    except OSError as error:
-        raise _error(path, f"cannot be read: {error}") from None
+
+
+def _parquet_length(source: str) -> int | None:
+    """Returns the number of a Parquet file's rows; None for what is no file."""
+    path = _local_or_url(source)
+    if isinstance(path, Path) and not path.is_file():
+        return None
+    with _parquet_file(path) as file:
+        return int(file.metadata.num_rows)
 
 
 def _hub_rows(name: str, split: str, schema: Schema) -> RawRows:
@@ -304,7 +402,7 @@ def _table_row(row: dict[str, Any], where: str, schema: Schema) -> object:
     return cells
 
 
-def _text(path: Path) -> str:
+def _text(path: Path | str) -> str:
     data = b"".join(_lines(path)).removeprefix(_BOM)
     try:
         return data.decode()
@@ -318,14 +416,30 @@ def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
     return f"{what} (byte 0x{data[error.start]:02x}); save the file as UTF-8"
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Path | str, part: Part = WHOLE) -> Iterator[bytes]:
+    with _opened(path) as file:
+        if str(path).endswith(".gz"):
+            try:
+                with gzip.open(file, "rb") as unpacked:
+                    yield from unpacked
+            except EOFError:
+                raise _error(path, "the gzip archive is truncated; copy or download it again") from None
+            except (gzip.BadGzipFile, zlib.error) as error:
+                raise _error(path, f"damaged, or not gzip: {error}; copy it again or drop the .gz") from None
+            return
+        position = file.seek(part.start) if part.start else 0
+        while position < part.stop and (line := file.readline()):
+            position += len(line)
+            yield line
+
+
+@contextmanager
+def _opened(path: Path | str) -> Iterator[BinaryIO]:
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-            yield from stream
-    except EOFError:
-        raise _error(path, "the gzip archive is truncated; copy or download it again") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise _error(path, f"damaged, or not gzip: {error}; copy it again or drop the .gz") from None
+        with path.open("rb") if isinstance(path, Path) else open_url(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise _error(path, "no such file") from None
     except OSError as error:
         raise _error(path, f"cannot be read: {error.strerror or error}") from None
 

@@ -6,11 +6,11 @@ with columns of other names as `renamed(source, columns)`.
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from everalign.data.file_formats import Renamed, raw_rows, source_name
+from everalign.data.file_formats import WHOLE, Part, Renamed, raw_rows, source_name
 from everalign.data.messages import PROMPT_COLUMNS, checked_answer, checked_prompt, prompt_of
 from everalign.data.records import (
     CORRECTION_SCHEMA,
@@ -65,6 +65,57 @@ def parse_columns(text: str) -> dict[str, str]:
 def renamed(source: Source, columns: Mapping[str, str] | None) -> Source:
     """Returns a source whose columns have the names that are read here; errors as in `check_columns`."""
     return Renamed(source, dict(check_columns(columns))) if columns else source
+
+
+def _accept(value: object, where: str) -> None:
+    """Refuses nothing."""
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """How rows of one kind are read from raw ones. Made of functions of modules, it can be sent to other processes.
+
+    Args:
+        schema: the columns.
+        read: makes one row or more of a raw one, given with its place; an InputError says that it is bad.
+        refuse: raises an InputError for a row that must not be skipped either.
+    """
+
+    schema: Schema
+    read: Callable[[object, str], Iterable[Row]]
+    refuse: Callable[[object, str], None] = _accept
+
+    def rows(
+        self,
+        source: Source,
+        split: str = "train",
+        part: Part = WHOLE,
+        skipped: Callable[[str], None] | None = None,
+        ignored: dict[str, None] | None = None,
+    ) -> Iterator[Any]:
+        """Yields rows one after the other.
+
+        Args:
+            source: a file, or a name on the Hub.
+            split: split of a Hub dataset.
+            part: the part of the file to read.
+            skipped: called with a message for each bad row; None stops at the first.
+            ignored: gets the names of columns that are not read.
+        """
+        for where, value in raw_rows(source, split, self.schema, part):
+            if ignored is not None and isinstance(value, Mapping):
+                ignored |= dict.fromkeys(str(name) for name in value if name not in self.schema.columns)
+            try:
+                if isinstance(value, InputError):
+                    raise value
+                rows = self.read(value, where)
+            except InputError as error:
+                if skipped is None:
+                    raise
+                skipped(str(error))
+                continue
+            self.refuse(value, where)
+            yield from rows
 
 
 def load_preferences(
@@ -188,29 +239,36 @@ def load_unscored(
     Raises:
         InputError: also if a row has rewards and `overwrite` is not set; names the first such row.
     """
-    rewarded: list[bool] = []
+    return _load(
+        ScoredSet, UNSCORED_SCHEMA, source, split, skip_bad_rows, label=label, reader=unscored_reader(overwrite)
+    )
 
-    def read(obj: object, where: str) -> tuple[Scored]:
-        with located(where):
-            row = UNSCORED_SCHEMA.checked_row(obj)
-            # A table may have the columns of both kinds, those of the other kind null.
-            pair = [name for name in ("chosen", "rejected") if row.get(name) is not None]
-            if pair and row.get("completions") is not None:
-                problem = f"the row has {pair[0]!r} too, which is a completion itself"
-                raise field_error("completions", problem, "keep one")
-        if pair:
-            found = Scored.from_preference(Preference.from_json(obj, where), rewards=None)
-        else:
-            found = Scored.from_json(obj, where, _UNREWARDED)
-        rewarded.append(row.get("rewards") is not None)
-        return (found,)
 
-    rows = _load(ScoredSet, UNSCORED_SCHEMA, source, split, skip_bad_rows, read, label)
-    if any(rewarded) and not overwrite:
-        where = f"{rows.source}: row {rewarded.index(True) + 1}"
-        problem = f"{sum(rewarded)} rows have rewards already"
-        raise field_error("rewards", problem, "ask for --overwrite to score them anew, or remove the column").at(where)
-    return rows
+def unscored_reader(overwrite: bool) -> RowReader:
+    """Returns what `load_unscored` reads rows with."""
+    if overwrite:
+        return RowReader(UNSCORED_SCHEMA, _read_unscored)
+    return RowReader(UNSCORED_SCHEMA, _read_unscored, _refuse_rewards)
+
+
+def _read_unscored(obj: object, where: str) -> tuple[Scored]:
+    with located(where):
+        row = UNSCORED_SCHEMA.checked_row(obj)
+        # A table may have the columns of both kinds, those of the other kind null.
+        pair = [name for name in ("chosen", "rejected") if row.get(name) is not None]
+        if pair and row.get("completions") is not None:
+            problem = f"the row has {pair[0]!r} too, which is a completion itself"
+            raise field_error("completions", problem, "keep one")
+    if pair:
+        return (Scored.from_preference(Preference.from_json(obj, where), rewards=None),)
+    return (Scored.from_json(obj, where, _UNREWARDED),)
+
+
+def _refuse_rewards(obj: object, where: str) -> None:
+    if isinstance(obj, Mapping) and obj.get("rewards") is not None:
+        problem = "the row has rewards already"
+        hint = "ask for --overwrite to score all rows anew, or remove the column"
+        raise field_error("rewards", problem, hint).at(where)
 
 
 _UNCORRECTED_SCHEMA = Schema(
@@ -222,21 +280,25 @@ _UNCORRECTED_SCHEMA = Schema(
 
 def load_uncorrected(source: Source, *, split: str = "train", skip_bad_rows: bool = False) -> CorrectionSet:
     """Loads answers to be corrected: `question` and `answer`, or `prompt` and `completion`."""
+    return _load(CorrectionSet, _UNCORRECTED_SCHEMA, source, split, skip_bad_rows, reader=UNCORRECTED)
 
-    def read(obj: object, where: str) -> tuple[Correction]:
-        with located(where):
-            row = _UNCORRECTED_SCHEMA.checked_row(obj)
-            given = {name for name in _UNCORRECTED_SCHEMA.columns[:4] if row.get(name) is not None}
-            names = ("prompt", "completion") if given & {"prompt", "completion"} else ("question", "answer")
-            if others := sorted(given - set(names)):
-                raise field_error(others[0], f"the row has {names[0]!r} or {names[1]!r} too", "keep one pair")
-            replace(_UNCORRECTED_SCHEMA, required=names).check_columns(row.keys())
-            found = Correction(prompt_of(row, row[names[0]], names[0]), row[names[1]])
-            if not found.has("answer"):
-                raise found.lacks("answer")
-            return (found,)
 
-    return _load(CorrectionSet, _UNCORRECTED_SCHEMA, source, split, skip_bad_rows, read)
+def _read_uncorrected(obj: object, where: str) -> tuple[Correction]:
+    with located(where):
+        row = _UNCORRECTED_SCHEMA.checked_row(obj)
+        given = {name for name in _UNCORRECTED_SCHEMA.columns[:4] if row.get(name) is not None}
+        names = ("prompt", "completion") if given & {"prompt", "completion"} else ("question", "answer")
+        if others := sorted(given - set(names)):
+            raise field_error(others[0], f"the row has {names[0]!r} or {names[1]!r} too", "keep one pair")
+        replace(_UNCORRECTED_SCHEMA, required=names).check_columns(row.keys())
+        found = Correction(prompt_of(row, row[names[0]], names[0]), row[names[1]])
+        if not found.has("answer"):
+            raise found.lacks("answer")
+        return (found,)
+
+
+UNCORRECTED = RowReader(_UNCORRECTED_SCHEMA, _read_uncorrected)
+"""What `load_uncorrected` reads rows with."""
 
 
 _DRAFT_SCHEMA = Schema(
@@ -267,7 +329,8 @@ def load_drafts(source: Source, *, split: str = "train", skip_bad_rows: bool = F
     rewards. It gives one `Correction` for each answer: a preference's rejected answer with the chosen one as its
     correction; each completion, the worst with the best as its correction.
     """
-    return _load(CorrectionSet, _DRAFT_SCHEMA, source, split, skip_bad_rows, read_draft)
+    reader = RowReader(_DRAFT_SCHEMA, read_draft)
+    return _load(CorrectionSet, _DRAFT_SCHEMA, source, split, skip_bad_rows, reader=reader)
 
 
 def load_questions(source: Source, *, split: str = "train", skip_bad_rows: bool = False) -> ScoredSet:
@@ -277,7 +340,7 @@ def load_questions(source: Source, *, split: str = "train", skip_bad_rows: bool 
         first = read_draft(obj, where)[0]
         return (Scored(first.question, weight=first.weight),)
 
-    return _load(ScoredSet, _DRAFT_SCHEMA, source, split, skip_bad_rows, read)
+    return _load(ScoredSet, _DRAFT_SCHEMA, source, split, skip_bad_rows, reader=RowReader(_DRAFT_SCHEMA, read))
 
 
 def read_draft(obj: object, where: str) -> tuple[Correction, ...]:
@@ -385,35 +448,36 @@ def _load(
     source: Source,
     split: str,
     skip_bad_rows: bool,
-    read: Callable[[object, str], Iterable[Row]] | None = None,
+    *,
     label: str | None = None,
+    reader: RowReader | None = None,
 ) -> Set:
-    """Reads all rows of a source; `read` makes one row or more of a raw one, `kind.record.from_json` by default."""
+    """Reads all rows of a source; by `kind.record.from_json` where no reader is given."""
     if label is not None:
         schema = with_label(schema, label)
-    name = source_name(source)
-    items: list[Any] = []
+    given = reader or RowReader(schema, lambda value, where: (kind.record.from_json(value, where, schema),))
+
+    def read(value: object, where: str) -> Iterable[Row]:
+        if isinstance(value, kind.record):
+            return (value,)
+        rows: Iterable[Any] = given.read(value, where)
+        if label is None:
+            return rows
+        named = label_of(value, label, where, schema)
+        return [replace(row, label=named) for row in rows]
+
     skipped: list[str] = []
     ignored: dict[str, None] = {}
-    for where, value in raw_rows(source, split, schema):
-        if isinstance(value, Mapping):
-            ignored |= dict.fromkeys(name for name in value if name not in schema.columns)
-        try:
-            if isinstance(value, InputError):
-                raise value
-            rows: list[Any] = [value]
-            if not isinstance(value, kind.record):
-                rows = [*read(value, where)] if read else [kind.record.from_json(value, where, schema)]
-            if label is not None and rows != [value]:
-                named = label_of(value, label, where, schema)
-                rows = [replace(row, label=named) for row in rows]
-            items += rows
-        except InputError as error:
-            if not skip_bad_rows:
-                raise
-            skipped.append(str(error))
+    found = RowReader(schema, read, given.refuse)
+    items = tuple(found.rows(source, split, skipped=skipped.append if skip_bad_rows else None, ignored=ignored))
+    name = source_name(source)
     if not items:
-        found = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "no rows in it"
-        raise InputError(f"{name}: {found}", where=name)
+        raise no_rows(name, skipped)
     columns = source.columns if isinstance(source, Renamed) else {}
-    return kind(tuple(items), name, tuple(skipped), tuple(map(str, ignored)), columns)
+    return kind(items, name, tuple(skipped), tuple(ignored), columns)
+
+
+def no_rows(name: str, skipped: Sequence[str]) -> InputError:
+    """Returns the error for a source without usable rows, of which `skipped` have been skipped."""
+    found = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "no rows in it"
+    return InputError(f"{name}: {found}", where=name)

@@ -2,12 +2,14 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from everalign.bulk.files import Columns, OutputFile
+from everalign.bulk.job import Words, numbered_rows
 from everalign.data.messages import Prompt
 from everalign.data.records import Scored, ScoredSet
 from everalign.data.rows import is_finite, shown
@@ -200,24 +202,25 @@ def score_rows(
             # A judge is slow and costs money: an interrupted batch must not lose the scores that it has.
             asked = scorer.with_cache(single_scores)
         done: dict[int, list[float]] = journal.read(range(len(rows)))
-        if not all(isinstance(found, list) and len(found) == len(rows[i].completions) for i, found in done.items()):
+        if not all(_are_rewards(rows[number], found) for number, found in done.items()):
             raise journal.damaged()
         resumed = len(done)
         if resumed:
             log(f"  {resumed} of {len(rows)} rows were scored by an earlier run")
         missing = [number for number in range(len(rows)) if number not in done]
         cut_before = scorer.cut if isinstance(scorer, RewardModel) else 0
-        for batch in _batches(rows, missing, answers_per_batch):
+        for places in _batches([rows[number] for number in missing], answers_per_batch):
+            batch = [missing[place] for place in places]
             # Reward models share a batch between processes; a function or a judge is asked by one of them.
             shared = isinstance(scorer, RewardModel)
-            found = (_score_batch if shared else on_main(_score_batch))(asked, rows, batch)
-            journal.put(found)
-            done |= found
+            score = _score_batch if shared else on_main(_score_batch)
+            found = score(asked, [rows[number] for number in batch], [number + 1 for number in batch])
+            journal.put(dict(zip(batch, found, strict=True)))
+            done |= zip(batch, found, strict=True)
             progress("scoring", len(done), len(rows))
         if isinstance(scorer, RewardModel):
             answers = sum(len(rows[number].completions) for number in missing)
-            what, remedy = "answers with their prompts were cut before they were scored", "train with more --max-length"
-            for warning in check_shortfall(scorer.cut - cut_before, answers, what, remedy, refuse=False):
+            for warning in cut_warnings(scorer.cut - cut_before, answers):
                 log(f"  warning: {rows.source}: {warning}")
         scored = tuple(replace(row, rewards=tuple(done[number])) for number, row in enumerate(rows))
         on_main(write_text)(path, "".join(json_line(row.to_json()) for row in scored))
@@ -227,28 +230,118 @@ def score_rows(
     return ScoringResult(path, ScoredSet(scored, str(path)), resumed)
 
 
-def _batches(rows: Sequence[Scored], numbers: Sequence[int], answers: int) -> Iterator[list[int]]:
-    """Cuts the rows of these numbers into batches of at most `answers` answers, or of one row that has more."""
+def cut_warnings(cut: int, answers: int) -> tuple[str, ...]:
+    """Returns a warning if many answers were cut, else nothing."""
+    what, remedy = "answers with their prompts were cut before they were scored", "train with more --max-length"
+    return check_shortfall(cut, answers, what, remedy, refuse=False)
+
+
+def _batches(rows: Sequence[Scored], answers: int) -> Iterator[list[int]]:
+    """Cuts rows into batches of at most `answers` answers, or of one row that has more; returns their indices."""
     batch, count = list[int](), 0
-    for number in numbers:
-        if batch and count + len(rows[number].completions) > answers:
+    for i, row in enumerate(rows):
+        if batch and count + len(row.completions) > answers:
             yield batch
             batch, count = [], 0
-        batch.append(number)
-        count += len(rows[number].completions)
+        batch.append(i)
+        count += len(row.completions)
     if batch:
         yield batch
 
 
-def _score_batch(scorer: "Scorer", rows: Sequence[Scored], batch: Sequence[int]) -> dict[int, list[float]]:
-    """Returns the rewards of the rows of these numbers, by number."""
-    prompts = [rows[number].prompt for number in batch for _ in rows[number].completions]
-    completions = [text for number in batch for text in rows[number].completions]
+def _score_batch(scorer: "Scorer", rows: Sequence[Scored], numbers: Sequence[int]) -> list[list[float]]:
+    """Returns the rewards of some rows; `numbers` are theirs in the file, from 1, for errors."""
+    prompts = [row.prompt for row in rows for _ in row.completions]
+    completions = [text for row in rows for text in row.completions]
     try:
         found = scorer.score(prompts, completions)
     except EveralignError as error:
-        named = f"row {batch[0] + 1}" if len(batch) == 1 else f"rows {batch[0] + 1} to {batch[-1] + 1}"
-        raise type(error)(f"{named}: {error}; what was scored before is kept") from error
-    places = [(number + 1, i) for number in batch for i in range(len(rows[number].completions))]
+        raise type(error)(f"{numbered_rows(numbers)}: {error}; what was scored before is kept") from error
+    places = [(number, i) for number, row in zip(numbers, rows, strict=True) for i in range(len(row.completions))]
     rewards = iter(checked_rewards(found, places))
-    return {number: [next(rewards) for _ in rows[number].completions] for number in batch}
+    return [[next(rewards) for _ in row.completions] for row in rows]
+
+
+def _are_rewards(row: Scored, found: Any) -> bool:
+    return isinstance(found, list) and len(found) == len(row.completions)
+
+
+class ScoringWork:
+    """Scoring as work for `run_bulk`.
+
+    Args:
+        scorer: gives the rewards.
+        answers_per_batch: answers per call of the scorer; a row is never split.
+
+    Raises:
+        InputError: the batch size is below 1.
+    """
+
+    words = Words("score", "scoring", "scored")
+    columns: ClassVar[Columns] = {
+        "prompt": "text",
+        "completions": "texts",
+        "rewards": "numbers",
+        "weight": "number",
+        "tools": "text",
+        "chat_template_kwargs": "text",
+    }
+
+    def __init__(self, scorer: "Scorer", answers_per_batch: int = ANSWERS_PER_BATCH) -> None:
+        if answers_per_batch < 1:
+            raise InputError(f"batch size: must be at least 1, found {answers_per_batch}", field="batch size")
+        self._scorer = self._asked = scorer
+        self._answers_per_batch = answers_per_batch
+        self.facts: tuple[str, ...] = (scorer.fingerprint,)
+        self._single_scores: Journal | None = None
+        self._computed = 0
+        self._before: Mapping[str, float] = {}
+
+    def begin(self, output: OutputFile) -> None:
+        """Keeps a judge's single scores beside the output: an interrupted batch must not lose those that it has."""
+        self._before = self._counts()
+        if isinstance(self._scorer, JudgeScorer) and self._scorer.cache is None:
+            path = output.local
+            self._single_scores = Journal(path.with_name(f"{path.name}.judge.partial"))
+            self._asked = self._scorer.with_cache(self._single_scores)
+
+    def end(self) -> Mapping[str, float]:
+        """Returns what a judge's requests came to, or how many answers a reward model has cut."""
+        if self._single_scores is not None:
+            self._single_scores.remove()
+        return {name: count - self._before.get(name, 0) for name, count in self._counts().items()}
+
+    def _counts(self) -> dict[str, float]:
+        if isinstance(self._scorer, JudgeScorer):
+            return asdict(self._scorer.client.usage)
+        return {"cut": getattr(self._scorer, "cut", 0), "computed": self._computed}
+
+    def length(self, row: Scored) -> int:
+        """Returns the characters of the prompt and the longest completion, about; 0 for a judge, who does not pad."""
+        if isinstance(self._scorer, JudgeScorer):
+            return 0
+        return len(str(row.prompt)) + max(len(str(completion)) for completion in row.completions)
+
+    def batches(self, rows: Sequence[Scored]) -> Iterator[list[int]]:
+        """Cuts rows into batches by their answers."""
+        return _batches(rows, self._answers_per_batch)
+
+    def run(self, rows: Sequence[Scored], numbers: Sequence[int]) -> list[list[float]]:
+        """Returns rewards; errors as in `score_rows`."""
+        found = _score_batch(self._asked, rows, numbers)
+        self._computed += sum(map(len, found))
+        return found
+
+    def is_result(self, row: Scored, result: Any) -> bool:
+        """Whether these can be the row's rewards."""
+        return _are_rewards(row, result)
+
+    def output(self, row: Scored, result: list[float]) -> Mapping[str, Any]:
+        """Returns the row with its rewards."""
+        found = row.to_json()
+        weight = {"weight": found.pop("weight")} if "weight" in found else {}
+        return {**found, "rewards": result, **weight}
+
+    def totals(self, row: Scored, result: list[float]) -> Mapping[str, float]:
+        """Returns the sums from which mean and spread follow."""
+        return {"answers": len(result), "sum": sum(result), "squares": sum(reward * reward for reward in result)}

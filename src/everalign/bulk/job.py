@@ -1,0 +1,209 @@
+"""How rows are worked through: a window at a time, batched by length, journalled batch by batch, written in order."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from everalign.bulk.files import Columns, OutputFile
+from everalign.data.streams import CheckedStream, RowStream
+from everalign.storage import Journal
+
+Log = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+Totals = Counter[str]
+"""Sums over rows, such as how many were changed."""
+
+REPORT_SECONDS = 60.0
+"""How often the log says how fast the work is."""
+
+
+KEEP_SECONDS = 1.0
+"""How often results are written to the journal."""
+
+
+class Words(NamedTuple):
+    """What the work is called: (`score`, `scoring`, `scored`)."""
+
+    do: str
+    doing: str
+    done: str
+
+
+def numbered_rows(numbers: Sequence[int]) -> str:
+    """Names the rows of a batch for an error: `row 3`, `rows 3 to 5`, `5 rows (3, 17, 18, ...)`."""
+    first, last = min(numbers), max(numbers)
+    if len(numbers) == 1:
+        return f"row {first}"
+    if last - first + 1 == len(numbers):
+        return f"rows {first} to {last}"
+    some = ", ".join(map(str, sorted(numbers)[:3]))
+    return f"{len(numbers)} rows ({some}, ...)"
+
+
+class Work(Protocol):
+    """What is done with each row, in batches.
+
+    Attributes:
+        columns: of the output.
+        facts: everything that results depend on, beside the rows.
+    """
+
+    columns: ClassVar[Columns]
+    facts: tuple[str, ...]
+
+    def begin(self, output: OutputFile) -> None:
+        """Called before the first row."""
+        ...
+
+    def end(self) -> Mapping[str, float]:
+        """Called once the output is written; returns sums of its own since `begin`, such as requests to a server."""
+        ...
+
+    def length(self, row: Any) -> int:
+        """Returns how long the row is, in any unit."""
+        ...
+
+    def batches(self, rows: Sequence[Any]) -> Iterator[Sequence[int]]:
+        """Cuts rows into batches of indices, in their order."""
+        ...
+
+    def run(self, rows: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
+        """Returns a result as JSON for each row of a batch; `numbers` are the rows' from 1, for errors."""
+        ...
+
+    def is_result(self, row: Any, result: Any) -> bool:
+        """Whether this can be the row's result; one of a damaged journal may not be."""
+        ...
+
+    def output(self, row: Any, result: Any) -> Mapping[str, Any]:
+        """Returns the output's row."""
+        ...
+
+    def totals(self, row: Any, result: Any) -> Mapping[str, float]:
+        """Returns what the row adds to the totals."""
+        ...
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished output.
+
+    Args:
+        output: its name.
+        rows: how many it has.
+        resumed: how many of them an earlier, interrupted run had computed.
+        totals: the sums over all rows.
+        checked: what was found in the input, such as bad rows.
+    """
+
+    output: str
+    rows: int
+    resumed: int
+    totals: Totals
+    checked: CheckedStream
+
+
+class Pace:
+    """Says now and then how fast the work is, and how long it will take.
+
+    Args:
+        total: rows to do.
+        log: gets the lines.
+    """
+
+    def __init__(self, total: int, log: Log) -> None:
+        self._total, self._log, self._computed = total, log, 0
+        self._start = self._reported = time.monotonic()
+
+    def add(self, rows: int, done: int) -> None:
+        """Counts rows that were computed now; `done` of all are finished."""
+        self._computed += rows
+        now = time.monotonic()
+        if now - self._reported < REPORT_SECONDS:
+            return
+        self._reported = now
+        rate = self._computed / (now - self._start)
+        left = (self._total - done) / rate
+        self._log(f"  {done:,} of {self._total:,} rows, {rate:,.1f} rows/s, {_clock(left)} left")
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{max(minutes, 1)} min"
+
+
+def run_stream(
+    stream: RowStream,
+    checked: CheckedStream,
+    work: Work,
+    target: OutputFile,
+    words: Words,
+    window: int,
+    log: Log,
+    progress: Progress,
+    pace: Pace,
+) -> Finished:
+    """Computes checked rows and writes them; errors as in `run_bulk`. Callers hold the output's lock."""
+    journal = Journal.beside(target.local, *work.facts, checked.fingerprint)
+    if resumed := journal.count():
+        log(f"  {resumed} of {checked.rows} rows were {words.done} by an earlier run")
+    totals: Totals = Counter()
+    work.begin(target)
+    with target.writer(work.columns) as write, _kept(journal) as keep:
+        first = 0
+        for rows in stream.windows(window, checked):
+            results = {key - first: value for key, value in journal.read(range(first, first + len(rows))).items()}
+            if not all(work.is_result(rows[i], result) for i, result in results.items()):
+                raise journal.damaged()
+            done = first + len(results)
+            for batch in _batches(work, rows, results):
+                computed = work.run([rows[i] for i in batch], [first + i + 1 for i in batch])
+                keep({first + i: result for i, result in zip(batch, computed, strict=True)})
+                results |= zip(batch, computed, strict=True)
+                done += len(batch)
+                pace.add(len(batch), done)
+                progress(words.doing, done, checked.rows)
+            write([work.output(row, results[i]) for i, row in enumerate(rows)])
+            for i, row in enumerate(rows):
+                totals.update(work.totals(row, results[i]))
+            first += len(rows)
+    journal.remove()
+    totals.update(work.end())
+    return Finished(target.name, first, resumed, totals, checked)
+
+
+@contextmanager
+def _kept(journal: Journal) -> Iterator[Callable[[Mapping[int, Any]], None]]:
+    """Context manager that gives a function which journals results, at most once in `KEEP_SECONDS`.
+
+    A kill loses the work of so many seconds; an error, or Ctrl-C, loses none. To wait for the disk after every batch
+    took longer than quick batches themselves.
+    """
+    held: dict[int, Any] = {}
+    last = -math.inf
+
+    def keep(results: Mapping[int, Any]) -> None:
+        nonlocal last
+        held.update(results)
+        if time.monotonic() - last >= KEEP_SECONDS:
+            journal.put(held)
+            held.clear()
+            last = time.monotonic()
+
+    try:
+        yield keep
+    except BaseException:
+        if held:
+            journal.put(held)
+        raise
+
+
+def _batches(work: Work, rows: Sequence[Any], results: Mapping[int, Any]) -> Iterator[list[int]]:
+    """Cuts the rows without results into batches of similar length, the longest first."""
+    missing = sorted((i for i in range(len(rows)) if i not in results), key=lambda i: (-work.length(rows[i]), i))
+    for batch in work.batches([rows[i] for i in missing]):
+        yield [missing[place] for place in batch]
