@@ -440,3 +440,67 @@ def test_a_partition_is_begun_again_only_so_often(here, monkeypatch):
     assert Path(done["output"]).read_bytes() == Path("moved.jsonl").read_bytes()
     Path("out.jsonl.parts").rename("elsewhere")
     assert "all machines need a file system in common" in str(do(task))
+
+
+MOODY = """
+import os
+
+
+def lengths(prompts, completions):
+    # The first worker that comes here dies, and with it the second partition's first attempt.
+    if "killed" not in os.listdir() and any(prompt.startswith("q00012") for prompt in prompts):
+        open("killed", "w").close()
+        os.kill(os.getpid(), 9)
+    if "refuse" in os.listdir():
+        raise ValueError("refused")
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.mark.slow
+def test_ray_workers_write_every_row_once_though_one_is_killed(here, capsys, monkeypatch):
+    """Killed worker, failing function, resumed command: Ray takes long to start, so one test tries all."""
+    pytest.importorskip("ray", reason="needs Ray: pip install 'everalign[ray]'")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (here / "moody_for_bulk.py").write_text(MOODY)
+    (here / "refuse").touch()
+    arguments = [
+        "reward",
+        "score",
+        "--model",
+        "moody_for_bulk:lengths",
+        "--data",
+        "rows.jsonl",
+        "--output",
+        "out.jsonl",
+    ]
+    arguments += [
+        "--engine",
+        "ray",
+        "--workers",
+        "2",
+        "--partitions",
+        "5",
+        "--batch-size",
+        "4",
+        "--window",
+        "6",
+        "--json",
+    ]
+    code, _, err = run(capsys, *arguments)
+    assert code == 1, err
+    assert "of 5: " in err.splitlines()[-1]
+    assert "the function raised ValueError: refused; what was scored before is kept" in err.splitlines()[-1]
+    assert not Path("out.jsonl").exists()
+    (here / "refuse").unlink()
+    (here / "killed").unlink(missing_ok=True)
+    code, out, err = run(capsys, *arguments)
+    assert code == 0, err
+    assert Path("killed").exists()
+    assert (json.loads(out)["rows"], json.loads(out)["answers"]) == (50, 100)
+    assert rewards() == EXPECTED
+    assert sorted(path.name for path in here.iterdir() if path.name.startswith("out")) == ["out.jsonl"]
+    write_rows(here / "rows.jsonl", [*items(30), {"prompt": "q"}, *items(3)])
+    code, _, err = run(capsys, *arguments, "--overwrite")
+    assert (code, "rows.jsonl:31: field 'completions'" in err.splitlines()[-1]) == (2, True), err
