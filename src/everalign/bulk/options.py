@@ -39,8 +39,8 @@ class BulkOptions(Options, title="Whole datasets"):
     partitions: int | None = Field(
         default=None,
         ge=1,
-        description="Parts of the rows, which Ray workers take by turns.\nBy default one for every 8 MiB of the file, "
-        "and at least 16. A finished part is kept when the rest is interrupted.",
+        description="Parts of the rows for Ray workers to take by turns; by default one for every 8 MiB, at least 16.\n"
+        "A finished part is kept when the rest is interrupted.",
     )
 
     @model_validator(mode="after")
