@@ -135,6 +135,7 @@ def test_tf32_is_for_gpus_and_leaves_torch_compile_at_work(gpus):
 _PEAK = """
 import sys
 from pathlib import Path
+import peft
 import transformers.models.llama.modeling_llama
 from everalign.modeling.loading import load_model
 from everalign.modeling.runtime import prepare_process
@@ -145,17 +146,20 @@ def megabytes(field):
 
 prepare_process()
 before = megabytes("VmRSS")
-model = load_model(sys.argv[1], "fp32")
-size = sum(4 * parameter.numel() for parameter in model.parameters()) / 2**20
-largest = max(4 * parameter.numel() for parameter in model.parameters()) / 2**20
+model = load_model(sys.argv[1], sys.argv[2], quantize=sys.argv[3] or None)
+size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
+largest = max(parameter.nbytes for parameter in model.parameters()) / 2**20
 print(megabytes("VmHWM") - before, size, largest)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_an_fp32_copy_of_a_bf16_file_is_all_that_is_held(tmp_path):
-    """Above the process itself: the copy, and a few of its tensors; not the file besides, which is half of it again."""
+@pytest.mark.parametrize(("precision", "quantize"), [("fp32", ""), ("bf16", ""), ("bf16", "nf4")])
+def test_a_model_is_held_once_while_it_is_loaded(precision, quantize, tmp_path):
+    """Above the process itself: the weights as they will be, and a few tensors of the file in bf16; not the file."""
+    if quantize:
+        pytest.importorskip("bitsandbytes", reason="quantises: pip install everalign[quantize]")
     config = LlamaConfig(
         vocab_size=8000,
         hidden_size=768,
@@ -168,8 +172,9 @@ def test_an_fp32_copy_of_a_bf16_file_is_all_that_is_held(tmp_path):
         model = LlamaForCausalLM(config)
     model.to(torch.bfloat16).to_empty(device="cpu").save_pretrained(tmp_path)
     del model
-    found = subprocess.run([sys.executable, "-c", _PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", _PEAK, str(tmp_path), precision, quantize]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, size, largest = map(float, found.stdout.split())
-    assert size > 350
+    assert size > (60 if quantize else 180)
     assert peak < size + 5 * largest + 40
-    assert peak < 1.4 * size
+    assert peak < (1.6 if quantize else 1.4) * size

@@ -22,6 +22,7 @@ BAD_TRAINING = {
     "checkpointing": ("yes", True, None),
     "precision": ("fp16", "float32", None),
     "quantize": ("int4", "NF4", True, 4),
+    "device_map": ("", 0, True),
     "attention": ("flash", "flex_attention", None),
     "warmup": (-0.1, 1, 1.5, 100, *NOT_NUMBERS),
     "scheduler": ("Cosine", "constant", "reduce_lr_on_plateau", None),

@@ -57,6 +57,9 @@ def evaluate(
     standard: Annotated[
         bool, typer.Option("--standard/--no-standard", help="BLEU-4 and ROUGE-L by sacreBLEU and rouge-score.")
     ] = True,
+    device_map: Annotated[
+        str | None, option("Spread the model over this machine's devices.", "auto|balanced|FILE")
+    ] = None,
     concurrency: Concurrency = None,
     requests_per_minute: RequestsPerMinute = None,
     timeout: Timeout = None,
@@ -98,6 +101,7 @@ def evaluate(
                 compat=compat,
                 standard=standard,
                 rubric=rubric,
+                device_map=device_map,
             ),
             reward=None if reward is None else make_scorer(reward),
             judge=None if judge is None else JudgeScorer.from_name(judge, options),

@@ -33,6 +33,7 @@ from everalign.learning.options import AdapterOptions
 from everalign.learning.run_data import BASE, RESULTS, RunData
 from everalign.learning.run_store import RunDirectory
 from everalign.methods import METHODS, make_method
+from everalign.modeling.device_map import check_device_map
 from everalign.modeling.loading import load_base, load_tokenizer
 from everalign.modeling.lora import WEIGHTS
 from everalign.modeling.policy import Policy
@@ -58,6 +59,7 @@ class AnswerSettings:
         compat: also BLEU and ROUGE-L as in LifeAlign's published tables.
         standard: BLEU and ROUGE-L by sacreBLEU and rouge-score.
         rubric: name of the rubric for a judge; each task's own, or the general one, when None.
+        device_map: where the base model's layers go (see `TrainingOptions`); to one device when None.
     """
 
     every: bool = False
@@ -66,6 +68,7 @@ class AnswerSettings:
     compat: bool = False
     standard: bool = True
     rubric: str | None = None
+    device_map: str | None = None
 
 
 def load_held_out_prompts(source: str | os.PathLike[str]) -> list[HeldOutPrompt]:
@@ -235,6 +238,7 @@ class _Runner:
 
     def __init__(self, run: RunData, settings: AnswerSettings, log: Log, progress: Progress) -> None:
         self.run, self.settings, self.log, self.progress = run, settings, log, progress
+        check_device_map(settings.device_map, "sdpa", None if run.base_adapter is None else str(run.base_adapter))
         prepare_process()
         facts = run.facts
         self.tokenizer = load_tokenizer(facts.model, adapter=run.base_adapter)
@@ -245,6 +249,7 @@ class _Runner:
             adapter=run.base_adapter,
             device=training_device(log),
             quantize=facts.settings.get("quantize"),
+            device_map=settings.device_map,
         )
         if key != facts.model_fingerprint:
             raise InputError(f"{facts.model}: is not the model that {run.path} was begun with")

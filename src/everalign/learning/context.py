@@ -15,6 +15,7 @@ from everalign.learning.tracking import Tracker
 from everalign.methods import Method
 from everalign.modeling.attention import use_flex_attention
 from everalign.modeling.base_adapter import base_and_adapter
+from everalign.modeling.device_map import check_device_map
 from everalign.modeling.loading import (
     check_vocabulary,
     load_base,
@@ -181,6 +182,7 @@ def make_context(
     )
     adapter = adapter or AdapterOptions()
     check_library(options.quantize)
+    check_device_map(options.device_map, options.attention, base_adapter)
     prepare_process(options.deterministic)
     start()
     follow_with(None)
@@ -198,9 +200,15 @@ def make_context(
     tokenizer = load_tokenizer(model, adapter=base_adapter)
     goal.bind(model, tokenizer)
     precision: Precision = options.precision  # type: ignore[assignment]  # resolved above
-    # Sharded on the CPU, where all processes map the same file, and not on a GPU that may be too small for all of it.
-    place = None if fsdp else device
-    base, model_key = load_base(model, precision, adapter=base_adapter, device=place, quantize=options.quantize)
+    base, model_key = load_base(
+        model,
+        precision,
+        adapter=base_adapter,
+        # Sharded on the CPU, where all processes map the same file, and not on a GPU that may be too small for all of it.
+        device=None if fsdp else device,
+        quantize=options.quantize,
+        device_map=options.device_map,
+    )
     check_trainable(base, model)
     check_vocabulary(base, tokenizer, model)
     rehearse(base, adapter.module_names())

@@ -255,6 +255,13 @@ class TrainingOptions(Options, title="Training"):
         description="Quantise the base model as it is loaded; nf4 is 4 bits a weight (QLoRA).\nNeeds bitsandbytes "
         "(`pip install everalign[quantize]`). The head, the embeddings and the adapters stay as they are.",
     )
+    device_map: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        title="auto|balanced|FILE",
+        description="Spread the base model's layers over this machine's devices, in one process.\n`auto` and "
+        "`balanced` fill the GPUs evenly, then the CPU, then the disk; a JSON file names a device, `cpu` or `disk` for "
+        "each module. It changes no result, and a run may go on with another one.",
+    )
     attention: Attention = Field(default="sdpa", description="Attention; flex (FlexAttention) needs a GPU.")
     checkpointing: Recompute = "auto"
     warmup: Warmup = 0.1

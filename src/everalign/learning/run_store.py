@@ -49,7 +49,7 @@ _SAME = ("format", "objective", "method", "settings", "seed", "model_fingerprint
 # Settings that early runs do not record, with the value that they had.
 _SETTINGS_SINCE = {"attention": "sdpa", "quantize": None, "deterministic": False}
 # Settings that change no result, so that a run may continue with other ones.
-_FREE_SETTINGS = ("checkpointing",)
+_FREE_SETTINGS = ("checkpointing", "device_map")
 
 
 def now() -> str:

@@ -55,7 +55,7 @@ class _CacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers carries n
         if slots is None:
             held[:, :, start:end] = new
         else:
-            held[torch.arange(len(new), device=new.device)[:, None], :, slots] = new.transpose(1, 2)
+            held[torch.arange(len(new), device=new.device)[:, None], :, slots.to(new.device)] = new.transpose(1, 2)
         return held
 
     def get_seq_length(self) -> int:

@@ -3,7 +3,8 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from everalign.data.tokenization import SHORTEST_MAX_LENGTH
 from everalign.errors import InputError
 from everalign.modeling.architecture import study_lengths
 from everalign.modeling.base_adapter import base_and_adapter, merge_adapter, tokenizer_folder, without_adapter
+from everalign.modeling.device_map import Places, is_offloaded, places
 from everalign.modeling.gguf import SMOLLM2, smollm2_path, unpacked
 from everalign.modeling.options import Precision, PrecisionChoice, Quantize, check_model_path
 from everalign.modeling.positions import named_length
 from everalign.modeling.quantization import cast, check_known, keep_differentiable, quantize_on_loading
+from everalign.modeling.runtime import returning_memory
 from everalign.storage import read_json
 
 
@@ -94,6 +97,7 @@ def load_model(
     adapter: str | None = None,
     device: torch.device | None = None,
     quantize: Quantize | None = None,
+    device_map: str | None = None,
 ) -> Any:
     """Load the frozen base model.
 
@@ -105,6 +109,7 @@ def load_model(
         adapter: a PEFT adapter to be merged into it, in fp32.
         device: where it is to be; the CPU when None.
         quantize: the format that its linear modules are quantised to as they are read; None to leave them as they are.
+        device_map: `auto`, `balanced` or a file that says where its modules go; all of it goes to `device` when None.
 
     Raises:
         InputError: nothing loadable is there, it is not a causal language model, it needs a package that is missing or
@@ -114,8 +119,11 @@ def load_model(
     base, adapter = base_and_adapter(name, resolve_model(name), adapter)
     source = resolve_model(base)
     dtype = DTYPES["fp32" if adapter else precision]
-    config, place = load_config(source, "model", base), None if adapter else device
-    packing = None
+    config = load_config(source, "model", base)
+    kind, packing = language_model_class(config), None
+    place: torch.device | Places | None = None if adapter else device
+    if device_map is not None:
+        place = places(device_map, partial(_on_meta, kind, config, dtype), quantize)
     if quantize is not None:
         if adapter is not None:
             raise InputError(
@@ -127,9 +135,7 @@ def load_model(
     if (ends := Path(source) / "generation_config.json").is_file():
         read_json(ends)  # transformers would go on without it where it is damaged, and never stop at its end tokens
     with without_adapter(source) as weights:
-        model, loaded = load_weights(
-            language_model_class(config), "model", base, weights, config, dtype, place, packing
-        )
+        model, loaded = load_weights(kind, "model", base, weights, config, dtype, place, packing)
     if missing := sorted(loaded["missing_keys"]):
         # They would be random numbers.
         raise InputError(f"the weights of {base} lack {len(missing)} of the model's parameters, such as {missing[0]}")
@@ -170,7 +176,7 @@ def load_weights(
     source: str,
     config: Any,
     dtype: torch.dtype,
-    device: torch.device | None = None,
+    device: torch.device | Places | None = None,
     packing: Any = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Load a model of one of transformers' auto classes, without holding its weights in two precisions at once.
@@ -182,7 +188,7 @@ def load_weights(
         source: where `resolve_model` found it.
         config: its configuration.
         dtype: of the weights, as far as they are not quantised.
-        device: where they are to be; the CPU when None.
+        device: where they are to be, or where each module's are; the CPU when None.
         packing: how plain weights are quantised as they are read (see `quantize_on_loading`); None to leave them.
 
     Returns:
@@ -193,11 +199,16 @@ def load_weights(
     """
     method = check_known(config, name)
     # Quantised weights cannot be moved later, some of them, and others need not take the way over the CPU either.
-    place: dict[str, Any] = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
+    place: dict[str, Any] = {}
+    if isinstance(device, dict):
+        place["device_map"] = device
+    elif device is not None and device.type != "cpu":
+        place["device_map"] = {"": device}
+    tidying: AbstractContextManager[None] = nullcontext()
     if packing is not None:
-        place["quantization_config"] = packing
+        place["quantization_config"], tidying = packing, returning_memory()
     try:
-        with _read_one_by_one(config, dtype):
+        with _read_one_by_one(config, None if packing is not None else dtype), tidying:
             model, loaded = auto.from_pretrained(
                 source,
                 config=config,
@@ -224,14 +235,15 @@ def load_base(
     adapter: str | None = None,
     device: torch.device | None = None,
     quantize: Quantize | None = None,
+    device_map: str | None = None,
 ) -> tuple[Any, str]:
     """Load a run's base model; returns it and what identifies it.
 
     Of a model that is quantised here, that is the fingerprint of its plain weights, which an export has to find again,
-    and the format. Arguments and errors as in `load_model`.
+    and the format; of one with weights elsewhere, that of all of them. Arguments and errors as in `load_model`.
     """
-    model = load_model(name, precision, adapter=adapter, device=device, quantize=quantize)
-    if quantize is None:
+    model = load_model(name, precision, adapter=adapter, device=device, quantize=quantize, device_map=device_map)
+    if quantize is None and not is_offloaded(model):
         return model, model_fingerprint(model)
     return model, base_key(_plain_fingerprint(name, precision), quantize)
 
@@ -239,6 +251,11 @@ def load_base(
 def base_key(fingerprint: str, quantize: str | None) -> str:
     """Return what identifies a base model of this fingerprint that is quantised to this format, or None."""
     return fingerprint if quantize is None else f"{fingerprint}-{quantize}"
+
+
+def _on_meta(kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        return kind.from_config(config, dtype=dtype, trust_remote_code=_process["remote code"])
 
 
 def _plain_fingerprint(name: str, precision: Precision) -> str:
@@ -251,8 +268,8 @@ def _plain_fingerprint(name: str, precision: Precision) -> str:
 
 
 @contextmanager
-def _read_one_by_one(config: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Read weights that are to be cast tensor by tensor, not through a memory map.
+def _read_one_by_one(config: Any, dtype: torch.dtype | None) -> Iterator[None]:
+    """Read weights that are to be cast, or quantised (`dtype` None), tensor by tensor, not through a memory map.
 
     The pages of a map that were read count until the whole file is closed: an fp32 copy of a bf16 file would take the
     file's size in addition to its own. Weights that are not cast stay in the map.

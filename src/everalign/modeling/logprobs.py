@@ -282,7 +282,7 @@ class SequenceLogProbs:
 
     def _decoded(self, batch: Batch) -> Tensor:
         states: Tensor = self._model.base_model(**self._inputs(batch)).last_hidden_state
-        return states
+        return states.to(batch["input_ids"].device)  # the last layer may be on another one
 
     def states(self, batch: Batch) -> Tensor:
         """Return (K, d) of what `logits` makes the logits that predict the batch's K response tokens.
@@ -313,7 +313,7 @@ class SequenceLogProbs:
     def last(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return (R, d) of what `logits` makes the logits of each row's next token, for the model's own inputs."""
         if self.chunked:
-            states: Tensor = self._model.base_model(**inputs).last_hidden_state
+            states: Tensor = self._model.base_model(**inputs).last_hidden_state.to(inputs["input_ids"].device)
         else:
             states = self._model(**inputs, logits_to_keep=1).logits
         return states[:, -1]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
+from everalign.modeling.device_map import place_adapter
 from everalign.storage import follow_umask
 
 # Share of a layer's work from which on its frozen adapters are added to a copy of the weight: below it the copy's
@@ -32,9 +33,9 @@ _WORTH_MERGING = 0.05
 
 
 def fuse(layer: LoraLayer) -> None:
-    """Give an adapted `nn.Linear` the fused forward pass; quantised weights and other layers keep peft's."""
+    """Give an adapted `nn.Linear` the fused forward pass; quantised, offloaded and other layers keep peft's."""
     base = layer.get_base_layer()
-    if type(base) is nn.Linear and base.weight.is_floating_point():
+    if type(base) is nn.Linear and base.weight.is_floating_point() and not base.weight.is_meta:
         layer.forward = partial(fused_forward, layer)
 
 
@@ -309,6 +310,8 @@ def _inject(peft_model: Any, adapter: str, rank: int, alpha: float, names: Seque
         listed = dict.fromkeys(f"{name}.lora_A.weight" for name in names)
         peft_model.base_model.inject_adapter(peft_model.base_model.model, adapter, state_dict=listed)
     peft_model.base_model._cast_adapter_dtype(adapter)
+    for layer in layers(peft_model).values():
+        place_adapter(layer, adapter)
     config.target_modules, config.target_parameters = said
     sits = [name for name, layer in layers(peft_model).items() if adapter in layer.lora_A]
     if sits != list(names):

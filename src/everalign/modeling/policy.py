@@ -31,6 +31,7 @@ from everalign.modeling import lora as adapters
 from everalign.modeling.architecture import study
 from everalign.modeling.attention import use_cpu_attention
 from everalign.modeling.decoding import Decoder, pad_left
+from everalign.modeling.device_map import is_offloaded
 from everalign.modeling.logprobs import SequenceLogProbs
 from everalign.modeling.lora import frozen_for_inference, fuse
 from everalign.modeling.lora_targets import ALL_LINEAR, choose_targets
@@ -114,9 +115,12 @@ class Policy(TrainableLM):
             layer.cast_input_dtype_enabled = not mixed
             fuse(layer)
         self._snapshot: Updates | None = None
+        # A trainer leaves a model where it is that says so.
+        self.hf_device_map = getattr(model, "hf_device_map", {})
         if device is None or device.type == "cpu":
             use_cpu_attention(model)
-            use_lean_layers(model)
+            if not is_offloaded(model):
+                use_lean_layers(model)
         self.head = SequenceLogProbs(model, architecture)
         self.seed = seed
         self.prompts = None if prompts is None else self._make_prompts(prompts)

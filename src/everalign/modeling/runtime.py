@@ -33,6 +33,8 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _REUSED_BLOCK_BYTES = 1 << 28
 _KEPT_FREE_BYTES = 1 << 30
+# From which size on blocks are the system's; what glibc takes in the end where nobody says.
+_process = {"threshold": 1 << 25}
 
 
 def prepare_process(deterministic: bool = False) -> None:
@@ -97,7 +99,28 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
+    _process["threshold"] = _REUSED_BLOCK_BYTES
     return bool(mallopt(_M_MMAP_THRESHOLD, _REUSED_BLOCK_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES))
+
+
+@contextmanager
+def returning_memory() -> Iterator[None]:
+    """Give freed blocks of more than a MiB back to the system inside the `with` block.
+
+    Weights that are quantised as they are read pass through memory in full precision. What they leave, kept for reuse
+    and full of holes, is more than the quantised ones take.
+    """
+    glibc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if not hasattr(glibc, "mallopt"):
+        yield
+        return
+    assert glibc is not None
+    glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        glibc.mallopt(_M_MMAP_THRESHOLD, _process["threshold"])
+        glibc.malloc_trim(0)
 
 
 def free_memory(device: torch.device) -> int:
