@@ -135,6 +135,8 @@ def test_tf32_is_for_gpus_and_leaves_torch_compile_at_work(gpus):
 _PEAK = """
 import sys
 from pathlib import Path
+if sys.argv[3]:
+    import bitsandbytes
 import peft
 import transformers.models.llama.modeling_llama
 from everalign.modeling.loading import load_model

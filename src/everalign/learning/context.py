@@ -200,12 +200,13 @@ def make_context(
     tokenizer = load_tokenizer(model, adapter=base_adapter)
     goal.bind(model, tokenizer)
     precision: Precision = options.precision  # type: ignore[assignment]  # resolved above
+    # Sharded on the CPU, where all processes map the same file, and not on a GPU that may be too small for all of it.
+    place = None if fsdp else device
     base, model_key = load_base(
         model,
         precision,
         adapter=base_adapter,
-        # Sharded on the CPU, where all processes map the same file, and not on a GPU that may be too small for all of it.
-        device=None if fsdp else device,
+        device=place,
         quantize=options.quantize,
         device_map=options.device_map,
     )
