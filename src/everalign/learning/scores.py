@@ -85,32 +85,32 @@ class Scores:
 
     @property
     def last(self) -> float | None:
-        """Mean score over the tasks learned so far, after the last one: Last = (1/N) sum_j m[N][j]."""
+        """Mean score over the tasks learned so far, after the last one: `Last = (1/N) sum_j m[N][j]`."""
         if self.regime == "separate":
             return _mean(row[i] for i, row in enumerate(self.matrix))
         return _mean(self.matrix[-1][: len(self.matrix)]) if self.matrix else None
 
     @property
     def backward_transfer(self) -> float | None:
-        """BWT = (1/(N-1)) sum_{j<N} (m[N][j] - m[j][j]); None when no earlier task has scores."""
+        """`BWT = (1/(N-1)) sum_{j<N} (m[N][j] - m[j][j])`; None when no earlier task has scores."""
         return _mean(change for change in self.changes[:-1])
 
     @property
     def average_performance(self) -> float | None:
-        """AP = (1/N) sum_k (1/k) sum_{j<=k} m[k][j]: the mean over time of the mean over the learned."""
+        """`AP = (1/N) sum_k (1/k) sum_{j<=k} m[k][j]`: the mean over time of the mean over the learned."""
         if self.regime != "sequential":
             return None
         return _mean(_mean(row[: i + 1]) for i, row in enumerate(self.matrix))
 
     @property
     def forward_transfer(self) -> float | None:
-        """FWT = mean over j >= 2 of m[j-1][j] - zero_shot[j]; None when none was tested before its turn."""
+        """FWT: mean over j >= 2 of `m[j-1][j] - zero_shot[j]`; None when none was tested before its turn."""
         before = (self.matrix[j - 1][j] for j in range(1, len(self.matrix)))
         return _mean(map(_difference, before, self.zero_shot[1:]))
 
     @property
     def changes(self) -> list[float | None]:
-        """(k,) m[last][j] - m[j][j] of each task learned so far: negative where it was forgotten."""
+        """`m[last][j] - m[j][j]`, (k,), of each task learned so far: negative where it was forgotten."""
         if not self.matrix:
             return []
         return [_difference(self.matrix[-1][j], self.matrix[j][j]) for j in range(len(self.matrix))]

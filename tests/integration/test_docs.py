@@ -1,29 +1,35 @@
-"""The commands of README.md and docs/: each is run as it is written, in the order in which it stands there.
+"""The commands and the Python of README.md, docs/ and examples/: what is shown works as it is written.
 
 Models are small ones in the place of those from the Hub, and a few flags make training quick. What needs a server, or
-minutes, is parsed alone.
+minutes, is parsed alone. The tutorials are in `test_tutorials.py`.
 """
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-import typer
 
 from cli_for_tests import FAST, run, write_rows
-from everalign.cli import app
+from docs_for_tests import ROOT, Reader, blocks, commands, markdown_pages, verb, words
+from everalign.cli import main
 from everalign.learning.run_data import load_run
 from everalign.serving.store import FeedbackStore
 from learner_for_tests import held_out, save_model, task_rows
 from models_for_tests import saved_model
 from stores_for_tests import exchange, feedback
 
-ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/serving.md")
+PAGES = markdown_pages()
+LEARN, CORRECT = "docs/how-to/learn.md", "docs/how-to/correct.md"
+# Pages that go on from one another; each list begins with the files of the workspace alone.
+CHAINS = (
+    ["README.md"],
+    ["docs/index.md"],
+    [LEARN, "docs/how-to/rewards.md", "docs/how-to/promote.md", "docs/how-to/evaluate.md", "docs/how-to/vllm.md"],
+    ["docs/how-to/rewards.md", CORRECT, "docs/serving.md", "docs/how-to/data.md"],
+)
 HUB = re.compile(r"Qwen/[\w.-]+")
-# A server answers, or a random model would have to end its answers.
-PARSED_ALONE = ("http://", "distill", "--rounds", "demo")
+# A server answers, a random model would have to end its answers, or it takes minutes.
+PARSED_ALONE = ("http://", "distill", "--rounds", "demo", "runs/killed")
 SHORT = ["--max-length", "200", "--learning-rate", "2e-2"]
 QUICK = {
     ("learn", "--from-feedback"): ["--minimum", "10", "--gate", "1", "--held-out", "0.3", "--no-report"],
@@ -32,52 +38,50 @@ QUICK = {
     ("correct", "train"): SHORT,
     ("correct", "run"): ["--max-new-tokens", "8"],
     ("correct", "evaluate"): ["--max-new-tokens", "8"],
+    ("evaluate",): ["--max-new-tokens", "8"],
 }
 
 
-def blocks(page, language):
-    """The blocks of code of a page that are in a language."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
-    return [block for kind, block in found if kind == language]
-
-
-def commands(page):
-    """The command lines in a page's blocks of code, without comments."""
-    lines = "\n".join(blocks(page, "")).replace("\\\n", " ").splitlines()
-    return [re.sub(r"\s#\s.*", "", line) for line in lines if line.startswith("everalign ")]
-
-
-def words(line):
-    return shlex.split(line.replace("[VERSION]", ""))[1:]
-
-
-def verb(arguments):
-    """The command's object and what is left for it."""
-    command, left = typer.main.get_command(app), list(arguments)
-    while hasattr(command, "commands") and left:
-        command = command.commands[left.pop(0)]
-    return command, left
-
-
-@pytest.mark.parametrize("line", [line for page in PAGES for line in commands(page)])
-def test_a_command_has_the_flags_that_it_is_written_with(line):
+@pytest.mark.parametrize(("page", "line"), [(page, line) for page in PAGES for line in commands(page)])
+def test_a_command_has_the_flags_that_it_is_written_with(page, line):
+    if "..." in line:
+        pytest.skip("is not written out")
     command, left = verb(words(line))
-    command.make_context("everalign", left)
+    if left != ["--version"]:
+        command.make_context("everalign", left)
 
 
 @pytest.mark.parametrize(
-    "line", re.findall(r"`(everalign [^`]+)`", "".join((ROOT / page).read_text() for page in PAGES))
+    ("page", "line"),
+    [
+        (page, re.sub(r"\s+", " ", line))
+        for page in PAGES
+        for line in re.findall(r"(?<!`)`(everalign [^`]+)`(?!`)", (ROOT / page).read_text(encoding="utf-8"))
+    ],
 )
-def test_a_command_within_the_text_is_there(line):
-    known, left = verb([word for word in words(line.replace("...", "")) if not word.isupper()] or ["--help"])
-    flags = {flag for parameter in known.params for flag in parameter.opts}
-    assert {word for word in left if word.startswith("--")} <= flags
+def test_a_command_within_the_text_is_there(page, line):
+    known, left = verb([word for word in words(re.sub(r"\.\.\.|…", "", line)) if not word.isupper()] or ["--help"])
+    flags = {flag for parameter in known.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word for word in left if word.startswith("--")} <= flags | {"--help", "--version"}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_in_a_page_is_python(page):
-    for block in blocks(page, "python"):
-        compile(block, page, "exec")
+    for block in blocks(page):
+        if block.language == "python":
+            compile(block.code, page, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_of_a_page_are_there(page):
+    """Those of the site are checked by its build, too, with their anchors."""
+    text = re.sub(r"^```.*?^```$|`[^`]*`", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    made = {"docs/results.md": "bench/RESULTS.md", "docs/changelog.md": "CHANGELOG.md"}
+    for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        path = ((ROOT / page).parent / target).resolve().relative_to(ROOT)
+        assert (ROOT / made.get(str(path), path)).exists() or str(path) == "docs/reference/command-line.md", target
 
 
 @pytest.fixture
@@ -95,6 +99,10 @@ def workspace(tmp_path, monkeypatch):
     write_rows(tmp_path / "corrections.jsonl", corrections[:6])
     write_rows(tmp_path / "corrections.test.jsonl", corrections[6:])
     write_rows(tmp_path / "answers.jsonl", [{"question": f"q{i}?", "answer": "no"} for i in range(2)])
+    for name, task in (("polite", "calm"), ("returns", "brief")):
+        write_rows(tmp_path / f"{name}.jsonl", task_rows(task))
+        write_rows(tmp_path / f"{name}.test.jsonl", held_out(task))
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nHow?,Kindly.,No.\n")
     write_rows(tmp_path / "completions.jsonl", [{"prompt": "q?", "completions": ["yes", "no"]}])
     for name, rows in (("customers", task_rows), ("customers.test", held_out)):
         named = (("acme", "warm"), ("globex", "brief"))
@@ -111,36 +119,34 @@ def workspace(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_work_one_after_another(workspace, capsys, page):
-    if page != "README.md":
-        # It goes on from where the README has come to.
-        first = next(line for line in commands("README.md") if line.startswith("everalign correct train"))
-        assert run(capsys, *quickened(words(first)))[0] == 0
-    done = []
-    for line in commands(page):
-        if any(text in line for text in PARSED_ALONE):
-            continue
-        code, _, error = run(capsys, *quickened(words(line)))
-        # A random model learns nothing that could be shown: there is not enough evidence.
-        assert code in ((0, 4) if "--from-feedback" in line else (0,)), f"{line}\n{error}"
-        done.append(line)
-    assert len(done) >= {"README.md": 10, "docs/serving.md": 4}[page]
-    assert [version.task for version in load_run("runs/loop").all_versions] == ["feedback-1", "feedback-2"]
-    if page == "README.md":
-        assert load_run("runs/assistant").current == "001-harmless"
+@pytest.mark.parametrize("pages", CHAINS, ids=lambda pages: pages[0] if len(pages) == 1 else pages[1])
+def test_what_a_page_shows_works(workspace, pages):
+    for page in pages:
+        reader = Reader(
+            page,
+            prepared=quickened,
+            alone=PARSED_ALONE,
+            # A random model learns nothing that could be shown: there is not enough evidence.
+            codes={"--from-feedback": (0, 4), "--gate": (0, 3, 4)},
+        )
+        reader.replaced[HUB] = "model"
+        reader.run()
+        assert reader.done
+    if "docs/serving.md" in pages:
+        assert [version.task for version in load_run("runs/loop").all_versions] == ["feedback-1", "feedback-2"]
 
 
 def quickened(arguments):
     """A command with a small model, and what makes it quick."""
     flags = next((more for names, more in QUICK.items() if set(names) <= set(arguments)), [])
-    corrects = "correct" in arguments
-    small = str(saved_model()) if corrects or "reward" in arguments else "model"
-    return [HUB.sub(small, word) for word in arguments] + flags
+    if "--resume" in arguments:
+        flags = ["--no-report"]  # the rest is the run's
+    corrects = "correct" in arguments or "reward" in arguments
+    return [HUB.sub(str(saved_model()) if corrects else "model", word) for word in arguments] + flags
 
 
 def test_a_run_goes_on_with_nothing_but_its_output(workspace, capsys):
-    line = next(line for line in commands("README.md") if line.startswith("everalign learn --model"))
+    line = commands(LEARN)[0]
     arguments = quickened(words(line))
     assert run(capsys, *arguments, "--gate", "1.0")[0] == 0
     code, _, error = run(capsys, "learn", "--resume", "--output", "runs/assistant")
@@ -156,7 +162,7 @@ def test_a_run_goes_on_with_nothing_but_its_output(workspace, capsys):
 
 
 def test_an_interrupted_run_goes_on_with_the_tasks_that_are_left(workspace, capsys, monkeypatch):
-    line = next(line for line in commands("README.md") if line.startswith("everalign learn --model"))
+    line = commands(LEARN)[0]
     from everalign.learning.learner import Learner
 
     learn, learned = Learner._learn, []
@@ -194,7 +200,7 @@ def test_feedback_on_a_corrector_begins_with_no_model_that_is_none(workspace, ca
     assert code == 2
     assert "the feedback is on answers of the corrector 0003" in error
     assert "give the corrector in service as the model" in error
-    first = next(line for line in commands("README.md") if line.startswith("everalign correct train"))
+    first = commands(CORRECT)[0]
     assert run(capsys, *quickened(words(first)))[0] == 0
     code, _, error = run(capsys, "learn", *store, "--output", "runs/corrector")
     assert code == 2
