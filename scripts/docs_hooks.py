@@ -5,6 +5,7 @@
 * A link to a repository file that is no page of the site becomes the file's name.
 """
 
+import html
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -96,8 +97,10 @@ def _commands(group: Any, name: str) -> list[tuple[str, Any]]:
 
 def _command(name: str, command: Any) -> list[str]:
     lines = [f"## {name}", "", _text(command.help or ""), ""]
-    if command.epilog:
-        lines += [_text(command.epilog), ""]
+    # "Example: COMMAND; more words".
+    example, _, more = (command.epilog or "").removeprefix("Example: ").partition("; ")
+    lines += ["```bash", example, "```", ""] if example else []
+    lines += [_text(f"{more[0].upper()}{more[1:]}."), ""] if more else []
     context = command.context_class(command, info_name=name)
     panels: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.params:
@@ -107,14 +110,20 @@ def _command(name: str, command: Any) -> list[str]:
             panel = "Arguments" if argument else parameter.rich_help_panel or "Options"
             panels.setdefault(panel, []).append(record)
     for panel, records in panels.items():
-        lines += [f"**{panel}**", "", "| | |", "|---|---|"]
-        lines += [f"| `{_names(names)}` | {_text(meaning)} |" for names, meaning in records]
+        lines += [
+            f"**{panel}**",
+            "",
+            "| flag | meaning |" if panel != "Arguments" else "| argument | meaning |",
+            "|---|---|",
+        ]
+        lines += [f"| <code>{_names(names)}</code> | {_text(meaning)} |" for names, meaning in records]
         lines.append("")
     return lines
 
 
 def _names(text: str) -> str:
-    return text.replace(" <bool>", "").replace("|", "\\|").strip()
+    """Return flags and what a value is called as HTML: in a table, Markdown's own code cannot hold a bar."""
+    return html.escape(text.replace(" <bool>", "").strip()).replace("|", "&#124;")
 
 
 def _text(text: str) -> str:

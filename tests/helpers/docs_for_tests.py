@@ -150,9 +150,7 @@ class Reader:
             arguments = shlex.split(line.removesuffix("&"))
             module = ["-m", "everalign"] if arguments[0] == "everalign" else []
             with open("server.log", "ab") as log:
-                self.servers.append(
-                    subprocess.Popen([sys.executable, *module, *arguments[1:]], stdout=log, stderr=log)
-                )
+                self.servers.append(subprocess.Popen([sys.executable, *module, *arguments[1:]], stdout=log, stderr=log))
         elif line.startswith("everalign "):
             with _imports():
                 code = main(self.prepared(words(line)))

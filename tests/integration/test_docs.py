@@ -4,6 +4,7 @@ Models are small ones in the place of those from the Hub, and a few flags make t
 minutes, is parsed alone. The tutorials are in `test_tutorials.py`.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import pytest
 
 from cli_for_tests import FAST, run, write_rows
 from docs_for_tests import ROOT, Reader, blocks, commands, markdown_pages, verb, words
-from everalign.cli import main
 from everalign.learning.run_data import load_run
 from everalign.serving.store import FeedbackStore
 from learner_for_tests import held_out, save_model, task_rows
@@ -75,7 +75,9 @@ def test_python_in_a_page_is_python(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_pictures_of_a_page_are_there(page):
     """Those of the site are checked by its build, too, with their anchors."""
-    text = re.sub(r"^```.*?^```$|`[^`]*`", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(
+        r"^```.*?^```$|`[^`]*`", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
     made = {"docs/results.md": "bench/RESULTS.md", "docs/changelog.md": "CHANGELOG.md"}
     for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text):
         if target.startswith(("http://", "https://")):
@@ -205,3 +207,18 @@ def test_feedback_on_a_corrector_begins_with_no_model_that_is_none(workspace, ca
     code, _, error = run(capsys, "learn", *store, "--output", "runs/corrector")
     assert code == 2
     assert "begin with this corrector by --model runs/corrector" in error
+
+
+@pytest.mark.slow
+def test_the_readme_shows_what_the_demo_prints(tmp_path, capsys):
+    """A folder where the demo has been is taken from EVERALIGN_DEMO, which saves its two minutes."""
+    folder = os.environ.get("EVERALIGN_DEMO", str(tmp_path / "demo"))
+    code, printed, error = run(capsys, "demo", "--output", folder)
+    assert code == 0, error
+    printed = printed.split("\ntime ")[0]
+    shown = next(block.code for block in blocks("README.md") if "courteous-kitchen" in block.code)
+    assert [line.rstrip() for line in printed.strip().splitlines()] == shown.strip().splitlines()
+
+
+def test_the_picture_is_small():
+    assert (ROOT / "docs" / "images" / "report.png").stat().st_size < 200_000

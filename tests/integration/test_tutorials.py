@@ -35,7 +35,11 @@ SHORTER = {
 }
 
 
-@pytest.fixture(params=SHORTER)
+# A bench is many processes, each of which imports torch; what it does is tested in test_bench.py.
+LONG = ("compare",)
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in SHORTER])
 def tutorial(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return request.param
