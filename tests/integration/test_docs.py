@@ -25,7 +25,8 @@ CHAINS = (
     ["README.md"],
     ["docs/index.md"],
     [LEARN, "docs/how-to/rewards.md", "docs/how-to/promote.md", "docs/how-to/evaluate.md", "docs/how-to/vllm.md"],
-    ["docs/how-to/rewards.md", CORRECT, "docs/serving.md", "docs/how-to/data.md"],
+    ["docs/how-to/rewards.md", CORRECT, "docs/serving.md"],
+    ["docs/how-to/data.md"],
 )
 HUB = re.compile(r"Qwen/[\w.-]+")
 # A server answers, a random model would have to end its answers, or it takes minutes.
@@ -105,6 +106,7 @@ def workspace(tmp_path, monkeypatch):
         write_rows(tmp_path / f"{name}.jsonl", task_rows(task))
         write_rows(tmp_path / f"{name}.test.jsonl", held_out(task))
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nHow?,Kindly.,No.\n")
+    (tmp_path / "support.csv").write_text("question,better,worse\nHow?,Kindly.,No.\nWhen?,Soon.,Never.\n")
     write_rows(tmp_path / "completions.jsonl", [{"prompt": "q?", "completions": ["yes", "no"]}])
     for name, rows in (("customers", task_rows), ("customers.test", held_out)):
         named = (("acme", "warm"), ("globex", "brief"))
