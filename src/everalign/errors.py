@@ -69,6 +69,20 @@ def not_installed(what: str, package: str, extras: str) -> InputError:
     return InputError(f"{what} needs {package}, which is not installed: pip install 'everalign[{extras}]'")
 
 
+def system_error(error: OSError, named: bool = True) -> str:
+    """Returns what the system says, without its number: `run/x: permission denied`.
+
+    Args:
+        error: a failed call of the system.
+        named: whether to begin with the file.
+    """
+    if error.errno is None or error.strerror is None:
+        return str(error)
+    files = [str(name) for name in (error.filename, error.filename2) if name is not None] if named else []
+    reason = error.strerror[:1].lower() + error.strerror[1:]
+    return f"{' and '.join(files)}{': ' if files else ''}{reason}"
+
+
 @contextmanager
 def located(where: str) -> Iterator[None]:
     """Puts a place in front of the message of every `InputError` raised inside."""

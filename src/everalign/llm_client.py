@@ -31,7 +31,7 @@ import httpx
 from anyio.from_thread import start_blocking_portal
 
 from everalign.deadlines import DeadlineOver, current
-from everalign.errors import EveralignError, InputError
+from everalign.errors import EveralignError, InputError, system_error
 from everalign.llm_reply import (
     LARGEST_REPLY,
     AttemptFailed,
@@ -420,7 +420,9 @@ def read_instructions(path: Path, whose: str, what: str) -> str:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: {whose} instructions cannot be read: {system_error(error, named=False)}") from error
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: {whose} instructions cannot be read: {error}") from error
     if not text.strip():
         raise InputError(f"{path}: is empty; say {what}")

@@ -85,3 +85,11 @@ def test_each_verb_is_in_the_module_that_the_table_names():
     cli = import_module("everalign.cli")
     for verb, (module, _) in cli._VERBS.items():
         assert hasattr(import_module(f"everalign.cli.{module}"), verb)
+
+
+def test_no_bar_of_a_library_runs_through_the_output(tmp_path):
+    code = (
+        "from everalign.modeling.loading import load_model, tiny_assistant_path\nload_model(str(tiny_assistant_path()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout + done.stderr == ""

@@ -18,7 +18,7 @@ import typer
 from everalign import distributed
 from everalign.cli.console import notes, say
 from everalign.cli.launch import check_verb, end_with_launcher
-from everalign.errors import EveralignError, InputError, naming_nondeterministic
+from everalign.errors import EveralignError, InputError, naming_nondeterministic, system_error
 
 # A wrong flag or argument. Some versions of typer take it from click, others carry it inside; BadParameter is public.
 _UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from everalign.storage import write_fault
 
         fault = write_fault(error, Path(error.filename or "output"))
-        return _fail(str(fault or error), EveralignError.exit_code)
+        return _fail(str(fault or system_error(error)), EveralignError.exit_code)
     except Exception as error:
         if distributed.world() == 1:
             raise

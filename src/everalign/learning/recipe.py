@@ -12,7 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, create_model, field_validator
 
 from everalign.data.readers import check_columns, parse_columns
-from everalign.errors import InputError
+from everalign.errors import InputError, system_error
 from everalign.learning.options import (
     DEFAULT_METHOD,
     DEFAULT_OBJECTIVE,
@@ -70,8 +70,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node]:
         value, nodes = yaml.load(text, _Loader), yaml.compose(text, _Loader)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (IsADirectoryError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a UTF-8 text file ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {system_error(error, named=False)}") from None
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
         raise InputError(f"{path}{line}: broken YAML: {error.problem}", where=f"{path}{line}") from None

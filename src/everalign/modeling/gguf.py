@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers import __version__ as transformers_version
 from transformers.integrations.gguf import read_gguf_metadata
 
-from everalign.errors import InputError
+from everalign.errors import InputError, system_error
 from everalign.storage import exclusive, lock_of, new_folder, sha256_of
 
 SMOLLM2 = "smollm2"
@@ -79,7 +79,10 @@ def unpacked(file: Path) -> Path:
             if not folder.is_dir():  # or another process has made it meanwhile
                 _unpack(file, folder)
     except OSError as error:
-        raise InputError(f"cannot unpack {file} into {folder.parent}: {error}; set HF_HOME to another place") from error
+        reason = system_error(error, named=False)
+        raise InputError(
+            f"cannot unpack {file} into {folder.parent}: {reason}; set HF_HOME to another place"
+        ) from error
     return folder
 
 

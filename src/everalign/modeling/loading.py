@@ -20,6 +20,7 @@ from transformers import (
     modeling_utils,
 )
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from everalign.data.tokenization import SHORTEST_MAX_LENGTH
 from everalign.errors import InputError
@@ -197,6 +198,8 @@ def load_weights(
     Raises:
         InputError: it cannot be loaded.
     """
+    # It would run through whatever else is shown meanwhile; nobody sees it on the way into a log.
+    transformers_logging.disable_progress_bar()
     method = check_known(config, name)
     # Quantised weights cannot be moved later, some of them, and others need not take the way over the CPU either.
     place: dict[str, Any] = {}
