@@ -22,6 +22,14 @@ VOLUME /data
 ENTRYPOINT ["everalign"]
 CMD ["--help"]
 
+# A server to try the gateway with.
+FROM train AS upstream
+USER root
+RUN pip install --constraint /src/constraints.txt "transformers[serving]"
+USER everalign
+EXPOSE 8000
+ENTRYPOINT ["transformers", "serve", "--host", "0.0.0.0", "--port", "8000", "--device", "cpu"]
+
 FROM base AS gateway
 RUN pip install --constraint constraints.txt ".[serve,postgres]"
 USER everalign

@@ -62,7 +62,7 @@ def test_the_dockerfile_copies_what_is_there_and_installs_extras_that_exist():
         "CMD",
     }
     found = instructions()
-    assert list(found) == ["base", "train", "gateway"]
+    assert list(found) == ["base", "train", "upstream", "gateway"]
     allowed = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
     for word, rest in [one for part in found.values() for one in part]:
         assert word in known
