@@ -408,6 +408,12 @@ def test_expected_failures_exit_1_in_one_line_and_bugs_keep_their_traceback(monk
         fail_with(ZeroDivisionError())
 
 
+def test_a_long_label_stays_apart_from_its_value(capsys):
+    display.show_line("correctors", "out/fbc2")
+    display.show_line("run", "out")
+    assert capsys.readouterr().out == "correctors out/fbc2\nrun     out\n"
+
+
 # ---- the display ----
 
 

@@ -9,6 +9,7 @@ import pytest
 from chat_server_for_tests import ChatServer, in_turn
 from cli_for_tests import run, write_rows
 from corrections_for_tests import corrections, corrector
+from everalign.cli.correct_run import _measures
 from everalign.correction import NO_GUARDS, Corrected, CorrectionOptions, Corrector, evaluate_corrector
 from everalign.correction.edits import words
 from everalign.correction.evaluation import evaluation_report, win_rate
@@ -318,6 +319,15 @@ def test_the_command_line_prints_a_table_and_json(rows, capsys):
     assert (code, facts["overall"]["rows"], facts["overall"]["win"]) == (0, 4, None)
     assert facts["kinds"].keys() == {"odd", "one"}
     assert "no scorer" in err
+
+
+def test_where_nothing_was_edited_there_is_no_win_rate():
+    rows = CorrectionSet.of([Correction("q?", "an answer", "a better answer"), Correction("r?", "b", "c")])
+    kept = [Corrected(row.answer, False, reason="too_long") for row in rows]
+    report = evaluation_report(rows, kept, [0, 0])
+    shown = {title: cell(report.overall) for title, cell in _measures(report)}
+    assert shown["edited"] == "0.0%"
+    assert (shown["net win rate"], shown["95 % interval"], shown["p (sign test)"]) == ("–", "–", "–")
 
 
 def test_an_interrupted_command_says_that_it_goes_on_where_something_is_kept(rows, tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -13,12 +14,13 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from everalign.cli.console import version_table
+from everalign.cli.console import run_summary, version_table
 from everalign.errors import InputError
 from everalign.learning.scores import Scores
 from everalign.reporting import comparison_table, load_run, score_table, write_report
 from everalign.reporting.answers import AnswerPair
 from everalign.reporting.formats import (
+    CORRECTION_ACCURACY,
     METRICS,
     elided,
     error_matrix,
@@ -43,6 +45,7 @@ from everalign.reporting.report import _CONSOLIDATION, _consolidation_cells, for
 from everalign.serving.pages.dashboard import forgetting_views
 from runs_for_tests import LIFEALIGN, SEQUENTIAL, module, score, write_run, write_version
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<script>alert('x')</script> & \"$\\frac{1}{2}$\" --> ]]>"
 
 
@@ -236,6 +239,19 @@ def test_score_table_of_joint_and_empty_runs():
     assert "[" not in joint
     empty = printed(score_table(Scores(["a"], [None], [[None]])))
     assert "no held-out pairs were scored" in " ".join(empty.split())
+
+
+def test_the_summary_of_a_narrow_table_is_one_line():
+    lines = printed(score_table(Scores(["a", "b"], [0.5, 0.5], [[0.8, 0.5], [0.7, 0.9]]))).splitlines()
+    assert "Last 80.0   BWT −10.0   AP 80.0   FWT 0.0" in [line.strip() for line in lines]
+
+
+def test_accuracy_of_correctors_is_explained(tmp_path):
+    path = write_run(tmp_path / "run", method="er")
+    facts = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(facts | {"objective": "correction"}))
+    assert CORRECTION_ACCURACY in report(tmp_path, path).text
+    assert any(CORRECTION_ACCURACY in str(part) for part in run_summary([load_run(path)]))
 
 
 def test_comparison_table_prints_every_run_and_marks_the_best():
@@ -542,6 +558,39 @@ def test_answers_are_compared_from_task_to_task():
         "Boil it <del>now</del><ins>well</ins>.",
         "Boil it well<ins> today</ins>.",
     ]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_browser_sorts_tables_and_tells_values_on_a_phone(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    runs = [write_run(tmp_path / "ours"), write_run(tmp_path / "plain", SEQUENTIAL, method="seqft")]
+    path = write_report(runs, tmp_path / "report.html")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page, complaints = browser.new_page(viewport={"width": 1280, "height": 900}), []
+        page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(path.as_uri())
+        table = page.locator("table.summary").first
+        names = table.locator("tbody th")
+        assert names.all_inner_texts() == ["lifealign", "seqft"]
+        table.get_by_role("button", name="BWT").click()
+        assert names.all_inner_texts() == ["seqft", "lifealign"]  # −17.2 before −2.3
+        assert table.get_by_role("columnheader", name="BWT").get_attribute("aria-sort") == "ascending"
+        table.get_by_role("button", name="BWT").click()
+        assert names.all_inner_texts() == ["lifealign", "seqft"]
+        page.locator(".wide .tip").first.hover()
+        assert "learned: " in page.locator(".floating").inner_text()
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        assert page.locator(".wide").first.is_hidden()
+        for plot in page.locator(".narrow svg").all():
+            if plot.is_visible():
+                assert plot.bounding_box()["width"] <= 330
+                sizes = plot.evaluate("e => [...e.querySelectorAll('text')].map(t => t.getBoundingClientRect().right)")
+                assert max(sizes) <= 360
+        browser.close()
+    assert complaints == []
 
 
 def test_consolidation_is_shown_where_a_run_consolidates(tmp_path):

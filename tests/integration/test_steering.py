@@ -228,10 +228,14 @@ def test_the_same_rows_and_seed_give_the_same_steering(steered, copied):
 
 
 def test_given_layers_are_steered_together(copied):
+    shown, options = [], QUICK.replace(layers=(1, 0), direction="principal")
     facts = steer_corrector(
-        copied, corrections(48, 200), options=QUICK.replace(layers=(1, 0), direction="principal"), overwrite=True
+        copied, corrections(48, 200), options=options, overwrite=True, progress=lambda *place: shown.append(place)
     )
     assert facts.layers == (0, 1)
+    # Two rounds of trials, of all strengths and 0, each of which is told of.
+    trials = 2 * (len(options.strengths) + 1)
+    assert shown == [("steering", done, trials) for done in range(1, trials + 1)]
     assert load_file(copied / "steering.safetensors")["vectors"].shape == (2, 32)
     assert all(norm > 0 for norm in facts.norms)
 

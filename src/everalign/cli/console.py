@@ -197,15 +197,16 @@ def run_summary(runs: Sequence["RunData"]) -> list[RenderableType]:
     """Returns one run's score table, or a comparison of several, and what follows from it in words."""
     from everalign.learning.run_data import run_labels
     from everalign.reporting import comparison_table, score_table
-    from everalign.reporting.formats import error_matrix
+    from everalign.reporting.formats import CORRECTION_ACCURACY, error_matrix
     from everalign.reporting.headline import cautions, headline
 
     labels = run_labels(runs)
     found = {label: run.scores() for label, run in zip(labels, runs, strict=True)}
     alone = len(runs) == 1
     scores = score_table(found[labels[0]], errors=error_matrix(runs[0])) if alone else comparison_table(found)
+    about = [Text(CORRECTION_ACCURACY, style="dim")] if runs[0].facts.objective == "correction" else []
     warnings = [Text(caution, style="dim") for caution in cautions(runs, labels)]
-    return [scores, Text(""), Text(headline(runs, labels)), *warnings, Text("")]
+    return [scores, *about, Text(""), Text(headline(runs, labels)), *warnings, Text("")]
 
 
 def version_table(run: "RunData") -> Table:

@@ -22,6 +22,7 @@ from everalign.errors import InputError
 from everalign.modeling.policy import Policy
 from everalign.modeling.sampling import greedy_continuations
 from everalign.training.base_objective import AnyRows, LikelihoodObjective, PreparedRows, TaskContext
+from everalign.training.reference import counted
 
 _AT_ONCE = 16
 # A correction longer than this multiple of the longer of answer and correction, plus some tokens, is not finished.
@@ -126,7 +127,13 @@ class CorrectionObjective(LikelihoodObjective):
         written = greedy_continuations(policy, prompts, self.encoder.ends, longest)
         return [(self.encoder.decode(ids), ids[-1] in self.encoder.ends) for ids in written]
 
-    def rewrite(self, policy: Policy, rows: Sequence[Correction], max_length: int) -> Rewritten:
+    def rewrite(
+        self,
+        policy: Policy,
+        rows: Sequence[Correction],
+        max_length: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Rewritten:
         """Write corrections, greedily: of the rows' answers, and of people's corrections as if these were answers."""
         fit = [
             row
@@ -135,16 +142,28 @@ class CorrectionObjective(LikelihoodObjective):
                 len(self.encoder.prompt(row.question, answer)) < max_length for answer in (row.answer, row.correction)
             )
         ]
-        texts, refused = self._corrected(policy, [(row, row.answer) for row in fit], max_length)
-        kept, _ = self._corrected(policy, [(row, row.correction) for row in fit], max_length)
+        count = counted(progress, 2 * len(fit))
+        texts, refused = self._corrected(policy, [(row, row.answer) for row in fit], max_length, count)
+        kept, _ = self._corrected(policy, [(row, row.correction) for row in fit], max_length, count)
         return Rewritten(fit, texts, refused, kept)
 
     def _corrected(
-        self, policy: Policy, pairs: Sequence[tuple[Correction, str]], max_length: int
+        self,
+        policy: Policy,
+        pairs: Sequence[tuple[Correction, str]],
+        max_length: int,
+        count: Callable[[int], None],
     ) -> tuple[list[str], int]:
         """Return what becomes of answers to the rows' questions, and how many corrections a guard has refused."""
-        batches = [pairs[start : start + _AT_ONCE] for start in range(0, len(pairs), _AT_ONCE)]
-        found = share(lambda own: [self._correct_batch(policy, batch, max_length) for batch in own], batches)
+
+        def correct(own: Sequence[Sequence[tuple[Correction, str]]]) -> list[tuple[list[str], int]]:
+            done = []
+            for batch in own:
+                done.append(self._correct_batch(policy, batch, max_length))
+                count(len(batch))
+            return done
+
+        found = share(correct, [pairs[start : start + _AT_ONCE] for start in range(0, len(pairs), _AT_ONCE)])
         return [text for texts, _ in found for text in texts], sum(refused for _, refused in found)
 
     def _correct_batch(

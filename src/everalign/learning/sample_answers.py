@@ -1,6 +1,7 @@
 """Answers and corrections that the policy writes for held-out rows: for reports, and for the gate."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from everalign.correction.edits import edit_share, words
@@ -104,7 +105,10 @@ def write_corrections(context: RunContext, tests: Mapping[str, RowSet[Correction
     """Write the policy's corrections of held-out answers, as it is switched now; nothing where it writes none."""
     found = {}
     for name, test in tests.items():
-        found[name] = context.objective.rewrite(context.policy, spread(test, MOST_WRITTEN), context.max_length)
+        progress = partial(context.progress, f"correcting {name}")
+        found[name] = context.objective.rewrite(
+            context.policy, spread(test, MOST_WRITTEN), context.max_length, progress
+        )
     return {name: written for name, written in found.items() if written is not None}
 
 

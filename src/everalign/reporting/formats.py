@@ -180,6 +180,13 @@ METRICS = {
 }
 
 
+CORRECTION_ACCURACY = (
+    "Accuracy: share of held-out rows whose correction has a higher likelihood per token, given question and answer, "
+    "than the answer as it is."
+)
+"""What accuracy is of runs with the objective `correction`."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """A number of a table.

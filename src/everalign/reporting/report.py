@@ -25,6 +25,7 @@ from everalign.learning.scores import Scores
 from everalign.reporting.answers import CorrectorShow, answer_pairs
 from everalign.reporting.formats import (
     ANSWER_METRICS,
+    CORRECTION_ACCURACY,
     METRICS,
     SUMMARY_TITLES,
     UNMEASURED,
@@ -171,6 +172,7 @@ def render_report(runs: Sequence[RunData], corrector: CorrectorShow | None = Non
         progress=progress_lines(scores, errors, _ACCURACY, "progress"),
         curves=training_curves(trained, "curves") if len(trained) > 1 else None,
         metrics=METRICS,
+        meaning=CORRECTION_ACCURACY if runs[0].facts.objective == "correction" else _ACCURACY.meaning,
         runs=[_run_view(run, label, f"run-{i}", heat, limits) for i, (label, run) in enumerate(by_label.items(), 1)],
         corrector=corrector,
         facts=facts_view(runs),

@@ -212,8 +212,17 @@ class Objective:
         )
         return greedy_answers(policy, tokenizer, [row.prompt for row in rows], options)
 
-    def rewrite(self, policy: Policy, rows: Sequence[Any], max_length: int) -> Any:
-        """Write what a gate compares beside likelihoods; None where there is no such thing."""
+    def rewrite(
+        self,
+        policy: Policy,
+        rows: Sequence[Any],
+        max_length: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Any:
+        """Write what a gate compares beside likelihoods; None where there is no such thing.
+
+        `progress` is called with (texts written, texts in all).
+        """
         return None
 
 

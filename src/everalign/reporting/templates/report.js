@@ -54,3 +54,5 @@ document.addEventListener("pointerover", (event) => {
   floating.style.left = `${Math.max(4, Math.min(event.pageX + 10, width - floating.offsetWidth - 4))}px`;
   floating.style.top = `${event.pageY + 14}px`;
 });
+
+window.addEventListener("resize", () => (floating.hidden = true));
