@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from everalign.errors import GateRefusedError
 from everalign.learning.run_data import load_run
+from everalign.learning.run_files import LoggedStep, read_json_lines
 from everalign.methods import LifeAlign
 from learner_for_tests import adapter_weights, held_out, make_learner, same_weights, save_model, swapped, tasks
 from tiers_for_tests import slow_but
@@ -125,6 +126,12 @@ def check_same_run(whole, run):
         ]
     leftovers = {path.name for path in run.iterdir()}
     assert leftovers == {"cache", "current", "run.json", "tests", "training.jsonl", "versions", "zero_shot.json"}
+    # Every logged step once, and in order.
+    steps, again = (
+        [(one.version, one.stage, one.step, one.loss) for one in read_json_lines(path / "training.jsonl", LoggedStep)]
+        for path in (whole, run)
+    )
+    assert again == steps
 
 
 def test_an_uninterrupted_run_in_another_process_is_the_same(quick_processes, whole, model, tmp_path):

@@ -145,8 +145,13 @@ def test_the_defaults_are_lifealign_and_fpo(model, output, capsys):
 def test_progress_counts_the_steps_of_every_stage(model, output):
     seen = []
     learner = make_learner(model, output, options={"sft_epochs": 1.0}, progress=lambda *done: seen.append(done))
-    learner.learn(task_rows("warm"), "warm")
-    assert seen == [(stage, step, 3) for stage in ("sft", "dpo") for step in (1, 2, 3)]
+    learner.learn(task_rows("warm"), "warm", held_out("warm"))
+    trained = [place for place in seen if place[0] in ("sft", "dpo")]
+    assert trained == [(stage, step, 3) for stage in ("sft", "dpo") for step in (1, 2, 3)]
+    # Passes over held-out rows and the reference's log-probabilities are counted in rows.
+    rows, tests = len(task_rows("warm")), len(held_out("warm"))
+    for stage, total in (("evaluating the base model", tests), ("reference", rows), ("evaluating warm", tests)):
+        assert (stage, total, total) in seen
 
 
 def test_truncation_is_announced(model, output):
