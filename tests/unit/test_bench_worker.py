@@ -60,3 +60,16 @@ def test_what_may_not_happen_again_is_no_result(bench, tmp_path, monkeypatch, co
     with pytest.raises(type(error), match=str(error)):
         execute(bench, tmp_path, contender)
     assert not (tmp_path / "records").exists()
+
+
+def test_passes_over_rows_are_no_stages_of_a_run():
+    said = []
+    progress, figures = worker._by_stage(lambda *place: said.append(place))
+    progress("evaluating the base model", 8, 8)
+    for _ in ("first", "second"):
+        figures("fpo", 0, {})
+        progress("fpo", 1, 2)
+        figures("fpo", 1, {"loss": 0.5})
+        progress("fpo", 2, 2)
+        progress("evaluating a", 8, 8)
+    assert said == [("fpo 1", 1, 2), ("fpo 1", 2, 2), ("fpo 2", 1, 2), ("fpo 2", 2, 2)]

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing import connection, parent_process
 from pathlib import Path
@@ -27,6 +27,7 @@ from everalign.learning.run_store import now
 from everalign.modeling.lora import WEIGHTS
 from everalign.modeling.prompt_pool import PROMPTS_FILE
 from everalign.storage import write_json
+from everalign.training.stage import StageFigures
 
 
 @dataclass(frozen=True)
@@ -126,24 +127,33 @@ def _learned(run: Run, recipe: Recipe, say: Say, log: Callable[[str], None]) -> 
     arguments = recipe.learner_arguments(needs_tasks=False)
     # Scores that no record holds are not computed.
     ahead = run.forward_transfer and arguments["method"].regime != "separate"
+    progress, figures = _by_stage(say)
     learner = Learner(
-        **arguments, forward_transfer=ahead, drift=False, resume=True, log=log, progress=_by_task(run, say)
+        **arguments,
+        forward_transfer=ahead,
+        drift=False,
+        resume=True,
+        log=log,
+        progress=progress,
+        figures=figures,
     )
     learner.learn_all([(name, run.rows[name].train, run.rows[name].held_out) for name in run.order])
     return learner
 
 
-def _by_task(run: Run, say: Say) -> Say:
-    """Turns progress of stages into that of the run: every stage's beginning counts as one task's."""
-    state = {"stage": 0, "last": 0}
+def _by_stage(say: Say) -> tuple[Say, StageFigures]:
+    """Turns progress of stages into that of the run: says how many were begun; passes over rows do not count."""
+    begun: list[str] = []
+
+    def figures(stage: str, step: int, measured: Mapping[str, float]) -> None:
+        if not measured:
+            begun.append(stage)
 
     def progress(stage: str, done: int, total: int) -> None:
-        if done <= state["last"]:
-            state["stage"] += 1
-        state["last"] = done
-        say(f"{stage} {state['stage']}", done, total)
+        if begun and begun[-1] == stage:
+            say(f"{stage} {len(begun)}", done, total)
 
-    return progress
+    return progress, figures
 
 
 def results(data: RunData, resumed: bool) -> dict[str, Any]:

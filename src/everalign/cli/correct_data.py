@@ -316,6 +316,7 @@ def distill(
             resume=resume,
             log=display.log,
             progress=display.progress,
+            figures=display.figures,
             **arguments,
         )
     seconds = time.perf_counter() - started

@@ -42,7 +42,7 @@ def demo(
     from everalign.reporting.formats import error_matrix
 
     with Display() as display:
-        result = run_demo(output, display.log, display.progress, seed)
+        result = run_demo(output, display.log, display.progress, seed, display.figures)
     runs = {name: load_run(path) for name, path in result.runs.items()}
     if as_json:
         facts = {"report": str(result.report), "seconds": result.seconds}

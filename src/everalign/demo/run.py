@@ -29,6 +29,7 @@ from everalign.modeling.loading import TINY
 from everalign.reporting import write_report
 from everalign.reporting.answers import CorrectedAnswer, CorrectorShow
 from everalign.storage import exclusive
+from everalign.training.stage import StageFigures
 
 RULE = "cooking questions get a courteous answer"
 _TOPIC, _GOOD, _BAD = "kitchen", "courteous", "plain"
@@ -57,6 +58,7 @@ def show_corrector(
     training_rows: int = TRAINING_ROWS,
     held_out_rows: int = HELD_OUT_ROWS,
     options: CorrectorOptions = OPTIONS,
+    figures: StageFigures = lambda *_: None,
 ) -> CorrectorShow:
     """Train the demo's corrector on the tiny assistant, correct held-out answers, and measure what came of it.
 
@@ -68,6 +70,7 @@ def show_corrector(
         training_rows: rows to learn; in every other one the answer is right already.
         held_out_rows: rows to correct, with questions that no training text has.
         options: how the corrector is trained.
+        figures: called with what is measured, see `everalign.training.stage.Figures`.
 
     Raises:
         InputError: the folder holds something else, or the world has fewer questions than asked for.
@@ -83,7 +86,7 @@ def show_corrector(
             )
         log("  trained already")
     else:
-        train_corrector(TINY, taught, folder, options=options, seed=seed, log=log, progress=progress)
+        train_corrector(TINY, taught, folder, options=options, seed=seed, log=log, progress=progress, figures=figures)
     held_out = demo_answers("test", held_out_rows, seed)
     log(f"  correcting {len(held_out)} held-out answers")
     corrector = Corrector.from_pretrained(folder)
@@ -154,7 +157,9 @@ class DemoResult:
     seconds: float
 
 
-def run_demo(output: Path, log: Log, progress: Progress, seed: int = 0) -> DemoResult:
+def run_demo(
+    output: Path, log: Log, progress: Progress, seed: int = 0, figures: StageFigures = lambda *_: None
+) -> DemoResult:
     """Learn the demo's tasks with two methods, train a corrector, and write a report on all of it.
 
     Args:
@@ -162,6 +167,7 @@ def run_demo(output: Path, log: Log, progress: Progress, seed: int = 0) -> DemoR
         log: called with one line for each thing that happens.
         progress: called with (stage, steps done, steps in all).
         seed: seeds the tasks and the training.
+        figures: called with what is measured, see `everalign.training.stage.Figures`.
     """
     started = time.perf_counter()
     tasks = [
@@ -190,10 +196,11 @@ def run_demo(output: Path, log: Log, progress: Progress, seed: int = 0) -> DemoR
                     sample_answers=2,
                     log=log,
                     progress=progress,
+                    figures=figures,
                 )
                 learner.learn_all(list(tasks))
                 scores[method.name] = learner.scores
-            corrector = show_corrector(output / "corrector", log, progress, seed)
+            corrector = show_corrector(output / "corrector", log, progress, seed, figures=figures)
             report = write_report(list(runs.values()), output / "report.html", corrector)
     finally:
         torch.set_num_threads(threads)

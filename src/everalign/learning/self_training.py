@@ -30,6 +30,7 @@ from everalign.modeling.sampling import sample_journalled
 from everalign.storage import Journal, json_line, read_json, write_json, write_text
 from everalign.training.options import WeightOptions
 from everalign.training.reward_weights import FROM_REFERENCE_REWARDS
+from everalign.training.stage import StageFigures
 
 HELD_OUT = "held-out"
 """The name under which held-out preferences are scored after every round."""
@@ -129,6 +130,7 @@ def distill(
     seed: int = 0,
     log: Log = lambda _: None,
     progress: Progress = lambda *_: None,
+    figures: StageFigures = lambda *_: None,
     **arguments: Any,
 ) -> Distillation:
     """Teach a model what a corrector makes of its own answers, round after round, each a task of one run.
@@ -149,6 +151,7 @@ def distill(
         seed: seeds everything random.
         log: called with one line for each thing that happens.
         progress: called with (stage, done, all).
+        figures: called with what is measured of training, see `everalign.training.stage.Figures`.
         arguments: further ones of `Learner`, such as `adapter` and `resume`.
 
     Raises:
@@ -188,6 +191,7 @@ def distill(
             seed=seed,
             log=log,
             progress=progress,
+            figures=figures,
             **arguments,
         )
         run = _Run(learner, corrector, prompts, options, Path(output) / "distill", seed, log, progress)
