@@ -9,6 +9,7 @@ from cli_for_tests import learn, make_workspace, run, write_rows
 from everalign import load_preferences
 from everalign.data.chat_template import DEFAULT_CHAT_TEMPLATE
 from everalign.data.tokenization import tokenize_preferences
+from everalign.learning.run_data import load_run
 
 SIDES = ("chosen", "rejected")
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}]
@@ -102,3 +103,22 @@ def test_columns_that_nothing_is_learned_from_are_named(work, capsys):
     code, _, err = run(capsys, *learn("--task", "a=a.jsonl"))
     assert code == 0, err
     assert err.count("note: a.jsonl: columns that are not read: source, score") == 1
+
+
+def test_questions_of_a_table_are_learned_as_chats(work, capsys):
+    table = "question,better,worse\n" + "".join(f"{i}+{i}?,{2 * i}.,No {i}.\n" for i in range(6))
+    (work / "a.csv").write_text(table)
+    columns = ("--columns", "prompt=question,chosen=better,rejected=worse", "--chat-prompts")
+    code, _, err = run(capsys, *learn("--task", "a=a.csv", *columns))
+    assert code == 0, err
+    write_rows(work / "chats.jsonl", chats())
+    manifest = load_run("run").versions[0].manifest
+    assert manifest.train.fingerprint == load_preferences("chats.jsonl").fingerprint
+    assert manifest.chats
+
+
+def test_corrections_have_no_prompts_that_could_be_chats(work, capsys):
+    write_rows(work / "a.jsonl", [{"question": "1+1?", "answer": "3", "correction": "2"}])
+    code, _, err = run(capsys, *learn("--task", "a=a.jsonl", "--objective", "correction", "--chat-prompts"))
+    assert code == 2
+    assert "a.jsonl: chat_prompts is for prompts, and corrections have questions: leave it out" in err

@@ -184,6 +184,11 @@ class Recipe(Keys):
     preset: Text | None = Field(default=None, description="default, or paper (LifeAlign's scripts).")
     tasks: Annotated[list[TaskKeys], Field(min_length=1)] | None = None
     columns: Columns | None = None
+    chat_prompts: bool | None = Field(
+        default=None,
+        description="Read a prompt that is text as a user's message, for models with a chat template.\n"
+        "Otherwise a text is continued as it is.",
+    )
     label: Text | None = Field(
         default=None,
         title="COLUMN",

@@ -1,6 +1,7 @@
 """The tasks of a recipe: their files, read by what the objective learns from, and which of them are left to learn."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from everalign.data.file_formats import source_name
@@ -51,6 +52,8 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
         test = None
         if task.test is not None:
             test = load_test(renamed(task.test, columns), skip_bad_rows=skip, label=recipe.label)
+        if recipe.chat_prompts:
+            train, test = as_chats(train), None if test is None else as_chats(test)
         loaded += [(task.name, train, test)] if recipe.label is None else _by_label(task.name, train, test)
     names = [name for name, _, _ in loaded]
     if repeated := next((name for name in names if names.count(name) > 1), None):
@@ -62,6 +65,25 @@ def load_tasks(recipe: Recipe) -> list[LoadedTask]:
             if test is not None and (not labelled or (train.labels or [name]) == (test.labels or [other])):
                 check_disjoint(train, test, allow=bool(recipe.allow_overlap))
     return loaded
+
+
+def as_chats(rows: RowSet[Any]) -> RowSet[Any]:
+    """Returns the rows with every prompt that is text as a user's message.
+
+    Raises:
+        InputError: the rows are corrections, which have no prompts.
+    """
+    if not all(hasattr(row, "prompt") for row in rows):
+        raise InputError(
+            f"{rows.source}: chat_prompts is for prompts, and corrections have questions: leave it out",
+            where=rows.source,
+            field="chat_prompts",
+        )
+    items = (
+        replace(row, prompt=({"role": "user", "content": row.prompt},)) if isinstance(row.prompt, str) else row
+        for row in rows
+    )
+    return replace(rows, items=tuple(items))
 
 
 def left_to_learn(recipe: Recipe, loaded: Sequence[LoadedTask]) -> list[LoadedTask]:
