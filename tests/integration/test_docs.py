@@ -4,11 +4,13 @@ Models are small ones in the place of those from the Hub, and a few flags make t
 minutes, is parsed alone. The tutorials are in `test_tutorials.py`.
 """
 
+import json
 import os
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cli_for_tests import FAST, run, write_rows
 from docs_for_tests import ROOT, Reader, blocks, commands, markdown_pages, verb, words
@@ -71,6 +73,13 @@ def test_python_in_a_page_is_python(page):
     for block in blocks(page):
         if block.language == "python":
             compile(block.code, page, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_data_in_a_page_can_be_read(page):
+    for block in blocks(page):
+        if block.language in ("yaml", "json"):
+            assert (yaml.safe_load if block.language == "yaml" else json.loads)(block.code)
 
 
 @pytest.mark.parametrize("page", PAGES)
