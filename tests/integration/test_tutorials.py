@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from docs_for_tests import Reader
+from docs_for_tests import ROOT, Reader
 from everalign.learning.run_data import load_run
 from everalign.serving.store import FeedbackStore
 
@@ -76,3 +76,15 @@ def test_a_tutorial_works_shortened(tutorial):
 def test_a_tutorial_works_as_it_is_written(tutorial):
     reader(tutorial).run()
     check(tutorial)
+
+
+def test_the_notebook_works_shortened_and_has_its_outputs(tmp_path, monkeypatch):
+    notebook = json.loads((ROOT / "examples" / "policy_change" / "policy_change.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] and cell["outputs"] for cell in cells)
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    assert "TRAIN, TEST = 160, 60" in code
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("TRAIN, TEST = 160, 60", "TRAIN, TEST = 16, 4"), "notebook", "exec"), {})
+    assert load_run("runs/notebook").current == "003-frank"
+    assert Path("runs/notebook-model/config.json").exists()
