@@ -42,9 +42,11 @@ def library(mask):
 RUNS = [[0, 70, 0, 0], [70, 25, 0, 50], [95, 300, 0, 0], [395, 1, 95, 270], [396, 40, 95, 270]]
 
 
-@pytest.mark.parametrize("block", [32, 256])
-def test_attention_over_runs_has_the_librarys_gradients(block, monkeypatch):
+@pytest.mark.parametrize(("block", "entries"), [(32, 1), (256, 4_194_304)])
+def test_attention_over_runs_has_the_librarys_gradients(block, entries, monkeypatch):
+    """Also where the rows behind a prefix come in parts."""
     monkeypatch.setattr(cpu_kernels, "_BLOCK_ROWS", block)
+    monkeypatch.setattr(cpu_kernels, "_BLOCK_SCORES", entries)
     states, mask = random_states(436), _mask_of(RUNS, 436)
     exact = values_and_gradients(library(mask), torch.float64, *states)
     for dtype, rounding in ((torch.float32, 1e-6), (torch.bfloat16, 0.0)):

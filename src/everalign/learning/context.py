@@ -17,6 +17,7 @@ from everalign.modeling.attention import use_flex_attention
 from everalign.modeling.base_adapter import base_and_adapter
 from everalign.modeling.device_map import check_device_map
 from everalign.modeling.loading import (
+    DTYPES,
     check_vocabulary,
     load_base,
     load_tokenizer,
@@ -35,6 +36,9 @@ from everalign.training.base_objective import Objective, TaskContext
 from everalign.training.objectives import check_weighting, make_objective, reads
 from everalign.training.options import StageOptions, WeightOptions
 from everalign.training.reference import ReferenceCache
+
+# Tokens from which on a mask of all pairs of them is worth a word: 128 MiB in bf16.
+_LONG_ROW = 8192
 
 Log = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -215,6 +219,9 @@ def make_context(
     rehearse(base, adapter.module_names())
     prefix = 0 if method.prompts is None else method.prompts.tokens
     options = options.replace(max_length=readable_length(options.max_length, base, model, log, prefix))
+    if options.attention == "sdpa" and device.type == "cuda" and options.max_length >= _LONG_ROW:
+        size = options.max_length**2 * DTYPES[precision].itemsize / 2**30
+        log(f"a row of {options.max_length} tokens takes a mask of {size:.1f} GiB with attention sdpa, none with flex")
     if options.attention == "flex":
         use_flex_attention(base, device)
     policy = Policy(base, adapter.rank, adapter.alpha, adapter.module_names(), seed, method.prompts, device)

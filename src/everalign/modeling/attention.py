@@ -147,7 +147,7 @@ PLAIN_ATTENTION_MODELS = {
     "smollm3",
 }
 _KNOWN_OPTIONS = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache"}
-# Query rows of a block in the backward pass, and the scores that are held at once. The library prepares a product for
+# Query rows of a block, and the scores, or entries of a mask, that are held at once. The library prepares a product for
 # each new shape (8 ms for a block's five in bf16), so that blocks are rounded up.
 _BLOCK_ROWS = 128
 _BLOCK_SCORES = 4_194_304
@@ -245,12 +245,11 @@ class _Attention(torch.autograd.Function):
         output = query.new_zeros(query.shape)
         log_sums = query.new_zeros(query.shape[:2], dtype=torch.float32)
         for run in runs:
-            own = slice(run[0], run[0] + run[1])
-            k, v, mask = _seen_by(run, key, value)
-            found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *_by_head(query[own], k, v), 0.0, mask is None, attn_mask=mask, scale=scale
-            )
-            output[own], log_sums[own] = found[0].transpose(0, 1), sums[0].transpose(0, 1)
+            for rows, k, v, mask in _seen_by(run, key, value):
+                found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    *_by_head(query[rows], k, v), 0.0, mask is None, attn_mask=mask, scale=scale
+                )
+                output[rows], log_sums[rows] = found[0].transpose(0, 1), sums[0].transpose(0, 1)
         ctx.save_for_backward(query, key, value, output, log_sums)
         ctx.runs, ctx.scale = runs, scale
         return output
@@ -293,14 +292,22 @@ def _by_head(*tensors: Tensor) -> list[Tensor]:
     return [tensor.transpose(0, 1)[None] for tensor in tensors]
 
 
-def _seen_by(run: list[int], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return what a run sees of keys and values, its prefix first, and the mask where that is not causal alone."""
+def _seen_by(run: list[int], key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+    """Yield a run's rows, what they see of keys and values, its prefix first, and the mask where not causal alone.
+
+    Rows of a long answer come in parts, so that their mask grows with its length and not with the square of it.
+    """
     start, length, behind, size = run
-    own = slice(start, start + length)
     if not size:
-        return key[own], value[own], None
-    k, v = (torch.cat([tensor[behind : behind + size], tensor[own]]) for tensor in (key, value))
-    return k, v, k.new_full((length, len(k)), float("-inf")).triu_(size + 1)
+        own = slice(start, start + length)
+        yield own, key[own], value[own], None
+        return
+    step = max(_BLOCK_ROWS, _BLOCK_SCORES // (size + length))
+    for first in range(0, length, step):
+        last = min(first + step, length)
+        k, v = (torch.cat([t[behind : behind + size], t[start : start + last]]) for t in (key, value))
+        mask = k.new_full((last - first, len(k)), float("-inf")).triu_(size + first + 1)
+        yield slice(start + first, start + last), k, v, mask
 
 
 def _library_gradients(
@@ -310,19 +317,20 @@ def _library_gradients(
     query, key, value, output, log_sums = saved
     dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for run in runs:
-        start, length, behind, size = run
-        own, prefix = slice(start, start + length), slice(behind, behind + size)
-        k, v, mask = _seen_by(run, key, value)
-        upstream, q, k, v, found = _by_head(gradient[own], query[own], k, v, output[own])
-        sums = log_sums[own].T[None]
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            upstream, q, k, v, found, sums, 0.0, mask is None, attn_mask=mask, scale=scale
-        )
-        of_query, *of_seen = (part[0].transpose(0, 1) for part in parts)
-        dq[own] = of_query
-        for total, part in zip((dk, dv), of_seen, strict=True):
-            total[prefix] += part[:size]
-            total[own] += part[size:]
+        start, _, behind, size = run
+        prefix = slice(behind, behind + size)
+        for rows, k, v, mask in _seen_by(run, key, value):
+            seen = slice(start, start + len(k) - size)
+            upstream, q, k, v, found = _by_head(gradient[rows], query[rows], k, v, output[rows])
+            sums = log_sums[rows].T[None]
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                upstream, q, k, v, found, sums, 0.0, mask is None, attn_mask=mask, scale=scale
+            )
+            of_query, *of_seen = (part[0].transpose(0, 1) for part in parts)
+            dq[rows] = of_query
+            for total, part in zip((dk, dv), of_seen, strict=True):
+                total[prefix] += part[:size]
+                total[seen] += part[size:]
     return dq, dk, dv
 
 
