@@ -59,8 +59,8 @@ def test_it_is_said_before_anything_is_loaded(gpus, tmp_path, monkeypatch):
         raise InputError("loading begins")
 
     monkeypatch.setattr(setup, "load_tokenizer", loaded)
-    monkeypatch.setattr(setup, "load_model", loaded)
-    monkeypatch.setattr(setup, "prepare_process", lambda: None)
+    monkeypatch.setattr(setup, "load_base", loaded)
+    monkeypatch.setattr(setup, "prepare_process", lambda *_: None)
     with pytest.raises(InputError, match="loading begins"):
         make_learner(save_model(tmp_path / "model"), tmp_path / "run", lines=lines)
     assert lines[0].startswith("2 GPUs are visible and one is used")
