@@ -149,15 +149,16 @@ def new_file(path: Path) -> Iterator[Path]:
     For files that are too large for `write_text`. Callers hold a lock on `path`, see `exclusive`.
     """
     temporary = path.with_name(path.name + _PARTIAL)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,9 +1,11 @@
 """Whole datasets: bounded memory, parts, files of every kind, going on after a kill; each row once and in order."""
 
+import errno
 import gzip
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -19,10 +21,13 @@ from cli_for_tests import run, write_rows
 from everalign.bulk import BulkOptions, join_files, run_bulk
 from everalign.bulk import job as jobs
 from everalign.bulk.files import OutputFile
-from everalign.bulk.job import Pace, numbered_rows
-from everalign.data import load_scored
+from everalign.bulk.job import numbered_rows
+from everalign.correction import CorrectionOptions
+from everalign.correction.batch import CorrectionWork, journal_facts
+from everalign.correction.corrector import Corrected
+from everalign.data import CorrectionSet, load_scored
 from everalign.data.file_formats import cut, raw_rows
-from everalign.data.readers import UNSCORED_SCHEMA, unscored_reader
+from everalign.data.readers import UNCORRECTED, UNSCORED_SCHEMA, unscored_reader
 from everalign.data.streams import RowStream
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.scoring import ScoringWork, score_rows
@@ -360,20 +365,32 @@ def test_a_file_system_that_fails_is_named(here, monkeypatch):
     monkeypatch.undo()
 
 
+@pytest.mark.parametrize("output", ["out.jsonl", "out.parquet"])
+def test_a_full_disk_is_said_and_the_same_command_goes_on(output, here, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("everalign.bulk.files.json_line", full)
+    monkeypatch.setattr("everalign.bulk.files.ParquetRows.write", full)
+    with pytest.raises(EveralignError, match=rf"{output}: cannot be written \(No space left .*: the disk is full"):
+        score(output=output)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert score(output=output).resumed == 10
+    assert rewards(output) == EXPECTED
+    assert sorted(path.name for path in here.iterdir()) == sorted([output, "rows.jsonl"])
+
+
 # ---- progress ----
 
 
-def test_the_log_says_how_fast_and_how_long(monkeypatch):
-    clock, lines = [0.0], []
-    monkeypatch.setattr(jobs.time, "monotonic", lambda: clock[0])
-    pace = Pace(10_000_000, lines.append)
-    for second in (30, 61, 90, 122):
-        clock[0] = second
-        pace.add(1000, second * 100)
-    assert lines == [
-        "  6,100 of 10,000,000 rows, 32.8 rows/s, 84 h 40 min left",
-        "  12,200 of 10,000,000 rows, 32.8 rows/s, 84 h 37 min left",
-    ]
+def test_progress_says_how_fast(here, monkeypatch):
+    clock, seen = iter(range(1000)), []
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: float(next(clock)))
+    work, options = partial(ScoringWork, Lengths(), 20), BulkOptions(window=25)
+    run_bulk(stream(), work, "out.jsonl", ScoringWork.words, options=options, progress=lambda *step: seen.append(step))
+    assert [step[:3] for step in seen] == [("scoring", done, 50) for done in (10, 20, 25, 35, 45, 50)]
+    assert all(re.fullmatch(r"rows, \d+\.\d rows/s", step[3]) for step in seen)
 
 
 # ---- the command line ----
@@ -396,6 +413,55 @@ def test_the_verbs_take_shards_parquet_and_bad_rows(here, capsys):
     assert "rows.jsonl: 1 bad rows left out; the first: rows.jsonl:9" in err
     assert run(capsys, *arguments, "--shard", "3/2")[0] == 2
     assert run(capsys, *arguments, "--workers", "2")[0] == 2
+
+
+# ---- corrections ----
+
+
+class Shouting:
+    """Corrects answers into capitals, keeps those with a 7, and fails at its call number `fails`."""
+
+    fingerprint = "shouting"
+
+    def __init__(self, fails=0):
+        self.calls, self._fails = 0, fails
+
+    def correct_batch(self, pairs, options):
+        self.calls += 1
+        if self.calls == self._fails:
+            raise EveralignError("hoarse")
+        return [
+            Corrected(answer, False, "gate") if "7" in answer else Corrected(answer.upper(), True, None, 1, 0, 0, 3)
+            for _, answer in pairs
+        ]
+
+
+def test_answers_are_corrected_in_windows_and_counted(here):
+    rows = [{"question": f"q{i}", "answer": "no " * (1 + i % 4) + f"{i}"} for i in range(30)]
+    write_rows(here / "answers.jsonl", rows)
+    answers = RowStream("answers.jsonl", UNCORRECTED)
+
+    def correct(output, corrector):
+        work, options = partial(CorrectionWork, corrector, None, 4), BulkOptions(window=8)
+        return run_bulk(answers, work, output, CorrectionWork.words, options=options)
+
+    with pytest.raises(EveralignError, match=r"^4 rows \(11, 12, 15, \.\.\.\): hoarse; what was corrected before"):
+        correct("out.jsonl", Shouting(3))
+    done = correct("out.jsonl", Shouting())
+    assert (done.rows, done.resumed) == (30, 8)
+    assert done.totals == {
+        "changed": 27, "kept gate": 3, "forward_passes": 27, "accepted_draft_tokens": 0, "rejected_draft_tokens": 0,
+        "output_tokens": 81, "written": 60,
+    }  # fmt: skip
+    found = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [{name: row[name] for name in ("question", "answer")} for row in found] == rows
+    kept = [row for row in found if row["reason"] == "gate"]
+    assert [row["correction"] for row in kept] == [row["answer"] for row in rows if "7" in row["answer"]]
+    correct("out.parquet", Shouting())
+    columns = ["question", "answer", "correction", "changed", "reason"]
+    assert pq.read_table("out.parquet", columns=columns).to_pylist() == found
+    rows = CorrectionSet.of([{"question": "q", "answer": "a"}])
+    assert CorrectionWork(Shouting()).facts == journal_facts(Shouting(), CorrectionOptions(), rows)[:2]
 
 
 # ---- Ray ----

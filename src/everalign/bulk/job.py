@@ -13,13 +13,9 @@ from everalign.data.streams import CheckedStream, RowStream
 from everalign.storage import Journal
 
 Log = Callable[[str], None]
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int, str], None]
 Totals = Counter[str]
 """Sums over rows, such as how many were changed."""
-
-REPORT_SECONDS = 60.0
-"""How often the log says how fast the work is."""
-
 
 KEEP_SECONDS = 1.0
 """How often results are written to the journal."""
@@ -108,32 +104,15 @@ class Finished:
 
 
 class Pace:
-    """Says now and then how fast the work is, and how long it will take.
+    """How fast rows are computed, from when it is made."""
 
-    Args:
-        total: rows to do.
-        log: gets the lines.
-    """
+    def __init__(self) -> None:
+        self._rows, self._start = 0, time.monotonic()
 
-    def __init__(self, total: int, log: Log) -> None:
-        self._total, self._log, self._computed = total, log, 0
-        self._start = self._reported = time.monotonic()
-
-    def add(self, rows: int, done: int) -> None:
-        """Counts rows that were computed now; `done` of all are finished."""
-        self._computed += rows
-        now = time.monotonic()
-        if now - self._reported < REPORT_SECONDS:
-            return
-        self._reported = now
-        rate = self._computed / (now - self._start)
-        left = (self._total - done) / rate
-        self._log(f"  {done:,} of {self._total:,} rows, {rate:,.1f} rows/s, {_clock(left)} left")
-
-
-def _clock(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{max(minutes, 1)} min"
+    def add(self, rows: int) -> str:
+        """Counts rows that were computed; returns the unit of progress with the rate, `rows, 117.3 rows/s`."""
+        self._rows += rows
+        return f"rows, {self._rows / max(time.monotonic() - self._start, 1e-9):,.1f} rows/s"
 
 
 def run_stream(
@@ -145,13 +124,13 @@ def run_stream(
     window: int,
     log: Log,
     progress: Progress,
-    pace: Pace,
 ) -> Finished:
     """Computes checked rows and writes them; errors as in `run_bulk`. Callers hold the output's lock."""
     journal = Journal.beside(target.local, *work.facts, checked.fingerprint)
     if resumed := journal.count():
         log(f"  {resumed} of {checked.rows} rows were {words.done} by an earlier run")
     totals: Totals = Counter()
+    pace = Pace()
     work.begin(target)
     with target.writer(work.columns) as write, _kept(journal) as keep:
         first = 0
@@ -165,8 +144,7 @@ def run_stream(
                 keep({first + i: result for i, result in zip(batch, computed, strict=True)})
                 results |= zip(batch, computed, strict=True)
                 done += len(batch)
-                pace.add(len(batch), done)
-                progress(words.doing, done, checked.rows)
+                progress(words.doing, done, checked.rows, pace.add(len(batch)))
             write([work.output(row, results[i]) for i, row in enumerate(rows)])
             for i, row in enumerate(rows):
                 totals.update(work.totals(row, results[i]))

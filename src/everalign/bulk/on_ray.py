@@ -11,9 +11,10 @@ import os
 import pickle
 import shutil
 import socket
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,7 @@ class _Worker:
         # A worker that Ray has given up may still be alive.
         with exclusive(lock_of(part.local), wait=_silent):
             attempts = _attempts(part)
-            pace = Pace(checked.rows, _silent)
-            done = run_stream(stream, checked, self._work, part, job.words, job.window, _silent, _silent, pace)
+            done = run_stream(stream, checked, self._work, part, job.words, job.window, _silent, _silent)
             attempts.unlink()
         return {"output": done.output, "rows": done.rows, "resumed": done.resumed, "totals": dict(done.totals)}
 
@@ -155,16 +155,18 @@ def run_on_ray(
             "convert it, or leave out --engine ray"
         )
     output = target.name
+    folder = Path()
     if not is_url(target.name):
         target = OutputFile(os.path.abspath(target.name))
         folder = Path(f"{target.name}.parts")
         folder.mkdir(parents=True, exist_ok=True)
-        for attempts in folder.glob("*.attempts"):
-            attempts.unlink()
     count = options.partitions or min(max(file_size(stream.name) // _PARTITION_BYTES, _FEWEST), _MOST)
+    for attempts in folder.glob(f"*-of-{count:05}-*.attempts"):
+        attempts.unlink()
     streams = stream.parts(count)
     job = _Job(target, count, words, options.window, make_work, os.getcwd())
-    with _cluster(options) as workers:
+    # Ray prints what becomes of its workers on standard output, where only results belong.
+    with redirect_stdout(sys.stderr), _cluster(options) as workers:
         checks: dict[int, CheckedStream] = {}
         log(f"{count} partitions to check")
         for number, one in _mapped(job, dict(enumerate(streams)), _check, fn_kwargs={"job": job}):
@@ -203,7 +205,7 @@ def _computed(
         if checks[number].rows
     }
     parts: dict[int, dict[str, Any]] = {}
-    pace, done = Pace(rows, log), 0
+    pace, done = Pace(), 0
     size, gpus = workers
     # One partition at a time, so that none waits for a busy worker while another has nothing to do.
     pool = ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
@@ -212,8 +214,7 @@ def _computed(
         journal.put({number: one})
         parts[number] = one
         done += one["rows"]
-        pace.add(one["rows"] - one["resumed"], done)
-        progress(job.words.doing, done, rows)
+        progress(job.words.doing, done, rows, pace.add(one["rows"] - one["resumed"]))
     if resumed := sum(one["resumed"] for one in parts.values()):
         log(f"  {resumed} of {rows} rows were {job.words.done} by an earlier run, or by workers that were lost")
     return parts

@@ -11,7 +11,7 @@ input, each row once, and appears when it is complete.
 from collections.abc import Callable
 
 from everalign.bulk.files import OutputFile
-from everalign.bulk.job import Finished, Log, Pace, Progress, Words, Work, run_stream
+from everalign.bulk.job import Finished, Log, Progress, Words, Work, run_stream
 from everalign.bulk.on_ray import run_on_ray
 from everalign.bulk.options import BulkOptions
 from everalign.data.streams import CheckedStream, RowStream
@@ -41,7 +41,7 @@ def run_bulk(
         options: how; the defaults when None.
         overwrite: replace the output if it exists.
         log: called with one line for each event.
-        progress: called with (words.doing, rows done, rows in all).
+        progress: called with (words.doing, rows done, rows in all, `rows` and how many are computed in a second).
         found: called with what the check of the input found.
 
     Raises:
@@ -61,9 +61,9 @@ def run_bulk(
         found(checked)
         stream.require_rows(checked)
         log(f"{checked.rows} rows to {words.do}")
-        work, pace = make_work(), Pace(checked.rows, log)
+        work = make_work()
         try:
-            return run_stream(stream, checked, work, target, words, options.window, log, progress, pace)
+            return run_stream(stream, checked, work, target, words, options.window, log, progress)
         except EveralignError as error:
             if count == 1:
                 raise

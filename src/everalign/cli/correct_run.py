@@ -117,7 +117,7 @@ def run(
             options=BulkOptions.from_flags(given),
             overwrite=overwrite,
             log=display.log,
-            progress=partial(display.progress, unit="rows"),
+            progress=display.progress,
             found=partial(report_skipped, data),
         )
         for warning in shortfalls(_reasons(done), done.rows):

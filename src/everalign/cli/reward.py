@@ -195,7 +195,7 @@ def score(
             options=BulkOptions.from_flags(given),
             overwrite=overwrite,
             log=display.log,
-            progress=partial(display.progress, unit="rows"),
+            progress=display.progress,
             found=partial(report_skipped, data),
         )
         for warning in cut_warnings(int(done.totals["cut"]), int(done.totals["computed"])):
