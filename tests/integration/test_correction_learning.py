@@ -310,6 +310,6 @@ def test_the_command_line_learns_corrections(tmp_path, monkeypatch, capsys):
     assert json.loads(out)["tasks"] == list(TASKS)
     assert "correction: 12 rows (0 replayed)" in err
     assert (tmp_path / "run" / "report.html").exists()
-    code, _, err = run(capsys, *command, "--task", "pairs=pairs.jsonl")
+    code, _, err = run(capsys, *command, "--output", "other", "--task", "pairs=pairs.jsonl")
     assert code == 2
     assert "pairs.jsonl:1: field 'question': no such column; rename 'prompt'?" in err

@@ -254,9 +254,9 @@ def test_a_run_goes_on_only_with_what_it_was_begun_with(model, tmp_path):
         run(model, tmp_path / "run", rows=prompts(5), resume=True)
     with pytest.raises(InputError, match="holds a run already"):
         run(model, tmp_path / "run")
-    with pytest.raises(InputError, match=r"another objective \('var' then, 'dpo' now\)"):
+    with pytest.raises(InputError, match=r"a different objective \('var' then, 'dpo' now\)"):
         run(model, tmp_path / "run", labels="dpo", resume=True)
-    with pytest.raises(InputError, match=r"another labels \('sft' then, 'var' now\)"):
+    with pytest.raises(InputError, match=r"different labels \('sft' then, 'var' now\)"):
         run(model, tmp_path / "run", labels="var", resume=True)
 
 
