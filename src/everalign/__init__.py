@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from everalign.correction.corrector import Corrector
+    from everalign.correction.corrector import Corrected, Corrector
     from everalign.correction.options import CorrectorOptions
     from everalign.correction.training import train_corrector
     from everalign.data import (
@@ -49,6 +49,7 @@ for _capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 _HOMES = {
     "AdapterOptions": "everalign.learning",
     "Correction": "everalign.data",
+    "Corrected": "everalign.correction.corrector",
     "CorrectionSet": "everalign.data",
     "CorrectionTaskOptions": "everalign.learning",
     "Corrector": "everalign.correction.corrector",
@@ -80,6 +81,7 @@ _HOMES = {
 
 __all__ = [
     "AdapterOptions",
+    "Corrected",
     "Correction",
     "CorrectionSet",
     "CorrectionTaskOptions",

@@ -93,6 +93,7 @@ def test_a_loaded_model_is_kept_in_the_run_and_rows_come_as_they_are(model, tmp_
     pandas = pytest.importorskip("pandas")
     learner.learn(pandas.DataFrame([row.to_json() for row in task_rows("calm")]), name="calm")
     assert "learned: warm, calm" in repr(learner)
+    assert repr(learner.run).endswith("current: 002-calm; learned: warm, calm)")
     assert (learner.export(tmp_path / "exported") / "config.json").exists()
     other = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "other", seed=1))
     with pytest.raises(InputError, match="was started with a different model"):

@@ -30,6 +30,7 @@ from everalign.data.records import CorrectionSet
 from everalign.data.rows import check_text
 from everalign.errors import EveralignError, InputError
 from everalign.llm_client import ChatClient
+from everalign.notebook import default_progress
 
 if TYPE_CHECKING:
     from everalign.modeling.options import Precision
@@ -147,6 +148,7 @@ class Corrector:
         if given:
             options = arguments.get("options")
             arguments["options"] = CorrectorOptions(**given) if options is None else options.replace(**given)
+        arguments.setdefault("progress", default_progress())
         held_out = None if test is None else as_corrections(test)
         trained = train_corrector(model, as_corrections(rows), output, test=held_out, **arguments)
         return cls.from_pretrained(trained.path)

@@ -18,6 +18,7 @@ from everalign.evaluation.judge import JudgeOptions, JudgeScorer
 from everalign.modeling.loading import model_fingerprint
 from everalign.modeling.reward_model import RewardFacts, RewardNetwork, load_reward_model, sequence_rewards
 from everalign.modeling.runtime import prepare_process
+from everalign.notebook import default_progress
 from everalign.storage import sha256_of
 from everalign.training.options import TOKENS_PER_BATCH, RewardOptions
 from everalign.training.reward_model import train_reward_model
@@ -92,6 +93,7 @@ class RewardModel:
         if given:
             options = arguments.get("options")
             arguments["options"] = RewardOptions(**given) if options is None else options.replace(**given)
+        arguments.setdefault("progress", default_progress())
         rows = pairs if isinstance(pairs, PreferenceSet) else load_preferences(pairs)
         if test is not None:
             arguments["test"] = test if isinstance(test, PreferenceSet) else load_preferences(test)

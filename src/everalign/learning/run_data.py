@@ -75,7 +75,7 @@ class VersionData:
         return name in (self.id, self.id.partition("-")[0])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunData:
     """One run: its set-up, the base model's scores, and the versions in the order of learning.
 
@@ -97,6 +97,11 @@ class RunData:
     off_lineage: Sequence[VersionData]
     current: str | None
     first_answers: Mapping[str, Sequence[SampleAnswer]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        facts, tasks = self.facts, ", ".join(version.task for version in self.versions) or "no task yet"
+        about = f"{facts.model!r}, {facts.method.name!r}, {facts.objective!r}"
+        return f"RunData({str(self.path)!r}: {about}; current: {self.current or BASE}; learned: {tasks})"
 
     @property
     def base_adapter(self) -> str | None:

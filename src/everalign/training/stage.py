@@ -80,7 +80,7 @@ class StageResult:
     seconds: float
     rows: int
     replayed: int
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list, repr=False)
     step0_margin: float | None = None
     step0_log_ratio: float | None = None
     processor_seconds: float | None = None
