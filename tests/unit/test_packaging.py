@@ -1,7 +1,10 @@
 """What is installed and shipped: extras, versions, and the container files, which are read but not built here."""
 
 import re
+import shutil
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,18 @@ def test_the_services_of_the_compose_file():
     assert {word.partition("=")[0] for word in gateway["command"]} <= flags_of("serve")
     assert set(gateway["depends_on"]) == {"store", "upstream"}
     assert gateway["ports"] == ["127.0.0.1:8080:8080"]  # not to the world
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_file_of_the_package(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    left_out = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=left_out)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(tmp_path)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("everalign/")}
+    wanted = {str(path.relative_to(tmp_path / "src")) for path in (tmp_path / "src").rglob("*") if path.is_file()}
+    assert held == {name for name in wanted if not name.startswith("everalign.egg-info")}

@@ -58,7 +58,8 @@ def evaluate(
         bool, typer.Option("--standard/--no-standard", help="BLEU-4 and ROUGE-L by sacreBLEU and rouge-score.")
     ] = True,
     device_map: Annotated[
-        str | None, option("Spread the model over this machine's devices.", "auto|balanced|FILE")
+        str | None,
+        option("Spread the model over this machine's devices, one of them by default.", "auto|balanced|FILE"),
     ] = None,
     concurrency: Concurrency = None,
     requests_per_minute: RequestsPerMinute = None,

@@ -143,7 +143,8 @@ SkipBadRows = Annotated[bool, option("Skip bad rows and report them.", "", "--sk
 Columns = Annotated[
     str | None,
     option(
-        'Columns with other names in the file: "prompt=question,chosen=better"; none by default.', "NAME=COLUMN,..."
+        'What the file calls columns, such as "prompt=question"; as they are called here by default.',
+        "NAME=COLUMN,...",
     ),
 ]
 AllowOverlap = Annotated[bool, option("Allow rows to be in both the training and the test set.", "", "--allow-overlap")]

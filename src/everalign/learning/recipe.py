@@ -216,7 +216,9 @@ class Recipe(Keys):
         description="Scorer that the gate also asks about the corrections of a corrector.",
     )
     cache: Text | None = Field(
-        default=None, title="DIR", description="Reference log-probabilities; runs may share the folder."
+        default=None,
+        title="DIR",
+        description="Reference log-probabilities, which runs may share; in the run by default.",
     )
     allow_overlap: bool | None = Field(
         default=None, description="Allow rows to be in both the training and the test set."
