@@ -79,6 +79,32 @@ def test_plain_peft_loads_the_adapter(model, finished, tmp_path, dtype, held):
     assert modes == {stat.S_IMODE((tmp_path / "new").stat().st_mode)}
 
 
+def test_an_adapter_is_filled_up_to_a_rank_that_servers_take(model, finished, tmp_path, capsys):
+    """Its product stays: of each module, and of the model."""
+    code, out, error = cli(capsys, "export", str(finished), str(tmp_path / "out"), "--adapter", "--pad-rank", "--json")
+    assert code == 0, error
+    own = finished / "versions" / "002-brief" / "adapter"
+    then, now = (json.loads((folder / "adapter_config.json").read_text()) for folder in (own, tmp_path / "out"))
+    assert (json.loads(out)["rank"], now["r"]) == (8, 8)
+    assert then["r"] < 8
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (own, tmp_path / "out"))
+    for name in (name for name in before if ".lora_A." in name):
+        other = name.replace(".lora_A.", ".lora_B.")
+        assert (after[name].shape[0], after[other].shape[1]) == (8, 8)
+        products = [
+            config["lora_alpha"] / config["r"] * weights[other].double() @ weights[name].double()
+            for config, weights in ((then, before), (now, after))
+        ]
+        assert products[0].norm() > 0
+        torch.testing.assert_close(products[1], products[0], rtol=1e-12, atol=0)
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(own)))
+    found = logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    code, _, error = cli(capsys, "export", str(finished), str(tmp_path / "other"), "--pad-rank")
+    assert code == 2
+    assert "--pad-rank: a merged model has no rank: give --adapter too" in error
+
+
 def test_every_file_of_a_run_and_of_its_exports_follows_the_umask(finished, tmp_path):
     export_version(load_run(finished), tmp_path / "merged")
     (tmp_path / "new").touch()
@@ -117,6 +143,8 @@ def test_a_rank_beyond_what_vllm_takes_is_said(model, tmp_path, capsys, finished
     assert code == 0
     assert "takes no adapter of this rank: export the merged model" in out
     assert "serve the merged model" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(InputError, match=r"has rank 60\d, and servers take at most 512: leave pad_rank out"):
+        export_adapter(load_run(run), tmp_path / "padded", pad_rank=True)
 
 
 def test_the_command_line_says_what_serving_takes(model, finished, tmp_path, capsys):

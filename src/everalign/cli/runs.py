@@ -160,6 +160,9 @@ def export(
         str | None,
         option("Merge into this full-precision model; for a run on a quantised copy of it.", "MODEL", default="none"),
     ] = None,
+    pad_rank: Annotated[
+        bool, option("Fill the adapter up with zeros to a rank that every server takes.", "", "--pad-rank")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -175,9 +178,11 @@ def export(
     kind = checked_dtype(dtype)
     if adapter and base is not None:
         raise InputError("--base: an adapter is merged into nothing: leave it out, or leave --adapter out")
+    if pad_rank and not adapter:
+        raise InputError("--pad-rank: a merged model has no rank: give --adapter too, or leave it out")
     prepare_process()
     if adapter:
-        done = export_adapter(load_run(run), folder, version, model, None, kind, label)
+        done = export_adapter(load_run(run), folder, version, model, None, kind, label, pad_rank)
     else:
         done = export_version(load_run(run), folder, version, model, None, kind, label, base)
     if as_json:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import GenerationConfig
 
 from everalign.correction.corrector_files import CorrectorFacts, write_corrector_facts
@@ -291,10 +292,12 @@ def export_adapter(
     tokenizer: Any = None,
     dtype: OutputDtype = "auto",
     label: str | None = None,
+    pad_rank: bool = False,
 ) -> Exported:
     """Writes a version's adapter alone, in PEFT's format, with its tokenizer, stop tokens and a model card.
 
-    Arguments and errors as in `export_version`; with `auto` the adapter stays in fp32, as it was learned.
+    Arguments and errors as in `export_version`; with `auto` the adapter stays in fp32, as it was learned. `pad_rank`
+    fills it up with zeros to the next rank that vLLM makes room for, for servers that load no other ranks.
     """
     line = _line_up_to(run, version, label)
     source = run.path / "versions" / line[-1].id
@@ -312,6 +315,8 @@ def export_adapter(
     config = read_json(source / "adapter" / CONFIG)
     if model is not None:
         config["base_model_name_or_path"] = servable(model, base)
+    if pad_rank:
+        adapter, config = _padded(adapter, config, run.path)
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     with _alone(folder), new_folder(folder) as temporary:
         tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
@@ -325,6 +330,19 @@ def export_adapter(
         write_text(temporary / "README.md", model_card(run, line, name, base, folder, kind, rank))
     command = vllm_command(servable(name, base), folder, rank, label)
     return Exported(folder, line[-1].id, False, kind, rank=rank, command=command)
+
+
+def _padded(adapter: dict[str, Tensor], config: dict[str, Any], run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An adapter's factors with rows of A and columns of B that are zero, and α so that the product stays."""
+    rank, room = config["r"], max_lora_rank(config["r"])
+    if room is None:
+        most = VLLM_RANKS[-1]
+        raise InputError(f"{run}: its adapter has rank {rank}, and servers take at most {most}: leave pad_rank out")
+    found = {}
+    for name, factor in adapter.items():
+        more = (0, 0, 0, room - rank) if ".lora_A." in name else (0, room - rank)
+        found[name] = torch.nn.functional.pad(factor, more)
+    return found, {**config, "r": room, "lora_alpha": config["lora_alpha"] * room / rank}
 
 
 def _line_up_to(run: RunData, version: str | None, label: str | None) -> list[VersionData]:
