@@ -138,3 +138,9 @@ def test_what_a_map_does_not_go_with_is_refused_before_loading(model, file, tmp_
     monkeypatch.undo()
     with pytest.raises(InputError, match="is merged on the CPU: write the merged model first"):
         device_map.check_device_map("auto", "sdpa", "adapter")
+
+
+def test_quantised_layers_off_the_gpu_are_refused(file):
+    pytest.importorskip("bitsandbytes", reason="quantises: pip install everalign[quantize]")
+    with pytest.raises(InputError, match="Some modules are dispatched on the CPU or the disk"):
+        load_model(str(saved_model()), quantize="nf4", device_map=file(OFFLOADED))
