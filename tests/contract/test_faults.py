@@ -146,7 +146,7 @@ def test_a_disk_that_is_full_again_and_again(verb, here, whole, disk, tmp_path):
         assert "Traceback" not in done.output()
         assert "give the same command again" in done.output()
         size, failed = size * 3, failed + 1
-    assert failed >= 2, done.output()
+    assert failed >= (2 if (place / VERBS[verb][0]).is_dir() else 1), done.output()
     assert same(place / VERBS[verb][0], expected)
 
 

@@ -122,8 +122,8 @@ class PromptLookup:
 
 # What a row, and each guessed token of a row, cost in a forward pass, as shares of the pass's fixed cost. All constants
 # of this file that stand for time were measured on a CPU alone, with a model of 6.5 million parameters on one core.
-# Those of a GPU are guessed: it takes dozens of tokens in the time of one. No constant changes what is written, only
-# how many passes it takes.
+# Those of a GPU are guessed: it takes dozens of tokens in the time of one (`bench/gpu.py` measures what they should
+# be). No constant changes what is written, only how many passes it takes.
 _COSTS = {"cpu": (0.15, 0.05)}
 _ACCELERATED_COSTS = (0.004, 0.004)
 # So much of each draft is verified beside the prompts, if a second pass for the rest adds at most this share to what
