@@ -8,6 +8,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -148,6 +149,15 @@ def test_a_disk_that_is_full_again_and_again(verb, here, whole, disk, tmp_path):
         size, failed = size * 3, failed + 1
     assert failed >= (2 if (place / VERBS[verb][0]).is_dir() else 1), done.output()
     assert same(place / VERBS[verb][0], expected)
+
+
+def test_a_disk_that_is_going_to_be_full_is_told_before(here, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**12)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    code, _, err = run(capsys, *map(str, command("learn", tmp_path)))
+    assert code == 0, err
+    assert re.search(r"warning: .*run: about 0\.\d MiB are going to be written, and 0\.0 MiB are free: make room", err)
+    assert err.index("are going to be written") < err.index("fpo: 1/")
 
 
 NATIVE = {

@@ -1,5 +1,6 @@
 """The verb `learn`: tasks in, a run directory out. Most of its flags are the keys of a recipe."""
 
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -206,6 +207,10 @@ def _predict(learner: "Learner", tasks: list[LoadedTask], arguments: Mapping[str
     learner.record_prediction(found.tasks_to_dict())
     time_needed = " to ".join(duration(part) for part in (found.total.low, found.total.high))
     display.log(f"predicted: {found.steps} steps, {time_needed}, {found.memory.peak / 2**30:.1f} GiB of memory")
+    needed, free = sum(found.disk.values()), shutil.disk_usage(learner.run.path).free
+    if needed > free:
+        room = f"about {needed / 2**20:,.1f} MiB are going to be written, and {free / 2**20:,.1f} MiB are free"
+        display.log(f"warning: {learner.run.path}: {room}: make room before the disk is full")
 
 
 def _learn_feedback(
