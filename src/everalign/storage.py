@@ -157,6 +157,7 @@ def new_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
             raise
         _sync(temporary)
+        _check_locks()
         os.replace(temporary, path)
         _sync(path.parent)
 
