@@ -97,7 +97,7 @@ class Display:
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=min(24, max(6, notes.width - 68))),
             TextColumn("{task.fields[steps]}"),
             _TimeLeft(compact=True),
             console=notes,
