@@ -1,4 +1,4 @@
-"""Take the picture of the demo's report that README.md and the documentation show.
+"""Take the picture of the demo's report that README.md and the documentation show: its score matrices.
 
     everalign demo --output runs/demo && python scripts/report_picture.py runs/demo/report.html
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "report.png"
-WIDTH, HEIGHT = 1000, 720
+WIDTH, SECTION = 760, "#matrix"
 MOST_BYTES = 200_000
 
 
@@ -23,10 +23,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
-        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
+        page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme="light")
         page.goto(arguments.report.resolve().as_uri())
         PICTURE.parent.mkdir(exist_ok=True)
-        page.screenshot(path=PICTURE)
+        page.locator(SECTION).screenshot(path=PICTURE)
         browser.close()
     size = PICTURE.stat().st_size
     if size > MOST_BYTES:
