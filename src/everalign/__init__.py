@@ -1,6 +1,15 @@
 """Everalign keeps a language model aligned while preferences keep changing.
 
-The names below are loaded when first used, so `import everalign` costs milliseconds and no torch.
+    from everalign import Learner
+
+    learner = Learner("tiny", method="er", output="runs/polite")
+    learner.learn("polite.csv", name="polite", test="polite.test.csv")
+    learner.export("polite-model")
+
+`Learner` learns tasks one after another, `Corrector` rewrites answers, `RewardModel` rates them. The `load_*` functions
+read rows, the `*Options` are settings, and bad input is an `InputError` that says what to do.
+
+All names are loaded when first used, so `import everalign` costs milliseconds and no torch.
 """
 
 import os

@@ -49,6 +49,11 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(suffix, tmp_pat
         load_preferences(path, columns={**COLUMNS, "prompt": "query"})
 
 
+def test_a_bad_row_names_the_column_as_the_file_has_it():
+    with pytest.raises(InputError, match=r"memory: row 1: field 'rejected' \(column 'worse'\): equal to 'chosen'"):
+        load_preferences([{**PAIR, "worse": "Yes."}], columns=COLUMNS)
+
+
 def test_a_column_of_ours_that_another_one_stands_for_is_not_read():
     rows = load_preferences([{**PREFERENCE, "text": "Is it?"}], columns={"prompt": "text"})
     assert rows[0].prompt == "Is it?"
@@ -99,7 +104,7 @@ def test_a_data_frame():
     with pytest.raises(InputError, match="memory: field 'chosen': no such column; rename 'better'"):
         load_preferences(frame)
     frame.loc[1, "worse"] = None
-    with pytest.raises(InputError, match="memory: row 2: field 'rejected': must be text"):
+    with pytest.raises(InputError, match=r"memory: row 2: field 'rejected' \(column 'worse'\): must be text"):
         load_preferences(frame, columns=COLUMNS)
 
 

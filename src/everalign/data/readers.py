@@ -51,6 +51,17 @@ def check_columns(columns: Mapping[str, str]) -> Mapping[str, str]:
     return columns
 
 
+def _in_source(error: InputError, source: Any) -> InputError:
+    """Returns an error on a row that also says what the source calls the column."""
+    columns = source.columns if isinstance(source, Renamed) else {}
+    theirs = columns.get((error.field or "").partition("[")[0])
+    if theirs is None:
+        return error
+    ours = f"field {error.field!r}"
+    message = str(error).replace(ours, f"{ours} (column {theirs!r})", 1)
+    return InputError(message, where=error.where, field=error.field, hint=error.hint)
+
+
 def parse_columns(text: str) -> dict[str, str]:
     """Returns the columns of a text such as `prompt=question,chosen=better`."""
     pairs = [part.partition("=") for part in text.split(",")]
@@ -109,9 +120,10 @@ class RowReader:
                 if isinstance(value, InputError):
                     raise value
                 rows = self.read(value, where)
-            except InputError as error:
+            except InputError as found:
+                error = _in_source(found, source)
                 if skipped is None:
-                    raise
+                    raise error from found.__cause__
                 skipped(str(error))
                 continue
             self.refuse(value, where)
