@@ -2,7 +2,7 @@
 #   docker build --target train -t everalign .
 #   docker build --target gateway -t everalign-gateway .
 #   docker build --target train -t everalign:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
-FROM python:3.12-slim AS base
+FROM python:3.11-slim AS base
 # Where torch comes from: PyTorch's index for CPUs, or for a version of CUDA, whose libraries come with it.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 HF_HOME=/data/huggingface

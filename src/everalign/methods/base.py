@@ -95,7 +95,7 @@ class Method(StageHooks):
 
     A method says what is carried from task to task; the objective says what a batch teaches, so that every method works
     with every objective. Every hook does nothing by default. A new method is a subclass in a file of its own and a line
-    in `everalign.methods.METHODS`; its constructor's arguments become arguments of `make_method`.
+    in `everalign.methods.table`; its constructor's arguments become arguments of `make_method`.
 
     The learner calls, for each task: `begin_task`; `rows`, `apart` and `own_rows`; for each stage of its training the
     hooks of `StageHooks`; then `end_task`. It stores `state_dict` and `buffer` with the finished version, and restores
