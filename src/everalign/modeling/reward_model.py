@@ -50,6 +50,9 @@ class RewardNetwork(LearnedState):
             are as large as the differences between rewards.
     """
 
+    # Scores that are kept name the scorer that gave them: its fingerprint begins with what the class was called then.
+    fingerprinted_as = "RewardModel"
+
     def __init__(self, classifier: Any, precision: Precision = "fp32") -> None:
         super().__init__()
         self.classifier = classifier
