@@ -165,7 +165,8 @@ def test_other_plain_weights_are_refused(finished, tmp_path):
 
 def test_a_run_on_published_quantised_weights_is_merged_into_the_model_in_full_precision(model, tmp_path, capsys):
     folder = packed(model, tmp_path / "packed")
-    make_learner(folder, tmp_path / "run", adapter=WIDE["adapter"]).learn(task_rows("warm"), "warm")
+    learner = make_learner(folder, tmp_path / "run", adapter=WIDE["adapter"])
+    learner.learn(task_rows("warm"), "warm")
     code, out, error = cli(
         capsys, "export", str(tmp_path / "run"), str(tmp_path / "out"), "--base", str(model), "--json"
     )
@@ -175,6 +176,8 @@ def test_a_run_on_published_quantised_weights_is_merged_into_the_model_in_full_p
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(adapter))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(exported), logits(plain), rtol=1e-4, atol=1e-4)
+    own = logits(AutoModelForCausalLM.from_pretrained(learner.export(tmp_path / "own", base=model)))
+    assert torch.equal(own, logits(exported))
     # Another model of the same shape, as far from it as any.
     other = save_model(tmp_path / "other", seed=1, layers=2)
     state = {name: 3 * value for name, value in load_file(other / "model.safetensors").items()}

@@ -14,10 +14,18 @@ from everalign.data.tokenization import TokenizedRow
 from everalign.errors import InputError
 from everalign.estimate.machines import MACHINES, Layout, find_machine
 from everalign.estimate.prediction import Clock, Range, predicted_memory
-from everalign.estimate.shape import Saved, meta_policy, saved_bytes, saved_bytes_on_cpu, shape_of
+from everalign.estimate.shape import (
+    Saved,
+    meta_policy,
+    model_from_config,
+    saved_bytes,
+    saved_bytes_on_cpu,
+    shape_of,
+)
 from everalign.estimate.value import Value, WinRate, parse_api_price, read_win_rate
 from everalign.estimate.work import Rows, Work, pooled, work_of_batches
 from everalign.learning.options import AdapterOptions
+from everalign.modeling.loading import load_tokenizer
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import SavedBytes
 from everalign.training.objectives import make_objective
@@ -365,3 +373,14 @@ def test_machines_are_found_by_name_and_unknown_ones_named():
 def test_the_middle_of_a_range_is_as_far_from_both_ends():
     assert Range(2.0, 8.0).middle == 4.0
     assert (Range(1, 2) + Range(3, 4)).times(2) == Range(8, 12)
+
+
+def test_quantised_weights_are_counted_by_their_bits():
+    """Of linear modules but the head, 4 bits and a scale for 64 of them; nothing needs bitsandbytes."""
+    sizes = {}
+    for quantize in (None, "nf4"):
+        model = model_from_config("tiny", None, "fp32", load_tokenizer("tiny"), quantize)
+        sizes[quantize] = shape_of(meta_policy(model, AdapterOptions()), on_cpu=False)
+    matrices = sizes[None].matrices
+    assert sizes["nf4"].matrices == matrices > 500_000
+    assert sizes[None].weight_bytes - sizes["nf4"].weight_bytes == pytest.approx(matrices * (4 - 4.5 / 8), abs=1)

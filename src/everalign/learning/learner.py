@@ -512,6 +512,7 @@ class Learner:
         version: str | None = None,
         dtype: OutputDtype = "auto",
         label: str | None = None,
+        base: str | Path | None = None,
     ) -> Path:
         """Writes a version merged into the base model, in fp32, checked against the adapter's logits, and rounded once.
 
@@ -522,13 +523,15 @@ class Learner:
             version: one of the lineage; the current one when None.
             dtype: of the weights: `fp32`, `bf16`, `fp16`, or the base model's own with `auto`.
             label: whose adapter, of a run that keeps one for each label.
+            base: the model in full precision to merge into, where the run learned on a published quantised copy of it.
 
         Raises:
-            InputError: nothing was learned yet, the folder exists, or the lineage has no such version or label.
+            InputError: nothing was learned yet, the folder exists, the lineage has no such version or label, or logits
+                on `base` are further from those on the quantised weights than quantisation explains.
             EveralignError: the merged model's logits differ from the adapter's.
         """
-        name = self._setup.model_name
-        return export_version(self.run, Path(folder), version, name, self.tokenizer, dtype, label).folder
+        name, plain = self._setup.model_name, None if base is None else str(base)
+        return export_version(self.run, Path(folder), version, name, self.tokenizer, dtype, label, plain).folder
 
     def export_adapter(
         self,
@@ -536,9 +539,11 @@ class Learner:
         version: str | None = None,
         dtype: OutputDtype = "auto",
         label: str | None = None,
+        pad_rank: bool = False,
     ) -> Path:
         """Writes a version's adapter alone, in PEFT's format, with its tokenizer and a model card.
 
-        Arguments and errors as in `export`; with `auto` it stays in fp32.
+        Arguments and errors as in `export`; with `auto` it stays in fp32. `pad_rank` fills it up with zeros to a rank
+        that every server takes.
         """
-        return export_adapter(self.run, Path(folder), version, None, self.tokenizer, dtype, label).folder
+        return export_adapter(self.run, Path(folder), version, None, self.tokenizer, dtype, label, pad_rank).folder
