@@ -133,7 +133,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-@pytest.mark.parametrize("verb", slow_but(["learn", "reward train", "reward score"], VERBS))
+@pytest.mark.parametrize("verb", slow_but(["learn", "reward score"], VERBS))
 def test_a_disk_that_is_full_again_and_again(verb, here, whole, disk, tmp_path):
     """It is full at other moments each time; the same command goes on, and ends as if it never had been."""
     expected, (place, resize), size, failed = whole(verb), disk, 8, 0
@@ -271,7 +271,7 @@ def killed(verb, output, place):
     return max(output.rglob("checkpoint-*"), key=lambda path: path.name)
 
 
-@pytest.mark.parametrize("verb", ["learn", "reward train", "correct train"])
+@pytest.mark.parametrize("verb", slow_but(["learn", "reward train"], ["learn", "reward train", "correct train"]))
 def test_another_one_s_checkpoint_is_passed_over(verb, here, whole, tmp_path):
     ours = killed(verb, tmp_path / "ours", tmp_path / "first")
     kind, arguments = VERBS[verb]
