@@ -123,7 +123,7 @@ def _command(name: str, command: Any) -> list[str]:
 
 def _names(text: str) -> str:
     """Return flags and what a value is called as HTML: in a table, Markdown's own code cannot hold a bar."""
-    return html.escape(text.replace(" <bool>", "").strip()).replace("|", "&#124;")
+    return html.escape(text.replace(" <bool>", "").strip()).replace("|", "&#124;<wbr>")
 
 
 def _text(text: str) -> str:
