@@ -1,7 +1,7 @@
 """Whole datasets with the embedded model: is each row there once and in order after a kill, and does memory stay flat?
 
     python bench/bulk.py                       # 20,000 and 200,000 rows scored, in one process and by two Ray workers
-    python bench/bulk.py --verb correct --rows 2000
+    python bench/bulk.py --verb correct --rows 2000 --window 128
     python bench/bulk.py --stub --engines local --rows 2000000     # no model: what the machinery itself takes
 
 In one process the command is killed by SIGKILL half-way and started again; of Ray's workers one is killed half-way. The
@@ -151,11 +151,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--verb", choices=["score", "correct"], default="score")
     parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--window", default="1024", help="less than half of --rows, or no half is seen")
     parser.add_argument("--engines", nargs="+", default=["local", "ray"], choices=["local", "ray"])
     parser.add_argument("--stub", action="store_true", help="score by the answers' length, without a model")
     parser.add_argument("--once", action="store_true", help="leave out the run with a tenth of the rows")
     arguments = parser.parse_args()
-    flags = prepare(arguments.verb, arguments.stub)
+    flags = [*prepare(arguments.verb, arguments.stub), "--window", arguments.window]
     results = []
     for count in [arguments.rows] if arguments.once else [arguments.rows // 10, arguments.rows]:
         data = HERE / f"rows.{arguments.verb}.{count}.jsonl"

@@ -125,6 +125,41 @@ def test_memory_does_not_grow_with_the_rows(here):
     assert peaks[1] < 1.25 * peaks[0]
 
 
+PEAK = """
+import re, sys
+from everalign.bulk import run_bulk
+from everalign.data.readers import unscored_reader
+from everalign.data.streams import RowStream
+from everalign.evaluation.scoring import ScoringWork
+
+class Lengths:
+    fingerprint = "lengths"
+
+    def score(self, prompts, completions):
+        return [float(len(text)) for text in completions]
+
+stream = RowStream(sys.argv[1], unscored_reader(False))
+run_bulk(stream, lambda: ScoringWork(Lengths()), sys.argv[1] + ".out.jsonl", ScoringWork.words)
+# What getrusage says may be a peak of the process that started this one.
+print(int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs the memory that Linux tells of a process")
+def test_ten_times_the_rows_take_no_more_memory(here):
+    """Peaks of a whole process, in MiB, journal and Python included."""
+    peaks = []
+    for count in (20_000, 200_000):
+        with Path(f"{count}.jsonl").open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in items(count))
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, f"{count}.jsonl"], capture_output=True, text=True, check=True
+        )
+        peaks.append(float(done.stdout))
+    assert peaks[1] < peaks[0] + 10, peaks
+
+
 # ---- going on ----
 
 
@@ -506,6 +541,19 @@ def test_a_partition_is_begun_again_only_so_often(here, monkeypatch):
     assert Path(done["output"]).read_bytes() == Path("moved.jsonl").read_bytes()
     Path("out.jsonl.parts").rename("elsewhere")
     assert "all machines need a file system in common" in str(do(task))
+
+
+def test_a_worker_writes_partitions_at_urls(here):
+    from everalign.bulk.on_ray import _Job, _Worker
+
+    job = _Job(OutputFile("memory://bucket/all.jsonl"), 2, ScoringWork.words, 10, make_lengths, os.getcwd())
+    tasks = [(part, part.check(), None) for part in stream().parts(2)]
+    batch = {"number": [0, 1], "task": [pickle.dumps(task) for task in tasks]}
+    done = [pickle.loads(result) for result in _Worker(job)(batch)["result"]]
+    assert all(one["output"].startswith("memory://bucket/all.jsonl.parts/0000") for one in done)
+    join_files([one["output"] for one in done], "all.jsonl")
+    assert rewards("all.jsonl") == EXPECTED
+    assert sorted(path.name for path in here.iterdir()) == ["all.jsonl", "rows.jsonl"]
 
 
 MOODY = """
