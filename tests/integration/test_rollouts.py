@@ -227,7 +227,7 @@ def test_the_report_shows_every_round(model, tmp_path):
     page = render_report([load_run(tmp_path / "run")])
     table = page[page.index("Sampled answers in lifealign") :].partition("</table>")[0]
     for rollout in manifest(tmp_path / "run").rollouts:
-        assert f"<td>{rollout['answers']:.0f}</td>" in table
+        assert f">{rollout['answers']:.0f}</td>" in table
 
 
 # ---- answers without rewards ----
