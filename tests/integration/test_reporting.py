@@ -252,6 +252,7 @@ def test_accuracy_of_correctors_is_explained(tmp_path):
     (path / "run.json").write_text(json.dumps(facts | {"objective": "correction"}))
     assert CORRECTION_ACCURACY in report(tmp_path, path).text
     assert any(CORRECTION_ACCURACY in str(part) for part in run_summary([load_run(path)]))
+    assert "prefers the correction to the answer in" in headline([load_run(path)], ["er"])
 
 
 def test_comparison_table_prints_every_run_and_marks_the_best():

@@ -77,9 +77,12 @@ def _one_run(run: RunData, label: str) -> str:
     if last is None:
         return f"{label}: no held-out pairs were scored, so nothing can be said about what it keeps."
     n = len(scores.learned)
+    better, rows = (
+        ("correction to the answer", "rows") if run.facts.objective == "correction" else ("chosen response", "pairs")
+    )
     start = (
-        f"After {n} {'task' if n == 1 else 'tasks'}, {label} prefers the chosen response in "
-        f"{_ACCURACY.full(last)} of held-out pairs (± {_ACCURACY.amount(WIDTH * (of_last(run) or 0.0))})"
+        f"After {n} {'task' if n == 1 else 'tasks'}, {label} prefers the {better} in "
+        f"{_ACCURACY.full(last)} of held-out {rows} (± {_ACCURACY.amount(WIDTH * (of_last(run) or 0.0))})"
     )
     if transfer is None or not lost:
         return f"{start}."
