@@ -241,7 +241,7 @@ def test_the_verdict_is_on_record_and_announced(model, output):
     assert second.manifest.gate.fell == {"warm": (1.0, 0.0)} == refusal.fell
     assert [load_run(output).status(version) for version in (first, second)] == ["promoted", "refused by the gate"]
     said = [line for line in lines if "gate:" in line]
-    assert said[0].startswith("  gate: promoted, nothing fell by more than 25.0%: warm +")
+    assert said[0].startswith("  gate: promoted, nothing fell by more than 25.0%\n    warm: +")
     assert said[1] == "  gate: refused, warm fell from 100.0% to 0.0% (change −100.0% to −63.2% in 12 rows)"
 
 

@@ -2,13 +2,15 @@
 
 import gzip
 import json
+import socket
 import threading
 import time
+from contextlib import suppress
 
 import openai
 import pytest
 
-from everalign.serving.settings import Limits, Timeouts
+from everalign.serving.settings import Limits, Timeouts, UpstreamSettings
 from everalign.serving.upstream_transport import CircuitBreaker, Circuits
 from upstream_for_tests import HTTP, QUICK, Fake, Script, UpstreamServer, serving
 
@@ -140,6 +142,25 @@ def test_an_upstream_that_is_away_is_left_alone_and_found_again(upstream):
         assert [post(gateway).status_code for _ in range(2)] == [200, 200]
 
 
+def test_an_upstream_that_hangs_up_without_an_answer():
+    """It was reached: another word than for an address where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up():
+            with suppress(OSError):  # the listener is closed in the end
+                while True:
+                    connection, _ = listener.accept()
+                    connection.recv(65536)
+                    connection.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with serving(UpstreamSettings("default", address), retries=0, timeouts=QUICK) as gateway:
+            error = post(gateway).json()["error"]
+    assert error["code"] == "upstream_unreachable"
+    assert error["message"] == "the upstream closed the connection before it answered"
+
+
 def test_an_upstream_that_is_not_there():
     with serving(_nobody(), retries=1, timeouts=QUICK) as gateway:
         reply = post(gateway)
@@ -149,8 +170,6 @@ def test_an_upstream_that_is_not_there():
 
 
 def _nobody():
-    from everalign.serving.settings import UpstreamSettings
-
     return UpstreamSettings("default", "http://127.0.0.1:9/v1")
 
 

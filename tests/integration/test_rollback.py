@@ -274,9 +274,9 @@ def test_a_learner_whose_run_was_rolled_back_by_another_is_refused(model, run):
 
 def test_the_verb_says_what_became_current_and_what_was_left_out(written, capsys):
     code, out, _ = cli(capsys, "rollback", str(written), "001-1")
-    assert (code, [line.split(None, 1) for line in out.splitlines()]) == (
+    assert (code, [line.split() for line in out.splitlines()]) == (
         0,
-        [["current", "001-1"], ["aside", "002-2, 003-3"]],
+        [["current", "001-1"], ["rolled", "back", "002-2,", "003-3"]],
     )
     code, out, _ = cli(capsys, "rollback", str(written), "--json")
     assert (code, json.loads(out)) == (

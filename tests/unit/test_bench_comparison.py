@@ -10,7 +10,7 @@ from rich.console import Console
 
 from everalign.bench.comparison import compare, to_json
 from everalign.bench.phases import _limits
-from everalign.bench.records import METRICS, Record
+from everalign.bench.records import METRICS, Matrix, Record
 from everalign.bench.report import headline
 from everalign.bench.tables import outcome_tables
 
@@ -71,6 +71,9 @@ def record(name, order, seed, level, regime="sequential"):
     )
 
 
+FLAT = Matrix(zero_shot=[0.5] * 3, matrix=[[0.5] * 3] * 3)
+
+
 def runs(name, level, seeds=range(4), regime="sequential"):
     return [record(name, order, seed, level, regime) for order in ("abc", "cab") for seed in seeds]
 
@@ -117,6 +120,19 @@ def test_contenders_that_end_alike_are_all_named():
     found = headline(SimpleNamespace(models=[compare("m", records, "er")]))
     assert found.startswith("On m, er, x and y end highest in accuracy: ")
     assert found.endswith("%.")
+
+
+def test_a_bench_in_which_nothing_was_learned_says_so():
+    flat = [one.model_copy(update={"scores": {metric: FLAT for metric in METRICS}}) for one in runs("er", 0.5)]
+    said = "But nothing was learned: "
+    assert said in headline(SimpleNamespace(models=[compare("m", {"er": flat}, "er")]))
+    assert said not in headline(SimpleNamespace(models=[compare("m", {"er": flat, "x": runs("x", 0.8)}, "er")]))
+
+
+def test_tasks_are_listed_as_they_were_learned():
+    found = compare("m", {"er": [record("er", "cab", 0, 0.8)]}, "er")
+    assert list(found.zero_shot_tasks["accuracy"]) == ["c", "a", "b"]
+    assert list(found.contenders["er"].tasks["accuracy"]) == ["c", "a", "b"]
 
 
 def test_p_values_are_corrected_for_the_number_of_contenders():

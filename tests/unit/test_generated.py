@@ -44,7 +44,7 @@ def test_corrections_are_compared_with_those_before_and_with_answers_left_alone(
 def test_good_answers_that_are_no_longer_left_alone_are_forgotten():
     before, after = ({"a": Rewritten(ROWS, RIGHT, 0, kept)} for kept in (RIGHT, LEFT))
     verdict = judge(0.05, compare_written(before, after, None))
-    assert verdict.fell.keys() == {"a: good answers kept, against those before"}
+    assert verdict.fell.keys() == {"a: good answers left as they are"}
     assert judge(0.05, compare_written(before, before, None)).promoted
 
 

@@ -82,7 +82,7 @@ def compare(
     found = {name: _contest(name, runs, [] if name == baseline else base) for name, runs in records.items() if runs}
     found = _with_answers(_corrected(found), said or {}, baseline)
     some = next(iter(found.values())).records[0]
-    tasks = sorted(some.pairs["accuracy"])
+    tasks = _tasks(some)
     zero = {metric: dict(zip(some.tasks, some.scores[metric].zero_shot, strict=True)) for metric in METRICS}
     return ModelResult(
         model,
@@ -98,7 +98,7 @@ def _contest(name: str, runs: Sequence[Record], base: Sequence[Record]) -> Conte
     both = [(run, by_place[place]) for run in runs if (place := (tuple(run.order), run.seed)) in by_place]
     numbers = {metric: {number: _number(metric, number, runs, both) for number in NUMBERS} for metric in METRICS}
     tasks = {
-        metric: {task: _mean(_finals(run, metric)[task] for run in runs) for task in sorted(runs[0].pairs["accuracy"])}
+        metric: {task: _mean(_finals(run, metric)[task] for run in runs) for task in _tasks(runs[0])}
         for metric in METRICS
     }
     changes = {metric: _mean(run.change(metric) for run in runs) for metric in METRICS}
@@ -122,6 +122,11 @@ def _with_answers(
         )
         for name, one in found.items()
     }
+
+
+def _tasks(run: Record) -> list[str]:
+    """The tasks with held-out pairs, in the order in which the run learned them."""
+    return [task for task in run.tasks if task in run.pairs["accuracy"]]
 
 
 def _finals(run: Record, metric: str) -> dict[str, float | None]:

@@ -70,7 +70,26 @@ def headline(outcome: Outcome) -> str:
                 sure = ", which no test over runs can judge: neither learns"
             text += f", {metric.change(last.difference.value)} points against {result.baseline}{sure}"
         sentences.append(f"{text}.")
+        if _learned_nothing(result):
+            sentences.append(
+                "But nothing was learned: right after its turn, no contender scores higher on a task than the base model "
+                "on average. Raise the learning rate or the epochs; tasks that contradict each other need labels."
+            )
     return " ".join(sentences) or "No held-out pairs were scored."
+
+
+def _learned_nothing(result: ModelResult) -> bool:
+    """Whether every contender that learns has, on its own tasks, at most the base model's mean accuracy."""
+    gains = []
+    for one in result.contenders.values():
+        for run in one.records:
+            scores = run.scores["accuracy"]
+            whole = len(scores.matrix) == len(run.tasks) and run.regime != "joint"
+            own = [row[i] for i, row in enumerate(scores.matrix)] if whole else scores.matrix[-1]
+            pairs = [(a, b) for a, b in zip(own, scores.zero_shot, strict=True) if a is not None and b is not None]
+            if run.learns and pairs:
+                gains.append(fmean(a - b for a, b in pairs))
+    return bool(gains) and max(gains) <= 0
 
 
 def _model_view(result: ModelResult, anchor: str) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def rollback(
         show_json({"run": str(run), **asdict(done)})
         return
     show_line("current", f"{done.current}{' (the base model)' if done.current == '000' else ''}")
-    for label, versions in (("aside", done.left_out), ("back", done.taken_back)):
+    for label, versions in (("rolled back", done.left_out), ("restored", done.taken_back)):
         if versions:
             show_line(label, ", ".join(versions))
 

@@ -110,12 +110,11 @@ def what_fell(verdict: Verdict) -> str:
 
 
 def announcement(verdict: Verdict) -> str:
-    """Returns one line on a verdict, with the intervals that it rests on."""
+    """Returns a verdict in words, with a line for each comparison that a promotion rests on."""
     if verdict.outcome == "promoted":
-        gains = ", ".join(
-            f"{name} {one.after - one.before:+.1%}{_interval(one)}" for name, one in verdict.compared.items()
-        )
-        return f"gate: promoted, nothing fell by more than {verdict.tolerance:.1%}: {gains}"
+        lines = [f"gate: promoted, nothing fell by more than {verdict.tolerance:.1%}"]
+        lines += [f"    {name}: {one.after - one.before:+.1%}{_interval(one)}" for name, one in verdict.compared.items()]
+        return "\n".join(lines)
     return f"gate: {verdict.outcome}, {what_fell(verdict)}"
 
 

@@ -130,7 +130,7 @@ def compare_written(
             continue
         if len(new.kept) > 1:
             kept = (_nearness(new.rows, texts) for texts in (before[name].kept, new.kept))
-            found[f"{name}: good answers kept, against those before"] = compare_values(*kept)
+            found[f"{name}: good answers left as they are"] = compare_values(*kept)
         answers = [row.answer for row in new.rows]
         for what, texts in (("those before", before[name].texts), ("the answers as they are", answers)):
             if len(new.rows) > 1:

@@ -111,7 +111,7 @@ async def _probe_upstreams(gateway: Gateway, warn: Callable[[str], None]) -> Non
             trouble = f"it did not answer within {_PROBE_SECONDS:g} seconds"
         except GatewayError as error:
             # A server without a list of models answers, too.
-            if error.status < 500 or error.code == "upstream_malformed":
+            if error.status < 500 or error.status == 501 or error.code == "upstream_malformed":
                 return
             trouble = error.message
         warn(f"the upstream {settings.name!r}, {settings.url}, does not answer: {trouble}")

@@ -370,9 +370,9 @@ class Upstream:
                 raise refused(message, code="invalid_header") from None
             except (httpx.ReadTimeout, httpx.WriteTimeout):
                 error = bad_upstream("the upstream did not begin to answer in time", "upstream_timeout", 504)
-            except httpx.HTTPError:
+            except httpx.HTTPError as failed:
                 # No byte of an answer has come; an idle connection that the server has closed shows like this, too.
-                error, again = bad_upstream("the upstream cannot be reached", "upstream_unreachable"), True
+                error, again = _unreachable(failed), True
             else:
                 status, wait = response.status_code, retry_after(response.headers) or 0.0
                 passed = self._headers.returned(response.headers, self._key)
@@ -412,8 +412,8 @@ class Upstream:
         except httpx.LocalProtocolError:
             message = "the request has a header that HTTP does not allow, or a body of another length than it says"
             raise refused(message, code="invalid_request") from None
-        except httpx.HTTPError:
-            raise bad_upstream("the upstream cannot be reached", "upstream_unreachable") from None
+        except httpx.HTTPError as failed:
+            raise _unreachable(failed) from None
         status = response.status_code
         back = self._headers.returned(response.headers, self._key) if quoted else {}
         back |= {name: response.headers[name] for name in _CONTENT_HEADERS if name in response.headers}
@@ -443,3 +443,9 @@ def _deadline(seconds: float, permit: Permit | None = None, begun: float | None 
             permit.failed()
         message = f"the upstream's answer was not whole after {seconds:g} seconds"
         raise bad_upstream(message, "upstream_timeout", 504) from None
+
+
+def _unreachable(error: httpx.HTTPError) -> GatewayError:
+    hung_up = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
+    message = "the upstream closed the connection before it answered" if hung_up else "the upstream cannot be reached"
+    return bad_upstream(message, "upstream_unreachable")

@@ -356,7 +356,7 @@ def _is_held_out(topic: str, share: float) -> bool:
 
 
 def _check(train: Sequence[Candidate], test: Sequence[Candidate], options: NextTaskOptions, report: TaskReport) -> None:
-    advice = "wait for more, or ask for less"
+    advice = "wait for more, or lower the minimum (--minimum)"
     if report.left_out.get(OVER_KEY) and not train:
         keys = math.ceil(1 / options.key_share - 1e-9)
         advice = (
