@@ -123,7 +123,7 @@ def test_contenders_that_end_alike_are_all_named():
 
 
 def test_a_bench_in_which_nothing_was_learned_says_so():
-    flat = [one.model_copy(update={"scores": {metric: FLAT for metric in METRICS}}) for one in runs("er", 0.5)]
+    flat = [one.model_copy(update={"scores": dict.fromkeys(METRICS, FLAT)}) for one in runs("er", 0.5)]
     said = "But nothing was learned: "
     assert said in headline(SimpleNamespace(models=[compare("m", {"er": flat}, "er")]))
     assert said not in headline(SimpleNamespace(models=[compare("m", {"er": flat, "x": runs("x", 0.8)}, "er")]))

@@ -130,7 +130,7 @@ def test_a_new_folder_never_replaces_a_filled_one(tmp_path):
     path = tmp_path / "001-a"
     path.mkdir()
     (path / "kept").write_text("x")
-    with pytest.raises(OSError, match="not empty"), files.new_folder(path):
+    with pytest.raises(InputError, match="another process has written something there"), files.new_folder(path):
         pass
     assert [entry.name for entry in path.iterdir()] == ["kept"]
 

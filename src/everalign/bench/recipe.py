@@ -306,13 +306,18 @@ class Bench(Keys):
             raise InputError(f"contenders.{contender}: {where}{problem.what}", field=str(problem.where[-1])) from None
 
     def check_contenders(self) -> None:
-        """Builds every method of every trial, so that a wrong option is found before anything is trained."""
+        """Builds every method of every trial, so that a wrong option is found before anything is trained.
+
+        Models are looked for elsewhere, under their own names.
+        """
         from everalign.learning.options import DEFAULT_OBJECTIVE
         from everalign.training.objectives import make_objective
 
         for name, model, choice in self.all_trials():
             try:
-                arguments = self.learn_recipe(name, choice, model, 0).model_copy(update={"output": "-"})
+                arguments = self.learn_recipe(name, choice, model, 0).model_copy(
+                    update={"output": "-", "model": "tiny"}
+                )
                 made = arguments.learner_arguments(needs_tasks=False)
                 make_objective(made.get("objective", DEFAULT_OBJECTIVE), made["training"].beta, made["method"].gamma)
             except InputError as error:

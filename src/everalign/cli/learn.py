@@ -116,7 +116,13 @@ def learn(
             if of_feedback:
                 run, refusal = _learn_feedback(from_feedback, feedback, bool(tasks), wanted, display)
             else:
-                run, refusal = _learn_tasks(wanted, resume, goes_on, fsdp, display)
+                with exclusive_run(Path(wanted.output or "")):
+                    learner, loaded = _begin(wanted, resume, goes_on, fsdp, display)
+                    try:
+                        learner.learn_all(loaded)
+                    except GateRefusedError as error:
+                        refusal = error  # raised after the results
+                    run = learner.run
             report = None if wanted.report is False else on_main(_write_report)(run.path)
         seconds = time.perf_counter() - started
     (_show_json if as_json else _show)(run, refusal, report, seconds)
@@ -136,33 +142,26 @@ def _check(recipe: Recipe, resume: bool, goes_on: bool) -> None:
     check_output(Path(recipe.output or ""), resume)
 
 
-def _learn_tasks(
+def _begin(
     recipe: Recipe, resume: bool, goes_on: bool, fsdp: bool, display: Display
-) -> tuple["RunData", GateRefusedError | None]:
-    """Learns a recipe's tasks; `goes_on` says that they are those that the run was given before."""
-    output = Path(recipe.output or "")
-    with exclusive_run(output):
-        loaded = _load(recipe, display)
-        loaded = left_to_learn(recipe, loaded) if goes_on else loaded
-        arguments = recipe.learner_arguments()
-        from everalign.learning.learner import Learner
+) -> tuple["Learner", list[LoadedTask]]:
+    """Returns the learner of a recipe, and its tasks; `goes_on` says that the run was given them before."""
+    loaded = _load(recipe, display)
+    loaded = left_to_learn(recipe, loaded) if goes_on else loaded
+    arguments = recipe.learner_arguments()
+    from everalign.learning.learner import Learner
 
-        learner = Learner(
-            **arguments,
-            resume=resume,
-            fsdp=fsdp,
-            log=display.log,
-            progress=display.progress,
-            figures=display.figures,
-        )
-        on_main(write_recipe)(learner.run.path, recipe)
-        _predict(learner, loaded, arguments, display)
-        refusal = None
-        try:
-            learner.learn_all(loaded)
-        except GateRefusedError as error:
-            refusal = error  # raised after the results
-        return learner.run, refusal
+    learner = Learner(
+        **arguments,
+        resume=resume,
+        fsdp=fsdp,
+        log=display.log,
+        progress=display.progress,
+        figures=display.figures,
+    )
+    on_main(write_recipe)(learner.run.path, recipe)
+    _predict(learner, loaded, arguments, display)
+    return learner, loaded
 
 
 def parse_task(text: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 from everalign.correction.corrector_files import is_corrector
 from everalign.correction.objective import Rewritten
 from everalign.distributed import on_main
-from everalign.errors import EveralignError, InputError, naming_nondeterministic
+from everalign.errors import EveralignError, InputError, located, naming_nondeterministic
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
 from everalign.learning.context import Log, Progress, RunContext, make_context
@@ -295,8 +295,13 @@ class Learner:
 
     def _given(self, name: str, rows: Rows | None, test: Rows | None) -> GivenTask:
         load, load_test = loaders(self._setup.objective.name, self._setup.scorer is not None)
-        held_out = None if test is None else self._setup.objective.held_out(as_set(test, load_test), self._setup.log)
-        return GivenTask.of(self._setup, name, None if rows is None else as_set(rows, load), held_out)
+        with located(f"task {name!r}: its training set"):
+            loaded = None if rows is None else as_set(rows, load)
+        with located(f"task {name!r}: its test set"):
+            held_out = (
+                None if test is None else self._setup.objective.held_out(as_set(test, load_test), self._setup.log)
+            )
+        return GivenTask.of(self._setup, name, loaded, held_out)
 
     @naming_nondeterministic()
     def _learn(self, given: GivenTask, prepared: PreparedRows | None = None) -> dict[str, PreferenceScore]:

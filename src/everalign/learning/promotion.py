@@ -113,7 +113,9 @@ def announcement(verdict: Verdict) -> str:
     """Returns a verdict in words, with a line for each comparison that a promotion rests on."""
     if verdict.outcome == "promoted":
         lines = [f"gate: promoted, nothing fell by more than {verdict.tolerance:.1%}"]
-        lines += [f"    {name}: {one.after - one.before:+.1%}{_interval(one)}" for name, one in verdict.compared.items()]
+        lines += [
+            f"    {name}: {one.after - one.before:+.1%}{_interval(one)}" for name, one in verdict.compared.items()
+        ]
         return "\n".join(lines)
     return f"gate: {verdict.outcome}, {what_fell(verdict)}"
 

@@ -227,8 +227,7 @@ class RunReader:
         for version in versions:
             if version.manifest.setup not in (None, setup_id(facts)):
                 raise InputError(
-                    f"{self.path}/versions/{version.id}: is a version of another run, with another model, method or "
-                    "settings: restore this run's own folder"
+                    f"{self.path}/versions/{version.id}: is a version of another run: restore this run's own folder"
                 )
         base = read_json(self.path / ZERO_SHOT, ScoresFile)
         current = _current(self.path, versions)

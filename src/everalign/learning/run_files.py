@@ -166,8 +166,11 @@ class RunFile(_Record):
 
 
 def setup_id(facts: RunFile) -> str:
-    """A digest of a run's set-up, by which its versions are told from another run's."""
-    own = facts.model_dump(include={"model_fingerprint", "method", "objective", "settings", "seed"})
+    """A digest that tells a run's versions from another run's.
+
+    It leaves out settings: one that is new in a later Everalign is added to runs that began without it.
+    """
+    own = facts.model_dump(include={"model_fingerprint", "seed", "created"})
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 

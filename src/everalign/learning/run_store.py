@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,10 @@ class RunDirectory:
     def exists(self) -> bool:
         """Whether a run was begun here."""
         return (self.path / "run.json").exists()
+
+    @cached_property
+    def _setup(self) -> str:
+        return run_files.setup_id(run_files.read_json(self.path / "run.json", run_files.RunFile))
 
     def check_usable(self, resume: bool) -> None:
         """Refuses a folder that holds a run, unless it is to be resumed, or other files."""
@@ -241,8 +246,7 @@ class RunDirectory:
             )
             points = [{"stage": report.stage, **point} for report in reports for point in report.curve]
             write_text(folder / "training.jsonl", "".join(json.dumps(point) + "\n" for point in points))
-            setup = run_files.setup_id(run_files.read_json(self.path / "run.json", run_files.RunFile))
-            full = {"format": FORMAT, **manifest, "setup": setup, "created": now(), "files": checksums(folder)}
+            full = {"format": FORMAT, **manifest, "setup": self._setup, "created": now(), "files": checksums(folder)}
             write_json(folder / "manifest.json", full)
         gate = manifest["gate"]
         promote(self.path, name if gate is None or gate["promoted"] else manifest["parent"])

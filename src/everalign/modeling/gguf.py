@@ -75,6 +75,7 @@ def unpacked(file: Path) -> Path:
     if folder.is_dir():
         return folder
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(lock_of(folder), wait=lambda _: None):
             if not folder.is_dir():  # or another process has made it meanwhile
                 _unpack(file, folder)
