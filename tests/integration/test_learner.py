@@ -510,7 +510,8 @@ def test_a_cleared_folder_is_usable(model, output):
 
 @pytest.mark.parametrize("name", slow_but(["lifealign", "stl"], METHODS))
 def test_a_run_without_test_sets_can_be_read(model, output, name):
-    learner = make_learner(model, output, METHODS[name]())
+    # No answer of the random model to the second task's prompt ends in time.
+    learner = make_learner(model, output, METHODS[name](**({"own_answers": 0.0} if name == "lifealign-rf" else {})))
     learner.learn_all([(task, rows, None) for task, rows, _ in tasks("warm", "brief")])
     assert load_run(output).versions
     assert all(value is None for row in learner.scores.matrix for value in row)
