@@ -86,6 +86,8 @@ MISTAKES = {
     "gate must be a share": [*LEARN, "--gate", "3"],
     "there is no model folder ./lost": [*LEARN, "--model", "./lost"],
     "full is not empty": [*LEARN, "--output", "full"],
+    "full exists and is not empty": ["correct", "train", "--model", "tiny", "--data", "pairs.csv", "--output", "full"],
+    "exists and is not empty: choose": ["reward", "train", "--model", "tiny", "--data", "pairs.csv", "--output", "full"],
     "recipe.yaml:2: unknown key 'metod'": ["learn", "--recipe", "recipe.yaml"],
 }
 

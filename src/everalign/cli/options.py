@@ -206,15 +206,21 @@ def source(name: str, columns: str | None) -> "Source":
     return renamed(name, None if columns is None else parse_columns(columns))
 
 
-def check_inputs(model: str | None, *sources: str | None) -> None:
-    """Refuses a model's folder and files of rows that are not there, before anything heavy is loaded."""
+def check_inputs(model: str | None, *sources: str | None, output: Path | None = None) -> None:
+    """Refuses a model's folder and files of rows that are not there, before anything heavy is loaded.
+
+    An `output` folder must be new or empty.
+    """
     from everalign.data.file_formats import check_source
     from everalign.modeling.options import check_model_path
+    from everalign.storage import check_free
 
     check_model_path(model or "")
     for name in sources:
         if name is not None:
             check_source(name)
+    if output is not None:
+        check_free(output)
 
 
 def report_unused(rows: "RowSet[Any]") -> None:

@@ -70,7 +70,7 @@ def train(
     If it is killed, the same command continues from its last checkpoint.
     """
     options = RewardOptions.from_flags(given)
-    share_work(processes, context, lambda: check_inputs(model, data, test))
+    share_work(processes, context, lambda: check_inputs(model, data, test, output=output))
     say_processes()
     with resumable(), Display() as display:
         display.log("data")

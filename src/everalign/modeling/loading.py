@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
@@ -200,6 +201,8 @@ def load_weights(
     """
     # It would run through whatever else is shown meanwhile; nobody sees it on the way into a log.
     transformers_logging.disable_progress_bar()
+    # peft asks transformers for an attribute under its former name.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     method = check_known(config, name)
     # Quantised weights cannot be moved later, some of them, and others need not take the way over the CPU either.
     place: dict[str, Any] = {}

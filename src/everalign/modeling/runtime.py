@@ -4,7 +4,6 @@ import ctypes
 import os
 import resource
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,8 +52,6 @@ def prepare_process(deterministic: bool = False) -> None:
     allow_tf32()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # peft asks transformers for an attribute under its former name.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 def allow_tf32() -> None:
