@@ -117,7 +117,7 @@ def check_same_run(whole, run):
     assert (whole / "zero_shot.json").read_bytes() == (run / "zero_shot.json").read_bytes()
     assert found.scores() == expected.scores()
     for ours, theirs in zip(found.versions, expected.versions, strict=True):
-        unlike = {"created", "seconds", "processor_seconds", "method_seconds", "actual", "files"}
+        unlike = {"created", "setup", "seconds", "processor_seconds", "method_seconds", "actual", "files"}
         assert ours.manifest.model_dump(exclude=unlike | {"stages"}) == theirs.manifest.model_dump(
             exclude=unlike | {"stages"}
         )
