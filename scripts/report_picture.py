@@ -12,7 +12,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "report.png"
-WIDTH, SECTION = 760, "#matrix"
+WIDTH, SECTION = 1160, "#matrix"
 MOST_BYTES = 200_000
 
 

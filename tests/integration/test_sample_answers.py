@@ -160,5 +160,5 @@ def test_marks_in_answers_are_escaped_and_belong_to_their_side():
     assert (pair.question, pair.note) == ("q?", "after 2 earlier messages; one of the answers was cut at the limit")
     same = AnswerPair("q", None, "x", "x", False, False)
     anew = AnswerPair("q", None, "All of this is gone now.", "Nothing here stays as it was before", True, True)
-    assert (anew.before_html, anew.note) == ("All of this is gone now.", "written anew, so no words are marked")
+    assert (anew.before_html, anew.note) == ("All of this is gone now.", "rewritten completely: no words are marked")
     assert same.note == "neither answer ended within the limit of tokens; unchanged"

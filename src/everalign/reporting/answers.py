@@ -61,7 +61,7 @@ class AnswerPair:
         if self.unchanged:
             notes.append("unchanged")
         elif self._diff is None:
-            notes.append("written anew, so no words are marked")
+            notes.append("rewritten completely: no words are marked")
         return "; ".join(notes)
 
     @property
