@@ -87,7 +87,7 @@ MISTAKES = {
     "there is no model folder ./lost": [*LEARN, "--model", "./lost"],
     "full is not empty": [*LEARN, "--output", "full"],
     "full exists and is not empty": ["correct", "train", "--model", "tiny", "--data", "pairs.csv", "--output", "full"],
-    "exists and is not empty: choose": ["reward", "train", "--model", "tiny", "--data", "pairs.csv", "--output", "full"],
+    "is not empty: choose another": ["reward", "train", "--model", "tiny", "--data", "pairs.csv", "--output", "full"],
     "recipe.yaml:2: unknown key 'metod'": ["learn", "--recipe", "recipe.yaml"],
 }
 
