@@ -69,6 +69,16 @@ class Options(BaseModel):
             flag = f"--{names.get(error.field, error.field).replace('_', '-')}"
             raise InputError(str(error).replace(error.field, flag, 1), field=flag, hint=error.hint) from None
 
+    @classmethod
+    def gather(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns keyword arguments in which single options, such as `epochs=2`, have become part of `options`."""
+        single = {name: value for name, value in arguments.items() if name in cls.model_fields}
+        rest = {name: value for name, value in arguments.items() if name not in single}
+        if single:
+            given = rest.get("options")
+            rest["options"] = cls(**single) if given is None else given.replace(**single)
+        return rest
+
     def replace(self, **changes: Any) -> "Self":
         """Returns a copy with some values changed, checked like new ones."""
         return type(self)(**{**dict(self), **changes})

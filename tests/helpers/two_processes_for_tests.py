@@ -217,3 +217,13 @@ def environments(timeout: float = 120.0) -> list[dict[str, str]]:
         distributed.TIMEOUT: f"{timeout}",
     }
     return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+
+
+def run_both(processes, main, models, output: Path) -> None:
+    """Run `main(models, output, environment)` in two processes, both of which must end well."""
+    workers = [processes.Process(target=main, args=(models, output, one), daemon=True) for one in environments()]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(600)
+    assert [worker.exitcode for worker in workers] == [0, 0]

@@ -15,7 +15,7 @@ from everalign.modeling.prompt_pool import PromptShape
 from everalign.modeling.sharding import shard
 from learner_for_tests import held_out, make_learner, save_answering_model, task_rows
 from models_for_tests import random_model, random_policy
-from two_processes_for_tests import OPTIONS, STAGES, environments, exchange, join, rows_of, run_stages
+from two_processes_for_tests import OPTIONS, STAGES, exchange, join, rows_of, run_both, run_stages
 
 CPU = torch.device("cpu")
 # By method: the objective, and settings under which it computes things of its own, some of them with gradients.
@@ -68,15 +68,7 @@ def model(tmp_path_factory):
 def folder(quick_processes, model, tmp_path_factory):
     """What two processes leave."""
     folder = tmp_path_factory.mktemp("two")
-    workers = [
-        quick_processes.Process(target=main, args=(model, folder, environment), daemon=True)
-        for environment in environments()
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(600)
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    run_both(quick_processes, main, model, folder)
     return folder
 
 

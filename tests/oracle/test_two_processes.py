@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from everalign.training.stage import latest_checkpoint
 from stages_for_tests import difference
-from two_processes_for_tests import RUNS, STAGES, environments, exchange, main, run_all, run_stages, save_models
+from two_processes_for_tests import RUNS, STAGES, exchange, main, run_all, run_both, run_stages, save_models
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +22,7 @@ def models(tmp_path_factory):
 def folder(quick_processes, models, tmp_path_factory):
     """What two processes leave."""
     folder = tmp_path_factory.mktemp("two")
-    workers = []
-    for environment in environments():
-        workers.append(quick_processes.Process(target=main, args=(models, folder, environment), daemon=True))
-        workers[-1].start()
-    for worker in workers:
-        worker.join(600)
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    run_both(quick_processes, main, models, folder)
     return folder
 
 

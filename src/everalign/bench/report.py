@@ -72,8 +72,9 @@ def headline(outcome: Outcome) -> str:
         sentences.append(f"{text}.")
         if _learned_nothing(result):
             sentences.append(
-                "But nothing was learned: right after their turn, tasks score no higher on average than with the base "
-                "model. Raise the learning rate or the epochs; tasks that contradict each other need labels."
+                "But nothing was learned: right after learning its tasks, no contender scores higher on them, on "
+                "average, than the base model. Raise the learning rate or the epochs; tasks that contradict each other "
+                "need labels."
             )
     return " ".join(sentences) or "No held-out pairs were scored."
 

@@ -144,10 +144,7 @@ class Corrector:
         """
         from everalign.correction.training import train_corrector  # loads torch
 
-        given = {name: arguments.pop(name) for name in [*arguments] if name in CorrectorOptions.model_fields}
-        if given:
-            options = arguments.get("options")
-            arguments["options"] = CorrectorOptions(**given) if options is None else options.replace(**given)
+        arguments = CorrectorOptions.gather(arguments)
         arguments.setdefault("progress", default_progress())
         held_out = None if test is None else as_corrections(test)
         trained = train_corrector(model, as_corrections(rows), output, test=held_out, **arguments)

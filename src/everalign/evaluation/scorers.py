@@ -89,10 +89,7 @@ class RewardModel:
         Raises:
             InputError: pairs, options or model cannot be used.
         """
-        given = {name: arguments.pop(name) for name in [*arguments] if name in RewardOptions.model_fields}
-        if given:
-            options = arguments.get("options")
-            arguments["options"] = RewardOptions(**given) if options is None else options.replace(**given)
+        arguments = RewardOptions.gather(arguments)
         arguments.setdefault("progress", default_progress())
         rows = pairs if isinstance(pairs, PreferenceSet) else load_preferences(pairs)
         if test is not None:

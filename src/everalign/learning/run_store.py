@@ -99,6 +99,7 @@ class RunDirectory:
     def _setup(self) -> str:
         return run_files.setup_id(run_files.read_json(self.path / "run.json", run_files.RunFile))
 
+    @on_main  # it makes and removes the folder, which others would see come and go
     def check_usable(self, resume: bool) -> None:
         """Refuses a folder that holds a run, unless it is to be resumed, or other files."""
         check_output(self.path, resume)
