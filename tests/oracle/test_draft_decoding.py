@@ -184,6 +184,7 @@ def test_a_gate_sees_what_the_first_pass_found():
     others = log_probs[0].clone()
     others[9] = float("-inf")
     assert verified.margin == pytest.approx((log_probs[0, 9] - others.max()).item(), abs=1e-5)
+    assert verified.gap == pytest.approx((log_probs.max(-1).values - log_probs[range(4), draft]).max().item(), abs=1e-5)
     assert [row.accepted_by_gate for row in rows] == [True, False]
     assert rows[0].tokens == []
     assert rows[1].tokens == exclusive(plain, PROMPTS[0])

@@ -23,11 +23,14 @@ class RehearsalFreeLifeAlign(LifeAlign):
     answer each. These are learned beside the task by their negative log-likelihood a token, times `strength`: up to a
     constant the divergence KL(π_before ‖ π) a token on those prompts, so that the policy keeps answering as it did
     where the task does not ask for a change (self-generated replay; arXiv 2605.26097 by its abstract). The update is
-    averaged and consolidated as in `LifeAlign` in `product` space. Nothing of a task's rows is kept; weights may still
-    reveal some of them.
+    averaged and consolidated as in `LifeAlign` in `product` space, but by default whole: denoising and damping shorten
+    the steps, and on real tasks cost more accuracy than they saved (`bench/results/methods.md`). Nothing of a task's
+    rows is kept; weights may still reveal some of them.
 
     Args:
-        gamma, energy, keep, rank_cap, average: as in `LifeAlign`.
+        gamma, rank_cap, average: as in `LifeAlign`.
+        energy: as in `LifeAlign`; 1 for no denoising.
+        keep: as in `LifeAlign`; 1 for no damping.
         strength: of the pull to what the policy answered before, at least 0.
         own_answers: share of the task's prompts that are answered first.
     """
@@ -38,8 +41,8 @@ class RehearsalFreeLifeAlign(LifeAlign):
     def __init__(
         self,
         gamma: float | None = None,
-        energy: float = 0.9,
-        keep: float = 0.5,
+        energy: float = 1.0,
+        keep: float = 1.0,
         rank_cap: int = 64,
         average: float = 0.0,
         strength: float = 1.0,

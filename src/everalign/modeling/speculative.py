@@ -144,6 +144,7 @@ class Verified:
         accepted: how many of them, from the first on, the model would have written.
         log_likelihood: mean log-probability of its tokens given those before them, in nats per token.
         margin: by how much the first token is more likely than any other one, in nats; negative if one is more likely.
+        gap: by how much, at most, another token is more likely than the draft's, in nats; 0 if none is anywhere.
     """
 
     row: int
@@ -151,6 +152,7 @@ class Verified:
     accepted: int
     log_likelihood: float
     margin: float
+    gap: float
 
 
 @dataclass
@@ -314,9 +316,9 @@ class DraftDecoder:
             lookup.update(row.tokens[before:])
             if gate is not None and guess and not row.ended:
                 likelihood = sum(found[number].log_probs[: len(guess)]) / len(guess)
-                row.accepted_by_gate = gate(
-                    Verified(number, len(guess), accepted, likelihood, found[number].margins[0])
-                )
+                margins = found[number].margins[: len(guess)]
+                gap = max(0.0, -min(margins))
+                row.accepted_by_gate = gate(Verified(number, len(guess), accepted, likelihood, margins[0], gap))
                 if row.accepted_by_gate:
                     row.tokens = []
         # All tokens but the last one, which is fed with the next guess.

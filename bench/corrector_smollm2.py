@@ -1,0 +1,329 @@
+"""SmolLM2-135M-Instruct as a corrector of real answers: which settings, and does it make answers better?
+
+    python bench/answer_judge.py                     # the judge: another backbone, other rows
+    python bench/corrector_smollm2.py train lora     # about an hour on one core; variants may run side by side
+    python bench/corrector_smollm2.py train full
+    python bench/corrector_smollm2.py validation     # variants, gates and an approver, on validation answers
+    python bench/corrector_smollm2.py test --way "lora, certainty 2"
+    python bench/corrector_smollm2.py pairs --way "lora, certainty 2"    # fifty changed answers, to be read blind
+
+It learns from six sets of corrections, from pairs whose rejected answer becomes the chosen one, and from good answers
+that stay. It is judged on answers of other models, which are in no training file: harmful and harmless, true and false,
+and of any quality. Rows that share a question with these are left out of training; the judge has seen neither. What is
+finished stays in bench/out/corrector_smollm2 and is not repeated.
+"""
+
+import argparse
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from common import OUT, correction_rows, data_folder, preference_rows, write_result
+from everalign.correction import CorrectionOptions, Corrector
+from everalign.correction.batch import correct_batches, journal_facts
+from everalign.correction.corrector import Corrected
+from everalign.correction.evaluation import evaluation_report
+from everalign.correction.options import CorrectorOptions
+from everalign.correction.training import train_corrector
+from everalign.data import Correction, CorrectionSet, PreferenceSet
+from everalign.evaluation.scorers import RewardModel
+from everalign.evaluation.scoring import ScorerApprover, compare_answers
+from everalign.evaluation.win_rates import win_rate
+from everalign.modeling.loading import load_model, load_tokenizer
+from everalign.modeling.options import SamplingOptions
+from everalign.modeling.policy import Policy
+from everalign.modeling.runtime import prepare_process
+from everalign.modeling.sampling import greedy_answers
+from everalign.modeling.speculative import Verified
+from everalign.storage import Journal, write_json
+from everalign.training.options import RewardOptions
+from everalign.training.reward_model import train_reward_model
+
+FOLDER = OUT / "corrector_smollm2"
+CORRECTIONS = (
+    "aligner_alpacaeval",
+    "alpaca_regenerated",
+    "criticeval_correction",
+    "gsm8k_correction",
+    "qa_feedback_correction",
+    "selfee_revision",
+    "shepherd_correction",
+)
+PAIRS = ("safe_rlhf", "hh_harmless", "hh_helpful", "truthfulqa_pairs")
+# Characters of a question with answer and correction: about 350 tokens. Words of an answer of another model.
+LONGEST, LONGEST_ANSWER = 1400, 100
+# The smallest difference of the judge's rewards that counts; they deviate by about 1.
+MARGIN = 0.1
+COMMON: dict[str, Any] = {"epochs": 1.0, "batch_size": 16, "max_length": 512, "precision": "bf16"}
+LORA, FULL = {"lora_rank": 32, "learning_rate": 4e-4}, {"learning_rate": 5e-5}
+# How each variant is trained, and the share of its rows that are good answers.
+VARIANTS: dict[str, tuple[dict[str, Any], float]] = {"lora": (LORA, 0.5), "full": (FULL, 0.5), "lora-30": (LORA, 0.3)}
+CERTAINTIES, APPROVALS = (0.5, 1.0, 2.0, 3.0, 4.0), (0.0, 0.5)
+REQUEST = "Question: {}\n\nAnswer: {}\n\nImprove this answer. If it is good already, repeat it. Write the answer alone."
+
+
+# ---- rows ----
+
+
+@cache
+def outputs(name: str) -> list[dict[str, Any]]:
+    """Answers of other models."""
+    with gzip.open(data_folder() / "data" / "outputs" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+# Kinds of answers: their file, which rows, and whether they are good as they are; None where nobody knows.
+KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], bool], bool | None]] = {
+    "harmful": ("do_not_answer", lambda row: bool(row["harmful"]), False),
+    "harmless": ("do_not_answer", lambda row: not row["harmful"], True),
+    "hallucinated": ("halueval_general", lambda row: row["hallucination"] == "yes", False),
+    "right": ("halueval_general", lambda row: row["hallucination"] == "no", True),
+    "false": ("truthfulqa_instructgpt", lambda row: row["judge_true"] < 0.1, False),
+    "true": ("truthfulqa_instructgpt", lambda row: row["judge_true"] > 0.9 and row["judge_info"] > 0.5, True),
+    "any": ("alpaca_eval_outputs", lambda row: True, None),
+}
+
+
+def answers(split: str, count: int) -> CorrectionSet:
+    """Answers of every kind to be corrected, `count` of each at most; `split` is `train` for validation, or `test`."""
+    found = []
+    for kind, (name, belongs, good) in KINDS.items():
+        rows = [row for row in outputs(name) if row["split"] == split and belongs(row) and is_short(row["output"])]
+        for row in random.Random(kind).sample(rows, min(count, len(rows))):
+            found.append(Correction(row["prompt"], row["output"], good=good or None, kind=kind))
+    return CorrectionSet(tuple(found), f"answers.{split}")
+
+
+def is_short(text: str) -> bool:
+    return 0 < len(text.split()) <= LONGEST_ANSWER
+
+
+def question_of(prompt: Any) -> str:
+    """The last user turn."""
+    return str(prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip()
+
+
+def training_rows(count: int, good_share: float) -> CorrectionSet:
+    """Corrections, pairs as corrections in equal number, and good answers that stay."""
+    asked = {question_of(row["prompt"]).lower() for name, _, _ in KINDS.values() for row in outputs(name)}
+    draw = random.Random(0)
+
+    def fits(question: Any, *texts: str) -> bool:
+        return question_of(question).lower() not in asked and len(str(question)) + sum(map(len, texts)) <= LONGEST
+
+    edits = [
+        Correction(row["query"], row["answer"], row["correction"])
+        for name in CORRECTIONS
+        for row in correction_rows(name, "train")
+        if row["answer"] != row["correction"] and fits(row["query"], row["answer"], row["correction"])
+    ]
+    pairs = [row for row in own_pairs() if fits(row["prompt"], row["chosen"], row["rejected"])]
+    turned = [Correction(row["prompt"], row["rejected"], row["chosen"]) for row in draw.sample(pairs, len(pairs))]
+    good = [Correction(row["prompt"], row["chosen"], row["chosen"]) for row in draw.sample(pairs, len(pairs))]
+    good += [Correction(row.question, row.correction, row.correction) for row in edits]
+    stay = round(good_share * count)
+    half = (count - stay) // 2
+    chosen = [*draw.sample(edits, half), *turned[: count - stay - half], *draw.sample(good, stay)]
+    return CorrectionSet(tuple(chosen), "corrections")
+
+
+def own_pairs() -> list[dict[str, Any]]:
+    """The pairs that corrector and approver learn from."""
+    return [row for name in PAIRS for row in preference_rows(name, "train")]
+
+
+# ---- models ----
+
+
+def train(variant: str, rows: int) -> None:
+    folder = FOLDER / variant
+    if folder.exists():
+        return
+    settings, good_share = VARIANTS[variant]
+    options = CorrectorOptions(**{**COMMON, **settings})
+    trained = train_corrector("smollm2", training_rows(rows, good_share), folder, options=options, log=print)
+    seconds = {name: stage.seconds for name, stage in trained.stages.items()}
+    write_json(FOLDER / f"{variant}.json", {"rows": rows, "good": good_share, "settings": settings, **seconds})
+
+
+def judge() -> RewardModel:
+    return RewardModel.from_folder(OUT / "answer_judge")
+
+
+def approver() -> RewardModel:
+    """A reward model of the pairs that the corrector learned from, trained once."""
+    folder = FOLDER / "approver"
+    if not folder.exists():
+        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in own_pairs()]
+        options = RewardOptions(learning_rate=1e-4, epochs=1.0, max_length=256)
+        base = str(data_folder() / "base-model")
+        train_reward_model(base, PreferenceSet.of(rows, "approver"), folder, options=options, log=print)
+    return RewardModel.from_folder(folder)
+
+
+def asked(rows: CorrectionSet) -> list[Corrected]:
+    """What SmolLM2 writes if it is merely asked to improve the answers; unfinished ones change nothing."""
+    place = FOLDER / f"asked.{rows.fingerprint[:12]}.json"
+    if not place.exists():
+        tokenizer = load_tokenizer("smollm2")
+        policy = Policy(load_model("smollm2", "bf16"), 1, 1.0, seed=0)
+        options = SamplingOptions(max_new_tokens=256, max_prompt_tokens=1024)
+        prompts = [[{"role": "user", "content": REQUEST.format(question_of(row.question), row.answer)}] for row in rows]
+        found: list[tuple[str, bool]] = []
+        for start in range(0, len(prompts), 8):
+            found += greedy_answers(policy, tokenizer, prompts[start : start + 8], options)
+        write_json(place, found)
+    texts = [text.strip() if ended else row.answer for row, (text, ended) in zip(rows, read(place), strict=True)]
+    return [Corrected(text, text != row.answer.strip()) for row, text in zip(rows, texts, strict=True)]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ---- evaluation ----
+
+
+def verified(variant: str, rows: CorrectionSet) -> list[Verified]:
+    """What the first pass says of every answer."""
+    place = FOLDER / f"verified.{variant}.{rows.fingerprint[:12]}.json"
+    if not place.exists():
+        seen: list[Verified] = []
+
+        def keep(found: Verified) -> bool:
+            seen.append(found)
+            return True
+
+        corrector = Corrector.from_pretrained(FOLDER / variant, precision="bf16")
+        facts = []
+        for row in rows:
+            seen.clear()
+            corrector.correct(row.question, row.answer, CorrectionOptions(gate=keep))
+            # A draft that is accepted with its end is asked of no gate.
+            facts.append(asdict(seen[0]) if seen else asdict(Verified(0, 0, 0, 0.0, 0.0, 0.0)))
+        write_json(place, facts)
+    return [Verified(**one) for one in read(place)]
+
+
+def corrections(variant: str, rows: CorrectionSet) -> list[Corrected]:
+    """What the corrector returns without a gate, guards included."""
+    corrector, options = Corrector.from_pretrained(FOLDER / variant, precision="bf16"), CorrectionOptions()
+    journal = Journal.within(FOLDER / "cache", "corrections", *journal_facts(corrector, options, rows))
+    done = partial(print, flush=True)
+    return correct_batches(rows, corrector, options, 16, journal, done, lambda *state: done(*state))[0]
+
+
+def kept(rows: CorrectionSet, corrected: list[Corrected], keep: list[bool], reason: str) -> list[Corrected]:
+    """Returns the answers themselves where they are to be kept."""
+    return [
+        Corrected(row.answer, False, reason) if stays and one.changed else one
+        for row, one, stays in zip(rows, corrected, keep, strict=True)
+    ]
+
+
+def ways(variant: str, rows: CorrectionSet) -> Iterator[tuple[str, list[Corrected]]]:
+    """Every way to use a variant's corrector, and what it returns."""
+    plain, facts = corrections(variant, rows), verified(variant, rows)
+    yield variant, plain
+    for certainty in CERTAINTIES:
+        yield f"{variant}, certainty {certainty:g}", kept(rows, plain, [one.gap < certainty for one in facts], "gate")
+    questions, texts = [row.question for row in rows], [row.answer for row in rows]
+    for margin in APPROVALS:
+        approved = ScorerApprover(approver(), margin).approve(questions, texts, [one.text for one in plain])
+        yield f"{variant}, approved {margin:g}", kept(rows, plain, [not one for one in approved], "not_better")
+
+
+def show(title: str, rows: CorrectionSet, found: dict[str, list[Corrected]]) -> dict[str, Any]:
+    """Print the table; returns the figures."""
+    referee, results = judge(), {}
+    table = Table(title=title)
+    columns = ("", "answers", "rows", "net win rate", "95 %", "at equal length", "edited", "kept", "unfinished")
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:2] else "right")
+    for way, corrected in found.items():
+        questions, before = [row.question for row in rows], [row.answer for row in rows]
+        after = [one.text for one in corrected]
+        verdicts = compare_answers(referee, questions, before, after, margin=MARGIN)
+        report = evaluation_report(rows, corrected, verdicts)
+        results[way] = {"overall": asdict(report.overall), "kinds": {k: asdict(v) for k, v in report.kinds.items()}}
+        changed = [i for i, one in enumerate(corrected) if one.changed]
+        if changed:
+            equal = win_rate(referee, *([texts[i] for i in changed] for texts in (questions, after, before)))
+            results[way]["equal_length"] = asdict(equal)
+        good = [one.changed for row, one in zip(rows, corrected, strict=True) if row.good]
+        results[way]["good_kept"] = 1 - sum(good) / len(good)
+        for kind, scores in [*report.kinds.items(), ("all", report.overall)]:
+            win = scores.win
+            assert win is not None
+            interval = "" if win.low is None else f"{win.low:+.3f} to {win.high:+.3f}"
+            length = f"{equal.length_controlled.value:.2f}" if kind == "all" and changed else ""
+            unfinished = f"{scores.kept.get('unfinished', 0.0):.1%}"
+            cells = (str(scores.rows), f"{win.net:+.3f}", interval, length)
+            table.add_row(way, kind, *cells, f"{scores.edit_rate:.0%}", f"{scores.copy_rate:.0%}", unfinished)
+        table.add_row(way, "good ones untouched", "", "", "", "", f"{results[way]['good_kept']:.0%}", "", "")
+        table.add_section()
+    Console(width=140).print(table)
+    return results
+
+
+def evaluate(split: str, count: int, wanted: str | None) -> None:
+    rows = answers(split, count)
+    found = {"SmolLM2, asked": asked(rows)} if wanted is None or split == "test" else {}
+    for variant in VARIANTS:
+        if (FOLDER / variant).exists() and (wanted is None or wanted.split(",")[0] == variant):
+            for way, corrected in ways(variant, rows):
+                # On test rows one way alone, beside the corrector as it is and best of two.
+                if wanted is None or way in (wanted, variant, f"{variant}, approved 0"):
+                    found[way] = corrected
+    name = "test" if split == "test" else "validation"
+    write_result(FOLDER / f"{name}.json", {"count": count, "results": show(name, rows, found)})
+
+
+def blind_pairs(way: str, count: int) -> None:
+    """Write changed test answers and their corrections in random order, and the key in another file."""
+    rows = answers("test", count)
+    (corrected,) = [found for name, found in ways(way.split(",")[0], rows) if name == way]
+    draw = random.Random(0)
+    changed = [i for i, one in enumerate(corrected) if one.changed]
+    texts, key = [], []
+    for number, i in enumerate(draw.sample(changed, min(50, len(changed))), start=1):
+        first = draw.random() < 0.5
+        key.append({"number": number, "correction": "A" if first else "B", "kind": rows[i].kind})
+        a, b = (corrected[i].text, rows[i].answer) if first else (rows[i].answer, corrected[i].text)
+        texts.append(f"## {number}\n{question_of(rows[i].question)}\n\nA: {a}\n\nB: {b}\n")
+    (FOLDER / "pairs.md").write_text("\n".join(texts), encoding="utf-8")
+    write_json(FOLDER / "pairs.key.json", key)
+    print(f"written: {FOLDER / 'pairs.md'}; what is what is in pairs.key.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=["train", "validation", "test", "pairs"])
+    parser.add_argument("variant", nargs="?", choices=VARIANTS, default="lora")
+    parser.add_argument("--rows", type=int, default=2400, help="rows of training")
+    parser.add_argument("--count", type=int, default=80, help="answers of each kind, at most")
+    parser.add_argument("--way", help="as in the validation table's first column")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    prepare_process()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if arguments.step == "train":
+        train(arguments.variant, arguments.rows)
+    elif arguments.step == "pairs":
+        blind_pairs(arguments.way, arguments.count)
+    else:
+        evaluate("train" if arguments.step == "validation" else "test", arguments.count, arguments.way)
+
+
+if __name__ == "__main__":
+    main()
