@@ -51,12 +51,13 @@ class MethodOptions(Options, title="Method"):
     gamma: float | None = Field(default=None, ge=0, description="Focusing exponent of fpo; 2 by default (lifealign).")
     energy: Share | None = Field(
         default=None,
-        description="Share of an update's energy to keep; 0.9 by default (lifealign, with --space), 1 in lifealign-rf.",
+        description="Share of an update's energy to keep; 0.9 by default (lifealign, with --space), 1 by default "
+        "(lifealign-rf).",
     )
     keep: Share | None = Field(
         default=None,
-        description="Share of what overlaps earlier tasks to keep; 0.5 by default (lifealign, with --space), 1 in "
-        "lifealign-rf.",
+        description="Share of what overlaps earlier tasks to keep; 0.5 by default (lifealign, with --space), 1 by "
+        "default (lifealign-rf).",
     )
     space: Space | None = Field(
         default=None, description="Where updates are consolidated; none by default (lifealign)."
