@@ -81,6 +81,10 @@ VERBS = {
     "model": {
         "correct train": "--model roomy --data edits.jsonl --batch-size 2 --epochs 2 --checkpoint-steps 1",
         "reward train": "--model model --data warm.jsonl --batch-size 2 --checkpoint-steps 1",
+        "correct train --quantize nf4": "--lora-rank 4 --model roomy --data edits.jsonl --batch-size 2 "
+        "--checkpoint-steps 1",
+        "reward train --quantize nf4": "--lora-rank 4 --model model --data warm.jsonl --batch-size 2 "
+        "--checkpoint-steps 1",
     },
     "run": {
         "learn": f"--model model {TASK} {STEPS}",
@@ -104,6 +108,8 @@ CASES = [
 @pytest.mark.parametrize(("kind", "verb"), CASES)
 def test_a_verb_that_is_killed_in_the_middle_ends_as_one_that_is_not(kind, verb, here, tmp_path, capsys, monkeypatch):
     """Start, turn a second one away, kill the first, finish with a third, and compare with one that ran alone."""
+    if "--quantize" in verb:
+        pytest.importorskip("bitsandbytes", reason="quantises: pip install everalign[quantize]")
     # What a random model writes passes no guard.
     if verb == "correct distill":
         monkeypatch.setattr(Corrector, "correct_batch", lambda _, pairs: [Rewritten(answer) for _, answer in pairs])

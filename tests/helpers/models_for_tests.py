@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    BitsAndBytesConfig,
     BloomConfig,
     CohereConfig,
     Gemma2Config,
@@ -139,6 +140,15 @@ def saved_model(family: str = "llama", seed: int = 0) -> Path:
     tokenizer = byte_tokenizer()
     random_model(family, seed, len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def packed(plain: Path, folder: Path) -> Path:
+    """A language model as a checkpoint of weights that bitsandbytes has quantised, as others publish them."""
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=how).save_pretrained(folder)
+    for file in plain.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
     return folder
 
 

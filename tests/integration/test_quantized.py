@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from cli_for_tests import run as cli
 from everalign import AdapterOptions
@@ -20,7 +20,7 @@ from everalign.modeling.loading import load_base, load_model, model_fingerprint
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import recomputable_layers, recomputing
 from learner_for_tests import held_out, make_learner, save_model, task_rows
-from models_for_tests import perturb, random_pairs, saved_model
+from models_for_tests import packed, perturb, random_pairs, saved_model
 
 pytest.importorskip("bitsandbytes", reason="quantises: pip install everalign[quantize]")
 
@@ -38,15 +38,6 @@ def finished(model, tmp_path_factory):
     scores = make_learner(model, output, **WIDE).learn(task_rows("warm"), "warm", held_out("warm"))
     assert scores["warm"].accuracy > 0.9
     return output
-
-
-def packed(plain, folder):
-    """The model as a checkpoint of quantised weights, as others publish them."""
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    AutoModelForCausalLM.from_pretrained(plain, quantization_config=how).save_pretrained(folder)
-    for file in plain.glob("tokenizer*"):
-        shutil.copyfile(file, folder / file.name)
-    return folder
 
 
 def logits(model):

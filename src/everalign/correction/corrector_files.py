@@ -30,7 +30,8 @@ class CorrectorFacts(BaseModel):
         encoding: fingerprint of template and tokenizer (see `CorrectionEncoder.fingerprint`).
         max_length: longest question, answer and correction together, in tokens; longer ones were cut or dropped.
         base_model: the model it was trained from, as the user named it.
-        base_fingerprint: of the weights it was trained from.
+        base_fingerprint: of the weights it was trained from, as plain numbers; and the format they were quantised to
+            for it, if any.
         data: fingerprint of the training rows.
         rows: number of rows it was trained on.
         held_out: the report on held-out rows; None without any.

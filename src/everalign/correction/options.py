@@ -16,10 +16,11 @@ from everalign.training.options import (
     LoraAlpha,
     LoraRank,
     MaxLength,
+    Quantization,
     Recompute,
     StageOptions,
     TokensPerBatch,
-    check_alpha,
+    check_adapter,
 )
 
 
@@ -61,13 +62,14 @@ class CorrectorOptions(Options):
     )
     lora_rank: LoraRank = 0
     lora_alpha: LoraAlpha | None = None
+    quantize: Quantization = None
     precision: ComputePrecision = "auto"
     checkpoint_steps: CheckpointSteps = 200
     deterministic: Deterministic = False
 
     @model_validator(mode="after")
-    def _check_alpha(self) -> "CorrectorOptions":
-        check_alpha(self.lora_rank, self.lora_alpha)
+    def _check_adapter(self) -> "CorrectorOptions":
+        check_adapter(self.lora_rank, self.lora_alpha, self.quantize)
         return self
 
     @property

@@ -17,6 +17,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -43,9 +44,9 @@ from everalign.distributed import on_main, share, start
 from everalign.errors import InputError
 from everalign.modeling.base_adapter import base_and_adapter, tokenizer_folder
 from everalign.modeling.loading import (
+    load_base,
     load_model,
     load_tokenizer,
-    model_fingerprint,
     resolve_model,
     resolve_precision,
     sequence_limit,
@@ -54,10 +55,10 @@ from everalign.modeling.machine import library_versions, machine_facts
 from everalign.modeling.model_files import merged_into, write_checked
 from everalign.modeling.options import Precision
 from everalign.modeling.policy import Policy
-from everalign.modeling.quantization import check_all_weights, check_trainable
+from everalign.modeling.quantization import check_all_weights, check_library, check_trainable
 from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.modeling.stopping import write_ends
-from everalign.modeling.trainable import FullModel
+from everalign.modeling.trainable import FullModel, computing_on
 from everalign.storage import check_free, exclusive, lock_of, new_folder
 from everalign.training.base_objective import LikelihoodObjective
 from everalign.training.stage import StageFigures, StageResult, train_stage
@@ -150,17 +151,16 @@ def train_corrector(
     with exclusive(lock_of(folder), "training a corrector there"):
         _check_input(rows, test, folder, allow_overlap)
         options = options or CorrectorOptions()
+        check_library(options.quantize)
         template, objectives = chosen_template(model, options.template, options.objectives)
         prepare_process(options.deterministic)
         device = training_device(log)
-        options = options.replace(
-            template=template.id, objectives=objectives, precision=resolve_precision(options.precision, device)
-        )
+        precision = resolve_precision(options.precision, device)
+        options = options.replace(template=template.id, objectives=objectives, precision=precision)
         tokenizer = load_tokenizer(model)
         encoder = CorrectionEncoder(tokenizer, template, objectives)
-        learner, base = _load_learner(model, options, device, seed)
-        inner = learner.peft if isinstance(learner, Policy) else learner.model
-        limit = sequence_limit(options.max_length, LONGEST_BY_DEFAULT, inner, tokenizer, model)
+        learner, base = _load_learner(model, options, precision, device, seed)
+        limit = sequence_limit(options.max_length, LONGEST_BY_DEFAULT, learner.language_model, tokenizer, model)
         options = options.replace(max_length=limit)
 
         corrections = _tokenize("training", rows, encoder, limit, correction_only, log)
@@ -169,6 +169,8 @@ def train_corrector(
         what = f"an adapter of rank {options.lora_rank}" if options.lora_rank else "all weights"
         if not options.lora_rank and options.precision != "fp32":
             what += ", which stay fp32,"
+        if options.quantize is not None:
+            what += f" on a base model that is quantised to {options.quantize},"
         log(f"  trains {what} in {options.precision} on {place_name(device)}")
         warm_up = _warm_up_rows(rows, round(options.identity * len(corrections)), encoder, options, seed)
         stages = {"identity": warm_up, "correction": corrections}
@@ -191,8 +193,14 @@ def train_corrector(
             for index, (name, tokenized) in enumerate(stages.items())
             if tokenized
         }
+        on_device: AbstractContextManager[None] = nullcontext()
+        if options.quantize is not None and held_out:
+            log("  merged into the plain weights; the merged model scores held-out rows")
+            learner = FullModel(_merged(learner, model), precision)
+            on_device = computing_on(learner.model, device, precision)
         learner.eval()
-        report = corrector_report(learner, held_out, options.tokens_per_batch) if held_out else None
+        with on_device:
+            report = corrector_report(learner, held_out, options.tokens_per_batch) if held_out else None
         facts = CorrectorFacts(
             template=encoder.template.id,
             objectives=encoder.objectives,
@@ -221,17 +229,16 @@ def _check_input(rows: CorrectionSet, test: CorrectionSet | None, folder: Path, 
 
 
 def _load_learner(
-    model: str, options: CorrectorOptions, device: torch.device, seed: int
+    model: str, options: CorrectorOptions, precision: Precision, device: torch.device, seed: int
 ) -> tuple[Policy | FullModel, str]:
-    """Return the model to train, and the fingerprint of its weights."""
-    precision: Precision = "bf16" if options.precision == "bf16" else "fp32"
-    loaded = load_model(model, precision if options.lora_rank else "fp32", device=device)
-    fingerprint = model_fingerprint(loaded)
+    """Return the model to train, and what identifies its weights (see `load_base`)."""
+    stored: Precision = precision if options.lora_rank else "fp32"
+    loaded, base = load_base(model, stored, device=device, quantize=options.quantize)
     if not options.lora_rank:
         check_all_weights(loaded, model)
-        return FullModel(loaded, precision), fingerprint
+        return FullModel(loaded, precision), base
     check_trainable(loaded, model, merged=True)
-    return Policy(loaded, options.lora_rank, options.alpha, seed=seed), fingerprint
+    return Policy(loaded, options.lora_rank, options.alpha, seed=seed), base
 
 
 def _tokenize(
@@ -287,7 +294,8 @@ def _training_key(
     """Return a digest of everything that a training's result depends on, which names its folder of checkpoints."""
     # Left out is what changes no result, and what version 0.1.0 did not have.
     later = set() if options.deterministic else {"deterministic"}
-    settings = options.model_dump(exclude={"checkpointing", *later})
+    # What identifies the base says how it is quantised.
+    settings = options.model_dump(exclude={"checkpointing", "quantize", *later})
     digest = hashlib.sha256(json.dumps([base, encoder.fingerprint, settings, seed], sort_keys=True).encode())
     for row in (row for rows in stages.values() for row in rows):
         # A weight for each response, as in version 0.1.0, whose checkpoints are found by this name.
@@ -343,14 +351,18 @@ def corrector_report(model: Policy | FullModel, rows: Sequence[TokenizedRow], to
     )
 
 
+def _merged(learner: Policy | FullModel, model: str) -> Any:
+    """Return the trained model in fp32 on the CPU, an adapter merged into the plain weights of its base model."""
+    if isinstance(learner, FullModel):
+        return learner.model.cpu()
+    with tempfile.TemporaryDirectory() as trained:
+        learner.save_adapter(Path(trained))
+        return merged_into(load_model(model, "fp32"), Path(trained))
+
+
 def _write_folder(folder: Path, learner: Policy | FullModel, model: str, tokenizer: Any, facts: CorrectorFacts) -> None:
     """Write a Hugging Face model in the base model's dtype, with an adapter merged in."""
-    if isinstance(learner, FullModel):
-        plain = learner.model.cpu()
-    else:
-        with tempfile.TemporaryDirectory() as trained:
-            learner.save_adapter(Path(trained))
-            plain = merged_into(load_model(model, "fp32"), Path(trained))
+    plain = _merged(learner, model)
     generation = plain.generation_config
     with new_folder(folder) as temporary:
         write_checked(plain, temporary)

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 from everalign.errors import InputError
 from everalign.methods import table
-from everalign.modeling.options import PrecisionChoice, Quantize, SamplingOptions
+from everalign.modeling.options import PrecisionChoice, SamplingOptions
 from everalign.options import Options
 from everalign.training.objectives import OBJECTIVES
 from everalign.training.options import (
@@ -23,6 +23,7 @@ from everalign.training.options import (
     LoggingSteps,
     MaxGradNorm,
     MaxLength,
+    Quantization,
     Recompute,
     Scheduler,
     StageOptions,
@@ -253,11 +254,7 @@ class TrainingOptions(Options, title="Training"):
         description="Precision of the base model; auto, the default, is bf16 on a GPU that has it, else fp32.\nAlso "
         "of the computation. Adapters are always fp32.",
     )
-    quantize: Quantize | None = Field(
-        default=None,
-        description="Quantise the base model as it is loaded; nf4 is 4 bits a weight (QLoRA).\nNeeds bitsandbytes "
-        "(`pip install everalign[quantize]`). The head, the embeddings and the adapters stay as they are.",
-    )
+    quantize: Quantization = None
     device_map: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         title="auto|balanced|FILE",

@@ -31,7 +31,14 @@ from everalign.modeling.device_map import Places, is_offloaded, places
 from everalign.modeling.gguf import SMOLLM2, smollm2_path, unpacked
 from everalign.modeling.options import Precision, PrecisionChoice, Quantize, check_model_path
 from everalign.modeling.positions import named_length
-from everalign.modeling.quantization import cast, check_known, keep_differentiable, quantize_on_loading
+from everalign.modeling.quantization import (
+    cast,
+    check_known,
+    check_no_adapter,
+    check_quantised,
+    keep_differentiable,
+    quantize_on_loading,
+)
 from everalign.modeling.runtime import returning_memory
 from everalign.storage import read_json
 
@@ -125,14 +132,9 @@ def load_model(
     kind, packing = language_model_class(config), None
     place: torch.device | Places | None = None if adapter else device
     if device_map is not None:
-        place = places(device_map, partial(_on_meta, kind, config, dtype), quantize)
+        place = places(device_map, partial(on_meta, kind, config, dtype), quantize)
     if quantize is not None:
-        if adapter is not None:
-            raise InputError(
-                f"quantize {quantize}: an adapter is merged into plain weights; write the merged model first "
-                "(everalign export, or peft's merge_and_unload), and name that as the model",
-                field="quantize",
-            )
+        check_no_adapter(adapter, quantize)
         packing = quantize_on_loading(config, base, quantize, dtype)
     if (ends := Path(source) / "generation_config.json").is_file():
         read_json(ends)  # transformers would go on without it where it is damaged, and never stop at its end tokens
@@ -229,6 +231,8 @@ def load_weights(
         # transformers has turned them back into plain numbers, in another precision than those that were plain.
         cast(model, dtype)
         model._weight_conversions = None
+    if packing is not None:
+        check_quantised(model, name)
     if method is not None or packing is not None:
         keep_differentiable(model)
     return model, loaded
@@ -259,7 +263,8 @@ def base_key(fingerprint: str, quantize: str | None) -> str:
     return fingerprint if quantize is None else f"{fingerprint}-{quantize}"
 
 
-def _on_meta(kind: Any, config: Any, dtype: torch.dtype) -> Any:
+def on_meta(kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    """Return a model of an auto class without a single weight."""
     with torch.device("meta"):
         return kind.from_config(config, dtype=dtype, trust_remote_code=_process["remote code"])
 

@@ -1,5 +1,6 @@
 """Quantised weights: what they are, quantising plain ones as they are loaded, and what cannot be done with them."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -50,7 +51,19 @@ def check_plain(config: Any, name: str) -> None:
         )
 
 
-def quantize_on_loading(config: Any, name: str, quantize: Quantize, dtype: torch.dtype) -> Any:
+def check_no_adapter(adapter: str | None, quantize: Quantize | None) -> None:
+    """Refuse to quantise what an adapter has to be merged into."""
+    if quantize is not None and adapter is not None:
+        raise InputError(
+            f"quantize {quantize}: an adapter is merged into plain weights; write the merged model first "
+            "(everalign export, or peft's merge_and_unload), and name that as the model",
+            field="quantize",
+        )
+
+
+def quantize_on_loading(
+    config: Any, name: str, quantize: Quantize, dtype: torch.dtype, plain: Sequence[str] | None = None
+) -> Any:
     """Return what lets transformers quantise a model's linear modules, but for its head, while it reads their weights.
 
     NF4 with quantised scales is QLoRA's format (Dettmers et al. 2023, section 3): 4.127 bits a weight.
@@ -60,6 +73,7 @@ def quantize_on_loading(config: Any, name: str, quantize: Quantize, dtype: torch
         name: the model, as the user named it.
         quantize: the format.
         dtype: that products are computed in.
+        plain: modules to leave as they are; the head of a language model when None.
 
     Raises:
         InputError: it is quantised already, or bitsandbytes is missing.
@@ -71,7 +85,16 @@ def quantize_on_loading(config: Any, name: str, quantize: Quantize, dtype: torch
         bnb_4bit_quant_type=quantize,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=None if plain is None else list(plain),  # in 4 bits too, whatever its name says
     )
+
+
+def check_quantised(model: nn.Module, name: str) -> None:
+    """Refuse a model of which nothing was quantised as it was loaded."""
+    if all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise InputError(
+            f"{name} has no linear modules below its head that could be quantised: leave quantize out", field="quantize"
+        )
 
 
 def keep_differentiable(model: nn.Module) -> None:

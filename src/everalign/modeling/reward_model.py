@@ -25,14 +25,17 @@ from everalign.errors import EveralignError, InputError
 from everalign.modeling.base_adapter import base_and_adapter
 from everalign.modeling.loading import (
     DTYPES,
+    base_key,
     load_config,
     load_model,
     load_tokenizer,
     load_weights,
+    model_fingerprint,
+    on_meta,
     resolve_model,
 )
-from everalign.modeling.options import Precision
-from everalign.modeling.quantization import check_trainable, plain_weights
+from everalign.modeling.options import Precision, Quantize
+from everalign.modeling.quantization import check_no_adapter, check_trainable, plain_weights, quantize_on_loading
 from everalign.modeling.runtime import training_device
 from everalign.modeling.trainable import LearnedState
 from everalign.storage import check_free, new_folder, read_json, read_model, write_json
@@ -80,8 +83,16 @@ class _ScoreHead(nn.Linear):
             return F.linear(input.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
+_CLASSIFIER = "sequence classifier with one label"
+
+
 def load_classifier(
-    name: str, fresh_head: bool, seed: int = 0, precision: Precision = "fp32", device: torch.device | None = None
+    name: str,
+    fresh_head: bool,
+    seed: int = 0,
+    precision: Precision = "fp32",
+    device: torch.device | None = None,
+    quantize: Quantize | None = None,
 ) -> Any:
     """Load a sequence classifier with one label, dropout off.
 
@@ -94,27 +105,34 @@ def load_classifier(
         seed: seeds them.
         precision: of the weights.
         device: where it is to be; the CPU when None.
+        quantize: the format that the linear modules below its head are quantised to as they are read; None to leave
+            them as they are.
 
     Raises:
-        InputError: nothing loadable is there, its architecture has no sequence classifier, or weights are missing.
+        InputError: nothing loadable is there, its architecture has no sequence classifier, weights are missing, or the
+            model cannot be quantised.
     """
     source, adapter = resolve_model(name), base_and_adapter(name, resolve_model(name))[1]
+    check_no_adapter(adapter, quantize)
     if adapter is not None:
         with tempfile.TemporaryDirectory() as folder:
             load_model(name).save_pretrained(folder)
             return load_classifier(folder, fresh_head, seed, precision, device)
-    what = "sequence classifier with one label"
-    config = load_config(source, what, name, num_labels=1)
+    config = load_config(source, _CLASSIFIER, name, num_labels=1)
     text = config.get_text_config()
     text.use_cache = False  # only generation needs it
     for key, value in vars(text).items():  # each family has its own names for dropout
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(text, key, 0.0)
+    kind, dtype, packing = AutoModelForSequenceClassification, DTYPES[precision], None
+    if quantize is not None:
+        empty = on_meta(kind, config, dtype)
+        below = f"{empty.base_model_prefix}."
+        head = [part for part, _ in empty.named_modules() if part and not f"{part}.".startswith(below)]
+        packing = quantize_on_loading(config, name, quantize, dtype, head)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, loaded = load_weights(
-            AutoModelForSequenceClassification, what, name, source, config, DTYPES[precision], device
-        )
+        model, loaded = load_weights(kind, _CLASSIFIER, name, source, config, dtype, device, packing)
     backbone = f"{model.base_model_prefix}."
     missing = sorted(key for key in loaded["missing_keys"] if not fresh_head or key.startswith(backbone))
     if missing:
@@ -123,6 +141,20 @@ def load_classifier(
         if type(module) is nn.Linear and module.out_features == 1 and not name.startswith(backbone):
             module.__class__ = _ScoreHead
     return model.eval()
+
+
+def backbone_key(classifier: Any, name: str, precision: Precision, quantize: Quantize | None) -> str:
+    """Return what identifies the weights below a classifier's head; arguments as in `load_classifier`.
+
+    Of a model that is quantised here, that is the fingerprint of its plain weights and the format, as in `load_base`.
+    """
+    if quantize is None:
+        return model_fingerprint(classifier.base_model)
+    source = resolve_model(name)
+    config = load_config(source, _CLASSIFIER, name, num_labels=1)
+    own = getattr(config, "dtype", None) or torch.float32  # so they stay in the memory map of their files
+    plain, _ = load_weights(AutoModelForSequenceClassification, _CLASSIFIER, name, source, config, own)
+    return base_key(model_fingerprint(plain.base_model, DTYPES[precision]), quantize)
 
 
 def add_adapter(classifier: Any, rank: int, alpha: float, seed: int, name: str) -> Any:
@@ -140,9 +172,13 @@ def add_adapter(classifier: Any, rank: int, alpha: float, seed: int, name: str) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(classifier, config).eval()
+            adapted = get_peft_model(classifier, config).eval()
         except ValueError as error:
             raise InputError(f"{name}: peft finds no modules to adapt: {error}") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # peft leaves the head in the precision of the other weights
+            parameter.data = parameter.data.float()
+    return adapted
 
 
 def with_adapter_merged(adapted: Any, plain: Any) -> Any:
@@ -235,7 +271,8 @@ class RewardFacts(BaseModel):
         max_length: longest prompt plus answer, in tokens; longer ones are cut as in training.
         template: fingerprint of the tokenizer and its chat template.
         base_model: what it was trained from, as the user named it.
-        base_fingerprint: of the weights that it was trained from, without the head.
+        base_fingerprint: of the weights that it was trained from, without the head, as plain numbers; and the format
+            they were quantised to for it, if any.
         data: fingerprint of the training pairs.
         pairs: number of training pairs.
         accuracy: share of held-out pairs that it ranks as wished; None without held-out pairs.

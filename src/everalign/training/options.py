@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from everalign.errors import InputError
-from everalign.modeling.options import Checkpointing, PrecisionChoice
+from everalign.modeling.options import Checkpointing, PrecisionChoice, Quantize
 from everalign.options import Options
 
 SHORTEST_MAX_LENGTH = 8
@@ -39,6 +39,14 @@ Deterministic = Annotated[
     Field(
         description="The same bits each time, also on a GPU.\nOperations that have no deterministic version are an "
         "error that names them. Slower on a GPU, and without effect on a CPU, which computes so anyway."
+    ),
+]
+Quantization = Annotated[
+    Quantize | None,
+    Field(
+        description="Quantise the base model as it is loaded; nf4 is 4 bits a weight (QLoRA).\nFor adapters: needs "
+        "`lora_rank` where all weights would be trained. Needs bitsandbytes (`pip install everalign[quantize]`). The "
+        "head, the embeddings and the adapters stay as they are."
     ),
 ]
 Warmup = Annotated[float, Field(ge=0, lt=1, description="Share of the steps for the learning-rate warm-up.")]
@@ -94,13 +102,14 @@ class RewardOptions(Options):
     centring: float = Field(default=0.01, ge=0, description="Weight of the term that keeps a pair's rewards around 0.")
     lora_rank: LoraRank = 0
     lora_alpha: LoraAlpha | None = None
+    quantize: Quantization = None
     precision: ComputePrecision = "auto"
     checkpoint_steps: CheckpointSteps = 200
     deterministic: Deterministic = False
 
     @model_validator(mode="after")
-    def _check_alpha(self) -> "RewardOptions":
-        check_alpha(self.lora_rank, self.lora_alpha)
+    def _check_adapter(self) -> "RewardOptions":
+        check_adapter(self.lora_rank, self.lora_alpha, self.quantize)
         return self
 
     @property
@@ -109,10 +118,17 @@ class RewardOptions(Options):
         return self.learning_rate or (LORA_LEARNING_RATE if self.lora_rank else LEARNING_RATE)
 
 
-def check_alpha(rank: int, alpha: float | None) -> None:
-    """Refuses an adapter's α without an adapter."""
-    if alpha is not None and not rank:
+def check_adapter(rank: int, alpha: float | None, quantize: Quantize | None) -> None:
+    """Refuses what belongs to an adapter without one: its α, and a base model that is quantised."""
+    if rank:
+        return
+    if alpha is not None:
         raise InputError("lora_alpha belongs to an adapter: set lora_rank too, or leave it out", field="lora_alpha")
+    if quantize is not None:
+        raise InputError(
+            "quantize freezes the model's own weights, and an adapter learns: set lora_rank too, or leave it out",
+            field="quantize",
+        )
 
 
 Estimator = Literal["group", "group_loo", "in_batch", "reference", "quantile", "support"]

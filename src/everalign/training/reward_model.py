@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,19 +31,15 @@ from everalign.data.records import PreferenceSet
 from everalign.data.tokenization import TokenizedRow, TokenizedRows, check_end, pad_right, tokenize_preferences
 from everalign.distributed import on_main, start
 from everalign.errors import InputError
-from everalign.modeling.loading import (
-    load_tokenizer,
-    model_fingerprint,
-    resolve_precision,
-    sequence_limit,
-)
+from everalign.modeling.loading import load_tokenizer, resolve_precision, sequence_limit
 from everalign.modeling.machine import library_versions, machine_facts
 from everalign.modeling.options import Precision
-from everalign.modeling.quantization import check_all_weights
+from everalign.modeling.quantization import check_all_weights, check_library
 from everalign.modeling.reward_model import (
     RewardFacts,
     RewardNetwork,
     add_adapter,
+    backbone_key,
     load_classifier,
     save_reward_model,
     sequence_rewards,
@@ -50,6 +47,7 @@ from everalign.modeling.reward_model import (
     with_adapter_merged,
 )
 from everalign.modeling.runtime import place_name, prepare_process, training_device
+from everalign.modeling.trainable import computing_on
 from everalign.objectives import bradley_terry_loss, calibrating_temperature, dpo_loss, pair_calibration_error
 from everalign.storage import check_free, exclusive, lock_of
 from everalign.training.base_objective import Metrics, Objective
@@ -200,11 +198,14 @@ def train_reward_model(
     start()
     with exclusive(lock_of(folder), "training a reward model there"):
         _check_input(train, test, folder, allow_overlap)
+        check_library(options.quantize)
         prepare_process(options.deterministic)
         device = training_device(log)
         precision = resolve_precision(options.precision, device)
         options = options.replace(precision=precision)
         what = f"an adapter of rank {options.lora_rank}" if options.lora_rank else "all weights, which stay fp32,"
+        if options.quantize is not None:
+            what += f" on a base model that is quantised to {options.quantize},"
         log(f"  trains {what} in {precision} on {place_name(device)}")
         tokenizer = load_tokenizer(model)
         classifier, base = _load(model, tokenizer, options, precision, device, seed)
@@ -228,16 +229,25 @@ def train_reward_model(
             figures=partial(figures, "reward"),
             log=log,
         )
+        on_device: AbstractContextManager[None] = nullcontext()
         if options.lora_rank:
-            plain = load_classifier(model, fresh_head=True, seed=seed, device=device)
+            # In fp32 it may not fit where a quantised one was trained.
+            place = device if options.quantize is None else torch.device("cpu")
+            plain = load_classifier(model, fresh_head=True, seed=seed, device=place)
             set_padding(plain, tokenizer)
-            rewards = RewardNetwork(with_adapter_merged(classifier, plain).to(device), precision)
+            classifier = with_adapter_merged(classifier, plain).to(place)
+            rewards = RewardNetwork(classifier, precision)
+            if options.quantize is not None:
+                log("  merged into the plain weights; the merged model scores training and held-out pairs")
+                on_device = computing_on(classifier, device, precision)
         rewards.eval()
-        raw = _pair_rewards(rewards, pairs, options, "centring", progress)
         report = None
-        if held_out is not None:
-            found = _pair_rewards(rewards, held_out, options, "held-out pairs", progress)
-            report = reward_report(found, torch.tensor([[len(tokens) for tokens in row.responses] for row in held_out]))
+        with on_device:
+            raw = _pair_rewards(rewards, pairs, options, "centring", progress)
+            if held_out is not None:
+                found = _pair_rewards(rewards, held_out, options, "held-out pairs", progress)
+                lengths = torch.tensor([[len(tokens) for tokens in row.responses] for row in held_out])
+                report = reward_report(found, lengths)
         facts = RewardFacts(
             mean=raw.double().mean().item(),
             scale=raw.double().std(correction=0).item(),
@@ -262,10 +272,12 @@ def train_reward_model(
 def _load(
     model: str, tokenizer: Any, options: RewardOptions, precision: Precision, device: torch.device, seed: int
 ) -> tuple[Any, str]:
-    """Return the classifier with what is trained of it, and the fingerprint of the weights that it starts from."""
+    """Return the classifier with what is trained of it, and what identifies the weights that it starts from."""
     weights: Precision = precision if options.lora_rank else "fp32"
-    classifier = load_classifier(model, fresh_head=True, seed=seed, precision=weights, device=device)
-    base = model_fingerprint(classifier.base_model)
+    classifier = load_classifier(
+        model, fresh_head=True, seed=seed, precision=weights, device=device, quantize=options.quantize
+    )
+    base = backbone_key(classifier, model, weights, options.quantize)
     set_padding(classifier, tokenizer)
     if not options.lora_rank:
         check_all_weights(classifier, model)
@@ -276,7 +288,8 @@ def _load(
 
 def _training_key(base: str, template: str, pairs: TokenizedRows, options: RewardOptions, seed: int) -> str:
     """Return a digest of everything that a training's result depends on, which names its folder of checkpoints."""
-    settings = options.model_dump(exclude={"checkpointing", "checkpoint_steps"})  # change no result
+    # Left out is what changes no result; what identifies the base says how it is quantised.
+    settings = options.model_dump(exclude={"checkpointing", "checkpoint_steps", "quantize"})
     facts = [base, template, pairs.fingerprint, settings, seed]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
