@@ -44,12 +44,13 @@ def byte_tokenizer(
     bos: str | None = None,
     adds: str = "$A",
     normalizer: object = None,
+    merges: tuple[tuple[str, str], ...] = (),
 ) -> PreTrainedTokenizerFast:
-    """One token a byte. `adds` is what encoding with special tokens gives, such as `<s> $A`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    """One token a byte, but for `merges`. `adds` is what encoding with special tokens gives, such as `<s> $A`."""
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    core = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=list(merges)))
     core.normalizer = normalizer
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not merges)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(SPECIAL)
     core.post_processor = processors.TemplateProcessing(

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import httpx
 import uvicorn
 
 from everalign.correction.corrector import Corrected
+from everalign.correction.engines import Begun
 from everalign.correction.templates import get_template
 from everalign.serving.app import create_app
 from everalign.serving.corrector_service import CorrectionService
@@ -263,9 +264,20 @@ class Fake:
         self.batches: list[int] = []
         self.questions: list[Any] = []
 
-    def correct_batch(self, pairs: Any) -> list[Corrected]:
+    def correct_batch(self, pairs: Any, begun: Any = None) -> list[Corrected]:
         self.batches.append(len(pairs))
-        return [self._one(*pair) for pair in pairs]
+        if begun is None:
+            return [self._one(*pair) for pair in pairs]
+        return [self._continued(*pair, one) for pair, one in zip(pairs, begun, strict=True)]
+
+    def check_continues(self) -> None:
+        """It always does."""
+
+    def _continued(self, question: Any, answer: str, begun: Begun) -> Corrected:
+        """What was begun, and the rest of the answer rewritten by itself."""
+        rest = self._one(question, answer[begun.covers :])
+        text = begun.text + rest.text
+        return replace(rest, text=text, changed=text != answer)
 
     def stream_events(self, question: Any, answer: str) -> Iterator[Any]:
         found = self._one(question, answer)

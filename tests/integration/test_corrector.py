@@ -10,6 +10,9 @@ from cli_for_tests import run, write_rows
 from corrections_for_tests import corrections, corrector
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, Guards
 from everalign.correction.batch import correct_rows, journal_facts
+from everalign.correction.engines import Begun
+from everalign.correction.templates import get_template
+from everalign.correction.tokenization import CorrectionEncoder
 from everalign.data.readers import load_uncorrected
 from everalign.data.records import CorrectionSet
 from everalign.errors import EveralignError, InputError
@@ -17,6 +20,7 @@ from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.speculative import DraftDecoder
 from everalign.storage import Journal
 from models_for_tests import saved_model
+from tokenizers_for_tests import byte_tokenizer
 
 FREE = CorrectionOptions(guards=NO_GUARDS)
 
@@ -111,6 +115,84 @@ def test_no_piece_ends_inside_of_a_character(wild, monkeypatch):
 
     monkeypatch.setattr(DraftDecoder, "step", step)
     assert list(wild.stream("q", "x", FREE)) == list(text)
+
+
+def test_a_correction_that_is_begun_goes_on_as_it_would_have(trained):
+    """Whatever part of its own correction a corrector is given, the rest is the same; and what was begun stays."""
+    options = CorrectionOptions(guards=NO_GUARDS)
+    for question, answer in pairs(6):
+        whole = trained.correct(question, answer, options).text
+        begun = [Begun(whole[:end], covers) for end in range(len(whole) + 1) for covers in (0, len(answer) // 2)]
+        found = trained.correct_batch([(question, answer)] * len(begun), options, begun)
+        # Cut in the middle of a word, a text has other tokens than the corrector wrote.
+        wordwise = [i for i, one in enumerate(begun) if len(one.text) == len(whole) or whole[len(one.text)] == " "]
+        assert len(wordwise) >= 4
+        assert [found[i].text for i in wordwise] == [whole] * len(wordwise)
+        assert all(one.text.startswith(start.text) for one, start in zip(found, begun, strict=True))
+
+
+@pytest.mark.parametrize("begun", ["", "schön ", "Ein 😀.", "漢字。", "a.\n\n", "x"])
+@pytest.mark.parametrize("rest", ["", " und 漢字 😀", "漢字", "\n\nb"])
+def test_tokens_of_a_beginning_and_its_rest_are_the_text_s(trained, begun, rest):
+    encoder = trained._engine.encoder
+    first, draft = encoder.continuation(begun, rest)
+    assert encoder.decode([*first, *draft]) == begun + rest
+    assert encoder.decode(first).rstrip() == begun.rstrip()
+    assert encoder.continued(begun, first, draft) == (begun + rest)
+    assert encoder.continued(begun, first, [encoder.tokenizer.eos_token_id]) == begun
+
+
+def test_a_token_that_holds_the_end_of_a_sentence_and_a_line_break_is_begun_whole():
+    """As in Llama 3's and Qwen's vocabularies: a model that never saw `.` before a line break would not write one."""
+    merges = (("Ċ", "Ċ"), (".", "ĊĊ"))
+    encoder = CorrectionEncoder(byte_tokenizer(merges=merges), get_template("aligner-1"))
+    joined = encoder.tokenizer.convert_tokens_to_ids(".ĊĊ")
+    first, draft = encoder.continuation("a.", "\n\nb")
+    assert (first[-1], encoder.decode(first), encoder.decode(draft)) == (joined, "a.\n\n", "b")
+    assert encoder.continued("a.", first, draft) == "a.\n\nb"
+    assert encoder.continued("a.", first, draft[-1:]) == "a."
+    assert encoder.decode(encoder.continuation("a.", " b")[0]) == "a."
+
+
+def test_what_is_begun_stays_where_the_rest_is_kept(wild):
+    answer, begun = "see https://example.org and more.", Begun("Look: ", 4)
+    kept = "Look: https://example.org and more."
+    options = CorrectionOptions(max_new_tokens=3)
+    (found,) = wild.correct_batch([("q?", answer)], options, [begun])
+    assert (found.text, found.changed, found.reason) == (kept, True, "unfinished")
+    (gated,) = wild.correct_batch([("q?", answer)], CorrectionOptions(gate=lambda _: True), [begun])
+    assert (gated.text, gated.changed, gated.reason) == (kept, True, "gate")
+    (long,) = wild.correct_batch([("q?", "x" * 3000)], FREE, [Begun("y", 2999)])
+    assert (long.text, long.reason, long.forward_passes) == ("yx", "too_long", 0)
+
+
+def test_sentences_of_a_growing_answer(trained):
+    answer = "no 3, as I would say. yes 7, as they all say. no"
+    pieces = [answer[cut : cut + 3] for cut in range(0, len(answer), 3)]
+    *begun, result = trained.stream_by_sentence("q3?", iter(pieces), FREE)
+    text = ""
+    for piece in begun:
+        text += piece
+    assert result.text.startswith(text)
+    assert result.changed == (result.text != answer)
+    assert result.forward_passes >= 3  # two sentences and the end
+    (whole,) = trained.stream_by_sentence("q3?", ["no 3"], FREE)
+    assert whole.text == trained.correct("q3?", "no 3", FREE).text
+
+
+def test_an_unchanged_growing_answer_leaves_unchanged(wild):
+    answer = "Die 漢字 sind da 😀.  Und\tgeht es dann so? \n"
+    options = CorrectionOptions(gate=lambda _: True)
+    *begun, result = wild.stream_by_sentence("q?", list(answer), options)
+    assert "".join(begun) == "Die 漢字 sind da 😀.  Und\tgeht es dann so?"
+    assert (result.text, result.changed, result.reason) == (answer, False, "gate")
+
+
+def test_an_approver_is_for_whole_answers_only(trained):
+    judged = Corrector(trained._engine, FREE, approver=object())
+    for call in (lambda: list(judged.stream_by_sentence("q?", ["a"])), judged.check_continues):
+        with pytest.raises(InputError, match="an approver judges whole answers"):
+            call()
 
 
 def test_a_refused_correction_gives_the_answer_back(wild):
@@ -345,3 +427,14 @@ def test_correctors_that_cannot_be_are_refused(tmp_path, capsys, arguments, mess
     code, _, err = run(capsys, "correct", "run", "--corrector", *arguments, *output)
     assert code == 2
     assert message in err
+
+
+def test_a_server_goes_on_with_what_was_begun():
+    def reply(prompt):
+        return completion(" And more.") if prompt.endswith("Better.") else completion("Good.")
+
+    with ChatServer(reply) as server:
+        remote = Corrector.from_endpoint(server.url, "aligner", template="aligner-1")
+        asked = [("first", "Bad. Worse."), ("second", "Good.")]
+        found = remote.correct_batch(asked, None, [Begun("Better.", 4), Begun()])
+    assert [(one.text, one.changed) for one in found] == [("Better. And more.", True), ("Good.", False)]

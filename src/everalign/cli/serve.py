@@ -42,7 +42,7 @@ _THREADS_OF_A_SERVER = 32
     Access,
     Timeouts,
     only=(
-        *("mode", "on_failure", "keep", "retries", "keepalive", "passthrough", "strict_structured"),
+        *("mode", "on_failure", "keep", "retries", "keepalive", "passthrough", "strict_structured", "stream_by"),
         *("concurrency", "connections_per_address", "keys_file", "root_path", "total", "correction"),
     ),
     names={"total": "--timeout", "correction": "--correction-timeout"},
@@ -146,7 +146,7 @@ def serve(
     check_host(host, not keys and given["keys_file"] is None, no_auth)
     of_corrector = {"template": template, "gate": gate, "approve": approve, "margin": margin, "precision": precision}
     of_corrector |= {"device": device, "on-failure": given["on_failure"], "on-rollback": on_rollback}
-    of_corrector["strict-structured"] = given["strict_structured"]
+    of_corrector |= {"strict-structured": given["strict_structured"], "stream-by": given["stream_by"]}
     if corrector is None:
         _refuse(of_corrector, "is for a corrector; name one with --corrector, or leave it out")
     of_store = {"keep": given["keep"], "redact": redact, "retention-days": retention_days}
@@ -181,6 +181,12 @@ def serve(
             ),
         }
     )
+    if approve is not None and settings.stream_by == "sentence":
+        raise InputError(
+            "--approve: judges whole answers, and --stream-by sentence sends their beginnings before; leave one of the "
+            "two out",
+            field="approve",
+        )
     if settings.mode not in (None, "off") and corrector is None:
         raise InputError(f"--mode {settings.mode}: needs a corrector; name one with --corrector")
     # The port comes first: a corrector takes long to load, and a port in use is found out at once.

@@ -8,13 +8,14 @@ corrected.text, corrected.changed, corrected.forward_passes
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from everalign.correction.edits import common_prefix_length
 from everalign.correction.engines import (
     TOKENS_PER_BATCH,
+    Begun,
     EndpointEngine,
     Engine,
     EngineOutput,
@@ -23,6 +24,7 @@ from everalign.correction.engines import (
 )
 from everalign.correction.options import CorrectorOptions
 from everalign.correction.output_checks import Approver, Guards
+from everalign.correction.sentences import GrowingCorrection
 from everalign.correction.templates import Question, Template, get_template
 from everalign.data.messages import checked_prompt
 from everalign.data.readers import load_corrections
@@ -225,21 +227,69 @@ class Corrector:
         """Correct one answer; arguments and errors as in `correct_batch`."""
         return self.correct_batch([(question, answer)], options)[0]
 
-    def correct_batch(self, pairs: Sequence[Pair], options: CorrectionOptions | None = None) -> list[Corrected]:
+    def correct_batch(
+        self,
+        pairs: Sequence[Pair],
+        options: CorrectionOptions | None = None,
+        begun: Sequence[Begun] | None = None,
+    ) -> list[Corrected]:
         """Correct answers; results are in the order given.
 
         Args:
             pairs: questions (text, or chat messages) and answers.
             options: the corrector's own when None.
+            begun: beginnings of the corrections, which stay as they are: the results' texts begin with them. What a
+                gate or a guard keeps of an answer is then only what its beginning does not stand for.
 
         Raises:
-            InputError: a question or an answer is not text (names its number), or the engine has no gate.
+            InputError: a question or an answer is not text (names its number), the engine has no gate, or a correction
+                is begun and there is an approver.
             EveralignError: the model or the server failed.
         """
         options = options or self._options
         checked = [_checked(pair, f"pair {number}: ") for number, pair in enumerate(pairs, start=1)]
-        outputs = self._engine.write(checked, options.gate_function, options.max_new_tokens)
-        return self._results(checked, outputs, options)
+        if begun is None:
+            outputs = self._engine.write(checked, options.gate_function, options.max_new_tokens)
+        else:
+            self.check_continues()
+            outputs = self._engine.write(checked, options.gate_function, options.max_new_tokens, begun)
+        return self._results(checked, outputs, options, begun)
+
+    def check_continues(self) -> None:
+        """Raise InputError if a correction that is begun cannot be continued: an approver judges whole answers."""
+        if self._approver is not None:
+            raise InputError(
+                "an approver judges whole answers, and cannot take back the beginning of one; correct whole answers, "
+                "or leave the approver out"
+            )
+
+    def stream_by_sentence(
+        self, question: Question, pieces: Iterable[str], options: CorrectionOptions | None = None
+    ) -> Iterator[str | Corrected]:
+        """Correct an answer while it comes in pieces; yield corrected sentences, and finally the whole result.
+
+        Each time a sentence of the answer ends, the answer so far is corrected, and what is yielded for it stays: it is
+        the beginning of all further corrections (see `GrowingCorrection`). So the result's text continues what was
+        yielded, and may differ from `correct`'s, which knows the whole answer from the start. Errors as in
+        `correct_batch`; what was yielded before stays valid.
+        """
+        growing, found = GrowingCorrection(), list[Corrected]()
+        for piece in pieces:
+            growing.add(piece)
+            answer = growing.next_answer()
+            if answer is None:
+                continue
+            found += self.correct_batch([(question, answer)], options, [growing.begun])
+            if found[-1].reason in (None, "gate") and (text := growing.accept(answer, found[-1].text)):
+                yield text
+        found += self.correct_batch([(question, growing.answer)], options, [growing.begun])
+        yield replace(
+            found[-1],
+            forward_passes=_sum(one.forward_passes for one in found),
+            accepted_draft_tokens=_sum(one.accepted_draft_tokens for one in found),
+            rejected_draft_tokens=_sum(one.rejected_draft_tokens for one in found),
+            output_tokens=_sum(one.output_tokens for one in found),
+        )
 
     def stream(self, question: Question, answer: str, options: CorrectionOptions | None = None) -> Iterator[str]:
         """Yield the text of `correct` in pieces that never split a character; see `stream_events`."""
@@ -279,15 +329,19 @@ class Corrector:
                     given += more
 
     def _results(
-        self, pairs: Sequence[Pair], outputs: Sequence[EngineOutput], options: CorrectionOptions
+        self,
+        pairs: Sequence[Pair],
+        outputs: Sequence[EngineOutput],
+        options: CorrectionOptions,
+        begun: Sequence[Begun] | None = None,
     ) -> list[Corrected]:
-        """Apply the guards, then the approver; a rejected correction becomes its answer."""
+        """Apply the guards, then the approver; a rejected correction becomes its answer, behind what was begun."""
         guards, results = options.guards or Guards(), []
-        for (_, answer), output in zip(pairs, outputs, strict=True):
+        for (_, answer), output, one in zip(pairs, outputs, begun or [Begun()] * len(pairs), strict=True):
             reason = output.reason
             if reason is None and (output.text != answer or not output.finished):
                 reason = guards.first_violation(answer, output.text, output.finished, self.template)
-            text = output.text if reason is None else answer
+            text = output.text if reason is None else one.with_rest(answer)
             counts = (output.forward_passes, output.accepted_draft_tokens, output.rejected_draft_tokens)
             results.append(Corrected(text, text != answer, reason, *counts, output.output_tokens))
         changed = [i for i, result in enumerate(results) if result.changed]
@@ -303,6 +357,12 @@ class Corrector:
 def as_corrections(rows: Any) -> CorrectionSet:
     """Returns corrections as a set: one already, or whatever `load_corrections` takes."""
     return rows if isinstance(rows, CorrectionSet) else load_corrections(rows)
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """Return the sum of what is known; None if nothing is."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
 
 
 def _checked(pair: Pair, where: str) -> Pair:

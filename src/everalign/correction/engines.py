@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from everalign.correction.templates import Question, Template
@@ -19,6 +19,30 @@ Gate = Callable[["Verified"], bool]
 
 Pair = tuple[Question, str]
 """A question and an answer to it."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The beginning of a correction, which stays as it is: the corrector only goes on with it.
+
+    Args:
+        text: the beginning; empty for none.
+        covers: characters of the answer, from its first one, that the beginning stands for.
+    """
+
+    text: str = ""
+    covers: int = 0
+
+    def rest(self, answer: str) -> str:
+        """Return the rest of the answer as it follows the beginning."""
+        # Nothing of the answer parts its first word from a sentence that was put before it.
+        before_it = self.text and not self.covers and not answer[:1].isspace()
+        return (" " if before_it and self.text[-1].isascii() else "") + answer[self.covers :]
+
+    def with_rest(self, answer: str) -> str:
+        """Return the beginning with the rest of the answer, as it is."""
+        return self.text + self.rest(answer)
+
 
 TOKENS_PER_BATCH = 4096
 # The default limit of a correction: this many times the answer's tokens, and this many more.
@@ -36,7 +60,8 @@ class EngineOutput:
     """What an engine wrote for one answer; see `Corrected` for the counts.
 
     Args:
-        text: the correction; the answer itself where the model confirmed it or the gate let it pass.
+        text: the correction; where the model confirmed the answer or the gate let it pass, the answer itself, behind
+            what was begun.
         finished: whether it ended with an end token, not at the limit.
         reason: `gate` or `too_long` where nothing was written.
     """
@@ -63,13 +88,21 @@ class Engine(Protocol):
         """The prompt's template."""
         ...
 
-    def write(self, pairs: Sequence[Pair], gate: Gate | None, max_new_tokens: int | None) -> list[EngineOutput]:
+    def write(
+        self,
+        pairs: Sequence[Pair],
+        gate: Gate | None,
+        max_new_tokens: int | None,
+        begun: Sequence[Begun] | None = None,
+    ) -> list[EngineOutput]:
         """Return a correction for each of N pairs.
 
         Args:
             pairs: questions and answers.
-            gate: decides which answers pass unchanged; None for none of them.
-            max_new_tokens: longest correction; depends on the answer's length when None.
+            gate: decides which answers pass unchanged; None for none of them. Of an answer whose correction is begun
+                it sees the rest.
+            max_new_tokens: longest correction, without what is begun; depends on the answer's length when None.
+            begun: N beginnings of corrections; no correction is begun when None.
         """
         ...
 
@@ -100,17 +133,26 @@ class EndpointEngine:
         content = f"{self._client.base_url} {self._client.model} {self.template.id} {self._objectives}"
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def write(self, pairs: Sequence[Pair], gate: Gate | None, max_new_tokens: int | None) -> list[EngineOutput]:
+    def write(
+        self,
+        pairs: Sequence[Pair],
+        gate: Gate | None,
+        max_new_tokens: int | None,
+        begun: Sequence[Begun] | None = None,
+    ) -> list[EngineOutput]:
         """Return the server's corrections; raises ChatError when a request fails for good."""
         _refuse_gate(gate)
+        begun = begun or [Begun()] * len(pairs)
         outputs: dict[int, EngineOutput] = {}
         # The limit is a parameter of the request: pairs with the same limit are sent together.
-        limits = [_endpoint_limit(answer) if max_new_tokens is None else max_new_tokens for _, answer in pairs]
+        rests = [one.rest(answer) for (_, answer), one in zip(pairs, begun, strict=True)]
+        limits = [_endpoint_limit(rest) if max_new_tokens is None else max_new_tokens for rest in rests]
         for limit in sorted(set(limits)):
             chosen = [i for i, own in enumerate(limits) if own == limit]
-            prompts = [self.template.render(*pairs[i], self._objectives) for i in chosen]
+            prompts = [self.template.render(*pairs[i], self._objectives) + begun[i].text for i in chosen]
             for place, reply in self._client.continue_many(prompts, temperature=0, max_tokens=limit):
-                outputs[chosen[place]] = _endpoint_output(reply)
+                output = _endpoint_output(reply)
+                outputs[chosen[place]] = replace(output, text=begun[chosen[place]].text + output.text)
         return [outputs[i] for i in range(len(pairs))]
 
     def stream_events(self, pair: Pair, gate: Gate | None, max_new_tokens: int | None) -> Iterator[str | EngineOutput]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from everalign.correction.corrector_files import load_corrector_files
-from everalign.correction.engines import LONGER, TIMES_LONGER, TOKENS_PER_BATCH, EngineOutput, Gate, Pair
+from everalign.correction.engines import LONGER, TIMES_LONGER, TOKENS_PER_BATCH, Begun, EngineOutput, Gate, Pair
 from everalign.correction.templates import Template
 from everalign.correction.tokenization import CorrectionEncoder
 from everalign.data.collate import batches_by_length
@@ -77,20 +77,32 @@ class LocalEngine:
         """The context of every forward pass; a subclass may change activations in it."""
         return nullcontext()
 
-    def write(self, pairs: Sequence[Pair], gate: Gate | None, max_new_tokens: int | None) -> list[EngineOutput]:
+    def write(
+        self,
+        pairs: Sequence[Pair],
+        gate: Gate | None,
+        max_new_tokens: int | None,
+        begun: Sequence[Begun] | None = None,
+    ) -> list[EngineOutput]:
         """Return the corrections, decoded in batches of similar length; pairs that are too long are not corrected."""
-        prompts = [self.encoder.prompt(*pair) for pair in pairs]
-        drafts = [self.encoder.response(answer) for _, answer in pairs]
+        begun = begun or [Begun()] * len(pairs)
+        kept = [one.with_rest(answer) for (_, answer), one in zip(pairs, begun, strict=True)]
+        firsts, drafts = [], []
+        for (_, answer), one in zip(pairs, begun, strict=True):
+            first, draft = self.encoder.continuation(one.text, one.rest(answer))
+            firsts.append(first)
+            drafts.append(draft)
+        prompts = [[*self.encoder.prompt(*pair), *first] for pair, first in zip(pairs, firsts, strict=True)]
         lengths = [len(prompt) + len(draft) for prompt, draft in zip(prompts, drafts, strict=True)]
         fitting = [i for i, length in enumerate(lengths) if self._context is None or length <= self._context]
-        outputs = [EngineOutput(answer, reason="too_long", forward_passes=0) for _, answer in pairs]
+        outputs = [EngineOutput(text, reason="too_long", forward_passes=0) for text in kept]
         for places in batches_by_length([lengths[i] for i in fitting], self._tokens_per_batch):
             batch = [fitting[place] for place in places]
             decoder = self._decoder([prompts[i] for i in batch], [drafts[i] for i in batch], gate, max_new_tokens)
             with self.decoding_context():
                 decoder.run()
             for i, row in zip(batch, decoder.rows, strict=True):
-                outputs[i] = self._output(row, pairs[i][1])
+                outputs[i] = self._output(row, kept[i], begun[i].text, firsts[i])
         return outputs
 
     def stream_events(self, pair: Pair, gate: Gate | None, max_new_tokens: int | None) -> Iterator[str | EngineOutput]:
@@ -119,10 +131,12 @@ class LocalEngine:
             limits.append(limit if self._context is None else min(limit, self._context - len(prompt)))
         return DraftDecoder(self._model, prompts, drafts, sorted(self.encoder.ends), limits, gate)
 
-    def _output(self, row: DraftedRow, answer: str) -> EngineOutput:
+    def _output(self, row: DraftedRow, kept: str, begun: str = "", first: Sequence[int] = ()) -> EngineOutput:
+        """Return what a row comes to; `kept` is its text if the answer, or what is left of it, stays as it is."""
+        stays = row.accepted_by_gate or row.tokens == row.draft
         return EngineOutput(
             # Decoding the answer's own tokens could still change it, where the tokenizer normalises.
-            text=answer if row.accepted_by_gate or row.tokens == row.draft else self.encoder.decode(row.tokens),
+            text=kept if stays else self.encoder.continued(begun, first, row.tokens),
             finished=row.accepted_by_gate or row.ended,
             reason="gate" if row.accepted_by_gate else None,
             forward_passes=row.passes,

@@ -92,23 +92,36 @@ NO_GUARDS = Guards(unfinished=False, empty=False, echo=False, growth=None, code=
 """Accepts every correction."""
 
 
-def _code_blocks(text: str) -> set[str]:
-    """Return a text's fenced code blocks, in one pass over its lines; a block that is never closed is none.
+def fence_after(line: str, fence: str) -> str:
+    """Return the fence of the code block that is open after a line; empty for none.
 
     As in CommonMark, the closing fence repeats the opening one's character, is at least as long, and has nothing
     after it; the line that opens a block of backticks contains no others.
+
+    Args:
+        line: without its line break.
+        fence: of the block that is open before the line; empty for none.
     """
+    match = _FENCE.fullmatch(line.rstrip())
+    if match is None:
+        return fence
+    if fence:
+        return "" if match[1].startswith(fence) and not match[2] else fence
+    return "" if match[1][0] == "`" and "`" in match[2] else match[1]
+
+
+def _code_blocks(text: str) -> set[str]:
+    """Return a text's fenced code blocks, in one pass over its lines; a block that is never closed is none."""
     blocks: set[str] = set()
     fence, block = "", [""]
     for line in text.split("\n"):
-        match = _FENCE.fullmatch(line.rstrip())
-        if fence:
+        before, fence = fence, fence_after(line, fence)
+        if before:
             block.append(line)
-            if match is not None and match[1].startswith(fence) and not match[2]:
+            if not fence:
                 blocks.add("\n".join(block).strip())
-                fence = ""
-        elif match is not None and not (match[1][0] == "`" and "`" in match[2]):
-            fence, block = match[1], [line]
+        elif fence:
+            block = [line]
     return blocks
 
 

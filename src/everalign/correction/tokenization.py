@@ -121,6 +121,30 @@ class CorrectionEncoder:
         before = self._tokens(self._anchors[0]) if self._anchors[0] else []
         return self._text([*before, *tokens[:end]])[len(self._text(before)) :]
 
+    def continuation(self, begun: str, rest: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a text's beginning, and those of its rest and the end token.
+
+        Where one token holds the end of the beginning and white space after it, as `.` and a line break in many
+        vocabularies, it is the last one of the beginning: a model that never saw the two apart would not go on with
+        the white space. Errors as in `response`.
+        """
+        tokens = self.response(begun + rest)
+        if not begun:
+            return [], tokens
+        split = _largest(len(tokens), lambda n: not self.decode(tokens[:n]).startswith(begun)) + 1
+        first = self.decode(tokens[:split])
+        if first.startswith(begun) and not first[len(begun) :].strip():
+            return tokens[:split], tokens[split:]
+        return self.response(begun)[:-1], self.response(rest)
+
+    def continued(self, begun: str, first: Sequence[int], tokens: Sequence[int]) -> str:
+        """Return a text that was begun with the tokens that follow it; `first` is from `continuation`."""
+        head = self.decode(first)
+        text = self.decode([*first, *tokens])[len(head) :]
+        # The white space of the last token of the beginning leads on to what follows, if anything does.
+        space = head[len(begun) :] if head.startswith(begun) else ""
+        return begun + space + text if text else begun
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over what decides how text becomes tokens: template, objectives, vocabulary, ends, and a sample."""

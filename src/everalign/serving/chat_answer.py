@@ -29,6 +29,9 @@ class ChatAnswer:
         self._accumulator = CompletionAccumulator()
         self._events: list[dict[str, Any]] = []  # none of a stream that is relayed
         self._common: dict[str, Any] = {}  # what all chunks have in common
+        self._only: Choice | None = None  # the choice whose text `new_text` returns
+        self._taken = 0  # pieces of it that were returned
+        self._begun = False  # whether the only choice's text has begun to leave
 
     def add(self, event: dict[str, Any]) -> None:
         """Add the whole answer, or a chunk of it; raises GatewayError if it cannot be read."""
@@ -37,6 +40,14 @@ class ChatAnswer:
         if not (self._relayed and self._request.streams):
             self._events.append(event)
 
+    def new_text(self) -> str:
+        """Return what came of the text of the only choice since the last call; nothing once it is not text alone."""
+        only = self._accumulator.only
+        if only is None or not only.is_text:
+            return ""
+        new, self._taken, self._only = "".join(only.pieces[self._taken :]), len(only.pieces), only
+        return new
+
     def end(self) -> None:
         """Find the choices; raises GatewayError if there are none."""
         self.choices = self._accumulator.choices()
@@ -44,6 +55,14 @@ class ChatAnswer:
             return
         if not self.choices:
             raise _malformed()
+        self._set_common()
+
+    def check_begun(self) -> None:
+        """Raise GatewayError if the text that began to leave before the end is not the only one."""
+        if self._begun and len(self.choices) > 1:
+            raise bad_upstream("the upstream sends several answers and was asked for one", "upstream_malformed")
+
+    def _set_common(self) -> None:
         first = self._events[0]
         self._common = {"id": self._request.id, **{name: first[name] for name in _COMMON if name in first}}
         if self._request.mode == "strict":
@@ -90,8 +109,14 @@ class ChatAnswer:
         }
 
     def live(self, text: str, opens: bool) -> bytes:
-        """Return the chunks of a piece of a single corrected text, and with the first piece those before it."""
-        (choice,) = self.choices
+        """Return the chunks of a piece of a single corrected text, and with the first piece those before it.
+
+        The answer need not have ended.
+        """
+        choice = self._only or self.choices[0]
+        if opens:
+            self._begun = True
+            self._set_common()
         opening = [self._chunk(choice, {"role": "assistant", "content": ""})] if opens else []
         return self._frames([*opening, *self._text_chunks(choice, text)])
 

@@ -2,20 +2,24 @@
 
 A streamed answer that stays as it is, because of the mode or of what was asked, is relayed from its first byte. One
 that is corrected is first read whole: no byte of it leaves before it is judged. Then its correction is written: while
-it is being decoded if it is a single one, or only when it is complete in strict mode.
+it is being decoded if it is a single one, or only when it is complete in strict mode. Streams by sentence are the
+exception: the corrections of whole sentences leave while the answer is being read (see `by_sentence`).
 """
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from everalign.serving.by_sentence import SentenceStream, may_leave_early
 from everalign.serving.chat_answer import ChatAnswer, ChatRelay
 from everalign.serving.chat_request import RequestContext
 from everalign.serving.decide import PENDING, CorrectionDecider, Summary, summary_before
 from everalign.serving.eligibility import Api
 from everalign.serving.request_log import RequestLog, RequestTimer
 from everalign.serving.responses import ResponsesAnswer, ResponsesRelay
-from everalign.serving.stream_response import FrameQueue
+from everalign.serving.settings import StreamBy
+from everalign.serving.stream_response import FrameQueue, cancel
 
 Answer = ChatAnswer | ResponsesAnswer
 _ANSWERS: dict[Api, type[ChatAnswer] | type[ResponsesAnswer]] = {"chat": ChatAnswer, "responses": ResponsesAnswer}
@@ -44,8 +48,9 @@ class Completed:
 class Completions:
     """Answers requests."""
 
-    def __init__(self, decider: CorrectionDecider, request_log: RequestLog) -> None:
+    def __init__(self, decider: CorrectionDecider, request_log: RequestLog, stream_by: StreamBy = "answer") -> None:
         self._decider, self._request_log = decider, request_log
+        self._by_sentence = stream_by == "sentence"
 
     async def complete(self, request: RequestContext) -> Completed:
         """Return a whole answer; raises GatewayError if there is none, or none that may be returned."""
@@ -110,18 +115,24 @@ class Completions:
         return Completed(request, {}, {}, returned, returned, summary, usage, timer.upstream.seconds, 0.0)
 
     async def _stream_corrected(self, request: RequestContext, queue: FrameQueue, timer: RequestTimer) -> Completed:
-        """Read an answer whole, and write what becomes of it."""
+        """Read an answer whole, and write what becomes of it; its first sentences meanwhile, in streams by sentence."""
         answer = _ANSWERS[request.api](request, relayed=False)
-        with timer.upstream:
-            async with request.upstream.stream(request.upstream_request(), with_usage=True) as streamed:
-                async for events in streamed.events:
-                    for event in events:
-                        answer.add(event)
-        answer.end()
-        headers = _passed_headers(request, streamed.headers)
-        writer = _LiveWriter(request, answer, queue, headers)
+        writer = _LiveWriter(request, answer, queue)
+        sentences = None
+        if self._by_sentence and may_leave_early(request):
+            sentences = self._decider.sentences(request, writer, timer.corrector)
+            reading = asyncio.create_task(self._read(request, answer, timer, writer, sentences))
+            try:
+                await sentences.run()
+                await reading
+            finally:
+                await cancel(reading)
+            answer.check_begun()
+        else:
+            await self._read(request, answer, timer, writer)
+        headers = writer.headers
         with timer.corrector:
-            decisions = await self._decider.decide(request, answer.choices, writer)
+            decisions = await self._decider.decide(request, answer.choices, writer, sentences)
         returned = decisions[0].returned(answer.choices[0])
         summary, usage = await self._store(request, answer, Summary.of(decisions), returned)
         timer.end(summary)
@@ -130,6 +141,29 @@ class Completions:
         spent = timer.upstream.seconds, timer.corrector.seconds
         first = answer.choices[0].text if answer.choices else ""
         return Completed(request, {}, headers, first, returned, summary, usage, *spent)
+
+    async def _read(
+        self,
+        request: RequestContext,
+        answer: Answer,
+        timer: RequestTimer,
+        writer: "_LiveWriter",
+        sentences: SentenceStream | None = None,
+    ) -> None:
+        """Read an answer whole, and give its text to `sentences` as it comes."""
+        try:
+            with timer.upstream:
+                async with request.upstream.stream(request.upstream_request(), with_usage=True) as streamed:
+                    writer.headers = _passed_headers(request, streamed.headers)
+                    async for events in streamed.events:
+                        for event in events:
+                            answer.add(event)
+                        if sentences is not None and (text := answer.new_text()):
+                            sentences.add(text)
+            answer.end()
+        finally:
+            if sentences is not None:
+                sentences.end()
 
     async def _store(
         self, request: RequestContext, answer: Answer, summary: Summary, returned: str
@@ -143,16 +177,18 @@ class Completions:
 
 
 class _LiveWriter:
-    """Writes a correction while it is being decoded; what is `written` is never taken back."""
+    """Writes a correction while it is being decoded; what is `written` is never taken back.
 
-    def __init__(self, request: RequestContext, answer: Answer, queue: FrameQueue, headers: Mapping[str, str]) -> None:
-        self.written = ""
-        self._answer, self._queue = answer, queue
-        self._headers = {**headers, **PENDING.headers(request)}
+    `headers` are the upstream's that are passed on, once they are there.
+    """
+
+    def __init__(self, request: RequestContext, answer: Answer, queue: FrameQueue) -> None:
+        self.written, self.headers = "", dict[str, str]()
+        self._request, self._answer, self._queue = request, answer, queue
 
     async def write(self, text: str) -> None:
         if not self.written:
-            self._queue.open(self._headers)
+            self._queue.open({**self.headers, **PENDING.headers(self._request)})
         frames = self._answer.live(text, opens=not self.written)
         self.written += text
         await self._queue.send(frames)

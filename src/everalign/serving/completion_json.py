@@ -44,6 +44,11 @@ class Choice:
     pieces: list[str] = field(default_factory=list, repr=False, compare=False)
     refusals: list[str] = field(default_factory=list, repr=False, compare=False)
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it has nothing but text, as far as it has come."""
+        return not (self.tools or self.audio or self.logprobs or self.parts)
+
     def add(self, choice: Mapping[str, Any], content: Mapping[str, Any]) -> None:
         """Add a whole choice and its message, or a chunk's choice and its delta."""
         text = content.get("content")
@@ -92,6 +97,11 @@ class CompletionAccumulator:
             index = choice.get("index", 0)
             self._choices.setdefault(index, Choice(index)).add(choice, content)
         return True
+
+    @property
+    def only(self) -> Choice | None:
+        """The choice so far, its text in `pieces`; None if there is none yet, or more than one."""
+        return next(iter(self._choices.values())) if len(self._choices) == 1 else None
 
     def choices(self) -> list[Choice]:
         """Return the choices so far, ordered by index."""

@@ -26,6 +26,7 @@ from everalign.serving.upstream_transport import CircuitBreaker, Permit
 
 if TYPE_CHECKING:
     from everalign.correction.corrector import Corrected
+    from everalign.correction.engines import Begun
     from everalign.correction.templates import Question, Template
 
 _log = logging.getLogger(__name__)
@@ -46,8 +47,14 @@ class AnyCorrector(Protocol):
         """The template of its prompts."""
         ...
 
-    def correct_batch(self, pairs: Sequence[tuple["Question", str]], /) -> list["Corrected"]:
-        """Return answers corrected, in the order given."""
+    def correct_batch(
+        self, pairs: Sequence[tuple["Question", str]], /, *, begun: Sequence["Begun"] | None = None
+    ) -> list["Corrected"]:
+        """Return answers corrected, in the order given; `begun` is given for streams by sentence only."""
+        ...
+
+    def check_continues(self) -> None:
+        """Raise InputError if `begun` cannot be given."""
         ...
 
     def stream_events(self, question: "Question", answer: str, /) -> "Iterator[str | Corrected]":
@@ -89,7 +96,7 @@ class Correction:
     Args:
         text: the correction, or the answer.
         outcome: `applied`, `unchanged` (the corrector's verdict), or `skipped` if its correction was rejected.
-        reason: why it is not applied, if there is more to say.
+        reason: why it is not applied, or not to the end, if there is more to say.
         version: of the corrector.
         template: id of its template.
         usage: what it cost.
@@ -101,6 +108,11 @@ class Correction:
     version: str
     template: str
     usage: CorrectorUsage
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the corrector's text was rejected, after what was begun of it."""
+        return self.reason not in _UNCHANGED
 
 
 class CorrectionFailed(Exception):  # noqa: N818 (the name says what is wrong)
@@ -115,7 +127,7 @@ class CorrectionFailed(Exception):  # noqa: N818 (the name says what is wrong)
 
 
 @dataclass(frozen=True)
-class _InService:
+class InService:
     """A corrector and its name; or why there is none, and what that state is called."""
 
     corrector: AnyCorrector | None
@@ -129,11 +141,14 @@ class _InService:
 
     def result(self, found: "Corrected") -> Correction:
         """Return the corrector's result as the gateway reports it."""
-        outcome = "applied" if found.changed else "unchanged" if found.reason in _UNCHANGED else "skipped"
+        accepted = found.reason in _UNCHANGED
+        outcome = "applied" if found.changed else "unchanged" if accepted else "skipped"
+        # The gate may have passed the rest of an answer whose beginning is changed.
+        reason = None if found.changed and accepted else found.reason
         usage = CorrectorUsage(
             found.output_tokens, found.accepted_draft_tokens, found.rejected_draft_tokens, found.forward_passes
         )
-        return Correction(found.text, outcome, found.reason, self.version or "", self.template or "", usage)
+        return Correction(found.text, outcome, reason, self.version or "", self.template or "", usage)
 
 
 @dataclass
@@ -143,10 +158,11 @@ class _Job:
     key: str
     question: "Question"
     answer: str
-    by: _InService  # the corrector that it came to
+    by: InService  # the corrector that it came to
     permit: Permit
     wants_pieces: bool
     until: float
+    begun: "Begun | None" = None
     events: "asyncio.Queue[str | Correction | CorrectionFailed]" = field(default_factory=asyncio.Queue)
     batch: "_Batch | None" = None
     gone: bool = False
@@ -191,7 +207,7 @@ class CorrectionService:
         threads: int = 1,
         breaker: Callable[[], CircuitBreaker] = CircuitBreaker,
     ) -> None:
-        self._in_service = _InService(None, None, breaker())
+        self._in_service = InService(None, None, breaker())
         self._timeout, self._batch, self._threads = timeout, batch, threads
         self._make_breaker = breaker
         self._waiting = FairQueue[_Job](waiting)
@@ -207,7 +223,7 @@ class CorrectionService:
         Answers that wait or are being corrected are finished by the former one.
         """
         # One assignment: a request sees the former or the new one, never half of each.
-        self._in_service = _InService(corrector, version, self._make_breaker())
+        self._in_service = InService(corrector, version, self._make_breaker())
 
     def withdraw(self, version: str, reason: str) -> None:
         """Take the corrector out of service; it still finishes what waits.
@@ -216,7 +232,12 @@ class CorrectionService:
             version: name of the state without a corrector.
             reason: why there are no corrections: `rolled_back`, or `stopped` if no answer may be returned without.
         """
-        self._in_service = _InService(None, version, self._make_breaker(), reason)
+        self._in_service = InService(None, version, self._make_breaker(), reason)
+
+    @property
+    def in_service(self) -> InService:
+        """The corrector in service, for corrections that belong together (see `correct`)."""
+        return self._in_service
 
     @property
     def withdrawn(self) -> bool:
@@ -240,9 +261,24 @@ class CorrectionService:
     def breaker(self) -> CircuitBreaker:
         return self._in_service.breaker
 
-    async def correct(self, question: "Question", answer: str, key: str = "") -> Correction:
-        """Return an answer of a key corrected; raises CorrectionFailed. If cancelled, it gives up its place."""
-        with self._submitted(question, answer, key, wants_pieces=False) as job:
+    async def correct(
+        self,
+        question: "Question",
+        answer: str,
+        key: str = "",
+        begun: "Begun | None" = None,
+        by: InService | None = None,
+    ) -> Correction:
+        """Return an answer of a key corrected; raises CorrectionFailed. If cancelled, it gives up its place.
+
+        Args:
+            question: what is asked.
+            answer: the answer.
+            key: whose it is.
+            begun: the beginning of the correction, which stays as it is.
+            by: what was `in_service` when it began; what is now, when None.
+        """
+        with self._submitted(question, answer, key, False, begun, by) as job:
             while not isinstance(event := await self._next_event(job), Correction):
                 pass
             return event
@@ -255,7 +291,7 @@ class CorrectionService:
         Pieces are held back for a moment: if the result comes within it, it comes alone, so that a reply's headers can
         name the outcome.
         """
-        with self._submitted(question, answer, key, wants_pieces=True) as job:
+        with self._submitted(question, answer, key, True) as job:
             event: str | Correction | None = await self._next_event(job)
             held, until = "", time.monotonic() + _MOMENT
             while isinstance(event, str):
@@ -275,15 +311,23 @@ class CorrectionService:
         await asyncio.gather(*self._working, return_exceptions=True)
 
     @contextmanager
-    def _submitted(self, question: "Question", answer: str, key: str, wants_pieces: bool) -> Iterator[_Job]:
+    def _submitted(
+        self,
+        question: "Question",
+        answer: str,
+        key: str,
+        wants_pieces: bool,
+        begun: "Begun | None" = None,
+        by: InService | None = None,
+    ) -> Iterator[_Job]:
         """Queue an answer for correction while somebody waits for it; raises CorrectionFailed."""
-        by = self._in_service
+        by = by or self._in_service
         if by.corrector is None:
             raise CorrectionFailed(by.reason)
         permit = by.breaker.enter(key)
         if permit is None:
             raise CorrectionFailed("corrector_down")
-        job = _Job(key, question, answer, by, permit, wants_pieces, time.monotonic() + self._timeout)
+        job = _Job(key, question, answer, by, permit, wants_pieces, time.monotonic() + self._timeout, begun)
         displaced = self._waiting.put(job)
         if displaced is not None:
             displaced.permit.abandoned()
@@ -392,7 +436,13 @@ class CorrectionService:
                     return [_correct_in_pieces(batch.jobs[0], loop)]
                 by = batch.jobs[0].by
                 assert by.corrector is not None  # else nothing was submitted to it
-                found = by.corrector.correct_batch([(job.question, job.answer) for job in batch.jobs])
+                pairs = [(job.question, job.answer) for job in batch.jobs]
+                if any(job.begun is not None for job in batch.jobs):
+                    from everalign.correction.engines import Begun
+
+                    begun = [job.begun or Begun() for job in batch.jobs]
+                    return [by.result(one) for one in by.corrector.correct_batch(pairs, begun=begun)]
+                found = by.corrector.correct_batch(pairs)
                 return [by.result(one) for one in found]
 
         working = call_in_thread(call, "everalign-corrector")

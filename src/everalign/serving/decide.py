@@ -6,17 +6,18 @@ import re
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
+from everalign.serving.by_sentence import SentenceStream, TextWriter
 from everalign.serving.chat_request import RequestContext
 from everalign.serving.completion_json import Choice
 from everalign.serving.corrector_service import Correction, CorrectionFailed, CorrectionService, CorrectorUsage
 from everalign.serving.eligibility import GIVEN_IN_STRICT, why_not_corrected
-from everalign.serving.errors import uncorrected
+from everalign.serving.errors import bad_upstream, uncorrected
 from everalign.serving.settings import OnFailure
 from everalign.serving.structured import Structure, prose_of, with_prose
-from everalign.serving.telemetry import Metrics
+from everalign.serving.telemetry import Metrics, Stopwatch
 
 _OUTCOMES = ("applied", "skipped", "unchanged")
 # Longest answer and correction, in characters, whose edits are counted exactly, in quadratic time.
@@ -30,7 +31,7 @@ class Decision:
     Args:
         text: what the client gets; None if it gets the choice as the upstream sent it.
         outcome: `applied`, `unchanged` or `skipped`.
-        reason: why, if there is more to say.
+        reason: why, if there is more to say; if applied, why the rest of the text is the upstream's.
         correction: the corrector's result, if it was asked.
         calls: checked tool calls, which a strict answer has instead of a text.
     """
@@ -113,16 +114,6 @@ def summary_before(request: RequestContext) -> Summary | None:
     return Summary("skipped", request.rule) if request.mode == "correct" and request.rule is not None else None
 
 
-class TextWriter(Protocol):
-    """Writes a correction to a client while it is being decoded; `written` is the text that the client has."""
-
-    written: str
-
-    async def write(self, text: str) -> None:
-        """Write a further piece of the text."""
-        ...
-
-
 class CorrectionDecider:
     """Decides on answers, streamed or not; `longest` is in characters."""
 
@@ -130,22 +121,61 @@ class CorrectionDecider:
         self._corrections, self._fails_closed, self._longest = corrections, on_failure == "closed", longest
         self._metrics = metrics
 
+    def sentences(self, request: RequestContext, writer: TextWriter, stopwatch: Stopwatch) -> SentenceStream:
+        """Return what corrects the sentences of a request's answer while it comes."""
+        return SentenceStream(request, self._corrections, writer, self._longest, self._fails_closed, stopwatch)
+
     async def decide(
-        self, request: RequestContext, choices: Sequence[Choice], writer: TextWriter | None = None
+        self,
+        request: RequestContext,
+        choices: Sequence[Choice],
+        writer: TextWriter | None = None,
+        sentences: SentenceStream | None = None,
     ) -> list[Decision]:
         """Return what becomes of each choice; raises GatewayError if one may not be returned.
 
-        `writer` gets the correction while it is being decoded, if it may: a single choice, not in strict mode.
+        `writer` gets the correction while it is being decoded, if it may: a single choice, not in strict mode. Of the
+        first choice `sentences` may have left already.
         """
         # All rules come first: a choice that is withheld spares the others' correction.
         ruled = [await self._ruled(request, choice) for choice in choices]
+        if sentences is not None and (sentences.begun.text or sentences.failed):
+            others = await self.decide(request, choices[1:])
+            return [await self._finish(request, choices[0], ruled[0], sentences), *others]
         if len(choices) == 1 and ruled[0] is None and writer is not None and request.mode == "correct":
-            return [await self._correct(request, choices[0], writer)]
+            return [await self._correct(request, choices[0], writer, sentences)]
         corrected = await _gather(
             self._correct(request, choice) for choice, decision in zip(choices, ruled, strict=True) if decision is None
         )
         found = iter(corrected)
         return [decision or next(found) for decision in ruled]
+
+    async def _finish(
+        self, request: RequestContext, choice: Choice, ruled: Decision | None, sentences: SentenceStream
+    ) -> Decision:
+        """Return what becomes of a choice whose first sentences have left, or whose corrector was given up."""
+        begun = sentences.begun
+        if begun.text and not choice.text.startswith(sentences.answer):
+            raise bad_upstream("the upstream's answer is not what it streamed", "upstream_malformed")
+        if begun.text and not choice.is_text:
+            kind = "content" if ruled is None else str(ruled.reason)
+            raise uncorrected(kind, 502, again=True)
+        reason = ruled.reason if ruled is not None else sentences.failed
+        if reason is None:
+            assert request.question is not None  # else a rule holds
+            asked = request.question, choice.text, request.key_id
+            try:
+                found = await self._corrections.correct(*asked, begun=begun, by=sentences.by)
+                return await self._decision(request, choice, sentences.with_usage(found))
+            except CorrectionFailed as failed:
+                if self._fails_closed or failed.reason == "stopped":
+                    raise uncorrected(failed.reason, 503, again=True) from None
+                reason = failed.reason
+        if not begun.text or sentences.last is None:
+            return ruled or Decision(None, "skipped", reason, sentences.last)
+        text = begun.with_rest(choice.text)
+        outcome = "skipped" if text == choice.text else "applied"
+        return await self._decision(request, choice, replace(sentences.last, text=text, outcome=outcome, reason=reason))
 
     async def _ruled(self, request: RequestContext, choice: Choice) -> Decision | None:
         """Return what the rules make of a choice, None if it is to be corrected; raises GatewayError."""
@@ -182,7 +212,13 @@ class CorrectionDecider:
         await asyncio.to_thread(structure.json_of, text)  # a correction may have broken the schema
         return Decision(text, "applied", None, applied[0])
 
-    async def _correct(self, request: RequestContext, choice: Choice, writer: TextWriter | None = None) -> Decision:
+    async def _correct(
+        self,
+        request: RequestContext,
+        choice: Choice,
+        writer: TextWriter | None = None,
+        sentences: SentenceStream | None = None,
+    ) -> Decision:
         """Return a choice's correction, and write its beginning meanwhile; raises GatewayError if it is withheld."""
         assert request.question is not None  # else a rule holds
         asked = request.question, choice.text, request.key_id
@@ -204,6 +240,10 @@ class CorrectionDecider:
                 raise uncorrected(failed.reason, 503, again=True) from None
             return Decision(None, "skipped", failed.reason)
         assert correction is not None  # every stream ends with one, or with CorrectionFailed
+        return await self._decision(request, choice, sentences.with_usage(correction) if sentences else correction)
+
+    async def _decision(self, request: RequestContext, choice: Choice, correction: Correction) -> Decision:
+        """Return what a correction makes of a choice; raises GatewayError if it is withheld."""
         self._metrics.count_draft_tokens(correction.usage)
         self._metrics.edited.observe(await edit_share(choice.text, correction.text))
         if correction.outcome != "skipped":

@@ -25,7 +25,12 @@ def make_corrections(
 
     One thread is for a corrector whose model is in this process; more are for one on a server, which gets each answer
     separately, so that none waits for or fails with others.
+
+    Raises:
+        InputError: streams are corrected by sentence, and the corrector has an approver.
     """
+    if corrector is not None and settings.stream_by == "sentence":
+        corrector.check_continues()
     return CorrectionService(
         corrector,
         version,
@@ -53,7 +58,7 @@ class Gateway:
         self.allowances = Allowances(self.keys.allowance, access.allowance)
         self.request_log = RequestLog(self.metrics, self.store, corrections, longest)
         decider = CorrectionDecider(corrections, settings.on_failure, longest, self.metrics)
-        self.completions = Completions(decider, self.request_log)
+        self.completions = Completions(decider, self.request_log, settings.stream_by)
         shared = len(settings.keys) > 1 or access.keys_file is not None
         self.limiter = Limiter(limits.concurrency, limits.per_key, shared, self.allowances)
 

@@ -22,7 +22,7 @@ from everalign.serving.eligibility import why_not_corrected
 from everalign.serving.errors import GatewayError
 from everalign.serving.limits import AT_ONCE
 from everalign.serving.store.records import Exchange, Feedback
-from everalign.serving.telemetry import Metrics
+from everalign.serving.telemetry import Metrics, Stopwatch
 from everalign.serving.upstream_transport import CircuitBreaker
 
 if TYPE_CHECKING:
@@ -161,18 +161,6 @@ class AsyncStore:
             _log.error(
                 "the store could not be closed within %g seconds; what waited may not be kept", 2 * self._seconds
             )
-
-
-class Stopwatch:
-    """Adds up the seconds that are spent inside its `with` blocks."""
-
-    seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds += time.perf_counter() - self._started
 
 
 class RequestTimer:

@@ -47,12 +47,28 @@ class ResponsesAnswer:
         self._response: dict[str, Any] = {}
         self._events: list[dict[str, Any]] = []
         self._sent = self._number = 0
+        self._taken = 0  # events that `new_text` has read
+        self._first: tuple[int, dict[str, Any]] | None = None  # the first message: its number in the output, and itself
+        self._begun = False  # whether its text has begun to leave
 
     def add(self, event: dict[str, Any]) -> None:
         if not self._request.streams:
             self._response = event
         elif not self._relayed or event.get("type") in (*RESPONSE_ENDS, "response.output_item.done"):
             self._events.append(event)
+
+    def new_text(self) -> str:
+        """Return what came of the first message's first text since the last call."""
+        new, events = "", self._events[self._taken :]
+        self._taken = len(self._events)
+        for event in events:
+            kind, index, item, delta = (event.get(name) for name in ("type", "output_index", "item", "delta"))
+            if kind == "response.output_item.added" and isinstance(item, dict) and item.get("type") == "message":
+                if self._first is None and isinstance(index, int):
+                    self._first = index, item
+            elif kind == "response.output_text.delta" and self._first is not None and isinstance(delta, str):
+                new += delta if (index, event.get("content_index")) == (self._first[0], 0) else ""
+        return new
 
     def end(self) -> None:
         """Find the texts, as choices, at least one; raises GatewayError if the answer cannot be read."""
@@ -88,6 +104,11 @@ class ResponsesAnswer:
         if not self.choices:
             self.choices = [Choice(0, tools=bool(calls), finish_reason=finish, calls=calls)]
             self._places = [None]
+
+    def check_begun(self) -> None:
+        """Raise GatewayError if the text that began to leave before the end is not the first one of the answer."""
+        if self._begun and (self._first is None or self._places[0] != (self._first[0], 0)):
+            raise bad_upstream("the upstream's answer is not what it streamed", "upstream_malformed")
 
     def _last_response(self) -> dict[str, Any]:
         """Return the answer that the stream's last event holds."""
@@ -198,11 +219,18 @@ class ResponsesAnswer:
         }
 
     def live(self, text: str, opens: bool) -> bytes:
-        """Return the event of a piece of a single corrected text, and with the first piece all events before it."""
-        (place,) = self._places
-        assert place is not None  # an answer without text is not corrected
-        index, part = place
-        item = self._response["output"][index]
+        """Return the event of a piece of a corrected text, and with the first piece all events before it.
+
+        It is the only text, or the first one of an answer that has not ended.
+        """
+        if len(self._places) == 1 and not self._begun:
+            (place,) = self._places
+            assert place is not None  # an answer without text is not corrected
+            index, part = place
+            item = self._response["output"][index]
+        else:
+            assert self._first is not None  # else there is no text yet
+            (index, item), part, self._begun = self._first, 0, True
         about = {"item_id": item.get("id"), "output_index": index, "content_index": part}
         events = [{"type": "response.output_text.delta", **about, "delta": text, "logprobs": []}]
         if opens:
@@ -232,8 +260,11 @@ class ResponsesAnswer:
         if written and self._places[0] is not None:
             number, part = self._places[0]
             item = whole["output"][number]
-            events += [*_part_events(number, item, part, written), _item_done(number, item)]
-            replaced = made = {number}
+            events += _part_events(number, item, part, written)
+            for other in range(part + 1, len(item["content"])):
+                events += _part_events(number, item, other)
+            events.append(_item_done(number, item))
+            replaced, made = {*replaced, number}, {number}
         for event in self._events[self._sent :]:
             index = event.get("output_index")
             if event.get("type") in RESPONSE_ENDS:

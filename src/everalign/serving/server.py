@@ -249,6 +249,7 @@ def description(gateway: "Gateway", address: str, corrector: str | None, store: 
         ("playground", f"{shown}/"),
         ("dashboard", f"{shown}/dashboard"),
         ("mode", gateway.parser.mode),
+        *([("streams", "corrected by sentence")] if settings.stream_by == "sentence" else []),
         ("corrector", "none" if corrector is None else f"{corrector}, version {gateway.corrections.version}"),
         ("store", "none" if store is None else re.sub(r"(?<=//)([^/@]*):[^/@]*(?=@)", r"\1:***", store)),
         ("keys", keys),

@@ -89,6 +89,7 @@ Mode = Literal["off", "shadow", "correct", "strict"]
 OnFailure = Literal["open", "closed"]
 Keep = Literal["all", "opted-in", "none"]
 StrictStructured = Literal["refuse", "pass", "correct-strings"]
+StreamBy = Literal["answer", "sentence"]
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
@@ -247,6 +248,10 @@ class GatewaySettings(Options):
     strict_structured: StrictStructured = Field(
         default="refuse", description="What mode strict does with requests for JSON or with tools."
     )
+    stream_by: StreamBy = Field(
+        default="answer",
+        description="When a stream's corrected text leaves: once the whole answer, or a sentence, has come.",
+    )
     fallback: UpstreamSettings | None = Field(default=None, description="Answers when the upstream cannot.")
     fallback_model: str | None = Field(
         default=None, description="The model's name at the fallback; the same name if not given."
@@ -282,6 +287,16 @@ class GatewaySettings(Options):
             raise InputError(
                 "--cors-origin *: without keys every page that a browser here opens could use the gateway; name the "
                 "sites, set EVERALIGN_API_KEYS, or allow it with --no-auth"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_streams(self) -> "GatewaySettings":
+        if self.stream_by == "sentence" and self.mode == "strict":
+            raise InputError(
+                "--stream-by sentence: is not for --mode strict, in which only what was checked with the whole answer "
+                "leaves; leave one of the two out",
+                field="stream_by",
             )
         return self
 

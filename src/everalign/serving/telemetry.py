@@ -37,6 +37,18 @@ _LONGEST_HEADER = 200  # characters
 _access_log = logging.getLogger("everalign.access")
 
 
+class Stopwatch:
+    """Adds up the seconds that are spent inside its `with` blocks."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+
 class Minute(NamedTuple):
     """The chat completions that ended within one minute.
 

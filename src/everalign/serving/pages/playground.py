@@ -147,6 +147,8 @@ def _verdict(outcome: str, reason: str | None, mode: str) -> str:
     why = "" if reason is None else _REASONS.get(reason, reason.replace("_", " "))
     if outcome == "applied":
         hidden = " What the upstream said is not shown: nothing uncorrected leaves a strict server."
+        if why:
+            return f"The corrector changed the beginning of the answer; the rest is the upstream's: {why}."
         return f"The corrector changed the answer.{hidden if mode == 'strict' else ''}"
     if outcome == "unchanged":
         return f"The corrector left the answer as it was{f': {why}' if why else ''}."
