@@ -50,6 +50,20 @@ def _no_keys(monkeypatch):
         (["--upstream", URL, "--cors-origin", "app"], "--cors-origin app: must be as browsers send it"),
         (["--upstream", URL, "--keys-file", "none"], "--keys-file none: cannot be read"),
         (["--upstream", URL, "--strict-structured", "pass"], "--strict-structured: is for a corrector"),
+        (["--upstream", URL, "--stream-by", "sentence"], "--stream-by: is for a corrector"),
+        (["--upstream", URL, "--stream-by", "word"], "--stream-by: is for a corrector"),
+        (
+            ["--upstream", URL, "--corrector", "c", "--stream-by", "word"],
+            "--stream-by must be one of answer, sentence, found 'word'",
+        ),
+        (
+            ["--upstream", URL, "--corrector", "c", "--stream-by", "sentence", "--mode", "strict"],
+            "--stream-by sentence: is not for --mode strict",
+        ),
+        (
+            ["--upstream", URL, "--corrector", "c", "--stream-by", "sentence", "--approve", "length"],
+            "--approve: judges whole answers",
+        ),
         (["--upstream", URL, "--port", "0", "--access-log", "no/such/file"], "--access-log no/such/file: cannot be"),
         (["--upstream", URL, "--keep", "all"], "--keep: there is nothing to keep exchanges in"),
         (["--upstream", URL, "--redact", "all"], "--redact: there is nothing to keep exchanges in"),
@@ -170,6 +184,10 @@ def test_what_is_said_at_the_start():
     assert told["store"] == "postgresql://me:***@host/db"
     assert told["keys"] == "none; everybody who reaches the port is served"
     assert told["upstream"] == f"default, {URL}, without a key"
+    assert "streams" not in told
+    upstreams = (UpstreamSettings("default", URL),)
+    gateway = create_app(GatewaySettings(upstreams=upstreams, stream_by="sentence")).state.gateway
+    assert ("streams", "corrected by sentence") in description(gateway, "http://127.0.0.1:1/v1", "runs/c", None)
 
 
 def test_an_upstream_that_is_away_is_said_at_the_start():

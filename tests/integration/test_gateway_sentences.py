@@ -16,6 +16,7 @@ from everalign.errors import InputError
 from everalign.serving.gateway import make_corrections
 from everalign.serving.settings import GatewaySettings, Limits, Timeouts, UpstreamSettings
 from everalign.serving.store.database import FeedbackStore
+from pages_for_tests import Browser
 from upstream_for_tests import HTTP, USAGE, Fake, Script, ServedUpstream, UpstreamServer, serving
 
 QUESTION = [{"role": "user", "content": "What is it?"}]
@@ -232,6 +233,18 @@ def test_when_the_corrector_fails_the_rest_is_passed_on_as_it_comes(count, text,
     assert len(fake.batches) == count  # it is not asked again for this answer
 
 
+def test_the_playground_says_which_part_is_corrected(tmp_path):
+    store = FeedbackStore.open(f"sqlite:///{tmp_path}/feedback.db")
+    fake = Fake(failing_from(2, RuntimeError("out of memory")))
+    with reading(SteppedUpstream(*STEPS), fake, store=store, body={"store": True}) as reader:
+        reader.upstream.go.release(2)
+        reader.rest()
+        with Browser(reader.gateway) as browser:
+            page = browser.get(f"/answers/{reader.reply.headers['x-everalign-id']}").text
+    assert "changed the beginning of the answer; the rest is the upstream&#39;s: the corrector failed." in page
+    assert "<del>apple</del>" in page
+
+
 def test_when_the_corrector_fails_at_first_the_answer_passes_as_it_is():
     fake = Fake(failing_from(1, RuntimeError("out of memory")))
     script = Script(ANSWER, piece=4, drip=0.002, message={"reasoning_content": "Hm."})
@@ -273,10 +286,10 @@ def test_on_failure_closed_before_the_first_sentence_is_an_error_of_the_reply():
 def test_a_slow_corrector_is_given_up_and_a_later_sentence_is_not_held_up():
     def rewrite(answer):
         if "pear" in answer:
-            time.sleep(1.2)
+            time.sleep(2)
         return mended(answer)
 
-    times = Timeouts(correction=0.4)
+    times = Timeouts(correction=0.8)
     with reading(SteppedUpstream(*STEPS), Fake(rewrite), timeouts=times) as reader:
         reader.upstream.go.release(2)
         outcome = reader.rest()

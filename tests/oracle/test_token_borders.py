@@ -159,3 +159,18 @@ def test_the_embedded_assistant():
         got = pair.prompt + pair.chosen
         assert whole[: len(got)] == got
         assert set(whole[len(got) :]) <= set(tokenizer("\n")["input_ids"])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in UNCONTINUED])
+def test_a_correction_that_is_begun(kind):
+    """Its tokens are those of the text; and whatever a tokenizer rewrites, what was begun stays."""
+    encoder = CorrectionEncoder(tokenizer_of(kind), CORRECTOR_TEMPLATES["aligner-1"])
+    for begun in ("It is so.", "Das ist 漢字。", "It 😀!", "1. first", "Été: “Oui.”"):
+        for rest in (" And it goes on.", "\n\nAnd so", "\n2. second", "そうです。", "  😀", ""):
+            first, others = encoder.continuation(begun, rest)
+            text = encoder.continued(begun, first, others)
+            assert text.startswith(begun)
+            assert encoder.continued(begun, first, others[-1:]) == begun  # nothing but the end token
+            if kind not in REWRITING:
+                assert text == begun + rest
+                assert encoder.decode(first).rstrip() == begun

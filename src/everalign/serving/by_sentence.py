@@ -21,9 +21,12 @@ from everalign.serving.telemetry import Stopwatch
 
 
 class TextWriter(Protocol):
-    """Writes a correction to a client while it is being decoded; `written` is the text that the client has."""
+    """Writes a correction to a client while it is being decoded."""
 
-    written: str
+    @property
+    def written(self) -> str:
+        """The text that the client has."""
+        ...
 
     async def write(self, text: str) -> None:
         """Write a further piece of the text."""
@@ -72,6 +75,8 @@ class SentenceStream:
         self._longest, self._fails_closed, self._stopwatch = longest, fails_closed, stopwatch
         self._growing = GrowingCorrection()
         self._news, self._ended = asyncio.Event(), False
+        self._uncorrected: list[str] = []  # what came since the corrector was given up, and was not written yet
+        self._passes_on = False
 
     @property
     def begun(self) -> Begun:
@@ -80,12 +85,22 @@ class SentenceStream:
 
     @property
     def answer(self) -> str:
-        """The upstream's text so far."""
+        """The upstream's text, up to where the corrector was given up."""
         return self._growing.answer
+
+    @property
+    def written(self) -> str:
+        """The text that the client has."""
+        return self._writer.written
 
     def add(self, text: str) -> None:
         """Take what came of the answer's text."""
-        self._growing.add(text)
+        if self.failed is None and len(self.answer) + len(text) > self._longest:
+            self.failed = "too_long"
+        if self.failed is None:
+            self._growing.add(text)
+        else:
+            self._uncorrected.append(text)
         self._news.set()
 
     def end(self) -> None:
@@ -104,15 +119,19 @@ class SentenceStream:
             if answer is not None:
                 await self._correct(answer)
             if self.failed and self.begun.text:
-                rest = self.begun.with_rest(self.answer)[len(self._writer.written) :]
-                if rest:
-                    await self._writer.write(rest)
+                await self._pass_on()
+
+    async def _pass_on(self) -> None:
+        """Write what has come of the rest of the answer."""
+        rest = ["" if self._passes_on else self.begun.rest(self.answer), *self._uncorrected]
+        self._passes_on = True
+        self._uncorrected.clear()
+        if text := "".join(rest):
+            await self._writer.write(text)
 
     async def _correct(self, answer: str) -> None:
         """Correct the answer so far, and write what may leave."""
         try:
-            if len(answer) > self._longest:
-                raise CorrectionFailed("too_long")
             check_text(answer, "answer")
             assert self._request.question is not None  # else a rule holds
             asked = self._request.question, answer, self._request.key_id
@@ -123,7 +142,7 @@ class SentenceStream:
             return
         except CorrectionFailed as failed:
             self.failed = failed.reason
-            if failed.reason == "stopped" or (self._fails_closed and failed.reason != "too_long"):
+            if failed.reason == "stopped" or self._fails_closed:
                 raise uncorrected(failed.reason, 503, again=True) from None
             return
         self.last = self.with_usage(found)

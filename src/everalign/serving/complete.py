@@ -183,14 +183,19 @@ class _LiveWriter:
     """
 
     def __init__(self, request: RequestContext, answer: Answer, queue: FrameQueue) -> None:
-        self.written, self.headers = "", dict[str, str]()
+        self.headers: dict[str, str] = {}
         self._request, self._answer, self._queue = request, answer, queue
+        self._pieces: list[str] = []
+
+    @property
+    def written(self) -> str:
+        return "".join(self._pieces)
 
     async def write(self, text: str) -> None:
-        if not self.written:
+        if not self._pieces:
             self._queue.open({**self.headers, **PENDING.headers(self._request)})
-        frames = self._answer.live(text, opens=not self.written)
-        self.written += text
+        frames = self._answer.live(text, opens=not self._pieces)
+        self._pieces.append(text)
         await self._queue.send(frames)
 
 

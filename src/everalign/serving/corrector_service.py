@@ -50,7 +50,7 @@ class AnyCorrector(Protocol):
     def correct_batch(
         self, pairs: Sequence[tuple["Question", str]], /, *, begun: Sequence["Begun"] | None = None
     ) -> list["Corrected"]:
-        """Return answers corrected, in the order given; `begun` is given for streams by sentence only."""
+        """Return answers corrected, in the order given; each text begins with its `begun`, in streams by sentence."""
         ...
 
     def check_continues(self) -> None:

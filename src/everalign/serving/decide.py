@@ -19,6 +19,7 @@ from everalign.serving.settings import OnFailure
 from everalign.serving.structured import Structure, prose_of, with_prose
 from everalign.serving.telemetry import Metrics, Stopwatch
 
+_CHANGED = "the upstream's answer is not what it streamed"
 _OUTCOMES = ("applied", "skipped", "unchanged")
 # Longest answer and correction, in characters, whose edits are counted exactly, in quadratic time.
 _COUNTED_EXACTLY = 20_000
@@ -156,7 +157,7 @@ class CorrectionDecider:
         """Return what becomes of a choice whose first sentences have left, or whose corrector was given up."""
         begun = sentences.begun
         if begun.text and not choice.text.startswith(sentences.answer):
-            raise bad_upstream("the upstream's answer is not what it streamed", "upstream_malformed")
+            raise bad_upstream(_CHANGED, "upstream_malformed")
         if begun.text and not choice.is_text:
             kind = "content" if ruled is None else str(ruled.reason)
             raise uncorrected(kind, 502, again=True)
@@ -174,6 +175,8 @@ class CorrectionDecider:
         if not begun.text or sentences.last is None:
             return ruled or Decision(None, "skipped", reason, sentences.last)
         text = begun.with_rest(choice.text)
+        if not text.startswith(sentences.written):
+            raise bad_upstream(_CHANGED, "upstream_malformed")
         outcome = "skipped" if text == choice.text else "applied"
         return await self._decision(request, choice, replace(sentences.last, text=text, outcome=outcome, reason=reason))
 
