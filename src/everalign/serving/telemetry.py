@@ -1,4 +1,4 @@
-"""Access log and Prometheus metrics; neither contains anything of a question or an answer."""
+"""Access log, Prometheus metrics and a stopwatch; nothing of a question or an answer is in any of them."""
 
 import json
 import logging
