@@ -61,10 +61,8 @@ class RehearsalFreeLifeAlign(LifeAlign):
     def rows(self, task: Task) -> list[AnyRow]:
         """Returns what the policy answers now to some of the task's prompts, as the chosen answers of pairs.
 
-        The rejected ones are the task's; nothing is learned from them.
-
-        Raises:
-            InputError: no answer is left.
+        The rejected ones are the task's; nothing is learned from them. There may be none: a policy whose answers do
+        not end has lost more than this pull could keep, and the run goes on without it. `task.answer` says so.
         """
         count = round(self.own_answers * len(task.rows))
         if task.index < 2 or not self.strength or not count or task.answer is None:
@@ -78,14 +76,6 @@ class RehearsalFreeLifeAlign(LifeAlign):
             except InputError:
                 # The answer is the rejected one itself.
                 continue
-        if not found:
-            raise InputError(
-                f"task {task.name!r}: none of the policy's own answers to {count} of its prompts can be learned: they "
-                "did not end in time, are empty, or are answers that the task rejects; start a run with a larger "
-                "--own-answers (own_answers) or --max-length (max_length), half of which an answer may have, or with "
-                "--own-answers 0, which does without them",
-                field="own_answers",
-            )
         return found
 
     def begin_stage(self, stage: Stage) -> RowTerms | None:
