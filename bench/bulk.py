@@ -38,11 +38,11 @@ ENVIRONMENT = {
 SCORER = "def by_length(prompts, completions):\n    return [float(len(text)) for text in completions]\n"
 
 
-def row(number: int, verb: str) -> dict[str, Any]:
-    """A row of a length between a few and 40 words."""
+def row(number: int, verb: str, words: int) -> dict[str, Any]:
+    """A row whose question and answer have at most so many words each."""
     draw = random.Random(number)
-    question = f"{number}: {' '.join(draw.choices(WORDS, k=draw.randint(2, 20)))}?"
-    answer = " ".join(draw.choices(WORDS, k=draw.randint(1, 20))) + "."
+    question = f"{number}: {' '.join(draw.choices(WORDS, k=draw.randint(2, words)))}?"
+    answer = " ".join(draw.choices(WORDS, k=draw.randint(1, words))) + "."
     if verb == "correct":
         return {"question": question, "answer": answer}
     return {"prompt": question, "completions": [answer]}
@@ -151,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--verb", choices=["score", "correct"], default="score")
     parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--words", type=int, default=20, help="most words of a question, and of an answer")
     parser.add_argument("--window", default="1024", help="less than half of --rows, or no half is seen")
     parser.add_argument("--engines", nargs="+", default=["local", "ray"], choices=["local", "ray"])
     parser.add_argument("--stub", action="store_true", help="score by the answers' length, without a model")
@@ -161,7 +162,7 @@ def main() -> None:
     for count in [arguments.rows] if arguments.once else [arguments.rows // 10, arguments.rows]:
         data = HERE / f"rows.{arguments.verb}.{count}.jsonl"
         with data.open("w") as file:
-            file.writelines(json.dumps(row(number, arguments.verb)) + "\n" for number in range(count))
+            file.writelines(json.dumps(row(number, arguments.verb, arguments.words)) + "\n" for number in range(count))
         results += [run(engine, flags, data, kill=count == arguments.rows) for engine in arguments.engines]
     print("\n| engine | rows | killed half-way | seconds | rows/s | peak RSS of a process, MiB | once and in order |")
     print("|---|---:|---|---:|---:|---:|---|")
