@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from everalign.errors import InputError
 from everalign.methods import METHODS, LifeAlign, SequentialFineTuning, make_method
+from everalign.methods.base import Task
 from learner_for_tests import (
     adapter_weights,
     held_out,
@@ -242,7 +244,24 @@ def test_own_answers_that_do_not_end_are_counted_and_warned_of_where_none_is_lef
     for name in ("warm", "brief"):
         silent.learn(task_rows(name), name)
     assert silent.run.versions[1].manifest.stages[0].replayed == 0
-    assert sum("warning: nothing keeps the policy from forgetting" in line for line in lines) == 1
+    (warning,) = silent.run.versions[1].manifest.warnings
+    assert warning.startswith("nothing keeps the policy from forgetting in this task: none of its own answers to 1 ")
+    assert f"  warning: {warning}" in lines
+
+
+def test_own_answers_that_the_task_rejects_leave_nothing_either():
+    rows = task_rows("warm", 4)
+    method = make_method("lifealign-rf", own_answers=1.0)
+    task = Task("t", rows, 2, seed=0, answer=lambda prompts, seed: [])
+    asked = {str(row.prompt): row for row in rows}
+    rejecting = replace(
+        task, answer=lambda prompts, seed: [(n, asked[str(prompt)].rejected) for n, prompt in enumerate(prompts)]
+    )
+    for one in (task, rejecting):
+        assert method.rows(one) == []
+        assert "own answers to 4 prompts" in method.warning(one, [])
+    assert method.warning(task, list(rows)) is None
+    assert method.warning(replace(task, index=1), []) is None
 
 
 def test_its_own_answers_are_their_likelihood_alone():

@@ -41,8 +41,10 @@ def gradients(policy, batch, again):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_layers_on_disk_give_the_same_losses_and_gradients(file, again):
+def test_layers_on_disk_give_the_same_losses_and_gradients(file, again, monkeypatch):
     """With a long-term adapter too, and after a pass without gradients."""
+    # Layers on disk keep peft's forward pass, which adds in another order than the fused one: so must those in memory.
+    monkeypatch.setattr("everalign.modeling.policy.fuse", lambda layer: None)
     batch, found = collate(random_pairs(4, longest=20), shared=True), []
     for places in (None, file(OFFLOADED)):
         base = load_model(str(saved_model()), device_map=places)
@@ -57,9 +59,7 @@ def test_layers_on_disk_give_the_same_losses_and_gradients(file, again):
     torch.testing.assert_close(offloaded, plain, rtol=1e-6, atol=1e-6)
     assert of_offloaded.keys() == of_plain.keys()
     for name, gradient in of_plain.items():
-        # Weights that come from disk lie elsewhere in memory, where a product may be summed in another order: 1.02e-6
-        # on an AMD EPYC.
-        assert (of_offloaded[name] - gradient).norm() <= 4e-6 * gradient.norm(), name
+        assert (of_offloaded[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
 
 
 def test_a_run_learns_goes_on_and_is_evaluated_with_layers_on_disk(model, file, tmp_path, capsys):

@@ -76,7 +76,7 @@ def _question(row: Any) -> Any:
 def own_answers(context: RunContext, prompts: Sequence[Prompt], seed: int) -> list[tuple[int, str]]:
     """Sample an answer to each prompt from the policy as it is, but for prompts that leave no room for one.
 
-    How many prompts have no answer is logged, and a warning if none has.
+    How many prompts have no answer is logged.
 
     Returns:
         The numbers of the prompts whose answers ended, with these.
@@ -93,11 +93,6 @@ def own_answers(context: RunContext, prompts: Sequence[Prompt], seed: int) -> li
             f"  {len(answers)} of {len(prompts)} prompts are answered by the policy before the task: "
             f"{len(fit) - len(answers)} answers did not end within {longest} tokens, or are empty, and "
             f"{len(prompts) - len(fit)} prompts leave no room for one (max_length {context.max_length})"
-        )
-    if prompts and not answers:
-        context.log(
-            "  warning: nothing keeps the policy from forgetting in this task; more answers would end with a larger "
-            "--max-length (max_length), half of which an answer may have, or a lower --learning-rate"
         )
     return answers
 

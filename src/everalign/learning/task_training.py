@@ -188,6 +188,8 @@ def train_task(
     result = TaskResult(task, rows.facts, warnings=rows.warnings)
     method = context.method
     replayed = method.rows(task)
+    if warning := method.warning(task, replayed):
+        _warn(context, result, warning)
     # A task whose answers are given has one round, without sampling.
     rounds = context.rollouts.rounds if rows.to_sample else 1
     scale, learned, folder, seed = None, rows, work, task.seed
@@ -236,13 +238,19 @@ def _note_standstill(context: RunContext, result: TaskResult, objective: Objecti
     stage = result.reports[-1]
     gained = objective.gained(stage.curve)
     if gained is not None and abs(stage.step0_margin or 0.0) < _NO_MARGIN and abs(gained) < _STANDSTILL:
-        warning = (
+        _warn(
+            context,
+            result,
             f"{stage.stage} taught next to nothing: after {stage.steps} steps chosen answers have gained "
             f"{gained:.2g} nats on rejected ones; the learning rate may be too low "
-            f"({context.options.learning_rate:g} now)"
+            f"({context.options.learning_rate:g} now)",
         )
-        result.warnings += (warning,)
-        context.log(f"  warning: {warning}")
+
+
+def _warn(context: RunContext, result: TaskResult, warning: str) -> None:
+    """Log a warning, and keep it with the version."""
+    result.warnings += (warning,)
+    context.log(f"  warning: {warning}")
 
 
 def _reference(context: RunContext, rows: TokenizedRows, before: Snapshot | None) -> Callable[[], Reference]:
@@ -283,8 +291,7 @@ def _sample_round(
         if number == 1:
             raise
         # What earlier rounds have taught stands: the policy has come to write longer.
-        result.warnings += (f"round {number} is not learned: {error}",)
-        context.log(f"  warning: {result.warnings[-1]}")
+        _warn(context, result, f"round {number} is not learned: {error}")
         return None
     result.rollouts.append(rollout.facts)
     context.log(f"  round {number}: {rollout.one_line()}")

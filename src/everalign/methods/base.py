@@ -168,6 +168,10 @@ class Method(StageHooks):
         """Returns rows of earlier tasks to learn together with the task's own."""
         return []
 
+    def warning(self, task: Task, rows: Sequence[AnyRow]) -> str | None:
+        """Returns what is wrong with the `rows` of a task that is to be learned all the same; None if nothing is."""
+        return None
+
     def apart(self, task: Task) -> list[AnyRow]:
         """Returns rows that the stages' hooks need and that are not learned."""
         return []

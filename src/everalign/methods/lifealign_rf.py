@@ -1,5 +1,6 @@
 """LifeAlign without stored rows: what the policy before the task answers stands in for replay."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -61,11 +62,10 @@ class RehearsalFreeLifeAlign(LifeAlign):
     def rows(self, task: Task) -> list[AnyRow]:
         """Returns what the policy answers now to some of the task's prompts, as the chosen answers of pairs.
 
-        The rejected ones are the task's; nothing is learned from them. There may be none: a policy whose answers do
-        not end has lost more than this pull could keep, and the run goes on without it. `task.answer` says so.
+        The rejected ones are the task's; nothing is learned from them. There may be none, see `warning`.
         """
-        count = round(self.own_answers * len(task.rows))
-        if task.index < 2 or not self.strength or not count or task.answer is None:
+        count = self._asked(task)
+        if not count or task.answer is None:
             return []
         pairs = [row for row in task.rows if isinstance(row, Preference)]
         asked = Random(f"{task.seed}/{task.name}/own answers").sample(pairs, count)
@@ -77,6 +77,21 @@ class RehearsalFreeLifeAlign(LifeAlign):
                 # The answer is the rejected one itself.
                 continue
         return found
+
+    def warning(self, task: Task, rows: Sequence[AnyRow]) -> str | None:
+        """Returns that no own answer is left; an error would end a run that has learned other tasks already."""
+        count = self._asked(task)
+        if not count or rows:
+            return None
+        return (
+            f"nothing keeps the policy from forgetting in this task: none of its own answers to {count} prompts can be "
+            "learned; more of them would end in time with a larger --max-length (max_length), half of which an answer "
+            "may have, or a lower --learning-rate"
+        )
+
+    def _asked(self, task: Task) -> int:
+        """How many of the task's prompts are answered first."""
+        return round(self.own_answers * len(task.rows)) if task.index > 1 and self.strength else 0
 
     def begin_stage(self, stage: Stage) -> RowTerms | None:
         """Leaves its own answers out of the objective's loss."""
