@@ -1,18 +1,20 @@
 """How much faster a corrector's answers come by verifying a draft first, by how much of the draft is kept.
 
     python bench/correction.py
+    python bench/correction.py --corrector FOLDER --precision bf16    # a trained one, such as corrector_smollm2's
 
 The model has learnt real corrections by heart (`correction_rows.py`; minutes, kept for the next time). Drafts are its
 corrections as they are or with noise in a tenth of the tokens, the real answers that were corrected, answers to other
-questions, and noise alone, which is the worst case. All contenders write the same tokens, which is checked. They take
-turns batch by batch; ratios are of their whole processor times.
+questions, and noise alone, which is the worst case. A trained corrector writes what it makes of other models' answers
+instead; those that it really was given are the drafts called real. All contenders write the same tokens, which is
+checked. They take turns batch by batch; ratios are of their whole processor times.
 """
 
 import argparse
-import difflib
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from common import OUT, write_result
-from correction_rows import KINDS, Rows, Tokens
+from correction_rows import KINDS, CorrectorRows, Rows, Tokens, kept_share
+from corrector_smollm2 import answers
 from everalign.modeling.decoding import Decoder, RaggedModel, continue_rows, pad_left
 from everalign.modeling.runtime import prepare_process
 from everalign.modeling.speculative import DraftDecoder
@@ -76,15 +79,6 @@ class Contenders:
         return tokens[:end]
 
 
-def kept_share(drafts: Tokens, outputs: Tokens) -> float:
-    """How much of what is written stands in the drafts, in runs of at least four tokens."""
-    kept = 0
-    for draft, output in zip(drafts, outputs, strict=True):
-        blocks = difflib.SequenceMatcher(None, draft, output, autojunk=False).get_matching_blocks()
-        kept += sum(block.size for block in blocks if block.size > 3)
-    return kept / sum(map(len, outputs))
-
-
 def measured(
     contenders: Contenders, prompts: Tokens, drafts: Tokens, size: int, ways: list[str], rounds: int
 ) -> dict[str, Any]:
@@ -107,7 +101,7 @@ def measured(
     return {
         "seconds": seconds,
         "ratio": {way: seconds["plain"] / taken for way, taken in seconds.items()},
-        "kept": kept_share(drafts, outputs),
+        "kept": statistics.fmean(kept_share(*pair) for pair in zip(drafts, outputs, strict=True)),
         "passes_a_row": statistics.fmean(of_rows for _, of_rows in passes),
         "passes_a_token": sum(of_batch for of_batch, _ in passes) / sum(map(len, outputs)),
         "differ": differ,
@@ -116,6 +110,7 @@ def measured(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corrector", type=Path, help="folder of a trained corrector to measure instead")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--limit", type=int, default=220, help="longest answer, in tokens")
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 4, 16])
@@ -126,16 +121,21 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     prepare_process()
-    rows = Rows(arguments.rows)
-    model = rows.model().bfloat16() if arguments.precision == "bf16" else rows.model()
-    contenders = Contenders(model, [rows.end], arguments.limit)
+    if arguments.corrector is None:
+        rows: Rows | CorrectorRows = Rows(arguments.rows)
+        model = rows.model().bfloat16() if arguments.precision == "bf16" else rows.model()
+    else:
+        corrected = (arguments.corrector, arguments.precision, answers("train", 40), arguments.rows, arguments.limit)
+        rows = CorrectorRows(*corrected)
+        model = rows.model()
+    contenders = Contenders(model, rows.ends, arguments.limit)
     table = Table(title="times as fast as plain greedy decoding in the same batches")
     for column in ("draft", "kept", "batch", "verify, then decode", "passes a row", "passes a token"):
         table.add_column(column, justify="left" if column == "draft" else "right")
     for column in ("generate", "prompt lookup", "rows that differ"):
         table.add_column(column, justify="right")
     results = []
-    for kind in arguments.kinds:
+    for kind in [kind for kind in arguments.kinds if rows.drafts.get(kind)]:
         for size in arguments.sizes:
             ways = ["plain", "verified", "generate", *(["lookup"] if size == 1 else [])]
             found = measured(contenders, rows.prompts[kind], rows.drafts[kind], size, ways, arguments.rounds)
@@ -154,7 +154,8 @@ def main() -> None:
             )
             print(results[-1], flush=True)
     Console(width=140).print(table)
-    write_result(OUT / "correction.json", {"settings": vars(arguments), "results": results})
+    settings = {**vars(arguments), "corrector": arguments.corrector and str(arguments.corrector)}
+    write_result(OUT / "correction.json", {"settings": settings, "results": results})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Rows for the bench of drafts: real answers and corrections, and a small model that learns the corrections by heart.
+"""Rows for the bench of drafts: of a small model that learns real corrections by heart, or of a trained corrector.
 
-What a model this small writes by itself goes round in circles, so that every guess is right sooner or later.
+What a model of 6.5M parameters writes by itself goes round in circles, so that every guess is right sooner or later.
 Corrections learnt by heart are real text, whatever answer stands in the prompt, and as much of a draft is kept as one
-likes: down to noise, of which nothing is, nor of what is guessed later.
+likes: down to noise, of which nothing is, nor of what is guessed later. A trained corrector writes its own corrections
+of other models' answers, with the real answer in the prompt whatever draft is verified.
 """
 
+import difflib
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from common import OUT, correction_rows, data_folder
+from everalign.correction.corrector_files import load_corrector_files
+from everalign.data import Correction
+from everalign.modeling.decoding import RaggedModel
 from everalign.modeling.loading import load_model, load_tokenizer
+from everalign.modeling.options import Precision
+from everalign.modeling.speculative import DraftDecoder
 
 Tokens = list[list[int]]
 
@@ -25,11 +32,86 @@ KINDS = (
     "0.9 kept, one block",
     "0.9 kept, scattered",
     "real edits",
+    "real rewrites",
     "another answer",
     "noise",
 )
 _LENGTHS, _LONGEST_QUESTION, _LONGEST_ANSWER = (128, 192), 150, 260
 _STEPS, _BATCH, _RATE = 150, 8, 1e-3
+_SHORTEST = 32  # tokens of a corrector's correction
+
+
+def kept_share(draft: list[int], output: list[int]) -> float:
+    """How much of what is written stands in the draft, in runs of at least four tokens."""
+    blocks = difflib.SequenceMatcher(None, draft, output, autojunk=False).get_matching_blocks()
+    return sum(block.size for block in blocks if block.size > 3) / len(output)
+
+
+def noisy_drafts(outputs: Tokens, tokenizer: Any) -> dict[str, Tokens]:
+    """Drafts made from what is written: as it is, with a tenth of noise in one block or scattered, and noise alone."""
+    rng = random.Random(0)
+
+    def noise(count: int) -> list[int]:
+        return [rng.randrange(3, len(tokenizer)) for _ in range(count)]
+
+    def block(tokens: list[int]) -> list[int]:
+        size = len(tokens) // 10
+        start = rng.randrange(1, len(tokens) - size - 1)
+        return tokens[:start] + noise(size) + tokens[start + size :]
+
+    return {
+        "unchanged": list(outputs),
+        "0.9 kept, one block": [block(tokens) for tokens in outputs],
+        "0.9 kept, scattered": [
+            [*(noise(1)[0] if rng.random() < 0.1 else token for token in tokens[:-1]), tokens[-1]] for tokens in outputs
+        ],
+        "noise": [[*noise(len(tokens) - 1), tokens[-1]] for tokens in outputs],
+    }
+
+
+class CorrectorRows:
+    """What a trained corrector writes for answers of other models, with drafts as `Rows` has them.
+
+    Corrections that keep at least a third of their answer are real edits, others real rewrites.
+
+    Args:
+        folder: of the corrector.
+        precision: of its weights.
+        answers: what it corrects.
+        count: N, the rows of a kind at most.
+        limit: most tokens of a correction.
+    """
+
+    def __init__(
+        self, folder: Path, precision: Precision, answers: Iterable[Correction], count: int, limit: int
+    ) -> None:
+        encoder = load_corrector_files(folder, None).encoder(load_tokenizer(str(folder)))
+        self._model = load_model(str(folder), precision).eval().requires_grad_(False)
+        self.ends: list[int] = sorted(encoder.ends)
+        prompts, drafts, outputs, ragged = [], [], [], RaggedModel(self._model)
+        for row in answers:
+            prompt, draft = encoder.prompt(row.question, row.answer), encoder.response(row.answer)
+            (written,) = DraftDecoder(ragged, [prompt], [draft], self.ends, [limit]).run()
+            if written.ended and len(written.tokens) >= _SHORTEST:
+                prompts.append(prompt), drafts.append(draft), outputs.append(written.tokens)
+        if len(outputs) < count:
+            raise SystemExit(f"{folder}: only {len(outputs)} corrections end and have {_SHORTEST} tokens or more")
+        shares = [kept_share(draft, output) for draft, output in zip(drafts, outputs, strict=True)]
+        edits = [i for i, share in enumerate(shares) if share >= 1 / 3 and drafts[i] != outputs[i]]
+        rewrites = [i for i, share in enumerate(shares) if share < 1 / 3]
+        some = list(range(len(outputs)))[:: max(1, len(outputs) // count)][:count]
+        self.drafts: dict[str, Tokens] = {
+            **noisy_drafts([outputs[i] for i in some], encoder.tokenizer),
+            "real edits": [drafts[i] for i in edits[:count]],
+            "real rewrites": [drafts[i] for i in rewrites[:count]],
+            "another answer": [drafts[(i + 1) % len(drafts)] for i in some],
+        }
+        chosen = {"real edits": edits[:count], "real rewrites": rewrites[:count]}
+        self.prompts: dict[str, Tokens] = {kind: [prompts[i] for i in chosen.get(kind, some)] for kind in self.drafts}
+
+    def model(self) -> Any:
+        """Return the corrector's model."""
+        return self._model
 
 
 class Rows:
@@ -41,19 +123,14 @@ class Rows:
 
     def __init__(self, count: int) -> None:
         self.tokenizer = load_tokenizer(str(data_folder() / "base-model"))
-        self.end: int = self.tokenizer.eos_token_id
+        self.ends: list[int] = [self.tokenizer.eos_token_id]
         real = self._real(count)
         self.corrections: Tokens = [correction for _, _, correction in real]
-        rng = random.Random(0)
-        makers: dict[str, Callable[[int], list[int]]] = {
-            "unchanged": lambda i: self.corrections[i],
-            "0.9 kept, one block": lambda i: self._block(self.corrections[i], rng),
-            "0.9 kept, scattered": lambda i: self._scattered(self.corrections[i], rng),
-            "real edits": lambda i: real[i][1],
-            "another answer": lambda i: real[(i + 1) % count][1],
-            "noise": lambda i: [*self._noise(len(self.corrections[i]) - 1, rng), self.end],
+        self.drafts: dict[str, Tokens] = {
+            **noisy_drafts(self.corrections, self.tokenizer),
+            "real edits": [answer for _, answer, _ in real],
+            "another answer": [real[(i + 1) % count][1] for i in range(count)],
         }
-        self.drafts: dict[str, Tokens] = {kind: [makers[kind](i) for i in range(count)] for kind in KINDS}
         between, after = (self._tokens(mark) for mark in ("\n[[answer]]\n", "\n[[correction]]\n"))
         self.prompts: dict[str, Tokens] = {
             kind: [
@@ -73,19 +150,8 @@ class Rows:
             question, answer, correction = (self._tokens(row[name]) for name in ("query", "answer", "correction"))
             fits = len(question) < _LONGEST_QUESTION and len(answer) < _LONGEST_ANSWER
             if fits and _LENGTHS[0] <= len(correction) < _LENGTHS[1]:
-                found.append((question, [*answer, self.end], [*correction, self.end]))
+                found.append((question, [*answer, *self.ends], [*correction, *self.ends]))
         return found[:count]
-
-    def _noise(self, count: int, rng: random.Random) -> list[int]:
-        return [rng.randrange(3, len(self.tokenizer)) for _ in range(count)]
-
-    def _block(self, tokens: list[int], rng: random.Random) -> list[int]:
-        size = len(tokens) // 10
-        start = rng.randrange(1, len(tokens) - size - 1)
-        return tokens[:start] + self._noise(size, rng) + tokens[start + size :]
-
-    def _scattered(self, tokens: list[int], rng: random.Random) -> list[int]:
-        return [*(self._noise(1, rng)[0] if rng.random() < 0.1 else token for token in tokens[:-1]), self.end]
 
     def model(self) -> Any:
         """Return the base model after it has learnt the rows by heart; kept for the next time."""
@@ -101,12 +167,12 @@ class Rows:
         return model.eval().requires_grad_(False)
 
     def _learn(self, model: Any) -> None:
-        rng = random.Random(0)
+        rng, kinds = random.Random(0), list(self.drafts)
         optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, betas=(0.9, 0.98), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS, pct_start=0.1)
         model.train().requires_grad_(True)
         for step in range(_STEPS):
-            places = [(rng.choice(KINDS), rng.randrange(len(self.corrections))) for _ in range(_BATCH)]
+            places = [(rng.choice(kinds), rng.randrange(len(self.corrections))) for _ in range(_BATCH)]
             texts = [self.prompts[kind][i] + self.corrections[i] for kind, i in places]
             width = max(map(len, texts))
             ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])

@@ -18,7 +18,7 @@ import gzip
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,10 @@ from common import OUT, correction_rows, data_folder, preference_rows, write_res
 from everalign.correction import CorrectionOptions, Corrector
 from everalign.correction.batch import correct_batches, journal_facts
 from everalign.correction.corrector import Corrected
+from everalign.correction.corrector_files import load_corrector_files
 from everalign.correction.evaluation import evaluation_report
 from everalign.correction.options import CorrectorOptions
+from everalign.correction.tokenization import both, tokenize_corrections
 from everalign.correction.training import train_corrector
 from everalign.data import Correction, CorrectionSet, PreferenceSet
 from everalign.evaluation.scorers import RewardModel
@@ -46,6 +48,7 @@ from everalign.modeling.sampling import greedy_answers
 from everalign.modeling.speculative import Verified
 from everalign.storage import Journal, write_json
 from everalign.training.options import RewardOptions
+from everalign.training.reference import sequence_logprobs
 from everalign.training.reward_model import train_reward_model
 
 FOLDER = OUT / "corrector_smollm2"
@@ -67,7 +70,9 @@ COMMON: dict[str, Any] = {"epochs": 1.0, "batch_size": 16, "max_length": 512, "p
 LORA, FULL = {"lora_rank": 32, "learning_rate": 4e-4}, {"learning_rate": 5e-5}
 # How each variant is trained, and the share of its rows that are good answers.
 VARIANTS: dict[str, tuple[dict[str, Any], float]] = {"lora": (LORA, 0.5), "full": (FULL, 0.5), "lora-30": (LORA, 0.3)}
-CERTAINTIES, APPROVALS = (0.5, 1.0, 2.0, 3.0, 4.0), (0.0, 0.5)
+# Gates, in nats: by how much some token has to be likelier than the answer's, and the correction than the answer.
+CERTAINTIES, RATIOS = (0.5, 1.0, 2.0, 3.0, 4.0), (0.0, 2.0, 5.0, 10.0, 20.0)
+APPROVALS = (0.0, 0.5)
 REQUEST = "Question: {}\n\nAnswer: {}\n\nImprove this answer. If it is good already, repeat it. Write the answer alone."
 
 
@@ -222,6 +227,25 @@ def corrections(variant: str, rows: CorrectionSet) -> list[Corrected]:
     return correct_batches(rows, corrector, options, 16, journal, done, lambda *state: done(*state))[0]
 
 
+def log_ratios(variant: str, rows: CorrectionSet, corrected: list[Corrected]) -> list[float]:
+    """By how many nats the corrector finds each correction likelier than its answer, both whole and with their ends."""
+    place = FOLDER / f"ratios.{variant}.{rows.fingerprint[:12]}.json"
+    if not place.exists():
+        folder = FOLDER / variant
+        encoder = load_corrector_files(folder, None).encoder(load_tokenizer(str(folder)))
+        pairs = [replace(row, correction=one.text) for row, one in zip(rows, corrected, strict=True) if one.changed]
+        tokenized = tokenize_corrections(pairs, encoder, 2048, both)
+        assert len(tokenized.rows) == len(pairs)
+        policy = Policy(load_model(str(folder), "bf16"), 1, 1.0, seed=0)
+        found = (
+            (of_correction - of_answer).item()
+            for of_correction, of_answer in sequence_logprobs(policy, tokenized.rows, 4096)
+        )
+        ratios = [next(found) if one.changed else 0.0 for one in corrected]
+        write_json(place, ratios)
+    return [float(ratio) for ratio in read(place)]
+
+
 def kept(rows: CorrectionSet, corrected: list[Corrected], keep: list[bool], reason: str) -> list[Corrected]:
     """Returns the answers themselves where they are to be kept."""
     return [
@@ -236,6 +260,9 @@ def ways(variant: str, rows: CorrectionSet) -> Iterator[tuple[str, list[Correcte
     yield variant, plain
     for certainty in CERTAINTIES:
         yield f"{variant}, certainty {certainty:g}", kept(rows, plain, [one.gap < certainty for one in facts], "gate")
+    ratios = log_ratios(variant, rows, plain)
+    for limit in RATIOS:
+        yield f"{variant}, ratio {limit:g}", kept(rows, plain, [one < limit for one in ratios], "gate")
     questions, texts = [row.question for row in rows], [row.answer for row in rows]
     for margin in APPROVALS:
         approved = ScorerApprover(approver(), margin).approve(questions, texts, [one.text for one in plain])
