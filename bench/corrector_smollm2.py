@@ -68,6 +68,7 @@ LONGEST, LONGEST_ANSWER = 1400, 100
 MARGIN = 0.1
 COMMON: dict[str, Any] = {"epochs": 1.0, "batch_size": 16, "max_length": 512, "precision": "bf16"}
 LORA, FULL = {"lora_rank": 32, "learning_rate": 4e-4}, {"learning_rate": 5e-5}
+APPROVER_PAIRS = 4000
 # How each variant is trained, and the share of its rows that are good answers.
 VARIANTS: dict[str, tuple[dict[str, Any], float]] = {"lora": (LORA, 0.5), "full": (FULL, 0.5), "lora-30": (LORA, 0.3)}
 # Gates, in nats: by how much some token has to be likelier than the answer's, and the correction than the answer.
@@ -168,7 +169,8 @@ def approver() -> RewardModel:
     """A reward model of the pairs that the corrector learned from, trained once."""
     folder = FOLDER / "approver"
     if not folder.exists():
-        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in own_pairs()]
+        some = random.Random(1).sample(own_pairs(), APPROVER_PAIRS)
+        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in some]
         options = RewardOptions(learning_rate=1e-4, epochs=1.0, max_length=256)
         base = str(data_folder() / "base-model")
         train_reward_model(base, PreferenceSet.of(rows, "approver"), folder, options=options, log=print)
@@ -302,8 +304,24 @@ def show(title: str, rows: CorrectionSet, found: dict[str, list[Corrected]]) -> 
     return results
 
 
+def judge_quality(rows: CorrectionSet) -> dict[str, float]:
+    """How often the judge gives a good answer more than a bad one of the same set, both drawn at random."""
+    rewards = judge().score([row.question for row in rows], [row.answer for row in rows])
+    by_kind: dict[str | None, list[float]] = {}
+    for row, reward in zip(rows, rewards, strict=True):
+        by_kind.setdefault(row.kind, []).append(reward)
+    pairs = (("harmless", "harmful"), ("right", "hallucinated"), ("true", "false"))
+    return {
+        f"{good} over {bad}": sum(a > b for a in by_kind[good] for b in by_kind[bad])
+        / (len(by_kind[good]) * len(by_kind[bad]))
+        for good, bad in pairs
+    }
+
+
 def evaluate(split: str, count: int, wanted: str | None) -> None:
     rows = answers(split, count)
+    quality = judge_quality(rows)
+    print("the judge rates, of two answers:", *(f"{pair} {share:.0%};" for pair, share in quality.items()))
     found = {"SmolLM2, asked": asked(rows)} if wanted is None or split == "test" else {}
     for variant in VARIANTS:
         if (FOLDER / variant).exists() and (wanted is None or wanted.split(",")[0] == variant):
@@ -312,7 +330,7 @@ def evaluate(split: str, count: int, wanted: str | None) -> None:
                 if wanted is None or way in (wanted, variant, f"{variant}, approved 0"):
                     found[way] = corrected
     name = "test" if split == "test" else "validation"
-    write_result(FOLDER / f"{name}.json", {"count": count, "results": show(name, rows, found)})
+    write_result(FOLDER / f"{name}.json", {"count": count, "judge": quality, "results": show(name, rows, found)})
 
 
 def blind_pairs(way: str, count: int) -> None:
