@@ -84,7 +84,8 @@ def learn(name: str, arguments: argparse.Namespace) -> Path:
 
 def answered(folder: Path, arguments: argparse.Namespace) -> dict[str, list[list[float]]]:
     """Return for each metric what every version, the base model first, scores on every task, in percent."""
-    settings = AnswerSettings(every=True, max_new_tokens=arguments.longest, compat=True, standard=False)
+    measured: dict[str, Any] = {"compat": True, "standard": False, "likelihoods": False}
+    settings = AnswerSettings(every=True, max_new_tokens=arguments.longest, **measured)
     found = evaluate_run(load_run(folder), settings=settings, log=print)["results"]
     versions = list(dict.fromkeys(row["version"] for row in found))
     assert versions[0] == BASE

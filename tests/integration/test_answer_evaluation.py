@@ -69,6 +69,13 @@ def test_every_version_is_measured_on_every_task_and_answers_are_written_once(ru
     monkeypatch.setattr("everalign.evaluation.answers.greedy_answers", lambda *_: pytest.fail("written twice"))
     assert evaluate_run(run, settings=settings, reward=CallableScorer(longest, "length")) == found
 
+    monkeypatch.setattr("everalign.evaluation.answers.sequence_logprobs", lambda *_: pytest.fail("not asked for"))
+    monkeypatch.setattr("everalign.evaluation.answers.mean_kl", lambda *_: pytest.fail("not asked for"))
+    fewer = evaluate_run(run, settings=replace(settings, likelihoods=False), reward=CallableScorer(longest, "length"))
+    left_out = {"perplexity", "chosen_change", "rejected_change", "kl"}
+    for row, all_of_it in zip(fewer["results"], found["results"], strict=True):
+        assert row["metrics"] == {name: v for name, v in all_of_it["metrics"].items() if name not in left_out}
+
 
 def test_log_likelihoods_and_perplexity_are_those_of_the_model(run, runner):
     prompts, answers = ["q1?", "q2?"], ["yes, gladly! 1", "ok"]
@@ -81,12 +88,14 @@ def test_log_likelihoods_and_perplexity_are_those_of_the_model(run, runner):
         assert prompt
         logits = runner.policy.peft(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
         expected.append(logits[range(len(ids) - 1, len(ids) + len(answer) - 1), answer].mean().item())
-    assert scored.policy == pytest.approx(expected, abs=1e-4)
+    assert scored.values == pytest.approx(expected, abs=1e-4)
     total = sum(value * count for value, count in zip(expected, scored.tokens, strict=True))
     assert scored.perplexity().value == pytest.approx(math.exp(-total / sum(scored.tokens)), rel=1e-4)
-    assert scored.change.value == pytest.approx(
-        sum(now - then for now, then in zip(scored.policy, scored.base, strict=True)) / 2
-    )
+    runner.switch("000", "warm")
+    base = response_log_probs(runner.policy, runner.tokenizer, prompts, answers, max_length=64, tokens_per_batch=64)
+    expected_change = sum(now - then for now, then in zip(scored.values, base.values, strict=True)) / 2
+    assert expected_change != 0
+    assert scored.change_since(base).value == pytest.approx(expected_change)
 
 
 def test_the_kl_is_that_of_the_distributions_and_zero_for_the_base_model(run, runner):

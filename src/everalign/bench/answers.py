@@ -98,7 +98,7 @@ def write_answers_file(
                 max_length=asked.max_chat_tokens or run.recipe.training_options().max_length,
                 tokens_per_batch=_TOKENS_PER_BATCH,
             )
-        chat = Chat(log_probs=list(scored.policy), tokens=list(scored.tokens))
+        chat = Chat(log_probs=list(scored.values), tokens=list(scored.tokens))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, AnswersFile(answers=found, chat=chat).model_dump())
 

@@ -57,6 +57,13 @@ def evaluate(
     standard: Annotated[
         bool, typer.Option("--standard/--no-standard", help="BLEU-4 and ROUGE-L by sacreBLEU and rouge-score.")
     ] = True,
+    likelihoods: Annotated[
+        bool,
+        typer.Option(
+            "--likelihoods/--no-likelihoods",
+            help="Perplexity, changes of log-likelihood and the KL to the base model, which take passes of the model.",
+        ),
+    ] = True,
     device_map: Annotated[
         str | None,
         option("Spread the model over this machine's devices, one of them by default.", "auto|balanced|FILE"),
@@ -101,6 +108,7 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 compat=compat,
                 standard=standard,
+                likelihoods=likelihoods,
                 rubric=rubric,
                 device_map=device_map,
             ),

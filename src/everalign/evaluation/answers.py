@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from everalign.data.chat_tokens import ChatFormat
 from everalign.data.messages import Completion, Prompt, completion_text
@@ -67,27 +66,24 @@ class HeldOutPrompt:
 
 @dataclass(frozen=True)
 class ResponseLogProbs:
-    """Log-likelihood per token, in nats, of given answers under a policy and under the base model.
+    """Log-likelihood per token, in nats, of given answers under a policy.
 
     Args:
-        policy: of each of N answers.
-        base: the same under the base model.
+        values: of each of N answers.
         tokens: number of tokens of each answer, its end mark included.
     """
 
-    policy: tuple[float, ...]
-    base: tuple[float, ...]
+    values: tuple[float, ...]
     tokens: tuple[int, ...]
 
-    @property
-    def change(self) -> Interval:
-        """What learning has changed of the mean log-likelihood per token."""
-        return bootstrap_mean([now - before for now, before in zip(self.policy, self.base, strict=True)])
+    def change_since(self, before: "ResponseLogProbs") -> Interval:
+        """What learning has changed of the mean log-likelihood per token since the same answers were scored before."""
+        return bootstrap_mean([now - then for now, then in zip(self.values, before.values, strict=True)])
 
     def perplexity(self) -> Interval:
         """The policy's perplexity: exp of the negative log-likelihood per token, over all tokens."""
         tokens = torch.tensor(self.tokens, dtype=torch.float64).numpy()
-        total = torch.tensor(self.policy, dtype=torch.float64).numpy() * tokens
+        total = torch.tensor(self.values, dtype=torch.float64).numpy() * tokens
         found = bootstrap(len(tokens), lambda weights: -(weights @ total) / (weights @ tokens))
         return Interval(*(math.exp(min(value, 700.0)) for value in found))
 
@@ -149,17 +145,11 @@ def response_log_probs(
     max_length: int,
     tokens_per_batch: int,
 ) -> ResponseLogProbs:
-    """Scores given answers under the policy as it is and under its base model; long ones are cut to `max_length`."""
+    """Scores given answers under the policy as it is; long ones are cut to `max_length`."""
     rows = _rows(tokenizer, prompts, responses, max_length)
     lengths = [len(row.responses[0]) for row in rows]
-    now = sequence_logprobs(policy, rows, tokens_per_batch)
-    with policy.as_base():
-        before = sequence_logprobs(policy, rows, tokens_per_batch)
-
-    def per_token(values: Sequence[Tensor]) -> tuple[float, ...]:
-        return tuple(value.item() / length for value, length in zip(values, lengths, strict=True))
-
-    return ResponseLogProbs(per_token(now), per_token(before), tuple(lengths))
+    sums = sequence_logprobs(policy, rows, tokens_per_batch)
+    return ResponseLogProbs(tuple(s.item() / n for s, n in zip(sums, lengths, strict=True)), tuple(lengths))
 
 
 def kl_to_base(

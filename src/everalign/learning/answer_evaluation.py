@@ -17,6 +17,7 @@ from everalign.errors import InputError
 from everalign.evaluation.answers import (
     Answer,
     HeldOutPrompt,
+    ResponseLogProbs,
     answer_rewards,
     answers_against,
     kl_to_base,
@@ -58,6 +59,8 @@ class AnswerSettings:
         max_new_tokens: longest answer.
         compat: also BLEU and ROUGE-L as in LifeAlign's published tables.
         standard: BLEU and ROUGE-L by sacreBLEU and rouge-score.
+        likelihoods: perplexity and changes of log-likelihood of known answers, and the KL to the base model, for which
+            every version passes over all of them; on a CPU that takes longer than writing short answers.
         rubric: name of the rubric for a judge; each task's own, or the general one, when None.
         device_map: where the base model's layers go (see `TrainingOptions`); to one device when None.
     """
@@ -67,6 +70,7 @@ class AnswerSettings:
     max_new_tokens: int = 160
     compat: bool = False
     standard: bool = True
+    likelihoods: bool = True
     rubric: str | None = None
     device_map: str | None = None
 
@@ -187,12 +191,14 @@ def evaluate_run(
         scorers = _scorers(run, chosen, reward, judge, settings)
         written = _written(runner, chosen, base=True)
         results = []
+        base: dict[str, dict[str, ResponseLogProbs]] = {task: {} for task in chosen}
         for version in (BASE, *runner.versions):
             for task, rows in chosen.items():
                 log(f"  metrics of {version} on {task}")
                 runner.switch(version, task)
                 other = written[BASE] if opponents is None else next(iter(opponents.values()))
-                found = _metrics(runner, version, rows, written[version][task], other[task], scorers[task])
+                answers = written[version][task]
+                found = _metrics(runner, version, rows, answers, other[task], scorers[task], base[task])
                 results.append({"version": version, "task": task, "prompts": len(rows), **found})
         _warn_of_cuts(reward, chosen, [*written.values(), *(opponents or {}).values()], log)
         shown = {
@@ -343,6 +349,7 @@ def _metrics(
     answers: Sequence[Answer],
     others: Sequence[Answer],
     scorers: Mapping[str, Scorer],
+    base: dict[str, ResponseLogProbs],
 ) -> dict[str, Any]:
     """The metrics, each (value, low, high), and how often a judge's reply could not be read."""
     prompts, settings = [row.prompt for row in rows], runner.settings
@@ -355,8 +362,9 @@ def _metrics(
             found |= text_similarity(texts, references)
         if settings.compat:
             found |= text_similarity(texts, references, compat=True)
-        found |= _likelihoods(runner, rows)
-    if version != BASE and any(one.text for one in answers):
+        if settings.likelihoods:
+            found |= _likelihoods(runner, rows, base)
+    if settings.likelihoods and version != BASE and any(one.text for one in answers):
         found["kl"] = kl_to_base(runner.policy, runner.tokenizer, prompts, answers, max_length=_long(runner))
     for name, scorer in scorers.items():
         found[name], failed[name] = answer_rewards(scorer, prompts, answers)
@@ -371,8 +379,11 @@ def _long(runner: _Runner) -> int:
     return max(runner.max_length, 768) + runner.settings.max_new_tokens
 
 
-def _likelihoods(runner: _Runner, rows: Sequence[HeldOutPrompt]) -> dict[str, Any]:
-    """Perplexity of the references, and what learning changed of the log-likelihood of references and rejected."""
+def _likelihoods(runner: _Runner, rows: Sequence[HeldOutPrompt], base: dict[str, ResponseLogProbs]) -> dict[str, Any]:
+    """Perplexity of the references, and what learning changed of the log-likelihood of references and rejected.
+
+    `base` is filled by the first call for a task, which is for the base model.
+    """
     found: dict[str, Any] = {}
     for name in ("reference", "rejected"):
         given = [(row.prompt, getattr(row, name)) for row in rows]
@@ -388,7 +399,8 @@ def _likelihoods(runner: _Runner, rows: Sequence[HeldOutPrompt]) -> dict[str, An
         )
         if name == "reference":
             found["perplexity"] = scored.perplexity()
-        found[f"{'chosen' if name == 'reference' else name}_change"] = scored.change
+        change = scored.change_since(base.setdefault(name, scored))
+        found[f"{'chosen' if name == 'reference' else name}_change"] = change
     return found
 
 
