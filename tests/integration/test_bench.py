@@ -70,6 +70,49 @@ def work(files, monkeypatch):
     return files
 
 
+def scored(rows, more=()):
+    """Three answers to each prompt, of which the chosen one has the highest reward."""
+    return [
+        {"prompt": row.prompt, "completions": [row.chosen, row.rejected, "?"], "rewards": [1.0, -1.0, 0.0]}
+        for row in [*rows, *more]
+    ]
+
+
+def test_contenders_learn_from_rewards_beside_others_that_learn_from_pairs(capsys, work, tmp_path):
+    for name in ANSWERS:
+        write_rows(work / f"{name}.scored.jsonl", scored(task_rows(name)[1:], held_out(name)))
+    tasks = {
+        name: {"train": f"{name}.jsonl", "test": f"{name}.test.jsonl", "scored": {"answers": f"{name}.scored.jsonl"}}
+        for name in ("warm", "brief")
+    }
+    var = {"objective": "var", "scored": "answers", "weighting": {"temperature": 0.5}}
+    contenders = {
+        "dpo": {"method": {"name": "er", "replay": 1.0}, "objective": "dpo"},
+        "var": {"method": {"name": "er", "replay": 1.0}, **var},
+        "lifealign-var": {"method": "lifealign", **var},
+        "snkl": {"method": "er", "objective": "snkl", "scored": "answers"},
+    }
+    path, out = str(recipe(work, tasks=tasks, contenders=contenders, baseline="dpo")), tmp_path / "out"
+    code, printed, err = run(capsys, "bench", path, "--output", str(out), "--json", "--keep-runs")
+    assert code == 0, err
+    assert "prompts that are learned as pairs have no scored row" in err
+    found = json.loads(printed)["models"][0]["contenders"]
+    # All are scored on the same held-out pairs.
+    assert {one["paired"] for name, one in found.items() if name != "dpo"} == {1}
+    assert all(one["numbers"]["reward_accuracy"]["last"]["mean"] is not None for one in found.values())
+
+    learned = load_rows(Bench.read(Path(path)), "test")["warm"]
+    prompts = {row.prompt for row in learned.train}
+    assert {row.prompt for row in learned.scored["answers"]} < prompts
+    # Replay carries each answer's weight: exp(reward / temperature / deviation), its mean over the prompt's answers 1.
+    (kept,) = (out / "runs").glob("var.*/versions/001-*/replay.jsonl")
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert {row["prompt"] for row in rows} == {row.prompt for row in learned.scored["answers"]}
+    for row in rows:
+        assert sum(row["weights"]) == pytest.approx(3)
+        assert sorted(row["weights"], reverse=True)[0] == row["weights"][0]
+
+
 def test_tuned_on_validation_rows_then_tested_once(capsys, work, tmp_path):
     path, out = str(recipe(work)), tmp_path / "out"
     arguments = ("bench", path, "--output", str(out))

@@ -9,6 +9,7 @@ from everalign.bench.recipe import Bench
 from everalign.errors import InputError
 
 TASKS = {name: {"train": f"demo:{name}", "test": f"demo:{name}"} for name in ("careful", "frank")}
+SCORED = {name: {**task, "scored": {"samples": f"{name}.jsonl"}} for name, task in TASKS.items()}
 ER = {"method": "er", "objective": "dpo"}
 RATES = {"learning_rate": [1e-3, 2e-3]}
 
@@ -49,7 +50,34 @@ REFUSED = [
     (
         {"x": {"method": "er", "tune": {"objective": ["dpo", "correction"]}}},
         {},
-        "x.tune.objective: a bench learns from preferences, and correction cannot",
+        "x.tune.objective: a bench learns from preferences or scored rows, and correction cannot",
+    ),
+    ({"x": {"method": "er", "objective": "var"}}, {}, "x.objective: var learns from answers with rewards: name the"),
+    (
+        {"x": {"method": "er", "objective": "var", "scored": "samples"}},
+        {"tasks": {**SCORED, "frank": TASKS["frank"]}},
+        "x.scored: tasks.frank.scored has no file 'samples', but none",
+    ),
+    ({"x": {**ER, "scored": "samples"}}, {"tasks": SCORED}, "x.scored: dpo learns from pairs and would ignore the"),
+    ({"x": {"method": "er", "scored": "samples"}}, {"tasks": SCORED}, "x.scored: fpo learns from pairs and would"),
+    (None, {"tasks": SCORED}, "tasks.careful.scored.samples: no contender learns from it: leave it out"),
+    (
+        {"x": {"method": "er", "objective": "snkl", "scored": "samples"}},
+        {"tasks": SCORED, "label": "domain"},
+        "x.scored: scored rows have no labels here",
+    ),
+    (
+        {
+            "x": {
+                "method": "er",
+                "objective": "var",
+                "scored": "samples",
+                "weighting": {"temperature": 1.0},
+                "tune": {"temperature": [0.5, 1.0]},
+            }
+        },
+        {"tasks": SCORED},
+        "x.weighting.temperature: is given here and tuned",
     ),
     (None, {"tuning": {"seeds": [1000, 1000]}}, "tuning.seeds: the seed 1000 is given twice"),
     (None, {"seeds": [0, 0]}, "seeds: the seed 0 is given twice"),
@@ -90,6 +118,16 @@ def test_the_digest_knows_the_order_of_learning_and_filters_for_null(tmp_path):
     assert bench(tmp_path).digest != bench(tmp_path, tasks=turned).digest
     filtered = [{**TASKS, "frank": {**TASKS["frank"], "where": where}} for where in ({}, {"domain": None})]
     assert len({bench(tmp_path, tasks=tasks).digest for tasks in filtered}) == 2
+
+
+def test_weighting_options_are_given_tuned_and_refused_where_they_mean_nothing(tmp_path):
+    var = {"method": "er", "objective": "var", "scored": "samples"}
+    tuned = bench(tmp_path, {"x": {**var, "tune": {"temperature": [0.5, 2.0]}}}, tasks=SCORED)
+    options = [tuned.learn_recipe("x", choice, "tiny", 0).weighting for choice in tuned.contenders["x"].trials]
+    assert [one.temperature for one in options] == [0.5, 2.0]
+    assert bench(tmp_path).learn_recipe("x", {}, "tiny", 0).weighting is None
+    with pytest.raises(InputError, match="weight_floor is for rewards, which only var and snkl learn from"):
+        bench(tmp_path, {"x": {**ER, "weighting": {"weight_floor": 0.1}}}).check_contenders()
 
 
 def test_what_the_shared_settings_replace_of_a_preset_is_said(tmp_path):

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import field_validator
 
 from everalign.errors import InputError, located
-from everalign.learning.options import PAPER_ADAPTER, TrainingOptions
-from everalign.learning.recipe import AdapterKeys, Keys, MethodKeys, Text, TrainingKeys, name_alone
+from everalign.learning.options import DEFAULT_OBJECTIVE, PAPER_ADAPTER, TrainingOptions
+from everalign.learning.recipe import AdapterKeys, Keys, MethodKeys, Text, TrainingKeys, WeightKeys, name_alone
 from everalign.training.objectives import OBJECTIVES, reads
 
 Choice = Mapping[str, Any]
@@ -35,14 +35,19 @@ class Contender(Keys):
 
     With the method `none` nothing is learned: the base model is scored with a system message, `system`, the same for
     all tasks or one for each.
+
+    With `scored` it learns from answers with rewards in place of pairs: from the file that every task has under this
+    name.
     """
 
     method: MethodKeys
     system: Text | dict[str, Text] | None = None
+    scored: Text | None = None
     objective: Text | None = None
     preset: Text | None = None
     training: TrainingKeys | None = None
     adapter: AdapterKeys | None = None
+    weighting: WeightKeys | None = None
     tune: dict[str, Any] | None = None
 
     _name_alone = field_validator("method", mode="before")(name_alone)
@@ -105,12 +110,21 @@ class Contender(Keys):
                 raise InputError(f"{where}: is given here and tuned under `tune`: leave one of them out", field=option)
 
     def check_objectives(self) -> None:
-        """Refuses an objective, given or tried, that learns from other rows than a bench has."""
+        """Refuses an objective, given or tried, that learns from other rows than the contender gets."""
         tried = [("tune.objective", objective) for objective in (self.tune or {}).get("objective", [])]
-        for key, objective in [("objective", self.objective), *tried]:
+        given = [("objective", self.objective or DEFAULT_OBJECTIVE)] if not tried else []
+        for key, objective in [*given, *tried]:
             entry = OBJECTIVES.get(objective) if isinstance(objective, str) else None
-            if entry is not None and entry.rows not in ("preferences", "judged"):
-                raise InputError(f"{key}: a bench learns from preferences, and {objective} cannot")
+            if entry is None or not self.learns:
+                continue
+            if entry.rows == "corrections":
+                raise InputError(f"{key}: a bench learns from preferences or scored rows, and {objective} cannot")
+            if entry.rows == "scored" and self.scored is None:
+                raise InputError(
+                    f"{key}: {objective} learns from answers with rewards: name the tasks' files with `scored`"
+                )
+            if entry.rows == "preferences" and self.scored is not None:
+                raise InputError(f"scored: {objective} learns from pairs and would ignore the rewards: leave it out")
 
     def check_preset(self, shared: Any) -> None:
         """Refuses a preset that would cut held-out pairs to a length of its own; `shared` is what all train with."""
@@ -154,7 +168,7 @@ def given(keys: Any) -> dict[str, Any]:
 
 def section_of(option: str) -> str:
     """Where an option that is tuned belongs: a section of a learner's recipe, or nothing for one beside them."""
-    homes = {"training": TrainingKeys, "adapter": AdapterKeys, "method": MethodKeys}
+    homes = {"training": TrainingKeys, "adapter": AdapterKeys, "weighting": WeightKeys, "method": MethodKeys}
     known = {name: section for section, keys in homes.items() for name in keys.model_fields}
     del known["name"]
     if option in ("objective", "system"):

@@ -7,19 +7,20 @@ import json
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 from everalign.bench.recipe import Bench, BenchTask, expanded
 from everalign.data.file_formats import raw_rows
 from everalign.data.messages import ChatPrompt, Prompt
-from everalign.data.readers import label_of, with_label
-from everalign.data.records import PREFERENCE_SCHEMA, Preference, PreferenceSet
-from everalign.data.rows import content_id
+from everalign.data.readers import label_of, load_scored, with_label
+from everalign.data.records import PREFERENCE_SCHEMA, Preference, PreferenceSet, Scored, ScoredSet
+from everalign.data.rows import RowSet, content_id
 from everalign.demo.world import demo_tasks
 from everalign.errors import InputError, located
 
 Part = Literal["validation", "test"]
+AnySet = TypeVar("AnySet", PreferenceSet, ScoredSet)
 DEMO = "demo:"
 """A source `demo:NAME` is one of the demo's tasks."""
 _DEMO_ROWS = (240, 60)
@@ -27,11 +28,20 @@ _DEMO_ROWS = (240, 60)
 
 @dataclass(frozen=True)
 class TaskRows:
-    """What is learned of a task, what it is scored on, and the fingerprint of its validation rows."""
+    """What is learned of a task, what it is scored on, and the fingerprint of its validation rows.
 
-    train: PreferenceSet
+    `scored` are answers with rewards by name, for contenders that learn from them in place of `train`; their prompts
+    are among those of `train`.
+    """
+
+    train: RowSet[Any]
     held_out: PreferenceSet
     validation: str = ""
+    scored: Mapping[str, ScoredSet] = field(default_factory=dict)
+
+    def learned_from(self, scored: str | None) -> TaskRows:
+        """Returns what a contender learns that names some of the scored rows; None for one that learns pairs."""
+        return self if scored is None else replace(self, train=self.scored[scored])
 
 
 def load_rows(bench: Bench, part: Part, log: Callable[[str], None] = lambda _: None) -> dict[str, TaskRows]:
@@ -42,10 +52,11 @@ def load_rows(bench: Bench, part: Part, log: Callable[[str], None] = lambda _: N
     Args:
         bench: the recipe.
         part: what is held out.
-        log: called with a note on the columns of a file that nothing reads.
+        log: called with a note on the columns of a file that nothing reads, and on prompts without scored rows.
 
     Raises:
-        InputError: a file is missing or bad, a filter leaves no row, or validation and training rows share prompts.
+        InputError: a file is missing or bad, a filter leaves no row, validation and training rows share prompts, or no
+            prompt that is learned has scored rows.
     """
     check_files(bench)
     found: dict[str, TaskRows] = {}
@@ -68,10 +79,14 @@ def load_rows(bench: Bench, part: Part, log: Callable[[str], None] = lambda _: N
                 file = expanded(str(getattr(task, key) or task.train))
                 unread[f"note: {file}: columns that are not read: {', '.join(rows.ignored)}"] = None
         held_out, validated = test if part == "test" else validation, validation.fingerprint
+        scored = {
+            rows: _scored(f"tasks.{name}.scored.{rows}", path, train, log) for rows, path in (task.scored or {}).items()
+        }
         if task.system is not None:
             # Last, so that a prompt is cut off alike in tasks with and without.
             train, held_out = (with_system(rows, task.system) for rows in (train, held_out))
-        found[name] = TaskRows(train, held_out, validated)
+            scored = {key: with_system(rows, task.system) for key, rows in scored.items()}
+        found[name] = TaskRows(train, held_out, validated, scored)
     for note in unread:
         log(note)
     return found
@@ -82,6 +97,10 @@ def check_files(bench: Bench) -> None:
     for name, task in bench.tasks.items():
         for key in ("train", "validation", "test"):
             _check_source(f"tasks.{name}.{key}", getattr(task, key))
+        for key, path in (task.scored or {}).items():
+            if path.startswith(DEMO):
+                raise InputError(f"tasks.{name}.scored.{key}: the demo's tasks have no rewards: name a file")
+            _check_source(f"tasks.{name}.scored.{key}", path)
     if bench.chat is not None:
         _check_source("chat.rows", bench.chat.rows)
     if bench.answers is not None and bench.answers.reward_model is not None:
@@ -114,11 +133,22 @@ def _place(key: str, seed: int) -> float:
     return int(hashlib.sha256(f"{seed}/{key}".encode()).hexdigest()[:16], 16) / 16**16
 
 
-def _prompt_key(row: Preference) -> str:
+def _prompt_key(row: Preference | Scored) -> str:
     return content_id(row.prompt)
 
 
-def with_system(rows: PreferenceSet, text: str) -> PreferenceSet:
+def _scored(key: str, path: str, train: PreferenceSet, log: Callable[[str], None]) -> ScoredSet:
+    """Reads answers with rewards to the prompts that are learned; all others are left out, held-out ones above all."""
+    rows, prompts = load_scored(expanded(path)), {_prompt_key(row) for row in train}
+    kept = tuple(row for row in rows if _prompt_key(row) in prompts)
+    if not kept:
+        raise InputError(f"{key}: {path}: none of its prompts is one of the {len(prompts)} that are learned as pairs")
+    if missing := len(prompts) - len({_prompt_key(row) for row in kept}):
+        log(f"note: {key}: {missing} of {len(prompts)} prompts that are learned as pairs have no scored row")
+    return replace(rows, items=kept)
+
+
+def with_system(rows: AnySet, text: str) -> AnySet:
     """Returns the rows with a system message before every prompt, or before the text of the one that is there."""
     return replace(rows, items=tuple(replace(row, prompt=prompt_with_system(row.prompt, text)) for row in rows))
 

@@ -76,7 +76,14 @@ def differs(before: str | None, content: str | None) -> bool:
 
 def data_facts(rows: Mapping[str, TaskRows]) -> dict[str, dict[str, str]]:
     """Returns by task what settings are chosen from."""
-    return {task: {"training": found.train.fingerprint, "validation": found.validation} for task, found in rows.items()}
+    return {
+        task: {
+            "training": found.train.fingerprint,
+            "validation": found.validation,
+            **{f"scored ({name})": scored.fingerprint for name, scored in found.scored.items()},
+        }
+        for task, found in rows.items()
+    }
 
 
 def trial_of(choice: Choice, found: Sequence[Record], measures: Sequence[str]) -> Trial:

@@ -322,5 +322,6 @@ def _rows(bench: Bench, part: Part, log: Log) -> dict[str, TaskRows]:
     log("data")
     rows = load_rows(bench, part, lambda line: log(f"  {line}"))
     for name, found in rows.items():
-        log(f"  {name}: {len(found.train)} rows to learn, {len(found.held_out)} of the {part} part")
+        scored = "".join(f", {len(others)} scored rows ({key})" for key, others in found.scored.items())
+        log(f"  {name}: {len(found.train)} rows to learn{scored}, {len(found.held_out)} of the {part} part")
     return rows

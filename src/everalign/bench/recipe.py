@@ -70,7 +70,10 @@ _Seeds = Annotated[list[int], Field(min_length=1), AfterValidator(_checked_seeds
 
 
 class BenchTask(Keys):
-    """One task. Without `validation` a share of the training prompts is cut off for it."""
+    """One task. Without `validation` a share of the training prompts is cut off for it.
+
+    `scored` names files of answers with rewards, from which contenders learn that name one of them.
+    """
 
     train: Text
     validation: Text | None = None
@@ -78,6 +81,7 @@ class BenchTask(Keys):
     where: dict[str, Any] | None = None
     limit: _Positive | None = None
     system: Text | None = None
+    scored: dict[Text, Text] | None = None
 
 
 class Tuning(Keys):
@@ -185,8 +189,24 @@ class Bench(Keys):
                 contender.check_tuned()
                 contender.check_objectives()
                 contender.check_preset(self.training)
+                self._check_scored(contender)
             except InputError as error:
                 raise InputError(f"contenders.{name}.{error}") from None
+        wanted = {contender.scored for contender in self.contenders.values()}
+        for name, task in self.tasks.items():
+            if unread := next((rows for rows in task.scored or {} if rows not in wanted), None):
+                raise InputError(f"tasks.{name}.scored.{unread}: no contender learns from it: leave it out")
+
+    def _check_scored(self, contender: Contender) -> None:
+        """Refuses scored rows that some task does not have."""
+        if contender.scored is None:
+            return
+        if self.label is not None:
+            raise InputError("scored: scored rows have no labels here: leave label out, or learn from pairs")
+        for name, task in self.tasks.items():
+            if contender.scored not in (task.scored or {}):
+                known = ", ".join(task.scored or {}) or "none"
+                raise InputError(f"scored: tasks.{name}.scored has no file {contender.scored!r}, but {known}")
 
     def _check_orders(self, key: str, orders: Any) -> None:
         if isinstance(orders, int):
@@ -291,12 +311,16 @@ class Bench(Keys):
         sections: dict[str, dict[str, Any]] = {
             "training": {**shared, **given(one.training), "test_limit": self.test_limit},
             "adapter": {**({} if without_adapter else given(self.adapter)), **given(one.adapter)},
+            "weighting": given(one.weighting),
             "method": given(one.method) if one.learns else {"name": "seqft"},
         }
         for option, value in choice.items():
             section = section_of(option)
             if section:
                 sections[section][option] = value
+        if not sections["weighting"]:
+            # Runs are named by what their recipes say, and most say nothing of it.
+            del sections["weighting"]
         whole = {"model": expanded(self.models[model]), "objective": objective, "preset": one.preset, "seed": seed}
         try:
             return Recipe.model_validate({**whole, **sections})

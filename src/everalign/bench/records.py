@@ -377,7 +377,7 @@ def _run(
         part,
         choice,
         bench.learn_recipe(name, choice, model, seed),
-        rows,
+        {task: found.learned_from(bench.contenders[name].scored) for task, found in rows.items()},
         bench.forward_transfer is not False,
         bench.instruction(name, choice),
         asked,
