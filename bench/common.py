@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from everalign.modeling.machine import library_versions, machine_facts
-from everalign.storage import write_json
+from everalign.storage import read_json, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUT = Path(__file__).resolve().parent / "out"
@@ -34,6 +34,22 @@ def preference_rows(name: str, split: str) -> list[dict[str, Any]]:
 def correction_rows(name: str, split: str) -> list[dict[str, Any]]:
     """The rows of one set of corrections, with all their columns."""
     return _rows("correction", name, split)
+
+
+def sft_rows(name: str, split: str) -> list[dict[str, Any]]:
+    """The rows of one set of good answers, with all their columns."""
+    return _rows("sft", name, split)
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Keep the settings that a folder's results were made with, or refuse to add results of other ones."""
+    if not path.exists():
+        write_json(path, settings)
+    written, now = read_json(path), json.loads(json.dumps(settings))
+    if other := [name for name in {**written, **now} if written.get(name) != now.get(name)]:
+        sys.exit(
+            f"{path}: results were made with other {', '.join(other)}: delete the folder, or name another --output"
+        )
 
 
 def _rows(kind: str, name: str, split: str) -> list[dict[str, Any]]:

@@ -82,7 +82,7 @@ def test_a_test_is_one_recipe_with_one_version_of_the_code(tmp_path, code):
 
 def test_settings_that_were_chosen_from_other_rows_or_models_are_refused(tmp_path, code):
     file, path = chosen(bench(tmp_path)), tmp_path / "chosen.json"
-    rows = {"a": SimpleNamespace(train=SimpleNamespace(fingerprint="1"), validation="2")}
+    rows = {"a": SimpleNamespace(train=SimpleNamespace(fingerprint="1"), validation="2", scored={})}
     assert check_chosen(path, file, rows, {"m": "3"}, []) == []
     # What is not known cannot differ.
     assert check_chosen(path, file, rows, {"m": None}, []) == []
@@ -91,6 +91,29 @@ def test_settings_that_were_chosen_from_other_rows_or_models_are_refused(tmp_pat
     rows["a"].validation = "5"
     with pytest.raises(InputError, match="was chosen with other validation rows of a: run the same command with --tun"):
         check_chosen(path, file, rows, {"m": "3"}, [])
+
+
+def test_settings_that_were_chosen_from_other_rewards_are_refused(tmp_path, code):
+    task = {"train": "demo:careful", "test": "demo:careful", "limit": 4}
+    pairs = load_rows(bench(tmp_path), "test")["a"].train
+    var = {"method": "er", "objective": "var", "scored": "answers"}
+    found = bench(
+        tmp_path,
+        tasks={"a": {**task, "scored": {"answers": str(tmp_path / "scored.jsonl")}}},
+        contenders={"x": {**var, "tune": {"learning_rate": [1e-3, 2e-3]}}},
+    )
+
+    def facts(worst: float) -> dict:
+        rows = [
+            {"prompt": row.prompt, "completions": [row.chosen, row.rejected], "rewards": [1, worst]} for row in pairs
+        ]
+        (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return load_rows(found, "test")
+
+    file = chosen(found, data=data_facts(facts(0.0)))
+    assert check_chosen(tmp_path, file, facts(0.0), {"m": "3"}, ["told"]) == []
+    with pytest.raises(InputError, match=r"was chosen with other scored \(answers\) rows of a"):
+        check_chosen(tmp_path, file, facts(-1.0), {"m": "3"}, ["told"])
 
 
 def test_the_code_of_chosen_settings_is_that_of_their_trials(tmp_path, code):
