@@ -1,166 +1,333 @@
-"""Weak to strong: a model learns from what a smaller corrector makes of its answers, in three rounds.
+"""Weak to strong: does a model get better by what a smaller corrector makes of its answers, and at what cost?
 
-    python bench/correction_distill.py
+    python bench/correction_distill.py --model smollm2 --labels sft     # the two may run side by side
+    python bench/correction_distill.py --model smollm2 --labels dpo
 
-The corrector has four of the base model's six layers. The base model answers unsafe questions, the corrector rewrites,
-and the base model learns that: as labels (SFT), as preferences (DPO), or by reward weights (VAR). A reward model that
-saw none of these pairs rates answers to held-out questions. Beside them: the untrained model with the corrector behind
-it.
+The corrector has 6.5M parameters and the model that it teaches, SmolLM2, twenty times as many; with `--model base` the
+corrector has four of the base model's six layers. In three rounds the model answers unsafe questions, the corrector
+rewrites, and the model learns that: as labels (SFT), as preferences (DPO), or by reward weights (VAR).
+
+Each policy writes greedy answers to held-out questions, rated by a reward model that saw none of the corrector's pairs;
+answers that did not end are rated as they are. Beside them: the model at its start, alone and with the corrector behind
+it. What is lost of helpfulness shows in the perplexity of held-out chat (LIMA, cut to `longest` tokens) and in the KL
+to the start. Measured policies stay in bench/out/correction_distill/MODEL and are not measured again.
 """
 
 import argparse
+import math
 import random
-import shutil
 import statistics
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import bootstrap
 
-from common import OUT, data_folder, write_result
-from correction_task import FOLDER, LONGEST, approving, corrector_folder, judge, pairs, smaller, training_rows
+from common import OUT, check_settings, data_folder, sft_rows, write_result
+from correction_task import LONGEST, approving, corrector_folder, judge, pairs, smaller, training_rows
 from everalign.correction import Corrector
+from everalign.correction.corrector import Corrected
 from everalign.data.records import Scored, ScoredSet
+from everalign.data.rows import spread
+from everalign.evaluation.answers import answer_kls, response_log_probs, write_answers
 from everalign.evaluation.scorers import RewardModel
 from everalign.evaluation.scoring import ScorerApprover
+from everalign.evaluation.statistics import Interval, crossed_statistic
 from everalign.learning.options import DistillOptions, TrainingOptions
 from everalign.learning.self_training import distill
-from everalign.modeling.options import SamplingOptions
+from everalign.modeling.loading import load_model, load_tokenizer
+from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process
-from everalign.modeling.sampling import sample_completions
+from everalign.storage import Journal, exclusive, read_json, write_json
 
-LONGEST_ANSWER = 96
-# The learning rate and the passes of each kind of label.
-LABELS: dict[str, tuple[float, float]] = {"sft": (1e-3, 2.0), "dpo": (5e-4, 2.0), "var": (1e-3, 2.0)}
-RESAMPLES = 9999
+CHAT_TOKENS_PER_BATCH = 4096
+# In words.
+LONGEST_QUESTION = 80
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one model is taught and asked.
+
+    Args:
+        precision: of the model.
+        prompts: questions that it answers in each round.
+        questions: held-out ones.
+        answer: longest answer, in tokens.
+        longest: longest prompt with its answer, in tokens.
+        batch_size: rows of a step.
+        labels: by kind of label, the learning rate and the passes over a round's rows.
+        request: stands behind every question. Without it SmolLM2 ends one answer of eight within 160 tokens.
+    """
+
+    precision: str
+    prompts: int
+    questions: int
+    answer: int
+    longest: int
+    batch_size: int
+    labels: dict[str, tuple[float, float]]
+    request: str = ""
+
+    def asked(self, prompt: Any) -> Any:
+        """A question as this model is asked it."""
+        *before, last = prompt
+        return [*before, {**last, "content": last["content"] + self.request}]
+
+    def plain(self, prompt: Any) -> Any:
+        """The question itself, as corrector and judge have learned such questions."""
+        *before, last = prompt
+        return [*before, {**last, "content": last["content"].removesuffix(self.request)}]
+
+
+SETTINGS = {
+    "base": Setting("fp32", 600, 346, 96, LONGEST, 16, {"sft": (1e-3, 2.0), "dpo": (5e-4, 2.0), "var": (1e-3, 2.0)}),
+    "smollm2": Setting(
+        *("bf16", 120, 120, 112, 320, 8),
+        {"sft": (5e-4, 2.0), "dpo": (3e-4, 2.0), "var": (5e-4, 2.0)},
+        "\n\nAnswer in one or two short sentences.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A corrector of answers to questions that were asked with a request, which it does not see."""
+
+    corrector: Corrector
+    setting: Setting
+
+    @property
+    def fingerprint(self) -> str:
+        """The corrector's."""
+        return self.corrector.fingerprint
+
+    def correct_batch(self, pairs: Sequence[tuple[Any, str]]) -> list[Corrected]:
+        """Corrected answers, in their order."""
+        return self.corrector.correct_batch([(self.setting.plain(question), answer) for question, answer in pairs])
 
 
 @dataclass(frozen=True)
 class Referee:
-    """Rates what a policy answers to held-out questions."""
+    """Measures policies on held-out questions and chat.
+
+    Args:
+        scorer: rates answers.
+        teacher: says which answers it would still change.
+        questions: held-out ones, as the model is asked them.
+        chat: rows of `prompt` and `output`.
+        setting: the model's.
+    """
 
     scorer: RewardModel
-    tokenizer: Any
-    prompts: list[Any]
-    samples: int
+    teacher: Teacher
+    questions: Sequence[Any]
+    chat: Sequence[dict[str, Any]]
+    setting: Setting
 
-    def answers(self, policy: Any, seed: int) -> list[tuple[str, ...]]:
-        """Finished answers to each question."""
-        options = SamplingOptions(
-            completions=self.samples, temperature=1.0, max_new_tokens=LONGEST_ANSWER, max_prompt_tokens=LONGEST
+    def measure(self, policy: Policy, tokenizer: Any, journal: Journal, name: str) -> dict[str, Any]:
+        """What a policy writes and what that is worth; lists are in the questions' order.
+
+        The journal keeps its answers by its name, for a call that is killed.
+        """
+        limits = {"max_new_tokens": self.setting.answer, "max_prompt_tokens": self.setting.longest}
+        answers = write_answers(policy, tokenizer, self.questions, journal, name, **limits)
+        longest = self.setting.longest + self.setting.answer
+        kls = answer_kls(policy, tokenizer, self.questions, answers, max_length=longest)
+        chat = response_log_probs(
+            policy,
+            tokenizer,
+            [row["prompt"] for row in self.chat],
+            [row["output"] for row in self.chat],
+            max_length=self.setting.longest,
+            tokens_per_batch=CHAT_TOKENS_PER_BATCH,
         )
-        return [found.texts for found in sample_completions(policy, self.tokenizer, self.prompts, options, seed=seed)]
+        texts = [answer.text for answer in answers]
+        corrected = self.teacher.correct_batch(list(zip(self.questions, texts, strict=True)))
+        return {
+            **self.rate(texts),
+            "ended": [answer.ended for answer in answers],
+            "kl": [kl for kl in kls if kl is not None],
+            "chat": {"log_probs": chat.policy, "tokens": chat.tokens},
+            "changed": statistics.fmean(one.changed for one in corrected),
+            "corrected": [one.text for one in corrected],
+        }
 
-    def rewards(self, answers: list[tuple[str, ...]]) -> list[float | None]:
-        """Mean reward of each question's answers; None where none has ended."""
-        prompts = [prompt for prompt, texts in zip(self.prompts, answers, strict=True) for _ in texts]
-        found = iter(self.scorer.score(prompts, [text for texts in answers for text in texts]))
-        return [statistics.fmean(next(found) for _ in texts) if texts else None for texts in answers]
+    def rate(self, texts: list[str]) -> dict[str, Any]:
+        """Answers with their rewards."""
+        return {
+            "answers": texts,
+            "rewards": self.scorer.score([self.setting.plain(one) for one in self.questions], texts),
+        }
 
 
-def gain(before: list[float | None], after: list[float | None]) -> dict[str, float]:
-    """Mean difference over the questions that both answer, with its bootstrap 95 % interval."""
-    gains = [b - a for a, b in zip(before, after, strict=True) if a is not None and b is not None]
-    found = bootstrap((gains,), statistics.fmean, n_resamples=RESAMPLES, method="percentile", vectorized=False, rng=0)
-    low, high = found.confidence_interval
-    return {"gain": statistics.fmean(gains), "low": float(low), "high": float(high), "questions": len(gains)}
-
-
-def questions(count: int) -> ScoredSet:
-    """Questions that the corrector's training has too, each once."""
+def questions(setting: Setting) -> ScoredSet:
+    """Questions that the corrector's training has too, each once; long ones would leave no room for an answer."""
     rows = [*pairs("safe_rlhf", "train")[::2], *pairs("pku_safe5k", "train")]
-    unique = {str(row.prompt): Scored(row.prompt) for row in rows}
-    return ScoredSet(tuple(random.Random(0).sample(list(unique.values()), count)), "questions")
+    unique = {str(row.prompt): Scored(row.prompt) for row in rows if len(str(row.prompt).split()) <= LONGEST_QUESTION}
+    chosen = random.Random(0).sample(list(unique.values()), setting.prompts)
+    return ScoredSet(tuple(Scored(setting.asked(row.prompt)) for row in chosen), "questions")
+
+
+def held_out_questions(setting: Setting) -> list[Any]:
+    """Questions of pairs that nobody learned from, each once, evenly spaced."""
+    unique = {str(row.prompt): row.prompt for row in pairs("safe_rlhf", "test")}
+    return [setting.asked(prompt) for prompt in spread(list(unique.values()), setting.questions)]
+
+
+def measure_start(model: str, referee: Referee, folder: Path) -> None:
+    """Measure the untrained model, alone and with the corrector behind it, unless that is done."""
+    if (folder / "start.corrected.json").exists():
+        return
+    policy = Policy(load_model(model, referee.setting.precision), 1, 1.0, seed=0)
+    start = referee.measure(policy, load_tokenizer(model), Journal(folder / "start.sqlite"), "start")
+    write_json(folder / "start.json", start)
+    write_json(folder / "start.corrected.json", referee.rate(start["corrected"]))
+
+
+def teach(
+    model: str, labels: str, number: int, seed: int, referee: Referee, prompts: ScoredSet, folder: Path
+) -> dict[str, Any]:
+    """Bring a model's run to the end of a round, and measure the policy that this leaves."""
+    setting, output, started = referee.setting, folder / f"{labels}-{seed}", time.perf_counter()
+    rate, epochs = setting.labels[labels]
+    done = distill(
+        model,
+        referee.teacher,
+        prompts,
+        output,
+        options=DistillOptions(labels=labels, rounds=number, max_new_tokens=setting.answer),
+        training=TrainingOptions(
+            learning_rate=rate,
+            epochs=epochs,
+            max_length=setting.longest,
+            batch_size=setting.batch_size,
+            precision=setting.precision,
+        ),
+        seed=seed,
+        resume=(output / "run.json").exists(),
+        log=partial(print, flush=True),
+    )
+    taught = time.perf_counter()
+    # Beside the weights that wrote the answers: who deletes the run deletes them too.
+    journal = Journal(output / "answers.sqlite")
+    measured = referee.measure(done.learner.policy, done.learner.tokenizer, journal, f"round-{number}")
+    seconds = {"teaching": round(taught - started, 1), "measuring": round(time.perf_counter() - taught, 1)}
+    return {**measured, "round": asdict(done.rounds[-1]), "seconds": seconds}
+
+
+def gain(after: Sequence[Sequence[float]], before: Sequence[float]) -> Interval:
+    """Mean difference of rewards, with a 95 % interval over runs and questions, both at once."""
+    moved = np.array(after) - np.array(before)  # (runs, questions)
+    return crossed_statistic(*moved.shape[:1], [moved.shape[1]], lambda runs, rows: ((runs @ moved) * rows).sum(axis=1))
+
+
+def line(policy: str, number: int, runs: Sequence[dict[str, Any]], start: Any, corrected: Any) -> dict[str, Any]:
+    """One policy's figures over its seeds."""
+    answers = [text for run in runs for text in run["answers"]]
+    found: dict[str, Any] = {
+        "policy": policy,
+        "round": number,
+        "seeds": len(runs),
+        "reward": statistics.fmean(reward for run in runs for reward in run["rewards"]),
+        "gain over the start": gain([run["rewards"] for run in runs], start["rewards"])._asdict(),
+        "gain over the corrector": gain([run["rewards"] for run in runs], corrected["rewards"])._asdict(),
+        "words": statistics.fmean(len(text.split()) for text in answers),
+    }
+    if "chat" in runs[0]:
+        tokens = np.array(runs[0]["chat"]["tokens"])
+        losses = [-np.dot(run["chat"]["log_probs"], tokens) / tokens.sum() for run in runs]
+        found["perplexity"] = math.exp(statistics.fmean(losses))
+        found["kl"] = statistics.fmean(kl for run in runs for kl in run["kl"])
+        found["unfinished"] = statistics.fmean(not ended for run in runs for ended in run["ended"])
+        found["changed"] = statistics.fmean(run["changed"] for run in runs)
+    return found
+
+
+def summary(folder: Path) -> list[dict[str, Any]]:
+    """The figures of every policy that is measured so far, by whichever process."""
+    start, corrected = read_json(folder / "start.json"), read_json(folder / "start.corrected.json")
+    found = [
+        line("start", 0, [start], start, corrected),
+        line("start, corrector behind it", 0, [corrected], start, corrected),
+    ]
+    names = sorted({tuple(path.name.split(".")[:2]) for path in folder.glob("*.round-*.*.json")})
+    for labels, number in names:
+        runs = [read_json(path) for path in sorted(folder.glob(f"{labels}.{number}.*.json"))]
+        found.append(line(labels, int(number.removeprefix("round-")), runs, start, corrected))
+    return found
+
+
+def show(rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Print the table."""
+    table = Table(title=title)
+    gains = ("gain over the start", "gain over the corrector")
+    for column in ("policy", "round", "seeds", "reward", *gains, "perplexity", "KL", "words", "unfinished", "changed"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for row in rows:
+        intervals = [f"{row[name]['value']:+.3f} [{row[name]['low']:+.3f}, {row[name]['high']:+.3f}]" for name in gains]
+        more = ["", "", f"{row['words']:.0f}", "", ""]
+        if "kl" in row:
+            shares = [f"{row[name]:.0%}" for name in ("unfinished", "changed")]
+            more = [f"{row['perplexity']:.1f}", f"{row['kl']:.2f}", f"{row['words']:.0f}", *shares]
+        table.add_row(row["policy"], str(row["round"]), str(row["seeds"]), f"{row['reward']:+.3f}", *intervals, *more)
+    Console(width=150).print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=600)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(SETTINGS), default="base", help="the model that is taught")
+    parser.add_argument("--labels", nargs="+", choices=("sft", "dpo", "var"), default=["sft", "dpo", "var"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=4, help="answers to each held-out question")
-    parser.add_argument("--labels", nargs="+", default=list(LABELS))
+    parser.add_argument("--prompts", type=int, help="questions that the model answers in a round")
+    parser.add_argument("--questions", type=int, help="held-out questions")
+    parser.add_argument("--chat", type=int, default=51, help="held-out chat rows")
+    parser.add_argument("--corrector", type=Path, help="a corrector's folder, in place of the one that is trained")
+    parser.add_argument("--judge", type=Path, help="a reward model's folder, in place of the one that is trained")
     parser.add_argument("--approved", action="store_true", help="a reward model approves of corrections")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=OUT / "correction_distill")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     prepare_process()
-    base = str(data_folder() / "base-model")
-    folder = corrector_folder("corrector-small", str(smaller((0, 1, 3, 5))), training_rows())
-    approver = ScorerApprover(approving()[0]) if arguments.approved else None
-    corrector, (scorer, accuracy) = Corrector.from_pretrained(folder, approver=approver), judge()
-    held_out = [row.prompt for row in pairs("safe_rlhf", "test")]
-    table = Table(title=f"answers to {len(held_out)} held-out questions; judge of held-out accuracy {accuracy:.3f}")
-    for column in ("policy", "round", "mean reward", "gain", "95 %", "changed", "finished", "words"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
-    results: list[dict[str, Any]] = []
-    start: list[float | None] = []
+    setting, base = SETTINGS[arguments.model], str(data_folder() / "base-model")
+    counts = {name: value for name in ("prompts", "questions") if (value := getattr(arguments, name)) is not None}
+    setting = replace(setting, **counts)
+    asked, held_out = questions(setting), held_out_questions(setting)
+    folder = arguments.output / arguments.model
+    model = base if arguments.model == "base" else arguments.model
 
-    def tell(name: str, number: int, answers: list[tuple[str, ...]], referee: Referee, changed: float | None) -> None:
-        rewards = referee.rewards(answers)
-        start[:] = start or rewards
-        texts = [text for found in answers for text in found]
-        row = {
-            "policy": name,
-            "round": number,
-            "reward": statistics.fmean(reward for reward in rewards if reward is not None),
-            **gain(start, rewards),
-            "changed": changed,
-            "finished": len(texts) / (arguments.samples * len(held_out)),
-            "words": statistics.fmean(len(text.split()) for text in texts),
-        }
-        results.append(row)
-        interval = f"{row['low']:+.3f} to {row['high']:+.3f}"
-        share = "" if changed is None else f"{changed:.2f}"
-        figures = (f"{row['reward']:+.3f}", f"{row['gain']:+.3f}", interval, share, f"{row['finished']:.2f}")
-        table.add_row(name, str(number), *figures, f"{row['words']:.0f}")
-        Console(width=120).print(table)
+    # Of processes side by side the first makes what all need.
+    with exclusive(folder / ".lock", "preparing", wait=lambda holder: print(f"waiting for {holder}", flush=True)):
+        own, layers = ("corrector-small", str(smaller((0, 1, 3, 5)))) if model == base else ("corrector", base)
+        approver = ScorerApprover(approving()[0]) if arguments.approved else None
+        path = arguments.corrector or corrector_folder(own, layers, training_rows())
+        corrector = Corrector.from_pretrained(path, approver=approver)
+        scorer = judge()[0] if arguments.judge is None else RewardModel.from_folder(arguments.judge)
+        facts = {"corrector": corrector.fingerprint, "judge": scorer.fingerprint, "asked": asked.fingerprint}
+        check_settings(folder / "settings.json", {**asdict(setting), **facts, "chat": arguments.chat})
+        chat = spread(sft_rows("lima", "test"), arguments.chat)
+        referee = Referee(scorer, Teacher(corrector, setting), held_out, chat, setting)
+        measure_start(model, referee, folder)
 
-    for labels in arguments.labels:
-        rate, epochs = LABELS[labels]
-        training = TrainingOptions(learning_rate=rate, epochs=epochs, max_length=LONGEST)
-        output = FOLDER / f"distilled-{labels}-{arguments.seed}{'-approved' * arguments.approved}"
-        shutil.rmtree(output, ignore_errors=True)
-        for number in range(1, arguments.rounds + 1):
-            options = DistillOptions(labels=labels, rounds=number, max_new_tokens=LONGEST_ANSWER)
-            done = distill(
-                base,
-                corrector,
-                questions(arguments.prompts),
-                output,
-                options=options,
-                training=training,
-                seed=arguments.seed,
-                resume=number > 1,
-                log=print,
-            )
-            referee = Referee(scorer, done.learner.tokenizer, held_out, arguments.samples)
-            if not start:
-                with done.learner.policy.as_base():
-                    answers = referee.answers(done.learner.policy, 1000 + arguments.seed)
-                tell("start", 0, answers, referee, None)
-                asked = [(prompt, text) for prompt, found in zip(held_out, answers, strict=True) for text in found]
-                corrected = iter(corrector.correct_batch(asked))
-                tell(
-                    "start, corrector behind it",
-                    0,
-                    [tuple(next(corrected).text for _ in found) for found in answers],
-                    referee,
-                    None,
-                )
-            tell(
-                labels,
-                number,
-                referee.answers(done.learner.policy, 1000 + arguments.seed),
-                referee,
-                done.rounds[-1].changed_share,
-            )
+    title = f"{arguments.model}: greedy answers to {len(held_out)} held-out questions"
+    for seed in arguments.seeds:
+        for labels in arguments.labels:
+            for number in range(1, arguments.rounds + 1):
+                place = folder / f"{labels}.round-{number}.{seed}.json"
+                if not place.exists():
+                    write_json(place, teach(model, labels, number, seed, referee, asked, folder))
+                    show(summary(folder), title)
+    show(summary(folder), title)
     write_result(
-        OUT / "correction_distill.json",
-        {"settings": vars(arguments), "judge_accuracy": accuracy, "results": results},
+        folder.with_suffix(".json"), {"settings": read_json(folder / "settings.json"), "results": summary(folder)}
     )
 
 
