@@ -195,7 +195,7 @@ def teach(
     model: str, labels: str, number: int, seed: int, referee: Referee, prompts: ScoredSet, folder: Path
 ) -> dict[str, Any]:
     """Bring a model's run to the end of a round, and measure the policy that this leaves."""
-    setting, output, started = referee.setting, folder / f"{labels}-{seed}", time.perf_counter()
+    setting, output, started = referee.setting, folder / f"{labels}-{seed}", time.process_time()
     rate, epochs = setting.labels[labels]
     done = distill(
         model,
@@ -214,12 +214,12 @@ def teach(
         resume=(output / "run.json").exists(),
         log=partial(print, flush=True),
     )
-    taught = time.perf_counter()
+    taught = time.process_time()
     # Beside the weights that wrote the answers: who deletes the run deletes them too.
     journal = Journal(output / "answers.sqlite")
     measured = referee.measure(done.learner.policy, done.learner.tokenizer, journal, f"round-{number}")
-    seconds = {"teaching": round(taught - started, 1), "measuring": round(time.perf_counter() - taught, 1)}
-    return {**measured, "round": asdict(done.rounds[-1]), "seconds": seconds}
+    seconds = {"teaching": round(taught - started, 1), "measuring": round(time.process_time() - taught, 1)}
+    return {**measured, "round": asdict(done.rounds[-1]), "processor_seconds": seconds}
 
 
 def gain(after: Sequence[Sequence[float]], before: Sequence[float]) -> Interval:
