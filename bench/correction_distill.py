@@ -277,7 +277,7 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
             shares = [f"{row[name]:.0%}" for name in ("unfinished", "changed")]
             more = [f"{row['perplexity']:.1f}", f"{row['kl']:.2f}", f"{row['words']:.0f}", *shares]
         table.add_row(row["policy"], str(row["round"]), str(row["seeds"]), f"{row['reward']:+.3f}", *intervals, *more)
-    Console(width=150).print(table)
+    Console(width=190).print(table)
 
 
 def main() -> None:
