@@ -154,7 +154,7 @@ class Referee:
             **self.rate(texts),
             "ended": [answer.ended for answer in answers],
             "kl": [kl for kl in kls if kl is not None],
-            "chat": {"log_probs": chat.policy, "tokens": chat.tokens},
+            "chat": {"log_probs": chat.values, "tokens": chat.tokens},
             "changed": statistics.fmean(one.changed for one in corrected),
             "corrected": [one.text for one in corrected],
         }
