@@ -7,26 +7,32 @@ v_proj), the base model as reference, β 0.1 and cosine schedules. LifeAlign con
 paper is written. Rows and epochs are few, and rates are multiplied to make up for it: `--rate-factor`. After every task
 each policy answers held-out prompts of the tasks so far, greedily; answers are compared with the chosen ones by the
 paper's own BLEU-4 and ROUGE-L. Its numbers (Table 1, Qwen2.5-7B, 3,000 rows a task) stand beside ours: a model 50 times
-as large on other held-out rows, so that only signs and orders can be compared.
+as large on other held-out rows, so that only signs and orders can be compared. Differences of Last are paired by
+prompts; their intervals say nothing of other seeds.
 
 Started again it goes on where it was. Everything stands in bench/out/paper_protocol.
 """
 
 import argparse
+import json
 import random
 import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from common import OUT, preference_rows, write_result
 from everalign import Learner, PreferenceSet, TrainingOptions
+from everalign.data.messages import completion_text
+from everalign.evaluation.statistics import Interval, bootstrap
+from everalign.evaluation.text_metrics import compat_bleu, compat_rouge_l
 from everalign.learning.answer_evaluation import AnswerSettings, evaluate_run
 from everalign.learning.options import PAPER_ADAPTER
-from everalign.learning.run_data import BASE, load_run
+from everalign.learning.run_data import BASE, RESULTS, load_run
 from everalign.methods import make_method
 
 TASKS = ("hc3", "hh_harmless", "hh_helpful", "safe_rlhf", "truthfulqa")
@@ -106,6 +112,35 @@ def summary(matrix: Sequence[Sequence[float]]) -> tuple[float | None, float, flo
     return sum(forgotten) / len(forgotten), last, sum(so_far) / len(so_far)
 
 
+def final_scores(name: str, arguments: argparse.Namespace, metric: str) -> list[list[float]]:
+    """What each final answer of a contender scores, by task, in percent."""
+    folder: Path = arguments.output / f"{name}-{arguments.seed}"
+    answers = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["answers"]
+    score = {"compat_bleu": compat_bleu, "compat_rouge_l": compat_rouge_l}[metric]
+    found = []
+    for task in TASKS:
+        references = {
+            json.dumps(row.prompt if isinstance(row.prompt, str) else list(map(dict, row.prompt))): row.chosen
+            for row in fitting(task, "test", arguments.held_out, 0)
+        }
+        last = [(row["prompt"], list(row["answers"].values())[-1]["text"]) for row in answers[task]]
+        found.append([score(text, completion_text(references[json.dumps(prompt)])) for prompt, text in last])
+    return found
+
+
+def ahead(name: str, other: str, arguments: argparse.Namespace, metric: str) -> Interval:
+    """By how many points of Last a contender is ahead of another, paired by prompts."""
+    scores = [final_scores(one, arguments, metric) for one in (name, other)]
+    tasks = np.repeat(np.arange(len(TASKS)), [len(task) for task in scores[0]])
+    differences = np.concatenate(scores[0]) - np.concatenate(scores[1])
+
+    def last(weights: Any) -> Any:
+        means = [(weights[:, tasks == t] @ differences[tasks == t]) / weights[:, tasks == t].sum(1) for t in set(tasks)]
+        return np.mean(means, axis=0)
+
+    return bootstrap(len(differences), last)
+
+
 def show(found: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> None:
     """Print the table."""
     table = Table(title="BWT / Last / AP")
@@ -142,8 +177,18 @@ def main() -> None:
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     usage = resource.getrusage(resource.RUSAGE_SELF)
     facts = {"settings": settings, "tasks": TASKS, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+    pairs = [(name, other) for i, name in enumerate(found) for other in list(found)[:i]]
+    differences = {f"{a} over {b}": {metric: ahead(a, b, arguments, metric) for metric in METRICS} for a, b in pairs}
+    for pair, values in differences.items():
+        print(
+            f"{pair}:",
+            "; ".join(f"{METRICS[m]} {v.value:+.2f} [{v.low:+.2f}, {v.high:+.2f}]" for m, v in values.items()),
+        )
     summaries = {name: {metric: summary(matrices[metric]) for metric in METRICS} for name, matrices in found.items()}
-    write_result(arguments.output / "result.json", {**facts, "matrices": found, "summaries": summaries})
+    write_result(
+        arguments.output / "result.json",
+        {**facts, "matrices": found, "summaries": summaries, "differences": differences},
+    )
 
 
 if __name__ == "__main__":
