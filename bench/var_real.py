@@ -87,11 +87,11 @@ def scored(scorer: RewardModel, rows: list[Scored]) -> list[Scored]:
     return [replace(row, rewards=tuple(next(found) / scale for _ in row.completions)) for row in rows]
 
 
-def sampled(policy: Policy, tokenizer: Any, prompts: list[Any], count: int, seed: int) -> list[Scored]:
-    """Finished answers to each prompt; prompts without any are left out."""
-    options = SamplingOptions(
-        completions=count, temperature=1.0, max_new_tokens=LONGEST_ANSWER, max_prompt_tokens=LONGEST
-    )
+def sampled(
+    policy: Policy, tokenizer: Any, prompts: list[Any], count: int, seed: int, longest: int = LONGEST_ANSWER
+) -> list[Scored]:
+    """Finished answers of at most `longest` tokens to each prompt; prompts without any are left out."""
+    options = SamplingOptions(completions=count, temperature=1.0, max_new_tokens=longest, max_prompt_tokens=LONGEST)
     drawn = sample_completions(policy, tokenizer, prompts, options, seed=seed, tokens_per_batch=4 * BATCH_TOKENS)
     return [Scored(prompt, s.texts) for prompt, s in zip(prompts, drawn, strict=True) if s.texts]
 
