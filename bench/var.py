@@ -16,12 +16,25 @@ from rich.console import Console
 from rich.table import Table
 
 from common import OUT, mean_and_deviation, write_result
-from everalign.modeling.loading import load_tokenizer
+from everalign.data import Scored
+from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process
-from var_contenders import Contender, Spent, advantage, best_of, chosen, dpo, learn, snkl, start, var
+from var_contenders import (
+    Contender,
+    Spent,
+    advantage,
+    best_of,
+    chosen,
+    dpo,
+    learn,
+    scored_answers,
+    snkl,
+    start,
+    var,
+)
 from var_grpo import learn_grpo
-from var_task import draw_questions, measure
+from var_task import LONGEST_ANSWER, draw_questions, measure, prompt, reward
 
 # Chosen in trials, for the highest held-out reward; SFT, best-of-K and A-LoL have VAR's settings, snkl has DPO's.
 CONTENDERS = {
@@ -35,8 +48,10 @@ CONTENDERS = {
     "VAR, longer": Contender(var(0.05, floor=0.02), 2e-3, 5.0),
     "VAR, 3 rounds": Contender(var(0.05, floor=0.3, varied=True), 2e-3, 3.0, 8, rounds=3),
     "VAR, 4 rounds": Contender(var(0.05, floor=0.3, varied=True), 2e-3, 3.0, 8, rounds=4),
+    "VAR, first 3": Contender(var(0.05, floor=0.02), 2e-3, 4.0, first=3),
+    "VAR, 3 rounds, first 3": Contender(var(0.05, floor=0.3, varied=True), 2e-3, 3.0, 8, rounds=3, first=3),
 }
-GRPO = {"learning_rate": 1e-3, "batch": 64, "every": 20}
+GRPO: dict[str, Any] = {"learning_rate": 1e-3, "batch": 64, "every": 20}
 ROUND_QUESTIONS = 128
 
 Point = dict[str, float]
@@ -63,13 +78,40 @@ def run(name: str, arguments: argparse.Namespace, tokenizer: Any, seed: int) -> 
     if name == "start":
         observer(start(), Spent())
     elif name == "grpo":
-        learn_grpo(tokenizer, asked, seed, observer, steps=arguments.grpo_steps, count=arguments.answers, **GRPO)
+        known = {question.text: question for question in asked}
+
+        def worth(prompts: list[Any], texts: list[str]) -> list[float]:
+            return [reward(known[chat[-1]["content"]], text) for chat, text in zip(prompts, texts, strict=True)]
+
+        learn_grpo(
+            load_model("tiny", "fp32"),
+            start(),
+            tokenizer,
+            [prompt(question) for question in asked],
+            worth,
+            seed,
+            observer,
+            steps=arguments.grpo_steps,
+            count=arguments.answers,
+            longest=LONGEST_ANSWER,
+            **GRPO,
+        )
     else:
         contender = CONTENDERS[name]
         if contender.rounds > 1:
             count = contender.rounds * arguments.round_questions
             asked = draw_questions(max(count, arguments.questions), False, seed)[:count]
-        learn(contender, tokenizer, asked, arguments.answers, 100 * seed, observer)
+        share = len(asked) // contender.rounds
+
+        def draw(policy: Policy, number: int, spent: Spent) -> list[Scored]:
+            part = asked[number * share : (number + 1) * share]
+            rows, tokens = scored_answers(
+                policy, tokenizer, part, arguments.answers, 100 * seed + number, contender.first
+            )
+            spent.tokens += tokens
+            return rows
+
+        learn(contender, start(), tokenizer, draw, observer)
     last = observer.points[-1]
     print(f"seed {seed}, {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in last.items()), flush=True)
     return observer.points

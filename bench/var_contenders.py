@@ -7,7 +7,7 @@ several rounds sample anew from what they have become.
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from everalign.data import Preference, Scored
 from everalign.data.collate import Batch
 from everalign.data.tokenization import tokenize_preferences, tokenize_scored
 from everalign.demo.world import Question
+from everalign.learning.rollouts import disagreeing
 from everalign.modeling.loading import load_model
 from everalign.modeling.policy import Policy
 from everalign.training.base_objective import LikelihoodObjective
@@ -46,6 +47,7 @@ class Contender:
         epochs: passes over the rows.
         batch_size: rows of a step.
         rounds: how often answers are sampled.
+        first: answers to each question before it is decided whether it gets the others: only if their rewards differ.
     """
 
     teach: Callable[[Policy, Any, list[Scored], StageOptions, Path], None]
@@ -53,7 +55,17 @@ class Contender:
     epochs: float
     batch_size: int = 16
     rounds: int = 1
-    settings: dict[str, Any] = field(default_factory=dict)
+    first: int | None = None
+
+    def stage(self) -> StageOptions:
+        """How one round is trained."""
+        return StageOptions(
+            learning_rate=self.learning_rate,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            checkpoint_steps=0,
+            logging_steps=1000,
+        )
 
 
 @dataclass
@@ -79,54 +91,54 @@ class Clock:
         self._spent.processor_seconds += time.process_time() - self._began[1]
 
 
+Draw = Callable[[Policy, int, Spent], list[Scored]]
+"""Gives the rows of a round by its number from 0 on; what they have cost is added, but for time, which is measured."""
+
+
 def learn(
-    contender: Contender,
-    tokenizer: Any,
-    asked: Sequence[Question],
-    count: int,
-    seed: int,
-    look: Callable[[Policy, Spent], None],
+    contender: Contender, policy: Policy, tokenizer: Any, draw: Draw, look: Callable[[Policy, Spent], None]
 ) -> Policy:
     """Let a contender learn; `look` is called after each round, outside the time that counts.
 
     Args:
         contender: who.
-        tokenizer: the assistant's.
-        asked: the questions, dealt out over the rounds.
-        count: answers sampled to each.
-        seed: seeds sampling and the order of the rows.
+        policy: what learns, in place.
+        tokenizer: the policy's.
+        draw: gives each round's rows.
         look: measures the policy.
     """
-    policy, spent, share = start(), Spent(), len(asked) // contender.rounds
+    spent = Spent()
     for number in range(contender.rounds):
         with Clock(spent), tempfile.TemporaryDirectory() as folder:
-            part = asked[number * share : (number + 1) * share]
-            rows, tokens = scored_answers(policy, tokenizer, part, count, seed + number)
-            spent.tokens += tokens
-            options = StageOptions(
-                learning_rate=contender.learning_rate,
-                epochs=contender.epochs,
-                batch_size=contender.batch_size,
-                checkpoint_steps=0,
-                logging_steps=1000,
-            )
-            contender.teach(policy, tokenizer, rows, options, Path(folder))
+            rows = draw(policy, number, spent)
+            contender.teach(policy, tokenizer, rows, contender.stage(), Path(folder))
         look(policy, spent)
     return policy
 
 
 def scored_answers(
-    policy: Policy, tokenizer: Any, asked: Sequence[Question], count: int, seed: int
+    policy: Policy, tokenizer: Any, asked: Sequence[Question], count: int, seed: int, first: int | None = None
 ) -> tuple[list[Scored], int]:
-    """Answers sampled from the policy with their rewards, and how many tokens were generated."""
-    drawn = sample(policy, tokenizer, asked, count, seed)
+    """Answers sampled from the policy with their rewards, and how many tokens were generated.
+
+    With `first`, each question gets so many, and the rest of `count` only if their rewards differ.
+    """
+    texts = [found.texts for found in sample(policy, tokenizer, asked, first or count, seed)]
+
+    def worth(at: int) -> tuple[float, ...]:
+        return tuple(reward(asked[at], text) for text in texts[at])
+
+    if first is not None:
+        more = disagreeing([worth(at) for at in range(len(asked))], 0.0)
+        rest = sample(policy, tokenizer, [asked[at] for at in more], count - first, seed + 500_000)
+        for at, found in zip(more, rest, strict=True):
+            texts[at] += found.texts
     rows, tokens = [], 0
-    for question, found in zip(asked, drawn, strict=True):
-        if found.texts:
-            tokens += sum(len(response) for response in encoded(tokenizer, prompt(question), found.texts).responses)
-        if len(found.texts) > 1:
-            worth = tuple(reward(question, text) for text in found.texts)
-            rows.append(Scored(prompt(question), found.texts, worth))
+    for at, question in enumerate(asked):
+        if texts[at]:
+            tokens += sum(len(response) for response in encoded(tokenizer, prompt(question), texts[at]).responses)
+        if len(texts[at]) > 1:
+            rows.append(Scored(prompt(question), texts[at], worth(at)))
     return rows, tokens
 
 

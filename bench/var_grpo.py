@@ -1,4 +1,4 @@
-"""TRL's GRPO on the task of the VAR bench: the same assistant, adapter, questions and reward."""
+"""TRL's GRPO beside VAR: the same start, adapter, questions and reward, whatever the model."""
 
 import tempfile
 import warnings
@@ -10,11 +10,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from everalign.demo.world import Question
-from everalign.modeling.loading import load_model
+from everalign.data.messages import Prompt
 from everalign.modeling.policy import Policy
-from var_contenders import ALPHA, RANK, Clock, Spent, start
-from var_task import LONGEST_ANSWER, prompt, reward
+from var_contenders import ALPHA, RANK, Clock, Spent
 
 
 class _Look(TrainerCallback):
@@ -34,8 +32,11 @@ class _Look(TrainerCallback):
 
 
 def learn_grpo(
+    model: Any,
+    policy: Policy,
     tokenizer: Any,
-    asked: Sequence[Question],
+    asked: Sequence[Prompt],
+    worth: Callable[[list[Prompt], list[str]], list[float]],
     seed: int,
     look: Callable[[Policy, Spent], None],
     *,
@@ -44,38 +45,45 @@ def learn_grpo(
     every: int,
     batch: int,
     count: int,
+    longest: int,
+    leave_out_unfinished: bool = False,
 ) -> None:
     """Train with GRPO; `look` is called every so many steps, outside the time that counts.
 
     Args:
-        tokenizer: the assistant's.
-        asked: the questions.
+        model: the base model, as TRL takes it.
+        policy: of the same base model; holds TRL's adapter whenever `look` is called.
+        tokenizer: the model's.
+        asked: the questions, as chats.
+        worth: gives the rewards of answers to questions.
         seed: seeds TRL.
-        look: measures a policy that holds TRL's adapter.
+        look: measures the policy.
         learning_rate: peak, falling linearly to 0, as TRL's default does.
         steps: optimiser steps.
         every: steps between two looks.
         batch: answers of a step.
         count: answers to each question.
+        longest: tokens of an answer.
+        leave_out_unfinished: whether answers that did not end are left out of the loss.
     """
     from trl import GRPOConfig, GRPOTrainer
 
-    by_text, spent, ours = {question.text: question for question in asked}, Spent(), start()
+    spent = Spent()
 
-    def worth(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        # Tokens of both are counted by TRL itself: answers are what is generated.
-        spent.tokens += sum(len(tokenizer(c[0]["content"])["input_ids"]) + 1 for c in completions)
-        return [reward(by_text[p[-1]["content"]], c[0]["content"]) for p, c in zip(prompts, completions, strict=True)]
+    def rewards(prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        # Tokens of questions are counted by TRL itself: answers are what is generated.
+        spent.tokens += sum(map(len, completion_ids))
+        return worth(prompts, [completion[0]["content"] for completion in completions])
 
-    def hand_over(model: Any, so_far: Spent) -> None:
-        copy_adapter(model, ours)
-        look(ours, so_far)
+    def hand_over(trained: Any, so_far: Spent) -> None:
+        copy_adapter(trained, policy)
+        look(policy, so_far)
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = GRPOTrainer(
-            model=load_model("tiny", "fp32"),
-            reward_funcs=worth,
+            model=model,
+            reward_funcs=rewards,
             args=GRPOConfig(
                 output_dir=folder,
                 use_cpu=True,
@@ -84,7 +92,8 @@ def learn_grpo(
                 max_steps=steps,
                 per_device_train_batch_size=batch,
                 num_generations=count,
-                max_completion_length=LONGEST_ANSWER,
+                max_completion_length=longest,
+                mask_truncated_completions=leave_out_unfinished,
                 gradient_checkpointing=False,
                 logging_steps=steps,
                 save_strategy="no",
@@ -92,7 +101,7 @@ def learn_grpo(
                 disable_tqdm=True,
                 seed=seed,
             ),
-            train_dataset=Dataset.from_list([{"prompt": list(prompt(question))} for question in asked]),
+            train_dataset=Dataset.from_list([{"prompt": list(chat)} for chat in asked]),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[_Look(every, spent, hand_over)],

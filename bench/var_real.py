@@ -10,6 +10,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process
 from everalign.modeling.sampling import sample_completions
+from everalign.storage import exclusive
 from everalign.training.options import RewardOptions, StageOptions
 from everalign.training.reference import sequence_logprobs
 from everalign.training.reward_model import train_reward_model
@@ -57,15 +59,23 @@ def start() -> Policy:
     return Policy(load_model(str(data_folder() / "base-model"), "fp32"), 16, 32.0, seed=0)
 
 
-def reward_model(name: str, pairs: PreferenceSet, test: PreferenceSet) -> tuple[RewardModel, float]:
-    """A reward model of some pairs, trained once and kept, and its accuracy on the held-out ones."""
-    folder = FOLDER / f"{name}-{pairs.fingerprint[:12]}"
+SMALL_REWARDS = RewardOptions(learning_rate=1e-4, epochs=2.0, max_length=LONGEST)
+
+
+def reward_model(
+    place: Path, pairs: PreferenceSet, test: PreferenceSet, backbone: str, options: RewardOptions = SMALL_REWARDS
+) -> tuple[RewardModel, float]:
+    """A reward model of some pairs, trained once and kept, and its accuracy on the held-out ones.
+
+    Processes that ask for it side by side wait for the one that trains it.
+    """
+    folder = place.with_name(f"{place.name}-{pairs.fingerprint[:12]}")
     accuracy = folder / "held_out_accuracy.txt"
-    if not accuracy.exists():
-        options = RewardOptions(learning_rate=1e-4, epochs=2.0, max_length=LONGEST)
-        trained = train_reward_model(str(data_folder() / "base-model"), pairs, folder, test=test, options=options)
-        assert trained.report is not None
-        accuracy.write_text(str(trained.report.accuracy))
+    with exclusive(folder.with_suffix(".lock"), wait=lambda holder: print(f"{holder} trains {folder.name}: waiting")):
+        if not accuracy.exists():
+            trained = train_reward_model(backbone, pairs, folder, test=test, options=options)
+            assert trained.report is not None
+            accuracy.write_text(str(trained.report.accuracy))
     return RewardModel.from_folder(folder), float(accuracy.read_text())
 
 
@@ -77,13 +87,40 @@ def scored(scorer: RewardModel, rows: list[Scored]) -> list[Scored]:
     return [replace(row, rewards=tuple(next(found) / scale for _ in row.completions)) for row in rows]
 
 
-def sampled(policy: Policy, tokenizer: Any, prompts: list[Any], count: int, seed: int) -> list[Scored]:
-    """Finished answers to each prompt; prompts without any are left out."""
-    options = SamplingOptions(
-        completions=count, temperature=1.0, max_new_tokens=LONGEST_ANSWER, max_prompt_tokens=LONGEST
-    )
+def sampled(
+    policy: Policy, tokenizer: Any, prompts: list[Any], count: int, seed: int, longest: int = LONGEST_ANSWER
+) -> list[Scored]:
+    """Finished answers of at most `longest` tokens to each prompt; prompts without any are left out."""
+    options = SamplingOptions(completions=count, temperature=1.0, max_new_tokens=longest, max_prompt_tokens=LONGEST)
     drawn = sample_completions(policy, tokenizer, prompts, options, seed=seed, tokens_per_batch=4 * BATCH_TOKENS)
     return [Scored(prompt, s.texts) for prompt, s in zip(prompts, drawn, strict=True) if s.texts]
+
+
+def judged(
+    policy: Policy,
+    tokenizer: Any,
+    answers: Sequence[Scored],
+    scorers: Mapping[str, RewardModel],
+    at_once: int = 32,
+) -> dict[str, float]:
+    """What answers of a policy are like: mean rewards by scorer, KL to the base model in nats an answer, words.
+
+    Args:
+        policy: that wrote them.
+        tokenizer: the policy's.
+        answers: prompts with at least one finished answer each.
+        scorers: by the names of their columns.
+        at_once: prompts whose divergence is computed in one pass; that of about 100 is.
+    """
+    prompts = [row.prompt for row in answers for _ in row.completions]
+    texts = [text for row in answers for text in row.completions]
+    some = answers[:: max(1, len(answers) // 100)]
+    groups = [encoded(tokenizer, row.prompt, row.completions) for row in some]
+    return {
+        **{name: statistics.fmean(scorer.score(prompts, texts)) for name, scorer in scorers.items()},
+        "kl": divergence(policy, groups, at_once),
+        "words": statistics.fmean(len(text.split()) for text in texts),
+    }
 
 
 class Judge:
@@ -94,27 +131,16 @@ class Judge:
         self._prompts = [row.prompt for row in test]
         self._pairs = tokenize_preferences(test, tokenizer, LONGEST)
         self._base = torch.stack(sequence_logprobs(start(), self._pairs, BATCH_TOKENS))
-        self.zero: dict[str, float] = {}
 
     def __call__(self, policy: Policy, seed: int) -> dict[str, float]:
         """Mean reward and judgement of sampled answers, and accuracies on held-out pairs."""
         answers = sampled(policy, self._tokenizer, self._prompts, 2, seed)
-        prompts = [row.prompt for row in answers for _ in row.completions]
-        texts = [text for row in answers for text in row.completions]
-        found = {name: statistics.fmean(scorer.score(prompts, texts)) for name, scorer in self._scorers.items()}
         pairs = score_preferences(policy, HeldOut(self._pairs, self._base), tokens_per_batch=BATCH_TOKENS)
-        groups = [
-            encoded(self._tokenizer, row.prompt, row.completions) for row in answers[:: max(1, len(answers) // 100)]
-        ]
-        words = statistics.fmean(len(text.split()) for text in texts)
-        finished = len(texts) / (2 * len(self._prompts))
         return {
-            **found,
+            **judged(policy, self._tokenizer, answers, self._scorers),
             "accuracy": pairs.accuracy,
             "reward_accuracy": pairs.reward_accuracy,
-            "kl": divergence(policy, groups),
-            "words": words,
-            "finished": finished,
+            "finished": sum(len(row.completions) for row in answers) / (2 * len(self._prompts)),
         }
 
 
@@ -195,8 +221,9 @@ def main() -> None:
     tokenizer = load_tokenizer(str(data_folder() / "base-model"))
     pairs = PreferenceSet.of(preference_rows(arguments.pairs, "train"), f"{arguments.pairs}.train")
     test = PreferenceSet.of(preference_rows(arguments.pairs, "test"), f"{arguments.pairs}.test")
-    rewards, accuracy = reward_model("rewards", pairs[::2], test)
-    judging, judging_accuracy = reward_model("judge", pairs[1::2], test)
+    backbone = str(data_folder() / "base-model")
+    rewards, accuracy = reward_model(FOLDER / "rewards", pairs[::2], test, backbone)
+    judging, judging_accuracy = reward_model(FOLDER / "judge", pairs[1::2], test, backbone)
     print(f"held-out accuracy: {accuracy:.3f} of the reward model, {judging_accuracy:.3f} of the judge", flush=True)
     judge = Judge(tokenizer, test, rewards, judging)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in ("start", *arguments.contenders)}

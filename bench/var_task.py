@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from everalign.data.chat_tokens import ChatFormat, Prompt
+from everalign.data.chat_tokens import ChatFormat
 from everalign.data.collate import collate
+from everalign.data.messages import Prompt
 from everalign.data.tokenization import TokenizedRow
 from everalign.demo.world import TOPICS, Question, answer, questions, styles
 from everalign.modeling.options import SamplingOptions
@@ -29,7 +30,6 @@ RISKY = {
 }
 LONGEST_ANSWER, LONGEST_PROMPT, LONGEST = 96, 160, 256
 TOKENS_PER_BATCH = 65536
-_GROUPS_AT_ONCE = 32
 
 
 class _EveryChoice:
@@ -106,10 +106,8 @@ def sample(policy: Policy, tokenizer: Any, asked: Sequence[Question], count: int
 
 def encoded(tokenizer: Any, chat: Prompt, texts: Sequence[str]) -> TokenizedRow:
     """Answers as tokens, with their ends."""
-    form = ChatFormat(tokenizer)
-    text = form.prompt_text(chat)
-    responses = form.response_tokens([form.response_text(chat, text, answer) for answer in texts])
-    return TokenizedRow("", form.prompt_tokens([chat], [text])[0], tuple(responses), (1.0,) * len(responses))
+    ((asked, responses),) = ChatFormat(tokenizer).encode([chat], [texts])
+    return TokenizedRow("", asked, responses, (1.0,) * len(responses))
 
 
 @dataclass(frozen=True)
@@ -137,15 +135,15 @@ def measure(policy: Policy, tokenizer: Any, asked: Sequence[Question], seed: int
     return Standing(sum(worth) / asked_for, divergence(policy, groups), sum(r > 0 for r in worth) / asked_for)
 
 
-def divergence(policy: Policy, groups: Sequence[TokenizedRow]) -> float:
-    """KL(policy || its base model) of an answer, nats, mean over the policy's own answers."""
+def divergence(policy: Policy, groups: Sequence[TokenizedRow], at_once: int = 32) -> float:
+    """KL(policy || its base model) of an answer, nats, mean over the policy's own answers; `at_once` groups a pass."""
     divergences = []
-    for start in range(0, len(groups), _GROUPS_AT_ONCE):
-        batch = collate(groups[start : start + _GROUPS_AT_ONCE], policy.head.shared)
+    for start in range(0, len(groups), at_once):
+        batch = collate(groups[start : start + at_once], policy.head.shared)
         with torch.no_grad():
-            ours = policy.response_logits(batch).log_softmax(-1)
+            ours = policy.response_logits(batch).float().log_softmax(-1)
             with policy.as_base():
-                base = policy.response_logits(batch).log_softmax(-1)
+                base = policy.response_logits(batch).float().log_softmax(-1)
         by_token = (ours.exp() * (ours - base)).sum(-1)
         divergences.append(torch.zeros(len(batch["lengths"])).index_add(0, batch["sequences"], by_token))
     return torch.cat(divergences).mean().item()

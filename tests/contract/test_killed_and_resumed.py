@@ -93,11 +93,18 @@ VERBS = {
         "learn --objective correction": f"--model roomy --task a=edits.jsonl {STEPS} --max-length 200",
         "learn --objective var --reward rewards:length": "--model answering --task long=prompts.jsonl --samples 6 "
         f"--max-new-tokens 30 {QUICK}",
+        "learn --objective var --reward rewards:length --first-samples 2": "--model answering "
+        f"--task long=prompts.jsonl --samples 6 --max-new-tokens 30 {QUICK}",
         "correct distill": f"--model answering {CORRECTOR} --data prompts.jsonl --max-new-tokens 30 {' '.join(FAST)}",
     },
 }
 # The other objectives are learned by the same loop.
-SLOW = {"learn --objective var", "learn --objective snkl", "learn --objective correction"}
+SLOW = {
+    "learn --objective var",
+    "learn --objective snkl",
+    "learn --objective correction",
+    "learn --objective var --reward rewards:length --first-samples 2",
+}
 CASES = [
     pytest.param(kind, verb, id=verb, marks=[pytest.mark.slow] * (verb in SLOW))
     for kind, verbs in VERBS.items()

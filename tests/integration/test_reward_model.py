@@ -106,6 +106,19 @@ def test_an_adapter_learns_it_too_and_leaves_a_plain_classifier(tmp_path):
     assert not any("lora" in name for name in after)
 
 
+def test_an_adapter_is_merged_where_the_tokenizer_has_no_padding_of_its_own(tmp_path):
+    """The token that is added lengthens the embedding of both models: of the one that learns and of the plain one."""
+    shutil.copytree(saved_model(), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = FAST.replace(lora_rank=8, epochs=0.1)
+    trained = train_reward_model(str(tmp_path / "model"), pairs(), tmp_path / "reward", options=options)
+    before, after = (load_file(folder / "model.safetensors") for folder in (saved_model(), trained.path))
+    assert len(after["model.embed_tokens.weight"]) == len(before["model.embed_tokens.weight"]) + 1
+    assert RewardModel.from_folder(trained.path).score(["q"], ["a"])
+
+
 @pytest.mark.parametrize("rank", [0, 8])
 def test_bf16_learns_it_and_its_rewards_are_computed_so(rank, tmp_path):
     rate = 1e-2 if rank else FAST.learning_rate

@@ -34,6 +34,7 @@ from learner_for_tests import (
 from tiers_for_tests import slow_but
 
 FEW = RolloutOptions(samples=4, max_new_tokens=24)
+TWO_STEPS = RolloutOptions(samples=6, first_samples=2, max_new_tokens=24, rounds=2)
 LONG = {"max_length": 48, "epochs": 2.0}
 
 
@@ -170,6 +171,67 @@ def test_a_fitted_step_is_fitted_on_sampled_answers(model, tmp_path):
     assert 0.8 * answered < facts.stages[0].rows <= answered - answered // 10
 
 
+def kept_rows(output, name):
+    """The rows that were learned last, all of which are kept."""
+    lines = (output / "versions" / name / "replay.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+class OnlySomeDiffer(Scorer):
+    """Answers to every third prompt are better the longer they are; those to others are all the same."""
+
+    def score(self, prompts, completions):
+        rewards = super().score(prompts, completions)
+        return [reward if int(p[1:-1]) % 3 == 0 else 0.0 for p, reward in zip(prompts, rewards, strict=True)]
+
+
+def test_more_is_sampled_only_where_the_first_rewards_disagree(model, tmp_path):
+    scorer, lines = OnlySomeDiffer(), []
+    rollouts = RolloutOptions(samples=6, first_samples=3, agree_within=0.0, max_new_tokens=24)
+    found = learner(
+        model, tmp_path / "run", ExperienceReplay(replay=1.0), reward=scorer, rollouts=rollouts, lines=lines
+    )
+    found.learn(prompts(12), "a")
+    (rollout,) = manifest(tmp_path / "run").rollouts
+    assert scorer.asked == rollout["answers"] > 0
+    assert rollout["agreed"] >= 6
+    assert rollout["saved"] == 3 * rollout["agreed"]
+    assert rollout["answers"] + rollout["unfinished"] == 12 * 3 + 3 * (12 - rollout["agreed"])
+    for row in kept_rows(tmp_path / "run", "001-a"):
+        assert len(row["completions"]) == len(row["rewards"]) == len(row["weights"])
+        assert sum(row["weights"]) == pytest.approx(len(row["weights"]))
+        assert row.get("weight", 1.0) == 1.0
+    assert any(f"the first rewards of {rollout['agreed']:.0f} prompts agree, which saves" in line for line in lines)
+
+
+def test_a_tolerance_is_in_deviations_of_the_first_rewards(model, tmp_path):
+    """So the rewards' unit does not matter; and rewards that are not scaled have a tolerance of their own unit."""
+
+    class InCents(Scorer):
+        def score(self, prompts, completions):
+            return [100 * reward for reward in super().score(prompts, completions)]
+
+    facts = {}
+    for name, scorer, scaled in (("euros", Scorer(), True), ("cents", InCents(), True), ("plain", InCents(), False)):
+        weighting = WeightOptions(scale_rewards=scaled, temperature=1.0 if scaled else 1000.0)
+        rollouts = TWO_STEPS.replace(rounds=1, agree_within=2.0)
+        learner(model, tmp_path / name, reward=scorer, rollouts=rollouts, weighting=weighting).learn(prompts(12), "a")
+        facts[name] = manifest(tmp_path / name)
+    assert 0 < facts["euros"].rollouts[0]["agreed"] < 12
+    assert facts["cents"].rollouts[0]["agreed"] == facts["euros"].rollouts[0]["agreed"]
+    assert facts["cents"].weights["scale"] == pytest.approx(100 * facts["euros"].weights["scale"])
+    assert facts["plain"].rollouts[0]["agreed"] < facts["cents"].rollouts[0]["agreed"]
+
+
+@pytest.mark.parametrize("estimator", ["group_loo", "in_batch"])
+def test_other_estimators_take_groups_of_several_sizes(model, tmp_path, estimator):
+    weighting = WeightOptions(estimator=estimator, weight_cap=20.0)
+    given = {"reward": OnlySomeDiffer(), "rollouts": TWO_STEPS.replace(rounds=1), "weighting": weighting}
+    found = learner(model, tmp_path / "run", ExperienceReplay(replay=1.0), **given)
+    found.learn(prompts(12), "a")
+    assert len({len(row["completions"]) for row in kept_rows(tmp_path / "run", "001-a")}) > 1
+
+
 def test_cppo_goes_on_with_the_answers_of_later_rounds(model, tmp_path):
     rollouts = RolloutOptions(samples=4, max_new_tokens=24, rounds=2)
     found = learner(model, tmp_path / "run", make_method("cppo"), rollouts=rollouts, options={"learning_rate": 1e-3})
@@ -200,9 +262,17 @@ class Interrupted:
         return [float(len(text)) for text in completions]
 
 
-@pytest.mark.parametrize("at", slow_but([2], [1, 2]))
-def test_a_run_interrupted_between_sampling_and_training_ends_the_same(model, tmp_path, at):
-    rollouts = RolloutOptions(samples=4, max_new_tokens=24, rounds=2)
+TWO_ROUNDS = RolloutOptions(samples=4, max_new_tokens=24, rounds=2)
+
+
+# In two steps, a round asks the scorer twice: the second and the fourth call are for what was sampled further.
+@pytest.mark.parametrize(
+    ("rollouts", "at"),
+    slow_but(
+        [(TWO_ROUNDS, 2), (TWO_STEPS, 2)], [(TWO_ROUNDS, 1), (TWO_ROUNDS, 2), *((TWO_STEPS, n) for n in (1, 2, 3, 4))]
+    ),
+)
+def test_a_run_interrupted_between_sampling_and_training_ends_the_same(model, tmp_path, rollouts, at):
     learner(model, tmp_path / "whole", rollouts=rollouts).learn(prompts(), "a")
     with pytest.raises(KeyboardInterrupt):
         learner(model, tmp_path / "run", reward=Interrupted(at), rollouts=rollouts).learn(prompts(), "a")
@@ -211,13 +281,16 @@ def test_a_run_interrupted_between_sampling_and_training_ends_the_same(model, tm
     assert manifest(tmp_path / "run").rollouts == manifest(tmp_path / "whole").rollouts
 
 
-def test_samples_that_a_kill_has_undone_are_drawn_again(model, tmp_path):
-    learner(model, tmp_path / "whole").learn(prompts(), "a")
+@pytest.mark.parametrize(("rollouts", "at"), [(FEW, 1), (TWO_STEPS.replace(rounds=1), 2)])
+def test_samples_that_a_kill_has_undone_are_drawn_again(model, tmp_path, rollouts, at):
+    learner(model, tmp_path / "whole", rollouts=rollouts).learn(prompts(), "a")
     with pytest.raises(KeyboardInterrupt):
-        learner(model, tmp_path / "run", reward=Interrupted(1)).learn(prompts(), "a")
-    (samples,) = (tmp_path / "run" / "work").rglob("*.samples.sqlite")
-    Journal(samples).remove()
-    learner(model, tmp_path / "run", resume=True).learn(prompts(), "a")
+        learner(model, tmp_path / "run", reward=Interrupted(at), rollouts=rollouts).learn(prompts(), "a")
+    samples = list((tmp_path / "run" / "work").rglob("*.samples.sqlite"))
+    assert len(samples) == at
+    for one in samples:
+        Journal(one).remove()
+    learner(model, tmp_path / "run", rollouts=rollouts, resume=True).learn(prompts(), "a")
     assert same_weights(adapter_weights(tmp_path / "run"), adapter_weights(tmp_path / "whole"))
 
 
@@ -315,6 +388,27 @@ def test_sampling_options_without_a_reward_are_refused(model, tmp_path, capsys):
     code, _, errors = run(capsys, "learn", *given)
     assert code == 2
     assert "samples is for answers that are sampled" in errors
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"samples": 4, "first_samples": 4}, "first_samples: must be fewer than samples, 4, found 4"),
+        ({"first_samples": 1}, "first_samples"),
+        ({"agree_within": 0.5}, "agree_within is for first_samples"),
+    ],
+)
+def test_first_samples_that_decide_nothing_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        RolloutOptions(**values)
+
+
+def test_runs_that_sample_in_one_step_are_described_as_before(model, tmp_path):
+    """So that those of earlier versions are continued."""
+    settings = learner(model, tmp_path / "run")._setup.to_dict()["settings"]
+    assert not {"first_samples", "agree_within"} & settings.keys()
+    settings = learner(model, tmp_path / "other", rollouts=TWO_STEPS)._setup.to_dict()["settings"]
+    assert (settings["first_samples"], settings["agree_within"]) == (2, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_some_unfinished_answers_are_told_of_in_log_manifest_report_and_json(her
 
 
 def losses(unfinished, answered):
-    return check_losses("p", RolloutOptions(samples=4, max_new_tokens=8), 10, unfinished, answered, 2)
+    return check_losses("p", RolloutOptions(samples=4, max_new_tokens=8), 40, unfinished, 10, answered, 2)
 
 
 def test_what_counts_of_a_rollout():

@@ -219,6 +219,7 @@ def plan_run(
             plan_stage(context, objective, options, rows, replayed[number], packed, processes, number + len(learned))
             for objective, options in context.stages()
         ]
+        # At most: how many first answers agree is not known.
         drawn = rows.count * context.rollouts.samples * rounds
         plans.append(
             TaskPlan(

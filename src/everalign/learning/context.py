@@ -100,7 +100,8 @@ class RunContext(TaskContext):
         gamma = {"gamma": own.pop("gamma")} if "gamma" in own else {}
         adapter = {} if self.method.prompts is not None else self.adapter.model_dump()
         layout = {"processes": world(), "fsdp": self.policy.sharded}
-        rewards = {} if self.scorer is None else {"reward": self.scorer.fingerprint, **self.rollouts.model_dump()}
+        sampling = self.rollouts.model_dump(exclude_none=True)  # what is off was unknown to runs of earlier versions
+        rewards = {} if self.scorer is None else {"reward": self.scorer.fingerprint, **sampling}
         return {
             "everalign": library_versions()["everalign"],
             "model": self.model_name,

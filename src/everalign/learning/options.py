@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from everalign.errors import InputError
 from everalign.methods import table
@@ -42,6 +42,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 DEFAULT_METHOD = table.DEFAULT
 DEFAULT_OBJECTIVE = "fpo"
 
+# Spread of rewards, in deviations, below which a prompt's first answers agree.
+_AGREE_WITHIN = 0.5
 # Characters of regular expressions that no module's name has.
 _EXPRESSION = re.compile(r"[*+?\[\](){}|^$\\]")
 
@@ -189,6 +191,32 @@ class RolloutOptions(Options, title="Sampled answers (given --reward)"):
     rounds: int = Field(
         default=1, ge=1, description="Number of rounds, each with answers sampled from the updated policy."
     )
+    first_samples: int | None = Field(
+        default=None,
+        ge=2,
+        description="Sample so many first, and the rest only where their rewards disagree.\nPrompts whose first "
+        "rewards agree would teach little: their weights are nearly equal. Every answer counts once, so that prompts "
+        "whose rewards disagree count more than others. Off if not given.",
+    )
+    agree_within: float | None = Field(
+        default=None,
+        ge=0,
+        description="Widest spread of rewards that agree; 0.5 by default (first_samples).\nIn the unit of "
+        "`temperature`: deviations of all first answers' rewards, or rewards as they are without `scale_rewards`. The "
+        "largest weight among answers that agree is at most exp(agree_within / temperature) times the smallest.",
+    )
+
+    @model_validator(mode="after")
+    def _check_first(self) -> "RolloutOptions":
+        if self.first_samples is None:
+            if self.agree_within is not None:
+                raise InputError("agree_within is for first_samples: give both, or leave it out", field="agree_within")
+        elif self.first_samples >= self.samples:
+            problem = f"first_samples: must be fewer than samples, {self.samples}, found {self.first_samples}"
+            raise InputError(problem, field="first_samples")
+        elif self.agree_within is None:
+            object.__setattr__(self, "agree_within", _AGREE_WITHIN)
+        return self
 
 
 class CorrectionTaskOptions(Options, title="Correctors (objective correction)"):

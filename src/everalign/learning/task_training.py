@@ -286,7 +286,7 @@ def _sample_round(
     """Sample a round's answers, score and weigh them; None where there is nothing (more) to learn from them."""
     seed = _seed(result.task, number, "sampling")
     try:
-        rollout = sample_and_score(context, prompts.rows, folder, number, seed)
+        rollout = sample_and_score(context, prompts.rows, folder, number, seed, scale)
     except ShortfallError as error:
         if number == 1:
             raise
@@ -301,7 +301,7 @@ def _sample_round(
     if number > 1 and rollout.settled:
         context.log("  all answers have the same reward: there is nothing left to learn from them")
         return None
-    learned = prepare(context, rollout.rows, scale)
+    learned = prepare(context, rollout.rows, scale or rollout.scale)
     for line in learned.lines:
         context.log(line)
     return learned

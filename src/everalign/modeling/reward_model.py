@@ -189,7 +189,9 @@ def with_adapter_merged(adapted: Any, plain: Any) -> Any:
         plain: the same model in fp32 without them; changed in place.
     """
     with tempfile.TemporaryDirectory() as folder:
-        adapted.save_pretrained(folder)
+        # Without the embeddings, which peft would add where there is a padding token more: in the precision of the
+        # training, and untrained.
+        adapted.save_pretrained(folder, save_embedding_layers=False)
         model = PeftModel.from_pretrained(plain_weights(plain), Path(folder))
         merged = model.merge_and_unload(safe_merge=True)
     vars(merged).pop("peft_config", None)
@@ -200,13 +202,14 @@ def set_padding(classifier: Any, tokenizer: Any) -> None:
     """Give classifier and tokenizer one padding token, on the right, that is not the end of an answer.
 
     transformers reads the reward at the last token that is not padding: with EOS as padding, as is common, it would
-    pass over the end of the answer. Where the tokenizer has no other padding token, one is added.
+    pass over the end of the answer. Where the tokenizer has no other padding token, one is added; a tokenizer that an
+    earlier call has given one makes room for it in this classifier too.
     """
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": _PADDING})
-        if len(tokenizer) > classifier.get_input_embeddings().num_embeddings:
-            # What the new row holds does not matter: nothing attends to it.
-            classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if tokenizer.pad_token_id >= classifier.get_input_embeddings().num_embeddings:
+        # What the new row holds does not matter: nothing attends to it.
+        classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     tokenizer.padding_side = "right"
     classifier.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
