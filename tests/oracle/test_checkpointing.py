@@ -1,5 +1,6 @@
 """Activations that are computed again: the same losses and gradients, and far less kept in between."""
 
+import subprocess
 import sys
 
 import pytest
@@ -177,3 +178,24 @@ def test_what_a_container_may_take_counts(tmp_path):
     (tmp_path / "memory.max").write_text("max\n")
     assert runtime._free_in_container(tmp_path) == sys.maxsize
     assert 0 < runtime.free_memory(torch.device("cpu")) < 1 << 50
+
+
+FREED = """
+import psutil, torch
+from everalign.modeling.runtime import free_memory, prepare_process
+
+prepare_process()
+held = [torch.ones(1 << 18) for _ in range(400)]  # a MiB each
+some = held[::40]  # so that what is freed does not end where the heap does
+del held
+before = psutil.Process().memory_info().rss
+free_memory(torch.device("cpu"))
+print((before - psutil.Process().memory_info().rss) >> 20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_what_the_process_has_freed_itself_is_free():
+    """A second stage of training finds what the first one has left, and need not compute activations twice for it."""
+    found = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    assert int(found.stdout) > 300

@@ -125,6 +125,10 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    # What this process has freed and glibc keeps for it (`keep_freed_memory`) is free, too.
+    glibc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if hasattr(glibc, "malloc_trim"):
+        glibc.malloc_trim(0)  # type: ignore[union-attr]  # it has it
     # Processes that share the work share the machine's memory too.
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world() > 1 else 1
     return min(int(psutil.virtual_memory().available), _free_in_container()) // processes
