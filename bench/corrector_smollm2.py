@@ -37,14 +37,13 @@ from everalign.correction.options import CorrectorOptions
 from everalign.correction.tokenization import both, tokenize_corrections
 from everalign.correction.training import train_corrector
 from everalign.data import Correction, CorrectionSet, PreferenceSet
+from everalign.evaluation.answers import write_answers
 from everalign.evaluation.scorers import RewardModel
 from everalign.evaluation.scoring import ScorerApprover, compare_answers
 from everalign.evaluation.win_rates import win_rate
 from everalign.modeling.loading import load_model, load_tokenizer
-from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process
-from everalign.modeling.sampling import greedy_answers
 from everalign.modeling.speculative import Verified
 from everalign.storage import Journal, write_json
 from everalign.training.options import RewardOptions
@@ -64,6 +63,8 @@ CORRECTIONS = (
 PAIRS = ("safe_rlhf", "hh_harmless", "hh_helpful", "truthfulqa_pairs")
 # Characters of a question with answer and correction: about 350 tokens. Words of an answer of another model.
 LONGEST, LONGEST_ANSWER = 1400, 100
+# Tokens of an answer that SmolLM2 is asked to improve; longer ones count as unfinished.
+LONGEST_IMPROVED = 160
 # The smallest difference of the judge's rewards that counts; they deviate by about 1.
 MARGIN = 0.1
 COMMON: dict[str, Any] = {"epochs": 1.0, "batch_size": 16, "max_length": 512, "precision": "bf16"}
@@ -179,18 +180,23 @@ def approver() -> RewardModel:
 
 def asked(rows: CorrectionSet) -> list[Corrected]:
     """What SmolLM2 writes if it is merely asked to improve the answers; unfinished ones change nothing."""
-    place = FOLDER / f"asked.{rows.fingerprint[:12]}.json"
-    if not place.exists():
-        tokenizer = load_tokenizer("smollm2")
-        policy = Policy(load_model("smollm2", "bf16"), 1, 1.0, seed=0)
-        options = SamplingOptions(max_new_tokens=256, max_prompt_tokens=1024)
-        prompts = [[{"role": "user", "content": REQUEST.format(question_of(row.question), row.answer)}] for row in rows]
-        found: list[tuple[str, bool]] = []
-        for start in range(0, len(prompts), 8):
-            found += greedy_answers(policy, tokenizer, prompts[start : start + 8], options)
-        write_json(place, found)
-    texts = [text.strip() if ended else row.answer for row, (text, ended) in zip(rows, read(place), strict=True)]
-    return [Corrected(text, text != row.answer.strip()) for row, text in zip(rows, texts, strict=True)]
+    prompts = [[{"role": "user", "content": REQUEST.format(question_of(row.question), row.answer)}] for row in rows]
+    written = write_answers(
+        Policy(load_model("smollm2", "bf16"), 1, 1.0, seed=0),
+        load_tokenizer("smollm2"),
+        prompts,
+        Journal(FOLDER / "asked.sqlite"),
+        "smollm2 bf16",
+        max_new_tokens=LONGEST_IMPROVED,
+        max_prompt_tokens=1024,
+        progress=partial(print, "asked to improve:", flush=True),
+    )
+    return [
+        Corrected(one.text.strip(), one.text.strip() != row.answer.strip())
+        if one.ended
+        else Corrected(row.answer, False, "unfinished")
+        for row, one in zip(rows, written, strict=True)
+    ]
 
 
 def read(path: Path) -> Any:
