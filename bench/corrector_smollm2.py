@@ -3,6 +3,7 @@
     python bench/answer_judge.py                     # the judge: another backbone, other rows
     python bench/corrector_smollm2.py train lora     # about an hour on one core; variants may run side by side
     python bench/corrector_smollm2.py train full
+    python bench/corrector_smollm2.py verify         # which answers each variant leaves as they are: minutes
     python bench/corrector_smollm2.py validation     # variants, gates and an approver, on validation answers
     python bench/corrector_smollm2.py test --way "lora, certainty 2"
     python bench/corrector_smollm2.py pairs --way "lora, certainty 2"    # fifty changed answers, to be read blind
@@ -71,7 +72,12 @@ COMMON: dict[str, Any] = {"epochs": 1.0, "batch_size": 16, "max_length": 512, "p
 LORA, FULL = {"lora_rank": 32, "learning_rate": 4e-4}, {"learning_rate": 5e-5}
 APPROVER_PAIRS = 4000
 # How each variant is trained, and the share of its rows that are good answers.
-VARIANTS: dict[str, tuple[dict[str, Any], float]] = {"lora": (LORA, 0.5), "full": (FULL, 0.5), "lora-30": (LORA, 0.3)}
+VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
+    "lora": (LORA, 0.5),
+    "full": (FULL, 0.5),
+    "lora-30": (LORA, 0.3),
+    "lora-10": ({**LORA, "identity": 0.0}, 0.1),
+}
 # Gates, in nats: by how much some token has to be likelier than the answer's, and the correction than the answer.
 CERTAINTIES, RATIOS = (0.5, 1.0, 2.0, 3.0, 4.0), (0.0, 2.0, 5.0, 10.0, 20.0)
 APPROVALS = (0.0, 0.5)
@@ -310,6 +316,23 @@ def show(title: str, rows: CorrectionSet, found: dict[str, list[Corrected]]) -> 
     return results
 
 
+def show_verified(count: int) -> None:
+    """Print how many validation answers of each kind pass the first pass: as they are, and with gates."""
+    rows = answers("train", count)
+    table = Table(title="validation answers that pass, %")
+    table.add_column("")
+    for column in ("kind", "answers", "ungated", *(f"certainty {c:g}" for c in CERTAINTIES)):
+        table.add_column(column, justify="right")
+    for variant in [variant for variant in VARIANTS if (FOLDER / variant).exists()]:
+        facts = verified(variant, rows)
+        for kind in KINDS:
+            gaps = [one.gap for row, one in zip(rows, facts, strict=True) if row.kind == kind]
+            shares = [sum(gap == 0 for gap in gaps), *(sum(gap < c for gap in gaps) for c in CERTAINTIES)]
+            table.add_row(variant, kind, str(len(gaps)), *(f"{100 * share / len(gaps):.0f}" for share in shares))
+        table.add_section()
+    Console(width=120).print(table)
+
+
 def judge_quality(rows: CorrectionSet) -> dict[str, float]:
     """How often the judge gives a good answer more than a bad one of the same set, both drawn at random."""
     rewards = judge().score([row.question for row in rows], [row.answer for row in rows])
@@ -358,7 +381,7 @@ def blind_pairs(way: str, count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["train", "validation", "test", "pairs"])
+    parser.add_argument("step", choices=["train", "verify", "validation", "test", "pairs"])
     parser.add_argument("variant", nargs="?", choices=VARIANTS, default="lora")
     parser.add_argument("--rows", type=int, default=2400, help="rows of training")
     parser.add_argument("--count", type=int, default=80, help="answers of each kind, at most")
@@ -370,6 +393,8 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     if arguments.step == "train":
         train(arguments.variant, arguments.rows)
+    elif arguments.step == "verify":
+        show_verified(arguments.count)
     elif arguments.step == "pairs":
         blind_pairs(arguments.way, arguments.count)
     else:
