@@ -88,15 +88,17 @@ class CorrectorRows:
         encoder = load_corrector_files(folder, None).encoder(load_tokenizer(str(folder)))
         self._model = load_model(str(folder), precision).eval().requires_grad_(False)
         self.ends: list[int] = sorted(encoder.ends)
-        prompts, drafts, outputs, ragged = [], [], [], RaggedModel(self._model)
+        ragged = RaggedModel(self._model)
+        found: list[tuple[list[int], list[int], list[int]]] = []  # prompt, draft, what is written
         for row in answers:
             prompt, draft = encoder.prompt(row.question, row.answer), encoder.response(row.answer)
             (written,) = DraftDecoder(ragged, [prompt], [draft], self.ends, [limit]).run()
             if written.ended and len(written.tokens) >= _SHORTEST:
-                prompts.append(prompt), drafts.append(draft), outputs.append(written.tokens)
-        if len(outputs) < count:
-            raise SystemExit(f"{folder}: only {len(outputs)} corrections end and have {_SHORTEST} tokens or more")
-        shares = [kept_share(draft, output) for draft, output in zip(drafts, outputs, strict=True)]
+                found.append((prompt, draft, written.tokens))
+        if len(found) < count:
+            raise SystemExit(f"{folder}: only {len(found)} corrections end and have {_SHORTEST} tokens or more")
+        prompts, drafts, outputs = map(list, zip(*found, strict=True))
+        shares = [kept_share(draft, output) for _, draft, output in found]
         edits = [i for i, share in enumerate(shares) if share >= 1 / 3 and drafts[i] != outputs[i]]
         rewrites = [i for i, share in enumerate(shares) if share < 1 / 3]
         some = list(range(len(outputs)))[:: max(1, len(outputs) // count)][:count]

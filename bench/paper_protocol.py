@@ -39,6 +39,7 @@ TASKS = ("hc3", "hh_harmless", "hh_helpful", "safe_rlhf", "truthfulqa")
 # Characters of a prompt with its longer answer: about 200 tokens, so that nothing is cut.
 LONGEST = 800
 METRICS = {"compat_bleu": "BLEU-4", "compat_rouge_l": "ROUGE-L"}
+SCORES = {"compat_bleu": compat_bleu, "compat_rouge_l": compat_rouge_l}
 CONTENDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "SeqFT": ("seqft", "dpo", {}),
     "ER": ("er", "dpo", {}),
@@ -116,7 +117,6 @@ def final_scores(name: str, arguments: argparse.Namespace, metric: str) -> list[
     """What each final answer of a contender scores, by task, in percent."""
     folder: Path = arguments.output / f"{name}-{arguments.seed}"
     answers = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["answers"]
-    score = {"compat_bleu": compat_bleu, "compat_rouge_l": compat_rouge_l}[metric]
     found = []
     for task in TASKS:
         references = {
@@ -124,7 +124,7 @@ def final_scores(name: str, arguments: argparse.Namespace, metric: str) -> list[
             for row in fitting(task, "test", arguments.held_out, 0)
         }
         last = [(row["prompt"], list(row["answers"].values())[-1]["text"]) for row in answers[task]]
-        found.append([score(text, completion_text(references[json.dumps(prompt)])) for prompt, text in last])
+        found.append([SCORES[metric](text, completion_text(references[json.dumps(prompt)])) for prompt, text in last])
     return found
 
 

@@ -91,13 +91,18 @@ def keep_freed_memory() -> bool:
     million page faults a run (10 to 30 % of a small model's step on a CPU). Returns whether the allocator took it:
     False where the C library is not glibc.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    glibc = _glibc()
+    if glibc is None:
         return False
     _process["threshold"] = _REUSED_BLOCK_BYTES
-    return bool(mallopt(_M_MMAP_THRESHOLD, _REUSED_BLOCK_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES))
+    kept = ((_M_MMAP_THRESHOLD, _REUSED_BLOCK_BYTES), (_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES))
+    return all(glibc.mallopt(*setting) for setting in kept)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """Return the C library if its allocator can be set; None on other systems and with other libraries."""
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
 
 
 @contextmanager
@@ -107,11 +112,10 @@ def returning_memory() -> Iterator[None]:
     Weights that are quantised as they are read pass through memory in full precision. What they leave, kept for reuse
     and full of holes, is more than the quantised ones take.
     """
-    glibc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if not hasattr(glibc, "mallopt"):
+    glibc = _glibc()
+    if glibc is None:
         yield
         return
-    assert glibc is not None
     glibc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     try:
         yield
@@ -126,9 +130,8 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     # What this process has freed and glibc keeps for it (`keep_freed_memory`) is free, too.
-    glibc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if hasattr(glibc, "malloc_trim"):
-        glibc.malloc_trim(0)  # type: ignore[union-attr]  # it has it
+    if (glibc := _glibc()) is not None:
+        glibc.malloc_trim(0)
     # Processes that share the work share the machine's memory too.
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world() > 1 else 1
     return min(int(psutil.virtual_memory().available), _free_in_container()) // processes
