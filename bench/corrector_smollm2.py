@@ -77,10 +77,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
     "full": (FULL, 0.5),
     "lora-30": (LORA, 0.3),
     "lora-10": ({**LORA, "identity": 0.0}, 0.1),
+    "6.5M": ({"learning_rate": 5e-4, "epochs": 2.0, "identity": 0.0}, 0.1),
 }
+# The variant that is no SmolLM2 but the base model.
+SMALL = "6.5M"
 # Gates, in nats: by how much some token has to be likelier than the answer's, and the correction than the answer.
 CERTAINTIES, RATIOS = (0.5, 1.0, 2.0, 3.0, 4.0), (0.0, 2.0, 5.0, 10.0, 20.0)
-APPROVALS = (0.0, 0.5)
+APPROVALS = (0.0, 0.1, 0.2, 0.3, 0.5)
 REQUEST = "Question: {}\n\nAnswer: {}\n\nImprove this answer. If it is good already, repeat it. Write the answer alone."
 
 
@@ -163,7 +166,8 @@ def train(variant: str, rows: int) -> None:
         return
     settings, good_share = VARIANTS[variant]
     options = CorrectorOptions(**{**COMMON, **settings})
-    trained = train_corrector("smollm2", training_rows(rows, good_share), folder, options=options, log=print)
+    base = str(data_folder() / "base-model") if variant == SMALL else "smollm2"
+    trained = train_corrector(base, training_rows(rows, good_share), folder, options=options, log=print)
     seconds = {name: stage.seconds for name, stage in trained.stages.items()}
     write_json(FOLDER / f"{variant}.json", {"rows": rows, "good": good_share, "settings": settings, **seconds})
 
@@ -247,7 +251,8 @@ def log_ratios(variant: str, rows: CorrectionSet, corrected: list[Corrected]) ->
     if not place.exists():
         folder = FOLDER / variant
         encoder = load_corrector_files(folder, None).encoder(load_tokenizer(str(folder)))
-        pairs = [replace(row, correction=one.text) for row, one in zip(rows, corrected, strict=True) if one.changed]
+        changed = [(row, one.text) for row, one in zip(rows, corrected, strict=True) if one.changed]
+        pairs = [replace(row, correction=text, good=None) for row, text in changed]
         tokenized = tokenize_corrections(pairs, encoder, 2048, both)
         assert len(tokenized.rows) == len(pairs)
         policy = Policy(load_model(str(folder), "bf16"), 1, 1.0, seed=0)
@@ -277,10 +282,15 @@ def ways(variant: str, rows: CorrectionSet) -> Iterator[tuple[str, list[Correcte
     ratios = log_ratios(variant, rows, plain)
     for limit in RATIOS:
         yield f"{variant}, ratio {limit:g}", kept(rows, plain, [one < limit for one in ratios], "gate")
+    yield from approvals(variant, rows, plain)
+
+
+def approvals(name: str, rows: CorrectionSet, plain: list[Corrected]) -> Iterator[tuple[str, list[Corrected]]]:
+    """What is left of corrections where the approver has to find them better, by several margins."""
     questions, texts = [row.question for row in rows], [row.answer for row in rows]
     for margin in APPROVALS:
         approved = ScorerApprover(approver(), margin).approve(questions, texts, [one.text for one in plain])
-        yield f"{variant}, approved {margin:g}", kept(rows, plain, [not one for one in approved], "not_better")
+        yield f"{name}, approved {margin:g}", kept(rows, plain, [not one for one in approved], "not_better")
 
 
 def show(title: str, rows: CorrectionSet, found: dict[str, list[Corrected]]) -> dict[str, Any]:
@@ -347,12 +357,15 @@ def judge_quality(rows: CorrectionSet) -> dict[str, float]:
     }
 
 
-def evaluate(split: str, count: int, wanted: str | None) -> None:
+def evaluate(split: str, count: int, wanted: str | None, variants: list[str]) -> None:
     rows = answers(split, count)
     quality = judge_quality(rows)
     print("the judge rates, of two answers:", *(f"{pair} {share:.0%};" for pair, share in quality.items()))
     found = {"SmolLM2, asked": asked(rows)} if wanted is None or split == "test" else {}
-    for variant in VARIANTS:
+    if (FOLDER / SMALL).exists() and SMALL not in variants:
+        plain = corrections(SMALL, rows)
+        found |= {SMALL: plain, **dict(approvals(SMALL, rows, plain))}
+    for variant in variants:
         if (FOLDER / variant).exists() and (wanted is None or wanted.split(",")[0] == variant):
             for way, corrected in ways(variant, rows):
                 # On test rows one way alone, beside the corrector as it is and best of two.
@@ -382,7 +395,7 @@ def blind_pairs(way: str, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["train", "verify", "validation", "test", "pairs"])
-    parser.add_argument("variant", nargs="?", choices=VARIANTS, default="lora")
+    parser.add_argument("variant", nargs="?", choices=VARIANTS, help="for validation: this one alone")
     parser.add_argument("--rows", type=int, default=2400, help="rows of training")
     parser.add_argument("--count", type=int, default=80, help="answers of each kind, at most")
     parser.add_argument("--way", help="as in the validation table's first column")
@@ -392,13 +405,16 @@ def main() -> None:
     prepare_process()
     FOLDER.mkdir(parents=True, exist_ok=True)
     if arguments.step == "train":
+        if arguments.variant is None:
+            parser.error(f"train which variant? one of {', '.join(VARIANTS)}")
         train(arguments.variant, arguments.rows)
     elif arguments.step == "verify":
         show_verified(arguments.count)
     elif arguments.step == "pairs":
         blind_pairs(arguments.way, arguments.count)
     else:
-        evaluate("train" if arguments.step == "validation" else "test", arguments.count, arguments.way)
+        variants = list(VARIANTS) if arguments.variant is None else [arguments.variant]
+        evaluate("train" if arguments.step == "validation" else "test", arguments.count, arguments.way, variants)
 
 
 if __name__ == "__main__":
