@@ -39,10 +39,6 @@ class TaskRows:
     validation: str = ""
     scored: Mapping[str, ScoredSet] = field(default_factory=dict)
 
-    def learned_from(self, scored: str | None) -> TaskRows:
-        """Returns what a contender learns that names some of the scored rows; None for one that learns pairs."""
-        return self if scored is None else replace(self, train=self.scored[scored])
-
 
 def load_rows(bench: Bench, part: Part, log: Callable[[str], None] = lambda _: None) -> dict[str, TaskRows]:
     """Reads the tasks' files. What is learned is the same for both parts.
@@ -67,7 +63,12 @@ def load_rows(bench: Bench, part: Part, log: Callable[[str], None] = lambda _: N
             train, validation = cut_validation(train, bench.validation_share, bench.split_seed)
         else:
             validation = _read(name, task, "validation", bench.label)
-            _check_apart(name, train, validation)
+            prompts = {_prompt_key(row) for row in train}
+            if shared := sum(_prompt_key(row) in prompts for row in validation):
+                raise InputError(
+                    f"tasks.{name}.validation: {shared} of {len(validation)} rows have a prompt that is trained on: "
+                    "remove them, or leave `validation` out to have it cut off the training rows"
+                )
         if task.limit is not None and len(train) > task.limit:
             numbers = random.Random(bench.split_seed).sample(range(len(train)), task.limit)
             train = replace(train, items=tuple(train[number] for number in sorted(numbers)))
@@ -116,7 +117,9 @@ def cut_validation(rows: PreferenceSet, share: float, seed: int) -> tuple[Prefer
     Raises:
         InputError: there are fewer than two prompts.
     """
-    places = {key: _place(key, seed) for key in map(_prompt_key, rows)}
+    # A number from 0 to 1 by the prompt and the seed alone, so that tasks that share prompts cut the same ones.
+    digests = {key: hashlib.sha256(f"{seed}/{key}".encode()).hexdigest() for key in map(_prompt_key, rows)}
+    places = {key: int(digest[:16], 16) / 16**16 for key, digest in digests.items()}
     if len(places) < 2:
         raise InputError(f"{rows.source}: has too few prompts to cut validation rows off: name a validation file")
     order = sorted(places, key=places.__getitem__)
@@ -126,11 +129,6 @@ def cut_validation(rows: PreferenceSet, share: float, seed: int) -> tuple[Prefer
     for row in rows:
         sides[_prompt_key(row) in cut].append(row)
     return replace(rows, items=tuple(sides[0])), replace(rows, items=tuple(sides[1]))
-
-
-def _place(key: str, seed: int) -> float:
-    """A number from 0 to 1 by the prompt and the seed alone, so that tasks that share prompts cut the same ones."""
-    return int(hashlib.sha256(f"{seed}/{key}".encode()).hexdigest()[:16], 16) / 16**16
 
 
 def _prompt_key(row: Preference | Scored) -> str:
@@ -165,16 +163,6 @@ def prompt_with_system(prompt: Prompt, text: str) -> Prompt:
     return replace(prompt, messages=messages) if isinstance(prompt, ChatPrompt) else messages
 
 
-def _check_apart(name: str, train: PreferenceSet, validation: PreferenceSet) -> None:
-    prompts = {_prompt_key(row) for row in train}
-    shared = sum(_prompt_key(row) in prompts for row in validation)
-    if shared:
-        raise InputError(
-            f"tasks.{name}.validation: {shared} of {len(validation)} rows have a prompt that is trained on: remove "
-            "them, or leave `validation` out to have it cut off the training rows"
-        )
-
-
 def _check_label(name: str, column: str | None, *sets: PreferenceSet) -> None:
     labels = list(dict.fromkeys(label for rows in sets for label in rows.labels))
     if len(labels) > 1:
@@ -204,7 +192,11 @@ def _read(name: str, task: BenchTask, key: Literal["train", "validation", "test"
     if source.startswith(DEMO):
         if label is not None:
             raise InputError(f"tasks.{name}.{key}: the demo's tasks have no column {label!r}: leave label out")
-        return _demo_rows(name, source, key, task.where)
+        if key == "validation" or task.where:
+            what = "where" if task.where else "validation"
+            raise InputError(f"tasks.{name}.{what}: the demo's tasks have none: leave it out")
+        of_demo = next(one for one in demo_tasks(*_DEMO_ROWS) if one.name == source.removeprefix(DEMO))
+        return PreferenceSet(tuple(of_demo.train if key == "train" else of_demo.test), source)
     path, where = expanded(source), task.where or {}
     labelled = PREFERENCE_SCHEMA if label is None else with_label(PREFERENCE_SCHEMA, label)
     schema = replace(labelled, columns=tuple(dict.fromkeys((*labelled.columns, *where))))
@@ -231,11 +223,3 @@ def _matches(row: Mapping[str, Any], where: Mapping[str, Any], place: str) -> bo
         if row[column] not in values:
             return False
     return True
-
-
-def _demo_rows(name: str, source: str, key: str, where: Any) -> PreferenceSet:
-    if key == "validation" or where:
-        what = "where" if where else "validation"
-        raise InputError(f"tasks.{name}.{what}: the demo's tasks have none: leave it out")
-    task = next(task for task in demo_tasks(*_DEMO_ROWS) if task.name == source.removeprefix(DEMO))
-    return PreferenceSet(tuple(task.train if key == "train" else task.test), source)

@@ -8,7 +8,7 @@ import re
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -369,6 +369,9 @@ def _run(
     asked: Asked | None = None,
 ) -> Run:
     name, model, choice = trial
+    scored = bench.contenders[name].scored
+    if scored is not None:  # the contender learns from these in place of pairs
+        rows = {task: replace(found, train=found.scored[scored]) for task, found in rows.items()}
     return Run(
         name,
         model,
@@ -377,7 +380,7 @@ def _run(
         part,
         choice,
         bench.learn_recipe(name, choice, model, seed),
-        {task: found.learned_from(bench.contenders[name].scored) for task, found in rows.items()},
+        rows,
         bench.forward_transfer is not False,
         bench.instruction(name, choice),
         asked,
