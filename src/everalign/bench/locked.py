@@ -24,6 +24,8 @@ from everalign.modeling.shrinking import MODEL_ERRORS, quiet
 from everalign.storage import read_model, sha256_of, write_json
 
 _AGAIN = "run the same command with --tune again; trials that are the same are not repeated"
+_READ = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
+"""What a model is loaded from; not its card, nor what else lies beside it."""
 
 
 class _File(BaseModel):
@@ -200,10 +202,6 @@ def touch(bench: Bench, output: Path, anew: bool) -> list[str]:
     changed = "" if file.recipe == bench.digest else f", with another recipe ({file.recipe})"
     which = f"this is test {tests.index(this) + 1} in this folder" if this in tests else "none is scored anew"
     return [f"test rows were first scored on {file.first}{changed}; {which}"]
-
-
-_READ = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
-"""What a model is loaded from; not its card, nor what else lies beside it."""
 
 
 def find_models(bench: Bench) -> dict[str, str | None]:

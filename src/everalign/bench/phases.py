@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from everalign.bench.answers import AnswersFile, KeptRewards, Said, Written, read_said
-from everalign.bench.asked import Asked, check_reward_model, choose_asked
 from everalign.bench.comparison import ModelResult, compare, to_json
 from everalign.bench.contenders import Choice
-from everalign.bench.data import Part, TaskRows, check_files, load_rows
+from everalign.bench.data import Asked, Part, TaskRows, check_files, check_reward_model, choose_asked, load_rows
 from everalign.bench.execution import Progress, Settings, run_all
 from everalign.bench.locked import (
     ChosenFile,

@@ -46,6 +46,7 @@ from everalign.reporting.report import Row, heat_view, matrix_view, page_templat
 from everalign.storage import write_text
 
 _DRAWN = ("accuracy", "reward_accuracy")
+Curve = Callable[[Record, str], dict[int, float]]
 
 
 def write_bench_report(bench: Bench, outcome: Outcome, path: Path) -> Path:
@@ -244,9 +245,6 @@ def _facts(bench: Bench, outcome: Outcome) -> list[tuple[str, str]]:
         ),
         ("hours of training", significant(sum(r.cost.seconds for r in records if r.cost is not None) / 3600)),
     ]
-
-
-Curve = Callable[[Record, str], dict[int, float]]
 
 
 def change_since_learned(record: Record, metric: str) -> dict[int, float]:
