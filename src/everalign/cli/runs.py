@@ -95,7 +95,7 @@ def watch(
     import uvicorn
 
     from everalign.learning.run_data import check_is_run
-    from everalign.serving.pages.watch import watch_app
+    from everalign.serving.pages.dashboard import watch_app
     from everalign.serving.server import bound_socket
 
     check_is_run(run)
