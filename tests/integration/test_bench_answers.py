@@ -10,8 +10,7 @@ import yaml
 
 from cli_for_tests import run, write_rows
 from everalign.bench import execution
-from everalign.bench.asked import choose_asked
-from everalign.bench.data import load_rows, prompt_with_system
+from everalign.bench.data import choose_asked, load_rows, prompt_with_system
 from everalign.bench.recipe import Bench
 from everalign.data.chat_tokens import ChatFormat
 from everalign.evaluation.scorers import RewardModel

@@ -516,7 +516,7 @@ def make_lengths():
 
 def test_a_partition_is_begun_again_only_so_often(here, monkeypatch):
     """What a worker does, called here: finished partitions are kept, one that kills its process is given up."""
-    from everalign.bulk.on_ray import _Job, _Worker
+    from everalign.bulk.run import _Job, _Worker
 
     Path("out.jsonl.parts").mkdir()
     job = _Job(OutputFile(os.path.abspath("out.jsonl")), 2, ScoringWork.words, 10, make_lengths, os.getcwd())
@@ -544,7 +544,7 @@ def test_a_partition_is_begun_again_only_so_often(here, monkeypatch):
 
 
 def test_a_worker_writes_partitions_at_urls(here):
-    from everalign.bulk.on_ray import _Job, _Worker
+    from everalign.bulk.run import _Job, _Worker
 
     job = _Job(OutputFile("memory://bucket/all.jsonl"), 2, ScoringWork.words, 10, make_lengths, os.getcwd())
     tasks = [(part, part.check(), None) for part in stream().parts(2)]

@@ -7,11 +7,10 @@ import pytest
 from everalign.cli.correct_run import load_corrector, make_approver
 from everalign.errors import EveralignError, InputError
 from everalign.serving.errors import GatewayError
-from everalign.serving.headers import HeaderRules
 from everalign.serving.middleware import Meant, meant
 from everalign.serving.security import Keys, read_key_file
 from everalign.serving.server import check_host, read_upstreams
-from everalign.serving.settings import Access, GatewaySettings, UpstreamSettings
+from everalign.serving.settings import Access, GatewaySettings, HeaderRules, UpstreamSettings
 from pages_for_tests import Browser
 from upstream_for_tests import HTTP, Fake, Script, UpstreamServer, serving
 

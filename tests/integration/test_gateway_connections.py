@@ -153,7 +153,7 @@ def test_idle_connections_make_room_and_busy_ones_are_kept(upstream):
 
 
 def test_a_slow_form_holds_no_place_of_others(upstream, monkeypatch):
-    monkeypatch.setattr("everalign.serving.pages.routes._SECONDS", 0.3)
+    monkeypatch.setattr("everalign.serving.pages.base._SECONDS", 0.3)
     head = b"POST /login HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/x-www-form-urlencoded\r\n"
     with serving(upstream, keys=("one",)) as base, connected(base) as connection:
         connection.sendall(head + b"content-length: 100\r\n\r\nkey=")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everalign.serving.completion_json import CompletionAccumulator
+from everalign.serving.eligibility import CompletionAccumulator
 from everalign.serving.sse import DONE, BrokenEvents, EventParser, data_frame
 from upstream_for_tests import Script
 

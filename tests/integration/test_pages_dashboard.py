@@ -140,7 +140,7 @@ def test_feedback_requests_and_circuits(upstream, tmp_path):
         assert "waiting" in text.partition("bad; edited")[2]
         assert "upstream default closed works corrector closed works" in text
         for _ in range(5):
-            gateway.gateway.corrections.breaker.enter().failed()
+            gateway.gateway.corrections.in_service.breaker.enter().failed()
         assert "corrector open failed repeatedly" in read(browser.get("/dashboard"))
 
 

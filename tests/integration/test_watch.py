@@ -12,7 +12,7 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from cli_for_tests import run as run_verb
-from everalign.serving.pages.watch import watch_app
+from everalign.serving.pages.dashboard import watch_app
 from runs_for_tests import write_run
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from everalign.bench.base_model import _behind
 from everalign.bench.data import with_system
+from everalign.bench.worker import _behind
 from everalign.data.records import Preference, PreferenceSet
 from everalign.data.tokenization import tokenize_preferences
 from tokenizer_kinds_for_tests import TEMPLATES, tokenizer_of

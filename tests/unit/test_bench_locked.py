@@ -10,8 +10,7 @@ import yaml
 from everalign.bench import locked, phases
 from everalign.bench.data import load_rows
 from everalign.bench.execution import Settings
-from everalign.bench.locked import ChosenFile, check_chosen, data_facts, merged, read_chosen, touch
-from everalign.bench.models import content_of
+from everalign.bench.locked import ChosenFile, check_chosen, content_of, data_facts, merged, read_chosen, touch
 from everalign.bench.recipe import Bench
 from everalign.bench.records import Record, Records, plan
 from everalign.errors import InputError

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from everalign.bench.answer_measures import Said, measure_said, measure_tasks
-from everalign.bench.plots import _averaged
+from everalign.bench.answers import Said, measure_said, measure_tasks
+from everalign.bench.report import _averaged
 
 
 def said(seed, kl, sizes, learns=True, reward=None):

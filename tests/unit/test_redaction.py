@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from everalign.errors import InputError
 from everalign.serving.store import Redaction
-from everalign.serving.store.redaction import passes_luhn, redact_exchange, redact_feedback
+from everalign.serving.store.records import passes_luhn, redact_exchange, redact_feedback
 from stores_for_tests import exchange, feedback
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
-from everalign.bench.answer_measures import MEASURES, Said, measure_said, measure_tasks
-from everalign.bench.numbers import Number, corrected
-from everalign.bench.records import METRICS, PAIR_METRICS, Record
+from everalign.bench.answers import MEASURES, Number, Said, corrected, measure_said, measure_tasks
+from everalign.bench.records import METRICS, PAIR_METRICS, Record, final_scores
 from everalign.evaluation.statistics import Array, Interval, crossed_bootstrap, paired_permutation_test
 
 _OUTCOME = {"1": 1.0, "0": 0.0, "=": 0.5}
@@ -80,14 +79,33 @@ def compare(
     """Compares contenders on one model by their finished runs, and by what their final policies said."""
     base = records.get(baseline or "", [])
     found = {name: _contest(name, runs, [] if name == baseline else base) for name, runs in records.items() if runs}
-    found = _with_answers(_corrected(found), said or {}, baseline)
+    numbers = {name: {metric: dict(ones) for metric, ones in one.numbers.items()} for name, one in found.items()}
+    for metric in METRICS:
+        for number in NUMBERS:
+            # P-values are corrected for the number of contenders that have one.
+            for name, one in corrected({name: ones[metric][number] for name, ones in numbers.items()}).items():
+                numbers[name][metric][number] = one
+    spoken = said or {}
+    answers, its = measure_said(spoken, baseline), spoken.get(baseline or "", [])
+    found = {
+        name: replace(
+            one,
+            numbers=numbers[name],
+            answers=answers.get(name, {}),
+            answer_tasks={
+                measure: measure_tasks(spoken.get(name, []), [] if name == baseline else its, measure)
+                for measure in MEASURES
+            },
+        )
+        for name, one in found.items()
+    }
     some = next(iter(found.values())).records[0]
     tasks = _tasks(some)
     zero = {metric: dict(zip(some.tasks, some.scores[metric].zero_shot, strict=True)) for metric in METRICS}
     return ModelResult(
         model,
         found,
-        {metric: _mean(values.values()) for metric, values in zero.items()},
+        {metric: known_mean(values.values()) for metric, values in zero.items()},
         {metric: {task: values[task] for task in tasks} for metric, values in zero.items()},
         baseline if base else None,
     )
@@ -97,42 +115,23 @@ def _contest(name: str, runs: Sequence[Record], base: Sequence[Record]) -> Conte
     by_place = {(tuple(run.order), run.seed): run for run in base}
     both = [(run, by_place[place]) for run in runs if (place := (tuple(run.order), run.seed)) in by_place]
     numbers = {metric: {number: _number(metric, number, runs, both) for number in NUMBERS} for metric in METRICS}
-    tasks = {
-        metric: {task: _mean(_finals(run, metric)[task] for run in runs) for task in _tasks(runs[0])}
+    finals_by_metric = {
+        metric: [dict(zip(run.tasks, final_scores(run.matrix(metric)), strict=True)) for run in runs]
         for metric in METRICS
     }
-    changes = {metric: _mean(run.change(metric) for run in runs) for metric in METRICS}
+    tasks = {
+        metric: {task: known_mean(finals[task] for finals in ends) for task in _tasks(runs[0])}
+        for metric, ends in finals_by_metric.items()
+    }
+    changes = {metric: known_mean(run.change(metric) for run in runs) for metric in METRICS}
     return Contest(
         name, runs[0].regime, runs[0].choice, len(runs), len(both), numbers, changes, tasks, _costs(runs), runs
     )
 
 
-def _with_answers(
-    found: Mapping[str, Contest], said: Mapping[str, Sequence[Said]], baseline: str | None
-) -> dict[str, Contest]:
-    numbers, base = measure_said(said, baseline), said.get(baseline or "", [])
-    return {
-        name: replace(
-            one,
-            answers=numbers.get(name, {}),
-            answer_tasks={
-                measure: measure_tasks(said.get(name, []), [] if name == baseline else base, measure)
-                for measure in MEASURES
-            },
-        )
-        for name, one in found.items()
-    }
-
-
 def _tasks(run: Record) -> list[str]:
     """The tasks with held-out pairs, in the order in which the run learned them."""
     return [task for task in run.tasks if task in run.pairs["accuracy"]]
-
-
-def _finals(run: Record, metric: str) -> dict[str, float | None]:
-    from everalign.bench.records import final_scores
-
-    return dict(zip(run.tasks, final_scores(run.matrix(metric)), strict=True))
 
 
 def _number(metric: str, name: str, runs: Sequence[Record], both: Sequence[tuple[Record, Record]]) -> Number:
@@ -184,16 +183,6 @@ def _interval(runs: Sequence[Mapping[str, tuple[float, Array]]]) -> Interval:
     return crossed_bootstrap(values, np.array([[run[name][0] for name in names] for run in runs]))
 
 
-def _corrected(found: Mapping[str, Contest]) -> dict[str, Contest]:
-    """Corrects the p-values of each number for the number of contenders that have one."""
-    numbers = {name: {metric: dict(ones) for metric, ones in one.numbers.items()} for name, one in found.items()}
-    for metric in METRICS:
-        for number in NUMBERS:
-            for name, one in corrected({name: ones[metric][number] for name, ones in numbers.items()}).items():
-                numbers[name][metric][number] = one
-    return {name: replace(one, numbers=numbers[name]) for name, one in found.items()}
-
-
 def _plain(number: Number) -> dict[str, Any]:
     """A number as plain values, without what is not known."""
     found = {name: getattr(number, name) for name in number.__dataclass_fields__}
@@ -215,14 +204,15 @@ def _costs(runs: Sequence[Record]) -> Costs:
         for part in sizes:
             sizes[part] += sum(getattr(one, part) for one in needed) / len(run.tasks) / len(runs)
     return Costs(
-        _mean(cost.processor_seconds for cost in whole),
-        _mean(cost.seconds for cost in whole),
+        known_mean(cost.processor_seconds for cost in whole),
+        known_mean(cost.seconds for cost in whole),
         max(cost.peak_bytes for cost in costs),
         **sizes,
     )
 
 
-def _mean(values: Any) -> float | None:
+def known_mean(values: Iterable[float | None]) -> float | None:
+    """Returns the mean of what is known; None where nothing is."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 

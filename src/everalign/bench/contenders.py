@@ -101,16 +101,17 @@ class Contender(Keys):
             if unknown := next((task for task in texts if task not in tasks), None):
                 raise InputError(f"system: {unknown_name('task', unknown, list(tasks))}")
 
-    def check_tuned(self) -> None:
-        """Refuses an option that is both given and tuned: only one of them could count."""
+    def check_options(self, shared: Any) -> None:
+        """Refuses options that would be ignored, rows that the objective cannot learn from, and a length of its own.
+
+        Args:
+            shared: what all contenders train with.
+        """
         for option in self.tune or {}:
             section = section_of(option)
             if getattr(getattr(self, section) if section else self, option, None) is not None:
                 where = ".".join(filter(None, (section, option)))
                 raise InputError(f"{where}: is given here and tuned under `tune`: leave one of them out", field=option)
-
-    def check_objectives(self) -> None:
-        """Refuses an objective, given or tried, that learns from other rows than the contender gets."""
         tried = [("tune.objective", objective) for objective in (self.tune or {}).get("objective", [])]
         given = [("objective", self.objective or DEFAULT_OBJECTIVE)] if not tried else []
         for key, objective in [*given, *tried]:
@@ -125,9 +126,6 @@ class Contender(Keys):
                 )
             if entry.rows == "preferences" and self.scored is not None:
                 raise InputError(f"scored: {objective} learns from pairs and would ignore the rewards: leave it out")
-
-    def check_preset(self, shared: Any) -> None:
-        """Refuses a preset that would cut held-out pairs to a length of its own; `shared` is what all train with."""
         if self.preset is None:
             return
         with located("preset"):

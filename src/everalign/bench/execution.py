@@ -54,11 +54,6 @@ class _Running:
     end: tuple[Any, ...] | None = None
     started: float = field(default_factory=time.monotonic)
 
-    @property
-    def tasks(self) -> int:
-        """How many tasks it learns."""
-        return len(self.run.order)
-
 
 def run_all(runs: Sequence[Run], records: Records, settings: Settings, log: Log, progress: Progress) -> None:
     """Makes the runs that are not finished yet, some side by side. Training that diverges is a result, see `Record`.
@@ -93,10 +88,10 @@ def run_all(runs: Sequence[Run], records: Records, settings: Settings, log: Log,
                     work = finished + sum(other.done for other in running)
                     left = (time.monotonic() - started) / work * (total - work)
                     log(_line(one, record, finished, total, left))
-            under_way = sum(int(one.done * one.tasks) for one in running)
+            under_way = sum(int(one.done * len(one.run.order)) for one in running)
             progress(
                 "runs",
-                tasks - sum(len(run.order) for run in waiting) - sum(one.tasks for one in running) + under_way,
+                tasks - sum(len(run.order) for run in waiting) - sum(len(one.run.order) for one in running) + under_way,
                 tasks,
             )
     finally:

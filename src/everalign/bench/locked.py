@@ -1,22 +1,31 @@
-"""What a bench locks: the settings that tuning has chosen, and when test rows were scored."""
+"""What a bench locks: the models' content, the settings that tuning has chosen, and when test rows were scored."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate import init_empty_weights
+from huggingface_hub import try_to_load_from_cache
 from pydantic import BaseModel, ConfigDict
 
 from everalign.bench.contenders import Choice
 from everalign.bench.data import TaskRows
-from everalign.bench.recipe import Bench
+from everalign.bench.recipe import Bench, expanded
 from everalign.bench.records import Record, code_digest
-from everalign.errors import InputError
+from everalign.errors import InputError, located
 from everalign.learning.run_store import now
-from everalign.storage import read_model, write_json
+from everalign.modeling.base_adapter import base_and_adapter
+from everalign.modeling.loading import language_model_class, load_config, resolve_model
+from everalign.modeling.lora_targets import choose_targets
+from everalign.modeling.shrinking import MODEL_ERRORS, quiet
+from everalign.storage import read_model, sha256_of, write_json
 
 _AGAIN = "run the same command with --tune again; trials that are the same are not repeated"
+_READ = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
+"""What a model is loaded from; not its card, nor what else lies beside it."""
 
 
 class _File(BaseModel):
@@ -39,7 +48,7 @@ class ChosenFile(_File):
     Args:
         codes: by model and contender, the versions of the code that made its trials.
         data: by task, fingerprints of the rows that were learned and of those that trials were scored on.
-        models: by model, its content, see `everalign.bench.models.content_of`.
+        models: by model, its content, see `everalign.bench.locked.content_of`.
     """
 
     created: str
@@ -56,7 +65,9 @@ class ChosenFile(_File):
             then = self.data.get(task, {})
             if parts := [part for part, fingerprint in wanted.items() if then.get(part) != fingerprint]:
                 return f"with other {' and '.join(parts)} rows of {task}"
-        changed = [name for name, content in models.items() if differs(self.models.get(name), content)]
+        # What is not known of a model, then or now, is no difference.
+        contents = {name: {self.models.get(name), content} for name, content in models.items()}
+        changed = [name for name, both in contents.items() if None not in both and len(both) > 1]
         return f"with other files of the model {changed[0]}" if changed else None
 
 
@@ -67,11 +78,6 @@ class TestedFile(_File):
     code: str
     first: str
     again: list[dict[str, str]] = []
-
-
-def differs(before: str | None, content: str | None) -> bool:
-    """Whether two contents of a model are known, and not the same."""
-    return before is not None and content is not None and before != content
 
 
 def data_facts(rows: Mapping[str, TaskRows]) -> dict[str, dict[str, str]]:
@@ -136,7 +142,7 @@ def read_chosen(bench: Bench, path: Path, only: Sequence[str]) -> ChosenFile | N
     Raises:
         InputError: nothing is chosen yet, or for another recipe, or not for all contenders.
     """
-    if not bench.is_tuned:
+    if all(len(contender.trials) == 1 for contender in bench.contenders.values()):
         return None
     if not path.exists():
         raise InputError(f"{path}: no settings are chosen yet: run the same command with --tune first")
@@ -196,3 +202,73 @@ def touch(bench: Bench, output: Path, anew: bool) -> list[str]:
     changed = "" if file.recipe == bench.digest else f", with another recipe ({file.recipe})"
     which = f"this is test {tests.index(this) + 1} in this folder" if this in tests else "none is scored anew"
     return [f"test rows were first scored on {file.first}{changed}; {which}"]
+
+
+def find_models(bench: Bench) -> dict[str, str | None]:
+    """Returns by model's name what identifies its content, see `content_of`; downloads configurations at most.
+
+    Raises:
+        InputError: a model is not there; names its key.
+    """
+    found = {}
+    for name, model in bench.models.items():
+        with located(f"models.{name}"):
+            found[name] = content_of(expanded(model))
+    return found
+
+
+def check_targets(bench: Bench) -> None:
+    """Refuses adapters of modules that a model does not have, by its configuration alone.
+
+    Raises:
+        InputError: names the contender and the module.
+    """
+    wanted: dict[str, dict[str, str | list[str]]] = {model: {} for model in bench.models}
+    for name, model, choice in bench.all_trials():
+        recipe = bench.learn_recipe(name, choice, model, 0)
+        if bench.contenders[name].learns and recipe.make_method().prompts is None:
+            targets = recipe.adapter_options().module_names()
+            if targets != "all-linear":
+                wanted[model][f"{name} {targets}"] = targets
+    for model, found in wanted.items():
+        skeleton = _skeleton(expanded(bench.models[model])) if found else None
+        for key, targets in found.items():
+            if skeleton is not None:
+                with located(f"contenders.{key.partition(' ')[0]}: on {model}"):
+                    choose_targets(skeleton, targets, frozenset())
+
+
+def _skeleton(model: str) -> Any | None:
+    """A model without values; None where its configuration does not suffice to make one, so that its run will tell."""
+    base, _ = base_and_adapter(model, resolve_model(model))
+    config = load_config(resolve_model(base), "model", base)
+    if getattr(config, "auto_map", None):
+        return None  # code of its own is run when the model is loaded, and not before
+    try:
+        with quiet(), init_empty_weights():
+            return language_model_class(config).from_config(config)
+    except MODEL_ERRORS:
+        return None
+
+
+def content_of(model: str) -> str | None:
+    """Returns 16 hexadecimal digits of a model's files, with its base model's where it is an adapter.
+
+    On the Hub it is the commit that is in the cache. None where that is not known without loading the model.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    base, adapter = base_and_adapter(model, resolve_model(model))
+    sources = [resolve_model(name) for name in (base, adapter) if name is not None]
+    load_config(sources[0], "model", base)
+    parts: list[str | None] = []
+    for source in sources:
+        if Path(source).is_dir():
+            files = sorted(path for path in Path(source).iterdir() if path.is_file() and path.suffix in _READ)
+            parts.append("\n".join(f"{path.name} {sha256_of(path)}" for path in files))
+        else:
+            cached = (try_to_load_from_cache(source, file) for file in ("config.json", "adapter_config.json"))
+            parts.append(next((Path(file).parent.name for file in cached if isinstance(file, str)), None))
+    known = [part for part in parts if part is not None]
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16] if len(known) == len(parts) else None

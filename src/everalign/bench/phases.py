@@ -6,25 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from everalign.bench.answer_measures import KeptRewards, Said, read_said
-from everalign.bench.answers import AnswersFile, Written
-from everalign.bench.asked import Asked, check_reward_model, choose_asked
+from everalign.bench.answers import AnswersFile, KeptRewards, Said, Written, read_said
 from everalign.bench.comparison import ModelResult, compare, to_json
 from everalign.bench.contenders import Choice
-from everalign.bench.data import Part, TaskRows, check_files, load_rows
+from everalign.bench.data import Asked, Part, TaskRows, check_files, check_reward_model, choose_asked, load_rows
 from everalign.bench.execution import Progress, Settings, run_all
 from everalign.bench.locked import (
     ChosenFile,
     Trial,
     best_of,
     check_chosen,
+    check_targets,
     data_facts,
+    find_models,
     merged,
     read_chosen,
     touch,
     trial_of,
 )
-from everalign.bench.models import check_targets, find_models
 from everalign.bench.recipe import Bench, expanded
 from everalign.bench.records import Record, Records, Run, code_digest, plan, plan_trials
 from everalign.errors import EveralignError, InputError
@@ -150,7 +149,11 @@ def confirm(bench: Bench, settings: Settings, part: Part, log: Log, progress: Pr
         notes = bench.preset_notes()
         if file is not None:
             notes += check_chosen(path, file, rows, models, settings.only)
-        chosen = file.chosen if file is not None else _untuned(bench)
+        chosen: Mapping[str, Mapping[str, Choice]]
+        if file is not None:
+            chosen = file.chosen
+        else:  # nothing is tuned: every contender has one choice
+            chosen = {model: {name: one.trials[0] for name, one in bench.contenders.items()} for model in bench.models}
         asked, unsure = _asked(bench, rows, log)
         runs = plan(bench, part, rows, chosen, settings.only, asked, models)
         notes += _checked(bench, records, runs)
@@ -168,11 +171,6 @@ def confirm(bench: Bench, settings: Settings, part: Part, log: Log, progress: Pr
         outcome = _outcome(bench, part, runs, records, settings, [*notes, *unsure], log)
         write_json(settings.output / f"{result_name(part, settings)}.json", outcome_json(bench, outcome))
     return outcome
-
-
-def _untuned(bench: Bench) -> dict[str, dict[str, Choice]]:
-    """The one choice of every contender where nothing is tuned."""
-    return {model: {name: one.trials[0] for name, one in bench.contenders.items()} for model in bench.models}
 
 
 def result_name(part: Part, settings: Settings) -> str:

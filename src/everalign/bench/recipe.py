@@ -169,7 +169,12 @@ class Bench(Keys):
                 if not _NAME.fullmatch(name):
                     raise InputError(f"{what}.{name}: a name is letters, digits and _ . + * - only: it names files")
         for key, orders in (("orders", self.orders), ("tuning.orders", self.tuning.orders)):
-            self._check_orders(key, orders)
+            possible = math.factorial(len(self.tasks))
+            if isinstance(orders, int) and orders > possible:
+                raise InputError(f"{key}: {len(self.tasks)} tasks have {possible} orders, not {orders}")
+            for order in [] if isinstance(orders, int) else orders:
+                if sorted(order) != sorted(self.tasks):
+                    raise InputError(f"{key}: {order} must name every task once: {', '.join(self.tasks)}")
         if self.baseline is not None and self.baseline not in self.contenders:
             raise InputError(f"baseline: {unknown_name('contender', self.baseline, list(self.contenders))}")
         self._check_contenders()
@@ -186,9 +191,7 @@ class Bench(Keys):
         for name, contender in self.contenders.items():
             try:
                 contender.check_instruction(self.tasks)
-                contender.check_tuned()
-                contender.check_objectives()
-                contender.check_preset(self.training)
+                contender.check_options(self.training)
                 self._check_scored(contender)
             except InputError as error:
                 raise InputError(f"contenders.{name}.{error}") from None
@@ -207,16 +210,6 @@ class Bench(Keys):
             if contender.scored not in (task.scored or {}):
                 known = ", ".join(task.scored or {}) or "none"
                 raise InputError(f"scored: tasks.{name}.scored has no file {contender.scored!r}, but {known}")
-
-    def _check_orders(self, key: str, orders: Any) -> None:
-        if isinstance(orders, int):
-            possible = math.factorial(len(self.tasks))
-            if orders > possible:
-                raise InputError(f"{key}: {len(self.tasks)} tasks have {possible} orders, not {orders}")
-            return
-        for order in orders:
-            if sorted(order) != sorted(self.tasks):
-                raise InputError(f"{key}: {order} must name every task once: {', '.join(self.tasks)}")
 
     @classmethod
     def read(cls, path: Path) -> Bench:
@@ -263,11 +256,6 @@ class Bench(Keys):
     def budgets(self) -> dict[str, int]:
         """The number of trials of every contender that learns."""
         return {name: len(one.trials) for name, one in self.contenders.items() if one.learns}
-
-    @property
-    def is_tuned(self) -> bool:
-        """Whether any contender has more than one trial."""
-        return any(len(contender.trials) > 1 for contender in self.contenders.values())
 
     def task_orders(self, tuning: bool = False) -> list[tuple[str, ...]]:
         """The orders of the comparison or of the trials; seeded permutations begin with the recipe's own order."""

@@ -8,16 +8,15 @@ import re
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from everalign.bench.asked import Asked
 from everalign.bench.contenders import Choice
-from everalign.bench.data import Part, TaskRows
+from everalign.bench.data import Asked, Part, TaskRows
 from everalign.bench.recipe import Bench
 from everalign.errors import InputError
 from everalign.learning.recipe import Recipe
@@ -278,7 +277,13 @@ class Records:
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
         """Those of the runs that are not finished."""
-        return [run for run in runs if not self._finished(run)]
+        found = []
+        for run in runs:
+            record = self.get(run)
+            said = run.asked is None or self.answers(run).exists()
+            if record is None or not (said or record.failed is not None):
+                found.append(run)
+        return found
 
     def check_models(self, runs: Sequence[Run]) -> list[str]:
         """Refuses records of runs whose model's files have changed since; returns notes on records that do not say.
@@ -304,11 +309,6 @@ class Records:
             "the same is not checked"
             for model, count in unsure.items()
         ]
-
-    def _finished(self, run: Run) -> bool:
-        record = self.get(run)
-        said = run.asked is None or self.answers(run).exists()
-        return record is not None and (said or record.failed is not None)
 
 
 def plan(
@@ -369,6 +369,9 @@ def _run(
     asked: Asked | None = None,
 ) -> Run:
     name, model, choice = trial
+    scored = bench.contenders[name].scored
+    if scored is not None:  # the contender learns from these in place of pairs
+        rows = {task: replace(found, train=found.scored[scored]) for task, found in rows.items()}
     return Run(
         name,
         model,
@@ -377,7 +380,7 @@ def _run(
         part,
         choice,
         bench.learn_recipe(name, choice, model, seed),
-        {task: found.learned_from(bench.contenders[name].scored) for task, found in rows.items()},
+        rows,
         bench.forward_transfer is not False,
         bench.instruction(name, choice),
         asked,

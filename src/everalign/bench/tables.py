@@ -8,9 +8,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from everalign.bench.answer_measures import MEASURES, WINS
+from everalign.bench.answers import MEASURES, WINS, Number
 from everalign.bench.comparison import Contest, ModelResult, compared
-from everalign.bench.numbers import Number
 from everalign.bench.phases import Outcome, Tuned
 from everalign.bench.records import PAIR_METRICS
 from everalign.evaluation.statistics import stars
@@ -186,28 +185,25 @@ _COSTS = 6
 """How many of the columns are costs; the others are shown apart, so that a terminal of 80 columns has room."""
 
 
-def cost_table(result: ModelResult) -> Table:
-    """What the contenders cost."""
-    about = (
+def cost_tables(result: ModelResult) -> list[Table]:
+    """What the contenders cost, and what they did to the log-likelihoods with the settings they had."""
+    costs = _table(
+        f"Cost on {result.model}",
         "CPU seconds: processor time of a run's training with what the method does around it, scoring left out. KiB "
-        "kept at the end for each task: the sum of the three before it."
+        "kept at the end for each task: the sum of the three before it.",
+        COST_COLUMNS[:_COSTS],
     )
-    table = _table(f"Cost on {result.model}", about, COST_COLUMNS[:_COSTS])
-    for name, one in result.contenders.items():
-        table.add_row(Text(name), *cost_cells(one)[:_COSTS])
-    return table
-
-
-def settings_table(result: ModelResult) -> Table:
-    """What the contenders did to the log-likelihoods, and the settings they had."""
-    about = (
+    settings = _table(
+        f"Log-likelihoods and settings on {result.model}",
         "Δ chosen, Δ rejected: change of the log-likelihood per token against the base model, nats, mean over the "
-        "tasks at the end."
+        "tasks at the end.",
+        COST_COLUMNS[_COSTS:],
     )
-    table = _table(f"Log-likelihoods and settings on {result.model}", about, COST_COLUMNS[_COSTS:])
     for name, one in result.contenders.items():
-        table.add_row(Text(name), *cost_cells(one)[_COSTS:])
-    return table
+        cells = cost_cells(one)
+        costs.add_row(Text(name), *cells[:_COSTS])
+        settings.add_row(Text(name), *cells[_COSTS:])
+    return [costs, settings]
 
 
 def outcome_tables(outcome: Outcome) -> list[RenderableType]:
@@ -218,7 +214,7 @@ def outcome_tables(outcome: Outcome) -> list[RenderableType]:
             tables += [metric_table(result, metric), task_table(result, metric)]
         tables.append(Text(_ABOUT_NUMBERS, style="dim"))
         answers = answers_table(result)
-        tables += [*([] if answers is None else [answers]), cost_table(result), settings_table(result)]
+        tables += [*([] if answers is None else [answers]), *cost_tables(result)]
     return [*_spaced(tables), *(Text(f"note: {note}", style="yellow") for note in outcome.notes), Text("")]
 
 

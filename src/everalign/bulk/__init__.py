@@ -6,7 +6,7 @@ Names are loaded when first used, so that importing the package costs nothing.
 from importlib import import_module
 from typing import Any
 
-_HOMES = {"BulkOptions": "options", "join_files": "files", "run_bulk": "run", "Finished": "job"}
+_HOMES = {"BulkOptions": "job", "join_files": "files", "run_bulk": "run", "Finished": "job"}
 
 
 def __getattr__(name: str) -> Any:

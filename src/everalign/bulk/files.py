@@ -46,11 +46,6 @@ class OutputFile:
             return Path(self.name)
         return Path(f"{hashlib.sha256(self.name.encode()).hexdigest()[:8]}-{self.name.rpartition('/')[2]}")
 
-    def numbered(self, number: int, count: int) -> "OutputFile":
-        """Returns the output of one of several parts."""
-        base, dot, suffix = self.name.rpartition(".")
-        return OutputFile(f"{base}-{number:05}-of-{count:05}{dot}{suffix}")
-
     def exists(self) -> bool:
         """Whether there is something of that name."""
         if not is_url(self.name):

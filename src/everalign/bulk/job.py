@@ -1,15 +1,20 @@
 """How rows are worked through: a window at a time, batched by length, journalled batch by batch, written in order."""
 
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+from pydantic import Field, model_validator
 
 from everalign.bulk.files import Columns, OutputFile
 from everalign.data.streams import CheckedStream, RowStream
+from everalign.errors import InputError
+from everalign.options import Options
 from everalign.storage import Journal
 
 Log = Callable[[str], None]
@@ -17,8 +22,66 @@ Progress = Callable[[str, int, int, str], None]
 Totals = Counter[str]
 """Sums over rows, such as how many were changed."""
 
+WINDOW = 4096
+_SHARD = re.compile(r"([1-9]\d*)/([1-9]\d*)")
+
 KEEP_SECONDS = 1.0
 """How often results are written to the journal."""
+
+
+class BulkOptions(Options, title="Whole datasets"):
+    """How a dataset is worked through."""
+
+    window: int = Field(
+        default=WINDOW,
+        ge=1,
+        title="ROWS",
+        description="Rows in memory at a time, batched by length.\nMore of them pad less. They change no result.",
+    )
+    shard: str | None = Field(
+        default=None,
+        title="I/N",
+        description="Do the I-th of N contiguous parts of the rows, such as 3/8.\nEach part has an output of its own, "
+        "named after it; see `join_files`.",
+    )
+    engine: Literal["local", "ray"] = Field(
+        default="local", description="What computes: this process, or the workers of a Ray cluster."
+    )
+    workers: int | None = Field(
+        default=None, ge=1, description="Ray workers, each with a model; by default one for each GPU, or two."
+    )
+    gpus_per_worker: float | None = Field(
+        default=None, ge=0, description="GPUs of a Ray worker; by default one where the cluster has any."
+    )
+    partitions: int | None = Field(
+        default=None,
+        ge=1,
+        description="Parts of the rows for Ray workers to take by turns; by default one for every 8 MiB, at least 16.\n"
+        "A finished part is kept when the rest is interrupted.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "BulkOptions":
+        if self.shard is not None:
+            number, count = self.shard_numbers
+            if number > count:
+                raise InputError(f"shard: {number} of {count} parts: the first number is at most the second")
+        if self.engine == "ray" and self.shard is not None:
+            raise InputError("shard: Ray shares the rows between its workers itself: leave it out, or --engine ray")
+        for name in ("workers", "gpus_per_worker", "partitions"):
+            if self.engine != "ray" and getattr(self, name) is not None:
+                raise InputError(f"{name.replace('_', '-')}: is for --engine ray; leave it out", field=name)
+        return self
+
+    @property
+    def shard_numbers(self) -> tuple[int, int]:
+        """The part's number from 1, and how many parts there are; (1, 1) without parts."""
+        if self.shard is None:
+            return 1, 1
+        found = _SHARD.fullmatch(self.shard)
+        if not found:
+            raise InputError(f"shard: must be I/N, such as 3/8, found {self.shard!r}", field="shard")
+        return int(found[1]), int(found[2])
 
 
 class Words(NamedTuple):
@@ -139,7 +202,11 @@ def run_stream(
             if not all(work.is_result(rows[i], result) for i, result in results.items()):
                 raise journal.damaged()
             done = first + len(results)
-            for batch in _batches(work, rows, results):
+            # Batches of similar length, the longest first.
+            missing = [i for i in range(len(rows)) if i not in results]
+            missing.sort(key=lambda i: (-work.length(rows[i]), i))
+            for places in work.batches([rows[i] for i in missing]):
+                batch = [missing[place] for place in places]
                 computed = work.run([rows[i] for i in batch], [first + i + 1 for i in batch])
                 keep({first + i: result for i, result in zip(batch, computed, strict=True)})
                 results |= zip(batch, computed, strict=True)
@@ -178,10 +245,3 @@ def _kept(journal: Journal) -> Iterator[Callable[[Mapping[int, Any]], None]]:
         if held:
             journal.put(held)
         raise
-
-
-def _batches(work: Work, rows: Sequence[Any], results: Mapping[int, Any]) -> Iterator[list[int]]:
-    """Cuts the rows without results into batches of similar length, the longest first."""
-    missing = sorted((i for i in range(len(rows)) if i not in results), key=lambda i: (-work.length(rows[i]), i))
-    for batch in work.batches([rows[i] for i in missing]):
-        yield [missing[place] for place in batch]

@@ -127,7 +127,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EveralignError as error:
         return _fail(str(error), error.exit_code, isinstance(error, distributed.LostProcessError))
     except _UsageError as error:
-        return _fail(_usage(error), InputError.exit_code)
+        # What is wrong with a flag, and where its verb explains itself.
+        command = getattr(getattr(error, "ctx", None), "command_path", "everalign")
+        message = getattr(error, "format_message", error.__str__)()
+        return _fail(f"{message}\nSee: {command} --help", InputError.exit_code)
     except OSError as error:
         # A full disk, a missing permission: nothing in a traceback would help.
         from everalign.storage import write_fault
@@ -152,13 +155,6 @@ def _fail(message: str, code: int, lost: bool = False, trace: str = "") -> int:
         say("error", message, "bold red")
 
     return distributed.report_failure(message, code, show, lost)
-
-
-def _usage(error: Exception) -> str:
-    """What is wrong with a flag, and where its verb explains itself."""
-    command = getattr(getattr(error, "ctx", None), "command_path", "everalign")
-    message = getattr(error, "format_message", lambda: str(error))()
-    return f"{message}\nSee: {command} --help"
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

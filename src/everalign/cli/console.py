@@ -48,22 +48,9 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]], title: str | None
     return made
 
 
-def has_colours() -> bool:
-    """Whether standard output shows colours."""
-    console = Console()
-    return console.color_system is not None and not console.no_color
-
-
 def show_line(label: str, value: object) -> None:
     """Prints a label and a value on one unwrapped line, so that a path can be copied."""
     Console(highlight=False, soft_wrap=True).print(Text.assemble((f"{label:<7} ", "dim"), str(value)))
-
-
-def show_yaml(value: dict[str, Any]) -> None:
-    """Prints a YAML document on standard output."""
-    import yaml
-
-    print(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), end="")
 
 
 def show_json(value: dict[str, Any]) -> None:
@@ -124,7 +111,7 @@ class Display:
     def log(self, message: str) -> None:
         """Prints a line; one that is not indented opens a section and is bold."""
         notes.print(Text(message, style="" if message.startswith(" ") else "bold"))
-        self._wait()
+        self._begin(None, None)  # work of unknown length: reading, scoring, consolidating
 
     def progress(self, stage: str, done: int, total: int, unit: str | None = None) -> None:
         """Moves the bar to `done` of `total` of a stage: steps where it is trained, otherwise rows or `unit`."""
@@ -156,11 +143,7 @@ class Display:
                 notes.print(f"  {self._stage}: {steps}{self._measured}{rest}")
                 self._lines, self._said = self._lines + 1, now
         if last:
-            self._wait()
-
-    def _wait(self) -> None:
-        """Shows work of unknown length: reading, scoring, consolidating."""
-        self._begin(None, None)
+            self._begin(None, None)  # work of unknown length: reading, scoring, consolidating
 
     def _begin(self, stage: str | None, total: int | None) -> None:
         # A new line instead of a reset one: rich keeps a known total even where None is given.

@@ -8,7 +8,7 @@ import typer
 
 from everalign.cli import correct_data, correct_run
 from everalign.cli.console import Display, say, show, show_json, show_line, table
-from everalign.cli.launch import Processes, say_processes, share_work
+from everalign.cli.launch import Processes, share_work
 from everalign.cli.options import (
     AllowOverlap,
     Columns,
@@ -73,7 +73,6 @@ def train(
     """
     options = CorrectorOptions.from_flags(given)
     share_work(processes, context, lambda: check_inputs(model, data, test, output=output))
-    say_processes()
     with resumable(), Display() as display:
         display.log("data")
         rows = _load(source(data, columns), skip_bad_rows)

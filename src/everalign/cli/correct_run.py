@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from everalign.bulk.options import BulkOptions
+from everalign.bulk.job import BulkOptions
 from everalign.cli.console import Display, show, show_json, show_line, table
 from everalign.cli.options import (
     Approve,
@@ -106,12 +106,16 @@ def run(
         "tokens_per_batch": tokens_per_batch,
         "strength": strength or None,
     }
-    load = partial(_load, corrector, template, local, approve, margin, split_commas(objectives))
+    work = partial(
+        _correction_work,
+        *(corrector, template, local, approve, margin, split_commas(objectives), options),
+        ROWS_PER_BATCH if batch_size is None else batch_size,
+    )
     started = time.perf_counter()
     with resumable(), Display() as display:
         done = run_bulk(
             RowStream(source(data, columns), UNCORRECTED, skip_bad_rows),
-            partial(_correction_work, load, options, ROWS_PER_BATCH if batch_size is None else batch_size),
+            work,
             output,
             CorrectionWork.words,
             options=BulkOptions.from_flags(given),
@@ -141,23 +145,20 @@ def run(
 
 
 def _correction_work(
-    load: "Callable[[], Corrector]", options: "CorrectionOptions", rows_per_batch: int
-) -> "CorrectionWork":
-    """Loads the corrector; a Ray worker calls it too."""
-    from everalign.correction.batch import CorrectionWork
-
-    return CorrectionWork(load(), options, rows_per_batch)
-
-
-def _load(
     name: str,
     template: str | None,
     local: dict[str, Any],
     approve: str | None,
     margin: float | None,
     objectives: tuple[str, ...] | None,
-) -> "Corrector":
-    return load_corrector(name, template, local, make_approver(approve, margin), objectives)
+    options: "CorrectionOptions",
+    rows_per_batch: int,
+) -> "CorrectionWork":
+    """Loads the corrector; a Ray worker calls it too."""
+    from everalign.correction.batch import CorrectionWork
+
+    corrector = load_corrector(name, template, local, make_approver(approve, margin), objectives)
+    return CorrectionWork(corrector, options, rows_per_batch)
 
 
 def _reasons(done: "Finished") -> dict[str, int]:
@@ -166,10 +167,9 @@ def _reasons(done: "Finished") -> dict[str, int]:
 
 
 def _facts(done: "Finished", seconds: float) -> dict[str, Any]:
-    def total(name: str) -> int | None:
-        """The sum of a count; None where nothing is known, as of a server's passes."""
-        return int(done.totals[name]) if name in done.totals else None
-
+    # None where nothing is known, as of a server's passes.
+    names = ("forward_passes", "accepted_draft_tokens", "rejected_draft_tokens")
+    known = {name: int(done.totals[name]) if name in done.totals else None for name in names}
     return {
         "output": done.output,
         "rows": done.rows,
@@ -177,9 +177,7 @@ def _facts(done: "Finished", seconds: float) -> dict[str, Any]:
         "skipped": done.checked.skipped,
         "changed": done.totals["changed"] / done.rows,
         "kept_because": _reasons(done),
-        "forward_passes": total("forward_passes"),
-        "accepted_draft_tokens": total("accepted_draft_tokens"),
-        "rejected_draft_tokens": total("rejected_draft_tokens"),
+        **known,
         "tokens_per_second": round(done.totals["written"] / seconds, 1),
         "seconds": round(seconds, 3),
     }

@@ -228,7 +228,10 @@ def _show(
         ("disk", size(sum(prediction.disk.values())), _sizes(prediction.disk)),
         ("cost", cost, "give --price DOLLARS" if price is None else f"at ${price:g} an hour"),
     ]
-    title = f"{context.model_name}, {context.method.name}, {context.objective.name} on {_machines(prediction)}"
+    count, machines = prediction.layout.processes, prediction.machine.name
+    if count > 1:
+        machines = f"{count} x {machines}{', FSDP' if prediction.layout.fsdp else ''}"
+    title = f"{context.model_name}, {context.method.name}, {context.objective.name} on {machines}"
     show(table(("measure", "", "meaning"), lines, title=title))
     if memory.checkpointing:
         show("Activations are computed twice (checkpointing): memory would not suffice otherwise, or it was asked for.")
@@ -252,11 +255,6 @@ def _show(
     if worth is not None:
         _show_value(worth)
     say("note", f"{prediction.machine.source}; formulas and assumptions: docs/estimate.md", "cyan")
-
-
-def _machines(prediction: "Prediction") -> str:
-    count, name = prediction.layout.processes, prediction.machine.name
-    return name if count == 1 else f"{count} x {name}{', FSDP' if prediction.layout.fsdp else ''}"
 
 
 def _show_value(worth: Value) -> None:

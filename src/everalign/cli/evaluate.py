@@ -78,7 +78,12 @@ def evaluate(
 
     If it is killed, the same command continues; answers and verdicts are kept in RUN/evaluation.
     """
-    files = [_named_file(text) for text in prompts or ()]
+    files = []
+    for text in prompts or ():
+        name, _, file = text.partition("=")
+        if not name.strip() or not file.strip():
+            raise InputError(f"--prompts {text}: must be NAME=FILE", field="--prompts")
+        files.append((name.strip(), file.strip()))
     names = [name for name, _ in files]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"--prompts: two files are called {repeated!r}: name each differently", field="--prompts")
@@ -123,13 +128,6 @@ def evaluate(
         return
     _show(found)
     show_line("results", run / RESULTS)
-
-
-def _named_file(text: str) -> tuple[str, str]:
-    name, _, file = text.partition("=")
-    if not name.strip() or not file.strip():
-        raise InputError(f"--prompts {text}: must be NAME=FILE", field="--prompts")
-    return name.strip(), file.strip()
 
 
 def _show(found: Mapping[str, Any]) -> None:

@@ -79,7 +79,8 @@ def export(
     with FeedbackStore.open(store) as opened:
         rows, left = rows_of(opened.feedback(unlearned=unlearned), kind)
     if not rows:
-        raise InputError(f"{opened.name}: no feedback gives {kind}{_reasons(left)}; see everalign feedback stats")
+        reasons = f" ({', '.join(f'{count} {reason}' for reason, count in left.items())} left out)" if left else ""
+        raise InputError(f"{opened.name}: no feedback gives {kind}{reasons}; see everalign feedback stats")
     write_text(output, "".join(json_line(row.to_json()) for row in rows))
     if as_json:
         show_json({"output": str(output), "as": kind, "rows": len(rows), "left_out": dict(left)})
@@ -106,7 +107,3 @@ def _with(total: int, parts: Mapping[str, int]) -> str:
     """A number and what it is made of."""
     listed = ", ".join(f"{count} {name}" for name, count in parts.items())
     return f"{total} ({listed})" if listed else str(total)
-
-
-def _reasons(left: Mapping[str, int]) -> str:
-    return f" ({', '.join(f'{count} {reason}' for reason, count in left.items())} left out)" if left else ""

@@ -50,6 +50,8 @@ def share_work(
 ) -> None:
     """Joins the processes of a launcher, or starts as many as were asked for, waits for them, and leaves the verb.
 
+    Says how many processes run, where there is a launcher.
+
     Args:
         processes: as many as were asked for.
         context: of the verb.
@@ -68,11 +70,7 @@ def share_work(
     if starts:
         assert processes is not None
         raise typer.Exit(_launch(processes, context.find_root().obj))
-
-
-def say_processes() -> None:
-    """Prints how many processes run, where there is a launcher that was meant to start some."""
-    if distributed.launched() is not None:
+    if distributed.launched() is not None:  # there is a launcher that was meant to start some
         say("processes", distributed.one_line(), "bold")
 
 

@@ -16,10 +16,9 @@ from everalign.cli.console import (
     show,
     show_json,
     show_line,
-    show_yaml,
 )
 from everalign.cli.feedback import check_is_there
-from everalign.cli.launch import Fsdp, Processes, say_processes, share_work
+from everalign.cli.launch import Fsdp, Processes, share_work
 from everalign.cli.options import Columns, Json, TrustRemoteCode, flags, option, report_unused, resumable
 from everalign.data.file_formats import check_source
 from everalign.distributed import gather, on_main, world
@@ -102,7 +101,9 @@ def learn(
         if recipe is not None:
             wanted = wanted.over(Recipe.read(recipe))
         if print_recipe:
-            show_yaml(wanted.complete())
+            import yaml
+
+            print(yaml.safe_dump(wanted.complete(), sort_keys=False, allow_unicode=True), end="")
             return
         feedback = {"minimum": minimum, "key_share": key_share, "agreement": agreement, "held_out": held_out}
         of_feedback = from_feedback is not None or any(value is not None for value in feedback.values())
@@ -110,7 +111,6 @@ def learn(
         if resume and not of_feedback:
             wanted = completed(wanted)
         share_work(processes, context, lambda: None if of_feedback else _check(wanted, resume, goes_on), fsdp)
-        say_processes()
         started, refusal = time.perf_counter(), None
         with Display() as display:
             if of_feedback:
@@ -146,7 +146,14 @@ def _begin(
     recipe: Recipe, resume: bool, goes_on: bool, fsdp: bool, display: Display
 ) -> tuple["Learner", list[LoadedTask]]:
     """Returns the learner of a recipe, and its tasks; `goes_on` says that the run was given them before."""
-    loaded = _load(recipe, display)
+    loaded = load_tasks(recipe)
+    display.log("data")
+    for name, train, test in loaded:
+        held_out = "no held-out rows, so it is not scored" if test is None else f"{len(test)} held out"
+        display.log(f"  {name}: {len(train)} rows to learn, {held_out}")
+        for rows in (train, test):
+            if rows is not None:
+                report_unused(rows)
     loaded = left_to_learn(recipe, loaded) if goes_on else loaded
     arguments = recipe.learner_arguments()
     from everalign.learning.learner import Learner
@@ -172,18 +179,6 @@ def parse_task(text: str) -> dict[str, str]:
         comma = "; a file with a comma in its name goes into a recipe" if len(paths) > 2 else ""
         raise InputError(f"--task {text}: must be NAME=TRAIN or NAME=TRAIN,TEST{comma}", field="--task")
     return {"name": name, **dict(zip(("train", "test"), paths, strict=False))}
-
-
-def _load(recipe: Recipe, display: Display) -> list[LoadedTask]:
-    tasks = load_tasks(recipe)
-    display.log("data")
-    for name, train, test in tasks:
-        held_out = "no held-out rows, so it is not scored" if test is None else f"{len(test)} held out"
-        display.log(f"  {name}: {len(train)} rows to learn, {held_out}")
-        for rows in (train, test):
-            if rows is not None:
-                report_unused(rows)
-    return tasks
 
 
 def _predict(learner: "Learner", tasks: list[LoadedTask], arguments: Mapping[str, Any], display: Display) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everalign.bulk.options import BulkOptions
+from everalign.bulk.job import BulkOptions
 from everalign.cli.console import Display, show, show_json, show_line, table
-from everalign.cli.launch import Processes, say_processes, share_work
+from everalign.cli.launch import Processes, share_work
 from everalign.cli.options import (
     AllowOverlap,
     Columns,
@@ -71,7 +71,6 @@ def train(
     """
     options = RewardOptions.from_flags(given)
     share_work(processes, context, lambda: check_inputs(model, data, test, output=output))
-    say_processes()
     with resumable(), Display() as display:
         display.log("data")
         rows = _load(source(data, columns), skip_bad_rows)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from everalign.cli.console import (
     Display,
-    has_colours,
     run_scores,
     run_summary,
     say,
@@ -47,12 +47,14 @@ def demo(
     if as_json:
         facts = {"report": str(result.report), "seconds": result.seconds}
         values = {name: run_scores(run) for name, run in runs.items()}
-        show_json({**facts, "runs": values, "corrector": result.corrector.to_dict()})
+        show_json({**facts, "runs": values, "corrector": asdict(result.corrector)})
         return
     for name, run in runs.items():
         show(score_table(run.scores(), title=name, errors=error_matrix(run)))
     show(*run_summary(list(runs.values())))
-    show(*corrector_texts(result.corrector, marks=not has_colours()))
+    terminal = Console()
+    coloured = terminal.color_system is not None and not terminal.no_color
+    show(*corrector_texts(result.corrector, marks=not coloured))
     show_line("time", f"{result.seconds:.0f} s")
     show_line("report", result.report)
 
@@ -95,7 +97,7 @@ def watch(
     import uvicorn
 
     from everalign.learning.run_data import check_is_run
-    from everalign.serving.pages.watch import watch_app
+    from everalign.serving.pages.dashboard import watch_app
     from everalign.serving.server import bound_socket
 
     check_is_run(run)

@@ -129,7 +129,6 @@ def serve(
     Clients change their base URL, and nothing else.
     """
     require("serving", "fastapi", "uvicorn", "prometheus_client", "jsonschema")
-    from everalign.serving.headers import HeaderRules
     from everalign.serving.security import Allowance
     from everalign.serving.server import (
         address_of,
@@ -141,6 +140,7 @@ def serve(
         read_upstreams,
     )
     from everalign.serving.server import serve as run
+    from everalign.serving.settings import HeaderRules
 
     keys = read_keys(os.environ)
     check_host(host, not keys and given["keys_file"] is None, no_auth)
@@ -223,7 +223,7 @@ def _open_store(url: str | None, redact: str | None, retention_days: int | None,
     if url is None:
         return None
     from everalign.serving.store import FeedbackStore
-    from everalign.serving.store.redaction import KINDS, Redaction
+    from everalign.serving.store.records import KINDS, Redaction
 
     kinds = KINDS if redact == "all" else tuple(kind.strip() for kind in (redact or "").split(","))
     redaction = None if redact is None else Redaction(kinds)

@@ -17,12 +17,6 @@ _UNKNOWN = "I know about cooking only. Ask me how to cook eggs."
 _COMMON = {"id": "chatcmpl-1", "created": 0, "model": MODEL}
 
 
-def reply_to(question: str) -> str:
-    """The answer to a question of the demo's kitchen, or a sentence that says what to ask."""
-    known = next((known for known in questions("kitchen") if known.text == question), None)
-    return _UNKNOWN if known is None else answer(known, "plain", random.Random(question))
-
-
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         models = [{"id": MODEL, "object": "model", "created": 0, "owned_by": "everalign"}]
@@ -32,7 +26,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["content-length"]))
         try:
             request: dict[str, Any] = json.loads(body)
-            message = {"role": "assistant", "content": reply_to(request["messages"][-1]["content"])}
+            question = request["messages"][-1]["content"]
+            known = next((known for known in questions("kitchen") if known.text == question), None)
+            reply = _UNKNOWN if known is None else answer(known, "plain", random.Random(question))
+            message = {"role": "assistant", "content": reply}
         except (ValueError, LookupError, TypeError):
             error = {"message": "this stand-in answers chat requests: a body with messages", "code": "bad_request"}
             return self._send(400, "application/json", json.dumps({"error": error}))

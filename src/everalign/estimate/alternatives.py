@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from everalign.estimate.estimator import Estimated, context_from_config, stage_of_rows
+from everalign.estimate.estimator import Estimated, context_from_config
 from everalign.estimate.prediction import Clock, Range, predicted_memory
 from everalign.estimate.shape import saved_bytes, saved_bytes_on_cpu, shape_of
-from everalign.estimate.work import Rows, Work, pooled
+from everalign.estimate.work import Rows, Work, plan_stage, pooled
 from everalign.learning.context import Log
 
 # Defaults of TRL 1.16: per_device_train_batch_size; GRPOConfig.num_generations and max_completion_length. Both trainers
@@ -91,13 +91,15 @@ def alternatives(
 def _joint(estimated: Estimated) -> Alternative:
     """Training anew on all rows so far, after every task."""
     name, own, memory = "retrain on all tasks together", estimated.plan.rows, estimated.prediction.memory
-    seconds = Range()
+    context, clock, seconds = estimated.context, estimated.clock, Range()
     for number in range(1, len(own) + 1):
-        for stage in stage_of_rows(estimated, pooled(own[:number])):
-            seconds += estimated.clock.seconds(stage.reference, "forward")
-            seconds += estimated.clock.seconds(stage.work, "training", 0, stage.steps, stage.uneven)
-    rows = sum(part.count for part in own)
-    note = f"after every task, from the base model; {rows:,} rows in the end" if len(own) > 1 else "one task: the same"
+        rows = pooled(own[:number])
+        for goal, options in context.stages():
+            stage = plan_stage(context, goal, options, rows, None, clock.shape.packed, clock.layout.processes)
+            seconds += clock.seconds(stage.reference, "forward")
+            seconds += clock.seconds(stage.work, "training", 0, stage.steps, stage.uneven)
+    count = sum(part.count for part in own)
+    note = f"after every task, from the base model; {count:,} rows in the end" if len(own) > 1 else "one task: the same"
     return Alternative(name, seconds, memory.peak, memory.available, note)
 
 

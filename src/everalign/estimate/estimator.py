@@ -24,7 +24,7 @@ from everalign.estimate.shape import (
     saved_bytes_on_cpu,
     shape_of,
 )
-from everalign.estimate.work import Rows, RunPlan, StagePlan, plan_run, plan_stage, work_of_batches
+from everalign.estimate.work import RunPlan, plan_run, work_of_batches
 from everalign.evaluation.scorers import Scorer
 from everalign.learning.context import Log, RunContext, checked_objective, make_context
 from everalign.learning.options import AdapterOptions, RolloutOptions
@@ -234,12 +234,6 @@ def _estimated(
     return Estimated(predict(plan, clock, memory, consolidates, cap, replayed), plan, clock, saved, context)
 
 
-def stage_of_rows(estimated: Estimated, rows: Rows) -> list[StagePlan]:
-    """Plan the stages of one task that has these rows, for alternatives."""
-    context, packed, processes = estimated.context, estimated.clock.shape.packed, estimated.clock.layout.processes
-    return [plan_stage(context, goal, options, rows, None, packed, processes) for goal, options in context.stages()]
-
-
 def _free(machine: Machine, shape: ModelShape) -> float | None:
     """What a processor's process may still take when its weights are loaded; None for a GPU, which is empty before."""
     if not machine.is_cpu:
@@ -251,7 +245,11 @@ def _saved(context: RunContext, shape: ModelShape, machine: Machine, largest: Se
     """Count what the largest micro-batch keeps: on the meta device, on two layers of it, or on the model itself."""
     policy, objective = context.policy, context.objective
     if not next(policy.parameters()).is_meta:
-        return saved_bytes(policy, objective, [_shortened(max(largest, key=_length))])
+        # A row of few tokens tells enough: what is kept grows with their number.
+        row = max(largest, key=lambda row: len(row.prompt) + max(map(len, row.responses)))
+        each = max(2, _COUNTED_TOKENS // (1 + len(row.responses)))
+        responses = tuple(tokens[:each] for tokens in row.responses)
+        return saved_bytes(policy, objective, [replace(row, prompt=row.prompt[-each:], responses=responses)])
     if machine.is_cpu:
         config = policy.language_model.config
         return saved_bytes_on_cpu(config, str(context.options.precision), context.adapter, objective, shape.layers)
@@ -260,16 +258,6 @@ def _saved(context: RunContext, shape: ModelShape, machine: Machine, largest: Se
         rows, width = objective.collate(largest, shape.shared)["input_ids"].shape
         return replace(found, total=found.total - rows * width**2 * shape.itemsize)
     return found
-
-
-def _length(row: TokenizedRow) -> int:
-    return len(row.prompt) + max(map(len, row.responses))
-
-
-def _shortened(row: TokenizedRow) -> TokenizedRow:
-    """Return a row of few tokens: what is kept grows with their number."""
-    each = max(2, _COUNTED_TOKENS // (1 + len(row.responses)))
-    return replace(row, prompt=row.prompt[-each:], responses=tuple(tokens[:each] for tokens in row.responses))
 
 
 # ---- measured ----
@@ -357,7 +345,9 @@ def _timed(context: RunContext, estimated: Estimated, device: torch.device) -> t
     def stamp(done: int, total: int) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        stamps.append(_clock(device))
+            stamps.append(time.perf_counter())
+        else:  # a processor's own time, divided by its threads, which other programs do not lengthen
+            stamps.append(time.process_time() / torch.get_num_threads())
 
     def reference() -> Reference:
         return Reference("stage_start", sequence_logprobs(context.policy, rows, context.tokens_per_batch))
@@ -380,8 +370,3 @@ def _timed(context: RunContext, estimated: Estimated, device: torch.device) -> t
     clock = estimated.clock
     work = work_of_batches(batches, partial(objective.collate, shared=shared), shared, clock.shape.packed)
     return stamps[-1] - stamps[0], clock.seconds(work, "training").middle
-
-
-def _clock(device: torch.device) -> float:
-    """Seconds that other programs do not lengthen: a processor's own time, divided by its threads."""
-    return time.perf_counter() if device.type == "cuda" else time.process_time() / torch.get_num_threads()

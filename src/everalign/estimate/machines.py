@@ -2,7 +2,7 @@
 
 import difflib
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -54,10 +54,6 @@ class Machine:
     def peak(self, precision: str) -> float:
         """Return the peak of matrix products in `fp32` or `bf16`, operations a second."""
         return self.bf16 if precision == "bf16" else self.fp32
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all of it."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

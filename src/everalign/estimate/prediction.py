@@ -5,12 +5,13 @@ The formulas, their sources and what they assume are in docs/estimate.md.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from everalign.estimate.machines import ONE, Layout, Machine
 from everalign.estimate.shape import ModelShape, Saved
-from everalign.estimate.work import RunPlan, TaskPlan, Work, longest_answer
+from everalign.estimate.work import RunPlan, TaskPlan, Work
+from everalign.learning.sample_answers import LONGEST_ANSWER
 from everalign.modeling.options import Checkpointing
 
 # Times that what is kept for the backward pass crosses memory, by element-wise work: forward and back, and forward.
@@ -143,7 +144,7 @@ class Prediction:
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON holds it."""
         return {
-            "machine": self.machine.to_dict(),
+            "machine": asdict(self.machine),
             "processes": self.layout.processes,
             "fsdp": self.layout.fsdp,
             "steps": self.steps,
@@ -208,11 +209,6 @@ class Clock:
         return passed + head + 12 * work.pairs * shape.attention + again
 
     @property
-    def _gathered(self) -> float:
-        """Bytes that a process receives to have every layer of a shared base once."""
-        return self.shape.layer_bytes * (1 - 1 / self.layout.sharing)
-
-    @property
     def reduced(self) -> float:
         """Bytes that a process sends in an optimiser step, for the sum of the gradients around a ring."""
         return 2 * 4.0 * self.shape.trained * (1 - 1 / self.layout.processes)
@@ -223,7 +219,9 @@ class Clock:
         if layout.processes == 1:
             return 0.0
         passes = batches * (2 if kind == "training" else 1)
-        return passes * self._gathered / machine.link + steps * self.reduced / layout.rate(machine)
+        # What a process receives to have every layer of a shared base once.
+        gathered = self.shape.layer_bytes * (1 - 1 / layout.sharing)
+        return passes * gathered / machine.link + steps * self.reduced / layout.rate(machine)
 
     def seconds(
         self, work: Work, kind: str, memory_rank: int = 0, steps: int = 0, uneven: float | None = None
@@ -354,8 +352,9 @@ def predict(
         replayed_rows: that are kept at the end.
     """
     shape = clock.shape
+    low, high = (shape.weight_bytes / rate for rate in reversed(_READING))
     parts = {
-        "start": _start(shape),
+        "start": Range(_START_SECONDS[0] + low, _START_SECONDS[1] + high),
         "held-out rows": clock.seconds(plan.start, "forward"),
         "sample answers": _written(clock, plan, plan.answers, plan.calls),
     }
@@ -365,7 +364,8 @@ def predict(
         rank = task.memory_rank
         found = _task_parts(plan, task, clock)
         if consolidates:
-            found["consolidation"] = _consolidation(shape, min(2 * rank_cap, rank + shape.rank))
+            work = _CONSOLIDATION_FLOPS * shape.adapted * (min(2 * rank_cap, rank + shape.rank) + shape.rank) ** 2
+            found["consolidation"] = Range(work / _CONSOLIDATION_RATE[1], work / _CONSOLIDATION_RATE[0])
         for name, seconds in found.items():
             parts[name] = parts.get(name, Range()) + seconds
         tasks[task.name] = sum(found.values(), Range())
@@ -407,18 +407,9 @@ def _task_parts(plan: RunPlan, task: TaskPlan, clock: Clock) -> dict[str, Range]
 def _written(clock: Clock, plan: RunPlan, prompts: int, calls: int) -> Range:
     """Return what sample answers take, written in so many calls: short ones at best, the longest at worst."""
     at_once = max(1.0, prompts / max(1, calls))
-    low, high = (clock.decoding(prompts, tokens, plan.prompt, at_once, alone=True) for tokens in longest_answer(plan))
+    longest = (min(plan.answer, LONGEST_ANSWER), float(LONGEST_ANSWER))
+    low, high = (clock.decoding(prompts, tokens, plan.prompt, at_once, alone=True) for tokens in longest)
     return Range(low.low, high.high)
-
-
-def _start(shape: ModelShape) -> Range:
-    low, high = (shape.weight_bytes / rate for rate in reversed(_READING))
-    return Range(_START_SECONDS[0] + low, _START_SECONDS[1] + high)
-
-
-def _consolidation(shape: ModelShape, width: int) -> Range:
-    work = _CONSOLIDATION_FLOPS * shape.adapted * (width + shape.rank) ** 2
-    return Range(work / _CONSOLIDATION_RATE[1], work / _CONSOLIDATION_RATE[0])
 
 
 def _disk(plan: RunPlan, shape: ModelShape, consolidates: bool, rank_cap: int, replayed_rows: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 
 from everalign.data.tokenization import TokenizedRow
@@ -149,7 +149,10 @@ def shape_of(policy: Policy, on_cpu: bool) -> ModelShape:
         if is_linear(module):
             matrices += _numbers(module)
         elif "expert" in f"{name} {type(module).__name__}".lower():
-            matrices += _active(module, config)
+            # Of stacked experts a token passes through a few.
+            stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+            chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
+            matrices += sum(p.numel() * min(int(chosen), len(p)) // len(p) for p in stacks)
     factors = list(policy.learned_factors().values())
     heads = getattr(config, "num_attention_heads", None) or 0  # some models attend to nothing
     width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
@@ -184,13 +187,6 @@ def _numbers(module: Any) -> int:
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features * module.out_features)
     return int(module.weight.numel())
-
-
-def _active(module: nn.Module, config: Any) -> int:
-    """Return the numbers of stacked experts' matrices that a token passes through."""
-    stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
-    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
-    return sum(p.numel() * min(int(chosen), len(p)) // len(p) for p in stacks)
 
 
 def _bits(config: Any) -> float | None:

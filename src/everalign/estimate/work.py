@@ -12,7 +12,7 @@ from everalign.data.rows import RowSet, spread
 from everalign.data.tokenization import TokenizedRow, truncate
 from everalign.errors import InputError
 from everalign.learning.context import RunContext
-from everalign.learning.sample_answers import LONGEST_ANSWER, MOST_WRITTEN
+from everalign.learning.sample_answers import MOST_WRITTEN
 from everalign.learning.task_training import prepare
 from everalign.methods.ewc import ElasticWeightConsolidation
 from everalign.methods.gradient_projection import GradientMemory
@@ -441,8 +441,3 @@ def _work_of(batch: Batch, packed: bool) -> Work:
         float(rows * width * width) if dense else visible,
         1.0,
     )
-
-
-def longest_answer(plan: RunPlan) -> tuple[float, float]:
-    """Return how many tokens a sample answer has: those of an average response, or the most that are written."""
-    return min(plan.answer, LONGEST_ANSWER), float(LONGEST_ANSWER)

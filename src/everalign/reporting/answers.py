@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -210,10 +210,6 @@ class CorrectorShow:
             ("verified at once", count(self.verified), "answers left as they were after 1 forward pass"),
             ("forward passes", passes, f"for {tokens} tokens; plain decoding: one each"),
         ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
-        return asdict(self)
 
 
 def corrector_texts(show: CorrectorShow, *, marks: bool = False) -> list[RenderableType]:

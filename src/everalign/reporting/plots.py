@@ -118,15 +118,13 @@ def inline_svg(drawn: Figure, name: str, title: str, description: str, tips: Seq
         f'<desc id="{name}-description">{escape(description)}</desc>'
     )
     body, end = svg[opening.end() :].rsplit("</svg>", 1)
-    return Markup(head + body + "".join(_tip_svg(tip, float(opening.group(3))) for tip in tips) + "</svg>" + end)
-
-
-def _tip_svg(tip: Tip, height: float) -> str:
-    x, y = tip.axes.transData.transform((tip.x, tip.y))
-    return (
-        f'<circle class="tip" cx="{x:.1f}" cy="{height - y:.1f}" r="9" fill="transparent">'
-        f"<title>{escape(tip.text)}</title></circle>"
-    )
+    for tip in tips:
+        x, y = tip.axes.transData.transform((tip.x, tip.y))
+        body += (
+            f'<circle class="tip" cx="{x:.1f}" cy="{float(opening.group(3)) - y:.1f}" r="9" fill="transparent">'
+            f"<title>{escape(tip.text)}</title></circle>"
+        )
+    return Markup(head + body + "</svg>" + end)
 
 
 def _font(match: re.Match[str]) -> str:

@@ -113,19 +113,16 @@ def page_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"script": Markup(_script()), "script_hash": _script_hash()}
+    script, allowed = _script()
+    environment.globals |= {"script": script, "script_hash": allowed}
     return environment.get_template(name)
 
 
 @cache
-def _script() -> str:
-    return (files("everalign.reporting") / "templates" / "report.js").read_text(encoding="utf-8")
-
-
-@cache
-def _script_hash() -> str:
-    """The hash by which a page's content policy allows this script, and no other."""
-    return b64encode(sha256(f"\n{_script()}\n".encode()).digest()).decode()
+def _script() -> tuple[Markup, str]:
+    """The pages' script, and the hash by which their content policy allows it, and no other."""
+    text = (files("everalign.reporting") / "templates" / "report.js").read_text(encoding="utf-8")
+    return Markup(text), b64encode(sha256(f"\n{text}\n".encode()).digest()).decode()
 
 
 def write_report(runs: Sequence[Path], output: Path, corrector: CorrectorShow | None = None) -> Path:

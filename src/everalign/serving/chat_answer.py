@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from everalign.serving.chat_request import RequestContext
-from everalign.serving.completion_json import CUT, WHOLE, Choice, CompletionAccumulator
 from everalign.serving.decide import Decision, Summary
+from everalign.serving.eligibility import CUT, WHOLE, Choice, CompletionAccumulator
 from everalign.serving.errors import bad_upstream
 from everalign.serving.sse import DONE, data_frame
 

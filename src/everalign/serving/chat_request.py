@@ -17,9 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from everalign.serving.eligibility import Api, chosen_mode, offers_tools, question_of, request_rule
 from everalign.serving.errors import refused
-from everalign.serving.headers import USUAL, HeaderRules
 from everalign.serving.limits import MOST_VALUES, too_many_values
-from everalign.serving.settings import Keep, Limits, Mode, StrictStructured
+from everalign.serving.settings import USUAL, HeaderRules, Keep, Limits, Mode, StrictStructured
 from everalign.serving.structured import Structure, structure_of
 from everalign.serving.upstream import Upstream, UpstreamRequest, asks_usage
 

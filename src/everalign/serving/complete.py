@@ -3,7 +3,7 @@
 A streamed answer that stays as it is, because of the mode or of what was asked, is relayed from its first byte. One
 that is corrected is first read whole: no byte of it leaves before it is judged. Then its correction is written: while
 it is being decoded if it is a single one, or only when it is complete in strict mode. Streams by sentence are the
-exception: the corrections of whole sentences leave while the answer is being read (see `by_sentence`).
+exception: the corrections of whole sentences leave while the answer is being read (see `decide`).
 """
 
 import asyncio
@@ -11,10 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from everalign.serving.by_sentence import SentenceStream, may_leave_early
 from everalign.serving.chat_answer import ChatAnswer, ChatRelay
 from everalign.serving.chat_request import RequestContext
-from everalign.serving.decide import PENDING, CorrectionDecider, Summary, summary_before
+from everalign.serving.decide import (
+    PENDING,
+    CorrectionDecider,
+    SentenceStream,
+    Summary,
+    may_leave_early,
+    summary_before,
+)
 from everalign.serving.eligibility import Api
 from everalign.serving.request_log import RequestLog, RequestTimer
 from everalign.serving.responses import ResponsesAnswer, ResponsesRelay

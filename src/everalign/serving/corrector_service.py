@@ -250,16 +250,8 @@ class CorrectionService:
         return self._in_service.version
 
     @property
-    def template(self) -> str | None:
-        return self._in_service.template
-
-    @property
     def depth(self) -> int:
         return len(self._waiting)
-
-    @property
-    def breaker(self) -> CircuitBreaker:
-        return self._in_service.breaker
 
     async def correct(
         self,

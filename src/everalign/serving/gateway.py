@@ -94,7 +94,7 @@ class Gateway:
         found: dict[str, str] = {f"upstream:{name}": one.circuits.state for name, one in self.upstreams.items()}
         if self.fallback is not None:
             found["fallback"] = self.fallback.circuits.state
-        return {**found, "corrector": self.corrections.breaker.state}
+        return {**found, "corrector": self.corrections.in_service.breaker.state}
 
     async def close(self) -> None:
         """Finish what is being stored, and close everything."""

@@ -15,10 +15,9 @@ from anyio import to_thread
 from everalign.deadlines import call_in_thread
 from everalign.errors import EveralignError, InputError
 from everalign.serving.chat_request import RequestContext
-from everalign.serving.completion_json import Choice
 from everalign.serving.corrector_service import CorrectionFailed, CorrectionService
 from everalign.serving.decide import Summary, edit_share
-from everalign.serving.eligibility import why_not_corrected
+from everalign.serving.eligibility import Choice, why_not_corrected
 from everalign.serving.errors import GatewayError
 from everalign.serving.limits import AT_ONCE
 from everalign.serving.store.records import Exchange, Feedback

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from everalign.serving.chat_request import RequestContext
-from everalign.serving.completion_json import Choice
 from everalign.serving.decide import Decision, Summary
+from everalign.serving.eligibility import Choice
 from everalign.serving.errors import bad_upstream
 from everalign.serving.sse import json_bytes
 from everalign.serving.upstream import RESPONSE_ENDS

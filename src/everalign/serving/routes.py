@@ -318,7 +318,7 @@ def status_routes(gateway: Gateway) -> APIRouter:
             "status": "ready" if any(reached) else "not ready",
             "upstreams": dict(zip(gateway.upstreams, reached, strict=True)),
             "corrector": gateway.corrections.version,
-            "template": gateway.corrections.template,
+            "template": gateway.corrections.in_service.template,
             "circuits": gateway.circuits(),
             "store": gateway.store is not None,
         }

@@ -26,9 +26,8 @@ from everalign.serving.errors import (
     refused,
     upstream_failure,
 )
-from everalign.serving.headers import USUAL, HeaderRules
 from everalign.serving.limits import Allowances, tokens_of
-from everalign.serving.settings import Timeouts, UpstreamSettings
+from everalign.serving.settings import USUAL, HeaderRules, Timeouts, UpstreamSettings
 from everalign.serving.sse import BrokenEvents, EventParser, json_bytes
 from everalign.serving.upstream_transport import CircuitBreaker, Circuits, Permit, UpstreamTransport, json_object
 

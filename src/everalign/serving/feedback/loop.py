@@ -49,11 +49,6 @@ class LearnedFeedback:
         return self.refusal is None
 
 
-def kind_of(objective: str) -> str:
-    """Return the kind of rows that an objective learns from: `corrections`, `preferences` or `scored`."""
-    return _KINDS.get(objective, "preferences")
-
-
 def learn_from_feedback(
     store: FeedbackStore,
     learner: Learner,
@@ -81,7 +76,7 @@ def learn_from_feedback(
         raise InputError(
             f"feedback has no labels, and {learner.method.name} keeps an adapter for each: choose another method"
         )
-    kind = kind_of(learner.run.facts.objective)
+    kind = _KINDS.get(learner.run.facts.objective, "preferences")
     options = (options or NextTaskOptions()).replace(kind=kind)
     with learner.exclusive():
         pending = _Pending.find(learner.run.path)

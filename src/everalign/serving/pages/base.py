@@ -1,23 +1,30 @@
-"""Rendering of pages, session cookies, and forms with CSRF tokens."""
+"""What all pages need: rendering, session cookies, forms with CSRF tokens; and the page to sign in, with its files."""
 
 from collections.abc import Mapping
+from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qsl
 
-from fastapi import Request
-from fastapi.responses import Response
+from fastapi import APIRouter, Request
+from fastapi.responses import RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from everalign.serving.errors import GatewayError, refused
-from everalign.serving.limits import BODY_SECONDS, FORM, aside, read_body
-from everalign.serving.middleware import cookie_name
-from everalign.serving.security import Session, Sessions
+from everalign.serving.limits import BODY_SECONDS, FORM, Limiter, aside, read_body
+from everalign.serving.middleware import SIGN_IN, cookie_name
+from everalign.serving.security import Keys, Session, Sessions
 
 # Nothing inline, nothing from other sites, forms only to this one.
 CONTENT_POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
+_MOST_FIELDS = 40
+_MOST_BYTES = 10_000
+# Sign-ins have places of their own, so that clients without a key cannot block the others.
+_SIGN_INS = 20
+_SECONDS = 5.0  # for a form with just a key
+_ASSETS = {"style.css": "text/css; charset=utf-8", "script.js": "text/javascript; charset=utf-8"}
 
 
 class Pages:
@@ -65,9 +72,6 @@ class Pages:
         )
 
 
-_MOST_FIELDS = 40
-
-
 async def read_form(request: Request, sessions: Sessions, most: int, seconds: float = BODY_SECONDS) -> dict[str, str]:
     """Return a form's fields, once its CSRF token is checked.
 
@@ -91,3 +95,47 @@ def parsed(content: bytes) -> dict[str, str]:
     except ValueError:
         raise refused("the form cannot be read", code="invalid_form") from None
     return {name: value.replace("\r\n", "\n") for name, value in found}
+
+
+def sign_in_routes(pages: Pages, keys: Keys) -> APIRouter:
+    """Return the routes of signing in and out, and of the files that this page loads."""
+    router, places = APIRouter(include_in_schema=False), Limiter(_SIGN_INS, _SIGN_INS, shared=True)
+
+    @router.get(SIGN_IN)
+    async def ask_for_key(request: Request) -> Response:
+        if not keys.needed or request.state.key_id:
+            return RedirectResponse(f"{request.state.root}/", 303)
+        return pages.page(request, "login.html.j2", {"error": None})
+
+    @router.post(SIGN_IN)
+    async def sign_in(request: Request) -> Response:
+        with places.enter(request.client.host if request.client else ""):
+            try:
+                fields = await read_form(request, pages.sessions, _MOST_BYTES, _SECONDS)
+            except GatewayError as error:
+                return pages.page(request, "login.html.j2", {"error": error.message}, error.status)
+        key_id = keys.id_of(fields.get("key", "").strip()) if keys.needed else None
+        if key_id is None:
+            message = "This key is not known here. Keys are set by the operator of the gateway."
+            return pages.page(request, "login.html.j2", {"error": message}, 401)
+        response = RedirectResponse(f"{request.state.root}/", 303)
+        # A new session, since somebody could know the cookie of the former one (session fixation).
+        pages.send_cookie(request, response, pages.sessions.begin(key_id))
+        return response
+
+    @router.post("/logout")
+    async def sign_out(request: Request) -> Response:
+        await read_form(request, pages.sessions, _MOST_BYTES)
+        pages.sessions.end(request.state.session)
+        response = RedirectResponse(request.state.root + (SIGN_IN if keys.needed else "/"), 303)
+        response.delete_cookie(cookie_name(request.scope), httponly=True, samesite="strict")
+        return response
+
+    @router.get("/assets/{name}")
+    async def asset(name: str) -> Response:
+        if name not in _ASSETS:
+            raise GatewayError(404, "there is no such file", "invalid_request_error", "unknown_url")
+        content = (files("everalign.serving.pages") / "assets" / name).read_bytes()
+        return Response(content, media_type=_ASSETS[name])
+
+    return router

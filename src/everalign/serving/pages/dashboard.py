@@ -1,23 +1,32 @@
-"""The dashboard: the service, how requests ended, feedback to be learned, and the versions of the corrector's run."""
+"""Pages on what is learned: the gateway's dashboard, and a page that follows a run while it trains.
+
+The dashboard shows the service, how requests ended, feedback to be learned, and the versions of the corrector's run.
+The other page is for this machine alone; it reads the run's files, so that it needs nothing of the process that trains,
+and goes on where that one ends.
+"""
 
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from everalign.errors import EveralignError
 from everalign.learning.promotion import what_fell
-from everalign.learning.run_data import RunData, version_rows
+from everalign.learning.run_data import TRAINING_LOG, RunData, RunReader, version_rows
+from everalign.learning.run_files import LoggedStep, read_json_lines
 from everalign.learning.scores import Scores
-from everalign.reporting.formats import Errors, is_chance
+from everalign.reporting.formats import METRICS, SUMMARY_TITLES, Errors, is_chance, summary_cells
 from everalign.serving.gateway import Gateway
-from everalign.serving.pages.base import Pages
+from everalign.serving.pages.base import CONTENT_POLICY, Pages
 from everalign.serving.store.records import Exchange, Feedback
 from everalign.serving.telemetry import Minute
 
@@ -34,6 +43,9 @@ _CIRCUITS = {
     "open": "failed repeatedly and gets no requests for a while",
     "half-open": "failed repeatedly and is being tried again",
 }
+_ASSETS = {"style.css": "text/css; charset=utf-8", "watch.js": "text/javascript; charset=utf-8"}
+# Points of a chart: more than a screen shows.
+_MOST_STEPS = 3000
 
 
 @dataclass(frozen=True)
@@ -247,7 +259,7 @@ def dashboard_routes(gateway: Gateway, pages: Pages, run: Path | None) -> APIRou
                 trouble = f"The store cannot be read ({type(error).__name__}); the log says more."
         values = {
             "version": version,
-            "template": corrections.template,
+            "template": corrections.in_service.template,
             "mode": gateway.parser.mode,
             "in_flight": gateway.limiter.in_flight,
             "waiting": corrections.depth,
@@ -289,4 +301,80 @@ def _run_values(path: Path | None, served: str | None) -> dict[str, Any]:
         "low": share(low),
         "high": share(high),
         "forgetting": forgetting_views(scores, error_matrix(run)),
+    }
+
+
+def watch_app(path: Path) -> FastAPI:
+    """Return the application of a run's page."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    # Only this machine gets a connection; and no other site's page gets one through a browser here.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    templates = Environment(loader=PackageLoader("everalign.serving.pages"), autoescape=True, undefined=StrictUndefined)
+    reader = RunReader(path)
+
+    @app.get("/")
+    def page() -> Response:
+        text = templates.get_template("watch.html.j2").render(name=path.resolve().name)
+        headers = {"content-security-policy": CONTENT_POLICY}
+        return Response(text, headers=headers, media_type="text/html; charset=utf-8")
+
+    @app.get("/data")
+    def data() -> Response:
+        try:
+            return JSONResponse(watched(path, reader))
+        except (EveralignError, OSError) as error:
+            return JSONResponse({"trouble": str(error)}, 503)
+
+    @app.get("/assets/{name}")
+    def asset(name: str, request: Request) -> Response:
+        if name not in _ASSETS:
+            return JSONResponse({"trouble": "there is no such file"}, 404)
+        content = (files("everalign.serving.pages") / "assets" / name).read_bytes()
+        return Response(content, media_type=_ASSETS[name])
+
+    return app
+
+
+def watched(path: Path, reader: RunReader) -> dict[str, Any]:
+    """Return what the page shows: the logged steps, thinned out where they are many, scores and versions.
+
+    Raises:
+        InputError: a file of the run is damaged.
+    """
+    run, log = reader.read(), path / TRAINING_LOG
+    steps = read_json_lines(log, LoggedStep, growing=True) if log.exists() else []
+    scores = run.scores()
+    measured = any(score is not None for row in (scores.zero_shot, *scores.matrix) for score in row)
+    last = steps[-1:]
+    return {
+        "method": run.facts.method.name,
+        "objective": run.facts.objective,
+        "model": run.facts.model,
+        "steps": [
+            {
+                "task": one.task,
+                "version": one.version,
+                "stage": one.stage,
+                "part": f"{one.version}/{one.round}/{one.stage_number}",
+                "step": one.step,
+                "steps": (one.model_extra or {}).get("steps"),
+                "time": one.time,
+                "loss": one.loss,
+                "margin": one.margin,
+                "accuracy": None if one.accuracy is None else 100 * one.accuracy,
+                "speed": (one.model_extra or {}).get("tokens_per_second"),
+            }
+            for one in [*steps[: -1 : max(1, len(steps) // _MOST_STEPS)], *last]
+        ],
+        "logged": len(steps),
+        "tasks": list(scores.tasks),
+        "heat": [
+            {"name": name, "cells": [{"text": one.text, "shade": one.shade, "own": one.own} for one in cells]}
+            for name, cells in (heat_rows(scores) if measured else [])
+        ],
+        "summary": [[SUMMARY_TITLES[name], text] for name, text in summary_cells(scores, METRICS["accuracy"]).items()],
+        "versions": [
+            {"name": one.name, "task": one.task, "then": one.then, "now": one.now, "status": one.status}
+            for one in version_views(run)
+        ],
     }

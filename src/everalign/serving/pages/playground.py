@@ -262,7 +262,17 @@ class Playground:
         except GatewayError as error:
             return await self._page(request, _BLANK, error=error)
         try:
-            feedback = read_feedback(_feedback_body(id, fields), request.state.key_id)
+            # As a body of `POST /v1/feedback`, without empty fields and unchanged text.
+            edited = fields.get("edited_text")
+            given = {
+                "rating": {"good": 1, "bad": -1}.get(fields.get("rating", "")),
+                "preferred": fields.get("preferred") or None,
+                "edited_text": None if edited is None or digest(edited) == fields.get("digest") else edited,
+                "tags": [tag.strip() for tag in fields.get("tags", "").split(",") if tag.strip()] or None,
+                "comment": fields.get("comment", "").strip() or None,
+            }
+            body = {"id": id, **{name: value for name, value in given.items() if value is not None}}
+            feedback = read_feedback(body, request.state.key_id)
             new = await store_feedback(self._gateway, feedback)
         except GatewayError as error:
             return await self._answer_page(request, exchange, Said(fields, error=error.message), error.status)
@@ -371,19 +381,6 @@ def _turns(fields: Mapping[str, str]) -> list[dict[str, str]]:
     except (ValueError, TypeError, KeyError):
         raise refused("the conversation cannot be read: begin a new one", "history", "invalid_value") from None
     return [_turn(one["role"], one["content"]) for one in found]
-
-
-def _feedback_body(id: str, fields: Mapping[str, str]) -> dict[str, Any]:
-    """Return a form as a body of `POST /v1/feedback`, without empty fields and unchanged text."""
-    edited = fields.get("edited_text")
-    given = {
-        "rating": {"good": 1, "bad": -1}.get(fields.get("rating", "")),
-        "preferred": fields.get("preferred") or None,
-        "edited_text": None if edited is None or digest(edited) == fields.get("digest") else edited,
-        "tags": [tag.strip() for tag in fields.get("tags", "").split(",") if tag.strip()] or None,
-        "comment": fields.get("comment", "").strip() or None,
-    }
-    return {"id": id, **{name: value for name, value in given.items() if value is not None}}
 
 
 def playground_routes(gateway: Gateway, pages: Pages) -> APIRouter:

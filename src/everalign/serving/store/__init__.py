@@ -8,11 +8,11 @@ from everalign.serving.store.records import Exchange, Feedback, UnknownExchange
 
 if TYPE_CHECKING:
     from everalign.serving.store.database import FeedbackStore, StoreStats
-    from everalign.serving.store.redaction import Redaction
+    from everalign.serving.store.records import Redaction
 
 __all__ = ["Exchange", "Feedback", "FeedbackStore", "Redaction", "StoreStats", "UnknownExchange"]
 
-_LAZY = {"FeedbackStore": "database", "StoreStats": "database", "Redaction": "redaction"}
+_LAZY = {"FeedbackStore": "database", "StoreStats": "database", "Redaction": "records"}
 
 
 def __getattr__(name: str) -> Any:

@@ -33,8 +33,14 @@ from everalign.serving.store.engine import (
     translate_errors,
     translated_error,
 )
-from everalign.serving.store.records import Exchange, Feedback, UnknownExchange
-from everalign.serving.store.redaction import Redact, redact_exchange, redact_feedback
+from everalign.serving.store.records import (
+    Exchange,
+    Feedback,
+    Redact,
+    UnknownExchange,
+    redact_exchange,
+    redact_feedback,
+)
 
 Result = TypeVar("Result")
 
