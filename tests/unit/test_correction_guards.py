@@ -10,8 +10,13 @@ CODE = "Run this:\n```sh\nls -l\n```\nthen stop."
 LINK = "See https://example.org/a?b=1. (or http://x.org)"
 
 
-def objection(answer, correction, finished=True, **guards):
-    return Guards(**guards).first_violation(answer, correction, finished, TEMPLATE)
+QUESTION = [{"role": "user", "content": "May I leave?"}, {"role": "assistant", "content": "?"}]
+QUESTION += [{"role": "user", "content": [{"type": "text", "text": "May I  leave\nnow?"}]}]
+REFUSAL = "I cannot help you with that."
+
+
+def objection(answer, correction, finished=True, question=QUESTION, **guards):
+    return Guards(**guards).first_violation(answer, correction, finished, TEMPLATE, question)
 
 
 @pytest.mark.parametrize(
@@ -25,13 +30,15 @@ def objection(answer, correction, finished=True, **guards):
         ("code", CODE.replace("```", "~~~~"), "Run ls.", True),
         ("url", LINK, LINK.replace("b=1", "b=2"), True),
         ("url", LINK, "See there.", True),
+        ("repeat", "Yes.", "May I leave now?", True),
+        ("repeat", REFUSAL, f"{REFUSAL}\n\n{REFUSAL}", True),
     ],
 )
 def test_each_guard_refuses_what_it_is_for_and_can_be_switched_off(name, answer, correction, finished):
     assert objection(answer, correction, finished) == name
     off = {name: None if name == "growth" else False}
     assert objection(answer, correction, finished, **off) is None
-    assert NO_GUARDS.first_violation(answer, correction, finished, TEMPLATE) is None
+    assert NO_GUARDS.first_violation(answer, correction, finished, TEMPLATE, QUESTION) is None
 
 
 @pytest.mark.parametrize(
@@ -43,6 +50,11 @@ def test_each_guard_refuses_what_it_is_for_and_can_be_switched_off(name, answer,
         (LINK, "Both http://x.org, and https://example.org/a?b=1!"),
         ("what [[question]] means", "what [[question]] stands for"),
         ("```\nnever closed", "fine"),
+        ("Yes.", "May I leave now? Yes."),
+        ("May I leave now?", "May  I leave now?"),
+        (f"{REFUSAL}\n{REFUSAL}", f"No.\n{REFUSAL}\n{REFUSAL}"),
+        ("x", f"{REFUSAL}\nNever.\n{REFUSAL}"),
+        ("x", "- a\n- a"),
     ],
 )
 def test_what_is_no_fault_is_let_pass(answer, correction):
@@ -52,7 +64,7 @@ def test_what_is_no_fault_is_let_pass(answer, correction):
 def test_whether_any_guard_is_on():
     assert Guards().any
     assert not NO_GUARDS.any
-    assert not Guards(False, False, False, None, 5, False, False).any
+    assert not Guards(False, False, False, None, 5, False, False, False).any
 
 
 @pytest.mark.parametrize(("field", "value"), [("growth", 0.5), ("growth", float("nan")), ("growth_characters", -1)])

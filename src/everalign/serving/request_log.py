@@ -52,7 +52,7 @@ _CODES = {
             *("tool_calls", "audio", "logprobs", "content", "content_filter", "finish_reason", "length", "too_long"),
             *("unreadable",),
             *("corrector_error", "corrector_timeout", "corrector_down", "queue_full", "no_corrector"),
-            *("unfinished", "empty", "echo", "growth", "code", "url"),
+            *("unfinished", "empty", "echo", "growth", "code", "url", "repeat"),
         )
     ),
 }

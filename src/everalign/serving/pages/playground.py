@@ -51,6 +51,7 @@ _REASONS = {
     "growth": "the correction was much longer than the answer",
     "code": "the correction would have lost code",
     "url": "the correction would have lost a link",
+    "repeat": "the correction repeated the question, or a line",
 }
 
 
