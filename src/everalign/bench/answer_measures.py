@@ -21,6 +21,7 @@ from everalign.bench.records import Record
 from everalign.data.messages import Completion, Prompt
 from everalign.data.rows import content_id
 from everalign.errors import EveralignError
+from everalign.evaluation.answers import length_controlled
 from everalign.evaluation.scorers import RewardModel, Scorer
 from everalign.evaluation.scoring import checked_rewards
 from everalign.evaluation.statistics import (
@@ -29,7 +30,6 @@ from everalign.evaluation.statistics import (
     equal_weights,
     paired_permutation_test,
 )
-from everalign.evaluation.win_rates import length_controlled
 from everalign.storage import Journal
 
 MEASURES = ("reward_win_rate", "reward_win_rate_lc", "reward", "unfinished", "length", "kl", "perplexity")

@@ -11,9 +11,9 @@ from huggingface_hub import try_to_load_from_cache
 
 from everalign.bench.recipe import Bench, expanded
 from everalign.errors import located
+from everalign.modeling.architecture import choose_targets
 from everalign.modeling.base_adapter import base_and_adapter
 from everalign.modeling.loading import language_model_class, load_config, resolve_model
-from everalign.modeling.lora_targets import choose_targets
 from everalign.modeling.shrinking import MODEL_ERRORS, quiet
 from everalign.storage import sha256_of
 

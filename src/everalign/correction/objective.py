@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from everalign.correction.checks import Guards
 from everalign.correction.corrector_files import chosen_template
-from everalign.correction.output_checks import Guards
 from everalign.correction.tokenization import (
     CorrectionEncoder,
     prepare_corrections,

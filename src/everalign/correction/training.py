@@ -43,6 +43,7 @@ from everalign.data.tokenization import TokenizedRow
 from everalign.distributed import on_main, share, start
 from everalign.errors import InputError
 from everalign.modeling.base_adapter import base_and_adapter, tokenizer_folder
+from everalign.modeling.base_weights import check_all_weights, check_library, check_trainable
 from everalign.modeling.loading import (
     load_base,
     load_model,
@@ -53,12 +54,11 @@ from everalign.modeling.loading import (
 )
 from everalign.modeling.machine import library_versions, machine_facts
 from everalign.modeling.model_files import merged_into, write_checked
-from everalign.modeling.options import Precision
 from everalign.modeling.policy import Policy
-from everalign.modeling.quantization import check_all_weights, check_library, check_trainable
 from everalign.modeling.runtime import place_name, prepare_process, training_device
-from everalign.modeling.stopping import write_ends
+from everalign.modeling.sampling import write_ends
 from everalign.modeling.trainable import FullModel, computing_on
+from everalign.options import Precision
 from everalign.storage import check_free, exclusive, lock_of, new_folder
 from everalign.training.base_objective import LikelihoodObjective
 from everalign.training.stage import StageFigures, StageResult, train_stage

@@ -11,7 +11,7 @@ from typing import Any
 from everalign.estimate.machines import ONE, Layout, Machine
 from everalign.estimate.shape import ModelShape, Saved
 from everalign.estimate.work import RunPlan, TaskPlan, Work, longest_answer
-from everalign.modeling.options import Checkpointing
+from everalign.options import Checkpointing
 
 # Times that what is kept for the backward pass crosses memory, by element-wise work: forward and back, and forward.
 _TRAFFIC = {"training": 6.0, "forward": 2.0}

@@ -18,23 +18,22 @@ from everalign.evaluation.answers import (
     Answer,
     HeldOutPrompt,
     ResponseLogProbs,
-    answer_rewards,
-    answers_against,
+    judged_scores,
     kl_to_base,
     reference_texts,
     response_log_probs,
     text_similarity,
+    win_rate,
     write_answers,
 )
-from everalign.evaluation.judge import INSTRUCTIONS, JudgeScorer, reward_cache
-from everalign.evaluation.rubrics import RUBRICS, rubric_of
+from everalign.evaluation.judge import INSTRUCTIONS, RUBRICS, JudgeScorer, reward_cache, rubric_of
 from everalign.evaluation.scorers import RewardModel, Scorer
 from everalign.evaluation.statistics import bootstrap_mean
 from everalign.learning.options import AdapterOptions
 from everalign.learning.run_data import BASE, RESULTS, RunData
 from everalign.learning.run_store import RunDirectory
 from everalign.methods import METHODS, make_method
-from everalign.modeling.device_map import check_device_map
+from everalign.modeling.base_weights import check_device_map
 from everalign.modeling.loading import load_base, load_tokenizer
 from everalign.modeling.lora import WEIGHTS
 from everalign.modeling.policy import Policy
@@ -355,21 +354,26 @@ def _metrics(
     prompts, settings = [row.prompt for row in rows], runner.settings
     found: dict[str, Any] = {"unfinished": bootstrap_mean([float(not one.ended) for one in answers])}
     found["length"] = bootstrap_mean([float(len(one.text)) for one in answers])
-    references, failed = reference_texts(rows), dict[str, int]()
+    references, failed, texts = reference_texts(rows), dict[str, int](), [one.text for one in answers]
     if references is not None:
-        texts = [one.text for one in answers]
         if settings.standard:
             found |= text_similarity(texts, references)
         if settings.compat:
             found |= text_similarity(texts, references, compat=True)
         if settings.likelihoods:
             found |= _likelihoods(runner, rows, base)
-    if settings.likelihoods and version != BASE and any(one.text for one in answers):
+    if settings.likelihoods and version != BASE and any(texts):
         found["kl"] = kl_to_base(runner.policy, runner.tokenizer, prompts, answers, max_length=_long(runner))
     for name, scorer in scorers.items():
-        found[name], failed[name] = answer_rewards(scorer, prompts, answers)
+        scores = judged_scores(scorer, prompts, texts)
+        rewards = [score for score in scores if score is not None]
+        if not rewards:
+            raise InputError(
+                f"none of {len(scores)} scores could be read: take a judge that follows instructions better"
+            )
+        found[name], failed[name] = bootstrap_mean(rewards), len(scores) - len(rewards)
         if version != BASE:
-            won = answers_against(scorer, prompts, answers, others)
+            won = win_rate(scorer, prompts, texts, [one.text for one in others])
             found |= {f"{name}_win_rate": won.win_rate, f"{name}_win_rate_lc": won.length_controlled}
             failed[f"{name}_win_rate"] = won.failed
     return {"metrics": {name: list(value) for name, value in found.items()}, "failed": failed}

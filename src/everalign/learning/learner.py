@@ -17,7 +17,7 @@ from everalign.errors import EveralignError, InputError, located, naming_nondete
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
 from everalign.learning.context import Log, Progress, RunContext, make_context
-from everalign.learning.evaluation_suite import EvaluationSuite
+from everalign.learning.evaluation_suite import EvaluationSuite, compare_written, own_answers, write_corrections
 from everalign.learning.export import export_adapter, export_version
 from everalign.learning.options import (
     DEFAULT_OBJECTIVE,
@@ -39,7 +39,6 @@ from everalign.learning.promotion import (
 from everalign.learning.run_data import BASE, RunData
 from everalign.learning.run_files import Verdict
 from everalign.learning.run_store import RunDirectory, data_facts, version_name
-from everalign.learning.sample_answers import compare_written, own_answers, write_corrections
 from everalign.learning.scores import Scores
 from everalign.learning.task_files import loaders
 from everalign.learning.task_training import AnySet, GivenTask, Rows, as_set, prepare_rows, task_seed, train_task

@@ -25,8 +25,8 @@ from everalign.errors import InputError, ShortfallError, check_shortfall
 from everalign.evaluation.scoring import score_rows
 from everalign.learning.context import RunContext
 from everalign.learning.options import RolloutOptions
-from everalign.modeling.options import SamplingOptions
 from everalign.modeling.sampling import Samples, check_prompts, sample_journalled
+from everalign.options import SamplingOptions
 from everalign.storage import Journal
 
 

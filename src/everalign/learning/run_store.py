@@ -35,7 +35,7 @@ from everalign.learning import run_files
 from everalign.learning.options import TrainingOptions
 from everalign.learning.promotion import check_output, check_version, exclusive_run, promote
 from everalign.learning.run_data import BASE, BASE_ADAPTER, BASE_MODEL, ZERO_SHOT, RunData, RunReader, work_folder
-from everalign.learning.sample_answers import Answers
+from everalign.learning.run_files import Answers
 from everalign.methods import Method
 from everalign.methods.base import ModuleRecord
 from everalign.modeling.base_adapter import adapter_files

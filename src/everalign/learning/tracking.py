@@ -66,7 +66,10 @@ class Tracker:
         self._services: list[_Service] = []
         self._before = self._total = 0  # steps of earlier stages, and of the run
         if rank() == 0 and self._path.exists():
-            _mend(self._path)
+            # A kill may have cut the last line.
+            text = self._path.read_bytes()
+            if text and not text.endswith(b"\n"):
+                write_text(self._path, text[: text.rfind(b"\n") + 1].decode())
             self._total = sum(_stage_steps(_read(self._path)).values())
 
     def connect(self, arguments: Callable[[], TrainingArguments]) -> None:
@@ -138,13 +141,6 @@ def _read(path: Path) -> list[LoggedStep]:
         return read_json_lines(path, LoggedStep)
     except InputError as error:
         raise InputError(f"{error}; or delete the file, which holds training curves alone") from error
-
-
-def _mend(path: Path) -> None:
-    """Drop a last line that a kill has cut."""
-    text = path.read_bytes()
-    if text and not text.endswith(b"\n"):
-        write_text(path, text[: text.rfind(b"\n") + 1].decode())
 
 
 def _stage_steps(lines: Sequence[LoggedStep]) -> dict[tuple[str, int, int], int]:

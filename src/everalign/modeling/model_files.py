@@ -25,8 +25,8 @@ from transformers.core_model_loading import (
 )
 
 from everalign.errors import EveralignError, InputError
+from everalign.modeling.base_weights import plain_weights
 from everalign.modeling.loading import load_model
-from everalign.modeling.quantization import plain_weights
 from everalign.storage import read_json, write_json
 
 OutputDtype = Literal["auto", "fp32", "bf16", "fp16"]

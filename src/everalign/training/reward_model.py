@@ -31,10 +31,9 @@ from everalign.data.records import PreferenceSet
 from everalign.data.tokenization import TokenizedRow, TokenizedRows, check_end, pad_right, tokenize_preferences
 from everalign.distributed import on_main, start
 from everalign.errors import InputError
+from everalign.modeling.base_weights import check_all_weights, check_library
 from everalign.modeling.loading import load_tokenizer, resolve_precision, sequence_limit
 from everalign.modeling.machine import library_versions, machine_facts
-from everalign.modeling.options import Precision
-from everalign.modeling.quantization import check_all_weights, check_library
 from everalign.modeling.reward_model import (
     RewardFacts,
     RewardNetwork,
@@ -49,6 +48,7 @@ from everalign.modeling.reward_model import (
 from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.modeling.trainable import computing_on
 from everalign.objectives import bradley_terry_loss, calibrating_temperature, dpo_loss, pair_calibration_error
+from everalign.options import Precision
 from everalign.storage import check_free, exclusive, lock_of
 from everalign.training.base_objective import Metrics, Objective
 from everalign.training.options import ObjectiveOptions, RewardOptions, StageOptions

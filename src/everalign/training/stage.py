@@ -21,8 +21,8 @@ from everalign.data.collate import TrainingPlan, largest_token, training_plan
 from everalign.data.tokenization import TokenizedRow
 from everalign.distributed import gather, on_main, start
 from everalign.errors import DivergedError, InputError, naming_nondeterministic
-from everalign.modeling.options import Checkpointing
 from everalign.modeling.runtime import SavedBytes, free_memory, language_model, recomputable_layers, recomputing
+from everalign.options import Checkpointing
 from everalign.storage import checksums, differing_files, new_folder, read_json, write_json, writing
 from everalign.training.base_objective import Objective
 from everalign.training.hooks import Stage, StageHooks
