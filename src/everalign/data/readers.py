@@ -431,6 +431,14 @@ def first_columns(source: Source, split: str, columns: tuple[str, ...]) -> set[s
     return {name for name in columns if first.get(name) is not None}
 
 
+def check_learnable(train: RowSet[Any], test: RowSet[Any] | None, allow_overlap: bool) -> None:
+    """Refuses sets without rows, and a test set that shares rows with the training set unless that is allowed."""
+    for rows in (train, *([] if test is None else [test])):
+        if not rows:
+            raise InputError(f"{rows.source}: no rows in it")
+    check_disjoint(train, test or (), allow=allow_overlap)
+
+
 def check_disjoint(train: Iterable[Row], test: Iterable[Row], allow: bool = False) -> tuple[str, ...]:
     """Refuses a test set that shares rows, of the same prompt and answers, with the training set.
 

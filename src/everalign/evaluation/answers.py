@@ -125,7 +125,8 @@ def write_answers(
     options = SamplingOptions(completions=1, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens)
     check_prompts(tokenizer, prompts, options)
     form = ChatFormat(tokenizer)
-    keys = [_key(name, max_new_tokens, ids) for ids in form.encode_prompts(prompts)]
+    facts = [json.dumps([name, max_new_tokens, ids]) for ids in form.encode_prompts(prompts)]
+    keys = [hashlib.sha256(one.encode()).hexdigest() for one in facts]
     found = journal.read(keys)
     missing = list({key: i for i, key in enumerate(keys) if key not in found}.items())
     # Prompts of one length are padded least.
@@ -138,10 +139,6 @@ def write_answers(
         found |= fresh
         progress(len(keys) - len(missing) + start + len(batch), len(keys))
     return [Answer(*found[key]) for key in keys]
-
-
-def _key(*facts: object) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def response_log_probs(

@@ -37,7 +37,7 @@ from everalign.modeling.base_weights import check_device_map
 from everalign.modeling.loading import load_base, load_tokenizer
 from everalign.modeling.lora import WEIGHTS
 from everalign.modeling.policy import Policy
-from everalign.modeling.prompt_pool import PROMPTS_FILE, PromptShape
+from everalign.modeling.prompt_pool import PROMPTS_FILE
 from everalign.modeling.runtime import prepare_process, training_device
 from everalign.storage import Journal, exclusive, lock_of, sha256_of, write_json
 
@@ -260,8 +260,13 @@ class _Runner:
             raise InputError(f"{facts.model}: is not the model that {run.path} was begun with")
         shape = {name: facts.settings[name] for name in AdapterOptions.model_fields if name in facts.settings}
         options = AdapterOptions(**shape)
-        self.policy = Policy(model, options.rank, options.alpha, options.module_names(), prompts=_prompts(run))
+        # The size of the pool that the run's method learns; None for an adapter.
+        arguments = facts.method.model_dump(exclude={"gamma"})  # which is the objective's, too
+        known = METHODS.get(arguments["name"])
+        pool = None if known is None or known.prompts is None else make_method(**arguments).prompts
+        self.policy = Policy(model, options.rank, options.alpha, options.module_names(), prompts=pool)
         self.max_length = int(facts.settings.get("max_length", 1024))
+        self.longest = max(self.max_length, 768) + settings.max_new_tokens
         versions = [version.id for version in run.versions]
         self.versions = versions if settings.every else versions[-1:]
         self.journal = Journal(run.path / "evaluation" / "answers.sqlite")
@@ -306,13 +311,6 @@ class _Runner:
         else:
             own = self.run.adapters_at(at).get(self._labels[task] if self._labels else None)
         return None if own is None else self.run.path / "versions" / own.id / "adapter"
-
-
-def _prompts(run: RunData) -> PromptShape | None:
-    """The size of the pool that the run's method learns; None for an adapter."""
-    arguments = run.facts.method.model_dump(exclude={"gamma"})  # which is the objective's, too
-    known = METHODS.get(arguments["name"])
-    return None if known is None or known.prompts is None else make_method(**arguments).prompts
 
 
 def _written(runner: _Runner, prompts: Prompts, base: bool = False) -> dict[str, dict[str, list[Answer]]]:
@@ -363,7 +361,7 @@ def _metrics(
         if settings.likelihoods:
             found |= _likelihoods(runner, rows, base)
     if settings.likelihoods and version != BASE and any(texts):
-        found["kl"] = kl_to_base(runner.policy, runner.tokenizer, prompts, answers, max_length=_long(runner))
+        found["kl"] = kl_to_base(runner.policy, runner.tokenizer, prompts, answers, max_length=runner.longest)
     for name, scorer in scorers.items():
         scores = judged_scores(scorer, prompts, texts)
         rewards = [score for score in scores if score is not None]
@@ -377,10 +375,6 @@ def _metrics(
             found |= {f"{name}_win_rate": won.win_rate, f"{name}_win_rate_lc": won.length_controlled}
             failed[f"{name}_win_rate"] = won.failed
     return {"metrics": {name: list(value) for name, value in found.items()}, "failed": failed}
-
-
-def _long(runner: _Runner) -> int:
-    return max(runner.max_length, 768) + runner.settings.max_new_tokens
 
 
 def _likelihoods(runner: _Runner, rows: Sequence[HeldOutPrompt], base: dict[str, ResponseLogProbs]) -> dict[str, Any]:
@@ -398,7 +392,7 @@ def _likelihoods(runner: _Runner, rows: Sequence[HeldOutPrompt], base: dict[str,
             runner.tokenizer,
             [prompt for prompt, _ in given],
             [response for _, response in given],
-            max_length=_long(runner),
+            max_length=runner.longest,
             tokens_per_batch=_TOKENS_PER_BATCH,
         )
         if name == "reference":

@@ -261,7 +261,7 @@ class EvaluationSuite:
     def policies(self) -> Labelled:
         """Return the policy as it is now, of every label that test sets have."""
         found: Labelled = {}
-        for label in self._labels():
+        for label in dict.fromkeys(map(self._label, self._sets)):
             with self._answering(label):
                 found[label] = self._setup.policy.snapshot()
         return found
@@ -289,7 +289,7 @@ class EvaluationSuite:
     def answers(self) -> Answers:
         """Write the policy's answers to the prompts that the base model has answered."""
         found: Answers = {}
-        for label in self._labels():
+        for label in dict.fromkeys(map(self._label, self._sets)):
             with self._answering(label):
                 sets = {name: test for name, test in self._sets.items() if self._label(name) == label}
                 found |= answer_again(self._setup, self._first_answers, sets)
@@ -301,9 +301,6 @@ class EvaluationSuite:
 
     def _label(self, name: str) -> str | None:
         return self._facts[name]["label"]  # type: ignore[no-any-return]
-
-    def _labels(self) -> list[str | None]:
-        return list(dict.fromkeys(map(self._label, self._sets)))
 
     def _answering(self, label: str | None) -> AbstractContextManager[None]:
         return self._setup.method.answering(self._setup.policy, label)

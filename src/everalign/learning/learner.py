@@ -36,7 +36,7 @@ from everalign.learning.promotion import (
     refusal,
     roll_back,
 )
-from everalign.learning.run_data import BASE, RunData
+from everalign.learning.run_data import BASE, RunData, work_folder
 from everalign.learning.run_files import Verdict
 from everalign.learning.run_store import RunDirectory, data_facts, version_name
 from everalign.learning.scores import Scores
@@ -338,7 +338,7 @@ class Learner:
         before_task = self.policy.snapshot() if method.starts_elsewhere else None
         method.begin_task(self.policy, task)
         method_seconds = time.process_time() - busy
-        result = train_task(setup, task, prepared, self._run.work(version), before_task)
+        result = train_task(setup, task, prepared, work_folder(self._run.path, version), before_task)
         scored, moved_from = self._scored(name), previous if self._drift else None
         before_consolidation = tests.scores(previous, scored) if method.consolidates and self._drift else None
         busy = time.process_time()

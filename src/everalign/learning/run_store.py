@@ -173,10 +173,6 @@ class RunDirectory:
                     "use the same settings, or another output directory"
                 )
 
-    def work(self, name: str) -> Path:
-        """Returns the folder for checkpoints of the task that becomes version `name`."""
-        return work_folder(self.path, name)
-
     @on_main
     def write_zero_shot(
         self, scores: Mapping[str, PreferenceScore], tests: Mapping[str, Any], answers: Answers

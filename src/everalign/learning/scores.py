@@ -40,7 +40,12 @@ class Scores:
 
     def __post_init__(self) -> None:
         _check_shapes(self)
-        _check_finite(self)
+        rows = [("zero_shot", self.zero_shot)]
+        rows += [(f"row {i} of the score matrix", row) for i, row in enumerate(self.matrix, 1)]
+        for where, row in rows:
+            for task, score in zip(self.tasks, row, strict=True):
+                if score is not None and not math.isfinite(score):
+                    raise InputError(f"{where}: the score on task {task!r} is {score}, not a finite number")
         _check_regime(self)
 
     @classmethod
@@ -168,16 +173,6 @@ def _check_shapes(scores: Scores) -> None:
             )
     if scores.regime not in get_args(Regime):
         raise InputError(f"regime {scores.regime!r} is none of {list(get_args(Regime))}")
-
-
-def _check_finite(scores: Scores) -> None:
-    rows = [("zero_shot", scores.zero_shot)] + [
-        (f"row {i + 1} of the score matrix", row) for i, row in enumerate(scores.matrix)
-    ]
-    for where, row in rows:
-        for task, score in zip(scores.tasks, row, strict=True):
-            if score is not None and not math.isfinite(score):
-                raise InputError(f"{where}: the score on task {task!r} is {score}, not a finite number")
 
 
 def _check_regime(scores: Scores) -> None:

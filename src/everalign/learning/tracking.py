@@ -86,11 +86,18 @@ class Tracker:
 
     def figures(self, attempt: Attempt, step: int, figures: Mapping[str, float]) -> None:
         """Take what was measured at a step; called first without figures, with the step that a stage begins after."""
-        if rank() == 0:
-            if figures:
-                self._write(attempt, step, figures)
-            else:
-                self._begin(attempt, step)
+        if rank() == 0 and not figures:
+            self._begin(attempt, step)
+        elif rank() == 0:
+            measured = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            place = {"task": attempt.task, "version": attempt.version, "round": attempt.round, "stage": attempt.stage}
+            line = {**place, "stage_number": attempt.number, "step": step, "time": round(time.time(), 3), **measured}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._total = self._before + step
+            known = {name: value for name, value in measured.items() if value is not None and name != "steps"}
+            for service in self._services:
+                service.log(self._total, known)
         self._shown(attempt.stage, step, figures)
 
     def task_done(
@@ -124,16 +131,6 @@ class Tracker:
         own = (attempt.version, attempt.round, attempt.number)
         self._before = sum(steps for stage, steps in _stage_steps(kept).items() if stage != own)
         self._total = self._before + step
-
-    def _write(self, attempt: Attempt, step: int, figures: Mapping[str, float]) -> None:
-        measured = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        place = {"task": attempt.task, "version": attempt.version, "round": attempt.round, "stage": attempt.stage}
-        line = {**place, "stage_number": attempt.number, "step": step, "time": round(time.time(), 3), **measured}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._total = self._before + step
-        for service in self._services:
-            service.log(self._total, {n: value for n, value in measured.items() if value is not None and n != "steps"})
 
 
 def _read(path: Path) -> list[LoggedStep]:

@@ -11,7 +11,6 @@ from torch.nn.functional import huber_loss
 from everalign.data.collate import Batch, Review
 from everalign.data.replay import AnyRow, ReplayBuffer
 from everalign.data.rows import RowSet
-from everalign.data.tokenization import TokenizedRow
 from everalign.errors import InputError
 from everalign.methods.base import Method, ModuleRecord, Task, check_share, check_strength
 from everalign.modeling.policy import Policy
@@ -51,9 +50,18 @@ class Anchors:
         values = [torch.zeros(len(row.responses)) for row in stage.rows]
         signs = [torch.zeros(len(row.responses)) for row in stage.rows]
         for number, kept in zip(replayed, self._kept, strict=True):
+            weights = torch.tensor(stage.rows[number].weights, dtype=torch.float64)
             # A row whose responses changed in number since has no anchor.
-            if len(kept) == len(values[number]):
-                values[number], signs[number] = kept, _signs(stage.rows[number], stage.objective.first_is_best)
+            if len(kept) != len(values[number]):
+                continue
+            values[number] = kept
+            # 1 for a response that is to stay likely, −1 for one that is to stay unlikely, 0 for one in between.
+            if stage.objective.first_is_best or len(weights) == 1:
+                signs[number] = torch.tensor([1.0] + [-1.0] * (len(weights) - 1))
+            else:
+                above = weights - weights.mean()
+                # The mean of equal numbers is not always that number.
+                signs[number] = torch.where(above.abs() > _EQUAL * weights.max(), above.sign(), 0.0).float()
         return RowTerms(values={VALUES: values, _SIGNS: signs})
 
     def row_loss(self, logprobs: Tensor, batch: Batch) -> Tensor | None:
@@ -86,16 +94,6 @@ class Anchors:
         """Restore what `state_dict` returned."""
         found = "anchors" in state
         self._kept = list(torch.split(state["anchors"], state["anchor_sizes"].tolist())) if found else []
-
-
-def _signs(row: TokenizedRow, first_is_best: bool) -> Tensor:
-    """Return 1 for a response that is to stay likely, −1 for one that is to stay unlikely, 0 for one in between."""
-    if first_is_best or len(row.weights) == 1:
-        return torch.tensor([1.0] + [-1.0] * (len(row.weights) - 1))
-    weights = torch.tensor(row.weights, dtype=torch.float64)
-    above = weights - weights.mean()
-    # The mean of equal numbers is not always that number.
-    return torch.where(above.abs() > _EQUAL * weights.max(), above.sign(), 0.0).float()
 
 
 class SequentialFineTuning(Method):

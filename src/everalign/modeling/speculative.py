@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from everalign.deadlines import check_deadline
+from everalign.deadlines import current
 from everalign.errors import InputError
 from everalign.modeling.decoding import FINISHED_SHARE, RaggedModel, RaggedRows
 
@@ -246,7 +246,8 @@ class DraftDecoder:
         Raises:
             DeadlineOver: this thread's work has a deadline, and it is over.
         """
-        check_deadline()
+        if (deadline := current()) is not None:
+            deadline.check()
         first = self._cache.passes == 0
         if first:
             row_cost, token_cost = self._costs
