@@ -172,21 +172,19 @@ class _Service:
 
     def _begun(self, step: int) -> Any:
         if self._callback is None:
-            self._callback = self._make(step)
+            [kind] = get_reporting_integration_callbacks([self._name])
+            if self._name == "wandb":
+                os.environ.setdefault("WANDB_PROJECT", _PROJECT)
+            if self._name == _TENSORBOARD:
+                from torch.utils.tensorboard import SummaryWriter
+
+                # What an interrupted call logged after this step is hidden: it is trained, and logged, again.
+                self._callback = kind(SummaryWriter(str(self._run / _TENSORBOARD), purge_step=step))
+            else:
+                self._callback = kind()
             self._callback.on_train_begin(*self._arguments(step), model=None)
             atexit.register(self._end)
         return self._callback
-
-    def _make(self, step: int) -> Any:
-        [kind] = get_reporting_integration_callbacks([self._name])
-        if self._name == "wandb":
-            os.environ.setdefault("WANDB_PROJECT", _PROJECT)
-        if self._name == _TENSORBOARD:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # What an interrupted call logged after this step is hidden: it is trained, and logged, again.
-            return kind(SummaryWriter(str(self._run / _TENSORBOARD), purge_step=step))
-        return kind()
 
     def _arguments(self, step: int) -> tuple[Any, Any, Any]:
         return self._settings, TrainerState(global_step=step), TrainerControl()
