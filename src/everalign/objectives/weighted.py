@@ -126,17 +126,12 @@ def snkl_loss(
     rows = {"policy_logprobs": policy_logprobs, "reference_logprobs": reference_logprobs, "rewards": rewards}
     same_shapes(**rows, groups=segments.index)
     log_ratio = full_precision(policy_logprobs) - full_precision(reference_logprobs.detach())
-    rewards = rewards.detach().double()
-    scores = rewards / temperature
     if check_finite:
         alone = segments.ids[segments.sizes == 1].tolist()
         if alone:
             raise ValueError(f"{len(alone)} group(s) have one response, from which nothing is learned: {alone[:5]}")
         finite_rows(log_ratio, "log-ratio")
-        finite_or_minus_inf(rewards, "reward")
-        warn_of_dead_groups(rewards, segments)
-        finite_or_minus_inf(scores, "reward / temperature")
-    labels = _segment_log_softmax(scores, segments).masked_fill(scores.isneginf(), -torch.inf)
+    labels = _label_log_probs(rewards, segments, temperature, check_finite)
     found = _segment_log_softmax(log_ratio, segments)
     # A label of probability 0 adds nothing, while 0 * -inf would be NaN.
     difference = (labels.to(found.dtype) - found).masked_fill(labels.isneginf(), 0.0)
@@ -148,6 +143,16 @@ def non_negative(weights: Tensor) -> Tensor:
     if bool((finite_rows(weights, "weight") < 0).any()):
         raise ValueError(f"every weight must be at least 0: row {(weights < 0).nonzero()[0].item()} is negative")
     return weights
+
+
+def _label_log_probs(rewards: Tensor, segments: Segments, temperature: float, check_finite: bool) -> Tensor:
+    rewards = rewards.detach().double()
+    scores = rewards / temperature
+    if check_finite:
+        finite_or_minus_inf(rewards, "reward")
+        warn_of_dead_groups(rewards, segments)  # names the caller's caller, so that this stays a function
+        finite_or_minus_inf(scores, "reward / temperature")
+    return _segment_log_softmax(scores, segments).masked_fill(scores.isneginf(), -torch.inf)
 
 
 def _segment_log_softmax(scores: Tensor, segments: Segments) -> Tensor:
