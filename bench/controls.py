@@ -16,7 +16,7 @@ from everalign.data.replay import AnyRow
 from everalign.errors import InputError
 from everalign.memory import Consolidation, LowRankUpdate, MemoryBank, consolidate, integrate
 from everalign.methods import ExperienceReplay, LifeAlign, Task
-from everalign.methods.anchors import VALUES, Anchors
+from everalign.methods.baselines import VALUES, Anchors
 from everalign.training.hooks import RowTerms, Stage
 
 

@@ -22,8 +22,8 @@ from everalign.correction.corrector_files import load_corrector_files
 from everalign.data import Correction
 from everalign.modeling.decoding import RaggedModel
 from everalign.modeling.loading import load_model, load_tokenizer
-from everalign.modeling.options import Precision
 from everalign.modeling.speculative import DraftDecoder
+from everalign.options import Precision
 
 Tokens = list[list[int]]
 

@@ -38,10 +38,9 @@ from everalign.correction.options import CorrectorOptions
 from everalign.correction.tokenization import both, tokenize_corrections
 from everalign.correction.training import train_corrector
 from everalign.data import Correction, CorrectionSet, PreferenceSet
-from everalign.evaluation.answers import write_answers
+from everalign.evaluation.answers import win_rate, write_answers
 from everalign.evaluation.scorers import RewardModel
 from everalign.evaluation.scoring import ScorerApprover, compare_answers
-from everalign.evaluation.win_rates import win_rate
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process

@@ -34,11 +34,11 @@ from everalign.data.chat_tokens import ChatFormat
 from everalign.data.rows import spread
 from everalign.evaluation.scorers import RewardModel
 from everalign.modeling.loading import load_model, load_tokenizer
-from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.reward_model import read_reward_facts
 from everalign.modeling.runtime import prepare_process
 from everalign.modeling.sampling import sample_completions
+from everalign.options import SamplingOptions
 from everalign.storage import json_line, write_json, write_text
 from everalign.training.options import RewardOptions
 from everalign.training.reward_model import train_reward_model

@@ -25,10 +25,10 @@ from everalign.data.tokenization import drop_overlong, tokenize_preferences
 from everalign.evaluation import HeldOut, score_preferences
 from everalign.evaluation.scorers import RewardModel
 from everalign.modeling.loading import load_model, load_tokenizer
-from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process
 from everalign.modeling.sampling import sample_completions
+from everalign.options import SamplingOptions
 from everalign.storage import exclusive
 from everalign.training.options import RewardOptions, StageOptions
 from everalign.training.reference import sequence_logprobs

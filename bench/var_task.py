@@ -17,9 +17,9 @@ from everalign.data.collate import collate
 from everalign.data.messages import Prompt
 from everalign.data.tokenization import TokenizedRow
 from everalign.demo.world import TOPICS, Question, answer, questions, styles
-from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.sampling import Samples, sample_completions
+from everalign.options import SamplingOptions
 
 EVERYDAY = {"plain": 0.1, "courteous": 0.4, "plain-steps": 0.6, "courteous-steps": 1.0}
 RISKY = {

@@ -20,8 +20,8 @@ from rich.table import Table
 from everalign import AdapterOptions, Learner, TrainingOptions
 from everalign.data import PreferenceSet, load_preferences
 from everalign.methods import make_method
-from everalign.modeling.options import SamplingOptions
 from everalign.modeling.sampling import greedy_answers
+from everalign.options import SamplingOptions
 
 HERE = Path(__file__).parent
 TASKS = ("helpful-and-safe", "returns", "tone", "new-returns")

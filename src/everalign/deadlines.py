@@ -83,13 +83,6 @@ def current() -> Deadline | None:
     return _current.get()
 
 
-def check_deadline() -> None:
-    """Raise DeadlineOver if this thread has a deadline and it is over."""
-    deadline = _current.get()
-    if deadline is not None:
-        deadline.check()
-
-
 def call_in_thread(call: Callable[[], _Result], name: str) -> "asyncio.Future[_Result]":
     """Start a call in a daemon thread of its own; return a future of its result. Cancelling it does not end the call.
 

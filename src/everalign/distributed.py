@@ -430,11 +430,17 @@ def _agree(group: _Group, message: str, code: int, show: Callable[[str], None], 
     others = [number for number in range(group.size) if number != group.rank]
     end, told = time.monotonic() + _REPORTS, dict[int, Any]()
     while time.monotonic() < end and len(told) < len(others):
-        told |= {number: _read(group.store, number) for number in others if group.store.check([f"failed/{number}"])}
+        told |= {
+            number: json.loads(group.store.get(f"failed/{number}"))
+            for number in others
+            if group.store.check([f"failed/{number}"])
+        }
         causes = [number for number in sorted(told) if not told[number]["lost"]]
         if causes and (lost or causes[0] < group.rank):
             # The first of them prints it, and must not be ended while it does.
-            _wait_for(group.store, "printed")
+            end = time.monotonic() + _PRINTED
+            while time.monotonic() < end and not group.store.check(["printed"]):
+                time.sleep(0.02)
             return int(told[causes[0]]["code"])
         time.sleep(0.02)
     if lost:
@@ -448,16 +454,6 @@ def _agree(group: _Group, message: str, code: int, show: Callable[[str], None], 
         show(message if same and group.rank == 0 else f"{_name(group.rank, group.size)}: {message}")
     group.store.set("printed", "1")
     return code
-
-
-def _read(store: Any, number: int) -> dict[str, Any]:
-    return json.loads(store.get(f"failed/{number}"))  # type: ignore[no-any-return]
-
-
-def _wait_for(store: Any, key: str) -> None:
-    end = time.monotonic() + _PRINTED
-    while time.monotonic() < end and not store.check([key]):
-        time.sleep(0.02)
 
 
 def _name(number: int, size: int) -> str:

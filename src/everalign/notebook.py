@@ -8,15 +8,13 @@ from typing import Any
 Progress = Callable[[str, int, int], None]
 
 
-def in_notebook() -> bool:
-    """Whether this is the kernel of a notebook, such as Jupyter's or Colab's."""
-    shell = sys.modules.get("IPython")
-    return "ipykernel" in sys.modules and shell is not None and shell.get_ipython() is not None
-
-
 def default_progress() -> Progress:
     """Returns what shows progress where the caller gives nothing: a bar in a notebook, nothing elsewhere."""
-    return _Bar() if in_notebook() else lambda stage, done, total: None
+    shell = sys.modules.get("IPython")
+    # The kernel of a notebook, such as Jupyter's or Colab's.
+    if "ipykernel" in sys.modules and shell is not None and shell.get_ipython() is not None:
+        return _Bar()
+    return lambda stage, done, total: None
 
 
 class _Bar:

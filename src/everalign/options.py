@@ -10,9 +10,10 @@ import difflib
 import inspect
 import types
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from everalign.errors import InputError
@@ -185,3 +186,29 @@ def first_problem(model: type[BaseModel], error: ValidationError) -> Problem:
     if field is None:
         return Problem(where, f": {found['msg']}")
     return Problem(where, f" must be {declared(field).allowed}, found {found['input']!r}")
+
+
+# What models are loaded and sampled with, in every room.
+Precision = Literal["fp32", "bf16"]
+PrecisionChoice = Literal["auto", "fp32", "bf16"]
+Quantize = Literal["nf4"]
+Checkpointing = Literal["auto", "on", "off"]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class SamplingOptions(Options):
+    """How completions are drawn."""
+
+    completions: Count = Field(default=4, description="Completions drawn independently for each prompt (K).")
+    temperature: PositiveFloat = Field(default=1.0, description="Divides the logits; 1 draws from the policy itself.")
+    max_new_tokens: Count = Field(default=256, description="Longest completion in tokens, its end mark included.")
+    max_prompt_tokens: Count = Field(default=1024, description="Longer prompts are an error.")
+
+
+def check_model_path(name: str) -> None:
+    """Refuses a model whose name can only be a path where nothing is; the Hub would be asked for minutes."""
+    file = Path(name).suffix.lower() == ".gguf"
+    only_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or file
+    if only_path and not Path(name).exists():
+        raise InputError(f"there is no model {'file' if file else 'folder'} {name}")

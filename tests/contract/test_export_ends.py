@@ -10,7 +10,7 @@ from everalign import AdapterOptions
 from everalign.data import PreferenceSet
 from everalign.data.chat_template import DEFAULT_CHAT_TEMPLATE
 from everalign.methods import SequentialFineTuning
-from everalign.modeling.stopping import write_ends
+from everalign.modeling.sampling import write_ends
 from learner_for_tests import make_learner, task_rows
 from models_for_tests import random_model
 from tokenizers_for_tests import CHATML, NO_END, byte_tokenizer
@@ -165,8 +165,8 @@ def test_a_corrector_s_folder_names_the_end_of_corrections(tmp_path):
 
 
 def test_what_is_sampled_stops_at_the_same_tokens(chatting):
-    from everalign.modeling.options import SamplingOptions
     from everalign.modeling.sampling import sample_completions
+    from everalign.options import SamplingOptions
 
     options = SamplingOptions(completions=2, temperature=0.01, max_new_tokens=20)
     with torch.no_grad():

@@ -21,10 +21,10 @@ from everalign.data.tokenization import TokenizedRow
 from everalign.errors import InputError
 from everalign.modeling.architecture import study
 from everalign.modeling.decoding import RaggedModel, RaggedRows
-from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.positions import Stretch
 from everalign.modeling.sampling import sample_completions
+from everalign.options import SamplingOptions
 from everalign.training.reference import sequence_logprobs
 from models_for_tests import SHAPE, perturb
 from tokenizers_for_tests import byte_tokenizer

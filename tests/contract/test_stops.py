@@ -13,11 +13,10 @@ from everalign.correction.templates import get_template
 from everalign.correction.tokenization import CorrectionEncoder
 from everalign.data.chat_template import DEFAULT_CHAT_TEMPLATE
 from everalign.data.chat_tokens import encode_prompt, encode_response
-from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.positions import Lengths
-from everalign.modeling.sampling import sample_completions
-from everalign.modeling.stopping import TurnEnd, special_stop_ids, stop_token_ids, turn_end
+from everalign.modeling.sampling import TurnEnd, sample_completions, special_stop_ids, stop_token_ids, turn_end
+from everalign.options import SamplingOptions
 from models_for_tests import random_model
 from tokenizers_for_tests import CHATML, NO_END, NO_SYSTEM, byte_tokenizer, piece_tokenizer
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from everalign.errors import EveralignError, InputError
-from everalign.modeling.options import SamplingOptions
 from everalign.modeling.sampling import sample_journalled
+from everalign.options import SamplingOptions
 from everalign.storage import Journal, exclusive, lock_of
 
 # ---- the journal ----

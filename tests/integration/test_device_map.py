@@ -9,7 +9,7 @@ from cli_for_tests import run as cli
 from everalign.data.collate import collate
 from everalign.errors import InputError
 from everalign.learning.run_data import load_run
-from everalign.modeling import device_map
+from everalign.modeling import base_weights
 from everalign.modeling.loading import load_base, load_model
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import recomputable_layers, recomputing
@@ -48,7 +48,7 @@ def test_layers_on_disk_give_the_same_losses_and_gradients(file, again, monkeypa
     batch, found = collate(random_pairs(4, longest=20), shared=True), []
     for places in (None, file(OFFLOADED)):
         base = load_model(str(saved_model()), device_map=places)
-        assert device_map.is_offloaded(base) == (places is not None)
+        assert base_weights.is_offloaded(base) == (places is not None)
         policy = Policy(base, 4, 8.0)
         policy.write_long_term(random_updates(policy))
         perturb(policy).train()
@@ -86,7 +86,7 @@ def test_a_run_learns_goes_on_and_is_evaluated_with_layers_on_disk(model, file, 
 @pytest.mark.parametrize("way", ["auto", "balanced"])
 def test_a_model_that_fits_stays_in_one_piece(way):
     base, key = load_base(str(saved_model()), "fp32", device_map=way)
-    assert not device_map.is_offloaded(base)
+    assert not base_weights.is_offloaded(base)
     assert key == load_base(str(saved_model()), "fp32")[1]
 
 
@@ -94,11 +94,11 @@ def test_layers_are_spread_and_all_else_stays_with_the_first(monkeypatch):
     """As for two GPUs, of which the first is full with two layers."""
     whole = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1, "lm_head": 1}
     whole["model.rotary_emb"] = 1
-    monkeypatch.setattr(device_map, "get_balanced_memory", lambda *_, **__: {})
+    monkeypatch.setattr(base_weights, "get_balanced_memory", lambda *_, **__: {})
     monkeypatch.setattr(
-        device_map, "infer_auto_device_map", lambda *_, **__: {**whole, "model.rotary_emb": 1, "lm_head": 1}
+        base_weights, "infer_auto_device_map", lambda *_, **__: {**whole, "model.rotary_emb": 1, "lm_head": 1}
     )
-    found = device_map.places("auto", lambda: load_model(str(saved_model())), None)
+    found = base_weights.places("auto", lambda: load_model(str(saved_model())), None)
     assert found == {
         **{"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0},
         **{"model.layers.0": 0, "model.layers.1": 1},
@@ -134,12 +134,12 @@ def test_what_a_map_does_not_go_with_is_refused_before_loading(model, file, tmp_
         begin(device_map=str(tmp_path / "missing.json"))
     with pytest.raises(InputError, match="flex attention keeps its mask on one device"):
         begin(device_map="auto", attention="flex")
-    monkeypatch.setattr(device_map, "world", lambda: 2)
+    monkeypatch.setattr(base_weights, "world", lambda: 2)
     with pytest.raises(InputError, match="one process spreads a model over its devices, found 2 processes"):
         begin(device_map="auto")
     monkeypatch.undo()
     with pytest.raises(InputError, match="is merged on the CPU: write the merged model first"):
-        device_map.check_device_map("auto", "sdpa", "adapter")
+        base_weights.check_device_map("auto", "sdpa", "adapter")
 
 
 def test_quantised_layers_off_the_gpu_are_refused(file):

@@ -15,7 +15,7 @@ from everalign.data.collate import collate
 from everalign.errors import InputError
 from everalign.learning.export import export_version
 from everalign.learning.run_data import load_run
-from everalign.modeling import quantization
+from everalign.modeling import base_weights
 from everalign.modeling.loading import load_base, load_model, model_fingerprint
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import recomputable_layers, recomputing
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_the_dequantised_weights(again):
     """bitsandbytes packs weights for inference on a processor with AVX512-BF16, and gradients then pass them by."""
     batch = collate(random_pairs(4, longest=20), shared=True)
     found, of_packed = gradients(load_model(str(saved_model()), quantize="nf4"), batch, again)
-    plain = quantization.plain_weights(load_model(str(saved_model()), quantize="nf4"))
+    plain = base_weights.plain_weights(load_model(str(saved_model()), quantize="nf4"))
     expected, of_plain = gradients(plain, batch, False)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert of_packed.keys() == of_plain.keys()
@@ -198,7 +198,7 @@ def test_what_is_quantised_already_or_has_an_adapter_to_merge_is_refused(model, 
 
 
 def test_a_missing_library_is_named_before_anything_is_loaded(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    monkeypatch.setattr(base_weights, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"quantize nf4 needs bitsandbytes: pip install 'everalign\[quantize\]'"):
         make_learner(model, tmp_path / "run", **WIDE)
     assert not (tmp_path / "run" / "run.json").exists()

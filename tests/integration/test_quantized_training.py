@@ -22,7 +22,7 @@ from everalign.correction.training import corrector_report
 from everalign.data.tokenization import pad_right, tokenize_answers
 from everalign.errors import InputError
 from everalign.evaluation.scorers import RewardModel
-from everalign.modeling import quantization
+from everalign.modeling import base_weights
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, tiny_assistant_path
 from everalign.modeling.policy import Policy
 from everalign.modeling.reward_model import (
@@ -346,7 +346,7 @@ def test_what_cannot_be_quantised_is_refused_before_training(kind, tmp_path, mon
     LlamaForCausalLM(config).save_pretrained(tmp_path / "shallow")
     tokenizer.save_pretrained(tmp_path / "shallow")
     refused(kind, tmp_path, tmp_path / "shallow", "shallow has no linear modules below its head that could be quant")
-    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    monkeypatch.setattr(base_weights, "find_spec", lambda name: None)
     for part in (correction_training, reward_training):
         monkeypatch.setattr(part, "load_tokenizer", None)  # it is found before anything is loaded
     refused(kind, tmp_path, saved_model(), r"quantize nf4 needs bitsandbytes: pip install 'everalign\[quantize\]'")

@@ -9,8 +9,8 @@ from cli_for_tests import FAST, make_workspace, run, task
 from everalign.data import PreferenceSet
 from everalign.data.chat_tokens import encode_prompt
 from everalign.errors import InputError
+from everalign.learning.evaluation_suite import LONGEST_ANSWER
 from everalign.learning.run_data import load_run
-from everalign.learning.sample_answers import LONGEST_ANSWER
 from everalign.methods import SingleTask
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.reporting.answers import answer_pairs
@@ -27,7 +27,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch):
-    monkeypatch.setattr("everalign.learning.sample_answers.LONGEST_ANSWER", 24)
+    monkeypatch.setattr("everalign.learning.evaluation_suite.LONGEST_ANSWER", 24)
 
 
 def spread_rows(name, count=9):
@@ -103,7 +103,7 @@ def test_a_run_that_goes_on_keeps_its_prompts(model, tmp_path):
 
 
 def test_prompts_are_distinct_and_short_enough(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("everalign.learning.sample_answers._LONGEST_PROMPT", 20)
+    monkeypatch.setattr("everalign.learning.evaluation_suite._LONGEST_PROMPT", 20)
     rows = [{"prompt": prompt, "chosen": f"a{i}", "rejected": "b"} for i, prompt in enumerate(["q"] * 4 + ["x" * 30])]
     learner = make_learner(model, tmp_path / "run", sample_answers=4)
     learner.register_test("warm", PreferenceSet.of(rows, "test"))

@@ -10,11 +10,11 @@ from everalign.data.records import PreferenceSet
 from everalign.data.tokenization import TokenizedRow
 from everalign.errors import InputError
 from everalign.methods import METHODS, make_method
-from everalign.methods.anchors import Anchors
 from everalign.methods.base import Task
+from everalign.methods.baselines import Anchors
 from everalign.methods.ewc import fisher_diagonal
 from everalign.methods.gradient_projection import gem_projection
-from everalign.methods.slow_weights import AdapterAverage, fit_step
+from everalign.methods.lifealign import AdapterAverage, fit_step
 from everalign.training.hooks import RowTerms, Stage, StageHooks, make_batch, parameters, sum_by_row
 from everalign.training.objectives import make_objective
 from everalign.training.reference import sequence_logprobs

@@ -9,10 +9,9 @@ import torch
 from everalign.data.tokenization import TokenizedRow
 from everalign.errors import InputError
 from everalign.modeling.loading import load_model, load_tokenizer
-from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
-from everalign.modeling.sampling import Samples, _draw, _Ends, _samples, sample_completions
-from everalign.modeling.stopping import TurnEnd
+from everalign.modeling.sampling import Samples, TurnEnd, _draw, _Ends, _samples, sample_completions
+from everalign.options import SamplingOptions
 from models_for_tests import collate_chosen, perturb, random_model
 from tokenizers_for_tests import byte_tokenizer
 

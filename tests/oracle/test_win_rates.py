@@ -6,11 +6,10 @@ from scipy.optimize import minimize
 
 from chat_server_for_tests import ChatServer
 from everalign.errors import InputError
-from everalign.evaluation.judge import JudgeScorer
-from everalign.evaluation.rubrics import RUBRICS, rubric_of
+from everalign.evaluation.answers import judged_scores, length_controlled, win_rate
+from everalign.evaluation.judge import RUBRICS, JudgeScorer, rubric_of
 from everalign.evaluation.scorers import CallableScorer
 from everalign.evaluation.statistics import bootstrap_mean
-from everalign.evaluation.win_rates import judged_scores, length_controlled, win_rate
 from everalign.llm_client import ChatClient
 from everalign.storage import Journal
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from everalign.correction import filter_corrections, get_template
-from everalign.correction.filters import REASONS, jaccard, near_duplicates
+from everalign.correction.checks import REASONS, jaccard, near_duplicates
 from everalign.data import CorrectionSet
 from everalign.errors import InputError
 

@@ -6,8 +6,8 @@ from everalign.correction.objective import Rewritten
 from everalign.data import Correction
 from everalign.errors import InputError
 from everalign.evaluation.scorers import CallableScorer
+from everalign.learning.evaluation_suite import compare_written
 from everalign.learning.promotion import compare_values, judge
-from everalign.learning.sample_answers import compare_written
 from everalign.methods import LifeAlign
 from learner_for_tests import make_learner
 from models_for_tests import saved_model

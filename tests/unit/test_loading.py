@@ -24,7 +24,7 @@ from transformers.utils import is_mistral_common_available
 from everalign import AdapterOptions
 from everalign.cli import main
 from everalign.errors import InputError
-from everalign.modeling import loading, quantization, runtime
+from everalign.modeling import base_weights, loading, runtime
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint, resolve_model, tiny_assistant_path
 from learner_for_tests import held_out, make_learner, task_rows
 from models_for_tests import random_model, saved_model
@@ -329,9 +329,9 @@ def test_an_unfit_quantiser_is_refused_before_training(folder):
     model.config.quantization_config = {"quant_method": "spqr"}
     model.hf_quantizer = type("Quantizer", (HfQuantizer,), {"__init__": lambda self: None, "is_trainable": False})
     with pytest.raises(InputError, match="is quantised with spqr, on which transformers cannot train adapters"):
-        quantization.check_trainable(model, "m")
+        base_weights.check_trainable(model, "m")
     with pytest.raises(InputError, match=r"its own weights cannot be trained: give --lora-rank"):
-        quantization.check_all_weights(model, "m")
+        base_weights.check_all_weights(model, "m")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -25,7 +25,7 @@ from everalign.bench.records import Record, Run
 from everalign.data.messages import Completion, Prompt
 from everalign.data.rows import content_id
 from everalign.errors import EveralignError
-from everalign.evaluation.answers import answer_kls, response_log_probs, write_answers
+from everalign.evaluation.answers import answer_kls, length_controlled, response_log_probs, write_answers
 from everalign.evaluation.scorers import RewardModel, Scorer
 from everalign.evaluation.scoring import checked_rewards
 from everalign.evaluation.statistics import (
@@ -36,7 +36,6 @@ from everalign.evaluation.statistics import (
     holm,
     paired_permutation_test,
 )
-from everalign.evaluation.win_rates import length_controlled
 from everalign.learning.run_data import RunData
 from everalign.modeling.policy import Policy
 from everalign.storage import Journal, write_json

@@ -17,9 +17,9 @@ from everalign.bench.recipe import Bench, expanded
 from everalign.bench.records import Record, code_digest
 from everalign.errors import InputError, located
 from everalign.learning.run_store import now
+from everalign.modeling.architecture import choose_targets
 from everalign.modeling.base_adapter import base_and_adapter
 from everalign.modeling.loading import language_model_class, load_config, resolve_model
-from everalign.modeling.lora_targets import choose_targets
 from everalign.modeling.shrinking import MODEL_ERRORS, quiet
 from everalign.storage import read_model, sha256_of, write_json
 

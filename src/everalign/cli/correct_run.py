@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from everalign.bulk.job import Finished
     from everalign.correction import CorrectionOptions, Corrector
     from everalign.correction.batch import CorrectionWork
+    from everalign.correction.checks import Approver
     from everalign.correction.evaluation import CorrectionScores, EvaluationReport
-    from everalign.correction.output_checks import Approver
 
 RUN_EPILOG = (
     "Example: everalign correct run --corrector runs/corrector --data answers.jsonl --output corrections.jsonl; "

@@ -212,7 +212,7 @@ def check_inputs(model: str | None, *sources: str | None, output: Path | None = 
     An `output` folder must be new or empty.
     """
     from everalign.data.file_formats import check_source
-    from everalign.modeling.options import check_model_path
+    from everalign.options import check_model_path
     from everalign.storage import check_free
 
     check_model_path(model or "")

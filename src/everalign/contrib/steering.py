@@ -36,19 +36,18 @@ from everalign.contrib.steering_vectors import (
     shifted,
     write_steering,
 )
+from everalign.correction.checks import Approver, Guards
 from everalign.correction.corrector import CorrectionOptions, Corrector
 from everalign.correction.corrector_files import load_corrector_files
 from everalign.correction.edits import edit_share
 from everalign.correction.engines import TOKENS_PER_BATCH
 from everalign.correction.local_engine import LocalEngine
-from everalign.correction.output_checks import Approver, Guards
 from everalign.correction.tokenization import CorrectionEncoder
 from everalign.data.records import Correction, CorrectionSet
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.loading import load_model, load_tokenizer
-from everalign.modeling.options import Precision
 from everalign.modeling.runtime import training_device
-from everalign.options import Options
+from everalign.options import Options, Precision
 from everalign.storage import exclusive, lock_of
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from everalign.correction.checks import Approver, Guards
 from everalign.correction.edits import common_prefix_length
 from everalign.correction.engines import (
     TOKENS_PER_BATCH,
@@ -23,7 +24,6 @@ from everalign.correction.engines import (
     Pair,
 )
 from everalign.correction.options import CorrectorOptions
-from everalign.correction.output_checks import Approver, Guards
 from everalign.correction.sentences import GrowingCorrection
 from everalign.correction.templates import Question, Template, get_template
 from everalign.data.messages import checked_prompt
@@ -35,7 +35,7 @@ from everalign.llm_client import ChatClient
 from everalign.notebook import default_progress
 
 if TYPE_CHECKING:
-    from everalign.modeling.options import Precision
+    from everalign.options import Precision
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,12 @@ def word_diff(before: str, after: str) -> tuple[Segment, ...]:
     segments: list[Segment] = []
     removed = added = ""
     for place, step in enumerate(steps):
-        if not step.is_same or _is_bridge(steps, place):
+        changes = not step.is_same
+        if step.is_same and 0 < place < len(steps) - 1:
+            # A single word between two changes that is shorter than either.
+            least = min(max(len(near.before), len(near.after)) for near in (steps[place - 1], steps[place + 1]))
+            changes = len(words(step.before)) <= 1 and len(step.before.strip()) < least
+        if changes:
             removed, added = removed + step.before, added + step.after
             continue
         segments += [Segment("removed", removed), Segment("added", added), Segment("same", step.before)]
@@ -164,12 +169,3 @@ def _matched(old: Sequence[str], new: Sequence[str]) -> list[_Step] | None:
     else:
         return None
     return [_Step(what == "equal", "".join(old[a:b]), "".join(new[c:d])) for what, a, b, c, d in found]
-
-
-def _is_bridge(steps: Sequence[_Step], place: int) -> bool:
-    """Whether a step is a single short word between two larger changes."""
-    if not 0 < place < len(steps) - 1:
-        return False
-    kept = steps[place].before
-    least = min(max(len(step.before), len(step.after)) for step in (steps[place - 1], steps[place + 1]))
-    return len(words(kept)) <= 1 and len(kept.strip()) < least

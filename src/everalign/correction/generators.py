@@ -24,10 +24,10 @@ from everalign.modeling.loading import (
     resolve_precision,
     sequence_limit,
 )
-from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process, training_device
 from everalign.modeling.sampling import sample_journalled
+from everalign.options import SamplingOptions
 from everalign.storage import Journal, is_partial
 from everalign.text import as_written, quoted
 

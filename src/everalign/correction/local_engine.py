@@ -16,9 +16,9 @@ from everalign.data.collate import batches_by_length
 from everalign.errors import InputError
 from everalign.modeling.decoding import RaggedModel
 from everalign.modeling.loading import load_model, load_tokenizer, model_fingerprint
-from everalign.modeling.options import Precision
+from everalign.modeling.sampling import special_stop_ids
 from everalign.modeling.speculative import DraftDecoder, DraftedRow
-from everalign.modeling.stopping import special_stop_ids
+from everalign.options import Precision
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from everalign.correction.filters import LONGEST_CORRECTION, NEAR, filter_corrections
+from everalign.correction.checks import LONGEST_CORRECTION, NEAR, filter_corrections
 from everalign.correction.generators import (
     ANSWERS,
     CORRECTIONS,

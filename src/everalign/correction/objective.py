@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from everalign.correction.checks import Guards
 from everalign.correction.corrector_files import chosen_template
-from everalign.correction.output_checks import Guards
 from everalign.correction.tokenization import (
     CorrectionEncoder,
     prepare_corrections,
@@ -155,28 +155,24 @@ class CorrectionObjective(LikelihoodObjective):
         count: Callable[[int], None],
     ) -> tuple[list[str], int]:
         """Return what becomes of answers to the rows' questions, and how many corrections a guard has refused."""
+        encoder = self.encoder
 
         def correct(own: Sequence[Sequence[tuple[Correction, str]]]) -> list[tuple[list[str], int]]:
             done = []
             for batch in own:
-                done.append(self._correct_batch(policy, batch, max_length))
+                texts, refused = list[str](), 0
+                longest = max(len(encoder.response(text)) for row, _ in batch for text in (row.answer, row.correction))
+                prompts = [encoder.prompt(row.question, answer) for row, answer in batch]
+                limit = min(max_length - max(map(len, prompts)), _TIMES * longest + _MORE)
+                written = greedy_continuations(policy, prompts, encoder.ends, limit)
+                for (_, answer), ids in zip(batch, written, strict=True):
+                    text, finished = encoder.decode(ids), ids[-1] in encoder.ends
+                    objection = text != answer and Guards().first_violation(answer, text, finished, encoder.template)
+                    refused += bool(objection)
+                    texts.append(answer if objection else text)
+                done.append((texts, refused))
                 count(len(batch))
             return done
 
         found = share(correct, [pairs[start : start + _AT_ONCE] for start in range(0, len(pairs), _AT_ONCE)])
         return [text for texts, _ in found for text in texts], sum(refused for _, refused in found)
-
-    def _correct_batch(
-        self, policy: Policy, batch: Sequence[tuple[Correction, str]], max_length: int
-    ) -> tuple[list[str], int]:
-        encoder, texts, refused = self.encoder, [], 0
-        longest = max(len(encoder.response(text)) for row, _ in batch for text in (row.answer, row.correction))
-        prompts = [encoder.prompt(row.question, answer) for row, answer in batch]
-        limit = min(max_length - max(map(len, prompts)), _TIMES * longest + _MORE)
-        written = greedy_continuations(policy, prompts, encoder.ends, limit)
-        for (_, answer), ids in zip(batch, written, strict=True):
-            text, finished = encoder.decode(ids), ids[-1] in encoder.ends
-            objection = text != answer and Guards().first_violation(answer, text, finished, encoder.template)
-            refused += bool(objection)
-            texts.append(answer if objection else text)
-        return texts, refused

@@ -9,9 +9,9 @@ arXiv 2005.11185), that trades some quality for time.
 import re
 from collections.abc import Sequence
 
+from everalign.correction.checks import fence_after
 from everalign.correction.edits import Segment, word_diff
 from everalign.correction.engines import Begun
-from everalign.correction.output_checks import fence_after
 
 LEAST_BYTES = 20
 """A sentence with fewer bytes of UTF-8 is joined to the next: bytes, since dense scripts take more for a character."""
@@ -83,18 +83,15 @@ class SentenceSplitter:
             if not following and not is_whole:
                 self._undecided = match.start()
                 return
-            if self._is_end(match, following):
-                self._end_at(match.end())
+            if following[:1].islower() or self.text.count("`", self._line, match.start()) % 2:
+                continue
+            if match[0].startswith(".") and not match[0].startswith(".."):
+                before = self.text[max(self._line, match.start() - _LONGEST_WORD) : match.start()].split()
+                word = before[-1].lstrip(_CLOSERS + "([{„“«‹‚‘¿¡#-") if before else ""
+                if _UNENDED.fullmatch(word) or _ABBREVIATIONS.fullmatch(word):
+                    continue
+            self._end_at(match.end())
         self._undecided = stop
-
-    def _is_end(self, match: re.Match[str], following: str) -> bool:
-        if following[:1].islower() or self.text.count("`", self._line, match.start()) % 2:
-            return False
-        if not match[0].startswith(".") or match[0].startswith(".."):
-            return True
-        before = self.text[max(self._line, match.start() - _LONGEST_WORD) : match.start()].split()
-        word = before[-1].lstrip(_CLOSERS + "([{„“«‹‚‘¿¡#-") if before else ""
-        return not (_UNENDED.fullmatch(word) or _ABBREVIATIONS.fullmatch(word))
 
     def _end_at(self, end: int) -> None:
         if len(self.text[self.end : end].strip().encode(errors="replace")) >= self._least:

@@ -55,7 +55,20 @@ class CorrectionEncoder:
         # What the tokenizer puts before every text, such as BOS.
         marked: list[int] = tokenizer("a", verbose=False)["input_ids"]
         self._head = marked[: marked.index(self._ids("a")[0])]
-        self._anchors = self._usable_anchors()
+
+        def continues(anchor: str, probe: str) -> bool | None:
+            tokens, context = self._behind(anchor, probe), self._tokens(_CONTEXT)
+            # Decoded in a context, as some tokenizers put a space before a text's first word.
+            return None if tokens is None else self._text([*context, *tokens]) == self._text(context) + probe
+
+        # The anchors after which every probe either comes out as written or merges with the anchor.
+        found = {anchor: {continues(anchor, probe) for probe in _PROBES} for anchor in _ANCHORS}
+        self._anchors = tuple(anchor for anchor, results in found.items() if True in results and False not in results)
+        if not self._anchors:
+            raise InputError(
+                f"{self._name}: this tokenizer changes the text that it is given to continue, so a correction would "
+                "not be what is learned; use another model"
+            )
         self._template_tokens = len(self._prompt("", ""))
 
     # ---- prompts ----
@@ -154,23 +167,6 @@ class CorrectionEncoder:
             "response": self.response(_FINGERPRINTED),
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-    def _usable_anchors(self) -> tuple[str, ...]:
-        """Return the anchors after which every probe either comes out as written or merges with the anchor."""
-
-        def continues(anchor: str, probe: str) -> bool | None:
-            tokens, context = self._behind(anchor, probe), self._tokens(_CONTEXT)
-            # Decoded in a context, as some tokenizers put a space before a text's first word.
-            return None if tokens is None else self._text([*context, *tokens]) == self._text(context) + probe
-
-        found = {anchor: {continues(anchor, probe) for probe in _PROBES} for anchor in _ANCHORS}
-        usable = tuple(anchor for anchor, results in found.items() if True in results and False not in results)
-        if not usable:
-            raise InputError(
-                f"{self._name}: this tokenizer changes the text that it is given to continue, so a correction would "
-                "not be what is learned; use another model"
-            )
-        return usable
 
     def _behind(self, anchor: str, text: str) -> list[int] | None:
         """Return the tokens of a text that follows an anchor; None where a token spans both."""

@@ -37,12 +37,13 @@ from everalign.correction.tokenization import (
     tokenize_corrections,
 )
 from everalign.data.collate import batches_by_length, collate, row_tokens
-from everalign.data.readers import check_disjoint
+from everalign.data.readers import check_learnable
 from everalign.data.records import CorrectionSet
 from everalign.data.tokenization import TokenizedRow
 from everalign.distributed import on_main, share, start
 from everalign.errors import InputError
 from everalign.modeling.base_adapter import base_and_adapter, tokenizer_folder
+from everalign.modeling.base_weights import check_all_weights, check_library, check_trainable
 from everalign.modeling.loading import (
     load_base,
     load_model,
@@ -53,12 +54,11 @@ from everalign.modeling.loading import (
 )
 from everalign.modeling.machine import library_versions, machine_facts
 from everalign.modeling.model_files import merged_into, write_checked
-from everalign.modeling.options import Precision
 from everalign.modeling.policy import Policy
-from everalign.modeling.quantization import check_all_weights, check_library, check_trainable
 from everalign.modeling.runtime import place_name, prepare_process, training_device
-from everalign.modeling.stopping import write_ends
+from everalign.modeling.sampling import write_ends
 from everalign.modeling.trainable import FullModel, computing_on
+from everalign.options import Precision
 from everalign.storage import check_free, exclusive, lock_of, new_folder
 from everalign.training.base_objective import LikelihoodObjective
 from everalign.training.stage import StageFigures, StageResult, train_stage
@@ -149,7 +149,8 @@ def train_corrector(
     folder = Path(output)
     start()
     with exclusive(lock_of(folder), "training a corrector there"):
-        _check_input(rows, test, folder, allow_overlap)
+        check_free(folder)
+        check_learnable(rows, test, allow_overlap)
         options = options or CorrectorOptions()
         check_library(options.quantize)
         template, objectives = chosen_template(model, options.template, options.objectives)
@@ -218,14 +219,6 @@ def train_corrector(
         on_main(_write_folder)(folder, learner, model, tokenizer, facts)
         on_main(shutil.rmtree)(work)
         return TrainedCorrector(folder, facts, report, results)
-
-
-def _check_input(rows: CorrectionSet, test: CorrectionSet | None, folder: Path, allow_overlap: bool) -> None:
-    check_free(folder)
-    for part in (rows, *([] if test is None else [test])):
-        if not part:
-            raise InputError(f"{part.source}: no rows in it")
-    check_disjoint(rows, test or (), allow=allow_overlap)
 
 
 def _load_learner(

@@ -181,7 +181,13 @@ class Renderer:
 
     def _answer_end(self, prompt: Sequence[Message], whole: str, start: int) -> tuple[int, bool]:
         """Returns the character at which an answer's turn ends, and whether a special token ends it."""
-        suffix = self._ending(prompt)
+        # What the template writes behind an answer to a prompt of these roles, tools and variables.
+        beside = (prompt.tools, prompt.chat_template_kwargs) if isinstance(prompt, ChatPrompt) else ()
+        key = repr(([message["role"] for message in prompt], beside))
+        if key not in self._endings:
+            text = self.render(prompt, ({"role": "assistant", "content": _SENTINEL},), opens_answer=False)
+            self._endings[key] = text[text.rfind(_SENTINEL) + len(_SENTINEL) :] if _SENTINEL in text else ""
+        suffix = self._endings[key]
         place = len(whole) - len(suffix)
         if whole.endswith(suffix) and place >= start:
             end = place + self._turn_end(suffix)
@@ -189,15 +195,6 @@ class Renderer:
         # The end depends on the answer: that of a call differs from that of a text.
         end = len(whole.rstrip())
         return end, whole[:end].endswith(self._tokens)
-
-    def _ending(self, prompt: Sequence[Message]) -> str:
-        """Returns what the template writes behind an answer to a prompt of these roles, tools and variables."""
-        beside = (prompt.tools, prompt.chat_template_kwargs) if isinstance(prompt, ChatPrompt) else ()
-        key = repr(([message["role"] for message in prompt], beside))
-        if key not in self._endings:
-            whole = self.render(prompt, ({"role": "assistant", "content": _SENTINEL},), opens_answer=False)
-            self._endings[key] = whole[whole.rfind(_SENTINEL) + len(_SENTINEL) :] if _SENTINEL in whole else ""
-        return self._endings[key]
 
     def _turn_end(self, suffix: str) -> int:
         """Returns how much of the text behind an answer ends its turn: through the first special tokens, or all."""
@@ -391,7 +388,14 @@ def template_notes(tokenizer: "PreTrainedTokenizerBase", rows: Iterable[Any]) ->
     lines += _unread(renderer, chats)
     lines += _left_out(renderer, [prompt for prompt, _ in chats])
     lines += _quoted_arguments(renderer, chats)
-    return (*lines, *_opening(renderer, chats[0][0]))
+    text = renderer.prompt(chats[0][0])
+    opening = text[renderer.completion(chats[0][0], text, "x").start :]
+    if opens_thoughts(opening):
+        lines.append(
+            f"the chat template begins an answer with {opening!r} and leaves that out of the conversation: answers "
+            "without reasoning are learned without it"
+        )
+    return tuple(lines)
 
 
 def _unread(renderer: Renderer, chats: Sequence[Chat]) -> list[str]:
@@ -449,15 +453,3 @@ def _quoted_arguments(renderer: Renderer, chats: Sequence[Chat]) -> list[str]:
                 "model is to write an object, give an object"
             ]
     return []
-
-
-def _opening(renderer: Renderer, prompt: Sequence[Message]) -> list[str]:
-    """Warns of reasoning that the template opens in the prompt and leaves out of the conversation."""
-    text = renderer.prompt(prompt)
-    rendered = renderer.completion(prompt, text, "x")
-    if not opens_thoughts(text[rendered.start :]):
-        return []
-    return [
-        f"the chat template begins an answer with {text[rendered.start :]!r} and leaves that out of the conversation: "
-        "answers without reasoning are learned without it"
-    ]

@@ -68,8 +68,18 @@ class ChatFormat:
         self.bos: int | None = tokenizer.bos_token_id
         self._renderer = Renderer(tokenizer)
         self._end_marks = tuple(special_texts(tokenizer))
-        self._head = _leading_special_tokens(tokenizer)
-        self._splitting = _splitting_tokens(tokenizer)
+        # What the tokenizer adds before every text, such as BOS, without what it adds behind.
+        plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+        marked = list(tokenizer("a", verbose=False)["input_ids"])
+        self._head = marked[: next((i for i in range(len(marked)) if marked[i : i + len(plain)] == plain), 0)]
+        # The special tokens, with their texts, that split a text into parts with independent tokens: the tokenizers
+        # library looks for them before anything else. Left out are all tokens of other tokenizers, and those that
+        # include the space around them or are searched in the normalized text.
+        self._splitting = {
+            number: token.content
+            for number, token in (tokenizer.added_tokens_decoder if tokenizer.is_fast else {}).items()
+            if token.special and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        }
 
     def prompt_text(self, prompt: Prompt) -> str:
         """Returns the prompt as the model reads it, up to the answer's first character."""
@@ -275,29 +285,6 @@ def _common_length(lists: Sequence[list[int]]) -> int:
     shortest, longest = min(lists), max(lists)  # in lexicographic order, so that the others lie between
     pairs = enumerate(zip(shortest, longest, strict=False))
     return next((i for i, (one, other) in pairs if one != other), min(len(shortest), len(longest)))
-
-
-def _leading_special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Returns the tokens that a tokenizer adds before every text, such as BOS, without those that it adds behind."""
-    plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
-    marked = list(tokenizer("a", verbose=False)["input_ids"])
-    places = (i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
-    return marked[: next(places, 0)]
-
-
-def _splitting_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
-    """Returns the special tokens, with their texts, that split a text into parts with independent tokens.
-
-    The tokenizers library looks for them before anything else. Left out are all tokens of other tokenizers, and those
-    that include the space around them or are searched in the normalized text.
-    """
-    if not tokenizer.is_fast:
-        return {}
-    return {
-        number: token.content
-        for number, token in tokenizer.added_tokens_decoder.items()
-        if token.special and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
-    }
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:

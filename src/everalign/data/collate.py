@@ -339,11 +339,6 @@ def split_by_length(batch: Batch, kind: Callable[[int], tuple[int, ...]]) -> lis
     return found
 
 
-def largest_token(row: TokenizedRow) -> int:
-    """Return the largest token id in a row's prompt and responses."""
-    return max(max(tokens, default=0) for tokens in (row.prompt, *row.responses))
-
-
 def row_tokens(row: TokenizedRow, shared: bool, prefix: int = 0) -> int:
     """Return the tokens that a row takes in a batch: its prompt once where it is shared, else once a response.
 

@@ -93,8 +93,12 @@ def check_source(source: str | os.PathLike[str], split: str = "train") -> Path |
     if isinstance(path, Path):
         # Unlike Path.exists, this is no error for names that no file can have.
         exists = os.path.exists(path)
-        if not exists and isinstance(source, str) and _may_be_on_hub(source):
-            return None
+        if not exists and isinstance(source, str):
+            # The name of a dataset, and not that of a missing file.
+            owner, _, last = source.rpartition("/")
+            file = Path(last).suffix.lower() in _FILE_ENDINGS or (bool(owner) and Path(owner).is_dir())
+            if _HUB_NAME.fullmatch(source) and not file:
+                return None
         if not exists:
             raise _error(path, "no such file")
         if path.is_dir():
@@ -114,13 +118,6 @@ def file_size(source: str) -> int:
 
 def _local_or_url(source: str | os.PathLike[str]) -> Path | str:
     return str(source) if is_url(source) else Path(source).expanduser()
-
-
-def _may_be_on_hub(name: str) -> bool:
-    """Whether this can be the name of a dataset, and is not that of a missing file."""
-    owner, _, last = name.rpartition("/")
-    in_local_folder = bool(owner) and Path(owner).is_dir()
-    return bool(_HUB_NAME.fullmatch(name)) and Path(last).suffix.lower() not in _FILE_ENDINGS and not in_local_folder
 
 
 def raw_rows(source: Any, split: str, schema: Schema, part: Part = WHOLE) -> RawRows:
@@ -164,17 +161,16 @@ def _rows_by_kind(source: Any, split: str, schema: Schema, part: Part) -> RawRow
             return jsonl_rows(path, part)
         if path is not None and name.endswith(".parquet"):
             return _parquet_rows(path, schema, part)
-        rows = _hub_rows(str(source), split, schema) if path is None else _unsplit_rows(path, name, schema)
+        # What can only be read from its beginning, and mostly is held whole.
+        if path is None:
+            rows = _hub_rows(str(source), split, schema)
+        elif name.endswith((".json", ".json.gz")):
+            rows = _json_rows(path)
+        else:
+            rows = jsonl_rows(path) if name.endswith(".jsonl.gz") else _csv_rows(path, schema)
     else:
         rows = _table_in_memory(source, schema)
     return islice(rows, part.start, part.stop)
-
-
-def _unsplit_rows(path: Path | str, name: str, schema: Schema) -> RawRows:
-    """Reads a file that can only be read from its beginning, and mostly is held whole."""
-    if name.endswith((".json", ".json.gz")):
-        return _json_rows(path)
-    return jsonl_rows(path) if name.endswith(".jsonl.gz") else _csv_rows(path, schema)
 
 
 def cut(source: Any, split: str, schema: Schema, parts: int) -> list[Part]:

@@ -78,10 +78,6 @@ def renamed(source: Source, columns: Mapping[str, str] | None) -> Source:
     return Renamed(source, dict(check_columns(columns))) if columns else source
 
 
-def _accept(value: object, where: str) -> None:
-    """Refuses nothing."""
-
-
 @dataclass(frozen=True)
 class RowReader:
     """How rows of one kind are read from raw ones. Made of functions of modules, it can be sent to other processes.
@@ -94,7 +90,7 @@ class RowReader:
 
     schema: Schema
     read: Callable[[object, str], Iterable[Row]]
-    refuse: Callable[[object, str], None] = _accept
+    refuse: Callable[[object, str], None] | None = None
 
     def rows(
         self,
@@ -126,7 +122,8 @@ class RowReader:
                     raise error from found.__cause__
                 skipped(str(error))
                 continue
-            self.refuse(value, where)
+            if self.refuse is not None:
+                self.refuse(value, where)
             yield from rows
 
 
@@ -432,6 +429,14 @@ def first_columns(source: Source, split: str, columns: tuple[str, ...]) -> set[s
     rows = (value for _, value in raw_rows(source, split, schema) if isinstance(value, Mapping))
     first = next(rows, {})
     return {name for name in columns if first.get(name) is not None}
+
+
+def check_learnable(train: RowSet[Any], test: RowSet[Any] | None, allow_overlap: bool) -> None:
+    """Refuses sets without rows, and a test set that shares rows with the training set unless that is allowed."""
+    for rows in (train, *([] if test is None else [test])):
+        if not rows:
+            raise InputError(f"{rows.source}: no rows in it")
+    check_disjoint(train, test or (), allow=allow_overlap)
 
 
 def check_disjoint(train: Iterable[Row], test: Iterable[Row], allow: bool = False) -> tuple[str, ...]:

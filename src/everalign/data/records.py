@@ -11,7 +11,6 @@ from functools import cached_property
 from numbers import Real
 from typing import Any, ClassVar
 
-from everalign.data.implicit_prompts import split_conversations, split_texts
 from everalign.data.messages import (
     PROMPT_COLUMNS,
     Completion,
@@ -23,6 +22,8 @@ from everalign.data.messages import (
     is_same,
     prompt_columns,
     prompt_of,
+    split_conversations,
+    split_texts,
 )
 from everalign.data.rows import (
     Row,

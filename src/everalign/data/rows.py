@@ -215,10 +215,6 @@ class Row:
                 raise cls.lacks(name)
 
 
-def _cut(text: str, longest: int = 200) -> str:
-    return text if len(text) <= longest else f"{text[:longest]}..."
-
-
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 
@@ -312,4 +308,5 @@ class RowSet(Sequence[AnyRow], Generic[AnyRow]):
     def __repr__(self) -> str:
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         first = f", first: {self.items[0]!r}" if self.items else ""
-        return f"{type(self).__name__}({self.source!r}, {len(self)} rows{skipped}{_cut(first)})"
+        first = first if len(first) <= 200 else f"{first[:200]}..."
+        return f"{type(self).__name__}({self.source!r}, {len(self)} rows{skipped}{first})"

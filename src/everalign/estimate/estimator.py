@@ -31,8 +31,8 @@ from everalign.learning.options import AdapterOptions, RolloutOptions
 from everalign.learning.task_files import LoadedTask
 from everalign.methods import Method
 from everalign.modeling.loading import load_tokenizer, readable_length
-from everalign.modeling.options import Precision
 from everalign.modeling.runtime import free_memory, peak_memory, prepare_process, training_device
+from everalign.options import Precision
 from everalign.training.options import WeightOptions
 from everalign.training.reference import Reference, ReferenceCache, sequence_logprobs
 from everalign.training.stage import train_stage

@@ -11,8 +11,8 @@ from typing import Any
 from everalign.estimate.machines import ONE, Layout, Machine
 from everalign.estimate.shape import ModelShape, Saved
 from everalign.estimate.work import RunPlan, TaskPlan, Work
-from everalign.learning.sample_answers import LONGEST_ANSWER
-from everalign.modeling.options import Checkpointing
+from everalign.learning.evaluation_suite import LONGEST_ANSWER
+from everalign.options import Checkpointing
 
 # Times that what is kept for the backward pass crosses memory, by element-wise work: forward and back, and forward.
 _TRAFFIC = {"training": 6.0, "forward": 2.0}

@@ -13,7 +13,9 @@ from transformers import AttentionInterface
 from everalign.data.tokenization import TokenizedRow
 from everalign.errors import EveralignError, InputError
 from everalign.learning.options import AdapterOptions
+from everalign.modeling.architecture import is_linear
 from everalign.modeling.base_adapter import base_and_adapter
+from everalign.modeling.base_weights import check_plain, quantisation
 from everalign.modeling.loading import (
     DTYPES,
     check_vocabulary,
@@ -21,12 +23,10 @@ from everalign.modeling.loading import (
     load_config,
     resolve_model,
 )
-from everalign.modeling.lora_targets import is_linear
-from everalign.modeling.options import Quantize
 from everalign.modeling.policy import Policy
-from everalign.modeling.quantization import check_plain, quantisation
 from everalign.modeling.runtime import SavedBytes, prepare_process, recomputable_layers
 from everalign.modeling.shrinking import MODEL_ERRORS, layer_list
+from everalign.options import Quantize
 from everalign.training.base_objective import Objective
 
 _COUNTED = "everalign_counted"

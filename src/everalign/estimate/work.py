@@ -12,7 +12,7 @@ from everalign.data.rows import RowSet, spread
 from everalign.data.tokenization import TokenizedRow, truncate
 from everalign.errors import InputError
 from everalign.learning.context import RunContext
-from everalign.learning.sample_answers import MOST_WRITTEN
+from everalign.learning.evaluation_suite import MOST_WRITTEN
 from everalign.learning.task_training import prepare
 from everalign.methods.ewc import ElasticWeightConsolidation
 from everalign.methods.gradient_projection import GradientMemory

@@ -114,23 +114,20 @@ class RewardModel:
             InputError: an answer cannot be rendered by the chat template.
             EveralignError: a reward is NaN or infinite.
         """
-        sequences, cut = self._tokenized(prompts, completions)
+        sequences, cut = tokenize_answers(prompts, completions, self._tokenizer, self._facts.max_length)
         self.cut += cut
         rewards = sequence_rewards(self._model, sequences, self._tokens_per_batch)
         return [reward - self._facts.mean for reward in rewards.double().tolist()]
 
     def cut_note(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[str]:
         """Returns a line on how many of N answers are scored without a part of them or of their prompts, if any is."""
-        cut = self._tokenized(prompts, completions)[1]
+        _, cut = tokenize_answers(prompts, completions, self._tokenizer, self._facts.max_length)
         if not cut:
             return []
         return [
             f"{cut} of {len(completions)} answers are cut, with their prompts, to the {self._facts.max_length} tokens "
             "that the reward model reads: train one with more --max-length"
         ]
-
-    def _tokenized(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> tuple[list[list[int]], int]:
-        return tokenize_answers(prompts, completions, self._tokenizer, self._facts.max_length)
 
 
 class CallableScorer:

@@ -202,7 +202,7 @@ def score_rows(
             # A judge is slow and costs money: an interrupted batch must not lose the scores that it has.
             asked = scorer.with_cache(single_scores)
         done: dict[int, list[float]] = journal.read(range(len(rows)))
-        if not all(_are_rewards(rows[number], found) for number, found in done.items()):
+        if not all(isinstance(found, list) and len(found) == len(rows[i].completions) for i, found in done.items()):
             raise journal.damaged()
         resumed = len(done)
         if resumed:
@@ -260,10 +260,6 @@ def _score_batch(scorer: "Scorer", rows: Sequence[Scored], numbers: Sequence[int
     places = [(number, i) for number, row in zip(numbers, rows, strict=True) for i in range(len(row.completions))]
     rewards = iter(checked_rewards(found, places))
     return [[next(rewards) for _ in row.completions] for row in rows]
-
-
-def _are_rewards(row: Scored, found: Any) -> bool:
-    return isinstance(found, list) and len(found) == len(row.completions)
 
 
 class ScoringWork:
@@ -334,7 +330,7 @@ class ScoringWork:
 
     def is_result(self, row: Scored, result: Any) -> bool:
         """Whether these can be the row's rewards."""
-        return _are_rewards(row, result)
+        return isinstance(result, list) and len(result) == len(row.completions)
 
     def output(self, row: Scored, result: list[float]) -> Mapping[str, Any]:
         """Returns the row with its rewards."""

@@ -18,27 +18,26 @@ from everalign.evaluation.answers import (
     Answer,
     HeldOutPrompt,
     ResponseLogProbs,
-    answer_rewards,
-    answers_against,
+    judged_scores,
     kl_to_base,
     reference_texts,
     response_log_probs,
     text_similarity,
+    win_rate,
     write_answers,
 )
-from everalign.evaluation.judge import INSTRUCTIONS, JudgeScorer, reward_cache
-from everalign.evaluation.rubrics import RUBRICS, rubric_of
+from everalign.evaluation.judge import INSTRUCTIONS, RUBRICS, JudgeScorer, reward_cache, rubric_of
 from everalign.evaluation.scorers import RewardModel, Scorer
 from everalign.evaluation.statistics import bootstrap_mean
 from everalign.learning.options import AdapterOptions
 from everalign.learning.run_data import BASE, RESULTS, RunData
 from everalign.learning.run_store import RunDirectory
 from everalign.methods import METHODS, make_method
-from everalign.modeling.device_map import check_device_map
+from everalign.modeling.base_weights import check_device_map
 from everalign.modeling.loading import load_base, load_tokenizer
 from everalign.modeling.lora import WEIGHTS
 from everalign.modeling.policy import Policy
-from everalign.modeling.prompt_pool import PROMPTS_FILE, PromptShape
+from everalign.modeling.prompt_pool import PROMPTS_FILE
 from everalign.modeling.runtime import prepare_process, training_device
 from everalign.storage import Journal, exclusive, lock_of, sha256_of, write_json
 
@@ -261,8 +260,13 @@ class _Runner:
             raise InputError(f"{facts.model}: is not the model that {run.path} was begun with")
         shape = {name: facts.settings[name] for name in AdapterOptions.model_fields if name in facts.settings}
         options = AdapterOptions(**shape)
-        self.policy = Policy(model, options.rank, options.alpha, options.module_names(), prompts=_prompts(run))
+        # The size of the pool that the run's method learns; None for an adapter.
+        arguments = facts.method.model_dump(exclude={"gamma"})  # which is the objective's, too
+        known = METHODS.get(arguments["name"])
+        pool = None if known is None or known.prompts is None else make_method(**arguments).prompts
+        self.policy = Policy(model, options.rank, options.alpha, options.module_names(), prompts=pool)
         self.max_length = int(facts.settings.get("max_length", 1024))
+        self.longest = max(self.max_length, 768) + settings.max_new_tokens
         versions = [version.id for version in run.versions]
         self.versions = versions if settings.every else versions[-1:]
         self.journal = Journal(run.path / "evaluation" / "answers.sqlite")
@@ -309,13 +313,6 @@ class _Runner:
         return None if own is None else self.run.path / "versions" / own.id / "adapter"
 
 
-def _prompts(run: RunData) -> PromptShape | None:
-    """The size of the pool that the run's method learns; None for an adapter."""
-    arguments = run.facts.method.model_dump(exclude={"gamma"})  # which is the objective's, too
-    known = METHODS.get(arguments["name"])
-    return None if known is None or known.prompts is None else make_method(**arguments).prompts
-
-
 def _written(runner: _Runner, prompts: Prompts, base: bool = False) -> dict[str, dict[str, list[Answer]]]:
     """The answers by version and task."""
     found = {}
@@ -355,28 +352,29 @@ def _metrics(
     prompts, settings = [row.prompt for row in rows], runner.settings
     found: dict[str, Any] = {"unfinished": bootstrap_mean([float(not one.ended) for one in answers])}
     found["length"] = bootstrap_mean([float(len(one.text)) for one in answers])
-    references, failed = reference_texts(rows), dict[str, int]()
+    references, failed, texts = reference_texts(rows), dict[str, int](), [one.text for one in answers]
     if references is not None:
-        texts = [one.text for one in answers]
         if settings.standard:
             found |= text_similarity(texts, references)
         if settings.compat:
             found |= text_similarity(texts, references, compat=True)
         if settings.likelihoods:
             found |= _likelihoods(runner, rows, base)
-    if settings.likelihoods and version != BASE and any(one.text for one in answers):
-        found["kl"] = kl_to_base(runner.policy, runner.tokenizer, prompts, answers, max_length=_long(runner))
+    if settings.likelihoods and version != BASE and any(texts):
+        found["kl"] = kl_to_base(runner.policy, runner.tokenizer, prompts, answers, max_length=runner.longest)
     for name, scorer in scorers.items():
-        found[name], failed[name] = answer_rewards(scorer, prompts, answers)
+        scores = judged_scores(scorer, prompts, texts)
+        rewards = [score for score in scores if score is not None]
+        if not rewards:
+            raise InputError(
+                f"none of {len(scores)} scores could be read: take a judge that follows instructions better"
+            )
+        found[name], failed[name] = bootstrap_mean(rewards), len(scores) - len(rewards)
         if version != BASE:
-            won = answers_against(scorer, prompts, answers, others)
+            won = win_rate(scorer, prompts, texts, [one.text for one in others])
             found |= {f"{name}_win_rate": won.win_rate, f"{name}_win_rate_lc": won.length_controlled}
             failed[f"{name}_win_rate"] = won.failed
     return {"metrics": {name: list(value) for name, value in found.items()}, "failed": failed}
-
-
-def _long(runner: _Runner) -> int:
-    return max(runner.max_length, 768) + runner.settings.max_new_tokens
 
 
 def _likelihoods(runner: _Runner, rows: Sequence[HeldOutPrompt], base: dict[str, ResponseLogProbs]) -> dict[str, Any]:
@@ -394,7 +392,7 @@ def _likelihoods(runner: _Runner, rows: Sequence[HeldOutPrompt], base: dict[str,
             runner.tokenizer,
             [prompt for prompt, _ in given],
             [response for _, response in given],
-            max_length=_long(runner),
+            max_length=runner.longest,
             tokens_per_batch=_TOKENS_PER_BATCH,
         )
         if name == "reference":

@@ -15,7 +15,7 @@ from everalign.learning.tracking import Tracker
 from everalign.methods import Method
 from everalign.modeling.attention import use_flex_attention
 from everalign.modeling.base_adapter import base_and_adapter
-from everalign.modeling.device_map import check_device_map
+from everalign.modeling.base_weights import check_device_map, check_library, check_trainable
 from everalign.modeling.loading import (
     DTYPES,
     check_vocabulary,
@@ -26,12 +26,11 @@ from everalign.modeling.loading import (
     resolve_precision,
 )
 from everalign.modeling.machine import library_versions, machine_facts
-from everalign.modeling.options import Precision
 from everalign.modeling.policy import Policy
-from everalign.modeling.quantization import check_library, check_trainable
 from everalign.modeling.rehearsal import rehearse
 from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.modeling.sharding import shard
+from everalign.options import Precision
 from everalign.training.base_objective import Objective, TaskContext
 from everalign.training.objectives import check_weighting, make_objective, reads
 from everalign.training.options import StageOptions, WeightOptions

@@ -23,6 +23,7 @@ from everalign.learning.promotion import check_version
 from everalign.learning.run_data import RunData, VersionData
 from everalign.learning.run_files import Score
 from everalign.modeling.base_adapter import tokenizer_folder
+from everalign.modeling.base_weights import quantisation
 from everalign.modeling.loading import (
     base_key,
     load_config,
@@ -41,8 +42,7 @@ from everalign.modeling.model_files import (
     write_checked,
 )
 from everalign.modeling.prompt_pool import refuse_prompts
-from everalign.modeling.quantization import quantisation
-from everalign.modeling.stopping import write_ends
+from everalign.modeling.sampling import write_ends
 from everalign.storage import exclusive, lock_of, new_folder, read_json, write_json, write_text
 
 # Ranks that vLLM makes room for; its default is 16.

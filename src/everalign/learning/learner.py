@@ -17,7 +17,7 @@ from everalign.errors import EveralignError, InputError, located, naming_nondete
 from everalign.evaluation import PreferenceScore
 from everalign.evaluation.scorers import Scorer, make_scorer
 from everalign.learning.context import Log, Progress, RunContext, make_context
-from everalign.learning.evaluation_suite import EvaluationSuite
+from everalign.learning.evaluation_suite import EvaluationSuite, compare_written, own_answers, write_corrections
 from everalign.learning.export import export_adapter, export_version
 from everalign.learning.options import (
     DEFAULT_OBJECTIVE,
@@ -36,10 +36,9 @@ from everalign.learning.promotion import (
     refusal,
     roll_back,
 )
-from everalign.learning.run_data import BASE, RunData
+from everalign.learning.run_data import BASE, RunData, work_folder
 from everalign.learning.run_files import Verdict
 from everalign.learning.run_store import RunDirectory, data_facts, version_name
-from everalign.learning.sample_answers import compare_written, own_answers, write_corrections
 from everalign.learning.scores import Scores
 from everalign.learning.task_files import loaders
 from everalign.learning.task_training import AnySet, GivenTask, Rows, as_set, prepare_rows, task_seed, train_task
@@ -339,7 +338,7 @@ class Learner:
         before_task = self.policy.snapshot() if method.starts_elsewhere else None
         method.begin_task(self.policy, task)
         method_seconds = time.process_time() - busy
-        result = train_task(setup, task, prepared, self._run.work(version), before_task)
+        result = train_task(setup, task, prepared, work_folder(self._run.path, version), before_task)
         scored, moved_from = self._scored(name), previous if self._drift else None
         before_consolidation = tests.scores(previous, scored) if method.consolidates and self._drift else None
         busy = time.process_time()

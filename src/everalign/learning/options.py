@@ -10,8 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from everalign.errors import InputError
 from everalign.methods import table
-from everalign.modeling.options import PrecisionChoice, SamplingOptions
-from everalign.options import Options
+from everalign.options import Options, PrecisionChoice, SamplingOptions
 from everalign.training.objectives import OBJECTIVES
 from everalign.training.options import (
     TOKENS_PER_BATCH,

@@ -27,8 +27,7 @@ from everalign.learning.options import (
 from everalign.learning.promotion import check_tolerance
 from everalign.learning.run_data import RunData, load_run
 from everalign.methods.table import ENTRIES, check_method, check_space
-from everalign.modeling.options import check_model_path
-from everalign.options import STRICT, Problem, first_problem
+from everalign.options import STRICT, Problem, check_model_path, first_problem
 from everalign.storage import write_text
 from everalign.training.objectives import OBJECTIVES, check_objective, check_weighting, reads, weighting_settings
 from everalign.training.options import WeightOptions

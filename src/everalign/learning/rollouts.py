@@ -25,8 +25,8 @@ from everalign.errors import InputError, ShortfallError, check_shortfall
 from everalign.evaluation.scoring import score_rows
 from everalign.learning.context import RunContext
 from everalign.learning.options import RolloutOptions
-from everalign.modeling.options import SamplingOptions
 from everalign.modeling.sampling import Samples, check_prompts, sample_journalled
+from everalign.options import SamplingOptions
 from everalign.storage import Journal
 
 
@@ -86,7 +86,7 @@ def sample_and_score(
     if context.rollouts.first_samples is not None:
         return _sample_in_two_steps(context, prompts, folder, number, seed, scale)
     options, source, fewest = context.rollouts, prompts.source, context.objective.fewest_answers
-    place = folder / _name(f"round-{number}", prompts)
+    place = folder / f"round-{number}-{prompts.fingerprint[:16]}"
     answered, unfinished = _sample(context, prompts, options.samples, place, seed)
     usable = tuple(row for row in answered if len(row.completions) >= fewest)
     # Before a scorer is called, which may cost money.
@@ -104,7 +104,7 @@ def _sample_in_two_steps(
     options, source, fewest = context.rollouts, prompts.source, context.objective.fewest_answers
     few = int(options.first_samples or 0)
     more, drawn = options.samples - few, few * len(prompts)
-    place = folder / _name(f"round-{number}.first", prompts)
+    place = folder / f"round-{number}.first-{prompts.fingerprint[:16]}"
     answered, unfinished = _sample(context, prompts, few, place, seed)
     # That a prompt has too few can still change.
     warnings = check_losses(source, options, drawn, unfinished, len(prompts), len(prompts), fewest)
@@ -115,7 +115,7 @@ def _sample_in_two_steps(
     differing = disagreeing([row.rewards or () for row in rows], float(options.agree_within or 0) * scale)
     if differing:
         asked = ScoredSet(tuple(prompts[at] for at in differing), source)
-        place = folder / _name(f"round-{number}.rest", asked)
+        place = folder / f"round-{number}.rest-{asked.fingerprint[:16]}"
         # Far from the first answers' seeds, which are consecutive.
         answered, lost = _sample(context, asked, more, place, random.Random(f"{seed}/rest").randrange(2**31))
         unfinished, drawn = unfinished + lost, drawn + more * len(asked)
@@ -142,10 +142,6 @@ def disagreeing(rewards: Sequence[Sequence[float]], tolerance: float) -> list[in
         tolerance: widest spread that agrees, in units of the rewards.
     """
     return [at for at, found in enumerate(rewards) if len(found) < 2 or max(found) - min(found) > tolerance]
-
-
-def _name(step: str, prompts: RowSet[Any]) -> str:
-    return f"{step}-{prompts.fingerprint[:16]}"
 
 
 def _sample(context: RunContext, prompts: RowSet[Any], count: int, place: Path, seed: int) -> tuple[list[Scored], int]:

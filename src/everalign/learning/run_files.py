@@ -74,6 +74,10 @@ class SampleAnswer(_Record):
     ended: bool
 
 
+Answers = dict[str, list[dict[str, Any]]]
+"""By task, one for each prompt, as `SampleAnswer` reads them."""
+
+
 class ScoresFile(_Record):
     """scores.json of a version, and what zero_shot.json tells of the base model: scores and answers by task."""
 
@@ -310,11 +314,17 @@ def read_json_lines(path: Path, kind: type[T], growing: bool = False) -> list[T]
         raise InputError(f"{path}: no such file; the run directory is incomplete") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8 text; restore the file") from error
-    return [
-        _validated(_parsed(text, where), kind, where)
-        for text, where in ((text, f"{path}: line {number}") for number, text in enumerate(lines, 1))
-        if text.strip()
-    ]
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: damaged JSON (column {error.colno}: {error.msg}); restore the file") from error
+        found.append(_validated(value, kind, where))
+    return found
 
 
 def check_hashes(directory: Path, hashes: dict[str, str], names: Sequence[str]) -> None:
@@ -325,13 +335,6 @@ def check_hashes(directory: Path, hashes: dict[str, str], names: Sequence[str]) 
             f"{directory / wrong[0]} is missing or has changed since it was written (its manifest lists "
             f"SHA-256 {hashes[wrong[0]][:16]}...); restore the file, or learn the task again"
         )
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: damaged JSON (column {error.colno}: {error.msg}); restore the file") from error
 
 
 def _validated(value: Any, kind: type[T], where: str) -> T:

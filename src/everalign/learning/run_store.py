@@ -35,7 +35,7 @@ from everalign.learning import run_files
 from everalign.learning.options import TrainingOptions
 from everalign.learning.promotion import check_output, check_version, exclusive_run, promote
 from everalign.learning.run_data import BASE, BASE_ADAPTER, BASE_MODEL, ZERO_SHOT, RunData, RunReader, work_folder
-from everalign.learning.sample_answers import Answers
+from everalign.learning.run_files import Answers
 from everalign.methods import Method
 from everalign.methods.base import ModuleRecord
 from everalign.modeling.base_adapter import adapter_files
@@ -172,10 +172,6 @@ class RunDirectory:
                     f"{self.path} was started with {_difference(key, then, now_given[key])}: "
                     "use the same settings, or another output directory"
                 )
-
-    def work(self, name: str) -> Path:
-        """Returns the folder for checkpoints of the task that becomes version `name`."""
-        return work_folder(self.path, name)
 
     @on_main
     def write_zero_shot(

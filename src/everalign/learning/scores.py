@@ -40,8 +40,13 @@ class Scores:
 
     def __post_init__(self) -> None:
         _check_shapes(self)
-        _check_finite(self)
-        _CHECKS[self.regime](self)
+        rows = [("zero_shot", self.zero_shot)]
+        rows += [(f"row {i} of the score matrix", row) for i, row in enumerate(self.matrix, 1)]
+        for where, row in rows:
+            for task, score in zip(self.tasks, row, strict=True):
+                if score is not None and not math.isfinite(score):
+                    raise InputError(f"{where}: the score on task {task!r} is {score}, not a finite number")
+        _check_regime(self)
 
     @classmethod
     def from_mappings(
@@ -170,38 +175,22 @@ def _check_shapes(scores: Scores) -> None:
         raise InputError(f"regime {scores.regime!r} is none of {list(get_args(Regime))}")
 
 
-def _check_finite(scores: Scores) -> None:
-    rows = [("zero_shot", scores.zero_shot)] + [
-        (f"row {i + 1} of the score matrix", row) for i, row in enumerate(scores.matrix)
-    ]
-    for where, row in rows:
-        for task, score in zip(scores.tasks, row, strict=True):
-            if score is not None and not math.isfinite(score):
-                raise InputError(f"{where}: the score on task {task!r} is {score}, not a finite number")
-
-
-def _check_sequential(scores: Scores) -> None:
-    """A learned task is tested after itself and after every later task, or never."""
-    for j, task in enumerate(scores.learned):
-        column = [row[j] for row in scores.matrix[j:]]
-        if None in column and any(score is not None for score in column):
-            after = scores.tasks[j + column.index(None)]
-            raise InputError(
-                f"the score on task {task!r} after learning {after!r} is missing, though the task has a test "
-                "set; evaluate every learned task after each task"
-            )
-
-
-def _check_joint(scores: Scores) -> None:
-    if scores.matrix and len(scores.matrix) != len(scores.tasks):
-        raise InputError(f"a joint run learns all {len(scores.tasks)} tasks, not {len(scores.matrix)}")
-    if any(score is not None for row in scores.matrix[:-1] for score in row):
-        raise InputError("a joint run has scores in the last row only")
-
-
-def _check_separate(scores: Scores) -> None:
-    if any(score is not None for i, row in enumerate(scores.matrix) for j, score in enumerate(row) if i != j):
-        raise InputError("a separate run has scores on the diagonal only")
-
-
-_CHECKS = {"sequential": _check_sequential, "joint": _check_joint, "separate": _check_separate}
+def _check_regime(scores: Scores) -> None:
+    """A learned task is tested after itself and after every later task, or never; in a joint run only at the end."""
+    if scores.regime == "joint":
+        if scores.matrix and len(scores.matrix) != len(scores.tasks):
+            raise InputError(f"a joint run learns all {len(scores.tasks)} tasks, not {len(scores.matrix)}")
+        if any(score is not None for row in scores.matrix[:-1] for score in row):
+            raise InputError("a joint run has scores in the last row only")
+    elif scores.regime == "separate":
+        if any(score is not None for i, row in enumerate(scores.matrix) for j, score in enumerate(row) if i != j):
+            raise InputError("a separate run has scores on the diagonal only")
+    else:
+        for j, task in enumerate(scores.learned):
+            column = [row[j] for row in scores.matrix[j:]]
+            if None in column and any(score is not None for score in column):
+                after = scores.tasks[j + column.index(None)]
+                raise InputError(
+                    f"the score on task {task!r} after learning {after!r} is missing, though the task has a test "
+                    "set; evaluate every learned task after each task"
+                )

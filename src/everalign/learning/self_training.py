@@ -25,8 +25,8 @@ from everalign.learning.learner import Learner
 from everalign.learning.options import DistillOptions, TrainingOptions
 from everalign.learning.promotion import exclusive_run
 from everalign.methods import LifeAlign, Method
-from everalign.modeling.options import SamplingOptions
 from everalign.modeling.sampling import sample_journalled
+from everalign.options import SamplingOptions
 from everalign.storage import Journal, json_line, read_json, write_json, write_text
 from everalign.training.options import WeightOptions
 from everalign.training.reward_weights import FROM_REFERENCE_REWARDS

@@ -66,7 +66,10 @@ class Tracker:
         self._services: list[_Service] = []
         self._before = self._total = 0  # steps of earlier stages, and of the run
         if rank() == 0 and self._path.exists():
-            _mend(self._path)
+            # A kill may have cut the last line.
+            text = self._path.read_bytes()
+            if text and not text.endswith(b"\n"):
+                write_text(self._path, text[: text.rfind(b"\n") + 1].decode())
             self._total = sum(_stage_steps(_read(self._path)).values())
 
     def connect(self, arguments: Callable[[], TrainingArguments]) -> None:
@@ -83,11 +86,18 @@ class Tracker:
 
     def figures(self, attempt: Attempt, step: int, figures: Mapping[str, float]) -> None:
         """Take what was measured at a step; called first without figures, with the step that a stage begins after."""
-        if rank() == 0:
-            if figures:
-                self._write(attempt, step, figures)
-            else:
-                self._begin(attempt, step)
+        if rank() == 0 and not figures:
+            self._begin(attempt, step)
+        elif rank() == 0:
+            measured = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            place = {"task": attempt.task, "version": attempt.version, "round": attempt.round, "stage": attempt.stage}
+            line = {**place, "stage_number": attempt.number, "step": step, "time": round(time.time(), 3), **measured}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._total = self._before + step
+            known = {name: value for name, value in measured.items() if value is not None and name != "steps"}
+            for service in self._services:
+                service.log(self._total, known)
         self._shown(attempt.stage, step, figures)
 
     def task_done(
@@ -122,29 +132,12 @@ class Tracker:
         self._before = sum(steps for stage, steps in _stage_steps(kept).items() if stage != own)
         self._total = self._before + step
 
-    def _write(self, attempt: Attempt, step: int, figures: Mapping[str, float]) -> None:
-        measured = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        place = {"task": attempt.task, "version": attempt.version, "round": attempt.round, "stage": attempt.stage}
-        line = {**place, "stage_number": attempt.number, "step": step, "time": round(time.time(), 3), **measured}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._total = self._before + step
-        for service in self._services:
-            service.log(self._total, {n: value for n, value in measured.items() if value is not None and n != "steps"})
-
 
 def _read(path: Path) -> list[LoggedStep]:
     try:
         return read_json_lines(path, LoggedStep)
     except InputError as error:
         raise InputError(f"{error}; or delete the file, which holds training curves alone") from error
-
-
-def _mend(path: Path) -> None:
-    """Drop a last line that a kill has cut."""
-    text = path.read_bytes()
-    if text and not text.endswith(b"\n"):
-        write_text(path, text[: text.rfind(b"\n") + 1].decode())
 
 
 def _stage_steps(lines: Sequence[LoggedStep]) -> dict[tuple[str, int, int], int]:
@@ -179,21 +172,19 @@ class _Service:
 
     def _begun(self, step: int) -> Any:
         if self._callback is None:
-            self._callback = self._make(step)
+            [kind] = get_reporting_integration_callbacks([self._name])
+            if self._name == "wandb":
+                os.environ.setdefault("WANDB_PROJECT", _PROJECT)
+            if self._name == _TENSORBOARD:
+                from torch.utils.tensorboard import SummaryWriter
+
+                # What an interrupted call logged after this step is hidden: it is trained, and logged, again.
+                self._callback = kind(SummaryWriter(str(self._run / _TENSORBOARD), purge_step=step))
+            else:
+                self._callback = kind()
             self._callback.on_train_begin(*self._arguments(step), model=None)
             atexit.register(self._end)
         return self._callback
-
-    def _make(self, step: int) -> Any:
-        [kind] = get_reporting_integration_callbacks([self._name])
-        if self._name == "wandb":
-            os.environ.setdefault("WANDB_PROJECT", _PROJECT)
-        if self._name == _TENSORBOARD:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # What an interrupted call logged after this step is hidden: it is trained, and logged, again.
-            return kind(SummaryWriter(str(self._run / _TENSORBOARD), purge_step=step))
-        return kind()
 
     def _arguments(self, step: int) -> tuple[Any, Any, Any]:
         return self._settings, TrainerState(global_step=step), TrainerControl()

@@ -4,13 +4,18 @@ See `Method` for the hooks and for how to add a method. Names are loaded when fi
 costs nothing.
 """
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everalign.errors import InputError
 from everalign.methods.table import DEFAULT, ENTRIES, check_method, check_taken, method_file
+from everalign.storage import sha256_of
 
 if TYPE_CHECKING:
     from everalign.methods.base import Method, Task
@@ -85,12 +90,50 @@ def make_method(name: str, **arguments: Any) -> "Method":
     Raises:
         InputError: there is no such method, or it does not take one of the arguments.
     """
-    if method_file(name) is None:
+    file = method_file(name)
+    if file is None:
         check_method(name, arguments)
         kind: type[Method] = __getattr__(ENTRIES[name].kind)
     else:
-        from everalign.methods.from_file import method_from_file
-
-        kind = method_from_file(name)
+        if not file.is_file():
+            raise InputError(f"{name}: {file}: no such file in {Path.cwd()}")
+        kind = _class_in_file(name, file.resolve(), name.rpartition(":")[2], sha256_of(file)[:12])
         check_taken(name, arguments, inspect.signature(kind).parameters)
     return kind(**arguments)
+
+
+@cache
+def _class_in_file(name: str, path: Path, class_name: str, digest: str) -> "type[Method]":
+    """Loads the class of a method that stands in a file of the user's: experiments and controls need no place in here.
+
+    Its `name` becomes this name with a hash of the file, so that runs of an edited method are not taken for the same.
+
+    Raises:
+        InputError: there is no such class, the file cannot be loaded, or it is no method that learns in sequence.
+    """
+    kind: type[Method] = __getattr__("Method")
+    module_name = f"everalign_method_{digest}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{name}: {path} cannot be loaded as a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look themselves up there
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise InputError(f"{name}: {path}:{error.lineno}: {error.msg}") from error
+    except Exception as error:  # whatever a user's file does
+        raise InputError(f"{name}: {path} cannot be loaded: {type(error).__name__}: {error}") from error
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, kind) and found.__module__ == module_name):
+        own = [
+            key
+            for key, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, kind) and value.__module__ == module_name
+        ]
+        raise InputError(f"{name}: {path} has no class {class_name} of a method; it has {', '.join(own) or 'none'}")
+    if found.regime != "sequential":
+        # A run directory tells the other regimes by the names of our own methods.
+        raise InputError(f"{name}: a method in a file must learn its tasks in sequence, and this one is {found.regime}")
+    found.name = f"{name} {digest}"
+    return found

@@ -1,19 +1,99 @@
-"""Baselines: sequential, single-task and multi-task fine-tuning, and experience replay."""
+"""Baselines: sequential, single-task and multi-task fine-tuning, and experience replay, with its anchors and review."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import huber_loss
 
 from everalign.data.collate import Batch, Review
 from everalign.data.replay import AnyRow, ReplayBuffer
 from everalign.data.rows import RowSet
 from everalign.errors import InputError
-from everalign.methods.anchors import Anchors
 from everalign.methods.base import Method, ModuleRecord, Task, check_share, check_strength
 from everalign.modeling.policy import Policy
-from everalign.training.hooks import RowTerms, Stage
+from everalign.training.hooks import RowTerms, Stage, sum_by_row
+
+_EQUAL = 1e-9  # share of a row's largest weight by which equal ones may differ
+VALUES, _SIGNS = "anchor", "anchor_sign"
+"""Names, in `RowTerms.values`, of what a row's responses are pulled to, and of the side they are pulled from."""
+
+
+class Anchors:
+    """Anchored replay: replayed answers are pulled back to the log-probabilities that they had at their task's end.
+
+    Only what got worse is pulled: a chosen answer that became less likely, a rejected one that became likelier; of a
+    scored row, an answer of more than the row's mean weight and one of less. With S the summed log-probability of an
+    answer now, Ŝ at the end of its task, and h the Huber loss with threshold 1,
+
+        α · [h(relu(Ŝ_w − S_w)) + h(relu(S_l − Ŝ_l))]
+
+    is added to the loss of each replayed row. One number an answer is kept, in the replay buffer's order, and no
+    forward pass is added. One-sided anchors of replayed preferences go back to mfr-dpo/DAPR (a public repository of
+    2026), which keeps a number a token.
+
+    Args:
+        strength: α, at least 0; 0 for none.
+    """
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+        self._kept: list[Tensor] = []
+
+    def terms(self, stage: Stage) -> RowTerms | None:
+        """Return the anchors of a stage's replayed rows, which are the buffer's, for `row_loss` to read."""
+        if not self.strength or not stage.replayed:
+            return None
+        replayed = range(stage.own, stage.learned)
+        values = [torch.zeros(len(row.responses)) for row in stage.rows]
+        signs = [torch.zeros(len(row.responses)) for row in stage.rows]
+        for number, kept in zip(replayed, self._kept, strict=True):
+            weights = torch.tensor(stage.rows[number].weights, dtype=torch.float64)
+            # A row whose responses changed in number since has no anchor.
+            if len(kept) != len(values[number]):
+                continue
+            values[number] = kept
+            # 1 for a response that is to stay likely, −1 for one that is to stay unlikely, 0 for one in between.
+            if stage.objective.first_is_best or len(weights) == 1:
+                signs[number] = torch.tensor([1.0] + [-1.0] * (len(weights) - 1))
+            else:
+                above = weights - weights.mean()
+                # The mean of equal numbers is not always that number.
+                signs[number] = torch.where(above.abs() > _EQUAL * weights.max(), above.sign(), 0.0).float()
+        return RowTerms(values={VALUES: values, _SIGNS: signs})
+
+    def row_loss(self, logprobs: Tensor, batch: Batch) -> Tensor | None:
+        """Return the anchors' part of each row's loss, (B,), or None; arguments as in `StageHooks.row_loss`."""
+        if _SIGNS not in batch:
+            return None
+        sign = batch[_SIGNS]
+        worse = torch.relu(sign * (batch[VALUES] - logprobs)) * sign.abs()
+        parts = huber_loss(worse, torch.zeros_like(worse), reduction="none")
+        return self.strength * sum_by_row(parts, batch)
+
+    def keep(self, stage: Stage, numbers: Sequence[int], capacity: int) -> None:
+        """Add the anchors of a stage's rows that went into the buffer, under the policy as it is now.
+
+        Args:
+            stage: that of the task that ends.
+            numbers: those rows, in the order in which they were added to the buffer.
+            capacity: the buffer's; the oldest anchors are dropped with their rows.
+        """
+        if self.strength:
+            self._kept = [*self._kept, *stage.logprobs(numbers)][-capacity:]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the anchors one after another, and of how many responses each row's are."""
+        if not self._kept:
+            return {}
+        return {"anchors": torch.cat(self._kept), "anchor_sizes": torch.tensor([len(kept) for kept in self._kept])}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        found = "anchors" in state
+        self._kept = list(torch.split(state["anchors"], state["anchor_sizes"].tolist())) if found else []
 
 
 class SequentialFineTuning(Method):
@@ -117,7 +197,7 @@ class BufferOnly(Method):
 class ExperienceReplay(Method):
     """Trains one adapter on task after task, each joined with a buffer of rows of earlier tasks.
 
-    The baseline ER of LifeAlign (arXiv 2509.17183); with `anchors`, anchored replay (see `everalign.methods.anchors`).
+    The baseline ER of LifeAlign (arXiv 2509.17183); with `anchors`, anchored replay (see `Anchors`).
 
     Args:
         replay: share of a task's rows that goes into the buffer, drawn at random after training.

@@ -193,16 +193,11 @@ class OrthogonalGradients(GradientMemory):
         for number, parameter in enumerate(parameters(policy)):
             gradient = _gradient(parameter)
             span = torch.stack([task[number].flatten() for task in earlier], dim=1).double()
-            basis = _orthonormal(span)
+            # An orthonormal basis of the span, without directions that are rounding errors.
+            left, values, _ = torch.linalg.svd(span, full_matrices=False)
+            basis = left[:, values > 1e-10 * values.max().clamp(min=torch.finfo(values.dtype).tiny)]
             inside = basis @ (basis.T @ gradient.flatten().double())
             gradient.sub_((self.strength * inside).to(gradient).view_as(gradient))
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    """Return an orthonormal basis of the columns' span, without directions that are rounding errors."""
-    left, values, _ = torch.linalg.svd(columns, full_matrices=False)
-    kept: Tensor = left[:, values > 1e-10 * values.max().clamp(min=torch.finfo(values.dtype).tiny)]
-    return kept
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

@@ -96,7 +96,13 @@ def _unpack(file: Path, folder: Path) -> None:
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         metadata, _ = read_gguf_metadata(str(file))
-        _check_splitting(file, metadata)
+        rule, known = metadata.get("tokenizer.ggml.pre"), (*_AS_GPT2, *_SINGLE_DIGITS, *_KNOWN_TO_TRANSFORMERS)
+        if metadata.get("tokenizer.ggml.model") == "gpt2" and rule is not None and rule not in known:
+            raise InputError(
+                f"{file}: its tokenizer splits text by the rule {rule!r}, which transformers does not know, so its "
+                "tokens would differ from those that the model was trained on; take the model's folder in Hugging Face "
+                "format"
+            )
         dtype = _PLAIN.get(int(metadata.get("general.file_type", -1)))
         if dtype is None:
             # A block of integers has four to eight bits a weight, so that fp32 takes at most eight times the file.
@@ -117,16 +123,6 @@ def _unpack(file: Path, folder: Path) -> None:
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-
-def _check_splitting(file: Path, metadata: dict[str, Any]) -> None:
-    rule = metadata.get("tokenizer.ggml.pre")
-    known = (*_AS_GPT2, *_SINGLE_DIGITS, *_KNOWN_TO_TRANSFORMERS)
-    if metadata.get("tokenizer.ggml.model") == "gpt2" and rule is not None and rule not in known:
-        raise InputError(
-            f"{file}: its tokenizer splits text by the rule {rule!r}, which transformers does not know, so its tokens "
-            "would differ from those that the model was trained on; take the model's folder in Hugging Face format"
-        )
 
 
 def _split_as_learned(tokenizer: Any, metadata: dict[str, Any]) -> None:

@@ -27,19 +27,21 @@ from everalign.data.tokenization import SHORTEST_MAX_LENGTH
 from everalign.errors import InputError
 from everalign.modeling.architecture import study_lengths
 from everalign.modeling.base_adapter import base_and_adapter, merge_adapter, tokenizer_folder, without_adapter
-from everalign.modeling.device_map import Places, is_offloaded, places
-from everalign.modeling.gguf import SMOLLM2, smollm2_path, unpacked
-from everalign.modeling.options import Precision, PrecisionChoice, Quantize, check_model_path
-from everalign.modeling.positions import named_length
-from everalign.modeling.quantization import (
+from everalign.modeling.base_weights import (
+    Places,
     cast,
     check_known,
     check_no_adapter,
     check_quantised,
+    is_offloaded,
     keep_differentiable,
+    places,
     quantize_on_loading,
 )
+from everalign.modeling.gguf import SMOLLM2, smollm2_path, unpacked
+from everalign.modeling.positions import named_length
 from everalign.modeling.runtime import returning_memory
+from everalign.options import Precision, PrecisionChoice, Quantize, check_model_path
 from everalign.storage import read_json
 
 
@@ -255,7 +257,12 @@ def load_base(
     model = load_model(name, precision, adapter=adapter, device=device, quantize=quantize, device_map=device_map)
     if quantize is None and not is_offloaded(model):
         return model, model_fingerprint(model)
-    return model, base_key(_plain_fingerprint(name, precision), quantize)
+    # The plain weights stay in the memory map of their files.
+    source = resolve_model(name)
+    config = load_config(source, "model", name)
+    own = getattr(config, "dtype", None) or torch.float32
+    plain, _ = load_weights(language_model_class(config), "model", name, source, config, own)
+    return model, base_key(model_fingerprint(plain, DTYPES[precision]), quantize)
 
 
 def base_key(fingerprint: str, quantize: str | None) -> str:
@@ -267,15 +274,6 @@ def on_meta(kind: Any, config: Any, dtype: torch.dtype) -> Any:
     """Return a model of an auto class without a single weight."""
     with torch.device("meta"):
         return kind.from_config(config, dtype=dtype, trust_remote_code=_process["remote code"])
-
-
-def _plain_fingerprint(name: str, precision: Precision) -> str:
-    """Return the fingerprint of a model's plain weights, which stay in the memory map of its files."""
-    source = resolve_model(name)
-    config = load_config(source, "model", name)
-    own = getattr(config, "dtype", None) or torch.float32
-    model, _ = load_weights(language_model_class(config), "model", name, source, config, own)
-    return model_fingerprint(model, DTYPES[precision])
 
 
 @contextmanager

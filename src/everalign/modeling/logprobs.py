@@ -159,6 +159,8 @@ def _fill(log_probs: Tensor, logits: Tensor, chosen: Tensor, sums: Tensor, shape
 
 MaskKind = Literal["whole", "window", "chunk"]
 
+# Where a configuration says how far layers see.
+_SIZES: dict[str, str] = {"window": "sliding_window", "chunk": "attention_chunk_size"}
 # As transformers names layers in a mask for each kind of them.
 _LAYERS: dict[MaskKind, str] = {
     "whole": "full_attention",
@@ -280,10 +282,6 @@ class SequenceLogProbs:
         """Whether logits can be computed of a few positions at a time; else all of a batch's exist at once."""
         return self.separate or self._resumable
 
-    def _decoded(self, batch: Batch) -> Tensor:
-        states: Tensor = self._model.base_model(**self._inputs(batch)).last_hidden_state
-        return states.to(batch["input_ids"].device)  # the last layer may be on another one
-
     def states(self, batch: Batch) -> Tensor:
         """Return (K, d) of what `logits` makes the logits that predict the batch's K response tokens.
 
@@ -291,24 +289,25 @@ class SequenceLogProbs:
         with the longest row, sequences that would not agree on them are computed apart.
         """
         parts = [(batch, torch.empty(0))] if self._stretch is None else split_by_length(batch, self._stretch.kind)
-        found = []
+        found: list[Tensor] = []
         for part, _ in parts:
             if self._stretch is not None:
                 self._positions.restore()
-            if self._attention == CPU_ATTENTION and self.shared and self._sees_all(part):
-                part = _in_one_row(part)
-            computed = self._decoded(part) if self.chunked else self._model(**self._inputs(part)).logits
+            if self._attention == CPU_ATTENTION and self.shared:
+                # Where every layer sees the whole past of every token, were it but for its length.
+                longest = int(part["position_ids"].max()) if "position_ids" in part else part["input_ids"].shape[1] - 1
+                if all(longest < int(getattr(self._config, _SIZES[kind])) for kind in self._masks if kind != "whole"):
+                    part = _in_one_row(part)
+            if self.chunked:
+                computed = self._model.base_model(**self._inputs(part)).last_hidden_state
+                computed = computed.to(part["input_ids"].device)  # the last layer may be on another one
+            else:
+                computed = self._model(**self._inputs(part)).logits
             found.append(computed.flatten(0, 1)[part["predictors"]])
         if len(found) == 1:
             return found[0]
         order = torch.cat([tokens for _, tokens in parts])
         return torch.cat(found)[order.argsort()]
-
-    def _sees_all(self, batch: Batch) -> bool:
-        """Whether every layer sees the whole past of every token of the batch, were it but for its length."""
-        longest = int(batch["position_ids"].max()) if "position_ids" in batch else batch["input_ids"].shape[1] - 1
-        sizes: dict[str, str] = {"window": "sliding_window", "chunk": "attention_chunk_size"}
-        return all(longest < int(getattr(self._config, sizes[kind])) for kind in self._masks if kind != "whole")
 
     def last(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return (R, d) of what `logits` makes the logits of each row's next token, for the model's own inputs."""
@@ -324,8 +323,17 @@ class SequenceLogProbs:
             return self._shape.apply(self._model.get_output_embeddings()(states))
         if not self._resumable:
             return states
-        with _decoder_gives(self._model.base_model, states[None]):
+        # The decoder returns these states without computing anything, and the model goes on from them.
+        decoder = self._model.base_model
+        own = decoder.__dict__.get("forward")
+        decoder.forward = lambda *_, **__: _Decoded(last_hidden_state=states[None])
+        try:
             logits: Tensor = self._model(input_ids=states.new_zeros(1, len(states), dtype=torch.long)).logits
+        finally:
+            if own is None:
+                del decoder.forward
+            else:
+                decoder.forward = own
         return logits[0]
 
     def response_logits(self, batch: Batch) -> Tensor:
@@ -369,20 +377,6 @@ class _Decoded(BaseModelOutputWithPast):  # type: ignore[misc]  # transformers c
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
             raise AttributeError(name)
-
-
-@contextmanager
-def _decoder_gives(decoder: Any, states: Tensor) -> Iterator[None]:
-    """Let a decoder return these hidden states (1, K, d) without computing anything."""
-    own = decoder.__dict__.get("forward")
-    decoder.forward = lambda *_, **__: _Decoded(last_hidden_state=states)
-    try:
-        yield
-    finally:
-        if own is None:
-            del decoder.forward
-        else:
-            decoder.forward = own
 
 
 def _in_one_row(batch: Batch) -> Batch:

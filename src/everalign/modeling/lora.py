@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
-from everalign.modeling.device_map import place_adapter
+from everalign.modeling.base_weights import place_adapter
 from everalign.storage import follow_umask
 
 # Share of a layer's work from which on its frozen adapters are added to a copy of the weight: below it the copy's

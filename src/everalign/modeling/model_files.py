@@ -25,8 +25,8 @@ from transformers.core_model_loading import (
 )
 
 from everalign.errors import EveralignError, InputError
+from everalign.modeling.base_weights import plain_weights
 from everalign.modeling.loading import load_model
-from everalign.modeling.quantization import plain_weights
 from everalign.storage import read_json, write_json
 
 OutputDtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -176,7 +176,11 @@ class _Values:
         self._members: dict[str, list[str]] = {}  # parameters by the first of them
         self._reverted: dict[str, Tensor] = {}
         self._seen: set[int] = set()
-        self._find_names([key for file in files for key in _keys(file)])
+        found: list[str] = []
+        for file in files:
+            with _opened(file) as (keys, _):
+                found += keys
+        self._find_names(found)
 
     def _find_names(self, keys: Sequence[str]) -> None:
         """Find out which parameter each key is loaded into, as transformers does when it loads them."""
@@ -265,11 +269,6 @@ def _opened(file: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
     else:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         yield list(loaded), loaded.__getitem__
-
-
-def _keys(file: Path) -> list[str]:
-    with _opened(file) as (keys, _):
-        return keys
 
 
 def _most_common_dtype(files: Sequence[Path]) -> torch.dtype:

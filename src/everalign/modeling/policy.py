@@ -28,13 +28,12 @@ from everalign.data.collate import Batch, prompt_places, with_prefix
 from everalign.errors import InputError
 from everalign.memory import LowRankUpdate
 from everalign.modeling import lora as adapters
-from everalign.modeling.architecture import study
+from everalign.modeling.architecture import ALL_LINEAR, choose_targets, study
 from everalign.modeling.attention import use_cpu_attention
+from everalign.modeling.base_weights import is_offloaded
 from everalign.modeling.decoding import Decoder, pad_left
-from everalign.modeling.device_map import is_offloaded
 from everalign.modeling.logprobs import SequenceLogProbs
 from everalign.modeling.lora import frozen_for_inference, fuse
-from everalign.modeling.lora_targets import ALL_LINEAR, choose_targets
 from everalign.modeling.prompt_pool import PromptPool, PromptShape, check_readable, looked_up, refuse_prompts
 from everalign.modeling.runtime import use_lean_layers
 from everalign.modeling.trainable import TrainableLM
@@ -123,19 +122,20 @@ class Policy(TrainableLM):
                 use_lean_layers(model)
         self.head = SequenceLogProbs(model, architecture)
         self.seed = seed
-        self.prompts = None if prompts is None else self._make_prompts(prompts)
+        self.prompts: PromptPool | None = None
+        if prompts is not None:
+            if not self.head.chunked:
+                raise InputError(
+                    f"{type(model).__name__} cannot be learned with the method l2p: its hidden states cannot be read "
+                    "apart"
+                )
+            self._queries: dict[tuple[int, ...], Tensor] = {}
+            self.prompts = PromptPool(prompts, self._embeddings, self._query((0,)).shape[-1])
         # The pool whose prompts are put in front now stands last. In a list, which makes it no part of the policy.
         self._pools: list[PromptPool | None] = [None]
         self.reset(seed)
         if self.prompts is not None:
             check_readable(model, self.prompts)
-
-    def _make_prompts(self, shape: PromptShape) -> PromptPool:
-        kind = type(self.language_model).__name__
-        if not self.head.chunked:
-            raise InputError(f"{kind} cannot be learned with the method l2p: its hidden states cannot be read apart")
-        self._queries: dict[tuple[int, ...], Tensor] = {}
-        return PromptPool(shape, self._embeddings, self._query((0,)).shape[-1])
 
     @property
     def language_model(self) -> Any:

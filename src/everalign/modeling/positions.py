@@ -126,19 +126,6 @@ def probe_lengths(small: Any, config: Any) -> Lengths:
     """
     named, real = named_length(small.config), named_length(config)
     state = PositionState(small)
-    try:
-        with torch.no_grad():
-            longest = _longest(small, named)
-            stretch = _stretch(small, state, config, longest)
-    except MODEL_ERRORS:
-        return Lengths()
-    if longest is not None and named is not None and real is not None:
-        longest += real - named
-    return Lengths(longest, stretch)
-
-
-def _longest(small: Any, named: int | None) -> int | None:
-    """Return how many tokens the copy can read; None where its named length is none that it stops at."""
 
     def can_read(length: int) -> bool:
         try:
@@ -147,11 +134,19 @@ def _longest(small: Any, named: int | None) -> int | None:
             return False
         return True
 
-    most = max(_TRIED if named is None else (*_TRIED, named)) + _BEYOND
-    if can_read(most):
-        return None
-    start = most if named is None else named + 4
-    return next((length for length in range(start, 0, -1) if can_read(length)), None)
+    try:
+        with torch.no_grad():
+            # How many tokens the copy can read; None where its named length is none that it stops at.
+            longest, most = None, max(_TRIED if named is None else (*_TRIED, named)) + _BEYOND
+            if not can_read(most):
+                start = most if named is None else named + 4
+                longest = next((length for length in range(start, 0, -1) if can_read(length)), None)
+            stretch = _stretch(small, state, config, longest)
+    except MODEL_ERRORS:
+        return Lengths()
+    if longest is not None and named is not None and real is not None:
+        longest += real - named
+    return Lengths(longest, stretch)
 
 
 def _stretch(small: Any, state: PositionState, config: Any, longest: int | None) -> Stretch | None:

@@ -15,9 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from everalign.data.collate import collate
 from everalign.data.tokenization import TokenizedRow
 from everalign.errors import EveralignError, InputError
-from everalign.modeling.architecture import configuration_key, study
+from everalign.modeling.architecture import choose_targets, configuration_key, is_linear, kind_of, study
 from everalign.modeling.loading import load_model
-from everalign.modeling.lora_targets import choose_targets, is_linear, kind_of
 from everalign.modeling.model_files import write_checked
 from everalign.modeling.policy import Policy
 from everalign.modeling.shrinking import FIRST_SPECIAL, MODEL_ERRORS, quiet, shrunk_copy

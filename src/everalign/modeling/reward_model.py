@@ -23,6 +23,7 @@ from everalign.data.tokenization import pad_right
 from everalign.distributed import share, world
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.base_adapter import base_and_adapter
+from everalign.modeling.base_weights import check_no_adapter, check_trainable, plain_weights, quantize_on_loading
 from everalign.modeling.loading import (
     DTYPES,
     base_key,
@@ -34,10 +35,9 @@ from everalign.modeling.loading import (
     on_meta,
     resolve_model,
 )
-from everalign.modeling.options import Precision, Quantize
-from everalign.modeling.quantization import check_no_adapter, check_trainable, plain_weights, quantize_on_loading
 from everalign.modeling.runtime import training_device
 from everalign.modeling.trainable import LearnedState
+from everalign.options import Precision, Quantize
 from everalign.storage import check_free, new_folder, read_json, read_model, write_json
 
 _PADDING = "<|pad|>"

@@ -53,7 +53,13 @@ def shard(policy: Policy, device: torch.device) -> int:
     decoder, inside = model.base_model, {part for layer in layers for part in layer.parameters()}
     # The root shards nothing; it lets the next layer be gathered while one is computed.
     fully_shard(decoder, mesh=mesh, ignored_params={*decoder.parameters()} - inside | adapters)
-    _move_rest(policy, device)
+    # What is not sharded goes to the device; `Module.to` does not take sharded parameters.
+    for part in policy.parameters():
+        if not isinstance(part, DTensor):
+            part.data = part.data.to(device)
+    for module in policy.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
     for adapted in lora.layers(policy.peft).values():
         adapted.keeps_weight = False
     policy.sharded = True
@@ -86,16 +92,6 @@ def _layers(model: Any, policy: Policy) -> list[nn.Module]:
         if id(module) not in inside and any(id(part) in seen for part in module.parameters(recurse=False)):
             raise InputError(f"fsdp: {name} shares weights with a layer: this {kind} cannot be sharded")
     return layers
-
-
-def _move_rest(policy: Policy, device: torch.device) -> None:
-    """Move what is not sharded to the device; `Module.to` does not take sharded parameters."""
-    for part in policy.parameters():
-        if not isinstance(part, DTensor):
-            part.data = part.data.to(device)
-    for module in policy.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
 
 
 def _check_order(companion: "_Companion", layers: list[nn.Module], kind: str) -> None:

@@ -60,7 +60,11 @@ def shrunk_copy(model: Any) -> Any | None:
 
     The same configuration gives the same copy, always; the global random state is left as it is.
     """
-    depth = _depth_of_all_kinds(model)
+    whole, depth = layer_list(model), None
+    if whole is not None:
+        # As many of the first layers as hold every kind of layer.
+        kinds = [_kind(layer) for layer in whole]
+        depth = max(2, max(kinds.index(kind) for kind in kinds) + 1)
     with quiet():
         # Some classes refuse to be as shallow, since their layers lean on one another; and experts that are computed
         # together want widths that are multiples of some number.
@@ -133,15 +137,6 @@ def layer_list(model: Any) -> list[nn.Module] | None:
 # ---- depth ----
 
 
-def _depth_of_all_kinds(model: Any) -> int | None:
-    """Return how many of the first layers hold every kind of layer; None where the layers are not found."""
-    layers = layer_list(model)
-    if layers is None:
-        return None
-    kinds = [_kind(layer) for layer in layers]
-    return max(2, max(kinds.index(kind) for kind in kinds) + 1)
-
-
 def _kind(layer: nn.Module) -> frozenset[tuple[str, str]]:
     """What tells layers apart: classes of their parts, and their switches, such as `is_sliding`."""
     found = set()
@@ -167,12 +162,17 @@ def _shrunk_config(config: Any, factor: int, depth: int | None, towers: bool) ->
         small._attn_implementation = "sdpa"
     text = small.get_text_config()
     parts = list(_parts(small))
-    of_text = [part for part in parts if _is_text(part, text, small)]
+    # Of the language model: the text configuration, what holds it, and what lies inside of it.
+    of_text = [part for part in parts if part is small or any(part is inner for inner in _parts(text))]
     widths = [value for part in of_text for _, value in _widths(vars(part))]
-    if any(value % factor or value // factor < 2 for value in widths) or not _wide_enough(text, factor):
+    if any(value % factor or value // factor < 2 for value in widths):
         return None
-    layers = getattr(text, "num_hidden_layers", None)
-    hidden = getattr(text, "hidden_size", None)
+    layers, hidden = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    # A head keeps four numbers, so that its positions can turn at two speeds. Without heads the width keeps eight: of
+    # two numbers a layer norm leaves no more than their order, so that whatever changes them may change nothing.
+    heads = getattr(text, "num_attention_heads", None)
+    if factor != 1 and isinstance(hidden, int) and hidden // factor < (4 * heads if isinstance(heads, int) else 8):
+        return None
     for part in parts:
         if any(part is other for other in of_text):
             _shrink_text(part, factor, layers, depth)
@@ -181,28 +181,12 @@ def _shrunk_config(config: Any, factor: int, depth: int | None, towers: bool) ->
     return small
 
 
-def _wide_enough(text: Any, factor: int) -> bool:
-    """Whether a head keeps four numbers, so that its positions can turn at two speeds.
-
-    Without heads the width keeps eight: of two numbers a layer norm leaves no more than their order, so that whatever
-    changes them may change nothing.
-    """
-    heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
-    least = 4 * heads if isinstance(heads, int) else 8
-    return factor == 1 or not isinstance(hidden, int) or hidden // factor >= least
-
-
 def _parts(config: Any) -> Iterator[Any]:
     """Yield a configuration and those inside of it."""
     yield config
     for value in vars(config).values():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             yield from _parts(value)
-
-
-def _is_text(part: Any, text: Any, whole: Any) -> bool:
-    """Whether a part is of the language model: the text configuration, what holds it, or what lies inside of it."""
-    return part is whole or any(part is inner for inner in _parts(text))
 
 
 def _widths(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
@@ -227,7 +211,11 @@ def _rope_widths(rope: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 def _shrink_text(part: Any, factor: int, layers: int | None, depth: int | None) -> None:
     widths = {name for name, _ in _widths(vars(part))}
-    experts = _experts(part)
+    # So many experts are left: more than a token is given, and as many in each group.
+    settings = vars(part)
+    choice = max([v for k, v in settings.items() if _EXPERT_CHOICE.search(k) and isinstance(v, int)], default=1)
+    groups = settings.get("n_group") or settings.get("num_expert_group") or 1
+    experts = int(-(-max(_EXPERTS, 2 * choice, 2 * groups) // groups) * groups)
     for name, value in list(vars(part).items()):
         if name.startswith("_"):
             continue
@@ -278,15 +266,6 @@ def _shrunk_rope(rope: dict[str, Any], factor: int) -> dict[str, Any]:
         elif name == "original_max_position_embeddings" and value is not None:
             new[name] = min(value, ORIGINAL)
     return new
-
-
-def _experts(part: Any) -> int:
-    """Return how many experts are left: more than a token is given, and as many in each group."""
-    settings = vars(part)
-    choice = max([v for k, v in settings.items() if _EXPERT_CHOICE.search(k) and isinstance(v, int)], default=1)
-    groups = settings.get("n_group") or settings.get("num_expert_group") or 1
-    wanted = max(_EXPERTS, 2 * choice, 2 * groups)
-    return int(-(-wanted // groups) * groups)
 
 
 def _cut(name: str, value: Any, layers: int | None, depth: int | None) -> Any:

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from everalign.deadlines import check_deadline
+from everalign.deadlines import current
 from everalign.errors import InputError
 from everalign.modeling.decoding import FINISHED_SHARE, RaggedModel, RaggedRows
 
@@ -246,7 +246,8 @@ class DraftDecoder:
         Raises:
             DeadlineOver: this thread's work has a deadline, and it is over.
         """
-        check_deadline()
+        if (deadline := current()) is not None:
+            deadline.check()
         first = self._cache.passes == 0
         if first:
             row_cost, token_cost = self._costs
@@ -256,21 +257,18 @@ class DraftDecoder:
             most = _FIRST_SLICE if sliced else None
             self._verify([row.prompt for row, _ in self._batch], [self._cut(r, r.draft)[:most] for r, _ in self._batch])
         else:
-            self._verify([row.tokens[-1:] for row, _ in self._batch], self._guesses())
+            # As many tokens are guessed as pay in the batch, and as a row has budget for.
+            guesses, rates = list[list[int]](), []
+            for row, lookup in self._batch:
+                guess = [] if row.done else self._cut(row, lookup.propose(row.tokens))
+                guesses.append(guess[: int(row.budget / self._token_cost)])
+                rates.append((lookup.first, lookup.rate, len(guesses[-1])))
+            width = best_width(rates, *self._costs)
+            self._verify([row.tokens[-1:] for row, _ in self._batch], [guess[:width] for guess in guesses])
         going = [i for i, (row, _) in enumerate(self._batch) if not row.done]
         if len(self._batch) - len(going) > (0 if first else FINISHED_SHARE) * len(self._batch):
             self._cache.select(going)
             self._batch = [self._batch[i] for i in going]
-
-    def _guesses(self) -> list[list[int]]:
-        """Guess each row's next tokens, as many as pay in the batch and as the row has budget for."""
-        guesses, rates = [], []
-        for row, lookup in self._batch:
-            guess = [] if row.done else self._cut(row, lookup.propose(row.tokens))
-            guesses.append(guess[: int(row.budget / self._token_cost)])
-            rates.append((lookup.first, lookup.rate, len(guesses[-1])))
-        width = best_width(rates, *self._costs)
-        return [guess[:width] for guess in guesses]
 
     @property
     def _token_cost(self) -> float:

@@ -11,7 +11,7 @@ from everalign.data.collate import Batch
 from everalign.errors import InputError
 from everalign.modeling.architecture import study
 from everalign.modeling.logprobs import SequenceLogProbs, naming
-from everalign.modeling.options import Precision
+from everalign.options import Precision
 
 _Model = TypeVar("_Model", bound="TrainableLM")
 

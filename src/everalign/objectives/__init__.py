@@ -19,8 +19,7 @@ from everalign.objectives.var_weights import (
     solve_temperature,
     var_weights,
 )
-from everalign.objectives.weight_diagnostics import WeightStatistics, weight_statistics
-from everalign.objectives.weighted import snkl_loss, token_nll, weighted_nll
+from everalign.objectives.weighted import WeightStatistics, snkl_loss, token_nll, weight_statistics, weighted_nll
 
 __all__ = [
     "Estimator",

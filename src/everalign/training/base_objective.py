@@ -21,10 +21,10 @@ from everalign.data.records import CorrectionSet, Preference, PreferenceSet
 from everalign.data.rows import RowSet
 from everalign.data.tokenization import TokenizedRow, TokenizedRows, tokenize_preferences
 from everalign.errors import InputError
-from everalign.modeling.options import SamplingOptions
 from everalign.modeling.policy import Policy
 from everalign.modeling.sampling import greedy_answers
 from everalign.objectives import weighted_nll
+from everalign.options import SamplingOptions
 from everalign.training.options import ObjectiveOptions
 from everalign.training.reference import ReferenceCache
 

@@ -80,7 +80,7 @@ class DpoObjective(Objective):
         policy, reference = model(batch), batch["reference"]
         if self.per_token:
             policy, reference = policy / batch["lengths"], reference / batch["lengths"]
-        margin = self._margin(policy, reference, check_finite=False)
+        margin = self.margin(*_pairs(policy, reference), self.options.beta, check_finite=False)
         losses = self.margin_loss(margin) * batch["weight"]
         detached = margin.detach()
         return losses.sum() / count, {"margin": detached, "accuracy": (detached > 0).float()}
@@ -98,9 +98,6 @@ class DpoObjective(Objective):
             return None
         last = margins[-(len(margins) // 3) :]
         return float(sum(last)) / len(last) / self.options.beta
-
-    def _margin(self, policy: Tensor, reference: Tensor, check_finite: bool) -> Tensor:
-        return self.margin(*_pairs(policy, reference), self.options.beta, check_finite)
 
 
 def _pairs(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,7 +160,7 @@ class RankedDpoObjective(DpoObjective):
     def loss(self, model: Callable[[Batch], Tensor], batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
         """Return Σ weight·(DPO + HyPO)/2 / count; metrics `margin` and `accuracy` per pair, of DPO's margin."""
         policy, reference, lengths = model(batch), batch["reference"], batch["lengths"]
-        margin = self._margin(policy, reference, check_finite=False)
+        margin = self.margin(*_pairs(policy, reference), self.options.beta, check_finite=False)
         beta = PER_TOKEN_BETA_RATIO * self.options.beta
         ranked = hybrid_margin(*_pairs(policy / lengths, reference / lengths), beta, check_finite=False)
         losses = (self.margin_loss(margin) + self.margin_loss(ranked)) / 2 * batch["weight"]

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from everalign.errors import InputError
-from everalign.modeling.options import Checkpointing, PrecisionChoice, Quantize
-from everalign.options import Options
+from everalign.options import Checkpointing, Options, PrecisionChoice, Quantize
 
 SHORTEST_MAX_LENGTH = 8
 LEARNING_RATE = 2e-5

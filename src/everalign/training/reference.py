@@ -117,7 +117,10 @@ class ReferenceCache:
             InputError: the cache file is damaged; the message says to delete it.
         """
         journal = Journal(self._folder / f"reference-{key}.sqlite")
-        keys = [tuple(_key(row.prompt, response) for response in row.responses) for row in rows]
+        keys = [
+            tuple(hashlib.sha256(repr((row.prompt, one)).encode()).hexdigest()[:32] for one in row.responses)
+            for row in rows
+        ]
         known: dict[str, float] = journal.read(k for names in keys for k in names)
         # By their content, because a replayed row may occur twice.
         missing = {names: row for names, row in zip(keys, rows, strict=True) if any(k not in known for k in names)}
@@ -133,10 +136,6 @@ class ReferenceCache:
             journal.put({name: value for name, value in fresh.items() if math.isfinite(value)})
             known |= fresh
         return [torch.tensor([known[name] for name in names]) for names in keys]
-
-
-def _key(*tokens: list[int]) -> str:
-    return hashlib.sha256(repr(tokens).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)

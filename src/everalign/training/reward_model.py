@@ -26,15 +26,14 @@ from torch import Tensor
 from everalign.data.chat_template import keep_template, template_notes
 from everalign.data.chat_tokens import template_fingerprint
 from everalign.data.collate import Batch, row_tokens
-from everalign.data.readers import check_disjoint
+from everalign.data.readers import check_learnable
 from everalign.data.records import PreferenceSet
 from everalign.data.tokenization import TokenizedRow, TokenizedRows, check_end, pad_right, tokenize_preferences
 from everalign.distributed import on_main, start
 from everalign.errors import InputError
+from everalign.modeling.base_weights import check_all_weights, check_library
 from everalign.modeling.loading import load_tokenizer, resolve_precision, sequence_limit
 from everalign.modeling.machine import library_versions, machine_facts
-from everalign.modeling.options import Precision
-from everalign.modeling.quantization import check_all_weights, check_library
 from everalign.modeling.reward_model import (
     RewardFacts,
     RewardNetwork,
@@ -49,6 +48,7 @@ from everalign.modeling.reward_model import (
 from everalign.modeling.runtime import place_name, prepare_process, training_device
 from everalign.modeling.trainable import computing_on
 from everalign.objectives import bradley_terry_loss, calibrating_temperature, dpo_loss, pair_calibration_error
+from everalign.options import Precision
 from everalign.storage import check_free, exclusive, lock_of
 from everalign.training.base_objective import Metrics, Objective
 from everalign.training.options import ObjectiveOptions, RewardOptions, StageOptions
@@ -90,6 +90,8 @@ def reward_report(rewards: Tensor, lengths: Tensor) -> RewardReport:
     rewards = rewards.double()
     difference = rewards[:, 0] - rewards[:, 1]
     temperature = calibrating_temperature(difference)
+    pair = torch.stack([rewards.flatten(), lengths.double().flatten()])
+    constant = bool((pair.amin(dim=1) == pair.amax(dim=1)).any())
     return RewardReport(
         pairs=len(rewards),
         accuracy=((difference.sign() + 1) / 2).mean().item(),
@@ -97,14 +99,8 @@ def reward_report(rewards: Tensor, lengths: Tensor) -> RewardReport:
         calibration_error=pair_calibration_error(difference),
         temperature=temperature,
         calibrated_error=None if temperature is None else pair_calibration_error(difference / temperature),
-        length_correlation=_correlation(rewards.flatten(), lengths.double().flatten()),
+        length_correlation=None if constant else torch.corrcoef(pair)[0, 1].item(),
     )
-
-
-def _correlation(first: Tensor, second: Tensor) -> float | None:
-    if first.min() == first.max() or second.min() == second.max():
-        return None
-    return torch.corrcoef(torch.stack([first, second]))[0, 1].item()
 
 
 Progress = Callable[[str, int, int], None]
@@ -197,7 +193,8 @@ def train_reward_model(
     options, folder = options or RewardOptions(), Path(output)
     start()
     with exclusive(lock_of(folder), "training a reward model there"):
-        _check_input(train, test, folder, allow_overlap)
+        check_free(folder)
+        check_learnable(train, test, allow_overlap)
         check_library(options.quantize)
         prepare_process(options.deterministic)
         device = training_device(log)
@@ -292,14 +289,6 @@ def _training_key(base: str, template: str, pairs: TokenizedRows, options: Rewar
     settings = options.model_dump(exclude={"checkpointing", "checkpoint_steps", "quantize"})
     facts = [base, template, pairs.fingerprint, settings, seed]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _check_input(train: PreferenceSet, test: PreferenceSet | None, folder: Path, allow_overlap: bool) -> None:
-    check_free(folder)
-    for rows in (train, *([] if test is None else [test])):
-        if not rows:
-            raise InputError(f"{rows.source}: no rows in it")
-    check_disjoint(train, test or (), allow=allow_overlap)
 
 
 def _encode(

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from everalign.data.collate import TrainingPlan, largest_token, training_plan
+from everalign.data.collate import TrainingPlan, training_plan
 from everalign.data.tokenization import TokenizedRow
 from everalign.distributed import gather, on_main, start
 from everalign.errors import DivergedError, InputError, naming_nondeterministic
-from everalign.modeling.options import Checkpointing
 from everalign.modeling.runtime import SavedBytes, free_memory, language_model, recomputable_layers, recomputing
+from everalign.options import Checkpointing
 from everalign.storage import checksums, differing_files, new_folder, read_json, write_json, writing
 from everalign.training.base_objective import Objective
 from everalign.training.hooks import Stage, StageHooks
@@ -142,7 +142,8 @@ def train_stage(
     head = getattr(model, "head", None)
     if head is not None:
         # Before any of it is on a GPU, where such a token ends the process.
-        head.check_token(max(map(largest_token, rows), default=0))
+        texts = [tokens for row in rows for tokens in (row.prompt, *row.responses)]
+        head.check_token(max((max(tokens, default=0) for tokens in texts), default=0))
     shared = head is not None and head.shared
     against, drift, logprobs = None if reference is None else reference(), {}, None
     busy = time.process_time()

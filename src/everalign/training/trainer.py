@@ -206,7 +206,10 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics' means since the last log; only here and before a checkpoint is the device waited for."""
         own = {name: torch.cat(parts)[torch.cat(self._counted[name])].cpu() for name, parts in self._metrics.items()}
-        for name, values in _joined(gather(own)).items():
+        parts = gather(own)
+        for name in dict.fromkeys(name for part in parts for name in part):
+            # A process may have none of a name.
+            values = torch.cat([part[name] for part in parts if name in part])
             logs |= {name: values.mean().item()} if len(values) else {}
         self._metrics.clear()
         self._counted.clear()
@@ -235,12 +238,6 @@ class _HookCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._hooks.after_step(kwargs["model"])
-
-
-def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the values of several processes by name; a process may have none of a name."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
 
 
 def _only(items: list[list[Batch]]) -> list[Batch]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from everalign.correction.filters import LONGEST_CORRECTION, Filtered, filter_corrections
+from everalign.correction.checks import LONGEST_CORRECTION, Filtered, filter_corrections
 from everalign.data.records import Correction, CorrectionSet, Preference, correction_of
 from everalign.data.rows import RowSet
 from everalign.errors import EveralignError, InputError
