@@ -11,9 +11,11 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 from everalign.correction.templates import DEFAULT_TEMPLATE, Question, Template, get_template, question_text
+from everalign.data.messages import message_text
 from everalign.data.records import Correction, CorrectionSet
 from everalign.errors import InputError
 from everalign.text import folded
@@ -23,6 +25,8 @@ _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})(.*)")
 _URL = re.compile(r"https?://[^\s<>\"'`)\]}]+")
 # Punctuation after an address that ends the sentence, not the address.
 _AFTER_URL = ".,;:!?"
+# Shorter lines may well stand twice in a row: list items, closing brackets.
+_REPEATED_LINE = 20
 
 
 class Approver(Protocol):
@@ -51,6 +55,8 @@ class Guards:
             long.
         code: it contains the answer's fenced code blocks, character by character.
         url: it contains the answer's addresses.
+        repeat: it is not the question again, and no line of 20 or more characters stands twice in a row, unless the
+            answer is like that.
 
     Raises:
         InputError: `growth` or `growth_characters` is out of its range.
@@ -63,6 +69,7 @@ class Guards:
     growth_characters: int = 2000
     code: bool = True
     url: bool = True
+    repeat: bool = True
 
     def __post_init__(self) -> None:
         if self.growth is not None and not (math.isfinite(self.growth) and self.growth >= 1):
@@ -73,9 +80,13 @@ class Guards:
     @property
     def any(self) -> bool:
         """Whether any guard is on."""
-        return self.growth is not None or any((self.unfinished, self.empty, self.echo, self.code, self.url))
+        return self.growth is not None or any(
+            (self.unfinished, self.empty, self.echo, self.code, self.url, self.repeat)
+        )
 
-    def first_violation(self, answer: str, correction: str, finished: bool, template: Template) -> str | None:
+    def first_violation(
+        self, answer: str, correction: str, finished: bool, template: Template, question: Question = ""
+    ) -> str | None:
         """Return the name of the first guard that rejects a correction, None if all accept it.
 
         Args:
@@ -83,6 +94,7 @@ class Guards:
             correction: what the corrector wrote.
             finished: whether it ended before the token limit.
             template: the corrector's.
+            question: which a correction may not merely repeat.
         """
         before, after = len(answer), len(correction)
         allowed = None if self.growth is None else max(self.growth * before, before + self.growth_characters)
@@ -93,11 +105,12 @@ class Guards:
             "growth": allowed is not None and after > allowed,
             "code": self.code and not _code_blocks(answer) <= _code_blocks(correction),
             "url": self.url and not _urls(answer) <= _urls(correction),
+            "repeat": self.repeat and _repeats(correction, question) and not _repeats(answer, question),
         }
         return next((name for name, violated in violations.items() if violated), None)
 
 
-NO_GUARDS = Guards(unfinished=False, empty=False, echo=False, growth=None, code=False, url=False)
+NO_GUARDS = Guards(unfinished=False, empty=False, echo=False, growth=None, code=False, url=False, repeat=False)
 """Accepts every correction."""
 
 
@@ -272,3 +285,12 @@ def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
     """Return the Jaccard index of two sets, of which one is not empty."""
     common = len(first & second)
     return common / (len(first) + len(second) - common)
+
+
+def _repeats(text: str, question: Question) -> bool:
+    """Whether a text is its question, or has a long line twice in a row."""
+    asked = question if isinstance(question, str) else message_text(question[-1])
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return text.split() == asked.split() or any(
+        len(line) >= _REPEATED_LINE and line == after for line, after in pairwise(lines)
+    )

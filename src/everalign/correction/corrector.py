@@ -337,10 +337,10 @@ class Corrector:
     ) -> list[Corrected]:
         """Apply the guards, then the approver; a rejected correction becomes its answer, behind what was begun."""
         guards, results = options.guards or Guards(), []
-        for (_, answer), output, one in zip(pairs, outputs, begun or [Begun()] * len(pairs), strict=True):
+        for (question, answer), output, one in zip(pairs, outputs, begun or [Begun()] * len(pairs), strict=True):
             reason = output.reason
             if reason is None and (output.text != answer or not output.finished):
-                reason = guards.first_violation(answer, output.text, output.finished, self.template)
+                reason = guards.first_violation(answer, output.text, output.finished, self.template, question)
             text = output.text if reason is None else one.with_rest(answer)
             counts = (output.forward_passes, output.accepted_draft_tokens, output.rejected_draft_tokens)
             results.append(Corrected(text, text != answer, reason, *counts, output.output_tokens))

@@ -165,9 +165,11 @@ class CorrectionObjective(LikelihoodObjective):
                 prompts = [encoder.prompt(row.question, answer) for row, answer in batch]
                 limit = min(max_length - max(map(len, prompts)), _TIMES * longest + _MORE)
                 written = greedy_continuations(policy, prompts, encoder.ends, limit)
-                for (_, answer), ids in zip(batch, written, strict=True):
+                for (row, answer), ids in zip(batch, written, strict=True):
                     text, finished = encoder.decode(ids), ids[-1] in encoder.ends
-                    objection = text != answer and Guards().first_violation(answer, text, finished, encoder.template)
+                    objection = text != answer and Guards().first_violation(
+                        answer, text, finished, encoder.template, row.question
+                    )
                     refused += bool(objection)
                     texts.append(answer if objection else text)
                 done.append((texts, refused))
