@@ -39,6 +39,7 @@ KINDS = (
 _LENGTHS, _LONGEST_QUESTION, _LONGEST_ANSWER = (128, 192), 150, 260
 _STEPS, _BATCH, _RATE = 150, 8, 1e-3
 _SHORTEST = 32  # tokens of a corrector's correction
+_AT_ONCE = 16  # answers that it corrects together
 
 
 def kept_share(draft: list[int], output: list[int]) -> float:
@@ -90,11 +91,15 @@ class CorrectorRows:
         self.ends: list[int] = sorted(encoder.ends)
         ragged = RaggedModel(self._model)
         found: list[tuple[list[int], list[int], list[int]]] = []  # prompt, draft, what is written
-        for row in answers:
-            prompt, draft = encoder.prompt(row.question, row.answer), encoder.response(row.answer)
-            (written,) = DraftDecoder(ragged, [prompt], [draft], self.ends, [limit]).run()
-            if written.ended and len(written.tokens) >= _SHORTEST:
-                found.append((prompt, draft, written.tokens))
+        encoded = [(encoder.prompt(row.question, row.answer), encoder.response(row.answer)) for row in answers]
+        for start in range(0, len(encoded), _AT_ONCE):
+            prompts, drafts = map(list, zip(*encoded[start : start + _AT_ONCE], strict=True))
+            written = DraftDecoder(ragged, prompts, drafts, self.ends, [limit] * len(prompts)).run()
+            found += [
+                (prompt, draft, row.tokens)
+                for prompt, draft, row in zip(prompts, drafts, written, strict=True)
+                if row.ended and len(row.tokens) >= _SHORTEST
+            ]
         if len(found) < count:
             raise SystemExit(f"{folder}: only {len(found)} corrections end and have {_SHORTEST} tokens or more")
         prompts, drafts, outputs = map(list, zip(*found, strict=True))
