@@ -362,9 +362,9 @@ def evaluate(split: str, count: int, wanted: str | None, variants: list[str]) ->
     quality = judge_quality(rows)
     print("the judge rates, of two answers:", *(f"{pair} {share:.0%};" for pair, share in quality.items()))
     found = {"SmolLM2, asked": asked(rows)} if wanted is None or split == "test" else {}
-    if (FOLDER / SMALL).exists() and SMALL not in variants:
+    if (FOLDER / SMALL).exists() and wanted is not None:
         plain = corrections(SMALL, rows)
-        found |= {SMALL: plain, **dict(approvals(SMALL, rows, plain))}
+        found |= {SMALL: plain, f"{SMALL}, approved 0": next(approvals(SMALL, rows, plain))[1]}
     for variant in variants:
         if (FOLDER / variant).exists() and (wanted is None or wanted.split(",")[0] == variant):
             for way, corrected in ways(variant, rows):
@@ -380,7 +380,7 @@ def evaluate(split: str, count: int, wanted: str | None, variants: list[str]) ->
 def blind_pairs(way: str, count: int) -> None:
     """Write changed test answers and their corrections in random order, and the key in another file."""
     rows = answers("test", count)
-    (corrected,) = [found for name, found in ways(way.split(",")[0], rows) if name == way]
+    corrected = next(found for name, found in ways(way.split(",")[0], rows) if name == way)
     draw = random.Random(0)
     changed = [i for i, one in enumerate(corrected) if one.changed]
     texts, key = [], []
