@@ -57,6 +57,7 @@ class Script:
         usage: as it is told.
         delay: seconds before anything is sent.
         drip: seconds between two chunks of a stream.
+        held: what a stream waits for before its fourth chunk.
         cut: chunks after which the connection is closed.
         raw: sent in the place of an answer.
         kind: content type of it.
@@ -73,6 +74,7 @@ class Script:
     usage: Any = field(default_factory=lambda: dict(USAGE))
     delay: float = 0.0
     drip: float = 0.0
+    held: threading.Event | None = None
     cut: int | None = None
     raw: bytes | None = None
     kind: str | None = None
@@ -194,6 +196,8 @@ class UpstreamServer:
             if i == script.cut:
                 raise ConnectionError("cut by the test")
             await asyncio.sleep(script.drip)
+            while i == 3 and script.held is not None and not script.held.is_set():
+                await asyncio.sleep(0.01)
             await send({"type": "http.response.body", "body": b"data: %s\n\n" % json.dumps(chunk).encode(),
                         "more_body": True})  # fmt: skip
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n" if script.done else b""})

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 
 import pytest
 
@@ -113,7 +114,7 @@ def test_a_conversation_goes_on_and_begins_anew(open_page):
 
 
 def test_an_answer_is_shown_while_it_is_written(chromium):
-    script = Script("Boil the eggs for seven minutes.", piece=5, drip=0.3)
+    script = Script("Boil the eggs for seven minutes.", piece=5, held=threading.Event())
     with UpstreamServer(lambda _: script) as upstream, serving(upstream) as running:
         page = chromium.new_context(base_url=running.url[:-3]).new_page()
         page.goto("/")
@@ -125,6 +126,7 @@ def test_an_answer_is_shown_while_it_is_written(chromium):
         begun = live.locator("[data-text]").inner_text()
         assert begun.startswith("Boil")
         assert begun != script.text
+        script.held.set()
         page.wait_for_selector("#answer")
         assert not live.is_visible()
         assert page.locator("#answer .text").inner_text() == script.text
