@@ -23,7 +23,7 @@ from rich.table import Table
 
 from common import OUT, write_result
 from correction_rows import KINDS, CorrectorRows, Rows, Tokens, kept_share
-from corrector_smollm2 import answers
+from corrector_judges import answers
 from everalign.modeling.decoding import Decoder, RaggedModel, continue_rows, pad_left
 from everalign.modeling.runtime import prepare_process
 from everalign.modeling.speculative import DraftDecoder

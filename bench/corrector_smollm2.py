@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a corrector of real answers: which settings, and does it make answers better?
 
-    python bench/answer_judge.py                     # the judge: another backbone, other rows
+    python bench/corrector_judges.py judge judge-smollm2 approver    # who judges, and who approves
     python bench/corrector_smollm2.py train lora     # about an hour on one core; variants may run side by side
     python bench/corrector_smollm2.py train full
     python bench/corrector_smollm2.py verify         # which answers each variant leaves as they are: minutes
@@ -15,12 +15,11 @@ finished stays in bench/out/corrector_smollm2 and is not repeated.
 """
 
 import argparse
-import gzip
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import OUT, correction_rows, data_folder, preference_rows, write_result
+from common import OUT, correction_rows, data_folder, write_result
+from corrector_judges import KINDS, MOST, answers, outputs, own_pairs, question_of, reward_model
 from everalign.correction import CorrectionOptions, Corrector
 from everalign.correction.batch import correct_batches, journal_facts
 from everalign.correction.corrector import Corrected
@@ -37,7 +37,7 @@ from everalign.correction.evaluation import evaluation_report
 from everalign.correction.options import CorrectorOptions
 from everalign.correction.tokenization import both, tokenize_corrections
 from everalign.correction.training import train_corrector
-from everalign.data import Correction, CorrectionSet, PreferenceSet
+from everalign.data import Correction, CorrectionSet
 from everalign.evaluation.answers import win_rate, write_answers
 from everalign.evaluation.scorers import RewardModel
 from everalign.evaluation.scoring import ScorerApprover, compare_answers
@@ -46,9 +46,7 @@ from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process
 from everalign.modeling.speculative import Verified
 from everalign.storage import Journal, write_json
-from everalign.training.options import RewardOptions
 from everalign.training.reference import sequence_logprobs
-from everalign.training.reward_model import train_reward_model
 
 FOLDER = OUT / "corrector_smollm2"
 CORRECTIONS = (
@@ -60,16 +58,14 @@ CORRECTIONS = (
     "selfee_revision",
     "shepherd_correction",
 )
-PAIRS = ("safe_rlhf", "hh_harmless", "hh_helpful", "truthfulqa_pairs")
-# Characters of a question with answer and correction: about 350 tokens. Words of an answer of another model.
-LONGEST, LONGEST_ANSWER = 1400, 100
+# Characters of a question with answer and correction: about 350 tokens.
+LONGEST = 1400
 # Tokens of an answer that SmolLM2 is asked to improve; longer ones count as unfinished.
 LONGEST_IMPROVED = 160
 # The smallest difference of the judge's rewards that counts; they deviate by about 1.
 MARGIN = 0.1
 COMMON: dict[str, Any] = {"epochs": 1.0, "batch_size": 16, "max_length": 512, "precision": "bf16"}
 LORA, FULL = {"lora_rank": 32, "learning_rate": 4e-4}, {"learning_rate": 5e-5}
-APPROVER_PAIRS = 4000
 # How each variant is trained, and the share of its rows that are good answers.
 VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
     "lora": (LORA, 0.5),
@@ -87,44 +83,6 @@ REQUEST = "Question: {}\n\nAnswer: {}\n\nImprove this answer. If it is good alre
 
 
 # ---- rows ----
-
-
-@cache
-def outputs(name: str) -> list[dict[str, Any]]:
-    """Answers of other models."""
-    with gzip.open(data_folder() / "data" / "outputs" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-# Kinds of answers: their file, which rows, and whether they are good as they are; None where nobody knows.
-KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], bool], bool | None]] = {
-    "harmful": ("do_not_answer", lambda row: bool(row["harmful"]), False),
-    "harmless": ("do_not_answer", lambda row: not row["harmful"], True),
-    "hallucinated": ("halueval_general", lambda row: row["hallucination"] == "yes", False),
-    "right": ("halueval_general", lambda row: row["hallucination"] == "no", True),
-    "false": ("truthfulqa_instructgpt", lambda row: row["judge_true"] < 0.1, False),
-    "true": ("truthfulqa_instructgpt", lambda row: row["judge_true"] > 0.9 and row["judge_info"] > 0.5, True),
-    "any": ("alpaca_eval_outputs", lambda row: True, None),
-}
-
-
-def answers(split: str, count: int) -> CorrectionSet:
-    """Answers of every kind to be corrected, `count` of each at most; `split` is `train` for validation, or `test`."""
-    found = []
-    for kind, (name, belongs, good) in KINDS.items():
-        rows = [row for row in outputs(name) if row["split"] == split and belongs(row) and is_short(row["output"])]
-        for row in random.Random(kind).sample(rows, min(count, len(rows))):
-            found.append(Correction(row["prompt"], row["output"], good=good or None, kind=kind))
-    return CorrectionSet(tuple(found), f"answers.{split}")
-
-
-def is_short(text: str) -> bool:
-    return 0 < len(text.split()) <= LONGEST_ANSWER
-
-
-def question_of(prompt: Any) -> str:
-    """The last user turn."""
-    return str(prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip()
 
 
 def training_rows(count: int, good_share: float) -> CorrectionSet:
@@ -151,11 +109,6 @@ def training_rows(count: int, good_share: float) -> CorrectionSet:
     return CorrectionSet(tuple(chosen), "corrections")
 
 
-def own_pairs() -> list[dict[str, Any]]:
-    """The pairs that corrector and approver learn from."""
-    return [row for name in PAIRS for row in preference_rows(name, "train")]
-
-
 # ---- models ----
 
 
@@ -172,19 +125,11 @@ def train(variant: str, rows: int) -> None:
 
 
 def judge() -> RewardModel:
-    return RewardModel.from_folder(OUT / "answer_judge")
+    return reward_model("judge")
 
 
 def approver() -> RewardModel:
-    """A reward model of the pairs that the corrector learned from, trained once."""
-    folder = FOLDER / "approver"
-    if not folder.exists():
-        some = random.Random(1).sample(own_pairs(), APPROVER_PAIRS)
-        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in some]
-        options = RewardOptions(learning_rate=1e-4, epochs=1.0, max_length=256)
-        base = str(data_folder() / "base-model")
-        train_reward_model(base, PreferenceSet.of(rows, "approver"), folder, options=options, log=print)
-    return RewardModel.from_folder(folder)
+    return reward_model("approver")
 
 
 def asked(rows: CorrectionSet) -> list[Corrected]:
@@ -399,7 +344,14 @@ def main() -> None:
     parser.add_argument("step", choices=["train", "verify", "validation", "test", "pairs"])
     parser.add_argument("variant", nargs="?", choices=VARIANTS, help="for validation: this one alone")
     parser.add_argument("--rows", type=int, default=2400, help="rows of training")
-    parser.add_argument("--count", type=int, default=80, help="answers of each kind, at most")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=MOST,
+        choices=range(1, MOST + 1),
+        metavar=f"1..{MOST}",
+        help="answers of each kind, at most",
+    )
     parser.add_argument("--way", help="as in the validation table's first column")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
