@@ -8,7 +8,7 @@
     python bench/corrector_smollm2.py test --way "lora, certainty 2"
     python bench/corrector_smollm2.py pairs --way "lora, certainty 2"    # fifty changed answers, to be read blind
 
-It learns from six sets of corrections, from pairs whose rejected answer becomes the chosen one, and from good answers
+It learns from seven sets of corrections, from pairs whose rejected answer becomes the chosen one, and from good answers
 that stay. It is judged on answers of other models, which are in no training file: harmful and harmless, true and false,
 and of any quality. Rows that share a question with these are left out of training; the judge has seen neither. What is
 finished stays in bench/out/corrector_smollm2 and is not repeated.
