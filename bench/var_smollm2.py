@@ -6,9 +6,10 @@
 
 A reward model (SmolLM2, an adapter that is merged) learns one half of the prompts of safe_rlhf and hh and gives the
 rewards; a judge (the base model of 6.5M parameters) learns the other half and only measures. All contenders start from
-the same fresh adapter, see the same prompts, which neither of the two has seen, and are tuned alike: the rates of
-RATES, once, on half of one seed's prompts, for the highest reward on validation prompts. Answers that do not end are
-left out of what is learned, by GRPO too, and of the means. All who learn from samples of the start pay for them.
+the same fresh adapter, are asked for short answers to the same prompts, which neither of the two has seen, and are
+tuned alike: the rates of RATES, once, on half of one seed's prompts, for the highest reward on validation prompts among
+those that stay near the start. Answers that do not end are left out of what is learned, by GRPO too, and of the means.
+All who learn from samples of the start pay for them.
 
 What is finished stays in bench/out/var_smollm2 (models, samples, `tune/`, a file for each contender and seed) and is
 not repeated: once all parts are done, the plain command prints and writes the whole.
@@ -28,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import OUT, data_folder, mean_and_deviation, preference_rows, write_result
+from corrector_judges import damaged_pairs
 from everalign.data import Preference, PreferenceSet, Scored
 from everalign.data.chat_tokens import ChatFormat
 from everalign.data.messages import Prompt
@@ -43,10 +45,15 @@ from var_grpo import learn_grpo
 from var_real import LONGEST, judged, reward_model, sampled, usable
 
 SETS = ("safe_rlhf", "hh_harmless", "hh_helpful")
-# SmolLM2 writes long: of its own answers, most have not ended after 96 tokens.
-LONGEST_ANSWER = 128
+# Stands behind every question, for the policies alone. Without it, two thirds of SmolLM2's answers have not ended after
+# 128 tokens: what is learned and judged is then the short third.
+REQUEST = "\n\nAnswer in one or two short sentences."
+LONGEST_ANSWER = 96
 LONGEST_PROMPT = LONGEST - LONGEST_ANSWER
 RATES = (2e-4, 6e-4, 2e-3)
+# Nats from the start, in the mean over answers: a rate that goes further is not chosen. Without this limit GRPO had the
+# one that wrote four words at a KL of 18, which the reward model liked.
+MOST_KL = 2.0
 TUNING_SEED = 100
 # What each learns from; the learning rate is the tuned one.
 CONTENDERS: dict[str, tuple[str, Contender]] = {
@@ -64,11 +71,11 @@ GRPO_LOOKS = 3
 SIZES = {
     "reward_pairs": 800,
     "judge_pairs": 3000,
-    "prompts": 40,
+    "prompts": 60,
     "answers": 6,
-    "validation": 12,
-    "held_out": 32,
-    "grpo_steps": 15,
+    "validation": 24,
+    "held_out": 48,
+    "grpo_steps": 18,
 }
 
 Point = dict[str, float]
@@ -82,6 +89,36 @@ def pairs_of(split: str, tokenizer: Any) -> list[Preference]:
     rows = [row for some in zip(*(part[:shortest] for part in sets), strict=True) for row in some]
     encoded = ChatFormat(tokenizer).encode_prompts([row.prompt for row in rows])
     return [row for row, tokens in zip(rows, encoded, strict=True) if len(tokens) <= LONGEST_PROMPT]
+
+
+def asked_shortly(prompt: Prompt) -> Prompt:
+    """A prompt as policies are asked it."""
+    *before, last = prompt
+    return [*before, {**last, "content": last["content"] + REQUEST}]
+
+
+def with_damaged(rows: Sequence[Preference], name: str) -> PreferenceSet:
+    """Pairs, and for every second one its better answer beside the same one damaged: nonsense has to be worth less."""
+    pairs = [{"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected, "set": SETS[0]} for row in rows]
+    found = damaged_pairs(pairs, len(pairs) // 2, seed=0)
+    return PreferenceSet.of(
+        [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs + found], name
+    )
+
+
+class PlainPrompts:
+    """A reward model that reads prompts without the request for a short answer, as it has learned them."""
+
+    def __init__(self, scorer: RewardModel) -> None:
+        self._scorer = scorer
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """Rewards of N answers."""
+        plain = [
+            [*before, {**last, "content": last["content"].removesuffix(REQUEST)}]
+            for *before, last in map(list, prompts)
+        ]
+        return list(self._scorer.score(plain, answers))
 
 
 class World:
@@ -106,9 +143,11 @@ class World:
         self._judged = halves[1][: sizes["judge_pairs"]]
         self._rewarded, left = halves[0][: sizes["reward_pairs"]], halves[0][sizes["reward_pairs"] :]
         known = {repr(row.prompt) for row in self._rewarded}
-        self._left = list({repr(row.prompt): row for row in left if repr(row.prompt) not in known}.values())
+        unique = {repr(row.prompt): row for row in left if repr(row.prompt) not in known}.values()
+        self._left = [replace(row, prompt=asked_shortly(row.prompt)) for row in unique]
         self._tested = [row for row in pairs_of("test", self.tokenizer) if repr(row.prompt) not in numbers]
-        self._test = list({repr(row.prompt): row for row in self._tested}.values())
+        unique = {repr(row.prompt): row for row in self._tested}.values()
+        self._test = [replace(row, prompt=asked_shortly(row.prompt)) for row in unique]
         if len(self._left) < sizes["validation"] + 3 * sizes["prompts"] or len(self._test) < sizes["held_out"]:
             raise SystemExit(
                 f"{len(self._left)} prompts to learn from and {len(self._test)} to judge on: ask for fewer"
@@ -131,18 +170,18 @@ class World:
         return [row.prompt for row in rows]
 
     @cached_property
-    def scorers(self) -> dict[str, RewardModel]:
+    def scorers(self) -> dict[str, PlainPrompts]:
         """The reward model and the judge, by their columns; their held-out accuracies are written beside them."""
         test = PreferenceSet.of(self._tested[: 3 * self.sizes["held_out"]], "held out")
         options = RewardOptions(lora_rank=16, batch_size=16, max_length=LONGEST, precision="bf16", checkpoint_steps=10)
-        rewarded, judging = (PreferenceSet.of(rows, "half") for rows in (self._rewarded, self._judged))
+        rewarded, judging = (with_damaged(rows, "half") for rows in (self._rewarded, self._judged))
         judge, judge_accuracy = reward_model(self.folder / "judge", judging, test, str(data_folder() / "base-model"))
         rewards, accuracy = reward_model(self.folder / "rewards", rewarded, test, "smollm2", options)
         write_json(self.folder / "accuracies.json", {"reward": accuracy, "judge": judge_accuracy})
-        return {"reward": rewards, "judge": judge}
+        return {"reward": PlainPrompts(rewards), "judge": PlainPrompts(judge)}
 
     def draw(
-        self, policy: Policy, scorer: RewardModel, prompts: Sequence[Prompt], seed: int, spent: Spent
+        self, policy: Policy, scorer: PlainPrompts, prompts: Sequence[Prompt], seed: int, spent: Spent
     ) -> list[Scored]:
         """Sample answers and score them; what was generated is added to `spent`, unfinished answers too."""
         count = self.sizes["answers"]
@@ -266,12 +305,20 @@ def kept(world: World, path: Path, name: str, rate: float, seed: int) -> list[Po
 
 
 def tuned_rate(world: World, name: str) -> float:
-    """The learning rate whose policy has the highest reward on validation prompts; each is tried once and kept."""
+    """The learning rate whose policy has the highest reward on validation prompts; each is tried once and kept.
+
+    Of those within MOST_KL, that is; if there is none, the one with the lowest KL.
+    """
     if name == "start":
         return 0.0
     folder = world.folder / "tune"
     tried = {rate: kept(world, folder / f"{_file(name)}-{rate:g}.json", name, rate, TUNING_SEED) for rate in RATES}
-    return max(RATES, key=lambda rate: tried[rate][-1]["reward"])
+    near = [rate for rate in RATES if tried[rate][-1]["kl"] <= MOST_KL]
+    return (
+        max(near, key=lambda rate: tried[rate][-1]["reward"])
+        if near
+        else min(RATES, key=lambda rate: tried[rate][-1]["kl"])
+    )
 
 
 def _file(name: str) -> str:
