@@ -1,5 +1,7 @@
 """Base class of option models: one declaration gives validation, documentation, recipe keys and command-line flags.
 
+With it stand the choices and options that several rooms share, such as `Precision` and `SamplingOptions`.
+
 class AdapterOptions(Options, title="Adapter"):
     \"\"\"Shape of the LoRA adapter.\"\"\"
 

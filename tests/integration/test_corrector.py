@@ -10,7 +10,7 @@ from cli_for_tests import run, write_rows
 from corrections_for_tests import corrections, corrector
 from everalign.correction import NO_GUARDS, CorrectionOptions, Corrector, Guards
 from everalign.correction.batch import correct_rows, journal_facts
-from everalign.correction.engines import Begun
+from everalign.correction.engines import Begun, EngineOutput
 from everalign.correction.templates import get_template
 from everalign.correction.tokenization import CorrectionEncoder
 from everalign.data.readers import load_uncorrected
@@ -205,6 +205,26 @@ def test_a_refused_correction_gives_the_answer_back(wild):
     assert guarded.forward_passes == free.forward_passes
     options = CorrectionOptions(guards=Guards(unfinished=False), max_new_tokens=9)
     assert wild.correct("q?", answer, options).reason == "url"
+
+
+class FixedEngine:
+    """Writes the same correction of everything."""
+
+    template, fingerprint = get_template("everalign-1"), "fixed"
+
+    def __init__(self, text):
+        self.text = text
+
+    def write(self, pairs, gate, limit):
+        return [EngineOutput(self.text) for _ in pairs]
+
+
+@pytest.mark.parametrize("question", ["May I?", [{"role": "user", "content": "May I?"}]])
+def test_a_correction_that_is_the_question_gives_the_answer_back(question):
+    repeating = Corrector(FixedEngine("May I?"))
+    found = repeating.correct(question, "Yes.")
+    assert (found.text, found.changed, found.reason) == ("Yes.", False, "repeat")
+    assert repeating.correct("Another question", "Yes.").text == "May I?"
 
 
 def test_gates_let_answers_pass(trained):

@@ -361,7 +361,9 @@ class _Trials:
             tokens = encoder.response(output.text)
             edited += edit_share(answer, tokens)
             changed += output.text != row.answer
-            violation = _WELL_FORMED.first_violation(row.answer, output.text, output.finished, engine.template)
+            violation = _WELL_FORMED.first_violation(
+                row.answer, output.text, output.finished, engine.template, row.question
+            )
             well_formed += violation is None and len(tokens) <= limit
         count = len(rows)
         return SteeringSetting(

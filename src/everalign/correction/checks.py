@@ -29,6 +29,9 @@ _AFTER_URL = ".,;:!?"
 _REPEATED_LINE = 20
 
 
+# ---- guards and the approver ----
+
+
 class Approver(Protocol):
     """Has the last word on corrections; see `everalign.evaluation.scoring.ScorerApprover`."""
 
@@ -149,6 +152,18 @@ def _code_blocks(text: str) -> set[str]:
 
 def _urls(text: str) -> set[str]:
     return {url.rstrip(_AFTER_URL) for url in _URL.findall(text)}
+
+
+def _repeats(text: str, question: Question) -> bool:
+    """Whether a text is its question, or has a long line twice in a row."""
+    asked = question if isinstance(question, str) else message_text(question[-1])
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return text.split() == asked.split() or any(
+        len(line) >= _REPEATED_LINE and line == after for line, after in pairwise(lines)
+    )
+
+
+# ---- filters ----
 
 
 LONGEST_CORRECTION = 16_384
@@ -285,12 +300,3 @@ def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
     """Return the Jaccard index of two sets, of which one is not empty."""
     common = len(first & second)
     return common / (len(first) + len(second) - common)
-
-
-def _repeats(text: str, question: Question) -> bool:
-    """Whether a text is its question, or has a long line twice in a row."""
-    asked = question if isinstance(question, str) else message_text(question[-1])
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    return text.split() == asked.split() or any(
-        len(line) >= _REPEATED_LINE and line == after for line, after in pairwise(lines)
-    )
