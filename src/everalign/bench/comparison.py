@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from everalign.bench.answers import MEASURES, Number, Said, corrected, measure_said, measure_tasks
 from everalign.bench.records import METRICS, PAIR_METRICS, Record, final_scores
 from everalign.evaluation.statistics import Array, Interval, crossed_bootstrap, paired_permutation_test
+from everalign.learning.scores import known_mean
 
 _OUTCOME = {"1": 1.0, "0": 0.0, "=": 0.5}
 NUMBERS = ("last", "backward_transfer", "average_performance", "forward_transfer", "worst")
@@ -209,12 +210,6 @@ def _costs(runs: Sequence[Record]) -> Costs:
         max(cost.peak_bytes for cost in costs),
         **sizes,
     )
-
-
-def known_mean(values: Iterable[float | None]) -> float | None:
-    """Returns the mean of what is known; None where nothing is."""
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
 
 
 def to_json(result: ModelResult) -> dict[str, Any]:

@@ -124,15 +124,13 @@ def merged(path: Path, file: ChosenFile) -> ChosenFile:
     earlier = read_model(path, ChosenFile, "delete it and tune again")
     if earlier.recipe != file.recipe or earlier.difference(file.data, file.models) is not None:
         return file
-
-    def beside(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        kept = {
-            model: {name: one for name, one in old.get(model, {}).items() if name not in tried}
-            for model, tried in file.trials.items()
-        }
-        return {model: {**ones, **new.get(model, {})} for model, ones in kept.items()}
-
-    update = {key: beside(getattr(earlier, key), getattr(file, key)) for key in ("chosen", "trials", "codes")}
+    update = {}
+    for key in ("chosen", "trials", "codes"):
+        old, new, both = getattr(earlier, key), getattr(file, key), dict[str, Any]()
+        for model, tried in file.trials.items():
+            kept = {name: one for name, one in old.get(model, {}).items() if name not in tried}
+            both[model] = {**kept, **new.get(model, {})}
+        update[key] = both
     return file.model_copy(update=update)
 
 

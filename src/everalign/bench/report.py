@@ -13,7 +13,7 @@ from markupsafe import Markup
 from scipy.stats import t
 
 from everalign.bench.answers import WINS
-from everalign.bench.comparison import Contest, ModelResult, compared, known_mean
+from everalign.bench.comparison import Contest, ModelResult, compared
 from everalign.bench.phases import Outcome
 from everalign.bench.recipe import Bench
 from everalign.bench.records import Record
@@ -29,7 +29,7 @@ from everalign.bench.tables import (
     number_text,
 )
 from everalign.evaluation.statistics import stars
-from everalign.learning.scores import Scores
+from everalign.learning.scores import Scores, known_mean
 from everalign.reporting.formats import ANSWER_METRICS, METRICS, UNMEASURED, Cell, Metric, fixed, percent, significant
 from everalign.reporting.plots import (
     DASHES,

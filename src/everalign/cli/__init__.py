@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; those of the process when None.
     """
-    warnings.showwarning = _show_warning
+    warnings.showwarning = lambda message, *_, **__: say("warning", str(message), "yellow")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if int(os.environ.get("RANK", "0")) > 0:
         # The main process prints for all of them.
@@ -155,7 +155,3 @@ def _fail(message: str, code: int, lost: bool = False, trace: str = "") -> int:
         say("error", message, "bold red")
 
     return distributed.report_failure(message, code, show, lost)
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say("warning", str(message), "yellow")

@@ -138,8 +138,12 @@ class Display:
         if not notes.is_terminal:
             now = time.monotonic()
             if first or now - self._said >= _LINE_SECONDS or (last and self._lines):
-                left = self._bar.tasks[0].time_remaining
-                rest = "" if not left or last else f", {_duration(left)} left"
+                rest = ""
+                if not last and (left := self._bar.tasks[0].time_remaining):
+                    minutes, seconds = divmod(round(left), 60)
+                    hours, minutes = divmod(minutes, 60)
+                    exact = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+                    rest = f", {f'{hours} h {minutes} min' if hours else exact} left"
                 notes.print(f"  {self._stage}: {steps}{self._measured}{rest}")
                 self._lines, self._said = self._lines + 1, now
         if last:
@@ -151,12 +155,6 @@ class Display:
         self._task = self._bar.add_task(stage or "working", total=total, steps="")
         self._stage, self._trained, self._measured = stage, False, ""
         self._place, self._lines, self._said = (0, 0), 0, time.monotonic()
-
-
-def _duration(left: float) -> str:
-    minutes, rest = divmod(round(left), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 # ---- what a run came to ----
@@ -230,24 +228,20 @@ def version_table(run: "RunData") -> Table:
             accuracy.value(row["now"]),
             Text(accuracy.change(change), style=colours[accuracy.direction(change)]),
             row["status"],
-            *((_predicted(row["predicted"]), _took(row["actual"])) if timed else ()),
+            *((_time_and_memory(row["predicted"]), _time_and_memory(row["actual"])) if timed else ()),
         )
     return made
 
 
-def _predicted(found: dict[str, Any] | None) -> str:
+def _time_and_memory(found: dict[str, Any] | None) -> str:
+    """What a task was predicted to take, or what it took; a dash where that is not known."""
     from everalign.reporting.formats import seconds
 
     if found is None:
         return "–"
-    low, high = found["seconds"]
-    return f"{seconds(low)} to {seconds(high)}, {found['memory'] / 2**30:.1f} GiB"
-
-
-def _took(found: dict[str, Any] | None) -> str:
-    from everalign.reporting.formats import seconds
-
-    if found is None:
-        return "–"
-    processor = f" ({seconds(found['processor_seconds'])} of processors)"
-    return f"{seconds(found['seconds'])}{processor}, {found['memory'] / 2**30:.1f} GiB"
+    if "processor_seconds" in found:
+        shown = f"{seconds(found['seconds'])} ({seconds(found['processor_seconds'])} of processors)"
+    else:
+        low, high = found["seconds"]
+        shown = f"{seconds(low)} to {seconds(high)}"
+    return f"{shown}, {found['memory'] / 2**30:.1f} GiB"

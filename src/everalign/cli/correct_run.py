@@ -346,9 +346,6 @@ def _measures(report: "EvaluationReport") -> list[tuple[str, Callable[["Correcti
     def kept(reason: str) -> Callable[["CorrectionScores"], str]:
         return lambda one: percent(one.kept.get(reason, 0.0))
 
-    def net(one: "CorrectionScores") -> str:
-        return UNMEASURED if one.win is None or not one.edit_rate else percent(one.win.net)
-
     def interval(one: "CorrectionScores") -> str:
         win = one.win
         # Where nothing was edited, there are no corrections to compare with the answers.
@@ -369,7 +366,7 @@ def _measures(report: "EvaluationReport") -> list[tuple[str, Callable[["Correcti
     if report.overall.win is not None:
         lines += [
             ("wins / draws / losses", lambda o: "" if (w := o.win) is None else f"{w.wins} / {w.draws} / {w.losses}"),
-            ("net win rate", net),
+            ("net win rate", lambda o: UNMEASURED if o.win is None or not o.edit_rate else percent(o.win.net)),
             ("95 % interval", interval),
             ("p (sign test)", lambda o: UNMEASURED if o.win is None or not o.edit_rate else f"{o.win.p_value:.2g}"),
         ]

@@ -125,7 +125,7 @@ def learn(
                     run = learner.run
             report = None if wanted.report is False else on_main(_write_report)(run.path)
         seconds = time.perf_counter() - started
-    (_show_json if as_json else _show)(run, refusal, report, seconds)
+    _show(run, refusal, report, seconds, as_json)
     gather(None)  # a process that ends with an error ends the others, which may still be printing
     if refusal is not None:
         raise refusal
@@ -262,25 +262,23 @@ def _write_report(run: Path) -> Path:
     return write_report([run], run / "report.html")
 
 
-def _show_json(run: "RunData", refusal: GateRefusedError | None, report: Path | None, seconds: float) -> None:
+def _show(run: "RunData", refusal: GateRefusedError | None, report: Path | None, seconds: float, as_json: bool) -> None:
     from everalign.learning.run_data import version_rows
-
-    show_json(
-        {
-            **run_scores(run),
-            "answers": run_answers(run),
-            "versions": version_rows(run),
-            "refused": None if refusal is None else refusal.version,
-            "output": str(run.path),
-            "report": None if report is None else str(report),
-            "seconds": round(seconds, 3),
-        }
-    )
-
-
-def _show(run: "RunData", refusal: GateRefusedError | None, report: Path | None, seconds: float) -> None:
     from everalign.reporting.formats import seconds as duration
 
+    if as_json:
+        show_json(
+            {
+                **run_scores(run),
+                "answers": run_answers(run),
+                "versions": version_rows(run),
+                "refused": None if refusal is None else refusal.version,
+                "output": str(run.path),
+                "report": None if report is None else str(report),
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
     show(*run_summary([run]))
     show_line("time", duration(seconds))
     show_line("run", run.path)

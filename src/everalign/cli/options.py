@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from everalign.cli.console import say
 from everalign.errors import InputError
-from everalign.options import Declared, declared
+from everalign.options import declared
 
 if TYPE_CHECKING:
     from everalign.data.readers import Source
@@ -67,8 +67,14 @@ def flags(
     for model in models:
         for name, field in model.model_fields.items():
             about = declared(field)
-            kind = _flag_type(about)
-            if kind is None or (only and name not in only):
+            choices = get_args(about.type) if get_origin(about.type) is Literal else ()
+            if about.type in (int, float, bool, str, Path):
+                kind = about.type
+            elif choices or about.type == tuple[str, ...]:
+                kind = str  # the model checks choices and splits lists
+            else:
+                continue  # no flag can hold it
+            if only and name not in only:
                 continue
             text = about.description.partition("\n")[0]
             if not field.is_required():
@@ -77,7 +83,7 @@ def flags(
             flag = typer.Option(
                 *([names[name]] if names and name in names else []),
                 help=text,
-                metavar="" if kind is bool else about.title or "|".join(_choices(about)) or None,
+                metavar="" if kind is bool else about.title or "|".join(choices) or None,
                 rich_help_panel=model.model_config.get("title"),
                 show_default=False,
                 callback=split_commas if get_origin(about.type) is tuple else None,
@@ -99,17 +105,6 @@ def flags(
         return verb
 
     return decorate
-
-
-def _choices(about: Declared) -> tuple[str, ...]:
-    return get_args(about.type) if get_origin(about.type) is Literal else ()
-
-
-def _flag_type(about: Declared) -> type | None:
-    """The type that typer parses; None for what no flag can hold. Choices are texts, which the model checks."""
-    if about.type in (int, float, bool, str, Path):
-        return about.type  # type: ignore[no-any-return]
-    return str if _choices(about) or about.type == tuple[str, ...] else None
 
 
 def split_commas(text: str | None) -> tuple[str, ...] | None:

@@ -283,13 +283,11 @@ class Corrector:
             if found[-1].reason in (None, "gate") and (text := growing.accept(answer, found[-1].text)):
                 yield text
         found += self.correct_batch([(question, growing.answer)], options, [growing.begun])
-        yield replace(
-            found[-1],
-            forward_passes=_sum(one.forward_passes for one in found),
-            accepted_draft_tokens=_sum(one.accepted_draft_tokens for one in found),
-            rejected_draft_tokens=_sum(one.rejected_draft_tokens for one in found),
-            output_tokens=_sum(one.output_tokens for one in found),
-        )
+        sums: dict[str, Any] = {}
+        for name in ("forward_passes", "accepted_draft_tokens", "rejected_draft_tokens", "output_tokens"):
+            known = [count for one in found if (count := getattr(one, name)) is not None]
+            sums[name] = sum(known) if known else None
+        yield replace(found[-1], **sums)
 
     def stream(self, question: Question, answer: str, options: CorrectionOptions | None = None) -> Iterator[str]:
         """Yield the text of `correct` in pieces that never split a character; see `stream_events`."""
@@ -357,12 +355,6 @@ class Corrector:
 def as_corrections(rows: Any) -> CorrectionSet:
     """Returns corrections as a set: one already, or whatever `load_corrections` takes."""
     return rows if isinstance(rows, CorrectionSet) else load_corrections(rows)
-
-
-def _sum(counts: Iterable[int | None]) -> int | None:
-    """Return the sum of what is known; None if nothing is."""
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None
 
 
 def _checked(pair: Pair, where: str) -> Pair:

@@ -130,11 +130,10 @@ def evaluate_corrector(
     if cache is not None:
         options = options or CorrectionOptions()
         journal = Journal.within(Path(cache), "corrections", *journal_facts(corrector, options, rows))
-
-        def waiting(holder: str) -> None:
-            log(f"  {holder} is correcting the same answers: waiting for it")
-
-        lock = exclusive(lock_of(journal.path), wait=waiting)  # type: ignore[assignment]  # both are contexts of None
+        waiting = "is correcting the same answers: waiting for it"
+        lock = exclusive(  # type: ignore[assignment]  # both are contexts of None
+            lock_of(journal.path), wait=lambda holder: log(f"  {holder} {waiting}")
+        )
     with lock:
         corrected, _ = correct_batches(rows, corrector, options, rows_per_batch, journal, log, progress)
     verdicts = None

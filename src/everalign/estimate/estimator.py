@@ -214,6 +214,9 @@ def _estimated(
     largest = max((stage for task in plan.tasks for stage in task.stages), key=lambda stage: stage.largest_work.tokens)
     saved = _saved(context, shape, machine, largest.largest)
     has_tests = plan.start.tokens > 0
+    free = None  # a GPU is empty before
+    if machine.is_cpu:  # what its process may still take when the weights are loaded
+        free = max(0.0, free_memory(torch.device("cpu")) - machine.reserved - shape.weight_bytes)
     memory = predicted_memory(
         shape,
         machine,
@@ -223,7 +226,7 @@ def _estimated(
         max(task.memory_rank for task in plan.tasks) + (shape.rank if context.method.consolidates else 0),
         context.options.checkpointing,
         has_tests,
-        _free(machine, shape),
+        free,
         layout,
     )
     precision, twice = str(context.options.precision), memory.checkpointing
@@ -232,13 +235,6 @@ def _estimated(
     consolidates = context.method.consolidates and context.method.long_term
     replayed = 0 if context.method.buffer is None else plan.kept_rows
     return Estimated(predict(plan, clock, memory, consolidates, cap, replayed), plan, clock, saved, context)
-
-
-def _free(machine: Machine, shape: ModelShape) -> float | None:
-    """What a processor's process may still take when its weights are loaded; None for a GPU, which is empty before."""
-    if not machine.is_cpu:
-        return None
-    return max(0.0, free_memory(torch.device("cpu")) - machine.reserved - shape.weight_bytes)
 
 
 def _saved(context: RunContext, shape: ModelShape, machine: Machine, largest: Sequence[TokenizedRow]) -> Saved:

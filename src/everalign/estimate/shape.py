@@ -147,7 +147,9 @@ def shape_of(policy: Policy, on_cpu: bool) -> ModelShape:
         if ".lora_" in name or module is head or hasattr(module, "base_layer"):
             continue
         if is_linear(module):
-            matrices += _numbers(module)
+            # By its features, where it has them: a quantised weight is stored in fewer numbers.
+            by_features = hasattr(module, "in_features") and hasattr(module, "out_features")
+            matrices += int(module.in_features * module.out_features if by_features else module.weight.numel())
         elif "expert" in f"{name} {type(module).__name__}".lower():
             # Of stacked experts a token passes through a few.
             stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
@@ -181,12 +183,6 @@ def shape_of(policy: Policy, on_cpu: bool) -> ModelShape:
         itemsize=itemsize,
         layer_bytes=in_layers if bits is None else 0,
     )
-
-
-def _numbers(module: Any) -> int:
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(module.in_features * module.out_features)
-    return int(module.weight.numel())
 
 
 def _bits(config: Any) -> float | None:

@@ -274,18 +274,17 @@ def _tokenized(context: RunContext, rows: RowSet[Any], limit: int) -> Rows:
             made.append(TokenizedRow(row.id, prompt, kept, (1.0,) * len(answers)))
         return Rows(made, len(rows))
     if context.scorer is not None and not any(row.has("rewards") for row in some):
-        some = replace(some, items=tuple(_rewarded(row) for row in some))
+        scored = []
+        for row in some:
+            answered = row if isinstance(row, Scored) else Scored.from_preference(row, rewards=None)
+            # They stand for those which a scorer would give.
+            scored.append(replace(answered, rewards=tuple(map(float, range(len(answered.completions))))))
+        some = replace(some, items=tuple(scored))
     prepared = prepare(context, some)
     tokens = context.objective.tokenize(prepared.rows, (), context)
     if not len(tokens):
         raise InputError(f"{rows.source}: no row is left to learn")
     return Rows(list(tokens), max(1, round(len(rows) * len(tokens) / len(some))))
-
-
-def _rewarded(row: Any) -> Scored:
-    """Return a row with rewards that stand for those which a scorer would give."""
-    answers = row if isinstance(row, Scored) else Scored.from_preference(row, rewards=None)
-    return replace(answers, rewards=tuple(float(number) for number in range(len(answers.completions))))
 
 
 def _held_out(context: RunContext, test: RowSet[Any], limit: int) -> Rows:

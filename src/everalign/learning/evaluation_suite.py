@@ -4,7 +4,7 @@ What it writes are sample answers for reports, and corrections that a gate compa
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,14 +52,6 @@ def first_answers(context: RunContext, name: str, test: RowSet[Any], count: int)
     except InputError as error:
         context.log(f"  no answers are written for the report: {error}")
         return {}
-
-
-def answer_again(context: RunContext, before: Answers, tests: Mapping[str, RowSet[Any]]) -> Answers:
-    """Answer the prompts of earlier answers with the policy as it is switched now."""
-    ids = {task: {answer["row"] for answer in answers} for task, answers in before.items()}
-    return _answer(
-        context, [(task, row) for task, test in tests.items() for row in test if row.id in ids.get(task, ())]
-    )
 
 
 def _answer(context: RunContext, rows: Sequence[tuple[str, Any]]) -> Answers:
@@ -260,10 +252,11 @@ class EvaluationSuite:
 
     def policies(self) -> Labelled:
         """Return the policy as it is now, of every label that test sets have."""
+        method, policy = self._setup.method, self._setup.policy
         found: Labelled = {}
         for label in dict.fromkeys(map(self._label, self._sets)):
-            with self._answering(label):
-                found[label] = self._setup.policy.snapshot()
+            with method.answering(policy, label):
+                found[label] = policy.snapshot()
         return found
 
     def scores(self, previous: Labelled | None, tasks: Sequence[str] | None = None) -> dict[str, PreferenceScore]:
@@ -275,7 +268,7 @@ class EvaluationSuite:
         for label in dict.fromkeys(map(self._label, names)):
             before = None if previous is None else previous[label]
             snapshot = nullcontext() if before is None else self._setup.policy.as_snapshot(before)
-            with self._answering(label), snapshot:
+            with self._setup.method.answering(self._setup.policy, label), snapshot:
                 for name in (name for name in names if self._label(name) == label):
                     found[name] = score_preferences(
                         self._setup.policy,
@@ -288,11 +281,13 @@ class EvaluationSuite:
 
     def answers(self) -> Answers:
         """Write the policy's answers to the prompts that the base model has answered."""
+        asked = {name: {answer["row"] for answer in answers} for name, answers in self._first_answers.items()}
         found: Answers = {}
         for label in dict.fromkeys(map(self._label, self._sets)):
-            with self._answering(label):
-                sets = {name: test for name, test in self._sets.items() if self._label(name) == label}
-                found |= answer_again(self._setup, self._first_answers, sets)
+            own = [(name, test) for name, test in self._sets.items() if self._label(name) == label]
+            rows = [(name, row) for name, test in own for row in test if row.id in asked.get(name, ())]
+            with self._setup.method.answering(self._setup.policy, label):
+                found |= _answer(self._setup, rows)
         return {name: found[name] for name in self._sets if name in found}
 
     def rows(self, tasks: Sequence[str]) -> dict[str, RowSet[Any]]:
@@ -301,9 +296,6 @@ class EvaluationSuite:
 
     def _label(self, name: str) -> str | None:
         return self._facts[name]["label"]  # type: ignore[no-any-return]
-
-    def _answering(self, label: str | None) -> AbstractContextManager[None]:
-        return self._setup.method.answering(self._setup.policy, label)
 
 
 def scored_rows(test: RowSet[Any], setup: RunContext, evenly: bool = True) -> RowSet[Any]:

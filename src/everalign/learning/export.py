@@ -326,7 +326,11 @@ def export_adapter(
         for file in (base / file for file in (*_READING, "generation_config.json")):
             if file.is_file():
                 shutil.copyfile(file, temporary / file.name)
-        _finish(temporary, _generation_config(base, name), tokenizer, run, line)
+        if (base / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(base)
+        else:  # what the model's configuration says, without loading the model
+            generation = GenerationConfig.from_model_config(load_config(str(base), "model", name))
+        _finish(temporary, generation, tokenizer, run, line)
         write_text(temporary / "README.md", model_card(run, line, name, base, folder, kind, rank))
     command = vllm_command(servable(name, base), folder, rank, label)
     return Exported(folder, line[-1].id, False, kind, rank=rank, command=command)
@@ -390,13 +394,6 @@ def _finish(folder: Path, generation: Any, tokenizer: Any, run: RunData, line: l
     if chats and uses_default_template(tokenizer):
         write_text(folder / "chat_template.jinja", DEFAULT_CHAT_TEMPLATE)
     write_ends(folder, generation, tokenizer, chats)
-
-
-def _generation_config(base: Path, name: str) -> GenerationConfig:
-    """A model's generation configuration, or what its configuration says, without loading the model."""
-    if (base / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(base)
-    return GenerationConfig.from_model_config(load_config(str(base), "model", name))
 
 
 def _base_model(run: RunData, name: str) -> Any:

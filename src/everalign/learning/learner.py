@@ -55,10 +55,6 @@ from everalign.training.stage import StageFigures
 from everalign.training.trainer import training_arguments
 
 
-def _print(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 class Learner:
     """Learns preference tasks one after another into a run directory.
 
@@ -150,7 +146,7 @@ class Learner:
         cache: str | Path | None = None,
         log_to: str | Sequence[str] = (),
         fsdp: bool = False,
-        log: Log = _print,
+        log: Log = lambda message: print(message, file=sys.stderr, flush=True),
         progress: Progress | None = None,
         figures: StageFigures = lambda stage, step, measured: None,
         **options: Any,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -255,7 +255,8 @@ class Recipe(Keys):
             key = str(problem.where[-1])
             # YAML takes `no`, 2024 and 1e-3 for other things than text.
             quotes = "; put it in quotes" if " must be text" in problem.what else ""
-            raise InputError(f"{place}: {_in_words(problem, _dotted)}{quotes}", where=place, field=key) from None
+            what = _in_words(problem, _dotted(problem.where))
+            raise InputError(f"{place}: {what}{quotes}", where=place, field=key) from None
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> Recipe:
@@ -277,7 +278,10 @@ class Recipe(Keys):
             return cls.model_validate(nested)
         except ValidationError as error:
             problem = first_problem(cls, error)
-            raise InputError(_in_words(problem, _flag), field=_flag(problem.where)) from None
+            first, last = problem.where[0], str(problem.where[-1])
+            name = "task" if first == "tasks" else str(first) if last == "name" else last
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(_in_words(problem, flag), field=flag) from None
 
     def over(self, other: Recipe) -> Recipe:
         """Returns both together; where both give a value, this one's counts. Tasks are replaced as a whole."""
@@ -425,11 +429,11 @@ class Recipe(Keys):
         return values if section is None else values.get(section, {})
 
 
-def _in_words(problem: Problem, name: Callable[[Location], str]) -> str:
-    """One sentence on a problem."""
+def _in_words(problem: Problem, name: str) -> str:
+    """One sentence on a problem with what is called `name`."""
     where = problem.where
     if not problem.unknown:
-        return f"{name(where)}{problem.what}"
+        return f"{name}{problem.what}"
     key, section = str(where[-1]), str(where[0]) if len(where) > 1 else ""
     levels: Mapping[str, type[BaseModel]] = {"": Recipe, **SECTIONS}
     known = list(levels[section].model_fields)
@@ -447,13 +451,6 @@ def _dotted(where: Location) -> str:
     if where[0] == "tasks" and len(where) > 1:
         where = (f"task {int(where[1]) + 1}", *where[2:])
     return ".".join(str(part) for part in where)
-
-
-def _flag(where: Location) -> str:
-    if where[0] == "tasks":
-        return "--task"
-    name = where[0] if where[-1] == "name" else where[-1]
-    return f"--{str(name).replace('_', '-')}"
 
 
 _FILE = "recipe.yaml"

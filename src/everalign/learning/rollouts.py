@@ -46,11 +46,6 @@ class Rollout:
     warnings: tuple[str, ...] = ()
     scale: float | None = None
 
-    @property
-    def settled(self) -> bool:
-        """Whether all answers have one reward."""
-        return len({reward for row in self.rows for reward in row.rewards}) == 1
-
     def one_line(self) -> str:
         """One line of text for a log."""
         f = self.facts

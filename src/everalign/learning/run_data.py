@@ -10,23 +10,21 @@ from typing import Any, Literal
 
 from everalign.errors import InputError
 from everalign.learning.run_files import (
-    Actual,
     AnswerResult,
     EvaluationFile,
     Manifest,
     ModuleConsolidation,
-    Predicted,
     RunFile,
     SampleAnswer,
     Score,
     ScoresFile,
     TrainingStep,
-    check_hashes,
     read_json,
     read_json_lines,
     setup_id,
 )
 from everalign.learning.scores import Regime, Scores
+from everalign.storage import differing_files
 
 _VERSION = re.compile(r"\d{3,}-.+(?<!\.partial)")  # a folder being written ends in .partial
 _VERSION_FILES = ("manifest.json", "scores.json", "training.jsonl", "consolidation.json")
@@ -289,7 +287,12 @@ def run_labels(runs: Sequence[RunData]) -> list[str]:
 def _load_version(directory: Path) -> VersionData:
     manifest = read_json(directory / "manifest.json", Manifest)
     optional = directory / "consolidation.json"
-    check_hashes(directory, manifest.files, _VERSION_FILES[1:])
+    listed = {name: manifest.files[name] for name in _VERSION_FILES[1:] if name in manifest.files}
+    if wrong := differing_files(directory, listed):
+        raise InputError(
+            f"{directory / wrong[0]} is missing or has changed since it was written (its manifest lists "
+            f"SHA-256 {listed[wrong[0]][:16]}...); restore the file, or learn the task again"
+        )
     scores = read_json(directory / "scores.json", ScoresFile)
     return VersionData(
         id=directory.name,
@@ -343,25 +346,23 @@ def version_rows(run: RunData) -> list[dict[str, Any]]:
     gate's verdict where there was one. `predicted` and `actual` are what its task was to take and what it took.
     """
     promoted = next((version.scores for version in run.versions if version.id == run.current), run.zero_shot)
-    return [
-        {
-            "index": version.manifest.index,
-            "version": version.id,
-            "task": version.task,
-            "label": version.manifest.label,
-            "created": version.manifest.created,
-            "then": getattr(version.scores.get(version.task), "accuracy", None),
-            "now": None if run.regime == "separate" else getattr(promoted.get(version.task), "accuracy", None),
-            "promoted": version.id == run.current,
-            "status": run.status(version),
-            "warnings": version.manifest.warnings,
-            "gate": None if version.manifest.gate is None else version.manifest.gate.model_dump(mode="json"),
-            "predicted": _dumped(run.facts.predicted.get(version.task)),
-            "actual": _dumped(version.manifest.actual),
-        }
-        for version in run.all_versions
-    ]
-
-
-def _dumped(record: Predicted | Actual | None) -> dict[str, Any] | None:
-    return None if record is None else record.model_dump(mode="json")
+    rows = []
+    for version in run.all_versions:
+        facts = version.manifest
+        records = {"gate": facts.gate, "predicted": run.facts.predicted.get(version.task), "actual": facts.actual}
+        rows.append(
+            {
+                "index": facts.index,
+                "version": version.id,
+                "task": version.task,
+                "label": facts.label,
+                "created": facts.created,
+                "then": getattr(version.scores.get(version.task), "accuracy", None),
+                "now": None if run.regime == "separate" else getattr(promoted.get(version.task), "accuracy", None),
+                "promoted": version.id == run.current,
+                "status": run.status(version),
+                "warnings": facts.warnings,
+                **{name: None if one is None else one.model_dump(mode="json") for name, one in records.items()},
+            }
+        )
+    return rows

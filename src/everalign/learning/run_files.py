@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -325,16 +324,6 @@ def read_json_lines(path: Path, kind: type[T], growing: bool = False) -> list[T]
             raise InputError(f"{where}: damaged JSON (column {error.colno}: {error.msg}); restore the file") from error
         found.append(_validated(value, kind, where))
     return found
-
-
-def check_hashes(directory: Path, hashes: dict[str, str], names: Sequence[str]) -> None:
-    """Those of `names` that the manifest lists must be there with the SHA-256 it lists."""
-    wrong = files.differing_files(directory, {name: hashes[name] for name in names if name in hashes})
-    if wrong:
-        raise InputError(
-            f"{directory / wrong[0]} is missing or has changed since it was written (its manifest lists "
-            f"SHA-256 {hashes[wrong[0]][:16]}...); restore the file, or learn the task again"
-        )
 
 
 def _validated(value: Any, kind: type[T], where: str) -> T:

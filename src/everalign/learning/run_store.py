@@ -163,15 +163,21 @@ class RunDirectory:
         written = read_json(self.path / "run.json")
         now_given = json.loads(json.dumps({"format": FORMAT, **facts}))
         for key in _SAME:
-            then = written.get(key)
+            then, given = written.get(key), now_given[key]
             if key == "settings" and isinstance(then, dict):
-                free = {name: now_given[key].get(name) for name in _FREE_SETTINGS}
+                free = {name: given.get(name) for name in _FREE_SETTINGS}
                 then = {**_SETTINGS_SINCE, **then, **free}
-            if then != now_given[key]:
-                raise InputError(
-                    f"{self.path} was started with {_difference(key, then, now_given[key])}: "
-                    "use the same settings, or another output directory"
-                )
+            if then == given:
+                continue
+            what, names = f"{then!r} then, {given!r} now", list[str]()
+            if isinstance(then, dict) and isinstance(given, dict):
+                names = [name for name in {**then, **given} if then.get(name) != given.get(name)]
+            if names:
+                what = f"{names[0]}: {then.get(names[0])!r} then, {given.get(names[0])!r} now"
+            raise InputError(
+                f"{self.path} was started with {'' if key.endswith('s') else 'a '}different {key} ({what}): "
+                "use the same settings, or another output directory"
+            )
 
     @on_main
     def write_zero_shot(
@@ -285,15 +291,6 @@ class RunDirectory:
             method.adopt(policy, label)
         if method.buffer is not None:
             method.buffer = ReplayBuffer.from_jsonl(folder / "replay.jsonl", method.buffer.capacity)
-
-
-def _difference(key: str, written: Any, expected: Any) -> str:
-    which = f"{'' if key.endswith('s') else 'a '}different {key}"
-    if isinstance(written, dict) and isinstance(expected, dict):
-        for name in {**written, **expected}:
-            if written.get(name) != expected.get(name):
-                return f"{which} ({name}: {written.get(name)!r} then, {expected.get(name)!r} now)"
-    return f"{which} ({written!r} then, {expected!r} now)"
 
 
 def _as_json(scores: Mapping[str, PreferenceScore]) -> dict[str, Any]:

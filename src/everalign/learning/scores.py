@@ -8,7 +8,7 @@ Scores may be in any unit in which higher is better; every number here has the u
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, get_args
@@ -92,26 +92,26 @@ class Scores:
     def last(self) -> float | None:
         """Mean score over the tasks learned so far, after the last one: `Last = (1/N) sum_j m[N][j]`."""
         if self.regime == "separate":
-            return _mean(row[i] for i, row in enumerate(self.matrix))
-        return _mean(self.matrix[-1][: len(self.matrix)]) if self.matrix else None
+            return known_mean(row[i] for i, row in enumerate(self.matrix))
+        return known_mean(self.matrix[-1][: len(self.matrix)]) if self.matrix else None
 
     @property
     def backward_transfer(self) -> float | None:
         """`BWT = (1/(N-1)) sum_{j<N} (m[N][j] - m[j][j])`; None when no earlier task has scores."""
-        return _mean(change for change in self.changes[:-1])
+        return known_mean(change for change in self.changes[:-1])
 
     @property
     def average_performance(self) -> float | None:
         """`AP = (1/N) sum_k (1/k) sum_{j<=k} m[k][j]`: the mean over time of the mean over the learned."""
         if self.regime != "sequential":
             return None
-        return _mean(_mean(row[: i + 1]) for i, row in enumerate(self.matrix))
+        return known_mean(known_mean(row[: i + 1]) for i, row in enumerate(self.matrix))
 
     @property
     def forward_transfer(self) -> float | None:
         """FWT: mean over j >= 2 of `m[j-1][j] - zero_shot[j]`; None when none was tested before its turn."""
         before = (self.matrix[j - 1][j] for j in range(1, len(self.matrix)))
-        return _mean(map(_difference, before, self.zero_shot[1:]))
+        return known_mean(map(_difference, before, self.zero_shot[1:]))
 
     @property
     def changes(self) -> list[float | None]:
@@ -145,8 +145,8 @@ class Scores:
         }
 
 
-def _mean(values: Iterator[float | None] | Sequence[float | None]) -> float | None:
-    """Mean of what was measured; None of nothing."""
+def known_mean(values: Iterable[float | None]) -> float | None:
+    """Returns the mean of what was measured; None of nothing."""
     measured = [value for value in values if value is not None]
     return fmean(measured) if measured else None
 

@@ -126,12 +126,9 @@ def _rewarded(context: RunContext, rows: AnySet) -> AnySet:
     key = hashlib.sha256(f"{context.scorer.fingerprint} {unscored.fingerprint}".encode()).hexdigest()
     context.log(f"scoring {rows.source}")
     path = context.folder / f"{key[:32]}.scored.jsonl"
-
-    def waiting(holder: str) -> None:
-        context.log(f"  {holder} is scoring the same answers: waiting for it")
-
     # Runs may share the folder: the second finds the file of the first, and asks for nothing again.
-    with exclusive(path.with_suffix(".lock"), wait=waiting):
+    waiting = "is scoring the same answers: waiting for it"
+    with exclusive(path.with_suffix(".lock"), wait=lambda holder: context.log(f"  {holder} {waiting}")):
         return replace(score(context, unscored, path), source=rows.source)
 
 
@@ -298,7 +295,7 @@ def _sample_round(
     for warning in rollout.warnings:
         context.log(f"  warning: {prompts.rows.source}: {warning}")
         result.warnings += (f"round {number}: {warning}",)
-    if number > 1 and rollout.settled:
+    if number > 1 and len({reward for row in rollout.rows for reward in row.rewards}) == 1:
         context.log("  all answers have the same reward: there is nothing left to learn from them")
         return None
     learned = prepare(context, rollout.rows, scale or rollout.scale)

@@ -114,7 +114,12 @@ class Tracker:
         }
         numbers |= {f"eval_{name}": value for name, value in matrix.summary.items() if value is not None}
         texts = {f"eval_scores after {task}": _matrix_text(matrix)}
-        texts |= {f"eval_answers after {task}/{name}": _answers_text(found) for name, found in answers.items()}
+        for name, found in answers.items():
+            parts = []
+            for one in found:
+                prompt = one["prompt"] if isinstance(one["prompt"], str) else one["prompt"][-1].get("content")
+                parts.append(f"**{prompt}**\n\n{one['answer']}{'' if one['ended'] else ' …'}")
+            texts[f"eval_answers after {task}/{name}"] = "\n\n---\n\n".join(parts)
         for service in self._services:
             service.log(self._total, numbers)
             service.write(self._total, texts)
@@ -183,14 +188,11 @@ class _Service:
             else:
                 self._callback = kind()
             self._callback.on_train_begin(*self._arguments(step), model=None)
-            atexit.register(self._end)
+            atexit.register(self._callback.on_train_end, *self._arguments(0), model=None)
         return self._callback
 
     def _arguments(self, step: int) -> tuple[Any, Any, Any]:
         return self._settings, TrainerState(global_step=step), TrainerControl()
-
-    def _end(self) -> None:
-        self._callback.on_train_end(*self._arguments(0), model=None)
 
 
 def _matrix_text(scores: Scores) -> str:
@@ -202,11 +204,3 @@ def _matrix_text(scores: Scores) -> str:
     rows = [("nothing", scores.zero_shot), *zip(scores.learned, scores.matrix, strict=True)]
     shown = [line(name, ["–" if one is None else f"{100 * one:.1f}" for one in row]) for name, row in rows]
     return "\n".join([line("after learning", scores.tasks), line("---", ["---:"] * len(scores.tasks)), *shown])
-
-
-def _answers_text(answers: Sequence[Mapping[str, Any]]) -> str:
-    parts = []
-    for one in answers:
-        prompt = one["prompt"] if isinstance(one["prompt"], str) else one["prompt"][-1].get("content")
-        parts.append(f"**{prompt}**\n\n{one['answer']}{'' if one['ended'] else ' …'}")
-    return "\n\n---\n\n".join(parts)

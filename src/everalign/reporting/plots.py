@@ -104,7 +104,8 @@ def inline_svg(drawn: Figure, name: str, title: str, description: str, tips: Seq
         FigureCanvasSVG(drawn).print_svg(text, metadata=metadata)
     svg = re.sub(r"<!--.*?-->", "", text.getvalue(), flags=re.DOTALL)
     svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg)  # "axes_1" would repeat in every figure of the page
-    svg = re.sub(r"font: (?:(\d+) )?([\d.]+)px [^;\"]*", _font, svg)
+    svg = re.sub(r"font: (\d+) ([\d.]+)px [^;\"]*", r"font-size: \2px; font-weight: \1", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     svg = svg.replace("xlink:href", "href")
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
@@ -125,11 +126,6 @@ def inline_svg(drawn: Figure, name: str, title: str, description: str, tips: Seq
             f"<title>{escape(tip.text)}</title></circle>"
         )
     return Markup(head + body + "</svg>" + end)
-
-
-def _font(match: re.Match[str]) -> str:
-    weight, size = match.groups()
-    return f"font-size: {size}px" + (f"; font-weight: {weight}" if weight else "")
 
 
 def matrix_rows(scores: Scores) -> list[tuple[str, int, Sequence[float | None]]]:

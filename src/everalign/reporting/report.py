@@ -104,6 +104,7 @@ class Row:
     cells: Sequence[Any]
 
 
+@cache
 def page_template(name: str) -> Template:
     """Return a template of this room: text is escaped, and a value that is missing is an error."""
     environment = Environment(
@@ -113,16 +114,11 @@ def page_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    script, allowed = _script()
-    environment.globals |= {"script": script, "script_hash": allowed}
+    script = (files("everalign.reporting") / "templates" / "report.js").read_text(encoding="utf-8")
+    # By this hash a page's content policy allows the script, and no other.
+    allowed = b64encode(sha256(f"\n{script}\n".encode()).digest()).decode()
+    environment.globals |= {"script": Markup(script), "script_hash": allowed}
     return environment.get_template(name)
-
-
-@cache
-def _script() -> tuple[Markup, str]:
-    """The pages' script, and the hash by which their content policy allows it, and no other."""
-    text = (files("everalign.reporting") / "templates" / "report.js").read_text(encoding="utf-8")
-    return Markup(text), b64encode(sha256(f"\n{text}\n".encode()).digest()).decode()
 
 
 def write_report(runs: Sequence[Path], output: Path, corrector: CorrectorShow | None = None) -> Path:
