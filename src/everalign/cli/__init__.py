@@ -39,7 +39,7 @@ _VERBS = {
         "estimate",
         "Example: everalign estimate --model tiny --task polite=polite.jsonl --gpu h100 --price 2.5",
     ),
-    "evaluate": ("evaluate", "Example: everalign evaluate runs/polite --reward runs/reward --every"),
+    "evaluate": ("runs", "Example: everalign evaluate runs/polite --reward runs/reward --every"),
     "reward": ("reward", None),
     "correct": ("correct", None),
     "feedback": ("feedback", None),
