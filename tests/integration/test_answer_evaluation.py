@@ -205,7 +205,7 @@ def test_a_run_with_a_model_for_each_task_is_measured_by_each_tasks_own(run, tmp
     separate = load_run(tmp_path / "run")
     first, second = (version.id for version in separate.versions)
     runner = _Runner(separate, SETTINGS, lambda _: None, lambda *_: None)
-    answering = [runner._folder(*which) for which in ((first, "brief"), (first, "warm"), (second, "warm"))]
+    answering = [runner.switch(*which) for which in ((first, "brief"), (first, "warm"), (second, "warm"))]
     assert [folder and folder.parent.name for folder in answering] == [None, first, first]
     with pytest.raises(InputError, match="has a model for each task, and 'other' is none of them"):
         evaluate_run(separate, {"other": [HeldOutPrompt("q?")]}, SETTINGS)

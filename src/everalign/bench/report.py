@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -289,42 +288,34 @@ def curves(
     }
     if not lines:
         return None
-    return for_both_widths(partial(_curves, lines, metric, name, title, labels))
 
+    def draw(width: float, ending: str) -> Markup:
+        tips: list[Tip] = []
+        with figure(width, 340) as drawn:
+            axes = drawn.subplots()
+            for number, (label, points) in enumerate(lines.items()):
+                axes.errorbar(
+                    list(points),
+                    [mean * metric.scale for mean, _ in points.values()],
+                    yerr=[bar * metric.scale for _, bar in points.values()],
+                    label=label,
+                    **_style(number),
+                    linestyle=DASHES[number % len(DASHES)],
+                    linewidth=2,
+                )
+                for x, (mean, bar) in points.items():
+                    text = f"{label}, {x} {labels[0]}: {fixed(mean * metric.scale, metric.digits)}"
+                    text += "" if math.isnan(bar) else f" ± {fixed(bar * metric.scale, metric.digits)}"
+                    tips.append(Tip(axes, x, mean * metric.scale, text))
+            axes.set_xticks(sorted({x for points in lines.values() for x in points}))
+            axes.set_xlabel(labels[0])
+            axes.set_ylabel(labels[1])
+            axes.grid(axis="y", linewidth=0.8)
+            legend_above(drawn, width)
+            ends = ", ".join(f"{label} {metric.value([*points.values()][-1][0])}" for label, points in lines.items())
+            return inline_svg(drawn, name + ending, title, f"{title}; at the end: {ends}", tips)
 
-def _curves(
-    lines: Mapping[str, Mapping[int, tuple[float, float]]],
-    metric: Metric,
-    name: str,
-    title: str,
-    labels: tuple[str, str],
-    width: float,
-    ending: str,
-) -> Markup:
-    tips: list[Tip] = []
-    with figure(width, 340) as drawn:
-        axes = drawn.subplots()
-        for number, (label, points) in enumerate(lines.items()):
-            axes.errorbar(
-                list(points),
-                [mean * metric.scale for mean, _ in points.values()],
-                yerr=[bar * metric.scale for _, bar in points.values()],
-                label=label,
-                **_style(number),
-                linestyle=DASHES[number % len(DASHES)],
-                linewidth=2,
-            )
-            for x, (mean, bar) in points.items():
-                text = f"{label}, {x} {labels[0]}: {fixed(mean * metric.scale, metric.digits)}"
-                text += "" if math.isnan(bar) else f" ± {fixed(bar * metric.scale, metric.digits)}"
-                tips.append(Tip(axes, x, mean * metric.scale, text))
-        axes.set_xticks(sorted({x for points in lines.values() for x in points}))
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        axes.grid(axis="y", linewidth=0.8)
-        legend_above(drawn, width)
-        ends = ", ".join(f"{label} {metric.value([*points.values()][-1][0])}" for label, points in lines.items())
-        return inline_svg(drawn, name + ending, title, f"{title}; at the end: {ends}", tips)
+    return for_both_widths(draw)
 
 
 def cost_plot(result: ModelResult, metric: Metric, name: str) -> Markup | None:
@@ -336,46 +327,39 @@ def cost_plot(result: ModelResult, metric: Metric, name: str) -> Markup | None:
     }
     if not points:
         return None
-    return for_both_widths(partial(_cost_plot, result, points, metric, name))
 
+    def draw(width: float, ending: str) -> Markup:
+        tips: list[Tip] = []
+        with figure(width, 360) as drawn:
+            axes = drawn.subplots()
+            for number, (label, (seconds, one)) in enumerate(points.items()):
+                mean, below, above = _last(one, metric.key)
+                axes.errorbar(
+                    [seconds],
+                    [mean * metric.scale],
+                    yerr=[[below * metric.scale], [above * metric.scale]],
+                    label=label,
+                    **_style(number),
+                    linestyle="none",
+                )
+                text = f"{label}: {metric.full(mean)}, {significant(seconds)} s"
+                tips.append(Tip(axes, seconds, mean * metric.scale, text))
+            zero = result.zero_shot[metric.key]
+            if zero is not None:
+                axes.axhline(zero * metric.scale, linestyle=":", linewidth=1, color=SERIES[7])
+            axes.set_xlabel("CPU seconds of a run's training")
+            axes.set_ylabel(f"Last {metric.title.lower()}, {metric.unit.strip()}")
+            axes.grid(linewidth=0.8)
+            legend_above(drawn, width)
+            texts = [
+                f"{label} {significant(x)} s, {metric.full(_last(one, metric.key)[0])}"
+                for label, (x, one) in points.items()
+            ]
+            title = f"Cost and retention on {result.model}"
+            description = f"{title}, the dotted line is the base model: {', '.join(texts)}"
+            return inline_svg(drawn, name + ending, title, description, tips)
 
-def _cost_plot(
-    result: ModelResult,
-    points: Mapping[str, tuple[float, Contest]],
-    metric: Metric,
-    name: str,
-    width: float,
-    ending: str,
-) -> Markup:
-    tips: list[Tip] = []
-    with figure(width, 360) as drawn:
-        axes = drawn.subplots()
-        for number, (label, (seconds, one)) in enumerate(points.items()):
-            mean, below, above = _last(one, metric.key)
-            axes.errorbar(
-                [seconds],
-                [mean * metric.scale],
-                yerr=[[below * metric.scale], [above * metric.scale]],
-                label=label,
-                **_style(number),
-                linestyle="none",
-            )
-            text = f"{label}: {metric.full(mean)}, {significant(seconds)} s"
-            tips.append(Tip(axes, seconds, mean * metric.scale, text))
-        zero = result.zero_shot[metric.key]
-        if zero is not None:
-            axes.axhline(zero * metric.scale, linestyle=":", linewidth=1, color=SERIES[7])
-        axes.set_xlabel("CPU seconds of a run's training")
-        axes.set_ylabel(f"Last {metric.title.lower()}, {metric.unit.strip()}")
-        axes.grid(linewidth=0.8)
-        legend_above(drawn, width)
-        texts = [
-            f"{label} {significant(x)} s, {metric.full(_last(one, metric.key)[0])}"
-            for label, (x, one) in points.items()
-        ]
-        title = f"Cost and retention on {result.model}"
-        description = f"{title}, the dotted line is the base model: {', '.join(texts)}"
-        return inline_svg(drawn, name + ending, title, description, tips)
+    return for_both_widths(draw)
 
 
 def _last(one: Contest, metric: str) -> tuple[float, float, float]:

@@ -274,18 +274,30 @@ class _Runner:
         self._labels = labels_of_prompts(run)
         self._loaded: Path | None = None
 
-    def switch(self, version: str, task: str) -> None:
-        """Makes the policy what answers to a task's prompts as of a version: with labels, its label's adapter."""
-        folder = self._folder(version, task)
+    def switch(self, version: str, task: str) -> Path | None:
+        """Makes the policy what answers to a task's prompts as of a version: with labels, its label's adapter.
+
+        Returns the adapter's folder; None for the base model.
+        """
+        own = None
+        if version != BASE:
+            at = next(one for one in self.run.versions if one.id == version)
+            if self.run.regime == "separate":
+                # Each task is answered by its own model, once it has one.
+                until = self.run.versions[: self.run.versions.index(at) + 1]
+                own = next((one for one in until if one.task == task), None)
+            else:
+                own = self.run.adapters_at(at).get(self._labels[task] if self._labels else None)
+        folder = None if own is None else self.run.path / "versions" / own.id / "adapter"
         if folder is None:
             self.policy.reset(0)
         elif folder != self._loaded:
             self.policy.load_adapter(folder, long_term=True, seed=0)
         self._loaded = folder
+        return folder
 
     def answers(self, version: str, task: str, rows: Sequence[HeldOutPrompt]) -> list[Answer]:
-        self.switch(version, task)
-        folder = self._folder(version, task)
+        folder = self.switch(version, task)
         learned = WEIGHTS if self.policy.prompts is None else PROMPTS_FILE
         adapter = "" if folder is None else sha256_of(folder / learned)
         return write_answers(
@@ -298,19 +310,6 @@ class _Runner:
             max_prompt_tokens=max(self.max_length, 768),
             progress=lambda done, total: self.progress(f"answers of {version}", done, total),
         )
-
-    def _folder(self, version: str, task: str) -> Path | None:
-        """The adapter's folder; None for the base model."""
-        if version == BASE:
-            return None
-        at = next(one for one in self.run.versions if one.id == version)
-        if self.run.regime == "separate":
-            # Each task is answered by its own model, once it has one.
-            until = self.run.versions[: self.run.versions.index(at) + 1]
-            own = next((one for one in until if one.task == task), None)
-        else:
-            own = self.run.adapters_at(at).get(self._labels[task] if self._labels else None)
-        return None if own is None else self.run.path / "versions" / own.id / "adapter"
 
 
 def _written(runner: _Runner, prompts: Prompts, base: bool = False) -> dict[str, dict[str, list[Answer]]]:

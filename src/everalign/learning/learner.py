@@ -30,6 +30,7 @@ from everalign.learning.options import (
 from everalign.learning.promotion import (
     Rollback,
     announcement,
+    check_output,
     check_tolerance,
     compare_shares,
     judge,
@@ -167,7 +168,8 @@ class Learner:
         self._gate_scorer = make_scorer(gate_scorer) if isinstance(gate_scorer, str) else gate_scorer
         self._run = RunDirectory(Path(output))
         with self._run.exclusive():
-            self._run.check_usable(resume)
+            # By one process: it makes and removes the folder, which others would see come and go.
+            on_main(check_output)(self._run.path, resume)
             self._tracker = Tracker(Path(output), [log_to] if isinstance(log_to, str) else log_to, figures)
             if not isinstance(model, str | os.PathLike):
                 model = self._run.keep_model(model, tokenizer)
@@ -196,7 +198,7 @@ class Learner:
         self.method, self.policy, self.tokenizer = self._setup.method, self._setup.policy, self._setup.tokenizer
         with self._run.exclusive():
             # Again: loading a model takes long, and another process may have begun a run here meanwhile.
-            self._run.check_usable(resume)
+            on_main(check_output)(self._run.path, resume)
             # A user's own method may have a state from the start; ours have none.
             if method.buffer or (type(method) in METHODS.values() and method.state_dict()):
                 raise InputError(f"this {method.name} has learned in another run already: make a new one for each run")

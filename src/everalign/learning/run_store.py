@@ -33,7 +33,7 @@ from everalign.errors import InputError
 from everalign.evaluation import PreferenceScore
 from everalign.learning import run_files
 from everalign.learning.options import TrainingOptions
-from everalign.learning.promotion import check_output, check_version, exclusive_run, promote
+from everalign.learning.promotion import check_version, exclusive_run, promote
 from everalign.learning.run_data import BASE, BASE_ADAPTER, BASE_MODEL, ZERO_SHOT, RunData, RunReader, work_folder
 from everalign.learning.run_files import Answers
 from everalign.methods import Method
@@ -98,11 +98,6 @@ class RunDirectory:
     @cached_property
     def _setup(self) -> str:
         return run_files.setup_id(run_files.read_json(self.path / "run.json", run_files.RunFile))
-
-    @on_main  # it makes and removes the folder, which others would see come and go
-    def check_usable(self, resume: bool) -> None:
-        """Refuses a folder that holds a run, unless it is to be resumed, or other files."""
-        check_output(self.path, resume)
 
     @on_main
     def keep_model(self, model: Any, tokenizer: Any) -> str:

@@ -8,7 +8,6 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import matplotlib
@@ -155,36 +154,27 @@ def change_lines(
     Returns:
         The plot; None where no task was scored again after a later one.
     """
-    return for_both_widths(partial(_change_lines, scores, errors, metric, limits, name, label))
 
+    def draw(width: float, ending: str) -> Markup | None:
+        lines, tips = change_series(scores), list[Tip]()
+        if not lines:
+            return None
+        with figure(width, 320) as drawn:
+            axes = drawn.subplots()
+            axes.axhline(0, color=MUTED, linewidth=1)
+            for task, points in lines.items():
+                bars = [change_bar(errors, rows, scores.learned.index(task)) for rows, _ in points]
+                moments = [f"{task}, after {scores.learned[rows - 1]}" for rows, _ in points]
+                tips += _line(axes, points, bars, metric, task, moments, metric.change, metric.change_unit)
+            axes.set_ylim(limits[0] * metric.scale, limits[1] * metric.scale)
+            axes.set_ylabel(f"change, {metric.change_unit}")
+            _task_axis(axes, len(scores.learned), "after learning", width, scores.learned)
+            legend_above(drawn, width)
+            ends = ", ".join(f"{task} {metric.change(points[-1][1])}" for task, points in lines.items())
+            description = f"Change of each score since its task was learned, {metric.change_unit}; at the end: {ends}"
+            return inline_svg(drawn, name + ending, f"Forgetting of {label}", description, tips)
 
-def _change_lines(
-    scores: Scores,
-    errors: Errors,
-    metric: Metric,
-    limits: tuple[float, float],
-    name: str,
-    label: str,
-    width: float,
-    ending: str,
-) -> Markup | None:
-    lines, tips = change_series(scores), list[Tip]()
-    if not lines:
-        return None
-    with figure(width, 320) as drawn:
-        axes = drawn.subplots()
-        axes.axhline(0, color=MUTED, linewidth=1)
-        for task, points in lines.items():
-            bars = [change_bar(errors, rows, scores.learned.index(task)) for rows, _ in points]
-            moments = [f"{task}, after {scores.learned[rows - 1]}" for rows, _ in points]
-            tips += _line(axes, points, bars, metric, task, moments, metric.change, metric.change_unit)
-        axes.set_ylim(limits[0] * metric.scale, limits[1] * metric.scale)
-        axes.set_ylabel(f"change, {metric.change_unit}")
-        _task_axis(axes, len(scores.learned), "after learning", width, scores.learned)
-        legend_above(drawn, width)
-        ends = ", ".join(f"{task} {metric.change(points[-1][1])}" for task, points in lines.items())
-        description = f"Change of each score since its task was learned, {metric.change_unit}; at the end: {ends}"
-        return inline_svg(drawn, name + ending, f"Forgetting of {label}", description, tips)
+    return for_both_widths(draw)
 
 
 def change_bar(errors: Errors, rows: int, task: int) -> float:
@@ -207,39 +197,32 @@ def progress_lines(
     runs: Mapping[str, Scores], errors: Mapping[str, Errors], metric: Metric, name: str
 ) -> Markup | None:
     """Draw each run's mean score over the tasks learned so far, with 95 % intervals; None below two moments."""
-    return for_both_widths(partial(_progress_lines, runs, errors, metric, name))
 
+    def draw(width: float, ending: str) -> Markup | None:
+        series, tips = {}, list[Tip]()
+        for label, scores in runs.items():
+            if scores.regime == "sequential":
+                means = ((rows, scores.up_to(rows).last) for rows in range(1, len(scores.matrix) + 1))
+                points = [(rows, mean) for rows, mean in means if mean is not None]
+                if len(points) > 1:
+                    series[label] = points
+        if not series:
+            return None
+        with figure(width, 300) as drawn:
+            axes = drawn.subplots()
+            for label, points in series.items():
+                bars = [WIDTH * (of_mean(errors[label][rows - 1][:rows]) or 0.0) for rows, _ in points]
+                moments = [f"{label}, {rows} learned" for rows, _ in points]
+                tips += _line(axes, points, bars, metric, label, moments, metric.value, metric.unit.strip())
+            axes.set_ylabel(f"{metric.title.lower()}, {metric.unit.strip()}")
+            _task_axis(axes, max(points[-1][0] for points in series.values()), "tasks learned", width)
+            legend_above(drawn, width)
+            ends = ", ".join(f"{label} {metric.full(points[-1][1])}" for label, points in series.items())
+            description = f"{metric.title} averaged over the tasks learned so far; at the end: {ends}"
+            title = f"Mean {metric.title.lower()} over the tasks learned so far"
+            return inline_svg(drawn, name + ending, title, description, tips)
 
-def _progress_lines(
-    runs: Mapping[str, Scores],
-    errors: Mapping[str, Errors],
-    metric: Metric,
-    name: str,
-    width: float,
-    ending: str,
-) -> Markup | None:
-    series, tips = {}, list[Tip]()
-    for label, scores in runs.items():
-        if scores.regime == "sequential":
-            means = ((rows, scores.up_to(rows).last) for rows in range(1, len(scores.matrix) + 1))
-            points = [(rows, mean) for rows, mean in means if mean is not None]
-            if len(points) > 1:
-                series[label] = points
-    if not series:
-        return None
-    with figure(width, 300) as drawn:
-        axes = drawn.subplots()
-        for label, points in series.items():
-            bars = [WIDTH * (of_mean(errors[label][rows - 1][:rows]) or 0.0) for rows, _ in points]
-            moments = [f"{label}, {rows} learned" for rows, _ in points]
-            tips += _line(axes, points, bars, metric, label, moments, metric.value, metric.unit.strip())
-        axes.set_ylabel(f"{metric.title.lower()}, {metric.unit.strip()}")
-        _task_axis(axes, max(points[-1][0] for points in series.values()), "tasks learned", width)
-        legend_above(drawn, width)
-        ends = ", ".join(f"{label} {metric.full(points[-1][1])}" for label, points in series.items())
-        description = f"{metric.title} averaged over the tasks learned so far; at the end: {ends}"
-        title = f"Mean {metric.title.lower()} over the tasks learned so far"
-        return inline_svg(drawn, name + ending, title, description, tips)
+    return for_both_widths(draw)
 
 
 Training = Sequence[tuple[str, Sequence[TrainingStep]]]
@@ -255,38 +238,38 @@ def training_curves(runs: Mapping[str, Training], name: str) -> Markup | None:
 
     Of one run each stage has a colour and tasks are named; of several each run has one.
     """
-    return for_both_widths(partial(_training_curves, runs, name))
 
+    def draw(width: float, ending: str) -> Markup | None:
+        every = [step for training in runs.values() for _, steps in training for step in steps]
+        fields = [field for field in _FIELDS if any(getattr(step, field) is not None for step in every)]
+        if not fields:
+            return None
+        alone, tips = len(runs) == 1, list[Tip]()
+        keys = list(dict.fromkeys(step.stage for step in every)) if alone else list(runs)
+        with figure(width, 70 + 150 * len(fields)) as drawn:
+            panels = drawn.subplots(len(fields), 1, sharex=True, squeeze=False)[:, 0]
+            borders: dict[str, tuple[int, int]] = {}
+            for label, training in runs.items():
+                offset = 0
+                for task, steps in training:
+                    start = offset
+                    for lines in stage_curves(steps):
+                        key = lines[0].stage if alone else label
+                        for axes, field in zip(panels, fields, strict=True):
+                            tips += _curve(axes, field, lines, offset, key, keys.index(key), f"{label}, {task}")
+                        offset += max(step.step for step in lines)
+                    borders[task] = (start, offset)
+            if alone:
+                _name_tasks(list(panels), borders, offset, width)
+            for axes, field in zip(panels, fields, strict=True):
+                axes.set_ylabel(_FIELDS[field])
+            panels[-1].set_xlabel("training step, all tasks in a row")
+            legend_above(drawn, width)
+            tasks = ", ".join(dict.fromkeys(task for training in runs.values() for task, _ in training))
+            description = f"{', '.join(fields)} by step; {', '.join(keys)}; tasks {tasks}"
+            return inline_svg(drawn, name + ending, f"Training curves of {', '.join(runs)}", description, tips)
 
-def _training_curves(runs: Mapping[str, Training], name: str, width: float, ending: str) -> Markup | None:
-    every = [step for training in runs.values() for _, steps in training for step in steps]
-    fields = [field for field in _FIELDS if any(getattr(step, field) is not None for step in every)]
-    if not fields:
-        return None
-    alone, tips = len(runs) == 1, list[Tip]()
-    keys = list(dict.fromkeys(step.stage for step in every)) if alone else list(runs)
-    with figure(width, 70 + 150 * len(fields)) as drawn:
-        panels = drawn.subplots(len(fields), 1, sharex=True, squeeze=False)[:, 0]
-        borders: dict[str, tuple[int, int]] = {}
-        for label, training in runs.items():
-            offset = 0
-            for task, steps in training:
-                start = offset
-                for lines in stage_curves(steps):
-                    key = lines[0].stage if alone else label
-                    for axes, field in zip(panels, fields, strict=True):
-                        tips += _curve(axes, field, lines, offset, key, keys.index(key), f"{label}, {task}")
-                    offset += max(step.step for step in lines)
-                borders[task] = (start, offset)
-        if alone:
-            _name_tasks(list(panels), borders, offset, width)
-        for axes, field in zip(panels, fields, strict=True):
-            axes.set_ylabel(_FIELDS[field])
-        panels[-1].set_xlabel("training step, all tasks in a row")
-        legend_above(drawn, width)
-        tasks = ", ".join(dict.fromkeys(task for training in runs.values() for task, _ in training))
-        description = f"{', '.join(fields)} by step; {', '.join(keys)}; tasks {tasks}"
-        return inline_svg(drawn, name + ending, f"Training curves of {', '.join(runs)}", description, tips)
+    return for_both_widths(draw)
 
 
 def _curve(
