@@ -168,8 +168,7 @@ class Learner:
         self._gate_scorer = make_scorer(gate_scorer) if isinstance(gate_scorer, str) else gate_scorer
         self._run = RunDirectory(Path(output))
         with self._run.exclusive():
-            # By one process: it makes and removes the folder, which others would see come and go.
-            on_main(check_output)(self._run.path, resume)
+            on_main(check_output)(self._run.path, resume)  # one alone: it makes and removes the folder
             self._tracker = Tracker(Path(output), [log_to] if isinstance(log_to, str) else log_to, figures)
             if not isinstance(model, str | os.PathLike):
                 model = self._run.keep_model(model, tokenizer)
