@@ -134,15 +134,6 @@ class TokenizedRows(Sequence[TokenizedRow]):
             *check_shortfall(self.truncated_prompts, pairs, "prompts lose their beginning", remedy, refuse=False),
         )
 
-    def followed_by(self, others: "TokenizedRows") -> "TokenizedRows":
-        """Return these rows and then others of the same length limit."""
-        return TokenizedRows(
-            self.items + others.items,
-            self.max_length,
-            self.truncated_prompts + others.truncated_prompts,
-            self.truncated_responses + others.truncated_responses,
-        )
-
     def one_line(self) -> str:
         """One line of text for a log."""
         return (

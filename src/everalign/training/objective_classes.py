@@ -33,7 +33,7 @@ from everalign.training.base_objective import (
 from everalign.training.objectives import weighting_settings
 from everalign.training.options import ObjectiveOptions
 from everalign.training.reference import policy_key
-from everalign.training.reward_weights import TAKE_ONE_COMPLETION, check_comparable, check_completions, compute_weights
+from everalign.training.reward_weights import TAKE_ONE_COMPLETION, check_completions, compute_weights, refuse_alone
 
 DEFAULT_GAMMA = 2.0
 FOCALPO_GAMMA = 0.05
@@ -174,9 +174,10 @@ class VarObjective(LikelihoodObjective):
     Attributes:
         what: what the log calls the weights.
         can_cap: whether capping them can be advised.
+        weights_suffice: whether a row of one completion teaches something once it has brought its weight.
     """
 
-    what, can_cap = "weights", True
+    what, can_cap, weights_suffice = "weights", True, True
     first_is_best = False
 
     @property
@@ -201,7 +202,8 @@ class VarObjective(LikelihoodObjective):
             if merged:
                 lines.append(f"  {merged} of {total} completions are listed before with the same reward and left out")
         self.check_rows(usable)
-        fit = drop_overlong(usable, context.tokenizer, context.max_length, fewest=1 if self.takes_one(given) else 2)
+        fewest = 1 if given and self.weights_suffice else self.fewest_answers
+        fit = drop_overlong(usable, context.tokenizer, context.max_length, fewest=fewest)
         if not fit.rows:
             raise InputError(f"no row has completions that fit max_length {context.max_length}: raise it")
         if fit.dropped_completions:
@@ -241,10 +243,6 @@ class VarObjective(LikelihoodObjective):
         """Return a task's weighted rows and the replayed ones behind them as tokens."""
         return tokenize_scored([*rows, *replayed], context.tokenizer, context.max_length)
 
-    def takes_one(self, weighted: bool) -> bool:
-        """Whether a row of one completion teaches anything; `weighted` rows brought their weights."""
-        return weighted or self.options.weighting.estimator in TAKE_ONE_COMPLETION
-
     def check_rows(self, rows: Sequence[Scored]) -> None:
         """Refuse rows that lack what the weights need."""
         check_completions(rows, self.options.weighting)
@@ -259,7 +257,7 @@ class SelfNormalisedObjective(VarObjective):
 
     needs_reference = True
     fewest_answers = 2
-    what, can_cap = "targets", False
+    what, can_cap, weights_suffice = "targets", False, False
 
     def check_record(self, rows: AnyRows) -> None:
         """Accept preferences too, as rows of two completions."""
@@ -268,12 +266,8 @@ class SelfNormalisedObjective(VarObjective):
 
     def check_rows(self, rows: Sequence[Scored]) -> None:
         """Refuse rows of one completion as well, also where they have weights."""
-        check_comparable(rows)
+        refuse_alone(enumerate(rows, start=1), "with nothing to compare it to: sample more, or leave these rows out")
         super().check_rows(rows)
-
-    def takes_one(self, weighted: bool) -> bool:
-        """Never: one completion has nothing to be compared with."""
-        return False
 
     def computed(self, row: TokenizedRow) -> TokenizedRow:
         """Return all responses: a share of 0 is for one that is never to be given."""
