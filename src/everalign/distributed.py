@@ -13,7 +13,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
@@ -335,14 +335,6 @@ def gather(value: T) -> list[T]:
         dist.all_gather_object(found, _portable(value), group=_group.objects)
     # Its own as it is: the others' have lost, with an error, what caused it.
     return [value if number == _group.rank else pickle.loads(part) for number, part in enumerate(found)]
-
-
-@contextmanager
-def main_holds(context: AbstractContextManager[None]) -> Iterator[None]:
-    """Context manager that only the main process enters, such as a lock; where it cannot, all raise its error."""
-    with ExitStack() as stack:
-        on_main(stack.enter_context)(context)
-        yield
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:

@@ -29,9 +29,7 @@ from everalign.data.rows import (
     Row,
     RowSet,
     Schema,
-    check_label,
     check_text,
-    checked_weight,
     field_error,
     is_finite,
     kind,
@@ -79,8 +77,7 @@ class Preference(Row):
             object.__setattr__(self, name, checked_completion(getattr(self, name), name, self.prompt))
         if is_same(self.chosen, self.rejected):
             raise field_error("rejected", "equal to 'chosen'", "a pair needs two different answers")
-        object.__setattr__(self, "weight", checked_weight(self.weight))
-        check_label(self.label)
+        self.check_weight_and_label()
 
     def __hash__(self) -> int:
         return hash((self.id, self.weight))
@@ -191,8 +188,7 @@ class Scored(Row):
         if self.weights is not None and not (min(self.weights) >= 0 and 0 < max(self.weights) <= _LARGEST_WEIGHT):
             problem = f"must be from 0 to {_LARGEST_WEIGHT:g} and not all 0"
             raise field_error("weights", problem, "remove rows of no weight")
-        object.__setattr__(self, "weight", checked_weight(self.weight))
-        check_label(self.label)
+        self.check_weight_and_label()
 
     def __hash__(self) -> int:
         return hash((self.id, self.weight, self.weights, self.reference_rewards))
@@ -349,8 +345,7 @@ class Correction(Row):
                 object.__setattr__(self, name, checked_answer(getattr(self, name), name))
         if self.has("correction") and not self.has("answer"):
             raise field_error("answer", "no such column, though there is an edit of it", "add it")
-        object.__setattr__(self, "weight", checked_weight(self.weight))
-        check_label(self.label)
+        self.check_weight_and_label()
         if self.has("kind"):
             check_text(self.kind, "kind")
         if self.good is None:

@@ -379,12 +379,12 @@ def _draw(
         )
 
 
-# Prompts sampled between two writes.
 def _samples(ends: _Ends, prompt: Prompt, prompt_ids: list[int], answers: list[list[int]]) -> Samples:
     texts = [text for ids in answers if (text := ends.text(prompt, prompt_ids, ids)) is not None and text.strip()]
     return Samples(tuple(texts), len(answers) - len(texts))
 
 
+# Prompts sampled between two writes.
 _CHUNK = 256
 
 

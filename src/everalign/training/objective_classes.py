@@ -108,12 +108,20 @@ def _pairs(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 
 class FpoObjective(DpoObjective):
-    """FPO: DPO with a focusing exponent on the probability of the wrong ranking."""
+    """FPO: DPO with a focusing exponent on the probability of the wrong ranking.
+
+    Attributes:
+        default_gamma: γ where none is given.
+        focused: maps margins (B,) and γ to un-reduced losses (B,).
+    """
+
+    default_gamma = DEFAULT_GAMMA
+    focused = staticmethod(fpo_loss)
 
     def __init__(self, name: str, options: ObjectiveOptions) -> None:
         super().__init__(name, options)
-        self.gamma = DEFAULT_GAMMA if options.gamma is None else options.gamma
-        self.margin_loss = partial(fpo_loss, gamma=self.gamma, check_finite=False)
+        self.gamma = self.default_gamma if options.gamma is None else options.gamma
+        self.margin_loss = partial(self.focused, gamma=self.gamma, check_finite=False)
 
     def settings(self) -> dict[str, Any]:
         """Return γ."""
@@ -132,10 +140,8 @@ class NormalisedFpoObjective(FpoObjective):
 class FocalPoObjective(FpoObjective):
     """FocalPO: badly ranked pairs count less, the opposite of FPO (`focalpo`)."""
 
-    def __init__(self, name: str, options: ObjectiveOptions) -> None:
-        super().__init__(name, options)
-        self.gamma = FOCALPO_GAMMA if options.gamma is None else options.gamma
-        self.margin_loss = partial(focalpo_loss, gamma=self.gamma, check_finite=False)
+    default_gamma = FOCALPO_GAMMA
+    focused = staticmethod(focalpo_loss)
 
 
 class HybridObjective(DpoObjective):
