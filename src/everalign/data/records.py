@@ -79,8 +79,7 @@ class Preference(Row):
             raise field_error("rejected", "equal to 'chosen'", "a pair needs two different answers")
         self.check_weight_and_label()
 
-    def __hash__(self) -> int:
-        return hash((self.id, self.weight))
+    __hash__ = Row.__hash__  # a dataclass would make one of all fields
 
     def content(self) -> Any:
         """Prompt and answers."""
@@ -190,8 +189,7 @@ class Scored(Row):
             raise field_error("weights", problem, "remove rows of no weight")
         self.check_weight_and_label()
 
-    def __hash__(self) -> int:
-        return hash((self.id, self.weight, self.weights, self.reference_rewards))
+    __hash__ = Row.__hash__  # a dataclass would make one of all fields
 
     def content(self) -> Any:
         """Prompt, completions and rewards, as far as they are there."""
@@ -356,8 +354,7 @@ class Correction(Row):
             told = "the correction is another text than the answer" if self.good else "the answer is its own correction"
             raise field_error("good", f"is {str(self.good).lower()}, but {told}", "leave one of them out")
 
-    def __hash__(self) -> int:
-        return hash((self.id, self.weight))
+    __hash__ = Row.__hash__  # a dataclass would make one of all fields
 
     def content(self) -> Any:
         """Question, answer and correction as far as they are there; all columns for a labelled answer."""

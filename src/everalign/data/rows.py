@@ -163,6 +163,9 @@ class Row:
         if self.label is not None:
             check_text(self.label, "label")
 
+    def __hash__(self) -> int:
+        return hash((self.id, self.weight))
+
     def content(self) -> Any:
         """What `id` is computed from: everything but weights."""
         raise NotImplementedError
