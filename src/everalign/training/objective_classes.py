@@ -181,9 +181,11 @@ class VarObjective(LikelihoodObjective):
         what: what the log calls the weights.
         can_cap: whether capping them can be advised.
         weights_suffice: whether a row of one completion teaches something once it has brought its weight.
+        takes_preferences: whether preferences are taken too, as rows of two completions.
     """
 
-    what, can_cap, weights_suffice = "weights", True, True
+    what, can_cap = "weights", True
+    weights_suffice, takes_preferences = True, False
     first_is_best = False
 
     @property
@@ -197,7 +199,11 @@ class VarObjective(LikelihoodObjective):
 
     def prepare(self, rows: AnyRows, context: TaskContext, scale: float | None = None) -> PreparedRows:
         """Give every completion its weight, once those that do not fit are left out."""
-        self.check_record(rows)
+        if not rows.has("rewards") and not (self.takes_preferences and rows.record is Preference):
+            raise InputError(
+                f"the objective {self.name} learns from scored rows (prompt, completions, rewards), or, given reward, "
+                "from answers and from prompts alone"
+            )
         scored: Sequence[Scored] = [row if isinstance(row, Scored) else Scored.from_preference(row) for row in rows]
         weighting, given = self.options.weighting, any(row.weights is not None for row in scored)
         total, lines, facts = sum(len(row.completions) for row in scored), [], {}
@@ -207,7 +213,11 @@ class VarObjective(LikelihoodObjective):
             facts["merged_completions"] = merged = total - sum(len(row.completions) for row in usable)
             if merged:
                 lines.append(f"  {merged} of {total} completions are listed before with the same reward and left out")
-        self.check_rows(usable)
+        if not self.weights_suffice:
+            refuse_alone(
+                enumerate(usable, start=1), "with nothing to compare it to: sample more, or leave these rows out"
+            )
+        check_completions(usable, weighting)
         fewest = 1 if given and self.weights_suffice else self.fewest_answers
         fit = drop_overlong(usable, context.tokenizer, context.max_length, fewest=fewest)
         if not fit.rows:
@@ -237,21 +247,9 @@ class VarObjective(LikelihoodObjective):
         learned = ScoredSet(weighed.rows, rows.source, rows.skipped)
         return PreparedRows(learned, rows, {**facts, **weighed.to_dict()}, tuple(lines), warnings)
 
-    def check_record(self, rows: AnyRows) -> None:
-        """Refuse rows of another kind."""
-        if not rows.has("rewards"):
-            raise InputError(
-                f"the objective {self.name} learns from scored rows (prompt, completions, rewards), or, given reward, "
-                "from answers and from prompts alone"
-            )
-
     def tokenize(self, rows: Sequence[Any], replayed: Sequence[Any], context: TaskContext) -> TokenizedRows:
         """Return a task's weighted rows and the replayed ones behind them as tokens."""
         return tokenize_scored([*rows, *replayed], context.tokenizer, context.max_length)
-
-    def check_rows(self, rows: Sequence[Scored]) -> None:
-        """Refuse rows that lack what the weights need."""
-        check_completions(rows, self.options.weighting)
 
 
 class SelfNormalisedObjective(VarObjective):
@@ -263,17 +261,8 @@ class SelfNormalisedObjective(VarObjective):
 
     needs_reference = True
     fewest_answers = 2
-    what, can_cap, weights_suffice = "targets", False, False
-
-    def check_record(self, rows: AnyRows) -> None:
-        """Accept preferences too, as rows of two completions."""
-        if rows.record is not Preference:
-            super().check_record(rows)
-
-    def check_rows(self, rows: Sequence[Scored]) -> None:
-        """Refuse rows of one completion as well, also where they have weights."""
-        refuse_alone(enumerate(rows, start=1), "with nothing to compare it to: sample more, or leave these rows out")
-        super().check_rows(rows)
+    what, can_cap = "targets", False
+    weights_suffice, takes_preferences = False, True
 
     def computed(self, row: TokenizedRow) -> TokenizedRow:
         """Return all responses: a share of 0 is for one that is never to be given."""
