@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "src" / "everalign"
 FLOORS = [
-    ["errors"],
+    ["errors", "lazy"],
     ["distributed"],
     ["options", "storage", "deadlines", "llm_reply", "notebook"],
     ["data", "objectives", "memory", "llm_client"],

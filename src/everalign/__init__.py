@@ -13,8 +13,9 @@ All names are loaded when first used, so `import everalign` costs milliseconds a
 """
 
 import os
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from everalign.lazy import lazy_names
 
 if TYPE_CHECKING:
     from everalign.correction.corrector import Corrected, Corrector
@@ -122,15 +123,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version  # takes as long as all the rest
+def _version() -> str:
+    from importlib.metadata import version  # takes as long as all the rest
 
-        return version("everalign")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'everalign' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return version("everalign")
 
 
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, {"__version__": _version})

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import partial
 from threading import Thread
 from typing import TypeVar
 
@@ -91,22 +92,15 @@ def call_in_thread(call: Callable[[], _Result], name: str) -> "asyncio.Future[_R
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_Result] = loop.create_future()
 
-    def finish(result: _Result | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]  # there is a result if there is no error
-
     def run() -> None:
-        result, failed = None, None
+        finish: Callable[[], object]
         try:
-            result = call()
+            finish = partial(future.set_result, call())
         except BaseException as error:  # noqa: BLE001 (raised by the future)
-            failed = error
+            finish = partial(future.set_exception, error)
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(finish, result, failed)
+            # Nothing is set any more where the future was cancelled meanwhile.
+            loop.call_soon_threadsafe(lambda: future.done() or finish())
 
     Thread(target=run, name=name, daemon=True).start()
     return future

@@ -13,11 +13,11 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from everalign.errors import EveralignError, InputError
 
@@ -57,12 +57,8 @@ class _Group:
     store: Any
 
 
-class Follower(Protocol):
-    """What all processes have to compute together even while each has work of its own."""
-
-    def follow(self, error: Exception | None) -> None:
-        """Take part in what others still compute, until all are done; `error` ended this process's own work."""
-
+Follower = Callable[[Exception | None], None]
+"""Takes part in what others still compute together, until all are done; given the error that ended its own work."""
 
 _group: _Group | None = None
 _alone = 0
@@ -235,7 +231,7 @@ def follow_with(follower: Follower | None) -> None:
 
 def follows(follower: Follower) -> bool:
     """Whether processes that are done follow the others in this."""
-    return _follower is follower
+    return _follower == follower  # a method is another object each time
 
 
 def apart() -> bool:
@@ -337,14 +333,6 @@ def gather(value: T) -> list[T]:
     return [value if number == _group.rank else pickle.loads(part) for number, part in enumerate(found)]
 
 
-@contextmanager
-def main_holds(context: AbstractContextManager[None]) -> Iterator[None]:
-    """Context manager that only the main process enters, such as a lock; where it cannot, all raise its error."""
-    with ExitStack() as stack:
-        on_main(stack.enter_context)(context)
-        yield
-
-
 def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
     """Do this process's share, then follow the others until theirs is done; returns its result, or its error."""
     done: tuple[Any, Exception | None]
@@ -354,7 +342,7 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
         except Exception as error:  # noqa: BLE001  # raised again, by all processes
             done = None, error
     if _follower is not None:
-        _follower.follow(done[1])
+        _follower(done[1])
     return done
 
 

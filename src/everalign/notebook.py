@@ -20,8 +20,7 @@ def default_progress() -> Progress:
 class _Bar:
     """One line of HTML that is replaced: a stage, its bar, and steps done of steps in all."""
 
-    def __init__(self) -> None:
-        self._handle: Any = None
+    _handle: Any = None  # that of IPython's display, once there is something to replace
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         from IPython.display import HTML, display

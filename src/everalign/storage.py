@@ -18,13 +18,13 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from everalign.distributed import main_holds, on_main
+from everalign.distributed import on_main
 from everalign.errors import EveralignError, InputError
 
 if TYPE_CHECKING:
@@ -377,9 +377,10 @@ def lock_of(output: Path) -> Path:
     return named.with_name(f"{named.name}.lock")
 
 
+@contextmanager
 def exclusive(
     lock: Path, doing: str = "writing this output", wait: Callable[[str], None] | None = None
-) -> AbstractContextManager[None]:
+) -> Iterator[None]:
     """Keep other processes, and other threads of this one, out of the block. The same thread may enter it again.
 
     The lock is released when the process ends, however it ends. Of processes that share one job the main one holds it.
@@ -395,7 +396,10 @@ def exclusive(
         InputError: another process or thread holds the lock; names process and host.
         EveralignError: the file system has no locks.
     """
-    return main_holds(_exclusive(lock, doing, wait))
+    with ExitStack() as stack:
+        # The main process alone enters the lock; where it cannot, all raise its error.
+        on_main(stack.enter_context)(_exclusive(lock, doing, wait))
+        yield
 
 
 @contextmanager

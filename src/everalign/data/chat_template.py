@@ -111,7 +111,8 @@ class Renderer:
             start = _before_mark(_HALF_MARK, whole, opened, start)
         rendered = Rendered(whole[:end], start, ended)
         extends = not lost and start >= opened
-        if extends and (start == len(prompt_text) or opens_thoughts(prompt_text[start:])):
+        # Behind reasoning that the prompt opens, an answer without any would be read as reasoning.
+        if extends and (start == len(prompt_text) or _THOUGHT_TAG.search(prompt_text[start:])):
             return rendered
         appended = self._appended(prompt, prompt_text, completion)
         if appended is not None:
@@ -279,11 +280,6 @@ def _parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
-def opens_thoughts(opening: str) -> bool:
-    """Whether a prompt ends with opened reasoning, so that an answer without any would be read as reasoning."""
-    return _THOUGHT_TAG.search(opening) is not None
-
-
 def _alike(whole: str, prompt_text: str) -> int:
     """Returns the length of the common beginning of two texts."""
     if whole.startswith(prompt_text):
@@ -390,7 +386,7 @@ def template_notes(tokenizer: "PreTrainedTokenizerBase", rows: Iterable[Any]) ->
     lines += _quoted_arguments(renderer, chats)
     text = renderer.prompt(chats[0][0])
     opening = text[renderer.completion(chats[0][0], text, "x").start :]
-    if opens_thoughts(opening):
+    if _THOUGHT_TAG.search(opening):
         lines.append(
             f"the chat template begins an answer with {opening!r} and leaves that out of the conversation: answers "
             "without reasoning are learned without it"

@@ -200,8 +200,13 @@ class ChatFormat:
         for tail, whole in zip(tails, wholes, strict=True):
             ids, border = tail.ids, _tokens_before(rest, tail, whole.start - chars)
             if border < len(rest) and whole.appended:
-                written = self._tokens_behind_text(whole.text[whole.start :])
-                ids, border = (ids, border) if written is None else (rest + written, len(rest))
+                written = whole.text[whole.start :]
+                # Tokenized behind other text, as the answer stands there; as it was where they are joined with it.
+                for before in _BEFORE:
+                    alone, both = (one.ids for one in _tokenize(self.tokenizer, (before, before + written)))
+                    if both[: len(alone)] == alone:
+                        ids, border = rest + both[len(alone) :], len(rest)
+                        break
             bodies.append(ids)
             borders.append(border)
         return self._cut(prompt, head[:tokens], wholes, bodies, min(borders))
@@ -215,14 +220,6 @@ class ChatFormat:
             ids[border:] + ([] if whole.ended else [self.eos]) for ids, whole in zip(bodies, wholes, strict=True)
         )
         return self._with_bos(prompt, head + bodies[0][:border]), answers
-
-    def _tokens_behind_text(self, text: str) -> list[int] | None:
-        """Returns the tokens of a text behind other text; None if they are joined with it."""
-        for before in _BEFORE:
-            first, both = (one.ids for one in _tokenize(self.tokenizer, (before, before + text)))
-            if both[: len(first)] == first:
-                return both[len(first) :]
-        return None
 
     def _with_bos(self, prompt: Prompt, ids: list[int]) -> list[int]:
         whole = [*self._head, *ids] if isinstance(prompt, str) else ids

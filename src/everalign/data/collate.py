@@ -1,7 +1,7 @@
 """Prefix-packed collation: each prompt once with all its responses, and batches under a token budget."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,13 +64,14 @@ class Review:
 
     def draw(self, count: int, rng: random.Random) -> list[int]:
         """Return `count` rows, the groups by turns, each in random order and over again where it is used up."""
-        turns = [_endless(group, rng) for group in self.groups]
-        return [next(turns[place % len(turns)]) for place in range(count)]
-
-
-def _endless(rows: Sequence[int], rng: random.Random) -> Iterator[int]:
-    while True:
-        yield from rng.sample(rows, len(rows))
+        left: list[list[int]] = [[] for _ in self.groups]  # the last one is the next
+        found = []
+        for place in range(count):
+            turn = place % len(left)
+            if not left[turn]:
+                left[turn] = rng.sample(self.groups[turn], len(self.groups[turn]))[::-1]
+            found.append(left[turn].pop())
+        return found
 
 
 def training_plan(

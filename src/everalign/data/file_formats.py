@@ -125,17 +125,11 @@ def raw_rows(source: Any, split: str, schema: Schema, part: Part = WHOLE) -> Raw
     if not isinstance(source, Renamed):
         return _rows_by_kind(source, split, schema, part)
     columns = {name: theirs for name, theirs in source.columns.items() if name in schema.columns}
-
-    def in_source(names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(columns.get(name, name) for name in names)
-
-    found = replace(
-        schema,
-        columns=in_source(schema.columns),
-        required=in_source(schema.required),
-        lists=in_source(schema.lists),
-        numbers=in_source(schema.numbers),
+    theirs, required, lists, numbers = (
+        tuple(columns.get(name, name) for name in names)
+        for names in (schema.columns, schema.required, schema.lists, schema.numbers)
     )
+    found = replace(schema, columns=theirs, required=required, lists=lists, numbers=numbers)
     return _renamed(_rows_by_kind(source.source, split, found, part), columns, found)
 
 
@@ -183,8 +177,12 @@ def cut(source: Any, split: str, schema: Schema, parts: int) -> list[Part]:
     """
     name = source_name(source)
     if not name.lower().endswith(".jsonl"):
-        rows = _parquet_length(name) if name.lower().endswith(".parquet") else None
-        if rows is None:
+        place = _local_or_url(name)
+        # A Parquet file says how many rows it has, unless the name is that of a dataset on the Hub.
+        if name.lower().endswith(".parquet") and not (isinstance(place, Path) and not place.is_file()):
+            with _parquet_file(place) as table:
+                rows = int(table.metadata.num_rows)
+        else:
             rows = sum(1 for _ in raw_rows(source, split, schema))
         return [Part(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
     with _opened(_local_or_url(name)) as file:
@@ -333,15 +331,6 @@ def _parquet_file(path: Path | str) -> Iterator[Any]:
             yield file
     except pa.ArrowException as error:
         raise _error(path, f"damaged, or not a Parquet file: {error}") from None
-
-
-def _parquet_length(source: str) -> int | None:
-    """Returns the number of a Parquet file's rows; None for what is no file."""
-    path = _local_or_url(source)
-    if isinstance(path, Path) and not path.is_file():
-        return None
-    with _parquet_file(path) as file:
-        return int(file.metadata.num_rows)
 
 
 def _hub_rows(name: str, split: str, schema: Schema) -> RawRows:

@@ -11,7 +11,7 @@ and `split_texts` find it.
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -78,9 +78,6 @@ class ChatPrompt(Sequence[Message]):
     def __getitem__(self, index: slice) -> tuple[Message, ...]: ...
     def __getitem__(self, index: int | slice) -> Message | tuple[Message, ...]:
         return self.messages[index]
-
-    def __iter__(self) -> Iterator[Message]:
-        return iter(self.messages)
 
     def __len__(self) -> int:
         return len(self.messages)
@@ -161,7 +158,8 @@ def checked_prompt(value: Any, name: str = "prompt", follows: str = "chosen") ->
             f"ends in an assistant message; the {name} must end before the answer, "
             f"so move that message to {follows!r} or drop it",
         )
-    return _chat_prompt(found, _checked_tools(tools), _checked_variables(variables))
+    tools, variables = _checked_beside(tools, variables)
+    return ChatPrompt(found, tools, variables) if tools or variables else found
 
 
 def prompt_of(row: Mapping[Any, Any], prompt: Any, name: str = "prompt") -> Any:
@@ -189,15 +187,16 @@ def prompt_of(row: Mapping[Any, Any], prompt: Any, name: str = "prompt") -> Any:
             except ValueError:
                 raise field_error(column, "is text that is not JSON", "write the cell with json.dumps") from None
         beside[column] = value
-    tools = _checked_tools(beside["tools"])
-    variables = _checked_variables(beside["chat_template_kwargs"])
+    tools, variables = _checked_beside(beside["tools"], beside["chat_template_kwargs"])
     if isinstance(prompt, str) and (tools or variables):
         raise field_error(
             "tools" if tools else "chat_template_kwargs",
             f"is rendered by a chat template, and the {name} is plain text",
             f"give the {name} as messages, or leave the column out",
         )
-    return _chat_prompt(tuple(prompt), tools, variables) if isinstance(prompt, list | tuple) else prompt
+    if not isinstance(prompt, list | tuple):
+        return prompt
+    return ChatPrompt(tuple(prompt), tools, variables) if tools or variables else tuple(prompt)
 
 
 def checked_completion(value: Any, name: str, prompt: Prompt | None = None) -> Completion:
@@ -320,30 +319,22 @@ def _objects(value: Any, field: str, what: str = "") -> list[dict[Any, Any]]:
     return objects
 
 
-def _checked_tools(value: Any) -> tuple[dict[str, Any], ...]:
-    return () if _is_empty(value) else tuple(_objects(value, "tools"))
-
-
-def _checked_variables(value: Any) -> dict[str, Any]:
-    if _is_empty(value):
-        return {}
+def _checked_beside(tools: Any, variables: Any) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
+    """Returns tools and template variables as a `ChatPrompt` holds them; empty where there are none."""
+    checked = () if _is_empty(tools) else tuple(_objects(tools, "tools"))
+    if _is_empty(variables):
+        return checked, {}
     field = "chat_template_kwargs"
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise field_error(field, f"must be an object, found {kind(value)}")
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise field_error(field, f"must be an object, found {kind(variables)}")
     # A table has a cell for every name that any of its rows has.
-    variables = {name: item for name, item in value.items() if item is not None}
-    for name in variables:
+    given = {name: item for name, item in variables.items() if item is not None}
+    for name in given:
         if name in _RESERVED:
             raise field_error(field, f"{name!r} is not a template variable", "leave it out")
-    if not _is_json(variables):
+    if not _is_json(given):
         raise field_error(field, "holds what JSON cannot")
-    return variables
-
-
-def _chat_prompt(
-    found: tuple[Message, ...], tools: tuple[dict[str, Any], ...], variables: dict[str, Any]
-) -> Sequence[Message]:
-    return ChatPrompt(found, tools, variables) if tools or variables else found
+    return checked, given
 
 
 def _is_empty(value: Any) -> bool:

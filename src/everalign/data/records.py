@@ -29,9 +29,7 @@ from everalign.data.rows import (
     Row,
     RowSet,
     Schema,
-    check_label,
     check_text,
-    checked_weight,
     field_error,
     is_finite,
     kind,
@@ -79,11 +77,9 @@ class Preference(Row):
             object.__setattr__(self, name, checked_completion(getattr(self, name), name, self.prompt))
         if is_same(self.chosen, self.rejected):
             raise field_error("rejected", "equal to 'chosen'", "a pair needs two different answers")
-        object.__setattr__(self, "weight", checked_weight(self.weight))
-        check_label(self.label)
+        self.check_weight_and_label()
 
-    def __hash__(self) -> int:
-        return hash((self.id, self.weight))
+    __hash__ = Row.__hash__  # a dataclass would make one of all fields
 
     def content(self) -> Any:
         """Prompt and answers."""
@@ -191,11 +187,9 @@ class Scored(Row):
         if self.weights is not None and not (min(self.weights) >= 0 and 0 < max(self.weights) <= _LARGEST_WEIGHT):
             problem = f"must be from 0 to {_LARGEST_WEIGHT:g} and not all 0"
             raise field_error("weights", problem, "remove rows of no weight")
-        object.__setattr__(self, "weight", checked_weight(self.weight))
-        check_label(self.label)
+        self.check_weight_and_label()
 
-    def __hash__(self) -> int:
-        return hash((self.id, self.weight, self.weights, self.reference_rewards))
+    __hash__ = Row.__hash__  # a dataclass would make one of all fields
 
     def content(self) -> Any:
         """Prompt, completions and rewards, as far as they are there."""
@@ -349,8 +343,7 @@ class Correction(Row):
                 object.__setattr__(self, name, checked_answer(getattr(self, name), name))
         if self.has("correction") and not self.has("answer"):
             raise field_error("answer", "no such column, though there is an edit of it", "add it")
-        object.__setattr__(self, "weight", checked_weight(self.weight))
-        check_label(self.label)
+        self.check_weight_and_label()
         if self.has("kind"):
             check_text(self.kind, "kind")
         if self.good is None:
@@ -361,8 +354,7 @@ class Correction(Row):
             told = "the correction is another text than the answer" if self.good else "the answer is its own correction"
             raise field_error("good", f"is {str(self.good).lower()}, but {told}", "leave one of them out")
 
-    def __hash__(self) -> int:
-        return hash((self.id, self.weight))
+    __hash__ = Row.__hash__  # a dataclass would make one of all fields
 
     def content(self) -> Any:
         """Question, answer and correction as far as they are there; all columns for a labelled answer."""

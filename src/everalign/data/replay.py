@@ -4,7 +4,7 @@ import json
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from everalign.data.file_formats import jsonl_rows
@@ -37,7 +37,7 @@ class ReplayBuffer:
         if capacity < 1:
             raise InputError(f"replay capacity: must be at least 1, found {capacity}", field="capacity")
         self.capacity = capacity
-        self._entries: deque[tuple[str, AnyRow]] = deque()
+        self._entries: deque[tuple[str, AnyRow]] = deque(maxlen=capacity)  # which drops the oldest itself
 
     def add(self, task: str, rows: Sequence[AnyRow], fraction: float = 0.2, seed: int = 0) -> int:
         """Stores `floor(fraction * len(rows))` rows of a finished task, drawn without replacement.
@@ -49,7 +49,7 @@ class ReplayBuffer:
             How many rows were drawn; fewer stay where that exceeds the capacity.
         """
         places = drawn(task, len(rows), fraction, seed)
-        self._extend((task, rows[place]) for place in places)
+        self._entries.extend((task, rows[place]) for place in places)
         return len(places)
 
     def balanced_with(self, task: str, rows: Sequence[AnyRow], fraction: float, seed: int) -> "ReplayBuffer":
@@ -68,7 +68,7 @@ class ReplayBuffer:
         for name, row in entries:
             surplus[name] -= 1
             if surplus[name] < 0:
-                buffer._extend([(name, row)])
+                buffer._entries.append((name, row))
         return buffer
 
     def rows(self, exclude_task: str | None = None) -> list[AnyRow]:
@@ -109,13 +109,8 @@ class ReplayBuffer:
             row, task = kind.from_json(value, where), columns.get("task")
             if not isinstance(task, str):
                 raise InputError(f"{where}: field 'task': must be the task's name; the file is no replay buffer")
-            buffer._extend([(task, row)])
+            buffer._entries.append((task, row))
         return buffer
-
-    def _extend(self, entries: Iterable[tuple[str, AnyRow]]) -> None:
-        self._entries.extend(entries)
-        while len(self._entries) > self.capacity:
-            self._entries.popleft()
 
     def __len__(self) -> int:
         return len(self._entries)

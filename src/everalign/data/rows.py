@@ -97,22 +97,6 @@ def check_text(value: Any, field: str) -> None:
         raise field_error(field, problem, "repair the text's encoding") from None
 
 
-def checked_weight(value: Any) -> float:
-    """Returns a row's weight if it is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise field_error("weight", f"must be a number, found {kind(value)}")
-    if not is_finite(value) or value <= 0:
-        problem = f"must be positive and finite, found {shown(value)}"
-        raise field_error("weight", problem, "remove rows of no weight")
-    return float(value)
-
-
-def check_label(value: Any) -> None:
-    """Raises an InputError unless `value` is None or text that is not blank."""
-    if value is not None:
-        check_text(value, "label")
-
-
 def is_finite(value: Real) -> bool:
     """Whether a float can hold the number; JSON allows integers of any size."""
     try:
@@ -162,6 +146,25 @@ class Row:
     label: str | None
     # What an optional column must be, for the error of a row that lacks it.
     column_types: ClassVar[Mapping[str, str]] = {}
+
+    def check_weight_and_label(self) -> None:
+        """Makes the weight a float; called when a record is made.
+
+        Raises:
+            InputError: the weight is no finite number above 0, or the label neither None nor text that is not blank.
+        """
+        weight: Any = self.weight
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            raise field_error("weight", f"must be a number, found {kind(weight)}")
+        if not is_finite(weight) or weight <= 0:
+            problem = f"must be positive and finite, found {shown(weight)}"
+            raise field_error("weight", problem, "remove rows of no weight")
+        object.__setattr__(self, "weight", float(weight))
+        if self.label is not None:
+            check_text(self.label, "label")
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.weight))
 
     def content(self) -> Any:
         """What `id` is computed from: everything but weights."""

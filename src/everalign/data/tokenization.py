@@ -1,7 +1,7 @@
 """Tokenise preferences, scored completions and single answers, and truncate them to a maximum length."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, overload
@@ -134,15 +134,6 @@ class TokenizedRows(Sequence[TokenizedRow]):
             *check_shortfall(self.truncated_prompts, pairs, "prompts lose their beginning", remedy, refuse=False),
         )
 
-    def followed_by(self, others: "TokenizedRows") -> "TokenizedRows":
-        """Return these rows and then others of the same length limit."""
-        return TokenizedRows(
-            self.items + others.items,
-            self.max_length,
-            self.truncated_prompts + others.truncated_prompts,
-            self.truncated_responses + others.truncated_responses,
-        )
-
     def one_line(self) -> str:
         """One line of text for a log."""
         return (
@@ -156,9 +147,6 @@ class TokenizedRows(Sequence[TokenizedRow]):
     def __getitem__(self, index: slice) -> tuple[TokenizedRow, ...]: ...
     def __getitem__(self, index: int | slice) -> TokenizedRow | tuple[TokenizedRow, ...]:
         return self.items[index]
-
-    def __iter__(self) -> Iterator[TokenizedRow]:
-        return iter(self.items)
 
     def __len__(self) -> int:
         return len(self.items)

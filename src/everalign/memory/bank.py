@@ -103,9 +103,6 @@ class MemoryBank:
         if cap is not None and cap < 1:
             raise ValueError(f"the cap must be at least 1 direction, not {cap}")
         self.cap = cap
-        self._clear()
-
-    def _clear(self) -> None:
         self._updates: list[LowRankUpdate] = []  # without a cap
         self._left: Tensor | None = None  # with a cap: the bases, and each update's core and energy before any cut
         self._right: Tensor | None = None
@@ -238,7 +235,8 @@ class MemoryBank:
             self._updates = loaded._updates
             return
         if not state:
-            self._clear()
+            self._left = self._right = None
+            self._cores, self._energies = [], []
             return
         if set(state) != {"left", "right", "cores", "energies"}:
             raise ValueError(f"a bank's state holds left, right, cores and energies; found {sorted(state)}")

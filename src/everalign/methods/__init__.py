@@ -9,11 +9,11 @@ import inspect
 import sys
 from collections.abc import Mapping
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everalign.errors import InputError
+from everalign.lazy import lazy_names
 from everalign.methods.table import DEFAULT, ENTRIES, check_method, check_taken, method_file
 from everalign.storage import sha256_of
 
@@ -38,20 +38,15 @@ __all__ = [
     "make_method",
 ]
 
-_HOMES = {"Method": "base", "Task": "base", **{entry.kind: entry.home for entry in ENTRIES.values()}}
+_HOMES = {"Method": ".base", "Task": ".base", **{entry.kind: f".{entry.home}" for entry in ENTRIES.values()}}
 
 
-def __getattr__(name: str) -> Any:
-    if name == "METHODS":
-        globals()[name] = {method: __getattr__(entry.kind) for method, entry in ENTRIES.items()}
-        return globals()[name]
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+@cache
+def _all_methods() -> "dict[str, type[Method]]":
+    return {method: __getattr__(entry.kind) for method, entry in ENTRIES.items()}
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, "METHODS"})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, {"METHODS": _all_methods})
 
 
 def as_method(

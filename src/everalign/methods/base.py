@@ -110,6 +110,7 @@ class Method(StageHooks):
         consolidates: whether `end_task` changes the policy, which is then scored before and after.
         labelled: whether each label has a policy of its own, which `answering` switches to.
         prompts: size of the pool of prompts that it learns in place of an adapter; None for an adapter.
+        starts_anew: whether each task starts from the base model.
         starts_elsewhere: whether `begin_task` changes what the policy answers, so that the reference `previous_task` is
             not the policy that the training starts from. Not of methods that start anew: nothing is before their tasks.
         rate_factor: what the stages' learning rates are multiplied by.
@@ -125,6 +126,7 @@ class Method(StageHooks):
     consolidates = False
     labelled = False
     prompts: PromptShape | None = None
+    starts_anew: ClassVar[bool] = False
     starts_elsewhere: ClassVar[bool] = False
     rate_factor = 1.0
     reference: ClassVar[str | None] = None
@@ -162,7 +164,9 @@ class Method(StageHooks):
         return list(tasks)
 
     def begin_task(self, policy: Policy, task: Task) -> None:
-        """Prepares the policy for a task."""
+        """Prepares the policy for a task; resets it to the base model where the method `starts_anew`."""
+        if self.starts_anew:
+            policy.reset(task.seed)
 
     def rows(self, task: Task) -> list[AnyRow]:
         """Returns rows of earlier tasks to learn together with the task's own."""

@@ -107,10 +107,7 @@ class SingleTask(Method):
 
     name = "stl"
     regime = "separate"
-
-    def begin_task(self, policy: Policy, task: Task) -> None:
-        """Resets the policy to the base model."""
-        policy.reset(task.seed)
+    starts_anew = True
 
 
 _EVERYTHING = 10**9
@@ -126,6 +123,7 @@ class MultiTask(Method):
 
     name = "mtl"
     regime = "joint"
+    starts_anew = True
 
     def __init__(self) -> None:
         self.buffer: ReplayBuffer = ReplayBuffer(_EVERYTHING)
@@ -134,10 +132,6 @@ class MultiTask(Method):
         """Makes one task of all."""
         source = " + ".join(rows.source for _, rows in tasks)
         return [(_POOLED, type(tasks[0][1]).of([row for _, rows in tasks for row in rows], source))]
-
-    def begin_task(self, policy: Policy, task: Task) -> None:
-        """Resets the policy to the base model."""
-        policy.reset(task.seed)
 
     def rows(self, task: Task) -> list[AnyRow]:
         """Returns all rows of all earlier tasks."""
@@ -161,6 +155,7 @@ class BufferOnly(Method):
     """
 
     name = "gdumb"
+    starts_anew = True
 
     def __init__(self, replay: float = 0.2, capacity: int = 3000) -> None:
         check_share("replay", replay)
@@ -170,10 +165,6 @@ class BufferOnly(Method):
     def settings(self) -> dict[str, Any]:
         """Returns the arguments."""
         return {"replay": self._replay, "capacity": self.buffer.capacity}
-
-    def begin_task(self, policy: Policy, task: Task) -> None:
-        """Resets the policy to the base model."""
-        policy.reset(task.seed)
 
     def rows(self, task: Task) -> list[AnyRow]:
         """Returns what the buffer with the task's share holds of other tasks."""

@@ -93,17 +93,15 @@ class ContinualPpo(Method):
 
     def coefficients(self, probability: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
         """Return α and β (N,) of rows with these P and R (N,)."""
-        high_p, low_p = self._beyond(probability)
-        high_r, low_r = self._beyond(reward)
+        beyond = []
+        for values in (probability, reward):
+            centred, limit = values - values.mean(), self.bound * values.std(unbiased=False)
+            beyond.append((centred > limit, centred < -limit))
+        (high_p, low_p), (high_r, low_r) = beyond
         one, more, less = (torch.full_like(probability, value) for value in (1.0, self.highest, self.lowest))
         noisy, normal = low_p & low_r, ~((high_p | low_p) & (high_r | low_r))
         learn = torch.where(normal, one, torch.where(noisy, less, more))
         return learn, torch.where(normal, one, torch.where(high_p & high_r, more, less))
-
-    def _beyond(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        centred = values - values.mean()
-        limit = self.bound * values.std(unbiased=False)
-        return centred > limit, centred < -limit
 
     def row_loss(self, logprobs: Tensor, batch: Batch) -> Tensor | None:
         """Returns strength·β·Σ Δ² of each row."""

@@ -249,8 +249,11 @@ class LifeAlign(ExperienceReplay):
         if self.step == "fitted" and stage is not None and len(stage.rows) > stage.learned:
             fit_step(stage, [*self.replayed_groups(stage), range(stage.learned, len(stage.rows))])
         records: list[ModuleRecord] = []
-        if self.space != "none":
-            records = self._end_product(policy, task) if self.space == "product" else self._end_factors(policy)
+        if self.space == "product":
+            records = self._end_product(policy, task)
+        elif self.space == "factors":
+            factors, records = self._once(lambda: self._consolidated_factors(policy))
+            policy.write_factors(factors)
         super().end_task(policy, task)
         return records
 
@@ -287,11 +290,6 @@ class LifeAlign(ExperienceReplay):
         if rank() > 0:
             self._banks.update(banks)
         return result
-
-    def _end_factors(self, policy: Policy) -> list[ModuleRecord]:
-        factors, records = self._once(lambda: self._consolidated_factors(policy))
-        policy.write_factors(factors)
-        return records
 
     def _consolidated_factors(self, policy: Policy) -> tuple[dict[str, tuple[Tensor, Tensor]], list[ModuleRecord]]:
         factors, records = {}, []

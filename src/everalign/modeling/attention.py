@@ -246,8 +246,13 @@ class _Attention(torch.autograd.Function):
         log_sums = query.new_zeros(query.shape[:2], dtype=torch.float32)
         for run in runs:
             for rows, k, v, mask in _seen_by(run, key, value):
+                # The library has heads before positions, (1, H, T, D).
                 found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    *_by_head(query[rows], k, v), 0.0, mask is None, attn_mask=mask, scale=scale
+                    *(t.transpose(0, 1)[None] for t in (query[rows], k, v)),
+                    0.0,
+                    mask is None,
+                    attn_mask=mask,
+                    scale=scale,
                 )
                 output[rows], log_sums[rows] = found[0].transpose(0, 1), sums[0].transpose(0, 1)
         ctx.save_for_backward(query, key, value, output, log_sums)
@@ -277,7 +282,13 @@ class _Attention(torch.autograd.Function):
                 seen = slice(first, rows.stop)
                 block_q, block_g = q[:, :, rows].flatten(1, 2), g[:, :, rows].flatten(1, 2)
                 p = torch.baddbmm(q.new_empty(()), block_q, k[:, seen].transpose(1, 2), beta=0, alpha=ctx.scale).exp_()
-                _hide(p.view(heads, -1, rows.stop - start, p.shape[2]), start - first, end - first, answers)
+                # Nothing of what a row must not see, nor of the rows that only fill up the block.
+                shown = p.view(heads, -1, rows.stop - start, p.shape[2])
+                shown[..., start - first :].tril_()
+                shown[:, :, end - start :] = 0
+                for begins, ends, prefix in answers:
+                    own_rows = slice(max(begins + first - start, 0), max(min(ends + first, end) - start, 0))
+                    shown[:, :, own_rows, prefix:begins] = 0
                 dv[:, seen] += p.transpose(1, 2) @ block_g
                 ds = (block_g @ v[:, seen].transpose(1, 2)).mul_(p)
                 dk[:, seen] += ds.transpose(1, 2) @ block_q
@@ -285,11 +296,6 @@ class _Attention(torch.autograd.Function):
                 dq[start:end] = own[:, :, : end - start].permute(2, 0, 1, 3).flatten(1, 2)
         dk, dv = (t[:, :length, :-2].transpose(0, 1) for t in (dk.mul_(ctx.scale), dv))
         return dq.mul_(ctx.scale), dk.to(key.dtype), dv.to(value.dtype), None, None
-
-
-def _by_head(*tensors: Tensor) -> list[Tensor]:
-    """View (T, H, D) as the library's (1, H, T, D)."""
-    return [tensor.transpose(0, 1)[None] for tensor in tensors]
 
 
 def _seen_by(run: list[int], key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
@@ -321,7 +327,8 @@ def _library_gradients(
         prefix = slice(behind, behind + size)
         for rows, k, v, mask in _seen_by(run, key, value):
             seen = slice(start, start + len(k) - size)
-            upstream, q, k, v, found = _by_head(gradient[rows], query[rows], k, v, output[rows])
+            own = (gradient[rows], query[rows], k, v, output[rows])
+            upstream, q, k, v, found = (tensor.transpose(0, 1)[None] for tensor in own)
             sums = log_sums[rows].T[None]
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 upstream, q, k, v, found, sums, 0.0, mask is None, attn_mask=mask, scale=scale
@@ -360,15 +367,6 @@ def _widened(tensor: Tensor, values: Tensor, heads: int) -> Tensor:
     by_head = wide[:, :, : len(tensor)].flatten(0, 1).transpose(0, 1)
     by_head[..., :-2], by_head[..., -2], by_head[..., -1] = tensor, high, values - high
     return wide
-
-
-def _hide(p: Tensor, start: int, end: int, answers: list[tuple[int, int, int]]) -> None:
-    """Set to zero what rows from `start` on must not see, and the rows from `end` on; p (H', G, rows, keys)."""
-    p[..., start:].tril_()
-    p[:, :, end - start :] = 0
-    for first, last, prefix in answers:
-        rows = slice(max(first - start, 0), max(min(last, end) - start, 0))
-        p[:, :, rows, prefix:first] = 0
 
 
 AttentionInterface.register(CPU_ATTENTION, _attention)

@@ -31,16 +31,6 @@ _LIVE_LOGITS = 67_108_864
 Head = Callable[[Tensor], Tensor]
 
 
-def rows_at_once(vocabulary: int, copies: int) -> int:
-    """Return of how many positions logits may be held, so that no more than 64M of these numbers exist at once.
-
-    Args:
-        vocabulary: size of it.
-        copies: tensors of (positions, vocabulary) that exist at the same time, temporaries included.
-    """
-    return max(1, _LIVE_LOGITS // (copies * vocabulary))
-
-
 @dataclass(frozen=True)
 class LogitTransform:
     """What a model does to its logits after the output matrix.
@@ -366,8 +356,13 @@ class SequenceLogProbs:
         return torch.cat(log_probs), torch.cat(tokens)
 
     def chunks(self, *tensors: Tensor, copies: int) -> Iterator[tuple[Tensor, ...]]:
-        """Cut tensors (K, ...) into the same parts, of whose positions logits can be held (see `rows_at_once`)."""
-        rows = rows_at_once(self._config.vocab_size, copies)
+        """Cut tensors (K, ...) into the same parts, of which no more than 64M logits exist at once.
+
+        Args:
+            tensors: a row for each position.
+            copies: tensors of (positions, vocabulary) that exist at the same time, temporaries included.
+        """
+        rows = max(1, _LIVE_LOGITS // (copies * self._config.vocab_size))
         return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 

@@ -279,17 +279,16 @@ def _as_peft_finds_them(model: Any, names: Sequence[str]) -> tuple[list[str] | N
     The modules' last names where they fit no others, else full names. Where experts were linear modules once, peft
     takes names such as `up_proj` for theirs, whatever stands before it; such modules are named by their weight.
     """
-
-    def taken_otherwise(leaf: str) -> bool:
+    taken = set()
+    for leaf in {name.rpartition(".")[-1] for name in names}:
         trial = LoraConfig(task_type="CAUSAL_LM")
         trial.target_modules = {leaf}
         try:
             convert_peft_config_for_transformers(trial, model, None)
         except ValueError:
-            return True
-        return leaf not in (trial.target_modules or ())
-
-    taken = {leaf for leaf in {name.rpartition(".")[-1] for name in names} if taken_otherwise(leaf)}
+            taken.add(leaf)
+        else:
+            taken |= {leaf} - set(trial.target_modules or ())
     parameters = [f"{name}.weight" for name in names if name.rpartition(".")[-1] in taken]
     modules = [name for name in names if name.rpartition(".")[-1] not in taken]
     leaves = {name.rpartition(".")[-1] for name in modules}

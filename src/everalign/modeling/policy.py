@@ -34,7 +34,14 @@ from everalign.modeling.base_weights import is_offloaded
 from everalign.modeling.decoding import Decoder, pad_left
 from everalign.modeling.logprobs import SequenceLogProbs
 from everalign.modeling.lora import frozen_for_inference, fuse
-from everalign.modeling.prompt_pool import PromptPool, PromptShape, check_readable, looked_up, refuse_prompts
+from everalign.modeling.prompt_pool import (
+    PromptPool,
+    PromptShape,
+    check_readable,
+    looked_up,
+    nearest_keys,
+    refuse_prompts,
+)
 from everalign.modeling.runtime import use_lean_layers
 from everalign.modeling.trainable import TrainableLM
 
@@ -242,8 +249,9 @@ class Policy(TrainableLM):
         """Let the embeddings look up what stands in front of each of these prompts; yields its first token."""
         pool = self._pools[-1]
         assert pool is not None
-        vectors = pool.in_front(self.queries(prompts)).flatten(0, 1)
-        with looked_up(self._embeddings, vectors) as first:
+        # The nearest entry stands first. Which entries they are has no gradient: keys learn by a loss of their own.
+        _, numbers = nearest_keys(self.queries(prompts), pool.keys.detach(), pool.shape.selected)
+        with looked_up(self._embeddings, pool.vectors[numbers].flatten(0, 2)) as first:
             yield first
 
     @contextmanager

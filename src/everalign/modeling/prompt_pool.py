@@ -94,14 +94,6 @@ class PromptPool(nn.Module):
         self.vectors.copy_(embeddings(tokens.to(self.vectors.device)))
         self.keys.copy_(torch.rand(self.keys.shape, generator=generator) * 2 - 1)
 
-    def in_front(self, queries: Tensor) -> Tensor:
-        """Return the vectors (B, N·Lp, width) in front of prompts with these queries (B, d), the nearest entry first.
-
-        Which entries they are has no gradient: keys learn by a loss of their own.
-        """
-        _, numbers = nearest_keys(queries, self.keys.detach(), self.shape.selected)
-        return self.vectors[numbers].flatten(1, 2)
-
     def save(self, folder: Path) -> None:
         """Write the pool into a folder."""
         folder.mkdir(parents=True, exist_ok=True)

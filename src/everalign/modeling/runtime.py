@@ -285,9 +285,6 @@ def _rotate_in_place(library: Any) -> None:
         expected = own(query, key, cos, sin)
     except (TypeError, RuntimeError):
         return
-    found = _rotated(query.clone(), key.clone(), cos[:, None], sin[:, None])
-    if not all(torch.allclose(one, other, atol=1e-6) for one, other in zip(expected, found, strict=True)):
-        return
 
     @wraps(own)
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -297,14 +294,14 @@ def _rotate_in_place(library: Any) -> None:
         if not usual or shared or q.device.type != "cpu":
             result: tuple[Tensor, Tensor] = own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
             return result
-        return _rotated(q, k, cos[:, None], sin[:, None])
+        cos, sin = cos[:, None], sin[:, None]
+        return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)  # type: ignore[no-untyped-call]
 
+    found = rotate(query.clone(), key.clone(), cos, sin)
+    if not all(torch.allclose(one, other, atol=1e-6) for one, other in zip(expected, found, strict=True)):
+        return
     rotate.in_place = True  # type: ignore[attr-defined]
     library.apply_rotary_pos_emb = rotate
-
-
-def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)  # type: ignore[no-untyped-call]
 
 
 class _Rotary(torch.autograd.Function):

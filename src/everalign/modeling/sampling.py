@@ -201,7 +201,7 @@ def sample_completions(
         InputError: a prompt cannot be rendered or is too long; names its number. Or prompt and completion together may
             become longer than the model can read or write.
     """
-    tokens = _checked(ChatFormat(tokenizer), prompts, options)
+    tokens = check_prompts(tokenizer, prompts, options)
     longest = policy.prefix_length + max((len(ids) for ids in tokens), default=0) + options.max_new_tokens
     policy.head.lengths.check_written(longest, "lower max_new_tokens, or shorten the prompts")
     ends = _Ends(tokenizer, stop_token_ids(policy.peft, tokenizer), turn_end(tokenizer))
@@ -247,7 +247,7 @@ def greedy_answers(
     Raises:
         InputError: as in `sample_completions`.
     """
-    tokens = _checked(ChatFormat(tokenizer), prompts, options)
+    tokens = check_prompts(tokenizer, prompts, options)
     ends = _Ends(tokenizer, stop_token_ids(policy.peft, tokenizer), turn_end(tokenizer))
     written = greedy_continuations(
         policy, tokens, ends.tokens, options.max_new_tokens, lambda number, ids: ends.finished(prompts[number], ids)
@@ -275,14 +275,15 @@ def greedy_continuations(
     return found
 
 
-def check_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], options: SamplingOptions) -> None:
-    """Refuse prompts that `sample_completions` would refuse, before any are answered."""
-    _checked(ChatFormat(tokenizer), prompts, options)
+def check_prompts(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], options: SamplingOptions
+) -> list[list[int]]:
+    """Return prompts as the tokens that are read before an answer; called before any are answered.
 
-
-def _checked(form: ChatFormat, prompts: Sequence[Prompt], options: SamplingOptions) -> list[list[int]]:
-    """Return the prompts as tokens, none of them too long."""
-    tokens = form.encode_prompts(prompts)
+    Raises:
+        InputError: a prompt cannot be rendered or is too long; names its number.
+    """
+    tokens = ChatFormat(tokenizer).encode_prompts(prompts)
     for number, ids in enumerate(tokens, start=1):
         if len(ids) > options.max_prompt_tokens:
             limit = f"max_prompt_tokens allows {options.max_prompt_tokens}"
@@ -379,12 +380,12 @@ def _draw(
         )
 
 
-# Prompts sampled between two writes.
 def _samples(ends: _Ends, prompt: Prompt, prompt_ids: list[int], answers: list[list[int]]) -> Samples:
     texts = [text for ids in answers if (text := ends.text(prompt, prompt_ids, ids)) is not None and text.strip()]
     return Samples(tuple(texts), len(answers) - len(texts))
 
 
+# Prompts sampled between two writes.
 _CHUNK = 256
 
 

@@ -65,7 +65,7 @@ def shard(policy: Policy, device: torch.device) -> int:
     policy.sharded = True
     companion = _Companion(policy, layers, objects)
     _check_order(companion, layers, type(model).__name__)
-    follow_with(companion)
+    follow_with(companion.follow)
     return mesh.size()
 
 
@@ -124,7 +124,7 @@ class _Companion:
 
     def _begins(self, *_: Any) -> None:
         if apart():
-            if not follows(self):
+            if not follows(self.follow):
                 raise EveralignError("a later learner has taken over the processes: use that one")
             self._announce(_LEARNS if torch.is_grad_enabled() else _READS)
         self._inside = True

@@ -132,7 +132,7 @@ def snkl_loss(
             raise ValueError(f"{len(alone)} group(s) have one response, from which nothing is learned: {alone[:5]}")
         finite_rows(log_ratio, "log-ratio")
     labels = _label_log_probs(rewards, segments, temperature, check_finite)
-    found = _segment_log_softmax(log_ratio, segments)
+    found = log_ratio - segment_logsumexp(log_ratio, segments)[segments.index]
     # A label of probability 0 adds nothing, while 0 * -inf would be NaN.
     difference = (labels.to(found.dtype) - found).masked_fill(labels.isneginf(), 0.0)
     return segment_sum(labels.exp().to(found.dtype) * difference, segments)
@@ -146,17 +146,15 @@ def non_negative(weights: Tensor) -> Tensor:
 
 
 def _label_log_probs(rewards: Tensor, segments: Segments, temperature: float, check_finite: bool) -> Tensor:
+    """Softmax of `rewards / temperature` within each segment, `(N,)` fp64, as logarithms; arguments as `snkl_loss`."""
     rewards = rewards.detach().double()
     scores = rewards / temperature
     if check_finite:
         finite_or_minus_inf(rewards, "reward")
         warn_of_dead_groups(rewards, segments)  # names the caller's caller, so that this stays a function
         finite_or_minus_inf(scores, "reward / temperature")
-    return _segment_log_softmax(scores, segments).masked_fill(scores.isneginf(), -torch.inf)
-
-
-def _segment_log_softmax(scores: Tensor, segments: Segments) -> Tensor:
-    return scores - segment_logsumexp(scores, segments)[segments.index]
+    labels = scores - segment_logsumexp(scores, segments)[segments.index]
+    return labels.masked_fill(scores.isneginf(), -torch.inf)
 
 
 # Below a tenth, nine of ten forward passes are for nothing and the gradient is as noisy as that of a tenth of the data.

@@ -127,7 +127,12 @@ class Objective:
         # Apart: that all of a task's pairs are alike is an error, and that all replayed ones are is not.
         own = tokenize_preferences(rows, context.tokenizer, context.max_length)
         old = tokenize_preferences(replayed, context.tokenizer, context.max_length, allow_identical=True)
-        return own.followed_by(old)
+        return TokenizedRows(
+            own.items + old.items,
+            context.max_length,
+            own.truncated_prompts + old.truncated_prompts,
+            own.truncated_responses + old.truncated_responses,
+        )
 
     def notes(self, rows: AnyRows, context: TaskContext) -> tuple[str, ...]:
         """Return what the log should say of how rows are rendered."""

@@ -113,8 +113,7 @@ class Stage:
 
     def loss(self, numbers: Sequence[int]) -> float:
         """Return the objective's mean loss over these rows under the policy as it is now."""
-        batches = self._batches(numbers)
-        count = _count(batches)
+        batches, count = self._batches(numbers)
         with self.policy.evaluating():
             return sum(share(lambda own: [float(self._loss(batch, count)) for batch in own], batches))
 
@@ -127,8 +126,7 @@ class Stage:
             A tensor for each parameter that learns, in the order of `parameters`, detached.
         """
         learned = parameters(self.policy)
-        batches = self._batches(numbers)
-        count = _count(batches)
+        batches, count = self._batches(numbers)
 
         def compute(own: Sequence[Batch]) -> list[Tensor]:
             sums = [torch.zeros_like(parameter) for parameter in learned]
@@ -140,19 +138,17 @@ class Stage:
 
         return add_up(compute, batches)
 
-    def _batches(self, numbers: Sequence[int]) -> list[Batch]:
+    def _batches(self, numbers: Sequence[int]) -> tuple[list[Batch], Tensor]:
+        """Lay these rows out; returns the batches and what the loss of all of them is divided by."""
         shared, rows = self.policy.head.shared, [self.rows[number] for number in numbers]
         lengths = [self.objective.tokens(row, shared, self.policy.prefix_length) for row in rows]
         chosen = [[numbers[i] for i in places] for places in batches_by_length(lengths, self.tokens_per_batch)]
-        return [make_batch(self.rows, places, self.objective, shared, self.reference) for places in chosen]
+        batches = [make_batch(self.rows, places, self.objective, shared, self.reference) for places in chosen]
+        return batches, torch.stack([batch["count"] for batch in batches]).sum()
 
     def _loss(self, batch: Batch, count: Tensor) -> Tensor:
         batch = self.policy.on_device(batch)
         return self.objective.loss(self.policy, batch, count.to(batch["weight"].device))[0]
-
-
-def _count(batches: Sequence[Batch]) -> Tensor:
-    return torch.stack([batch["count"] for batch in batches]).sum()
 
 
 def sum_by_row(parts: Tensor, batch: Batch) -> Tensor:

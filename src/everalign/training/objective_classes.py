@@ -33,7 +33,7 @@ from everalign.training.base_objective import (
 from everalign.training.objectives import weighting_settings
 from everalign.training.options import ObjectiveOptions
 from everalign.training.reference import policy_key
-from everalign.training.reward_weights import TAKE_ONE_COMPLETION, check_comparable, check_completions, compute_weights
+from everalign.training.reward_weights import TAKE_ONE_COMPLETION, check_completions, compute_weights, refuse_alone
 
 DEFAULT_GAMMA = 2.0
 FOCALPO_GAMMA = 0.05
@@ -108,12 +108,20 @@ def _pairs(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 
 class FpoObjective(DpoObjective):
-    """FPO: DPO with a focusing exponent on the probability of the wrong ranking."""
+    """FPO: DPO with a focusing exponent on the probability of the wrong ranking.
+
+    Attributes:
+        default_gamma: γ where none is given.
+        focused: maps margins (B,) and γ to un-reduced losses (B,).
+    """
+
+    default_gamma = DEFAULT_GAMMA
+    focused = staticmethod(fpo_loss)
 
     def __init__(self, name: str, options: ObjectiveOptions) -> None:
         super().__init__(name, options)
-        self.gamma = DEFAULT_GAMMA if options.gamma is None else options.gamma
-        self.margin_loss = partial(fpo_loss, gamma=self.gamma, check_finite=False)
+        self.gamma = self.default_gamma if options.gamma is None else options.gamma
+        self.margin_loss = partial(self.focused, gamma=self.gamma, check_finite=False)
 
     def settings(self) -> dict[str, Any]:
         """Return γ."""
@@ -132,10 +140,8 @@ class NormalisedFpoObjective(FpoObjective):
 class FocalPoObjective(FpoObjective):
     """FocalPO: badly ranked pairs count less, the opposite of FPO (`focalpo`)."""
 
-    def __init__(self, name: str, options: ObjectiveOptions) -> None:
-        super().__init__(name, options)
-        self.gamma = FOCALPO_GAMMA if options.gamma is None else options.gamma
-        self.margin_loss = partial(focalpo_loss, gamma=self.gamma, check_finite=False)
+    default_gamma = FOCALPO_GAMMA
+    focused = staticmethod(focalpo_loss)
 
 
 class HybridObjective(DpoObjective):
@@ -174,9 +180,12 @@ class VarObjective(LikelihoodObjective):
     Attributes:
         what: what the log calls the weights.
         can_cap: whether capping them can be advised.
+        weights_suffice: whether a row of one completion teaches something once it has brought its weight.
+        takes_preferences: whether preferences are taken too, as rows of two completions.
     """
 
     what, can_cap = "weights", True
+    weights_suffice, takes_preferences = True, False
     first_is_best = False
 
     @property
@@ -190,7 +199,11 @@ class VarObjective(LikelihoodObjective):
 
     def prepare(self, rows: AnyRows, context: TaskContext, scale: float | None = None) -> PreparedRows:
         """Give every completion its weight, once those that do not fit are left out."""
-        self.check_record(rows)
+        if not rows.has("rewards") and not (self.takes_preferences and rows.record is Preference):
+            raise InputError(
+                f"the objective {self.name} learns from scored rows (prompt, completions, rewards), or, given reward, "
+                "from answers and from prompts alone"
+            )
         scored: Sequence[Scored] = [row if isinstance(row, Scored) else Scored.from_preference(row) for row in rows]
         weighting, given = self.options.weighting, any(row.weights is not None for row in scored)
         total, lines, facts = sum(len(row.completions) for row in scored), [], {}
@@ -200,8 +213,13 @@ class VarObjective(LikelihoodObjective):
             facts["merged_completions"] = merged = total - sum(len(row.completions) for row in usable)
             if merged:
                 lines.append(f"  {merged} of {total} completions are listed before with the same reward and left out")
-        self.check_rows(usable)
-        fit = drop_overlong(usable, context.tokenizer, context.max_length, fewest=1 if self.takes_one(given) else 2)
+        if not self.weights_suffice:
+            refuse_alone(
+                enumerate(usable, start=1), "with nothing to compare it to: sample more, or leave these rows out"
+            )
+        check_completions(usable, weighting)
+        fewest = 1 if given and self.weights_suffice else self.fewest_answers
+        fit = drop_overlong(usable, context.tokenizer, context.max_length, fewest=fewest)
         if not fit.rows:
             raise InputError(f"no row has completions that fit max_length {context.max_length}: raise it")
         if fit.dropped_completions:
@@ -229,25 +247,9 @@ class VarObjective(LikelihoodObjective):
         learned = ScoredSet(weighed.rows, rows.source, rows.skipped)
         return PreparedRows(learned, rows, {**facts, **weighed.to_dict()}, tuple(lines), warnings)
 
-    def check_record(self, rows: AnyRows) -> None:
-        """Refuse rows of another kind."""
-        if not rows.has("rewards"):
-            raise InputError(
-                f"the objective {self.name} learns from scored rows (prompt, completions, rewards), or, given reward, "
-                "from answers and from prompts alone"
-            )
-
     def tokenize(self, rows: Sequence[Any], replayed: Sequence[Any], context: TaskContext) -> TokenizedRows:
         """Return a task's weighted rows and the replayed ones behind them as tokens."""
         return tokenize_scored([*rows, *replayed], context.tokenizer, context.max_length)
-
-    def takes_one(self, weighted: bool) -> bool:
-        """Whether a row of one completion teaches anything; `weighted` rows brought their weights."""
-        return weighted or self.options.weighting.estimator in TAKE_ONE_COMPLETION
-
-    def check_rows(self, rows: Sequence[Scored]) -> None:
-        """Refuse rows that lack what the weights need."""
-        check_completions(rows, self.options.weighting)
 
 
 class SelfNormalisedObjective(VarObjective):
@@ -260,20 +262,7 @@ class SelfNormalisedObjective(VarObjective):
     needs_reference = True
     fewest_answers = 2
     what, can_cap = "targets", False
-
-    def check_record(self, rows: AnyRows) -> None:
-        """Accept preferences too, as rows of two completions."""
-        if rows.record is not Preference:
-            super().check_record(rows)
-
-    def check_rows(self, rows: Sequence[Scored]) -> None:
-        """Refuse rows of one completion as well, also where they have weights."""
-        check_comparable(rows)
-        super().check_rows(rows)
-
-    def takes_one(self, weighted: bool) -> bool:
-        """Never: one completion has nothing to be compared with."""
-        return False
+    weights_suffice, takes_preferences = False, True
 
     def computed(self, row: TokenizedRow) -> TokenizedRow:
         """Return all responses: a share of 0 is for one that is never to be given."""

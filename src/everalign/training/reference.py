@@ -86,6 +86,7 @@ def policy_key(fingerprint: str, updates: Mapping[str, LowRankUpdate]) -> str:
     return digest.hexdigest()[:32]
 
 
+@dataclass(frozen=True)
 class ReferenceCache:
     """Summed log-probabilities of responses under reference policies, in a folder.
 
@@ -93,8 +94,7 @@ class ReferenceCache:
         folder: created when first written to; runs may share it, also at the same time and with other base models.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    folder: Path
 
     def logprobs(
         self,
@@ -116,7 +116,7 @@ class ReferenceCache:
         Raises:
             InputError: the cache file is damaged; the message says to delete it.
         """
-        journal = Journal(self._folder / f"reference-{key}.sqlite")
+        journal = Journal(self.folder / f"reference-{key}.sqlite")
         keys = [
             tuple(hashlib.sha256(repr((row.prompt, one)).encode()).hexdigest()[:32] for one in row.responses)
             for row in rows

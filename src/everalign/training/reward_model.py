@@ -144,7 +144,8 @@ class BradleyTerryObjective(Objective):
     def collate(self, rows: Sequence[TokenizedRow], shared: bool) -> dict[str, Tensor]:
         """Lay out both sequences of every pair, each with its prompt; `count` is the number of pairs."""
         weight = torch.tensor([row.weight for row in rows], dtype=torch.float32)
-        return {**pad_right(_sequences(rows), self._padding), "weight": weight, "count": torch.tensor(len(rows))}
+        sequences = [row.prompt + response for row in rows for response in row.responses]
+        return {**pad_right(sequences, self._padding), "weight": weight, "count": torch.tensor(len(rows))}
 
     def loss(self, model: Callable[[Batch], Tensor], batch: Batch, count: Tensor) -> tuple[Tensor, Metrics]:
         """Return Σ weight·loss(chosen, rejected) / count; metrics `margin` and `accuracy` per pair."""
@@ -311,16 +312,12 @@ def _encode(
     return pairs
 
 
-def _sequences(rows: Sequence[TokenizedRow]) -> list[list[int]]:
-    """Return prompt and response of every row's responses, row by row."""
-    return [row.prompt + response for row in rows for response in row.responses]
-
-
 def _pair_rewards(
     model: RewardNetwork, pairs: Sequence[TokenizedRow], options: RewardOptions, stage: str, progress: Progress
 ) -> Tensor:
     """Return the rewards (N, 2), not centred, of chosen and rejected."""
+    sequences = [row.prompt + response for row in pairs for response in row.responses]
     found = sequence_rewards(
-        model, _sequences(pairs), options.tokens_per_batch, lambda done, total: progress(stage, done, total)
+        model, sequences, options.tokens_per_batch, lambda done, total: progress(stage, done, total)
     )
     return found.view(-1, 2)

@@ -1,6 +1,6 @@
 """From rewards to weights: how much each completion of a dataset counts, computed once before training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -170,19 +170,15 @@ def check_completions(rows: Sequence[Scored], options: WeightOptions) -> None:
                     field="reference_rewards",
                 )
     if options.estimator not in TAKE_ONE_COMPLETION:
-        _refuse_alone(
+        refuse_alone(
             unweighed,
             "whose weight would be 1 whatever its reward: sample more, leave these rows out, or use the estimator "
             "in_batch (or, with reference_rewards, reference)",
         )
 
 
-def check_comparable(rows: Sequence[Scored]) -> None:
-    """Refuse rows with one completion, also where they have weights; names them by their place."""
-    _refuse_alone(list(enumerate(rows, start=1)), "with nothing to compare it to: sample more, or leave these rows out")
-
-
-def _refuse_alone(rows: Sequence[tuple[int, Scored]], why: str) -> None:
+def refuse_alone(rows: Iterable[tuple[int, Scored]], why: str) -> None:
+    """Refuse rows, given with their places, that have one completion; `why` ends the error."""
     alone = [str(number) for number, row in rows if len(row.completions) == 1]
     if alone:
         named = "rows " + ", ".join(alone[:_ROWS_NAMED]) + (", ..." if len(alone) > _ROWS_NAMED else "")

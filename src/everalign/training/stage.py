@@ -181,9 +181,8 @@ def train_stage(
         in_step = getattr(model, "sharded", False)
         steps = Steps(rows, plan, objective, shared, logprobs, terms, own if replayed else None, in_step)
         callbacks = [
-            *([] if hooks is None else [_KeepHooks(hooks)]),
-            MarkComplete(stage_id),
-            _StepCallback(progress, figures, _step_tokens(plan, lengths)),
+            _CheckpointCallback(stage_id, hooks),
+            _StepCallback(progress, figures, plan, lengths),
         ]
         trainer = Trainer(model, objective, arguments, steps, hooks, callbacks)
         checkpoint = latest_checkpoint(place, stage_id)
@@ -309,32 +308,26 @@ def _load_hooks(hooks: StageHooks | None, folder: Path, model: nn.Module) -> Non
         hooks.load_stage_state(load_file(folder / _HOOKS), model)  # type: ignore[arg-type]
 
 
-class _KeepHooks(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
-    """Writes what steps have changed in a method into every checkpoint."""
-
-    def __init__(self, hooks: StageHooks) -> None:
-        self._hooks = hooks
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            _save_hooks(self._hooks, Path(args.output_dir) / f"{_CHECKPOINT}{state.global_step}")
-
-
-class MarkComplete(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
-    """Writes the checksums of a checkpoint's files into it once all of them are written, and removes earlier ones.
+class _CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+    """Adds to a checkpoint what steps have changed in a method, marks it as complete, and removes earlier ones.
 
     transformers would remove those with the earliest times: after a clock has gone back, the newest.
+
+    Args:
+        stage_id: written into every checkpoint.
+        hooks: whose state is kept; None for nobody's.
     """
 
-    def __init__(self, stage_id: str = "") -> None:
-        self._stage_id = stage_id
+    def __init__(self, stage_id: str, hooks: StageHooks | None) -> None:
+        self._stage_id, self._hooks = stage_id, hooks
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Mark the checkpoint that was just saved."""
+        """Complete the checkpoint that was just saved; last of all it gets the checksums of its files."""
         gather(None)  # each process writes files of its own
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"{_CHECKPOINT}{state.global_step}"
+        _save_hooks(self._hooks, folder)
         write_json(folder / _STAGE, {"stage": self._stage_id})
         write_json(folder / _MARK, checksums(folder, exclude=frozenset({_MARK})))
         found = _checkpoints(folder.parent)
@@ -415,13 +408,21 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers carr
     Args:
         progress: called with (steps done, steps in all); None for nobody.
         figures: called with what was measured; None for nobody.
-        tokens: computed in each step, by all processes.
+        plan: the steps' rows.
+        lengths: tokens of each row.
     """
 
     def __init__(
-        self, progress: Callable[[int, int], None] | None, figures: Figures | None, tokens: Sequence[int]
+        self,
+        progress: Callable[[int, int], None] | None,
+        figures: Figures | None,
+        plan: TrainingPlan,
+        lengths: Sequence[int],
     ) -> None:
-        self._progress, self._figures, self._tokens = progress, figures, tokens
+        self._progress, self._figures = progress, figures
+        shares = [sum(lengths[row] for rows in share for row in rows) for share in plan.shares]
+        # Of each step, over all processes, padding left out.
+        self._tokens = [sum(shares[first : first + plan.processes]) for first in range(0, len(shares), plan.processes)]
         self._since = 0, 0.0  # the step and the time of the last figures
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -445,9 +446,3 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers carr
         self._figures(
             state.global_step, {"steps": state.max_steps, **shown, "tokens_per_second": tokens / max(now - then, 1e-9)}
         )
-
-
-def _step_tokens(plan: TrainingPlan, lengths: Sequence[int]) -> list[int]:
-    """Return how many tokens each step computes, over all processes, padding left out."""
-    shares = [sum(lengths[row] for rows in share for row in rows) for share in plan.shares]
-    return [sum(shares[first : first + plan.processes]) for first in range(0, len(shares), plan.processes)]

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,10 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         hooks: StageHooks | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        watching = [*callbacks, _StopDiverged(self), *([] if hooks is None else [_HookCallback(hooks)])]
-        super().__init__(model=policy, args=arguments, train_dataset=steps, data_collator=_only, callbacks=watching)
+        watching = [*callbacks, _AroundSteps(self, hooks)]
+        # The loader's batch is one item, a process's share of a step, which is collated already.
+        only = itemgetter(0)
+        super().__init__(model=policy, args=arguments, train_dataset=steps, data_collator=only, callbacks=watching)
         self.remove_callback(PrinterCallback)
         if getattr(policy, "sharded", False):
             # accelerate wraps no model with sharded parameters, and leaves one alone that is wrapped.
@@ -216,32 +219,22 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         super().log(logs, start_time)
 
 
-class _StopDiverged(TrainerCallback):  # type: ignore[misc]
-    """Looks at the losses before anything of a step is logged or saved, and after the last step."""
+class _AroundSteps(TrainerCallback):  # type: ignore[misc]
+    """What happens around the optimiser's steps: the losses are looked at, and a method's hooks are called."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_log or control.should_save or state.global_step >= state.max_steps:
-            self._trainer.check_losses()
-
-
-class _HookCallback(TrainerCallback):  # type: ignore[misc]
-    """Calls a method's hooks around the optimiser's steps."""
-
-    def __init__(self, hooks: StageHooks) -> None:
-        self._hooks = hooks
+    def __init__(self, trainer: Trainer, hooks: StageHooks | None) -> None:
+        self._trainer, self._hooks = trainer, hooks
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._hooks.adjust_gradients(kwargs["model"])
+        if self._hooks is not None:
+            self._hooks.adjust_gradients(kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._hooks.after_step(kwargs["model"])
-
-
-def _only(items: list[list[Batch]]) -> list[Batch]:
-    return items[0]
+        """Look at the losses before anything of a step is logged or saved, and after the last step; call the hooks."""
+        if control.should_log or control.should_save or state.global_step >= state.max_steps:
+            self._trainer.check_losses()
+        if self._hooks is not None:
+            self._hooks.after_step(kwargs["model"])
 
 
 def training_arguments(folder: Path, options: StageOptions, seed: int) -> TrainingArguments:
