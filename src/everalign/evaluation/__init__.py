@@ -3,17 +3,13 @@
 Names are loaded when first used: they need torch, which the rest of the package does not.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from everalign.lazy import lazy_names
 
 if TYPE_CHECKING:
     from everalign.evaluation.preference import HeldOut, PreferenceScore, score_base, score_preferences
 
 __all__ = ["HeldOut", "PreferenceScore", "score_base", "score_preferences"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from everalign.evaluation import preference
-
-    return getattr(preference, name)
+__getattr__, __dir__ = lazy_names(__name__, dict.fromkeys(__all__, ".preference"))

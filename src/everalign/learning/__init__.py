@@ -3,8 +3,9 @@
 Names are loaded when first used, so that reading a run needs no torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from everalign.lazy import lazy_names
 
 if TYPE_CHECKING:
     from everalign.learning.learner import Learner
@@ -23,17 +24,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AdapterOptions": "everalign.learning.options",
-    "CorrectionTaskOptions": "everalign.learning.options",
-    "Learner": "everalign.learning.learner",
-    "RolloutOptions": "everalign.learning.options",
-    "Scores": "everalign.learning.scores",
-    "TrainingOptions": "everalign.learning.options",
+    "AdapterOptions": ".options",
+    "CorrectionTaskOptions": ".options",
+    "Learner": ".learner",
+    "RolloutOptions": ".options",
+    "Scores": ".scores",
+    "TrainingOptions": ".options",
     "WeightOptions": "everalign.training.options",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -3,8 +3,9 @@
 The names below are loaded when first used, so that importing this package costs no matplotlib.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from everalign.lazy import lazy_names
 
 if TYPE_CHECKING:
     from everalign.learning.run_data import RunData, load_run
@@ -15,18 +16,10 @@ __all__ = ["RunData", "comparison_table", "load_run", "score_table", "write_repo
 
 _HOMES = {
     "RunData": "everalign.learning.run_data",
-    "comparison_table": "everalign.reporting.formats",
+    "comparison_table": ".formats",
     "load_run": "everalign.learning.run_data",
-    "score_table": "everalign.reporting.formats",
-    "write_report": "everalign.reporting.report",
+    "score_table": ".formats",
+    "write_report": ".report",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'everalign.reporting' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
