@@ -224,7 +224,7 @@ _PHONE = re.compile(
     r"(?<![\w.+])(?:\+\d{1,3}(?:[ ./-]?\(?\d{1,5}\)?){2,6}|\(\d{2,5}\)(?:[ ./-]?\d{2,5}){2,4}"
     r"|0\d{1,4}(?:[ /-]\d{2,8}){1,4}|\d{3}[ .-]\d{3}[ .-]\d{4})(?![\w])"
 )
-_FEWEST_PHONE_DIGITS = 7
+_FEWEST_DIGITS = 7  # of a phone number
 _KEYS = (
     r"(?P<before>\b[Bb]earer\s{1,4})[\w.~+/=-]{8,}",
     r"\b(?:sk|pk|rk)[-_][\w-]{16,}",
@@ -266,10 +266,11 @@ class Redaction:
                 raise InputError(f"redaction: there is no {name!r}; choose from {', '.join(KINDS)}")
         # Keys first: the digits of a card or a phone may be part of one.
         built_in: dict[str, list[_Rule]] = {
-            "key": [(pattern, _without_key) for pattern in _KEY],
+            # What says that a key follows, such as `password: `, stays.
+            "key": [(one, lambda found: "".join(filter(None, found.groupdict().values())) + "[key]") for one in _KEY],
             "email": [(_EMAIL, _marked("email"))],
-            "card": [(_CARD, _without_card)],
-            "phone": [(_PHONE, _without_phone)],
+            "card": [(_CARD, lambda found: "[card]" if passes_luhn(_digits(found[0])) else found[0])],
+            "phone": [(_PHONE, lambda found: "[phone]" if len(_digits(found[0])) >= _FEWEST_DIGITS else found[0])],
         }
         self._rules += [rule for name, rules in built_in.items() if name in kinds for rule in rules]
 
@@ -313,16 +314,8 @@ def _marked(name: str) -> Callable[[re.Match[str]], str]:
     return lambda _: f"[{name}]"  # a function, because backslashes in a replacement text mean something
 
 
-def _without_key(match: re.Match[str]) -> str:
-    return "".join(text for text in match.groupdict().values() if text) + "[key]"
-
-
-def _without_phone(match: re.Match[str]) -> str:
-    return "[phone]" if sum(char.isdigit() for char in match[0]) >= _FEWEST_PHONE_DIGITS else match[0]
-
-
-def _without_card(match: re.Match[str]) -> str:
-    return "[card]" if passes_luhn([int(char) for char in match[0] if char.isdigit()]) else match[0]
+def _digits(text: str) -> list[int]:
+    return [int(char) for char in text if char.isdigit()]
 
 
 def passes_luhn(digits: Sequence[int]) -> bool:
