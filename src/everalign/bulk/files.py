@@ -171,14 +171,13 @@ def join_files(
         if not file.exists():
             raise InputError(f"{file.name}: no such file; finish this part first", where=file.name)
     with whole.replaced() as path:
-        (_join_parquet if whole.is_parquet else _join_bytes)(files, path)
-
-
-def _join_bytes(files: Sequence[OutputFile], path: Path) -> None:
-    with path.open("wb") as joined:
-        for file in files:
-            with open_url(file.name) if is_url(file.name) else Path(file.name).open("rb") as part:
-                shutil.copyfileobj(part, joined, _BLOCK)
+        if whole.is_parquet:
+            _join_parquet(files, path)
+            return
+        with path.open("wb") as joined:
+            for file in files:
+                with open_url(file.name) if is_url(file.name) else Path(file.name).open("rb") as part:
+                    shutil.copyfileobj(part, joined, _BLOCK)
 
 
 def _join_parquet(files: Sequence[OutputFile], path: Path) -> None:
