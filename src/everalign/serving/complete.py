@@ -8,7 +8,7 @@ exception: the corrections of whole sentences leave while the answer is being re
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from everalign.serving.chat_answer import ChatAnswer, ChatRelay
@@ -18,7 +18,6 @@ from everalign.serving.decide import (
     CorrectionDecider,
     SentenceStream,
     Summary,
-    may_leave_early,
     summary_before,
 )
 from everalign.serving.eligibility import Api
@@ -124,9 +123,10 @@ class Completions:
         """Read an answer whole, and write what becomes of it; its first sentences meanwhile, in streams by sentence."""
         answer = _ANSWERS[request.api](request, relayed=False)
         writer = _LiveWriter(request, answer, queue)
-        sentences = None
-        if self._by_sentence and may_leave_early(request):
-            sentences = self._decider.sentences(request, writer, timer.corrector)
+        sentences = self._decider.sentences(request, writer, timer.corrector) if self._by_sentence else None
+        if sentences is None:
+            await self._read(request, answer, timer, writer)
+        else:
             reading = asyncio.create_task(self._read(request, answer, timer, writer, sentences))
             try:
                 await sentences.run()
@@ -134,19 +134,16 @@ class Completions:
             finally:
                 await cancel(reading)
             answer.check_begun()
-        else:
-            await self._read(request, answer, timer, writer)
-        headers = writer.headers
         with timer.corrector:
             decisions = await self._decider.decide(request, answer.choices, writer, sentences)
         returned = decisions[0].returned(answer.choices[0])
         summary, usage = await self._store(request, answer, Summary.of(decisions), returned)
         timer.end(summary)
-        queue.open({**headers, **summary.headers(request)})
+        queue.open({**writer.headers, **summary.headers(request)})
         await queue.send(answer.remaining(decisions, summary, usage, writer.written))
         spent = timer.upstream.seconds, timer.corrector.seconds
         first = answer.choices[0].text if answer.choices else ""
-        return Completed(request, {}, headers, first, returned, summary, usage, *spent)
+        return Completed(request, {}, writer.headers, first, returned, summary, usage, *spent)
 
     async def _read(
         self,
@@ -182,27 +179,29 @@ class Completions:
         return replace(summary, stored=stored) if request.reports_storage else summary, usage
 
 
+@dataclass
 class _LiveWriter:
     """Writes a correction while it is being decoded; what is `written` is never taken back.
 
     `headers` are the upstream's that are passed on, once they are there.
     """
 
-    def __init__(self, request: RequestContext, answer: Answer, queue: FrameQueue) -> None:
-        self.headers: dict[str, str] = {}
-        self._request, self._answer, self._queue = request, answer, queue
-        self._pieces: list[str] = []
+    request: RequestContext
+    answer: Answer
+    queue: FrameQueue
+    headers: dict[str, str] = field(default_factory=dict)
+    pieces: list[str] = field(default_factory=list)
 
     @property
     def written(self) -> str:
-        return "".join(self._pieces)
+        return "".join(self.pieces)
 
     async def write(self, text: str) -> None:
-        if not self._pieces:
-            self._queue.open({**self.headers, **PENDING.headers(self._request)})
-        frames = self._answer.live(text, opens=not self._pieces)
-        self._pieces.append(text)
-        await self._queue.send(frames)
+        if not self.pieces:
+            self.queue.open({**self.headers, **PENDING.headers(self.request)})
+        frames = self.answer.live(text, opens=not self.pieces)
+        self.pieces.append(text)
+        await self.queue.send(frames)
 
 
 def _passed_headers(request: RequestContext, headers: Mapping[str, str]) -> dict[str, str]:

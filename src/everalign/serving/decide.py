@@ -15,7 +15,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from everalign.correction.engines import Begun
 from everalign.correction.sentences import GrowingCorrection
 from everalign.data.rows import check_text
 from everalign.errors import InputError
@@ -136,16 +135,6 @@ class TextWriter(Protocol):
         ...
 
 
-def may_leave_early(request: RequestContext) -> bool:
-    """Whether sentences of an answer may be corrected before the whole answer is known to be one that is corrected.
-
-    Not if it may turn out to be a call of a tool, and not if there are several answers.
-    """
-    body = request.payload
-    tools = offers_tools(body) or (request.api == "responses" and body.get("prompt"))  # a stored prompt may offer some
-    return request.mode == "correct" and request.rule is None and not tools and body.get("n") in (None, 1)
-
-
 class SentenceStream:
     """The beginning of one answer's correction, as far as it left while the answer came.
 
@@ -160,6 +149,8 @@ class SentenceStream:
     Attributes:
         failed: why the corrector was given up for this answer; None if it was not.
         last: its last correction, with the usage of all of them; None if there was none.
+        growing: its `begun` is the corrected text that has left, and how much of the answer that stands for; its
+            `answer` is the upstream's text, up to where the corrector was given up.
     """
 
     def __init__(
@@ -176,27 +167,17 @@ class SentenceStream:
         self.by = corrections.in_service
         self._request, self._corrections, self.writer = request, corrections, writer
         self._longest, self._fails_closed, self._stopwatch = longest, fails_closed, stopwatch
-        self._growing = GrowingCorrection()
+        self.growing = GrowingCorrection()
         self._news, self._ended = asyncio.Event(), False
         self._uncorrected: list[str] = []  # what came since the corrector was given up, and was not written yet
         self._passes_on = False
 
-    @property
-    def begun(self) -> Begun:
-        """The corrected text that has left, and how much of the answer it stands for."""
-        return self._growing.begun
-
-    @property
-    def answer(self) -> str:
-        """The upstream's text, up to where the corrector was given up."""
-        return self._growing.answer
-
     def add(self, text: str) -> None:
         """Take what came of the answer's text."""
-        if self.failed is None and len(self.answer) + len(text) > self._longest:
+        if self.failed is None and len(self.growing.answer) + len(text) > self._longest:
             self.failed = "too_long"
         if self.failed is None:
-            self._growing.add(text)
+            self.growing.add(text)
         else:
             self._uncorrected.append(text)
         self._news.set()
@@ -213,12 +194,13 @@ class SentenceStream:
             self._news.clear()
             if self._ended:
                 return
-            answer = None if self.failed else self._growing.next_answer()
+            answer = None if self.failed else self.growing.next_answer()
             if answer is not None:
                 await self._correct(answer)
-            if self.failed and self.begun.text:
+            begun = self.growing.begun
+            if self.failed and begun.text:
                 # The rest of the answer is written as it has come.
-                rest = ["" if self._passes_on else self.begun.rest(self.answer), *self._uncorrected]
+                rest = ["" if self._passes_on else begun.rest(self.growing.answer), *self._uncorrected]
                 self._passes_on = True
                 self._uncorrected.clear()
                 if text := "".join(rest):
@@ -231,7 +213,7 @@ class SentenceStream:
             assert self._request.question is not None  # else a rule holds
             asked = self._request.question, answer, self._request.key_id
             with self._stopwatch:
-                found = await self._corrections.correct(*asked, begun=self.begun, by=self.by)
+                found = await self._corrections.correct(*asked, begun=self.growing.begun, by=self.by)
         except InputError:
             self.failed = "unreadable"
             return
@@ -246,7 +228,7 @@ class SentenceStream:
         if self.failed or found.rejected:
             return
         # In a thread, as the comparison of two long texts takes a while.
-        if text := await asyncio.to_thread(self._growing.accept, answer, found.text):
+        if text := await asyncio.to_thread(self.growing.accept, answer, found.text):
             await self.writer.write(text)
 
     def with_usage(self, found: Correction) -> Correction:
@@ -261,8 +243,17 @@ class CorrectionDecider:
         self._corrections, self._fails_closed, self._longest = corrections, on_failure == "closed", longest
         self._metrics = metrics
 
-    def sentences(self, request: RequestContext, writer: TextWriter, stopwatch: Stopwatch) -> SentenceStream:
-        """Return what corrects the sentences of a request's answer while it comes."""
+    def sentences(self, request: RequestContext, writer: TextWriter, stopwatch: Stopwatch) -> SentenceStream | None:
+        """Return what corrects the sentences of a request's answer while it comes.
+
+        None if no sentence may leave before the whole answer is known to be one that is corrected: where it may turn
+        out to be a call of a tool, and where there are several answers.
+        """
+        body = request.payload
+        # A prompt that the upstream has stored may offer tools.
+        tools = offers_tools(body) or (request.api == "responses" and body.get("prompt"))
+        if request.mode != "correct" or request.rule is not None or tools or body.get("n") not in (None, 1):
+            return None
         return SentenceStream(request, self._corrections, writer, self._longest, self._fails_closed, stopwatch)
 
     async def decide(
@@ -279,7 +270,7 @@ class CorrectionDecider:
         """
         # All rules come first: a choice that is withheld spares the others' correction.
         ruled = [await self._ruled(request, choice) for choice in choices]
-        if sentences is not None and (sentences.begun.text or sentences.failed):
+        if sentences is not None and (sentences.growing.begun.text or sentences.failed):
             others = await self.decide(request, choices[1:])
             return [await self._finish(request, choices[0], ruled[0], sentences), *others]
         if len(choices) == 1 and ruled[0] is None and writer is not None and request.mode == "correct":
@@ -294,8 +285,8 @@ class CorrectionDecider:
         self, request: RequestContext, choice: Choice, ruled: Decision | None, sentences: SentenceStream
     ) -> Decision:
         """Return what becomes of a choice whose first sentences have left, or whose corrector was given up."""
-        begun = sentences.begun
-        if begun.text and not choice.text.startswith(sentences.answer):
+        begun = sentences.growing.begun
+        if begun.text and not choice.text.startswith(sentences.growing.answer):
             raise bad_upstream(_CHANGED, "upstream_malformed")
         if begun.text and not choice.is_text:
             kind = "content" if ruled is None else str(ruled.reason)
@@ -386,8 +377,7 @@ class CorrectionDecider:
 
     async def _decision(self, request: RequestContext, choice: Choice, correction: Correction) -> Decision:
         """Return what a correction makes of a choice; raises GatewayError if it is withheld."""
-        self._metrics.count_draft_tokens(correction.usage)
-        self._metrics.edited.observe(await edit_share(choice.text, correction.text))
+        await count_edits(self._metrics, choice.text, correction)
         if correction.outcome != "skipped":
             return Decision(correction.text, correction.outcome, correction.reason, correction)
         if request.mode == "strict":
@@ -405,18 +395,25 @@ async def _gather(work: Iterable[Coroutine[Any, Any, Decision]]) -> list[Decisio
             task.cancel()
 
 
-async def edit_share(answer: str, correction: str) -> float:
-    """Return words inserted, deleted or replaced, per word of the answer; for long texts, disregarding their order."""
-    if answer == correction:
-        return 0.0
-    if len(answer) + len(correction) <= _COUNTED_EXACTLY:
+async def count_edits(metrics: Metrics, answer: str, correction: Correction) -> None:
+    """Count the draft tokens of an answer's correction, and the words it inserts, deletes or replaces.
+
+    These are per word of the answer; for long texts, disregarding their order.
+    """
+    for verdict, tokens in (("accepted", correction.usage.accepted), ("rejected", correction.usage.rejected)):
+        if tokens:
+            metrics.draft_tokens.labels(verdict).inc(tokens)
+    share = 0.0
+    if len(answer) + len(correction.text) > _COUNTED_EXACTLY and answer != correction.text:
+        share = await asyncio.to_thread(unordered_edit_share, answer, correction.text)
+    elif answer != correction.text:
         from everalign.correction.edits import edit_ratio
 
-        return edit_ratio(answer.split(), correction.split())
-    return await asyncio.to_thread(unordered_edit_share, answer, correction)
+        share = edit_ratio(answer.split(), correction.text.split())
+    metrics.edited.observe(share)
 
 
 def unordered_edit_share(answer: str, correction: str) -> float:
-    """Return `edit_share` of the words as multisets, in linear time."""
+    """Return the words inserted, deleted or replaced, per word of the answer: as multisets, in linear time."""
     before, after = Counter(answer.split()), Counter(correction.split())
     return (max(before.total(), after.total()) - (before & after).total()) / max(1, before.total())

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +17,7 @@ from everalign.deadlines import call_in_thread
 from everalign.errors import EveralignError, InputError
 from everalign.serving.chat_request import RequestContext
 from everalign.serving.corrector_service import CorrectionFailed, CorrectionService
-from everalign.serving.decide import Summary, edit_share
+from everalign.serving.decide import Summary, count_edits
 from everalign.serving.eligibility import Choice, why_not_corrected
 from everalign.serving.errors import GatewayError
 from everalign.serving.limits import AT_ONCE
@@ -162,12 +163,14 @@ class AsyncStore:
             )
 
 
+@dataclass
 class RequestTimer:
     """Where one request's time went, and how it ended."""
 
-    def __init__(self) -> None:
-        self.upstream, self.corrector = Stopwatch(), Stopwatch()
-        self.outcome, self.reason = "failed", "internal_error"
+    upstream: Stopwatch = field(default_factory=Stopwatch)
+    corrector: Stopwatch = field(default_factory=Stopwatch)
+    outcome: str = "failed"
+    reason: str = "internal_error"
 
     def end(self, summary: Summary) -> None:
         self.outcome, self.reason = summary.outcome, summary.reason or ""
@@ -264,8 +267,7 @@ class RequestLog:
             self._metrics.shadow.labels("failed", failed.reason).inc()
             return
         self._metrics.corrector_seconds.observe(time.perf_counter() - started)
-        self._metrics.count_draft_tokens(found.usage)
-        self._metrics.edited.observe(await edit_share(choice.text, found.text))
+        await count_edits(self._metrics, choice.text, found)
         self._metrics.shadow.labels(found.outcome, found.reason or "").inc()
 
     async def close(self) -> None:
