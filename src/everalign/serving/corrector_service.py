@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from everalign.deadlines import Deadline, DeadlineOver, call_in_thread
@@ -169,13 +170,13 @@ class _Job:
     alone: bool = False
 
 
+@dataclass(eq=False)
 class _Batch:
-    """Answers that are corrected together, by a common deadline."""
+    """Answers that are corrected together, by a common deadline; `left` is set when nobody waits for them."""
 
-    def __init__(self, jobs: list[_Job]) -> None:
-        self.jobs = jobs
-        self.deadline = Deadline(max(job.until for job in jobs) - time.monotonic())
-        self.left = asyncio.Event()
+    jobs: list[_Job]
+    deadline: Deadline
+    left: asyncio.Event = field(default_factory=asyncio.Event)
 
     def stop_if_left(self) -> None:
         """Stop the work if nobody waits for any of the answers."""
@@ -194,6 +195,9 @@ class CorrectionService:
         batch: most answers corrected together.
         threads: batches corrected at the same time: one for a model in this process, more for one on a server.
         breaker: makes the circuit breaker of each corrector.
+
+    Attributes:
+        in_service: the corrector in service, for corrections that belong together (see `correct`).
     """
 
     def __init__(
@@ -207,7 +211,7 @@ class CorrectionService:
         threads: int = 1,
         breaker: Callable[[], CircuitBreaker] = CircuitBreaker,
     ) -> None:
-        self._in_service = InService(None, None, breaker())
+        self.in_service = InService(None, None, breaker())
         self._timeout, self._batch, self._threads = timeout, batch, threads
         self._make_breaker = breaker
         self._waiting = FairQueue[_Job](waiting)
@@ -223,7 +227,7 @@ class CorrectionService:
         Answers that wait or are being corrected are finished by the former one.
         """
         # One assignment: a request sees the former or the new one, never half of each.
-        self._in_service = InService(corrector, version, self._make_breaker())
+        self.in_service = InService(corrector, version, self._make_breaker())
 
     def withdraw(self, version: str, reason: str) -> None:
         """Take the corrector out of service; it still finishes what waits.
@@ -232,22 +236,17 @@ class CorrectionService:
             version: name of the state without a corrector.
             reason: why there are no corrections: `rolled_back`, or `stopped` if no answer may be returned without.
         """
-        self._in_service = InService(None, version, self._make_breaker(), reason)
-
-    @property
-    def in_service(self) -> InService:
-        """The corrector in service, for corrections that belong together (see `correct`)."""
-        return self._in_service
+        self.in_service = InService(None, version, self._make_breaker(), reason)
 
     @property
     def withdrawn(self) -> bool:
-        now = self._in_service  # read once: `swap` may be called in another thread
+        now = self.in_service  # read once: `swap` may be called in another thread
         return now.corrector is None and now.version is not None
 
     @property
     def version(self) -> str | None:
         """Name of the corrector, or of the state after it was withdrawn; None if there was no corrector."""
-        return self._in_service.version
+        return self.in_service.version
 
     @property
     def depth(self) -> int:
@@ -313,7 +312,7 @@ class CorrectionService:
         by: InService | None = None,
     ) -> Iterator[_Job]:
         """Queue an answer for correction while somebody waits for it; raises CorrectionFailed."""
-        by = by or self._in_service
+        by = by or self.in_service
         if by.corrector is None:
             raise CorrectionFailed(by.reason)
         permit = by.breaker.enter(key)
@@ -355,12 +354,22 @@ class CorrectionService:
         return event
 
     def _dispatch(self) -> None:
-        """Start work on as many waiting answers as there are threads for."""
+        """Start work on as many waiting answers as there are threads for; when one ends, the next begins."""
+
+        def worked(jobs: list[_Job], task: "asyncio.Task[None]") -> None:
+            self._working.discard(task)
+            for job in jobs:
+                self._held[job.key] -= 1
+            self._held = +self._held
+            if not task.cancelled():
+                task.result()
+                self._dispatch()
+
         while len(self._working) + max(0, self._stuck - _MOST_STUCK) < self._threads and (jobs := self._next_jobs()):
             task = asyncio.get_running_loop().create_task(self._work(jobs))
             self._working.add(task)
             self._held.update(job.key for job in jobs)
-            task.add_done_callback(lambda task, jobs=jobs: self._worked(task, jobs))  # type: ignore[misc]
+            task.add_done_callback(partial(worked, jobs))
 
     def _next_jobs(self) -> list[_Job]:
         """Take answers that wait for the same corrector, fairly between keys; one that spoilt a batch comes alone."""
@@ -380,18 +389,9 @@ class CorrectionService:
             found.append(job)
         return found
 
-    def _worked(self, task: "asyncio.Task[None]", jobs: list[_Job]) -> None:
-        self._working.discard(task)
-        for job in jobs:
-            self._held[job.key] -= 1
-        self._held = +self._held
-        if not task.cancelled():
-            task.result()
-            self._dispatch()
-
     async def _work(self, jobs: list[_Job]) -> None:
         """Correct answers together, and hand each its result or its failure."""
-        batch = _Batch(jobs)
+        batch = _Batch(jobs, Deadline(max(job.until for job in jobs) - time.monotonic()))
         for job in jobs:
             job.batch = batch
         batch.stop_if_left()  # some are gone by now
