@@ -8,14 +8,14 @@ exception: the corrections of whole sentences leave while the answer is being re
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from everalign.serving.chat_answer import ChatAnswer, ChatRelay
 from everalign.serving.chat_request import RequestContext
 from everalign.serving.decide import (
-    PENDING,
     CorrectionDecider,
+    LiveWriter,
     SentenceStream,
     Summary,
     summary_before,
@@ -122,7 +122,7 @@ class Completions:
     async def _stream_corrected(self, request: RequestContext, queue: FrameQueue, timer: RequestTimer) -> Completed:
         """Read an answer whole, and write what becomes of it; its first sentences meanwhile, in streams by sentence."""
         answer = _ANSWERS[request.api](request, relayed=False)
-        writer = _LiveWriter(request, answer, queue)
+        writer = LiveWriter(request, answer.live, queue)
         sentences = self._decider.sentences(request, writer, timer.corrector) if self._by_sentence else None
         if sentences is None:
             await self._read(request, answer, timer, writer)
@@ -150,7 +150,7 @@ class Completions:
         request: RequestContext,
         answer: Answer,
         timer: RequestTimer,
-        writer: "_LiveWriter",
+        writer: LiveWriter,
         sentences: SentenceStream | None = None,
     ) -> None:
         """Read an answer whole, and give its text to `sentences` as it comes."""
@@ -177,31 +177,6 @@ class Completions:
         if request.mode == "shadow":
             self._request_log.shadow(request, answer.choices)
         return replace(summary, stored=stored) if request.reports_storage else summary, usage
-
-
-@dataclass
-class _LiveWriter:
-    """Writes a correction while it is being decoded; what is `written` is never taken back.
-
-    `headers` are the upstream's that are passed on, once they are there.
-    """
-
-    request: RequestContext
-    answer: Answer
-    queue: FrameQueue
-    headers: dict[str, str] = field(default_factory=dict)
-    pieces: list[str] = field(default_factory=list)
-
-    @property
-    def written(self) -> str:
-        return "".join(self.pieces)
-
-    async def write(self, text: str) -> None:
-        if not self.pieces:
-            self.queue.open({**self.headers, **PENDING.headers(self.request)})
-        frames = self.answer.live(text, opens=not self.pieces)
-        self.pieces.append(text)
-        await self.queue.send(frames)
 
 
 def _passed_headers(request: RequestContext, headers: Mapping[str, str]) -> dict[str, str]:

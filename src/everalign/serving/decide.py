@@ -10,10 +10,10 @@ import asyncio
 import json
 import re
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from everalign.correction.sentences import GrowingCorrection
 from everalign.data.rows import check_text
@@ -23,6 +23,7 @@ from everalign.serving.corrector_service import Correction, CorrectionFailed, Co
 from everalign.serving.eligibility import GIVEN_IN_STRICT, Choice, offers_tools, why_not_corrected
 from everalign.serving.errors import bad_upstream, uncorrected
 from everalign.serving.settings import OnFailure
+from everalign.serving.stream_response import FrameQueue
 from everalign.serving.structured import Structure, prose_of, with_prose
 from everalign.serving.telemetry import Metrics, Stopwatch
 
@@ -122,17 +123,33 @@ def summary_before(request: RequestContext) -> Summary | None:
     return Summary("skipped", request.rule) if request.mode == "correct" and request.rule is not None else None
 
 
-class TextWriter(Protocol):
-    """Writes a correction to a client while it is being decoded."""
+@dataclass
+class LiveWriter:
+    """Writes a correction to a client while it is being decoded; what is `written` is never taken back.
+
+    Args:
+        request: what was asked.
+        live: makes the frames of a piece of the text; told whether it is the first one.
+        queue: gets the frames.
+        headers: the upstream's that are passed on, once they are there.
+    """
+
+    request: RequestContext
+    live: Callable[[str, bool], bytes]
+    queue: FrameQueue
+    headers: dict[str, str] = field(default_factory=dict)
+    pieces: list[str] = field(default_factory=list)
 
     @property
     def written(self) -> str:
-        """The text that the client has."""
-        ...
+        return "".join(self.pieces)
 
     async def write(self, text: str) -> None:
-        """Write a further piece of the text."""
-        ...
+        if not self.pieces:
+            self.queue.open({**self.headers, **PENDING.headers(self.request)})
+        frames = self.live(text, not self.pieces)
+        self.pieces.append(text)
+        await self.queue.send(frames)
 
 
 class SentenceStream:
@@ -157,7 +174,7 @@ class SentenceStream:
         self,
         request: RequestContext,
         corrections: CorrectionService,
-        writer: TextWriter,
+        writer: LiveWriter,
         longest: int,
         fails_closed: bool,
         stopwatch: Stopwatch,
@@ -243,7 +260,7 @@ class CorrectionDecider:
         self._corrections, self._fails_closed, self._longest = corrections, on_failure == "closed", longest
         self._metrics = metrics
 
-    def sentences(self, request: RequestContext, writer: TextWriter, stopwatch: Stopwatch) -> SentenceStream | None:
+    def sentences(self, request: RequestContext, writer: LiveWriter, stopwatch: Stopwatch) -> SentenceStream | None:
         """Return what corrects the sentences of a request's answer while it comes.
 
         None if no sentence may leave before the whole answer is known to be one that is corrected: where it may turn
@@ -260,7 +277,7 @@ class CorrectionDecider:
         self,
         request: RequestContext,
         choices: Sequence[Choice],
-        writer: TextWriter | None = None,
+        writer: LiveWriter | None = None,
         sentences: SentenceStream | None = None,
     ) -> list[Decision]:
         """Return what becomes of each choice; raises GatewayError if one may not be returned.
@@ -349,7 +366,7 @@ class CorrectionDecider:
         self,
         request: RequestContext,
         choice: Choice,
-        writer: TextWriter | None = None,
+        writer: LiveWriter | None = None,
         sentences: SentenceStream | None = None,
     ) -> Decision:
         """Return a choice's correction, and write its beginning meanwhile; raises GatewayError if it is withheld."""

@@ -251,8 +251,8 @@ def dashboard_routes(gateway: Gateway, pages: Pages, run: Path | None) -> APIRou
             trouble = "Feedback is off: the gateway has no store. Give it one with serve --store."
         else:
             try:
-                stats = await gateway.store.stats()
-                found = await gateway.store.recent_feedback(request.state.key_id, _RECENT)
+                stats = await gateway.store.read(lambda store: store.stats())
+                found = await gateway.store.read(lambda store: store.recent_feedback(request.state.key_id, _RECENT))
                 recent = [feedback_view(*one) for one in found]
             except (EveralignError, OSError, RuntimeError) as error:
                 # The type alone: a database's message may contain its address and user.
