@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ class OutputFile:
         """Context manager that gives a function which appends rows; the file is there once the block has ended well."""
         with self.replaced() as path:
             if self.is_parquet:
-                with closing(ParquetRows(path, columns)) as rows:
+                rows = ParquetRows(path, columns)
+                with rows.file:
                     yield rows.write
                 return
             with path.open("w", encoding="utf-8") as file:
@@ -103,7 +104,7 @@ class OutputFile:
 
 
 class ParquetRows:
-    """Writes rows as row groups.
+    """Writes rows as row groups of its `file`, which its user closes.
 
     Args:
         path: the file.
@@ -124,7 +125,7 @@ class ParquetRows:
         }
         self._columns = columns
         self._schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
-        self._writer = pq.ParquetWriter(path, self._schema)
+        self.file = pq.ParquetWriter(path, self._schema)
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows as one row group."""
@@ -133,11 +134,7 @@ class ParquetRows:
         cells = [
             {name: self._cell(name, row[name]) for name in self._columns if row.get(name) is not None} for row in rows
         ]
-        self._writer.write_table(pa.Table.from_pylist(cells, self._schema))
-
-    def close(self) -> None:
-        """Writes the footer."""
-        self._writer.close()
+        self.file.write_table(pa.Table.from_pylist(cells, self._schema))
 
     def _cell(self, name: str, value: Any) -> Any:
         kind = self._columns[name]

@@ -26,7 +26,7 @@ from everalign.serving.telemetry import Metrics, Stopwatch
 from everalign.serving.upstream_transport import CircuitBreaker
 
 if TYPE_CHECKING:
-    from everalign.serving.store.database import FeedbackStore, StoreStats
+    from everalign.serving.store.database import FeedbackStore
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -140,16 +140,9 @@ class AsyncStore:
         """Add feedback; errors of the store, and StoreLate."""
         return await self._writes.run(lambda: self._store.add_feedback(feedback))
 
-    async def exchange(self, id: str, key_id: str) -> Exchange | None:
-        """Return a key's exchange, None if it has none of this id; errors as in `add_feedback`."""
-        return await self._reads.run(lambda: self._store.exchange(id, key_id))
-
-    async def stats(self) -> "StoreStats":
-        return await self._reads.run(self._store.stats)
-
-    async def recent_feedback(self, key_id: str, count: int) -> list[tuple[Exchange, Feedback, bool]]:
-        """Return a key's newest feedback, see `FeedbackStore.recent_feedback`."""
-        return await self._reads.run(lambda: self._store.recent_feedback(key_id, count))
+    async def read(self, call: Callable[["FeedbackStore"], _Result]) -> _Result:
+        """Return what a reading call of the store returns; errors as in `add_feedback`."""
+        return await self._reads.run(lambda: call(self._store))
 
     async def close(self) -> None:
         """Finish writing and close the store; a store that hangs is abandoned."""
