@@ -14,11 +14,11 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from everalign.deadlines import Deadline, DeadlineOver, call_in_thread
 from everalign.errors import InputError
@@ -26,9 +26,9 @@ from everalign.serving.limits import FairQueue
 from everalign.serving.upstream_transport import CircuitBreaker, Permit
 
 if TYPE_CHECKING:
-    from everalign.correction.corrector import Corrected
+    from everalign.correction.corrector import Corrected, Corrector
     from everalign.correction.engines import Begun
-    from everalign.correction.templates import Question, Template
+    from everalign.correction.templates import Question
 
 _log = logging.getLogger(__name__)
 
@@ -38,29 +38,6 @@ _UNCHANGED = (None, "gate", "not_better")
 _MOMENT = 0.1  # seconds for which the pieces of a stream are held back
 _GRACE = 2.0  # seconds in which a thread that is told to stop may do so
 _MOST_STUCK = 8  # abandoned threads that others replace
-
-
-class AnyCorrector(Protocol):
-    """What corrects, such as `everalign.correction.Corrector`."""
-
-    @property
-    def template(self) -> "Template":
-        """The template of its prompts."""
-        ...
-
-    def correct_batch(
-        self, pairs: Sequence[tuple["Question", str]], /, *, begun: Sequence["Begun"] | None = None
-    ) -> list["Corrected"]:
-        """Return answers corrected, in the order given; each text begins with its `begun`, in streams by sentence."""
-        ...
-
-    def check_continues(self) -> None:
-        """Raise InputError if `begun` cannot be given."""
-        ...
-
-    def stream_events(self, question: "Question", answer: str, /) -> "Iterator[str | Corrected]":
-        """Yield the beginning of a correction in pieces, and finally the result, whose text continues them."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -131,7 +108,7 @@ class CorrectionFailed(Exception):  # noqa: N818 (the name says what is wrong)
 class InService:
     """A corrector and its name; or why there is none, and what that state is called."""
 
-    corrector: AnyCorrector | None
+    corrector: "Corrector | None"
     version: str | None
     breaker: CircuitBreaker
     reason: str = "no_corrector"
@@ -188,7 +165,8 @@ class CorrectionService:
     """Corrects answers of many requests at once. Used in one event loop.
 
     Args:
-        corrector: the first one; None to begin without.
+        corrector: the first one, or what has a `Corrector`'s `template`, `correct_batch` and `stream_events`; None to
+            begin without.
         version: its name.
         timeout: seconds for one correction, with waiting and all attempts.
         waiting: most answers that wait.
@@ -202,7 +180,7 @@ class CorrectionService:
 
     def __init__(
         self,
-        corrector: AnyCorrector | None = None,
+        corrector: "Corrector | None" = None,
         version: str = "1",
         *,
         timeout: float = 60.0,
@@ -221,7 +199,7 @@ class CorrectionService:
         if corrector is not None:
             self.swap(corrector, version)
 
-    def swap(self, corrector: AnyCorrector, version: str) -> None:
+    def swap(self, corrector: "Corrector", version: str) -> None:
         """Put another corrector in service; may be called in any thread.
 
         Answers that wait or are being corrected are finished by the former one.

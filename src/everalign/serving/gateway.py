@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from everalign.serving.chat_request import RequestParser
 from everalign.serving.complete import Completions
-from everalign.serving.corrector_service import AnyCorrector, CorrectionService
+from everalign.serving.corrector_service import CorrectionService
 from everalign.serving.decide import CorrectionDecider
 from everalign.serving.limits import Allowances, Limiter
 from everalign.serving.request_log import AsyncStore, RequestLog
@@ -15,11 +15,12 @@ from everalign.serving.upstream import Upstream
 from everalign.serving.upstream_transport import CircuitBreaker, Circuits
 
 if TYPE_CHECKING:
+    from everalign.correction.corrector import Corrector
     from everalign.serving.store import FeedbackStore
 
 
 def make_corrections(
-    settings: GatewaySettings, corrector: AnyCorrector | None, version: str, threads: int = 1
+    settings: GatewaySettings, corrector: "Corrector | None", version: str, threads: int = 1
 ) -> CorrectionService:
     """Return a corrector in service under the name `version`, with the settings' limits.
 
@@ -53,7 +54,7 @@ class Gateway:
         self.store: AsyncStore | None = None
         if store is not None:
             self.store = opened = AsyncStore(store, self.metrics.store_failures.inc, settings.timeouts.store)
-            self.metrics.watch("store_queue", "Writes that wait for the store.", lambda: opened.waiting)
+            self.metrics.watch("store_queue", "Writes that wait for the store.", lambda: opened.writes.waiting)
         self.keys = Keys(settings.keys, access.keys_file, access.no_auth, access.cors_origins)
         self.allowances = Allowances(self.keys.allowance, access.allowance)
         self.request_log = RequestLog(self.metrics, self.store, corrections, longest)

@@ -118,16 +118,12 @@ class AsyncStore:
 
     def __init__(self, store: "FeedbackStore", failed: Callable[[], None] = lambda: None, seconds: float = 5.0) -> None:
         self._store, self._failed, self._seconds = store, failed, seconds
-        self._writes, self._reads = _ThreadLane(_WRITERS, seconds), _ThreadLane(_READERS, seconds)
-
-    @property
-    def waiting(self) -> int:
-        return self._writes.waiting
+        self.writes, self._reads = _ThreadLane(_WRITERS, seconds), _ThreadLane(_READERS, seconds)
 
     async def add_exchange(self, exchange: Exchange) -> bool:
         """Return whether an exchange was stored; never raises, since the client's answer does not depend on it."""
         try:
-            await self._writes.run(lambda: self._store.add_exchange(exchange))
+            await self.writes.run(lambda: self._store.add_exchange(exchange))
         except Exception as error:  # noqa: BLE001 (whatever a database raises, the answer is delivered)
             # Ours say what the store's operator can do, and repeat no text.
             reason = str(error) if isinstance(error, EveralignError) else type(error).__name__
@@ -138,7 +134,7 @@ class AsyncStore:
 
     async def add_feedback(self, feedback: Feedback) -> bool:
         """Add feedback; errors of the store, and StoreLate."""
-        return await self._writes.run(lambda: self._store.add_feedback(feedback))
+        return await self.writes.run(lambda: self._store.add_feedback(feedback))
 
     async def read(self, call: Callable[["FeedbackStore"], _Result]) -> _Result:
         """Return what a reading call of the store returns; errors as in `add_feedback`."""
