@@ -16,10 +16,9 @@ from markupsafe import Markup, escape
 from everalign.correction.edits import diff_html, word_diff
 from everalign.errors import EveralignError
 from everalign.serving.chat_request import ALIGNED, RequestContext
-from everalign.serving.complete import Completed
 from everalign.serving.eligibility import question_of
 from everalign.serving.errors import GatewayError, overloaded, refused
-from everalign.serving.gateway import Gateway
+from everalign.serving.gateway import Completed, Gateway
 from everalign.serving.limits import aside
 from everalign.serving.pages.base import Pages, read_form
 from everalign.serving.routes import LONGEST_EDIT, Catalogue, read_feedback, store_feedback, streamed
