@@ -151,9 +151,9 @@ class _Worker:
         if kept is not None and kept["output"] == part.name and part.exists():
             return {**kept, "resumed": kept["rows"]}
         # A worker that Ray has given up may still be alive.
-        with exclusive(lock_of(part.local), wait=_silent):
+        with exclusive(lock_of(part.local), wait=lambda *_: None):
             attempts = _attempts(part)
-            done = run_stream(stream, checked, self.work, part, job.words, job.window, _silent, _silent)
+            done = run_stream(stream, checked, self.work, part, job.words, job.window, lambda _: None, lambda *_: None)
             attempts.unlink()
         return {"output": done.output, "rows": done.rows, "resumed": done.resumed, "totals": dict(done.totals)}
 
@@ -169,9 +169,6 @@ def _attempts(part: OutputFile) -> Path:
         )
     path.write_text("x" * (count + 1))
     return path
-
-
-def _silent(*_: Any) -> None: ...
 
 
 def _each(job: _Job, batch: dict[str, Any], work: Callable[[int, Any], Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from everalign.deadlines import Deadline, DeadlineOver, call_in_thread
 from everalign.errors import InputError
 from everalign.serving.limits import FairQueue
+from everalign.serving.stream_response import cancel
 from everalign.serving.upstream_transport import CircuitBreaker, Permit
 
 if TYPE_CHECKING:
@@ -275,9 +276,7 @@ class CorrectionService:
 
     async def close(self) -> None:
         """Stop; threads at work are told to stop, and not waited for."""
-        for task in tuple(self._working):
-            task.cancel()
-        await asyncio.gather(*self._working, return_exceptions=True)
+        await cancel(*self._working)
 
     @contextmanager
     def _submitted(

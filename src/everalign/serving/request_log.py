@@ -22,6 +22,7 @@ from everalign.serving.eligibility import Choice, why_not_corrected
 from everalign.serving.errors import GatewayError
 from everalign.serving.limits import AT_ONCE
 from everalign.serving.store.records import Exchange, Feedback
+from everalign.serving.stream_response import cancel
 from everalign.serving.telemetry import Metrics, Stopwatch
 from everalign.serving.upstream_transport import CircuitBreaker
 
@@ -261,8 +262,6 @@ class RequestLog:
 
     async def close(self) -> None:
         """Cancel background corrections, and finish writing to the store."""
-        for task in tuple(self._background):
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await cancel(*self._background)
         if self._store is not None:
             await self._store.close()

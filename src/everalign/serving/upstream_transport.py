@@ -5,7 +5,7 @@ import time
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -124,27 +124,27 @@ class Permit:
             self.breaker._tried = None
 
 
+@dataclass(eq=False)
 class Circuits:
-    """The circuit breakers of one server's models."""
+    """The circuit breakers of one server's models, each of which `make` makes."""
 
-    def __init__(self, make: Callable[[], CircuitBreaker]) -> None:
-        self._make = make
-        self._known: OrderedDict[str, CircuitBreaker] = OrderedDict()
+    make: Callable[[], CircuitBreaker]
+    known: OrderedDict[str, CircuitBreaker] = field(default_factory=OrderedDict)
 
     def of(self, model: str) -> CircuitBreaker:
         """Return a model's circuit breaker. Clients can name any number of models: the least used are forgotten."""
-        if model not in self._known:
-            self._known[model] = self._make()
-        self._known.move_to_end(model)
-        if len(self._known) > _MOST_CIRCUITS:
-            unused = (name for name, one in self._known.items() if one.idle and name != model)
-            del self._known[next(unused, next(iter(self._known)))]
-        return self._known[model]
+        if model not in self.known:
+            self.known[model] = self.make()
+        self.known.move_to_end(model)
+        if len(self.known) > _MOST_CIRCUITS:
+            unused = (name for name, one in self.known.items() if one.idle and name != model)
+            del self.known[next(unused, next(iter(self.known)))]
+        return self.known[model]
 
     @property
     def state(self) -> State:
         """The worst state of any model."""
-        return max((one.state for one in self._known.values()), key=_STATES.index, default="closed")
+        return max((one.state for one in self.known.values()), key=_STATES.index, default="closed")
 
 
 _QUOTED_BYTES = 64 << 10  # of an error's body

@@ -164,7 +164,12 @@ def _check_text(value: Any, field: str, longest: int | None = None) -> None:
     """Refuse what is no text, or text that a database or a trainer could not hold."""
     if not isinstance(value, str):
         raise InputError(f"field {field!r}: must be text, found {kind(value)}")
-    _check_encodable(value, field)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"field {field!r}: half a surrogate pair at character {error.start + 1}; repair the text's encoding"
+        ) from None
     if "\0" in value:
         raise InputError(f"field {field!r}: has the character U+0000 at {value.index(chr(0)) + 1}; remove it")
     if longest is not None and len(value) > longest:
@@ -181,21 +186,12 @@ def _checked_tags(tags: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tags))
 
 
-def _check_encodable(text: str, field: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"field {field!r}: half a surrogate pair at character {error.start + 1}; repair the text's encoding"
-        ) from None
-
-
 def _check_json(value: Any, field: str) -> None:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"field {field!r}: is not JSON: {error}") from None
-    _check_encodable(text, field)
+    _check_text(text, field)
 
 
 def _check_one_of(value: Any, known: tuple[str, ...], field: str) -> None:
