@@ -131,6 +131,7 @@ class ParquetRows:
         """Appends rows as one row group."""
         import pyarrow as pa
 
+        # A cell that is missing here becomes null.
         cells = [
             {name: self._cell(name, row[name]) for name in self._columns if row.get(name) is not None} for row in rows
         ]

@@ -337,9 +337,10 @@ class CorrectionService:
             self._working.discard(task)
             for job in jobs:
                 self._held[job.key] -= 1
+            # Without the keys that hold nothing any more: there may be any number of them.
             self._held = +self._held
             if not task.cancelled():
-                task.result()
+                task.result()  # raises what is no corrector's failure, which the loop then reports
                 self._dispatch()
 
         while len(self._working) + max(0, self._stuck - _MOST_STUCK) < self._threads and (jobs := self._next_jobs()):

@@ -397,6 +397,7 @@ class CorrectionDecider:
         await count_edits(self._metrics, choice.text, correction)
         if correction.outcome != "skipped":
             return Decision(correction.text, correction.outcome, correction.reason, correction)
+        # The corrector's text was rejected, and in strict mode the upstream's must not leave either.
         if request.mode == "strict":
             raise uncorrected(correction.reason or "refused", 503, again=False)
         return Decision(None, "skipped", correction.reason, correction)

@@ -301,6 +301,7 @@ class ResponsesRelay:
     def rest(self, summary: Summary) -> bytes:
         """Return what was held back, with the outcome."""
         report = {"everalign": summary.report(self._request)}
+        # An event `error` has no response that could say it.
         told = [
             {**event, "response": {**event["response"], **report}} if isinstance(event.get("response"), dict) else event
             for event in self._held

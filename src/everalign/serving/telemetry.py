@@ -132,6 +132,7 @@ class Metrics:
 
     def outcomes(self) -> list[tuple[str, str, str, int]]:
         """Return (mode, outcome, reason, number of requests)."""
+        # A counter has two samples for each of its labels: its total, and when it was created.
         samples = (sample for family in self.requests.collect() for sample in family.samples)
         return [
             (one.labels["mode"], one.labels["outcome"], one.labels["reason"], int(one.value))

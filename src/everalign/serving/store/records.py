@@ -177,6 +177,7 @@ def _check_text(value: Any, field: str, longest: int | None = None) -> None:
 
 
 def _checked_tags(tags: Any) -> tuple[str, ...]:
+    """Return tags in their order, each once; raises InputError if there are too many, or one cannot be stored."""
     if not isinstance(tags, list | tuple):
         raise InputError(f"field 'tags': must be a list of texts, found {kind(tags)}")
     if len(tags) > MOST_TAGS:
