@@ -263,8 +263,8 @@ class CorrectionDecider:
     def sentences(self, request: RequestContext, writer: LiveWriter, stopwatch: Stopwatch) -> SentenceStream | None:
         """Return what corrects the sentences of a request's answer while it comes.
 
-        None if no sentence may leave before the whole answer is known to be one that is corrected: where it may turn
-        out to be a call of a tool, and where there are several answers.
+        None if no sentence may leave before the whole answer is known to be one that is corrected: where the mode or a
+        rule says so, where it may turn out to be a call of a tool, and where there are several answers.
         """
         body = request.payload
         # A prompt that the upstream has stored may offer tools.
