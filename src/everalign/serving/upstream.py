@@ -157,21 +157,20 @@ class Upstream:
 
     async def models(self) -> list[dict[str, Any]]:
         """Return the models that it lists; concurrent callers share one request. Raises GatewayError."""
-
-        async def ask() -> list[dict[str, Any]]:
-            permit = CircuitBreaker().enter()  # its own: the list of models says nothing about answers
-            assert permit is not None
-            with _deadline(self._timeouts.models):
-                async with self._reply(UpstreamRequest("GET", "models"), permit) as response:
-                    data = (await self._transport.read_json(response)).get("data")
-            if not isinstance(data, list):
-                raise bad_upstream("the upstream's list of models has no data", "upstream_malformed")
-            return [model for model in data if isinstance(model, dict) and isinstance(model.get("id"), str)]
-
         if self._listing is None or self._listing.done():
-            self._listing = asyncio.ensure_future(ask())
+            self._listing = asyncio.ensure_future(self._list_models())
             self._listing.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(self._listing)
+
+    async def _list_models(self) -> list[dict[str, Any]]:
+        permit = CircuitBreaker().enter()  # its own: the list of models says nothing about answers
+        assert permit is not None
+        with _deadline(self._timeouts.models):
+            async with self._reply(UpstreamRequest("GET", "models"), permit) as response:
+                data = (await self._transport.read_json(response)).get("data")
+        if not isinstance(data, list):
+            raise bad_upstream("the upstream's list of models has no data", "upstream_malformed")
+        return [model for model in data if isinstance(model, dict) and isinstance(model.get("id"), str)]
 
     async def chat(self, request: UpstreamRequest) -> UpstreamReply:
         """Return a whole answer; raises GatewayError if none came, or it is an error or not a JSON object."""
