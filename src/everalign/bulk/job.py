@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
@@ -166,17 +166,16 @@ class Finished:
     checked: CheckedStream
 
 
-@dataclass
 class Pace:
     """How fast rows are computed, from when it is made."""
 
-    rows: int = 0
-    start: float = field(default_factory=time.monotonic)
+    def __init__(self) -> None:
+        self._rows, self._start = 0, time.monotonic()
 
     def add(self, rows: int) -> str:
         """Counts rows that were computed; returns the unit of progress with the rate, `rows, 117.3 rows/s`."""
-        self.rows += rows
-        return f"rows, {self.rows / max(time.monotonic() - self.start, 1e-9):,.1f} rows/s"
+        self._rows += rows
+        return f"rows, {self._rows / max(time.monotonic() - self._start, 1e-9):,.1f} rows/s"
 
 
 def run_stream(
