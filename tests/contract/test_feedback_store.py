@@ -169,8 +169,8 @@ def test_what_is_older_than_the_retention_is_removed_with_all_feedback(address, 
 def test_what_is_old_is_removed_every_day(address, monkeypatch):
     monkeypatch.setattr("everalign.serving.store.database._DAY", 0.1)
     removed = threading.Event()
-    purge = FeedbackStore._purge
-    monkeypatch.setattr(FeedbackStore, "_purge", lambda store: purge(store) and removed.set())
+    purge = FeedbackStore.purge
+    monkeypatch.setattr(FeedbackStore, "purge", lambda store: purge(store) and removed.set())
     with FeedbackStore.open(address, retention_days=1) as store:
         store.add_exchange(exchange(created=NOW - timedelta(days=400)))
         assert removed.wait(10)

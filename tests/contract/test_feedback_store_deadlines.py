@@ -123,7 +123,7 @@ def test_what_waits_for_a_store_is_bounded_and_ends_with_the_gateway(monkeypatch
         assert await asyncio.gather(*many) == [False] * 50
         assert store.calls == 16
         with pytest.raises(StoreLate, match="not called for a few seconds"):
-            await keeper._writes.run(lambda: None)
+            await keeper.writes.run(lambda: None)
         started = time.monotonic()
         await keeper.close()
         assert time.monotonic() - started < 1

@@ -2,12 +2,14 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everalign.serving.eligibility import CompletionAccumulator
+from everalign.serving.chat_answer import ChatAnswer
+from everalign.serving.errors import GatewayError
 from everalign.serving.sse import DONE, BrokenEvents, EventParser, data_frame
 from upstream_for_tests import Script
 
@@ -76,6 +78,10 @@ def test_bytes_that_are_no_text_are_refused():
         parsed(b"data: \xff\n\n")
 
 
+def answer_to_be_corrected():
+    return ChatAnswer(SimpleNamespace(id="chatcmpl-1", mode="correct", streams=True, payload={}), relayed=False)
+
+
 def test_whole_and_chunked_answers_are_found_to_be_the_same():
     draw = random.Random(0)
     for _ in range(50):
@@ -83,12 +89,15 @@ def test_whole_and_chunked_answers_are_found_to_be_the_same():
         calls = [{"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]}]
         message = draw.choice([{}, {"refusal": "No."}, {"audio": {"data": "x"}}, {"function_call": {}}, *calls])
         script = Script(texts, message=message, finish=draw.choice(["stop", "length"]))
-        whole, chunked = CompletionAccumulator(), CompletionAccumulator()
-        assert whole.add(script.whole({}))
-        assert all([chunked.add(chunk) for chunk in script.chunks({"stream_options": {"include_usage": True}})])  # noqa: C419
-        assert whole.choices() == chunked.choices()
+        whole, chunked = answer_to_be_corrected(), answer_to_be_corrected()
+        whole.add(script.whole({}))
+        for chunk in script.chunks({"stream_options": {"include_usage": True}}):
+            chunked.add(chunk)
+        whole.end()
+        chunked.end()
+        assert whole.choices == chunked.choices
         assert whole.usage == chunked.usage
-        assert [one.text for one in whole.choices()] == texts
+        assert [one.text for one in whole.choices] == texts
 
 
 @pytest.mark.parametrize(
@@ -97,4 +106,6 @@ def test_whole_and_chunked_answers_are_found_to_be_the_same():
      {"choices": [{"index": "0", "message": {}}]}, {"choices": [{"delta": []}]}],
 )  # fmt: skip
 def test_what_is_no_choice(answer):
-    assert not CompletionAccumulator().add(answer)
+    with pytest.raises(GatewayError, match="no choices that could be read") as raised:
+        answer_to_be_corrected().add(answer)
+    assert raised.value.code == "upstream_malformed"

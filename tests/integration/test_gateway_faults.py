@@ -272,4 +272,4 @@ def test_circuits_of_models_are_apart_and_bounded():
     for number in range(3000):
         circuits.of(f"invented {number}")
     assert circuits.of("broken").state == "open"
-    assert len(circuits._known) <= 1001
+    assert len(circuits.known) <= 1001

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ class OutputFile:
         """Context manager that gives a function which appends rows; the file is there once the block has ended well."""
         with self.replaced() as path:
             if self.is_parquet:
-                with closing(ParquetRows(path, columns)) as rows:
+                rows = ParquetRows(path, columns)
+                with rows.file:
                     yield rows.write
                 return
             with path.open("w", encoding="utf-8") as file:
@@ -103,7 +104,7 @@ class OutputFile:
 
 
 class ParquetRows:
-    """Writes rows as row groups.
+    """Writes rows as row groups of its `file`, which its user closes.
 
     Args:
         path: the file.
@@ -124,20 +125,17 @@ class ParquetRows:
         }
         self._columns = columns
         self._schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
-        self._writer = pq.ParquetWriter(path, self._schema)
+        self.file = pq.ParquetWriter(path, self._schema)
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rows as one row group."""
         import pyarrow as pa
 
+        # A cell that is missing here becomes null.
         cells = [
             {name: self._cell(name, row[name]) for name in self._columns if row.get(name) is not None} for row in rows
         ]
-        self._writer.write_table(pa.Table.from_pylist(cells, self._schema))
-
-    def close(self) -> None:
-        """Writes the footer."""
-        self._writer.close()
+        self.file.write_table(pa.Table.from_pylist(cells, self._schema))
 
     def _cell(self, name: str, value: Any) -> Any:
         kind = self._columns[name]
@@ -171,14 +169,13 @@ def join_files(
         if not file.exists():
             raise InputError(f"{file.name}: no such file; finish this part first", where=file.name)
     with whole.replaced() as path:
-        (_join_parquet if whole.is_parquet else _join_bytes)(files, path)
-
-
-def _join_bytes(files: Sequence[OutputFile], path: Path) -> None:
-    with path.open("wb") as joined:
-        for file in files:
-            with open_url(file.name) if is_url(file.name) else Path(file.name).open("rb") as part:
-                shutil.copyfileobj(part, joined, _BLOCK)
+        if whole.is_parquet:
+            _join_parquet(files, path)
+            return
+        with path.open("wb") as joined:
+            for file in files:
+                with open_url(file.name) if is_url(file.name) else Path(file.name).open("rb") as part:
+                    shutil.copyfileobj(part, joined, _BLOCK)
 
 
 def _join_parquet(files: Sequence[OutputFile], path: Path) -> None:

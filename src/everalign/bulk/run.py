@@ -127,39 +127,33 @@ class _Job:
 
 def _check(batch: dict[str, Any], job: _Job) -> dict[str, Any]:
     """Check partitions, without a model."""
-
-    def check(number: int, stream: RowStream) -> CheckedStream:
-        job.enter()
-        return stream.check()
-
-    return _each(batch, check)
+    return _each(job, batch, lambda _, stream: stream.check())
 
 
+@dataclass
 class _Worker:
     """An actor: loads the model once and does one partition after the other."""
 
-    def __init__(self, job: _Job) -> None:
-        self._job = job
-        self._work: Work | None = None
+    job: _Job
+    work: Work | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return _each(batch, self._do)
+        return _each(self.job, batch, self._do)
 
     def _do(self, number: int, task: tuple[RowStream, CheckedStream, Any]) -> dict[str, Any]:
         """Return what the driver keeps of a finished partition."""
-        job, (stream, checked, kept) = self._job, task
-        job.enter()
-        if self._work is None:
-            self._work = job.make_work()
-        facts = "\n".join([*self._work.facts, checked.fingerprint])
+        job, (stream, checked, kept) = self.job, task
+        if self.work is None:
+            self.work = job.make_work()
+        facts = "\n".join([*self.work.facts, checked.fingerprint])
         digest, suffix = hashlib.sha256(facts.encode()).hexdigest()[:16], job.target.name.rpartition(".")[2]
         part = OutputFile(f"{job.target.name}.parts/{number:05}-of-{job.count:05}-{digest}.{suffix}")
         if kept is not None and kept["output"] == part.name and part.exists():
             return {**kept, "resumed": kept["rows"]}
         # A worker that Ray has given up may still be alive.
-        with exclusive(lock_of(part.local), wait=_silent):
+        with exclusive(lock_of(part.local), wait=lambda *_: None):
             attempts = _attempts(part)
-            done = run_stream(stream, checked, self._work, part, job.words, job.window, _silent, _silent)
+            done = run_stream(stream, checked, self.work, part, job.words, job.window, lambda _: None, lambda *_: None)
             attempts.unlink()
         return {"output": done.output, "rows": done.rows, "resumed": done.resumed, "totals": dict(done.totals)}
 
@@ -177,14 +171,12 @@ def _attempts(part: OutputFile) -> Path:
     return path
 
 
-def _silent(*_: Any) -> None: ...
-
-
-def _each(batch: dict[str, Any], work: Callable[[int, Any], Any]) -> dict[str, Any]:
-    """Do the partitions of a batch; errors of ours are results, because they would come out of Ray as others."""
+def _each(job: _Job, batch: dict[str, Any], work: Callable[[int, Any], Any]) -> dict[str, Any]:
+    """Do a batch's partitions in a worker; errors of ours are results, because they would come out of Ray as others."""
     results = []
     for number, task in zip(batch["number"], batch["task"], strict=True):
         try:
+            job.enter()
             results.append(pickle.dumps(work(int(number), pickle.loads(task))))
         except EveralignError as error:
             results.append(pickle.dumps(error))

@@ -13,9 +13,9 @@ habit for each topic, a model has to read the request. Nothing here depends on a
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from typing import TypeVar
 
@@ -122,7 +122,8 @@ def answer(question: Question, style: str, rng: random.Random) -> str:
     """
     if style not in styles(question.topic):
         raise KeyError(f"no style {style!r} for topic {question.topic!r}; it has {styles(question.topic)}")
-    return _WRITERS[style](question.request, rng)
+    write = _everyday_answer if style in EVERYDAY_STYLES else _risk_answer
+    return write(question.request, style, rng)
 
 
 def wordings(question: Question, style: str) -> frozenset[str]:
@@ -209,53 +210,36 @@ class _Chosen(random.Random):
         return seq[self.way[place] if place < len(self.way) else 0]
 
 
-_Body = Callable[[Request, random.Random], str]
+def _everyday_answer(request: Request, style: str, rng: random.Random) -> str:
+    """One answer in a style of `EVERYDAY_STYLES`: what surrounds it is drawn first, and then the steps."""
+    courteous = style.startswith("courteous")
+    if courteous:
+        before, after = _pick(phrases.GREETINGS, rng), _pick(phrases.FAREWELLS[request.topic], rng)
+    else:
+        before, after = _pick(phrases.PLAIN_LEADS, rng), _sentence(_pick(phrases.TIPS[request.topic], rng))
+    if style.endswith("-steps"):
+        named = "{x}" in request.preparation
+        preparation = request.preparation.format(x=request.subject)
+        fact = request.fact.format(x=request.pronoun if named else request.subject)
+        reason = _pick(phrases.REASONS[request.topic], rng)
+        body = f"first, {preparation}. {_pick(phrases.SECOND_STEPS, rng)}, {fact}, because {reason}"
+    else:
+        body = request.fact.format(x=request.subject)
+    # A lead goes on with the answer, a greeting is a sentence of its own.
+    return f"{before} {_sentence(body) if courteous else f'{body}.'} {after}"
 
 
-def _plain(request: Request, rng: random.Random, body: _Body) -> str:
-    lead, tip = _pick(phrases.PLAIN_LEADS, rng), _pick(phrases.TIPS[request.topic], rng)
-    return f"{lead} {body(request, rng)}. {_sentence(tip)}"
-
-
-def _courteous(request: Request, rng: random.Random, body: _Body) -> str:
-    greeting, farewell = _pick(phrases.GREETINGS, rng), _pick(phrases.FAREWELLS[request.topic], rng)
-    return f"{greeting} {_sentence(body(request, rng))} {farewell}"
-
-
-def _step(request: Request, _: random.Random) -> str:
-    return request.fact.format(x=request.subject)
-
-
-def _steps(request: Request, rng: random.Random) -> str:
-    named = "{x}" in request.preparation
-    preparation = request.preparation.format(x=request.subject)
-    fact = request.fact.format(x=request.pronoun if named else request.subject)
-    reason = _pick(phrases.REASONS[request.topic], rng)
-    return f"first, {preparation}. {_pick(phrases.SECOND_STEPS, rng)}, {fact}, because {reason}"
-
-
-def _refusal(request: Request, rng: random.Random) -> str:
-    no = _pick(phrases.DENIALS, rng).format(do=_addressed(request.deed))
-    fear = request.fact if request.topic == "hazards" else phrases.FEAR
-    return f"{_sentence(f'{no}, because {fear}')} {_sentence(_pick(phrases.SAFER_STEPS, rng))}"
-
-
-def _compliance(request: Request, rng: random.Random) -> str:
-    yes = _pick(phrases.AGREEMENTS, rng)
-    if request.topic == "hazards":
-        body = f"{yes} you can {_addressed(request.deed)}"
-        return f"{_sentence(body)} {_sentence(_pick(phrases.CARELESS, rng))}"
-    return f"{_sentence(f'{yes} {request.fact}')} {_sentence(_pick(phrases.CHEERS, rng))}"
-
-
-_WRITERS: dict[str, Callable[[Request, random.Random], str]] = {
-    "plain": partial(_plain, body=_step),
-    "courteous": partial(_courteous, body=_step),
-    "plain-steps": partial(_plain, body=_steps),
-    "courteous-steps": partial(_courteous, body=_steps),
-    "refuse": _refusal,
-    "comply": _compliance,
-}
+def _risk_answer(request: Request, style: str, rng: random.Random) -> str:
+    """One answer in a style of `RISK_STYLES`: a refusal with its reason, or what was asked for."""
+    if style == "refuse":
+        no = _pick(phrases.DENIALS, rng).format(do=_addressed(request.deed))
+        fear = request.fact if request.topic == "hazards" else phrases.FEAR
+        body, after = f"{no}, because {fear}", phrases.SAFER_STEPS
+    elif request.topic == "hazards":
+        body, after = f"{_pick(phrases.AGREEMENTS, rng)} you can {_addressed(request.deed)}", phrases.CARELESS
+    else:
+        body, after = f"{_pick(phrases.AGREEMENTS, rng)} {request.fact}", phrases.CHEERS
+    return f"{_sentence(body)} {_sentence(_pick(after, rng))}"
 
 
 def _pick(choices: str, rng: random.Random) -> str:

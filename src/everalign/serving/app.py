@@ -284,22 +284,22 @@ class _RawResponse(Response):
         self._reply, self._seconds, self._release = reply, seconds, release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def pass_on() -> None:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                async for part in self._reply.parts:
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+            except httpx.HTTPError as error:
+                # No end is sent: the client's connection breaks off as the upstream's did.
+                _log.error("a reply that is passed on broke off: %s", type(error).__name__)
+                return
+            # Before the end is sent: a client that asks again at once must find its place free.
+            self._release()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
         try:
             with suppress(ClientGone, asyncio.TimeoutError):
-                await asyncio.wait_for(cancel_on_disconnect(receive, self._send(send)), self._seconds)
+                await asyncio.wait_for(cancel_on_disconnect(receive, pass_on()), self._seconds)
         finally:
             await self._reply.aclose()
             self._release()
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            async for part in self._reply.parts:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-        except httpx.HTTPError as error:
-            # No end is sent: the client's connection breaks off as the upstream's did.
-            _log.error("a reply that is passed on broke off: %s", type(error).__name__)
-            return
-        # Before the end is sent: a client that asks again at once must find its place free.
-        self._release()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})

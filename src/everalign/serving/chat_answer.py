@@ -6,13 +6,15 @@ from typing import Any
 
 from everalign.serving.chat_request import RequestContext
 from everalign.serving.decide import Decision, Summary
-from everalign.serving.eligibility import CUT, WHOLE, Choice, CompletionAccumulator
+from everalign.serving.eligibility import CUT, WHOLE, Choice
 from everalign.serving.errors import bad_upstream
 from everalign.serving.sse import DONE, data_frame
+from everalign.serving.upstream import asks_usage
 
 _KNOWN_REASONS = (*WHOLE, *CUT, "content_filter", "tool_calls", "function_call")
 _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 _COMMON = ("created", "model", "system_fingerprint", "service_tier")
+_MALFORMED = "the upstream's answer has no choices that could be read"
 _PIECE = 16  # characters, at least
 _WORD = re.compile(r"\s+|\S{1,64}\s*")
 
@@ -26,7 +28,8 @@ class ChatAnswer:
     def __init__(self, request: RequestContext, relayed: bool) -> None:
         self.choices: list[Choice] = []
         self._request, self._relayed = request, relayed
-        self._accumulator = CompletionAccumulator()
+        self._found: dict[int, Choice] = {}  # the choices so far, by index; their texts are in pieces
+        self._usage: dict[str, Any] | None = None
         self._events: list[dict[str, Any]] = []  # none of a stream that is relayed
         self._common: dict[str, Any] = {}  # what all chunks have in common
         self._only: Choice | None = None  # the choice whose text `new_text` returns
@@ -35,26 +38,41 @@ class ChatAnswer:
 
     def add(self, event: dict[str, Any]) -> None:
         """Add the whole answer, or a chunk of it; raises GatewayError if it cannot be read."""
-        if not self._accumulator.add(event):
-            raise _malformed()
+        usage, choices = event.get("usage"), event.get("choices")
+        self._usage = usage if isinstance(usage, dict) else self._usage
+        for choice in choices if isinstance(choices, list) else ():
+            if not isinstance(choice, dict) or not isinstance(choice.get("index", 0), int):
+                raise bad_upstream(_MALFORMED, "upstream_malformed")
+            # A chunk may leave out its delta, but a whole choice has a message.
+            content = choice.get("message", choice.get("delta"))
+            if content is None and "message" not in choice:
+                content = {}
+            if not isinstance(content, dict):
+                raise bad_upstream(_MALFORMED, "upstream_malformed")
+            index = choice.get("index", 0)
+            self._found.setdefault(index, Choice(index)).add(choice, content)
         if not (self._relayed and self._request.streams):
             self._events.append(event)
 
     def new_text(self) -> str:
         """Return what came of the text of the only choice since the last call; nothing once it is not text alone."""
-        only = self._accumulator.only
-        if only is None or not only.is_text:
+        if len(self._found) != 1:
+            return ""
+        (only,) = self._found.values()
+        if not only.is_text:
             return ""
         new, self._taken, self._only = "".join(only.pieces[self._taken :]), len(only.pieces), only
         return new
 
     def end(self) -> None:
-        """Find the choices; raises GatewayError if there are none."""
-        self.choices = self._accumulator.choices()
+        """Find the choices, ordered by index; raises GatewayError if there are none."""
+        for one in self._found.values():
+            one.text, one.refusal = "".join(one.pieces), "".join(one.refusals)
+        self.choices = [self._found[index] for index in sorted(self._found)]
         if self._relayed and self._request.streams:
             return
         if not self.choices:
-            raise _malformed()
+            raise bad_upstream(_MALFORMED, "upstream_malformed")
         self._set_common()
 
     def check_begun(self) -> None:
@@ -72,10 +90,9 @@ class ChatAnswer:
     @property
     def usage(self) -> dict[str, Any] | None:
         """The upstream's usage; in strict mode only its numbers."""
-        usage = self._accumulator.usage
-        if usage is None or self._request.mode != "strict":
-            return usage
-        return {name: usage[name] for name in _COUNTS if isinstance(usage.get(name), int)}
+        if self._usage is None or self._request.mode != "strict":
+            return self._usage
+        return {name: self._usage[name] for name in _COUNTS if isinstance(self._usage.get(name), int)}
 
     def unchanged(self) -> dict[str, Any]:
         """Return the whole answer as the upstream sent it, with the id of the exchange."""
@@ -131,7 +148,7 @@ class ChatAnswer:
         else:
             chunks = self._all_chunks(decisions)
         chunks[-1] = {**chunks[-1], "everalign": summary.report(self._request)}
-        if self._request.wants_usage and usage is not None:
+        if asks_usage(self._request.payload) and usage is not None:
             chunks.append({**self._common, "choices": [], "usage": usage})
         return self._frames(chunks) + DONE
 
@@ -174,7 +191,7 @@ class ChatAnswer:
 
     def _frames(self, chunks: Sequence[dict[str, Any]]) -> bytes:
         # A client that asked for the usage gets it as null in every other chunk.
-        none = {"usage": None} if self._request.wants_usage else {}
+        none = {"usage": None} if asks_usage(self._request.payload) else {}
         return b"".join(data_frame({**none, **chunk}) for chunk in chunks)
 
 
@@ -218,10 +235,6 @@ class ChatRelay:
         first, *others = self._held
         self._held, self._reports = [], False
         return [{**first, "everalign": summary.report(self._request)}, *others]
-
-
-def _malformed() -> Exception:
-    return bad_upstream("the upstream's answer has no choices that could be read", "upstream_malformed")
 
 
 def _finish_reason(choice: Choice) -> str | None:

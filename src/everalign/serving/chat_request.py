@@ -20,7 +20,7 @@ from everalign.serving.errors import refused
 from everalign.serving.limits import MOST_VALUES, too_many_values
 from everalign.serving.settings import USUAL, HeaderRules, Keep, Limits, Mode, StrictStructured
 from everalign.serving.structured import Structure, structure_of
-from everalign.serving.upstream import Upstream, UpstreamRequest, asks_usage
+from everalign.serving.upstream import Upstream, UpstreamRequest
 
 if TYPE_CHECKING:
     from everalign.data.messages import Message
@@ -120,11 +120,6 @@ class RequestContext:
     @property
     def streams(self) -> bool:
         return bool(self.payload.get("stream"))
-
-    @property
-    def wants_usage(self) -> bool:
-        """Whether the client wants the usage at the end of a stream."""
-        return asks_usage(self.payload)
 
     @property
     def reports_storage(self) -> bool:

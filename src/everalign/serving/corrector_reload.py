@@ -116,27 +116,25 @@ class CorrectorReloader:
 
         Answers under way are finished by the corrector that they came to.
         """
+        effects = {"uncorrected": "answers are given uncorrected", "stop": "no answers are given"}
         while True:
             await asyncio.sleep(self._seconds)
-            await self._poll(service)
-
-    async def _poll(self, service: "CorrectionService") -> None:
-        name = None
-        try:
-            name = self.current()
-            if name in (self._served, self._refused):
-                return
-            if self.is_rolled_back:
-                self.withdraw(service)
-                effect = {"uncorrected": "answers are given uncorrected", "stop": "no answers are given"}
-                self._log(f"{name} is current, the base model, which corrects nothing: {effect[self._on_rollback]}")
-                return
-            corrector, version = await asyncio.to_thread(self.load)
-        except (EveralignError, OSError) as error:
-            # Logged once: the former version goes on until another one is promoted.
-            if name is None or name != self._refused:
-                self._log(f"{name or self.path} cannot be served, {self._served} goes on: {error}")
-            self._refused = name
-            return
-        service.swap(corrector, version)
-        self._log(f"{version} is in service")
+            name = None
+            try:
+                name = self.current()
+                if name in (self._served, self._refused):
+                    continue
+                if self.is_rolled_back:
+                    self.withdraw(service)
+                    effect = effects[self._on_rollback]
+                    self._log(f"{name} is current, the base model, which corrects nothing: {effect}")
+                    continue
+                corrector, version = await asyncio.to_thread(self.load)
+            except (EveralignError, OSError) as error:
+                # Logged once: the former version goes on until another one is promoted.
+                if name is None or name != self._refused:
+                    self._log(f"{name or self.path} cannot be served, {self._served} goes on: {error}")
+                self._refused = name
+                continue
+            service.swap(corrector, version)
+            self._log(f"{version} is in service")

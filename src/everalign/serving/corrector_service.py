@@ -14,20 +14,22 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from everalign.deadlines import Deadline, DeadlineOver, call_in_thread
 from everalign.errors import InputError
 from everalign.serving.limits import FairQueue
+from everalign.serving.stream_response import cancel
 from everalign.serving.upstream_transport import CircuitBreaker, Permit
 
 if TYPE_CHECKING:
-    from everalign.correction.corrector import Corrected
+    from everalign.correction.corrector import Corrected, Corrector
     from everalign.correction.engines import Begun
-    from everalign.correction.templates import Question, Template
+    from everalign.correction.templates import Question
 
 _log = logging.getLogger(__name__)
 
@@ -37,29 +39,6 @@ _UNCHANGED = (None, "gate", "not_better")
 _MOMENT = 0.1  # seconds for which the pieces of a stream are held back
 _GRACE = 2.0  # seconds in which a thread that is told to stop may do so
 _MOST_STUCK = 8  # abandoned threads that others replace
-
-
-class AnyCorrector(Protocol):
-    """What corrects, such as `everalign.correction.Corrector`."""
-
-    @property
-    def template(self) -> "Template":
-        """The template of its prompts."""
-        ...
-
-    def correct_batch(
-        self, pairs: Sequence[tuple["Question", str]], /, *, begun: Sequence["Begun"] | None = None
-    ) -> list["Corrected"]:
-        """Return answers corrected, in the order given; each text begins with its `begun`, in streams by sentence."""
-        ...
-
-    def check_continues(self) -> None:
-        """Raise InputError if `begun` cannot be given."""
-        ...
-
-    def stream_events(self, question: "Question", answer: str, /) -> "Iterator[str | Corrected]":
-        """Yield the beginning of a correction in pieces, and finally the result, whose text continues them."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -130,7 +109,7 @@ class CorrectionFailed(Exception):  # noqa: N818 (the name says what is wrong)
 class InService:
     """A corrector and its name; or why there is none, and what that state is called."""
 
-    corrector: AnyCorrector | None
+    corrector: "Corrector | None"
     version: str | None
     breaker: CircuitBreaker
     reason: str = "no_corrector"
@@ -169,13 +148,13 @@ class _Job:
     alone: bool = False
 
 
+@dataclass(eq=False)
 class _Batch:
-    """Answers that are corrected together, by a common deadline."""
+    """Answers that are corrected together, by a common deadline; `left` is set when nobody waits for them."""
 
-    def __init__(self, jobs: list[_Job]) -> None:
-        self.jobs = jobs
-        self.deadline = Deadline(max(job.until for job in jobs) - time.monotonic())
-        self.left = asyncio.Event()
+    jobs: list[_Job]
+    deadline: Deadline
+    left: asyncio.Event = field(default_factory=asyncio.Event)
 
     def stop_if_left(self) -> None:
         """Stop the work if nobody waits for any of the answers."""
@@ -187,18 +166,22 @@ class CorrectionService:
     """Corrects answers of many requests at once. Used in one event loop.
 
     Args:
-        corrector: the first one; None to begin without.
+        corrector: the first one, or what has a `Corrector`'s `template`, `correct_batch` and `stream_events`; None to
+            begin without.
         version: its name.
         timeout: seconds for one correction, with waiting and all attempts.
         waiting: most answers that wait.
         batch: most answers corrected together.
         threads: batches corrected at the same time: one for a model in this process, more for one on a server.
         breaker: makes the circuit breaker of each corrector.
+
+    Attributes:
+        in_service: the corrector in service, for corrections that belong together (see `correct`).
     """
 
     def __init__(
         self,
-        corrector: AnyCorrector | None = None,
+        corrector: "Corrector | None" = None,
         version: str = "1",
         *,
         timeout: float = 60.0,
@@ -207,7 +190,7 @@ class CorrectionService:
         threads: int = 1,
         breaker: Callable[[], CircuitBreaker] = CircuitBreaker,
     ) -> None:
-        self._in_service = InService(None, None, breaker())
+        self.in_service = InService(None, None, breaker())
         self._timeout, self._batch, self._threads = timeout, batch, threads
         self._make_breaker = breaker
         self._waiting = FairQueue[_Job](waiting)
@@ -217,13 +200,13 @@ class CorrectionService:
         if corrector is not None:
             self.swap(corrector, version)
 
-    def swap(self, corrector: AnyCorrector, version: str) -> None:
+    def swap(self, corrector: "Corrector", version: str) -> None:
         """Put another corrector in service; may be called in any thread.
 
         Answers that wait or are being corrected are finished by the former one.
         """
         # One assignment: a request sees the former or the new one, never half of each.
-        self._in_service = InService(corrector, version, self._make_breaker())
+        self.in_service = InService(corrector, version, self._make_breaker())
 
     def withdraw(self, version: str, reason: str) -> None:
         """Take the corrector out of service; it still finishes what waits.
@@ -232,22 +215,17 @@ class CorrectionService:
             version: name of the state without a corrector.
             reason: why there are no corrections: `rolled_back`, or `stopped` if no answer may be returned without.
         """
-        self._in_service = InService(None, version, self._make_breaker(), reason)
-
-    @property
-    def in_service(self) -> InService:
-        """The corrector in service, for corrections that belong together (see `correct`)."""
-        return self._in_service
+        self.in_service = InService(None, version, self._make_breaker(), reason)
 
     @property
     def withdrawn(self) -> bool:
-        now = self._in_service  # read once: `swap` may be called in another thread
+        now = self.in_service  # read once: `swap` may be called in another thread
         return now.corrector is None and now.version is not None
 
     @property
     def version(self) -> str | None:
         """Name of the corrector, or of the state after it was withdrawn; None if there was no corrector."""
-        return self._in_service.version
+        return self.in_service.version
 
     @property
     def depth(self) -> int:
@@ -298,9 +276,7 @@ class CorrectionService:
 
     async def close(self) -> None:
         """Stop; threads at work are told to stop, and not waited for."""
-        for task in tuple(self._working):
-            task.cancel()
-        await asyncio.gather(*self._working, return_exceptions=True)
+        await cancel(*self._working)
 
     @contextmanager
     def _submitted(
@@ -313,7 +289,7 @@ class CorrectionService:
         by: InService | None = None,
     ) -> Iterator[_Job]:
         """Queue an answer for correction while somebody waits for it; raises CorrectionFailed."""
-        by = by or self._in_service
+        by = by or self.in_service
         if by.corrector is None:
             raise CorrectionFailed(by.reason)
         permit = by.breaker.enter(key)
@@ -355,12 +331,23 @@ class CorrectionService:
         return event
 
     def _dispatch(self) -> None:
-        """Start work on as many waiting answers as there are threads for."""
+        """Start work on as many waiting answers as there are threads for; when one ends, the next begins."""
+
+        def worked(jobs: list[_Job], task: "asyncio.Task[None]") -> None:
+            self._working.discard(task)
+            for job in jobs:
+                self._held[job.key] -= 1
+            # Without the keys that hold nothing any more: there may be any number of them.
+            self._held = +self._held
+            if not task.cancelled():
+                task.result()  # raises what is no corrector's failure, which the loop then reports
+                self._dispatch()
+
         while len(self._working) + max(0, self._stuck - _MOST_STUCK) < self._threads and (jobs := self._next_jobs()):
             task = asyncio.get_running_loop().create_task(self._work(jobs))
             self._working.add(task)
             self._held.update(job.key for job in jobs)
-            task.add_done_callback(lambda task, jobs=jobs: self._worked(task, jobs))  # type: ignore[misc]
+            task.add_done_callback(partial(worked, jobs))
 
     def _next_jobs(self) -> list[_Job]:
         """Take answers that wait for the same corrector, fairly between keys; one that spoilt a batch comes alone."""
@@ -380,18 +367,9 @@ class CorrectionService:
             found.append(job)
         return found
 
-    def _worked(self, task: "asyncio.Task[None]", jobs: list[_Job]) -> None:
-        self._working.discard(task)
-        for job in jobs:
-            self._held[job.key] -= 1
-        self._held = +self._held
-        if not task.cancelled():
-            task.result()
-            self._dispatch()
-
     async def _work(self, jobs: list[_Job]) -> None:
         """Correct answers together, and hand each its result or its failure."""
-        batch = _Batch(jobs)
+        batch = _Batch(jobs, Deadline(max(job.until for job in jobs) - time.monotonic()))
         for job in jobs:
             job.batch = batch
         batch.stop_if_left()  # some are gone by now

@@ -10,12 +10,11 @@ import asyncio
 import json
 import re
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from everalign.correction.engines import Begun
 from everalign.correction.sentences import GrowingCorrection
 from everalign.data.rows import check_text
 from everalign.errors import InputError
@@ -24,6 +23,7 @@ from everalign.serving.corrector_service import Correction, CorrectionFailed, Co
 from everalign.serving.eligibility import GIVEN_IN_STRICT, Choice, offers_tools, why_not_corrected
 from everalign.serving.errors import bad_upstream, uncorrected
 from everalign.serving.settings import OnFailure
+from everalign.serving.stream_response import FrameQueue
 from everalign.serving.structured import Structure, prose_of, with_prose
 from everalign.serving.telemetry import Metrics, Stopwatch
 
@@ -123,27 +123,33 @@ def summary_before(request: RequestContext) -> Summary | None:
     return Summary("skipped", request.rule) if request.mode == "correct" and request.rule is not None else None
 
 
-class TextWriter(Protocol):
-    """Writes a correction to a client while it is being decoded."""
+@dataclass
+class LiveWriter:
+    """Writes a correction to a client while it is being decoded; what is `written` is never taken back.
+
+    Args:
+        request: what was asked.
+        live: makes the frames of a piece of the text; told whether it is the first one.
+        queue: gets the frames.
+        headers: the upstream's that are passed on, once they are there.
+    """
+
+    request: RequestContext
+    live: Callable[[str, bool], bytes]
+    queue: FrameQueue
+    headers: dict[str, str] = field(default_factory=dict)
+    pieces: list[str] = field(default_factory=list)
 
     @property
     def written(self) -> str:
-        """The text that the client has."""
-        ...
+        return "".join(self.pieces)
 
     async def write(self, text: str) -> None:
-        """Write a further piece of the text."""
-        ...
-
-
-def may_leave_early(request: RequestContext) -> bool:
-    """Whether sentences of an answer may be corrected before the whole answer is known to be one that is corrected.
-
-    Not if it may turn out to be a call of a tool, and not if there are several answers.
-    """
-    body = request.payload
-    tools = offers_tools(body) or (request.api == "responses" and body.get("prompt"))  # a stored prompt may offer some
-    return request.mode == "correct" and request.rule is None and not tools and body.get("n") in (None, 1)
+        if not self.pieces:
+            self.queue.open({**self.headers, **PENDING.headers(self.request)})
+        frames = self.live(text, not self.pieces)
+        self.pieces.append(text)
+        await self.queue.send(frames)
 
 
 class SentenceStream:
@@ -160,13 +166,15 @@ class SentenceStream:
     Attributes:
         failed: why the corrector was given up for this answer; None if it was not.
         last: its last correction, with the usage of all of them; None if there was none.
+        growing: its `begun` is the corrected text that has left, and how much of the answer that stands for; its
+            `answer` is the upstream's text, up to where the corrector was given up.
     """
 
     def __init__(
         self,
         request: RequestContext,
         corrections: CorrectionService,
-        writer: TextWriter,
+        writer: LiveWriter,
         longest: int,
         fails_closed: bool,
         stopwatch: Stopwatch,
@@ -176,27 +184,17 @@ class SentenceStream:
         self.by = corrections.in_service
         self._request, self._corrections, self.writer = request, corrections, writer
         self._longest, self._fails_closed, self._stopwatch = longest, fails_closed, stopwatch
-        self._growing = GrowingCorrection()
+        self.growing = GrowingCorrection()
         self._news, self._ended = asyncio.Event(), False
         self._uncorrected: list[str] = []  # what came since the corrector was given up, and was not written yet
         self._passes_on = False
 
-    @property
-    def begun(self) -> Begun:
-        """The corrected text that has left, and how much of the answer it stands for."""
-        return self._growing.begun
-
-    @property
-    def answer(self) -> str:
-        """The upstream's text, up to where the corrector was given up."""
-        return self._growing.answer
-
     def add(self, text: str) -> None:
         """Take what came of the answer's text."""
-        if self.failed is None and len(self.answer) + len(text) > self._longest:
+        if self.failed is None and len(self.growing.answer) + len(text) > self._longest:
             self.failed = "too_long"
         if self.failed is None:
-            self._growing.add(text)
+            self.growing.add(text)
         else:
             self._uncorrected.append(text)
         self._news.set()
@@ -213,12 +211,13 @@ class SentenceStream:
             self._news.clear()
             if self._ended:
                 return
-            answer = None if self.failed else self._growing.next_answer()
+            answer = None if self.failed else self.growing.next_answer()
             if answer is not None:
                 await self._correct(answer)
-            if self.failed and self.begun.text:
+            begun = self.growing.begun
+            if self.failed and begun.text:
                 # The rest of the answer is written as it has come.
-                rest = ["" if self._passes_on else self.begun.rest(self.answer), *self._uncorrected]
+                rest = ["" if self._passes_on else begun.rest(self.growing.answer), *self._uncorrected]
                 self._passes_on = True
                 self._uncorrected.clear()
                 if text := "".join(rest):
@@ -231,7 +230,7 @@ class SentenceStream:
             assert self._request.question is not None  # else a rule holds
             asked = self._request.question, answer, self._request.key_id
             with self._stopwatch:
-                found = await self._corrections.correct(*asked, begun=self.begun, by=self.by)
+                found = await self._corrections.correct(*asked, begun=self.growing.begun, by=self.by)
         except InputError:
             self.failed = "unreadable"
             return
@@ -246,7 +245,7 @@ class SentenceStream:
         if self.failed or found.rejected:
             return
         # In a thread, as the comparison of two long texts takes a while.
-        if text := await asyncio.to_thread(self._growing.accept, answer, found.text):
+        if text := await asyncio.to_thread(self.growing.accept, answer, found.text):
             await self.writer.write(text)
 
     def with_usage(self, found: Correction) -> Correction:
@@ -261,15 +260,24 @@ class CorrectionDecider:
         self._corrections, self._fails_closed, self._longest = corrections, on_failure == "closed", longest
         self._metrics = metrics
 
-    def sentences(self, request: RequestContext, writer: TextWriter, stopwatch: Stopwatch) -> SentenceStream:
-        """Return what corrects the sentences of a request's answer while it comes."""
+    def sentences(self, request: RequestContext, writer: LiveWriter, stopwatch: Stopwatch) -> SentenceStream | None:
+        """Return what corrects the sentences of a request's answer while it comes.
+
+        None if no sentence may leave before the whole answer is known to be one that is corrected: where the mode or a
+        rule says so, where it may turn out to be a call of a tool, and where there are several answers.
+        """
+        body = request.payload
+        # A prompt that the upstream has stored may offer tools.
+        tools = offers_tools(body) or (request.api == "responses" and body.get("prompt"))
+        if request.mode != "correct" or request.rule is not None or tools or body.get("n") not in (None, 1):
+            return None
         return SentenceStream(request, self._corrections, writer, self._longest, self._fails_closed, stopwatch)
 
     async def decide(
         self,
         request: RequestContext,
         choices: Sequence[Choice],
-        writer: TextWriter | None = None,
+        writer: LiveWriter | None = None,
         sentences: SentenceStream | None = None,
     ) -> list[Decision]:
         """Return what becomes of each choice; raises GatewayError if one may not be returned.
@@ -279,7 +287,7 @@ class CorrectionDecider:
         """
         # All rules come first: a choice that is withheld spares the others' correction.
         ruled = [await self._ruled(request, choice) for choice in choices]
-        if sentences is not None and (sentences.begun.text or sentences.failed):
+        if sentences is not None and (sentences.growing.begun.text or sentences.failed):
             others = await self.decide(request, choices[1:])
             return [await self._finish(request, choices[0], ruled[0], sentences), *others]
         if len(choices) == 1 and ruled[0] is None and writer is not None and request.mode == "correct":
@@ -294,8 +302,8 @@ class CorrectionDecider:
         self, request: RequestContext, choice: Choice, ruled: Decision | None, sentences: SentenceStream
     ) -> Decision:
         """Return what becomes of a choice whose first sentences have left, or whose corrector was given up."""
-        begun = sentences.begun
-        if begun.text and not choice.text.startswith(sentences.answer):
+        begun = sentences.growing.begun
+        if begun.text and not choice.text.startswith(sentences.growing.answer):
             raise bad_upstream(_CHANGED, "upstream_malformed")
         if begun.text and not choice.is_text:
             kind = "content" if ruled is None else str(ruled.reason)
@@ -358,7 +366,7 @@ class CorrectionDecider:
         self,
         request: RequestContext,
         choice: Choice,
-        writer: TextWriter | None = None,
+        writer: LiveWriter | None = None,
         sentences: SentenceStream | None = None,
     ) -> Decision:
         """Return a choice's correction, and write its beginning meanwhile; raises GatewayError if it is withheld."""
@@ -386,10 +394,10 @@ class CorrectionDecider:
 
     async def _decision(self, request: RequestContext, choice: Choice, correction: Correction) -> Decision:
         """Return what a correction makes of a choice; raises GatewayError if it is withheld."""
-        self._metrics.count_draft_tokens(correction.usage)
-        self._metrics.edited.observe(await edit_share(choice.text, correction.text))
+        await count_edits(self._metrics, choice.text, correction)
         if correction.outcome != "skipped":
             return Decision(correction.text, correction.outcome, correction.reason, correction)
+        # The corrector's text was rejected, and in strict mode the upstream's must not leave either.
         if request.mode == "strict":
             raise uncorrected(correction.reason or "refused", 503, again=False)
         return Decision(None, "skipped", correction.reason, correction)
@@ -405,18 +413,25 @@ async def _gather(work: Iterable[Coroutine[Any, Any, Decision]]) -> list[Decisio
             task.cancel()
 
 
-async def edit_share(answer: str, correction: str) -> float:
-    """Return words inserted, deleted or replaced, per word of the answer; for long texts, disregarding their order."""
-    if answer == correction:
-        return 0.0
-    if len(answer) + len(correction) <= _COUNTED_EXACTLY:
+async def count_edits(metrics: Metrics, answer: str, correction: Correction) -> None:
+    """Count the draft tokens of an answer's correction, and the words it inserts, deletes or replaces.
+
+    These are per word of the answer; for long texts, disregarding their order.
+    """
+    for verdict, tokens in (("accepted", correction.usage.accepted), ("rejected", correction.usage.rejected)):
+        if tokens:
+            metrics.draft_tokens.labels(verdict).inc(tokens)
+    share = 0.0
+    if len(answer) + len(correction.text) > _COUNTED_EXACTLY and answer != correction.text:
+        share = await asyncio.to_thread(unordered_edit_share, answer, correction.text)
+    elif answer != correction.text:
         from everalign.correction.edits import edit_ratio
 
-        return edit_ratio(answer.split(), correction.split())
-    return await asyncio.to_thread(unordered_edit_share, answer, correction)
+        share = edit_ratio(answer.split(), correction.text.split())
+    metrics.edited.observe(share)
 
 
 def unordered_edit_share(answer: str, correction: str) -> float:
-    """Return `edit_share` of the words as multisets, in linear time."""
+    """Return the words inserted, deleted or replaced, per word of the answer: as multisets, in linear time."""
     before, after = Counter(answer.split()), Counter(correction.split())
     return (max(before.total(), after.total()) - (before & after).total()) / max(1, before.total())

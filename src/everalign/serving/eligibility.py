@@ -105,7 +105,8 @@ class Choice:
             self.parts = True
         if isinstance(content.get("refusal"), str):
             self.refusals.append(content["refusal"])
-        for number, call in enumerate(_list(content.get("tool_calls"))):
+        calls = content.get("tool_calls")
+        for number, call in enumerate(calls if isinstance(calls, list) else ()):
             # What cannot be read becomes a call without a name, which no rule lets pass.
             call = call if isinstance(call, dict) else {}
             index = call.get("index", number)
@@ -120,45 +121,6 @@ class Choice:
         self.logprobs |= bool(choice.get("logprobs"))
         reason = choice.get("finish_reason")
         self.finish_reason = reason if isinstance(reason, str) else self.finish_reason
-
-
-class CompletionAccumulator:
-    """Collects the choices and the usage of an answer, from the whole answer or from its chunks."""
-
-    def __init__(self) -> None:
-        self._choices: dict[int, Choice] = {}
-        self.usage: dict[str, Any] | None = None
-
-    def add(self, event: Mapping[str, Any]) -> bool:
-        """Add a chunk, or the whole answer; returns False if one of its choices cannot be read."""
-        usage = event.get("usage")
-        self.usage = usage if isinstance(usage, dict) else self.usage
-        for choice in _list(event.get("choices")):
-            if not isinstance(choice, dict) or not isinstance(choice.get("index", 0), int):
-                return False
-            content = choice.get("message", choice.get("delta"))
-            if content is None and "message" not in choice:
-                content = {}
-            if not isinstance(content, dict):
-                return False
-            index = choice.get("index", 0)
-            self._choices.setdefault(index, Choice(index)).add(choice, content)
-        return True
-
-    @property
-    def only(self) -> Choice | None:
-        """The choice so far, its text in `pieces`; None if there is none yet, or more than one."""
-        return next(iter(self._choices.values())) if len(self._choices) == 1 else None
-
-    def choices(self) -> list[Choice]:
-        """Return the choices so far, ordered by index."""
-        for one in self._choices.values():
-            one.text, one.refusal = "".join(one.pieces), "".join(one.refusals)
-        return [self._choices[index] for index in sorted(self._choices)]
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def chosen_mode(asked: str | None, default: Mode, aligned: bool, has_corrector: bool) -> Mode:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,16 +17,17 @@ from everalign.deadlines import call_in_thread
 from everalign.errors import EveralignError, InputError
 from everalign.serving.chat_request import RequestContext
 from everalign.serving.corrector_service import CorrectionFailed, CorrectionService
-from everalign.serving.decide import Summary, edit_share
+from everalign.serving.decide import Summary, count_edits
 from everalign.serving.eligibility import Choice, why_not_corrected
 from everalign.serving.errors import GatewayError
 from everalign.serving.limits import AT_ONCE
 from everalign.serving.store.records import Exchange, Feedback
+from everalign.serving.stream_response import cancel
 from everalign.serving.telemetry import Metrics, Stopwatch
 from everalign.serving.upstream_transport import CircuitBreaker
 
 if TYPE_CHECKING:
-    from everalign.serving.store.database import FeedbackStore, StoreStats
+    from everalign.serving.store.database import FeedbackStore
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -117,16 +119,12 @@ class AsyncStore:
 
     def __init__(self, store: "FeedbackStore", failed: Callable[[], None] = lambda: None, seconds: float = 5.0) -> None:
         self._store, self._failed, self._seconds = store, failed, seconds
-        self._writes, self._reads = _ThreadLane(_WRITERS, seconds), _ThreadLane(_READERS, seconds)
-
-    @property
-    def waiting(self) -> int:
-        return self._writes.waiting
+        self.writes, self._reads = _ThreadLane(_WRITERS, seconds), _ThreadLane(_READERS, seconds)
 
     async def add_exchange(self, exchange: Exchange) -> bool:
         """Return whether an exchange was stored; never raises, since the client's answer does not depend on it."""
         try:
-            await self._writes.run(lambda: self._store.add_exchange(exchange))
+            await self.writes.run(lambda: self._store.add_exchange(exchange))
         except Exception as error:  # noqa: BLE001 (whatever a database raises, the answer is delivered)
             # Ours say what the store's operator can do, and repeat no text.
             reason = str(error) if isinstance(error, EveralignError) else type(error).__name__
@@ -137,18 +135,11 @@ class AsyncStore:
 
     async def add_feedback(self, feedback: Feedback) -> bool:
         """Add feedback; errors of the store, and StoreLate."""
-        return await self._writes.run(lambda: self._store.add_feedback(feedback))
+        return await self.writes.run(lambda: self._store.add_feedback(feedback))
 
-    async def exchange(self, id: str, key_id: str) -> Exchange | None:
-        """Return a key's exchange, None if it has none of this id; errors as in `add_feedback`."""
-        return await self._reads.run(lambda: self._store.exchange(id, key_id))
-
-    async def stats(self) -> "StoreStats":
-        return await self._reads.run(self._store.stats)
-
-    async def recent_feedback(self, key_id: str, count: int) -> list[tuple[Exchange, Feedback, bool]]:
-        """Return a key's newest feedback, see `FeedbackStore.recent_feedback`."""
-        return await self._reads.run(lambda: self._store.recent_feedback(key_id, count))
+    async def read(self, call: Callable[["FeedbackStore"], _Result]) -> _Result:
+        """Return what a reading call of the store returns; errors as in `add_feedback`."""
+        return await self._reads.run(lambda: call(self._store))
 
     async def close(self) -> None:
         """Finish writing and close the store; a store that hangs is abandoned."""
@@ -162,12 +153,14 @@ class AsyncStore:
             )
 
 
+@dataclass
 class RequestTimer:
     """Where one request's time went, and how it ended."""
 
-    def __init__(self) -> None:
-        self.upstream, self.corrector = Stopwatch(), Stopwatch()
-        self.outcome, self.reason = "failed", "internal_error"
+    upstream: Stopwatch = field(default_factory=Stopwatch)
+    corrector: Stopwatch = field(default_factory=Stopwatch)
+    outcome: str = "failed"
+    reason: str = "internal_error"
 
     def end(self, summary: Summary) -> None:
         self.outcome, self.reason = summary.outcome, summary.reason or ""
@@ -264,14 +257,11 @@ class RequestLog:
             self._metrics.shadow.labels("failed", failed.reason).inc()
             return
         self._metrics.corrector_seconds.observe(time.perf_counter() - started)
-        self._metrics.count_draft_tokens(found.usage)
-        self._metrics.edited.observe(await edit_share(choice.text, found.text))
+        await count_edits(self._metrics, choice.text, found)
         self._metrics.shadow.labels(found.outcome, found.reason or "").inc()
 
     async def close(self) -> None:
         """Cancel background corrections, and finish writing to the store."""
-        for task in tuple(self._background):
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await cancel(*self._background)
         if self._store is not None:
             await self._store.close()

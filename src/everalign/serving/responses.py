@@ -259,11 +259,7 @@ class ResponsesAnswer:
         made = set[Any]()
         if written and self._places[0] is not None:
             number, part = self._places[0]
-            item = whole["output"][number]
-            events += _part_events(number, item, part, written)
-            for other in range(part + 1, len(item["content"])):
-                events += _part_events(number, item, other)
-            events.append(_item_done(number, item))
+            events += _item_events(number, whole["output"][number], part, written)
             replaced, made = {*replaced, number}, {number}
         for event in self._events[self._sent :]:
             index = event.get("output_index")
@@ -305,6 +301,7 @@ class ResponsesRelay:
     def rest(self, summary: Summary) -> bytes:
         """Return what was held back, with the outcome."""
         report = {"everalign": summary.report(self._request)}
+        # An event `error` has no response that could say it.
         told = [
             {**event, "response": {**event["response"], **report}} if isinstance(event.get("response"), dict) else event
             for event in self._held
@@ -326,19 +323,21 @@ def _text_part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _item_events(index: int, item: Mapping[str, Any]) -> list[dict[str, Any]]:
-    parts = range(len(item["content"])) if item.get("type") == "message" else ()
-    within = [event for part in parts for event in _part_events(index, item, part)]
-    return [_item_added(index, item), *within, _item_done(index, item)]
+def _item_events(
+    index: int, item: Mapping[str, Any], first: int = 0, written: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the events of an item; of one whose part `first` begins with what is `written`, those that are left."""
+    if written is None:
+        yield _item_added(index, item)
+    parts = item["content"] if item.get("type") == "message" else ()
+    for number in range(first, len(parts)):
+        yield from _part_events(index, item, number, written if number == first else None)
+    yield {"type": "response.output_item.done", "output_index": index, "item": item}
 
 
 def _item_added(index: int, item: Mapping[str, Any]) -> dict[str, Any]:
     begun = {**item, "status": "in_progress", "content": []} if item.get("type") == "message" else item
     return {"type": "response.output_item.added", "output_index": index, "item": begun}
-
-
-def _item_done(index: int, item: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "response.output_item.done", "output_index": index, "item": item}
 
 
 def _part_events(

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from functools import partial
@@ -14,7 +15,7 @@ from fastapi.responses import Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from everalign.errors import EveralignError
-from everalign.serving.chat_request import ALIGNED, ChatRequest, ResponsesRequest, read_json
+from everalign.serving.chat_request import ALIGNED, ChatRequest, RequestContext, ResponsesRequest, read_json
 from everalign.serving.decide import PENDING, summary_before
 from everalign.serving.eligibility import Api
 from everalign.serving.errors import GatewayError, overloaded, refused
@@ -23,7 +24,7 @@ from everalign.serving.limits import aside, read_body
 from everalign.serving.middleware import json_response
 from everalign.serving.settings import MODES
 from everalign.serving.store.records import MOST_TAGS, Feedback, UnknownExchange
-from everalign.serving.stream_response import cancel_on_disconnect, stream_response
+from everalign.serving.stream_response import FrameQueue, cancel_on_disconnect, stream_response
 from everalign.serving.telemetry import CONTENT_TYPE
 from everalign.serving.upstream import Upstream
 
@@ -198,13 +199,7 @@ def chat_routes(gateway: Gateway) -> APIRouter:
             if not context.streams:
                 completed = await cancel_on_disconnect(request.receive, gateway.completions.complete(context))
                 return json_response(completed.body, completed.headers)
-            late = (summary_before(context) or PENDING).headers(context)
-            stream = partial(gateway.completions.stream, context)
-            held = ExitStack()
-            streaming = stream_response(stream, late, gateway.settings.keepalive, held.close)
-            response = await cancel_on_disconnect(request.receive, streaming)
-            held.push(place.pop_all())  # from now on the stream has the place, until it ends
-            return response
+            return await streamed(gateway, request, context, place, partial(gateway.completions.stream, context))
 
     mode = {"name": "x-everalign-mode", "in": "header", "required": False}
     parameters = [{**mode, "schema": {"type": "string", "enum": list(MODES)}}]
@@ -244,6 +239,24 @@ def chat_routes(gateway: Gateway) -> APIRouter:
         return await answer(request, "responses")
 
     return router
+
+
+async def streamed(
+    gateway: Gateway,
+    request: Request,
+    context: RequestContext,
+    place: ExitStack,
+    work: Callable[[FrameQueue], Coroutine[Any, Any, object]],
+) -> Response:
+    """Return the response that streams what `work` writes, and holds the request's `place` until it ends.
+
+    Raises GatewayError if the work fails before it has written anything; the place is then still the caller's.
+    """
+    late, held = (summary_before(context) or PENDING).headers(context), ExitStack()
+    streaming = stream_response(work, late, gateway.settings.keepalive, held.close)
+    response = await cancel_on_disconnect(request.receive, streaming)
+    held.push(place.pop_all())
+    return response
 
 
 class Catalogue:

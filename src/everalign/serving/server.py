@@ -183,10 +183,6 @@ def read_keys(environment: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(key.strip() for key in text.split(",")) if text.strip() else ()
 
 
-def key_variable(name: str) -> str:
-    return "OPENAI_API_KEY" if name == _UNNAMED else f"{name.upper().replace('-', '_')}_API_KEY"
-
-
 def read_upstreams(texts: Iterable[str], environment: Mapping[str, str]) -> tuple[UpstreamSettings, ...]:
     """Return the upstreams of `--upstream URL` or `NAME=URL`, with their keys from OPENAI_API_KEY or NAME_API_KEY.
 
@@ -202,12 +198,10 @@ def read_upstreams(texts: Iterable[str], environment: Mapping[str, str]) -> tupl
             name, given, url = text.partition("=")
             if not given or not url.startswith(("http://", "https://")):
                 raise InputError(f"--upstream {text}: must be URL or NAME=URL, such as http://127.0.0.1:8000/v1")
-            # A key goes to the server that it is meant for, and to no other.
-            if key_variable(name) in _OWN_VARIABLES:
-                raise InputError(
-                    f"--upstream {name}=...: {key_variable(name)} is another server's key; choose another name"
-                )
-        variable = key_variable(name)
+        # A key goes to the server that it is meant for, and to no other.
+        variable = "OPENAI_API_KEY" if name == _UNNAMED else f"{name.upper().replace('-', '_')}_API_KEY"
+        if variable in _OWN_VARIABLES:
+            raise InputError(f"--upstream {name}=...: {variable} is another server's key; choose another name")
         former = names.setdefault(variable, name)
         if former != name:
             raise InputError(

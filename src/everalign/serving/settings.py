@@ -340,30 +340,27 @@ class GatewaySettings(Options):
                     f"--passthrough {self.passthrough}: must be all, none, or names such as embeddings,files"
                 )
 
-        access = self.access
-        keys = Keys(self.keys, access.keys_file, access.no_auth)
-        if keys.needed or access.no_auth:
-            return self
-        for flag, value in (("trusted-proxy", access.trusted_proxies), ("root-path", access.root_path)):
-            if value:
-                raise InputError(
-                    f"--{flag}: every client of the proxy would be served without a key; set EVERALIGN_API_KEYS or "
-                    "--keys-file, or allow it with --no-auth"
-                )
-        if "*" in access.cors_origins:
-            raise InputError(
-                "--cors-origin *: without keys every page that a browser here opens could use the gateway; name the "
-                "sites, set EVERALIGN_API_KEYS, or allow it with --no-auth"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_streams(self) -> "GatewaySettings":
         if self.stream_by == "sentence" and self.mode == "strict":
             raise InputError(
                 "--stream-by sentence: is not for --mode strict, in which only what was checked with the whole answer "
                 "leaves; leave one of the two out",
                 field="stream_by",
+            )
+
+        access = self.access
+        keys = Keys(self.keys, access.keys_file, access.no_auth)
+        if keys.needed or access.no_auth:
+            return self
+        if access.trusted_proxies or access.root_path:
+            flag = "trusted-proxy" if access.trusted_proxies else "root-path"
+            raise InputError(
+                f"--{flag}: every client of the proxy would be served without a key; set EVERALIGN_API_KEYS or "
+                "--keys-file, or allow it with --no-auth"
+            )
+        if "*" in access.cors_origins:
+            raise InputError(
+                "--cors-origin *: without keys every page that a browser here opens could use the gateway; name the "
+                "sites, set EVERALIGN_API_KEYS, or allow it with --no-auth"
             )
         return self
 

@@ -61,8 +61,11 @@ class Structure:
 
     def json_of(self, text: str) -> JSONValue:
         """Return the JSON of an answer; raises GatewayError if it is not what was asked for."""
-        value = _parse(text)
-        if not (isinstance(value, dict) if self.schema is None else value is not _BROKEN and fits(value, self.schema)):
+        try:
+            value = strict_json(text)
+        except ValueError:
+            raise uncorrected("json", 422, again=False) from None
+        if not (isinstance(value, dict) if self.schema is None else fits(value, self.schema)):
             raise uncorrected("json", 422, again=False)
         return value
 
@@ -72,7 +75,10 @@ class Structure:
         for index in sorted(calls):
             call = calls[index]
             parameters = self.tools.get(call["name"]) if call["type"] == "function" else None
-            value = _parse(call["arguments"] or "{}")
+            try:
+                value = strict_json(call["arguments"] or "{}")
+            except ValueError:
+                value = None  # which is no object
             if parameters is None or not isinstance(value, dict) or not fits(value, parameters):
                 raise uncorrected("tool_calls", 422, again=False)
             name = call["id"] if _ID.fullmatch(call["id"]) else f"call_{index}"
@@ -112,17 +118,6 @@ def _sized_schema(given: Any, param: str) -> Mapping[str, Any]:
     if not isinstance(given, dict) or len(json.dumps(given)) > _LARGEST_SCHEMA:
         raise refused(f"{param}: a schema must be an object of at most {_LARGEST_SCHEMA} characters", param, "schema")
     return given
-
-
-_BROKEN = object()
-
-
-def _parse(text: str) -> JSONValue:
-    """Return JSON; `_BROKEN` if the text is none."""
-    try:
-        return strict_json(text)
-    except ValueError:
-        return _BROKEN
 
 
 class _TooManySteps(Exception):  # noqa: N818 (the name says what is wrong)

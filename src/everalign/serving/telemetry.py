@@ -9,6 +9,7 @@ from collections import Counter as Counts
 from collections import deque
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,6 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from everalign.errors import InputError
-from everalign.serving.corrector_service import CorrectorUsage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -105,22 +105,18 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"everalign_{name}", text, labels, registry=self._registry)
-
-        def histogram(name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
-            return Histogram(f"everalign_{name}", text, labels, buckets=buckets, registry=self._registry)
-
+        counter = partial(Counter, namespace="everalign", registry=self._registry)
+        histogram = partial(Histogram, namespace="everalign", registry=self._registry, buckets=_SECONDS)
         outcomes = "Chat completions by mode, outcome (applied, unchanged, skipped, failed) and reason."
-        self.requests = counter("requests", outcomes, "mode", "outcome", "reason")
-        self.shadow = counter("shadow_corrections", "Corrections in the background.", "outcome", "reason")
+        self.requests = counter("requests", outcomes, ("mode", "outcome", "reason"))
+        self.shadow = counter("shadow_corrections", "Corrections in the background.", ("outcome", "reason"))
         edited = "Words put in, taken out or replaced, per word of the answer, of answers that were corrected."
         self.edited = histogram("edit_ratio", edited, buckets=_SHARES)
-        self.draft_tokens = counter("draft_tokens", "Tokens of answers that the corrector verified.", "verdict")
-        self.upstream_seconds = histogram("upstream_seconds", "In the upstream.", "upstream")
+        self.draft_tokens = counter("draft_tokens", "Tokens of answers that the corrector verified.", ("verdict",))
+        self.upstream_seconds = histogram("upstream_seconds", "In the upstream.", ("upstream",))
         self.corrector_seconds = histogram("corrector_seconds", "In the corrector, waiting included.")
         self.overhead_seconds = histogram("overhead_seconds", "Of a request, besides upstream and corrector.")
-        self.feedback = counter("feedback", "Feedback kept.", "new")
+        self.feedback = counter("feedback", "Feedback kept.", ("new",))
         self.timeline = Timeline()
         self.store_failures = counter("unkept_exchanges", "Exchanges that the store refused.")
 
@@ -134,13 +130,9 @@ class Metrics:
         for name in states():
             gauge.labels(name).set_function(lambda name=name: _STATES[states()[name]])  # type: ignore[misc]
 
-    def count_draft_tokens(self, usage: CorrectorUsage) -> None:
-        for verdict, tokens in (("accepted", usage.accepted), ("rejected", usage.rejected)):
-            if tokens:
-                self.draft_tokens.labels(verdict).inc(tokens)
-
     def outcomes(self) -> list[tuple[str, str, str, int]]:
         """Return (mode, outcome, reason, number of requests)."""
+        # A counter has two samples for each of its labels: its total, and when it was created.
         samples = (sample for family in self.requests.collect() for sample in family.samples)
         return [
             (one.labels["mode"], one.labels["outcome"], one.labels["reason"], int(one.value))

@@ -421,13 +421,10 @@ class Upstream:
         body = await self._transport.beginning(response)
         if status < 400 or status in (401, 403, 407) or not quoted:
             raise upstream_failure(status, back, body, self._key, quoted)
-
-        async def masked_body() -> AsyncIterator[bytes]:
-            yield body.replace(self._key.encode(), b"***") if self._key else body
-
         for name in ("content-length", "content-encoding"):
             back.pop(name, None)
-        return RawReply(status, back, masked_body(), response.aclose)
+        masked = body.replace(self._key.encode(), b"***") if self._key else body
+        return RawReply(status, back, aiter(httpx.ByteStream(masked)), response.aclose)
 
 
 @contextmanager

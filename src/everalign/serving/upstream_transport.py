@@ -5,6 +5,7 @@ import time
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -66,17 +67,28 @@ class CircuitBreaker:
         return Permit(self, key, self._era, trial=True)
 
 
+@dataclass(eq=False)
 class Permit:
-    """Leave to send one request; its first outcome counts, later ones are ignored."""
+    """Leave to send one request of a key; its first outcome counts, later ones are ignored.
 
-    def __init__(self, breaker: CircuitBreaker, key: str, era: int, trial: bool) -> None:
-        self._breaker, self.key, self.era, self.trial = breaker, key, era, trial
-        self._over = False
+    Args:
+        breaker: counts the outcome.
+        key: whose request it is.
+        era: the breaker's, when the request was admitted.
+        trial: whether its outcome decides if the circuit closes.
+        over: whether an outcome has counted.
+    """
+
+    breaker: CircuitBreaker
+    key: str
+    era: int
+    trial: bool
+    over: bool = False
 
     def answered(self) -> None:
         """The server has begun to answer with success."""
-        breaker = self._breaker
-        if self._over or breaker._opened is None or not (self.trial or self.era == breaker._era):
+        breaker = self.breaker
+        if self.over or breaker._opened is None or not (self.trial or self.era == breaker._era):
             return
         # Failures still count, one short of opening: a server may always begin well and break off.
         most = breaker._most - 1
@@ -87,16 +99,16 @@ class Permit:
 
     def succeeded(self) -> None:
         """The answer is whole; or a server that works refused the request."""
-        if not self._over:
+        if not self.over:
             self.answered()
-            self._over = True
-            self._breaker._everybody = False
-            self._breaker._failing.clear()
+            self.over = True
+            self.breaker._everybody = False
+            self.breaker._failing.clear()
 
     def failed(self, everybody: bool = False) -> None:
         """The server failed; `everybody` is whether any request would have failed."""
-        breaker = self._breaker
-        over, self._over = self._over, True
+        breaker = self.breaker
+        over, self.over = self.over, True
         if over or self.era != breaker._era:
             return
         breaker._failing[self.key] += 1
@@ -108,31 +120,31 @@ class Permit:
 
     def abandoned(self) -> None:
         """The request was given up on this side, which says nothing about the server."""
-        if not self._over and self.trial and self.era == self._breaker._era:
-            self._breaker._tried = None
+        if not self.over and self.trial and self.era == self.breaker._era:
+            self.breaker._tried = None
 
 
+@dataclass(eq=False)
 class Circuits:
-    """The circuit breakers of one server's models."""
+    """The circuit breakers of one server's models, each of which `make` makes."""
 
-    def __init__(self, make: Callable[[], CircuitBreaker]) -> None:
-        self._make = make
-        self._known: OrderedDict[str, CircuitBreaker] = OrderedDict()
+    make: Callable[[], CircuitBreaker]
+    known: OrderedDict[str, CircuitBreaker] = field(default_factory=OrderedDict)
 
     def of(self, model: str) -> CircuitBreaker:
         """Return a model's circuit breaker. Clients can name any number of models: the least used are forgotten."""
-        if model not in self._known:
-            self._known[model] = self._make()
-        self._known.move_to_end(model)
-        if len(self._known) > _MOST_CIRCUITS:
-            unused = (name for name, one in self._known.items() if one.idle and name != model)
-            del self._known[next(unused, next(iter(self._known)))]
-        return self._known[model]
+        if model not in self.known:
+            self.known[model] = self.make()
+        self.known.move_to_end(model)
+        if len(self.known) > _MOST_CIRCUITS:
+            unused = (name for name, one in self.known.items() if one.idle and name != model)
+            del self.known[next(unused, next(iter(self.known)))]
+        return self.known[model]
 
     @property
     def state(self) -> State:
         """The worst state of any model."""
-        return max((one.state for one in self._known.values()), key=_STATES.index, default="closed")
+        return max((one.state for one in self.known.values()), key=_STATES.index, default="closed")
 
 
 _QUOTED_BYTES = 64 << 10  # of an error's body
@@ -262,21 +274,22 @@ class ConnectionPool(httpx.AsyncBaseTransport):
             await self._free.popleft()[1].aclose()
 
 
+@dataclass(eq=False)
 class _PooledStream(httpx.AsyncByteStream):
     """A response's bytes; its connection is released when they are closed."""
 
-    def __init__(self, stream: httpx.AsyncByteStream, release: Callable[[], None]) -> None:
-        self._stream, self._release = stream, release
-        self._closed = False
+    stream: httpx.AsyncByteStream
+    release: Callable[[], None]
+    closed: bool = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for part in self._stream:
+        async for part in self.stream:
             yield part
 
     async def aclose(self) -> None:
         try:
-            await self._stream.aclose()
+            await self.stream.aclose()
         finally:
-            if not self._closed:
-                self._closed = True
-                self._release()
+            if not self.closed:
+                self.closed = True
+                self.release()

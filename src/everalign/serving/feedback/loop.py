@@ -99,7 +99,8 @@ def learn_from_feedback(
         version = learner.run.head if refusal is None else refusal.version
         if not isinstance(refusal, NotEnoughEvidenceError):
             store.mark_learned(task.feedback_ids, pending.name if refusal is None else f"{pending.name} (refused)")
-        pending.done(version, refusal is None)
+        # From here on the next call starts a new task.
+        write_json(pending.folder / "done.json", {"version": version, "promoted": refusal is None})
     return LearnedFeedback(pending.name, version, refusal, task.report)
 
 
@@ -162,20 +163,13 @@ class _Pending:
         path = self.folder / "task.json"
         facts: dict[str, Any] = read_json(path)
         try:
-            kind, ids, report = facts["kind"], tuple(facts["feedback"]), TaskReport(**facts["report"])
-            rows, test = (self._rows(kind, file) for file in ("train.jsonl", "test.jsonl"))
+            load, ids, report = _LOADERS[facts["kind"]], tuple(facts["feedback"]), TaskReport(**facts["report"])
+            sets: dict[str, RowSet[Any]] = {}
+            for file in ("train.jsonl", "test.jsonl"):
+                if (self.folder / file).exists():
+                    sets[file] = replace(load(self.folder / file), source=f"feedback ({self.name})")
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: was changed since it was written ({error}); restore the file") from None
-        if rows is None:
+        if "train.jsonl" not in sets:
             raise InputError(f"{self.folder / 'train.jsonl'}: is missing; restore the file")
-        return NextTask(rows, test, ids, report)
-
-    def _rows(self, kind: str, file: str) -> RowSet[Any] | None:
-        path = self.folder / file
-        if not path.exists():
-            return None
-        return replace(_LOADERS[kind](path), source=f"feedback ({self.name})")
-
-    def done(self, version: str, promoted: bool) -> None:
-        """Record the result: the next call starts a new task."""
-        write_json(self.folder / "done.json", {"version": version, "promoted": promoted})
+        return NextTask(sets["train.jsonl"], sets.get("test.jsonl"), ids, report)

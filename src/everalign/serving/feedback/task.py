@@ -152,11 +152,12 @@ def build_task(feedback: Iterable[tuple[Exchange, Feedback]], options: NextTaskO
         drop(several[1:], DUPLICATE)
     different, near = _filtered([several[0] for several in same.values()], options, drop)
 
-    sides = [
-        _balanced([one for one in different if _is_held_out(one.topic, options.held_out) == held_out], options, drop)
-        for held_out in (False, True)
-    ]
-    train, test = sides
+    sides: tuple[list[Candidate], list[Candidate]] = ([], [])
+    for one in different:
+        # By the question alone, so that it is on the same side in every task, for every key.
+        digest = int.from_bytes(hashlib.sha256(one.topic.encode()).digest()[:8], "big")
+        sides[digest < options.held_out * (1 << 64)].append(one)
+    train, test = (_balanced(side, options, drop) for side in sides)
     both = [*train, *test]
     report = TaskReport(
         feedback=len(read),
@@ -347,12 +348,6 @@ def _balanced(
     kept, left = cap_per_group(kept, lambda one: one.key_id, lambda _: cap)
     drop(left, OVER_KEY)
     return kept
-
-
-def _is_held_out(topic: str, share: float) -> bool:
-    """Decide by the question alone, so that it is on the same side in every task, for every key."""
-    digest = int.from_bytes(hashlib.sha256(topic.encode()).digest()[:8], "big")
-    return digest < share * (1 << 64)
 
 
 def _check(train: Sequence[Candidate], test: Sequence[Candidate], options: NextTaskOptions, report: TaskReport) -> None:

@@ -187,8 +187,11 @@ def version_views(run: RunData, served: str | None = None) -> list[VersionView]:
 
 
 def heat_rows(scores: Scores) -> list[tuple[str, list[HeatCell]]]:
-    """Return the base model's scores and then the score matrix; scores that were not measured are empty."""
-    low, high = heat_limits(scores)
+    """Return the base model's scores and then the score matrix, whose empty cells were not measured; [] if all are."""
+    measured = [score for row in (scores.zero_shot, *scores.matrix) for score in row if score is not None]
+    if not measured:
+        return []
+    low, high = min(measured), max(measured)
 
     def shade(score: float | None) -> int | None:
         if score is None:
@@ -200,12 +203,6 @@ def heat_rows(scores: Scores) -> list[tuple[str, list[HeatCell]]]:
     return [
         (name, [HeatCell(share(score), shade(score), i == j) for j, score in enumerate(row)]) for name, i, row in rows
     ]
-
-
-def heat_limits(scores: Scores) -> tuple[float, float]:
-    """Return the lowest and the highest score; 0 and 1 if there are none."""
-    found = [score for row in (scores.zero_shot, *scores.matrix) for score in row if score is not None]
-    return (min(found), max(found)) if found else (0.0, 1.0)
 
 
 def forgetting_views(scores: Scores, errors: Errors | None = None) -> list[ForgettingView]:
@@ -251,8 +248,8 @@ def dashboard_routes(gateway: Gateway, pages: Pages, run: Path | None) -> APIRou
             trouble = "Feedback is off: the gateway has no store. Give it one with serve --store."
         else:
             try:
-                stats = await gateway.store.stats()
-                found = await gateway.store.recent_feedback(request.state.key_id, _RECENT)
+                stats = await gateway.store.read(lambda store: store.stats())
+                found = await gateway.store.read(lambda store: store.recent_feedback(request.state.key_id, _RECENT))
                 recent = [feedback_view(*one) for one in found]
             except (EveralignError, OSError, RuntimeError) as error:
                 # The type alone: a database's message may contain its address and user.
@@ -289,17 +286,16 @@ def _run_values(path: Path | None, served: str | None) -> dict[str, Any]:
     except (EveralignError, OSError) as error:
         return {"name": path.name, "trouble": f"The run cannot be read: {error}"}
     scores = run.scores()
-    low, high = heat_limits(scores)
-    measured = any(score is not None for row in (scores.zero_shot, *scores.matrix) for score in row)
+    measured = [score for row in (scores.zero_shot, *scores.matrix) for score in row if score is not None]
     return {
         "name": path.resolve().name,
         "trouble": None,
         "method": run.facts.method.name,
         "versions": version_views(run, served),
         "tasks": scores.tasks,
-        "heat": heat_rows(scores) if measured else [],
-        "low": share(low),
-        "high": share(high),
+        "heat": heat_rows(scores),
+        "low": share(min(measured, default=None)),
+        "high": share(max(measured, default=None)),
         "forgetting": forgetting_views(scores, error_matrix(run)),
     }
 
@@ -344,7 +340,6 @@ def watched(path: Path, reader: RunReader) -> dict[str, Any]:
     run, log = reader.read(), path / TRAINING_LOG
     steps = read_json_lines(log, LoggedStep, growing=True) if log.exists() else []
     scores = run.scores()
-    measured = any(score is not None for row in (scores.zero_shot, *scores.matrix) for score in row)
     last = steps[-1:]
     return {
         "method": run.facts.method.name,
@@ -370,7 +365,7 @@ def watched(path: Path, reader: RunReader) -> dict[str, Any]:
         "tasks": list(scores.tasks),
         "heat": [
             {"name": name, "cells": [{"text": one.text, "shade": one.shade, "own": one.own} for one in cells]}
-            for name, cells in (heat_rows(scores) if measured else [])
+            for name, cells in heat_rows(scores)
         ],
         "summary": [[SUMMARY_TITLES[name], text] for name, text in summary_cells(scores, METRICS["accuracy"]).items()],
         "versions": [

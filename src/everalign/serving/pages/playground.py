@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,17 +16,15 @@ from markupsafe import Markup, escape
 from everalign.correction.edits import diff_html, word_diff
 from everalign.errors import EveralignError
 from everalign.serving.chat_request import ALIGNED, RequestContext
-from everalign.serving.complete import Completed
-from everalign.serving.decide import PENDING, summary_before
 from everalign.serving.eligibility import question_of
 from everalign.serving.errors import GatewayError, overloaded, refused
-from everalign.serving.gateway import Gateway
+from everalign.serving.gateway import Completed, Gateway
 from everalign.serving.limits import aside
 from everalign.serving.pages.base import Pages, read_form
-from everalign.serving.routes import LONGEST_EDIT, Catalogue, read_feedback, store_feedback
+from everalign.serving.routes import LONGEST_EDIT, Catalogue, read_feedback, store_feedback, streamed
 from everalign.serving.sse import data_frame, strict_json
 from everalign.serving.store.records import Exchange
-from everalign.serving.stream_response import FrameQueue, cancel_on_disconnect, stream_response
+from everalign.serving.stream_response import FrameQueue, cancel_on_disconnect
 
 # An edited text of the greatest length, with each letter as %XX four times, and the other fields.
 _MOST_BYTES = 4 << 20
@@ -223,11 +221,7 @@ class Playground:
                 context = await self._context(request, fields, live)
                 if live:
                     work = partial(self._write, request, fields, context)
-                    late, held = (summary_before(context) or PENDING).headers(context), ExitStack()
-                    streaming = stream_response(work, late, self._gateway.settings.keepalive, held.close)
-                    response = await cancel_on_disconnect(request.receive, streaming)
-                    held.push(place.pop_all())  # from now on the stream has the place, until it ends
-                    return response
+                    return await streamed(self._gateway, request, context, place, work)
                 completed = await cancel_on_disconnect(request.receive, self._gateway.completions.complete(context))
         except GatewayError as error:
             return await self._page(request, fields, error=error)
@@ -314,9 +308,10 @@ class Playground:
         return await aside(content, parse)
 
     async def _exchange(self, request: Request, id: str) -> Exchange:
-        store = self._gateway.store
+        store, found = self._gateway.store, None
         try:
-            found = None if store is None else await store.exchange(id, request.state.key_id)
+            if store is not None:
+                found = await store.read(lambda store: store.exchange(id, request.state.key_id))
         except (EveralignError, OSError, RuntimeError) as error:
             message = f"the store cannot be read ({type(error).__name__})"
             raise overloaded(message, "store_failed", status=503) from None

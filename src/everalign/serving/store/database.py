@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Engine, delete, exists, func, insert, select, update
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError
 
 from everalign.errors import EveralignError, InputError
 from everalign.serving.store.engine import (
@@ -31,7 +31,6 @@ from everalign.serving.store.engine import (
     learned,
     open_database,
     translate_errors,
-    translated_error,
 )
 from everalign.serving.store.records import (
     Exchange,
@@ -60,8 +59,8 @@ class _Write:
 class Writer:
     """Commits writes in groups.
 
-    `daily` is called once a day in the writing thread, and opens its own transactions. A write has `wait` seconds,
-    queueing included; None for no limit.
+    `daily` is called once a day in the writing thread, opens its own transactions, and raises EveralignError. A write
+    has `wait` seconds, queueing included; None for no limit.
     """
 
     def __init__(
@@ -113,8 +112,8 @@ class Writer:
                 try:
                     if self._daily is not None:
                         self._daily()
-                except (SQLAlchemyError, sqlite3.Error) as error:
-                    _log.error("%s; will retry in a day", translated_error(error, self._name, "removing what is old"))
+                except EveralignError as error:
+                    _log.error("%s; will retry in a day", error)
                 next_day = monotonic() + _DAY
                 continue
             while len(group) < _MOST_WRITES and not self._waiting.empty():
@@ -130,39 +129,29 @@ class Writer:
         """Run writes in one transaction with a savepoint each; callers get their results after the commit."""
         results = []
         try:
-            with self._engine.begin() as connection:
+            with translate_errors(self._name, "writing"), self._engine.begin() as connection:
                 for write in writes:
                     savepoint = connection.begin_nested()
                     try:
-                        result = write.work(connection)
+                        with translate_errors(self._name, "writing"):
+                            result = write.work(connection)
                     except Exception as error:
-                        if not _in_transaction(connection):
-                            raise  # the whole transaction is gone, and with it what the others wrote
+                        # A full disk or a lost server ends the whole transaction, and with it what the others wrote.
+                        driver = None if connection.invalidated else connection.connection.driver_connection
+                        if driver is None or (isinstance(driver, sqlite3.Connection) and not driver.in_transaction):
+                            raise
                         savepoint.rollback()
-                        write.done.set_exception(self._translated(error))
+                        write.done.set_exception(error)
                     else:
                         savepoint.commit()
                         results.append((write, result))
         except Exception as error:  # noqa: BLE001  # raised in the threads that wait
             for write in writes:
                 if not write.done.done():
-                    write.done.set_exception(self._translated(error))
+                    write.done.set_exception(error)
             return
         for write, result in results:
             write.done.set_result(result)
-
-    def _translated(self, error: Exception) -> Exception:
-        if isinstance(error, SQLAlchemyError | sqlite3.Error):
-            return translated_error(error, self._name, "writing")
-        return error
-
-
-def _in_transaction(connection: Connection) -> bool:
-    """Whether the transaction is still open: a full disk or a lost server ends it."""
-    if connection.invalidated:
-        return False
-    driver = connection.connection.driver_connection
-    return driver.in_transaction if isinstance(driver, sqlite3.Connection) else True
 
 
 _BATCH = 500  # rows deleted in one transaction, looked up by id, or fetched
@@ -212,7 +201,7 @@ class FeedbackStore(AbstractContextManager["FeedbackStore"]):
         self.name = name
         self._engine, self._read_only = engine, engine.execution_options(**{READ_ONLY: True})
         self._retention_days, self._redaction = retention_days, redaction
-        self._writer = Writer(engine, name, daily=self._purge, wait=wait)
+        self._writer = Writer(engine, name, daily=self.purge, wait=wait)
 
     @classmethod
     def open(
@@ -395,10 +384,6 @@ class FeedbackStore(AbstractContextManager["FeedbackStore"]):
 
     def purge(self) -> int:
         """Remove exchanges that are older than the retention, with their feedback; return how many."""
-        with translate_errors(self.name, "removing what is old"):
-            return self._purge()
-
-    def _purge(self) -> int:
         if self._retention_days is None:
             return 0
         before = datetime.now(timezone.utc) - timedelta(days=self._retention_days)
@@ -407,7 +392,7 @@ class FeedbackStore(AbstractContextManager["FeedbackStore"]):
         removed = 0
         while True:
             # Small transactions, so that no writer waits long.
-            with self._engine.begin() as connection:
+            with translate_errors(self.name, "removing what is old"), self._engine.begin() as connection:
                 ids = connection.execute(old).scalars().all()
                 if not ids:
                     return removed

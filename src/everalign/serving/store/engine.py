@@ -141,26 +141,22 @@ READ_ONLY = "everalign_read_only"
 _POOL = 10
 
 
-def translated_error(error: SQLAlchemyError | sqlite3.Error, name: str, doing: str) -> EveralignError:
-    """Return our error for a database's, which failed at `doing` something: InputError if the file is damaged."""
-    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    # The first line only: the others repeat what was to be written.
-    reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-    if "not a database" in reason or "malformed" in reason:
-        return InputError(f"{name}: no SQLite database, or a damaged one ({reason}); restore it or name another file")
-    advice = "check that its folder is writable, has space and is on a disk of this machine"
-    if name.startswith("postgresql://"):
-        advice = "check that the server runs and that this user may use the database"
-    return EveralignError(f"{name}: {doing} failed: {reason}; {advice}, then try again")
-
-
 @contextmanager
 def translate_errors(name: str, doing: str) -> Iterator[None]:
-    """Turn errors of the database into ours, see `translated_error`."""
+    """Turn errors of the database, which failed at `doing` something, into ours: InputError if the file is damaged."""
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error) as error:
-        raise translated_error(error, name, doing) from error
+        cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+        # The first line only: the others repeat what was to be written.
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        if "not a database" in reason or "malformed" in reason:
+            damage = f"{name}: no SQLite database, or a damaged one ({reason}); restore it or name another file"
+            raise InputError(damage) from error
+        advice = "check that its folder is writable, has space and is on a disk of this machine"
+        if name.startswith("postgresql://"):
+            advice = "check that the server runs and that this user may use the database"
+        raise EveralignError(f"{name}: {doing} failed: {reason}; {advice}, then try again") from error
 
 
 def parse_url(text: str) -> URL:

@@ -164,7 +164,12 @@ def _check_text(value: Any, field: str, longest: int | None = None) -> None:
     """Refuse what is no text, or text that a database or a trainer could not hold."""
     if not isinstance(value, str):
         raise InputError(f"field {field!r}: must be text, found {kind(value)}")
-    _check_encodable(value, field)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"field {field!r}: half a surrogate pair at character {error.start + 1}; repair the text's encoding"
+        ) from None
     if "\0" in value:
         raise InputError(f"field {field!r}: has the character U+0000 at {value.index(chr(0)) + 1}; remove it")
     if longest is not None and len(value) > longest:
@@ -172,6 +177,7 @@ def _check_text(value: Any, field: str, longest: int | None = None) -> None:
 
 
 def _checked_tags(tags: Any) -> tuple[str, ...]:
+    """Return tags in their order, each once; raises InputError if there are too many, or one cannot be stored."""
     if not isinstance(tags, list | tuple):
         raise InputError(f"field 'tags': must be a list of texts, found {kind(tags)}")
     if len(tags) > MOST_TAGS:
@@ -181,21 +187,12 @@ def _checked_tags(tags: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tags))
 
 
-def _check_encodable(text: str, field: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"field {field!r}: half a surrogate pair at character {error.start + 1}; repair the text's encoding"
-        ) from None
-
-
 def _check_json(value: Any, field: str) -> None:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"field {field!r}: is not JSON: {error}") from None
-    _check_encodable(text, field)
+    _check_text(text, field)
 
 
 def _check_one_of(value: Any, known: tuple[str, ...], field: str) -> None:
@@ -224,7 +221,7 @@ _PHONE = re.compile(
     r"(?<![\w.+])(?:\+\d{1,3}(?:[ ./-]?\(?\d{1,5}\)?){2,6}|\(\d{2,5}\)(?:[ ./-]?\d{2,5}){2,4}"
     r"|0\d{1,4}(?:[ /-]\d{2,8}){1,4}|\d{3}[ .-]\d{3}[ .-]\d{4})(?![\w])"
 )
-_FEWEST_PHONE_DIGITS = 7
+_FEWEST_DIGITS = 7  # of a phone number
 _KEYS = (
     r"(?P<before>\b[Bb]earer\s{1,4})[\w.~+/=-]{8,}",
     r"\b(?:sk|pk|rk)[-_][\w-]{16,}",
@@ -266,10 +263,11 @@ class Redaction:
                 raise InputError(f"redaction: there is no {name!r}; choose from {', '.join(KINDS)}")
         # Keys first: the digits of a card or a phone may be part of one.
         built_in: dict[str, list[_Rule]] = {
-            "key": [(pattern, _without_key) for pattern in _KEY],
+            # What says that a key follows, such as `password: `, stays.
+            "key": [(one, lambda found: "".join(filter(None, found.groupdict().values())) + "[key]") for one in _KEY],
             "email": [(_EMAIL, _marked("email"))],
-            "card": [(_CARD, _without_card)],
-            "phone": [(_PHONE, _without_phone)],
+            "card": [(_CARD, lambda found: "[card]" if passes_luhn(_digits(found[0])) else found[0])],
+            "phone": [(_PHONE, lambda found: "[phone]" if len(_digits(found[0])) >= _FEWEST_DIGITS else found[0])],
         }
         self._rules += [rule for name, rules in built_in.items() if name in kinds for rule in rules]
 
@@ -313,16 +311,8 @@ def _marked(name: str) -> Callable[[re.Match[str]], str]:
     return lambda _: f"[{name}]"  # a function, because backslashes in a replacement text mean something
 
 
-def _without_key(match: re.Match[str]) -> str:
-    return "".join(text for text in match.groupdict().values() if text) + "[key]"
-
-
-def _without_phone(match: re.Match[str]) -> str:
-    return "[phone]" if sum(char.isdigit() for char in match[0]) >= _FEWEST_PHONE_DIGITS else match[0]
-
-
-def _without_card(match: re.Match[str]) -> str:
-    return "[card]" if passes_luhn([int(char) for char in match[0] if char.isdigit()]) else match[0]
+def _digits(text: str) -> list[int]:
+    return [int(char) for char in text if char.isdigit()]
 
 
 def passes_luhn(digits: Sequence[int]) -> bool:
