@@ -152,6 +152,8 @@ _KNOWN_OPTIONS = {"dropout", "scaling", "is_causal", "sliding_window", "position
 _BLOCK_ROWS = 128
 _BLOCK_SCORES = 4_194_304
 _ROUND_ROWS = 32
+# Numbers of keys, and of values, that are held in fp32 at once where one token attends.
+_WIDENED = 4_194_304
 
 
 def use_cpu_attention(model: Any) -> None:
@@ -162,10 +164,13 @@ def use_cpu_attention(model: Any) -> None:
 
 @contextmanager
 def cpu_attention(model: Any) -> Iterator[None]:
-    """Use this attention inside the `with` block if heads share keys, which the library's would copy for each head."""
+    """Use this attention inside the `with` block where it serves.
+
+    That is if heads share keys, which the library's would copy for each head, or in bf16, for single tokens.
+    """
     config = model.config.get_text_config()
     shared = getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)
-    if not shared or not _replaceable(model):
+    if not (shared or model.dtype == torch.bfloat16) or not _replaceable(model):
         yield
         return
     # The configuration alone, since this happens in every pass.
@@ -221,12 +226,17 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks: query (R, H, T, D), key and value (R, H', T, D), a mask, a table of runs or None."""
     plain = not options.get("dropout") and not set(options) - _KNOWN_OPTIONS and options.get("is_causal") is not False
-    if attention_mask is None or not plain or len({query.dtype, key.dtype, value.dtype}) > 1:
+    plain = plain and len({query.dtype, key.dtype, value.dtype}) == 1
+    scale = query.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"]
+    one_token = query.shape[2] == 1 and query.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    known_mask = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+    if plain and one_token and known_mask:
+        return _of_one_token(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
+    if attention_mask is None or not plain:
         if attention_mask is not None and attention_mask.dtype == torch.int64:
             attention_mask = _mask_of(attention_mask[0, 0].tolist(), query.shape[2])
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output, None
-    scale = query.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"]
     if attention_mask.dtype != torch.int64:
         grouped = key.shape[1] != query.shape[1]
         output = F.scaled_dot_product_attention(
@@ -236,6 +246,27 @@ def _attention(
     states = (tensor.transpose(1, 2)[0] for tensor in (query, key, value))
     result: Tensor = _Attention.apply(*states, attention_mask[0, 0].tolist(), scale)  # type: ignore[no-untyped-call]
     return result[None], None
+
+
+def _of_one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attend with one query a row (R, H, 1, D) over keys and values (R, H', S, D): plain products in fp32.
+
+    The library's kernel in bf16 takes longer for one query than for four, and two to five times as long as this, which
+    made half of the time of writing many answers at once.
+    """
+    groups, seen, width = key.shape[1:]
+    queries = query.reshape(len(query), groups, -1, width)  # heads that share a key, as rows of one product
+    output = torch.empty_like(queries)
+    step = max(1, _WIDENED // (groups * seen * width))
+    for rows in (slice(start, start + step) for start in range(0, len(query), step)):
+        with torch.autocast("cpu", enabled=False):  # which would round the scores
+            scores = (queries[rows].float() @ key[rows].float().transpose(2, 3)).mul_(scale)
+            if mask is not None:
+                hidden = ~mask.expand(len(query), -1, -1, -1)[rows]
+                # Not -∞, which would make NaN of a row that sees nothing.
+                scores.masked_fill_(hidden, torch.finfo(torch.float32).min)
+            output[rows] = (scores.softmax(-1) @ value[rows].float()).to(query.dtype)
+    return output.view(query.shape)
 
 
 class _Attention(torch.autograd.Function):

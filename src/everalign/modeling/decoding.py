@@ -447,7 +447,7 @@ class RaggedRows:
         everything = len(wanted) == len(padded) * width
         rows, columns = torch.tensor(wanted, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
         if model.head.chunked:
-            with nullcontext() if own_mask else cpu_attention(model.model):
+            with nullcontext() if own_mask and width > 1 else cpu_attention(model.model):
                 states: Tensor = model.model.base_model(**inputs).last_hidden_state
             return states.flatten(0, 1) if everything else states[rows, columns - start]
         if everything:
