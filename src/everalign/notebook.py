@@ -13,20 +13,18 @@ def default_progress() -> Progress:
     shell = sys.modules.get("IPython")
     # The kernel of a notebook, such as Jupyter's or Colab's.
     if "ipykernel" in sys.modules and shell is not None and shell.get_ipython() is not None:
-        return _Bar()
+        # One line of HTML that is replaced: a stage, its bar, and steps done of steps in all.
+        handle: Any = None  # that of IPython's display, once there is something to replace
+
+        def show(stage: str, done: int, total: int) -> None:
+            nonlocal handle
+            from IPython.display import HTML, display
+
+            text = f"{html.escape(stage)} <progress value={done} max={total}></progress> {done}/{total}"
+            if handle is None:
+                handle = display(HTML(text), display_id=True)
+            else:
+                handle.update(HTML(text))
+
+        return show
     return lambda stage, done, total: None
-
-
-class _Bar:
-    """One line of HTML that is replaced: a stage, its bar, and steps done of steps in all."""
-
-    _handle: Any = None  # that of IPython's display, once there is something to replace
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        from IPython.display import HTML, display
-
-        text = f"{html.escape(stage)} <progress value={done} max={total}></progress> {done}/{total}"
-        if self._handle is None:
-            self._handle = display(HTML(text), display_id=True)
-        else:
-            self._handle.update(HTML(text))

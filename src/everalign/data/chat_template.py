@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2.exceptions import TemplateError
 
 from everalign.data.messages import ChatPrompt, Completion, Message, message_text
+from everalign.data.rows import common_length
 from everalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Renderer:
             if appended is None:
                 raise
             return appended
-        start = _alike(whole, prompt_text)
+        start = common_length((whole, prompt_text))
         end, ended = self._answer_end(prompt, whole, start)
         lost = self._lost(whole[start:end], reply)
         if start == len(prompt_text) and not lost:
@@ -137,7 +138,7 @@ class Renderer:
             whole = self.render(prompt, ({"role": "assistant", "content": _SENTINEL},), opens_answer=False)
         except InputError:
             return None
-        shared, opened = _alike(whole, prompt_text), self._opened(prompt, prompt_text)
+        shared, opened = common_length((whole, prompt_text)), self._opened(prompt, prompt_text)
         place = whole.rfind(_SENTINEL)
         if place < shared or shared < opened:
             return None
@@ -154,12 +155,12 @@ class Renderer:
             return Rendered(prompt_text + completion[len(opening) :] + end, len(prompt_text), ended, appended=True)
         if opening.strip() and completion.lstrip().startswith(opening.strip()):
             text = prompt_text[:shared] + completion + end
-            return Rendered(text, _alike(text, prompt_text), ended)
+            return Rendered(text, common_length((text, prompt_text)), ended)
         return Rendered(prompt_text + completion + end, len(prompt_text), ended, appended=True)
 
     def _opened(self, prompt: Sequence[Message], prompt_text: str) -> int:
         """Returns the character at which a prompt's messages end and the assistant's turn is opened."""
-        return _alike(self.render(prompt, (), opens_answer=False), prompt_text)
+        return common_length((self.render(prompt, (), opens_answer=False), prompt_text))
 
     def _lost(self, body: str, reply: Sequence[Message]) -> str:
         """Says which part of an answer its rendering lacks; empty if none."""
@@ -278,14 +279,6 @@ class Renderer:
 
 def _parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
-
-
-def _alike(whole: str, prompt_text: str) -> int:
-    """Returns the length of the common beginning of two texts."""
-    if whole.startswith(prompt_text):
-        return len(prompt_text)
-    pairs = enumerate(zip(whole, prompt_text, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), len(whole))
 
 
 def _before_mark(mark: re.Pattern[str], text: str, first: int, last: int) -> int:

@@ -29,6 +29,7 @@ from everalign.data.chat_template import (
     uses_default_template,
 )
 from everalign.data.messages import Completion, Prompt
+from everalign.data.rows import common_length
 from everalign.errors import InputError, located
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ class ChatFormat:
         self, prompt: Prompt, head: list[int], wholes: Sequence[Rendered], bodies: Sequence[list[int]], border: int
     ) -> PromptAndAnswers:
         """Returns the row whose prompt is `head` and what all bodies have in common before the border."""
-        border = _common_length([ids[:border] for ids in bodies])
+        border = common_length([ids[:border] for ids in bodies])
         answers = tuple(
             ids[border:] + ([] if whole.ended else [self.eos]) for ids, whole in zip(bodies, wholes, strict=True)
         )
@@ -269,19 +270,12 @@ def _tokens_before(head: list[int], whole: _TextTokens, border: int) -> int:
     ids = whole.ids
     if ids[: len(head)] == head:
         return len(head)
-    count = _common_length((ids, head))
+    count = common_length((ids, head))
     while count and whole.span(count - 1)[1] > border:
         count -= 1
     while count < len(ids) and 0 <= whole.span(count)[1] <= border:
         count += 1
     return count
-
-
-def _common_length(lists: Sequence[list[int]]) -> int:
-    """Returns the length of the common beginning of lists."""
-    shortest, longest = min(lists), max(lists)  # in lexicographic order, so that the others lie between
-    pairs = enumerate(zip(shortest, longest, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), min(len(shortest), len(longest)))
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
-from everalign.data.rows import check_text, content_id, field_error, kind
+from everalign.data.rows import check_text, common_length, content_id, field_error, kind
 from everalign.errors import InputError
 
 Message = dict[str, Any]
@@ -418,8 +418,7 @@ def split_texts(chosen: str, rejected: str, missing: InputError) -> tuple[str, s
     """
     check_text(chosen, "chosen")
     check_text(rejected, "rejected")
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    alike = next((i for i, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    alike = common_length((chosen, rejected))
     found = ([turn.end() for turn in pattern.finditer(chosen, 0, alike)] for pattern in _TURNS)
     turns = next((ends for ends in found if ends), [])
     # A text that ends with the mark has no answer behind it.
@@ -438,14 +437,13 @@ def split_texts(chosen: str, rejected: str, missing: InputError) -> tuple[str, s
 
 def _begins_word(text: str, place: int) -> bool:
     """Whether a word may begin at `place`. In scripts without spaces every character may begin one."""
-
-    def spaced_letter(character: str) -> bool:
-        # Chinese, Japanese, Thai and Khmer letters are left out: spaces do not divide their words.
-        code = ord(character)
-        spaced = code < 0x0E00 or 0x10A0 <= code < 0x1780 or 0x1E00 <= code < 0x2000 or 0xAC00 <= code < 0xD7B0
-        return spaced and (character.isalnum() or character in "'’_")
-
     before, here = text[place - 1], text[place]
     if unicodedata.combining(here) or here in _JOINERS or before == _JOINERS[0]:
         return False
-    return not (spaced_letter(before) and spaced_letter(here))
+    for character in (before, here):
+        # Chinese, Japanese, Thai and Khmer letters are left out: spaces do not divide their words.
+        code = ord(character)
+        spaced = code < 0x0E00 or 0x10A0 <= code < 0x1780 or 0x1E00 <= code < 0x2000 or 0xAC00 <= code < 0xD7B0
+        if not spaced or not (character.isalnum() or character in "'’_"):
+            return True
+    return False

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 T = TypeVar("T")
+Ordered = TypeVar("Ordered", str, list[int])
 
 
 def field_error(field: str, problem: str, hint: str | None = None) -> InputError:
@@ -123,6 +124,14 @@ def kind(value: object) -> str:
 def spread(rows: Sequence[T], count: int) -> list[T]:
     """Returns at most `count` rows from the first to the last, evenly far apart."""
     return [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else list(rows)
+
+
+def common_length(sequences: Sequence[Ordered]) -> int:
+    """Returns the length of the common beginning of texts, or of lists of tokens."""
+    least, most = min(sequences), max(sequences)  # in lexicographic order, so that the others lie between
+    if most[: len(least)] == least:
+        return len(least)
+    return next(i for i, (one, other) in enumerate(zip(least, most, strict=False)) if one != other)
 
 
 def content_id(content: Any) -> str:

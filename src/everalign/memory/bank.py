@@ -164,7 +164,8 @@ class MemoryBank:
         Raises:
             ValueError: the update is of another shape than the entries.
         """
-        self.add(self.coordinates(update if self.cap is None else _balanced(update)))
+        # With factors of the same scale, so that no direction is lost beside a larger one.
+        self.add(self.coordinates(update if self.cap is None else LowRankUpdate(*update.balanced_factors())))
 
     def add(self, coordinates: Coordinates, held: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Appends the update of `coordinates`, at its precision.
@@ -201,7 +202,7 @@ class MemoryBank:
         Raises:
             ValueError: the update is of another shape than the entries.
         """
-        coordinates = self.coordinates(update if self.cap is None else _balanced(update))
+        coordinates = self.coordinates(update if self.cap is None else LowRankUpdate(*update.balanced_factors()))
         coefficients, core, energy = coordinates.project()
         return Projection(coefficients, coordinates.component(core), energy)
 
@@ -245,11 +246,6 @@ class MemoryBank:
             raise ValueError(f"a bank's cores do not fit its bases: {tuple(cores.shape)}")
         self._left, self._right = left.clone(), right.clone()
         self._cores, self._energies = [core.clone() for core in cores], energies.tolist()
-
-
-def _balanced(update: LowRankUpdate) -> LowRankUpdate:
-    """Returns the update with factors of the same scale, so that no direction is lost beside a larger one."""
-    return LowRankUpdate(*update.to(torch.float64).balanced_factors()).to(update.dtype)
 
 
 def _extended(basis: Tensor | None, factor: Tensor) -> tuple[Tensor, Tensor]:

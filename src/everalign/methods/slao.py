@@ -29,7 +29,12 @@ class MergeBeforeForget(Method):
         factors = policy.factors()
         self._before = {name: left for name, (left, _) in factors.items()} if self._own else {}
         if self._own:
-            start = {name: (self._own[name], _orthonormal_rows(right)) for name, (_, right) in factors.items()}
+            start = {}
+            for name, (_, right) in factors.items():
+                # An orthonormal basis (n, r) of A's rows. QR leaves each direction's sign open; that of the row itself.
+                basis, upper = torch.linalg.qr(right.double().T)
+                basis = basis * torch.where(upper.diagonal() < 0, -1.0, 1.0)
+                start[name] = self._own[name], basis.T.to(right)
             policy.write_factors(start)
 
     def end_task(self, policy: Policy, task: Task) -> list[ModuleRecord]:
@@ -49,11 +54,3 @@ class MergeBeforeForget(Method):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores it."""
         self._own = dict(state)
-
-
-def _orthonormal_rows(matrix: Tensor) -> Tensor:
-    """Return an orthonormal basis (r, n) of the rows of a matrix (r, n), in the order in which QR finds it."""
-    basis, upper = torch.linalg.qr(matrix.double().T)
-    # QR leaves each direction's sign open; that of the row itself.
-    rows: Tensor = (basis * torch.where(upper.diagonal() < 0, -1.0, 1.0)).T.to(matrix)
-    return rows

@@ -400,16 +400,13 @@ class RaggedRows:
                 right = {row: sum(map(eq, found[row].tokens[start:end], targets[row][start:end])) for row in going}
                 going = [row for row in going if 2 * right[row] >= end - start]
             start, end = end, end + 2 * (end - start)
-        width = self._width(len(tokens))
+        width = max(1, self._model.tokens_per_pass // len(tokens))
         return found, [-(-len(row) // width) for row in tokens]
-
-    def _width(self, rows: int) -> int:
-        return max(1, self._model.tokens_per_pass // rows)
 
     @torch.no_grad()
     def states(self, tokens: Sequence[list[int]], wanted: Sequence[int]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Write tokens behind each row; returns K hidden states (or logits), and their rows and columns in `tokens`."""
-        longest, width = max(map(len, tokens)), self._width(len(tokens))
+        longest, width = max(map(len, tokens)), max(1, self._model.tokens_per_pass // len(tokens))
         parts, places = [], []
         for start in range(0, longest, width):
             end = min(start + width, longest)

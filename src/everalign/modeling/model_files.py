@@ -334,9 +334,9 @@ def merged_into(base: Any, adapter: Path) -> Any:
         EveralignError: merged logits differ from the adapter's by more than 1e-4 of their largest value.
     """
     model = PeftModel.from_pretrained(plain_weights(base), str(adapter)).eval()
-    expected = _logits(model)
+    expected = logits_of(model)
     merged = model.merge_and_unload()
-    error = _difference(_logits(merged), expected)
+    error = largest_difference(logits_of(merged), expected)
     if not error <= _TOLERANCE:
         raise EveralignError(f"the merged model's logits differ from the adapter's by {error:.2e} of their size")
     return merged
@@ -387,9 +387,9 @@ def write_checked(model: Any, folder: Path, dtype: OutputDtype = "auto") -> Writ
         InputError: as `write_checkpoint`.
         EveralignError: what was written is another model, or rounding has changed it by more than its dtype should.
     """
-    exact = _logits(model)
+    exact = logits_of(model)
     kind = write_checkpoint(model, folder, dtype)
-    kept = _logits(model)
+    kept = logits_of(model)
     model.to("meta")
     rounding = ((kept - exact).norm(dim=-1).median() / exact.norm(dim=-1).median()).item()
     name = next((name for name, known in DTYPES.items() if known == kind), str(kind))
@@ -397,19 +397,20 @@ def write_checked(model: Any, folder: Path, dtype: OutputDtype = "auto") -> Writ
         raise EveralignError(
             f"rounding the weights to {name} moves the logits by {rounding:.2e} of their norm: choose --dtype fp32"
         )
-    error = _difference(_logits(load_model(str(folder), "fp32")), kept)
+    error = largest_difference(logits_of(load_model(str(folder), "fp32")), kept)
     if not error <= _TOLERANCE:
         raise EveralignError(f"the written model's logits differ from the merged ones by {error:.2e} of their size")
     return Written(name, rounding)
 
 
 @torch.no_grad()
-def _logits(model: Any) -> Tensor:
-    probe = torch.arange(_PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
-    logits: Tensor = model(input_ids=probe, use_cache=False).logits.float()
+def logits_of(model: Any, tokens: Sequence[int] = range(_PROBE_TOKENS)) -> Tensor:
+    """Return the logits (1, T, V) fp32 of a text of T tokens, taken modulo the vocabulary; of a probe if not given."""
+    ids = torch.tensor([list(tokens)], device=model.device) % model.config.get_text_config().vocab_size
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
     return logits
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def largest_difference(found: Tensor, expected: Tensor) -> float:
     """Return the largest difference of logits, as a share of the largest expected one."""
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()

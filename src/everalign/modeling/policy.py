@@ -137,7 +137,7 @@ class Policy(TrainableLM):
                     "apart"
                 )
             self._queries: dict[tuple[int, ...], Tensor] = {}
-            self.prompts = PromptPool(prompts, self._embeddings, self._query((0,)).shape[-1])
+            self.prompts = PromptPool(prompts, self._embeddings, self.queries([(0,)]).shape[-1])
         # The pool whose prompts are put in front now stands last. In a list, which makes it no part of the policy.
         self._pools: list[PromptPool | None] = [None]
         self.reset(seed)
@@ -218,19 +218,15 @@ class Policy(TrainableLM):
         found = []
         for tokens in map(tuple, prompts):
             if tokens not in self._queries:
-                self._queries[tokens] = self._query(tokens)
+                ids = torch.tensor([tokens], device=self._embeddings.weight.device)
+                places = torch.arange(len(tokens), device=ids.device)
+                # All of its tokens as if they were predictors.
+                batch = {"input_ids": ids, "predictors": places, "targets": ids[0]}
+                batch |= {"sequences": torch.zeros_like(places), "lengths": torch.tensor([len(tokens)]).to(places)}
+                with torch.no_grad(), self._computing(ids):
+                    self._queries[tokens] = self.head.states(batch).float().mean(dim=0).cpu()
             found.append(self._queries[tokens])
         return torch.stack(found).to(self._embeddings.weight.device)
-
-    @torch.no_grad()
-    def _query(self, tokens: tuple[int, ...]) -> Tensor:
-        ids = torch.tensor([tokens], device=self._embeddings.weight.device)
-        places = torch.arange(len(tokens), device=ids.device)
-        # All of its tokens as if they were predictors.
-        batch = {"input_ids": ids, "predictors": places, "targets": ids[0]}
-        batch |= {"sequences": torch.zeros_like(places), "lengths": torch.tensor([len(tokens)], device=ids.device)}
-        with self._computing(ids):
-            return self.head.states(batch).float().mean(dim=0).cpu()
 
     @contextmanager
     def _reading(self, batch: Batch) -> Iterator[Batch]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL_LM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as IMAGE_TEXT_TO_TEXT
 
@@ -17,7 +16,7 @@ from everalign.data.tokenization import TokenizedRow
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.architecture import choose_targets, configuration_key, is_linear, kind_of, study
 from everalign.modeling.loading import load_model
-from everalign.modeling.model_files import write_checked
+from everalign.modeling.model_files import largest_difference, logits_of, write_checked
 from everalign.modeling.policy import Policy
 from everalign.modeling.shrinking import FIRST_SPECIAL, MODEL_ERRORS, quiet, shrunk_copy
 
@@ -76,8 +75,8 @@ def _stages(small: Any, kinds: set[str], folder: Path) -> Iterator[str]:
 
     yield "reading a text from left to right"
     # With as many tokens, since positions may stretch with the length.
-    one, other = (_logits(small, [*tokens[:8], *end])[:, :8] for end in (tokens[8:], tokens[:-8]))
-    if not _difference(one, other) <= _TOLERANCE:
+    one, other = (logits_of(small, [*tokens[:8], *end])[:, :8] for end in (tokens[8:], tokens[:-8]))
+    if not largest_difference(one, other) <= _TOLERANCE:
         raise InputError("its output for a token depends on later tokens: it is not a causal language model")
 
     yield "adapting it"
@@ -85,15 +84,15 @@ def _stages(small: Any, kinds: set[str], folder: Path) -> Iterator[str]:
     policy = Policy(small, 2, 4.0, names)
 
     yield "a training step"
-    before = _logits(policy.peft, tokens)
+    before = logits_of(policy.peft, tokens)
     _take_a_step(policy, tokens)
-    learned = _logits(policy.peft, tokens)
-    change = _difference(learned, before)
+    learned = logits_of(policy.peft, tokens)
+    change = largest_difference(learned, before)
     if not change > 0:
         raise InputError("it does not change the model's output")
 
     def check(model: Any, what: str) -> None:
-        error = _difference(_logits(model, tokens), learned)
+        error = largest_difference(logits_of(model, tokens), learned)
         if not error <= max(_TOLERANCE, _LOST * change):
             raise InputError(f"{what} differs from what was learned by {error:.1e} of its size")
 
@@ -150,13 +149,3 @@ def _take_a_step(policy: Policy, tokens: list[int]) -> None:
             parameter.add_(_LEARNING_RATE * parameter.grad.sign())  # type: ignore[union-attr]
     policy.zero_grad()
     policy.eval()
-
-
-@torch.no_grad()
-def _logits(model: Any, tokens: list[int]) -> Tensor:
-    logits: Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits
-    return logits
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))

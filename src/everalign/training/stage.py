@@ -308,6 +308,7 @@ def _load_hooks(hooks: StageHooks | None, folder: Path, model: nn.Module) -> Non
         hooks.load_stage_state(load_file(folder / _HOOKS), model)  # type: ignore[arg-type]
 
 
+@dataclass(eq=False)
 class _CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
     """Adds to a checkpoint what steps have changed in a method, marks it as complete, and removes earlier ones.
 
@@ -318,8 +319,8 @@ class _CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         hooks: whose state is kept; None for nobody's.
     """
 
-    def __init__(self, stage_id: str, hooks: StageHooks | None) -> None:
-        self._stage_id, self._hooks = stage_id, hooks
+    stage_id: str
+    hooks: StageHooks | None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the checkpoint that was just saved; last of all it gets the checksums of its files."""
@@ -327,8 +328,8 @@ class _CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformer
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"{_CHECKPOINT}{state.global_step}"
-        _save_hooks(self._hooks, folder)
-        write_json(folder / _STAGE, {"stage": self._stage_id})
+        _save_hooks(self.hooks, folder)
+        write_json(folder / _STAGE, {"stage": self.stage_id})
         write_json(folder / _MARK, checksums(folder, exclude=frozenset({_MARK})))
         found = _checkpoints(folder.parent)
         kept = [path for step, path in found if step <= state.global_step][:_CHECKPOINTS]

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -219,22 +220,23 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]  # transformers carrie
         super().log(logs, start_time)
 
 
+@dataclass(eq=False)
 class _AroundSteps(TrainerCallback):  # type: ignore[misc]
     """What happens around the optimiser's steps: the losses are looked at, and a method's hooks are called."""
 
-    def __init__(self, trainer: Trainer, hooks: StageHooks | None) -> None:
-        self._trainer, self._hooks = trainer, hooks
+    trainer: Trainer
+    hooks: StageHooks | None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._hooks is not None:
-            self._hooks.adjust_gradients(kwargs["model"])
+        if self.hooks is not None:
+            self.hooks.adjust_gradients(kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the losses before anything of a step is logged or saved, and after the last step; call the hooks."""
         if control.should_log or control.should_save or state.global_step >= state.max_steps:
-            self._trainer.check_losses()
-        if self._hooks is not None:
-            self._hooks.after_step(kwargs["model"])
+            self.trainer.check_losses()
+        if self.hooks is not None:
+            self.hooks.after_step(kwargs["model"])
 
 
 def training_arguments(folder: Path, options: StageOptions, seed: int) -> TrainingArguments:
