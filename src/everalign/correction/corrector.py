@@ -148,9 +148,8 @@ class Corrector:
 
         arguments = CorrectorOptions.gather(arguments)
         arguments.setdefault("progress", default_progress())
-        learned, held_out = (
-            one if one is None or isinstance(one, CorrectionSet) else load_corrections(one) for one in (rows, test)
-        )
+        learned = rows if isinstance(rows, CorrectionSet) else load_corrections(rows)
+        held_out = test if test is None or isinstance(test, CorrectionSet) else load_corrections(test)
         trained = train_corrector(model, learned, output, test=held_out, **arguments)
         return cls.from_pretrained(trained.path)
 
