@@ -64,7 +64,7 @@ def test_the_smallest_values_are_taken():
     least = TrainingOptions(
         sft_epochs=0, warmup=0, max_grad_norm=0, checkpoint_steps=0, test_limit=0, max_length=8, logging_steps=1
     )
-    assert least.preference_stage().warmup == 0
+    assert least.stage().warmup == 0
     assert AdapterOptions(rank=1, alpha=0.5).alpha == 0.5
 
 
@@ -86,7 +86,7 @@ def test_the_paper_preset_has_the_scripts_values():
 
 def test_the_paper_preset_makes_two_stages():
     paper = TrainingOptions.preset("paper", batch_size=8, tokens_per_batch=120, checkpoint_steps=7, max_grad_norm=0.5)
-    sft, preference = paper.sft_stage(), paper.preference_stage()
+    sft, preference = paper.stage(supervised=True), paper.stage()
     assert (sft.learning_rate, sft.epochs) == (1e-4, 3.0)
     assert (preference.learning_rate, preference.epochs) == (5e-6, 3.0)
     for stage in (sft, preference):

@@ -78,10 +78,7 @@ def tune(bench: Bench, settings: Settings, log: Log, progress: Progress) -> Tune
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise bench.located(InputError(f"{wrong[0]}{more}; what the others chose is in {path}"))
-        for model, contenders in file.trials.items():
-            for name, tried in contenders.items():
-                notes += _edges(bench, name, model, file.chosen[model][name])
-                notes += [f"{name} on {model}: {one.choice} failed: {one.failed}" for one in tried if one.failed]
+        notes += _notes_on_trials(bench, file)
     return Tuned(read_model(path, ChosenFile), notes)
 
 
@@ -126,13 +123,17 @@ def _checked(bench: Bench, records: Records, runs: Sequence[Run]) -> list[str]:
         raise bench.located(error) from None
 
 
-def _edges(bench: Bench, name: str, model: str, choice: Choice) -> list[str]:
-    """Notes on chosen numbers beyond which there may be better ones."""
+def _notes_on_trials(bench: Bench, file: ChosenFile) -> list[str]:
+    """Notes on chosen numbers beyond which there may be better ones, and on trials that failed."""
     found = []
-    for option, values in (bench.contenders[name].tune or {}).items():
-        numbers = len(values) > 2 and all(isinstance(value, int | float) for value in values)
-        if numbers and choice[option] in (min(values), max(values)):
-            found.append(f"{name} on {model}: {option} {choice[option]} lies at the end of what was tried")
+    for model, contenders in file.trials.items():
+        for name, tried in contenders.items():
+            choice = file.chosen[model][name]
+            for option, values in (bench.contenders[name].tune or {}).items():
+                numbers = len(values) > 2 and all(isinstance(value, int | float) for value in values)
+                if numbers and choice[option] in (min(values), max(values)):
+                    found.append(f"{name} on {model}: {option} {choice[option]} lies at the end of what was tried")
+            found += [f"{name} on {model}: {one.choice} failed: {one.failed}" for one in tried if one.failed]
     return found
 
 

@@ -215,7 +215,8 @@ def outcome_tables(outcome: Outcome) -> list[RenderableType]:
         tables.append(Text(_ABOUT_NUMBERS, style="dim"))
         answers = answers_table(result)
         tables += [*([] if answers is None else [answers]), *cost_tables(result)]
-    return [*_spaced(tables), *(Text(f"note: {note}", style="yellow") for note in outcome.notes), Text("")]
+    spaced = [part for table in tables for part in (table, Text(""))]
+    return [*spaced, *(Text(f"note: {note}", style="yellow") for note in outcome.notes), Text("")]
 
 
 def tuning_tables(tuned: Tuned) -> list[RenderableType]:
@@ -231,9 +232,5 @@ def tuning_tables(tuned: Tuned) -> list[RenderableType]:
                 mark = "chosen" if trial.choice == tuned.file.chosen[model].get(name) else ""
                 score = "failed" if trial.failed else fixed(trial.score, 4)
                 table.add_row(Text(name), choice_text(trial.choice), score, mark)
-        tables.append(table)
-    return [*_spaced(tables), *(Text(f"note: {note}", style="yellow") for note in tuned.notes)]
-
-
-def _spaced(tables: Sequence[RenderableType]) -> list[RenderableType]:
-    return [part for table in tables for part in (table, Text(""))]
+        tables += [table, Text("")]
+    return [*tables, *(Text(f"note: {note}", style="yellow") for note in tuned.notes)]

@@ -196,9 +196,10 @@ def _predict(learner: "Learner", tasks: list[LoadedTask], arguments: Mapping[str
         return
     if found is None:
         return
+    from everalign.learning.run_store import RunDirectory
     from everalign.reporting.formats import seconds as duration
 
-    learner.record_prediction(found.tasks_to_dict())
+    RunDirectory(learner.run.path).record_prediction(found.tasks_to_dict())
     time_needed = " to ".join(duration(part) for part in (found.total.low, found.total.high))
     display.log(f"predicted: {found.steps} steps, {time_needed}, {found.memory.peak / 2**30:.1f} GiB of memory")
     needed, free = sum(found.disk.values()), shutil.disk_usage(learner.run.path).free

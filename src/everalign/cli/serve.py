@@ -243,14 +243,14 @@ def _corrections(
     if name is None:
         return None, None
     from everalign.correction import CorrectionOptions
-    from everalign.serving.corrector_reload import CorrectorReloader, is_run
+    from everalign.serving.corrector_reload import CorrectorReloader
     from everalign.serving.gateway import make_corrections
 
     on_server = name.startswith(("http://", "https://"))
     if on_server and gate is not None:
         raise InputError("--gate: a server does not say how likely an answer is; leave it out, or load the model")
     load = partial(load_corrector, template=template, local=local, approver=approver, options=CorrectionOptions(gate))
-    if not is_run(name):
+    if not (Path(name) / "run.json").is_file():
         if on_rollback is not None:
             raise InputError(f"--on-rollback: only a run can be rolled back, and {name} is not a run; leave it out")
         corrector = load(name)

@@ -148,8 +148,9 @@ class Corrector:
 
         arguments = CorrectorOptions.gather(arguments)
         arguments.setdefault("progress", default_progress())
-        held_out = None if test is None else as_corrections(test)
-        trained = train_corrector(model, as_corrections(rows), output, test=held_out, **arguments)
+        learned = rows if isinstance(rows, CorrectionSet) else load_corrections(rows)
+        held_out = test if test is None or isinstance(test, CorrectionSet) else load_corrections(test)
+        trained = train_corrector(model, learned, output, test=held_out, **arguments)
         return cls.from_pretrained(trained.path)
 
     @classmethod
@@ -350,11 +351,6 @@ class Corrector:
                 if not approved:
                     results[i] = replace(results[i], text=answer, changed=False, reason="not_better")
         return results
-
-
-def as_corrections(rows: Any) -> CorrectionSet:
-    """Returns corrections as a set: one already, or whatever `load_corrections` takes."""
-    return rows if isinstance(rows, CorrectionSet) else load_corrections(rows)
 
 
 def _checked(pair: Pair, where: str) -> Pair:

@@ -141,12 +141,11 @@ class EndpointEngine:
         begun: Sequence[Begun] | None = None,
     ) -> list[EngineOutput]:
         """Return the server's corrections; raises ChatError when a request fails for good."""
-        _refuse_gate(gate)
         begun = begun or [Begun()] * len(pairs)
         outputs: dict[int, EngineOutput] = {}
         # The limit is a parameter of the request: pairs with the same limit are sent together.
         rests = [one.rest(answer) for (_, answer), one in zip(pairs, begun, strict=True)]
-        limits = [_endpoint_limit(rest) if max_new_tokens is None else max_new_tokens for rest in rests]
+        limits = _request_limits(rests, gate, max_new_tokens)
         for limit in sorted(set(limits)):
             chosen = [i for i, own in enumerate(limits) if own == limit]
             prompts = [self.template.render(*pairs[i], self._objectives) + begun[i].text for i in chosen]
@@ -157,8 +156,7 @@ class EndpointEngine:
 
     def stream_events(self, pair: Pair, gate: Gate | None, max_new_tokens: int | None) -> Iterator[str | EngineOutput]:
         """Yield the growing text; only the output where the server cannot stream."""
-        _refuse_gate(gate)
-        limit = _endpoint_limit(pair[1]) if max_new_tokens is None else max_new_tokens
+        [limit] = _request_limits([pair[1]], gate, max_new_tokens)
         prompt = self.template.render(*pair, self._objectives)
         text = yielded = ""
         try:
@@ -177,16 +175,18 @@ class EndpointEngine:
         yield from self.write([pair], gate, max_new_tokens)
 
 
-def _refuse_gate(gate: Gate | None) -> None:
-    if gate is not None:
-        raise InputError("gate: a server does not say how likely an answer is; leave it out, or load the model")
-
-
 def _endpoint_output(reply: Completion) -> EngineOutput:
     return EngineOutput(reply.text, reply.finish_reason in _ENDED, output_tokens=reply.completion_tokens)
 
 
-def _endpoint_limit(answer: str) -> int:
-    """The default limit in tokens, estimated from bytes and rounded up so that many requests share it."""
-    tokens = math.ceil(len(answer.encode()) / _BYTES_PER_TOKEN)
-    return LONGER * math.ceil((TIMES_LONGER * tokens + LONGER) / LONGER)
+def _request_limits(answers: Sequence[str], gate: Gate | None, max_new_tokens: int | None) -> list[int]:
+    """Return the most tokens of each answer's correction; refuses a gate, the one option that no request has.
+
+    The default is estimated from bytes, and rounded up so that many requests share it.
+    """
+    if gate is not None:
+        raise InputError("gate: a server does not say how likely an answer is; leave it out, or load the model")
+    if max_new_tokens is not None:
+        return [max_new_tokens] * len(answers)
+    tokens = (math.ceil(len(answer.encode()) / _BYTES_PER_TOKEN) for answer in answers)
+    return [LONGER * math.ceil((TIMES_LONGER * count + LONGER) / LONGER) for count in tokens]

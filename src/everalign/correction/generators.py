@@ -145,9 +145,7 @@ def complete_all(
     wanted = dict(zip(keys, conversations, strict=True))
     names = {key: f"'{shortened(label, _SHOWN)}'" for key, label in zip(keys, labels, strict=True)}
 
-    replies, failures = _journalled(journal, wanted)
-    if not keep_going:
-        failures = {}  # what an earlier run passed over is tried again
+    replies, failures = _journalled(journal, wanted, keep_going)
     earlier, requests_before = len(replies) + len(failures), client.usage.requests
 
     missing = [key for key in wanted if key not in replies and key not in failures]
@@ -191,14 +189,18 @@ def complete_all(
     return BatchResult([replies.get(key) for key in keys], failed, usage)
 
 
-def _journalled(journal: Journal, keys: Iterable[str]) -> tuple[dict[str, Completion], dict[str, str]]:
+def _journalled(
+    journal: Journal, keys: Iterable[str], keep_going: bool
+) -> tuple[dict[str, Completion], dict[str, str]]:
     """Return the replies and the failures that an earlier run has journalled."""
     values = journal.read(keys)
     failures = {key: value["failed"] for key, value in values.items() if isinstance(value, dict) and "failed" in value}
     try:
-        return {key: Completion(**value) for key, value in values.items() if key not in failures}, failures
+        replies = {key: Completion(**value) for key, value in values.items() if key not in failures}
     except TypeError:
         raise journal.damaged() from None
+    # Without `keep_going`, what an earlier run passed over is tried again.
+    return replies, failures if keep_going else {}
 
 
 # ---- the revision prompt ----

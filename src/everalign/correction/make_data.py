@@ -187,7 +187,8 @@ class _Run:
     def generate_answers(self, rows: CorrectionSet, answerer: AnswerSource) -> list[Correction]:
         """Return a row with the model's answer for each different question."""
         answered = {number for number, row in zip(rows.row_numbers, rows, strict=True) if row.has("answer")}
-        self._note_unused(len(answered), "answer")
+        if answered:
+            self.log(f"  {len(answered)} rows have answers of their own, which are not used: a model writes new ones")
         first: dict[str, Correction] = {}
         for row in rows:
             question = Correction(row.question, weight=row.weight, name=row.name)
@@ -204,7 +205,8 @@ class _Run:
 
     def generate_corrections(self, rows: Sequence[Correction], reviser: LlmReviser) -> list[Correction]:
         """Return the rows with the model's corrections."""
-        self._note_unused(sum(row.has("correction") for row in rows), "correction")
+        if unused := sum(row.has("correction") for row in rows):
+            self.log(f"  {unused} rows have corrections of their own, which are not used: a model writes new ones")
         answers = [Correction(row.question, row.answer, weight=row.weight, name=row.name) for row in rows]
         self.log(f"corrections of {reviser.name} of {len(answers)} answers")
         found = reviser.correct(
@@ -214,10 +216,6 @@ class _Run:
             progress=self.progress,
         )
         return self._with_texts(answers, "correction", CORRECTIONS, found)
-
-    def _note_unused(self, count: int, column: str) -> None:
-        if count:
-            self.log(f"  {count} rows have {column}s of their own, which are not used: a model writes new ones")
 
     def _with_texts(self, rows: Sequence[Correction], column: str, stage: str, found: Generations) -> list[Correction]:
         """Fill a column of the rows that got a text, and record why the others got none."""

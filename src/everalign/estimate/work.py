@@ -202,7 +202,7 @@ def plan_run(
         own_rows = own
     replayed, kept = _replayed(context, own_rows, limit)
     start = sum((forward_work(context, test, packed) for test in tests), Work())
-    kl = sum((_kl_work(context, test, packed) for test in tests), Work())
+    kl = _kl_work(context, tests, packed)
     times = 2 if method.consolidates else 1
     corrects = gated and context.objective.name == "correction"
     answers = sum(min(sample_answers, test.count) for test in tests)
@@ -403,11 +403,14 @@ def forward_work(context: RunContext, rows: Rows, packed: bool) -> Work:
     return work_of_batches(batches, lambda part: collate(part, shared), shared, packed).times(rows.count / len(planned))
 
 
-def _kl_work(context: RunContext, rows: Rows, packed: bool) -> Work:
+def _kl_work(context: RunContext, tests: Sequence[Rows], packed: bool) -> Work:
     """Count what the divergence from the policy before a task takes: two forward passes of chosen responses."""
-    count = min(_KL_PAIRS, rows.count)
-    chosen = Rows([row.only([0]) for row in spread(rows.sample, count)], count)
-    return forward_work(context, chosen, packed).times(2)
+    found = Work()
+    for rows in tests:
+        count = min(_KL_PAIRS, rows.count)
+        chosen = Rows([row.only([0]) for row in spread(rows.sample, count)], count)
+        found += forward_work(context, chosen, packed).times(2)
+    return found
 
 
 def work_of_batches(batches: Sequence[Sequence[TokenizedRow]], lay_out: Any, shared: bool, packed: bool) -> Work:

@@ -121,6 +121,10 @@ def score_log_probs(log_probs: Tensor, held_out: HeldOut, kl: float | None = Non
     gain = log_probs - held_out.base
     gained = gain[:, 0] - gain[:, 1]
     chosen, rejected = per_token.mean(dim=0).tolist()
+    ranked, gains = (
+        "".join("1" if value > 0 else "0" if value < 0 else "=" for value in values.tolist())
+        for values in (margin, gained)
+    )
     return PreferenceScore(
         accuracy=_share_positive(margin),
         margin=margin.mean().item(),
@@ -130,16 +134,12 @@ def score_log_probs(log_probs: Tensor, held_out: HeldOut, kl: float | None = Non
         margin_error=(margin.std() / len(margin) ** 0.5).item() if len(margin) > 1 else None,
         chosen_logprob=chosen,
         rejected_logprob=rejected,
-        ranked=_signs(margin),
-        gained=_signs(gained),
+        ranked=ranked,
+        gained=gains,
         outcomes=tuple(
             _share_positive(one) for one, pair in zip(margin, held_out.pairs, strict=True) if not pair.identical
         ),
     )
-
-
-def _signs(values: Tensor) -> str:
-    return "".join("1" if value > 0 else "0" if value < 0 else "=" for value in values.tolist())
 
 
 def _share_positive(values: Tensor) -> float:

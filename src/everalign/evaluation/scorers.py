@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,6 +131,7 @@ class RewardModel:
         ]
 
 
+@dataclass(frozen=True, eq=False)
 class CallableScorer:
     """A Python function `f(prompts, completions) -> rewards` over lists.
 
@@ -140,8 +142,8 @@ class CallableScorer:
         fingerprint: its name; change it with the function.
     """
 
-    def __init__(self, function: RewardFunction, fingerprint: str) -> None:
-        self._function, self.fingerprint = function, fingerprint
+    function: RewardFunction
+    fingerprint: str
 
     @classmethod
     def from_name(cls, name: str) -> "CallableScorer":
@@ -179,7 +181,7 @@ class CallableScorer:
         """
         given = [prompt if isinstance(prompt, str) else [dict(message) for message in prompt] for prompt in prompts]
         try:
-            return self._function(given, [completion_column(completion) for completion in completions])
+            return self.function(given, [completion_column(completion) for completion in completions])
         except Exception as error:
             raise EveralignError(f"the function raised {type(error).__name__}: {error}") from error
 

@@ -84,10 +84,10 @@ class RunContext(TaskContext):
 
     def stages(self) -> list[tuple[Objective, StageOptions]]:
         """Return the stages of a task, in order, with the method's own learning rates."""
-        found = [(self.objective, self.options.preference_stage())]
+        found = [(self.objective, self.options.stage())]
         if self.options.sft_epochs > 0:
             # It has no use for β itself: methods that set something in a task's first stage read the run's here.
-            found.insert(0, (make_objective("sft", self.options.beta), self.options.sft_stage()))
+            found.insert(0, (make_objective("sft", self.options.beta), self.options.stage(supervised=True)))
         factor = self.method.rate_factor
         return [
             (objective, options.replace(learning_rate=factor * options.learning_rate)) for objective, options in found

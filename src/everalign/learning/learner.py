@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from everalign.correction.corrector_files import is_corrector
 from everalign.correction.objective import Rewritten
 from everalign.distributed import on_main
 from everalign.errors import EveralignError, InputError, located, naming_nondeterministic
@@ -192,7 +191,7 @@ class Learner:
             self._tracker,
             fsdp,
         )
-        stage = self._setup.options.preference_stage()
+        stage = self._setup.options.stage()
         self._tracker.connect(partial(training_arguments, Path(output), stage, seed))
         self.method, self.policy, self.tokenizer = self._setup.method, self._setup.policy, self._setup.tokenizer
         with self._run.exclusive():
@@ -486,16 +485,6 @@ class Learner:
     def context(self) -> RunContext:
         """What the run is made of: model, objective and options."""
         return self._setup
-
-    def record_prediction(self, tasks: Mapping[str, Any]) -> None:
-        """Writes what tasks are predicted to take into the run, by name, to be compared with what they took."""
-        with self._run.exclusive():
-            self._run.record_prediction(tasks)
-
-    @property
-    def starts_from_corrector(self) -> bool:
-        """Whether the run's base model is a corrector already."""
-        return is_corrector(self._setup.model_name)
 
     @property
     def run(self) -> RunData:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from everalign.errors import InputError
 from everalign.methods import table
-from everalign.options import Options, PrecisionChoice, SamplingOptions
+from everalign.options import Options, PrecisionChoice
 from everalign.training.objectives import OBJECTIVES
 from everalign.training.options import (
     TOKENS_PER_BATCH,
@@ -325,14 +325,10 @@ class TrainingOptions(Options, title="Training"):
             reference=(reference or entry.reference) if self.reference is None else self.reference,
         )
 
-    def sft_stage(self) -> StageOptions:
-        """Returns the supervised stage's options."""
-        own = {"learning_rate": self.sft_learning_rate, "epochs": self.sft_epochs}
+    def stage(self, supervised: bool = False) -> StageOptions:
+        """Returns the preference stage's options, or those of the supervised stage before it."""
+        own = {"learning_rate": self.sft_learning_rate, "epochs": self.sft_epochs} if supervised else {}
         return StageOptions(**{**self.shared_with(StageOptions), **own})
-
-    def preference_stage(self) -> StageOptions:
-        """Returns the preference stage's options."""
-        return StageOptions(**self.shared_with(StageOptions))
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -373,15 +369,6 @@ class DistillOptions(Options, title="Rounds"):
     def objective(self) -> str:
         """The learner's objective; `var` with one completion of weight 1 is the plain negative log-likelihood."""
         return "var" if self.labels == "sft" else self.labels
-
-    def sampling(self, room: int) -> SamplingOptions:
-        """Returns how answers are sampled to prompts of at most `room` tokens."""
-        return SamplingOptions(
-            completions=1,
-            temperature=self.sampling_temperature,
-            max_new_tokens=self.max_new_tokens,
-            max_prompt_tokens=room,
-        )
 
 
 TRACKERS: Mapping[str, Sequence[str]] = {

@@ -142,9 +142,10 @@ class RunDirectory:
     @on_main
     def record_prediction(self, tasks: Mapping[str, Any]) -> None:
         """Writes what tasks are predicted to take (see `run_files.Predicted`) into run.json, beside those of others."""
-        facts = read_json(self.path / "run.json")
-        predicted = {**facts.get("predicted", {}), **tasks}
-        write_json(self.path / "run.json", {**facts, "predicted": predicted})
+        with self.exclusive():
+            facts = read_json(self.path / "run.json")
+            predicted = {**facts.get("predicted", {}), **tasks}
+            write_json(self.path / "run.json", {**facts, "predicted": predicted})
 
     def with_its_precision(self, training: TrainingOptions) -> TrainingOptions:
         """Returns the options with `auto` replaced by the precision that the run was started with."""

@@ -194,13 +194,13 @@ def distill(
             figures=figures,
             **arguments,
         )
-        run = _Run(learner, corrector, prompts, options, Path(output) / "distill", seed, log, progress)
+        run = _Run(learner, corrector, prompts, options, room, Path(output) / "distill", seed, log, progress)
         run.begin()
         if test is not None:
             learner.register_test(HELD_OUT, test)
         rounds: list[Round] = []
         for number in range(1, options.rounds + 1):
-            rounds.append(run.round(number, options.sampling(room)))
+            rounds.append(run.round(number))
             if not rounds[-1].rows:
                 break
     return Distillation(learner, tuple(rounds))
@@ -208,12 +208,13 @@ def distill(
 
 @dataclass(frozen=True)
 class _Run:
-    """The rounds' files and what they are made with."""
+    """The rounds' files and what they are made with; `room` is what an answer leaves for its prompt, in tokens."""
 
     learner: Learner
     corrector: Rewriter
     prompts: ScoredSet
     options: DistillOptions
+    room: int
     folder: Path
     seed: int
     log: Log
@@ -240,7 +241,7 @@ class _Run:
                     "same, or another output directory"
                 )
 
-    def round(self, number: int, sampling: SamplingOptions) -> Round:
+    def round(self, number: int) -> Round:
         """Sample, correct and learn; a finished round is taken as it is."""
         name, path = f"round-{number}", self.folder / f"round-{number}.json"
         if any(version.task == name for version in self.learner.run.versions):
@@ -252,7 +253,7 @@ class _Run:
         self.log(name)
         samples = Journal(self.folder / f"{name}.samples.partial")
         corrected = Journal(self.folder / f"{name}.corrected.partial")
-        rows = self._correct(self._answer(number, sampling, samples), corrected)
+        rows = self._correct(self._answer(number, samples), corrected)
         learned = self._labels(rows)
         edits = [edit_share(words(row.answer), words(row.correction)) for row in rows if not row.is_identity]
         result = Round(
@@ -278,8 +279,15 @@ class _Run:
         corrected.remove()
         return result
 
-    def _answer(self, number: int, sampling: SamplingOptions, journal: Journal) -> list[Correction]:
+    def _answer(self, number: int, journal: Journal) -> list[Correction]:
         """Return the prompts that the policy answers, with its answers."""
+        options = self.options
+        sampling = SamplingOptions(
+            completions=1,
+            temperature=options.sampling_temperature,
+            max_new_tokens=options.max_new_tokens,
+            max_prompt_tokens=self.room,
+        )
         found = sample_journalled(
             self.learner.policy,
             self.learner.tokenizer,

@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,6 +151,7 @@ def _stage_steps(lines: Sequence[LoggedStep]) -> dict[tuple[str, int, int], int]
     return {(one.version, one.round, one.stage_number): one.step for one in lines}
 
 
+@dataclass(eq=False)
 class _Service:
     """One experiment tracker, by transformers' integration of it.
 
@@ -157,16 +159,17 @@ class _Service:
     each stage has a trainer of its own that would begin and end one. It begins with the first figures.
     """
 
-    def __init__(self, name: str, run: Path, settings: TrainingArguments) -> None:
-        self._name, self._run, self._settings = name, run, settings
-        self._callback: Any = None
+    name: str
+    run: Path
+    settings: TrainingArguments
+    _callback: Any = field(default=None, init=False)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._begun(step).on_log(*self._arguments(step), logs=dict(values), model=None)
 
     def write(self, step: int, texts: Mapping[str, str]) -> None:
         """Log texts; MLflow's integration takes none, so that they are kept as its artifacts."""
-        if self._name != "mlflow":
+        if self.name != "mlflow":
             self.log(step, texts)
             return
         self._begun(step)
@@ -177,14 +180,14 @@ class _Service:
 
     def _begun(self, step: int) -> Any:
         if self._callback is None:
-            [kind] = get_reporting_integration_callbacks([self._name])
-            if self._name == "wandb":
+            [kind] = get_reporting_integration_callbacks([self.name])
+            if self.name == "wandb":
                 os.environ.setdefault("WANDB_PROJECT", _PROJECT)
-            if self._name == _TENSORBOARD:
+            if self.name == _TENSORBOARD:
                 from torch.utils.tensorboard import SummaryWriter
 
                 # What an interrupted call logged after this step is hidden: it is trained, and logged, again.
-                self._callback = kind(SummaryWriter(str(self._run / _TENSORBOARD), purge_step=step))
+                self._callback = kind(SummaryWriter(str(self.run / _TENSORBOARD), purge_step=step))
             else:
                 self._callback = kind()
             self._callback.on_train_begin(*self._arguments(step), model=None)
@@ -192,7 +195,7 @@ class _Service:
         return self._callback
 
     def _arguments(self, step: int) -> tuple[Any, Any, Any]:
-        return self._settings, TrainerState(global_step=step), TrainerControl()
+        return self.settings, TrainerState(global_step=step), TrainerControl()
 
 
 def _matrix_text(scores: Scores) -> str:

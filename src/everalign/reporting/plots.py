@@ -377,7 +377,8 @@ def legend_above(drawn: Figure, width: float = PLOT_WIDTH) -> None:
     """Put a legend above the axes, each name once and whole, in as many columns as fit."""
     handles, names = drawn.axes[0].get_legend_handles_labels()
     most = int((width - 70) / _CHARACTER)
-    once = {_wrapped(name, most): handle for name, handle in zip(names, handles, strict=True)}
+    lines = ("\n".join(textwrap.wrap(name, most)) or name for name in names)
+    once = dict(zip(lines, handles, strict=True))
     longest = max(len(line) for name in once for line in name.split("\n"))
     columns = max(1, int(width / (60 + _CHARACTER * longest)))
     drawn.legend(once.values(), once.keys(), loc="outside upper left", ncols=min(columns, len(once)))
@@ -389,8 +390,4 @@ def fitted_names(names: Sequence[str], width: float) -> tuple[list[str], bool]:
     lines = [textwrap.wrap(name, max(1, room), break_long_words=False) for name in names]
     if all(len(line) <= room for parts in lines for line in parts) and all(len(parts) <= 3 for parts in lines):
         return ["\n".join(parts) for parts in lines], False
-    return [_wrapped(name, 24) for name in names], True
-
-
-def _wrapped(name: str, most: int) -> str:
-    return "\n".join(textwrap.wrap(name, most)) or name
+    return ["\n".join(textwrap.wrap(name, 24)) or name for name in names], True

@@ -33,11 +33,6 @@ _FOLDER = "serving"
 _log = logging.getLogger(__name__)
 
 
-def is_run(name: str) -> bool:
-    """Whether a corrector's name is a run directory."""
-    return (Path(name) / "run.json").is_file()
-
-
 class CorrectorReloader:
     """The version of a run's corrector that is in service.
 

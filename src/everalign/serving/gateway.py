@@ -55,16 +55,17 @@ class Completed:
     corrector_seconds: float
 
 
+@dataclass(eq=False)
 class Completions:
     """Answers requests."""
 
-    def __init__(self, decider: CorrectionDecider, request_log: RequestLog, stream_by: StreamBy = "answer") -> None:
-        self._decider, self._request_log = decider, request_log
-        self._by_sentence = stream_by == "sentence"
+    decider: CorrectionDecider
+    request_log: RequestLog
+    stream_by: StreamBy = "answer"
 
     async def complete(self, request: RequestContext) -> Completed:
         """Return a whole answer; raises GatewayError if there is none, or none that may be returned."""
-        with self._request_log.timed(request) as timer:
+        with self.request_log.timed(request) as timer:
             with timer.upstream:
                 reply = await request.upstream.chat(request.upstream_request())
             answer = _ANSWERS[request.api](request, relayed=not request.corrects)
@@ -73,7 +74,7 @@ class Completions:
             first = answer.choices[0].text if answer.choices else ""
             if request.corrects:
                 with timer.corrector:
-                    decisions = await self._decider.decide(request, answer.choices)
+                    decisions = await self.decider.decide(request, answer.choices)
                 returned = decisions[0].returned(answer.choices[0])
                 summary, usage = await self._store(request, answer, Summary.of(decisions), returned)
                 body = answer.corrected(decisions, summary, usage)
@@ -94,7 +95,7 @@ class Completions:
             queue: gets the frames.
             remembers: whether the result has the texts of an answer that is passed on as it comes; its body is empty.
         """
-        with self._request_log.timed(request) as timer:
+        with self.request_log.timed(request) as timer:
             known = summary_before(request)
             if known is None:
                 return await self._stream_corrected(request, queue, timer)
@@ -104,7 +105,7 @@ class Completions:
         self, request: RequestContext, queue: FrameQueue, timer: RequestTimer, summary: Summary, remembers: bool
     ) -> Completed:
         """Pass an answer on while it comes."""
-        keeps = request.keep and self._request_log.has_store
+        keeps = request.keep and self.request_log.has_store
         remembers = remembers or keeps or request.mode == "shadow"
         answer = _ANSWERS[request.api](request, relayed=True)
         with timer.upstream:
@@ -128,7 +129,8 @@ class Completions:
         """Read an answer whole, and write what becomes of it; its first sentences meanwhile, in streams by sentence."""
         answer = _ANSWERS[request.api](request, relayed=False)
         writer = LiveWriter(request, answer.live, queue)
-        sentences = self._decider.sentences(request, writer, timer.corrector) if self._by_sentence else None
+        by_sentence = self.stream_by == "sentence"
+        sentences = self.decider.sentences(request, writer, timer.corrector) if by_sentence else None
         if sentences is None:
             await self._read(request, answer, timer, writer)
         else:
@@ -140,7 +142,7 @@ class Completions:
                 await cancel(reading)
             answer.check_begun()
         with timer.corrector:
-            decisions = await self._decider.decide(request, answer.choices, writer, sentences)
+            decisions = await self.decider.decide(request, answer.choices, writer, sentences)
         returned = decisions[0].returned(answer.choices[0])
         summary, usage = await self._store(request, answer, Summary.of(decisions), returned)
         timer.end(summary)
@@ -178,9 +180,9 @@ class Completions:
     ) -> tuple[Summary, dict[str, Any] | None]:
         """Store an exchange if it is to be; return the summary with that, and the usage with the corrector's."""
         usage = answer.usage if summary.usage is None else summary.usage.beside(answer.usage)
-        stored = await self._request_log.store(request, answer.choices, returned, summary, usage)
+        stored = await self.request_log.store(request, answer.choices, returned, summary, usage)
         if request.mode == "shadow":
-            self._request_log.shadow(request, answer.choices)
+            self.request_log.shadow(request, answer.choices)
         return replace(summary, stored=stored) if request.reports_storage else summary, usage
 
 

@@ -5,7 +5,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import anyio.to_thread
@@ -100,26 +100,27 @@ class Queued(Protocol):
 _Item = TypeVar("_Item", bound=Queued)
 
 
+@dataclass(eq=False)
 class FairQueue(Generic[_Item]):
     """First in, first out within a key; round robin between keys. Holds `most` items."""
 
-    def __init__(self, most: int) -> None:
-        self._most, self._size = most, 0
-        self._keys: OrderedDict[str, deque[_Item]] = OrderedDict()
+    most: int
+    _size: int = field(default=0, init=False)
+    _keys: OrderedDict[str, deque[_Item]] = field(default_factory=OrderedDict, init=False)
 
     def __len__(self) -> int:
         return self._size
 
     def put(self, item: _Item) -> _Item | None:
         """Add an item; returns the one that has no place, if any: the newest of the greediest key, or the item."""
-        if self._size >= self._most:
+        if self._size >= self.most:
             for key, waiting in tuple(self._keys.items()):
                 self._keys[key] = deque(one for one in waiting if not one.gone)
                 if not self._keys[key]:
                     del self._keys[key]
             self._size = sum(map(len, self._keys.values()))
         displaced = None
-        if self._size >= self._most:
+        if self._size >= self.most:
             longest = max(self._keys.values(), key=len)
             if len(longest) <= len(self._keys.get(item.key, ())) + 1:
                 return item
@@ -244,6 +245,7 @@ def tokens_of(usage: Any, characters: int) -> int:
     return total if isinstance(total, int) and total >= 0 else characters // _BYTES_PER_TOKEN
 
 
+@dataclass(eq=False)
 class Limiter:
     """Limits concurrent requests; streams count until they end.
 
@@ -251,23 +253,22 @@ class Limiter:
     all get a third each, and so on. A newcomer always finds some, however many keys there are.
     """
 
-    def __init__(
-        self, concurrency: int, per_key: int, shared: bool = False, allowances: Allowances | None = None
-    ) -> None:
-        self._allowances = allowances
-        self._most, self._per_key, self._shared = concurrency, per_key, shared
-        self._held: Counter[str] = Counter()
-        self.in_flight = 0
+    concurrency: int
+    per_key: int
+    shared: bool = False
+    allowances: Allowances | None = None
+    in_flight: int = field(default=0, init=False)
+    _held: Counter[str] = field(default_factory=Counter, init=False)
 
     def enter(self, key_id: str) -> ExitStack:
         """Return a place, to be closed; raises GatewayError 429 if the key has too many, 503 if the server has."""
-        if self.in_flight >= self._most:
-            raise overloaded(f"{self._most} requests are under way already", "overloaded", status=503)
+        if self.in_flight >= self.concurrency:
+            raise overloaded(f"{self.concurrency} requests are under way already", "overloaded", status=503)
         held = self._held[key_id]
-        if held >= self._per_key or (self._shared and held >= self._most - self.in_flight):
+        if held >= self.per_key or (self.shared and held >= self.concurrency - self.in_flight):
             raise overloaded(f"{held} requests with this key are under way already", "too_many_requests")
-        if self._allowances is not None:
-            self._allowances.enter(key_id)
+        if self.allowances is not None:
+            self.allowances.enter(key_id)
         self._held[key_id] += 1
         self.in_flight += 1
         place = ExitStack()

@@ -86,6 +86,7 @@ def meant(path: str, root: str = "") -> Meant:
     return Meant(f"/v1{path}" if path[1:].partition("/")[0] in ENDPOINTS else path)
 
 
+@dataclass(eq=False)
 class AuthMiddleware:
     """Authenticates every request, and resolves its path.
 
@@ -94,21 +95,23 @@ class AuthMiddleware:
     `root` is the path that a proxy serves the gateway under, if any.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, sessions: Sessions, root: str = "") -> None:
-        self._app, self._keys, self._sessions, self._root = app, keys, sessions, root
+    app: ASGIApp
+    keys: Keys
+    sessions: Sessions
+    root: str = ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
-        route = meant(scope["path"], self._root)
+        route = meant(scope["path"], self.root)
         # HEAD is answered as GET without the body; who asks an upstream in turn uses HEAD there, too.
         state["head"] = scope["method"] == "HEAD"
-        state["deployment"], state["azure"], state["root"] = route.model, route.azure, self._root
+        state["deployment"], state["azure"], state["root"] = route.model, route.azure, self.root
         scope = {**scope, "path": route.path, "method": "GET" if state["head"] else scope["method"]}
 
         async def complete(message: Message) -> None:
@@ -128,11 +131,11 @@ class AuthMiddleware:
         except GatewayError as error:
             response = error_response(error)
             if error.status == 401 and "text/html" in headers.get("accept", "") and is_page(scope["path"]):
-                response = RedirectResponse(self._root + SIGN_IN, 303)
+                response = RedirectResponse(self.root + SIGN_IN, 303)
             await response(scope, receive, complete)
             return
         try:
-            await self._app(scope, receive, complete)
+            await self.app(scope, receive, complete)
         finally:
             # For the access log: the route's pattern, not the path, which may hold anybody's words.
             state.setdefault("route", getattr(scope.get("route"), "path", None))
@@ -149,16 +152,16 @@ class AuthMiddleware:
             raise refused(message, code="origin_refused", status=403)
         session = None
         if is_page(scope["path"]) and "cookie" in headers:
-            session = self._sessions.read(cookie_parser(headers["cookie"]).get(cookie_name(scope), ""))
+            session = self.sessions.read(cookie_parser(headers["cookie"]).get(cookie_name(scope), ""))
         if scope["path"] == HEALTH:
             return session, ""
-        if self._keys.needed:
-            if session is not None and session.key_id and self._keys.knows(session.key_id):
+        if self.keys.needed:
+            if session is not None and session.key_id and self.keys.knows(session.key_id):
                 return session, session.key_id
             if scope["path"] in _OPEN_PAGES:
                 return session, ""
         peer = scope.get("client")
-        return session, self._keys.identify(headers, peer[0] if peer else None, scope.get("http_version", "1.1"))
+        return session, self.keys.identify(headers, peer[0] if peer else None, scope.get("http_version", "1.1"))
 
 
 def is_page(path: str) -> bool:

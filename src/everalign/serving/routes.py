@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from http import HTTPStatus
@@ -259,16 +260,16 @@ async def streamed(
     return response
 
 
+@dataclass(eq=False)
 class Catalogue:
     """The models of all upstreams, cached for a few seconds."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._known: dict[str, tuple[float, list[dict[str, Any]]]] = {}
+    gateway: Gateway
+    _known: dict[str, tuple[float, list[dict[str, Any]]]] = field(default_factory=dict, init=False)
 
     async def models(self) -> list[dict[str, Any]]:
         """Return the models under the names that clients use; an upstream that fails is left out, unless all fail."""
-        upstreams = self._gateway.upstreams
+        upstreams = self.gateway.upstreams
         found = await asyncio.gather(*(self._of(name) for name in upstreams), return_exceptions=True)
         failures = [one for one in found if isinstance(one, BaseException)]
         for failure in failures:
@@ -278,13 +279,13 @@ class Catalogue:
         for name, models in zip(upstreams, found, strict=True):
             prefix = f"{name}/" if len(upstreams) > 1 else ""
             listed += [{**one, "id": prefix + one["id"]} for one in models] if isinstance(models, list) else []
-        aligned = [{**one, "id": one["id"] + ALIGNED} for one in listed] if self._gateway.has_corrector else []
+        aligned = [{**one, "id": one["id"] + ALIGNED} for one in listed] if self.gateway.has_corrector else []
         return listed + aligned
 
     async def _of(self, name: str) -> list[dict[str, Any]]:
         asked, models = self._known.get(name, (-_FRESH_SECONDS, []))
         if time.monotonic() - asked > _FRESH_SECONDS:
-            models = await self._gateway.upstreams[name].models()
+            models = await self.gateway.upstreams[name].models()
             self._known[name] = time.monotonic(), models
         return models
 

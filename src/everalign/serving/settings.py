@@ -13,7 +13,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
@@ -53,15 +53,15 @@ class HeaderRules:
     back: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for flag, field in (("forward-header", "forward"), ("return-header", "back")):
-            names = tuple(name.strip().lower() for name in getattr(self, field))
+        for flag, attribute in (("forward-header", "forward"), ("return-header", "back")):
+            names = tuple(name.strip().lower() for name in getattr(self, attribute))
             for name in names:
                 if not _HEADER.fullmatch(name) or _NEVER.fullmatch(name.rstrip("*")) or name == "*":
                     raise InputError(
                         f"--{flag} {name}: must be a header's name, or its beginning and *, and none of those that "
                         "hold keys or cookies or belong to one connection"
                     )
-            object.__setattr__(self, field, names)
+            object.__setattr__(self, attribute, names)
 
     def forwarded(self, headers: Iterable[tuple[str, str]]) -> dict[str, str]:
         """Return the client's headers that the upstream gets, with lower-case names."""
@@ -174,10 +174,7 @@ class UpstreamSettings:
 
     name: str
     url: str
-    key: str = ""
-
-    def __repr__(self) -> str:
-        return f"UpstreamSettings({self.name!r}, {self.url!r})"  # never the key
+    key: str = field(default="", repr=False)
 
     def checked(self, resolve: Resolve = resolved) -> "UpstreamSettings":
         """Return it with its base address in full; raises InputError."""

@@ -8,6 +8,7 @@ import time
 from collections import Counter as Counts
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from logging.handlers import WatchedFileHandler
@@ -72,17 +73,18 @@ class Minute(NamedTuple):
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
 
 
+@dataclass(eq=False)
 class Timeline:
     """The chat completions of the last hour, minute by minute, of this process."""
 
     MINUTES = 60
     _MOST = 1000  # durations of one minute
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock, self._minutes = clock, deque[Minute](maxlen=self.MINUTES)
+    clock: Callable[[], float] = time.time
+    _minutes: deque[Minute] = field(default_factory=lambda: deque(maxlen=Timeline.MINUTES), init=False)
 
     def add(self, outcome: str, seconds: float) -> None:
-        number = int(self._clock() // 60)
+        number = int(self.clock() // 60)
         if not self._minutes or self._minutes[-1].number < number:
             self._minutes.append(Minute(number, Counts(), []))
         minute = self._minutes[-1]
@@ -94,7 +96,7 @@ class Timeline:
 
     def minutes(self) -> list[Minute]:
         """Return the last hour's minutes, the oldest first, also those without a request."""
-        now, known = int(self._clock() // 60), {one.number: one for one in self._minutes}
+        now, known = int(self.clock() // 60), {one.number: one for one in self._minutes}
         numbers = range(now - self.MINUTES + 1, now + 1)
         return [known.get(number) or Minute(number, Counts(), []) for number in numbers]
 
@@ -144,18 +146,18 @@ class Metrics:
         return bytes(generate_latest(self._registry))
 
 
+@dataclass(eq=False)
 class AccessLog:
     """ASGI middleware that logs a line of JSON when a request has ended.
 
     It logs the route's pattern instead of the path, which may contain anything.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _access_log.isEnabledFor(logging.INFO):
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         started, ended, sizes = time.perf_counter(), False, {"received": 0, "sent": 0}
         status, headers = 0, Headers()
@@ -175,7 +177,7 @@ class AccessLog:
 
         state = scope.setdefault("state", {})
         try:
-            await self._app(scope, counted_receive, counted_send)
+            await self.app(scope, counted_receive, counted_send)
         finally:
             client = scope.get("client")
             line = {

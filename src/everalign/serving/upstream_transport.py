@@ -25,6 +25,7 @@ _OF_OTHERS = 2  # failures of other keys than the one that fails most, from whic
 _MOST_CIRCUITS = 1000
 
 
+@dataclass(eq=False)
 class CircuitBreaker:
     """Counts consecutive failures, by key; used in one event loop.
 
@@ -33,13 +34,14 @@ class CircuitBreaker:
     of a single key open it for that key only: what one client sends may be why.
     """
 
-    def __init__(self, failures: int = 5, seconds: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most, self._seconds, self._clock = failures, seconds, clock
-        self._failing: Counter[str] = Counter()  # consecutive failures, by key
-        self._everybody = False
-        self._opened: float | None = None
-        self._tried: float | None = None
-        self._era = 0  # what was sent before a circuit closed says nothing about the time after
+    failures: int = 5
+    seconds: float = 30.0
+    clock: Callable[[], float] = time.monotonic
+    _failing: Counter[str] = field(default_factory=Counter, init=False)  # consecutive failures, by key
+    _everybody: bool = field(default=False, init=False)
+    _opened: float | None = field(default=None, init=False)
+    _tried: float | None = field(default=None, init=False)
+    _era: int = field(default=0, init=False)  # what was sent before a circuit closed says nothing about the time after
 
     @property
     def state(self) -> State:
@@ -50,7 +52,7 @@ class CircuitBreaker:
     @property
     def wait(self) -> float:
         """Seconds until a trial is admitted."""
-        return 0.0 if self._opened is None else max(0.0, self._opened + self._seconds - self._clock())
+        return 0.0 if self._opened is None else max(0.0, self._opened + self.seconds - self.clock())
 
     @property
     def idle(self) -> bool:
@@ -58,9 +60,9 @@ class CircuitBreaker:
 
     def enter(self, key: str = "") -> "Permit | None":
         """Return leave to send a request of a key; None while the server is left alone."""
-        if self._opened is None or not (self._everybody or self._failing[key] >= self._most):
+        if self._opened is None or not (self._everybody or self._failing[key] >= self.failures):
             return Permit(self, key, self._era, trial=False)
-        now = self._clock()
+        now = self.clock()
         if self.wait > 0 or (self._tried is not None and now < self._tried + _BETWEEN_TRIALS):
             return None
         self._tried = now
@@ -91,7 +93,7 @@ class Permit:
         if self.over or breaker._opened is None or not (self.trial or self.era == breaker._era):
             return
         # Failures still count, one short of opening: a server may always begin well and break off.
-        most = breaker._most - 1
+        most = breaker.failures - 1
         breaker._failing = Counter({key: min(count, most) for key, count in breaker._failing.items()})
         breaker._opened, breaker._tried, breaker._everybody = None, None, False
         breaker._era += 1
@@ -113,10 +115,10 @@ class Permit:
             return
         breaker._failing[self.key] += 1
         total, most_of_one = breaker._failing.total(), max(breaker._failing.values())
-        if total >= breaker._most and (everybody or total - most_of_one >= min(_OF_OTHERS, breaker._most)):
+        if total >= breaker.failures and (everybody or total - most_of_one >= min(_OF_OTHERS, breaker.failures)):
             breaker._everybody = True
-        if (breaker._everybody or most_of_one >= breaker._most) and (breaker._opened is None or self.trial):
-            breaker._opened, breaker._tried = breaker._clock(), None
+        if (breaker._everybody or most_of_one >= breaker.failures) and (breaker._opened is None or self.trial):
+            breaker._opened, breaker._tried = breaker.clock(), None
 
     def abandoned(self) -> None:
         """The request was given up on this side, which says nothing about the server."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from everalign.correction.corrector_files import is_corrector
 from everalign.data import Correction, load_corrections, load_preferences, load_scored
 from everalign.data.rows import RowSet
 from everalign.errors import GateRefusedError, InputError, NotEnoughEvidenceError
@@ -122,7 +123,7 @@ def _check_evidence(task: NextTask, learner: Learner) -> None:
 def _check_start(learner: Learner, correctors: set[str | None]) -> None:
     """Refuse to start from a model that never corrected, if the feedback is on the answers of a corrector."""
     known = {version.id for version in learner.run.all_versions}
-    if learner.run.head == BASE and not correctors <= known and not learner.starts_from_corrector:
+    if learner.run.head == BASE and not correctors <= known and not is_corrector(learner.context.model_name):
         raise InputError(
             f"the feedback is on answers of the corrector {', '.join(sorted(map(str, correctors)))}, and the run "
             f"starts from {learner.run.facts.model}, which is not a corrector: give the corrector in service as the "
