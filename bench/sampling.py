@@ -4,8 +4,7 @@
     python bench/sampling.py --precision fp32
 
 Both sample from the same distribution, but other answers, so that tokens are what is compared, also those of answers
-that did not end. `library attention` is ours with torch's own kernel where a single token attends. Contenders take
-turns.
+that did not end. The two take turns.
 """
 
 import argparse
@@ -58,15 +57,6 @@ class Contenders:
         ended = sum(len(self._tokenizer(text)["input_ids"]) + 1 for text in texts)
         return ended + longest * (count * len(found) - len(texts))
 
-    def library_attention(self, seed: int) -> int:
-        """The same with torch's attention."""
-        config = self._policy.peft.config
-        own, config._attn_implementation = config._attn_implementation, "sdpa"
-        try:
-            return self.everalign(seed)
-        finally:
-            config._attn_implementation = own
-
     def generate(self, seed: int) -> int:
         """transformers' `generate`, by the model itself."""
         torch.manual_seed(seed)
@@ -100,7 +90,6 @@ def main() -> None:
     contenders = Contenders(arguments.precision, arguments.prompts, arguments.answers, arguments.longest)
     ways: dict[str, Callable[[int], int]] = {
         "everalign": contenders.everalign,
-        "library attention": contenders.library_attention,
         "generate": contenders.generate,
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
