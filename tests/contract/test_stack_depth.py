@@ -5,7 +5,8 @@ from pathlib import Path
 
 import everalign
 from cli_for_tests import learn, make_workspace, run, task
-from everalign.training import objective_classes as preference_objectives
+from everalign.objectives import fpo_loss
+from everalign.training.objective_classes import FpoObjective
 
 PACKAGE = Path(everalign.__file__).parent
 # Of these, from `train_task` to the loss: train_task, train_stage, training_step, compute_loss, loss, fpo_loss.
@@ -25,10 +26,13 @@ def own_frames() -> list[str]:
 def test_a_loss_is_few_frames_below_the_command_line(tmp_path, monkeypatch, capsys):
     make_workspace(tmp_path)
     monkeypatch.chdir(tmp_path)
-    stacks, loss = [], preference_objectives.fpo_loss
-    monkeypatch.setattr(
-        preference_objectives, "fpo_loss", lambda *args, **kwargs: stacks.append(own_frames()) or loss(*args, **kwargs)
-    )
+    stacks = []
+
+    def watched(*args, **kwargs):
+        stacks.append(own_frames())
+        return fpo_loss(*args, **kwargs)
+
+    monkeypatch.setattr(FpoObjective, "focused", staticmethod(watched))
     code, _, err = run(capsys, *learn(*task("warm"), "--objective", "fpo"))
     assert code == 0, err
     trained = [stack for stack in stacks if any(frame.endswith(":compute_loss") for frame in stack)]
