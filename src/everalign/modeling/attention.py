@@ -248,8 +248,8 @@ def _attention(
 def _of_one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attend with one query a row (R, H, 1, D) over keys and values (R, H', S, D); the mask is (R or 1, 1, 1, S).
 
-    torch's kernel takes two to ten times as long in bf16 for one query as for a few, which was half of the time of
-    sampling. Heads that share a key are therefore the queries of one, and a head of its own is asked for twice.
+    torch's kernel in bf16 takes up to ten times as long for one query as for several, which was half of the time of
+    sampling. Heads that share a key are therefore the queries of one head, and a head with a key of its own asks twice.
     """
     groups = query.shape[1] // key.shape[1]
     queries = query.reshape(len(query), -1, groups, query.shape[3])

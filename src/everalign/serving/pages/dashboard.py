@@ -188,10 +188,9 @@ def version_views(run: RunData, served: str | None = None) -> list[VersionView]:
 
 def heat_rows(scores: Scores) -> list[tuple[str, list[HeatCell]]]:
     """Return the base model's scores and then the score matrix, whose empty cells were not measured; [] if all are."""
-    measured = [score for row in (scores.zero_shot, *scores.matrix) for score in row if score is not None]
-    if not measured:
+    low, high = heat_limits(scores)
+    if low is None or high is None:
         return []
-    low, high = min(measured), max(measured)
 
     def shade(score: float | None) -> int | None:
         if score is None:
@@ -203,6 +202,12 @@ def heat_rows(scores: Scores) -> list[tuple[str, list[HeatCell]]]:
     return [
         (name, [HeatCell(share(score), shade(score), i == j) for j, score in enumerate(row)]) for name, i, row in rows
     ]
+
+
+def heat_limits(scores: Scores) -> tuple[float | None, float | None]:
+    """Return the lowest and the highest score; None where nothing was measured."""
+    measured = [score for row in (scores.zero_shot, *scores.matrix) for score in row if score is not None]
+    return min(measured, default=None), max(measured, default=None)
 
 
 def forgetting_views(scores: Scores, errors: Errors | None = None) -> list[ForgettingView]:
@@ -286,7 +291,7 @@ def _run_values(path: Path | None, served: str | None) -> dict[str, Any]:
     except (EveralignError, OSError) as error:
         return {"name": path.name, "trouble": f"The run cannot be read: {error}"}
     scores = run.scores()
-    measured = [score for row in (scores.zero_shot, *scores.matrix) for score in row if score is not None]
+    low, high = heat_limits(scores)
     return {
         "name": path.resolve().name,
         "trouble": None,
@@ -294,8 +299,8 @@ def _run_values(path: Path | None, served: str | None) -> dict[str, Any]:
         "versions": version_views(run, served),
         "tasks": scores.tasks,
         "heat": heat_rows(scores),
-        "low": share(min(measured, default=None)),
-        "high": share(max(measured, default=None)),
+        "low": share(low),
+        "high": share(high),
         "forgetting": forgetting_views(scores, error_matrix(run)),
     }
 
