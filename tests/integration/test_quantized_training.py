@@ -64,8 +64,8 @@ def answers(rows):
 
 def rewards_of(classifier, model, precision="fp32"):
     """Rewards (N, 2), not centred, of held-out chosen and rejected answers."""
-    sequences = tokenize_answers(*answers(pairs(20, 100)), load_tokenizer(str(model)), 64)[0]
-    return sequence_rewards(RewardNetwork(classifier, precision).eval(), sequences, 1000).view(-1, 2)
+    rows = tokenize_answers(*answers(pairs(20, 100)), load_tokenizer(str(model)), 64)[0]
+    return sequence_rewards(RewardNetwork(classifier, precision).eval(), rows, 1000).view(-1, 2)
 
 
 def held_out_rows(model):

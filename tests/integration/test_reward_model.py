@@ -18,13 +18,14 @@ from transformers import (
 )
 
 from everalign.data import PreferenceSet
-from everalign.data.tokenization import pad_right, tokenize_answers, tokenize_preferences
+from everalign.data.tokenization import TokenizedRow, pad_right, tokenize_answers, tokenize_preferences
 from everalign.errors import EveralignError, InputError
 from everalign.evaluation.scorers import RewardModel
 from everalign.modeling.loading import load_tokenizer
 from everalign.modeling.reward_model import (
     FACTS_FILE,
     RewardNetwork,
+    add_adapter,
     load_classifier,
     load_reward_model,
     sequence_rewards,
@@ -32,7 +33,7 @@ from everalign.modeling.reward_model import (
 )
 from everalign.training.options import RewardOptions
 from everalign.training.reward_model import BradleyTerryObjective, reward_report, train_reward_model
-from models_for_tests import random_model, saved_model
+from models_for_tests import FAMILIES, random_model, saved_model
 from rewards_for_tests import FAST, pairs, reward_model
 from tokenizers_for_tests import CHATML, byte_tokenizer
 
@@ -294,15 +295,19 @@ def test_pairs_that_the_limit_makes_equal_are_refused():
 # ---- one answer, one reward ----
 
 
+def tokens_of(row):
+    return row.prompt + row.responses[0]
+
+
 def test_scoring_equals_an_unbatched_forward_by_plain_transformers():
     trained = reward_model()
     classifier = AutoModelForSequenceClassification.from_pretrained(trained.path).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained.path)
     prompts, completions = answers()
     found = RewardModel.from_folder(trained.path, tokens_per_batch=200).score(prompts, completions)
-    sequences = tokenize_answers(prompts, completions, tokenizer, 64)[0]
+    rows = tokenize_answers(prompts, completions, tokenizer, 64)[0]
     with torch.no_grad():
-        alone = [classifier(torch.tensor([tokens])).logits.item() - trained.facts.mean for tokens in sequences]
+        alone = [classifier(torch.tensor([tokens_of(row)])).logits.item() - trained.facts.mean for row in rows]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(alone), rtol=0, atol=1e-5)
 
 
@@ -322,13 +327,74 @@ def test_the_side_of_the_padding_changes_no_reward(side):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_rewards_do_not_depend_on_the_batch(family):
     model, tokenizer = classifier_of(family)
-    sequences = tokenize_answers(*answers(), tokenizer, 64)[0]
-    together = sequence_rewards(model, sequences, 10_000)
-    alone = sequence_rewards(model, sequences, 1)
-    backwards = sequence_rewards(model, sequences[::-1], 300).flip(0)
+    rows = tokenize_answers(*answers(), tokenizer, 64)[0]
+    together = sequence_rewards(model, rows, 10_000)
+    alone = sequence_rewards(model, rows, 1)
+    backwards = sequence_rewards(model, rows[::-1], 300).flip(0)
     assert together.std() > 1e-3
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(together, backwards, rtol=0, atol=1e-5)
+
+
+SHARING = [
+    TokenizedRow("long", list(range(10, 40)), ([5, 6, 7], [5, 6, 7, 8, 9], [5], list(range(50, 70))), (1.0,) * 4),
+    TokenizedRow("alone", [8, 9], ([3, 4, 5],), (1.0,)),
+    TokenizedRow("long", list(range(10, 40)), ([5, 6, 9], [5, 6, 7]), (1.0,) * 2),
+    TokenizedRow("short", [8, 9, 10], ([3], [4, 3]), (1.0,) * 2),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_that_share_a_prompt_have_the_rewards_that_transformers_gives_each_alone(family):
+    model, _ = classifier_of(family)
+    texts = [row.prompt + answer for row in SHARING for answer in row.responses]
+    with torch.no_grad():
+        alone = torch.stack([model.classifier(torch.tensor([tokens])).logits[0, 0] for tokens in texts])
+    assert model.head.why_no_prefix_sharing is None
+    assert alone.std() > 1e-2
+    for tokens in (1, 60, 10_000):  # each alone, some together, all together
+        torch.testing.assert_close(sequence_rewards(model, SHARING, tokens), alone, rtol=0, atol=1e-5)
+
+
+def test_a_long_list_of_answers_is_cut_into_rows():
+    model, _ = classifier_of()
+    row = TokenizedRow("row", [5, 6, 7], tuple([8, 9, 10 + i % 90] for i in range(800)), (1.0,) * 800)
+    widths = []
+    model.register_forward_pre_hook(lambda _, given: widths.append(given[0]["input_ids"].shape[1]))
+    rewards = sequence_rewards(model, [row], 4096)
+    assert max(widths) <= 3 + 1024
+    assert torch.allclose(rewards[:90], rewards[90:180], atol=1e-5)
+
+
+def test_one_that_does_not_follow_a_mask_computes_each_answer_anew(monkeypatch):
+    model, _ = classifier_of()
+    expected = sequence_rewards(model, SHARING, 100)
+    model.head.why_no_prefix_sharing = "for some reason"
+    monkeypatch.setattr(model.head, "last_states", None)
+    torch.testing.assert_close(sequence_rewards(model, SHARING, 100), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_pairs_with_one_prompt_teach_what_they_teach_apart(rank):
+    model, tokenizer = classifier_of("gemma2")
+    if rank:
+        model = RewardNetwork(add_adapter(model.classifier, rank, 8.0, 0, "model"))
+    else:
+        model.classifier.requires_grad_(True)
+    assert model.head.shared
+    objective = BradleyTerryObjective(model.padding, 0.01)
+    rows = [replace(row, weight=weight) for row, weight in zip(pairs(3), (1.0, 2.0, 0.5), strict=True)]
+    encoded, gradients = tokenize_preferences(rows, tokenizer, 64), []
+    for shared in (False, True):
+        model.zero_grad()
+        batch = objective.collate(encoded, shared)
+        loss, metrics = objective.loss(model, batch, batch["count"])
+        loss.backward()
+        learned = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        gradients.append([loss.detach(), metrics["margin"], *learned])
+    assert len(gradients[0]) > 4
+    for apart, together in zip(*gradients, strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-6)
 
 
 def test_an_encoder_is_as_good_a_backbone(tmp_path):
@@ -366,18 +432,20 @@ def test_a_tokenizer_without_its_own_padding_gets_a_token_that_is_not_the_end(ow
 def test_the_reward_is_read_at_the_end_of_the_answer():
     # The last token alone differs: what is read before it would be equal.
     model, _ = classifier_of()
-    first, second = sequence_rewards(model, [[5, 6, 7, 8], [5, 6, 7, 9]], 100).tolist()
-    assert abs(first - second) > 1e-4
+    for prompt in ([5, 6, 7], [5, 6]):
+        rows = [TokenizedRow("row", prompt, ([*[7] * (3 - len(prompt)), last],), (1.0,)) for last in (8, 9)]
+        first, second = sequence_rewards(model, rows, 100).tolist()
+        assert abs(first - second) > 1e-4
 
 
 def test_an_answer_is_cut_on_its_own_and_keeps_its_beginning():
     tokenizer = load_tokenizer(str(saved_model()))
     both, cut = tokenize_answers(["p" * 30] * 2, ["a" * 5, "b" * 40], tokenizer, 32)
     alone, _ = tokenize_answers(["p" * 30], ["a" * 5], tokenizer, 32)
-    assert both[0] == alone[0]
-    assert [len(tokens) for tokens in both] == [32, 32]
+    assert tokens_of(both[0]) == tokens_of(alone[0])
+    assert [len(tokens_of(row)) for row in both] == [32, 32]
     assert cut == 2
-    text = tokenizer.decode(both[1])
+    text = tokenizer.decode(tokens_of(both[1]))
     assert text == "p" * 8 + "b" * 24
 
 

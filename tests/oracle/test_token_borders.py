@@ -103,9 +103,9 @@ def test_many_answers_to_one_prompt(kind):
         (group,) = tokenize_scored(rows, tokenizer, 100_000)
         for answer, response in zip(ANSWERS, group.responses, strict=True):
             ((alone,), _) = tokenize_answers([PROMPT], [answer], tokenizer, 100_000)
-            assert group.prompt + response == alone, (name, answer)
+            assert group.prompt + response == alone.prompt + alone.responses[0], (name, answer)
             pair = encoded(tokenizer, PROMPT, [answer])[0]
-            assert pair.prompt + pair.chosen == alone
+            assert pair.prompt + pair.chosen == alone.prompt + alone.responses[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from everalign.data.tokenization import TokenizedRow
@@ -274,6 +275,21 @@ def prompt_places(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     last, whose = torch.unique(predictors[first], return_inverse=True)
     place = batch["position_ids"].flatten()[last] if "position_ids" in batch else last % width
     return last - place, last + 1, whose
+
+
+def sequence_ends(batch: Batch) -> Tensor:
+    """Find where in R·T positions the last token of each sequence is, (S,), in a batch that shares prompts."""
+    width = batch["input_ids"].shape[1]
+    if "segments" in batch:
+        segments, prefixes = (F.pad(batch[name], (0, 1)) for name in ("segments", "prefixes"))
+        last = (segments != segments.roll(-1, dims=1)) & (segments != prefixes)
+        rows, columns = last.nonzero(as_tuple=True)
+        places = rows * width + columns
+    else:  # rows of one sequence each, without padding
+        places = torch.arange(width - 1, batch["input_ids"].numel(), width, device=batch["input_ids"].device)
+    ends = torch.empty_like(batch["lengths"])
+    ends[torch.unique_consecutive(batch["sequences"])] = places
+    return ends
 
 
 def with_prefix(batch: Batch, length: int, first: int) -> Batch:

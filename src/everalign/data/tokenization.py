@@ -308,8 +308,8 @@ def tokenize_answers(
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     name: Callable[[int], str] = lambda i: f"answer {i + 1}",
-) -> tuple[list[list[int]], int]:
-    """Tokenise answers behind their prompts for a reward model, and `truncate` each sequence separately.
+) -> tuple[list[TokenizedRow], int]:
+    """Tokenise answers behind their prompts for a reward model, and `truncate` each with its prompt separately.
 
     Args:
         prompts: N prompts, one for each answer.
@@ -319,7 +319,7 @@ def tokenize_answers(
         name: what errors call the answer of an index.
 
     Returns:
-        N sequences of prompt and answer, and how many lost tokens.
+        N rows of one answer each, and how many lost tokens.
 
     Raises:
         InputError: `max_length` is below 8; an answer cannot be rendered, or ends in the padding token (a reward model
@@ -327,13 +327,13 @@ def tokenize_answers(
     """
     check_max_length(max_length)
     encoded = ChatFormat(tokenizer).encode(prompts, [(completion,) for completion in completions], name)
-    sequences, cut = [], 0
+    rows, cut = [], 0
     for i, (prompt, (answer,)) in enumerate(encoded):
         short, (kept,) = truncate(prompt, [answer], max_length, tokenizer.bos_token_id)
         check_end(kept, tokenizer, name(i))
         cut += len(short) + len(kept) < len(prompt) + len(answer)
-        sequences.append(short + kept)
-    return sequences, cut
+        rows.append(TokenizedRow(name(i), short, (kept,), (1.0,)))
+    return rows, cut
 
 
 def check_end(tokens: Sequence[int], tokenizer: "PreTrainedTokenizerBase", name: str) -> None:

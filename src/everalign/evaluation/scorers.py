@@ -115,9 +115,9 @@ class RewardModel:
             InputError: an answer cannot be rendered by the chat template.
             EveralignError: a reward is NaN or infinite.
         """
-        sequences, cut = tokenize_answers(prompts, completions, self._tokenizer, self._facts.max_length)
+        rows, cut = tokenize_answers(prompts, completions, self._tokenizer, self._facts.max_length)
         self.cut += cut
-        rewards = sequence_rewards(self._model, sequences, self._tokens_per_batch)
+        rewards = sequence_rewards(self._model, rows, self._tokens_per_batch)
         return [reward - self._facts.mean for reward in rewards.double().tolist()]
 
     def cut_note(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[str]:

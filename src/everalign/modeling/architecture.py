@@ -213,6 +213,7 @@ Key = tuple[type, str]
 _studied: dict[Key, Architecture] = {}
 _decoding: dict[Key, Architecture] = {}
 _lengths: dict[Key, Lengths] = {}
+_classifiers: dict[tuple[Key, str], Architecture] = {}
 _classes: dict[Key, set[type]] = {}
 
 
@@ -250,6 +251,26 @@ def study_decoding(model: Any) -> Architecture:
         separate, resumable = _probe_head(model)
         return replace(found, separate=separate, resumable=resumable)
     return found
+
+
+def study_classifier(model: Any, head: str) -> Architecture:
+    """Return under which masks a sequence classifier can read a prompt once for all its answers, or why it cannot.
+
+    Args:
+        model: a Hugging Face sequence classifier with one label, adapters injected or not.
+        head: name of the part that makes a logit of the last token's hidden state.
+    """
+    key = (configuration_key(model), head)
+    if key not in _classifiers:
+        small = shrunk_copy(model)
+        if small is None:
+            found = Architecture(why_no_prefix_sharing="the model cannot be tried on a shrunk copy")
+        elif (lengths := _lengths_on(small, model)).stretch is not None:
+            found = Architecture(why_no_prefix_sharing="its positions stretch with the longest row", lengths=lengths)
+        else:
+            found = _probe_classifier(small, head, lengths)
+        _classifiers[key] = found
+    return _classifiers[key]
 
 
 def study_lengths(model: Any) -> Lengths:
@@ -301,8 +322,30 @@ def _probe(model: Any, lengths: Lengths) -> Architecture:
                 stack.callback(module.register_forward_hook(hook).remove)
         logits = SequenceLogProbs(model, Architecture()).response_logits(batch)
     separate, resumable = _probe_head(model)
-    masks, reason = _probe_sharing(model, logits, batch)
+    together = _probe_batch(model, shared=True)
+
+    def read(masks: tuple[MaskKind, ...]) -> Tensor:
+        found = SequenceLogProbs(model, Architecture(masks=masks)).response_logits(together)
+        return found[together["sequences"].argsort(stable=True)]
+
+    # Both in the order of the sequences; the sort keeps each sequence's tokens in theirs.
+    masks, reason = _probe_sharing(model, logits[batch["sequences"].argsort(stable=True)], read)
     return Architecture(separate, masks, reason, frozenset(reached), resumable, lengths)
+
+
+@torch.no_grad()
+def _probe_classifier(small: Any, head: str, lengths: Lengths) -> Architecture:
+    small.config.get_text_config().pad_token_id = 0  # which pads the probe, and ends none of its sequences
+    apart, together = (_probe_batch(small, shared) for shared in (False, True))
+    alone = small(**{name: apart[name] for name in ("input_ids", "attention_mask")}).logits
+
+    def read(masks: tuple[MaskKind, ...]) -> Tensor:
+        network = SequenceLogProbs(small, Architecture(separate=True, masks=masks))
+        logits: Tensor = getattr(small, head)(network.last_states(together))
+        return logits
+
+    masks, reason = _probe_sharing(small, alone, read)
+    return Architecture(separate=True, masks=masks, why_no_prefix_sharing=reason, lengths=lengths)
 
 
 def _note_linear(found: set[str], kind: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -346,8 +389,16 @@ def _probe_head(model: Any) -> tuple[bool, bool]:
     return False, found[1]
 
 
-def _probe_sharing(model: Any, logits: Tensor, apart: Batch) -> tuple[tuple[MaskKind, ...], str | None]:
-    """Return the masks under which shared and packed rows give the logits of separate ones, and why there are none."""
+def _probe_sharing(
+    model: Any, expected: Tensor, read: Callable[[tuple[MaskKind, ...]], Tensor]
+) -> tuple[tuple[MaskKind, ...], str | None]:
+    """Return the masks under which shared and packed rows give the logits of separate ones, and why there are none.
+
+    Args:
+        model: which.
+        expected: logits of separate rows.
+        read: gives those of shared ones under these masks.
+    """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if others := sorted(kinds - set(_KINDS_OF_LAYERS)):
@@ -359,16 +410,14 @@ def _probe_sharing(model: Any, logits: Tensor, apart: Batch) -> tuple[tuple[Mask
     else:
         candidates += [("window",)] if getattr(config, "sliding_window", None) else []
         candidates += [("chunk",)] if getattr(config, "attention_chunk_size", None) else []
-    batch, reason = _probe_batch(model, shared=True), ""
-    # Both in the order of the sequences; the sort keeps each sequence's tokens in theirs.
-    expected = logits[apart["sequences"].argsort(stable=True)]
+    reason = ""
     for masks in candidates:
         try:
-            found = SequenceLogProbs(model, Architecture(masks=masks)).response_logits(batch)
+            found = read(masks)
         except MODEL_ERRORS as error:
             reason = reason or f"the model takes no block attention mask ({type(error).__name__})"
             continue
-        if _close(expected, found[batch["sequences"].argsort(stable=True)], _TOLERANCES[logits.dtype]):
+        if _close(expected, found, _TOLERANCES[expected.dtype]):
             return masks, None
         reason = "the model's layers do not follow a block attention mask with restarted positions"
     return (), reason

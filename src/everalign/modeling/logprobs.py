@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from everalign.data.collate import Batch, split_by_length
+from everalign.data.collate import Batch, sequence_ends, split_by_length
 from everalign.errors import EveralignError, InputError
 from everalign.modeling.attention import CPU_ATTENTION, FLEX, flex_inputs, runs_of
 from everalign.modeling.positions import Lengths, PositionState
@@ -298,6 +298,10 @@ class SequenceLogProbs:
             return found[0]
         order = torch.cat([tokens for _, tokens in parts])
         return torch.cat(found)[order.argsort()]
+
+    def last_states(self, batch: Batch) -> Tensor:
+        """Return (S, d), as `states` does, of the last token of each sequence of a batch that shares prompts."""
+        return self.states({**batch, "predictors": sequence_ends(batch)})
 
     def last(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return (R, d) of what `logits` makes the logits of each row's next token, for the model's own inputs."""

@@ -6,6 +6,8 @@ whatever loads such a model loads ours; its logits are rewards that are not cent
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,11 +19,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
 from everalign.data.chat_tokens import template_fingerprint
-from everalign.data.collate import batches_by_length
+from everalign.data.collate import Batch, batches_by_length, collate, row_tokens
 from everalign.data.messages import Prompt, prompt_key
-from everalign.data.tokenization import pad_right
+from everalign.data.tokenization import TokenizedRow, pad_right
 from everalign.distributed import share, world
 from everalign.errors import EveralignError, InputError
+from everalign.modeling.architecture import study_classifier
 from everalign.modeling.base_adapter import base_and_adapter
 from everalign.modeling.base_weights import check_no_adapter, check_trainable, plain_weights, quantize_on_loading
 from everalign.modeling.loading import (
@@ -35,6 +38,7 @@ from everalign.modeling.loading import (
     on_meta,
     resolve_model,
 )
+from everalign.modeling.logprobs import Architecture, SequenceLogProbs
 from everalign.modeling.runtime import training_device
 from everalign.modeling.trainable import LearnedState
 from everalign.options import Precision, Quantize
@@ -44,7 +48,7 @@ _PADDING = "<|pad|>"
 
 
 class RewardNetwork(LearnedState):
-    """A classifier as a function of token sequences.
+    """A classifier as a function of token sequences, of which those with the same prompt can be one row.
 
     Args:
         classifier: a sequence classifier with one label and a padding token (see `load_classifier`, `set_padding`), or
@@ -67,11 +71,40 @@ class RewardNetwork(LearnedState):
         token: int = self.classifier.config.get_text_config().pad_token_id
         return token
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return fp32 rewards (B,), not centred, of `input_ids` and `attention_mask` (B, T), padded on the right."""
+    @cached_property
+    def head(self) -> SequenceLogProbs:
+        """Gives the hidden states that rewards are made of; says whether a prompt can be read once for its answers."""
+        plain = self._plain
+        architecture = Architecture(why_no_prefix_sharing="more than one part makes a reward of hidden states")
+        if len(self._score) == 1:
+            architecture = study_classifier(plain, self._score[0])
+        return SequenceLogProbs(plain, architecture)
+
+    @property
+    def _plain(self) -> Any:
+        """The classifier, its adapter injected."""
+        return self.classifier.get_base_model() if isinstance(self.classifier, PeftModel) else self.classifier
+
+    @property
+    def _score(self) -> list[str]:
+        """Names of the parts behind the backbone that have weights."""
+        parts = self._plain.named_children()
+        backbone = self._plain.base_model_prefix
+        return [name for name, part in parts if name != backbone and next(part.parameters(), None) is not None]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return fp32 rewards (S,), not centred.
+
+        Args:
+            batch: `input_ids` and `attention_mask` (S, T), padded on the right; or S sequences as `collate` lays them
+                out with shared prompts, where `head.shared` allows it.
+        """
         with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16, enabled=self._mixed):
-            output = self.classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        rewards: Tensor = output.logits[:, 0].float()
+            if "predictors" in batch:
+                logits = getattr(self._plain, self._score[0])(self.head.last_states(batch))
+            else:
+                logits = self.classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        rewards: Tensor = logits[:, 0].float()
         return rewards
 
 
@@ -214,46 +247,79 @@ def set_padding(classifier: Any, tokenizer: Any) -> None:
     classifier.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
+# Tokens of answers that may share a prompt shorter than that: attention computes what they see of one another too.
+_ANSWERS_OF_A_ROW = 1024
+
+
+def _by_prompt(rows: Sequence[TokenizedRow], most: int) -> list[tuple[list[int], TokenizedRow]]:
+    """Put answers to the same prompt into one row of at most `most` tokens, each row with its answers' numbers."""
+    found: list[tuple[list[int], TokenizedRow]] = []
+    newest: dict[tuple[int, ...], int] = {}  # of each prompt's rows
+    number = 0
+    for row in rows:
+        limit, prompt = min(most - len(row.prompt), max(_ANSWERS_OF_A_ROW, len(row.prompt))), tuple(row.prompt)
+        for answer in row.responses:
+            place = newest.get(prompt)
+            if place is None or sum(map(len, found[place][1].responses)) + len(answer) > limit:
+                newest[prompt] = len(found)
+                found.append(([number], replace(row, responses=(answer,), weights=(1.0,))))
+            else:
+                numbers, before = found[place]
+                together = replace(before, responses=(*before.responses, answer), weights=(*before.weights, 1.0))
+                found[place] = ([*numbers, number], together)
+            number += 1
+    return found
+
+
 def sequence_rewards(
     model: RewardNetwork,
-    sequences: Sequence[list[int]],
+    rows: Sequence[TokenizedRow],
     tokens_per_batch: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Compute the rewards, not centred, of N sequences.
+    """Compute the rewards, not centred, of all answers of some rows; a prompt is read once for several of them.
 
     Args:
         model: in evaluation mode; gradients are off.
-        sequences: tokens of prompt and answer.
+        rows: prompts and N answers in all.
         tokens_per_batch: tokens computed at once, padding included.
-        progress: called with (sequences done, sequences in all) after each of this process's batches.
+        progress: called with (rows done, rows in all) after each of this process's batches.
 
     Returns:
-        (N,) fp32 on the CPU.
+        (N,) fp32 on the CPU, answer after answer.
 
     Raises:
         EveralignError: a reward is NaN or infinite.
     """
     device, processes = next(model.parameters()).device, world()
+    groups = _by_prompt(rows, tokens_per_batch)
+    count = sum(len(numbers) for numbers, _ in groups)
+    shared = len(groups) < count and model.head.shared
+    if not shared:
+        groups = _by_prompt(rows, 0)
 
     def compute(batches: Sequence[list[int]]) -> list[Tensor]:
         parts, done = [], 0
-        for rows in batches:
-            batch = pad_right([sequences[row] for row in rows], model.padding)
+        for places in batches:
+            some = [groups[place][1] for place in places]
+            if shared:
+                batch = collate(some, shared)
+            else:
+                batch = pad_right([row.prompt + row.responses[0] for row in some], model.padding)
             with torch.no_grad():
                 parts.append(model({name: values.to(device) for name, values in batch.items()}))
-            done += len(rows)
+            done += len(places)
             if progress is not None:
-                progress(min(done * processes, len(sequences)), len(sequences))
+                progress(min(done * processes, len(groups)), len(groups))
         if not parts:
             return []
         whole = torch.cat(parts).cpu()  # the device is waited for once
         return [part.clone() for part in torch.split(whole, [len(part) for part in parts])]
 
-    batches = batches_by_length([len(tokens) for tokens in sequences], tokens_per_batch)
-    parts, rewards = share(compute, batches), torch.empty(len(sequences))
+    batches = batches_by_length([row_tokens(row, shared) for _, row in groups], tokens_per_batch)
+    parts, rewards = share(compute, batches), torch.empty(count)
     if parts:
-        rewards[[row for rows in batches for row in rows]] = torch.cat(parts)
+        rewards[[number for places in batches for place in places for number in groups[place][0]]] = torch.cat(parts)
     if not torch.isfinite(rewards).all():
         raise EveralignError("the model gives NaN or infinite rewards: lower the learning rate, or check its weights")
     return rewards

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from everalign.data.chat_template import keep_template, template_notes
 from everalign.data.chat_tokens import template_fingerprint
-from everalign.data.collate import Batch, row_tokens
+from everalign.data.collate import Batch
 from everalign.data.readers import check_learnable
 from everalign.data.records import PreferenceSet
 from everalign.data.tokenization import TokenizedRow, TokenizedRows, check_end, pad_right, tokenize_preferences
@@ -137,12 +137,10 @@ class BradleyTerryObjective(Objective):
         super().__init__("reward", ObjectiveOptions())
         self._padding, self._centring = padding, centring
 
-    def tokens(self, row: TokenizedRow, shared: bool, prefix: int = 0) -> int:
-        """Return the tokens of both sequences, padded to the longer one."""
-        return row_tokens(row, False, prefix)
-
-    def collate(self, rows: Sequence[TokenizedRow], shared: bool) -> dict[str, Tensor]:
-        """Lay out both sequences of every pair, each with its prompt; `count` is the number of pairs."""
+    def collate(self, rows: Sequence[TokenizedRow], shared: bool) -> Batch:
+        """Lay out both sequences of every pair, behind one prompt or each its own; `count` is the number of pairs."""
+        if shared:
+            return super().collate(rows, shared)
         weight = torch.tensor([row.weight for row in rows], dtype=torch.float32)
         sequences = [row.prompt + response for row in rows for response in row.responses]
         return {**pad_right(sequences, self._padding), "weight": weight, "count": torch.tensor(len(rows))}
@@ -316,8 +314,5 @@ def _pair_rewards(
     model: RewardNetwork, pairs: Sequence[TokenizedRow], options: RewardOptions, stage: str, progress: Progress
 ) -> Tensor:
     """Return the rewards (N, 2), not centred, of chosen and rejected."""
-    sequences = [row.prompt + response for row in pairs for response in row.responses]
-    found = sequence_rewards(
-        model, sequences, options.tokens_per_batch, lambda done, total: progress(stage, done, total)
-    )
+    found = sequence_rewards(model, pairs, options.tokens_per_batch, lambda done, total: progress(stage, done, total))
     return found.view(-1, 2)
