@@ -63,6 +63,7 @@ CONTENDERS: dict[str, tuple[str, Contender]] = {
     "A-LoL": ("samples", Contender(advantage, RATES[0], 2.0, 8)),
     "DPO on samples": ("samples", Contender(dpo(0.1), RATES[0], 2.0, 8)),
     "VAR": ("samples", Contender(var(0.25, floor=0.02), RATES[0], 2.0, 8)),
+    "VAR, a third of the prompts": ("a third", Contender(var(0.25, floor=0.02), RATES[0], 2.0, 8)),
     "VAR, 3 rounds": ("samples", Contender(var(0.25, floor=0.02), RATES[0], 3.0, 8, rounds=3)),
 }
 NAMES = ("start", *CONTENDERS, "grpo")
@@ -241,14 +242,16 @@ class Rows:
 
     Args:
         world: models and prompts.
-        kind: `pairs` as people judged them, or `samples` with the reward model's rewards.
+        kind: `pairs` as people judged them, `samples` with the reward model's rewards, or `a third` of the prompts with
+            samples of their own.
         rounds: in all; a single one learns from the samples that all share, several sample anew, each to its share of
             the prompts.
         seed: of the prompts and of what is sampled.
     """
 
     def __init__(self, world: World, kind: str, rounds: int, seed: int) -> None:
-        self._world, self._kind, self._rounds, self._seed = world, kind, rounds, seed
+        self._world, self._kind, self._seed = world, kind, seed
+        self._parts = 3 if kind == "a third" else rounds
         self._shared = world.samples(seed) if kind == "samples" and rounds == 1 else None
         self._scorer, self._scale = world.scorers["reward"], 0.0
 
@@ -258,7 +261,7 @@ class Rows:
         if self._kind == "pairs":
             return usable([Scored(row.prompt, (row.chosen, row.rejected), (1.0, 0.0)) for row in pairs], tokenizer)
         if self._shared is None:
-            share = len(pairs) // self._rounds
+            share = len(pairs) // self._parts
             asked = [row.prompt for row in pairs[number * share : (number + 1) * share]]
             rows = self._world.draw(policy, self._scorer, asked, 1000 * (self._seed + 1) + number, spent)
         else:

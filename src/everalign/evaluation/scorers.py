@@ -109,7 +109,7 @@ class RewardModel:
         return cls(*load_reward_model(Path(folder)), tokens_per_batch)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
-        """Returns the centred rewards of N completions; none depends on the others.
+        """Returns the centred rewards of N completions; none depends on the others, but for rounding.
 
         Raises:
             InputError: an answer cannot be rendered by the chat template.
