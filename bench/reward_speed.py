@@ -1,9 +1,9 @@
 """Rewards of real answers by SmolLM2: answers per processor second, beside plain transformers.
 
-    python bench/reward_speed.py                  # bf16 autocast, as reward models learn by default
+    python bench/reward_speed.py                  # bf16 autocast
     python bench/reward_speed.py --precision fp32
 
-Several answers to each prompt are scored: ours reads a prompt once, transformers' classifier each prompt with each
+Several answers to each prompt, a pair's and beginnings of them, are scored: ours reads a prompt once, transformers' classifier each prompt with each
 answer, in batches of similar length of as many tokens. Then pairs are learned, forward and backward, with a LoRA
 adapter: laid out behind one prompt, or each answer with its own, as TRL's RewardTrainer does. The head's values are
 random, which changes no time. Contenders take turns, and the largest difference of their rewards is shown.
