@@ -3,10 +3,11 @@
     python bench/reward_speed.py                  # bf16 autocast
     python bench/reward_speed.py --precision fp32
 
-Several answers to each prompt, a pair's and beginnings of them, are scored: ours reads a prompt once, transformers' classifier each prompt with each
-answer, in batches of similar length of as many tokens. Then pairs are learned, forward and backward, with a LoRA
-adapter: laid out behind one prompt, or each answer with its own, as TRL's RewardTrainer does. The head's values are
-random, which changes no time. Contenders take turns, and the largest difference of their rewards is shown.
+Several answers to each prompt, a pair's and beginnings of them, are scored: ours reads a prompt once, transformers'
+classifier each prompt with each answer, in batches of similar length of as many tokens. Then pairs are learned, forward
+and backward, with a LoRA adapter: laid out behind one prompt, or each answer with its own, as TRL's RewardTrainer does.
+The head's values are random, which changes no time. Contenders take turns, and the largest difference of their rewards
+is shown.
 """
 
 import argparse
