@@ -117,6 +117,7 @@ def test_an_adapter_is_merged_where_the_tokenizer_has_no_padding_of_its_own(tmp_
     trained = train_reward_model(str(tmp_path / "model"), pairs(), tmp_path / "reward", options=options)
     before, after = (load_file(folder / "model.safetensors") for folder in (saved_model(), trained.path))
     assert len(after["model.embed_tokens.weight"]) == len(before["model.embed_tokens.weight"]) + 1
+    assert not after["model.embed_tokens.weight"][-1].any()
     assert RewardModel.from_folder(trained.path).score(["q"], ["a"])
 
 
@@ -426,7 +427,9 @@ def test_a_tokenizer_without_its_own_padding_gets_a_token_that_is_not_the_end(ow
     assert loaded.pad_token_id == model.padding == len(tokenizer)
     assert model.padding != loaded.eos_token_id
     assert loaded.padding_side == "right"
-    assert model.classifier.get_input_embeddings().num_embeddings == len(tokenizer) + 1
+    table = model.classifier.get_input_embeddings().weight
+    assert len(table) == len(tokenizer) + 1
+    assert not table[-1].any()
 
 
 def test_the_reward_is_read_at_the_end_of_the_answer():

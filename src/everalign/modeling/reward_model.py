@@ -240,9 +240,11 @@ def set_padding(classifier: Any, tokenizer: Any) -> None:
     """
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": _PADDING})
-    if tokenizer.pad_token_id >= classifier.get_input_embeddings().num_embeddings:
-        # What the new row holds does not matter: nothing attends to it.
-        classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    count = classifier.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id >= count:
+        added = classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        # Nothing attends to the new row; zeros, so that the same training writes the same file.
+        added.weight.data[count:] = 0
     tokenizer.padding_side = "right"
     classifier.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
