@@ -81,6 +81,15 @@ def test_the_training_answers_are_centred():
     assert rewards.std(correction=0).item() == pytest.approx(trained.facts.scale, abs=1e-5)
 
 
+def test_many_pairs_are_centred_by_some_of_them(monkeypatch, tmp_path):
+    monkeypatch.setattr("everalign.training.reward_model.CENTRED_BY", 4)
+    trained = train_reward_model(str(saved_model()), pairs(16), tmp_path / "reward", options=FAST.replace(epochs=0.5))
+    prompts, completions = answers(list(pairs(16))[::4])
+    rewards = torch.tensor(RewardModel.from_folder(trained.path).score(prompts, completions))
+    assert rewards.mean().abs() < 1e-5
+    assert rewards.std(correction=0).item() == pytest.approx(trained.facts.scale, abs=1e-5)
+
+
 def test_the_same_arguments_give_the_same_weights_and_another_seed_others(tmp_path):
     options = FAST.replace(epochs=1)
     weights = []

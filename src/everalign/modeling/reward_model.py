@@ -337,7 +337,8 @@ class RewardFacts(BaseModel):
 
     Args:
         format: of the file.
-        mean: mean of the classifier's rewards of all training answers, which scoring subtracts.
+        mean: mean of the classifier's rewards of training answers, which scoring subtracts; of many pairs, of 1,000
+            from the first to the last.
         scale: their standard deviation; scoring does not divide by it.
         max_length: longest prompt plus answer, in tokens; longer ones are cut as in training.
         template: fingerprint of the tokenizer and its chat template.
