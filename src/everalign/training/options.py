@@ -84,21 +84,15 @@ class StageOptions(Options):
     checkpointing: Recompute = "auto"
 
 
-class RewardOptions(Options):
-    """How a reward model is trained."""
+class FineTuningOptions(Options):
+    """What the trainings of reward models and correctors share: all weights learn, or an adapter that is merged."""
 
     learning_rate: LearningRate | None = Field(
         default=None, description="Peak learning rate; 2e-5, or 2e-4 of an adapter, if not given."
     )
-    epochs: Epochs = 1.0
     batch_size: BatchSize = 32
-    max_length: MaxLength | None = Field(
-        default=None,
-        description="Longest prompt plus answer, in tokens; 1,024 or the model's limit if not given.",
-    )
     tokens_per_batch: TokensPerBatch = TOKENS_PER_BATCH
     checkpointing: Recompute = "auto"
-    centring: float = Field(default=0.01, ge=0, description="Weight of the term that keeps a pair's rewards around 0.")
     lora_rank: LoraRank = 0
     lora_alpha: LoraAlpha | None = None
     quantize: Quantization = None
@@ -107,8 +101,16 @@ class RewardOptions(Options):
     deterministic: Deterministic = False
 
     @model_validator(mode="after")
-    def _check_adapter(self) -> "RewardOptions":
-        check_adapter(self.lora_rank, self.lora_alpha, self.quantize)
+    def _check_adapter(self) -> "FineTuningOptions":
+        if self.lora_rank:
+            return self
+        if self.lora_alpha is not None:
+            raise InputError("lora_alpha belongs to an adapter: set lora_rank too, or leave it out", field="lora_alpha")
+        if self.quantize is not None:
+            raise InputError(
+                "quantize freezes the model's own weights, and an adapter learns: set lora_rank too, or leave it out",
+                field="quantize",
+            )
         return self
 
     @property
@@ -116,18 +118,21 @@ class RewardOptions(Options):
         """The peak learning rate in use."""
         return self.learning_rate or (LORA_LEARNING_RATE if self.lora_rank else LEARNING_RATE)
 
+    @property
+    def alpha(self) -> float:
+        """LoRA's α in use."""
+        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
-def check_adapter(rank: int, alpha: float | None, quantize: Quantize | None) -> None:
-    """Refuses what belongs to an adapter without one: its α, and a base model that is quantised."""
-    if rank:
-        return
-    if alpha is not None:
-        raise InputError("lora_alpha belongs to an adapter: set lora_rank too, or leave it out", field="lora_alpha")
-    if quantize is not None:
-        raise InputError(
-            "quantize freezes the model's own weights, and an adapter learns: set lora_rank too, or leave it out",
-            field="quantize",
-        )
+
+class RewardOptions(FineTuningOptions):
+    """How a reward model is trained."""
+
+    epochs: Epochs = 1.0
+    max_length: MaxLength | None = Field(
+        default=None,
+        description="Longest prompt plus answer, in tokens; 1,024 or the model's limit if not given.",
+    )
+    centring: float = Field(default=0.01, ge=0, description="Weight of the term that keeps a pair's rewards around 0.")
 
 
 Estimator = Literal["group", "group_loo", "in_batch", "reference", "quantile", "support"]

@@ -282,8 +282,7 @@ def _load(
     if not options.lora_rank:
         check_all_weights(classifier, model)
         return classifier.requires_grad_(True), base
-    alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
-    return add_adapter(classifier, options.lora_rank, alpha, seed, model), base
+    return add_adapter(classifier, options.lora_rank, options.alpha, seed, model), base
 
 
 def _training_key(base: str, template: str, pairs: TokenizedRows, options: RewardOptions, seed: int) -> str:
