@@ -63,6 +63,7 @@ class Script:
         kind: content type of it.
         piece: characters of a chunk.
         done: whether the stream ends with [DONE].
+        lingers: seconds between that and the end of the reply's body.
     """
 
     text: Any = "ok"
@@ -80,6 +81,7 @@ class Script:
     kind: str | None = None
     piece: int = 3
     done: bool = True
+    lingers: float = 0.0
 
     @property
     def texts(self) -> list[Any]:
@@ -116,6 +118,7 @@ class Seen:
 
     headers: dict[str, str]
     body: dict[str, Any]
+    port: int  # of the connection's other end
 
 
 class ServedUpstream:
@@ -168,7 +171,7 @@ class UpstreamServer:
             await _reply(send, 200, "application/json", json.dumps(models).encode(), {})
             return
         body = json.loads(content)
-        self.requests.append(Seen(headers, body))
+        self.requests.append(Seen(headers, body, scope["client"][1]))
         writing = asyncio.ensure_future(self._write(self.answer(body), body, send))
         gone = asyncio.ensure_future(_gone(receive))
         await asyncio.wait({writing, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -200,6 +203,11 @@ class UpstreamServer:
                 await asyncio.sleep(0.01)
             await send({"type": "http.response.body", "body": b"data: %s\n\n" % json.dumps(chunk).encode(),
                         "more_body": True})  # fmt: skip
+        if script.lingers:
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+            await asyncio.sleep(script.lingers)
+            await send({"type": "http.response.body"})
+            return
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n" if script.done else b""})
 
 

@@ -218,3 +218,21 @@ def test_many_who_ask_for_the_models_are_one_question(upstream, monkeypatch):
         for thread in threads:
             thread.join()
     assert 1 <= len(asked) < 6
+
+
+def test_streams_share_their_connection_to_the_upstream(upstream):
+    before = len(upstream.requests)
+    with serving(upstream) as base:
+        for _ in range(3):
+            reply = HTTP.post(f"{base}/v1/chat/completions", json={**QUESTION, "stream": True})
+            assert reply.text.endswith("data: [DONE]\n\n")
+    assert len({seen.port for seen in upstream.requests[before:]}) == 1
+
+
+def test_an_upstream_that_does_not_end_a_stream_after_its_last_event_holds_nobody_up():
+    with UpstreamServer(lambda _: Script(lingers=8)) as upstream, serving(upstream) as base:
+        began = time.monotonic()
+        for _ in range(2):
+            reply = HTTP.post(f"{base}/v1/chat/completions", json={**QUESTION, "stream": True})
+            assert reply.text.endswith("data: [DONE]\n\n")
+        assert time.monotonic() - began < 5

@@ -68,21 +68,27 @@ class EventParser:
             raise BrokenEvents(f"an event is larger than {self._largest} bytes")
 
 
+def _refuse(constant: str) -> float:
+    raise ValueError(constant)
+
+
+# Made once: `json.loads` and `json.dumps` make a new one for each call with such arguments.
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
 def strict_json(content: bytes | str) -> Any:
     """Return parsed JSON; raises ValueError for anything else, NaN, infinities and deep nesting among it."""
-
-    def refuse(constant: str) -> float:
-        raise ValueError(constant)
-
+    text = content.decode(json.detect_encoding(content), "surrogatepass") if isinstance(content, bytes) else content
     try:
-        return json.loads(content, parse_constant=refuse)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
 def json_bytes(value: Any) -> bytes:
     """Return JSON in ASCII: UTF-8 cannot encode the halves of surrogate pairs that models write."""
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def data_frame(value: Any) -> bytes:

@@ -29,7 +29,14 @@ from everalign.serving.errors import (
 from everalign.serving.limits import Allowances, tokens_of
 from everalign.serving.settings import USUAL, HeaderRules, Timeouts, UpstreamSettings
 from everalign.serving.sse import BrokenEvents, EventParser, json_bytes
-from everalign.serving.upstream_transport import CircuitBreaker, Circuits, Permit, UpstreamTransport, json_object
+from everalign.serving.upstream_transport import (
+    CircuitBreaker,
+    Circuits,
+    Permit,
+    UpstreamTransport,
+    json_object,
+    read_to_end,
+)
 
 RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed", "response.cancelled", "error")
 """The events that may be the last one of a streamed response."""
@@ -287,7 +294,8 @@ class Upstream:
         """Yield events until the stream says that it ended; raises GatewayError if it breaks off before."""
         parser = EventParser()
         finished: dict[Any, bool] = {}  # by index of the choice, or of the whole response
-        async for part in self._transport.parts(response):
+        parts = self._transport.parts(response)
+        async for part in parts:
             try:
                 texts = parser.feed(part)
             except BrokenEvents as error:
@@ -311,6 +319,7 @@ class Upstream:
             if events:
                 yield events
             if ended:
+                await read_to_end(parts)
                 return
         # Some servers leave out the last event: an answer is whole if each of its choices has ended.
         if not finished or not all(finished.values()):

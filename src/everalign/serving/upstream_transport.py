@@ -5,6 +5,7 @@ import time
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, Literal
@@ -150,6 +151,7 @@ class Circuits:
 
 
 _QUOTED_BYTES = 64 << 10  # of an error's body
+_END_SECONDS = 0.1  # between a stream's last event and the end of its body; the client waits as long
 
 
 class UpstreamTransport:
@@ -218,6 +220,13 @@ class UpstreamTransport:
                 message = f"the upstream's answer is larger than {self._largest} bytes"
                 raise bad_upstream(message, "upstream_too_large", again=False)
             yield plain
+
+
+async def read_to_end(parts: AsyncIterator[bytes]) -> None:
+    """Read what follows a stream's last event, mostly nothing: only a body that was read frees its connection."""
+    with suppress(httpx.HTTPError, GatewayError), anyio.move_on_after(_END_SECONDS):
+        async for _ in parts:
+            pass
 
 
 def json_object(content: bytes | str) -> dict[str, Any]:
