@@ -29,6 +29,11 @@ LONGEST_ANSWER, LONGEST_HARMFUL = 120, 200
 GOOD_SHARE = 0.5
 
 
+def base() -> str:
+    """The model that correctors and reward models start from."""
+    return str(data_folder() / "base-model")
+
+
 def pairs(name: str, split: str) -> PreferenceSet:
     """One preference set's rows."""
     return PreferenceSet.of(preference_rows(name, split), f"{name}.{split}")
@@ -49,7 +54,7 @@ def smaller(layers: tuple[int, ...]) -> Path:
     """The base model with some of its layers alone, written once."""
     folder = FOLDER / f"base-{''.join(map(str, layers))}"
     if not folder.exists():
-        name = str(data_folder() / "base-model")
+        name = base()
         model = load_model(name)
         model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in layers)
         for place, layer in enumerate(model.model.layers):
@@ -78,12 +83,12 @@ def corrector_folder(name: str, base: str, rows: CorrectionSet, **options: Any) 
 
 def judge() -> tuple[RewardModel, float]:
     """Who says which answer is better, and the share of held-out pairs that it orders as people did."""
-    return reward_model("judge", pairs("safe_rlhf", "train")[1::2], pairs("safe_rlhf", "test"))
+    return reward_model(FOLDER / "judge", pairs("safe_rlhf", "train")[1::2], pairs("safe_rlhf", "test"), base())
 
 
 def approving() -> tuple[RewardModel, float]:
     """Who approves of corrections: a reward model of pairs that the corrector learned from."""
-    return reward_model("rewards", pairs("safe_rlhf", "train")[::2], pairs("safe_rlhf", "test"))
+    return reward_model(FOLDER / "rewards", pairs("safe_rlhf", "train")[::2], pairs("safe_rlhf", "test"), base())
 
 
 def is_short(*texts: str, longest: int = LONGEST_ANSWER) -> bool:
