@@ -30,6 +30,7 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file bench/mypy.ini
 	$(BIN)/python scripts/check_floors.py
 
 # Into build/site. Nothing is fetched, and a warning is an error.

@@ -92,8 +92,7 @@ def random_case(family: str, rows: list[tuple[Any, str]]) -> Case:
     tokenizer = load_tokenizer(str(data_folder() / "base-model"))
     form = ChatFormat(tokenizer)
     asked = [question for question, _ in rows]
-    texts = [form.prompt_text(question) for question in asked]
-    prompts = [tokens[-QUESTION:] for tokens in form.prompt_tokens(asked, texts)]
+    prompts = [tokens[-QUESTION:] for tokens in form.encode_prompts(asked)]
     answers = [tokenizer(answer, add_special_tokens=False)["input_ids"][:ANSWER] for _, answer in rows]
     model = random_model(family, vocabulary=len(tokenizer))
     outputs = plain(model, prompts, [form.eos], ANSWER)

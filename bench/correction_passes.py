@@ -90,7 +90,8 @@ def main() -> None:
                 found = decoder.run()
                 assert [row.tokens for row in found] == list(outputs)
                 passes += sum(row.passes for row in found)
-                cost += decoder._cache.cost
+                cache: Any = decoder._cache
+                cost += cache.cost
             results.append({"set": name, "rows": len(rows), "batch": size, "passes": passes, "cost": cost})
             print(f"{name}: {len(rows)} rows, batches of {size}: {passes / tokens:.3f} passes a token, cost {cost:.0f}")
     write_result(OUT / "correction_passes.json", {"settings": vars(arguments), "results": results})

@@ -169,8 +169,9 @@ def main() -> None:
     parser.add_argument("--output", default=str(OUT / "preference_speed.json"))
     parser.add_argument("--sweep", choices=list(SWEEPS), help="several runs, with these things varied")
     arguments = parser.parse_args()
-    results = []
-    for point in SWEEPS.get(arguments.sweep, [{}]):
+    results: list[dict[str, Any]] = []
+    points: list[dict[str, Any]] = SWEEPS.get(arguments.sweep, [{}])
+    for point in points:
         for precision in arguments.precisions:
             settings = {**vars(arguments), **point, "precision": precision}
             measured = compare(settings, settings["contenders"], arguments.rounds)

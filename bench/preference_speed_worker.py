@@ -84,7 +84,7 @@ def load_pairs(settings: Settings, tokenizer: Any) -> list[Any]:
         rng, top = random.Random(0), min(settings["vocabulary"] or len(tokenizer), 8192)
         sizes = (prompt, response, response)
         return [
-            TokenizedRow.pair(str(i), *([rng.randrange(10, top) for _ in range(size)] for size in sizes), 1.0)
+            TokenizedRow.pair(str(i), *([rng.randrange(10, top) for _ in range(size)] for size in sizes))
             for i in range(settings["pairs"])
         ]
     rows = [*preference_rows("hh_harmless", "train"), *preference_rows("hh_helpful", "train")]

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def storing_seconds() -> float:
         }
         what = {"outcome": "applied", "reason": None, "mode": "correct", "usage": {"total_tokens": 12}}
         texts = {"messages": messages, "original": "No. " * 100, "returned": "Yes. " * 100}
-        return Exchange(id=f"chatcmpl-{number}", created=datetime.now(UTC), **names, **what, **texts)  # type: ignore[arg-type]
+        return Exchange(id=f"chatcmpl-{number}", created=datetime.now(timezone.utc), **names, **what, **texts)  # type: ignore[arg-type]
 
     some = [exchange(number) for number in range(2_000)]
     with (
@@ -235,9 +235,9 @@ def main() -> None:
     gateway, stored = show_gateway(), storing_seconds()
     print(f"\nAn exchange is stored in {1e3 * stored:.2g} ms of a processor: SQLite takes {1 / stored:,.0f} a second.")
     show_corrections(correcting)
-    found = {"training": lines, "rows": held, "gateway": gateway, "storing_seconds": stored}
-    found["correcting_gpus"] = [correcting.low, correcting.high]
-    write_result(OUT / "scale.json", {"gpu": GPU, "price": PRICE, **found})
+    results = {"training": lines, "rows": held, "gateway": gateway, "storing_seconds": stored}
+    results["correcting_gpus"] = [correcting.low, correcting.high]
+    write_result(OUT / "scale.json", {"gpu": GPU, "price": PRICE, **results})
 
 
 def show_training(lines: dict[str, list[dict[str, Any]]]) -> None:

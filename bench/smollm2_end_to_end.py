@@ -63,7 +63,7 @@ def read(path: Path, most: int | None = None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()][:most]
 
 
-def choose_rate(folder: Path, seed: int) -> tuple[float, dict[str, float]]:
+def choose_rate(folder: Path, seed: int) -> tuple[float, dict[str, dict[str, float]]]:
     """Return the rate whose policy ranks most validation pairs rightly, and all that was tried."""
     train = [row for name in TASKS for row in read(folder / f"{name}.jsonl", MIXED)]
     test = [row for name in TASKS for row in read(folder / f"{name}.validation.jsonl")]

@@ -57,7 +57,8 @@ def main() -> None:
     prepare_process()
     policy, data = start().train(), batches(arguments.steps, arguments.batch_size)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-4)
-    objectives, seconds = [make_objective(name) for name in ("sft", "var")], {"sft": [], "var": []}
+    objectives = [make_objective(name) for name in ("sft", "var")]
+    seconds: dict[str, list[float]] = {"sft": [], "var": []}
     for number in range(arguments.rounds + 1):
         for place in (0, 1) if number % 2 else (1, 0):
             began = time.process_time()

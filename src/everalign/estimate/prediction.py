@@ -208,6 +208,11 @@ class Clock:
             again = 2 * work.tokens * (shape.matrices + adapters + memory) + 4 * work.pairs * shape.attention
         return passed + head + 12 * work.pairs * shape.attention + again
 
+    @property
+    def reduced(self) -> float:
+        """Bytes that a process sends in an optimiser step, for the sum of the fp32 gradients around a ring."""
+        return 2 * 4.0 * self.shape.trained * (1 - 1 / self.layout.processes)
+
     def exchanged(self, batches: float, kind: str, steps: float) -> float:
         """Return the seconds that links take at their full rate, for micro-batches of one process, and steps."""
         layout, machine = self.layout, self.machine
@@ -216,9 +221,7 @@ class Clock:
         passes = batches * (2 if kind == "training" else 1)
         # What a process receives to have every layer of a shared base once.
         gathered = self.shape.layer_bytes * (1 - 1 / layout.sharing)
-        # And what it sends in an optimiser step, for the sum of the gradients around a ring.
-        reduced = 2 * 4.0 * self.shape.trained * (1 - 1 / layout.processes)
-        return passes * gathered / machine.link + steps * reduced / layout.rate(machine)
+        return passes * gathered / machine.link + steps * self.reduced / layout.rate(machine)
 
     def seconds(
         self, work: Work, kind: str, memory_rank: int = 0, steps: int = 0, uneven: float | None = None
