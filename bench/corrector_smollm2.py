@@ -5,8 +5,8 @@
     python bench/corrector_smollm2.py train full
     python bench/corrector_smollm2.py verify         # which answers each variant leaves as they are: minutes
     python bench/corrector_smollm2.py validation     # variants, gates and an approver, on validation answers
-    python bench/corrector_smollm2.py test --way "lora-10, approved 0.1"
-    python bench/corrector_smollm2.py pairs --way "lora-10, approved 0.1"    # fifty changed answers, to be read blind
+    python bench/corrector_smollm2.py test --way "lora-10, approved 0.5"
+    python bench/corrector_smollm2.py pairs --way "lora-10, approved 0"    # fifty changed answers, to be read blind
 
 It learns from seven sets of corrections, from pairs whose rejected answer becomes the chosen one, and from good answers
 that stay. It is judged on answers of other models, which are in no training file: harmful and harmless, true and false,
