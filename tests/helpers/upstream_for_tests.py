@@ -203,12 +203,11 @@ class UpstreamServer:
                 await asyncio.sleep(0.01)
             await send({"type": "http.response.body", "body": b"data: %s\n\n" % json.dumps(chunk).encode(),
                         "more_body": True})  # fmt: skip
+        end = b"data: [DONE]\n\n" if script.done else b""
+        await send({"type": "http.response.body", "body": end, "more_body": script.lingers > 0})
         if script.lingers:
-            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
             await asyncio.sleep(script.lingers)
             await send({"type": "http.response.body"})
-            return
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n" if script.done else b""})
 
 
 async def _gone(receive) -> None:
