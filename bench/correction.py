@@ -8,6 +8,8 @@ corrections as they are or with noise in a tenth of the tokens, the real answers
 questions, and noise alone, which is the worst case. A trained corrector writes what it makes of other models' answers
 instead; those that it really was given are the drafts called real. All contenders write the same tokens, which is
 checked. They take turns batch by batch; ratios are of their whole processor times.
+
+Measured kinds and batch sizes stay in bench/out/correction_speed/MODEL.PRECISION and are not measured again.
 """
 
 import argparse
@@ -21,12 +23,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import OUT, write_result
+from common import OUT, check_settings, write_result
 from correction_rows import KINDS, CorrectorRows, Rows, Tokens, kept_share
 from corrector_judges import answers
 from everalign.modeling.decoding import Decoder, RaggedModel, continue_rows, pad_left
 from everalign.modeling.runtime import prepare_process
 from everalign.modeling.speculative import DraftDecoder
+from everalign.storage import read_json, write_json
 
 
 class Contenders:
@@ -108,6 +111,28 @@ def measured(
     }
 
 
+def show(results: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    table = Table(title="times as fast as plain greedy decoding in the same batches")
+    for column in ("draft", "kept", "batch", "verify, then decode", "passes a row", "passes a token"):
+        table.add_column(column, justify="left" if column == "draft" else "right")
+    for column in ("generate", "prompt lookup", "rows that differ"):
+        table.add_column(column, justify="right")
+    for found in results:
+        ratio = found["ratio"]
+        table.add_row(
+            found["kind"],
+            f"{found['kept']:.2f}",
+            str(found["size"]),
+            f"{ratio['verified']:.2f}×",
+            f"{found['passes_a_row']:.1f}",
+            f"{found['passes_a_token']:.3f}",
+            *(f"{ratio[way]:.2f}×" if way in ratio else "" for way in ("generate", "lookup")),
+            str(found["differ"]["verified"]),
+        )
+    Console(width=140).print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corrector", type=Path, help="folder of a trained corrector to measure instead")
@@ -117,10 +142,16 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="outputs may differ in bf16")
+    parser.add_argument("--output", type=Path, default=OUT / "correction_speed")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     prepare_process()
+    settings = {name: vars(arguments)[name] for name in ("rows", "limit", "rounds", "precision", "threads")}
+    settings["corrector"] = arguments.corrector and str(arguments.corrector)
+    model_name = arguments.corrector.name if arguments.corrector else "by-heart"
+    folder = arguments.output / f"{model_name}.{arguments.precision}"
+    check_settings(folder / "settings.json", settings)
     if arguments.corrector is None:
         rows: Rows | CorrectorRows = Rows(arguments.rows)
         model = rows.model().bfloat16() if arguments.precision == "bf16" else rows.model()
@@ -129,33 +160,18 @@ def main() -> None:
         rows = CorrectorRows(*corrected)
         model = rows.model()
     contenders = Contenders(model, rows.ends, arguments.limit)
-    table = Table(title="times as fast as plain greedy decoding in the same batches")
-    for column in ("draft", "kept", "batch", "verify, then decode", "passes a row", "passes a token"):
-        table.add_column(column, justify="left" if column == "draft" else "right")
-    for column in ("generate", "prompt lookup", "rows that differ"):
-        table.add_column(column, justify="right")
     results = []
     for kind in [kind for kind in arguments.kinds if rows.drafts.get(kind)]:
         for size in arguments.sizes:
-            ways = ["plain", "verified", "generate", *(["lookup"] if size == 1 else [])]
-            found = measured(contenders, rows.prompts[kind], rows.drafts[kind], size, ways, arguments.rounds)
-            results.append({"kind": kind, "size": size, **found})
-            ratio = found["ratio"]
-            cells = [f"{ratio[way]:.2f}×" if way in ratio else "" for way in ("generate", "lookup")]
-            table.add_row(
-                kind,
-                f"{found['kept']:.2f}",
-                str(size),
-                f"{ratio['verified']:.2f}×",
-                f"{found['passes_a_row']:.1f}",
-                f"{found['passes_a_token']:.3f}",
-                *cells,
-                str(found["differ"]["verified"]),
-            )
+            place = folder / f"{kind.replace(' ', '-')}.{size}.json"
+            if not place.exists():
+                ways = ["plain", "verified", "generate", *(["lookup"] if size == 1 else [])]
+                found = measured(contenders, rows.prompts[kind], rows.drafts[kind], size, ways, arguments.rounds)
+                write_json(place, {"kind": kind, "size": size, **found})
+            results.append(read_json(place))
             print(results[-1], flush=True)
-    Console(width=140).print(table)
-    settings = {**vars(arguments), "corrector": arguments.corrector and str(arguments.corrector)}
-    write_result(OUT / "correction.json", {"settings": settings, "results": results})
+    show(results)
+    write_result(folder.with_suffix(".json"), {"settings": settings, "results": results})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 The corrector has 6.5M parameters and the model that it teaches, SmolLM2, twenty times as many; with `--model base` the
 corrector has four of the base model's six layers. In three rounds the model answers unsafe questions, the corrector
-rewrites, and the model learns that: as labels (SFT), as preferences (DPO), or by reward weights (VAR).
+rewrites, and the model learns that: as labels (SFT), as preferences (DPO), or by reward weights (VAR). What of a gain
+is brevity shows in a control that no corrector teaches: labels that are the first sentence of the model's own answers.
 
 Each policy writes greedy answers to held-out questions, rated by a reward model that saw none of the corrector's pairs;
 answers that did not end are rated as they are. Beside them: the model at its start, alone and with the corrector behind
@@ -33,6 +34,7 @@ from common import OUT, check_settings, data_folder, sft_rows, write_result
 from correction_task import LONGEST, approving, corrector_folder, judge, pairs, smaller, training_rows
 from everalign.correction import Corrector
 from everalign.correction.corrector import Corrected
+from everalign.correction.sentences import sentence_ends
 from everalign.data.records import Scored, ScoredSet
 from everalign.data.rows import spread
 from everalign.evaluation.answers import answer_kls, response_log_probs, write_answers
@@ -40,7 +42,7 @@ from everalign.evaluation.scorers import RewardModel
 from everalign.evaluation.scoring import ScorerApprover
 from everalign.evaluation.statistics import Interval, crossed_statistic
 from everalign.learning.options import DistillOptions, TrainingOptions
-from everalign.learning.self_training import distill
+from everalign.learning.self_training import Rewritten, distill
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process
@@ -49,6 +51,8 @@ from everalign.storage import Journal, exclusive, read_json, write_json
 CHAT_TOKENS_PER_BATCH = 4096
 # In words.
 LONGEST_QUESTION = 80
+# The kind of labels that no corrector makes.
+CONTROL = "first-sentence"
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,28 @@ class Teacher:
     def correct_batch(self, pairs: Sequence[tuple[Any, str]]) -> list[Corrected]:
         """Corrected answers, in their order."""
         return self.corrector.correct_batch([(self.setting.plain(question), answer) for question, answer in pairs])
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """An answer's first sentence."""
+
+    text: str
+    changed: bool
+
+
+class FirstSentence:
+    """In place of a corrector: keeps the first sentence of every answer."""
+
+    fingerprint = "first sentence"
+
+    def correct_batch(self, pairs: Sequence[tuple[Any, str]]) -> list[Rewritten]:
+        """First sentences of the answers, in their order."""
+        found: list[Rewritten] = []
+        for _, answer in pairs:
+            first = answer[: next(iter(sentence_ends(answer)), len(answer))].strip()
+            found.append(Shortened(first, first != answer))
+        return found
 
 
 @dataclass(frozen=True)
@@ -196,13 +222,15 @@ def teach(
 ) -> dict[str, Any]:
     """Bring a model's run to the end of a round, and measure the policy that this leaves."""
     setting, output, started = referee.setting, folder / f"{labels}-{seed}", time.process_time()
-    rate, epochs = setting.labels[labels]
+    teacher = FirstSentence() if labels == CONTROL else referee.teacher
+    kind = "sft" if labels == CONTROL else labels
+    rate, epochs = setting.labels[kind]
     done = distill(
         model,
-        referee.teacher,
+        teacher,
         prompts,
         output,
-        options=DistillOptions(labels=labels, rounds=number, max_new_tokens=setting.answer),
+        options=DistillOptions(labels=kind, rounds=number, max_new_tokens=setting.answer),
         training=TrainingOptions(
             learning_rate=rate,
             epochs=epochs,
@@ -283,7 +311,7 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(SETTINGS), default="base", help="the model that is taught")
-    parser.add_argument("--labels", nargs="+", choices=("sft", "dpo", "var"), default=["sft", "dpo", "var"])
+    parser.add_argument("--labels", nargs="+", choices=("sft", "dpo", "var", CONTROL), default=["sft", "dpo", "var"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, help="questions that the model answers in a round")
