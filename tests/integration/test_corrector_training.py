@@ -412,7 +412,7 @@ def test_rows_that_are_all_too_long_are_refused(tmp_path):
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, found 0"),
         ({"max_length": 4}, "max_length must be a whole number of at least 8, found 4"),
         ({"lora_rank": -1}, "lora_rank must be a whole number of at least 0, found -1"),
-        ({"lora_alpha": 8.0}, "lora_alpha belongs to an adapter: set lora_rank too"),
+        ({"lora_alpha": 8.0}, r"lora_alpha belongs to an adapter: set --lora-rank \(lora_rank\) too"),
         ({"precision": "fp16"}, "precision must be one of auto, fp32, bf16, found 'fp16'"),
         ({"checkpointing": "yes"}, "checkpointing must be one of auto, on, off, found 'yes'"),
         ({"checkpoint_steps": -1}, "checkpoint_steps must be a whole number of at least 0"),

@@ -170,7 +170,7 @@ def test_an_adapter_as_model_starts_from_what_it_has_learned(tmp_path):
     [
         ({"precision": "fp16"}, "precision must be one of auto, fp32, bf16, found 'fp16'"),
         ({"lora_rank": -1}, "lora_rank must be a whole number of at least 0"),
-        ({"lora_alpha": 8.0}, "lora_alpha belongs to an adapter: set lora_rank too"),
+        ({"lora_alpha": 8.0}, r"lora_alpha belongs to an adapter: set --lora-rank \(lora_rank\) too"),
     ],
 )
 def test_adapter_and_precision_out_of_range_are_refused(options, message):

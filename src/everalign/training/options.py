@@ -12,6 +12,7 @@ SHORTEST_MAX_LENGTH = 8
 LEARNING_RATE = 2e-5
 # An adapter starts at 0 and has far to go.
 LORA_LEARNING_RATE = 2e-4
+_ADAPTER = "set --lora-rank (lora_rank) too, or leave it out"
 
 # Declared once, used by every section that has the option.
 LearningRate = Annotated[float, Field(gt=0, description="Peak learning rate.")]
@@ -105,12 +106,10 @@ class FineTuningOptions(Options):
         if self.lora_rank:
             return self
         if self.lora_alpha is not None:
-            raise InputError("lora_alpha belongs to an adapter: set lora_rank too, or leave it out", field="lora_alpha")
+            raise InputError(f"lora_alpha belongs to an adapter: {_ADAPTER}", field="lora_alpha")
         if self.quantize is not None:
-            raise InputError(
-                "quantize freezes the model's own weights, and an adapter learns: set lora_rank too, or leave it out",
-                field="quantize",
-            )
+            problem = f"quantize freezes the model's own weights, and an adapter learns: {_ADAPTER}"
+            raise InputError(problem, field="quantize")
         return self
 
     @property
