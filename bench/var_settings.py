@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import OUT, check_settings, data_folder, write_result
-from everalign.data import Scored, read_preferences
+from everalign.data import Scored, load_preferences
 from everalign.evaluation.scorers import RewardModel
 from everalign.modeling.loading import load_tokenizer
 from everalign.modeling.runtime import prepare_process
@@ -52,10 +52,10 @@ class Task:
     def __init__(self, name: str, inputs: Path, judge: RewardModel, folder: Path) -> None:
         self.name, self._tokenizer = name, load_tokenizer(str(data_folder() / "base-model"))
         self._scorers = {"reward": RewardModel.from_folder(inputs / f"reward-{name}"), "judge": judge}
-        self._asked = [row.prompt for row in read_preferences(inputs / f"{name}.validation.jsonl")]
+        self._asked = [row.prompt for row in load_preferences(inputs / f"{name}.validation.jsonl")]
         path = folder / f"{name}.samples.json"
         if not path.exists():
-            prompts = [row.prompt for row in read_preferences(inputs / f"{name}.train.jsonl")]
+            prompts = [row.prompt for row in load_preferences(inputs / f"{name}.train.jsonl")]
             answers = sampled(start(), self._tokenizer, prompts, ANSWERS, 0)
             rows = scored(self._scorers["reward"], [row for row in answers if len(row.completions) > 1])
             write_json(path, [row.to_json() for row in rows])
