@@ -24,14 +24,15 @@ from rich.console import Console
 from rich.table import Table
 
 from common import OUT, check_settings, data_folder, write_result
-from everalign.data import Scored, load_preferences
+from everalign.data import Scored, encode_prompt, load_preferences
+from everalign.data.messages import Prompt
 from everalign.evaluation.scorers import RewardModel
 from everalign.modeling.loading import load_tokenizer
 from everalign.modeling.runtime import prepare_process
 from everalign.storage import read_json, write_json
 from everalign.training.options import StageOptions
 from var_contenders import var
-from var_real import judged, sampled, scored, start, usable
+from var_real import LONGEST, LONGEST_ANSWER, judged, sampled, scored, start, usable
 
 TASKS = ("harmless", "helpful", "safe")
 TEMPERATURES, FLOORS, RATES = (1.0, 0.5, 0.25, 0.1), (0.0, 0.02), (5e-4, 1e-3, 2e-3)
@@ -52,14 +53,18 @@ class Task:
     def __init__(self, name: str, inputs: Path, judge: RewardModel, folder: Path) -> None:
         self.name, self._tokenizer = name, load_tokenizer(str(data_folder() / "base-model"))
         self._scorers = {"reward": RewardModel.from_folder(inputs / f"reward-{name}"), "judge": judge}
-        self._asked = [row.prompt for row in load_preferences(inputs / f"{name}.validation.jsonl")]
+        self._asked = self._short(inputs / f"{name}.validation.jsonl")
         path = folder / f"{name}.samples.json"
         if not path.exists():
-            prompts = [row.prompt for row in load_preferences(inputs / f"{name}.train.jsonl")]
-            answers = sampled(start(), self._tokenizer, prompts, ANSWERS, 0)
+            answers = sampled(start(), self._tokenizer, self._short(inputs / f"{name}.train.jsonl"), ANSWERS, 0)
             rows = scored(self._scorers["reward"], [row for row in answers if len(row.completions) > 1])
             write_json(path, [row.to_json() for row in rows])
         self._rows = usable([Scored.from_json(row, str(path)) for row in read_json(path)], self._tokenizer)
+
+    def _short(self, path: Path) -> list[Prompt]:
+        """Prompts that leave room for a whole answer."""
+        prompts = [row.prompt for row in load_preferences(path)]
+        return [prompt for prompt in prompts if len(encode_prompt(self._tokenizer, prompt)) <= LONGEST - LONGEST_ANSWER]
 
     def run(self, setting: tuple[float, float, float] | None) -> dict[str, float]:
         """Learn with a temperature, floor and rate, or nothing, and measure the policy."""
