@@ -153,9 +153,8 @@ class WeightOptions(Options, title="Rewards (objectives var, snkl)"):
     temperature: float | None = Field(
         default=None,
         gt=0,
-        description="Reward that is worth one nat; by default 1, or 0.25 with quantile.\nIn units of "
-        "the dataset's standard deviation of rewards, or as "
-        "they are without `scale_rewards`. 1 if not given, or 0.25 with `quantile`, where the unit is all ranks.",
+        description="Reward that is worth one nat; by default 1, or 0.25 with quantile.\nIn standard deviations of the "
+        "dataset's rewards, in rewards as they are without `scale_rewards`, or in all ranks with `quantile`.",
     )
     target_ess: float = Field(
         default=0.0,
@@ -165,9 +164,8 @@ class WeightOptions(Options, title="Rewards (objectives var, snkl)"):
     )
     scale_rewards: bool | None = Field(
         default=None,
-        description="Divide rewards by their standard deviation over the dataset; on by default, but "
-        "with quantile.\nOn if not given, but for "
-        "`quantile`, whose ranks have no scale.",
+        description="Divide rewards by their standard deviation over the dataset; on by default, but not with "
+        "quantile, whose ranks have no scale.",
     )
     weight_cap: float = Field(default=0.0, ge=0, description="Largest weight; 0 for none.")
     length_normalize: bool = Field(
