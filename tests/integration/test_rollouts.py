@@ -90,7 +90,7 @@ def test_answers_are_sampled_scored_and_learned(model, tmp_path, objective):
     assert facts.train.rows == 6
     assert facts.stages[0].stage == objective
     assert facts.stages[0].rows == rollout["prompts"]
-    assert facts.weights["temperature"] == 1.0
+    assert facts.weights["temperature"] == {"var": 0.25, "snkl": 1.0}[objective]
     assert any(line.startswith(f"  round 1: {rollout['answers']:.0f} answers to") for line in lines)
 
 

@@ -77,9 +77,9 @@ def test_replayed_rows_keep_the_weights_of_their_own_task(model, tmp_path):
 def test_the_manifest_tells_what_the_weights_are_like(model, tmp_path):
     learn_two(model, tmp_path / "run")
     weights = load_run(tmp_path / "run").versions[0].manifest.weights
-    assert weights["temperature"] == 1.0
+    assert weights["temperature"] == 0.25
     assert weights["dropped_rows"] == 0
-    assert 0.5 < weights["effective_share"] < 1.0
+    assert 1 / 3 < weights["effective_share"] < 1.0
     assert weights["scale"] == pytest.approx(torch.tensor(scored("warm")[0].rewards).std(correction=0).item(), rel=0.3)
 
 
@@ -91,9 +91,16 @@ def test_the_report_shows_the_weights_of_every_task(model, tmp_path):
     assert table.count(">0.250</td>") == 2
 
 
+def test_a_temperature_that_is_not_given_is_that_of_the_run(model, tmp_path):
+    learner(model, tmp_path / "run", weighting=WeightOptions(temperature=1.0)).learn(scored("warm"), "warm")
+    found = learner(model, tmp_path / "run", resume=True, weighting=WeightOptions(weight_cap=0.0))
+    found.learn(scored("brief"), "brief")
+    assert [v.manifest.weights["temperature"] for v in load_run(tmp_path / "run").versions] == [1.0, 1.0]
+
+
 def test_a_run_is_not_resumed_with_other_weights(model, tmp_path):
     learner(model, tmp_path / "run").learn(scored("warm"), "warm", test=held_out("warm"))
-    with pytest.raises(InputError, match=r"started with different settings \(temperature: 1.0 then, 2.0 now\)"):
+    with pytest.raises(InputError, match=r"started with different settings \(temperature: 0.25 then, 2.0 now\)"):
         learner(model, tmp_path / "run", resume=True, weighting=WeightOptions(temperature=2.0))
 
 
@@ -133,7 +140,7 @@ def test_weights_are_those_of_the_estimator_over_the_whole_dataset():
             rewards,
             groups,
             estimator=options.estimator,
-            temperature=options.temperature,
+            temperature=options.resolved().temperature,
             reward_scale=rewards.std(correction=0).item(),
             weight_cap=options.weight_cap or None,
         ).weights

@@ -305,7 +305,8 @@ def test_a_printed_recipe_can_be_given_again(estimator):
     given = {"model": "tiny", "output": "run", "objective": "var", "tasks": tasks, "estimator": estimator}
     printed = Recipe.from_flags(given).complete()
     assert ("length_normalize" in printed["weighting"]) == (estimator == "support")
-    assert Recipe.model_validate(printed).learner_arguments()["weighting"] == WeightOptions(estimator=estimator)
+    again = Recipe.model_validate(printed).learner_arguments()["weighting"]
+    assert again == WeightOptions(estimator=estimator).resolved()
 
 
 def test_runs_from_before_an_option_go_on(model, tmp_path):
@@ -313,7 +314,7 @@ def test_runs_from_before_an_option_go_on(model, tmp_path):
     learner(model, tmp_path, WeightOptions()).learn(LISTED, "a")
     written = json.loads((tmp_path / "run.json").read_text())["settings"]
     assert "length_normalize" not in written
-    assert (written["estimator"], written["temperature"], written["scale_rewards"]) == ("group", 1.0, True)
+    assert (written["estimator"], written["temperature"], written["scale_rewards"]) == ("group", 0.25, True)
 
 
 def test_the_command_line_takes_the_estimators(model, tmp_path, monkeypatch, capsys):
@@ -337,8 +338,10 @@ def test_the_command_line_takes_the_estimators(model, tmp_path, monkeypatch, cap
 
 def test_completions_below_the_floor_are_left_out_and_what_they_weighed_is_said():
     rows = [Scored("p", ("a", "b", "c"), (3.0, 2.0, -3.0)), Scored("q", ("a", "b"), (1.0, 1.0))]
-    whole = compute_weights(rows, [(1, 1, 1), (1, 1)], WeightOptions(scale_rewards=False))
-    found = compute_weights(rows, [(1, 1, 1), (1, 1)], WeightOptions(scale_rewards=False, weight_floor=0.1))
+    whole = compute_weights(rows, [(1, 1, 1), (1, 1)], WeightOptions(scale_rewards=False, temperature=1.0))
+    found = compute_weights(
+        rows, [(1, 1, 1), (1, 1)], WeightOptions(scale_rewards=False, temperature=1.0, weight_floor=0.1)
+    )
     assert found.rows[0].weights == (*whole.rows[0].weights[:2], 0.0)
     assert found.rows[1].weights == (1.0, 1.0)
     assert found.left_out == 1

@@ -180,7 +180,7 @@ class Learner:
             objective,
             self._run.with_its_precision(chosen["training"] or TrainingOptions()),
             chosen["adapter"],
-            chosen["weighting"] or WeightOptions(),
+            self._run.with_its_temperature(chosen["weighting"] or WeightOptions()),
             make_scorer(reward) if isinstance(reward, str) else reward,
             chosen["rollouts"] or RolloutOptions(),
             chosen["correction"],

@@ -493,6 +493,8 @@ def completed(recipe: Recipe) -> Recipe:
     if whole._given("method").get("name", DEFAULT_METHOD) == run.facts.method.name:
         # What was left at a default stays at the default that the run was begun with.
         whole = whole.over(Recipe(method=_method_settings(run)))
+    if (temperature := run.facts.settings.get("temperature")) is not None:
+        whole = whole.over(Recipe.model_validate({"weighting": {"temperature": temperature}}))
     if recipe.tasks is not None:
         return whole
     done = {version.task for version in run.all_versions}

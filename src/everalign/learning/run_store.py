@@ -42,6 +42,7 @@ from everalign.modeling.base_adapter import adapter_files
 from everalign.modeling.loading import DTYPES, load_tokenizer, model_fingerprint
 from everalign.modeling.policy import Policy
 from everalign.storage import checksums, new_folder, read_json, write_json, write_text
+from everalign.training.options import WeightOptions
 from everalign.training.stage import StageResult
 
 FORMAT = 1
@@ -151,8 +152,15 @@ class RunDirectory:
         """Returns the options with `auto` replaced by the precision that the run was started with."""
         if training.precision != "auto" or not self.exists:
             return training
-        settings = run_files.read_json(self.path / "run.json", run_files.RunFile).settings
-        return training.replace(precision=settings.get("precision", "fp32"))
+        return training.replace(precision=self._settings().get("precision", "fp32"))
+
+    def with_its_temperature(self, weighting: WeightOptions) -> WeightOptions:
+        """Returns the options with the temperature of rewards that the run was started with, where none is given."""
+        temperature = self._settings().get("temperature") if self.exists else None
+        return weighting if temperature is None else weighting.resolved(temperature)
+
+    def _settings(self) -> dict[str, Any]:
+        return run_files.read_json(self.path / "run.json", run_files.RunFile).settings
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Refuses to continue a run with other settings; names the first that differs."""

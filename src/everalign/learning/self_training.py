@@ -37,6 +37,9 @@ HELD_OUT = "held-out"
 
 _FACTS = "distill.json"
 _PER_BATCH = 64
+# Of VAR: an answer and its correction are two standard deviations apart. At the temperature that suits sampled answers
+# the answer itself would count for nothing.
+_TEMPERATURE = 1.0
 # Rounds sample this far apart, and runs of neighbouring seeds further.
 _ROUND_STRIDE, _RUN_STRIDE, _SEEDS = 7919, 1_000_003, 2**31
 
@@ -147,7 +150,8 @@ def distill(
         test: held-out preferences, scored before the first round and after each.
         method: what is carried from round to round; LifeAlign when None.
         training: how each round is trained.
-        weighting: how the rewards of the labels `var` become weights; the defaults when None.
+        weighting: how the rewards of the labels `var` become weights, at temperature 1 unless it says another; the
+            defaults when None.
         seed: seeds everything random.
         log: called with one line for each thing that happens.
         progress: called with (stage, done, all).
@@ -173,13 +177,7 @@ def distill(
     if room < 1:
         limits = f"max_new_tokens is {options.max_new_tokens} and max_length {training.max_length}"
         raise InputError(f"{limits}, which leaves no room for a prompt: raise max_length")
-    if weighting is not None and options.labels != "var":
-        raise InputError(f"weighting is for the labels var, found {options.labels}: leave it out")
-    if weighting is not None and weighting.estimator in FROM_REFERENCE_REWARDS:
-        raise InputError(
-            f"the estimator {weighting.estimator} needs reference_rewards, which corrections do not have: "
-            "choose another estimator"
-        )
+    weighting = _weighting(options, weighting)
     with exclusive_run(Path(output)):
         learner = Learner(
             model,
@@ -204,6 +202,21 @@ def distill(
             if not rounds[-1].rows:
                 break
     return Distillation(learner, tuple(rounds))
+
+
+def _weighting(options: DistillOptions, given: WeightOptions | None) -> WeightOptions | None:
+    """Return how rewards become weights, or refuse what the labels would ignore or cannot serve."""
+    if given is not None and options.labels != "var":
+        raise InputError(f"weighting is for the labels var, found {options.labels}: leave it out")
+    if options.objective != "var":
+        return None
+    found = (given or WeightOptions()).resolved(_TEMPERATURE)
+    if found.estimator in FROM_REFERENCE_REWARDS:
+        raise InputError(
+            f"the estimator {found.estimator} needs reference_rewards, which corrections do not have: "
+            "choose another estimator"
+        )
+    return found
 
 
 @dataclass(frozen=True)

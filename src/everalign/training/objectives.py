@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from everalign.errors import InputError
-from everalign.training.options import ObjectiveOptions, WeightOptions
+from everalign.training.options import VAR_TEMPERATURE, ObjectiveOptions, WeightOptions
 
 if TYPE_CHECKING:
     from everalign.training.base_objective import Objective
@@ -27,7 +27,7 @@ class Entry:
         reads: options that mean something to it and not to all others: `beta`, `gamma`, `reference`, `sft_epochs`,
             `reward` (with the sampling options), `correction`, and `weighting` with those of `WeightOptions`.
         why: why it ignores `beta` and `reference`, where it does.
-        beta, reference: their values where none are given.
+        beta, reference, temperature: their values where none are given.
     """
 
     home: str
@@ -36,6 +36,7 @@ class Entry:
     why: str = "has no margin"
     beta: float = 0.1
     reference: str = "stage_start"
+    temperature: float = 1.0
 
 
 # Within a prompt snkl is its own normaliser; what it takes from the weighting is how sharp the rewards are.
@@ -52,7 +53,12 @@ OBJECTIVES: dict[str, Entry] = {
     "hypo": Entry(f"{_CLASSES}:HybridObjective", "preferences", _MARGIN, reference="base"),
     "hypo-ln": Entry(f"{_CLASSES}:TokenHybridObjective", "preferences", _MARGIN, beta=5.0, reference="base"),
     "dpo+hypo-ln": Entry(f"{_CLASSES}:RankedDpoObjective", "preferences", _MARGIN, reference="base"),
-    "var": Entry(f"{_CLASSES}:VarObjective", "scored", frozenset({"reward", "weighting", *WeightOptions.model_fields})),
+    "var": Entry(
+        f"{_CLASSES}:VarObjective",
+        "scored",
+        frozenset({"reward", "weighting", *WeightOptions.model_fields}),
+        temperature=VAR_TEMPERATURE,
+    ),
     "snkl": Entry(
         f"{_CLASSES}:SelfNormalisedObjective",
         "judged",
@@ -95,7 +101,9 @@ def check_weighting(objective: str | None, given: Iterable[str]) -> None:
 
 def weighting_settings(objective: str | None, weighting: WeightOptions) -> dict[str, Any]:
     """Return the values that mean something to an objective."""
-    return {name: value for name, value in weighting.settings().items() if reads(objective, name)}
+    entry = OBJECTIVES.get(objective or "fpo")
+    whole = weighting if entry is None else weighting.resolved(entry.temperature)
+    return {name: value for name, value in whole.settings().items() if reads(objective, name)}
 
 
 def make_objective(name: str, beta: float | None = None, gamma: float | None = None, **options: Any) -> "Objective":
@@ -116,5 +124,6 @@ def make_objective(name: str, beta: float | None = None, gamma: float | None = N
         )
     module, _, attribute = OBJECTIVES[name].home.partition(":")
     beta = OBJECTIVES[name].beta if beta is None else beta
+    options["weighting"] = (options.get("weighting") or WeightOptions()).resolved(OBJECTIVES[name].temperature)
     objective: Objective = getattr(import_module(module), attribute)(name, ObjectiveOptions(beta, gamma, **options))
     return objective

@@ -84,6 +84,7 @@ def compute_weights(
     if given and len(given) < len(rows):
         number = next(i for i, row in enumerate(rows, start=1) if row.weights is None)
         raise InputError(f"row {number} has no weights, while others have: give all rows weights, or none")
+    options = options.resolved()
     groups = torch.tensor([number for number, row in enumerate(rows) for _ in row.completions])
     rewards = torch.tensor([reward for row in rows for reward in row.rewards], dtype=torch.float64)
     tokens = torch.tensor([length for row in lengths for length in row])
