@@ -155,9 +155,9 @@ class WeightOptions(Options, title="Rewards (objectives var, snkl)"):
     temperature: float | None = Field(
         default=None,
         gt=0,
-        description="Reward that is worth one nat; by default 0.25 with var and 1 with snkl.\nIn standard deviations "
-        "of the dataset's rewards, in rewards as they are without `scale_rewards`, or in all ranks with `quantile`. 1 "
-        "with the estimators other than `group` and `quantile` if not given.",
+        description="Reward that is worth one nat; by default 0.25 with var, 1 with snkl and in `correct distill`.\nIn "
+        "standard deviations of the dataset's rewards, in rewards as they are without `scale_rewards`, or in all ranks "
+        "with `quantile`. 1 with the estimators other than `group` and `quantile` if not given.",
     )
     target_ess: float = Field(
         default=0.0,
