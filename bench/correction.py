@@ -171,7 +171,7 @@ def main() -> None:
             results.append(read_json(place))
             print(results[-1], flush=True)
     show(results)
-    write_result(folder.with_suffix(".json"), {"settings": settings, "results": results})
+    write_result(OUT / "correction.json", {"settings": settings, "results": results})
 
 
 if __name__ == "__main__":
