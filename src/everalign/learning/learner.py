@@ -180,7 +180,7 @@ class Learner:
             objective,
             self._run.with_its_precision(chosen["training"] or TrainingOptions()),
             chosen["adapter"],
-            self._run.with_its_temperature(chosen["weighting"] or WeightOptions()),
+            self._run.with_its_temperature(chosen["weighting"] or WeightOptions(), objective),
             make_scorer(reward) if isinstance(reward, str) else reward,
             chosen["rollouts"] or RolloutOptions(),
             chosen["correction"],

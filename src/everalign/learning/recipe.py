@@ -493,7 +493,8 @@ def completed(recipe: Recipe) -> Recipe:
     if whole._given("method").get("name", DEFAULT_METHOD) == run.facts.method.name:
         # What was left at a default stays at the default that the run was begun with.
         whole = whole.over(Recipe(method=_method_settings(run)))
-    if (temperature := run.facts.settings.get("temperature")) is not None:
+    temperature = run.facts.settings.get("temperature")
+    if temperature is not None and reads(whole.objective, "temperature"):
         whole = whole.over(Recipe.model_validate({"weighting": {"temperature": temperature}}))
     if recipe.tasks is not None:
         return whole

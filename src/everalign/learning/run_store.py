@@ -42,6 +42,7 @@ from everalign.modeling.base_adapter import adapter_files
 from everalign.modeling.loading import DTYPES, load_tokenizer, model_fingerprint
 from everalign.modeling.policy import Policy
 from everalign.storage import checksums, new_folder, read_json, write_json, write_text
+from everalign.training.objectives import reads
 from everalign.training.options import WeightOptions
 from everalign.training.stage import StageResult
 
@@ -154,9 +155,10 @@ class RunDirectory:
             return training
         return training.replace(precision=self._settings().get("precision", "fp32"))
 
-    def with_its_temperature(self, weighting: WeightOptions) -> WeightOptions:
+    def with_its_temperature(self, weighting: WeightOptions, objective: str) -> WeightOptions:
         """Returns the options with the temperature of rewards that the run was started with, where none is given."""
-        temperature = self._settings().get("temperature") if self.exists else None
+        asked = self.exists and reads(objective, "temperature")
+        temperature = self._settings().get("temperature") if asked else None
         return weighting if temperature is None else weighting.resolved(temperature)
 
     def _settings(self) -> dict[str, Any]:
