@@ -289,7 +289,20 @@ def summary(folder: Path) -> list[dict[str, Any]]:
     for labels, number in names:
         runs = [read_json(path) for path in sorted(folder.glob(f"{labels}.{number}.*.json"))]
         found.append(line(labels, int(number.removeprefix("round-")), runs, start, corrected))
+        if pairs_of_seeds := beside_control(folder, labels, number):
+            found[-1]["gain over the control"] = gain(pairs_of_seeds, [0.0] * len(pairs_of_seeds[0]))._asdict()
     return found
+
+
+def beside_control(folder: Path, labels: str, number: str) -> list[list[float]]:
+    """By seed, how much more than those of the control's same round a policy's answers are worth."""
+    differences = []
+    for path in sorted(folder.glob(f"{labels}.{number}.*.json")):
+        control = folder / path.name.replace(labels, CONTROL, 1)
+        if labels != CONTROL and control.exists():
+            ours, theirs = read_json(path)["rewards"], read_json(control)["rewards"]
+            differences.append([a - b for a, b in zip(ours, theirs, strict=True)])
+    return differences
 
 
 def show(rows: Sequence[dict[str, Any]], title: str) -> None:
@@ -306,6 +319,10 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
             more = [f"{row['perplexity']:.1f}", f"{row['kl']:.2f}", f"{row['words']:.0f}", *shares]
         table.add_row(row["policy"], str(row["round"]), str(row["seeds"]), f"{row['reward']:+.3f}", *intervals, *more)
     Console(width=190).print(table)
+    for row in rows:
+        if control := row.get("gain over the control"):
+            value = f"{control['value']:+.3f} [{control['low']:+.3f}, {control['high']:+.3f}]"
+            print(f"{row['policy']}, round {row['round']}: {value} over the control, seeds that both have")
 
 
 def main() -> None:

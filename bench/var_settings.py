@@ -30,7 +30,7 @@ from everalign.evaluation.scorers import RewardModel
 from everalign.modeling.loading import load_tokenizer
 from everalign.modeling.runtime import prepare_process
 from everalign.storage import read_json, write_json
-from everalign.training.options import StageOptions
+from everalign.training.options import VAR_TEMPERATURE, StageOptions
 from var_contenders import var
 from var_real import LONGEST, LONGEST_ANSWER, judged, sampled, scored, start, usable
 
@@ -97,6 +97,17 @@ def summary(folder: Path, tasks: list[str]) -> list[dict[str, Any]]:
     return found
 
 
+def against(rows: list[dict[str, Any]], temperature: float, name: str) -> str:
+    """Mean difference to the default temperature over tasks, floors and rates, with its standard error."""
+    theirs, ours = (
+        [gain for row in rows if row["temperature"] == one for gain in row[name]]
+        for one in (temperature, VAR_TEMPERATURE)
+    )
+    moved = [a - b for a, b in zip(theirs, ours, strict=True)]
+    error = statistics.stdev(moved) / len(moved) ** 0.5
+    return f"{statistics.fmean(moved):+.3f} ± {error:.3f} (above 0 in {sum(one > 0 for one in moved)} of {len(moved)})"
+
+
 def show(rows: list[dict[str, Any]], tasks: list[str]) -> None:
     """Print the table, and which setting has the highest reward within the KL."""
     table = Table(title=f"gains of {', '.join(tasks)}, and their mean")
@@ -110,6 +121,11 @@ def show(rows: list[dict[str, Any]], tasks: list[str]) -> None:
         settings = [f"{row[name]:g}" for name in ("temperature", "floor", "rate")]
         table.add_row(*settings, *gains, f"{row['kl']:.2f}", f"{row['words']:.0f}", f"{row['unfinished']:.0%}")
     Console(width=140).print(table)
+    for temperature in (one for one in TEMPERATURES if one != VAR_TEMPERATURE):
+        differences = [against(rows, temperature, name) for name in ("reward", "judge")]
+        print(
+            f"temperature {temperature:g} against {VAR_TEMPERATURE:g}: reward {differences[0]}, judge {differences[1]}"
+        )
     if within := [row for row in rows if row["kl"] <= MOST_KL]:
         best = max(within, key=lambda row: statistics.fmean(row["reward"]))
         settings = ", ".join(f"{name} {best[name]:g}" for name in ("temperature", "floor", "rate"))

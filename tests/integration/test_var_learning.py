@@ -79,7 +79,9 @@ def test_the_manifest_tells_what_the_weights_are_like(model, tmp_path):
     weights = load_run(tmp_path / "run").versions[0].manifest.weights
     assert weights["temperature"] == 0.25
     assert weights["dropped_rows"] == 0
-    assert 1 / 3 < weights["effective_share"] < 1.0
+    expected = compute_weights(list(scored("warm")), [(5, 5, 5)] * 10, WeightOptions(temperature=0.25)).statistics
+    assert weights["effective_share"] == pytest.approx(expected.effective_share)
+    assert 0.35 < expected.effective_share < 0.45
     assert weights["scale"] == pytest.approx(torch.tensor(scored("warm")[0].rewards).std(correction=0).item(), rel=0.3)
 
 

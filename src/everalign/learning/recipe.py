@@ -490,8 +490,8 @@ def completed(recipe: Recipe) -> Recipe:
     run = load_run(path)
     known = Recipe.read(path / _FILE) if (path / _FILE).exists() else _from_facts(run)
     whole = recipe.over(known)
+    # What was left at a default stays at the default that the run was begun with.
     if whole._given("method").get("name", DEFAULT_METHOD) == run.facts.method.name:
-        # What was left at a default stays at the default that the run was begun with.
         whole = whole.over(Recipe(method=_method_settings(run)))
     temperature = run.facts.settings.get("temperature")
     if temperature is not None and reads(whole.objective, "temperature"):

@@ -14,7 +14,7 @@ LEARNING_RATE = 2e-5
 LORA_LEARNING_RATE = 2e-4
 # On validation prompts better than 1, and not told apart from 0.1, which moves further (bench/results/rewards.md).
 VAR_TEMPERATURE = 0.25
-_ADAPTER = "set --lora-rank (lora_rank) too, or leave it out"
+_SET_A_RANK = "set --lora-rank (lora_rank) too, or leave it out"
 
 # Declared once, used by every section that has the option.
 LearningRate = Annotated[float, Field(gt=0, description="Peak learning rate.")]
@@ -108,9 +108,9 @@ class FineTuningOptions(Options):
         if self.lora_rank:
             return self
         if self.lora_alpha is not None:
-            raise InputError(f"lora_alpha belongs to an adapter: {_ADAPTER}", field="lora_alpha")
+            raise InputError(f"lora_alpha belongs to an adapter: {_SET_A_RANK}", field="lora_alpha")
         if self.quantize is not None:
-            problem = f"quantize freezes the model's own weights, and an adapter learns: {_ADAPTER}"
+            problem = f"quantize freezes the model's own weights, and an adapter learns: {_SET_A_RANK}"
             raise InputError(problem, field="quantize")
         return self
 
