@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from everalign.evaluation.statistics import Array, Interval, crossed_bootstrap
 from everalign.modeling.machine import library_versions, machine_facts
 from everalign.storage import read_json, write_json
 
@@ -64,6 +67,11 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
         return "–"
     spread = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
     return f"{statistics.fmean(known):.3f}{spread}"
+
+
+def over_runs(values: Array) -> Interval:
+    """The mean of (runs, rows) values, with a 95 % interval over both at once."""
+    return crossed_bootstrap([values], np.ones((len(values), 1)))
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

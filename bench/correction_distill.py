@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import OUT, check_settings, data_folder, sft_rows, write_result
+from common import OUT, check_settings, data_folder, over_runs, sft_rows, write_result
 from correction_task import LONGEST, approving, corrector_folder, judge, pairs, smaller, training_rows
 from everalign.correction import Corrector
 from everalign.correction.corrector import Corrected
@@ -40,7 +40,7 @@ from everalign.data.rows import spread
 from everalign.evaluation.answers import answer_kls, response_log_probs, write_answers
 from everalign.evaluation.scorers import RewardModel
 from everalign.evaluation.scoring import ScorerApprover
-from everalign.evaluation.statistics import Interval, crossed_statistic
+from everalign.evaluation.statistics import Interval
 from everalign.learning.options import DistillOptions, TrainingOptions
 from everalign.learning.self_training import Rewritten, distill
 from everalign.modeling.loading import load_model, load_tokenizer
@@ -251,9 +251,8 @@ def teach(
 
 
 def gain(after: Sequence[Sequence[float]], before: Sequence[float]) -> Interval:
-    """Mean difference of rewards, with a 95 % interval over runs and questions, both at once."""
-    moved = np.array(after) - np.array(before)  # (runs, questions)
-    return crossed_statistic(*moved.shape[:1], [moved.shape[1]], lambda runs, rows: ((runs @ moved) * rows).sum(axis=1))
+    """Mean difference of (runs, questions) rewards, with a 95 % interval over both at once."""
+    return over_runs(np.array(after) - np.array(before))
 
 
 def line(policy: str, number: int, runs: Sequence[dict[str, Any]], start: Any, corrected: Any) -> dict[str, Any]:

@@ -17,17 +17,20 @@ finished stays in bench/out/corrector_smollm2 and is not repeated.
 import argparse
 import json
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import OUT, correction_rows, data_folder, write_result
+from common import OUT, correction_rows, data_folder, over_runs, write_result
 from corrector_judges import KINDS, MOST, answers, outputs, own_pairs, question_of, reward_model
 from everalign.correction import CorrectionOptions, Corrector
 from everalign.correction.batch import correct_batches, journal_facts
@@ -40,7 +43,7 @@ from everalign.correction.training import train_corrector
 from everalign.data import Correction, CorrectionSet
 from everalign.evaluation.answers import win_rate, write_answers
 from everalign.evaluation.scorers import RewardModel
-from everalign.evaluation.scoring import ScorerApprover, compare_answers
+from everalign.evaluation.scoring import compare_answers
 from everalign.modeling.loading import load_model, load_tokenizer
 from everalign.modeling.policy import Policy
 from everalign.modeling.runtime import prepare_process
@@ -79,16 +82,18 @@ SMALL = "6.5M"
 # Gates, in nats: by how much some token has to be likelier than the answer's, and the correction than the answer.
 CERTAINTIES, RATIOS = (0.5, 1.0, 2.0, 3.0, 4.0), (0.0, 2.0, 5.0, 10.0, 20.0)
 APPROVALS = (0.0, 0.1, 0.2, 0.3, 0.5)
+# Only answers are corrected that the approver rates as low as this share of validation answers.
+LOWEST = (0.1, 0.2, 0.3, 0.5)
 REQUEST = "Question: {}\n\nAnswer: {}\n\nImprove this answer. If it is good already, repeat it. Write the answer alone."
 
 
 # ---- rows ----
 
 
-def training_rows(count: int, good_share: float) -> CorrectionSet:
-    """Corrections, pairs as corrections in equal number, and good answers that stay."""
+def training_rows(count: int, good_share: float, seed: int) -> CorrectionSet:
+    """Corrections, pairs as corrections in equal number, and good answers that stay; the seed draws them."""
     asked = {question_of(row["prompt"]).lower() for name, _, _ in KINDS.values() for row in outputs(name)}
-    draw = random.Random(0)
+    draw = random.Random(seed)
 
     def fits(question: Any, *texts: str) -> bool:
         return question_of(question).lower() not in asked and len(str(question)) + sum(map(len, texts)) <= LONGEST
@@ -112,22 +117,31 @@ def training_rows(count: int, good_share: float) -> CorrectionSet:
 # ---- models ----
 
 
-def train(variant: str, rows: int) -> None:
-    folder = FOLDER / variant
+def run_of(variant: str, seed: int) -> str:
+    """The name of a variant's run: the variant's own, with every seed but the first behind it."""
+    return f"{variant}.seed-{seed}" if seed else variant
+
+
+def train(variant: str, rows: int, seed: int) -> None:
+    run = run_of(variant, seed)
+    folder = FOLDER / run
     if folder.exists():
         return
     settings, good_share = VARIANTS[variant]
     options = CorrectorOptions(**{**COMMON, **settings})
     base = str(data_folder() / "base-model") if variant == SMALL else "smollm2"
-    trained = train_corrector(base, training_rows(rows, good_share), folder, options=options, log=print)
+    learned = training_rows(rows, good_share, seed)
+    trained = train_corrector(base, learned, folder, options=options, seed=seed, log=print)
     seconds = {name: stage.seconds for name, stage in trained.stages.items()}
-    write_json(FOLDER / f"{variant}.json", {"rows": rows, "good": good_share, "settings": settings, **seconds})
+    write_json(FOLDER / f"{run}.json", {"rows": rows, "good": good_share, "settings": settings, **seconds})
 
 
+@cache
 def judge() -> RewardModel:
     return reward_model("judge")
 
 
+@cache
 def approver() -> RewardModel:
     return reward_model("approver")
 
@@ -217,57 +231,89 @@ def kept(rows: CorrectionSet, corrected: list[Corrected], keep: list[bool], reas
     ]
 
 
-def ways(variant: str, rows: CorrectionSet) -> Iterator[tuple[str, list[Corrected]]]:
-    """Every way to use a variant's corrector, and what it returns; the quickest first."""
-    plain = corrections(variant, rows)
+def ways(variant: str, run: str, rows: CorrectionSet) -> Iterator[tuple[str, list[Corrected]]]:
+    """Every way to use what a variant's run has trained, and what it returns; the quickest first."""
+    plain = corrections(run, rows)
     yield variant, plain
-    yield from approvals(variant, rows, plain)
-    facts = verified(variant, rows)
+    yield from approvals(variant, run, rows, plain)
+    facts = verified(run, rows)
     for certainty in CERTAINTIES:
         yield f"{variant}, certainty {certainty:g}", kept(rows, plain, [one.gap < certainty for one in facts], "gate")
-    ratios = log_ratios(variant, rows, plain)
+    ratios = log_ratios(run, rows, plain)
     for limit in RATIOS:
         yield f"{variant}, ratio {limit:g}", kept(rows, plain, [one < limit for one in ratios], "gate")
 
 
-def approvals(name: str, rows: CorrectionSet, plain: list[Corrected]) -> Iterator[tuple[str, list[Corrected]]]:
-    """What is left of corrections where the approver has to find them better, by several margins."""
-    questions, texts = [row.question for row in rows], [row.answer for row in rows]
+def approvals(
+    variant: str, run: str, rows: CorrectionSet, plain: list[Corrected]
+) -> Iterator[tuple[str, list[Corrected]]]:
+    """What is left of corrections where the approver has to find them better, or the answer bad."""
+    before = approver_rewards("answers", rows, [row.answer for row in rows])
+    after = approver_rewards(run, rows, [one.text for one in plain])
     for margin in APPROVALS:
-        approved = ScorerApprover(approver(), margin).approve(questions, texts, [one.text for one in plain])
-        yield f"{name}, approved {margin:g}", kept(rows, plain, [not one for one in approved], "not_better")
+        worse = [new - old <= margin for old, new in zip(before, after, strict=True)]
+        yield f"{variant}, approved {margin:g}", kept(rows, plain, worse, "not_better")
+    validation = answers("train", MOST)
+    of_validation = approver_rewards("answers", validation, [row.answer for row in validation])
+    for share in LOWEST:
+        limit = np.quantile(of_validation, share)
+        yield f"{variant}, lowest {share:g}", kept(rows, plain, [one > limit for one in before], "gate")
 
 
-def show(title: str, rows: CorrectionSet, found: dict[str, list[Corrected]]) -> dict[str, Any]:
-    """Print the table; returns the figures."""
-    referee, results = judge(), {}
+def approver_rewards(name: str, rows: CorrectionSet, texts: list[str]) -> list[float]:
+    """What the approver gives answers, or a run's corrections."""
+    place = FOLDER / f"approver.{name}.{rows.fingerprint[:12]}.json"
+    if not place.exists():
+        write_json(place, approver().score([row.question for row in rows], texts))
+    return [float(reward) for reward in read(place)]
+
+
+def scores(rows: CorrectionSet, corrected: list[Corrected]) -> dict[str, Any]:
+    """What one run's corrections are worth, over all answers and by kind; `verdicts` in the answers' order."""
+    questions, before, after = (
+        [row.question for row in rows],
+        [row.answer for row in rows],
+        [one.text for one in corrected],
+    )
+    verdicts = compare_answers(judge(), questions, before, after, margin=MARGIN)
+    report = evaluation_report(rows, corrected, verdicts)
+    found = {"overall": asdict(report.overall), "kinds": {kind: asdict(one) for kind, one in report.kinds.items()}}
+    changed = [i for i, one in enumerate(corrected) if one.changed]
+    if changed:
+        equal = win_rate(judge(), *([texts[i] for i in changed] for texts in (questions, after, before)))
+        found["equal_length"] = asdict(equal)
+    good = [one.changed for row, one in zip(rows, corrected, strict=True) if row.good]
+    return {**found, "good_kept": 1 - sum(good) / len(good), "verdicts": verdicts}
+
+
+def show(title: str, rows: CorrectionSet, found: dict[str, dict[str, list[Corrected]]]) -> dict[str, Any]:
+    """Print the table of every way, over its runs; returns the figures of each run."""
+    results = {way: {run: scores(rows, corrected) for run, corrected in runs.items()} for way, runs in found.items()}
     table = Table(title=title)
     columns = ("", "answers", "rows", "net win rate", "95 %", "at equal length", "edited", "kept", "unfinished")
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:2] else "right")
-    for way, corrected in found.items():
-        questions, before = [row.question for row in rows], [row.answer for row in rows]
-        after = [one.text for one in corrected]
-        verdicts = compare_answers(referee, questions, before, after, margin=MARGIN)
-        report = evaluation_report(rows, corrected, verdicts)
-        results[way] = {"overall": asdict(report.overall), "kinds": {k: asdict(v) for k, v in report.kinds.items()}}
-        changed = [i for i, one in enumerate(corrected) if one.changed]
-        if changed:
-            equal = win_rate(referee, *([texts[i] for i in changed] for texts in (questions, after, before)))
-            results[way]["equal_length"] = asdict(equal)
-        good = [one.changed for row, one in zip(rows, corrected, strict=True) if row.good]
-        results[way]["good_kept"] = 1 - sum(good) / len(good)
-        for kind, scores in [*report.kinds.items(), ("all", report.overall)]:
-            win = scores.win
-            assert win is not None
-            interval = "" if win.low is None else f"{win.low:+.3f} to {win.high:+.3f}"
-            length = f"{equal.length_controlled.value:.2f}" if kind == "all" and changed else ""
-            unfinished = f"{scores.kept.get('unfinished', 0.0):.1%}"
-            cells = (str(scores.rows), f"{win.net:+.3f}", interval, length)
-            table.add_row(way, kind, *cells, f"{scores.edit_rate:.0%}", f"{scores.copy_rate:.0%}", unfinished)
-        table.add_row(way, "good ones untouched", "", "", "", "", f"{results[way]['good_kept']:.0%}", "", "")
+    for way, by_run in results.items():
+        runs = list(by_run.values())
+        verdicts = np.array([run["verdicts"] for run in runs], dtype=float)
+        for kind in (*runs[0]["kinds"], "all"):
+            parts = [run["overall"] if kind == "all" else run["kinds"][kind] for run in runs]
+            chosen = [i for i, row in enumerate(rows) if kind in (row.kind, "all")]
+            net = over_runs(verdicts[:, chosen])
+            equal = [run["equal_length"]["length_controlled"].value for run in runs if "equal_length" in run]
+            length = f"{fmean(equal):.2f}" if kind == "all" and equal else ""
+            shares = [fmean(part[name] for part in parts) for name in ("edit_rate", "copy_rate")]
+            unfinished = fmean(part["kept"].get("unfinished", 0.0) for part in parts)
+            cells = (str(len(chosen)), f"{net.value:+.3f}", f"{net.low:+.3f} to {net.high:+.3f}", length)
+            table.add_row(way, kind, *cells, *(f"{share:.0%}" for share in shares), f"{unfinished:.1%}")
+        stays = fmean(run["good_kept"] for run in runs)
+        table.add_row(way, "good ones untouched", "", "", "", "", "", f"{stays:.0%}", "")
         table.add_section()
     Console(width=140).print(table)
+    for way, by_run in results.items():
+        if len(by_run) > 1:
+            each = (f"{run['overall']['win']['net']:+.3f} and {run['good_kept']:.0%}" for run in by_run.values())
+            print(f"{way}, net win rate and good ones untouched by run: {', '.join(each)}")
     return results
 
 
@@ -302,30 +348,37 @@ def judge_quality(rows: CorrectionSet) -> dict[str, float]:
     }
 
 
-def evaluate(split: str, count: int, wanted: str | None, variants: list[str]) -> None:
+def evaluate(split: str, count: int, wanted: str | None, variants: list[str], seeds: list[int]) -> None:
     rows = answers(split, count)
     quality = judge_quality(rows)
     print("the judge rates, of two answers:", *(f"{pair} {share:.0%};" for pair, share in quality.items()))
-    found = {"SmolLM2, asked": asked(rows)} if wanted is None or split == "test" else {}
-    if (FOLDER / SMALL).exists() and wanted is not None:
-        plain = corrections(SMALL, rows)
-        found |= {SMALL: plain, f"{SMALL}, approved 0": next(approvals(SMALL, rows, plain))[1]}
-    for variant in variants:
-        if (FOLDER / variant).exists() and (wanted is None or wanted.split(",")[0] == variant):
-            for way, corrected in ways(variant, rows):
-                # On test rows one way alone, beside the corrector as it is and best of two.
-                if wanted is None or way in (wanted, variant, f"{variant}, approved 0"):
-                    found[way] = corrected
-                if wanted in found:
+    found: dict[str, dict[str, list[Corrected]]] = {"SmolLM2, asked": {"asked": asked(rows)}}
+    chosen = wanted and wanted.split(",")[0]
+    for variant in dict.fromkeys([SMALL, chosen]) if chosen else variants:
+        # On test rows one way alone, beside the corrector as it is and best of two.
+        few = {variant, f"{variant}, approved 0", *([wanted] if variant == chosen else [])}
+        for run in trained(variant, seeds):
+            for way, corrected in ways(variant, run, rows):
+                if chosen is None or way in few:
+                    found.setdefault(way, {})[run] = corrected
+                if chosen is not None and all(run in found.get(one, {}) for one in few):
                     break
+    if wanted is not None and wanted not in found:
+        sys.exit(f"no {wanted!r} among {', '.join(found)}: name a way of a variant that is trained")
     name = "test" if split == "test" else "validation"
     write_result(FOLDER / f"{name}.json", {"count": count, "judge": quality, "results": show(name, rows, found)})
+
+
+def trained(variant: str, seeds: list[int]) -> list[str]:
+    """The runs of a variant that there are."""
+    return [run for seed in seeds if (FOLDER / (run := run_of(variant, seed))).exists()]
 
 
 def blind_pairs(way: str, count: int) -> None:
     """Write changed test answers and their corrections in random order, and the key in another file."""
     rows = answers("test", count)
-    corrected = next(found for name, found in ways(way.split(",")[0], rows) if name == way)
+    variant = way.split(",")[0]
+    corrected = next(found for name, found in ways(variant, variant, rows) if name == way)
     draw = random.Random(0)
     changed = [i for i, one in enumerate(corrected) if one.changed]
     texts, key = [], []
@@ -352,6 +405,7 @@ def main() -> None:
         metavar=f"1..{MOST}",
         help="answers of each kind, at most",
     )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of training; for test: runs to evaluate")
     parser.add_argument("--way", help="as in the validation table's first column")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -361,14 +415,16 @@ def main() -> None:
     if arguments.step == "train":
         if arguments.variant is None:
             parser.error(f"train which variant? one of {', '.join(VARIANTS)}")
-        train(arguments.variant, arguments.rows)
+        for seed in arguments.seeds:
+            train(arguments.variant, arguments.rows, seed)
     elif arguments.step == "verify":
         show_verified(arguments.count)
     elif arguments.step == "pairs":
         blind_pairs(arguments.way, arguments.count)
     else:
         variants = list(VARIANTS) if arguments.variant is None else [arguments.variant]
-        evaluate("train" if arguments.step == "validation" else "test", arguments.count, arguments.way, variants)
+        split = "train" if arguments.step == "validation" else "test"
+        evaluate(split, arguments.count, arguments.way, variants, arguments.seeds)
 
 
 if __name__ == "__main__":
