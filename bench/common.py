@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import statistics
 import sys
 from collections.abc import Sequence
@@ -72,6 +73,29 @@ def mean_and_deviation(values: Sequence[float | None]) -> str:
 def over_runs(values: Array) -> Interval:
     """The mean of (runs, rows) values, with a 95 % interval over both at once."""
     return crossed_bootstrap([values], np.ones((len(values), 1)))
+
+
+def write_blind_pairs(path: Path, rows: Sequence[tuple[str, str, str]], names: tuple[str, str], most: int) -> None:
+    """Write pairs of answers to be read blind, in random order, and in another file what is what.
+
+    Args:
+        path: a .md file; the key is a .key.json file beside it.
+        rows: question, an answer of the first kind, and one of the second; equal ones are left out.
+        names: of the two kinds.
+        most: how many are drawn.
+    """
+    draw, texts, key = random.Random(0), list[str](), list[dict[str, Any]]()
+    different = [i for i, (_, one, other) in enumerate(rows) if one != other]
+    for number, i in enumerate(draw.sample(different, min(most, len(different))), start=1):
+        question, one, other = rows[i]
+        first = draw.random() < 0.5
+        key.append({"number": number, "row": i, "A": names[not first], "B": names[first]})
+        a, b = (one, other) if first else (other, one)
+        texts.append(f"## {number}\n{question}\n\nA: {a}\n\nB: {b}\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(texts), encoding="utf-8")
+    write_json(path.with_suffix(".key.json"), key)
+    print(f"written: {path}; what is what is in {path.stem}.key.json")
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

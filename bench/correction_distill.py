@@ -2,6 +2,7 @@
 
     python bench/correction_distill.py --model smollm2 --labels sft     # the two may run side by side
     python bench/correction_distill.py --model smollm2 --labels dpo
+    python bench/correction_distill.py --model smollm2 --labels sft first-sentence --seeds 0 --blind    # pairs to read
 
 The corrector has 6.5M parameters and the model that it teaches, SmolLM2, twenty times as many; with `--model base` the
 corrector has four of the base model's six layers. In three rounds the model answers unsafe questions, the corrector
@@ -30,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import OUT, check_settings, data_folder, over_runs, sft_rows, write_result
+from common import OUT, check_settings, data_folder, over_runs, sft_rows, write_blind_pairs, write_result
 from correction_task import LONGEST, approving, corrector_folder, judge, pairs, smaller, training_rows
 from everalign.correction import Corrector
 from everalign.correction.corrector import Corrected
@@ -53,6 +54,8 @@ CHAT_TOKENS_PER_BATCH = 4096
 LONGEST_QUESTION = 80
 # The kind of labels that no corrector makes.
 CONTROL = "first-sentence"
+# Of two policies, how many pairs of answers are read.
+BLIND_PAIRS = 30
 
 
 @dataclass(frozen=True)
@@ -324,6 +327,13 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
             print(f"{row['policy']}, round {row['round']}: {value} over the control, seeds that both have")
 
 
+def blind_pairs(folder: Path, labels: Sequence[str], number: int, seed: int, asked: Sequence[str]) -> None:
+    """Write answers of two policies after the same round, to be read blind."""
+    both = [read_json(folder / f"{kind}.round-{number}.{seed}.json")["answers"] for kind in labels]
+    place = folder / "blind" / f"{labels[0]}.{labels[1]}.round-{number}.{seed}.md"
+    write_blind_pairs(place, list(zip(asked, *both, strict=True)), (labels[0], labels[1]), BLIND_PAIRS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(SETTINGS), default="base", help="the model that is taught")
@@ -335,6 +345,7 @@ def main() -> None:
     parser.add_argument("--chat", type=int, default=51, help="held-out chat rows")
     parser.add_argument("--corrector", type=Path, help="a corrector's folder, in place of the one that is trained")
     parser.add_argument("--judge", type=Path, help="a reward model's folder, in place of the one that is trained")
+    parser.add_argument("--blind", action="store_true", help="write pairs of the two --labels, to be read blind")
     parser.add_argument("--approved", action="store_true", help="a reward model approves of corrections")
     parser.add_argument("--output", type=Path, default=OUT / "correction_distill")
     parser.add_argument("--threads", type=int, default=1)
@@ -347,6 +358,13 @@ def main() -> None:
     asked, held_out = questions(setting), held_out_questions(setting)
     folder = arguments.output / arguments.model
     model = base if arguments.model == "base" else arguments.model
+    if arguments.blind:
+        if len(arguments.labels) != 2:
+            parser.error("--blind compares two --labels")
+        texts = [str(setting.plain(one)[-1]["content"]) for one in held_out]
+        for seed in arguments.seeds:
+            blind_pairs(folder, arguments.labels, arguments.rounds, seed, texts)
+        return
 
     # Of processes side by side the first makes what all need.
     with exclusive(folder / ".lock", "preparing", wait=lambda holder: print(f"waiting for {holder}", flush=True)):

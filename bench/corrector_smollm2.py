@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import OUT, correction_rows, data_folder, over_runs, write_result
+from common import OUT, correction_rows, data_folder, over_runs, write_blind_pairs, write_result
 from corrector_judges import KINDS, MOST, answers, outputs, own_pairs, question_of, reward_model
 from everalign.correction import CorrectionOptions, Corrector
 from everalign.correction.batch import correct_batches, journal_facts
@@ -375,21 +375,12 @@ def trained(variant: str, seeds: list[int]) -> list[str]:
 
 
 def blind_pairs(way: str, count: int) -> None:
-    """Write changed test answers and their corrections in random order, and the key in another file."""
+    """Write changed test answers and their corrections, to be read blind."""
     rows = answers("test", count)
     variant = way.split(",")[0]
     corrected = next(found for name, found in ways(variant, variant, rows) if name == way)
-    draw = random.Random(0)
-    changed = [i for i, one in enumerate(corrected) if one.changed]
-    texts, key = [], []
-    for number, i in enumerate(draw.sample(changed, min(50, len(changed))), start=1):
-        first = draw.random() < 0.5
-        key.append({"number": number, "correction": "A" if first else "B", "kind": rows[i].kind})
-        a, b = (corrected[i].text, rows[i].answer) if first else (rows[i].answer, corrected[i].text)
-        texts.append(f"## {number}\n{question_of(rows[i].question)}\n\nA: {a}\n\nB: {b}\n")
-    (FOLDER / "pairs.md").write_text("\n".join(texts), encoding="utf-8")
-    write_json(FOLDER / "pairs.key.json", key)
-    print(f"written: {FOLDER / 'pairs.md'}; what is what is in pairs.key.json")
+    texts = [(question_of(row.question), new.text, row.answer) for row, new in zip(rows, corrected, strict=True)]
+    write_blind_pairs(FOLDER / "pairs.md", texts, ("correction", "answer"), 50)
 
 
 def main() -> None:
