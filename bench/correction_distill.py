@@ -178,15 +178,22 @@ class Referee:
             tokens_per_batch=CHAT_TOKENS_PER_BATCH,
         )
         texts = [answer.text for answer in answers]
-        corrected = self.teacher.correct_batch(list(zip(self.questions, texts, strict=True)))
+        corrected = self.corrected(texts)
         return {
             **self.rate(texts),
             "ended": [answer.ended for answer in answers],
             "kl": [kl for kl in kls if kl is not None],
             "chat": {"log_probs": chat.values, "tokens": chat.tokens},
-            "changed": statistics.fmean(one.changed for one in corrected),
-            "corrected": [one.text for one in corrected],
+            "changed": statistics.fmean(new != text for new, text in zip(corrected, texts, strict=True)),
+            "corrected": corrected,
         }
+
+    def corrected(self, texts: list[str]) -> list[str]:
+        """What the teacher makes of answers; empty ones, which it cannot read, stay."""
+        filled = [i for i, text in enumerate(texts) if text.strip()]
+        found = self.teacher.correct_batch([(self.questions[i], texts[i]) for i in filled])
+        new = dict(zip(filled, (one.text for one in found), strict=True))
+        return [new.get(i, text) for i, text in enumerate(texts)]
 
     def rate(self, texts: list[str]) -> dict[str, Any]:
         """Answers with their rewards."""
