@@ -39,6 +39,8 @@ _BLOCK = 1 << 20
 _CHECKSUM = "sha256"
 _JOURNAL_FORMAT = 1  # stored in the file as `user_version`
 _JOURNAL_WAIT = 30.0  # seconds for another process that is writing
+_READING = "BEGIN"
+"""All that is read is of one moment: the first `put` of another process may come in between."""
 _KEYS_PER_QUERY = 500  # SQLite limits the parameters of a query
 
 # The file descriptor of a lock and how often it was entered, by the lock's path, process and thread.
@@ -522,6 +524,7 @@ class Journal:
             return {}
         rows: dict[Key, tuple[str, str]] = {}
         with self._open() as database:
+            database.execute(_READING)
             if self._is_empty(database):
                 return {}
             for start in range(0, len(wanted), _KEYS_PER_QUERY):
@@ -538,6 +541,7 @@ class Journal:
         if not self.path.exists():
             return 0
         with self._open() as database:
+            database.execute(_READING)
             if self._is_empty(database):
                 return 0
             (found,) = database.execute("SELECT COUNT(*) FROM entries").fetchone()

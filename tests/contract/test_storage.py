@@ -126,6 +126,31 @@ def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path):
     assert Journal(path).read(keys) == {key: int(key[2:]) for key in keys}
 
 
+@pytest.mark.parametrize("number", range(1, 5))
+def test_whoever_reads_while_another_puts_for_the_first_time_sees_nothing_or_all(number, tmp_path, monkeypatch):
+    path = tmp_path / "kept"
+    path.touch()
+    writer = threading.Thread(target=lambda: Journal(path).put({1: "one"}))
+
+    class Interrupted(sqlite3.Connection):
+        statements = 0
+
+        def execute(self, *arguments):
+            cursor = super().execute(*arguments)
+            self.statements += 1
+            if self.statements == number and writer.ident is None:
+                writer.start()
+                writer.join(0.3)  # it waits for a reader that has begun
+            return cursor
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *given, **more: connect(*given, factory=Interrupted, **more))
+    assert Journal(path).read([1]) in ({}, {1: "one"})
+    writer.join()
+    assert Journal(path).read([1]) == {1: "one"}
+    assert Journal(path).count() == 1
+
+
 def test_a_writer_that_is_killed_leaves_whole_values(tmp_path):
     path = tmp_path / "kept"
     for attempt in range(3):
