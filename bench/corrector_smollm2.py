@@ -349,11 +349,13 @@ def judge_quality(rows: CorrectionSet) -> dict[str, float]:
 
 
 def evaluate(split: str, count: int, wanted: str | None, variants: list[str], seeds: list[int]) -> None:
+    chosen = wanted and wanted.split(",")[0]
+    if chosen and not trained(chosen, seeds):
+        sys.exit(f"--way {wanted!r}: no run of {chosen!r} is trained with these seeds in {FOLDER}")
     rows = answers(split, count)
     quality = judge_quality(rows)
     print("the judge rates, of two answers:", *(f"{pair} {share:.0%};" for pair, share in quality.items()))
     found: dict[str, dict[str, list[Corrected]]] = {"SmolLM2, asked": {"asked": asked(rows)}}
-    chosen = wanted and wanted.split(",")[0]
     for variant in dict.fromkeys([SMALL, chosen]) if chosen else variants:
         # On test rows one way alone, beside the corrector as it is and best of two.
         few = {variant, f"{variant}, approved 0", *([wanted] if variant == chosen else [])}
