@@ -54,6 +54,8 @@ CHAT_TOKENS_PER_BATCH = 4096
 LONGEST_QUESTION = 80
 # The kind of labels that no corrector makes.
 CONTROL = "first-sentence"
+# Empty phrases that the judge likes, and one of the chat template's system message, in lower case.
+PHRASES = ("sorry", "not sure what", "smollm")
 # Of two policies, how many pairs of answers are read.
 BLIND_PAIRS = 30
 
@@ -276,6 +278,10 @@ def line(policy: str, number: int, runs: Sequence[dict[str, Any]], start: Any, c
         "gain over the start": gain([run["rewards"] for run in runs], start["rewards"])._asdict(),
         "gain over the corrector": gain([run["rewards"] for run in runs], corrected["rewards"])._asdict(),
         "words": statistics.fmean(len(text.split()) for text in answers),
+        "holding": {
+            phrase: [sum(phrase in text.lower() for text in run["answers"]) for run in runs] for phrase in PHRASES
+        },
+        "empty": [sum(not text.strip() for text in run["answers"]) for run in runs],
     }
     if "chat" in runs[0]:
         tokens = np.array(runs[0]["chat"]["tokens"])
@@ -298,8 +304,8 @@ def summary(folder: Path) -> list[dict[str, Any]]:
     for labels, number in names:
         runs = [read_json(path) for path in sorted(folder.glob(f"{labels}.{number}.*.json"))]
         found.append(line(labels, int(number.removeprefix("round-")), runs, start, corrected))
-        if pairs_of_seeds := beside_control(folder, labels, number):
-            found[-1]["gain over the control"] = gain(pairs_of_seeds, [0.0] * len(pairs_of_seeds[0]))._asdict()
+        if differences := beside_control(folder, labels, number):
+            found[-1]["gain over the control"] = over_runs(np.array(differences))._asdict()
     return found
 
 
@@ -332,6 +338,9 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
         if control := row.get("gain over the control"):
             value = f"{control['value']:+.3f} [{control['low']:+.3f}, {control['high']:+.3f}]"
             print(f"{row['policy']}, round {row['round']}: {value} over the control, seeds that both have")
+    for row in rows:
+        counts = "; ".join(f"{phrase!r} {found}" for phrase, found in row["holding"].items())
+        print(f"{row['policy']}, round {row['round']}, answers by seed that hold {counts}; empty {row['empty']}")
 
 
 def blind_pairs(folder: Path, labels: Sequence[str], number: int, seed: int, asked: Sequence[str]) -> None:

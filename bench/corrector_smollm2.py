@@ -270,11 +270,8 @@ def approver_rewards(name: str, rows: CorrectionSet, texts: list[str]) -> list[f
 
 def scores(rows: CorrectionSet, corrected: list[Corrected]) -> dict[str, Any]:
     """What one run's corrections are worth, over all answers and by kind; `verdicts` in the answers' order."""
-    questions, before, after = (
-        [row.question for row in rows],
-        [row.answer for row in rows],
-        [one.text for one in corrected],
-    )
+    questions, before = [row.question for row in rows], [row.answer for row in rows]
+    after = [one.text for one in corrected]
     verdicts = compare_answers(judge(), questions, before, after, margin=MARGIN)
     report = evaluation_report(rows, corrected, verdicts)
     found = {"overall": asdict(report.overall), "kinds": {kind: asdict(one) for kind, one in report.kinds.items()}}
